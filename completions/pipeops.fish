@@ -1,0 +1,164 @@
+# Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
+function __fish_pipeops_global_optspecs
+    string join \n log-level= h/help V/version
+end
+
+function __fish_pipeops_needs_command
+    # Figure out if the current invocation already has a command.
+    set -l cmd (commandline -opc)
+    set -e cmd[1]
+    argparse -s (__fish_pipeops_global_optspecs) -- $cmd 2>/dev/null
+    or return
+    if set -q argv[1]
+        # Also print the command, so this can be used to figure out what it is.
+        echo $argv[1]
+        return 1
+    end
+    return 0
+end
+
+function __fish_pipeops_using_subcommand
+    set -l cmd (__fish_pipeops_needs_command)
+    test -z "$cmd"
+    and return 1
+    contains -- $cmd[1] $argv
+end
+
+complete -c pipeops -n "__fish_pipeops_needs_command" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_needs_command" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_needs_command" -s V -l version -d 'Print version'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "install-server" -d 'Make this machine a k3s server with PipeOps\' namespaces, rights, controllers and agent'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "join-worker" -d 'Make this machine a worker of a server'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "cluster-info" -d 'Show nodes, versions, components, the agent, and how to join'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "run" -d 'Run the agent in the foreground'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "uninstall" -d 'Undo what install-server or join-worker did'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "completions" -d 'Print shell completions'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "man" -d 'Print the manual page'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "mint-credential" -d 'Mint the agent\'s Kubernetes credential; run by its unit'
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l ignore -d 'Turn findings with these codes into warnings' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l k3s-version -d 'k3s version to install, for example v1.36.2+k3s1' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l k3s-sha256 -d 'sha256 of the k3s program, for versions and mirrors that this release does not know' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l channel -d 'Release channel to resolve instead of a version: stable, latest, vX.Y' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l offline-dir -d 'Directory with the release files; nothing is downloaded' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l artifact-url -d 'Mirror with the layout of the k3s releases (URL/VERSION/FILE)' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l registries -d 'registries.yaml to install' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l node-name -d 'Name of this node in the cluster' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l node-ip -d 'Address of this node' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l flannel-iface -d 'Network interface of the pod network' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l node-label -d 'Label of this node, KEY=VALUE' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l node-taint -d 'Taint of this node, KEY=VALUE:EFFECT' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l tls-san -d 'Further name or address that the API server\'s certificate is valid for' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l components -d 'Controllers to install: ingress, cert-manager, metrics, storage; or none' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l acme-email -d 'Mail address for Let\'s Encrypt; creates its issuers' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l api-allow -d 'Networks that may reach the node\'s ports besides 80 and 443' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l max-role -d 'Highest role that PipeOps may act in on this cluster: viewer, deployer, operator, admin' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l kubeconfig-for -d 'Also write a kubeconfig, mode 0600, for this local user' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l timeout -d 'Longest time to wait for readiness, for example 300s or 10m' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l control-plane-url -d 'Control plane that the agent registers with' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l control-plane-pin -d 'sha256:BASE64 of a public key in the control plane\'s certificate chain; two allowed' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l cluster-name -d 'Name of the cluster for people' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l agent-token-file -d 'File with the enrolment token, - for standard input [env: AGENT_TOKEN holds the token itself]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l plan-out -d 'Save the checked plan; write nothing else' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l apply-plan -d 'Carry out exactly a saved plan; refused when the host has changed since' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -s o -l output -d 'Format of the result on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l events -d 'Also write one JSON object per event to standard error' -r -f -a "json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l config -d 'Read this config file as well, over those in /etc/pipeops' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l node-type -d 'What to make of this machine: server, or agent (a worker; needs K3S_URL and K3S_TOKEN)' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l k3s-url -d 'Server to join with --node-type agent' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l token-file -d 'File with the join token for --node-type agent [env: K3S_TOKEN holds the token itself]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l dry-run -d 'Show what would be done; write nothing'
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -s y -l yes -d 'Do not ask'
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l token-file -d 'Read the token from this file' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l ignore -d 'Turn findings with these codes into warnings' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l k3s-version -d 'k3s version to install, for example v1.36.2+k3s1' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l k3s-sha256 -d 'sha256 of the k3s program, for versions and mirrors that this release does not know' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l channel -d 'Release channel to resolve instead of a version: stable, latest, vX.Y' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l offline-dir -d 'Directory with the release files; nothing is downloaded' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l artifact-url -d 'Mirror with the layout of the k3s releases (URL/VERSION/FILE)' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l registries -d 'registries.yaml to install' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l node-name -d 'Name of this node in the cluster' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l node-ip -d 'Address of this node' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l flannel-iface -d 'Network interface of the pod network' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l node-label -d 'Label of this node, KEY=VALUE' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l node-taint -d 'Taint of this node, KEY=VALUE:EFFECT' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l tls-san -d 'Further name or address that the API server\'s certificate is valid for' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l components -d 'Controllers to install: ingress, cert-manager, metrics, storage; or none' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l acme-email -d 'Mail address for Let\'s Encrypt; creates its issuers' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l api-allow -d 'Networks that may reach the node\'s ports besides 80 and 443' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l max-role -d 'Highest role that PipeOps may act in on this cluster: viewer, deployer, operator, admin' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l kubeconfig-for -d 'Also write a kubeconfig, mode 0600, for this local user' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l timeout -d 'Longest time to wait for readiness, for example 300s or 10m' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l control-plane-url -d 'Control plane that the agent registers with' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l control-plane-pin -d 'sha256:BASE64 of a public key in the control plane\'s certificate chain; two allowed' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l cluster-name -d 'Name of the cluster for people' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l agent-token-file -d 'File with the enrolment token, - for standard input [env: AGENT_TOKEN holds the token itself]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l plan-out -d 'Save the checked plan; write nothing else' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l apply-plan -d 'Carry out exactly a saved plan; refused when the host has changed since' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -s o -l output -d 'Format of the result on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l events -d 'Also write one JSON object per event to standard error' -r -f -a "json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l config -d 'Read this config file as well, over those in /etc/pipeops' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l insecure-token -d 'Accept a token without the hash of the server\'s CA: whoever answers is trusted'
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l dry-run -d 'Show what would be done; write nothing'
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -s y -l yes -d 'Do not ask'
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand cluster-info" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand cluster-info" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand cluster-info" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand cluster-info" -l join -d 'Print the line that joins a worker, with a token for workers only'
+complete -c pipeops -n "__fish_pipeops_using_subcommand cluster-info" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand run" -l config -d 'Settings of the agent' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand run" -l kubeconfig -d 'Kubernetes credential, over the one in the settings' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand run" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand run" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand run" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s o -l output -d 'Format of the result on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l events -d 'Also write one JSON object per event to standard error' -r -f -a "json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l dry-run -d 'Show what would be undone; write nothing'
+complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s y -l yes -d 'Do not ask'
+complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l purge-data -d 'Remove the data of volumes too'
+complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand completions" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand completions" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand man" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand man" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand mint-credential" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand mint-credential" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand mint-credential" -s h -l help -d 'Print help'

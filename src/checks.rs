@@ -1,0 +1,161 @@
+//! Facts in, findings out: the rules of preflight, each a pure function with a stable code.
+
+mod machine;
+mod network;
+mod software;
+
+pub(crate) use software::iptables_bad;
+
+use serde::{Deserialize, Serialize};
+
+use crate::components::Component;
+use crate::facts::Facts;
+use crate::k3s::version::Version;
+use crate::settings::{Role, Settings};
+
+/// How much a finding matters: an error stops the run before anything is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    Info,
+    Warning,
+    Error,
+}
+
+/// The named result of a check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    pub code: String,
+    pub level: Level,
+    /// What is wrong, one line.
+    pub what: String,
+    /// What was seen that says so.
+    pub evidence: String,
+    /// What to do about it, one step each.
+    pub fix: Vec<String>,
+    /// The user said `--ignore` and an error became a warning.
+    #[serde(default)]
+    pub ignored: bool,
+}
+
+impl Finding {
+    pub fn new(code: &str, level: Level, what: impl Into<String>, evidence: impl Into<String>) -> Finding {
+        Finding { code: code.into(), level, what: what.into(), evidence: evidence.into(), fix: Vec::new(), ignored: false }
+    }
+
+    #[must_use]
+    pub fn fix(mut self, step: impl Into<String>) -> Finding {
+        self.fix.push(step.into());
+        self
+    }
+}
+
+/// What is to be put on the machine that the facts describe.
+pub struct Target<'a> {
+    pub settings: &'a Settings,
+    /// `None` while it is not known yet: rules about versions then say nothing.
+    pub version: Option<&'a Version>,
+    /// Components that will run, with their memory; empty on a worker.
+    pub components: &'a [&'static Component],
+}
+
+impl Target<'_> {
+    fn server(&self) -> bool {
+        self.settings.role == Role::Server
+    }
+}
+
+/// Whether `--ignore` may turn the error into a warning.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ignore {
+    Allowed,
+    Never,
+}
+
+type Rule = fn(&Facts, &Target<'_>) -> Vec<Finding>;
+
+/// Every code, in the order of output. A code that the join adds over the wire is a `Failure`, not a row here.
+const RULES: &[(&str, Ignore, Rule)] = &[
+    ("NOT_ROOT", Ignore::Never, machine::not_root),
+    ("NO_SYSTEMD", Ignore::Never, machine::no_systemd),
+    ("ARCH_UNSUPPORTED", Ignore::Never, machine::arch),
+    ("K3S_FOREIGN", Ignore::Never, software::foreign),
+    ("K3S_TOO_OLD", Ignore::Allowed, software::too_old),
+    ("K3S_DOWNGRADE", Ignore::Never, software::downgrade),
+    ("DATA_TOKEN_CONFLICT", Ignore::Never, software::token_conflict),
+    ("OTHER_KUBERNETES", Ignore::Allowed, software::other_kubernetes),
+    ("CPU_LOW", Ignore::Allowed, machine::cpu),
+    ("MEMORY_LOW", Ignore::Allowed, machine::memory),
+    ("COMPONENTS_DO_NOT_FIT", Ignore::Allowed, machine::components_fit),
+    ("SWAP_ON", Ignore::Allowed, machine::swap),
+    ("DISK_LOW", Ignore::Allowed, machine::disk),
+    ("INODES_LOW", Ignore::Allowed, machine::inodes),
+    ("DISK_FSYNC_SLOW", Ignore::Allowed, machine::fsync),
+    ("CLOCK_SKEW", Ignore::Allowed, machine::clock),
+    ("CGROUP_CONTROLLERS", Ignore::Allowed, machine::controllers),
+    ("CGROUP_MEMORY_OFF", Ignore::Allowed, machine::cgroup_memory),
+    ("CGROUP_V1_UNSUPPORTED", Ignore::Allowed, machine::cgroup_v1),
+    ("KMOD_MISSING", Ignore::Allowed, machine::modules),
+    ("LXC_FEATURES", Ignore::Allowed, machine::container),
+    ("SELINUX_POLICY", Ignore::Allowed, software::selinux),
+    ("IPTABLES_BAD", Ignore::Allowed, software::iptables),
+    ("TOOL_MISSING", Ignore::Allowed, software::tools),
+    ("TRUST_STORE_MISSING", Ignore::Allowed, software::trust_store),
+    ("INGRESS_NGINX_RETIRED", Ignore::Allowed, software::retired_ingress),
+    ("HOSTNAME_BAD", Ignore::Allowed, network::hostname),
+    ("ROUTE_NONE", Ignore::Allowed, network::no_route),
+    ("NIC_AMBIGUOUS", Ignore::Allowed, network::ambiguous),
+    ("ADDRESS_UNKNOWN", Ignore::Allowed, network::address_unknown),
+    ("ADDRESS_DYNAMIC", Ignore::Allowed, network::dynamic),
+    ("CIDR_OVERLAP", Ignore::Allowed, network::overlap),
+    ("DNS_NONE", Ignore::Allowed, network::no_dns),
+    ("DNS_LOOPBACK", Ignore::Allowed, network::dns_loop),
+    ("DNS_WILDCARD", Ignore::Allowed, network::dns_search),
+    ("PORT_IN_USE", Ignore::Allowed, network::ports),
+    ("INGRESS_PORT_IN_USE", Ignore::Allowed, network::ingress_ports),
+    ("FW_FIREWALLD", Ignore::Allowed, network::firewalld),
+    ("FW_UFW", Ignore::Allowed, network::ufw),
+    ("PROXY_NOPROXY", Ignore::Allowed, network::proxy),
+    ("API_PUBLIC", Ignore::Allowed, network::public),
+];
+
+/// All codes that `--ignore` knows.
+pub fn codes() -> Vec<&'static str> {
+    RULES.iter().map(|rule| rule.0).collect()
+}
+
+/// Runs every rule; `--ignore` is applied here.
+pub fn run(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    let mut found = Vec::new();
+    for (code, ignore, rule) in RULES {
+        for mut finding in rule(facts, target) {
+            debug_assert_eq!(&finding.code, code, "a rule speaks only for its own code");
+            if finding.level == Level::Error && *ignore == Ignore::Allowed && target.settings.options.ignore.iter().any(|c| c == code) {
+                finding.level = Level::Warning;
+                finding.ignored = true;
+            }
+            found.push(finding);
+        }
+    }
+    found
+}
+
+/// Whether anything stops the run.
+pub fn blocked(findings: &[Finding]) -> bool {
+    findings.iter().any(|f| f.level == Level::Error)
+}
+
+/// `1.5 GiB`: for evidence.
+pub(crate) fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{value} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+//! Rules about what is installed already: k3s, other Kubernetes, SELinux, iptables, certificates.
+
+use super::{Finding, Level, Target};
+use crate::facts::{Facts, parse};
+use crate::k3s::version::{OLDEST_MINOR, Version};
+use crate::settings::Role;
+
+pub(super) fn foreign(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    if let Some(role) = facts.k3s.ours.filter(|role| *role != target.settings.role) {
+        let is = if role == Role::Server { "server" } else { "worker" };
+        return vec![
+            Finding::new("K3S_FOREIGN", Level::Error, format!("this machine is a k3s {is} already"), "our journal records it")
+                .fix("`pipeops uninstall` first, then run this again"),
+        ];
+    }
+    if facts.k3s.ours.is_some() || facts.k3s.foreign.is_empty() {
+        return Vec::new();
+    }
+    vec![
+        Finding::new("K3S_FOREIGN", Level::Error, "there is a k3s here that pipeops did not install", facts.k3s.foreign.join("; "))
+            .fix("pipeops never touches it. To start anew, remove it with its own k3s-uninstall.sh or k3s-agent-uninstall.sh, then run again"),
+    ]
+}
+
+pub(super) fn too_old(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    let Some(version) = target.version.filter(|v| v.too_old()) else { return Vec::new() };
+    vec![
+        Finding::new("K3S_TOO_OLD", Level::Error, format!("{version} is too old"), format!("the oldest supported line is v1.{OLDEST_MINOR}"))
+            .fix("choose a newer version with --k3s-version or --channel"),
+    ]
+}
+
+pub(super) fn downgrade(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    let Some(have) = facts.k3s.version.as_deref().and_then(|v| v.parse::<Version>().ok()).filter(|_| facts.k3s.ours.is_some()) else {
+        return Vec::new();
+    };
+    let Some(version) = target.version.filter(|v| **v < have) else { return Vec::new() };
+    vec![
+        Finding::new(
+            "K3S_DOWNGRADE",
+            Level::Error,
+            "going back to an older k3s is not possible in place",
+            format!("installed {have}, asked for {version}"),
+        )
+        .fix(format!("keep it with --k3s-version {have}, or uninstall first")),
+    ]
+}
+
+pub(super) fn token_conflict(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    if !target.server() || facts.k3s.ours.is_some() || !facts.k3s.server_data {
+        return Vec::new();
+    }
+    let evidence = match (facts.k3s.token_differs, facts.k3s.server_token) {
+        (true, _) => "the token given is not the one in /var/lib/rancher/k3s/server/token",
+        (false, false) => "/var/lib/rancher/k3s/server/db is there, but its token is gone",
+        (false, true) => return Vec::new(),
+    };
+    vec![
+        Finding::new("DATA_TOKEN_CONFLICT", Level::Error, "the data of a former cluster is here and cannot be opened", evidence)
+            .fix("restore its token to /var/lib/rancher/k3s/server/token, or move the data away: mv /var/lib/rancher/k3s /var/lib/rancher/k3s.old"),
+    ]
+}
+
+pub(super) fn other_kubernetes(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+    if facts.other_kubernetes.is_empty() {
+        return Vec::new();
+    }
+    vec![
+        Finding::new("OTHER_KUBERNETES", Level::Error, "another Kubernetes lives here", facts.other_kubernetes.join("; "))
+            .fix("use a machine of its own, or remove the other one first"),
+    ]
+}
+
+pub(super) fn selinux(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+    if facts.selinux.mode != "enforcing" || facts.selinux.k3s_policy {
+        return Vec::new();
+    }
+    vec![
+        Finding::new(
+            "SELINUX_POLICY",
+            Level::Error,
+            "SELinux is enforcing and the policy for k3s is missing",
+            "no module k3s under /var/lib/selinux or /usr/share/selinux",
+        )
+        .fix("dnf install container-selinux and k3s-selinux (https://rpm.rancher.io), then run again"),
+    ]
+}
+
+/// Versions that duplicate or lose rules (k3s documentation, "Known issues"; k3s#3117).
+pub(crate) fn iptables_bad(facts: &Facts) -> bool {
+    facts.iptables.as_ref().is_some_and(|tool| {
+        let numbers = parse::numbers(&tool.version);
+        numbers.starts_with(&[1, 8]) && numbers.get(2).is_some_and(|patch| *patch <= 4) && tool.backend == "nft"
+    })
+}
+
+pub(super) fn iptables(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+    let Some(tool) = facts.iptables.as_ref().filter(|_| iptables_bad(facts)) else { return Vec::new() };
+    vec![
+        Finding::new(
+            "IPTABLES_BAD",
+            Level::Warning,
+            "this iptables version duplicates rules",
+            format!("iptables {} ({})", tool.version, tool.backend),
+        )
+        .fix("nothing to do: k3s is told to use its own (prefer-bundled-bin)"),
+    ]
+}
+
+pub(super) fn tools(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    let wanted = [("modprobe", true), ("mount", true), ("umount", true), ("nft", !target.settings.options.api_allow.is_empty())];
+    let missing: Vec<&str> = wanted.iter().filter(|(name, needed)| *needed && !facts.programs.contains_key(*name)).map(|(name, _)| *name).collect();
+    if missing.is_empty() {
+        return Vec::new();
+    }
+    vec![
+        Finding::new("TOOL_MISSING", Level::Error, "programs that the node needs are missing", format!("not found: {}", missing.join(", ")))
+            .fix("install them (packages kmod, mount, nftables), then run again"),
+    ]
+}
+
+pub(super) fn trust_store(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    if facts.trust_store || target.settings.options.offline_dir.is_some() {
+        return Vec::new();
+    }
+    vec![
+        Finding::new(
+            "TRUST_STORE_MISSING",
+            Level::Error,
+            "there are no root certificates, so no download can be trusted",
+            "no CA bundle in /etc/ssl or /etc/pki",
+        )
+        .fix("install the package ca-certificates, then run again"),
+    ]
+}
+
+pub(super) fn retired_ingress(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+    let Some(annotated) = facts.retired_ingress else { return Vec::new() };
+    vec![
+        Finding::new(
+            "INGRESS_NGINX_RETIRED",
+            Level::Warning,
+            "the cluster runs the community's ingress-nginx, retired in March 2026",
+            format!("{annotated} ingresses use its nginx.ingress.kubernetes.io annotations"),
+        )
+        .fix("move to the F5 controller (--components ingress); its annotations are nginx.org/*"),
+    ]
+}

@@ -1,0 +1,176 @@
+//! The one door to Kubernetes: objects by server-side apply, readiness, tokens.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use http::{Method, Request};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use serde_json::{Value, json};
+
+use crate::host::Host;
+
+/// Field manager of everything that the installer applies.
+pub const MANAGER: &str = "pipeops";
+
+/// An API server, as one identity.
+#[derive(Clone)]
+pub struct Cluster {
+    client: kube::Client,
+}
+
+/// Kinds without a namespace among those that we ever touch.
+const CLUSTER_SCOPED: &[&str] = &[
+    "Namespace",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "ClusterIssuer",
+    "Node",
+    "StorageClass",
+    "APIService",
+    "IngressClass",
+    "CustomResourceDefinition",
+];
+
+/// URL path of an object. Every kind that we use has the plain English plural.
+pub fn path_of(object: &Value) -> anyhow::Result<String> {
+    let field = |value: &Value, name: &str| value.as_str().map(str::to_owned).with_context(|| format!("an object without {name}"));
+    let (version, kind) = (field(&object["apiVersion"], "apiVersion")?, field(&object["kind"], "kind")?);
+    let name = field(&object["metadata"]["name"], "metadata.name")?;
+    let base = if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
+    let lower = kind.to_lowercase();
+    let plural = if lower.ends_with("ss") { format!("{lower}es") } else { format!("{lower}s") };
+    if CLUSTER_SCOPED.contains(&kind.as_str()) {
+        return Ok(format!("{base}/{plural}/{name}"));
+    }
+    let namespace = object["metadata"]["namespace"].as_str().unwrap_or("default");
+    Ok(format!("{base}/namespaces/{namespace}/{plural}/{name}"))
+}
+
+/// `Kind name` or `Kind namespace/name`, for people.
+pub fn title_of(object: &Value) -> String {
+    let text = |v: &Value| v.as_str().unwrap_or("?").to_owned();
+    let name = text(&object["metadata"]["name"]);
+    match object["metadata"]["namespace"].as_str() {
+        Some(namespace) => format!("{} {namespace}/{name}", text(&object["kind"])),
+        None => format!("{} {name}", text(&object["kind"])),
+    }
+}
+
+impl Cluster {
+    /// # Errors
+    /// When the file is absent or no kubeconfig.
+    pub async fn open(host: &Host, kubeconfig: &str) -> anyhow::Result<Cluster> {
+        let text = host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
+        let parsed = Kubeconfig::from_yaml(&absolute(host, &text)).with_context(|| format!("reading {kubeconfig}"))?;
+        let mut config =
+            kube::Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default()).await.with_context(|| format!("reading {kubeconfig}"))?;
+        config.connect_timeout = Some(Duration::from_secs(4));
+        config.read_timeout = Some(Duration::from_secs(20));
+        config.write_timeout = Some(Duration::from_secs(20));
+        // the way to our own API server never leads through a proxy
+        config.proxy_url = None;
+        Ok(Cluster { client: kube::Client::try_from(config).with_context(|| format!("using {kubeconfig}"))? })
+    }
+
+    async fn send(&self, method: Method, path: &str, content_type: &str, body: Vec<u8>) -> Result<Value, kube::Error> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("Content-Type", content_type)
+            .header("Accept", "application/json")
+            .body(body)
+            .map_err(kube::Error::HttpError)?;
+        self.client.request::<Value>(request).await
+    }
+
+    /// An object or list, `None` when it is not there.
+    pub async fn get(&self, path: &str) -> Result<Option<Value>, kube::Error> {
+        match self.send(Method::GET, path, "application/json", Vec::new()).await {
+            Ok(value) => Ok(Some(value)),
+            Err(e) if status(&e) == Some(404) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The items of a list, empty when the kind is not there.
+    pub async fn list(&self, path: &str) -> Result<Vec<Value>, kube::Error> {
+        Ok(self.get(path).await?.and_then(|mut v| v["items"].take().as_array().cloned()).unwrap_or_default())
+    }
+
+    /// Server-side apply without force: a field that somebody else owns is a conflict, not ours to take.
+    pub async fn apply(&self, object: &Value, dry: bool) -> anyhow::Result<Value> {
+        let dry = if dry { "&dryRun=All" } else { "" };
+        let path = format!("{}?fieldManager={MANAGER}&force=false{dry}", path_of(object)?);
+        let body = serde_json::to_vec(object)?;
+        self.send(Method::PATCH, &path, "application/apply-patch+yaml", body).await.with_context(|| format!("applying {}", title_of(object)))
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Value, kube::Error> {
+        self.send(Method::POST, path, "application/json", body.to_string().into_bytes()).await
+    }
+
+    /// Deletes; absent is fine.
+    pub async fn delete(&self, path: &str) -> Result<(), kube::Error> {
+        let body = json!({"propagationPolicy": "Background"}).to_string().into_bytes();
+        match self.send(Method::DELETE, path, "application/json", body).await {
+            Ok(_) => Ok(()),
+            Err(e) if status(&e) == Some(404) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the object stands as wanted: a dry run of the apply changes nothing. `None` when it is not there.
+    pub async fn stands(&self, object: &Value) -> anyhow::Result<Option<bool>> {
+        let Some(now) = self.get(&path_of(object)?).await.with_context(|| format!("reading {}", title_of(object)))? else { return Ok(None) };
+        let then = self.apply(object, true).await?;
+        Ok(Some(essence(now) == essence(then)))
+    }
+
+    /// Version of the API server, for example `v1.36.2+k3s1`.
+    pub async fn version(&self) -> Result<String, kube::Error> {
+        let value = self.get("/version").await?.unwrap_or_default();
+        Ok(value["gitVersion"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Whether the API server says that it is ready.
+    pub async fn ready(&self) -> bool {
+        let Ok(request) = Request::get("/readyz").body(Vec::new()) else { return false };
+        self.client.request_text(request).await.is_ok_and(|text| text.trim() == "ok")
+    }
+}
+
+/// HTTP status that the API server answered with.
+pub fn status(error: &kube::Error) -> Option<u16> {
+    match error {
+        kube::Error::Api(status) => Some(status.code),
+        _ => None,
+    }
+}
+
+/// An object less what the server keeps about the writing itself.
+fn essence(mut object: Value) -> Value {
+    if let Some(meta) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+        for key in ["managedFields", "resourceVersion", "generation"] {
+            meta.remove(key);
+        }
+    }
+    object
+}
+
+/// The kubelet's kubeconfig names its key files by path: under a sandbox root they are elsewhere.
+fn absolute(host: &Host, text: &str) -> String {
+    if host.is_machine() {
+        return text.to_owned();
+    }
+    let root = host.at("/").display().to_string();
+    ["certificate-authority: /", "client-certificate: /", "client-key: /"]
+        .iter()
+        .fold(text.to_owned(), |text, key| text.replace(key, &format!("{}{}/", key.trim_end_matches('/'), root.trim_end_matches('/'))))
+}
+
+/// The condition `kind` of an object: its status and message.
+pub fn condition(object: &Value, kind: &str) -> Option<(String, String)> {
+    let found = object["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == kind)?;
+    let text = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
+    Some((text("status"), text("message")))
+}

@@ -1,0 +1,330 @@
+//! `cluster-info`: what there is, from whatever part still answers; text and JSON from one structure.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::Context;
+use crate::cli::{ClusterInfo, Format};
+use crate::cluster::Cluster;
+use crate::components::CATALOGUE;
+use crate::error::{Exit, Failure};
+use crate::host::Host;
+use crate::k3s::{ADMIN_KUBECONFIG, AGENT_SOCKET, KUBELET_KUBECONFIG};
+use crate::output::{Printer, table};
+use crate::plan::engine::missing;
+use crate::plan::journal::Journal;
+use crate::settings::Role;
+use crate::status::{Agent, Enrolment, Kubernetes, Node};
+
+/// Longest time for any one part.
+const PART: Duration = Duration::from_secs(4);
+/// Marks our join tokens among the cluster's.
+const TOKEN_NOTE: &str = "pipeops join line";
+const SERVER_TOKEN: &str = "/var/lib/rancher/k3s/server/token";
+
+/// Everything that the command knows; the JSON document is this.
+#[derive(Debug, Default, Serialize)]
+struct Info {
+    schema: &'static str,
+    node: String,
+    role: Option<Role>,
+    k3s_version: String,
+    k3s: String,
+    api: String,
+    nodes: Vec<Node>,
+    components: Vec<Component>,
+    agent: Option<AgentInfo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    join: Option<String>,
+    problems: Vec<Problem>,
+}
+
+#[derive(Debug, Serialize)]
+struct Component {
+    name: String,
+    ready: bool,
+    note: String,
+}
+
+#[derive(Debug, Serialize)]
+struct AgentInfo {
+    unit: String,
+    enrolment: Option<Enrolment>,
+    kubernetes: Option<Kubernetes>,
+    note: String,
+}
+
+/// A part that is not as it should be, why, and what to do.
+#[derive(Debug, Serialize)]
+struct Problem {
+    part: String,
+    what: String,
+    next: String,
+}
+
+/// # Errors
+/// Only for wrong usage; a part that is down is a line, and exit 13.
+pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> {
+    let host = context.host(&args.rooted.root);
+    let printer = Printer::new(args.output == Format::Json, false, context.no_color());
+    // the journal's directory is root's alone: nobody else could tell an empty machine from a hidden journal
+    if host.is_machine() && !nix::unistd::geteuid().is_root() {
+        return Err(Failure::new(Exit::Preflight, "NOT_ROOT", "the state of this node can be read by root only")
+            .hint("run the same command with sudo")
+            .into());
+    }
+    let Some(journal) = Journal::load(&host)? else {
+        return Err(Failure::new(Exit::Problems, "NOT_INSTALLED", "pipeops has not made this machine a node")
+            .hint("`pipeops install-server`, or `pipeops join-worker MASTER TOKEN`")
+            .into());
+    };
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
+    let info = collect(&host, &journal, args.join || terminal && args.output == Format::Text).await;
+    printer.document(&info);
+    printer.data(render(&info).trim_end());
+    Ok(if info.problems.is_empty() { Exit::Done } else { Exit::Problems })
+}
+
+async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
+    let mut info = Info {
+        schema: "pipeops.cluster-info/v1",
+        node: journal.node.clone(),
+        role: Some(journal.role),
+        k3s_version: journal.k3s_version.clone(),
+        ..Info::default()
+    };
+    let problem = |part: &str, what: String, next: &str| Problem { part: part.into(), what, next: next.into() };
+    if !journal.complete {
+        info.problems.push(problem(
+            "installation",
+            "the last run did not come to its end".into(),
+            "run the same installer command again: it resumes",
+        ));
+    }
+    let unit = journal.role.unit();
+    match host.unit(unit).await {
+        Ok(state) if state.running() => info.k3s = "running".into(),
+        Ok(state) => {
+            info.k3s = state.active.clone();
+            info.problems.push(problem(
+                "k3s",
+                format!("{unit} is {} ({})", state.active, state.sub),
+                &format!("journalctl -u {unit} -n 50; systemctl start {unit}"),
+            ));
+        }
+        Err(error) => info.problems.push(problem("k3s", format!("{error:#}"), "is systemd running?")),
+    }
+    let kubeconfig = if journal.role == Role::Server { ADMIN_KUBECONFIG } else { KUBELET_KUBECONFIG };
+    let cluster = match host.read(kubeconfig) {
+        Ok(Some(_)) => Cluster::open(host, kubeconfig).await.map_err(|e| e.context("it is not valid")),
+        Ok(None) => Err(anyhow::anyhow!("it is not there")),
+        Err(error) => Err(error),
+    };
+    let server = journal.role == Role::Server;
+    let (nodes, components, agent) = tokio::join!(
+        async {
+            match &cluster {
+                Ok(cluster) => within(nodes(cluster, server, &journal.node)).await,
+                Err(_) => Ok(Vec::new()),
+            }
+        },
+        async { if server && cluster.is_ok() { components(host, journal).await } else { Vec::new() } },
+        async { if server { Some(agent(host).await) } else { None } },
+    );
+    match (&cluster, nodes) {
+        (Err(error), _) => {
+            info.api = "unknown".into();
+            info.problems.push(problem(
+                "kubeconfig",
+                format!("{kubeconfig}: {error:#}"),
+                &format!("k3s writes it at start: systemctl restart {unit}"),
+            ));
+        }
+        (Ok(_), Ok(nodes)) => {
+            info.api = "answers".into();
+            for node in nodes.iter().filter(|n| !n.ready) {
+                info.problems.push(problem(
+                    "node",
+                    format!("{} is not Ready: {}", node.name, node.note),
+                    &format!("kubectl describe node {}", node.name),
+                ));
+            }
+            info.nodes = nodes;
+        }
+        (Ok(_), Err(error)) => {
+            info.api = "away".into();
+            info.problems.push(problem("api", format!("the Kubernetes API does not answer: {error}"), &format!("journalctl -u {unit} -n 50")));
+        }
+    }
+    info.components = components;
+    if info.api == "answers" {
+        for component in info.components.iter().filter(|c| !c.ready) {
+            let name = &component.name;
+            info.problems.push(problem("component", format!("{name}: {}", component.note), "run install-server again: it repairs what is not ready"));
+        }
+    }
+    if let Some(agent) = agent {
+        if agent.unit != "active" {
+            info.problems.push(problem(
+                "agent",
+                format!("pipeops-agent.service is {}", agent.unit),
+                "journalctl -u pipeops-agent -n 50; systemctl start pipeops-agent",
+            ));
+        } else if agent.kubernetes != Some(Kubernetes::Connected) {
+            info.problems.push(problem(
+                "agent",
+                format!("the agent has no view of the cluster: {}", agent.note),
+                "systemctl start pipeops-agent-credential, then look again",
+            ));
+        }
+        info.agent = Some(agent);
+    }
+    if join && server {
+        match within(join_line(host, &cluster, &info)).await {
+            Ok(line) => info.join = Some(line),
+            Err(error) => info.problems.push(problem("join", format!("no join line can be made: {error}"), "bring the API back first")),
+        }
+    }
+    info
+}
+
+/// Bounds a part, and flattens its error to one line.
+async fn within<T>(part: impl Future<Output = anyhow::Result<T>>) -> Result<T, String> {
+    match tokio::time::timeout(PART, part).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(error.root_cause().to_string()),
+        Err(_) => Err(format!("no answer within {} s", PART.as_secs())),
+    }
+}
+
+async fn nodes(cluster: &Cluster, server: bool, own: &str) -> anyhow::Result<Vec<Node>> {
+    if server {
+        return Ok(cluster.list("/api/v1/nodes").await?.iter().map(Node::of).collect());
+    }
+    // a kubelet may read its own node
+    Ok(cluster.get(&format!("/api/v1/nodes/{own}")).await?.iter().map(Node::of).collect())
+}
+
+async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
+    let chosen =
+        CATALOGUE.iter().filter(|c| journal.entries.iter().any(|e| e.id.starts_with(&format!("component-{}-", c.name))) || wanted(journal, c.name));
+    let looks = chosen.map(|component| async move {
+        let look = async {
+            for item in (component.ready)() {
+                if let Some(why) = missing(host, &item).await {
+                    return Some(format!("{}: {why}", item.title()));
+                }
+            }
+            None
+        };
+        let note = tokio::time::timeout(PART, look).await.unwrap_or_else(|_| Some("no answer".into()));
+        Component { name: component.name.into(), ready: note.is_none(), note: note.unwrap_or_default() }
+    });
+    futures_util::future::join_all(looks).await
+}
+
+/// Bundled components leave no journal entry: what was asked for stands in the options.
+fn wanted(journal: &Journal, name: &str) -> bool {
+    match journal.options.get("components") {
+        Some(list) => list.split(',').any(|n| n == name),
+        None => journal.entries.iter().any(|e| e.id.starts_with("component-")),
+    }
+}
+
+async fn agent(host: &Host) -> AgentInfo {
+    let unit = host.unit("pipeops-agent.service").await.map(|u| u.active).unwrap_or_else(|e| e.to_string());
+    match within(ask_agent(host)).await {
+        Ok(agent) => AgentInfo { unit, enrolment: Some(agent.enrolment), kubernetes: Some(agent.kubernetes), note: agent.line() },
+        Err(error) => AgentInfo { unit, enrolment: None, kubernetes: None, note: format!("its socket does not answer: {error}") },
+    }
+}
+
+/// The agent's account of itself, over its socket.
+async fn ask_agent(host: &Host) -> anyhow::Result<Agent> {
+    let mut stream = tokio::net::UnixStream::connect(host.at(AGENT_SOCKET)).await?;
+    stream.write_all(b"GET /status HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").await?;
+    let mut answer = Vec::new();
+    stream.take(1 << 20).read_to_end(&mut answer).await?;
+    let text = String::from_utf8_lossy(&answer);
+    let (_, body) = text.split_once("\r\n\r\n").ok_or_else(|| anyhow::anyhow!("it spoke no HTTP"))?;
+    Ok(serde_json::from_str(body)?)
+}
+
+/// A line with a token for workers only, valid for a day; one of ours that still lives is used again.
+async fn join_line(host: &Host, cluster: &anyhow::Result<Cluster>, info: &Info) -> anyhow::Result<String> {
+    let Ok(cluster) = cluster else { anyhow::bail!("the kubeconfig cannot be used") };
+    let own = info.nodes.iter().find(|n| n.name == info.node).map(|n| n.address.clone()).filter(|a| !a.is_empty());
+    let Some(address) = own else { anyhow::bail!("this node's address is not known") };
+    let address = crate::k3s::net::host_in_url(&address);
+    let token = match live_token(host, cluster).await? {
+        Some(token) => token,
+        None => {
+            let args = ["token", "create", "--ttl", "24h", "--description", TOKEN_NOTE];
+            let made = host.ask("k3s", &args, PART).await?;
+            let token = made.stdout.trim().to_owned();
+            anyhow::ensure!(made.ok() && !token.is_empty(), "`k3s token create` failed: {}", made.stderr.trim());
+            token
+        }
+    };
+    Ok(format!("sudo pipeops join-worker https://{address}:6443 {token}"))
+}
+
+async fn live_token(host: &Host, cluster: &Cluster) -> anyhow::Result<Option<String>> {
+    use base64::Engine as _;
+    let decode = |v: &Value| {
+        let bytes = base64::engine::general_purpose::STANDARD.decode(v.as_str().unwrap_or_default()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let Some(prefix) = host.read(SERVER_TOKEN)?.and_then(|t| t.split_once("::").map(|(head, _)| head.to_owned())) else { return Ok(None) };
+    let secrets = cluster.list("/api/v1/namespaces/kube-system/secrets?fieldSelector=type%3Dbootstrap.kubernetes.io%2Ftoken").await?;
+    let soon = jiff::Timestamp::now().as_second() + 3600;
+    Ok(secrets
+        .iter()
+        .filter(|s| decode(&s["data"]["description"]) == TOKEN_NOTE)
+        .filter(|s| decode(&s["data"]["expiration"]).parse::<jiff::Timestamp>().is_ok_and(|t| t.as_second() > soon))
+        .map(|s| format!("{prefix}::{}.{}", decode(&s["data"]["token-id"]), decode(&s["data"]["token-secret"])))
+        .next())
+}
+
+fn render(info: &Info) -> String {
+    let role = match info.role {
+        Some(Role::Server) => "server",
+        _ => "worker",
+    };
+    let mut text = format!("{} – k3s {} {role}, {}; API {}\n", info.node, info.k3s_version, info.k3s, info.api);
+    if !info.nodes.is_empty() {
+        let row = |n: &Node| {
+            vec![
+                n.name.clone(),
+                if n.ready { "Ready".into() } else { "NotReady".into() },
+                n.role.clone(),
+                n.version.clone(),
+                n.address.clone(),
+                n.note.clone(),
+            ]
+        };
+        text.push('\n');
+        text.push_str(&table(&["NODE", "STATE", "ROLE", "VERSION", "ADDRESS", "NOTE"], &info.nodes.iter().map(row).collect::<Vec<_>>()));
+    }
+    if !info.components.is_empty() {
+        let row = |c: &Component| vec![c.name.clone(), if c.ready { "ready".into() } else { "not ready".into() }, c.note.clone()];
+        text.push('\n');
+        text.push_str(&table(&["COMPONENT", "STATE", "NOTE"], &info.components.iter().map(row).collect::<Vec<_>>()));
+    }
+    if let Some(agent) = &info.agent {
+        text.push_str(&format!("\nagent {}: {}\n", agent.unit, agent.note));
+    }
+    if let Some(join) = &info.join {
+        text.push_str(&format!("\nadd a worker (the token is for workers only and lives a day at most):\n  {join}\n"));
+    }
+    if !info.problems.is_empty() {
+        text.push_str("\nproblems:\n");
+        for problem in &info.problems {
+            text.push_str(&format!("  {} – {}\n      → {}\n", problem.part, problem.what, problem.next));
+        }
+    }
+    text
+}

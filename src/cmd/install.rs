@@ -1,0 +1,374 @@
+//! `install-server`: facts, checks, plan, confirmation, engine, verification. `join-worker` shares its second half.
+
+use serde_json::json;
+
+use super::{Context, layers, unreadable};
+use crate::checks::{self, Finding, Target};
+use crate::cli::{Format, InstallServer, JoinWorker, RunFlags};
+use crate::cluster::Cluster;
+use crate::components::{self, Component};
+use crate::error::{Exit, Failure};
+use crate::facts::Facts;
+use crate::host::gather::{Probe, gather};
+use crate::host::{Hands, Host, LOGS, Owner};
+use crate::k3s::{self, ADMIN_KUBECONFIG, config};
+use crate::output::Printer;
+use crate::plan::engine::{self, Outcome, Secrets};
+use crate::plan::journal::Journal;
+use crate::plan::{Checked, Event, Plan, SecretName};
+use crate::secret::Secret;
+use crate::settings::{Role, Settings};
+
+/// Everything that both installers hold on to from their beginning to their end.
+pub(super) struct Job<'a> {
+    pub(super) context: &'a Context,
+    pub(super) command: &'static str,
+    pub(super) host: Host,
+    pub(super) settings: Settings,
+    pub(super) journal: Option<Journal>,
+    pub(super) run: RunFlags,
+    pub(super) printer: Printer,
+    pub(super) secrets: Secrets,
+    pub(super) facts: Facts,
+    /// The lock; none in a run that writes nothing.
+    pub(super) hands: Option<Hands>,
+    pub(super) started: std::time::Instant,
+}
+
+impl RunFlags {
+    pub(super) fn read_only(&self) -> bool {
+        self.dry_run || self.plan_out.is_some()
+    }
+}
+
+/// # Errors
+/// As in the table of exit codes.
+pub async fn server(context: &Context, args: InstallServer) -> anyhow::Result<Exit> {
+    match args.node_type.as_str() {
+        "server" => {}
+        "agent" => return worker_by_environment(context, args).await,
+        other => return Err(Failure::usage("NODE_TYPE", format!("NODE_TYPE is `{other}`; it is server or agent")).into()),
+    }
+    let mut job = Job::begin(context, "install-server", args.options, args.run, Role::Server).await?;
+    let result = server_job(&mut job).await;
+    job.end(result)
+}
+
+async fn worker_by_environment(context: &Context, args: InstallServer) -> anyhow::Result<Exit> {
+    let missing: Vec<&str> = [("K3S_URL", args.k3s_url.is_none()), ("K3S_TOKEN", context.k3s_token.is_none() && args.token_file.is_none())]
+        .iter()
+        .filter(|(_, m)| *m)
+        .map(|(n, _)| *n)
+        .collect();
+    let Some(master) = args.k3s_url.filter(|_| missing.is_empty()) else {
+        return Err(Failure::usage("NODE_TYPE", format!("NODE_TYPE=agent needs K3S_URL and K3S_TOKEN; missing: {}", missing.join(", ")))
+            .hint("both stand in the line of `pipeops cluster-info --join` on the server")
+            .into());
+    };
+    let join = JoinWorker { master, token: None, token_file: args.token_file, insecure_token: false, options: args.options, run: args.run };
+    super::join::worker(context, join).await
+}
+
+async fn server_job(job: &mut Job<'_>) -> anyhow::Result<Exit> {
+    let version = super::release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
+    let offline = job.settings.options.offline_dir.is_some();
+    let chosen = components::chosen(job.settings.components.as_deref(), offline && job.settings.components.is_none());
+    let findings = job.check(Some(&version), &chosen)?;
+    if offline && job.settings.components.is_none() {
+        job.printer.say("note: no components: the offline directory has no chart archives (--components names what to try anyway)");
+    }
+    let resolved = super::release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version).await?;
+    resolved.notes.iter().for_each(|n| job.printer.say(&format!("note: {n}")));
+    let plan = k3s::server_plan(&job.facts, &job.settings, &resolved.release, &chosen);
+    let Some(outcome) = job.carry_out(plan, findings).await? else { return Ok(Exit::Done) };
+    let name = job.settings.node_name(&job.facts.hostname);
+    if !job.printer.json() {
+        job.printer.data(&format!("{name} is a k3s {} server, Ready.", resolved.release.version));
+        job.printer.data("  kubectl get nodes                  (as root; or --kubeconfig-for USER)");
+        job.printer.data("  pipeops cluster-info --join        the line that adds a worker");
+        if job.context.agent_token.is_none() && job.settings.options.agent_token_file.is_none() {
+            job.printer.data("  the agent waits, unenrolled: run again with AGENT_TOKEN to register it");
+        }
+    }
+    Ok(if outcome.failed.is_empty() { Exit::Done } else { Exit::Partial })
+}
+
+impl<'a> Job<'a> {
+    /// Reads settings, takes the lock, gathers the facts.
+    pub(super) async fn begin(
+        context: &'a Context,
+        command: &'static str,
+        flags: crate::settings::Options,
+        run: RunFlags,
+        role: Role,
+    ) -> anyhow::Result<Job<'a>> {
+        let host = context.host(&run.root);
+        if !host.is_dir("/") {
+            return Err(Failure::usage("ROOT_MISSING", format!("--root {}: there is no such directory", run.root)).into());
+        }
+        let options = layers(&host, flags, run.config.as_deref())?;
+        let settings = Settings::resolve(options, role, &checks::codes(), &components::names())?;
+        let root = !host.is_machine() || nix::unistd::geteuid().is_root();
+        let hands = if run.read_only() || !root { None } else { Some(host.lock()?) };
+        let journal = if root { Journal::load(&host)? } else { None };
+        let ours = journal.as_ref().map(|j| j.role);
+        let probe = if hands.is_some() { Probe::Disk } else { Probe::ReadOnly };
+        let facts = gather(&host, ours, &context.env, probe).await;
+        let printer = Printer::new(run.output == Format::Json, run.events.is_some(), context.no_color());
+        let mut job = Job {
+            context,
+            command,
+            host,
+            settings,
+            journal,
+            run,
+            printer,
+            secrets: Secrets::new(),
+            facts,
+            hands,
+            started: std::time::Instant::now(),
+        };
+        job.known_secrets()?;
+        if ours == Some(Role::Server) && job.facts.k3s.active {
+            job.facts.retired_ingress = retired_ingress(&job.host).await;
+        }
+        Ok(job)
+    }
+
+    fn known_secrets(&mut self) -> anyhow::Result<()> {
+        let options = &self.settings.options;
+        let agent = match &options.agent_token_file {
+            Some(path) => Some(self.context.token_file(&self.host, path)?),
+            None => self.context.agent_token.clone(),
+        };
+        if let Some(token) = agent {
+            self.secrets.insert(SecretName::AgentToken, token);
+        }
+        if !self.facts.proxy.is_empty() {
+            self.secrets.insert(SecretName::ProxyEnvironment, Secret::new(config::proxy_environment(&self.facts, &self.settings)));
+        }
+        if let Some(path) = &options.registries {
+            let text = self.host.users_file(path).map_err(|e| unreadable(path, &e))?;
+            let parsed: Result<serde_json::Value, _> = serde_saphyr::from_str(&text);
+            parsed.map_err(|_| {
+                Failure::usage("REGISTRIES_INVALID", format!("{path} is not valid YAML"))
+                    .hint("see https://docs.k3s.io/installation/private-registry")
+            })?;
+            self.secrets.insert(SecretName::Registries, Secret::new(text));
+        }
+        Ok(())
+    }
+
+    /// Runs the checks, shows what they found, and stops when one says so.
+    pub(super) fn check(&mut self, version: Option<&k3s::version::Version>, components: &[&'static Component]) -> anyhow::Result<Vec<Finding>> {
+        let target = Target { settings: &self.settings, version, components };
+        let findings = checks::run(&self.facts, &target);
+        self.printer.findings(&findings);
+        if !checks::blocked(&findings) {
+            return Ok(findings);
+        }
+        let codes: Vec<&str> = findings.iter().filter(|f| f.level == checks::Level::Error).map(|f| f.code.as_str()).collect();
+        self.printer.document(&json!({"schema": "pipeops.result/v1", "command": self.command, "result": "blocked", "exit": 3, "findings": findings}));
+        Err(Failure::new(
+            Exit::Preflight,
+            "PREFLIGHT",
+            format!("preflight found {} that must be mended first: {}", plural(codes.len(), "problem"), codes.join(", ")),
+        )
+        .why("nothing was changed")
+        .hint("mend them and run again; a finding can be overruled with --ignore CODE")
+        .into())
+    }
+
+    /// Check, show, confirm, apply. `None` when the run ends before the engine starts.
+    pub(super) async fn carry_out(&mut self, plan: Plan, findings: Vec<Finding>) -> anyhow::Result<Option<Outcome>> {
+        let mut checked = engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings).await?;
+        if let Some(path) = self.run.apply_plan.clone() {
+            checked = self.saved(&path, checked).await?;
+        }
+        if let Some(path) = &self.run.plan_out {
+            self.host.write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
+            self.printer.say(&format!("the plan is in {path}; carry it out with --apply-plan {path}"));
+        }
+        if checked.done() {
+            self.printer.data("nothing to do: everything is as wanted");
+            self.report(&checked, "unchanged", &Outcome::default());
+            self.settle(&checked)?;
+            return Ok(None);
+        }
+        let changes = checked.changes();
+        self.printer.say(&format!("{} on {}:", self.command, checked.plan.node));
+        self.printer.plan(&checked);
+        if self.run.read_only() {
+            self.printer.data(&format!("{} would be made; nothing was written", plural(changes, "change")));
+            self.report(&checked, "dry_run", &Outcome::default());
+            return Ok(None);
+        }
+        self.ask(&checked)?;
+        let Some(hands) = &self.hands else { anyhow::bail!("no lock is held") };
+        let mut journal = self.journal.take().unwrap_or_else(|| Journal::new(self.settings.role, &checked.plan.node, &checked.plan.k3s_version));
+        let printer = &mut self.printer;
+        let mut tell = |event: Event| printer.event(&event);
+        let result = engine::apply(hands, &checked.plan, &self.secrets, &mut journal, &self.context.stop, &mut tell).await;
+        self.journal = Some(journal);
+        let result = result.map_err(|error| self.explain(error));
+        match &result {
+            Ok(outcome) => {
+                let word = if outcome.failed.is_empty() { "done" } else { "partial" };
+                self.report(&checked, word, outcome);
+                for (title, why) in &outcome.failed {
+                    self.printer.say(&format!("left for later: {title} – {why}"));
+                }
+                if !outcome.failed.is_empty() {
+                    self.printer.say("the base is healthy; run the same command again to finish the rest");
+                }
+            }
+            // main prints it; the log wants it too
+            Err(error) => self.printer.log_only(&Failure::of(error).render()),
+        }
+        self.write_log();
+        result.map(Some)
+    }
+
+    /// A finished plan whose journal was not closed, for example after a crash at the very end.
+    fn settle(&mut self, checked: &Checked) -> anyhow::Result<()> {
+        if let (Some(hands), Some(journal)) = (&self.hands, self.journal.as_mut())
+            && (!journal.complete || journal.options != checked.plan.options)
+        {
+            journal.complete = true;
+            journal.options.clone_from(&checked.plan.options);
+            journal.save(hands)?;
+        }
+        Ok(())
+    }
+
+    /// Once the engine runs, an interruption leaves a journal that the next run goes on from.
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let mut failure = Failure::of(&error);
+        match failure.exit {
+            Exit::Interrupted => {
+                failure.hint = Some(format!(
+                    "the journal is closed; run the same command again to go on, or `pipeops uninstall` to go back ({} is recorded)",
+                    plural(self.journal.as_ref().map_or(0, |j| j.entries.len()), "step")
+                ));
+            }
+            Exit::Internal if failure.hint.is_none() => {
+                failure.hint = Some(format!("run the same command again: it resumes. The log is in {LOGS}"));
+            }
+            _ => {}
+        }
+        failure.into()
+    }
+
+    /// A saved plan is carried out only where and when it was made for.
+    async fn saved(&self, path: &str, now: Checked) -> anyhow::Result<Checked> {
+        let text = self.host.users_file(path).map_err(|e| unreadable(path, &e))?;
+        let then: Checked = serde_json::from_str(&text).map_err(|e| {
+            Failure::usage("PLAN_INVALID", format!("{path} is not a plan of this pipeops")).why(e.to_string()).hint("make it anew with --plan-out")
+        })?;
+        let stale = |code: &str, what: &str, why: String| {
+            Failure::new(Exit::Preflight, code, what)
+                .why(why)
+                .why("nothing was changed")
+                .hint("look at a new plan with --dry-run and save it with --plan-out")
+        };
+        if then.plan.machine_id != self.facts.machine_id || then.plan.command != self.command {
+            return Err(stale(
+                "PLAN_OTHER_HOST",
+                "this plan was made for another machine or command",
+                format!("{} for machine {}", then.plan.command, then.plan.machine_id),
+            )
+            .into());
+        }
+        let again = engine::check(&self.host, then.plan.clone(), self.journal.as_ref(), &self.secrets, now.findings).await?;
+        if again.checks != then.checks || again.remove != then.remove || again.drift != then.drift {
+            let differs = then.plan.steps.iter().zip(then.checks.iter().zip(&again.checks)).find(|(_, (a, b))| a != b).map(|(s, _)| s.title.clone());
+            return Err(stale(
+                "PLAN_STALE",
+                "the machine has changed since the plan was made",
+                format!("first difference: {}", differs.unwrap_or_else(|| "what is taken back".into())),
+            )
+            .into());
+        }
+        Ok(again)
+    }
+
+    /// Shows options that are about to go, then asks once.
+    fn ask(&mut self, checked: &Checked) -> anyhow::Result<()> {
+        if let Some(journal) = &self.journal {
+            for (key, was) in &journal.options {
+                match checked.plan.options.get(key) {
+                    None => self.printer.say(&format!("  ! {key} was `{was}` and is not given now: it goes back to its default")),
+                    Some(now) if now != was => self.printer.say(&format!("  ! {key} was `{was}`, becomes `{now}`")),
+                    Some(_) => {}
+                }
+            }
+        }
+        if self.run.yes || self.run.apply_plan.is_some() {
+            return Ok(());
+        }
+        let declined = |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
+        match self.printer.confirm("go on?") {
+            Some(true) => Ok(()),
+            Some(false) => Err(declined("declined").into()),
+            None => Err(declined("there is no terminal to ask on").hint("run again with --yes, or look with --dry-run").into()),
+        }
+    }
+
+    fn report(&self, checked: &Checked, result: &str, outcome: &Outcome) {
+        let failed: Vec<_> = outcome.failed.iter().map(|(step, why)| json!({"step": step, "why": why})).collect();
+        self.printer.document(&json!({
+            "schema": "pipeops.result/v1",
+            "command": self.command,
+            "result": result,
+            "node": checked.plan.node,
+            "k3s_version": checked.plan.k3s_version,
+            "duration_ms": u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "changes": outcome.changed,
+            "failed": failed,
+            "findings": checked.findings,
+            "drift": checked.drift,
+            "plan": checked.plan.steps.iter().zip(&checked.checks).map(|(s, c)| json!({"id": s.id, "title": s.title, "why": s.why, "check": c})).collect::<Vec<_>>(),
+        }));
+    }
+
+    /// What was said goes into a log that uninstall leaves.
+    fn write_log(&mut self) {
+        let Some(hands) = &self.hands else { return };
+        let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
+        let secrets: Vec<Secret> = self.secrets.values().cloned().collect();
+        let text = crate::secret::mask(&self.printer.take_log(), &secrets);
+        let path = format!("{LOGS}/{stamp}-{}.log", self.command);
+        if let Err(error) = hands.mkdir(LOGS, 0o700).and_then(|_| hands.write(&path, text.as_bytes(), 0o600, Owner::default())) {
+            self.printer.say(&format!("note: the log could not be written: {error:#}"));
+        }
+    }
+
+    /// The lock goes back; a run that wrote nothing leaves nothing.
+    pub(super) fn end(self, result: anyhow::Result<Exit>) -> anyhow::Result<Exit> {
+        if let Err(error) = &result {
+            let failure = Failure::of(error);
+            let (command, exit) = (self.command, failure.exit.number());
+            self.printer.document(&json!({"schema": "pipeops.result/v1", "command": command, "result": "failed", "exit": exit, "error": failure}));
+        }
+        if let Some(hands) = self.hands {
+            hands.release();
+        }
+        result
+    }
+}
+
+pub(super) fn plural(count: usize, word: &str) -> String {
+    if count == 1 { format!("1 {word}") } else { format!("{count} {word}s") }
+}
+
+/// Ingresses with annotations of the retired controller, when that controller runs in the cluster.
+async fn retired_ingress(host: &Host) -> Option<u32> {
+    let cluster = Cluster::open(host, ADMIN_KUBECONFIG).await.ok()?;
+    let classes = cluster.list("/apis/networking.k8s.io/v1/ingressclasses").await.ok()?;
+    classes.iter().find(|c| c["spec"]["controller"] == "k8s.io/ingress-nginx")?;
+    let ingresses = cluster.list("/apis/networking.k8s.io/v1/ingresses").await.unwrap_or_default();
+    let annotated = ingresses
+        .iter()
+        .filter(|i| i["metadata"]["annotations"].as_object().is_some_and(|a| a.keys().any(|k| k.starts_with("nginx.ingress.kubernetes.io/"))));
+    Some(u32::try_from(annotated.count()).unwrap_or(u32::MAX))
+}

@@ -1,0 +1,226 @@
+//! `join-worker`: the server is checked over the wire before the first local write.
+
+use std::io::Read as _;
+
+use super::Context;
+use super::install::Job;
+use crate::checks::{Finding, Level};
+use crate::cli::JoinWorker;
+use crate::error::{Exit, Failure};
+use crate::facts::Facts;
+use crate::k3s::token::{Token, hex};
+use crate::k3s::version::Version;
+use crate::k3s::{self, JOIN_TOKEN, Master, NODE_PASSWORD, net};
+use crate::plan::{Plan, SecretName};
+use crate::secret::Secret;
+use crate::settings::Role;
+use crate::supervisor::{self, Server};
+
+/// # Errors
+/// As in the table of exit codes.
+pub async fn worker(context: &Context, args: JoinWorker) -> anyhow::Result<Exit> {
+    let url = net::master_url(&args.master).map_err(|why| Failure::usage("MASTER_INVALID", why))?;
+    let insecure = args.insecure_token;
+    let mut job = Job::begin(context, "join-worker", args.options, args.run, Role::Worker).await?;
+    let result = async {
+        let token = token(&job, args.token.as_deref(), args.token_file.as_deref())?;
+        join(&mut job, &url, token, insecure).await
+    }
+    .await;
+    job.end(result)
+}
+
+/// Where the token comes from: the argument or `-`, a file, the environment; on a re-run the one that is there.
+fn token(job: &Job<'_>, argument: Option<&str>, file: Option<&str>) -> anyhow::Result<Secret> {
+    // main has put a token typed as argument, or K3S_TOKEN, out of sight already
+    if let Some(path) = file {
+        return job.context.token_file(&job.host, path);
+    }
+    if let Some(secret) = &job.context.k3s_token {
+        return Ok(secret.clone());
+    }
+    if argument == Some("-") {
+        return job.context.token_file(&job.host, "-");
+    }
+    match job.host.read(JOIN_TOKEN) {
+        Ok(Some(text)) => Ok(Secret::new(text.trim())),
+        _ => Err(Failure::usage("TOKEN_MISSING", "a join token is needed")
+            .hint("give it as second argument, as - on standard input, with --token-file, or in K3S_TOKEN; `pipeops cluster-info --join` on the server prints it")
+            .into()),
+    }
+}
+
+async fn join(job: &mut Job<'_>, url: &str, secret: Secret, insecure: bool) -> anyhow::Result<Exit> {
+    let token = Token::parse(secret.expose()).map_err(|why| {
+        Failure::new(Exit::Refused, "JOIN_TOKEN_MALFORMED", "this is not a k3s join token")
+            .why(why)
+            .hint("get a fresh line on the server with `pipeops cluster-info --join`")
+    })?;
+    job.secrets.insert(SecretName::K3sToken, secret);
+    choose_route(&mut job.facts, url);
+    // local checks that need no version come first: they cost the server nothing
+    let provisional = super::release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
+    let joined = job.journal.is_some() && job.host.exists(JOIN_TOKEN) && job.facts.k3s.active;
+    let server = match supervisor::connect(url, token, insecure).await {
+        // a worker that is up already can be checked and changed while its server is away
+        Err(failure) if joined && failure.exit == Exit::Network => {
+            job.printer.say(&format!("note: {} – going on with what is known", failure.what));
+            return install(job, url, provisional, None, joined).await;
+        }
+        other => other?,
+    };
+    job.facts.clock.offset = server.clock_offset.map(|offset| (offset, url.to_owned()));
+    if !joined {
+        server.authorize().await?;
+    }
+    install(job, url, provisional, Some(&server), joined).await
+}
+
+async fn install(job: &mut Job<'_>, url: &str, provisional: Version, server: Option<&Server>, joined: bool) -> anyhow::Result<Exit> {
+    // what needs no version stops the run before the name is reserved; the version is the server's, unless said
+    let known = job.journal.is_some() || job.settings.version.is_some() || job.settings.channel.is_some();
+    let mut findings = job.check(known.then_some(&provisional), &[])?;
+    let Some(server) = server else { return finish(job, url, provisional, &mut findings).await };
+    let node = job.settings.node_name(&job.facts.hostname);
+    job.secrets.insert(SecretName::NodePassword, node_password(job)?);
+    if job.run.read_only() {
+        if !known {
+            job.printer.say("note: a dry run does not reserve the name, so it cannot ask for the server's version; the default is shown");
+        }
+        return finish(job, url, provisional, &mut findings).await;
+    }
+    if !job.run.yes && job.run.apply_plan.is_none() && job.journal.is_none() {
+        ask_first(job, url, &node)?;
+    }
+    let result = match reserve(job, server, &node).await {
+        Ok(version) => finish(job, url, version, &mut findings).await,
+        // a worker that is up needs its token no more: it may have expired since
+        Err(error) if joined && Failure::of(&error).code != "VERSION_SKEW" => {
+            job.printer.say(&format!("note: the server's version was not asked for: {error}"));
+            finish(job, url, provisional, &mut findings).await
+        }
+        Err(error) => Err(error),
+    };
+    let refused = |error: &anyhow::Error| Failure::of(error).code == "NODE_NAME_TAKEN";
+    if job.journal.is_none() && result.as_ref().is_err_and(|e| !refused(e)) {
+        // the name is ours on the server: keep the password, or this machine could not come back under it
+        keep_password(job, url).await;
+    }
+    result
+}
+
+/// Ties the name to this machine on the server, and settles the version.
+async fn reserve(job: &mut Job<'_>, server: &Server, node: &str) -> anyhow::Result<Version> {
+    let Some(password) = job.secrets.get(&SecretName::NodePassword).cloned() else { anyhow::bail!("no node password") };
+    let theirs = server.reserve(node, &password).await?;
+    if job.settings.version.as_ref().is_some_and(|ours| (ours.major, ours.minor) > (theirs.major, theirs.minor)) {
+        return Err(Failure::new(Exit::Preflight, "VERSION_SKEW", format!("a worker must not be newer than its server ({theirs})"))
+            .why(format!("asked for {}", job.settings.version.as_ref().map(ToString::to_string).unwrap_or_default()))
+            .hint("leave --k3s-version out: the server's version is taken")
+            .into());
+    }
+    job.printer.say(&format!("the server has reserved the name {node} for this machine; it runs k3s {theirs}"));
+    super::release::version(&job.host, &job.settings, &job.facts, None, Some(&theirs)).await
+}
+
+async fn finish(job: &mut Job<'_>, url: &str, version: Version, findings: &mut Vec<Finding>) -> anyhow::Result<Exit> {
+    let late: Vec<Finding> =
+        crate::checks::run(&job.facts, &crate::checks::Target { settings: &job.settings, version: Some(&version), components: &[] })
+            .into_iter()
+            .filter(|f| f.level == Level::Error && !findings.contains(f))
+            .collect();
+    if !late.is_empty() {
+        *findings = job.check(Some(&version), &[])?;
+    }
+    let resolved = super::release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version).await?;
+    resolved.notes.iter().for_each(|n| job.printer.say(&format!("note: {n}")));
+    let plan = k3s::worker_plan(&job.facts, &job.settings, &resolved.release, &Master { url: url.to_owned() });
+    let Some(_) = job.carry_out(plan, findings.clone()).await? else { return Ok(Exit::Done) };
+    let name = job.settings.node_name(&job.facts.hostname);
+    job.printer.data(&format!("{name} is a k3s {} worker of {url}, Ready.", resolved.release.version));
+    Ok(Exit::Done)
+}
+
+/// Without a terminal and `--yes` nothing is reserved either.
+fn ask_first(job: &mut Job<'_>, url: &str, node: &str) -> anyhow::Result<()> {
+    match job.printer.confirm(&format!("reserve the name {node} at {url} and plan the join?")) {
+        Some(true) => Ok(()),
+        answer => {
+            let what = if answer.is_some() { "declined" } else { "there is no terminal to ask on" };
+            Err(Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed").hint("run again with --yes, or look with --dry-run").into())
+        }
+    }
+}
+
+/// The password that ties the name to this machine: the one that is there, or a new one (format as in k3s, pkg/agent/config).
+fn node_password(job: &Job<'_>) -> anyhow::Result<Secret> {
+    if let Some(text) = job.host.read(NODE_PASSWORD)? {
+        return Ok(Secret::new(text));
+    }
+    Ok(Secret::new(format!("{}\n", hex(&random()?))))
+}
+
+#[expect(clippy::disallowed_types, reason = "the kernel's random source is no file of the machine")]
+fn random() -> anyhow::Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Writes the node password, and nothing else, through the engine, so that uninstall knows of it.
+async fn keep_password(job: &mut Job<'_>, url: &str) {
+    let Some(hands) = &job.hands else { return };
+    let want = crate::plan::Resource::File {
+        path: NODE_PASSWORD.into(),
+        content: crate::plan::Content::Secret(SecretName::NodePassword),
+        mode: 0o600,
+        group: None,
+    };
+    let step = crate::plan::Step {
+        id: "node-password".into(),
+        title: "keep the node password".into(),
+        why: "the name is reserved".into(),
+        want,
+        optional: false,
+    };
+    let plan = Plan {
+        schema: crate::plan::SCHEMA.into(),
+        command: "join-worker".into(),
+        role: Role::Worker,
+        node: job.settings.node_name(&job.facts.hostname),
+        k3s_version: String::new(),
+        machine_id: job.facts.machine_id.clone(),
+        options: std::iter::once(("server".to_owned(), url.to_owned())).collect(),
+        steps: vec![step],
+    };
+    let mut journal = crate::plan::journal::Journal::new(Role::Worker, &plan.node, "");
+    let stop = tokio_util::sync::CancellationToken::new();
+    let done = crate::plan::engine::apply(hands, &plan, &job.secrets, &mut journal, &stop, &mut |_| {}).await;
+    match done {
+        Ok(_) => job.printer.say(&format!("note: the name stays reserved; its password is kept in {NODE_PASSWORD} (`pipeops uninstall` removes it)")),
+        Err(error) => job.printer.say(&format!(
+            "note: the name stays reserved, and its password could not be kept: {error:#}; before a new try, on the server: kubectl delete node {}",
+            plan.node
+        )),
+    }
+}
+
+/// A worker takes the address that leads to its server: `ip route get` would say the same.
+fn choose_route(facts: &mut Facts, url: &str) {
+    let host = url::Url::parse(url).ok().and_then(|u| u.host_str().map(|h| h.trim_matches(['[', ']']).to_owned()));
+    let Some(master) = host.and_then(|h| h.parse::<std::net::IpAddr>().ok()) else { return };
+    let best = facts
+        .routes
+        .iter()
+        .filter(|r| crate::facts::Cidr::parse(&r.to).is_some_and(|c| c.contains(master)))
+        .max_by_key(|r| (crate::facts::Cidr::parse(&r.to).map_or(0, |c| c.prefix), std::cmp::Reverse(r.metric)))
+        .cloned();
+    if let Some(mut route) = best {
+        // the route to the server counts as the best default: address and interface follow from it
+        route.to = if master.is_ipv4() { "0.0.0.0/0".into() } else { "::/0".into() };
+        route.metric = 0;
+        let rivals = |r: &crate::facts::Route| r.to == route.to && r.device != route.device;
+        facts.routes.iter_mut().filter(|r| rivals(r)).for_each(|r| r.metric = r.metric.saturating_add(1));
+        facts.routes.insert(0, route);
+    }
+}

@@ -1,0 +1,112 @@
+//! Units by `systemctl`: what they are, and making them so.
+
+use std::time::Duration;
+
+use super::{Hands, Host};
+use crate::facts::parse;
+
+/// What systemd says of a unit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unit {
+    pub loaded: bool,
+    pub enabled: bool,
+    /// `active`, `activating`, `inactive`, `failed`, …
+    pub active: String,
+    pub sub: String,
+    pub main_pid: u32,
+    pub restarts: u32,
+    pub need_reload: bool,
+    pub status: String,
+    /// `oneshot`, `notify`, … ; empty for timers.
+    pub service_type: String,
+    pub result: String,
+}
+
+impl Unit {
+    pub fn running(&self) -> bool {
+        self.active == "active"
+    }
+}
+
+const ASK: Duration = Duration::from_secs(10);
+/// `systemctl stop` waits for the unit's own stop time.
+const ACT: Duration = Duration::from_secs(120);
+
+impl Host {
+    /// # Errors
+    /// When systemctl itself fails; an unknown unit is an answer.
+    pub async fn unit(&self, name: &str) -> anyhow::Result<Unit> {
+        let properties = "LoadState,UnitFileState,ActiveState,SubState,MainPID,NRestarts,NeedDaemonReload,StatusText,Type,Result";
+        let output = self.ask("systemctl", &["show", "--property", properties, name], ASK).await?;
+        let map = parse::pairs(&output.stdout);
+        let get = |key: &str| map.get(key).cloned().unwrap_or_default();
+        Ok(Unit {
+            loaded: get("LoadState") == "loaded",
+            enabled: get("UnitFileState") == "enabled",
+            active: get("ActiveState"),
+            sub: get("SubState"),
+            main_pid: get("MainPID").parse().unwrap_or(0),
+            restarts: get("NRestarts").parse().unwrap_or(0),
+            need_reload: get("NeedDaemonReload") == "yes",
+            status: get("StatusText"),
+            service_type: get("Type"),
+            result: get("Result"),
+        })
+    }
+
+    /// The unit's journal since a moment (seconds since 1970), newest last; empty when it cannot be read.
+    pub async fn unit_log(&self, name: &str, since: i64, lines: usize) -> String {
+        let (since, lines) = (format!("@{since}"), lines.to_string());
+        let args = ["--unit", name, "--since", &since, "--lines", &lines, "--output", "cat", "--no-pager", "--quiet"];
+        self.ask("journalctl", &args, ASK).await.map(|o| o.stdout).unwrap_or_default()
+    }
+}
+
+impl Hands {
+    pub async fn daemon_reload(&self) -> anyhow::Result<()> {
+        self.run("systemctl", &["daemon-reload"], ACT).await.map(drop)
+    }
+
+    pub async fn enable(&self, name: &str) -> anyhow::Result<()> {
+        self.run("systemctl", &["enable", "--quiet", name], ACT).await.map(drop)
+    }
+
+    /// Starts without waiting: a `Type=notify` unit may take minutes, and the deadline is ours.
+    pub async fn start(&self, name: &str) -> anyhow::Result<()> {
+        self.run("systemctl", &["reset-failed", name], ACT).await.ok();
+        self.run("systemctl", &["start", "--no-block", name], ACT).await.map(drop)
+    }
+
+    /// Restarts, and comes back once the former process is on its way out: what is asked next must not be answered by it.
+    pub async fn restart(&self, name: &str) -> anyhow::Result<()> {
+        let former = self.unit(name).await?.main_pid;
+        self.run("systemctl", &["restart", "--no-block", name], ACT).await.map(drop)?;
+        let begin = std::time::Instant::now();
+        while former != 0 && begin.elapsed() < ACT {
+            let now = self.unit(name).await?;
+            if now.main_pid != former || !now.running() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    pub async fn stop(&self, name: &str) -> anyhow::Result<()> {
+        self.run("systemctl", &["stop", name], ACT).await.map(drop)
+    }
+
+    /// Stops and disables; a unit that is gone already is fine.
+    pub async fn disable(&self, name: &str) -> anyhow::Result<()> {
+        let unit = self.unit(name).await?;
+        if !unit.loaded {
+            return Ok(());
+        }
+        self.stop(name).await?;
+        if unit.enabled {
+            self.run("systemctl", &["disable", "--quiet", name], ACT).await.map(drop)?;
+        }
+        self.run("systemctl", &["reset-failed", name], ACT).await.ok();
+        Ok(())
+    }
+}

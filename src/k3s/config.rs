@@ -1,0 +1,248 @@
+//! The text of what we write for k3s: settings drop-in, units, firewall table, the agent's settings.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use super::version::Version;
+use super::{AGENT_SOCKET, CREDENTIAL, Master, net};
+use crate::checks::iptables_bad;
+use crate::components::Component;
+use crate::facts::Facts;
+use crate::settings::{MaxRole, Role, Settings};
+
+const HEADER: &str = "# Written by pipeops; change it by running pipeops again. Further settings go into files of other names beside it.\n";
+
+/// Settings of both roles.
+fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<String, Value> {
+    let options = &settings.options;
+    let mut map = BTreeMap::new();
+    map.insert("node-name".into(), json!(settings.node_name(&facts.hostname)));
+    if !options.node_ip.is_empty() {
+        map.insert("node-ip".into(), json!(options.node_ip.join(",")));
+    } else if let Some(address) = net::node_address(facts, settings) {
+        map.insert("node-ip".into(), json!(address.to_string()));
+    }
+    if let Some(interface) = net::flannel_iface(facts, settings) {
+        map.insert("flannel-iface".into(), json!(interface));
+    }
+    for (key, list) in [("node-label", &options.node_label), ("node-taint", &options.node_taint)] {
+        if !list.is_empty() {
+            map.insert(key.into(), json!(list));
+        }
+    }
+    if iptables_bad(facts) {
+        map.insert("prefer-bundled-bin".into(), json!(true));
+    }
+    let mut kubelet = Vec::new();
+    if facts.cgroup.version == 1 && version.minor >= 35 {
+        // only reached when CGROUP_V1_UNSUPPORTED was ignored
+        kubelet.push("fail-cgroupv1=false".to_owned());
+    }
+    if facts.container.as_deref() == Some("lxc") {
+        kubelet.push("feature-gates=KubeletInUserNamespace=true".to_owned());
+    }
+    if !kubelet.is_empty() {
+        map.insert("kubelet-arg".into(), json!(kubelet));
+    }
+    map
+}
+
+/// Adds the `[k3s]` table: lists of the same key are joined, everything else is the user's word.
+fn pass_through(map: &mut BTreeMap<String, Value>, extra: &BTreeMap<String, Value>) {
+    for (key, value) in extra {
+        match (map.get_mut(key), value) {
+            (Some(Value::Array(ours)), Value::Array(theirs)) => {
+                for item in theirs {
+                    if !ours.contains(item) {
+                        ours.push(item.clone());
+                    }
+                }
+            }
+            (Some(Value::Array(ours)), Value::String(one)) => ours.extend(one.split(',').map(|s| json!(s.trim()))),
+            _ => {
+                map.insert(key.clone(), value.clone());
+            }
+        }
+    }
+}
+
+/// JSON scalars and lists are YAML; one line a value keeps diffs readable.
+fn yaml(map: &BTreeMap<String, Value>) -> String {
+    let mut text = HEADER.to_owned();
+    for (key, value) in map {
+        match value {
+            Value::Array(items) => {
+                let _ = writeln!(text, "{key}:");
+                for item in items {
+                    let _ = writeln!(text, "  - {item}");
+                }
+            }
+            scalar => {
+                let _ = writeln!(text, "{key}: {scalar}");
+            }
+        }
+    }
+    text
+}
+
+/// `50-pipeops.yaml` of a server.
+pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, components: &[&'static Component]) -> String {
+    let mut map = common(facts, settings, version);
+    map.insert("write-kubeconfig-mode".into(), json!("0600"));
+    map.insert("secrets-encryption".into(), json!(true));
+    if components.iter().any(|c| c.name == "ingress") {
+        map.insert("disable".into(), json!(["traefik"]));
+    }
+    let mut sans = settings.options.tls_san.clone();
+    sans.extend(net::node_address(facts, settings).map(|a| a.to_string()));
+    sans.sort();
+    sans.dedup();
+    map.insert("tls-san".into(), json!(sans));
+    if net::wireguard(facts, settings) {
+        map.insert("flannel-backend".into(), json!("wireguard-native"));
+    }
+    pass_through(&mut map, &settings.options.k3s);
+    yaml(&map)
+}
+
+/// `50-pipeops.yaml` of a worker. Server-only settings stop an agent at once, so none is ever written here.
+pub fn worker_drop_in(facts: &Facts, settings: &Settings, version: &Version, master: &Master) -> String {
+    let mut map = common(facts, settings, version);
+    map.insert("server".into(), json!(master.url));
+    map.insert("token-file".into(), json!(super::JOIN_TOKEN));
+    pass_through(&mut map, &settings.options.k3s);
+    yaml(&map)
+}
+
+/// Deployments that k3s itself brings, less what the user disabled.
+pub fn system_deployments(settings: &Settings) -> Vec<String> {
+    let disabled: Vec<String> = match settings.options.k3s.get("disable") {
+        Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+        Some(Value::String(one)) => one.split(',').map(|s| s.trim().to_owned()).collect(),
+        _ => Vec::new(),
+    };
+    [("coredns", "coredns"), ("local-path-provisioner", "local-storage"), ("metrics-server", "metrics-server")]
+        .into_iter()
+        .filter(|(_, switch)| !disabled.iter().any(|d| d == switch))
+        .map(|(name, _)| name.to_owned())
+        .collect()
+}
+
+/// What k3s and its pods fill, directories for the most part. `/var/lib/rancher/k3s/storage` inside them holds volumes.
+pub fn state_dirs(role: Role) -> Vec<String> {
+    let mut dirs = vec![
+        "/run/k3s",
+        "/run/flannel",
+        "/var/lib/cni",
+        "/var/lib/kubelet",
+        "/var/log/pods",
+        "/var/log/containers",
+        "/etc/cni/net.d",
+        "/etc/cni",
+        "/usr/libexec/kubernetes",
+        "/var/lib/rancher/k3s",
+        "/var/lib/rancher",
+        // not the directory: the user's own settings may lie beside it
+        "/etc/rancher/k3s/k3s.yaml",
+        "/etc/rancher/node",
+        "/run/containerd",
+        "/run/netns",
+    ];
+    if role == Role::Server {
+        dirs.extend(["/run/pipeops-credential", "/run/pipeops", "/var/lib/pipeops-agent"]);
+    }
+    dirs.into_iter().map(str::to_owned).collect()
+}
+
+/// The unit of k3s; `systemd/` holds the templates. The firewall table is loaded before anything listens, or k3s stays down.
+pub fn unit(settings: &Settings) -> String {
+    let template = match settings.role {
+        Role::Server => include_str!("../../systemd/k3s.service"),
+        Role::Worker => include_str!("../../systemd/k3s-agent.service"),
+    };
+    let firewall = if settings.options.api_allow.is_empty() { String::new() } else { format!("ExecStartPre=nft -f {}\n", super::FIREWALL) };
+    template.replace("# FIREWALL\n", &firewall)
+}
+
+/// An nftables table of our own: everything that is not loopback, pods, an answer, ICMP, 80, 443 or an allowed network is dropped.
+/// Only ports of k3s are closed, so that nobody locks himself out of ssh.
+pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String {
+    let mut text = format!(
+        "# Written by pipeops (--api-allow). A table of its own: other tables are not touched.\n\
+         table inet {t} {{}}\ndelete table inet {t}\ntable inet {t} {{\n  chain input {{\n    type filter hook input priority -10; policy accept;\n    \
+         iif \"lo\" accept\n    ct state established,related accept\n    iifname {{ \"cni0\", \"flannel*\", \"veth*\" }} accept\n",
+        t = super::FIREWALL_TABLE
+    );
+    let ranges = net::ranges(&settings.options.k3s).into_iter().map(|(_, r)| format!("{}/{}", r.address, r.prefix));
+    let own = net::node_address(facts, settings).map(|a| a.to_string());
+    for source in ranges.chain(own).chain(allow.iter().cloned()) {
+        let family = if source.contains(':') { "ip6" } else { "ip" };
+        let _ = writeln!(text, "    {family} saddr {source} accept");
+    }
+    text.push_str("    tcp dport { 6443, 6444, 10250, 10256, 2379-2381, 5001, 30000-32767 } drop\n");
+    text.push_str("    udp dport { 8472, 51820, 51821, 30000-32767 } drop\n  }\n}\n");
+    text
+}
+
+/// The environment of k3s behind a proxy: the user's variables, with `NO_PROXY` completed.
+pub fn proxy_environment(facts: &Facts, settings: &Settings) -> String {
+    let mut text = String::new();
+    for (key, value) in facts.proxy.iter().filter(|(key, _)| *key != "NO_PROXY") {
+        let _ = writeln!(text, "{key}={value}");
+    }
+    let given = facts.proxy.get("NO_PROXY").cloned().unwrap_or_default();
+    let mut list: Vec<String> = given.split(',').map(|s| s.trim().to_owned()).filter(|s| !s.is_empty()).collect();
+    for entry in net::no_proxy(facts, settings) {
+        if !list.contains(&entry) {
+            list.push(entry);
+        }
+    }
+    let _ = writeln!(text, "NO_PROXY={}", list.join(","));
+    text
+}
+
+/// `/etc/pipeops/agent.toml`: what `pipeops run` needs to know; free of secrets.
+pub fn agent_toml(settings: &Settings) -> String {
+    let options = &settings.options;
+    let mut text = String::from("# Written by pipeops install-server; read by pipeops run.\n");
+    let _ = writeln!(text, "control-plane-url = {}", json!(settings.control_plane_url));
+    if !options.control_plane_pin.is_empty() {
+        let _ = writeln!(text, "control-plane-pin = {}", json!(options.control_plane_pin));
+    }
+    if let Some(name) = &options.cluster_name {
+        let _ = writeln!(text, "cluster-name = {}", json!(name));
+    }
+    let _ = writeln!(text, "max-role = {}", json!(settings.max_role.name()));
+    let _ = writeln!(text, "kubeconfig = {}", json!(CREDENTIAL));
+    let _ = writeln!(text, "socket = {}", json!(AGENT_SOCKET));
+    text
+}
+
+/// The right to impersonate exactly the groups up to `max_role`, and nobody else.
+pub fn impersonation(max_role: MaxRole) -> String {
+    let groups: Vec<String> = MaxRole::ALL.into_iter().filter(|r| *r <= max_role).map(|r| format!("pipeops:{}", r.name())).collect();
+    include_str!("../../deployments/rbac-impersonate.yaml").replace("[GROUPS]", &json!(groups).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_users_lists_join_ours_and_his_scalars_win() {
+        let mut map = BTreeMap::from([("disable".to_owned(), json!(["traefik"])), ("flannel-backend".to_owned(), json!("vxlan"))]);
+        let extra = BTreeMap::from([("disable".to_owned(), json!(["servicelb", "traefik"])), ("flannel-backend".to_owned(), json!("host-gw"))]);
+        pass_through(&mut map, &extra);
+        assert_eq!(map["disable"], json!(["traefik", "servicelb"]));
+        assert_eq!(map["flannel-backend"], "host-gw");
+    }
+
+    #[test]
+    fn admin_may_be_impersonated_only_when_asked_for() {
+        assert!(!impersonation(MaxRole::Operator).contains("pipeops:admin"));
+        assert!(impersonation(MaxRole::Admin).contains("pipeops:admin"));
+        assert!(!impersonation(MaxRole::Viewer).contains("pipeops:deployer"));
+    }
+}

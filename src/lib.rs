@@ -1,0 +1,26 @@
+//! pipeops: turns bare VMs into managed k3s clusters. The map of the rooms; `tests/it/architecture.rs` holds the edges.
+
+// pure: no files, no sockets, no clock
+pub mod checks;
+pub mod components;
+pub mod error;
+pub mod facts;
+pub mod k3s;
+pub mod secret;
+pub mod settings;
+
+// doors: the only places with side effects
+pub mod cluster;
+pub mod host;
+pub mod output;
+pub mod status;
+pub mod supervisor;
+
+// engines
+pub mod agent;
+pub mod credential;
+pub mod plan;
+
+// front
+pub mod cli;
+pub mod cmd;

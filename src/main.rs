@@ -1,0 +1,173 @@
+//! The program: hides secrets, parses, runs one command, prints what failed, ends with its exit code.
+#![expect(clippy::disallowed_methods, reason = "the environment is read here and nowhere else")]
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::io::{Seek as _, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+use pipeops::cli::{self, Cli, Command};
+use pipeops::cmd::{self, Context};
+use pipeops::error::{Exit, Failure};
+use pipeops::secret::Secret;
+use pipeops::{agent, credential, host, output};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Number of the descriptor that carries secrets over the re-execution.
+const SECRETS_FD: &str = "PIPEOPS_SECRETS_FD";
+/// Variables that hold secrets themselves.
+const SECRET_VARIABLES: [&str; 2] = ["K3S_TOKEN", "AGENT_TOKEN"];
+
+fn main() -> ExitCode {
+    let args: Vec<String> = cli::by_name(std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect());
+    let parsed = Cli::try_parse_from(&args).unwrap_or_else(|e| e.exit());
+    let events = match &parsed.command {
+        Command::InstallServer(args) => args.run.events.is_some(),
+        Command::JoinWorker(args) => args.run.events.is_some(),
+        Command::Uninstall(args) => args.events.is_some(),
+        _ => false,
+    };
+    let end = |failure: &Failure, terminated: bool| {
+        output::fatal(failure, events);
+        ExitCode::from(cmd::exit_of(failure, terminated).number())
+    };
+    let secrets = match hide(&args, &parsed) {
+        Ok(secrets) => secrets,
+        Err(error) => return end(&Failure::of(&error), false),
+    };
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let level = format!("{:?}", parsed.log_level).to_lowercase();
+    output::logging(&level, std::env::var_os("JOURNAL_STREAM").is_some());
+    let runtime = match &parsed.command {
+        Command::Run(_) => tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build(),
+        _ => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+    };
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(e) => return end(&Failure::new(Exit::Internal, "INTERNAL", format!("starting the runtime: {e}")), false),
+    };
+    let stop = CancellationToken::new();
+    let terminated = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let result = runtime.block_on(async {
+        watch_signals(stop.clone(), terminated.clone());
+        run(parsed, secrets, stop).await
+    });
+    runtime.shutdown_background();
+    let was = terminated.load(std::sync::atomic::Ordering::Relaxed);
+    match result {
+        Ok(exit) => ExitCode::from(exit.number()),
+        Err(error) => end(&Failure::of(&error), was),
+    }
+}
+
+/// The first SIGINT or SIGTERM stops in order; the second ends the process at once: the journal already knows.
+fn watch_signals(stop: CancellationToken, terminated: std::sync::Arc<std::sync::atomic::AtomicBool>) {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else { return };
+    tokio::spawn(async move {
+        for round in 0..2 {
+            let number = tokio::select! { _ = interrupt.recv() => 130, _ = terminate.recv() => 143 };
+            if round == 0 {
+                terminated.store(number == 143, std::sync::atomic::Ordering::Relaxed);
+                stop.cancel();
+            } else {
+                #[expect(clippy::exit, reason = "the user has asked twice")]
+                std::process::exit(number);
+            }
+        }
+    });
+}
+
+async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationToken) -> anyhow::Result<Exit> {
+    let token = |name: &str| secrets.get(name).filter(|t| !t.trim().is_empty()).map(|t| Secret::new(t.trim()));
+    let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
+    let context = Context { env, k3s_token: token("K3S_TOKEN"), agent_token: token("AGENT_TOKEN"), stop };
+    match parsed.command {
+        Command::InstallServer(args) => cmd::install::server(&context, args).await,
+        Command::JoinWorker(args) => cmd::join::worker(&context, args).await,
+        Command::ClusterInfo(args) => cmd::info::info(&context, args).await,
+        Command::Uninstall(args) => cmd::uninstall::uninstall(&context, args).await,
+        Command::Run(args) => {
+            let host = host::Host::new(&args.rooted.root, context.env.get("PATH").map(Into::into));
+            let config = agent::AgentConfig::load(&host, &args.config)?;
+            // the token itself stays in systemd's credential; whether there is one is all that is asked here
+            let credentials = context.env.get("CREDENTIALS_DIRECTORY").cloned();
+            let given = credentials.and_then(|dir| host.users_file(&format!("{dir}/agent-token")).ok()).is_some_and(|t| !t.trim().is_empty());
+            let token = given || context.agent_token.is_some();
+            agent::run(host, config, args.kubeconfig, token, context.stop.clone()).await?;
+            Ok(Exit::Done)
+        }
+        Command::MintCredential(args) => {
+            let host = host::Host::new(&args.root, context.env.get("PATH").map(Into::into));
+            credential::mint(&host, &context.stop).await?;
+            Ok(Exit::Done)
+        }
+        Command::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "pipeops", &mut text);
+            output::raw(&text);
+            Ok(Exit::Done)
+        }
+        Command::Man => {
+            let mut text = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut text)?;
+            output::raw(&text);
+            Ok(Exit::Done)
+        }
+    }
+}
+
+/// Takes secrets out of sight. One that came as argument or in the environment stands in `/proc/PID/` for everybody or for root's
+/// tools to read: it moves to a sealed memory file, and the program executes itself again without it.
+fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String>> {
+    if let Some(fd) = std::env::var(SECRETS_FD).ok().and_then(|n| n.parse::<i32>().ok()) {
+        return received(fd);
+    }
+    let mut secrets: BTreeMap<String, String> =
+        SECRET_VARIABLES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect();
+    let mut shown = args.to_vec();
+    // the command stands in the arguments by now, whatever the program's name was
+    if let Some(name) = shown.first_mut() {
+        "pipeops".clone_into(name);
+    }
+    if let Command::JoinWorker(join) = &parsed.command
+        && let Some(token) = join.token.as_ref().filter(|t| *t != "-")
+    {
+        secrets.insert("K3S_TOKEN".into(), token.clone());
+        for arg in shown.iter_mut().skip(1).filter(|a| *a == token) {
+            "-".clone_into(arg);
+        }
+    }
+    if secrets.is_empty() {
+        return Ok(secrets);
+    }
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    let fd: OwnedFd = memfd_create(c"pipeops-secrets", MFdFlags::MFD_ALLOW_SEALING)?;
+    #[expect(clippy::disallowed_types, reason = "a file in memory is no file of the machine")]
+    let mut file = std::fs::File::from(fd);
+    file.write_all(serde_json::to_string(&secrets)?.as_bytes())?;
+    file.rewind()?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::all()))?;
+    let env: Vec<CString> = std::env::vars_os()
+        .filter(|(key, _)| !SECRET_VARIABLES.iter().any(|s| key == s))
+        .map(|(key, value)| format!("{}={}", key.to_string_lossy(), value.to_string_lossy()))
+        .chain([format!("{SECRETS_FD}={}", file.as_raw_fd())])
+        .filter_map(|pair| CString::new(pair).ok())
+        .collect();
+    let argv: Vec<CString> = shown.into_iter().filter_map(|a| CString::new(a).ok()).collect();
+    nix::unistd::execve(c"/proc/self/exe", &argv, &env)?;
+    Ok(secrets)
+}
+
+/// Reads what the former self left, and closes it: no child inherits it.
+fn received(fd: i32) -> anyhow::Result<BTreeMap<String, String>> {
+    let path = format!("/proc/self/fd/{fd}");
+    let ours = std::fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().contains("memfd:pipeops-secrets"));
+    anyhow::ensure!(ours, "{SECRETS_FD} names a descriptor that is not ours");
+    let text = std::fs::read_to_string(&path)?;
+    nix::unistd::close(fd)?;
+    Ok(serde_json::from_str(&text)?)
+}

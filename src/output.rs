@@ -1,0 +1,253 @@
+//! What people and programs see: data on stdout, conversation on stderr, progress made of the engine's events.
+#![expect(clippy::print_stderr, reason = "the one room that prints")]
+
+use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::checks::{Finding, Level};
+use crate::error::Failure;
+use crate::plan::{Check, Checked, Event};
+
+/// Where a run's words go.
+pub struct Printer {
+    terminal: bool,
+    colour: bool,
+    json: bool,
+    events: bool,
+    bar: Option<ProgressBar>,
+    title: String,
+    /// Whether the one JSON document was written.
+    documented: std::cell::Cell<bool>,
+    /// Text of the run for its log file.
+    log: String,
+}
+
+impl Printer {
+    /// `json`: the result is JSON. `events`: one JSON object an event on stderr instead of lines for people.
+    pub fn new(json: bool, events: bool, no_color: bool) -> Printer {
+        let terminal = std::io::stderr().is_terminal();
+        Printer {
+            terminal,
+            colour: terminal && !no_color,
+            json,
+            events,
+            bar: None,
+            title: String::new(),
+            documented: std::cell::Cell::new(false),
+            log: String::new(),
+        }
+    }
+
+    pub fn json(&self) -> bool {
+        self.json
+    }
+
+    /// What was said so far, for the log.
+    pub fn take_log(&mut self) -> String {
+        std::mem::take(&mut self.log)
+    }
+
+    /// A line of conversation.
+    pub fn say(&mut self, line: &str) {
+        self.log_only(line);
+        if !self.events {
+            match &self.bar {
+                Some(bar) => bar.suspend(|| eprintln!("{line}")),
+                None => eprintln!("{line}"),
+            }
+        }
+    }
+
+    /// A line that is shown elsewhere and belongs into the log as well.
+    pub fn log_only(&mut self, line: &str) {
+        self.log.push_str(line);
+        self.log.push('\n');
+    }
+
+    /// A line of the result.
+    pub fn data(&self, line: &str) {
+        if !self.json {
+            // a closed pipe is the reader's choice
+            let _ = writeln!(std::io::stdout(), "{line}");
+        }
+    }
+
+    /// The result as one JSON document; the first one counts.
+    pub fn document(&self, value: &impl Serialize) {
+        if self.json
+            && !self.documented.replace(true)
+            && let Ok(text) = serde_json::to_string_pretty(value)
+        {
+            let _ = writeln!(std::io::stdout(), "{text}");
+        }
+    }
+
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    /// Findings, the worst first, each with evidence and next step.
+    pub fn findings(&mut self, findings: &[Finding]) {
+        for level in [Level::Error, Level::Warning, Level::Info] {
+            for finding in findings.iter().filter(|f| f.level == level) {
+                let (word, colour) = match level {
+                    Level::Error => ("error  ", "31"),
+                    Level::Warning if finding.ignored => ("ignored", "33"),
+                    Level::Warning => ("warning", "33"),
+                    Level::Info => ("note   ", "2"),
+                };
+                let head = format!("{} {} {}", self.paint(colour, word), finding.code, finding.what);
+                self.say(&head);
+                self.say(&format!("        {}", finding.evidence));
+                for step in &finding.fix {
+                    self.say(&format!("        → {step}"));
+                }
+            }
+        }
+    }
+
+    /// The plan with what its check said.
+    pub fn plan(&mut self, checked: &Checked) {
+        for (step, check) in checked.plan.steps.iter().zip(&checked.checks) {
+            match check {
+                Check::Done => {}
+                Check::Todo { changes } => changes.iter().for_each(|c| self.say(&format!("  + {c}"))),
+                Check::Later { until } => self.say(&format!("  … {} (once {until})", step.title)),
+            }
+        }
+        for id in &checked.remove {
+            self.say(&format!("  - take back {id}"));
+        }
+        for path in &checked.drift {
+            self.say(&format!("  ! CONFIG_DRIFT {path} was edited by somebody else"));
+        }
+    }
+
+    /// One event of the engine.
+    pub fn event(&mut self, event: &Event) {
+        if self.events
+            && let Ok(line) = serde_json::to_string(event)
+        {
+            eprintln!("{line}");
+        }
+        match event {
+            Event::Started { title, number, of, .. } => {
+                self.title = format!("[{number}/{of}] {title}");
+                if self.terminal && !self.events {
+                    let bar = ProgressBar::new_spinner().with_message(self.title.clone());
+                    bar.set_style(style("{spinner} {msg} {elapsed}"));
+                    bar.enable_steady_tick(Duration::from_millis(120));
+                    self.bar = Some(bar);
+                }
+            }
+            Event::Progress { done, total, note, .. } => {
+                if let Some(bar) = &self.bar {
+                    match (note, total) {
+                        (Some(note), _) => bar.set_message(format!("{} – {note}", self.title)),
+                        (None, Some(total)) => {
+                            if bar.length() != Some(*total) {
+                                bar.set_length(*total);
+                                bar.set_style(style("{spinner} {msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}"));
+                            }
+                            bar.set_position(*done);
+                        }
+                        (None, None) => bar.set_message(format!("{} – {done} bytes", self.title)),
+                    }
+                } else if let Some(note) = note {
+                    self.say(&format!("      … {note}"));
+                }
+            }
+            Event::Finished { changed, duration_ms, .. } => {
+                self.end();
+                let time = if *duration_ms >= 100 { format!(" ({:.1} s)", *duration_ms as f64 / 1000.0) } else { String::new() };
+                if *changed {
+                    let line = format!("{} {}{time}", self.paint("32", "ok"), self.title);
+                    self.say(&line);
+                }
+            }
+            Event::Failed { what, optional, .. } => {
+                self.end();
+                let word = if *optional { self.paint("33", "left") } else { self.paint("31", "failed") };
+                let line = format!("{word} {} – {what}", self.title);
+                self.say(&line);
+            }
+            Event::Undone { title, .. } => {
+                self.end();
+                self.say(&format!("took back: {title}"));
+            }
+            Event::Note { text } => self.say(&format!("note: {text}")),
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Asks for a yes. `None` when there is nobody to ask.
+    pub fn confirm(&mut self, question: &str) -> Option<bool> {
+        if !std::io::stdin().is_terminal() || !self.terminal {
+            return None;
+        }
+        eprint!("{question} [y/N] ");
+        let _ = std::io::stderr().flush();
+        let mut answer = String::new();
+        std::io::stdin().lock().read_line(&mut answer).ok()?;
+        Some(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner())
+}
+
+/// Rows in columns as kubectl prints them: upper-case heads, three spaces, no borders.
+pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = head.iter().map(|h| h.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: Vec<&str>| {
+        let mut text = String::new();
+        for (cell, width) in cells.iter().zip(&widths) {
+            text.push_str(&format!("{cell:width$}   "));
+        }
+        format!("{}\n", text.trim_end())
+    };
+    let mut text = line(head.to_vec());
+    for row in rows {
+        // a cell comes from the cluster: no control characters reach the terminal
+        let cells: Vec<String> = row.iter().map(|c| c.chars().map(|c| if c.is_control() { '�' } else { c }).collect()).collect();
+        text.push_str(&line(cells.iter().map(String::as_str).collect()));
+    }
+    text
+}
+
+/// Logs of the library go to stderr, without time stamps under systemd, which has its own.
+pub fn logging(level: &str, journal: bool) {
+    let filter = tracing_subscriber::EnvFilter::new(format!(
+        "{level},hyper=warn,reqwest=warn,rustls=warn,kube=warn,hickory_resolver=warn,hickory_net=warn,tower=warn"
+    ));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).with_target(false);
+    let _ = if journal { builder.without_time().try_init() } else { builder.try_init() };
+}
+
+/// Prints generated text: completions, the manual.
+pub fn raw(bytes: &[u8]) {
+    let _ = std::io::stdout().write_all(bytes);
+}
+
+/// The failure that ends a run: text for people, or one more event where events were asked for.
+pub fn fatal(failure: &Failure, events: bool) {
+    if events {
+        eprintln!("{}", serde_json::json!({"event": "error", "error": failure}));
+    } else {
+        eprint!("{}", failure.render());
+    }
+}

@@ -1,0 +1,100 @@
+//! `pipeops run` as systemd sees it: notifications, the socket, the end.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use crate::support::{Sandbox, said};
+
+struct Agent {
+    child: Child,
+    notify: UnixDatagram,
+    sandbox: Sandbox,
+}
+
+impl Agent {
+    fn start(sandbox: Sandbox, env: &[(&str, &str)]) -> Agent {
+        let path = sandbox.path("notify");
+        let notify = UnixDatagram::bind(&path).unwrap();
+        notify.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let mut command = sandbox.command(&["run"]);
+        command.env("NOTIFY_SOCKET", &path).envs(env.iter().copied()).stderr(Stdio::piped());
+        Agent { child: command.spawn().unwrap(), notify, sandbox }
+    }
+
+    /// Reads notifications until one holds `text`.
+    fn until(&self, text: &str) -> String {
+        let mut buffer = [0; 4096];
+        loop {
+            let n = self.notify.recv(&mut buffer).unwrap_or_else(|e| panic!("no notification with `{text}`: {e}"));
+            let state = String::from_utf8_lossy(&buffer[..n]).into_owned();
+            if state.contains(text) {
+                return state;
+            }
+        }
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut stream = UnixStream::connect(self.sandbox.root().join("run/pipeops/agent.sock")).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    fn stop(mut self) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.until("STOPPING=1");
+        assert_eq!(self.child.wait().unwrap().code(), Some(0));
+    }
+}
+
+fn credential(sandbox: &Sandbox) {
+    let api = std::fs::read_to_string(sandbox.path("api")).unwrap();
+    let kubeconfig = serde_json::json!({"apiVersion": "v1", "kind": "Config", "current-context": "c", "clusters": [{"name": "l", "cluster": {"server": api}}],
+        "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "t"}}]});
+    sandbox.put("/run/pipeops-credential/kubeconfig", &kubeconfig.to_string());
+}
+
+#[test]
+fn without_anything_it_is_ready_unenrolled_and_waiting() {
+    let agent = Agent::start(Sandbox::new(), &[]);
+    let ready = agent.until("READY=1");
+    assert!(ready.contains("STATUS=unenrolled"), "{ready}");
+    agent.until("kubeconfig is not there yet");
+    assert!(agent.get("/healthz").starts_with("HTTP/1.1 200"));
+    assert!(agent.get("/readyz").starts_with("HTTP/1.1 503"));
+    assert!(agent.get("/metrics").contains("pipeops_kubernetes_connected 0"));
+    assert!(agent.get("/etc/passwd").starts_with("HTTP/1.1 404"));
+    agent.stop();
+}
+
+#[test]
+fn with_a_credential_it_tells_the_truth_about_the_cluster() {
+    let sandbox = Sandbox::new();
+    credential(&sandbox);
+    let agent = Agent::start(sandbox, &[("AGENT_TOKEN", "planted-4711")]);
+    let state = agent.until("1 of 1 nodes ready");
+    assert!(state.contains("not registered") && !state.contains("4711"), "{state}");
+    assert!(agent.get("/readyz").starts_with("HTTP/1.1 200"));
+    let status = agent.get("/status");
+    assert!(status.contains("\"name\":\"vm1\"") && !status.contains("4711"), "{status}");
+    agent.stop();
+}
+
+#[test]
+fn the_watchdog_is_fed_in_time() {
+    let agent = Agent::start(Sandbox::new(), &[("WATCHDOG_USEC", "3000000")]);
+    agent.until("WATCHDOG=1");
+    agent.until("WATCHDOG=1");
+    agent.stop();
+}
+
+#[test]
+fn a_wrong_configuration_ends_with_two() {
+    let sandbox = Sandbox::new();
+    sandbox.put("/etc/pipeops/agent.toml", "control-plan-url = \"x\"\n");
+    let answer = said(sandbox.command(&["run"]).output().unwrap()).ended(2);
+    assert!(answer.err.contains("unknown field `control-plan-url`"), "{}", answer.err);
+}

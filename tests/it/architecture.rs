@@ -1,0 +1,84 @@
+//! The table of allowed edges: pure things below, doors in the middle, engines on the doors, commands on top.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// Room → rooms that it may use. `error` is open to all.
+const EDGES: &[(&str, &[&str])] = &[
+    ("error", &[]),
+    ("secret", &[]),
+    ("facts", &["settings"]),
+    ("settings", &["facts", "k3s"]),
+    ("k3s", &["facts", "settings", "plan", "components", "checks", "secret"]),
+    ("components", &["plan"]),
+    ("checks", &["facts", "settings", "components", "k3s"]),
+    ("status", &["cluster"]),
+    ("host", &["facts", "k3s", "plan", "settings"]),
+    ("cluster", &["host"]),
+    ("supervisor", &["host", "k3s", "secret"]),
+    ("output", &["checks", "plan"]),
+    ("plan", &["facts", "host", "cluster", "checks", "settings", "k3s", "secret"]),
+    ("credential", &["cluster", "host", "k3s"]),
+    ("agent", &["cluster", "host", "k3s", "status"]),
+    ("cli", &["settings", "k3s"]),
+    (
+        "cmd",
+        &["agent", "checks", "cli", "cluster", "components", "facts", "host", "k3s", "output", "plan", "secret", "settings", "status", "supervisor"],
+    ),
+];
+
+/// A room is a file; past this it likely holds two ideas.
+const MOST_LINES: usize = 560;
+
+fn sources(dir: &Path, found: &mut Vec<(String, String)>) {
+    for entry in fs::read_dir(dir).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let name = path.strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap().display().to_string();
+            found.push((name, fs::read_to_string(&path).unwrap()));
+        }
+    }
+}
+
+fn all() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    sources(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src")), &mut found);
+    found
+}
+
+#[test]
+fn no_room_uses_one_that_the_table_does_not_allow() {
+    let mut wrong = BTreeSet::new();
+    for (file, text) in all() {
+        let room = file.split(['/', '.']).next().unwrap();
+        if matches!(room, "main" | "lib") || file.ends_with("tests.rs") {
+            continue;
+        }
+        let allowed = EDGES.iter().find(|(name, _)| *name == room).unwrap_or_else(|| panic!("{file}: the table has no row for {room}")).1;
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for used in code.split("crate::").skip(1) {
+            let inner: Vec<&str> = match used.strip_prefix('{') {
+                Some(list) => list.split('}').next().unwrap().split(',').map(str::trim).collect(),
+                None => vec![used],
+            };
+            for item in inner {
+                let target: String = item.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                if target != room && target != "error" && !allowed.contains(&target.as_str()) {
+                    wrong.insert(format!("{file}: {room} -> {target}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "edges that the table does not allow:\n{}", wrong.into_iter().collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
+fn every_room_says_what_it_is_and_stays_small() {
+    for (file, text) in all() {
+        assert!(text.starts_with("//! "), "{file} does not say what lives there");
+        assert!(text.lines().count() <= MOST_LINES, "{file} has {} lines", text.lines().count());
+    }
+}

@@ -1,0 +1,130 @@
+//! The command line as users meet it: help, names, exit codes, documentation that agrees.
+
+use std::process::Command;
+
+use clap::CommandFactory;
+use pipeops::cli::Cli;
+use pipeops::error::EXITS;
+
+use crate::support::{program, said};
+
+fn readme() -> String {
+    std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap()
+}
+
+#[test]
+fn no_help_line_is_wider_than_a_terminal() {
+    let mut commands = vec![vec!["--help".to_owned()]];
+    commands.extend(Cli::command().get_subcommands().map(|c| vec![c.get_name().to_owned(), "--help".to_owned()]));
+    for args in commands {
+        let help = said(Command::new(program()).args(&args).env("COLUMNS", "100").output().unwrap()).ended(0);
+        for line in help.out.lines() {
+            assert!(line.chars().count() <= 110, "{args:?}: {line}");
+        }
+    }
+}
+
+#[test]
+fn every_option_and_exit_code_stands_in_the_readme() {
+    let text = readme();
+    for command in Cli::command().get_subcommands().filter(|c| !c.is_hide_set()) {
+        assert!(text.contains(&format!("`{}", command.get_name())), "{}", command.get_name());
+        for long in command.get_arguments().filter(|a| !a.is_hide_set()).filter_map(|a| a.get_long()) {
+            assert!(text.contains(&format!("--{long}")) || long == "root", "--{long} of {}", command.get_name());
+        }
+    }
+    for (_, number, meaning) in EXITS {
+        assert!(text.contains(&format!("| {number} | {meaning} |")), "exit code {number}");
+    }
+    for variable in
+        ["PIPEOPS_CONTROL_PLANE_URL", "PIPEOPS_CONTROL_PLANE_PIN", "AGENT_TOKEN", "CLUSTER_NAME", "NODE_TYPE", "K3S_URL", "K3S_TOKEN", "LOG_LEVEL"]
+    {
+        assert!(text.contains(variable), "{variable}");
+    }
+}
+
+#[test]
+fn every_finding_code_stands_in_the_readme() {
+    let text = readme();
+    for code in pipeops::checks::codes() {
+        assert!(text.contains(code), "{code}");
+    }
+}
+
+#[test]
+fn committed_completions_and_manual_are_fresh() {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/completions");
+    for (args, file) in [
+        (vec!["completions", "bash"], "pipeops.bash"),
+        (vec!["completions", "zsh"], "_pipeops"),
+        (vec!["completions", "fish"], "pipeops.fish"),
+        (vec!["man"], "pipeops.1"),
+    ] {
+        let made = said(Command::new(program()).args(&args).env_clear().output().unwrap()).ended(0).out;
+        let path = format!("{dir}/{file}");
+        if std::env::var_os("PIPEOPS_UPDATE").is_some() {
+            std::fs::write(&path, &made).unwrap();
+        }
+        assert!(std::fs::read_to_string(&path).unwrap_or_default() == made, "{file} is stale: PIPEOPS_UPDATE=1 cargo test makes it anew");
+    }
+}
+
+#[test]
+fn the_name_of_the_program_selects_the_command() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, _) in pipeops::cli::NAMES {
+        let link = dir.path().join(name);
+        std::os::unix::fs::symlink(program(), &link).unwrap();
+        let help = said(Command::new(&link).arg("--help").output().unwrap()).ended(0);
+        let command = pipeops::cli::NAMES.iter().find(|(n, _)| n == name).unwrap().1;
+        assert!(help.out.contains(&format!(" {command} ")), "{name}: {}", help.out);
+    }
+}
+
+#[test]
+fn unknown_options_end_with_two() {
+    said(Command::new(program()).args(["install-server", "--nonsense"]).output().unwrap()).ended(2);
+    said(Command::new(program()).args(["cluster-info", "-o", "yaml"]).output().unwrap()).ended(2);
+    said(Command::new(program()).output().unwrap()).ended(2);
+}
+
+#[test]
+fn the_program_is_static() {
+    let bytes = std::fs::read(program()).unwrap();
+    // PT_INTERP is program header type 3 (elf(5))
+    let (offset, size, count) = (u64_at(&bytes, 32), u16_at(&bytes, 54), u16_at(&bytes, 56));
+    for n in 0..count {
+        let at = usize::try_from(offset).unwrap() + usize::from(n) * usize::from(size);
+        assert_ne!(u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()), 3, "the program names an interpreter");
+    }
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap())
+}
+
+/// Needs root for chroot; without it the static test above has to do, and that is said.
+#[test]
+fn it_runs_in_an_empty_chroot() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("NOT RUN: chroot needs root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(program(), dir.path().join("pipeops")).unwrap();
+    let answer = said(
+        Command::new("chroot")
+            .arg(dir.path())
+            .args(["/pipeops", "--version"])
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .output()
+            .unwrap(),
+    )
+    .ended(0);
+    assert_eq!(answer.out, format!("pipeops {}\n", env!("CARGO_PKG_VERSION")));
+}

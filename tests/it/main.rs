@@ -1,0 +1,12 @@
+//! The real executable against sandboxes, fake servers and its own documentation.
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::unwrap_used, clippy::print_stdout, reason = "tests stand outside the doors")]
+
+mod agent;
+mod architecture;
+mod cli;
+mod hosts;
+mod install;
+mod join;
+mod release;
+mod scripts;
+mod support;
