@@ -1,6 +1,7 @@
 //! pipeops: turns bare VMs into managed k3s clusters. The map of the rooms; `tests/it/architecture.rs` holds the edges.
 
 // pure: no files, no sockets, no clock
+pub mod backoff;
 pub mod checks;
 pub mod components;
 pub mod error;
@@ -8,6 +9,7 @@ pub mod facts;
 pub mod k3s;
 pub mod secret;
 pub mod settings;
+pub mod trust;
 
 // doors: the only places with side effects
 pub mod cluster;
@@ -15,6 +17,7 @@ pub mod host;
 pub mod output;
 pub mod status;
 pub mod supervisor;
+pub mod tunnel;
 
 // engines
 pub mod agent;

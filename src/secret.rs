@@ -3,12 +3,21 @@
 use zeroize::Zeroizing;
 
 /// A token or key. `Debug` shows dots; there is no `Display` and no `Serialize`, so it cannot slip into text or JSON.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq, serde::Deserialize)]
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
     pub fn new(text: impl Into<String>) -> Self {
         Secret(Zeroizing::new(text.into()))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// For `serialize_with`, in the few wire types whose purpose is to carry it.
+    pub fn reveal<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
     }
 
     /// The text itself, for the one place that must send or store it.

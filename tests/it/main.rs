@@ -10,3 +10,4 @@ mod join;
 mod release;
 mod scripts;
 mod support;
+mod tunnel;

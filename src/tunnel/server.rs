@@ -1,0 +1,458 @@
+//! The FRP server half: takes clients, opens their proxies, joins users to work connections.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::secret::Secret;
+use crate::tunnel::dial::tune;
+use crate::tunnel::layer::{Io, encrypted, layered};
+use crate::tunnel::mux::{Limits, Mux, Side};
+use crate::tunnel::wire::{self, Key, LoginResp, Message, NewProxy, NewProxyResp, NewVisitorConnResp, Pong, ReqWorkConn, StartWorkConn};
+
+/// Time for TLS and the first message.
+const FIRST: Duration = Duration::from_secs(10);
+/// How long a user waits for a work connection.
+const USER: Duration = Duration::from_secs(10);
+/// Largest pool of idle work connections a client.
+const POOL: usize = 5;
+/// What may wait beyond the pool: bursts ask twice.
+const SPARE: usize = 10;
+
+/// How the server is run.
+pub struct ServerConfig {
+    pub token: Secret,
+    pub tls: Option<Arc<rustls::ServerConfig>>,
+    pub tcp_mux: bool,
+    /// Whether a tcp proxy may open a port on this address.
+    pub tcp_bind: Option<std::net::IpAddr>,
+    /// A client that is silent for this long is gone.
+    pub heartbeat: Duration,
+}
+
+/// The server; clones are the same one.
+#[derive(Clone)]
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    config: ServerConfig,
+    registry: Mutex<Registry>,
+}
+
+#[derive(Default)]
+struct Registry {
+    sessions: HashMap<String, Arc<Control>>,
+    proxies: HashMap<String, Arc<Open>>,
+}
+
+/// A client that is logged in.
+struct Control {
+    run_id: String,
+    orders: mpsc::Sender<Message>,
+    pool: Mutex<Pool>,
+    most: usize,
+    /// Another login took the run id, or the connection ended.
+    over: CancellationToken,
+    gone: CancellationToken,
+}
+
+/// Work connections that wait for a user, or users that wait for one.
+#[derive(Default)]
+struct Pool {
+    idle: VecDeque<Io>,
+    users: VecDeque<oneshot::Sender<Io>>,
+}
+
+/// A proxy that is open.
+struct Open {
+    control: Arc<Control>,
+    asked: NewProxy,
+    closed: CancellationToken,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // a panic inside leaves plain data behind
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Closes what a session opened, however it ends.
+struct Leave<'a> {
+    server: &'a Server,
+    control: Arc<Control>,
+}
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        let mut registry = lock(&self.server.shared.registry);
+        registry.proxies.retain(|_, open| {
+            let ours = Arc::ptr_eq(&open.control, &self.control);
+            if ours {
+                open.closed.cancel();
+            }
+            !ours
+        });
+        if registry.sessions.get(&self.control.run_id).is_some_and(|c| Arc::ptr_eq(c, &self.control)) {
+            registry.sessions.remove(&self.control.run_id);
+        }
+        drop(registry);
+        *lock(&self.control.pool) = Pool::default();
+        self.control.over.cancel();
+        self.control.gone.cancel();
+    }
+}
+
+impl Server {
+    pub fn new(config: ServerConfig) -> Server {
+        Server { shared: Arc::new(Shared { config, registry: Mutex::default() }) }
+    }
+
+    /// Serves connections until `stop`.
+    pub async fn serve(&self, listener: TcpListener, stop: CancellationToken) {
+        let mut open = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Some(_) = open.join_next() => {}
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        let (server, stop) = (self.clone(), stop.clone());
+                        open.spawn(async move {
+                            tokio::select! {
+                                () = stop.cancelled() => {}
+                                result = server.connection(stream) => {
+                                    if let Err(error) = result {
+                                        tracing::debug!(%error, "connection");
+                                    }
+                                }
+                            }
+                        });
+                    }
+                    // out of descriptors: a moment later some are back
+                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                },
+            }
+        }
+    }
+
+    /// Names of the proxies that are open.
+    pub fn proxies(&self) -> Vec<String> {
+        let mut names: Vec<String> = lock(&self.shared.registry).proxies.keys().cloned().collect();
+        names.sort();
+        names
+    }
+
+    /// First bytes decide: 0x17 and TLS, TLS, or neither (fatedier/frp `pkg/util/net/tls.go`).
+    async fn connection(&self, stream: TcpStream) -> io::Result<()> {
+        tune(&stream);
+        let mut first = [0];
+        timeout(FIRST, stream.peek(&mut first)).await??;
+        let io: Io = match (&self.shared.config.tls, first[0]) {
+            (Some(tls), 0x16 | 0x17) => {
+                let mut stream = stream;
+                if first[0] == 0x17 {
+                    stream.read_exact(&mut first).await?;
+                }
+                Box::new(timeout(FIRST, TlsAcceptor::from(tls.clone()).accept(stream)).await??)
+            }
+            (None, _) => Box::new(stream),
+            (Some(_), _) => return Err(io::Error::other("no TLS")),
+        };
+        if !self.shared.config.tcp_mux {
+            return self.first_message(io).await;
+        }
+        let (mux, driver) = Mux::new(io, Side::Server, Limits::default());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            driver.run().await;
+        });
+        while let Some(stream) = mux.accept().await {
+            while tasks.try_join_next().is_some() {}
+            let server = self.clone();
+            tasks.spawn(async move {
+                if let Err(error) = server.first_message(Box::new(stream)).await {
+                    tracing::debug!(%error, "stream");
+                }
+            });
+        }
+        Ok(())
+    }
+
+    async fn first_message(&self, mut io: Io) -> io::Result<()> {
+        match timeout(FIRST, wire::read(&mut io)).await?? {
+            Message::Login(login) => self.login(io, login).await,
+            Message::NewWorkConn(hello) => self.work(io, &hello).await,
+            Message::NewVisitorConn(hello) => self.visitor(io, hello).await,
+            other => Err(io::Error::other(format!("a connection began with `{}`", char::from(other.kind())))),
+        }
+    }
+
+    async fn login(&self, mut io: Io, login: wire::Login) -> io::Result<()> {
+        let config = &self.shared.config;
+        if !same(&login.privilege_key, &wire::privilege_key(&config.token, login.timestamp)) {
+            let error = "token in login doesn't match token from configuration".into();
+            return wire::write(&mut io, LoginResp { version: version(), error, ..LoginResp::default() }).await;
+        }
+        let run_id = if login.run_id.is_empty() { wire::fresh_run_id() } else { login.run_id };
+        let pool = usize::try_from(login.pool_count).unwrap_or(0).min(POOL);
+        let (orders, mut queue) = mpsc::channel(64);
+        let control = Arc::new(Control {
+            run_id: run_id.clone(),
+            orders,
+            pool: Mutex::default(),
+            most: pool + SPARE,
+            over: CancellationToken::new(),
+            gone: CancellationToken::new(),
+        });
+        let former = lock(&self.shared.registry).sessions.insert(run_id.clone(), control.clone());
+        let _leave = Leave { server: self, control: control.clone() };
+        if let Some(former) = former {
+            // its names are free before the new session asks for them; a session that hangs does not hold the login
+            former.over.cancel();
+            let _ = timeout(Duration::from_secs(5), former.gone.cancelled()).await;
+        }
+        wire::write(&mut io, LoginResp { version: version(), run_id, error: String::new() }).await?;
+        let (mut reader, mut writer) = tokio::io::split(encrypted(io, &Key::of(&config.token)));
+        for _ in 0..pool {
+            wire::write(&mut writer, ReqWorkConn {}).await?;
+        }
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            while let Some(message) = queue.recv().await {
+                if wire::write(&mut writer, message).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let mut listeners = JoinSet::new();
+        loop {
+            let message = tokio::select! {
+                () = control.over.cancelled() => return Ok(()),
+                message = timeout(config.heartbeat, wire::read(&mut reader)) => message??,
+            };
+            let answer: Option<Message> = match message {
+                Message::Ping(ping) if same(&ping.privilege_key, &wire::privilege_key(&config.token, ping.timestamp)) => Some(Pong::default().into()),
+                Message::Ping(_) => Some(Pong { error: "token in heartbeat doesn't match token from configuration".into() }.into()),
+                Message::NewProxy(asked) => {
+                    let name = asked.proxy_name.clone();
+                    let (remote_addr, error) = match self.open(&control, asked, &mut listeners).await {
+                        Ok(address) => (address, String::new()),
+                        Err(error) => (String::new(), error),
+                    };
+                    Some(NewProxyResp { proxy_name: name, remote_addr, error }.into())
+                }
+                Message::CloseProxy(close) => {
+                    let mut registry = lock(&self.shared.registry);
+                    if registry.proxies.get(&close.proxy_name).is_some_and(|o| Arc::ptr_eq(&o.control, &control))
+                        && let Some(open) = registry.proxies.remove(&close.proxy_name)
+                    {
+                        open.closed.cancel();
+                    }
+                    None
+                }
+                _ => None,
+            };
+            if let Some(answer) = answer {
+                control.orders.send(answer).await.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+            }
+        }
+    }
+
+    async fn open(&self, control: &Arc<Control>, asked: NewProxy, listeners: &mut JoinSet<()>) -> Result<String, String> {
+        let open = Arc::new(Open { control: control.clone(), asked: asked.clone(), closed: CancellationToken::new() });
+        let name = asked.proxy_name.clone();
+        let listener = match (asked.proxy_type.as_str(), self.shared.config.tcp_bind) {
+            ("stcp", _) => None,
+            ("tcp" | "", Some(bind)) => {
+                Some(TcpListener::bind(SocketAddr::new(bind, asked.remote_port)).await.map_err(|e| format!("port unavailable: {e}"))?)
+            }
+            ("tcp" | "", None) => return Err("port not allowed".into()),
+            (other, _) => return Err(format!("unknown proxy type: {other}")),
+        };
+        {
+            let mut registry = lock(&self.shared.registry);
+            if registry.proxies.contains_key(&name) {
+                return Err(format!("proxy [{name}] already exists"));
+            }
+            registry.proxies.insert(name, open.clone());
+        }
+        let Some(listener) = listener else { return Ok(String::new()) };
+        let port = listener.local_addr().map_err(|e| e.to_string())?.port();
+        let server = self.clone();
+        listeners.spawn(async move {
+            let mut users = JoinSet::new();
+            loop {
+                tokio::select! {
+                    () = open.closed.cancelled() => break,
+                    Some(_) = users.join_next() => {}
+                    accepted = listener.accept() => {
+                        let Ok((mut user, from)) = accepted else { continue };
+                        tune(&user);
+                        let (server, open) = (server.clone(), open.clone());
+                        users.spawn(async move {
+                            if let Ok(mut work) = server.join(&open, Some(from)).await {
+                                splice(&mut user, &mut work).await;
+                            }
+                        });
+                    }
+                }
+            }
+            // existing users go on until the session ends
+            drop(listener);
+            while users.join_next().await.is_some() {}
+        });
+        Ok(format!(":{port}"))
+    }
+
+    async fn work(&self, mut io: Io, hello: &wire::NewWorkConn) -> io::Result<()> {
+        let control = lock(&self.shared.registry).sessions.get(&hello.run_id).cloned();
+        let refuse = |error: &str| StartWorkConn { error: error.into(), ..StartWorkConn::default() };
+        let Some(control) = control else { return wire::write(&mut io, refuse("no client control found for run id")).await };
+        if !same(&hello.privilege_key, &wire::privilege_key(&self.shared.config.token, hello.timestamp)) {
+            return wire::write(&mut io, refuse("token in NewWorkConn doesn't match token from configuration")).await;
+        }
+        let surplus = {
+            let mut pool = lock(&control.pool);
+            let mut io = Some(io);
+            while let Some(offered) = io.take() {
+                match pool.users.pop_front() {
+                    // a user that gave up is passed over
+                    Some(user) => io = user.send(offered).err(),
+                    None if pool.idle.len() < control.most => pool.idle.push_back(offered),
+                    None => {
+                        io = Some(offered);
+                        break;
+                    }
+                }
+            }
+            io
+        };
+        match surplus {
+            Some(mut io) => wire::write(&mut io, refuse("work connection pool is full, discarding")).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A stream to the client's side of `name`, for a caller in this process.
+    ///
+    /// # Errors
+    /// `NotFound` when no client has opened that proxy, `TimedOut` when it gives no work connection in time.
+    pub async fn dial(&self, name: &str) -> io::Result<Io> {
+        let open = lock(&self.shared.registry).proxies.get(name).cloned();
+        match open {
+            Some(open) => self.join(&open, None).await,
+            None => Err(io::Error::new(io::ErrorKind::NotFound, format!("nobody has opened {name}"))),
+        }
+    }
+
+    async fn join(&self, open: &Open, from: Option<SocketAddr>) -> io::Result<Io> {
+        let control = &open.control;
+        let start = StartWorkConn {
+            proxy_name: open.asked.proxy_name.clone(),
+            src_addr: from.map(|a| a.ip().to_string()).unwrap_or_default(),
+            src_port: from.map(|a| a.port()).unwrap_or_default(),
+            ..StartWorkConn::default()
+        };
+        timeout(USER, async {
+            loop {
+                let mut io = self.take(control).await?;
+                // a pooled connection may be dead: the next one, then
+                if wire::write(&mut io, start.clone()).await.is_ok() {
+                    let key = open.asked.use_encryption.then(|| Key::of(&self.shared.config.token));
+                    return Ok(layered(io, key.as_ref(), open.asked.use_compression));
+                }
+            }
+        })
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the client gave no work connection"))?
+    }
+
+    /// A work connection, and an order for the next one.
+    async fn take(&self, control: &Control) -> io::Result<Io> {
+        let gone = || io::Error::new(io::ErrorKind::NotConnected, "the client is gone");
+        control.orders.send(ReqWorkConn {}.into()).await.map_err(|_| gone())?;
+        let waiting = {
+            let mut pool = lock(&control.pool);
+            if let Some(io) = pool.idle.pop_front() {
+                return Ok(io);
+            }
+            let (user, waiting) = oneshot::channel();
+            pool.users.push_back(user);
+            waiting
+        };
+        waiting.await.map_err(|_| gone())
+    }
+
+    async fn visitor(&self, mut io: Io, hello: wire::NewVisitorConn) -> io::Result<()> {
+        let name = hello.proxy_name.clone();
+        let open = lock(&self.shared.registry).proxies.get(&name).cloned().filter(|o| o.asked.proxy_type == "stcp");
+        let refusal = match &open {
+            None => Some(format!("custom listener for [{name}] doesn't exist")),
+            Some(open) if !same(&hello.sign_key, &wire::privilege_key(&Secret::new(open.asked.sk.clone()), hello.timestamp)) => {
+                Some(format!("visitor connection of [{name}] auth failed"))
+            }
+            Some(_) => None,
+        };
+        let error = refusal.clone().unwrap_or_default();
+        wire::write(&mut io, NewVisitorConnResp { proxy_name: name, error }).await?;
+        let (Some(open), None) = (open, refusal) else { return Ok(()) };
+        let key = hello.use_encryption.then(|| Key::of(&Secret::new(open.asked.sk.clone())));
+        let mut user = layered(io, key.as_ref(), hello.use_compression);
+        let mut work = self.join(&open, None).await?;
+        splice(&mut user, &mut work).await;
+        Ok(())
+    }
+}
+
+fn version() -> String {
+    env!("CARGO_PKG_VERSION").into()
+}
+
+/// Equal, in a time that does not depend on where they differ.
+fn same(a: &str, b: &str) -> bool {
+    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |diff, (x, y)| diff | (x ^ y)) == 0
+}
+
+/// Copies both ways; when either direction ends, both do: frp does not half-close.
+async fn splice<A, B>(a: &mut A, b: &mut B)
+where
+    A: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    B: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
+    {
+        let (mut ar, mut aw) = tokio::io::split(&mut *a);
+        let (mut br, mut bw) = tokio::io::split(&mut *b);
+        tokio::select! {
+            _ = copy(&mut ar, &mut bw) => {}
+            _ = copy(&mut br, &mut aw) => {}
+        }
+    }
+    let _ = timeout(Duration::from_secs(5), async {
+        let _ = a.shutdown().await;
+        let _ = b.shutdown().await;
+    })
+    .await;
+}
+
+async fn copy<R: tokio::io::AsyncRead + Unpin, W: tokio::io::AsyncWrite + Unpin>(from: &mut R, to: &mut W) -> io::Result<()> {
+    let mut buffer = vec![0; 32 * 1024];
+    loop {
+        let n = from.read(&mut buffer).await?;
+        if n == 0 {
+            return to.flush().await;
+        }
+        to.write_all(&buffer[..n]).await?;
+        to.flush().await?;
+    }
+}

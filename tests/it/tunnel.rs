@@ -1,0 +1,497 @@
+//! The FRP client against our own server half, recordings of a genuine pair, and servers that misbehave.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pipeops::secret::Secret;
+use pipeops::trust::Pin;
+use pipeops::tunnel::client::{Client, Work};
+use pipeops::tunnel::layer::Io;
+use pipeops::tunnel::mux::{Limits, Mux, Side};
+use pipeops::tunnel::server::{Server, ServerConfig};
+use pipeops::tunnel::wire::{self, Message};
+use pipeops::tunnel::{Kind, Proxy, State, Status, TunnelAuth, TunnelConfig, TunnelTls};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+const TOKEN: &str = "my_secret_token";
+
+/// A self-made certificate as a server needs it, and its pin.
+pub(crate) fn identity() -> (Arc<rustls::ServerConfig>, String) {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let made = rcgen::generate_simple_self_signed(vec!["frps.test".into()]).unwrap();
+    let key = rustls_pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let pin = Pin::of(made.cert.der()).unwrap().to_string();
+    let config = rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![made.cert.der().clone()], key).unwrap();
+    (Arc::new(config), pin)
+}
+
+/// A server half on a port of its own; dropped, it is gone with its connections.
+struct Frps {
+    server: Server,
+    address: SocketAddr,
+    stop: CancellationToken,
+}
+
+impl Frps {
+    async fn start(tls: &Arc<rustls::ServerConfig>, tcp_mux: bool, port: u16) -> Frps {
+        let listener = loop {
+            match TcpListener::bind(("127.0.0.1", port)).await {
+                Ok(listener) => break listener,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        };
+        let address = listener.local_addr().unwrap();
+        let config = ServerConfig {
+            token: Secret::new(TOKEN),
+            tls: Some(tls.clone()),
+            tcp_mux,
+            tcp_bind: Some([127, 0, 0, 1].into()),
+            heartbeat: Duration::from_secs(30),
+        };
+        let (server, stop) = (Server::new(config), CancellationToken::new());
+        tokio::spawn({
+            let (server, stop) = (server.clone(), stop.clone());
+            async move { server.serve(listener, stop).await }
+        });
+        Frps { server, address, stop }
+    }
+}
+
+impl Drop for Frps {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// A client whose streams echo what they get.
+struct Frpc {
+    status: watch::Receiver<Status>,
+    settings: watch::Sender<Option<TunnelConfig>>,
+    run_ids: mpsc::Receiver<String>,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+async fn echo(mut io: Io) {
+    let mut buffer = vec![0; 32 * 1024];
+    while let Ok(n @ 1..) = io.read(&mut buffer).await {
+        if io.write_all(&buffer[..n]).await.is_err() || io.flush().await.is_err() {
+            return;
+        }
+    }
+}
+
+impl Frpc {
+    fn start(config: TunnelConfig, run_id: &str) -> Frpc {
+        let (frpc, mut work) = Frpc::with_work(config, run_id);
+        tokio::spawn(async move {
+            while let Some(work) = work.recv().await {
+                tokio::spawn(echo(work.io));
+            }
+        });
+        frpc
+    }
+
+    fn with_work(config: TunnelConfig, run_id: &str) -> (Frpc, mpsc::Receiver<Work>) {
+        let (settings, receiver) = watch::channel(Some(config));
+        let (publish, status) = watch::channel(Status { state: State::Off, reason: String::new(), since: tokio::time::Instant::now() });
+        let (ids, run_ids) = mpsc::channel(8);
+        let (work, works) = mpsc::channel(8);
+        let stop = CancellationToken::new();
+        let client = Client {
+            version: "0.0.0".into(),
+            hostname: "vm".into(),
+            allow_insecure: false,
+            settings: receiver,
+            publish,
+            run_ids: ids,
+            work,
+            drain: CancellationToken::new(),
+            stop: stop.clone(),
+        };
+        let task = tokio::spawn(client.run(run_id.into()));
+        (Frpc { status, settings, run_ids, stop, task }, works)
+    }
+
+    /// Waits for a state; gives the reason.
+    async fn until(&mut self, state: State) -> String {
+        self.wait(|s| s.state == state).await.reason
+    }
+
+    /// Waits for a reason that holds `text`; gives it.
+    async fn until_reason(&mut self, text: &str) -> String {
+        self.wait(|s| s.reason.contains(text)).await.reason
+    }
+
+    async fn wait(&mut self, wanted: impl FnMut(&Status) -> bool) -> Status {
+        let found = tokio::time::timeout(Duration::from_secs(40), self.status.wait_for(wanted)).await.map(|s| s.unwrap().clone());
+        found.unwrap_or_else(|_| panic!("it stays {:?}", *self.status.borrow()))
+    }
+}
+
+impl Drop for Frpc {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        self.task.abort();
+    }
+}
+
+fn settings(address: SocketAddr, tcp_mux: bool, pin: &str) -> TunnelConfig {
+    let proxy = |name: &str, kind| Proxy { name: name.into(), kind, secret_key: Secret::new("sk"), ..Proxy::default() };
+    TunnelConfig {
+        server: address.ip().to_string(),
+        port: address.port(),
+        tcp_mux,
+        pool_count: 1,
+        tls: TunnelTls { pin: Some(pin.into()), server_name: Some("frps.test".into()), ..TunnelTls::default() },
+        auth: TunnelAuth { token: Secret::new(TOKEN), user: None, metas: BTreeMap::new() },
+        proxies: vec![proxy("s", Kind::Stcp), proxy("t", Kind::Tcp)],
+    }
+}
+
+async fn round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), bytes: usize) {
+    let sent: Vec<u8> = (0..bytes).map(|i| u8::try_from(i % 251).unwrap()).collect();
+    let (mut r, mut w) = tokio::io::split(io);
+    let mut got = vec![0; bytes];
+    let write = async {
+        w.write_all(&sent).await?;
+        w.flush().await
+    };
+    let (read, wrote) = tokio::join!(r.read_exact(&mut got), write);
+    read.unwrap();
+    wrote.unwrap();
+    assert!(got == sent);
+}
+
+/// The address of tcp proxy `t`: the server tells it to the client only, so the test asks for a fixed free port.
+async fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_combination_carries_bytes_both_ways() {
+    let (tls, pin) = identity();
+    for tcp_mux in [true, false] {
+        for (custom_first_byte, encryption, compression, user) in
+            [(false, false, false, None), (true, true, false, Some("u")), (false, false, true, None), (true, true, true, None)]
+        {
+            let frps = Frps::start(&tls, tcp_mux, 0).await;
+            let mut config = settings(frps.address, tcp_mux, &pin);
+            config.tls.custom_first_byte = custom_first_byte;
+            config.auth.user = user.map(str::to_owned);
+            let port = free_port().await;
+            for proxy in &mut config.proxies {
+                (proxy.use_encryption, proxy.use_compression) = (encryption, compression);
+                proxy.remote_port = port;
+            }
+            let mut frpc = Frpc::start(config, "");
+            frpc.until(State::Up).await;
+            let name = if user.is_some() { "u.s" } else { "s" };
+            assert_eq!(frps.server.proxies().len(), 2);
+            let mut stcp = frps.server.dial(name).await.unwrap();
+            round_trip(&mut stcp, 3_000_000).await;
+            let mut tcp = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            round_trip(&mut tcp, 3_000_000).await;
+            // and several at once
+            let mut users = tokio::task::JoinSet::new();
+            for _ in 0..50 {
+                let server = frps.server.clone();
+                users.spawn(async move { round_trip(&mut server.dial(name).await.unwrap(), 10_000).await });
+            }
+            while let Some(done) = users.join_next().await {
+                done.unwrap();
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_server_has_its_client_back_within_a_second_or_so() {
+    let (tls, pin) = identity();
+    let frps = Frps::start(&tls, true, 0).await;
+    let address = frps.address;
+    let mut frpc = Frpc::start(settings(address, true, &pin), "");
+    frpc.until(State::Up).await;
+    let run_id = frpc.run_ids.recv().await.unwrap();
+    assert_eq!(run_id.len(), 32);
+    let begun = Instant::now();
+    drop(frps);
+    let reason = frpc.until(State::Waiting).await;
+    assert!(reason.contains("connection lost"), "{reason}");
+    println!("loss noticed after {:?}", begun.elapsed());
+    let begun = Instant::now();
+    let frps = Frps::start(&tls, true, address.port()).await;
+    frpc.until(State::Up).await;
+    println!("back {:?} after the server listened again", begun.elapsed());
+    round_trip(&mut frps.server.dial("s").await.unwrap(), 1000).await;
+    // the run id is kept
+    assert!(frpc.run_ids.try_recv().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_run_id_takes_over_without_a_conflict() {
+    let (tls, pin) = identity();
+    let frps = Frps::start(&tls, true, 0).await;
+    let mut first = Frpc::start(settings(frps.address, true, &pin), "r");
+    first.until(State::Up).await;
+    first.task.abort();
+    let mut second = Frpc::start(settings(frps.address, true, &pin), "r");
+    second.until(State::Up).await;
+    round_trip(&mut frps.server.dial("s").await.unwrap(), 1000).await;
+    // another run id finds the names taken, and says so
+    let mut third = Frpc::start(settings(frps.address, true, &pin), "other");
+    let reason = third.until(State::Conflict).await;
+    assert!(reason.contains("already exists"), "{reason}");
+}
+
+/// Two with one run id push each other out; both notice, and get themselves another.
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_stop_fighting() {
+    let (tls, pin) = identity();
+    let frps = Frps::start(&tls, true, 0).await;
+    let mut first = Frpc::start(settings(frps.address, true, &pin), "r");
+    let mut second = Frpc::start(settings(frps.address, true, &pin), "r");
+    let fresh = tokio::select! {
+        id = first.run_ids.recv() => id,
+        id = second.run_ids.recv() => id,
+        () = tokio::time::sleep(Duration::from_secs(60)) => panic!("they fight for ever"),
+    };
+    assert_ne!(fresh.unwrap(), "r");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_credentials_and_trust_are_states_with_a_reason() {
+    let (tls, pin) = identity();
+    let frps = Frps::start(&tls, true, 0).await;
+    let good = settings(frps.address, true, &pin);
+    let mut config = good.clone();
+    config.auth.token = Secret::new("wrong-4711");
+    let mut frpc = Frpc::start(config, "");
+    let reason = frpc.until(State::Unauthorized).await;
+    assert!(reason.contains("token") && !reason.contains("4711"), "{reason}");
+    // the right one heals it at once, without a restart
+    frpc.settings.send_replace(Some(good.clone()));
+    frpc.until(State::Up).await;
+
+    let mut config = good.clone();
+    config.tls.pin = Some(identity().1);
+    let reason = Frpc::start(config, "").until(State::Waiting).await;
+    assert!(reason.starts_with("tls_pin") && reason.contains("not pinned"), "{reason}");
+
+    let mut config = good.clone();
+    config.tls.pin = None;
+    let reason = Frpc::start(config.clone(), "").until(State::Refused).await;
+    assert!(reason.contains("neither CA nor pin"), "{reason}");
+    config.tls.pin = Some("sha256:x".into());
+    let reason = Frpc::start(config, "").until(State::Refused).await;
+    assert!(reason.contains("is no pin"), "{reason}");
+
+    let mut config = good.clone();
+    config.server = "no-such-name.invalid".into();
+    let reason = Frpc::start(config, "").until(State::Waiting).await;
+    assert!(reason.starts_with("dns"), "{reason}");
+
+    let mut config = good;
+    config.port = free_port().await;
+    let reason = Frpc::start(config, "").until(State::Waiting).await;
+    assert!(reason.starts_with("tcp") && reason.contains("refused"), "{reason}");
+}
+
+/// Accepts and, after `tls`, says nothing.
+async fn mute(tls: Option<Arc<rustls::ServerConfig>>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut held: Vec<Box<dyn Send>> = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            match &tls {
+                Some(tls) => held.push(Box::new(tokio_rustls::TlsAcceptor::from(tls.clone()).accept(stream).await)),
+                None => held.push(Box::new(stream)),
+            }
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_accepts_and_never_answers_holds_nobody() {
+    let (tls, pin) = identity();
+    let begun = Instant::now();
+    let address = mute(None).await;
+    let mut at_tls = Frpc::start(settings(address, true, &pin), "");
+    let address = mute(Some(tls)).await;
+    let mut at_login = Frpc::start(settings(address, true, &pin), "r");
+    let reason = at_tls.until_reason("handshake in 5 s").await;
+    println!("silent at TLS: {reason}, after {:?}", begun.elapsed());
+    at_login.until_reason("does not answer the login").await;
+    println!("silent at login: after {:?}", begun.elapsed());
+    // twice silent with a run id: a fresh one is tried
+    let fresh = tokio::time::timeout(Duration::from_secs(30), at_login.run_ids.recv()).await.unwrap().unwrap();
+    assert_ne!(fresh, "r");
+}
+
+/// A relay whose directions can be stopped without closing anything.
+struct Relay {
+    address: SocketAddr,
+    up: watch::Sender<bool>,
+    down: watch::Sender<bool>,
+}
+
+async fn relay(to: SocketAddr) -> Relay {
+    async fn pump(mut from: tokio::net::tcp::OwnedReadHalf, mut to: tokio::net::tcp::OwnedWriteHalf, mut open: watch::Receiver<bool>) {
+        let mut buffer = vec![0; 16 * 1024];
+        loop {
+            let Ok(n @ 1..) = from.read(&mut buffer).await else { return };
+            // what comes while the path is cut is lost
+            if *open.borrow_and_update() && to.write_all(&buffer[..n]).await.is_err() {
+                return;
+            }
+        }
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let ((up, up_open), (down, down_open)) = (watch::channel(true), watch::channel(true));
+    tokio::spawn(async move {
+        while let Ok((user, _)) = listener.accept().await {
+            let Ok(server) = TcpStream::connect(to).await else { continue };
+            let ((ur, uw), (sr, sw)) = (user.into_split(), server.into_split());
+            tokio::spawn(pump(ur, sw, up_open.clone()));
+            tokio::spawn(pump(sr, uw, down_open.clone()));
+        }
+    });
+    Relay { address, up, down }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_dies_silently_is_noticed_and_healed() {
+    let (tls, pin) = identity();
+    let both = async |cut_up: bool, cut_down: bool| {
+        let frps = Frps::start(&tls, true, 0).await;
+        let relay = relay(frps.address).await;
+        let mut frpc = Frpc::start(settings(relay.address, true, &pin), "");
+        frpc.until(State::Up).await;
+        let begun = Instant::now();
+        relay.up.send_replace(!cut_up);
+        relay.down.send_replace(!cut_down);
+        let reason = frpc.until(State::Waiting).await;
+        println!("cut up {cut_up}, down {cut_down}: noticed after {:?}: {reason}", begun.elapsed());
+        assert!(reason.contains("nothing heard"), "{reason}");
+        let begun = Instant::now();
+        relay.up.send_replace(true);
+        relay.down.send_replace(true);
+        frpc.until(State::Up).await;
+        println!("back {:?} after it healed", begun.elapsed());
+    };
+    tokio::join!(both(true, true), both(true, false), both(false, true));
+}
+
+fn recording(name: &str) -> Vec<(u64, bool, Option<Vec<u8>>)> {
+    let path = format!("{}/tests/fixtures/frp/frp-0.31.2-{name}.jsonl", env!("CARGO_MANIFEST_DIR"));
+    let unhex = |text: &str| text.as_bytes().chunks(2).map(|p| u8::from_str_radix(std::str::from_utf8(p).unwrap(), 16).unwrap()).collect();
+    std::fs::read_to_string(path)
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            (line["conn"].as_u64().unwrap(), line["dir"] == "s2c", line["hex"].as_str().map(unhex))
+        })
+        .collect()
+}
+
+/// Plays what a genuine frps sent, to our client; its key derivation, cipher, messages and payload must all come out.
+#[tokio::test(flavor = "multi_thread")]
+async fn recordings_of_a_genuine_server_are_understood() {
+    for (name, layers) in [("nomux-plain", false), ("nomux-enc-comp", true)] {
+        let (tls, pin) = identity();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut config = settings(listener.local_addr().unwrap(), false, &pin);
+        config.pool_count = 0;
+        config.proxies[0] = Proxy { name: "w".into(), kind: Kind::Http, ..Proxy::default() };
+        (config.proxies[1].use_encryption, config.proxies[1].use_compression) = (layers, layers);
+        let tape = recording(name);
+        tokio::spawn(async move {
+            let mut held = Vec::new();
+            for conn in 1.. {
+                let (stream, _) = listener.accept().await.unwrap();
+                let mut stream = tokio_rustls::TlsAcceptor::from(tls.clone()).accept(stream).await.unwrap();
+                for (_, _, bytes) in tape.iter().filter(|(c, server, _)| *c == conn && *server) {
+                    if let Some(bytes) = bytes {
+                        stream.write_all(bytes).await.unwrap();
+                    }
+                }
+                stream.flush().await.unwrap();
+                held.push(stream);
+            }
+        });
+        let (mut frpc, mut work) = Frpc::with_work(config, "");
+        frpc.until(State::Up).await;
+        for (proxy, kind) in [("t", Kind::Tcp), ("w", Kind::Http)] {
+            let mut first = tokio::time::timeout(Duration::from_secs(10), work.recv()).await.unwrap().unwrap();
+            assert_eq!((first.proxy.as_str(), first.kind, first.from.is_empty()), (proxy, kind, false), "{name}");
+            let mut head = [0; 4];
+            first.io.read_exact(&mut head).await.unwrap();
+            assert_eq!(&head, b"GET ", "{name}, proxy {proxy}");
+        }
+    }
+}
+
+/// What a genuine frpc sent over its multiplexer, read by our server side.
+#[tokio::test(flavor = "multi_thread")]
+async fn recordings_of_a_genuine_client_are_understood() {
+    let (ours, mut theirs) = tokio::io::duplex(1024 * 1024);
+    let (mux, driver) = Mux::new(ours, Side::Server, Limits::default());
+    tokio::spawn(driver.run());
+    for (_, server, bytes) in recording("mux-plain") {
+        if let (false, Some(bytes)) = (server, bytes) {
+            theirs.write_all(&bytes).await.unwrap();
+        }
+    }
+    let mut control = mux.accept().await.unwrap();
+    let Message::Login(login) = wire::read(&mut control).await.unwrap() else { panic!("no Login") };
+    assert_eq!((login.version.as_str(), login.pool_count), ("0.31.2", 1));
+    assert_eq!(login.privilege_key, wire::privilege_key(&Secret::new(TOKEN), login.timestamp));
+    let mut control = pipeops::tunnel::layer::encrypted(control, &wire::Key::of(&Secret::new(TOKEN)));
+    let mut kinds = String::new();
+    let mut names = Vec::new();
+    for _ in 0..4 {
+        let message = wire::read(&mut control).await.unwrap();
+        kinds.push(char::from(message.kind()));
+        if let Message::NewProxy(proxy) = message {
+            names.push((proxy.proxy_name, proxy.proxy_type, proxy.remote_port));
+        }
+    }
+    names.sort();
+    assert_eq!(kinds, "pphh");
+    assert_eq!(names, [("t".into(), "tcp".into(), 18991), ("w".into(), "http".into(), 0)]);
+    for _ in 0..3 {
+        let mut work = mux.accept().await.unwrap();
+        assert!(matches!(wire::read(&mut work).await.unwrap(), Message::NewWorkConn(_)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_visitor_with_the_wrong_key_is_refused_and_the_right_one_served() {
+    let (tls, pin) = identity();
+    let frps = Frps::start(&tls, true, 0).await;
+    let config = settings(frps.address, true, &pin);
+    let mut frpc = Frpc::start(config.clone(), "r");
+    frpc.until(State::Up).await;
+    let target = pipeops::tunnel::dial::Target::new(&config, false).unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    let carrier = target.connect(&mut tasks).await.unwrap();
+    for (name, key, refused) in [("s", "wrong", true), ("nobody", "sk", true), ("t", "sk", true), ("s", "sk", false)] {
+        match pipeops::tunnel::client::visit(&carrier, "", name, &Secret::new(key)).await {
+            Ok(mut io) => {
+                assert!(!refused, "{name} {key}");
+                round_trip(&mut io, 100_000).await;
+            }
+            Err(e) => assert!(refused && e.kind() == std::io::ErrorKind::PermissionDenied, "{name} {key}: {e}"),
+        }
+    }
+}
