@@ -1,30 +1,47 @@
-//! `pipeops run`: keeps a truthful account of node and cluster, tells systemd, answers on its socket, stops in order.
+//! `pipeops run`: builds the parts, watches over their tasks, keeps one account of them all, stops in order.
 
-use std::path::PathBuf;
+mod local;
+mod observer;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
 use sd_notify::NotifyState;
 use serde::Deserialize;
-use tokio::net::UnixListener;
-use tokio::sync::watch;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{Cluster, status};
+use crate::api::audit::Audit;
+use crate::api::jwt::Role;
+use crate::api::{self, Api};
+use crate::cluster::upstream::Upstream;
+use crate::control;
+use crate::control::client::{ControlPlane, Told, check_url};
+use crate::control::identity::{self, Found, Identity};
+use crate::control::types::{AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads};
 use crate::error::Failure;
 use crate::host::Host;
+use crate::host::state::StateDir;
 use crate::k3s::{AGENT_SOCKET, CREDENTIAL};
-use crate::status::{Agent, Enrolment, Kubernetes, Node};
+use crate::secret::Secret;
+use crate::status::{Agent, Kubernetes};
+use crate::trust::{Pin, Trust};
+use crate::tunnel::client::{Client, Work};
+use crate::tunnel::{self, Kind, TunnelConfig};
+use observer::Observer;
 
-/// How often the cluster is looked at.
-const LOOK: Duration = Duration::from_secs(10);
-/// Longest time for open answers after a stop.
-const DRAIN: Duration = Duration::from_secs(5);
+/// Where the agent keeps what must outlive it, unless systemd says otherwise.
+pub const STATE: &str = "/var/lib/pipeops-agent";
+/// How long the control plane may take to hear that the agent stops.
+const FAREWELL: Duration = Duration::from_secs(3);
+/// How long calls that are under way may take after that; the unit kills at 30 s.
+const GRACE: Duration = Duration::from_secs(20);
 
 /// `/etc/pipeops/agent.toml`, as `install-server` writes it.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -32,235 +49,418 @@ const DRAIN: Duration = Duration::from_secs(5);
 pub struct AgentConfig {
     pub control_plane_url: Option<String>,
     pub control_plane_pin: Vec<String>,
+    /// File with the certificates, in PEM, that may sign the control plane's.
+    pub control_plane_ca: Option<String>,
     pub cluster_name: Option<String>,
     pub max_role: Option<String>,
     pub kubeconfig: Option<String>,
     pub socket: Option<String>,
+    /// Loopback address and port for `/metrics`; none without it.
+    pub metrics_listen: Option<std::net::SocketAddr>,
+    /// Use a tunnel that has neither CA nor pin.
+    pub allow_insecure_tunnel: bool,
+    /// Streams of one caller, and of all together.
+    pub streams_per_caller: Option<usize>,
+    pub streams: Option<usize>,
+}
+
+fn wrong(code: &str, what: String, why: String) -> anyhow::Error {
+    Failure::usage(code, what).why(why).hint("correct it, or run `pipeops install-server` again, then `systemctl restart pipeops-agent`").into()
 }
 
 impl AgentConfig {
+    /// The file, with the environment over it.
+    ///
     /// # Errors
     /// Exit 2, so that systemd does not try a wrong file again and again.
-    pub fn load(host: &Host, path: &str) -> anyhow::Result<AgentConfig> {
-        let Some(text) = host.read(path)? else { return Ok(AgentConfig::default()) };
-        toml::from_str(&text).map_err(|e| {
-            Failure::usage("CONFIG_INVALID", format!("{path} is wrong"))
-                .why(e.to_string())
-                .hint("correct it, or run `pipeops install-server` again, then `systemctl restart pipeops-agent`")
-                .into()
+    pub fn load(host: &Host, path: &str, env: &BTreeMap<String, String>) -> anyhow::Result<AgentConfig> {
+        let mut config: AgentConfig = match host.read(path)? {
+            Some(text) => toml::from_str(&text).map_err(|e| wrong("CONFIG_INVALID", format!("{path} is wrong"), e.to_string()))?,
+            None => AgentConfig::default(),
+        };
+        let var = |name: &str| env.get(name).filter(|v| !v.is_empty()).cloned();
+        config.control_plane_url = var("PIPEOPS_CONTROL_PLANE_URL").or(config.control_plane_url);
+        config.cluster_name = var("CLUSTER_NAME").or(config.cluster_name);
+        if let Some(pins) = var("PIPEOPS_CONTROL_PLANE_PIN") {
+            config.control_plane_pin = pins.split(',').map(|p| p.trim().to_owned()).collect();
+        }
+        let invalid = |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
+        check_url(config.url()).map_err(invalid)?;
+        config.role()?;
+        config.trust(host)?.client().map_err(|why| wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why))?;
+        if config.metrics_listen.is_some_and(|a| !a.ip().is_loopback()) {
+            return Err(invalid("metrics-listen is for a loopback address: what it shows is nobody else's".into()));
+        }
+        Ok(config)
+    }
+
+    fn url(&self) -> &str {
+        self.control_plane_url.as_deref().unwrap_or(crate::settings::DEFAULT_CONTROL_PLANE)
+    }
+
+    fn role(&self) -> anyhow::Result<Role> {
+        let name = self.max_role.as_deref().unwrap_or("operator");
+        Role::of(name).ok_or_else(|| {
+            wrong(
+                "CONFIG_INVALID",
+                "the agent's settings are wrong".into(),
+                format!("max-role `{name}` is none of viewer, deployer, operator, admin"),
+            )
         })
+    }
+
+    fn trust(&self, host: &Host) -> anyhow::Result<Trust> {
+        let invalid = |why: String| wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why);
+        let pins = self.control_plane_pin.iter().map(|p| Pin::parse(p)).collect::<Result<Vec<_>, _>>().map_err(invalid)?;
+        if pins.len() > 2 {
+            return Err(invalid("two pins at most: the current and the next".into()));
+        }
+        let ca_pem = match &self.control_plane_ca {
+            Some(path) => Some(host.read(path).ok().flatten().ok_or_else(|| invalid(format!("control-plane-ca: {path} cannot be read")))?),
+            None => None,
+        };
+        Ok(Trust { ca_pem, pins, anybody: false })
     }
 }
 
-/// Runs until `stop`. READY means: configuration valid, socket open, tasks started; not that any server answered.
+/// Checks an enrolment token before anything is asked with it.
 ///
 /// # Errors
-/// When the configuration is wrong, the socket cannot be opened, or a task ends that should not.
-pub async fn run(host: Host, config: AgentConfig, kubeconfig: Option<String>, token: bool, stop: CancellationToken) -> anyhow::Result<()> {
-    let started_at = jiff::Timestamp::now().as_second();
-    let enrolment = if token { Enrolment::Waiting } else { Enrolment::Unenrolled };
-    let first = Agent { version: env!("CARGO_PKG_VERSION").into(), enrolment, started_at, reason: "not looked yet".into(), ..Agent::default() };
-    let (publish, state) = watch::channel(first);
-    let socket = host.at(config.socket.as_deref().unwrap_or(AGENT_SOCKET));
-    let listener = listen(&socket).with_context(|| format!("opening {}", socket.display()))?;
-    let credential = kubeconfig.or(config.kubeconfig).unwrap_or_else(|| CREDENTIAL.into());
-
-    let mut tasks: JoinSet<(&'static str, anyhow::Result<()>)> = JoinSet::new();
-    let beat = Beat::default();
-    {
-        let (host, stop, beat) = (host, stop.clone(), beat.clone());
-        tasks.spawn(async move { ("observer", observe(&host, &credential, &publish, &beat, &stop).await) });
+/// Exit 2: it can never be right.
+pub fn check_token(token: &Secret) -> anyhow::Result<()> {
+    let text = token.expose();
+    if text.len() > 4096 || !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(Failure::usage("TOKEN_MALFORMED", "AGENT_TOKEN holds characters that no token has, or is too long")
+            .hint("copy it again, alone and on one line")
+            .into());
     }
-    {
-        let (state, stop) = (state.clone(), stop.clone());
-        tasks.spawn(async move { ("socket", serve(listener, state, stop).await) });
-    }
-    {
-        let stop = stop.clone();
-        tasks.spawn(async move { ("notifier", notify(state, &beat, &stop).await) });
-    }
-    let mut result = Ok(());
-    while let Some(ended) = tasks.join_next().await {
-        match ended {
-            Ok((_, Ok(()))) if stop.is_cancelled() => {}
-            Ok((name, Ok(()))) => result = Err(anyhow::anyhow!("task {name} ended by itself")),
-            Ok((name, Err(error))) => result = Err(error.context(format!("task {name}"))),
-            Err(panic) => result = Err(anyhow::anyhow!("a task panicked: {panic}")),
-        }
-        if !stop.is_cancelled() {
-            tell(&[NotifyState::Stopping]);
-            stop.cancel();
-        }
-    }
-    let _ = std::os::unix::net::UnixStream::connect(&socket).is_err().then(|| unlink(&socket));
-    result
+    Ok(())
 }
 
 /// When the observer last came round, for the watchdog: a hung look must not be covered by a healthy timer.
 #[derive(Clone, Default)]
-struct Beat(std::sync::Arc<std::sync::atomic::AtomicI64>);
+pub(crate) struct Beat(Arc<AtomicI64>);
 
 impl Beat {
     fn touch(&self) {
-        self.0.store(jiff::Timestamp::now().as_second(), std::sync::atomic::Ordering::Relaxed);
+        self.0.store(jiff::Timestamp::now().as_second(), Ordering::Relaxed);
     }
 
     fn fresh(&self) -> bool {
-        let age = jiff::Timestamp::now().as_second() - self.0.load(std::sync::atomic::Ordering::Relaxed);
+        let age = jiff::Timestamp::now().as_second() - self.0.load(Ordering::Relaxed);
         age.abs() < 120
     }
 }
 
-/// The socket of a former run is replaced: two agents cannot run, systemd sees to it.
-#[expect(clippy::disallowed_methods, reason = "the socket is the agent's own, in its RuntimeDirectory")]
-fn listen(path: &PathBuf) -> anyhow::Result<UnixListener> {
-    use std::os::unix::fs::PermissionsExt as _;
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir)?;
-    }
-    unlink(path);
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
-    Ok(listener)
-}
-
-#[expect(clippy::disallowed_methods, reason = "the socket is the agent's own, in its RuntimeDirectory")]
-fn unlink(path: &PathBuf) {
-    let _ = std::fs::remove_file(path);
-}
-
-/// Looks at the cluster for ever; every failure is a state, none ends the task.
-async fn observe(host: &Host, credential: &str, publish: &watch::Sender<Agent>, beat: &Beat, stop: &CancellationToken) -> anyhow::Result<()> {
-    let mut machine = sysinfo::System::new().context("reading this machine")?;
-    let mut seen: Option<(i64, Cluster)> = None;
-    loop {
-        beat.touch();
-        machine.refresh_memory();
-        let look = look(host, credential, &mut seen).await;
-        publish.send_modify(|agent| {
-            agent.memory_used = machine.used_memory();
-            agent.memory_total = machine.total_memory();
-            match look {
-                Ok((api_version, nodes)) => {
-                    agent.kubernetes = Kubernetes::Connected;
-                    agent.reason.clear();
-                    agent.seen_at = jiff::Timestamp::now().as_second();
-                    (agent.api_version, agent.nodes) = (api_version, nodes);
-                }
-                Err(error) => {
-                    let refused = error.downcast_ref::<kube::Error>().and_then(status).is_some_and(|code| code == 401 || code == 403);
-                    agent.kubernetes = if refused { Kubernetes::Refused } else { Kubernetes::Waiting };
-                    agent.reason = error.root_cause().to_string().lines().next().unwrap_or_default().chars().take(200).collect();
-                    // what was true then is not said now
-                    agent.nodes.clear();
-                }
-            }
-        });
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(LOOK) => {}
-        }
-    }
-}
-
-/// The credential is read again when its file was replaced.
-async fn look(host: &Host, credential: &str, seen: &mut Option<(i64, Cluster)>) -> anyhow::Result<(String, Vec<Node>)> {
-    let Some(written) = host.modified(credential) else {
-        *seen = None;
-        anyhow::bail!("{credential} is not there yet");
+/// Runs until `stop`, then drains. READY means: configuration valid, socket open, tasks started; not that any server answered.
+///
+/// # Errors
+/// When the configuration is wrong, the state directory or socket cannot be opened, or a task ends that should not.
+pub async fn run(
+    host: Host,
+    config: AgentConfig,
+    kubeconfig: Option<String>,
+    token: Option<Secret>,
+    state: &str,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let state = host.state_dir(state)?;
+    let started = Instant::now();
+    let socket = host.at(config.socket.as_deref().unwrap_or(AGENT_SOCKET));
+    let listener = local::listen(&socket).with_context(|| format!("opening {}", socket.display()))?;
+    let port = match config.metrics_listen {
+        Some(address) => Some(TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?),
+        None => None,
     };
-    let cluster = match seen {
-        Some((at, cluster)) if *at == written => cluster.clone(),
-        _ => {
-            let cluster = Cluster::open(host, credential).await?;
-            *seen = Some((written, cluster.clone()));
-            cluster
-        }
+    let machine = identity::machine(&host);
+    // the key also serves TLS inside the tunnel; a copied one serves nobody
+    let identity = match (Identity::load(&state, &machine)?, &token) {
+        (Found::Ours(found), _) => Some(found),
+        (Found::Cloned, Some(_)) => Some(Box::new(Identity::renew(&state, &machine)?)),
+        (Found::Cloned, None) => None,
     };
-    let version = cluster.version().await?;
-    let nodes = cluster.list("/api/v1/nodes?limit=500").await?;
-    Ok((version, nodes.iter().map(Node::of).collect()))
+    let id = identity.as_ref().map(|i| i.id.clone()).unwrap_or_default();
+    let first = Agent {
+        version: env!("CARGO_PKG_VERSION").into(),
+        id: id.clone(),
+        control_reason: "starting".into(),
+        reason: "not looked yet".into(),
+        started_at: jiff::Timestamp::now().as_second(),
+        ..Agent::default()
+    };
+    let account = watch::Sender::new(first);
+    let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
+    let (settings, configs) = watch::channel::<Option<Config>>(None);
+    let (control_status, control) = watch::channel(control::Session::new(Instant::now()).status().clone());
+    let (tunnel_status, tunnel) = watch::channel(tunnel::Machine::new(String::new(), Instant::now()).status().clone());
+    let (audit_head, audit_heads) = watch::channel(AuditHead::default());
+    let (tunnel_settings, tunnel_config) = watch::channel::<Option<TunnelConfig>>(None);
+    let (run_ids, kept_run_ids) = mpsc::channel(4);
+    let (work, works) = mpsc::channel::<Work>(64);
+    let (_results, results) = mpsc::channel(16);
+    let (cluster, clusters) = watch::channel(ClusterInfo::default());
+    let (report, reports) = watch::channel(StatusReport::default());
+    // three steps of the end: nothing new, nothing at all, everything gone
+    let (drain, cut, halt, farewell) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+
+    let mut tasks: JoinSet<(&'static str, anyhow::Result<()>)> = JoinSet::new();
+    let beat = Beat::default();
+    let observer = Observer {
+        host: host.clone(),
+        credential: kubeconfig.or(config.kubeconfig.clone()).unwrap_or_else(|| CREDENTIAL.into()),
+        max_role: config.role()?.name().into(),
+        account: account.clone(),
+        upstream,
+        beat: beat.clone(),
+        stop: halt.clone(),
+    };
+    tasks.spawn(async move { ("observer", observer.run().await) });
+    let hostname = nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default();
+    let plane = ControlPlane {
+        url: config.url().to_owned(),
+        trust: config.trust(&host)?,
+        token,
+        state: state.clone(),
+        machine,
+        told: Told {
+            name: config.cluster_name.clone().unwrap_or_else(|| hostname.clone()),
+            hostname: hostname.clone(),
+            max_role: config.role()?.name().into(),
+            cluster: clusters,
+            status: reports,
+            tunnel: tunnel.clone(),
+            audit: audit_heads,
+            started,
+        },
+        publish: control_status,
+        config: settings,
+        results,
+        drain: drain.clone(),
+        farewell: farewell.clone(),
+        stop: halt.clone(),
+    };
+    tasks.spawn(async move { ("control plane", plane.run().await) });
+    let api = match &identity {
+        Some(identity) => Some(Api::new(api::Parts {
+            id,
+            most: config.role()?,
+            tls: identity.tls()?,
+            config: configs.clone(),
+            control: control.clone(),
+            upstream: upstreams,
+            account: account.subscribe(),
+            audit: Audit::open(state.sub("audit")?)?,
+            audit_head,
+            per_caller: config.streams_per_caller.unwrap_or(api::PER_CALLER),
+            in_all: config.streams.unwrap_or(api::IN_ALL),
+            drain: drain.clone(),
+            cut: cut.clone(),
+        })),
+        None => None,
+    };
+    let client = Client {
+        version: env!("CARGO_PKG_VERSION").into(),
+        hostname,
+        allow_insecure: config.allow_insecure_tunnel,
+        settings: tunnel_config,
+        publish: tunnel_status,
+        run_ids,
+        work,
+        drain: drain.clone(),
+        stop: halt.clone(),
+    };
+    let run_id = state.read("run-id")?.unwrap_or_default().trim().to_owned();
+    tasks.spawn(async move {
+        client.run(run_id).await;
+        ("tunnel", Ok(()))
+    });
+    tasks.spawn(keep_run_ids(state, kept_run_ids, halt.clone()));
+    tasks.spawn(accept(works, api.clone(), halt.clone()));
+    tasks.spawn(merge(account.clone(), control, tunnel, configs, tunnel_settings, cluster, report, config.clone(), halt.clone()));
+    let extra: local::Extra = match api.clone() {
+        Some(api) => Arc::new(move || api.metrics()),
+        None => Arc::new(String::new),
+    };
+    {
+        let (state, stop) = (account.subscribe(), halt.clone());
+        tasks.spawn(async move { ("socket", local::serve(listener, port, state, extra, stop).await) });
+    }
+    {
+        let (state, stop, drain) = (account.subscribe(), halt.clone(), drain.clone());
+        tasks.spawn(async move { ("notifier", local::notify(state, &beat, &drain, &stop).await) });
+    }
+    let mut result = Ok(());
+    tokio::select! {
+        () = stop.cancelled() => {}
+        Some(ended) = tasks.join_next() => {
+            result = Err(match ended {
+                Ok((name, Ok(()))) => anyhow::anyhow!("task {name} ended by itself"),
+                Ok((name, Err(error))) => error.context(format!("task {name}")),
+                Err(panic) => anyhow::anyhow!("a task panicked: {panic}"),
+            });
+        }
+    }
+    drain.cancel();
+    // the control plane hears of it before anything closes
+    let _ = timeout(FAREWELL, farewell.cancelled()).await;
+    if let Some(api) = &api
+        && result.is_ok()
+    {
+        let idle = async {
+            while api.open() > 0 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        if timeout(GRACE, idle).await.is_err() {
+            tracing::info!(open = api.open(), "ending the streams that are still open: their time is over");
+        }
+    }
+    cut.cancel();
+    // the last bytes of what was cut
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    halt.cancel();
+    let _ = timeout(Duration::from_secs(4), async { while tasks.join_next().await.is_some() {} }).await;
+    let _ = std::os::unix::net::UnixStream::connect(&socket).is_err().then(|| local::unlink(&socket));
+    local::tell(&[NotifyState::Status("stopped")]);
+    result
 }
 
-/// READY once, STATUS on change, WATCHDOG while the observer comes round.
-async fn notify(mut state: watch::Receiver<Agent>, beat: &Beat, stop: &CancellationToken) -> anyhow::Result<()> {
-    let every = sd_notify::watchdog_enabled().map_or(Duration::from_secs(20), |w| w / 3);
-    let mut said = state.borrow_and_update().line();
-    tell(&[NotifyState::Ready, NotifyState::Status(&said)]);
-    tracing::info!(status = said, "ready");
-    let mut tick = tokio::time::interval(every);
+/// The FRP run id outlives the process, so that a restart takes its names over instead of finding them taken.
+async fn keep_run_ids(state: StateDir, mut fresh: mpsc::Receiver<String>, stop: CancellationToken) -> (&'static str, anyhow::Result<()>) {
     loop {
         tokio::select! {
-            // the observer ends with the same stop: its end must not be seen first
-            biased;
-            () = stop.cancelled() => {
-                tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
-                return Ok(());
-            }
-            _ = tick.tick() => {
-                if beat.fresh() {
-                    tell(&[NotifyState::Watchdog]);
-                }
-            }
-            changed = state.changed() => {
-                if changed.is_err() {
-                    return Ok(());
-                }
-                let line = state.borrow_and_update().line();
-                if line != said {
-                    tell(&[NotifyState::Status(&line)]);
-                    tracing::info!(status = line, "state");
-                    said = line;
+            () = stop.cancelled() => return ("run ids", Ok(())),
+            Some(id) = fresh.recv() => {
+                if let Err(error) = state.write("run-id", &id) {
+                    tracing::warn!(error = format!("{error:#}"), "the tunnel's run id is not kept over a restart");
                 }
             }
         }
     }
 }
 
-/// A failed notification is never fatal: outside systemd there is nobody to tell.
-fn tell(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "systemd was not told");
-    }
-}
-
-/// HTTP/1.1 on the unix socket, for root and the agent's group.
-async fn serve(listener: UnixListener, state: watch::Receiver<Agent>, stop: CancellationToken) -> anyhow::Result<()> {
+/// Hands each stream of the tunnel to the API.
+async fn accept(mut works: mpsc::Receiver<Work>, api: Option<Api>, stop: CancellationToken) -> (&'static str, anyhow::Result<()>) {
     let mut open = JoinSet::new();
     loop {
         tokio::select! {
-            () = stop.cancelled() => break,
-            accepted = listener.accept() => {
-                let Ok((stream, _)) = accepted else {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                };
-                let state = state.clone();
-                // a client that never speaks is let go
-                open.spawn(tokio::time::timeout(Duration::from_secs(10), async move {
-                    let service = hyper::service::service_fn(move |request| std::future::ready(answer(&request, &state)));
-                    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
-                }));
-            }
+            () = stop.cancelled() => return ("API", Ok(())),
             Some(_) = open.join_next() => {}
+            Some(work) = works.recv() => {
+                let Some(api) = api.clone() else { continue };
+                open.spawn(async move {
+                    match work.kind {
+                        Kind::Stcp | Kind::Tcp => api.serve(work.io).await,
+                        Kind::Http => api.serve_plain(work.io).await,
+                    }
+                });
+            }
         }
     }
-    let _ = tokio::time::timeout(DRAIN, async { while open.join_next().await.is_some() {} }).await;
-    Ok(())
 }
 
-fn answer(request: &Request<Incoming>, state: &watch::Receiver<Agent>) -> Result<Response<Full<Bytes>>, std::convert::Infallible> {
-    let agent = state.borrow().clone();
-    let (status, kind, body) = match request.uri().path() {
-        "/healthz" => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
-        "/readyz" if agent.kubernetes == Kubernetes::Connected => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
-        "/readyz" => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("{}\n", agent.line())),
-        "/status" => (StatusCode::OK, "application/json", serde_json::to_string(&agent).unwrap_or_default()),
-        "/metrics" => (StatusCode::OK, "text/plain; version=0.0.4", agent.metrics()),
-        _ => (StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
+/// One account out of what the tasks tell.
+#[expect(clippy::too_many_arguments, reason = "it joins what all the tasks tell")]
+async fn merge(
+    account: watch::Sender<Agent>,
+    mut control: watch::Receiver<control::Status>,
+    mut tunnel: watch::Receiver<tunnel::Status>,
+    mut configs: watch::Receiver<Option<Config>>,
+    tunnel_settings: watch::Sender<Option<TunnelConfig>>,
+    cluster: watch::Sender<ClusterInfo>,
+    report: watch::Sender<StatusReport>,
+    config: AgentConfig,
+    stop: CancellationToken,
+) -> (&'static str, anyhow::Result<()>) {
+    let mut accounts = account.subscribe();
+    loop {
+        {
+            let (control, tunnel) = (control.borrow_and_update().clone(), tunnel.borrow_and_update().clone());
+            account.send_if_modified(|a| {
+                let news = a.control != control.state
+                    || a.control_reason != control.reason
+                    || a.clock_offset != control.offset
+                    || a.tunnel != tunnel.state
+                    || a.tunnel_reason != tunnel.reason;
+                if news {
+                    (a.control, a.clock_offset, a.tunnel) = (control.state, control.offset, tunnel.state);
+                    a.control_reason.clone_from(&control.reason);
+                    a.tunnel_reason.clone_from(&tunnel.reason);
+                }
+                news
+            });
+            // without an answer the last settings stay good
+            let latest = configs.borrow_and_update().clone();
+            if let Some(wanted) = latest.map(|c| c.tunnel) {
+                tunnel_settings.send_if_modified(|now| {
+                    let news = *now != wanted;
+                    if news {
+                        *now = wanted;
+                    }
+                    news
+                });
+            }
+            let a = accounts.borrow_and_update().clone();
+            cluster.send_replace(cluster_info(&a, &config));
+            report.send_replace(status_report(&a));
+        }
+        let changed = tokio::select! {
+            () = stop.cancelled() => return ("account", Ok(())),
+            changed = control.changed() => changed,
+            changed = tunnel.changed() => changed,
+            changed = configs.changed() => changed,
+            changed = accounts.changed() => changed,
+        };
+        if changed.is_err() {
+            // a task has ended: the supervisor says which
+            stop.cancelled().await;
+        }
+        // a burst of events is one account
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn cluster_info(a: &Agent, config: &AgentConfig) -> ClusterInfo {
+    ClusterInfo {
+        name: config.cluster_name.clone().unwrap_or_else(|| a.nodes.first().map(|n| n.name.clone()).unwrap_or_default()),
+        provider: if a.api_version.contains("+k3s") { "k3s" } else { "kubernetes" }.into(),
+        version: a.api_version.clone(),
+        node_count: u32::try_from(a.nodes.len()).unwrap_or(u32::MAX),
+        ..ClusterInfo::default()
+    }
+}
+
+fn status_report(a: &Agent) -> StatusReport {
+    let node = |n: &crate::status::Node| NodeReport {
+        name: n.name.clone(),
+        ready: n.ready,
+        role: n.role.clone(),
+        version: n.version.clone(),
+        address: n.address.clone(),
+        note: n.note.clone(),
     };
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    response.headers_mut().insert("Content-Type", hyper::header::HeaderValue::from_static(kind));
-    Ok(response)
+    let w = &a.workloads;
+    StatusReport {
+        at: jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - a.clock_offset).unwrap_or_default().to_string(),
+        kubernetes: match a.kubernetes {
+            Kubernetes::Connected => "connected",
+            Kubernetes::Waiting => "waiting",
+            Kubernetes::Refused => "refused",
+        }
+        .into(),
+        reason: a.reason.clone(),
+        nodes: a.nodes.iter().map(node).collect(),
+        namespaces: a.namespaces.clone(),
+        workloads: Workloads {
+            pods: w.pods,
+            pods_running: w.pods_running,
+            deployments: w.deployments,
+            deployments_ready: w.deployments_ready,
+            statefulsets: w.statefulsets,
+            daemonsets: w.daemonsets,
+            services: w.services,
+            ingresses: w.ingresses,
+        },
+        usage: Usage { memory_used_bytes: a.memory_used, memory_total_bytes: a.memory_total },
+    }
 }

@@ -1,5 +1,8 @@
 //! The one door to Kubernetes: objects by server-side apply, readiness, tokens.
 
+pub mod upstream;
+pub mod watch;
+
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,6 +19,23 @@ pub const MANAGER: &str = "pipeops";
 #[derive(Clone)]
 pub struct Cluster {
     client: kube::Client,
+}
+
+/// A kubeconfig, read.
+///
+/// # Errors
+/// When the file is absent or no kubeconfig.
+pub(crate) async fn configuration(host: &Host, kubeconfig: &str) -> anyhow::Result<kube::Config> {
+    let text = host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
+    let parsed = Kubeconfig::from_yaml(&absolute(host, &text)).with_context(|| format!("reading {kubeconfig}"))?;
+    let mut config =
+        kube::Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default()).await.with_context(|| format!("reading {kubeconfig}"))?;
+    config.connect_timeout = Some(Duration::from_secs(4));
+    config.read_timeout = None;
+    config.write_timeout = None;
+    // the way to our own API server never leads through a proxy
+    config.proxy_url = None;
+    Ok(config)
 }
 
 /// Kinds without a namespace among those that we ever touch.
@@ -60,15 +80,18 @@ impl Cluster {
     /// # Errors
     /// When the file is absent or no kubeconfig.
     pub async fn open(host: &Host, kubeconfig: &str) -> anyhow::Result<Cluster> {
-        let text = host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
-        let parsed = Kubeconfig::from_yaml(&absolute(host, &text)).with_context(|| format!("reading {kubeconfig}"))?;
-        let mut config =
-            kube::Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default()).await.with_context(|| format!("reading {kubeconfig}"))?;
-        config.connect_timeout = Some(Duration::from_secs(4));
+        let mut config = configuration(host, kubeconfig).await?;
         config.read_timeout = Some(Duration::from_secs(20));
         config.write_timeout = Some(Duration::from_secs(20));
-        // the way to our own API server never leads through a proxy
-        config.proxy_url = None;
+        Ok(Cluster { client: kube::Client::try_from(config).with_context(|| format!("using {kubeconfig}"))? })
+    }
+
+    /// For watches: the same, without a time-out for reading.
+    ///
+    /// # Errors
+    /// When the file is absent or no kubeconfig.
+    pub async fn open_streaming(host: &Host, kubeconfig: &str) -> anyhow::Result<Cluster> {
+        let config = configuration(host, kubeconfig).await?;
         Ok(Cluster { client: kube::Client::try_from(config).with_context(|| format!("using {kubeconfig}"))? })
     }
 

@@ -3,6 +3,7 @@
 
 pub mod fetch;
 pub mod gather;
+pub mod state;
 pub mod systemd;
 
 use std::ffi::OsString;

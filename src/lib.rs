@@ -13,6 +13,7 @@ pub mod trust;
 
 // doors: the only places with side effects
 pub mod cluster;
+pub mod control;
 pub mod host;
 pub mod output;
 pub mod status;
@@ -21,6 +22,7 @@ pub mod tunnel;
 
 // engines
 pub mod agent;
+pub mod api;
 pub mod credential;
 pub mod plan;
 

@@ -91,12 +91,12 @@ async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationT
         Command::Uninstall(args) => cmd::uninstall::uninstall(&context, args).await,
         Command::Run(args) => {
             let host = host::Host::new(&args.rooted.root, context.env.get("PATH").map(Into::into));
-            let config = agent::AgentConfig::load(&host, &args.config)?;
-            // the token itself stays in systemd's credential; whether there is one is all that is asked here
-            let credentials = context.env.get("CREDENTIALS_DIRECTORY").cloned();
-            let given = credentials.and_then(|dir| host.users_file(&format!("{dir}/agent-token")).ok()).is_some_and(|t| !t.trim().is_empty());
-            let token = given || context.agent_token.is_some();
-            agent::run(host, config, args.kubeconfig, token, context.stop.clone()).await?;
+            let config = agent::AgentConfig::load(&host, &args.config, &context.env)?;
+            let given = context.env.get("CREDENTIALS_DIRECTORY").and_then(|dir| host.users_file(&format!("{dir}/agent-token")).ok());
+            let given = given.map(|t| Secret::new(t.trim())).filter(|t| !t.is_empty()).or(context.agent_token);
+            given.as_ref().map_or(Ok(()), agent::check_token)?;
+            let state = context.env.get("STATE_DIRECTORY").map_or(agent::STATE, |d| d.split(':').next().unwrap_or(agent::STATE)).to_owned();
+            agent::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }
         Command::MintCredential(args) => {

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cluster::condition;
+use crate::{control, tunnel};
 
 /// A node of the cluster as people ask about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,16 +41,6 @@ impl Node {
     }
 }
 
-/// State of the connection to the control plane. `run` without a token stays `unenrolled`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Enrolment {
-    #[default]
-    Unenrolled,
-    /// A token is there. This build has no control-plane client yet, and says so instead of pretending.
-    Waiting,
-}
-
 /// State of the agent's Kubernetes side.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -62,16 +53,48 @@ pub enum Kubernetes {
     Refused,
 }
 
-/// The agent's own account, served on its socket.
+/// Something that a person should look at, by code.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    pub code: String,
+    pub text: String,
+}
+
+/// What there is in the cluster, kept up to date by watches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Workloads {
+    pub pods: u32,
+    pub pods_running: u32,
+    pub deployments: u32,
+    pub deployments_ready: u32,
+    pub statefulsets: u32,
+    pub daemonsets: u32,
+    pub services: u32,
+    pub ingresses: u32,
+}
+
+/// The agent's own account: one structure for its socket, the tunnel's API, heartbeats, metrics and `cluster-info`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Agent {
     pub version: String,
-    pub enrolment: Enrolment,
+    pub id: String,
+    pub control: control::State,
+    /// Why the control plane is not reached, or what is odd about it.
+    pub control_reason: String,
+    /// This clock minus the control plane's, seconds.
+    pub clock_offset: i64,
+    pub tunnel: tunnel::State,
+    pub tunnel_reason: String,
     pub kubernetes: Kubernetes,
     /// Why the Kubernetes side is not connected.
     pub reason: String,
     pub api_version: String,
     pub nodes: Vec<Node>,
+    pub namespaces: Vec<String>,
+    pub workloads: Workloads,
+    pub notices: Vec<Notice>,
     /// Seconds since 1970 of the last look at the cluster that succeeded; 0 for never.
     pub seen_at: i64,
     pub started_at: i64,
@@ -81,39 +104,110 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// One line for `systemctl status`.
-    pub fn line(&self) -> String {
-        let enrolment = match self.enrolment {
-            Enrolment::Unenrolled => "unenrolled: no AGENT_TOKEN",
-            Enrolment::Waiting => "not registered",
-        };
-        let kubernetes = match self.kubernetes {
+    /// Whether everything that a Runner needs is there.
+    ///
+    /// # Errors
+    /// What is not, and why.
+    pub fn ready(&self) -> Result<(), String> {
+        let mut missing = Vec::new();
+        if self.kubernetes != Kubernetes::Connected {
+            missing.push(self.kubernetes_line());
+        }
+        if self.control != control::State::Unenrolled {
+            if !matches!(self.control, control::State::Online | control::State::Skewed) {
+                missing.push(self.control_line());
+            }
+            if self.tunnel != tunnel::State::Up {
+                missing.push(self.tunnel_line());
+            }
+        }
+        if missing.is_empty() { Ok(()) } else { Err(missing.join("; ")) }
+    }
+
+    fn with_reason(what: String, reason: &str) -> String {
+        if reason.is_empty() { what } else { format!("{what} ({reason})") }
+    }
+
+    fn control_line(&self) -> String {
+        Agent::with_reason(self.control.name().to_owned(), &self.control_reason)
+    }
+
+    fn tunnel_line(&self) -> String {
+        Agent::with_reason(format!("tunnel {}", tunnel_name(self.tunnel)), &self.tunnel_reason)
+    }
+
+    fn kubernetes_line(&self) -> String {
+        match self.kubernetes {
             Kubernetes::Connected => {
                 format!("kubernetes {}: {} of {} nodes ready", self.api_version, self.nodes.iter().filter(|n| n.ready).count(), self.nodes.len())
             }
             Kubernetes::Waiting => format!("kubernetes: waiting ({})", self.reason),
             Kubernetes::Refused => format!("kubernetes: refused ({})", self.reason),
-        };
-        format!("{enrolment}; {kubernetes}")
+        }
+    }
+
+    /// One line for `systemctl status`.
+    pub fn line(&self) -> String {
+        let mut parts = vec![self.control_line()];
+        if self.control != control::State::Unenrolled {
+            parts.push(self.tunnel_line());
+        }
+        parts.push(self.kubernetes_line());
+        parts.join("; ")
     }
 
     /// Prometheus text format.
     pub fn metrics(&self) -> String {
-        let connected = u8::from(self.kubernetes == Kubernetes::Connected);
-        format!(
-            "# TYPE pipeops_agent_info gauge\npipeops_agent_info{{version=\"{}\"}} 1\n\
-             # TYPE pipeops_agent_start_time_seconds gauge\npipeops_agent_start_time_seconds {}\n\
-             # TYPE pipeops_kubernetes_connected gauge\npipeops_kubernetes_connected {connected}\n\
-             # TYPE pipeops_kubernetes_last_seen_seconds gauge\npipeops_kubernetes_last_seen_seconds {}\n\
-             # TYPE pipeops_nodes gauge\npipeops_nodes{{ready=\"true\"}} {}\npipeops_nodes{{ready=\"false\"}} {}\n\
-             # TYPE pipeops_machine_memory_bytes gauge\npipeops_machine_memory_bytes{{kind=\"used\"}} {}\npipeops_machine_memory_bytes{{kind=\"total\"}} {}\n",
-            self.version,
-            self.started_at,
-            self.seen_at,
-            self.nodes.iter().filter(|n| n.ready).count(),
-            self.nodes.iter().filter(|n| !n.ready).count(),
-            self.memory_used,
-            self.memory_total,
-        )
+        use std::fmt::Write as _;
+        let mut text = String::with_capacity(2048);
+        let flag = u8::from;
+        let control = matches!(self.control, control::State::Online | control::State::Skewed);
+        let mut gauge = |name: &str, labels: &str, value: &dyn std::fmt::Display| {
+            let known = text.contains(&format!("# TYPE {name} "));
+            if !known {
+                let _ = writeln!(text, "# TYPE {name} gauge");
+            }
+            let _ = writeln!(text, "{name}{labels} {value}");
+        };
+        gauge("pipeops_agent_info", &format!("{{version=\"{}\",id=\"{}\"}}", self.version, self.id), &1);
+        gauge("pipeops_agent_start_time_seconds", "", &self.started_at);
+        gauge("pipeops_agent_ready", "", &flag(self.ready().is_ok()));
+        gauge("pipeops_control_plane_connected", "", &flag(control));
+        gauge("pipeops_control_plane_state", &format!("{{state=\"{}\"}}", self.control.name()), &1);
+        gauge("pipeops_clock_offset_seconds", "", &self.clock_offset);
+        gauge("pipeops_tunnel_connected", "", &flag(self.tunnel == tunnel::State::Up));
+        gauge("pipeops_tunnel_state", &format!("{{state=\"{}\"}}", tunnel_name(self.tunnel)), &1);
+        gauge("pipeops_kubernetes_connected", "", &flag(self.kubernetes == Kubernetes::Connected));
+        gauge("pipeops_kubernetes_last_seen_seconds", "", &self.seen_at);
+        gauge("pipeops_nodes", "{ready=\"true\"}", &self.nodes.iter().filter(|n| n.ready).count());
+        gauge("pipeops_nodes", "{ready=\"false\"}", &self.nodes.iter().filter(|n| !n.ready).count());
+        gauge("pipeops_pods", "{running=\"true\"}", &self.workloads.pods_running);
+        gauge("pipeops_pods", "{running=\"false\"}", &(self.workloads.pods - self.workloads.pods_running.min(self.workloads.pods)));
+        gauge("pipeops_deployments", "{ready=\"true\"}", &self.workloads.deployments_ready);
+        gauge(
+            "pipeops_deployments",
+            "{ready=\"false\"}",
+            &(self.workloads.deployments - self.workloads.deployments_ready.min(self.workloads.deployments)),
+        );
+        for notice in &self.notices {
+            gauge("pipeops_notice", &format!("{{code=\"{}\"}}", notice.code), &1);
+        }
+        gauge("pipeops_machine_memory_bytes", "{kind=\"used\"}", &self.memory_used);
+        gauge("pipeops_machine_memory_bytes", "{kind=\"total\"}", &self.memory_total);
+        text
+    }
+}
+
+/// A tunnel state as it is written in texts.
+pub fn tunnel_name(state: tunnel::State) -> &'static str {
+    match state {
+        tunnel::State::Off => "off",
+        tunnel::State::Connecting => "connecting",
+        tunnel::State::Opening => "opening",
+        tunnel::State::Up => "up",
+        tunnel::State::Waiting => "waiting",
+        tunnel::State::Refused => "refused",
+        tunnel::State::Unauthorized => "unauthorized",
+        tunnel::State::Conflict => "conflict",
     }
 }

@@ -10,6 +10,7 @@ use super::Context;
 use crate::cli::{ClusterInfo, Format};
 use crate::cluster::Cluster;
 use crate::components::CATALOGUE;
+use crate::control;
 use crate::error::{Exit, Failure};
 use crate::host::Host;
 use crate::k3s::{ADMIN_KUBECONFIG, AGENT_SOCKET, KUBELET_KUBECONFIG};
@@ -17,7 +18,8 @@ use crate::output::{Printer, table};
 use crate::plan::engine::missing;
 use crate::plan::journal::Journal;
 use crate::settings::Role;
-use crate::status::{Agent, Enrolment, Kubernetes, Node};
+use crate::status::{Agent, Kubernetes, Node, Notice};
+use crate::tunnel;
 
 /// Longest time for any one part.
 const PART: Duration = Duration::from_secs(4);
@@ -52,7 +54,9 @@ struct Component {
 #[derive(Debug, Serialize)]
 struct AgentInfo {
     unit: String,
-    enrolment: Option<Enrolment>,
+    control: Option<control::State>,
+    tunnel: Option<tunnel::State>,
+    notices: Vec<Notice>,
     kubernetes: Option<Kubernetes>,
     note: String,
 }
@@ -179,6 +183,22 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
                 format!("the agent has no view of the cluster: {}", agent.note),
                 "systemctl start pipeops-agent-credential, then look again",
             ));
+        } else if !matches!(agent.control, Some(control::State::Unenrolled | control::State::Online | control::State::Skewed)) {
+            let next = match agent.control {
+                Some(control::State::Unauthorized | control::State::Expired) => "run install-server again with a fresh AGENT_TOKEN",
+                Some(control::State::Conflict) => "on a copied machine: run install-server again with an AGENT_TOKEN of its own",
+                _ => "check the way from this machine to the control plane; the agent goes on trying by itself",
+            };
+            info.problems.push(problem("agent", format!("the control plane is not reached: {}", agent.note), next));
+        } else if agent.control != Some(control::State::Unenrolled) && agent.tunnel != Some(tunnel::State::Up) {
+            info.problems.push(problem(
+                "agent",
+                format!("the tunnel is not up: {}", agent.note),
+                "the agent goes on trying by itself; the reason above says what to mend",
+            ));
+        }
+        for notice in &agent.notices {
+            info.problems.push(problem("agent", format!("{}: {}", notice.code, notice.text), "run install-server again: it repairs what is ours"));
         }
         info.agent = Some(agent);
     }
@@ -237,8 +257,22 @@ fn wanted(journal: &Journal, name: &str) -> bool {
 async fn agent(host: &Host) -> AgentInfo {
     let unit = host.unit("pipeops-agent.service").await.map(|u| u.active).unwrap_or_else(|e| e.to_string());
     match within(ask_agent(host)).await {
-        Ok(agent) => AgentInfo { unit, enrolment: Some(agent.enrolment), kubernetes: Some(agent.kubernetes), note: agent.line() },
-        Err(error) => AgentInfo { unit, enrolment: None, kubernetes: None, note: format!("its socket does not answer: {error}") },
+        Ok(agent) => AgentInfo {
+            unit,
+            control: Some(agent.control),
+            tunnel: Some(agent.tunnel),
+            kubernetes: Some(agent.kubernetes),
+            note: agent.line(),
+            notices: agent.notices,
+        },
+        Err(error) => AgentInfo {
+            unit,
+            control: None,
+            tunnel: None,
+            kubernetes: None,
+            note: format!("its socket does not answer: {error}"),
+            notices: Vec::new(),
+        },
     }
 }
 

@@ -1,0 +1,153 @@
+//! What is local: systemd's notifications, and the account of the agent over a unix socket, or a loopback port when asked.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use sd_notify::NotifyState;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::Beat;
+use crate::status::Agent;
+
+/// Longest time for open answers after a stop.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// More lines for `/metrics` than the account gives.
+pub(super) type Extra = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// The socket of a former run is replaced: two agents cannot run, systemd sees to it.
+#[expect(clippy::disallowed_methods, reason = "the socket is the agent's own, in its RuntimeDirectory")]
+pub(super) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt as _;
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    unlink(path);
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+#[expect(clippy::disallowed_methods, reason = "the socket is the agent's own, in its RuntimeDirectory")]
+pub(super) fn unlink(path: &Path) {
+    let _ = std::fs::remove_file(path);
+}
+
+/// READY once, STATUS on change, WATCHDOG while the observer comes round.
+pub(super) async fn notify(
+    mut state: watch::Receiver<Agent>,
+    beat: &Beat,
+    drain: &CancellationToken,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let every = sd_notify::watchdog_enabled().map_or(Duration::from_secs(20), |w| w / 3);
+    let mut said = state.borrow_and_update().line();
+    tell(&[NotifyState::Ready, NotifyState::Status(&said)]);
+    tracing::info!(status = said, "ready");
+    let mut tick = tokio::time::interval(every);
+    loop {
+        tokio::select! {
+            biased;
+            () = drain.cancelled() => {
+                tell(&[NotifyState::Stopping, NotifyState::Status("stopping: finishing what is under way")]);
+                stop.cancelled().await;
+                return Ok(());
+            }
+            _ = tick.tick() => {
+                if beat.fresh() {
+                    tell(&[NotifyState::Watchdog]);
+                }
+            }
+            changed = state.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                let line = state.borrow_and_update().line();
+                if line != said {
+                    tell(&[NotifyState::Status(&line)]);
+                    tracing::info!(status = line, "state");
+                    said = line;
+                }
+            }
+        }
+    }
+}
+
+/// A failed notification is never fatal: outside systemd there is nobody to tell.
+pub(super) fn tell(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+}
+
+/// HTTP/1.1 on the unix socket, for root and the agent's group, and on a port where one was asked for.
+pub(super) async fn serve(
+    listener: UnixListener,
+    port: Option<TcpListener>,
+    state: watch::Receiver<Agent>,
+    extra: Extra,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut open = JoinSet::new();
+    loop {
+        let tcp = async {
+            match &port {
+                Some(port) => port.accept().await.map(|(stream, _)| stream),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => drop(open.spawn(connection(stream, state.clone(), extra.clone(), false))),
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            },
+            accepted = tcp => match accepted {
+                Ok(stream) => drop(open.spawn(connection(stream, state.clone(), extra.clone(), true))),
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            },
+            Some(_) = open.join_next() => {}
+        }
+    }
+    let _ = tokio::time::timeout(DRAIN, async { while open.join_next().await.is_some() {} }).await;
+    Ok(())
+}
+
+/// A client that never speaks is let go.
+async fn connection<S: AsyncRead + AsyncWrite + Unpin>(stream: S, state: watch::Receiver<Agent>, extra: Extra, metrics_only: bool) {
+    let service = hyper::service::service_fn(move |request| std::future::ready(answer(&request, &state, &extra, metrics_only)));
+    let serving = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    let _ = tokio::time::timeout(Duration::from_secs(10), serving).await;
+}
+
+fn answer(
+    request: &Request<Incoming>,
+    state: &watch::Receiver<Agent>,
+    extra: &Extra,
+    metrics_only: bool,
+) -> Result<Response<Full<Bytes>>, std::convert::Infallible> {
+    let agent = state.borrow().clone();
+    let (status, kind, body) = match request.uri().path() {
+        "/metrics" => (StatusCode::OK, "text/plain; version=0.0.4", agent.metrics() + &extra()),
+        "/healthz" => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
+        "/readyz" if !metrics_only => match agent.ready() {
+            Ok(()) => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
+            Err(why) => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("{why}\n")),
+        },
+        "/status" if !metrics_only => (StatusCode::OK, "application/json", serde_json::to_string(&agent).unwrap_or_default()),
+        _ => (StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
+    };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert("Content-Type", hyper::header::HeaderValue::from_static(kind));
+    Ok(response)
+}

@@ -1,0 +1,315 @@
+//! The Kubernetes side: the credential as it changes, a truthful state, counters kept by watches.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::Beat;
+use crate::cluster::upstream::Upstream;
+use crate::cluster::watch::{Change, follow};
+use crate::cluster::{Cluster, status};
+use crate::host::Host;
+use crate::status::{Agent, Kubernetes, Node, Notice};
+
+/// How often the API server is asked whether it is there; sooner while it is not.
+const LOOK: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(3);
+/// For one look.
+const ANSWER: Duration = Duration::from_secs(5);
+
+pub(super) struct Observer {
+    pub host: Host,
+    pub credential: String,
+    pub max_role: String,
+    pub account: watch::Sender<Agent>,
+    pub upstream: watch::Sender<Option<Upstream>>,
+    pub beat: Beat,
+    pub stop: CancellationToken,
+}
+
+/// What one credential opens.
+struct View {
+    written: i64,
+    cluster: Cluster,
+    upstream: Upstream,
+    streaming: Cluster,
+}
+
+impl Observer {
+    /// Looks at the cluster for ever; every failure is a state, none ends the task.
+    pub(super) async fn run(self) -> anyhow::Result<()> {
+        let mut machine = sysinfo::System::new().context("reading this machine")?;
+        let mut view: Option<View> = None;
+        let mut followers = JoinSet::new();
+        let trouble = Arc::new(Notify::new());
+        loop {
+            self.beat.touch();
+            machine.refresh_memory();
+            let looked = self.look(&mut view, &mut followers).await;
+            let connected = looked.is_ok();
+            self.account.send_modify(|agent| {
+                agent.memory_used = machine.used_memory();
+                agent.memory_total = machine.total_memory();
+                match &looked {
+                    Ok(version) => {
+                        agent.kubernetes = Kubernetes::Connected;
+                        agent.reason.clear();
+                        agent.seen_at = jiff::Timestamp::now().as_second();
+                        agent.api_version.clone_from(version);
+                    }
+                    Err(error) => {
+                        let refused = error.downcast_ref::<kube::Error>().and_then(status).is_some_and(|code| code == 401 || code == 403);
+                        agent.kubernetes = if refused { Kubernetes::Refused } else { Kubernetes::Waiting };
+                        agent.reason = error.root_cause().to_string().lines().next().unwrap_or_default().chars().take(200).collect();
+                        // what was true then is not said now
+                        agent.nodes.clear();
+                    }
+                }
+            });
+            match (&view, connected) {
+                (Some(view), true) => {
+                    if self.upstream.borrow().is_none() {
+                        self.upstream.send_replace(Some(view.upstream.clone()));
+                    }
+                    if followers.is_empty() {
+                        self.follow_all(view, &mut followers, &trouble);
+                    }
+                }
+                _ => {
+                    self.upstream.send_replace(None);
+                    followers.abort_all();
+                    followers = JoinSet::new();
+                }
+            }
+            let pause = if connected { LOOK } else { SOON };
+            tokio::select! {
+                () = self.stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep(pause) => {}
+                () = trouble.notified() => {
+                    followers.abort_all();
+                    followers = JoinSet::new();
+                    // a server that ends every watch at once is not asked in a loop
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+        }
+    }
+
+    /// The version of the API server. The credential is read again when its file was replaced.
+    async fn look(&self, view: &mut Option<View>, followers: &mut JoinSet<()>) -> anyhow::Result<String> {
+        let Some(written) = self.host.modified(&self.credential) else {
+            *view = None;
+            anyhow::bail!("{} is not there yet", self.credential);
+        };
+        let current = match view {
+            Some(current) if current.written == written => current,
+            _ => {
+                let opened = View {
+                    written,
+                    cluster: Cluster::open(&self.host, &self.credential).await?,
+                    upstream: Upstream::open(&self.host, &self.credential).await?,
+                    streaming: Cluster::open_streaming(&self.host, &self.credential).await?,
+                };
+                // streams that are open go on with the former credential; what is new takes this one
+                self.upstream.send_replace(None);
+                followers.abort_all();
+                *followers = JoinSet::new();
+                view.insert(opened)
+            }
+        };
+        let version = tokio::time::timeout(ANSWER, current.cluster.version()).await.context("the API server does not answer")??;
+        Ok(version)
+    }
+
+    fn follow_all(&self, view: &View, followers: &mut JoinSet<()>, trouble: &Arc<Notify>) {
+        let mut spawn = |path: &'static str, mut on: Box<dyn FnMut(Change) + Send>| {
+            let (cluster, trouble, stop) = (view.streaming.clone(), trouble.clone(), self.stop.clone());
+            followers.spawn(async move {
+                match follow(&cluster, path, &mut on).await {
+                    // nothing to follow: the task stays, so that the others are not started again
+                    Ok(()) => stop.cancelled().await,
+                    Err(error) => {
+                        tracing::debug!(%error, path, "watch");
+                        trouble.notify_one();
+                    }
+                }
+            });
+        };
+        let account = self.account.clone();
+        let mut nodes = BTreeMap::new();
+        spawn(
+            "/api/v1/nodes",
+            Box::new(move |change| {
+                let key = |v: &Value| v["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+                match change {
+                    Change::Begin => nodes.clear(),
+                    Change::Put(v) => drop(nodes.insert(key(&v), Node::of(&v))),
+                    Change::Gone(v) => drop(nodes.remove(&key(&v))),
+                    Change::Listed => {}
+                }
+                let list: Vec<Node> = nodes.values().cloned().collect();
+                account.send_if_modified(|a| {
+                    let news = a.nodes != list && a.kubernetes == Kubernetes::Connected;
+                    if news {
+                        a.nodes = list;
+                    }
+                    news
+                });
+            }),
+        );
+        let account = self.account.clone();
+        let mut names = BTreeSet::new();
+        spawn(
+            "/api/v1/namespaces",
+            Box::new(move |change| {
+                let key = |v: &Value| v["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+                match change {
+                    Change::Begin => names.clear(),
+                    Change::Put(v) => drop(names.insert(key(&v))),
+                    Change::Gone(v) => drop(names.remove(&key(&v))),
+                    Change::Listed => {}
+                }
+                account.send_modify(|a| a.namespaces = names.iter().cloned().collect());
+            }),
+        );
+        for (path, good, store) in COUNTED {
+            let account = self.account.clone();
+            // what is known of each object: whether it is as it should be
+            let mut known: HashMap<String, bool> = HashMap::new();
+            let mut listed = false;
+            spawn(
+                path,
+                Box::new(move |change| {
+                    let key = |v: &Value| v["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+                    match change {
+                        Change::Begin => {
+                            listed = false;
+                            known.clear();
+                        }
+                        Change::Put(v) => drop(known.insert(key(&v), good(&v))),
+                        Change::Gone(v) => drop(known.remove(&key(&v))),
+                        Change::Listed => listed = true,
+                    }
+                    if listed {
+                        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+                        let (all, fine) = (count(known.len()), count(known.values().filter(|v| **v).count()));
+                        account.send_if_modified(|a| store(a, all, fine));
+                    }
+                }),
+            );
+        }
+        let (cluster, account, max_role) = (view.cluster.clone(), self.account.clone(), self.max_role.clone());
+        let stop = self.stop.clone();
+        followers.spawn(async move {
+            loop {
+                match notices(&cluster, &max_role).await {
+                    Ok(found) => drop(account.send_if_modified(|a| std::mem::replace(&mut a.notices, found.clone()) != found)),
+                    Err(error) => tracing::debug!(error = format!("{error:#}"), "checking rights"),
+                }
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(Duration::from_secs(300)) => {}
+                }
+            }
+        });
+    }
+}
+
+type Good = fn(&Value) -> bool;
+type Store = fn(&mut Agent, u32, u32) -> bool;
+
+/// Puts a count where it belongs; says whether it is news.
+fn put(place: &mut u32, value: u32) -> bool {
+    std::mem::replace(place, value) != value
+}
+
+fn has_replicas(v: &Value) -> bool {
+    let wanted = v["spec"]["replicas"].as_u64().unwrap_or(1);
+    v["status"]["readyReplicas"].as_u64().unwrap_or(0) >= wanted
+}
+
+const COUNTED: [(&str, Good, Store); 6] = [
+    (
+        "/api/v1/pods",
+        |v| v["status"]["phase"] == "Running",
+        |a, all, good| put(&mut a.workloads.pods, all) | put(&mut a.workloads.pods_running, good),
+    ),
+    ("/apis/apps/v1/deployments", has_replicas, |a, all, good| {
+        put(&mut a.workloads.deployments, all) | put(&mut a.workloads.deployments_ready, good)
+    }),
+    ("/apis/apps/v1/statefulsets", has_replicas, |a, all, _| put(&mut a.workloads.statefulsets, all)),
+    ("/apis/apps/v1/daemonsets", |_| true, |a, all, _| put(&mut a.workloads.daemonsets, all)),
+    ("/api/v1/services", |_| true, |a, all, _| put(&mut a.workloads.services, all)),
+    ("/apis/networking.k8s.io/v1/ingresses", |_| true, |a, all, _| put(&mut a.workloads.ingresses, all)),
+];
+
+/// Namespaces that the installer makes.
+const NAMESPACES: &[&str] = &["production", "beta", "pipeops", "monitoring"];
+
+/// Rights that the agent's own identity should not have: verb, group, resource, namespace.
+const EXCESS: &[(&str, &str, &str, &str)] = &[
+    ("*", "*", "*", ""),
+    ("list", "", "secrets", ""),
+    ("create", "", "pods", "kube-system"),
+    ("create", "rbac.authorization.k8s.io", "clusterrolebindings", ""),
+    ("escalate", "rbac.authorization.k8s.io", "clusterroles", ""),
+    ("impersonate", "", "users", ""),
+    ("create", "", "serviceaccounts/token", "kube-system"),
+    ("get", "", "nodes/proxy", ""),
+];
+
+/// Rights that are too many or missing, and namespaces that are missing, by code.
+async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice>> {
+    let mut found = Vec::new();
+    let notice = |code: &str, text: String| Notice { code: code.into(), text };
+    for (verb, group, resource, namespace) in EXCESS {
+        if allowed(cluster, verb, group, resource, namespace, "").await? {
+            found.push(notice(
+                "RIGHTS_EXCESS",
+                format!("the agent's credential may `{verb} {resource}`: give it the ServiceAccount pipeops:pipeops-agent"),
+            ));
+        }
+    }
+    for (resource, name) in [("users", "pipeops:runner".to_owned()), ("groups", format!("pipeops:{max_role}"))] {
+        if !allowed(cluster, "impersonate", "", resource, "", &name).await? {
+            found.push(notice("RIGHTS_MISSING", format!("the agent's credential may not act as {name}: callers of that role get 403")));
+        }
+    }
+    for verb in ["list", "watch"] {
+        if !allowed(cluster, verb, "", "pods", "", "").await? {
+            found.push(notice("RIGHTS_MISSING", format!("the agent's credential may not {verb} pods: the status is incomplete")));
+        }
+    }
+    for namespace in NAMESPACES {
+        if cluster.get(&format!("/api/v1/namespaces/{namespace}")).await?.is_none() {
+            found.push(notice("NAMESPACE_MISSING", format!("namespace {namespace} is not there")));
+        }
+    }
+    // a component that was installed has a HelmChart of ours, and in its namespace something that runs
+    for chart in cluster.list("/apis/helm.cattle.io/v1/helmcharts?labelSelector=app.kubernetes.io/managed-by%3Dpipeops").await.unwrap_or_default() {
+        let (name, namespace) =
+            (chart["metadata"]["name"].as_str().unwrap_or_default(), chart["spec"]["targetNamespace"].as_str().unwrap_or("default"));
+        let deployments = cluster.list(&format!("/apis/apps/v1/namespaces/{namespace}/deployments")).await?;
+        let daemonsets = cluster.list(&format!("/apis/apps/v1/namespaces/{namespace}/daemonsets")).await?;
+        if deployments.is_empty() && daemonsets.is_empty() {
+            found.push(notice("CONTROLLER_MISSING", format!("{name} is to be installed in {namespace}, and nothing of it is there")));
+        } else if !deployments.iter().all(has_replicas) {
+            found.push(notice("CONTROLLER_NOT_READY", format!("{name} in {namespace} is not ready")));
+        }
+    }
+    Ok(found)
+}
+
+async fn allowed(cluster: &Cluster, verb: &str, group: &str, resource: &str, namespace: &str, name: &str) -> anyhow::Result<bool> {
+    let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
+    let attributes = json!({"verb": verb, "group": group, "resource": resource, "subresource": sub, "namespace": namespace, "name": name});
+    let review = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}});
+    let answer = cluster.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review).await?;
+    Ok(answer["status"]["allowed"] == true)
+}

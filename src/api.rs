@@ -1,0 +1,394 @@
+//! The agent's HTTP API on tunnel streams: TLS inside, who may, what it costs, and the account of it.
+
+pub mod audit;
+pub mod hygiene;
+pub mod jwt;
+mod proxy;
+pub mod target;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use http::{HeaderMap, Method, Request, Response, header};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::upstream::{Body, Upstream};
+use crate::control;
+use crate::control::types::{AuditHead, Config};
+use crate::status::Agent;
+use audit::{Audit, Phase, Record};
+use jwt::{Caller, Role};
+
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// For a request's head, and how long a connection may be idle.
+const HEAD: Duration = Duration::from_secs(60);
+/// Streams of one caller, and in all, unless the settings say otherwise.
+pub const PER_CALLER: usize = 64;
+pub const IN_ALL: usize = 512;
+
+/// What the API stands on.
+pub struct Parts {
+    pub id: String,
+    pub most: Role,
+    pub tls: rustls::ServerConfig,
+    pub config: watch::Receiver<Option<Config>>,
+    pub control: watch::Receiver<control::Status>,
+    pub upstream: watch::Receiver<Option<Upstream>>,
+    pub account: watch::Receiver<Agent>,
+    pub audit: Audit,
+    pub audit_head: watch::Sender<AuditHead>,
+    pub per_caller: usize,
+    pub in_all: usize,
+    /// Takes nothing new.
+    pub drain: CancellationToken,
+    /// Ends what is still open.
+    pub cut: CancellationToken,
+}
+
+/// The API; clones are the same one.
+#[derive(Clone)]
+pub struct Api {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    parts: Shared,
+    tls: TlsAcceptor,
+    audit: Mutex<Audit>,
+    open: Mutex<Open>,
+    counts: Counts,
+}
+
+struct Shared {
+    id: String,
+    most: Role,
+    config: watch::Receiver<Option<Config>>,
+    control: watch::Receiver<control::Status>,
+    upstream: watch::Receiver<Option<Upstream>>,
+    account: watch::Receiver<Agent>,
+    audit_head: watch::Sender<AuditHead>,
+    per_caller: usize,
+    in_all: usize,
+    drain: CancellationToken,
+    cut: CancellationToken,
+}
+
+#[derive(Default)]
+struct Open {
+    all: usize,
+    callers: HashMap<String, usize>,
+}
+
+/// Since the start, for metrics.
+#[derive(Default)]
+pub struct Counts {
+    pub requests: AtomicU64,
+    pub refused: AtomicU64,
+    pub upgrades: AtomicU64,
+    pub bytes_in: AtomicU64,
+    pub bytes_out: AtomicU64,
+    pub audit_failed: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // a panic inside leaves plain data behind
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One stream of a caller, counted until it is dropped.
+pub(crate) struct Permit {
+    api: Api,
+    subject: String,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut open = lock(&self.api.inner.open);
+        open.all -= 1;
+        if let Some(n) = open.callers.get_mut(&self.subject) {
+            *n -= 1;
+            if *n == 0 {
+                open.callers.remove(&self.subject);
+            }
+        }
+    }
+}
+
+/// A refusal or fault, as every error of this API looks.
+pub(crate) fn problem(status: u16, code: &str, message: &str, hint: Option<&str>) -> Response<Body> {
+    let mut body = json!({"code": code, "message": message});
+    if let Some(hint) = hint {
+        body["hint"] = hint.into();
+    }
+    let mut answer = plain(status, "application/json", body.to_string());
+    if matches!(status, 429 | 503) {
+        answer.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static(if status == 429 { "1" } else { "5" }));
+    }
+    answer
+}
+
+fn plain(status: u16, kind: &'static str, body: String) -> Response<Body> {
+    let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
+    let mut answer = Response::new(body);
+    *answer.status_mut() = http::StatusCode::from_u16(status).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
+    answer.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    answer.headers_mut().insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+    answer
+}
+
+impl Api {
+    pub fn new(parts: Parts) -> Api {
+        parts.audit_head.send_replace(parts.audit.head().clone());
+        let shared = Shared {
+            id: parts.id,
+            most: parts.most,
+            config: parts.config,
+            control: parts.control,
+            upstream: parts.upstream,
+            account: parts.account,
+            audit_head: parts.audit_head,
+            per_caller: parts.per_caller,
+            in_all: parts.in_all,
+            drain: parts.drain,
+            cut: parts.cut,
+        };
+        let tls = TlsAcceptor::from(Arc::new(parts.tls));
+        Api { inner: Arc::new(Inner { parts: shared, tls, audit: Mutex::new(parts.audit), open: Mutex::default(), counts: Counts::default() }) }
+    }
+
+    /// Streams of callers that are open.
+    pub fn open(&self) -> usize {
+        lock(&self.inner.open).all
+    }
+
+    pub fn counts(&self) -> &Counts {
+        &self.inner.counts
+    }
+
+    /// Serves one stream of the tunnel to its end. Whoever runs the FRP server sees TLS with a key that is not his.
+    pub async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
+        match timeout(HANDSHAKE, self.inner.tls.accept(io)).await {
+            Ok(Ok(stream)) => self.http(stream, Api::route).await,
+            Ok(Err(error)) => tracing::debug!(%error, "TLS on a tunnel stream"),
+            Err(_) => tracing::debug!("a tunnel stream did not finish its TLS handshake"),
+        }
+    }
+
+    /// Serves one stream of an http proxy, which the FRP server reads along: nothing but whether the agent lives.
+    pub async fn serve_plain<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
+        self.http(io, |_, request| std::future::ready(Api::route_plain(&request))).await;
+    }
+
+    async fn http<S, F, R>(&self, io: S, route: F)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        F: Fn(Api, Request<Incoming>) -> R + Send + Clone + 'static,
+        R: Future<Output = Response<Body>> + Send + 'static,
+    {
+        let api = self.clone();
+        let service = hyper::service::service_fn(move |request| {
+            let answer = route(api.clone(), request);
+            async move { Ok::<_, std::convert::Infallible>(answer.await) }
+        });
+        let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(64 * 1024);
+        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(64).max_header_list_size(16 * 1024).initial_stream_window_size(1 << 20);
+        let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
+        let mut connection = std::pin::pin!(connection);
+        let parts = &self.inner.parts;
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = parts.drain.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        tokio::select! {
+            _ = connection => {}
+            () = parts.cut.cancelled() => {}
+        }
+    }
+
+    fn route_plain(request: &Request<Incoming>) -> Response<Body> {
+        if request.uri().path() == "/healthz" && matches!(*request.method(), Method::GET | Method::HEAD) {
+            return plain(200, "text/plain", "ok\n".into());
+        }
+        problem(
+            403,
+            "plain_transport",
+            "this way is read by whoever runs the FRP server",
+            Some("use the agent's stcp or tcp proxy, with TLS to the agent"),
+        )
+    }
+
+    async fn route(self, request: Request<Incoming>) -> Response<Body> {
+        self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
+        let (parts, body) = request.into_parts();
+        if let Err((status, code, message)) = hygiene::form(&parts) {
+            self.inner.counts.refused.fetch_add(1, Ordering::Relaxed);
+            let mut answer = problem(status, code, message, None);
+            if parts.version != http::Version::HTTP_2 {
+                answer.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+            }
+            return answer;
+        }
+        if parts.uri.path() == "/healthz" && matches!(parts.method, Method::GET | Method::HEAD) {
+            return plain(200, "text/plain", "ok\n".into());
+        }
+        let caller = match self.authenticate(&parts.headers) {
+            Ok(caller) => caller,
+            Err(why) => {
+                self.inner.counts.refused.fetch_add(1, Ordering::Relaxed);
+                let mut answer = problem(401, "unauthorized", why, Some("get a token from the control plane: POST /api/v1/clusters/ID/token"));
+                answer.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+                return answer;
+            }
+        };
+        let path = parts.uri.path();
+        if path == "/k8s" || path.starts_with("/k8s/") {
+            return self.kubernetes(parts, body, caller).await;
+        }
+        let account = || self.inner.parts.account.borrow().clone();
+        let answer = match (path, &parts.method) {
+            ("/readyz" | "/version" | "/metrics" | "/api/v1/status", method) if !matches!(*method, Method::GET | Method::HEAD) => {
+                problem(405, "method_not_allowed", "only GET is served here", None)
+            }
+            ("/readyz", _) => match account().ready() {
+                Ok(()) => plain(200, "text/plain", "ok\n".into()),
+                Err(why) => problem(503, "not_ready", &why, None),
+            },
+            ("/version", _) => {
+                plain(200, "application/json", json!({"version": env!("CARGO_PKG_VERSION"), "agent": self.inner.parts.id}).to_string())
+            }
+            ("/metrics", _) => plain(200, "text/plain; version=0.0.4", account().metrics() + &self.metrics()),
+            ("/api/v1/status", _) => plain(200, "application/json", serde_json::to_string(&account()).unwrap_or_default()),
+            _ => problem(404, "not_found", "there is no such path", Some("the Kubernetes API is below /k8s")),
+        };
+        self.account(&caller, &parts.method, path, answer.status().as_u16());
+        answer
+    }
+
+    fn account(&self, caller: &Caller, method: &Method, path: &str, status: u16) {
+        let record = self.record(caller, &crate::tunnel::wire::fresh_run_id(), method, path);
+        let _ = self.write(Record { phase: Phase::Call, verdict: "served".into(), status, ..record });
+    }
+
+    /// Prometheus text of what this API did.
+    pub fn metrics(&self) -> String {
+        let c = &self.inner.counts;
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        format!(
+            "# TYPE pipeops_api_requests_total counter\npipeops_api_requests_total {}\n\
+             # TYPE pipeops_api_refused_total counter\npipeops_api_refused_total {}\n\
+             # TYPE pipeops_api_upgrades_total counter\npipeops_api_upgrades_total {}\n\
+             # TYPE pipeops_api_bytes_total counter\npipeops_api_bytes_total{{direction=\"in\"}} {}\npipeops_api_bytes_total{{direction=\"out\"}} {}\n\
+             # TYPE pipeops_api_open_streams gauge\npipeops_api_open_streams {}\n\
+             # TYPE pipeops_audit_failed_total counter\npipeops_audit_failed_total {}\n",
+            get(&c.requests),
+            get(&c.refused),
+            get(&c.upgrades),
+            get(&c.bytes_in),
+            get(&c.bytes_out),
+            self.open(),
+            get(&c.audit_failed),
+        )
+    }
+
+    fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, &'static str> {
+        let mut values = headers.get_all(header::AUTHORIZATION).iter();
+        let (Some(value), None) = (values.next(), values.next()) else { return Err("a bearer token is needed") };
+        let token = value.to_str().ok().and_then(|v| v.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let (_, token) = token.ok_or("a bearer token is needed")?;
+        let parts = &self.inner.parts;
+        let config = parts.config.borrow();
+        let auth = &config.as_ref().ok_or("this agent is not registered yet")?.runner_auth;
+        // the control plane signs by its own clock
+        let now = jiff::Timestamp::now().as_second() - parts.control.borrow().offset;
+        jwt::check(token.trim(), auth, &parts.id, parts.most, now)
+    }
+
+    fn permit(&self, subject: &str) -> Option<Permit> {
+        let parts = &self.inner.parts;
+        let mut open = lock(&self.inner.open);
+        let mine = open.callers.get(subject).copied().unwrap_or(0);
+        if open.all >= parts.in_all || mine >= parts.per_caller {
+            return None;
+        }
+        open.all += 1;
+        *open.callers.entry(subject.to_owned()).or_default() += 1;
+        Some(Permit { api: self.clone(), subject: subject.to_owned() })
+    }
+
+    fn record(&self, caller: &Caller, request: &str, method: &Method, path: &str) -> Record {
+        Record {
+            phase: Phase::Call,
+            request: request.into(),
+            subject: caller.subject.clone(),
+            role: caller.role.name().into(),
+            token: caller.token.clone(),
+            method: method.to_string(),
+            path: path.chars().take(1024).collect(),
+            verdict: String::new(),
+            status: 0,
+            duration_ms: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+        }
+    }
+
+    fn write(&self, record: Record) -> std::io::Result<()> {
+        let mut audit = lock(&self.inner.audit);
+        let result = audit.write(record);
+        match &result {
+            Ok(()) => {
+                self.inner.parts.audit_head.send_replace(audit.head().clone());
+            }
+            Err(error) => {
+                self.inner.counts.audit_failed.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%error, "the audit log cannot be written");
+            }
+        }
+        result
+    }
+}
+
+/// A call under way, accounted for when it ends, however it ends.
+pub(crate) struct Call {
+    api: Api,
+    record: Record,
+    begun: Instant,
+    pub(crate) counted: Arc<Counted>,
+    _permit: Permit,
+}
+
+#[derive(Default)]
+pub(crate) struct Counted {
+    pub(crate) bytes_in: AtomicU64,
+    pub(crate) bytes_out: AtomicU64,
+}
+
+impl Call {
+    pub(crate) fn status(&mut self, status: u16, verdict: &str) {
+        self.record.status = status;
+        self.record.verdict = verdict.into();
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let mut record = self.record.clone();
+        record.duration_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        record.bytes_in = self.counted.bytes_in.load(Ordering::Relaxed);
+        record.bytes_out = self.counted.bytes_out.load(Ordering::Relaxed);
+        self.api.inner.counts.bytes_in.fetch_add(record.bytes_in, Ordering::Relaxed);
+        self.api.inner.counts.bytes_out.fetch_add(record.bytes_out, Ordering::Relaxed);
+        let _ = self.api.write(record);
+    }
+}

@@ -1,0 +1,268 @@
+//! `/k8s/…`: the Kubernetes API as the caller, as a stream in both directions.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+
+use http::request::Parts;
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
+use http_body_util::{BodyExt as _, Empty};
+use hyper::body::{Bytes, Frame, Incoming, SizeHint};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tower::BoxError;
+
+use crate::api::audit::Phase;
+use crate::api::jwt::Caller;
+use crate::api::target::{Refusal, Target, target};
+use crate::api::{Api, Call, Counted, hygiene, problem};
+use crate::cluster::upstream::{Body, Upstream};
+
+/// Answered only over HTTP/1.1: they switch protocols.
+const UPGRADING: &[&str] = &["exec", "attach", "portforward"];
+
+impl Api {
+    pub(crate) async fn kubernetes(&self, parts: Parts, body: Incoming, caller: Caller) -> Response<Body> {
+        let id = crate::tunnel::wire::fresh_run_id();
+        let raw = parts.uri.path().strip_prefix("/k8s").unwrap_or_default();
+        let record = self.record(&caller, &id, &parts.method, raw);
+        let judged = self.judge(&parts, &caller, raw, &id);
+        let (target, headers, upgrade) = match judged {
+            Ok(judged) => judged,
+            Err((status, code, message)) => {
+                self.counts().refused.fetch_add(1, Ordering::Relaxed);
+                let mut record = record;
+                (record.verdict, record.status) = (code.into(), status);
+                let _ = self.write(record);
+                return problem(status, code, message, None);
+            }
+        };
+        let Some(permit) = self.permit(&caller.subject) else {
+            return problem(
+                429,
+                "too_many_streams",
+                "this caller, or all together, have too many streams open",
+                Some("close some, or try again soon"),
+            );
+        };
+        let mutating = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
+        let mut call = Call { api: self.clone(), record, begun: Instant::now(), counted: Arc::default(), _permit: permit };
+        call.record.path.clone_from(&target.path);
+        if mutating || upgrade {
+            let start = super::Record { phase: Phase::Start, verdict: "allowed".into(), ..call.record.clone() };
+            if self.write(start).is_err() {
+                call.status(507, "audit_full");
+                return problem(
+                    507,
+                    "audit_full",
+                    "what changes something must be put on record, and the disk takes no record",
+                    Some("free space on the node"),
+                );
+            }
+            call.record.phase = Phase::End;
+        }
+        let upstream = self.inner.parts.upstream.borrow().clone();
+        let Some(upstream) = upstream else {
+            call.status(503, "kubernetes_waiting");
+            return problem(
+                503,
+                "kubernetes_waiting",
+                "the agent has no way to the Kubernetes API at the moment",
+                Some("the tunnel stays up; try again soon"),
+            );
+        };
+        let mut answer = self.forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call).await;
+        if let Ok(id) = id.parse() {
+            answer.headers_mut().insert("x-request-id", id);
+        }
+        answer
+    }
+
+    /// Everything that can refuse a request before it costs anything.
+    fn judge(&self, parts: &Parts, caller: &Caller, raw: &str, id: &str) -> Result<(Target, HeaderMap, bool), hygiene::Refused> {
+        if self.inner.parts.drain.is_cancelled() || self.inner.parts.control.borrow().drain {
+            return Err((503, "draining", "the agent takes nothing new"));
+        }
+        let target = target(raw).map_err(|refusal| match refusal {
+            Refusal::Path(why) => (400, "bad_path", why),
+            Refusal::Proxy => (403, "proxy_refused", "proxying through the API server is refused"),
+            Refusal::Scope => (403, "namespace_scope", "the token is for other namespaces"),
+        })?;
+        if parts.uri.query().is_some_and(|q| q.bytes().any(|b| b < 0x21 || b == 0x7f || b == b'#')) {
+            return Err((400, "bad_path", "the query holds a control character"));
+        }
+        if let Some(namespaces) = &caller.namespaces {
+            target.within(&parts.method, namespaces).map_err(|_| (403, "namespace_scope", "the token is for other namespaces"))?;
+        }
+        let upgrade = hygiene::upgrade(parts)?;
+        if parts.version == Version::HTTP_2 && target.subresource.as_deref().is_some_and(|s| UPGRADING.contains(&s)) {
+            return Err((400, "use_http1", "upgrades need HTTP/1.1"));
+        }
+        let upgrading = upgrade.is_some();
+        let headers = hygiene::outward(&parts.headers, caller, id, upgrade)?;
+        Ok((target, headers, upgrading))
+    }
+
+    async fn forward(
+        &self,
+        upstream: &Upstream,
+        mut request: Request<Incoming>,
+        target: Target,
+        headers: HeaderMap,
+        upgrade: bool,
+        mut call: Call,
+    ) -> Response<Body> {
+        let uri = match request.uri().query() {
+            Some(query) => format!("{}?{query}", target.path),
+            None => target.path,
+        };
+        let Ok(uri) = uri.parse::<Uri>() else {
+            call.status(400, "bad_path");
+            return problem(400, "bad_path", "the query cannot be read", None);
+        };
+        let theirs = hyper::upgrade::on(&mut request);
+        let method = request.method().clone();
+        let body: Body = if upgrade {
+            Empty::new().map_err(|never| match never {}).boxed_unsync()
+        } else {
+            Counting { inner: request.into_body(), counted: Arc::clone(&call.counted), inward: true, call: None, cut: None }.boxed_unsync()
+        };
+        let mut outward = Request::new(body);
+        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) = (method, uri, headers);
+        let answer = match upstream.send(outward, upgrade).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                tracing::debug!(error, "the Kubernetes API did not answer");
+                call.status(503, "kubernetes_unavailable");
+                return problem(503, "kubernetes_unavailable", "the Kubernetes API does not answer", Some("the tunnel stays up; try again soon"));
+            }
+        };
+        let status = answer.status();
+        if status == StatusCode::UNAUTHORIZED {
+            // it is the agent's credential that was refused, not the caller's token
+            call.status(503, "kubernetes_credential");
+            return problem(
+                503,
+                "kubernetes_credential",
+                "the Kubernetes API refuses the agent's credential",
+                Some("a fresh one is minted within a minute"),
+            );
+        }
+        let Some(headers) = hygiene::inward(answer.headers()) else {
+            call.status(502, "redirect_refused");
+            return problem(502, "redirect_refused", "the Kubernetes API answers with a redirect to somewhere else", None);
+        };
+        call.status(status.as_u16(), "allowed");
+        if status == StatusCode::SWITCHING_PROTOCOLS {
+            return if upgrade {
+                self.switch(theirs, answer, headers, call)
+            } else {
+                problem(502, "bad_upgrade", "the Kubernetes API switches protocols unasked", None)
+            };
+        }
+        let cut = self.inner.parts.cut.clone();
+        let counted = Arc::clone(&call.counted);
+        let body = Counting { inner: answer.into_body(), counted, inward: false, call: Some(call), cut: Some(Box::pin(cut.cancelled_owned())) };
+        let mut response = Response::new(body.boxed_unsync());
+        (*response.status_mut(), *response.headers_mut()) = (status, headers);
+        response
+    }
+
+    /// Bytes are passed only after a real 101 of the API server.
+    fn switch(&self, theirs: OnUpgrade, mut answer: Response<Incoming>, mut headers: HeaderMap, call: Call) -> Response<Body> {
+        self.counts().upgrades.fetch_add(1, Ordering::Relaxed);
+        for name in [http::header::CONNECTION, http::header::UPGRADE] {
+            if let Some(value) = answer.headers().get(&name) {
+                headers.insert(name, value.clone());
+            }
+        }
+        let ours = hyper::upgrade::on(&mut answer);
+        let cut: CancellationToken = self.inner.parts.cut.clone();
+        tokio::spawn(async move {
+            let mut call = call;
+            let (Ok(theirs), Ok(ours)) = (theirs.await, ours.await) else {
+                call.status(101, "upgrade_failed");
+                return;
+            };
+            let (theirs_r, theirs_w) = tokio::io::split(TokioIo::new(theirs));
+            let (ours_r, ours_w) = tokio::io::split(TokioIo::new(ours));
+            let counted = Arc::clone(&call.counted);
+            tokio::select! {
+                // either end closes both, once what it sent has gone through
+                () = copy(theirs_r, ours_w, &counted.bytes_in) => {}
+                () = copy(ours_r, theirs_w, &counted.bytes_out) => {}
+                () = cut.cancelled() => call.status(101, "drained"),
+            }
+        });
+        let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
+        (*response.status_mut(), *response.headers_mut()) = (StatusCode::SWITCHING_PROTOCOLS, headers);
+        response
+    }
+}
+
+async fn copy(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, count: &AtomicU64) {
+    let mut buffer = vec![0; 16 * 1024];
+    while let Ok(n @ 1..) = from.read(&mut buffer).await {
+        count.fetch_add(n as u64, Ordering::Relaxed);
+        if to.write_all(&buffer[..n]).await.is_err() || to.flush().await.is_err() {
+            return;
+        }
+    }
+    let _ = to.shutdown().await;
+}
+
+/// A body whose bytes are counted, and which keeps its call open until it ends.
+struct Counting {
+    inner: Incoming,
+    counted: Arc<Counted>,
+    inward: bool,
+    call: Option<Call>,
+    cut: Option<Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>>,
+}
+
+impl hyper::body::Body for Counting {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = &mut *self;
+        if let Some(cut) = &mut this.cut
+            && cut.as_mut().poll(cx).is_ready()
+        {
+            if let Some(call) = &mut this.call {
+                call.record.verdict = "drained".into();
+            }
+            return Poll::Ready(Some(Err("the agent stops".into())));
+        }
+        let polled = Pin::new(&mut this.inner).poll_frame(cx);
+        match &polled {
+            Poll::Ready(Some(Ok(frame))) => {
+                let n = frame.data_ref().map_or(0, Bytes::len) as u64;
+                let count = if this.inward { &this.counted.bytes_in } else { &this.counted.bytes_out };
+                count.fetch_add(n, Ordering::Relaxed);
+            }
+            // accounted for when the last byte is known, not when the connection lets go of it
+            Poll::Ready(None) => this.call = None,
+            Poll::Ready(Some(Err(_))) => {
+                if let Some(call) = &mut this.call {
+                    call.record.verdict = "broken".into();
+                }
+                this.call = None;
+            }
+            Poll::Pending => {}
+        }
+        polled.map(|frame| frame.map(|f| f.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}

@@ -1,0 +1,119 @@
+//! Results and status reports on disk until the control plane has them. Status gives way when there is no room, results never.
+
+use crate::host::state::StateDir;
+
+/// Status reports kept while nobody takes them.
+const STATUSES: usize = 32;
+
+/// Entries in the order in which they were made.
+pub struct Queue {
+    dir: StateDir,
+    next: u64,
+    /// Status reports that were given up for want of room.
+    pub dropped: u64,
+}
+
+/// What an entry is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    Status,
+    Result { operation: String },
+}
+
+impl Queue {
+    pub fn open(dir: StateDir) -> Queue {
+        let next = dir.list().last().and_then(|n| n.split('-').next()?.parse::<u64>().ok()).map_or(1, |n| n + 1);
+        Queue { dir, next, dropped: 0 }
+    }
+
+    fn statuses(&self) -> Vec<String> {
+        self.dir.list().into_iter().filter(|n| n.ends_with("-status.json")).collect()
+    }
+
+    /// Adds an entry. On a full disk the oldest reports go, one after the other.
+    ///
+    /// # Errors
+    /// When there is still no room; a report is then dropped by the caller, a result tried again.
+    pub fn push(&mut self, what: &What, body: &str) -> anyhow::Result<()> {
+        let kind = match what {
+            What::Status => "status".to_owned(),
+            What::Result { operation } => format!("result-{operation}"),
+        };
+        let mut old = self.statuses();
+        if *what == What::Status && old.len() >= STATUSES {
+            let excess = old.len() + 1 - STATUSES;
+            for name in old.drain(..excess) {
+                self.dir.remove(&name);
+                self.dropped += 1;
+            }
+        }
+        let name = format!("{:016}-{kind}.json", self.next);
+        loop {
+            match self.dir.write(&name, body) {
+                Ok(()) => {
+                    self.next += 1;
+                    return Ok(());
+                }
+                Err(e) if old.is_empty() => return Err(e),
+                Err(_) => {
+                    self.dir.remove(&old.remove(0));
+                    self.dropped += 1;
+                }
+            }
+        }
+    }
+
+    /// The oldest entry: its name, kind and body. One that cannot be read is removed and passed over.
+    pub fn oldest(&self) -> Option<(String, What, String)> {
+        for name in self.dir.list() {
+            let stem = name.strip_suffix(".json").and_then(|n| n.split_once('-')).map(|(_, kind)| kind.to_owned());
+            let what = match stem.as_deref() {
+                Some("status") => What::Status,
+                Some(kind) if kind.starts_with("result-") => What::Result { operation: kind["result-".len()..].to_owned() },
+                _ => continue,
+            };
+            match self.dir.read(&name) {
+                Ok(Some(body)) => return Some((name, what, body)),
+                _ => self.dir.remove(&name),
+            }
+        }
+        None
+    }
+
+    /// It was taken, or will never be.
+    pub fn remove(&self, name: &str) {
+        self.dir.remove(name);
+    }
+
+    pub fn len(&self) -> usize {
+        self.dir.list().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Host;
+
+    #[test]
+    fn reports_give_way_results_never_and_order_survives_a_restart() {
+        let root = tempfile::tempdir().unwrap();
+        let open = || Queue::open(Host::new(root.path(), None).state_dir("/q").unwrap());
+        let mut queue = open();
+        queue.push(&What::Result { operation: "o-1".into() }, "{}").unwrap();
+        for n in 0..STATUSES + 5 {
+            queue.push(&What::Status, &n.to_string()).unwrap();
+        }
+        assert_eq!((queue.len(), queue.dropped), (STATUSES + 1, 5));
+        let mut queue = open();
+        queue.push(&What::Status, "last").unwrap();
+        let (name, what, _) = queue.oldest().unwrap();
+        assert_eq!(what, What::Result { operation: "o-1".into() });
+        queue.remove(&name);
+        assert_eq!(queue.oldest().unwrap().2, "6");
+    }
+}

@@ -1,0 +1,169 @@
+//! The agent's own directory: small files replaced as a whole, and one that only grows.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+
+use super::Host;
+
+/// Longest line of a file that only grows, bytes.
+const LINE: u64 = 64 * 1024;
+
+/// A directory of mode 0700 whose files have mode 0600. Clones are the same directory.
+#[derive(Clone, Debug)]
+pub struct StateDir {
+    dir: PathBuf,
+}
+
+impl Host {
+    /// Opens, and where needed makes, a directory of the caller's.
+    ///
+    /// # Errors
+    /// Names the directory.
+    pub fn state_dir(&self, path: &str) -> anyhow::Result<StateDir> {
+        let dir = self.at(path);
+        fs::create_dir_all(&dir).with_context(|| format!("creating {path}"))?;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).with_context(|| format!("setting the mode of {path}"))?;
+        Ok(StateDir { dir })
+    }
+}
+
+impl StateDir {
+    /// A directory inside.
+    ///
+    /// # Errors
+    /// Names the directory.
+    pub fn sub(&self, name: &str) -> anyhow::Result<StateDir> {
+        let dir = self.dir.join(name);
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        Ok(StateDir { dir })
+    }
+
+    /// A file, `None` when it is not there.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn read(&self, name: &str) -> anyhow::Result<Option<String>> {
+        match fs::read_to_string(self.dir.join(name)) {
+            Ok(text) => Ok(Some(text)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("reading {}", self.dir.join(name).display())),
+        }
+    }
+
+    /// Replaces a file: durable, or as it was.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn write(&self, name: &str, content: &str) -> anyhow::Result<()> {
+        let (path, beside) = (self.dir.join(name), self.dir.join(format!(".{name}.new")));
+        let attempt = || -> io::Result<()> {
+            let _ = fs::remove_file(&beside);
+            let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside)?;
+            file.write_all(content.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&beside, &path)?;
+            File::open(&self.dir)?.sync_all()
+        };
+        attempt().inspect_err(|_| drop(fs::remove_file(&beside))).with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Renames a file over another.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn rename(&self, from: &str, to: &str) -> anyhow::Result<()> {
+        fs::rename(self.dir.join(from), self.dir.join(to)).with_context(|| format!("renaming {}", self.dir.join(from).display()))
+    }
+
+    /// Removes a file; absent is fine.
+    pub fn remove(&self, name: &str) {
+        let _ = fs::remove_file(self.dir.join(name));
+    }
+
+    /// Names of the finished files, sorted.
+    pub fn list(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries.filter_map(|e| e.file_name().into_string().ok()).filter(|n| !n.starts_with('.')).collect();
+        names.sort();
+        names
+    }
+
+    /// Bytes of a file, 0 when it is not there.
+    pub fn size(&self, name: &str) -> u64 {
+        fs::metadata(self.dir.join(name)).map_or(0, |m| m.len())
+    }
+
+    /// The last whole line of a file; what a crash left after it is cut off.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn last_line(&self, name: &str) -> anyhow::Result<Option<String>> {
+        let path = self.dir.join(name);
+        let attempt = || -> io::Result<Option<String>> {
+            let mut file = match OpenOptions::new().read(true).write(true).open(&path) {
+                Ok(file) => file,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(e) => return Err(e),
+            };
+            let size = file.metadata()?.len();
+            let from = size.saturating_sub(LINE);
+            file.seek(SeekFrom::Start(from))?;
+            let mut end = Vec::new();
+            file.read_to_end(&mut end)?;
+            let whole = end.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+            if whole < end.len() {
+                file.set_len(from + whole as u64)?;
+            }
+            let text = String::from_utf8_lossy(&end[..whole]);
+            Ok(text.lines().next_back().map(str::to_owned))
+        };
+        attempt().with_context(|| format!("reading {}", path.display()))
+    }
+
+    /// Opens a file that only grows.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn appender(&self, name: &str) -> anyhow::Result<Appender> {
+        let path = self.dir.join(name);
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path).with_context(|| format!("opening {}", path.display()))?;
+        let end = file.metadata().map_or(0, |m| m.len());
+        Ok(Appender { file, end })
+    }
+}
+
+/// A file that only grows, by whole lines.
+#[derive(Debug)]
+pub struct Appender {
+    file: File,
+    end: u64,
+}
+
+impl Appender {
+    /// Appends a line, all of it or nothing.
+    ///
+    /// # Errors
+    /// As the file system says; a line that was half-written is taken back.
+    pub fn line(&mut self, text: &str) -> io::Result<()> {
+        let bytes = format!("{text}\n");
+        match self.file.write_all(bytes.as_bytes()) {
+            Ok(()) => {
+                self.end += bytes.len() as u64;
+                Ok(())
+            }
+            Err(e) => {
+                let _ = self.file.set_len(self.end);
+                Err(e)
+            }
+        }
+    }
+
+    /// Bytes so far.
+    pub fn size(&self) -> u64 {
+        self.end
+    }
+}

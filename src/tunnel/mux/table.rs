@@ -1,0 +1,260 @@
+//! What a session knows of its streams, and the frames that follow from it. No I/O, no waiting.
+
+use std::collections::{HashMap, VecDeque};
+use std::task::Waker;
+
+use bytes::{Buf as _, BytesMut};
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::time::Instant;
+
+use super::{
+    ACK, BATCH, CONTROL, DATA, DEAD, End, FIN, FIRST_WINDOW, FRAME, GO_AWAY, HEADER, KEPT, LINGER, Limits, OUTBOX, PING, QUIET, RST, SYN, Side,
+    UNACKNOWLEDGED, WINDOW,
+};
+
+pub(super) struct Table {
+    pub(super) streams: HashMap<u32, Half>,
+    pub(super) control: VecDeque<[u8; HEADER]>,
+    /// Streams with something to send, in turn.
+    pub(super) ready: VecDeque<u32>,
+    pub(super) next: u32,
+    pub(super) incoming: VecDeque<u32>,
+    pub(super) acceptor: Option<Waker>,
+    pub(super) driver: Option<Waker>,
+    pub(super) received: Instant,
+    pub(super) closing: bool,
+    pub(super) ended: Option<End>,
+    /// The same, for those who wait.
+    pub(super) tell: watch::Sender<Option<End>>,
+    pub(super) limits: Limits,
+}
+
+/// One stream, as the table knows it.
+#[derive(Default)]
+pub(super) struct Half {
+    pub(super) inbox: BytesMut,
+    /// What the peer may still send.
+    pub(super) granted: u32,
+    /// What was read since the window was last opened.
+    pub(super) read: u32,
+    pub(super) outbox: BytesMut,
+    /// What we may still send.
+    pub(super) window: u32,
+    pub(super) queued: bool,
+    pub(super) permit: Option<OwnedSemaphorePermit>,
+    pub(super) remote_fin: bool,
+    pub(super) reset: bool,
+    pub(super) local_fin: bool,
+    pub(super) fin_sent: bool,
+    /// When the handle was dropped.
+    pub(super) dropped: Option<Instant>,
+    pub(super) reader: Option<Waker>,
+    pub(super) writer: Option<Waker>,
+}
+
+pub(super) fn frame(kind: u8, flags: u16, stream: u32, length: u32) -> [u8; HEADER] {
+    let mut bytes = [0; HEADER];
+    bytes[1] = kind;
+    bytes[2..4].copy_from_slice(&flags.to_be_bytes());
+    bytes[4..8].copy_from_slice(&stream.to_be_bytes());
+    bytes[8..].copy_from_slice(&length.to_be_bytes());
+    bytes
+}
+
+impl Table {
+    pub(super) fn wake_driver(&mut self) {
+        if let Some(driver) = self.driver.take() {
+            driver.wake();
+        }
+    }
+
+    pub(super) fn queue(&mut self, id: u32) {
+        if let Some(half) = self.streams.get_mut(&id)
+            && !half.queued
+        {
+            half.queued = true;
+            self.ready.push_back(id);
+            self.wake_driver();
+        }
+    }
+
+    pub(super) fn say(&mut self, frame: [u8; HEADER]) {
+        self.control.push_back(frame);
+        self.wake_driver();
+    }
+
+    pub(super) fn add(&mut self, id: u32, permit: Option<OwnedSemaphorePermit>) {
+        let half = Half { granted: self.limits.window, window: FIRST_WINDOW, permit, ..Half::default() };
+        self.streams.insert(id, half);
+    }
+
+    /// Forgets a stream that both sides have closed.
+    pub(super) fn settle(&mut self, id: u32) {
+        if self.streams.get(&id).is_some_and(|h| h.dropped.is_some() && (h.reset || (h.fin_sent && h.remote_fin))) {
+            self.streams.remove(&id);
+        }
+    }
+
+    pub(super) fn end(&mut self, why: End) {
+        if self.ended.is_none() {
+            self.tell.send_replace(Some(why.clone()));
+            self.ended = Some(why);
+        }
+        for half in self.streams.values_mut() {
+            half.permit = None;
+            for waker in [half.reader.take(), half.writer.take()].into_iter().flatten() {
+                waker.wake();
+            }
+        }
+        if let Some(acceptor) = self.acceptor.take() {
+            acceptor.wake();
+        }
+        self.wake_driver();
+    }
+
+    /// Puts frames into `out`: what the session has to say first, then the streams in turn.
+    pub(super) fn fill(&mut self, out: &mut BytesMut) {
+        while out.len() < BATCH {
+            let Some(frame) = self.control.pop_front() else { break };
+            out.extend_from_slice(&frame);
+        }
+        while out.len() < BATCH {
+            let Some(id) = self.ready.pop_front() else { break };
+            let Some(half) = self.streams.get_mut(&id) else { continue };
+            half.queued = false;
+            if half.reset {
+                continue;
+            }
+            let n = half.outbox.len().min(half.window as usize).min(FRAME);
+            if n > 0 {
+                let length = u32::try_from(n).unwrap_or(u32::MAX);
+                out.extend_from_slice(&frame(DATA, 0, id, length));
+                out.extend_from_slice(&half.outbox[..n]);
+                half.outbox.advance(n);
+                half.window -= length;
+                if half.outbox.is_empty() && half.outbox.capacity() > KEPT {
+                    half.outbox = BytesMut::new();
+                }
+                if half.outbox.len() <= OUTBOX / 2
+                    && let Some(writer) = half.writer.take()
+                {
+                    writer.wake();
+                }
+            }
+            if half.outbox.is_empty() {
+                if half.local_fin && !half.fin_sent {
+                    half.fin_sent = true;
+                    out.extend_from_slice(&frame(WINDOW, FIN, id, 0));
+                    self.settle(id);
+                }
+            } else if half.window > 0 {
+                half.queued = true;
+                self.ready.push_back(id);
+            }
+        }
+    }
+
+    /// A header has come; gives the stream and number of payload bytes that follow.
+    pub(super) fn header(&mut self, head: [u8; HEADER], side: Side) -> Result<(u32, usize), End> {
+        let [version, kind, f0, f1, s0, s1, s2, s3, l0, l1, l2, l3] = head;
+        let (flags, id, length) = (u16::from_be_bytes([f0, f1]), u32::from_be_bytes([s0, s1, s2, s3]), u32::from_be_bytes([l0, l1, l2, l3]));
+        if version != 0 {
+            return Err(End::Protocol("version of a frame is not 0; is tcpMux on at both ends?"));
+        }
+        if self.control.len() > CONTROL {
+            return Err(End::Protocol("it asks and does not read the answers"));
+        }
+        match kind {
+            PING => {
+                if flags & SYN != 0 {
+                    self.say(frame(PING, ACK, 0, length));
+                }
+                return Ok((0, 0));
+            }
+            GO_AWAY => return Err(End::GoAway),
+            DATA | WINDOW => {}
+            _ => return Err(End::Protocol("unknown frame type")),
+        }
+        if flags & SYN != 0 {
+            let theirs = (id % 2 == 1) == (side == Side::Server);
+            if id == 0 || !theirs || self.streams.contains_key(&id) {
+                return Err(End::Protocol("a stream is opened with a number that is not free"));
+            }
+            if self.closing || self.incoming.len() >= UNACKNOWLEDGED || self.streams.len() >= self.limits.streams {
+                self.say(frame(WINDOW, RST, id, 0));
+            } else {
+                self.add(id, None);
+                let more = self.limits.window - FIRST_WINDOW;
+                self.say(frame(WINDOW, ACK, id, more));
+                self.incoming.push_back(id);
+                if let Some(acceptor) = self.acceptor.take() {
+                    acceptor.wake();
+                }
+            }
+        }
+        let mut requeue = false;
+        if let Some(half) = self.streams.get_mut(&id) {
+            if flags & ACK != 0 {
+                half.permit = None;
+            }
+            if kind == WINDOW {
+                half.window = half.window.saturating_add(length);
+                requeue = !half.outbox.is_empty();
+            } else if length > half.granted {
+                self.say(frame(GO_AWAY, 0, 0, 1));
+                return Err(End::Protocol("it sends more than its window"));
+            } else {
+                half.granted -= length;
+            }
+            if flags & FIN != 0 {
+                half.remote_fin = true;
+            }
+            if flags & RST != 0 {
+                half.reset = true;
+                half.permit = None;
+            }
+            if flags & (FIN | RST) != 0 {
+                for waker in [half.reader.take(), half.writer.take()].into_iter().flatten() {
+                    waker.wake();
+                }
+            }
+        }
+        if requeue {
+            self.queue(id);
+        }
+        if flags & (FIN | RST) != 0 {
+            self.settle(id);
+        }
+        Ok((id, if kind == DATA { length as usize } else { 0 }))
+    }
+
+    /// Payload of a stream; of one that nobody holds it is passed over, and the peer's window stays shut.
+    pub(super) fn payload(&mut self, id: u32, bytes: &[u8]) {
+        if let Some(half) = self.streams.get_mut(&id)
+            && half.dropped.is_none()
+            && !half.reset
+        {
+            half.inbox.extend_from_slice(bytes);
+            if let Some(reader) = half.reader.take() {
+                reader.wake();
+            }
+        }
+    }
+
+    /// Housekeeping; `Some` when the session is dead.
+    pub(super) fn tick(&mut self) -> Option<End> {
+        let silence = self.received.elapsed();
+        if silence >= DEAD {
+            return Some(End::Silent);
+        }
+        if silence >= QUIET {
+            self.say(frame(PING, SYN, 0, 0));
+        }
+        let old: Vec<u32> = self.streams.iter().filter(|(_, h)| h.dropped.is_some_and(|at| at.elapsed() > LINGER)).map(|(id, _)| *id).collect();
+        for id in old {
+            self.streams.remove(&id);
+            self.say(frame(WINDOW, RST, id, 0));
+        }
+        None
+    }
+}
