@@ -16,6 +16,9 @@ _pipeops() {
             ",$1")
                 cmd="pipeops"
                 ;;
+            pipeops,audit)
+                cmd="pipeops__subcmd__audit"
+                ;;
             pipeops,cluster-info)
                 cmd="pipeops__subcmd__cluster__subcmd__info"
                 ;;
@@ -40,6 +43,12 @@ _pipeops() {
             pipeops,uninstall)
                 cmd="pipeops__subcmd__uninstall"
                 ;;
+            pipeops__subcmd__audit,tail)
+                cmd="pipeops__subcmd__audit__subcmd__tail"
+                ;;
+            pipeops__subcmd__audit,verify)
+                cmd="pipeops__subcmd__audit__subcmd__verify"
+                ;;
             *)
                 ;;
         esac
@@ -47,12 +56,86 @@ _pipeops() {
 
     case "${cmd}" in
         pipeops)
-            opts="-h -V --log-level --help --version install-server join-worker cluster-info run uninstall completions man mint-credential"
+            opts="-h -V --log-level --help --version install-server join-worker cluster-info run uninstall audit completions man mint-credential"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__audit)
+            opts="-h --root --log-level --help verify tail"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__audit__subcmd__tail)
+            opts="-n -h --lines --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --lines)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -n)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__audit__subcmd__verify)
+            opts="-o -h --output --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
                 --log-level)
                     COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
                     return 0

@@ -35,6 +35,7 @@ complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "join-worker" -d 'Ma
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "cluster-info" -d 'Show nodes, versions, components, the agent, and how to join'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "run" -d 'Run the agent in the foreground'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "uninstall" -d 'Undo what install-server or join-worker did'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "audit" -d 'Check or show the record of what was done through the tunnel'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "completions" -d 'Print shell completions'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "man" -d 'Print the manual page'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "mint-credential" -d 'Mint the agent\'s Kubernetes credential; run by its unit'
@@ -146,6 +147,27 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l dry-run -d
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s y -l yes -d 'Do not ask'
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l purge-data -d 'Remove the data of volumes too'
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -f -a "verify" -d 'Walk over the whole log: each record must follow the one before it'
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -f -a "tail" -d 'Show the last records, as JSON lines'
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from verify" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from verify" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from verify" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from tail" -s n -l lines -d 'How many' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from tail" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from tail" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand completions" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use sd_notify::NotifyState;
 use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -287,7 +286,7 @@ pub async fn run(
     }
     {
         let (state, stop, drain) = (account.subscribe(), halt.clone(), drain.clone());
-        tasks.spawn(async move { ("notifier", local::notify(state, &beat, &drain, &stop).await) });
+        tasks.spawn(async move { ("notifier", local::notify(local::Systemd::new(), state, &beat, &drain, &stop).await) });
     }
     let mut result = Ok(());
     tokio::select! {
@@ -321,7 +320,6 @@ pub async fn run(
     halt.cancel();
     let _ = timeout(Duration::from_secs(4), async { while tasks.join_next().await.is_some() {} }).await;
     let _ = std::os::unix::net::UnixStream::connect(&socket).is_err().then(|| local::unlink(&socket));
-    local::tell(&[NotifyState::Status("stopped")]);
     result
 }
 

@@ -38,6 +38,8 @@ pub enum Command {
     Run(Run),
     /// Undo what install-server or join-worker did
     Uninstall(Uninstall),
+    /// Check or show the record of what was done through the tunnel
+    Audit(AuditArgs),
     /// Print shell completions
     Completions {
         /// bash, elvish, fish, powershell, zsh
@@ -175,6 +177,30 @@ pub struct Uninstall {
     pub events: Option<Events>,
     #[command(flatten)]
     pub rooted: Rooted,
+}
+
+#[derive(Debug, Args)]
+pub struct AuditArgs {
+    #[command(subcommand)]
+    pub command: AuditCommand,
+    #[command(flatten)]
+    pub rooted: Rooted,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// Walk over the whole log: each record must follow the one before it
+    Verify {
+        /// Format on standard output
+        #[arg(long, short, value_name = "FORMAT", default_value = "text")]
+        output: Format,
+    },
+    /// Show the last records, as JSON lines
+    Tail {
+        /// How many
+        #[arg(long = "lines", short = 'n', value_name = "NUMBER", default_value_t = 20)]
+        lines: usize,
+    },
 }
 
 /// Other names of the program, and the command that each stands for.

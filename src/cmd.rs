@@ -1,5 +1,6 @@
 //! One function a command, over a shared beginning: host, config files, secrets.
 
+pub mod audit;
 pub mod info;
 pub mod install;
 pub mod join;

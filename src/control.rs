@@ -240,7 +240,7 @@ impl Session {
                 } else {
                     self.say(State::Unenrolled, "no AGENT_TOKEN", now);
                 }
-                self.due.report = Some(now);
+                self.due.report = Some(now + STATUS);
             }
             Event::Cloned => {
                 self.say(State::Conflict, "this disk was copied from another machine, and there is no AGENT_TOKEN to enrol this one with", now);
@@ -273,8 +273,7 @@ impl Session {
         let mut actions = Vec::new();
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         if is_due(self.due.report) {
-            let every = if self.config.status_interval_s == 0 { STATUS } else { Duration::from_secs(self.config.status_interval_s.max(5)) };
-            self.due.report = Some(now + spread(every, random));
+            self.due.report = Some(now + spread(self.every(), random));
             actions.push(Action::Report);
         }
         if self.busy {
@@ -320,6 +319,11 @@ impl Session {
 
     fn heartbeat(&self) -> Duration {
         if self.config.heartbeat_interval_s == 0 { HEARTBEAT } else { Duration::from_secs(self.config.heartbeat_interval_s.clamp(1, 3600)) }
+    }
+
+    /// Between status reports.
+    fn every(&self) -> Duration {
+        if self.config.status_interval_s == 0 { STATUS } else { Duration::from_secs(self.config.status_interval_s.max(5)) }
     }
 
     /// Whether and how to register now: the credential first, the token when that was refused.
@@ -394,7 +398,10 @@ impl Session {
     }
 
     fn configured(&mut self, config: Config, now: Instant) {
+        let first = self.config == Config::default();
         self.config = config;
+        let soon = if first { now } else { now + self.every() };
+        self.due.report = Some(self.due.report.map_or(soon, |at| at.min(soon)));
         self.want_config = false;
         self.arrive(now);
         self.due.heartbeat = Some(now);

@@ -99,6 +99,7 @@ async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationT
             agent::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }
+        Command::Audit(args) => cmd::audit::audit(&context, &args),
         Command::MintCredential(args) => {
             let host = host::Host::new(&args.root, context.env.get("PATH").map(Into::into));
             credential::mint(&host, &context.stop).await?;

@@ -44,6 +44,7 @@ pub(super) fn unlink(path: &Path) {
 
 /// READY once, STATUS on change, WATCHDOG while the observer comes round.
 pub(super) async fn notify(
+    systemd: Systemd,
     mut state: watch::Receiver<Agent>,
     beat: &Beat,
     drain: &CancellationToken,
@@ -51,20 +52,20 @@ pub(super) async fn notify(
 ) -> anyhow::Result<()> {
     let every = sd_notify::watchdog_enabled().map_or(Duration::from_secs(20), |w| w / 3);
     let mut said = state.borrow_and_update().line();
-    tell(&[NotifyState::Ready, NotifyState::Status(&said)]);
+    systemd.tell(Some(NotifyState::Ready), Some(&said));
     tracing::info!(status = said, "ready");
     let mut tick = tokio::time::interval(every);
     loop {
         tokio::select! {
             biased;
             () = drain.cancelled() => {
-                tell(&[NotifyState::Stopping, NotifyState::Status("stopping: finishing what is under way")]);
+                systemd.tell(Some(NotifyState::Stopping), Some("stopping: finishing what is under way"));
                 stop.cancelled().await;
                 return Ok(());
             }
             _ = tick.tick() => {
                 if beat.fresh() {
-                    tell(&[NotifyState::Watchdog]);
+                    systemd.tell(Some(NotifyState::Watchdog), None);
                 }
             }
             changed = state.changed() => {
@@ -73,7 +74,7 @@ pub(super) async fn notify(
                 }
                 let line = state.borrow_and_update().line();
                 if line != said {
-                    tell(&[NotifyState::Status(&line)]);
+                    systemd.tell(None, Some(&line));
                     tracing::info!(status = line, "state");
                     said = line;
                 }
@@ -82,10 +83,27 @@ pub(super) async fn notify(
     }
 }
 
-/// A failed notification is never fatal: outside systemd there is nobody to tell.
-pub(super) fn tell(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "systemd was not told");
+/// What systemd is told, from a thread of its own: a manager that does not read must stop nothing here.
+#[derive(Clone)]
+pub(super) struct Systemd(std::sync::mpsc::SyncSender<(Option<NotifyState<'static>>, Option<String>)>);
+
+impl Systemd {
+    pub(super) fn new() -> Systemd {
+        let (sender, notes) = std::sync::mpsc::sync_channel::<(Option<NotifyState<'static>>, Option<String>)>(32);
+        std::thread::spawn(move || {
+            while let Ok((state, status)) = notes.recv() {
+                let states: Vec<NotifyState<'_>> = state.into_iter().chain(status.as_deref().map(NotifyState::Status)).collect();
+                // never fatal: outside systemd there is nobody to tell
+                if let Err(error) = sd_notify::notify(&states) {
+                    tracing::debug!(%error, "systemd was not told");
+                }
+            }
+        });
+        Systemd(sender)
+    }
+
+    fn tell(&self, state: Option<NotifyState<'static>>, status: Option<&str>) {
+        let _ = self.0.try_send((state, status.map(str::to_owned)));
     }
 }
 

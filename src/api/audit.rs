@@ -1,4 +1,4 @@
-//! The audit log: one line a record, each with the hash of the one before it.
+//! The audit log: one line a record, each with its own hash and that of the one before it.
 
 use std::io;
 
@@ -67,6 +67,22 @@ fn digest(line: &str) -> String {
     hex(&Sha256::digest(line))
 }
 
+/// What stands between a record and its own hash, at the end of a line.
+const SEAL: &str = ",\"hash\":\"";
+
+/// A record with its hash as the last field.
+fn sealed(record: &str) -> (String, String) {
+    let hash = digest(record);
+    (format!("{}{SEAL}{hash}\"}}", &record[..record.len() - 1]), hash)
+}
+
+/// The hash of a line, if it is the right one.
+fn unsealed(line: &str) -> Option<String> {
+    let (record, hash) = line.rsplit_once(SEAL)?;
+    let hash = hash.strip_suffix("\"}")?;
+    (digest(&format!("{record}}}")) == hash).then(|| hash.to_owned())
+}
+
 impl Audit {
     /// Opens the log and finds its head. A last line that a crash cut is taken away: nothing was let through on it.
     ///
@@ -80,7 +96,8 @@ impl Audit {
         };
         if let Some(line) = newest {
             let seq = serde_json::from_str::<Value>(&line).ok().and_then(|v| v["seq"].as_u64()).unwrap_or(0);
-            head = AuditHead { seq, hash: digest(&line) };
+            // one that was tampered with is no reason to stop recording: `verify` will name it
+            head = AuditHead { seq, hash: unsealed(&line).unwrap_or_else(|| digest(&line)) };
         }
         let file = dir.appender(CURRENT)?;
         Ok(Audit { dir, file, head })
@@ -96,9 +113,9 @@ impl Audit {
         }
         let seq = self.head.seq + 1;
         let line = Line { seq, at: jiff::Timestamp::now().to_string(), prev: self.head.hash.clone(), record };
-        let text = serde_json::to_string(&line)?;
+        let (text, hash) = sealed(&serde_json::to_string(&line)?);
         self.file.line(&text)?;
-        self.head = AuditHead { seq, hash: digest(&text) };
+        self.head = AuditHead { seq, hash };
         Ok(())
     }
 
@@ -149,8 +166,9 @@ pub fn verify(dir: &StateDir) -> Result<Verified, String> {
         } else if parsed.seq != found.head.seq + 1 {
             return Err(broken("records are missing before it"));
         }
+        let hash = unsealed(&line).ok_or_else(|| broken("the record was changed"))?;
         found.records += 1;
-        found.head = AuditHead { seq: parsed.seq, hash: digest(&line) };
+        found.head = AuditHead { seq: parsed.seq, hash };
     }
     Ok(found)
 }
@@ -216,7 +234,7 @@ mod tests {
         let at = good.find("\"request\":\"7\"").unwrap() + 11;
         bytes[at] = b'8';
         dir.write(CURRENT, &String::from_utf8(bytes).unwrap()).unwrap();
-        assert!(verify(&dir).unwrap_err().contains("line 9: the record before it was changed"));
+        assert!(verify(&dir).unwrap_err().contains("line 8: the record was changed"));
         let without: Vec<&str> = good.lines().enumerate().filter(|(n, _)| *n != 4).map(|(_, l)| l).collect();
         dir.write(CURRENT, &(without.join("\n") + "\n")).unwrap();
         assert!(verify(&dir).is_err());

@@ -183,11 +183,12 @@ impl ControlPlane {
         let (mut known, mut event) = self.begin()?;
         loop {
             let mut call = None;
-            for action in session.on(event, Instant::now(), random()) {
+            let mut actions = std::collections::VecDeque::from(session.on(event, Instant::now(), random()));
+            while let Some(action) = actions.pop_front() {
                 if action == Action::Report {
                     let body = serde_json::to_string(&*self.told.status.borrow())?;
                     match known.queue.push(&What::Status, &body) {
-                        Ok(()) => drop(session.on(Event::Queued, Instant::now(), 0.5)),
+                        Ok(()) => actions.extend(session.on(Event::Queued, Instant::now(), random())),
                         Err(error) => tracing::warn!(error = format!("{error:#}"), "a status report was dropped"),
                     }
                 } else {

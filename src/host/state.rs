@@ -31,6 +31,13 @@ impl Host {
     }
 }
 
+impl Host {
+    /// A directory of somebody's, for reading; it need not be there.
+    pub fn peek_dir(&self, path: &str) -> StateDir {
+        StateDir { dir: self.at(path) }
+    }
+}
+
 impl StateDir {
     /// A directory inside.
     ///

@@ -8,26 +8,42 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Sandbox, said};
 
-struct Agent {
-    child: Child,
-    notify: UnixDatagram,
+pub(crate) struct Agent {
+    pub(crate) child: Child,
+    notify: std::sync::mpsc::Receiver<String>,
     /// Every notification so far: one state may say two of the things that a test waits for.
     said: RefCell<Vec<String>>,
-    sandbox: Sandbox,
+    pub(crate) sandbox: Sandbox,
 }
 
 impl Agent {
-    fn start(sandbox: Sandbox, env: &[(&str, &str)]) -> Agent {
+    pub(crate) fn start(sandbox: Sandbox, env: &[(&str, &str)]) -> Agent {
         let path = sandbox.path("notify");
-        let notify = UnixDatagram::bind(&path).unwrap();
-        notify.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let socket = UnixDatagram::bind(&path).unwrap();
         let mut command = sandbox.command(&["run"]);
         command.env("NOTIFY_SOCKET", &path).envs(env.iter().copied()).stderr(Stdio::piped());
-        Agent { child: command.spawn().unwrap(), notify, said: RefCell::default(), sandbox }
+        let mut child = command.spawn().unwrap();
+        // a log that nobody reads would stop the agent at its next line
+        let mut log = child.stderr.take().unwrap();
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            let _ = log.read_to_end(&mut text);
+        });
+        // nor may systemd's side of the notifications fill up
+        let (sender, notify) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n) = socket.recv(&mut buffer) {
+                if sender.send(String::from_utf8_lossy(&buffer[..n]).into_owned()).is_err() {
+                    return;
+                }
+            }
+        });
+        Agent { child, notify, said: RefCell::default(), sandbox }
     }
 
     /// The first notification that holds `text`, also one that came before the question.
-    fn until(&self, text: &str) -> String {
+    pub(crate) fn until(&self, text: &str) -> String {
         let mut said = self.said.borrow_mut();
         let end = Instant::now() + Duration::from_secs(30);
         let mut next = 0;
@@ -36,11 +52,9 @@ impl Agent {
                 return found.clone();
             }
             next = said.len();
-            let mut buffer = [0; 4096];
-            assert!(Instant::now() < end, "no notification with `{text}` in {said:?}");
-            match self.notify.recv(&mut buffer) {
-                Ok(n) => said.push(String::from_utf8_lossy(&buffer[..n]).into_owned()),
-                Err(e) => panic!("no notification with `{text}`: {e}"),
+            match self.notify.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(state) => said.push(state),
+                Err(_) => panic!("no notification with `{text}` in {said:?}"),
             }
         }
     }
@@ -53,7 +67,7 @@ impl Agent {
         }
     }
 
-    fn get(&self, path: &str) -> String {
+    pub(crate) fn get(&self, path: &str) -> String {
         let mut stream = UnixStream::connect(self.sandbox.root().join("run/pipeops/agent.sock")).unwrap();
         write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
@@ -62,7 +76,7 @@ impl Agent {
         text
     }
 
-    fn stop(mut self) {
+    pub(crate) fn stop(mut self) {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
         self.until("STOPPING=1");
         assert_eq!(self.child.wait().unwrap().code(), Some(0));

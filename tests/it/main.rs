@@ -4,10 +4,13 @@
 mod agent;
 mod architecture;
 mod cli;
+mod hostile;
 mod hosts;
 mod install;
 mod join;
 mod release;
+mod runner;
 mod scripts;
 mod support;
 mod tunnel;
+mod world;

@@ -1,0 +1,48 @@
+//! `audit verify` and `audit tail`: the log of who did what through the tunnel.
+
+use crate::agent::STATE;
+use crate::api::audit;
+use crate::cli::{AuditArgs, AuditCommand, Format};
+use crate::cmd::Context;
+use crate::error::{Exit, Failure};
+use crate::output::Printer;
+
+/// # Errors
+/// Exit 6 when the chain is broken, 1 when the log cannot be read.
+pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
+    let host = context.host(&args.rooted.root);
+    let dir = host.peek_dir(&format!("{STATE}/audit"));
+    let unreadable =
+        |why: String| Failure::new(Exit::Internal, "AUDIT_UNREADABLE", "the audit log cannot be read").why(why).hint("run it as root on the server");
+    match &args.command {
+        AuditCommand::Verify { output } => {
+            let printer = Printer::new(*output == Format::Json, false, context.no_color());
+            let found = audit::verify(&dir).map_err(|broken| {
+                if broken.contains("reading ") {
+                    unreadable(broken)
+                } else {
+                    Failure::new(Exit::Verification, "AUDIT_BROKEN", "the audit log was changed")
+                        .why(broken)
+                        .hint("compare with the heads that the control plane kept from heartbeats: what came before the break is good")
+                }
+            })?;
+            if printer.json() {
+                printer.document(&found);
+            } else if found.records == 0 {
+                printer.data("no records yet");
+            } else {
+                printer.data(&format!(
+                    "{} records, from {} on, each following the one before; head {} {}",
+                    found.records, found.first, found.head.seq, found.head.hash
+                ));
+            }
+        }
+        AuditCommand::Tail { lines } => {
+            let printer = Printer::new(false, false, context.no_color());
+            for line in audit::tail(&dir, *lines).map_err(unreadable)? {
+                printer.data(&line);
+            }
+        }
+    }
+    Ok(Exit::Done)
+}

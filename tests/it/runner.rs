@@ -1,0 +1,347 @@
+//! A Runner's way: control plane, tunnel, TLS to the agent, Kubernetes API. The real executable in the middle.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::world::{Scripted, TOKEN, World};
+
+fn status(answer: &str) -> u16 {
+    answer.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0)
+}
+
+fn audit(world: &World) -> Vec<Value> {
+    let path = world.agent.sandbox.root().join("var/lib/pipeops-agent/audit/audit.jsonl");
+    std::fs::read_to_string(path).unwrap_or_default().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
+    let world = World::new().await.up().await;
+    assert_eq!(status(&world.raw(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await), 200);
+    // without a token nothing else
+    for path in ["/readyz", "/version", "/metrics", "/api/v1/status", "/k8s/api", "/", "/k8s", "/nothing"] {
+        let answer = world.raw(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).await;
+        assert_eq!(status(&answer), 401, "{path}: {answer}");
+        let other = world.ask("GET", path, &world.plane.token("another-agent", "viewer", None)).await;
+        assert_eq!(status(&other), 401, "{path}: {other}");
+    }
+    let token = world.token("deployer");
+    for (path, wanted) in [("/readyz", 200), ("/version", 200), ("/metrics", 200), ("/api/v1/status", 200), ("/nothing", 404)] {
+        let answer = world.ask("GET", path, &token).await;
+        assert_eq!(status(&answer), wanted, "{path}: {answer}");
+        assert!(!answer.contains("4711"), "{answer}");
+    }
+    assert_eq!(status(&world.ask("POST", "/version", &token).await), 405);
+    let answer = world.ask("GET", "/k8s/api/v1/namespaces/beta/pods/caf%C3%A9?labelSelector=a%3Db", &token).await;
+    assert_eq!(status(&answer), 200, "{answer}");
+    let seen = world.kube.through().pop().unwrap();
+    assert_eq!((seen.method.as_str(), seen.uri.as_str()), ("GET", "/api/v1/namespaces/beta/pods/caf%C3%A9?labelSelector=a%3Db"));
+    assert_eq!(seen.all("impersonate-user"), ["pipeops:runner"]);
+    assert_eq!(seen.all("impersonate-group"), ["pipeops:deployer"]);
+    assert_eq!(seen.all("impersonate-extra-pipeops.io%2fsubject"), ["runner-1"]);
+    assert_eq!(seen.all("authorization"), ["Bearer sa-planted-4711"]);
+    // the registration told what it should, and no more
+    let (_, bearer, body) = world.plane.calls("/register")[0].clone();
+    assert_eq!((bearer.as_str(), body["agent"]["id"] == world.id.as_str(), &body["max_role"]), (TOKEN, true, &json!("operator")));
+    assert_eq!(body["cluster"]["name"], "test");
+    for (path, _, body) in world.plane.calls("/") {
+        assert!(!body.to_string().contains("4711"), "{path}: {body}");
+    }
+    let state = world.agent.sandbox.root().join("var/lib/pipeops-agent");
+    for file in ["identity.json", "credential.json", "run-id", "audit/audit.jsonl"] {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::metadata(state.join(file)).unwrap_or_else(|e| panic!("{file}: {e}")).permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{file}");
+    }
+    let log = audit(&world);
+    let record = log.iter().find(|r| r["path"] == "/api/v1/namespaces/beta/pods/caf%C3%A9").unwrap();
+    assert_eq!(
+        (&record["subject"], &record["verdict"], &record["status"], &record["phase"]),
+        (&json!("runner-1"), &json!("allowed"), &json!(200), &json!("call"))
+    );
+    assert!(!std::fs::read_to_string(state.join("audit/audit.jsonl")).unwrap().contains("4711"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_something_is_put_on_record_before_and_after() {
+    let world = World::new().await.up().await;
+    let token = world.token("deployer");
+    assert_eq!(status(&world.ask("DELETE", "/k8s/api/v1/namespaces/beta/pods/p", &token).await), 200);
+    let log = audit(&world);
+    let phases: Vec<&Value> = log.iter().filter(|r| r["method"] == "DELETE").map(|r| &r["phase"]).collect();
+    assert_eq!(phases, [&json!("start"), &json!("end")]);
+    // the head of the chain is told in heartbeats, and the log verifies
+    let head = world.plane.calls("/heartbeat").len();
+    let plane = world.plane.clone();
+    world.plane.until("a later heartbeat", |_| plane.calls("/heartbeat").len() > head + 1).await;
+    let told = world.plane.calls("/heartbeat").pop().unwrap().2["audit_head"].clone();
+    let answer = crate::support::said(world.agent.sandbox.command(&["audit", "verify", "-o", "json"]).output().unwrap()).ended(0);
+    let verified: Value = serde_json::from_str(&answer.out).unwrap();
+    assert_eq!(verified["head"], told);
+    // a record that was changed is found
+    let path = world.agent.sandbox.root().join("var/lib/pipeops-agent/audit/audit.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replacen("\"status\":200", "\"status\":404", 1)).unwrap();
+    let answer = crate::support::said(world.agent.sandbox.command(&["audit", "verify"]).output().unwrap()).ended(6);
+    assert!(answer.err.contains("the record was changed"), "{}", answer.err);
+    assert!(crate::support::said(world.agent.sandbox.command(&["audit", "tail", "-n", "1"]).output().unwrap()).ended(0).out.contains("\"seq\":"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upgrades_pass_after_a_real_101_and_only_then() {
+    let world = World::new().await.up().await;
+    let token = world.token("deployer");
+    for protocol in ["websocket", "SPDY/3.1"] {
+        let mut io = world.dial(b"http/1.1").await;
+        let head = format!(
+            "POST /k8s/api/v1/namespaces/beta/pods/p/exec?command=sh HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\r\nearly"
+        );
+        io.write_all(head.as_bytes()).await.unwrap();
+        io.flush().await.unwrap();
+        let mut got = String::new();
+        let mut buffer = vec![0; 4096];
+        while !got.contains("early") {
+            let n = tokio::time::timeout(Duration::from_secs(10), io.read(&mut buffer)).await.unwrap().unwrap();
+            assert!(n > 0, "closed after {got}");
+            got.push_str(&String::from_utf8_lossy(&buffer[..n]));
+        }
+        assert!(got.starts_with("HTTP/1.1 101") && got.to_lowercase().contains(&format!("upgrade: {}", protocol.to_lowercase())), "{got}");
+        io.write_all(b"keys BYE").await.unwrap();
+        io.flush().await.unwrap();
+        let mut rest = String::new();
+        let _ = tokio::time::timeout(Duration::from_secs(10), io.read_to_string(&mut rest)).await.unwrap();
+        assert_eq!(rest, "keys BYE");
+    }
+    let deny = |query: &str| {
+        format!(
+            "POST /k8s/api/v1/namespaces/beta/pods/p/exec?{query} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        )
+    };
+    let answer = world.raw(deny("deny=1").as_bytes()).await;
+    assert!(status(&answer) == 403 && answer.contains("no exec for you"), "{answer}");
+    let log = audit(&world);
+    let phases: Vec<&str> = log.iter().filter(|r| r["path"].as_str().unwrap().ends_with("/exec")).map(|r| r["phase"].as_str().unwrap()).collect();
+    assert_eq!(phases.iter().filter(|p| **p == "start").count(), 3, "{phases:?}");
+    assert!(!log.iter().any(|r| r.to_string().contains("command")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_of_the_cluster_that_lead_elsewhere_or_blame_the_caller_are_not_passed_on() {
+    let world = World::new().await.up().await;
+    let token = world.token("viewer");
+    let answer = world.ask("GET", "/k8s/api/v1/namespaces/beta/pods/redirect", &token).await;
+    assert!(status(&answer) == 502 && answer.contains("redirect_refused") && !answer.contains("evil"), "{answer}");
+    // a 401 means the agent's credential, and its caller can do nothing about that
+    let answer = world.ask("GET", "/k8s/api/v1/namespaces/beta/pods/unauthorized", &token).await;
+    assert!(status(&answer) == 503 && answer.contains("kubernetes_credential") && answer.to_lowercase().contains("retry-after"), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_many_streams_of_a_caller_are_told_to_wait() {
+    let world = World::with("streams-per-caller = 3\n", |_| {}).await.up().await;
+    let token = world.token("viewer");
+    let head = format!("GET /k8s/api/v1/pods?watch=true HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n");
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        let mut io = world.dial(b"http/1.1").await;
+        io.write_all(head.as_bytes()).await.unwrap();
+        io.flush().await.unwrap();
+        let mut first = [0; 12];
+        io.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 200");
+        held.push(io);
+    }
+    let answer = world.ask("GET", "/k8s/api/v1/pods", &token).await;
+    assert!(status(&answer) == 429 && answer.to_lowercase().contains("retry-after"), "{answer}");
+    // one let go: room again
+    drop(held.pop());
+    let begun = Instant::now();
+    while status(&world.ask("GET", "/k8s/api/v1/pods", &token).await) != 200 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "the stream is never given back");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_bodies_stream_in_little_memory() {
+    let world = World::new().await.up().await;
+    let token = world.token("deployer");
+    let pid = world.agent.child.id();
+    let rss = || -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        text.lines().find(|l| l.starts_with("VmRSS")).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let download = async |n: u64| {
+        let mut io = world.dial(b"http/1.1").await;
+        let head = format!(
+            "GET /k8s/api/v1/namespaces/beta/pods/bulk/log?n={n} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"
+        );
+        io.write_all(head.as_bytes()).await.unwrap();
+        io.flush().await.unwrap();
+        let (mut got, mut most, mut buffer) = (0_u64, 0, vec![0; 64 * 1024]);
+        while let Ok(n @ 1..) = io.read(&mut buffer).await {
+            if (got >> 24) != ((got + n as u64) >> 24) {
+                most = most.max(rss());
+            }
+            got += n as u64;
+        }
+        (got, most)
+    };
+    download(8 << 20).await;
+    let before = rss();
+    let (got, most) = download(256 << 20).await;
+    assert!(got > 256 << 20, "{got}");
+    println!("256 MiB: {} KiB before, at most {most} KiB", before);
+    assert!(most < before + 8 * 1024, "{before} KiB before, {most} KiB at most");
+    let upload = 64_usize << 20;
+    let mut io = world.dial(b"http/1.1").await;
+    let head = format!(
+        "POST /k8s/api/v1/namespaces/beta/upload HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nContent-Length: {upload}\r\nConnection: close\r\n\r\n"
+    );
+    io.write_all(head.as_bytes()).await.unwrap();
+    for _ in 0..upload / 65536 {
+        io.write_all(&[b'y'; 65536]).await.unwrap();
+    }
+    io.flush().await.unwrap();
+    let mut answer = String::new();
+    let _ = io.read_to_string(&mut answer).await;
+    assert!(answer.contains(&format!("{{\"bytes\":{upload}}}")), "{answer}");
+    assert!(rss() < before + 8 * 1024);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_h2_requests_go_together_and_upgrades_are_told_where_to_go() {
+    let world = World::new().await.up().await;
+    let token = world.token("viewer");
+    let io = world.dial(b"h2").await;
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(hyper_util::rt::TokioExecutor::new(), hyper_util::rt::TokioIo::new(io)).await.unwrap();
+    tokio::spawn(connection);
+    let mut get = |path: &str| {
+        let request = hyper::Request::get(format!("https://agent{path}")).header("authorization", format!("Bearer {token}"));
+        sender.send_request(request.body(http_body_util::Empty::<hyper::body::Bytes>::new()).unwrap())
+    };
+    let (one, two, exec) = tokio::join!(get("/k8s/api/v1/pods"), get("/version"), get("/k8s/api/v1/namespaces/beta/pods/p/exec"));
+    assert_eq!(
+        (one.unwrap().status(), two.unwrap().status(), exec.unwrap().status()),
+        (hyper::StatusCode::OK, hyper::StatusCode::OK, hyper::StatusCode::BAD_REQUEST)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_is_told_first_finishes_what_is_short_and_refuses_what_is_new() {
+    let mut world = World::new().await.up().await;
+    let token = world.token("viewer");
+    let slow = {
+        let mut io = world.dial(b"http/1.1").await;
+        let head =
+            format!("GET /k8s/api/v1/namespaces/beta/pods/slow HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n");
+        io.write_all(head.as_bytes()).await.unwrap();
+        io.flush().await.unwrap();
+        tokio::spawn(async move {
+            let mut answer = String::new();
+            let _ = io.read_to_string(&mut answer).await;
+            answer
+        })
+    };
+    let kube = world.kube.clone();
+    world.plane.until("the slow call", |_| kube.through().iter().any(|s| s.uri.ends_with("/slow"))).await;
+    let begun = Instant::now();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(world.agent.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
+    let answer = slow.await.unwrap();
+    assert!(status(&answer) == 200 && answer.contains("\"slow\":true"), "{answer}");
+    let ended = tokio::task::block_in_place(|| world.agent.child.wait().unwrap());
+    assert_eq!(ended.code(), Some(0));
+    println!("stopped after {:?}", begun.elapsed());
+    assert_eq!(world.plane.calls("/heartbeat").last().unwrap().2["state"], "draining");
+    assert!(world.frps.proxies().is_empty());
+    assert_eq!(audit(&world).iter().filter(|r| r["path"].as_str().unwrap().ends_with("/slow")).count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_identity_outlives_a_restart_and_the_token_is_used_once() {
+    let mut world = World::new().await.up().await;
+    world.agent.child.kill().unwrap();
+    world.agent.child.wait().unwrap();
+    let run_id = std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id")).unwrap();
+    let registrations = world.plane.calls("/register").len();
+    let mut again = world.agent.sandbox.command(&["run"]).env("AGENT_TOKEN", TOKEN).spawn().unwrap();
+    let beats = world.plane.calls("/heartbeat").len();
+    let plane = world.plane.clone();
+    world.plane.until("heartbeats again", |_| plane.calls("/heartbeat").len() > beats).await;
+    assert_eq!(world.plane.calls("/register").len(), registrations);
+    assert!(world.plane.calls("/heartbeat").last().unwrap().0.contains(&world.id));
+    let frps = world.frps.clone();
+    world.plane.until("the tunnel again", |_| frps.proxies() == ["agent"]).await;
+    assert_eq!(std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id")).unwrap(), run_id);
+    again.kill().unwrap();
+    again.wait().unwrap();
+    // the same disk in another machine is another agent
+    world.agent.sandbox.put("/etc/machine-id", "ffffffffffffffffffffffffffffffff\n");
+    let mut clone = world.agent.sandbox.command(&["run"]).env("AGENT_TOKEN", TOKEN).spawn().unwrap();
+    world.plane.until("a registration of its own", |_| plane.calls("/register").len() > registrations).await;
+    assert_ne!(world.plane.calls("/register").last().unwrap().2["agent"]["id"], world.id.as_str());
+    clone.kill().unwrap();
+    clone.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_and_faults_of_the_control_plane_become_states_and_heal() {
+    let busy = |path, status, times, headers: &[(&'static str, &str)]| Scripted {
+        path,
+        status,
+        body: json!({"code": "busy", "message": "later"}),
+        headers: headers.iter().map(|(n, v)| (*n, (*v).to_owned())).collect(),
+        times,
+    };
+    let begun = Instant::now();
+    let world = World::with("", |plane| plane.script.lock().unwrap().push(busy("/register", 503, 1, &[("retry-after", "3")]))).await.up().await;
+    assert!(begun.elapsed() >= Duration::from_secs(3), "Retry-After was not obeyed");
+    // nonsense, an error of the server, a redirect: nothing of it ends the agent or its tunnel
+    for script in
+        [busy("/heartbeat", 500, 2, &[]), busy("/heartbeat", 302, 1, &[("location", "http://127.0.0.1:1/")]), busy("/heartbeat", 200, 1, &[])]
+    {
+        world.plane.script.lock().unwrap().push(script);
+        let beats = world.plane.calls("/heartbeat").len();
+        let plane = world.plane.clone();
+        world.plane.until("more heartbeats", |_| plane.calls("/heartbeat").len() > beats + 4).await;
+    }
+    assert_eq!(world.frps.proxies(), ["agent"]);
+    // revoked: registers again with the token by itself
+    world.plane.revoke();
+    let registrations = world.plane.calls("/register").len();
+    let plane = world.plane.clone();
+    world.plane.until("a new registration", |_| plane.calls("/register").len() > registrations + 1).await;
+    assert_eq!(world.plane.calls("/register").last().unwrap().1, TOKEN);
+    // asked to rotate
+    world.plane.directives.lock().unwrap().push("rotate_credential");
+    world.plane.until("a rotation", |_| !plane.calls("/credential").is_empty()).await;
+    let beats = world.plane.calls("/heartbeat").len();
+    world.plane.until("heartbeats with the new one", |_| plane.calls("/heartbeat").len() > beats + 1).await;
+    // the clock of the control plane jumps by an hour: named, tolerated, and its tokens stay good
+    *world.plane.clock.lock().unwrap() = 3600;
+    world.agent.until("3600 s behind");
+    assert_eq!(status(&world.ask("GET", "/version", &world.token("viewer")).await), 200);
+    // a duplicate
+    *world.plane.clock.lock().unwrap() = 0;
+    world.plane.script.lock().unwrap().push(busy("/heartbeat", 409, 1, &[]));
+    world.agent.until("STATUS=conflict");
+    assert_eq!(world.frps.proxies(), ["agent"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_reports_wait_on_the_disk_while_nobody_takes_them() {
+    let world = World::with("", |plane| {
+        plane.script.lock().unwrap().push(Scripted { path: "/status", status: 503, body: json!({}), headers: vec![], times: 2 });
+    })
+    .await
+    .up()
+    .await;
+    let queue = world.agent.sandbox.root().join("var/lib/pipeops-agent/queue");
+    let waiting = || std::fs::read_dir(&queue).map_or(0, Iterator::count);
+    let plane = world.plane.clone();
+    world.plane.until("the reports", |_| plane.calls("/status").len() >= 4 && waiting() == 0).await;
+    let last = world.plane.calls("/status").pop().unwrap().2;
+    assert_eq!((&last["kubernetes"], &last["nodes"][0]["name"]), (&json!("connected"), &json!("vm1")));
+}
