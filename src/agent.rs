@@ -187,6 +187,7 @@ pub async fn run(
         started_at: jiff::Timestamp::now().as_second(),
         ..Agent::default()
     };
+    let (cluster, clusters) = watch::channel(cluster_info(&first, &config));
     let account = watch::Sender::new(first);
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
@@ -197,7 +198,6 @@ pub async fn run(
     let (run_ids, kept_run_ids) = mpsc::channel(4);
     let (work, works) = mpsc::channel::<Work>(64);
     let (_results, results) = mpsc::channel(16);
-    let (cluster, clusters) = watch::channel(ClusterInfo::default());
     let (report, reports) = watch::channel(StatusReport::default());
     // three steps of the end: nothing new, nothing at all, everything gone
     let (drain, cut, halt, farewell) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new(), CancellationToken::new());

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
 use crate::host::{Host, Owner};
-use crate::k3s::{ADMIN_KUBECONFIG, AGENT_USER, CREDENTIAL};
+use crate::k3s::{ADMIN_KUBECONFIG, AGENT_TOKEN, AGENT_USER, CREDENTIAL};
 
 /// Seconds that a token lives.
 const LIFE: i64 = 24 * 3600;
@@ -19,6 +19,7 @@ const RETRY: Duration = Duration::from_secs(5);
 /// # Errors
 /// When the file cannot be written.
 pub async fn mint(host: &Host, stop: &CancellationToken) -> anyhow::Result<()> {
+    spend(host);
     let mut said = String::new();
     loop {
         match once(host).await {
@@ -34,6 +35,20 @@ pub async fn mint(host: &Host, stop: &CancellationToken) -> anyhow::Result<()> {
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             () = tokio::time::sleep(RETRY) => {}
+        }
+    }
+}
+
+/// Empties the enrolment token that the agent has registered with. One that was delivered since is younger, and stays.
+fn spend(host: &Host) {
+    let registered = host.modified("/var/lib/pipeops-agent/credential.json");
+    let delivered = host.modified(AGENT_TOKEN);
+    let spent = matches!((registered, delivered), (Some(registered), Some(delivered)) if registered > delivered);
+    if spent && host.read(AGENT_TOKEN).ok().flatten().is_some_and(|token| !token.is_empty()) {
+        let dir = AGENT_TOKEN.rsplit_once('/').map_or("/", |(d, _)| d);
+        match host.replace(AGENT_TOKEN, b"", 0o600, Owner::default(), dir, 0o755) {
+            Ok(()) => tracing::info!("the enrolment token is used up and emptied"),
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "the enrolment token could not be emptied"),
         }
     }
 }

@@ -187,12 +187,13 @@ fn agent(settings: &Settings) -> Vec<Step> {
     for (id, name, content) in [
         ("agent-unit", "pipeops-agent.service", include_str!("../systemd/pipeops-agent.service")),
         ("credential-unit", "pipeops-agent-credential.service", include_str!("../systemd/pipeops-agent-credential.service")),
+        ("credential-path-unit", "pipeops-agent-credential.path", include_str!("../systemd/pipeops-agent-credential.path")),
         ("credential-timer-unit", "pipeops-agent-credential.timer", include_str!("../systemd/pipeops-agent-credential.timer")),
     ] {
         steps.push(step(id, format!("write {name}"), "the agent under systemd", text(&unit(name), content, 0o644)));
     }
     let credential_inputs = vec![unit("pipeops-agent-credential.service"), PIPEOPS.to_owned()];
-    let agent_inputs = vec![unit("pipeops-agent.service"), PIPEOPS.to_owned(), AGENT_CONFIG.into()];
+    let agent_inputs = vec![unit("pipeops-agent.service"), PIPEOPS.to_owned(), AGENT_CONFIG.into(), AGENT_TOKEN.into()];
     let start = |name: &str, inputs: Vec<String>| Resource::Unit { name: name.into(), inputs };
     steps.push(step(
         "credential-start",
@@ -205,6 +206,12 @@ fn agent(settings: &Settings) -> Vec<Step> {
         "start the credential timer",
         "every 8 hours",
         start("pipeops-agent-credential.timer", vec![unit("pipeops-agent-credential.timer")]),
+    ));
+    steps.push(step(
+        "credential-path",
+        "watch for the agent's registration",
+        "its enrolment token is emptied then",
+        start("pipeops-agent-credential.path", vec![unit("pipeops-agent-credential.path")]),
     ));
     steps.push(step("agent-start", "start the agent", "enabled for the next boot too", start("pipeops-agent.service", agent_inputs)));
     let ready = Resource::Ready { what: vec![Ready::Credential, Ready::Agent], within_s: 60 };

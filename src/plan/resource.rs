@@ -12,8 +12,8 @@ use super::{Check, Content, Event, Resource, SecretName, Step, objects, teardown
 use crate::cluster::Cluster;
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host, LOGS, Owner, fetch};
-use crate::k3s::ADMIN_KUBECONFIG;
 use crate::k3s::token::hex;
+use crate::k3s::{ADMIN_KUBECONFIG, AGENT_TOKEN};
 use crate::secret::Secret;
 
 const QUICK: Duration = Duration::from_secs(20);
@@ -103,7 +103,7 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
             let up = unit.running() || unit.active == "activating" || oneshot && unit.result == "success";
             if !unit.loaded {
                 Check::todo(format!("enable and start {name}"))
-            } else if started != Some(&inputs_digest(host, inputs)?) {
+            } else if started != Some(&inputs_digest(host, journal, inputs)?) {
                 let verb = if started.is_some() && unit.running() { "restart" } else { "start" };
                 Check::todo(format!("{verb} {name}"))
             } else if !unit.enabled || !up {
@@ -229,7 +229,7 @@ pub(super) async fn put_back(
     } else {
         hands.restart(unit).await?;
     }
-    journal.units.insert(unit.to_owned(), inputs_digest(hands, inputs)?);
+    journal.units.insert(unit.to_owned(), inputs_digest(hands, Some(&*journal), inputs)?);
     wait::until(hands, what, within, true, work.stop, &[], |_| {}).await
 }
 
@@ -303,7 +303,7 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             hands.daemon_reload().await?;
             hands.enable(name).await?;
             let unit = hands.unit(name).await?;
-            let inputs = inputs_digest(hands, inputs)?;
+            let inputs = inputs_digest(hands, Some(&*journal), inputs)?;
             if journal.units.get(name) != Some(&inputs) && unit.running() {
                 hands.restart(name).await?;
             } else if !unit.running() && unit.active != "activating" || unit.service_type == "oneshot" {
@@ -470,11 +470,14 @@ pub(super) fn drift(host: &Host, journal: &Journal) -> anyhow::Result<Vec<String
 }
 
 /// Digest over what a unit reads at start.
-fn inputs_digest(host: &Host, inputs: &[String]) -> anyhow::Result<String> {
+/// What a unit was started with. A token is emptied once it is used up: what was delivered counts, not what is left.
+fn inputs_digest(host: &Host, journal: Option<&Journal>, inputs: &[String]) -> anyhow::Result<String> {
     let mut all = Sha256::new();
     for path in inputs {
         all.update(path.as_bytes());
-        all.update(host.sha256(path)?.unwrap_or_default().as_bytes());
+        let delivered = journal.filter(|_| path == AGENT_TOKEN).and_then(|j| j.entry("agent-token")?.digest.clone());
+        let now = if path == AGENT_TOKEN { delivered } else { host.sha256(path)? };
+        all.update(now.unwrap_or_default().as_bytes());
     }
     Ok(hex(&all.finalize()))
 }

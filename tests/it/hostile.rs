@@ -272,7 +272,7 @@ fn check(seen: &Seen) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
-    let world = std::sync::Arc::new(World::with("streams-per-caller = 512\n", |_| {}).await.up().await);
+    let world = World::with("streams-per-caller = 512\n", |_| {}).await.up().await;
     let token = world.plane.token(&world.id, "deployer", Some(&["beta"]));
     let corpus = corpus(&token);
     let total = corpus.len();
@@ -280,7 +280,7 @@ async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
     let mut wrong = Vec::new();
     let mut asks = futures_util::StreamExt::buffer_unordered(
         futures_util::stream::iter(corpus.into_iter().map(|hostile| {
-            let world = world.clone();
+            let world = &world;
             async move {
                 let answer = world.raw(&hostile.bytes).await;
                 let status = answer.split(' ').nth(1).and_then(|s| s.parse::<u16>().ok()).unwrap_or(0);
@@ -309,7 +309,7 @@ async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_hundred_odd_and_legitimate_requests_all_pass() {
-    let world = std::sync::Arc::new(World::with("streams-per-caller = 512\n", |_| {}).await.up().await);
+    let world = World::with("streams-per-caller = 512\n", |_| {}).await.up().await;
     let token = world.plane.token(&world.id, "deployer", Some(&["beta", "production"]));
     let mut asks: Vec<(String, String)> = Vec::new();
     for n in 0..10 {

@@ -8,6 +8,7 @@ mod hostile;
 mod hosts;
 mod install;
 mod join;
+mod plane;
 mod release;
 mod runner;
 mod scripts;

@@ -1,31 +1,26 @@
 //! Everything around the agent, in this process: a control plane, an FRP server, a Kubernetes API that records.
 
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use base64::Engine as _;
-use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use hyper_util::rt::TokioIo;
 use pipeops::secret::Secret;
-use pipeops::trust::{Pin, Trust};
 use pipeops::tunnel::layer::Io;
 use pipeops::tunnel::server::{Server, ServerConfig};
-use ring::signature::{ECDSA_P256_SHA256_ASN1, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
+pub(crate) use crate::plane::{Plane, Scripted, TOKEN};
+use crate::plane::{identity, listen};
 use crate::support::Sandbox;
-
-pub(crate) const TOKEN: &str = "enrol-planted-4711";
 
 /// A request that reached the fake Kubernetes API.
 #[derive(Clone, Debug)]
@@ -121,142 +116,6 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
     }
 }
 
-/// What the control plane answers instead of what is right.
-#[derive(Clone, Debug)]
-pub(crate) struct Scripted {
-    /// Part of the path that it is for.
-    pub(crate) path: &'static str,
-    pub(crate) status: u16,
-    pub(crate) body: Value,
-    pub(crate) headers: Vec<(&'static str, String)>,
-    /// How often.
-    pub(crate) times: usize,
-}
-
-#[derive(Default)]
-pub(crate) struct Plane {
-    pub(crate) calls: Mutex<Vec<(String, String, Value)>>,
-    pub(crate) config: Mutex<Value>,
-    pub(crate) directives: Mutex<Vec<&'static str>>,
-    pub(crate) script: Mutex<Vec<Scripted>>,
-    /// Seconds that its clock is ahead of this machine's.
-    pub(crate) clock: Mutex<i64>,
-    key: Mutex<Option<Arc<Ed25519KeyPair>>>,
-    pub(crate) public_key: Mutex<String>,
-    credential: Mutex<u32>,
-}
-
-async fn plane(State(plane): State<Arc<Plane>>, request: Request) -> Response {
-    let path = request.uri().path().to_owned();
-    let headers: HeaderMap = request.headers().clone();
-    let method = request.method().to_string();
-    let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
-    let value: Value = serde_json::from_slice(&body).unwrap_or_default();
-    let bearer = headers.get("authorization").and_then(|v| v.to_str().ok()).unwrap_or_default().trim_start_matches("Bearer ").to_owned();
-    plane.calls.lock().unwrap().push((format!("{method} {path}"), bearer.clone(), value.clone()));
-    let mut answer = respond(&plane, &path, &headers, &body, &value, &bearer);
-    let then = jiff::Timestamp::now().as_second() + *plane.clock.lock().unwrap();
-    let date = jiff::fmt::rfc2822::to_string(&jiff::Timestamp::from_second(then).unwrap().to_zoned(jiff::tz::TimeZone::UTC)).unwrap();
-    answer.headers_mut().insert("date", date.parse().unwrap());
-    answer
-}
-
-fn respond(plane: &Plane, path: &str, headers: &HeaderMap, body: &Bytes, value: &Value, bearer: &str) -> Response {
-    {
-        let mut script = plane.script.lock().unwrap();
-        if let Some(at) = script.iter().position(|s| path.contains(s.path) && s.times > 0) {
-            script[at].times -= 1;
-            let s = script[at].clone();
-            let mut answer = (StatusCode::from_u16(s.status).unwrap(), axum::Json(s.body)).into_response();
-            for (name, value) in s.headers {
-                answer.headers_mut().insert(name, value.parse().unwrap());
-            }
-            return answer;
-        }
-    }
-    let credential = format!("credential-planted-4711-{}", plane.credential.lock().unwrap());
-    let refuse =
-        |status: u16, code: &str| (StatusCode::from_u16(status).unwrap(), axum::Json(json!({"code": code, "message": "no"}))).into_response();
-    let registering = path.ends_with("/register");
-    if bearer != credential && !(registering && bearer == TOKEN) {
-        return refuse(401, "credential_unknown");
-    }
-    let expires = |s: i64| jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() + s).unwrap().to_string();
-    if registering {
-        let pem = value["agent"]["public_key"].as_str().unwrap();
-        let der = STANDARD.decode(pem.lines().filter(|l| !l.starts_with('-')).collect::<String>()).unwrap();
-        let signature = STANDARD.decode(headers["pipeops-signature"].to_str().unwrap()).unwrap();
-        // the uncompressed point stands at the end of a P-256 SubjectPublicKeyInfo
-        if UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &der[der.len() - 65..]).verify(body, &signature).is_err() {
-            return refuse(400, "bad_signature");
-        }
-        *plane.public_key.lock().unwrap() = pem.to_owned();
-        let config = plane.config.lock().unwrap().clone();
-        return axum::Json(
-            json!({"agent_id": value["agent"]["id"], "cluster_id": "c-1", "credential": credential, "credential_expires_at": expires(3600),
-            "config": config}),
-        )
-        .into_response();
-    }
-    if path.ends_with("/config") {
-        return axum::Json(plane.config.lock().unwrap().clone()).into_response();
-    }
-    if path.ends_with("/heartbeat") {
-        let directives: Vec<&str> = std::mem::take(&mut plane.directives.lock().unwrap());
-        return axum::Json(json!({"config_version": plane.config.lock().unwrap()["config_version"], "directives": directives})).into_response();
-    }
-    if path.ends_with("/credential") {
-        *plane.credential.lock().unwrap() += 1;
-        let credential = format!("credential-planted-4711-{}", plane.credential.lock().unwrap());
-        return axum::Json(json!({"credential": credential, "credential_expires_at": expires(3600)})).into_response();
-    }
-    StatusCode::NO_CONTENT.into_response()
-}
-
-impl Plane {
-    /// Calls whose path holds `part`.
-    pub(crate) fn calls(&self, part: &str) -> Vec<(String, String, Value)> {
-        self.calls.lock().unwrap().iter().filter(|(path, _, _)| path.contains(part)).cloned().collect()
-    }
-
-    pub(crate) async fn until(&self, what: &str, mut met: impl FnMut(&Plane) -> bool) {
-        for _ in 0..1500 {
-            if met(self) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        let calls: Vec<String> = self.calls.lock().unwrap().iter().map(|c| c.0.clone()).collect();
-        panic!("never: {what}; calls: {calls:?}");
-    }
-
-    /// Revokes the credential that is in use.
-    pub(crate) fn revoke(&self) {
-        *self.credential.lock().unwrap() += 1;
-    }
-
-    /// A Runner's token.
-    pub(crate) fn token(&self, agent: &str, role: &str, namespaces: Option<&[&str]>) -> String {
-        let now = jiff::Timestamp::now().as_second() + *self.clock.lock().unwrap();
-        let mut claims = json!({"iss": "cp", "aud": agent, "exp": now + 200, "sub": "runner-1", "role": role, "jti": "t1"});
-        if let Some(namespaces) = namespaces {
-            claims["namespaces"] = json!(namespaces);
-        }
-        let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
-        let signed = format!("{}.{}", part(&json!({"alg": "EdDSA", "kid": "k1"})), part(&claims));
-        let key = self.key.lock().unwrap().clone().unwrap();
-        format!("{signed}.{}", URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes())))
-    }
-}
-
-async fn listen<S: Clone + Send + Sync + 'static>(router: Router<S>, state: S) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let router = router.with_state(state);
-    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-    address
-}
-
 /// All of it, with a real `pipeops run` in the middle.
 pub(crate) struct World {
     pub(crate) plane: Arc<Plane>,
@@ -274,11 +133,11 @@ impl World {
 
     /// With lines for `agent.toml`, and a hand on the control plane before the agent starts.
     pub(crate) async fn with(toml: &str, prepare: impl FnOnce(&Plane)) -> World {
-        let (tls, pin) = crate::tunnel::identity();
+        let (tls, pin) = identity();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let frps_address = listener.local_addr().unwrap();
         let config = ServerConfig {
-            token: Secret::new("frp-planted-4711"),
+            token: Secret::new(crate::plane::FRP_TOKEN),
             tls: Some(tls),
             tcp_mux: true,
             tcp_bind: None,
@@ -291,16 +150,9 @@ impl World {
         });
         let kube_state = Arc::new(Kube::default());
         let kube_address = listen(Router::new().fallback(kube), kube_state.clone()).await;
-        let plane_state = Arc::new(Plane::default());
-        let key = Ed25519KeyPair::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap().as_ref()).unwrap();
-        let jwk = json!({"kid": "k1", "kty": "OKP", "crv": "Ed25519", "x": URL_SAFE_NO_PAD.encode(key.public_key())});
-        *plane_state.key.lock().unwrap() = Some(Arc::new(key));
-        *plane_state.config.lock().unwrap() = json!({"config_version": 1, "heartbeat_interval_s": 1, "status_interval_s": 5,
-            "tunnel": {"server": "127.0.0.1", "port": frps_address.port(), "tcp_mux": true, "pool_count": 2, "tls": {"pin": pin, "server_name": "frps.test"},
-                "auth": {"token": "frp-planted-4711"}, "proxies": [{"name": "agent", "type": "stcp", "secret_key": "sk-planted-4711"}]},
-            "runner_auth": {"issuer": "cp", "audience": "", "jwks": {"keys": [jwk]}}});
+        let plane_state = Arc::new(Plane::new(frps_address, &pin));
         prepare(&plane_state);
-        let plane_address = listen(Router::new().fallback(plane), plane_state.clone()).await;
+        let plane_address = plane_state.clone().serve().await;
         let sandbox = Sandbox::new();
         sandbox.put("/etc/machine-id", "0123456789abcdef0123456789abcdef\n");
         sandbox.put("/etc/pipeops/agent.toml", &format!("control-plane-url = \"http://{plane_address}\"\ncluster-name = \"test\"\n{toml}"));
@@ -330,14 +182,7 @@ impl World {
 
     /// A TLS stream to the agent, its key pinned as the control plane knows it.
     pub(crate) async fn dial(&self, alpn: &[u8]) -> tokio_rustls::client::TlsStream<Io> {
-        let pem = self.plane.public_key.lock().unwrap().clone();
-        let der = STANDARD.decode(pem.lines().filter(|l| !l.starts_with('-')).collect::<String>()).unwrap();
-        let pin = format!("sha256:{}", STANDARD.encode(ring::digest::digest(&ring::digest::SHA256, &der)));
-        let mut client = Trust { pins: vec![Pin::parse(&pin).unwrap()], ..Trust::default() }.client().unwrap();
-        client.alpn_protocols = vec![alpn.to_vec()];
-        let io = self.frps.dial("agent").await.unwrap();
-        let name = rustls_pki_types::ServerName::try_from("agent.test").unwrap();
-        tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, io).await.unwrap()
+        self.plane.tls(self.frps.dial("agent").await.unwrap(), alpn).await.unwrap()
     }
 
     /// Sends raw bytes on a stream of its own and reads what comes until the agent closes or falls silent.

@@ -1,0 +1,83 @@
+//! Stands in for what is outside a VM: control plane, FRP server, a gateway for kubectl; and asks a real API server for verdicts.
+//!
+//!     stand serve DIR           writes DIR/env with PLANE and GATEWAY, then serves
+//!     stand rights KUBECONFIG   role × verb × resource × namespace, against what is written here by hand
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::exit,
+    dead_code,
+    reason = "a test program"
+)]
+
+#[path = "../it/plane.rs"]
+mod plane;
+mod rights;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::Query;
+use axum::routing::get;
+use pipeops::secret::Secret;
+use pipeops::tunnel::server::{Server, ServerConfig};
+use plane::{FRP_TOKEN, Plane, identity};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+#[tokio::main]
+async fn main() {
+    let args: Vec<String> = std::env::args().collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[1..] {
+        ["serve", dir] => serve(dir).await,
+        ["rights", kubeconfig] => std::process::exit(rights::check(kubeconfig).await),
+        _ => {
+            eprintln!("usage: stand serve DIR | stand rights KUBECONFIG");
+            std::process::exit(2);
+        }
+    }
+}
+
+async fn serve(dir: &str) {
+    let (tls, pin) = identity();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let frps_address = listener.local_addr().unwrap();
+    let config = ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
+    let frps = Server::new(config);
+    tokio::spawn({
+        let frps = frps.clone();
+        async move { frps.serve(listener, CancellationToken::new()).await }
+    });
+    let state = Arc::new(Plane::new(frps_address, &pin));
+    let address = state.clone().serve().await;
+    let tokens = state.clone();
+    let router = axum::Router::new().route(
+        "/token",
+        get(async move |Query(asked): Query<Vec<(String, String)>>| {
+            let value = |name: &str| asked.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone());
+            let agent = tokens.calls("/register").last().map(|c| c.2["agent"]["id"].as_str().unwrap_or_default().to_owned()).unwrap_or_default();
+            let namespaces = value("namespaces");
+            let namespaces: Option<Vec<&str>> = namespaces.as_deref().map(|n| n.split(',').collect());
+            tokens.token(&agent, &value("role").unwrap_or_else(|| "viewer".into()), namespaces.as_deref())
+        }),
+    );
+    let tokens = plane::listen(router, ()).await;
+    let gateway = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let port = gateway.local_addr().unwrap().port();
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(format!("{dir}/env.new"), format!("PLANE=http://{address}\nTOKENS=http://{tokens}\nGATEWAY={port}\nENROL={}\n", plane::TOKEN))
+        .unwrap();
+    std::fs::rename(format!("{dir}/env.new"), format!("{dir}/env")).unwrap();
+    loop {
+        let Ok((mut user, _)) = gateway.accept().await else { continue };
+        let (frps, state) = (frps.clone(), state.clone());
+        tokio::spawn(async move {
+            let Ok(io) = frps.dial("agent").await else { return };
+            let Ok(mut agent) = state.tls(io, b"http/1.1").await else { return };
+            let _ = tokio::io::copy_bidirectional(&mut user, &mut agent).await;
+        });
+    }
+}

@@ -1,0 +1,287 @@
+//! Who may do what, written by hand from the promise to users, and asked of a real API server for everything that it serves.
+
+use std::collections::BTreeSet;
+
+use futures_util::StreamExt as _;
+use http::Request;
+use serde_json::{Value, json};
+
+const VERBS: &[&str] = &[
+    "get",
+    "list",
+    "watch",
+    "create",
+    "update",
+    "patch",
+    "delete",
+    "deletecollection",
+    "bind",
+    "escalate",
+    "impersonate",
+    "approve",
+    "use",
+    "proxy",
+];
+const READ: &[&str] = &["get", "list", "watch"];
+const WRITE: &[&str] = &["get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"];
+const ROLES: &[&str] = &["viewer", "deployer", "operator"];
+/// Empty: the whole cluster.
+const NAMESPACES: &[&str] = &["", "production", "beta", "monitoring", "pipeops", "kube-system", "default"];
+
+/// What everybody who is authenticated may do in any cluster: ask about himself.
+fn own(group: &str, resource: &str, verb: &str) -> bool {
+    verb == "create" && group == "authorization.k8s.io" && matches!(resource, "selfsubjectaccessreviews" | "selfsubjectrulesreviews")
+}
+
+/// Read by all three roles, everywhere. Not in this list: secrets, and every subresource that is not named.
+const READABLE: &[(&str, &[&str])] = &[
+    (
+        "",
+        &[
+            "componentstatuses",
+            "configmaps",
+            "endpoints",
+            "events",
+            "limitranges",
+            "namespaces",
+            "nodes",
+            "persistentvolumeclaims",
+            "persistentvolumes",
+            "pods",
+            "pods/log",
+            "pods/status",
+            "podtemplates",
+            "replicationcontrollers",
+            "resourcequotas",
+            "serviceaccounts",
+            "services",
+        ],
+    ),
+    (
+        "apps",
+        &[
+            "controllerrevisions",
+            "daemonsets",
+            "deployments",
+            "deployments/scale",
+            "replicasets",
+            "replicasets/scale",
+            "statefulsets",
+            "statefulsets/scale",
+        ],
+    ),
+    ("batch", &["cronjobs", "jobs"]),
+    ("autoscaling", &["horizontalpodautoscalers"]),
+    ("policy", &["poddisruptionbudgets"]),
+    ("networking.k8s.io", &["ingresses", "ingressclasses", "networkpolicies"]),
+    ("discovery.k8s.io", &["endpointslices"]),
+    ("events.k8s.io", &["events"]),
+    ("storage.k8s.io", &["storageclasses", "csidrivers", "csinodes", "volumeattachments", "csistoragecapacities"]),
+    ("scheduling.k8s.io", &["priorityclasses"]),
+    ("node.k8s.io", &["runtimeclasses"]),
+    ("coordination.k8s.io", &["leases"]),
+    ("rbac.authorization.k8s.io", &["clusterroles", "clusterrolebindings", "roles", "rolebindings"]),
+    ("apiextensions.k8s.io", &["customresourcedefinitions"]),
+    ("apiregistration.k8s.io", &["apiservices"]),
+    ("admissionregistration.k8s.io", &["mutatingwebhookconfigurations", "validatingwebhookconfigurations"]),
+];
+
+/// Written by a deployer in his namespaces.
+const DEPLOYABLE: &[(&str, &[&str])] = &[
+    ("", &["pods", "services", "configmaps", "persistentvolumeclaims", "serviceaccounts", "replicationcontrollers"]),
+    ("apps", &["deployments", "statefulsets", "daemonsets", "replicasets"]),
+    ("batch", &["jobs", "cronjobs"]),
+    ("autoscaling", &["horizontalpodautoscalers"]),
+    ("policy", &["poddisruptionbudgets"]),
+    ("networking.k8s.io", &["ingresses"]),
+    ("cert-manager.io", &["certificates"]),
+];
+
+fn listed(table: &[(&str, &[&str])], group: &str, resource: &str) -> bool {
+    table.iter().any(|(g, list)| *g == group && list.contains(&resource))
+}
+
+fn expected(role: &str, verb: &str, group: &str, resource: &str, namespace: &str) -> bool {
+    if own(group, resource, verb) || (READ.contains(&verb) && listed(READABLE, group, resource)) {
+        return true;
+    }
+    if role == "operator" && namespace.is_empty() && (verb, group, resource) == ("create", "", "namespaces") {
+        return true;
+    }
+    let mine = match role {
+        "deployer" => matches!(namespace, "production" | "beta"),
+        "operator" => matches!(namespace, "production" | "beta" | "monitoring"),
+        _ => false,
+    };
+    if role == "operator" && (verb, group, resource) == ("create", "", "namespaces") {
+        return true;
+    }
+    mine && match (group, resource) {
+        ("", "secrets") => matches!(verb, "create" | "update" | "patch" | "delete"),
+        ("", "pods/exec" | "pods/attach" | "pods/portforward") => matches!(verb, "create" | "get"),
+        ("", "pods/eviction") => role == "operator" && verb == "create",
+        ("apps", "deployments/scale" | "statefulsets/scale" | "replicasets/scale") => matches!(verb, "get" | "update" | "patch"),
+        _ => WRITE.contains(&verb) && listed(DEPLOYABLE, group, resource),
+    }
+}
+
+/// Each must be refused to everybody but admin: method, path, body.
+fn escalations() -> Vec<(&'static str, &'static str, String, Value)> {
+    let pod = |spec: Value| json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec});
+    let container = json!([{"name": "x", "image": "x", "securityContext": {"privileged": true}}]);
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    vec![
+        (
+            "a pod with our ServiceAccount",
+            "POST",
+            "/api/v1/namespaces/pipeops/pods".into(),
+            pod(json!({"serviceAccountName": "pipeops-agent", "containers": [{"name": "x", "image": "x"}]})),
+        ),
+        (
+            "a HelmChart",
+            "POST",
+            "/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts".into(),
+            json!({"apiVersion": "helm.cattle.io/v1", "kind": "HelmChart", "metadata": {"name": "x"}, "spec": {"chart": "x"}}),
+        ),
+        (
+            "a token of our ServiceAccount",
+            "POST",
+            "/api/v1/namespaces/pipeops/serviceaccounts/pipeops-agent/token".into(),
+            json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}),
+        ),
+        (
+            "a token in an own namespace",
+            "POST",
+            "/api/v1/namespaces/beta/serviceaccounts/default/token".into(),
+            json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}),
+        ),
+        (
+            "removing a Pod Security label",
+            "PATCH",
+            "/api/v1/namespaces/production".into(),
+            json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": null}}}),
+        ),
+        (
+            "binding cluster-admin",
+            "POST",
+            format!("{rbac}/clusterrolebindings"),
+            json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "x"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}, "subjects": [{"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": "pipeops:runner"}]}),
+        ),
+        (
+            "binding in an own namespace",
+            "POST",
+            format!("{rbac}/namespaces/beta/rolebindings"),
+            json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": "x"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}, "subjects": []}),
+        ),
+        (
+            "escalating a role",
+            "PATCH",
+            format!("{rbac}/clusterroles/pipeops:deployer"),
+            json!({"rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]}),
+        ),
+        ("the kubelet through nodes/proxy", "GET", "/api/v1/nodes/x/proxy/pods".into(), Value::Null),
+        ("listing secrets", "GET", "/api/v1/namespaces/beta/secrets".into(), Value::Null),
+        (
+            "a webhook",
+            "POST",
+            "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations".into(),
+            json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration", "metadata": {"name": "x"}}),
+        ),
+        ("a privileged pod elsewhere", "POST", "/api/v1/namespaces/kube-system/pods".into(), pod(json!({"containers": container}))),
+    ]
+}
+
+async fn client(kubeconfig: &str) -> kube::Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let text = std::fs::read_to_string(kubeconfig).unwrap();
+    let parsed = kube::config::Kubeconfig::from_yaml(&text).unwrap();
+    let config = kube::Config::from_custom_kubeconfig(parsed, &kube::config::KubeConfigOptions::default()).await.unwrap();
+    kube::Client::try_from(config).unwrap()
+}
+
+async fn ask(client: &kube::Client, role: &str, method: &str, path: &str, body: &Value) -> Result<Value, u16> {
+    let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
+    let mut request = Request::builder().method(method).uri(path).header("Content-Type", kind);
+    if !role.is_empty() {
+        request = request.header("Impersonate-User", "pipeops:runner").header("Impersonate-Group", format!("pipeops:{role}"));
+    }
+    let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(body).unwrap() };
+    match client.request::<Value>(request.body(body).unwrap()).await {
+        Ok(value) => Ok(value),
+        Err(kube::Error::Api(status)) => Err(status.code),
+        Err(e) => panic!("{method} {path}: {e}"),
+    }
+}
+
+/// Every resource and subresource that the server lists, with its group.
+async fn resources(client: &kube::Client) -> BTreeSet<(String, String)> {
+    let mut versions = vec![(String::new(), "/api/v1".to_owned())];
+    let groups = ask(client, "", "GET", "/apis", &Value::Null).await.unwrap();
+    for group in groups["groups"].as_array().unwrap() {
+        for version in group["versions"].as_array().unwrap() {
+            versions.push((group["name"].as_str().unwrap().to_owned(), format!("/apis/{}", version["groupVersion"].as_str().unwrap())));
+        }
+    }
+    let mut found = BTreeSet::new();
+    for (group, path) in versions {
+        let Ok(list) = ask(client, "", "GET", &path, &Value::Null).await else { continue };
+        for resource in list["resources"].as_array().unwrap() {
+            found.insert((group.clone(), resource["name"].as_str().unwrap().to_owned()));
+        }
+    }
+    found
+}
+
+/// Prints what differs; gives the exit code.
+pub(crate) async fn check(kubeconfig: &str) -> i32 {
+    // an admin's kubeconfig, for it impersonates all three roles
+    let client = client(kubeconfig).await;
+    let resources = resources(&client).await;
+    let mut questions = Vec::new();
+    for role in ROLES {
+        for (group, resource) in &resources {
+            for verb in VERBS {
+                for namespace in NAMESPACES {
+                    questions.push((*role, *verb, group.as_str(), resource.as_str(), *namespace));
+                }
+            }
+        }
+    }
+    let total = questions.len();
+    let wrong: Vec<String> = futures_util::stream::iter(questions)
+        .map(|(role, verb, group, resource, namespace)| {
+            let client = client.clone();
+            async move {
+                let (name, sub) = resource.split_once('/').unwrap_or((resource, ""));
+                let attributes = json!({"verb": verb, "group": group, "resource": name, "subresource": sub, "namespace": namespace});
+                let review =
+                    json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}});
+                let answer = ask(&client, role, "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review).await.unwrap();
+                let (is, should) = (answer["status"]["allowed"] == true, expected(role, verb, group, resource, namespace));
+                (is != should).then(|| format!("{role} {verb} {group}/{resource} in `{namespace}`: is {is}, should be {should}"))
+            }
+        })
+        .buffer_unordered(16)
+        .filter_map(std::future::ready)
+        .collect()
+        .await;
+    wrong.iter().take(40).for_each(|line| println!("WRONG {line}"));
+    println!("{total} verdicts over {} resources, {} wrong", resources.len(), wrong.len());
+    let mut failed = wrong.len();
+    for role in ROLES {
+        for (title, method, path, body) in escalations() {
+            match ask(&client, role, method, &path, &body).await {
+                // a kind that this server does not have is refused by authorization all the same, or not there
+                Err(403) => println!("refused to {role}: {title}"),
+                Err(404) if path.contains("helm.cattle.io") => println!("NOT RUN {role}: {title}: this server has no such kind"),
+                other => {
+                    failed += 1;
+                    println!("WRONG {role}: {title}: {other:?}");
+                }
+            }
+        }
+    }
+    i32::from(failed > 0)
+}
