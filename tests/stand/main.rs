@@ -45,7 +45,7 @@ async fn serve(dir: &str) {
     let (tls, pin) = identity();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let frps_address = listener.local_addr().unwrap();
-    let config = ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
+    let config = ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls.clone()), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
     let frps = Server::new(config);
     tokio::spawn({
         let frps = frps.clone();
@@ -72,9 +72,11 @@ async fn serve(dir: &str) {
         .unwrap();
     std::fs::rename(format!("{dir}/env.new"), format!("{dir}/env")).unwrap();
     loop {
-        let Ok((mut user, _)) = gateway.accept().await else { continue };
-        let (frps, state) = (frps.clone(), state.clone());
+        let Ok((user, _)) = gateway.accept().await else { continue };
+        let (frps, state, tls) = (frps.clone(), state.clone(), tls.clone());
         tokio::spawn(async move {
+            // kubectl sends no token without TLS
+            let Ok(mut user) = tokio_rustls::TlsAcceptor::from(tls).accept(user).await else { return };
             let Ok(io) = frps.dial("agent").await else { return };
             let Ok(mut agent) = state.tls(io, b"http/1.1").await else { return };
             let _ = tokio::io::copy_bidirectional(&mut user, &mut agent).await;
