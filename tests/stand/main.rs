@@ -45,7 +45,8 @@ async fn serve(dir: &str) {
     let (tls, pin) = identity();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let frps_address = listener.local_addr().unwrap();
-    let config = ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls.clone()), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
+    let config =
+        ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls.clone()), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
     let frps = Server::new(config);
     tokio::spawn({
         let frps = frps.clone();
