@@ -268,6 +268,10 @@ impl ControlPlane {
             Action::Deliver | Action::Report => Call::Deliver,
         };
         let (outcome, offset) = self.outcome(known, action, status).await;
+        if matches!(outcome, Err(Outcome::Unreachable(_))) {
+            // a client keeps the resolver's settings of its birth: after a boot without network they would be wrong for ever
+            known.caller = Caller::new(&self.url, &self.trust);
+        }
         Event::Done { call, outcome: outcome.unwrap_or_else(|refusal| refusal), offset }
     }
 

@@ -146,6 +146,11 @@ impl Server {
         }
     }
 
+    /// Ends every client's session; each comes back by itself.
+    pub fn end_sessions(&self) {
+        lock(&self.shared.registry).sessions.values().for_each(|control| control.over.cancel());
+    }
+
     /// Names of the proxies that are open.
     pub fn proxies(&self) -> Vec<String> {
         let mut names: Vec<String> = lock(&self.shared.registry).proxies.keys().cloned().collect();

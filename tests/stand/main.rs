@@ -2,6 +2,8 @@
 //!
 //!     stand serve DIR           writes DIR/env with PLANE and GATEWAY, then serves
 //!     stand rights KUBECONFIG   role × verb × resource × namespace, against what is written here by hand
+//!     stand bench PIPEOPS       requests, bulk and memory through the real executable; kubectl proxy beside it
+//!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and descriptors do
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -13,6 +15,7 @@
     reason = "a test program"
 )]
 
+mod bench;
 #[path = "../it/plane.rs"]
 mod plane;
 mod rights;
@@ -34,8 +37,10 @@ async fn main() {
     match args.iter().map(String::as_str).collect::<Vec<_>>()[1..] {
         ["serve", dir] => serve(dir).await,
         ["rights", kubeconfig] => std::process::exit(rights::check(kubeconfig).await),
+        ["bench", pipeops] => bench::bench(pipeops).await,
+        ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
-            eprintln!("usage: stand serve DIR | stand rights KUBECONFIG");
+            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS | soak PIPEOPS N");
             std::process::exit(2);
         }
     }

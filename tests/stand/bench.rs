@@ -1,0 +1,327 @@
+//! The real executable under load, from a Runner's side: what it carries, what it costs, what it leaves behind.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::extract::Request;
+use axum::response::{IntoResponse, Response};
+use hyper_util::rt::TokioIo;
+use pipeops::secret::Secret;
+use pipeops::tunnel::server::{Server, ServerConfig};
+use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::plane::{FRP_TOKEN, Plane, TOKEN, identity, listen};
+
+struct Rig {
+    plane: Arc<Plane>,
+    frps: Server,
+    kube: std::net::SocketAddr,
+    agent: Child,
+    id: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+    }
+}
+
+/// 52 bytes of JSON, or as many bytes as the query says.
+async fn kube(request: Request) -> Response {
+    let query = request.uri().query().unwrap_or_default();
+    if let Some(n) = query.strip_prefix("bulk=") {
+        let piece = Bytes::from(vec![b'x'; 64 * 1024]);
+        let pieces = n.parse::<u64>().unwrap() / (64 * 1024);
+        return Response::new(Body::from_stream(futures_util::stream::iter((0..pieces).map(move |_| Ok::<_, std::io::Error>(piece.clone())))));
+    }
+    if query.contains("watch=") {
+        return Response::new(Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>()));
+    }
+    axum::Json(json!({"gitVersion": "v1.36.2+k3s1", "metadata": {"resourceVersion": "7"}, "items": []})).into_response()
+}
+
+impl Rig {
+    async fn new(pipeops: &str) -> Rig {
+        let (tls, pin) = identity();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let config =
+            ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
+        let frps = Server::new(config);
+        tokio::spawn({
+            let frps = frps.clone();
+            async move { frps.serve(listener, CancellationToken::new()).await }
+        });
+        let plane = Arc::new(Plane::new(address, &pin));
+        let control = plane.clone().serve().await;
+        let kube = listen(axum::Router::new().fallback(kube), ()).await;
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: String| {
+            let path = dir.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        put("etc/machine-id", "0123456789abcdef0123456789abcdef\n".into());
+        put("etc/pipeops/agent.toml", format!("control-plane-url = \"http://{control}\"\nstreams-per-caller = 4096\nstreams = 4096\n"));
+        let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "l", "cluster": {"server": format!("http://{kube}")}}],
+            "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "t"}}]});
+        put("run/pipeops-credential/kubeconfig", kubeconfig.to_string());
+        let agent = Command::new(pipeops)
+            .args(["run", "--root", dir.path().to_str().unwrap()])
+            .env("AGENT_TOKEN", TOKEN)
+            .env("LOG_LEVEL", "error")
+            .env("MALLOC_ARENA_MAX", "1")
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut rig = Rig { plane, frps, kube, agent, id: String::new(), _dir: dir };
+        rig.up().await;
+        rig.id = rig.plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        rig
+    }
+
+    async fn up(&self) {
+        let begun = Instant::now();
+        while self.frps.proxies() != ["agent"] {
+            assert!(begun.elapsed() < Duration::from_secs(60), "the tunnel does not come up");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn proc(&self, pid: u32) -> (u64, f64, usize) {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let rss = status.lines().find(|l| l.starts_with("VmRSS")).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
+        (rss, ticks / 100.0, std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count())
+    }
+
+    /// One keep-alive HTTP/1.1 connection through the tunnel.
+    async fn client(&self) -> hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>> {
+        let io = self.plane.tls(self.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
+        tokio::spawn(connection);
+        sender
+    }
+}
+
+struct Load {
+    requests: u64,
+    seconds: f64,
+    p50: Duration,
+    p99: Duration,
+}
+
+/// `clients` keep-alive callers for `length`.
+async fn load<F, R>(clients: usize, length: Duration, connect: F, path: &str, token: &str) -> Load
+where
+    F: Fn() -> R,
+    R: Future<Output = hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>>>,
+{
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..clients {
+        let mut sender = connect().await;
+        let (path, token) = (path.to_owned(), token.to_owned());
+        tasks.spawn(async move {
+            let end = Instant::now() + length;
+            let mut times = Vec::new();
+            while Instant::now() < end {
+                let begun = Instant::now();
+                let request = hyper::Request::get(&path).header("host", "a").header("authorization", format!("Bearer {token}"));
+                let answer = sender.send_request(request.body(http_body_util::Empty::new()).unwrap()).await.unwrap();
+                assert!(answer.status().is_success(), "{}", answer.status());
+                http_body_util::BodyExt::collect(answer.into_body()).await.unwrap();
+                times.push(begun.elapsed());
+            }
+            times
+        });
+    }
+    let begun = Instant::now();
+    let mut times = Vec::new();
+    while let Some(done) = tasks.join_next().await {
+        times.extend(done.unwrap());
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    times.sort();
+    Load { requests: times.len() as u64, seconds, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
+}
+
+/// Bytes a second of one download.
+async fn bulk(rig: &Rig, bytes: u64, token: &str) -> f64 {
+    let begun = Instant::now();
+    let mut sender = rig.client().await;
+    let request = hyper::Request::get(format!("/k8s/api/v1/namespaces/beta/pods/p/log?bulk={bytes}")).header("host", "a");
+    let request = request.header("authorization", format!("Bearer {token}")).body(http_body_util::Empty::new()).unwrap();
+    let mut body = sender.send_request(request).await.unwrap().into_body();
+    let mut got = 0_u64;
+    while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
+        got += frame.unwrap().data_ref().map_or(0, Bytes::len) as u64;
+    }
+    assert_eq!(got, bytes / 65536 * 65536);
+    got as f64 / begun.elapsed().as_secs_f64()
+}
+
+pub(crate) async fn bench(pipeops: &str) {
+    let rig = Rig::new(pipeops).await;
+    let token = rig.plane.token(&rig.id, "deployer", None);
+    let pid = rig.agent.id();
+    let (rss, cpu, _) = rig.proc(pid);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let idle = rig.proc(pid).1 - cpu;
+    println!("idle                     RSS {rss} kB, {:.2} % of a core (budgets 12288 kB, 0.2 %)", idle * 10.0);
+    let second = Duration::from_secs(1);
+    let mut ours = Vec::new();
+    let mut theirs = Vec::new();
+    // kubectl's own way to the same API, for the cost of a request
+    let socket = rig._dir.path().join("kubectl.sock");
+    let kubeconfig = rig._dir.path().join("run/pipeops-credential/kubeconfig");
+    let mut proxy = Command::new("kubectl")
+        .args(["proxy", "--kubeconfig", kubeconfig.to_str().unwrap(), "--unix-socket", socket.to_str().unwrap()])
+        .stdout(Stdio::null())
+        .spawn()
+        .ok();
+    for _ in 0..100 {
+        if socket.exists() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    if !socket.exists() {
+        println!("NOT RUN: kubectl proxy (there is no kubectl)");
+    }
+    for round in 0..6 {
+        let before = rig.proc(pid).1;
+        let run = load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", &token).await;
+        let cost = rig.proc(pid).1 - before;
+        if round > 0 {
+            ours.push((run.requests as f64 / run.seconds, run.requests as f64 / cost, run.p50, run.p99));
+        }
+        if let (Some(proxy), true) = (&proxy, socket.exists()) {
+            // the program may hand over to another: its children count
+            let worker = child_of(proxy.id()).unwrap_or(proxy.id());
+            let before = rig.proc(worker).1;
+            let connect = || async {
+                let stream = tokio::net::UnixStream::connect(&socket).await.unwrap();
+                let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+                tokio::spawn(connection);
+                sender
+            };
+            let run = load(50, 3 * second, connect, "/api/v1/namespaces/beta/pods", &token).await;
+            let cost = rig.proc(worker).1 - before;
+            if round > 0 {
+                theirs.push((run.requests as f64 / run.seconds, run.requests as f64 / cost, run.p50, run.p99));
+            }
+        }
+    }
+    let median = |list: &[(f64, f64, Duration, Duration)], of: fn(&(f64, f64, Duration, Duration)) -> f64| {
+        let mut all: Vec<f64> = list.iter().map(of).collect();
+        all.sort_by(f64::total_cmp);
+        all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    println!("raw: ours {ours:?}\nraw: kubectl proxy {theirs:?}");
+    println!(
+        "50 callers, through FRP server half, TLS twice, JWT, audit: {:.0} requests/s, p99 {:.1} ms, {:.0} requests a CPU second of the agent",
+        median(&ours, |r| r.0),
+        median(&ours, |r| r.3.as_secs_f64() * 1000.0),
+        median(&ours, |r| r.1)
+    );
+    if !theirs.is_empty() {
+        println!(
+            "kubectl proxy on a unix socket: {:.0} requests/s, {:.0} requests a CPU second; ratio {:.2} (budget 2)",
+            median(&theirs, |r| r.0),
+            median(&theirs, |r| r.1),
+            median(&ours, |r| r.1) / median(&theirs, |r| r.1)
+        );
+    }
+    if let Some(proxy) = &mut proxy {
+        let _ = proxy.kill();
+        let _ = proxy.wait();
+    }
+    let quiet = load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", &token).await;
+    let before = rig.proc(pid).0;
+    let mut rates = Vec::new();
+    for _ in 0..5 {
+        rates.push(bulk(&rig, 256 << 20, &token).await);
+    }
+    rates.sort_by(f64::total_cmp);
+    let rate = rates[2];
+    println!("one bulk stream: {:.0} MB/s", rate / 1e6);
+    let (_, small) = tokio::join!(bulk(&rig, 1 << 30, &token), load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", &token));
+    println!(
+        "50 callers beside 1 GiB: p99 {:.1} ms, alone {:.1} ms, ratio {:.1} (budget 3); memory {} kB more (budget 8192)",
+        small.p99.as_secs_f64() * 1000.0,
+        quiet.p99.as_secs_f64() * 1000.0,
+        small.p99.as_secs_f64() / quiet.p99.as_secs_f64(),
+        rig.proc(pid).0.saturating_sub(before)
+    );
+    let mut held = Vec::new();
+    for _ in 0..1000 {
+        let mut io = rig.plane.tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
+        io.write_all(format!("GET /k8s/api/v1/pods?watch=1 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n").as_bytes()).await.unwrap();
+        io.flush().await.unwrap();
+        io.read_exact(&mut [0; 12]).await.unwrap();
+        held.push(io);
+    }
+    println!("1,000 held streams: RSS {} kB (budget 32768)", rig.proc(pid).0);
+    println!("NOT RUN: a genuine frp on either side (PIPEOPS_TEST_FRP_DIR), and rathole");
+}
+
+fn child_of(pid: u32) -> Option<u32> {
+    std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?.split_whitespace().next()?.parse().ok()
+}
+
+/// Exit code: 0 when memory and descriptors are where they were.
+pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
+    let rig = Rig::new(pipeops).await;
+    let pid = rig.agent.id();
+    let mut wrong = 0;
+    let mut verdict = |what: &str, before: (u64, f64, usize), after: (u64, f64, usize)| {
+        let fine = after.0 <= before.0 + 2048 && after.2 <= before.2;
+        println!("{} {what}: RSS {} → {} kB, descriptors {} → {}", if fine { "ok    " } else { "WRONG " }, before.0, after.0, before.2, after.2);
+        wrong += i32::from(!fine);
+    };
+    let aborted = async |n: u32| {
+        for _ in 0..n {
+            let token = rig.plane.token(&rig.id, "deployer", None);
+            let mut io = rig.plane.tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
+            let head =
+                format!("GET /k8s/api/v1/namespaces/beta/pods/p/log?bulk=104857600 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n");
+            io.write_all(head.as_bytes()).await.unwrap();
+            io.flush().await.unwrap();
+            io.read_exact(&mut [0; 1000]).await.unwrap();
+        }
+    };
+    let reconnects = async |n: u32| {
+        for _ in 0..n {
+            rig.frps.end_sessions();
+            while !rig.frps.proxies().is_empty() {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            rig.up().await;
+        }
+    };
+    aborted(50).await;
+    reconnects(3).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let before = rig.proc(pid);
+    let begun = Instant::now();
+    aborted(n).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    verdict(&format!("{n} aborted downloads in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(pid));
+    let before = rig.proc(pid);
+    let begun = Instant::now();
+    reconnects(n).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    verdict(&format!("{n} forced reconnects in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(pid));
+    wrong
+}
