@@ -3,6 +3,8 @@
 //! `scripts/fuzz SECONDS` gives each target that long; by default each runs for a blink, so that they cannot rot.
 #![allow(clippy::disallowed_methods, clippy::print_stdout, reason = "tests stand outside the doors")]
 
+mod remote;
+
 use std::time::{Duration, Instant};
 
 use pipeops::facts::{Cidr, parse};
@@ -54,7 +56,7 @@ const WORDS: &[&str] = &[
     "ffffffff",
 ];
 
-fn mutate(random: &mut Random, seed: &[u8]) -> String {
+fn mutate_bytes(random: &mut Random, seed: &[u8]) -> Vec<u8> {
     let mut bytes = seed.to_vec();
     for _ in 0..=random.below(6) {
         let at = random.below(bytes.len() + 1);
@@ -77,15 +79,20 @@ fn mutate(random: &mut Random, seed: &[u8]) -> String {
         }
     }
     bytes.truncate(1 << 16);
-    String::from_utf8_lossy(&bytes).into_owned()
+    bytes
 }
 
-fn run(name: &str, corpus: &[&str], target: impl Fn(&str)) {
+pub(crate) fn run(name: &str, corpus: &[&str], target: impl Fn(&str)) {
+    let corpus: Vec<&[u8]> = corpus.iter().map(|s| s.as_bytes()).collect();
+    run_bytes(name, &corpus, |bytes| target(&String::from_utf8_lossy(bytes)));
+}
+
+pub(crate) fn run_bytes(name: &str, corpus: &[&[u8]], mut target: impl FnMut(&[u8])) {
     let time = std::env::var("PIPEOPS_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()).map_or(Duration::from_millis(200), Duration::from_secs);
     let (mut random, begin, mut rounds) = (Random(0x9E37_79B9_7F4A_7C15), Instant::now(), 0u64);
     while begin.elapsed() < time {
         for seed in corpus {
-            target(&mutate(&mut random, seed.as_bytes()));
+            target(&mutate_bytes(&mut random, seed));
             rounds += 1;
         }
     }
