@@ -144,6 +144,26 @@ fn one_more_san_changes_one_file_and_restarts_once() {
 }
 
 #[test]
+fn another_token_or_control_plane_changes_only_the_agent_and_a_spent_token_nothing() {
+    let sandbox = Sandbox::new();
+    let release = sandbox.path("release");
+    let install = |token: &str, url: &str| {
+        let args = ["install-server", "--yes", "--offline-dir", &release, "--timeout", "20s", "-o", "json"];
+        sandbox.run_with(&args, &[("AGENT_TOKEN", token), ("PIPEOPS_CONTROL_PLANE_URL", url)]).ended(0).json()["changes"].clone()
+    };
+    let none: Vec<String> = Vec::new();
+    install("first-4711", "https://one.test");
+    assert_eq!(install("first-4711", "https://one.test"), serde_json::json!(none));
+    // root's unit empties it once it is used
+    sandbox.put("/etc/pipeops/agent-token", "");
+    assert_eq!(install("first-4711", "https://one.test"), serde_json::json!(none));
+    assert_eq!(install("second-4711", "https://one.test"), serde_json::json!(["write the agent's token file", "start the agent"]));
+    assert_eq!(sandbox.read("/etc/pipeops/agent-token"), "second-4711");
+    assert_eq!(install("second-4711", "https://two.test"), serde_json::json!(["write the agent's settings", "start the agent"]));
+    assert!(!sandbox.calls().contains("restart --no-block k3s.service"));
+}
+
+#[test]
 fn fewer_options_are_shown_and_asked_about() {
     let sandbox = Sandbox::new();
     sandbox.install(&["--tls-san", "api.example.com"]).ended(0);
