@@ -278,7 +278,8 @@ impl Server {
         let open = Arc::new(Open { control: control.clone(), asked: asked.clone(), closed: CancellationToken::new() });
         let name = asked.proxy_name.clone();
         let listener = match (asked.proxy_type.as_str(), self.shared.config.tcp_bind) {
-            ("stcp", _) => None,
+            // users of an http proxy come through this process, too: there is no vhost port
+            ("stcp" | "http", _) => None,
             ("tcp" | "", Some(bind)) => {
                 Some(TcpListener::bind(SocketAddr::new(bind, asked.remote_port)).await.map_err(|e| format!("port unavailable: {e}"))?)
             }
@@ -292,7 +293,7 @@ impl Server {
             }
             registry.proxies.insert(name, open.clone());
         }
-        let Some(listener) = listener else { return Ok(String::new()) };
+        let Some(listener) = listener else { return Ok(asked.custom_domains.join(",")) };
         let port = listener.local_addr().map_err(|e| e.to_string())?.port();
         let server = self.clone();
         listeners.spawn(async move {

@@ -64,6 +64,28 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
     assert!(!std::fs::read_to_string(state.join("audit/audit.jsonl")).unwrap().contains("4711"));
 }
 
+/// On an http proxy whoever runs the FRP server reads along: there it says that it lives, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_plain_way_nothing_but_healthz_is_served() {
+    let world = World::with("", |plane| {
+        let web = json!({"name": "web", "type": "http", "custom_domains": ["agent.test"]});
+        plane.config.lock().unwrap()["tunnel"]["proxies"].as_array_mut().unwrap().push(web);
+    })
+    .await;
+    let frps = world.frps.clone();
+    world.plane.until("both proxies", |_| frps.proxies() == ["agent", "web"]).await;
+    for (path, wanted) in [("/healthz", "200"), ("/readyz", "403"), ("/k8s/api", "403"), ("/", "403"), ("/api/v1/status", "403")] {
+        let mut io = world.frps.dial("web").await.unwrap();
+        let head = format!("GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer x\r\nConnection: close\r\n\r\n");
+        io.write_all(head.as_bytes()).await.unwrap();
+        io.flush().await.unwrap();
+        let mut answer = String::new();
+        let _ = io.read_to_string(&mut answer).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {wanted}")), "{path}: {answer}");
+        assert_eq!(answer.contains("plain_transport"), wanted == "403", "{answer}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_changes_something_is_put_on_record_before_and_after() {
     let world = World::new().await.up().await;
