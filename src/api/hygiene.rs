@@ -99,13 +99,14 @@ fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
 /// A header that claims an identity.
 pub fn outward(headers: &HeaderMap, caller: &Caller, request: &str, upgrade: Option<HeaderValue>) -> Result<HeaderMap, Refused> {
     let named = listed(headers, header::CONNECTION);
-    if named.iter().any(|n| n == "authorization" || n.starts_with("impersonate-")) {
+    if named.iter().any(|n| n == "authorization" || n.starts_with("impersonate")) {
         return Err((400, "identity_header", "Connection names a header that carries an identity"));
     }
     let mut out = HeaderMap::with_capacity(headers.len() + 6);
     for (name, value) in headers {
         let text = name.as_str();
-        if text.starts_with("impersonate-") || text.starts_with("impersonate_") {
+        // whatever follows: no honest client has a header that begins so
+        if text.starts_with("impersonate") {
             return Err((400, "identity_header", "who a request is from is decided here: send no Impersonate header"));
         }
         // the API server takes a bearer token from this one too (kubernetes/apiserver, authentication/request/websocket)

@@ -148,7 +148,7 @@ fn corpus(token: &str) -> Vec<Hostile> {
         "Impersonate-Extra-scopes",
         "Impersonate-Extra-pipeops.io%2fsubject",
         "impersonate-extra-x",
-        "Impersonate-Foo",
+        "Impersonatepersonate-User",
         "Impersonate_User",
         "Impersonate_Group",
     ];
