@@ -103,7 +103,13 @@ pub(super) async fn node(work: &mut Work<'_>, journal: &Journal, dirs: &[String]
         if let Some(before) = journal.kernel.get(TABLES) {
             drop_empty_tables(hands, before).await;
         }
-        remove_cgroups(hands);
+        // processes that were killed take a moment to be gone, and their cgroups are busy until then
+        for _ in 0..50 {
+            if remove_cgroups(hands) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
     let mut keep = Vec::new();
     if !purge && !hands.list(VOLUMES).is_empty() {
@@ -256,15 +262,19 @@ async fn drop_empty_tables(hands: &Hands, before: &str) {
     }
 }
 
-/// The kubelet's cgroups: empty by now, and left by nobody else.
-fn remove_cgroups(hands: &Hands) {
+/// The kubelet's cgroups: empty by now, and left by nobody else. Says whether all are gone.
+fn remove_cgroups(hands: &Hands) -> bool {
+    let mut gone = true;
     let mut roots = vec!["/sys/fs/cgroup".to_owned()];
     roots.extend(hands.list("/sys/fs/cgroup").into_iter().map(|n| format!("/sys/fs/cgroup/{n}")));
     for root in roots {
         for name in ["kubepods", "kubepods.slice", "k8s.io"] {
-            remove_cgroup(hands, &format!("{root}/{name}"));
+            let path = format!("{root}/{name}");
+            remove_cgroup(hands, &path);
+            gone &= !hands.exists(&path);
         }
     }
+    gone
 }
 
 fn remove_cgroup(hands: &Hands, path: &str) {
