@@ -175,7 +175,10 @@ pub async fn run(
     // the key also serves TLS inside the tunnel; a copied one serves nobody
     let identity = match (Identity::load(&state, &machine)?, &token) {
         (Found::Ours(found), _) => Some(found),
-        (Found::Cloned, Some(_)) => Some(Box::new(Identity::renew(&state, &machine)?)),
+        (Found::Cloned, Some(_)) => {
+            tracing::warn!("this disk was copied from another machine: enrolling as a new agent");
+            Some(Box::new(Identity::renew(&state, &machine)?))
+        }
         (Found::Cloned, None) => None,
     };
     let id = identity.as_ref().map(|i| i.id.clone()).unwrap_or_default();
@@ -215,12 +218,13 @@ pub async fn run(
     };
     tasks.spawn(async move { ("observer", observer.run().await) });
     let hostname = nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default();
+    let tls = identity.as_ref().map(|i| i.tls()).transpose()?;
     let plane = ControlPlane {
         url: config.url().to_owned(),
         trust: config.trust(&host)?,
         token,
         state: state.clone(),
-        machine,
+        identity,
         told: Told {
             name: config.cluster_name.clone().unwrap_or_else(|| hostname.clone()),
             hostname: hostname.clone(),
@@ -239,11 +243,11 @@ pub async fn run(
         stop: halt.clone(),
     };
     tasks.spawn(async move { ("control plane", plane.run().await) });
-    let api = match &identity {
-        Some(identity) => Some(Api::new(api::Parts {
+    let api = match tls {
+        Some(tls) => Some(Api::new(api::Parts {
             id,
             most: config.role()?,
-            tls: identity.tls()?,
+            tls,
             config: configs.clone(),
             control: control.clone(),
             upstream: upstreams,

@@ -459,7 +459,7 @@ impl Session {
                 self.due.retry = Some(now + slow(Duration::from_secs(5)));
                 self.say(State::Connecting, why, now);
             }
-            400 | 404 | 405 | 409 | 410 | 413 | 415 | 422 if *call == Call::Deliver => {
+            _ if *call == Call::Deliver && for_ever(status) => {
                 // it will never be taken: the client drops it and goes on
                 self.due.deliver = Some(now);
             }
@@ -476,6 +476,11 @@ impl Session {
             }
         }
     }
+}
+
+/// Whether a refusal of an entry of the queue is final: it will never be taken.
+pub(crate) fn for_ever(status: u16) -> bool {
+    matches!(status, 400 | 404 | 405 | 409 | 410 | 413 | 415 | 422)
 }
 
 /// Ten percent to either side, so that a fleet does not speak in one instant.

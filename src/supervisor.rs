@@ -4,10 +4,10 @@
 
 use std::time::Duration;
 
-use reqwest::{Certificate, Client, Identity, Response, StatusCode};
+use reqwest::{Certificate, Client, Identity, StatusCode};
 
 use crate::error::{Exit, Failure};
-use crate::host::fetch::explain;
+use crate::host::fetch::{clock_offset, explain};
 use crate::k3s::token::{Credential, Token, ca_hash};
 use crate::k3s::version::Version;
 use crate::secret::Secret;
@@ -112,15 +112,8 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
         Ok(v) => v,
         Err(e) => return Err(server.untrusted(&e).await),
     };
-    server.clock_offset = offset(&again);
+    server.clock_offset = clock_offset(&again);
     Ok(server)
-}
-
-/// This clock minus the one in the answer's `Date`.
-fn offset(answer: &Response) -> Option<i64> {
-    let date = answer.headers().get(reqwest::header::DATE)?.to_str().ok()?;
-    let then = jiff::fmt::rfc2822::parse(date).ok()?.timestamp();
-    Some(jiff::Timestamp::now().as_second() - then.as_second())
 }
 
 impl Server {

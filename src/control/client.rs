@@ -9,13 +9,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::random;
-use crate::control::identity::{Found, Identity, Kept};
+use crate::control::identity::{Identity, Kept};
 use crate::control::queue::{Queue, What};
 use crate::control::types::{
     AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, Problem, Register, Registered, SIGNATURE, StatusReport,
     TunnelReport,
 };
-use crate::control::{Action, Call, Event, Outcome, Session, State, Status, With};
+use crate::control::{Action, Call, Event, Outcome, Session, State, Status, With, for_ever};
 use crate::host::state::StateDir;
 use crate::secret::Secret;
 use crate::trust::{Trust, explain};
@@ -44,7 +44,8 @@ pub struct ControlPlane {
     pub trust: Trust,
     pub token: Option<Secret>,
     pub state: StateDir,
-    pub machine: String,
+    /// None on a copied disk without a token: then nobody is asked anything.
+    pub identity: Option<Box<Identity>>,
     pub told: Told,
     pub publish: watch::Sender<Status>,
     pub config: watch::Sender<Option<Config>>,
@@ -119,7 +120,7 @@ impl Caller {
             Ok(answer) => answer,
             Err(e) => return (Err(unreachable(&e)), None),
         };
-        let offset = offset(&answer);
+        let offset = crate::host::fetch::clock_offset(&answer);
         let (status, retry_after) = (answer.status(), retry_after(&answer));
         let mut body = Vec::new();
         loop {
@@ -143,13 +144,6 @@ impl Caller {
     }
 }
 
-/// This clock minus the answer's `Date`, seconds.
-fn offset(answer: &Response) -> Option<i64> {
-    let date = answer.headers().get(reqwest::header::DATE)?.to_str().ok()?;
-    let then = jiff::fmt::rfc2822::parse(date).ok()?.timestamp();
-    Some(jiff::Timestamp::now().as_second() - then.as_second())
-}
-
 /// Seconds or a date, an hour at most.
 fn retry_after(answer: &Response) -> Option<Duration> {
     let text = answer.headers().get(reqwest::header::RETRY_AFTER)?.to_str().ok()?;
@@ -167,7 +161,6 @@ fn retry_after(answer: &Response) -> Option<Duration> {
 /// What stays over the calls of a run.
 struct Known {
     caller: Result<Caller, String>,
-    identity: Option<Identity>,
     kept: Option<Kept>,
     queue: Queue,
     seq: u64,
@@ -177,7 +170,7 @@ impl ControlPlane {
     /// Runs until `stop`. No answer of a remote ends it.
     ///
     /// # Errors
-    /// When the state directory cannot be used, or the identity in it is damaged.
+    /// When the state directory cannot be used.
     pub async fn run(mut self) -> anyhow::Result<()> {
         let mut session = Session::new(Instant::now());
         let (mut known, mut event) = self.begin()?;
@@ -232,26 +225,15 @@ impl ControlPlane {
         let token = self.token.is_some();
         let mut known = Known {
             caller: Caller::new(&self.url, &self.trust),
-            identity: None,
             kept: Kept::load(&self.state, &self.url),
             queue: Queue::open(self.state.sub("queue")?),
             seq: 0,
         };
-        let event = match Identity::load(&self.state, &self.machine)? {
-            Found::Ours(found) => {
-                known.identity = Some(*found);
-                Event::Start { token, credential: known.kept.as_ref().map(|k| k.lives(jiff::Timestamp::now())) }
-            }
-            Found::Cloned => {
-                known.kept = None;
-                if token {
-                    tracing::warn!("this disk was copied from another machine: enrolling as a new agent");
-                    known.identity = Some(Identity::renew(&self.state, &self.machine)?);
-                    Event::Start { token, credential: None }
-                } else {
-                    Event::Cloned
-                }
-            }
+        let event = if self.identity.is_some() {
+            Event::Start { token, credential: known.kept.as_ref().map(|k| k.lives(jiff::Timestamp::now())) }
+        } else {
+            known.kept = None;
+            Event::Cloned
         };
         if let Some(config) = known.kept.as_ref().and_then(|k| k.config.clone()) {
             self.config.send_replace(Some(config));
@@ -276,7 +258,7 @@ impl ControlPlane {
     }
 
     async fn outcome(&self, known: &mut Known, action: Action, status: &Status) -> Answer<Outcome> {
-        let (caller, identity) = match (&known.caller, &known.identity) {
+        let (caller, identity) = match (&known.caller, &self.identity) {
             (Ok(caller), Some(identity)) => (caller, identity),
             (Err(why), _) => return (Err(Outcome::Unreachable(why.clone())), None),
             (_, None) => return (Err(Outcome::Unreachable("this agent has no identity".into())), None),
@@ -408,9 +390,4 @@ impl ControlPlane {
             audit_head: self.told.audit.borrow().clone(),
         }
     }
-}
-
-/// Whether a refusal of an entry is final.
-fn for_ever(status: u16) -> bool {
-    matches!(status, 400 | 404 | 405 | 409 | 410 | 413 | 415 | 422)
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use reqwest::header::{CONTENT_RANGE, RANGE, RETRY_AFTER};
-use reqwest::{Client, StatusCode};
+use reqwest::{Client, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
 
 use super::{Hands, Host};
@@ -38,6 +38,13 @@ pub fn client(redirects: bool) -> anyhow::Result<Client> {
 
 fn network(what: impl Into<String>) -> Failure {
     Failure::new(Exit::Network, "DOWNLOAD_FAILED", what)
+}
+
+/// This clock minus the one in the answer's `Date`, seconds.
+pub fn clock_offset(answer: &Response) -> Option<i64> {
+    let date = answer.headers().get(reqwest::header::DATE)?.to_str().ok()?;
+    let then = jiff::fmt::rfc2822::parse(date).ok()?.timestamp();
+    Some(jiff::Timestamp::now().as_second() - then.as_second())
 }
 
 /// The cause chain of a transport error in one line: DNS, refused, TLS and time-out read differently.
