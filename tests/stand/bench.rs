@@ -137,7 +137,8 @@ where
             let mut times = Vec::new();
             while Instant::now() < end {
                 let begun = Instant::now();
-                let request = hyper::Request::get(&path).header("host", "a").header("authorization", format!("Bearer {token}"));
+                let request = hyper::Request::get(&path).header("host", "localhost").header("authorization", format!("Bearer {token}"));
+                sender.ready().await.unwrap();
                 let answer = sender.send_request(request.body(http_body_util::Empty::new()).unwrap()).await.unwrap();
                 assert!(answer.status().is_success(), "{}", answer.status());
                 http_body_util::BodyExt::collect(answer.into_body()).await.unwrap();
@@ -171,14 +172,35 @@ async fn bulk(rig: &Rig, bytes: u64, token: &str) -> f64 {
     got as f64 / begun.elapsed().as_secs_f64()
 }
 
-pub(crate) async fn bench(pipeops: &str) {
+pub(crate) async fn bench(pipeops: &str, parts: &[&str]) {
     let rig = Rig::new(pipeops).await;
     let token = rig.plane.token(&rig.id, "deployer", None);
+    let wanted = |part: &str| parts.is_empty() || parts.contains(&part);
+    if wanted("idle") {
+        idle(&rig).await;
+    }
+    if wanted("held") {
+        held(&rig, &token).await;
+    }
+    if wanted("requests") {
+        requests(&rig, &token).await;
+    }
+    if wanted("bulk") {
+        mixed(&rig, &token).await;
+    }
+    println!("NOT RUN: a genuine frp on either side (PIPEOPS_TEST_FRP_DIR), and rathole");
+}
+
+async fn idle(rig: &Rig) {
     let pid = rig.agent.id();
     let (rss, cpu, _) = rig.proc(pid);
     tokio::time::sleep(Duration::from_secs(10)).await;
     let idle = rig.proc(pid).1 - cpu;
     println!("idle                     RSS {rss} kB, {:.2} % of a core (budgets 12288 kB, 0.2 %)", idle * 10.0);
+}
+
+async fn requests(rig: &Rig, token: &str) {
+    let pid = rig.agent.id();
     let second = Duration::from_secs(1);
     let mut ours = Vec::new();
     let mut theirs = Vec::new();
@@ -201,7 +223,7 @@ pub(crate) async fn bench(pipeops: &str) {
     }
     for round in 0..6 {
         let before = rig.proc(pid).1;
-        let run = load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", &token).await;
+        let run = load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", token).await;
         let cost = rig.proc(pid).1 - before;
         if round > 0 {
             ours.push((run.requests as f64 / run.seconds, run.requests as f64 / cost, run.p50, run.p99));
@@ -216,7 +238,7 @@ pub(crate) async fn bench(pipeops: &str) {
                 tokio::spawn(connection);
                 sender
             };
-            let run = load(50, 3 * second, connect, "/api/v1/namespaces/beta/pods", &token).await;
+            let run = load(50, 3 * second, connect, "/api/v1/namespaces/beta/pods", token).await;
             let cost = rig.proc(worker).1 - before;
             if round > 0 {
                 theirs.push((run.requests as f64 / run.seconds, run.requests as f64 / cost, run.p50, run.p99));
@@ -247,16 +269,21 @@ pub(crate) async fn bench(pipeops: &str) {
         let _ = proxy.kill();
         let _ = proxy.wait();
     }
-    let quiet = load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", &token).await;
+}
+
+async fn mixed(rig: &Rig, token: &str) {
+    let pid = rig.agent.id();
+    let second = Duration::from_secs(1);
+    let quiet = load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", token).await;
     let before = rig.proc(pid).0;
     let mut rates = Vec::new();
     for _ in 0..5 {
-        rates.push(bulk(&rig, 256 << 20, &token).await);
+        rates.push(bulk(rig, 256 << 20, token).await);
     }
     rates.sort_by(f64::total_cmp);
     let rate = rates[2];
     println!("one bulk stream: {:.0} MB/s", rate / 1e6);
-    let (_, small) = tokio::join!(bulk(&rig, 1 << 30, &token), load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", &token));
+    let (_, small) = tokio::join!(bulk(rig, 1 << 30, token), load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", token));
     println!(
         "50 callers beside 1 GiB: p99 {:.1} ms, alone {:.1} ms, ratio {:.1} (budget 3); memory {} kB more (budget 8192)",
         small.p99.as_secs_f64() * 1000.0,
@@ -264,16 +291,25 @@ pub(crate) async fn bench(pipeops: &str) {
         small.p99.as_secs_f64() / quiet.p99.as_secs_f64(),
         rig.proc(pid).0.saturating_sub(before)
     );
+}
+
+async fn held(rig: &Rig, token: &str) {
+    let pid = rig.agent.id();
+    let empty = rig.proc(pid).0;
     let mut held = Vec::new();
     for _ in 0..1000 {
-        let mut io = rig.plane.tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
+        held.push(rig.plane.tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap());
+    }
+    let secured = rig.proc(pid).0;
+    for io in &mut held {
         io.write_all(format!("GET /k8s/api/v1/pods?watch=1 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n").as_bytes()).await.unwrap();
         io.flush().await.unwrap();
         io.read_exact(&mut [0; 12]).await.unwrap();
-        held.push(io);
     }
-    println!("1,000 held streams: RSS {} kB (budget 32768)", rig.proc(pid).0);
-    println!("NOT RUN: a genuine frp on either side (PIPEOPS_TEST_FRP_DIR), and rathole");
+    println!(
+        "1,000 held streams: RSS {empty} kB without, {secured} kB with TLS and no request, {} kB each with a watch on a connection of its own (budget 32768)",
+        rig.proc(pid).0
+    );
 }
 
 fn child_of(pid: u32) -> Option<u32> {

@@ -2,7 +2,7 @@
 //!
 //!     stand serve DIR           writes DIR/env with PLANE and GATEWAY, then serves
 //!     stand rights KUBECONFIG   role × verb × resource × namespace, against what is written here by hand
-//!     stand bench PIPEOPS       requests, bulk and memory through the real executable; kubectl proxy beside it
+//!     stand bench PIPEOPS [idle held requests bulk]   requests, bulk and memory through the real executable; kubectl proxy beside it
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and descriptors do
 #![allow(
     clippy::unwrap_used,
@@ -16,19 +16,22 @@
 )]
 
 mod bench;
+mod faults;
 #[path = "../it/plane.rs"]
 mod plane;
 mod rights;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::extract::Query;
 use axum::routing::get;
+use faults::{Faults, Mode};
 use pipeops::secret::Secret;
 use pipeops::tunnel::server::{Server, ServerConfig};
 use plane::{FRP_TOKEN, Plane, identity};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
@@ -37,10 +40,10 @@ async fn main() {
     match args.iter().map(String::as_str).collect::<Vec<_>>()[1..] {
         ["serve", dir] => serve(dir).await,
         ["rights", kubeconfig] => std::process::exit(rights::check(kubeconfig).await),
-        ["bench", pipeops] => bench::bench(pipeops).await,
+        ["bench", pipeops, ref parts @ ..] => bench::bench(pipeops, parts).await,
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
-            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS | soak PIPEOPS N");
+            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | soak PIPEOPS N");
             std::process::exit(2);
         }
     }
@@ -49,7 +52,11 @@ async fn main() {
 async fn serve(dir: &str) {
     let (tls, pin) = identity();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let frps_address = listener.local_addr().unwrap();
+    let back = listener.local_addr().unwrap();
+    // agents come through a relay that can be made to misbehave; its port must be free again at once
+    let frps_address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let mode = watch::Sender::new(Mode::Pass);
+    tokio::spawn(faults::front(frps_address, back, tls.clone(), mode.subscribe()));
     let config =
         ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls.clone()), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
     let frps = Server::new(config);
@@ -60,6 +67,15 @@ async fn serve(dir: &str) {
     let state = Arc::new(Plane::new(frps_address, &pin));
     let address = state.clone().serve().await;
     let tokens = state.clone();
+    let faults = Arc::new(Faults {
+        plane: state.clone(),
+        frps: frps.clone(),
+        mode,
+        port: frps_address.port(),
+        back,
+        out: Mutex::default(),
+        samples: Arc::default(),
+    });
     let router = axum::Router::new().route(
         "/token",
         get(async move |Query(asked): Query<Vec<(String, String)>>| {
@@ -68,6 +84,14 @@ async fn serve(dir: &str) {
             let namespaces = value("namespaces");
             let namespaces: Option<Vec<&str>> = namespaces.as_deref().map(|n| n.split(',').collect());
             tokens.token(&agent, &value("role").unwrap_or_else(|| "viewer".into()), namespaces.as_deref())
+        }),
+    );
+    let router = router.route(
+        "/faults",
+        get(async move || {
+            let faults = faults.clone();
+            let here = tokio::runtime::Handle::current();
+            tokio::task::spawn_blocking(move || here.block_on(faults.all())).await.unwrap()
         }),
     );
     let tokens = plane::listen(router, ()).await;
