@@ -38,6 +38,8 @@ pub enum Command {
     Run(Run),
     /// Undo what install-server or join-worker did
     Uninstall(Uninstall),
+    /// Run a control plane of your own, or manage one that runs on this machine
+    ControlPlane(ControlPlane),
     /// Check or show the record of what was done through the tunnel
     Audit(AuditArgs),
     /// Print shell completions
@@ -200,6 +202,194 @@ pub enum AuditCommand {
         /// How many
         #[arg(long = "lines", short = 'n', value_name = "NUMBER", default_value_t = 20)]
         lines: usize,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct ControlPlane {
+    #[command(subcommand)]
+    pub command: Option<PlaneCommand>,
+    #[command(flatten)]
+    pub serve: Serve,
+}
+
+/// Without a verb: serve.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Address and port of the HTTPS API and the gateway
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:8443")]
+    pub listen: std::net::SocketAddr,
+    /// Address and port of the tunnel (FRP) server
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:7000")]
+    pub tunnel_listen: std::net::SocketAddr,
+    /// Name or address under which agents and Runners reach this machine; the first is handed out. Default: the address of its route
+    #[arg(long = "public-name", value_name = "NAME")]
+    pub public_names: Vec<String>,
+    /// File with the URL of a PostgreSQL database (postgres://…); default is a SQLite file in the data directory
+    #[arg(long, value_name = "FILE")]
+    pub database_url_file: Option<String>,
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// Which control plane, and how to answer.
+#[derive(Debug, Args)]
+pub struct Place {
+    /// Directory with its keys and database
+    #[arg(long, value_name = "DIR", default_value = crate::hub::STATE)]
+    pub data_dir: String,
+    #[command(flatten)]
+    pub rooted: Rooted,
+}
+
+#[derive(Debug, Args)]
+pub struct Verb {
+    /// Format on standard output
+    #[arg(long, short, value_name = "FORMAT", default_value = "text")]
+    pub output: Format,
+    #[command(flatten)]
+    pub place: Place,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PlaneCommand {
+    /// Tokens that let new servers in
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Clusters that have registered
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+    /// Whoever drives clusters through this control plane
+    #[command(subcommand)]
+    Runner(RunnerCommand),
+    /// Owners of tokens, clusters and Runners
+    #[command(subcommand)]
+    Project(ProjectCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make one and print the line to paste on a VM
+    Create {
+        /// Project that its servers belong to
+        #[arg(long, default_value = "default")]
+        project: String,
+        /// What it is for
+        #[arg(long, default_value = "token")]
+        name: String,
+        /// How long it lets servers in, seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 86_400)]
+        ttl: i64,
+        /// How many servers it lets in; 0: any number
+        #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+        uses: u32,
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Show all; never the tokens themselves
+    List {
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Let nobody in with it from now on
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        verb: Verb,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Show all with their state
+    List {
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Show one, with what its agent sees
+    Show {
+        /// Id or name
+        cluster: String,
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Print a kubeconfig with which kubectl reaches it for a day
+    Kubeconfig {
+        /// Id or name
+        cluster: String,
+        /// viewer, deployer, operator or admin
+        #[arg(long, default_value = "operator")]
+        role: String,
+        /// Only these namespaces
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        namespaces: Option<Vec<String>>,
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Refuse its agent from now on and end its streams
+    Revoke {
+        /// Id or name
+        cluster: String,
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Forget it; its agent needs a token to come back
+    Remove {
+        /// Id or name
+        cluster: String,
+        #[command(flatten)]
+        verb: Verb,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RunnerCommand {
+    /// Make one and print its token
+    Create {
+        name: String,
+        #[arg(long, default_value = "default")]
+        project: String,
+        /// Highest role that it acts in: viewer, deployer, operator or admin
+        #[arg(long, default_value = "deployer")]
+        role: String,
+        /// Only these clusters, by id
+        #[arg(long, value_name = "IDS", value_delimiter = ',')]
+        clusters: Option<Vec<String>>,
+        /// Only these namespaces
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        namespaces: Option<Vec<String>>,
+        /// How long it is good, seconds; without: until it is revoked
+        #[arg(long, value_name = "SECONDS")]
+        ttl: Option<i64>,
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Show all, kubeconfigs too
+    List {
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Refuse it from now on and end its streams
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        verb: Verb,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ProjectCommand {
+    /// Make one
+    Create {
+        name: String,
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Show all
+    List {
+        #[command(flatten)]
+        verb: Verb,
     },
 }
 

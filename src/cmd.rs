@@ -4,6 +4,7 @@ pub mod audit;
 pub mod info;
 pub mod install;
 pub mod join;
+pub mod plane;
 mod release;
 pub mod uninstall;
 

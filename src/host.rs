@@ -180,6 +180,13 @@ impl Host {
         })
     }
 
+    /// The address from which this machine reaches others. Nothing is sent: the kernel is asked for the route.
+    pub fn outward_address(&self) -> Option<std::net::IpAddr> {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+        socket.connect("192.0.2.1:9").ok()?;
+        socket.local_addr().ok().map(|a| a.ip()).filter(|a| !a.is_unspecified())
+    }
+
     /// Mount points at or below `dir`, deepest first, with their types.
     pub fn mounts_under(&self, dir: &str) -> Vec<(String, String)> {
         parse::mounts_under(&self.text("/proc/self/mountinfo"), dir)

@@ -24,6 +24,7 @@ pub mod tunnel;
 pub mod agent;
 pub mod api;
 pub mod credential;
+pub mod hub;
 pub mod plan;
 
 // front

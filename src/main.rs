@@ -42,7 +42,9 @@ fn main() -> ExitCode {
     let level = format!("{:?}", parsed.log_level).to_lowercase();
     output::logging(&level, std::env::var_os("JOURNAL_STREAM").is_some());
     let runtime = match &parsed.command {
-        Command::Run(_) => tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build(),
+        Command::Run(_) | Command::ControlPlane(cli::ControlPlane { command: None, .. }) => {
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
+        }
         _ => tokio::runtime::Builder::new_current_thread().enable_all().build(),
     };
     let runtime = match runtime {
@@ -99,6 +101,7 @@ async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationT
             agent::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }
+        Command::ControlPlane(args) => cmd::plane::plane(&context, args).await,
         Command::Audit(args) => cmd::audit::audit(&context, &args),
         Command::MintCredential(args) => {
             let host = host::Host::new(&args.root, context.env.get("PATH").map(Into::into));

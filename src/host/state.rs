@@ -6,8 +6,10 @@ use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::PathBuf;
 
 use anyhow::Context as _;
+use nix::fcntl::{Flock, FlockArg};
 
 use super::Host;
+use crate::error::{Exit, Failure};
 
 /// Longest line of a file that only grows, bytes.
 const LINE: u64 = 64 * 1024;
@@ -39,6 +41,21 @@ impl Host {
 }
 
 impl StateDir {
+    /// Takes the directory for this process, as long as the answer lives.
+    ///
+    /// # Errors
+    /// Exit 12 when another process has it.
+    pub fn lock(&self) -> anyhow::Result<Flock<File>> {
+        let path = self.dir.join("lock");
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let file = file.with_context(|| format!("opening {}", path.display()))?;
+        Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
+            Failure::new(Exit::Locked, "LOCKED", format!("another process works in {}", self.dir.display()))
+                .hint("stop it first, or give this one a directory of its own")
+                .into()
+        })
+    }
+
     /// A directory inside.
     ///
     /// # Errors
@@ -76,6 +93,16 @@ impl StateDir {
             File::open(&self.dir)?.sync_all()
         };
         attempt().inspect_err(|_| drop(fs::remove_file(&beside))).with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Makes an empty file where there is none, for somebody who opens it by its name.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn touch(&self, name: &str) -> anyhow::Result<()> {
+        let path = self.dir.join(name);
+        let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        opened.map(drop).with_context(|| format!("writing {}", path.display()))
     }
 
     /// Renames a file over another.

@@ -29,6 +29,19 @@ const POOL: usize = 5;
 /// What may wait beyond the pool: bursts ask twice.
 const SPARE: usize = 10;
 
+/// Who may log in and what he may open. Both are asked within a login's own task: neither may wait.
+pub trait Admit: Send + Sync {
+    /// Checks a login whose token is right; gives its owner and what ends his session.
+    ///
+    /// # Errors
+    /// Why not, for the client to read.
+    fn login(&self, login: &wire::Login) -> Result<(String, CancellationToken), String>;
+
+    /// # Errors
+    /// Why this owner may not open this proxy.
+    fn proxy(&self, owner: &str, asked: &NewProxy) -> Result<(), String>;
+}
+
 /// How the server is run.
 pub struct ServerConfig {
     pub token: Secret,
@@ -38,6 +51,8 @@ pub struct ServerConfig {
     pub tcp_bind: Option<std::net::IpAddr>,
     /// A client that is silent for this long is gone.
     pub heartbeat: Duration,
+    /// Nobody is asked without it: the token is enough.
+    pub admit: Option<Arc<dyn Admit>>,
 }
 
 /// The server; clones are the same one.
@@ -59,6 +74,7 @@ struct Registry {
 
 /// A client that is logged in.
 struct Control {
+    owner: String,
     run_id: String,
     orders: mpsc::Sender<Message>,
     pool: Mutex<Pool>,
@@ -151,6 +167,11 @@ impl Server {
         lock(&self.shared.registry).sessions.values().for_each(|control| control.over.cancel());
     }
 
+    /// Whether a proxy of that name is open.
+    pub fn has(&self, name: &str) -> bool {
+        lock(&self.shared.registry).proxies.contains_key(name)
+    }
+
     /// Names of the proxies that are open.
     pub fn proxies(&self) -> Vec<String> {
         let mut names: Vec<String> = lock(&self.shared.registry).proxies.keys().cloned().collect();
@@ -209,10 +230,16 @@ impl Server {
             let error = "token in login doesn't match token from configuration".into();
             return wire::write(&mut io, LoginResp { version: version(), error, ..LoginResp::default() }).await;
         }
+        let admitted = self.shared.config.admit.as_ref().map(|a| a.login(&login)).transpose();
+        let (owner, revoked) = match admitted {
+            Ok(admitted) => admitted.unwrap_or_default(),
+            Err(error) => return wire::write(&mut io, LoginResp { version: version(), error, ..LoginResp::default() }).await,
+        };
         let run_id = if login.run_id.is_empty() { wire::fresh_run_id() } else { login.run_id };
         let pool = usize::try_from(login.pool_count).unwrap_or(0).min(POOL);
         let (orders, mut queue) = mpsc::channel(64);
         let control = Arc::new(Control {
+            owner,
             run_id: run_id.clone(),
             orders,
             pool: Mutex::default(),
@@ -220,7 +247,12 @@ impl Server {
             over: CancellationToken::new(),
             gone: CancellationToken::new(),
         });
-        let former = lock(&self.shared.registry).sessions.insert(run_id.clone(), control.clone());
+        // a run id is no password: only its own holder takes it over
+        let taken = self.take_over(&run_id, &control);
+        let Ok(former) = taken else {
+            let error = "the run id is another client's".into();
+            return wire::write(&mut io, LoginResp { version: version(), error, ..LoginResp::default() }).await;
+        };
         let _leave = Leave { server: self, control: control.clone() };
         if let Some(former) = former {
             // its names are free before the new session asks for them; a session that hangs does not hold the login
@@ -244,6 +276,7 @@ impl Server {
         loop {
             let message = tokio::select! {
                 () = control.over.cancelled() => return Ok(()),
+                () = revoked.cancelled() => return Ok(()),
                 message = timeout(config.heartbeat, wire::read(&mut reader)) => message??,
             };
             let answer: Option<Message> = match message {
@@ -274,9 +307,21 @@ impl Server {
         }
     }
 
+    /// The session that `control` takes the place of; an error when that is somebody else's.
+    fn take_over(&self, run_id: &str, control: &Arc<Control>) -> Result<Option<Arc<Control>>, ()> {
+        let mut registry = lock(&self.shared.registry);
+        if registry.sessions.get(run_id).is_some_and(|c| c.owner != control.owner) {
+            return Err(());
+        }
+        Ok(registry.sessions.insert(run_id.into(), control.clone()))
+    }
+
     async fn open(&self, control: &Arc<Control>, asked: NewProxy, listeners: &mut JoinSet<()>) -> Result<String, String> {
         let open = Arc::new(Open { control: control.clone(), asked: asked.clone(), closed: CancellationToken::new() });
         let name = asked.proxy_name.clone();
+        if let Some(admit) = &self.shared.config.admit {
+            admit.proxy(&control.owner, &asked)?;
+        }
         let listener = match (asked.proxy_type.as_str(), self.shared.config.tcp_bind) {
             // users of an http proxy come through this process, too: there is no vhost port
             ("stcp" | "http", _) => None,

@@ -26,7 +26,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("plan", &["facts", "host", "cluster", "checks", "settings", "k3s", "secret"]),
     ("credential", &["cluster", "host", "k3s"]),
     ("agent", &["api", "cluster", "control", "host", "k3s", "secret", "settings", "status", "trust", "tunnel"]),
-    ("cli", &["settings", "k3s"]),
+    ("hub", &["api", "cluster", "control", "host", "k3s", "secret", "trust", "tunnel"]),
+    ("cli", &["hub", "settings", "k3s"]),
     (
         "cmd",
         &[
@@ -39,6 +40,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "control",
             "facts",
             "host",
+            "hub",
             "k3s",
             "output",
             "plan",

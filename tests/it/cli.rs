@@ -29,8 +29,12 @@ fn every_option_and_exit_code_stands_in_the_readme() {
     let text = readme();
     for command in Cli::command().get_subcommands().filter(|c| !c.is_hide_set()) {
         assert!(text.contains(&format!("`{}", command.get_name())), "{}", command.get_name());
-        for long in command.get_arguments().filter(|a| !a.is_hide_set()).filter_map(|a| a.get_long()) {
-            assert!(text.contains(&format!("--{long}")) || long == "root", "--{long} of {}", command.get_name());
+        let mut deep = vec![command];
+        while let Some(command) = deep.pop() {
+            for long in command.get_arguments().filter(|a| !a.is_hide_set()).filter_map(|a| a.get_long()) {
+                assert!(text.contains(&format!("--{long}")) || long == "root", "--{long} of {}", command.get_name());
+            }
+            deep.extend(command.get_subcommands());
         }
     }
     for (_, number, meaning) in EXITS {

@@ -6,6 +6,7 @@ mod architecture;
 mod cli;
 mod hostile;
 mod hosts;
+mod hub;
 mod install;
 mod join;
 mod plane;

@@ -195,6 +195,13 @@ impl Sandbox {
         command
     }
 
+    /// The program with `--root` at the end: for verbs below a command.
+    pub(crate) fn verb(&self, args: &[&str]) -> Said {
+        let mut command = Command::new(program());
+        command.args(args).arg("--root").arg(self.root()).env_clear().env("PATH", self.dir.path().join("bin")).stdin(std::process::Stdio::null());
+        said(command.output().unwrap())
+    }
+
     pub(crate) fn run(&self, args: &[&str]) -> Said {
         said(self.command(args).output().unwrap())
     }

@@ -43,6 +43,7 @@ impl Frps {
             tcp_mux,
             tcp_bind: Some([127, 0, 0, 1].into()),
             heartbeat: Duration::from_secs(30),
+            admit: None,
         };
         let (server, stop) = (Server::new(config), CancellationToken::new());
         tokio::spawn({

@@ -116,6 +116,21 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
     }
 }
 
+/// A Kubernetes API that records.
+pub(crate) async fn serve_kube() -> (Arc<Kube>, std::net::SocketAddr) {
+    let state = Arc::new(Kube::default());
+    let address = listen(Router::new().fallback(kube), state.clone()).await;
+    (state, address)
+}
+
+/// The agent's way to it.
+pub(crate) fn credential(sandbox: &Sandbox, kube: std::net::SocketAddr) {
+    let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{"name": "l", "cluster": {"server": format!("http://{kube}")}}],
+        "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "sa-planted-4711"}}]});
+    sandbox.put("/run/pipeops-credential/kubeconfig", &kubeconfig.to_string());
+}
+
 /// All of it, with a real `pipeops run` in the middle.
 pub(crate) struct World {
     pub(crate) plane: Arc<Plane>,
@@ -142,24 +157,21 @@ impl World {
             tcp_mux: true,
             tcp_bind: None,
             heartbeat: Duration::from_secs(30),
+            admit: None,
         };
         let (frps, stop_frps) = (Server::new(config), CancellationToken::new());
         tokio::spawn({
             let (frps, stop) = (frps.clone(), stop_frps.clone());
             async move { frps.serve(listener, stop).await }
         });
-        let kube_state = Arc::new(Kube::default());
-        let kube_address = listen(Router::new().fallback(kube), kube_state.clone()).await;
+        let (kube_state, kube_address) = serve_kube().await;
         let plane_state = Arc::new(Plane::new(frps_address, &pin));
         prepare(&plane_state);
         let plane_address = plane_state.clone().serve().await;
         let sandbox = Sandbox::new();
         sandbox.put("/etc/machine-id", "0123456789abcdef0123456789abcdef\n");
         sandbox.put("/etc/pipeops/agent.toml", &format!("control-plane-url = \"http://{plane_address}\"\ncluster-name = \"test\"\n{toml}"));
-        let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "l", "cluster": {"server": format!("http://{kube_address}")}}],
-            "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "sa-planted-4711"}}]});
-        sandbox.put("/run/pipeops-credential/kubeconfig", &kubeconfig.to_string());
+        credential(&sandbox, kube_address);
         let agent = Agent::start(sandbox, &[("AGENT_TOKEN", TOKEN), ("LOG_LEVEL", "debug")]);
         World { plane: plane_state, kube: kube_state, frps, agent, id: String::new(), stop_frps }
     }

@@ -52,8 +52,14 @@ impl Rig {
         let (tls, pin) = identity();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let config =
-            ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
+        let config = ServerConfig {
+            token: Secret::new(FRP_TOKEN),
+            tls: Some(tls),
+            tcp_mux: true,
+            tcp_bind: None,
+            heartbeat: Duration::from_secs(30),
+            admit: None,
+        };
         let frps = Server::new(config);
         tokio::spawn({
             let frps = frps.clone();

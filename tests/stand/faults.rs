@@ -263,7 +263,7 @@ impl Faults {
             noticed.map_or("-".into(), |n| format!("{n:.1} s")),
             back.map_or("never".into(), |b| format!("{b:.2} s")),
             reasons.last().map_or(String::new(), |r| format!("; said: {r}")),
-            if lies.is_empty() { String::new() } else { format!("; CALLED UP at {}", lies.join("; ")) },
+            if lies.is_empty() { String::new() } else { format!("; CALLED UP {} times, first at {}", lies.len(), lies[0]) },
         );
         self.say(lies.is_empty() && back.is_some_and(|b| b <= budget), &text);
     }
@@ -306,7 +306,7 @@ impl Faults {
         let port = self.port;
         let drop = |rules: &str| {
             sh(&format!(
-                "nft delete table inet faults 2>/dev/null; nft -f - <<EOF\ntable inet faults {{ chain c {{ type filter hook output priority 0;\n{rules}\n}} }}\nEOF"
+                "nft delete table inet faults 2>/dev/null; nft -f - <<EOF\ntable inet faults {{ chain c {{ type filter hook output priority 0;\n{rules}\n}}\n}}\nEOF"
             ));
         };
 
@@ -337,10 +337,18 @@ impl Faults {
             times: 1,
         };
         self.state("409", "conflict", || plane.script.lock().unwrap().push(conflict), || {}).await;
+        // the agent still holds the token that let it in: that is refused as well, until a person sees to it
+        let body = json!({"code": "token_unknown", "message": "revoked"});
+        let refused = Scripted { path: "/register", status: 401, body, headers: vec![], times: usize::MAX };
+        let revoke = || {
+            plane.script.lock().unwrap().push(refused);
+            plane.revoke();
+        };
         let again = || {
+            plane.script.lock().unwrap().clear();
             sh(&format!("printf %s '{}' > /etc/pipeops/agent-token; systemctl restart pipeops-agent", crate::plane::TOKEN));
         };
-        self.state("token revoked (healed by a new one and a restart)", "unauthorized", || plane.revoke(), again).await;
+        self.state("token revoked (healed by another one and a restart)", "unauthorized", revoke, again).await;
         self.kubernetes().await;
         self.disk().await;
         sampler.abort();

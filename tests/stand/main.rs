@@ -57,8 +57,14 @@ async fn serve(dir: &str) {
     let frps_address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let mode = watch::Sender::new(Mode::Pass);
     tokio::spawn(faults::front(frps_address, back, tls.clone(), mode.subscribe()));
-    let config =
-        ServerConfig { token: Secret::new(FRP_TOKEN), tls: Some(tls.clone()), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_secs(30) };
+    let config = ServerConfig {
+        token: Secret::new(FRP_TOKEN),
+        tls: Some(tls.clone()),
+        tcp_mux: true,
+        tcp_bind: None,
+        heartbeat: Duration::from_secs(30),
+        admit: None,
+    };
     let frps = Server::new(config);
     tokio::spawn({
         let frps = frps.clone();

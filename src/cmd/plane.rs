@@ -1,0 +1,213 @@
+//! `control-plane`: serves, or asks the one that serves on this machine.
+
+use std::io::IsTerminal as _;
+
+use http::Method;
+use serde_json::{Value, json};
+
+use crate::cli::{ClusterCommand, ControlPlane, Format, PlaneCommand, ProjectCommand, RunnerCommand, Serve, TokenCommand, Verb};
+use crate::cmd::Context;
+use crate::error::{Exit, Failure};
+use crate::host::Host;
+use crate::hub::{self, HubConfig, client};
+use crate::output::{Printer, table};
+
+/// # Errors
+/// What the served control plane or the called one says.
+pub async fn plane(context: &Context, args: ControlPlane) -> anyhow::Result<Exit> {
+    match args.command {
+        None => serve(context, args.serve).await,
+        Some(command) => verb(context, command).await,
+    }
+}
+
+async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
+    let host = context.host(&args.place.rooted.root);
+    let database = match &args.database_url_file {
+        Some(path) => Some(context.token_file(&host, path)?),
+        None => None,
+    };
+    let mut names = args.public_names;
+    if names.is_empty() {
+        names.extend(host.outward_address().map(|a| a.to_string()));
+        names.extend(nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()));
+    }
+    names.extend(["localhost".into(), "127.0.0.1".into()]);
+    let terminal = std::io::stderr().is_terminal();
+    let first = names[0].clone();
+    let config = HubConfig {
+        listen: args.listen,
+        tunnel_listen: args.tunnel_listen,
+        names,
+        database,
+        data_dir: args.place.data_dir.clone(),
+        show: if terminal { Some(show) } else { None },
+    };
+    let ready = move |https: std::net::SocketAddr, tunnel: std::net::SocketAddr| {
+        tracing::info!(%https, %tunnel, name = first, "serving");
+        // outside systemd there is nobody to tell
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    };
+    hub::run(&host, config, context.stop.clone(), ready).await?;
+    Ok(Exit::Done)
+}
+
+/// The first administrator's token, to a person at a terminal: it is shown this once.
+fn show(token: &str) {
+    let mut printer = Printer::new(false, false, true);
+    printer.say(&format!("first administrator's token (shown once): {token}"));
+    printer.say("on this machine `pipeops control-plane token create` prints the line to paste on a VM");
+}
+
+struct Asked<'a> {
+    context: &'a Context,
+    host: Host,
+    verb: Verb,
+}
+
+impl Asked<'_> {
+    async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<String> {
+        client::call(&self.host, &self.verb.place.data_dir, method, path, body).await
+    }
+
+    fn printer(&self) -> Printer {
+        Printer::new(self.verb.output == Format::Json, false, self.context.no_color())
+    }
+
+    /// The answer as JSON where that was asked for, else what `text` makes of it.
+    fn show(&self, answer: &str, text: impl FnOnce(&Value) -> String) -> anyhow::Result<Exit> {
+        let value: Value = serde_json::from_str(answer)?;
+        if self.verb.output == Format::Json {
+            self.printer().document(&value);
+        } else {
+            for line in text(&value).lines() {
+                self.printer().data(line);
+            }
+        }
+        Ok(Exit::Done)
+    }
+
+    async fn list(&self, path: &str, head: &[&str], row: fn(&Value) -> Vec<String>) -> anyhow::Result<Exit> {
+        let answer = self.call(Method::GET, path, None).await?;
+        self.show(&answer, |value| {
+            let rows: Vec<Vec<String>> = value["items"].as_array().into_iter().flatten().map(row).collect();
+            if rows.is_empty() { "none yet".into() } else { table(head, &rows) }
+        })
+    }
+
+    async fn done(&self, method: Method, path: &str, said: &str) -> anyhow::Result<Exit> {
+        let answer = self.call(method, path, None).await?;
+        self.show(&answer, |_| said.to_owned())
+    }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".into(),
+        Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    }
+}
+
+fn when(value: &Value) -> String {
+    value.as_i64().and_then(|s| jiff::Timestamp::from_second(s).ok()).map_or_else(|| "-".into(), |t| t.to_string())
+}
+
+/// One segment of a path, whatever the user typed.
+fn segment(text: &str) -> anyhow::Result<String> {
+    if text.is_empty() || text.contains('/') {
+        return Err(Failure::usage("BAD_NAME", format!("`{text}` is no name or id")).into());
+    }
+    Ok(url::form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>().replace('+', "%20"))
+}
+
+async fn verb(context: &Context, command: PlaneCommand) -> anyhow::Result<Exit> {
+    let asked = |verb: Verb| Asked { context, host: context.host(&verb.place.rooted.root), verb };
+    match command {
+        PlaneCommand::Token(TokenCommand::Create { project, name, ttl, uses, verb }) => {
+            let asked = asked(verb);
+            let body = json!({"project": project, "name": name, "ttl_s": ttl, "uses": uses});
+            let answer = asked.call(Method::POST, "/api/v1/tokens", Some(&body)).await?;
+            asked.show(&answer, |v| text(&v["install"]))
+        }
+        PlaneCommand::Token(TokenCommand::List { verb }) => {
+            asked(verb)
+                .list("/api/v1/tokens", &["ID", "NAME", "PROJECT", "USES LEFT", "EXPIRES", "REVOKED"], |v| {
+                    vec![text(&v["id"]), text(&v["name"]), text(&v["project"]), text(&v["uses_left"]), when(&v["expires_at"]), text(&v["revoked"])]
+                })
+                .await
+        }
+        PlaneCommand::Token(TokenCommand::Revoke { id, verb }) => {
+            asked(verb).done(Method::DELETE, &format!("/api/v1/tokens/{}", segment(&id)?), "revoked").await
+        }
+        PlaneCommand::Cluster(ClusterCommand::List { verb }) => {
+            asked(verb)
+                .list("/api/v1/clusters", &["ID", "NAME", "STATE", "VERSION", "NODES", "TUNNEL", "SEEN", "REASON"], |v| {
+                    let fields = ["id", "name", "state", "version", "nodes", "tunnel"];
+                    fields.iter().map(|f| text(&v[f])).chain([when(&v["seen_at"]), text(&v["reason"])]).collect()
+                })
+                .await
+        }
+        PlaneCommand::Cluster(ClusterCommand::Show { cluster, verb }) => {
+            let asked = asked(verb);
+            let answer = asked.call(Method::GET, &format!("/api/v1/clusters/{}", segment(&cluster)?), None).await?;
+            asked.show(&answer, |v| {
+                let line = |name: &str| format!("{name:<14}{}", text(&v[name]));
+                let mut lines: Vec<String> =
+                    ["id", "name", "project", "state", "reason", "tunnel", "version", "provider", "agent_id", "agent_version", "max_role"]
+                        .map(line)
+                        .into();
+                lines.push(format!("{:<14}{}", "seen", when(&v["seen_at"])));
+                for node in v["report"]["nodes"].as_array().into_iter().flatten() {
+                    let ready = if node["ready"] == true { "ready" } else { "not ready" };
+                    lines.push(format!(
+                        "node          {} {ready} {} {} {}",
+                        text(&node["name"]),
+                        text(&node["role"]),
+                        text(&node["version"]),
+                        text(&node["note"])
+                    ));
+                }
+                lines.join("\n")
+            })
+        }
+        PlaneCommand::Cluster(ClusterCommand::Kubeconfig { cluster, role, namespaces, verb }) => {
+            let asked = asked(verb);
+            let body = json!({"role": role, "namespaces": namespaces});
+            let answer = asked.call(Method::POST, &format!("/api/v1/clusters/{}/kubeconfig", segment(&cluster)?), Some(&body)).await?;
+            asked.show(&answer, |_| answer.clone())
+        }
+        PlaneCommand::Cluster(ClusterCommand::Revoke { cluster, verb }) => {
+            asked(verb).done(Method::POST, &format!("/api/v1/clusters/{}/revoke", segment(&cluster)?), "revoked; its streams have ended").await
+        }
+        PlaneCommand::Cluster(ClusterCommand::Remove { cluster, verb }) => {
+            asked(verb).done(Method::DELETE, &format!("/api/v1/clusters/{}", segment(&cluster)?), "removed").await
+        }
+        PlaneCommand::Runner(RunnerCommand::Create { name, project, role, clusters, namespaces, ttl, verb }) => {
+            let asked = asked(verb);
+            let body = json!({"name": name, "project": project, "role": role, "clusters": clusters, "namespaces": namespaces, "ttl_s": ttl});
+            let answer = asked.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
+            asked.show(&answer, |v| text(&v["token"]))
+        }
+        PlaneCommand::Runner(RunnerCommand::List { verb }) => {
+            asked(verb)
+                .list("/api/v1/runners", &["ID", "NAME", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"], |v| {
+                    let fields = ["id", "name", "kind", "role", "clusters", "namespaces"];
+                    fields.iter().map(|f| text(&v[f])).chain([when(&v["expires_at"]), text(&v["revoked"])]).collect()
+                })
+                .await
+        }
+        PlaneCommand::Runner(RunnerCommand::Revoke { id, verb }) => {
+            asked(verb).done(Method::DELETE, &format!("/api/v1/runners/{}", segment(&id)?), "revoked; its streams have ended").await
+        }
+        PlaneCommand::Project(ProjectCommand::Create { name, verb }) => {
+            let asked = asked(verb);
+            let answer = asked.call(Method::POST, "/api/v1/projects", Some(&json!({"name": name}))).await?;
+            asked.show(&answer, |v| text(&v["id"]))
+        }
+        PlaneCommand::Project(ProjectCommand::List { verb }) => {
+            asked(verb).list("/api/v1/projects", &["ID", "NAME", "CREATED"], |v| vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]).await
+        }
+    }
+}

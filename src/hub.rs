@@ -1,0 +1,477 @@
+//! The self-hosted control plane: registry, tunnel server and gateway in one process, from nothing but a data directory.
+
+pub mod api;
+pub mod client;
+mod gateway;
+pub mod keys;
+pub mod model;
+pub mod registry;
+pub mod store;
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use sha2::{Digest as _, Sha256};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::control::types::{Config, RunnerAuth};
+use crate::error::{Exit, Failure};
+use crate::host::Host;
+use crate::host::state::StateDir;
+use crate::secret::Secret;
+use crate::tunnel::server::{Admit, Server, ServerConfig};
+use crate::tunnel::wire::{Login, NewProxy};
+use crate::tunnel::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
+use api::{Origin, ROUTES};
+use gateway::{Gateway, proxy_name};
+use keys::{Certificate, Keys};
+use registry::{Refused, Registry, refused};
+use store::Store;
+
+/// Where it keeps what must outlive it, unless said otherwise.
+pub const STATE: &str = "/var/lib/pipeops-control-plane";
+/// The first administrator's token, until it is used.
+const FIRST_TOKEN: &str = "admin-token";
+/// Socket for the administrator's verbs on this machine.
+pub const SOCKET: &str = "admin.sock";
+/// Heartbeats are written this often.
+const FLUSH: Duration = Duration::from_secs(5);
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Wrong tokens from one address within a minute, after which unknown ones are not looked at for the rest of it.
+const FAILURES: u32 = 30;
+/// Addresses and tokens remembered for that, at most.
+const REMEMBERED: usize = 10_000;
+/// Calls under way get this long at the end.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// How it is run.
+pub struct HubConfig {
+    pub listen: SocketAddr,
+    pub tunnel_listen: SocketAddr,
+    /// Names and addresses under which agents and Runners reach it; the first stands in what is handed out.
+    pub names: Vec<String>,
+    pub database: Option<Secret>,
+    pub data_dir: String,
+    /// Shows the first administrator's token here instead of leaving it in a file.
+    pub show: Option<fn(&str)>,
+}
+
+/// What all parts of a control plane share; clones are the same one.
+#[derive(Clone)]
+pub struct Hub {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    registry: Arc<Registry>,
+    keys: Keys,
+    gateway: Gateway,
+    frps: Server,
+    state: StateDir,
+    names: Vec<String>,
+    port: u16,
+    tunnel_port: u16,
+    failures: Mutex<Failures>,
+    first_token: std::sync::atomic::AtomicBool,
+    requests: std::sync::atomic::AtomicU64,
+    busy: std::sync::atomic::AtomicUsize,
+}
+
+#[derive(Default)]
+struct Failures {
+    minute: i64,
+    by: HashMap<IpAddr, u32>,
+    /// Hashes that were good since the start: those pass however many wrong ones come from the same address.
+    good: HashSet<String>,
+}
+
+/// Who may hold a tunnel: an agent that is registered, with its own proof, for its own proxy.
+struct Gate {
+    registry: Arc<Registry>,
+    proof: Box<dyn Fn(&str) -> Secret + Send + Sync>,
+}
+
+impl Admit for Gate {
+    fn login(&self, login: &Login) -> Result<(String, CancellationToken), String> {
+        let agent = login.metas.get("agent").cloned().unwrap_or_default();
+        let shown = login.metas.get("token").map(String::as_str).unwrap_or_default();
+        let proof = (self.proof)(&agent);
+        let right = shown.len() == proof.expose().len() && shown.bytes().zip(proof.expose().bytes()).fold(0, |d, (a, b)| d | (a ^ b)) == 0;
+        let over = if right { self.registry.tunnel(&agent, now()) } else { None };
+        over.map(|over| (agent, over)).ok_or_else(|| "this agent may not hold a tunnel here".to_owned())
+    }
+
+    fn proxy(&self, owner: &str, asked: &NewProxy) -> Result<(), String> {
+        if asked.proxy_type == "stcp" && asked.proxy_name == proxy_name(owner) {
+            Ok(())
+        } else {
+            Err(format!("{owner} may open the stcp proxy {} and nothing else", proxy_name(owner)))
+        }
+    }
+}
+
+fn now() -> i64 {
+    jiff::Timestamp::now().as_second()
+}
+
+async fn bind(address: SocketAddr, what: &str, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|e| {
+        Failure::new(Exit::Preflight, "PORT_TAKEN", format!("{what} cannot listen on {address}"))
+            .why(e.to_string())
+            .hint(format!("stop what uses it (ss -ltnp), or choose another with {flag}"))
+            .into()
+    })
+}
+
+/// Runs a control plane until `stop`. `ready` hears the two addresses once it serves.
+///
+/// # Errors
+/// Port taken, database unusable, data directory or keys unreadable.
+pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready: impl FnOnce(SocketAddr, SocketAddr)) -> anyhow::Result<()> {
+    let state = host.state_dir(&config.data_dir)?;
+    // a second one on the same data would undo what the first one writes
+    let _only = state.lock()?;
+    let keys = Keys::load(&state, now())?;
+    let url = match config.database {
+        Some(url) => url,
+        None => {
+            // SQLite gives its other files the mode of this one
+            state.touch("pipeops.db")?;
+            Secret::new(format!("sqlite:{}?mode=rw", host.at(&config.data_dir).join("pipeops.db").display()))
+        }
+    };
+    let store = Store::open(&url).await?;
+    let registry = Arc::new(Registry::load(store.clone(), now()).await?);
+    let (listener, tunnel) =
+        (bind(config.listen, "the control plane", "--listen").await?, bind(config.tunnel_listen, "the tunnel server", "--tunnel-listen").await?);
+    let (address, tunnel_address) = (listener.local_addr()?, tunnel.local_addr()?);
+    let socket = local_socket(host, &config.data_dir)?;
+    let mut certificate = Certificate::new(&keys, config.names.clone(), now()).map_err(|e| {
+        Failure::usage("NAME_WRONG", "a public name cannot be used").why(format!("{e:#}")).hint("--public-name takes DNS names and IP addresses")
+    })?;
+    let proofs = keys.prover();
+    let frps = Server::new(ServerConfig {
+        token: keys.tunnel_token.clone(),
+        tls: Some(certificate.tunnel.clone()),
+        tcp_mux: true,
+        tcp_bind: None,
+        heartbeat: Duration::from_secs(30),
+        admit: Some(Arc::new(Gate { registry: registry.clone(), proof: Box::new(move |agent| proofs("tunnel", agent)) })),
+    });
+    let hub = Hub {
+        inner: Arc::new(Inner {
+            gateway: Gateway::new(frps.clone(), registry.clone()),
+            registry: registry.clone(),
+            keys,
+            frps: frps.clone(),
+            state,
+            names: config.names,
+            port: address.port(),
+            tunnel_port: tunnel_address.port(),
+            failures: Mutex::default(),
+            first_token: false.into(),
+            requests: 0.into(),
+            busy: 0.into(),
+        }),
+    };
+    hub.first_steps(config.show).await?;
+    let mut tasks = JoinSet::new();
+    let halt = CancellationToken::new();
+    {
+        let (frps, halt) = (frps.clone(), halt.clone());
+        tasks.spawn(async move { frps.serve(tunnel, halt).await });
+    }
+    tasks.spawn(hub.clone().local(socket, halt.clone()));
+    tasks.spawn(hub.clone().https(listener, certificate.config.clone(), stop.clone(), halt.clone()));
+    ready(address, tunnel_address);
+    let mut flush = tokio::time::interval(FLUSH);
+    flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            _ = flush.tick() => {
+                if let Err(error) = registry.flush().await {
+                    tracing::warn!(error = format!("{error:#}"), "heartbeats are not written");
+                }
+                if let Err(error) = certificate.renew(&hub.inner.keys, now()) {
+                    tracing::warn!(error = format!("{error:#}"), "the certificate is not renewed");
+                }
+            }
+        }
+    }
+    // what was begun is finished, what is long ends
+    let _ = timeout(GRACE, async {
+        while hub.busy() > 0 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    halt.cancel();
+    let _ = timeout(Duration::from_secs(2), async { while tasks.join_next().await.is_some() {} }).await;
+    let last = registry.flush().await;
+    store.close().await;
+    last.context("writing the last heartbeats")
+}
+
+#[expect(clippy::disallowed_methods, reason = "the socket is the control plane's own, in its data directory")]
+fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = host.at(data_dir).join(SOCKET);
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).with_context(|| format!("opening {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+impl Hub {
+    fn registry(&self) -> &Registry {
+        &self.inner.registry
+    }
+
+    fn keys(&self) -> &Keys {
+        &self.inner.keys
+    }
+
+    fn gateway(&self) -> &Gateway {
+        &self.inner.gateway
+    }
+
+    fn now(&self) -> i64 {
+        self.inner.requests.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        now()
+    }
+
+    /// Names this control plane in tokens: another one's are not taken for ours.
+    fn issuer(&self) -> String {
+        self.inner.keys.ca_pin.clone()
+    }
+
+    fn url(&self) -> String {
+        let name = &self.inner.names[0];
+        let name = if name.parse::<std::net::Ipv6Addr>().is_ok() { format!("[{name}]") } else { name.clone() };
+        format!("https://{name}:{}", self.inner.port)
+    }
+
+    fn tunnel_address(&self) -> (String, u16) {
+        (self.inner.names[0].clone(), self.inner.tunnel_port)
+    }
+
+    fn tunnel_open(&self, agent: &str) -> bool {
+        self.inner.frps.has(&proxy_name(agent))
+    }
+
+    /// What opens an agent's stcp proxy.
+    fn secret_key(&self, agent: &str) -> Secret {
+        self.inner.keys.derived("stcp", agent)
+    }
+
+    /// Connections that are open.
+    fn busy(&self) -> usize {
+        self.inner.busy.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// A project to begin with, and the first administrator.
+    async fn first_steps(&self, show: Option<fn(&str)>) -> anyhow::Result<()> {
+        let failed = |r: Refused| anyhow::anyhow!("{}", r.message);
+        if self.registry().projects().is_empty() {
+            self.registry().add_project("default", now()).await.map_err(failed)?;
+        }
+        let waiting = self.inner.state.read(FIRST_TOKEN)?.is_some();
+        self.inner.first_token.store(waiting, std::sync::atomic::Ordering::Relaxed);
+        if self.registry().admins() > 0 {
+            return Ok(());
+        }
+        let token = self.registry().add_admin(self.keys(), "first", now()).await.map_err(failed)?;
+        match show {
+            Some(show) => show(token.expose()),
+            None => {
+                self.inner.state.write(FIRST_TOKEN, token.expose())?;
+                self.inner.first_token.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// An administrator is there: the file with the first token has done its work.
+    fn admin_seen(&self) {
+        if self.inner.first_token.swap(false, std::sync::atomic::Ordering::Relaxed) {
+            self.inner.state.remove(FIRST_TOKEN);
+        }
+    }
+
+    fn failures(&self) -> MutexGuard<'_, Failures> {
+        self.inner.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// # Errors
+    /// 429 for an unknown token from an address that has shown many wrong ones.
+    fn guard(&self, address: IpAddr, hash: &str, now: i64) -> Result<(), Refused> {
+        let mut failures = self.failures();
+        if failures.minute != now / 60 {
+            failures.minute = now / 60;
+            failures.by.clear();
+        }
+        if failures.by.get(&address).is_some_and(|n| *n >= FAILURES) && !failures.good.contains(hash) {
+            return Err(refused(429, "too_many_failures", "too many wrong tokens from this address", Some("wait a minute")));
+        }
+        Ok(())
+    }
+
+    fn failed(&self, address: IpAddr, now: i64) {
+        let mut failures = self.failures();
+        if failures.by.len() < REMEMBERED || failures.by.contains_key(&address) {
+            *failures.by.entry(address).or_default() += 1;
+        }
+        if failures.by.get(&address) == Some(&FAILURES) {
+            tracing::warn!(%address, minute = now / 60, "many wrong tokens");
+        }
+    }
+
+    fn succeeded(&self, hash: String) {
+        let mut failures = self.failures();
+        if failures.good.len() < REMEMBERED {
+            failures.good.insert(hash);
+        }
+    }
+
+    /// Settings of an agent. They follow from what is known, so their version is a digest of them.
+    fn config(&self, agent: &str) -> Config {
+        let keys = self.keys();
+        let (server, port) = self.tunnel_address();
+        let metas = [("agent".to_owned(), agent.to_owned()), ("token".to_owned(), keys.derived("tunnel", agent).expose().to_owned())];
+        let tunnel = TunnelConfig {
+            server,
+            port,
+            tcp_mux: true,
+            pool_count: 1,
+            tls: TunnelTls { pin: Some(keys.ca_pin.clone()), ..TunnelTls::default() },
+            auth: TunnelAuth { token: keys.tunnel_token.clone(), user: None, metas: metas.into() },
+            proxies: vec![Proxy { name: proxy_name(agent), kind: Kind::Stcp, secret_key: self.secret_key(agent), ..Proxy::default() }],
+        };
+        let mut config = Config {
+            config_version: 0,
+            heartbeat_interval_s: registry::HEARTBEAT,
+            status_interval_s: registry::STATUS,
+            tunnel: Some(tunnel),
+            runner_auth: RunnerAuth { issuer: self.issuer(), audience: agent.into(), jwks: keys.jwks() },
+        };
+        let digest = Sha256::digest(serde_json::to_vec(&config).unwrap_or_default());
+        // 48 bits: every JSON reader holds them whole
+        config.config_version = digest.iter().take(6).fold(0, |n, b| n << 8 | u64::from(*b));
+        config
+    }
+
+    /// The line to paste on a VM.
+    fn install_line(&self, token: &Secret) -> String {
+        // on standard input: what stands on a command line is everybody's to read
+        format!(
+            "echo {} | sudo pipeops install-server --yes --agent-token-file - --control-plane-url {} --control-plane-pin {}",
+            token.expose(),
+            self.url(),
+            self.keys().ca_pin
+        )
+    }
+
+    /// Prometheus text.
+    fn metrics(&self, now: i64) -> String {
+        use std::fmt::Write as _;
+        let mut text = String::from("# TYPE pipeops_agents gauge\n");
+        for (state, count) in self.registry().census(now) {
+            let _ = writeln!(text, "pipeops_agents{{state=\"{state}\"}} {count}");
+        }
+        let requests = self.inner.requests.load(std::sync::atomic::Ordering::Relaxed);
+        let _ = writeln!(text, "# TYPE pipeops_tunnels gauge\npipeops_tunnels {}", self.inner.frps.proxies().len());
+        let _ = writeln!(text, "# TYPE pipeops_requests_total counter\npipeops_requests_total {requests}");
+        text
+    }
+
+    async fn https(self, listener: TcpListener, tls: Arc<rustls::ServerConfig>, stop: CancellationToken, halt: CancellationToken) {
+        let acceptor = tokio_rustls::TlsAcceptor::from(tls);
+        let mut open = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = halt.cancelled() => return,
+                Some(_) = open.join_next() => {}
+                accepted = listener.accept(), if !stop.is_cancelled() => match accepted {
+                    Ok((stream, peer)) => {
+                        let (hub, acceptor, stop) = (self.clone(), acceptor.clone(), stop.clone());
+                        open.spawn(async move {
+                            if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(tuned(stream))).await {
+                                hub.serve(stream, Origin::Network(peer.ip().to_canonical()), stop).await;
+                            }
+                        });
+                    }
+                    // out of descriptors: a moment later some are back
+                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                },
+            }
+        }
+    }
+
+    async fn local(self, listener: UnixListener, halt: CancellationToken) {
+        let mut open = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = halt.cancelled() => return,
+                Some(_) = open.join_next() => {}
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => drop(open.spawn(self.clone().serve(stream, Origin::Local, halt.clone()))),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                },
+            }
+        }
+    }
+
+    /// One connection to its end; after `stop` it takes nothing new.
+    async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(self, io: S, origin: Origin, stop: CancellationToken) {
+        let _open = Connected::new(&self.inner);
+        let service = hyper::service::service_fn(move |request| {
+            let hub = self.clone();
+            async move { Ok::<_, std::convert::Infallible>(hub.respond(origin, request).await) }
+        });
+        let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60)).max_buf_size(64 * 1024);
+        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(128).max_header_list_size(32 * 1024);
+        let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
+        let mut connection = std::pin::pin!(connection);
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        let _ = connection.await;
+    }
+
+    /// Routes and what they need, for whoever checks them.
+    pub fn routes() -> impl Iterator<Item = (&'static str, &'static str, api::Need)> {
+        ROUTES.iter().map(|r| (r.0, r.1, r.2))
+    }
+}
+
+/// A connection, counted until it is dropped.
+struct Connected(Arc<Inner>);
+
+impl Connected {
+    fn new(inner: &Arc<Inner>) -> Connected {
+        inner.busy.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Connected(inner.clone())
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+fn tuned(stream: TcpStream) -> TcpStream {
+    let _ = stream.set_nodelay(true);
+    stream
+}

@@ -1,0 +1,549 @@
+//! The control plane's HTTP API: one table says which route needs whose token, and what it does. A route that is not in it is not there.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use http::request::Parts;
+use http::{HeaderMap, Method, Request, Response, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::api::jwt::{LIFE, Role};
+use crate::cluster::upstream::Body;
+use crate::control::types::{Heartbeat, HeartbeatAnswer, OperationResult, Problem, Register, SIGNATURE, StatusReport};
+use crate::hub::Hub;
+use crate::hub::model::{Access, AccessKind};
+use crate::hub::registry::{ClusterView, Refused, Who, refused};
+
+/// Largest body of a call that is not passed through.
+const BODY: usize = 1 << 20;
+/// How long a body may take to come.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Longest life of an enrolment token, of a Runner's token and of a kubeconfig, seconds.
+const YEAR: i64 = 366 * 86_400;
+const DAY: i64 = 86_400;
+
+/// Whose token a route needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    Nobody,
+    /// An enrolment token, or the credential of the agent that registers again.
+    Enrol,
+    /// The credential of the agent that the path names.
+    Agent,
+    Admin,
+    /// An administrator, or a Runner whose reach the cluster of the path is in.
+    Runner,
+    /// The same, or a kubeconfig.
+    Gateway,
+}
+
+/// What a route does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    Health,
+    Metrics,
+    Ca,
+    Register,
+    Config,
+    Heartbeat,
+    Status,
+    OperationResult,
+    Rotate,
+    Deregister,
+    Projects,
+    AddProject,
+    Tokens,
+    AddToken,
+    RevokeToken,
+    Runners,
+    AddRunner,
+    RevokeRunner,
+    Clusters,
+    Cluster,
+    RevokeCluster,
+    RemoveCluster,
+    ClusterToken,
+    Kubeconfig,
+    Gateway,
+}
+
+/// Method, path, need, call. `{id}` stands for one segment, a `*` at the end for all that follow.
+pub const ROUTES: &[(&str, &str, Need, Call)] = &[
+    ("GET", "/api/v1/health", Need::Nobody, Call::Health),
+    ("GET", "/api/v1/ca", Need::Nobody, Call::Ca),
+    ("GET", "/metrics", Need::Admin, Call::Metrics),
+    ("POST", "/api/v1/agents/register", Need::Enrol, Call::Register),
+    ("GET", "/api/v1/agents/{id}/config", Need::Agent, Call::Config),
+    ("POST", "/api/v1/agents/{id}/heartbeat", Need::Agent, Call::Heartbeat),
+    ("POST", "/api/v1/agents/{id}/status", Need::Agent, Call::Status),
+    ("POST", "/api/v1/agents/{id}/operations/{op}/result", Need::Agent, Call::OperationResult),
+    ("POST", "/api/v1/agents/{id}/credential", Need::Agent, Call::Rotate),
+    ("DELETE", "/api/v1/agents/{id}", Need::Agent, Call::Deregister),
+    ("GET", "/api/v1/projects", Need::Admin, Call::Projects),
+    ("POST", "/api/v1/projects", Need::Admin, Call::AddProject),
+    ("GET", "/api/v1/tokens", Need::Admin, Call::Tokens),
+    ("POST", "/api/v1/tokens", Need::Admin, Call::AddToken),
+    ("DELETE", "/api/v1/tokens/{id}", Need::Admin, Call::RevokeToken),
+    ("GET", "/api/v1/runners", Need::Admin, Call::Runners),
+    ("POST", "/api/v1/runners", Need::Admin, Call::AddRunner),
+    ("DELETE", "/api/v1/runners/{id}", Need::Admin, Call::RevokeRunner),
+    ("GET", "/api/v1/clusters", Need::Runner, Call::Clusters),
+    ("GET", "/api/v1/clusters/{id}", Need::Runner, Call::Cluster),
+    ("POST", "/api/v1/clusters/{id}/revoke", Need::Admin, Call::RevokeCluster),
+    ("DELETE", "/api/v1/clusters/{id}", Need::Admin, Call::RemoveCluster),
+    ("POST", "/api/v1/clusters/{id}/token", Need::Runner, Call::ClusterToken),
+    ("POST", "/api/v1/clusters/{id}/kubeconfig", Need::Runner, Call::Kubeconfig),
+    ("*", "/clusters/{id}/k8s/*", Need::Gateway, Call::Gateway),
+    ("*", "/clusters/{id}/api/*", Need::Gateway, Call::Gateway),
+];
+
+/// The segments that a template leaves open.
+fn matched<'a>(template: &str, path: &'a str) -> Option<Vec<&'a str>> {
+    let mut open = Vec::new();
+    let mut rest = path.split('/');
+    for part in template.split('/') {
+        if part == "*" {
+            return Some(open);
+        }
+        let segment = rest.next()?;
+        if part.starts_with('{') {
+            if segment.is_empty() {
+                return None;
+            }
+            open.push(segment);
+        } else if part != segment {
+            return None;
+        }
+    }
+    rest.next().is_none().then_some(open)
+}
+
+/// Where a request comes from, as far as it matters.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin {
+    Network(IpAddr),
+    /// The socket in the data directory: whoever can open it owns the database anyway.
+    Local,
+}
+
+pub(super) fn answer(status: u16, body: &Value) -> Response<Body> {
+    text(status, "application/json", body.to_string())
+}
+
+fn text(status: u16, kind: &'static str, body: String) -> Response<Body> {
+    let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
+    let mut response = Response::new(body);
+    *response.status_mut() = http::StatusCode::from_u16(status).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    response
+}
+
+pub(super) fn problem(refused: &Refused) -> Response<Body> {
+    let body = Problem { code: refused.code.into(), message: refused.message.clone(), hint: refused.hint.map(str::to_owned) };
+    let mut response = answer(refused.status, &serde_json::to_value(body).unwrap_or_default());
+    if matches!(refused.status, 429 | 503) {
+        response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("5"));
+    }
+    if refused.status == 401 {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+    }
+    response
+}
+
+fn bearer(headers: &HeaderMap) -> Result<&str, Refused> {
+    let wanted = || refused(401, "token_needed", "a bearer token is needed", None);
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return Err(wanted()) };
+    let (scheme, token) = value.to_str().ok().and_then(|v| v.split_once(' ')).ok_or_else(wanted)?;
+    let token = token.trim();
+    if !scheme.eq_ignore_ascii_case("bearer") || token.is_empty() || token.len() > 512 { Err(wanted()) } else { Ok(token) }
+}
+
+async fn body(incoming: Incoming) -> Result<Bytes, Refused> {
+    match tokio::time::timeout(PATIENCE, Limited::new(incoming, BODY).collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => Err(refused(413, "too_large", "the body is larger than 1 MiB", None)),
+        Ok(Err(_)) => Err(refused(400, "bad_body", "the body broke off", None)),
+        Err(_) => Err(refused(408, "too_slow", "the body took longer than 15 s", None)),
+    }
+}
+
+fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refused> {
+    let bytes = if bytes.is_empty() { b"{}" } else { bytes };
+    serde_json::from_slice(bytes).map_err(|e| refused(400, "bad_body", format!("the body is not what this call takes: {e}"), None))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AddProject {
+    name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AddToken {
+    project: Option<String>,
+    name: Option<String>,
+    ttl_s: Option<i64>,
+    uses: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AddRunner {
+    project: Option<String>,
+    name: String,
+    role: Option<String>,
+    clusters: Option<Vec<String>>,
+    namespaces: Option<Vec<String>>,
+    ttl_s: Option<i64>,
+}
+
+/// For a Runner's JWT and for a kubeconfig alike.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Wanted {
+    pub(super) role: Option<String>,
+    pub(super) namespaces: Option<Vec<String>>,
+    pub(super) ttl_s: Option<i64>,
+}
+
+fn role(name: Option<&str>, otherwise: Role) -> Result<Role, Refused> {
+    let Some(name) = name else { return Ok(otherwise) };
+    Role::of(name).ok_or_else(|| refused(400, "bad_role", "a role is viewer, deployer, operator or admin", None))
+}
+
+fn life(asked: Option<i64>, otherwise: i64, most: i64) -> Result<i64, Refused> {
+    let ttl = asked.unwrap_or(otherwise);
+    if (1..=most).contains(&ttl) { Ok(ttl) } else { Err(refused(400, "bad_ttl", format!("ttl_s is 1 to {most}"), None)) }
+}
+
+/// Role and namespaces of what is asked for, never more than the asker has.
+pub(super) fn narrowed(who: &Who, asked: &Wanted) -> Result<(Role, Option<Vec<String>>), Refused> {
+    let (most, limits) = match who {
+        Who::Access(access) => (access.role, access.namespaces.clone()),
+        _ => (Role::Operator, None),
+    };
+    let wanted = role(asked.role.as_deref(), most)?;
+    if wanted > most && !matches!(who, Who::Admin(_)) {
+        return Err(refused(403, "role_exceeded", format!("this token's role is {}", most.name()), None));
+    }
+    let namespaces = match (asked.namespaces.clone(), limits) {
+        (Some(asked), Some(limits)) if asked.iter().any(|n| !limits.contains(n)) => {
+            return Err(refused(403, "namespace_exceeded", format!("this token is for {}", limits.join(", ")), None));
+        }
+        (Some(asked), _) => Some(asked),
+        (None, limits) => limits,
+    };
+    Ok((wanted, namespaces))
+}
+
+impl Hub {
+    /// Answers one request. Nothing that a client sends ends more than his own connection.
+    pub(super) async fn respond(self, origin: Origin, request: Request<Incoming>) -> Response<Body> {
+        let mut response = match self.dispatch(origin, request).await {
+            Ok(response) => response,
+            Err(refused) => problem(&refused),
+        };
+        let headers = response.headers_mut();
+        for (name, value) in [("cache-control", "no-store"), ("x-content-type-options", "nosniff"), ("content-security-policy", "sandbox")] {
+            headers.entry(name).or_insert(header::HeaderValue::from_static(value));
+        }
+        response
+    }
+
+    async fn dispatch(&self, origin: Origin, request: Request<Incoming>) -> Result<Response<Body>, Refused> {
+        let path = request.uri().path().to_owned();
+        let candidates: Vec<_> = ROUTES.iter().filter_map(|route| Some((route, matched(route.1, &path)?))).collect();
+        if candidates.is_empty() {
+            return Err(refused(404, "not_found", "there is no such path", None));
+        }
+        let fits = |method: &str| method == "*" || method == request.method().as_str();
+        let Some(((_, _, need, call), open)) = candidates.into_iter().find(|(route, _)| fits(route.0)) else {
+            return Err(refused(405, "method_not_allowed", "this path takes another method", None));
+        };
+        let id = open.first().copied().unwrap_or_default();
+        let now = self.now();
+        let who = self.authorised(origin, *need, id, request.headers(), now)?;
+        if *call == Call::Gateway {
+            return self.pass(request, id, &who, now).await;
+        }
+        let (parts, incoming) = request.into_parts();
+        let bytes = if parts.method == Method::GET { Bytes::new() } else { body(incoming).await? };
+        self.call(*call, id, &who, &parts, &bytes, now).await
+    }
+
+    /// Who asks, if he may.
+    fn authorised(&self, origin: Origin, need: Need, id: &str, headers: &HeaderMap, now: i64) -> Result<Who, Refused> {
+        if need == Need::Nobody {
+            return Ok(Who::Admin(String::new()));
+        }
+        let Origin::Network(address) = origin else {
+            return match need {
+                Need::Admin | Need::Runner | Need::Gateway => Ok(Who::Admin("local".into())),
+                _ => Err(refused(403, "not_here", "agents come over the network", None)),
+            };
+        };
+        let hash = self.keys().hashed(bearer(headers)?);
+        self.guard(address, &hash, now)?;
+        let who = match self.registry().who(&hash, now) {
+            Ok(who) => who,
+            Err(error) => {
+                if error.code == "token_unknown" {
+                    self.failed(address, now);
+                }
+                return Err(error);
+            }
+        };
+        self.succeeded(hash);
+        let foreign = || refused(403, "forbidden", "this token is for something else", None);
+        let fine = match (&who, need) {
+            (Who::Enrolment(_) | Who::Agent(_), Need::Enrol) => true,
+            (Who::Agent(own), Need::Agent) => own == id,
+            (Who::Admin(_), Need::Admin | Need::Runner | Need::Gateway) => true,
+            (Who::Access(access), Need::Runner) => access.kind == AccessKind::Runner,
+            (Who::Access(_), Need::Gateway) => true,
+            _ => false,
+        };
+        if !fine {
+            return Err(foreign());
+        }
+        if matches!(who, Who::Admin(_)) {
+            self.admin_seen();
+        }
+        // a cluster outside its reach is not there for a Runner
+        if let (Who::Access(access), false) = (&who, id.is_empty()) {
+            let cluster = self.registry().cluster(id, Some(&access.project), now)?;
+            if access.clusters.as_ref().is_some_and(|list| !list.contains(&cluster.id)) {
+                return Err(refused(404, "not_found", format!("there is no cluster {id}"), None));
+            }
+        }
+        Ok(who)
+    }
+
+    async fn call(&self, call: Call, id: &str, who: &Who, parts: &Parts, bytes: &[u8], now: i64) -> Result<Response<Body>, Refused> {
+        let registry = self.registry();
+        let project = match who {
+            Who::Access(access) => Some(access.project.clone()),
+            _ => None,
+        };
+        match call {
+            Call::Health => Ok(answer(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))),
+            Call::Ca => Ok(text(200, "application/x-pem-file", self.keys().ca_certificate.clone())),
+            Call::Metrics => Ok(text(200, "text/plain; version=0.0.4", self.metrics(now))),
+            Call::Register => {
+                let asked: Register = parsed(bytes)?;
+                let signature = parts.headers.get(SIGNATURE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+                let done = registry.register(self.keys(), who, asked, bytes, signature, now).await?;
+                let config = self.config(&done.agent_id);
+                Ok(answer(
+                    200,
+                    &json!({"agent_id": done.agent_id, "cluster_id": done.cluster_id, "credential": done.credential.expose(),
+                        "credential_expires_at": stamp(done.expires_at), "config": config}),
+                ))
+            }
+            Call::Config => Ok(answer(200, &serde_json::to_value(self.config(id)).unwrap_or_default())),
+            Call::Heartbeat => {
+                let beat: Heartbeat = parsed(bytes)?;
+                let directives = registry.heartbeat(id, &beat, now)?;
+                let reply = HeartbeatAnswer { config_version: self.config(id).config_version, directives };
+                Ok(answer(200, &serde_json::to_value(reply).unwrap_or_default()))
+            }
+            Call::Status => {
+                registry.report(id, parsed::<StatusReport>(bytes)?)?;
+                Ok(answer(200, &json!({})))
+            }
+            Call::OperationResult => {
+                let _: OperationResult = parsed(bytes)?;
+                Err(refused(404, "not_found", "there is no such operation", None))
+            }
+            Call::Rotate => {
+                let (credential, expires_at) = registry.rotate(self.keys(), id, now).await?;
+                Ok(answer(200, &json!({"credential": credential.expose(), "credential_expires_at": stamp(expires_at)})))
+            }
+            Call::Deregister => {
+                registry.remove_agent(id).await?;
+                Ok(answer(200, &json!({})))
+            }
+            Call::Projects => Ok(answer(200, &json!({"items": registry.projects()}))),
+            Call::AddProject => {
+                let asked: AddProject = parsed(bytes)?;
+                Ok(answer(201, &json!(registry.add_project(&asked.name, now).await?)))
+            }
+            Call::Tokens => {
+                let items: Vec<Value> = registry.enrolments().iter().map(|e| without_hash(json!(e))).collect();
+                Ok(answer(200, &json!({"items": items})))
+            }
+            Call::AddToken => {
+                let asked: AddToken = parsed(bytes)?;
+                let ttl = life(asked.ttl_s, DAY, YEAR)?;
+                let (name, project) = (asked.name.unwrap_or_else(|| "token".into()), asked.project.unwrap_or_else(|| "default".into()));
+                let (row, token) = registry.add_enrolment(self.keys(), &project, &name, ttl, asked.uses.or(Some(1)).filter(|n| *n > 0), now).await?;
+                let mut shown = without_hash(json!(row));
+                shown["token"] = token.expose().into();
+                shown["install"] = self.install_line(&token).into();
+                Ok(answer(201, &shown))
+            }
+            Call::RevokeToken => {
+                registry.revoke_enrolment(id).await?;
+                Ok(answer(200, &json!({})))
+            }
+            Call::Runners => {
+                let items: Vec<Value> = registry.accesses().iter().map(|a| without_hash(json!(a))).collect();
+                Ok(answer(200, &json!({"items": items})))
+            }
+            Call::AddRunner => {
+                let asked: AddRunner = parsed(bytes)?;
+                let expires_at = asked.ttl_s.map(|ttl| life(Some(ttl), DAY, YEAR)).transpose()?.map(|ttl| now + ttl);
+                let row = Access {
+                    id: String::new(),
+                    project: asked.project.unwrap_or_else(|| "default".into()),
+                    name: asked.name,
+                    kind: AccessKind::Runner,
+                    hash: String::new(),
+                    role: role(asked.role.as_deref(), Role::Deployer)?,
+                    clusters: asked.clusters,
+                    namespaces: asked.namespaces,
+                    created_at: now,
+                    expires_at,
+                    revoked: false,
+                };
+                let (row, token) = registry.add_access(self.keys(), row).await?;
+                let mut shown = without_hash(json!(row));
+                shown["token"] = token.expose().into();
+                Ok(answer(201, &shown))
+            }
+            Call::RevokeRunner => {
+                registry.revoke_access(id).await?;
+                Ok(answer(200, &json!({})))
+            }
+            Call::Clusters => {
+                let mut items: Vec<_> = registry.clusters(project.as_deref(), now).into_iter().map(|c| self.seen(c)).collect();
+                if let Who::Access(access) = who
+                    && let Some(list) = &access.clusters
+                {
+                    items.retain(|c| list.contains(&c.id));
+                }
+                Ok(answer(200, &json!({"items": items})))
+            }
+            Call::Cluster => Ok(answer(200, &json!(self.seen(registry.cluster(id, project.as_deref(), now)?)))),
+            Call::RevokeCluster => {
+                registry.revoke_agent(id, now).await?;
+                Ok(answer(200, &json!({})))
+            }
+            Call::RemoveCluster => {
+                let agent = registry.cluster(id, None, now)?.agent_id;
+                registry.remove_agent(&agent).await?;
+                Ok(answer(200, &json!({})))
+            }
+            Call::ClusterToken => {
+                let asked: Wanted = parsed(bytes)?;
+                let ttl = life(asked.ttl_s, LIFE, LIFE)?;
+                let (role, namespaces) = narrowed(who, &asked)?;
+                let route = registry.route(id, project.as_deref(), now)?;
+                Ok(answer(200, &self.runner_token(who, &route, role, namespaces, ttl, now)))
+            }
+            Call::Kubeconfig => {
+                let asked: Wanted = parsed(bytes)?;
+                let ttl = life(asked.ttl_s, DAY, DAY)?;
+                let (role, namespaces) = narrowed(who, &asked)?;
+                let cluster = registry.cluster(id, project.as_deref(), now)?;
+                let row = Access {
+                    id: String::new(),
+                    project: cluster.project.clone(),
+                    name: format!("kubeconfig of {}", cluster.id),
+                    kind: AccessKind::Kubeconfig,
+                    hash: String::new(),
+                    role,
+                    clusters: Some(vec![cluster.id.clone()]),
+                    namespaces,
+                    created_at: now,
+                    expires_at: Some(now + ttl),
+                    revoked: false,
+                };
+                let (_, token) = registry.add_access(self.keys(), row).await?;
+                Ok(text(201, "application/yaml", self.kubeconfig(&cluster, &token)))
+            }
+            Call::Gateway => Err(refused(500, "internal", "the gateway answers for itself", None)),
+        }
+    }
+}
+
+impl Hub {
+    /// With the tunnel as this end of it knows, not as the agent said at its last heartbeat.
+    fn seen(&self, mut cluster: ClusterView) -> ClusterView {
+        if self.tunnel_open(&cluster.agent_id) {
+            cluster.tunnel = "up".into();
+        } else if cluster.tunnel == "up" {
+            cluster.tunnel = "down".into();
+        }
+        cluster
+    }
+}
+
+fn without_hash(mut row: Value) -> Value {
+    if let Some(fields) = row.as_object_mut() {
+        fields.remove("hash");
+    }
+    row
+}
+
+/// RFC 3339.
+pub(super) fn stamp(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds).unwrap_or_default().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_finds_its_route_and_no_other() {
+        fn find(path: &str) -> Option<(Call, Vec<&str>)> {
+            ROUTES.iter().find_map(|r| Some((r.3, matched(r.1, path)?)))
+        }
+        assert_eq!(find("/api/v1/clusters/c-1"), Some((Call::Cluster, vec!["c-1"])));
+        assert_eq!(find("/clusters/c-1/k8s/api/v1/pods"), Some((Call::Gateway, vec!["c-1"])));
+        assert_eq!(find("/clusters/c-1/k8s/"), Some((Call::Gateway, vec!["c-1"])));
+        for nowhere in
+            ["/", "/api/v1/clusters/", "/api/v1/clusters/c-1/", "/api/v1/clusters//token", "/clusters/c-1/k8sx/api", "/clusters/c-1/secrets"]
+        {
+            assert_eq!(find(nowhere), None, "{nowhere}");
+        }
+    }
+
+    #[test]
+    fn nobody_asks_for_more_than_he_has() {
+        let access = |role, namespaces: Option<&[&str]>| {
+            let namespaces = namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect());
+            Who::Access(Box::new(Access {
+                id: "r-1".into(),
+                project: "p".into(),
+                name: "ci".into(),
+                kind: AccessKind::Runner,
+                hash: String::new(),
+                role,
+                clusters: None,
+                namespaces,
+                created_at: 0,
+                expires_at: None,
+                revoked: false,
+            }))
+        };
+        let wanted = |role: Option<&str>, namespaces: Option<&[&str]>| Wanted {
+            role: role.map(str::to_owned),
+            namespaces: namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect()),
+            ttl_s: None,
+        };
+        let deployer = access(Role::Deployer, Some(&["beta"]));
+        assert_eq!(narrowed(&deployer, &wanted(None, None)).unwrap(), (Role::Deployer, Some(vec!["beta".into()])));
+        assert_eq!(narrowed(&deployer, &wanted(Some("viewer"), Some(&["beta"]))).unwrap().0, Role::Viewer);
+        assert_eq!(narrowed(&deployer, &wanted(Some("operator"), None)).unwrap_err().code, "role_exceeded");
+        assert_eq!(narrowed(&deployer, &wanted(None, Some(&["beta", "production"]))).unwrap_err().code, "namespace_exceeded");
+        assert_eq!(narrowed(&deployer, &wanted(Some("root"), None)).unwrap_err().code, "bad_role");
+    }
+}

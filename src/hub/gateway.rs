@@ -1,0 +1,309 @@
+//! The HTTP way into a tunnel: takes a Runner's bearer, mints the agent's JWT, pins the agent's key, passes bytes both ways.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt as _, Empty};
+use hyper::body::{Bytes, Frame, Incoming, SizeHint};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use tokio_rustls::client::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tower::{BoxError, Service};
+
+use crate::api::jwt::{LIFE, Role};
+use crate::cluster::upstream::Body;
+use crate::hub::Hub;
+use crate::hub::api::{narrowed, stamp};
+use crate::hub::registry::enrol::spki;
+use crate::hub::registry::{ClusterView, Refused, Registry, Route, Who, refused};
+use crate::secret::Secret;
+use crate::trust::{self, Trust};
+use crate::tunnel::layer::Io;
+use crate::tunnel::server::Server;
+
+/// Name of an agent's proxy.
+pub(super) fn proxy_name(agent: &str) -> String {
+    format!("agent-{agent}")
+}
+
+/// The pin of a public key in PEM.
+fn pin(public_key: &str) -> Option<String> {
+    use base64::Engine as _;
+    Some(format!("sha256:{}", base64::engine::general_purpose::STANDARD.encode(Sha256::digest(spki(public_key)?))))
+}
+
+/// Dials agents through the FRP server of this process; the host of the URI is the agent's id.
+#[derive(Clone)]
+pub(super) struct Dial {
+    frps: Server,
+    registry: Arc<Registry>,
+}
+
+/// A connection to an agent, as the pool wants it.
+pub(super) struct Wire(TokioIo<TlsStream<Io>>);
+
+impl Connection for Wire {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl hyper::rt::Read for Wire {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: hyper::rt::ReadBufCursor<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl hyper::rt::Write for Wire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+impl Service<Uri> for Dial {
+    type Response = Wire;
+    type Error = std::io::Error;
+    type Future = BoxFuture<'static, Result<Wire, std::io::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), std::io::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let Dial { frps, registry } = self.clone();
+        Box::pin(async move {
+            let other = |e: String| std::io::Error::other(e);
+            let agent = uri.host().unwrap_or_default().to_owned();
+            let key = registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
+            let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
+            let io = frps.dial(&proxy_name(&agent)).await?;
+            let mut tls = Trust { pins: vec![trust::Pin::parse(&pin).map_err(other)?], ..Trust::default() }.client().map_err(other)?;
+            tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+            let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal").map_err(|e| other(e.to_string()))?;
+            let connecting = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, io);
+            let stream = tokio::time::timeout(std::time::Duration::from_secs(10), connecting).await??;
+            Ok(Wire(TokioIo::new(stream)))
+        })
+    }
+}
+
+/// The two clients of the gateway: one keeps connections, the other gives each upgrade its own.
+#[derive(Clone)]
+pub(super) struct Gateway {
+    pooled: Client<Dial, Body>,
+    single: Client<Dial, Body>,
+}
+
+impl Gateway {
+    pub(super) fn new(frps: Server, registry: Arc<Registry>) -> Gateway {
+        let dial = Dial { frps, registry };
+        let client = |idle: usize| {
+            Client::builder(TokioExecutor::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(std::time::Duration::from_secs(30))
+                .pool_max_idle_per_host(idle)
+                .retry_canceled_requests(false)
+                .build(dial.clone())
+        };
+        Gateway { pooled: client(8), single: client(0) }
+    }
+}
+
+/// A body that ends when somebody's right to it ends.
+struct Until {
+    inner: Incoming,
+    over: Vec<Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>>,
+}
+
+impl hyper::body::Body for Until {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.over.iter_mut().any(|over| over.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(Some(Err("the right to this stream was revoked".into())));
+        }
+        Pin::new(&mut self.inner).poll_frame(cx).map(|frame| frame.map(|f| f.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// Headers that speak of one connection, or to this server alone.
+const NOT_PASSED: &[&str] = &[
+    "authorization",
+    "cookie",
+    "host",
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "forwarded",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-real-ip",
+];
+
+fn passed(headers: &HeaderMap) -> HeaderMap {
+    let named: Vec<String> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|v| v.to_str().ok())
+        .flat_map(|v| v.split(','))
+        .map(|n| n.trim().to_ascii_lowercase())
+        .collect();
+    let stays = |name: &str| !NOT_PASSED.contains(&name) && name != "set-cookie" && !named.iter().any(|n| n == name);
+    headers.iter().filter(|(name, _)| stays(name.as_str())).map(|(n, v)| (n.clone(), v.clone())).collect()
+}
+
+impl Hub {
+    /// One request into a cluster.
+    pub(super) async fn pass(&self, mut request: Request<Incoming>, id: &str, who: &Who, now: i64) -> Result<Response<Body>, Refused> {
+        let (project, access) = match who {
+            Who::Access(access) => (Some(access.project.as_str()), Some(access.id.as_str())),
+            _ => (None, None),
+        };
+        let route = self.registry().route(id, project, now)?;
+        let (role, namespaces) = narrowed(who, &super::api::Wanted { role: None, namespaces: None, ttl_s: None })?;
+        let token = self.jwt(who, &route, role.min(route.most), namespaces, LIFE, now).0;
+        // the rest of the path as it came: what is odd in it is the agent's to refuse
+        let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+        let rest = target.splitn(4, '/').nth(3).unwrap_or_default();
+        let uri: Uri = format!("http://{}/{rest}", route.agent).parse().map_err(|_| refused(400, "bad_path", "the path cannot be read", None))?;
+        let upgrade = request.headers().get(header::UPGRADE).cloned();
+        let mut headers = passed(request.headers());
+        headers.insert(header::HOST, header::HeaderValue::from_static("agent"));
+        let bearer = header::HeaderValue::try_from(format!("Bearer {}", token.expose()));
+        headers.insert(header::AUTHORIZATION, bearer.map_err(|_| refused(500, "internal", "the token cannot be sent", None))?);
+        if let Some(protocol) = &upgrade {
+            headers.insert(header::CONNECTION, header::HeaderValue::from_static("Upgrade"));
+            headers.insert(header::UPGRADE, protocol.clone());
+        }
+        let theirs = hyper::upgrade::on(&mut request);
+        let method = request.method().clone();
+        let over = vec![route.over.clone(), access.map_or_else(CancellationToken::new, |a| self.registry().until_revoked(a))];
+        let body: Body = if upgrade.is_some() {
+            Empty::new().map_err(|never| match never {}).boxed_unsync()
+        } else {
+            request.into_body().map_err(Into::into).boxed_unsync()
+        };
+        let mut outward = Request::new(body);
+        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) = (method, uri, headers);
+        let client = if upgrade.is_some() { &self.gateway().single } else { &self.gateway().pooled };
+        let mut answer = client.request(outward).await.map_err(|error| {
+            tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
+            refused(
+                503,
+                "agent_offline",
+                "the cluster's agent is not reached at the moment",
+                Some("pipeops control-plane cluster list says since when"),
+            )
+        })?;
+        let mut headers = passed(answer.headers());
+        let status = answer.status();
+        if status == StatusCode::SWITCHING_PROTOCOLS {
+            if upgrade.is_none() {
+                return Err(refused(502, "bad_upgrade", "the agent switches protocols unasked", None));
+            }
+            for name in [header::CONNECTION, header::UPGRADE] {
+                if let Some(value) = answer.headers().get(&name) {
+                    headers.insert(name, value.clone());
+                }
+            }
+            let ours = hyper::upgrade::on(&mut answer);
+            tokio::spawn(async move {
+                let (Ok(theirs), Ok(ours)) = (theirs.await, ours.await) else { return };
+                let (mut theirs, mut ours) = (TokioIo::new(theirs), TokioIo::new(ours));
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut theirs, &mut ours) => {}
+                    () = over[0].cancelled() => {}
+                    () = over[1].cancelled() => {}
+                }
+            });
+            let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
+            (*response.status_mut(), *response.headers_mut()) = (status, headers);
+            return Ok(response);
+        }
+        let over = over.into_iter().map(|token| Box::pin(token.cancelled_owned())).collect();
+        let mut response = Response::new(Until { inner: answer.into_body(), over }.boxed_unsync());
+        (*response.status_mut(), *response.headers_mut()) = (status, headers);
+        Ok(response)
+    }
+
+    /// A token for one agent, and when it ends.
+    fn jwt(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> (Secret, i64) {
+        let subject = match who {
+            Who::Access(access) => access.id.clone(),
+            Who::Admin(name) => format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_")),
+            Who::Agent(id) | Who::Enrolment(id) => id.clone(),
+        };
+        let expires = now + ttl;
+        let id = crate::tunnel::wire::fresh_run_id();
+        let mut claims =
+            json!({"iss": self.issuer(), "aud": route.agent, "sub": subject, "role": role.name(), "iat": now, "exp": expires, "jti": id});
+        if let Some(namespaces) = namespaces {
+            claims["namespaces"] = json!(namespaces);
+        }
+        (self.keys().sign(&claims), expires)
+    }
+
+    /// The answer to a Runner who wants a token: with it, and with where to go.
+    pub(super) fn runner_token(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> Value {
+        let (token, expires) = self.jwt(who, route, role.min(route.most), namespaces, ttl, now);
+        let pin = pin(&route.public_key).unwrap_or_default();
+        let (host, port) = self.tunnel_address();
+        json!({
+            "token": token.expose(),
+            "expires_at": stamp(expires),
+            "endpoints": [
+                {"type": "gateway", "address": format!("{}/clusters/{}", self.url(), route.cluster), "server_name": host, "agent_pin": pin},
+                {"type": "stcp", "address": format!("{host}:{port}"), "server_name": host, "agent_pin": pin,
+                    "proxy": proxy_name(&route.agent), "secret_key": self.secret_key(&route.agent).expose(), "server_pin": self.keys().ca_pin},
+            ],
+        })
+    }
+
+    /// A file with which plain kubectl works.
+    pub(super) fn kubeconfig(&self, cluster: &ClusterView, token: &Secret) -> String {
+        use base64::Engine as _;
+        let ca = base64::engine::general_purpose::STANDARD.encode(&self.keys().ca_certificate);
+        let name = &cluster.id;
+        // JSON is YAML, and needs no quoting of our own
+        let file = json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": name, "cluster": {"server": format!("{}/clusters/{name}/k8s", self.url()), "certificate-authority-data": ca}}],
+            "users": [{"name": name, "user": {"token": token.expose()}}],
+            "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
+            "current-context": name,
+        });
+        serde_json::to_string_pretty(&file).unwrap_or_default() + "\n"
+    }
+}

@@ -1,0 +1,453 @@
+//! Who is known and what he may: decided in memory, under one lock that is never held over a wait, durable before it is answered.
+
+mod admin;
+pub mod enrol;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::jwt::Role;
+use crate::control::types::{Directive, Heartbeat, StatusReport};
+use crate::hub::model::{Access, Admin, Agent, Enrolment, Liveness, Project};
+use crate::hub::store::{Change, Kind, Store};
+
+/// How often agents speak, seconds.
+pub const HEARTBEAT: u64 = 10;
+pub const STATUS: u64 = 60;
+/// A heartbeat that is this late is late, and this late is offline, seconds.
+const LATE: i64 = 25;
+const OFFLINE: i64 = 45;
+/// Longest name.
+const NAME: usize = 63;
+
+/// A refusal: status, stable code, what, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    pub status: u16,
+    pub code: &'static str,
+    pub message: String,
+    pub hint: Option<&'static str>,
+}
+
+pub(super) fn refused(status: u16, code: &'static str, message: impl Into<String>, hint: Option<&'static str>) -> Refused {
+    Refused { status, code, message: message.into(), hint }
+}
+
+/// Who shows a token.
+#[derive(Clone, Debug)]
+pub enum Who {
+    Enrolment(String),
+    Agent(String),
+    Access(Box<Access>),
+    Admin(String),
+}
+
+/// What is known of an agent and not written at each breath.
+struct Entry {
+    row: Agent,
+    seen_at: i64,
+    /// It must be written at the next flush.
+    dirty: bool,
+    draining: bool,
+    duel_until: i64,
+    tunnel: String,
+    uptime_s: u64,
+    report: Option<StatusReport>,
+    /// Cancelled when it is revoked or removed: its open streams end.
+    over: CancellationToken,
+}
+
+#[derive(Default)]
+struct Inner {
+    projects: BTreeMap<String, Project>,
+    enrolments: BTreeMap<String, Enrolment>,
+    agents: BTreeMap<String, Entry>,
+    accesses: BTreeMap<String, (Access, CancellationToken)>,
+    admins: BTreeMap<String, Admin>,
+    /// Hash of a token → kind and id of its row.
+    tokens: HashMap<String, (Kind, String)>,
+}
+
+/// The registry of a control plane.
+pub struct Registry {
+    inner: Mutex<Inner>,
+    store: Store,
+    /// Agents are not called offline for the time in which nobody listened.
+    started: i64,
+}
+
+/// A cluster as the API and the page show it.
+#[derive(Clone, Debug, Serialize)]
+pub struct ClusterView {
+    pub id: String,
+    pub name: String,
+    pub project: String,
+    pub agent_id: String,
+    pub state: Liveness,
+    pub reason: String,
+    pub version: String,
+    pub agent_version: String,
+    pub provider: String,
+    pub nodes: u32,
+    pub max_role: String,
+    pub tunnel: String,
+    pub seen_at: i64,
+    pub registered_at: i64,
+    pub uptime_s: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub report: Option<StatusReport>,
+}
+
+/// Where a caller of a cluster goes.
+pub struct Route {
+    pub agent: String,
+    pub cluster: String,
+    pub public_key: String,
+    pub most: Role,
+    pub over: CancellationToken,
+}
+
+fn no_such(what: &str, id: &str) -> Refused {
+    refused(404, "not_found", format!("there is no {what} {id}"), None)
+}
+
+/// A name that people give: printable, short, no markup of any kind is special in it.
+fn check_name(name: &str) -> Result<(), Refused> {
+    if name.is_empty() || name.len() > NAME || name.chars().any(char::is_control) {
+        return Err(refused(400, "bad_name", format!("a name has 1 to {NAME} characters, none of them a control character"), None));
+    }
+    Ok(())
+}
+
+fn unwritten(error: &anyhow::Error) -> Refused {
+    tracing::error!(error = format!("{error:#}"), "the database does not take a change");
+    refused(503, "database_unavailable", "the control plane cannot write its database", Some("try again soon; its log says more"))
+}
+
+impl Entry {
+    fn new(row: Agent) -> Entry {
+        let seen_at = row.seen_at;
+        Entry {
+            row,
+            seen_at,
+            dirty: false,
+            draining: false,
+            duel_until: 0,
+            tunnel: String::new(),
+            uptime_s: 0,
+            report: None,
+            over: CancellationToken::new(),
+        }
+    }
+
+    fn liveness(&self, now: i64, started: i64) -> (Liveness, String) {
+        let silent = now - self.seen_at;
+        let judged = now - self.seen_at.max(started);
+        if self.row.revoked {
+            return (Liveness::Revoked, "revoked by an administrator".into());
+        }
+        if self.duel_until > now {
+            return (Liveness::Duplicate, "two machines show this identity: remove the copied disk's /var/lib/pipeops-agent".into());
+        }
+        if judged > OFFLINE && self.row.credentials.iter().all(|c| c.expires_at <= now) {
+            return (Liveness::Expired, format!("silent for {silent} s, and its credential's time is over: enrol it again with a token"));
+        }
+        if self.draining {
+            return (Liveness::Draining, "it said that it stops".into());
+        }
+        let overdue = format!("no heartbeat for {silent} s");
+        if judged <= LATE {
+            (Liveness::Online, String::new())
+        } else if judged <= OFFLINE {
+            (Liveness::Late, overdue)
+        } else {
+            (Liveness::Offline, overdue)
+        }
+    }
+
+    fn view(&self, now: i64, started: i64, deep: bool) -> ClusterView {
+        let (state, reason) = self.liveness(now, started);
+        let row = &self.row;
+        ClusterView {
+            id: row.cluster_id.clone(),
+            name: row.cluster.name.clone(),
+            project: row.project.clone(),
+            agent_id: row.id.clone(),
+            state,
+            reason,
+            version: row.cluster.version.clone(),
+            agent_version: row.info.version.clone(),
+            provider: row.cluster.provider.clone(),
+            nodes: self.report.as_ref().map_or(row.cluster.node_count, |r| u32::try_from(r.nodes.len()).unwrap_or(u32::MAX)),
+            max_role: row.max_role.clone(),
+            tunnel: if state == Liveness::Online { self.tunnel.clone() } else { String::new() },
+            seen_at: self.seen_at,
+            registered_at: row.registered_at,
+            uptime_s: self.uptime_s,
+            report: self.report.clone().filter(|_| deep),
+        }
+    }
+}
+
+impl Registry {
+    /// Everything that the database holds.
+    ///
+    /// # Errors
+    /// When it does not answer or holds what cannot be read.
+    pub async fn load(store: Store, now: i64) -> anyhow::Result<Registry> {
+        let mut inner = Inner::default();
+        for project in store.all::<Project>(Kind::Project).await? {
+            inner.projects.insert(project.id.clone(), project);
+        }
+        for row in store.all::<Enrolment>(Kind::Enrolment).await? {
+            inner.tokens.insert(row.hash.clone(), (Kind::Enrolment, row.id.clone()));
+            inner.enrolments.insert(row.id.clone(), row);
+        }
+        for row in store.all::<Agent>(Kind::Agent).await? {
+            inner.know(Entry::new(row));
+        }
+        for row in store.all::<Access>(Kind::Access).await? {
+            inner.tokens.insert(row.hash.clone(), (Kind::Access, row.id.clone()));
+            inner.accesses.insert(row.id.clone(), (row, CancellationToken::new()));
+        }
+        for row in store.all::<Admin>(Kind::Admin).await? {
+            inner.tokens.insert(row.hash.clone(), (Kind::Admin, row.id.clone()));
+            inner.admins.insert(row.id.clone(), row);
+        }
+        Ok(Registry { inner: Mutex::new(inner), store, started: now })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // every change is whole before the lock is given back
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whose token it is. One that is revoked or whose time is over is nobody's.
+    ///
+    /// # Errors
+    /// 401, with no hint at whether it was ever known, but for its own time being over.
+    pub fn who(&self, hash: &str, now: i64) -> Result<Who, Refused> {
+        let unknown = || refused(401, "token_unknown", "the token is wrong, revoked, or of another control plane", None);
+        let expired = || refused(401, "token_expired", "the token's time is over", Some("get another one"));
+        let inner = self.inner();
+        let (kind, id) = inner.tokens.get(hash).ok_or_else(unknown)?;
+        match kind {
+            Kind::Enrolment => {
+                let row = inner.enrolments.get(id).filter(|e| !e.revoked && same(&e.hash, hash)).ok_or_else(unknown)?;
+                if row.expires_at <= now { Err(expired()) } else { Ok(Who::Enrolment(id.clone())) }
+            }
+            Kind::Agent => {
+                let entry = inner.agents.get(id).ok_or_else(unknown)?;
+                let held = entry.row.credentials.iter().find(|c| same(&c.hash, hash)).ok_or_else(unknown)?;
+                if entry.row.revoked {
+                    return Err(refused(403, "agent_revoked", "this agent was revoked", Some("remove it and enrol it again with a fresh token")));
+                }
+                if held.expires_at <= now {
+                    return Err(refused(401, "credential_expired", "the credential's time is over", Some("enrol again with a token")));
+                }
+                Ok(Who::Agent(id.clone()))
+            }
+            Kind::Access => {
+                let row = inner.accesses.get(id).map(|a| &a.0).filter(|a| !a.revoked && same(&a.hash, hash)).ok_or_else(unknown)?;
+                if row.expires_at.is_some_and(|at| at <= now) { Err(expired()) } else { Ok(Who::Access(Box::new(row.clone()))) }
+            }
+            Kind::Admin => Ok(Who::Admin(inner.admins.get(id).filter(|a| same(&a.hash, hash)).ok_or_else(unknown)?.name.clone())),
+            Kind::Project => Err(unknown()),
+        }
+    }
+
+    /// A sign of life. It stays in memory; [`Registry::flush`] writes it.
+    ///
+    /// # Errors
+    /// 404 for one that is not known, 409 while two machines show its identity.
+    pub fn heartbeat(&self, id: &str, beat: &Heartbeat, now: i64) -> Result<Vec<Directive>, Refused> {
+        let mut inner = self.inner();
+        let entry = inner.agents.get_mut(id).ok_or_else(|| no_such("agent", id))?;
+        if entry.duel_until > now {
+            return Err(duplicate());
+        }
+        entry.seen_at = now;
+        entry.dirty = true;
+        entry.draining = beat.state == "draining";
+        entry.tunnel = serde_json::to_value(beat.tunnel.state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+        entry.uptime_s = beat.uptime_s;
+        Ok(Vec::new())
+    }
+
+    /// # Errors
+    /// 404 for one that is not known.
+    pub fn report(&self, id: &str, report: StatusReport) -> Result<(), Refused> {
+        let mut inner = self.inner();
+        let entry = inner.agents.get_mut(id).ok_or_else(|| no_such("agent", id))?;
+        entry.report = Some(report);
+        Ok(())
+    }
+
+    /// Writes what heartbeats changed, all in one.
+    ///
+    /// # Errors
+    /// When the database takes nothing; it is tried again at the next flush.
+    pub async fn flush(&self) -> anyhow::Result<()> {
+        let (changes, ids) = {
+            let mut inner = self.inner();
+            let mut changes = Vec::new();
+            let mut ids = Vec::new();
+            for entry in inner.agents.values_mut().filter(|e| e.dirty) {
+                entry.row.seen_at = entry.seen_at;
+                changes.push(Change::put(Kind::Agent, &entry.row.id, &entry.row)?);
+                ids.push(entry.row.id.clone());
+                entry.dirty = false;
+            }
+            (changes, ids)
+        };
+        let result = self.store.write(changes).await;
+        if result.is_err() {
+            let mut inner = self.inner();
+            for id in ids {
+                if let Some(entry) = inner.agents.get_mut(&id) {
+                    entry.dirty = true;
+                }
+            }
+        }
+        result
+    }
+
+    async fn put<T: Serialize>(&self, kind: Kind, id: &str, row: &T) -> Result<(), Refused> {
+        let change = Change::put(kind, id, row).map_err(|e| unwritten(&e))?;
+        self.store.write(vec![change]).await.map_err(|e| unwritten(&e))
+    }
+
+    /// Clusters of a project, or all.
+    pub fn clusters(&self, project: Option<&str>, now: i64) -> Vec<ClusterView> {
+        let inner = self.inner();
+        let mine = inner.agents.values().filter(|e| project.is_none_or(|p| e.row.project == p));
+        mine.map(|e| e.view(now, self.started, false)).collect()
+    }
+
+    /// One cluster by id or, where it is the only one of that name, by name.
+    ///
+    /// # Errors
+    /// 404; 409 for a name that several have.
+    pub fn cluster(&self, id: &str, project: Option<&str>, now: i64) -> Result<ClusterView, Refused> {
+        let inner = self.inner();
+        let mine = || inner.agents.values().filter(|e| project.is_none_or(|p| e.row.project == p));
+        let found: Vec<&Entry> = match mine().find(|e| e.row.cluster_id == id) {
+            Some(entry) => vec![entry],
+            None => mine().filter(|e| e.row.cluster.name == id).collect(),
+        };
+        match found[..] {
+            [entry] => Ok(entry.view(now, self.started, true)),
+            [] => Err(no_such("cluster", id)),
+            _ => Err(refused(409, "name_ambiguous", format!("{} clusters are called {id}", found.len()), Some("use the id"))),
+        }
+    }
+
+    /// The way to a cluster for a caller of `project`.
+    ///
+    /// # Errors
+    /// 404 when there is none that he may know of.
+    pub fn route(&self, id: &str, project: Option<&str>, now: i64) -> Result<Route, Refused> {
+        let agent = self.cluster(id, project, now)?.agent_id;
+        let inner = self.inner();
+        let entry = inner.agents.get(&agent).filter(|e| !e.row.revoked).ok_or_else(|| no_such("cluster", id))?;
+        Ok(Route {
+            agent,
+            cluster: entry.row.cluster_id.clone(),
+            public_key: entry.row.info.public_key.clone(),
+            most: Role::of(&entry.row.max_role).unwrap_or(Role::Viewer),
+            over: entry.over.clone(),
+        })
+    }
+
+    /// The key that an agent registered with, in PEM.
+    pub fn public_key(&self, agent: &str) -> Option<String> {
+        self.inner().agents.get(agent).filter(|e| !e.row.revoked).map(|e| e.row.info.public_key.clone())
+    }
+
+    /// Whether an agent may hold a tunnel, and what ends it.
+    pub fn tunnel(&self, agent: &str, now: i64) -> Option<CancellationToken> {
+        let inner = self.inner();
+        let entry = inner.agents.get(agent).filter(|e| !e.row.revoked && e.duel_until <= now)?;
+        Some(entry.over.clone())
+    }
+
+    /// Refuses an agent from now on; its streams end.
+    ///
+    /// # Errors
+    /// 404, or no database.
+    pub async fn revoke_agent(&self, cluster: &str, now: i64) -> Result<(), Refused> {
+        let id = self.cluster(cluster, None, now)?.agent_id;
+        let mut row = self.inner().agents.get(&id).map(|e| e.row.clone()).ok_or_else(|| no_such("agent", &id))?;
+        row.revoked = true;
+        self.put(Kind::Agent, &id, &row).await?;
+        if let Some(entry) = self.inner().agents.get_mut(&id) {
+            entry.row.revoked = true;
+            entry.over.cancel();
+        }
+        Ok(())
+    }
+
+    /// Forgets an agent and its cluster.
+    ///
+    /// # Errors
+    /// 404, or no database.
+    pub async fn remove_agent(&self, id: &str) -> Result<(), Refused> {
+        if !self.inner().agents.contains_key(id) {
+            return Err(no_such("agent", id));
+        }
+        self.store.write(vec![Change::remove(Kind::Agent, id)]).await.map_err(|e| unwritten(&e))?;
+        let mut inner = self.inner();
+        if let Some(entry) = inner.agents.remove(id) {
+            entry.over.cancel();
+            for held in entry.row.credentials {
+                inner.tokens.remove(&held.hash);
+            }
+        }
+        Ok(())
+    }
+
+    /// How many agents are in each state, for metrics.
+    pub fn census(&self, now: i64) -> BTreeMap<&'static str, usize> {
+        let mut counts = BTreeMap::new();
+        for entry in self.inner().agents.values() {
+            let name = match entry.liveness(now, self.started).0 {
+                Liveness::Online => "online",
+                Liveness::Late => "late",
+                Liveness::Offline => "offline",
+                Liveness::Draining => "draining",
+                Liveness::Duplicate => "duplicate",
+                Liveness::Expired => "expired",
+                Liveness::Revoked => "revoked",
+            };
+            *counts.entry(name).or_default() += 1;
+        }
+        counts
+    }
+}
+
+fn duplicate() -> Refused {
+    refused(
+        409,
+        "duplicate_identity",
+        "another machine shows the same identity",
+        Some("on the copied disk: stop pipeops-agent, remove /var/lib/pipeops-agent, enrol it anew"),
+    )
+}
+
+impl Inner {
+    fn know(&mut self, entry: Entry) {
+        for held in &entry.row.credentials {
+            self.tokens.insert(held.hash.clone(), (Kind::Agent, entry.row.id.clone()));
+        }
+        self.agents.insert(entry.row.id.clone(), entry);
+    }
+}
+
+/// Equal, in a time that does not depend on where they differ.
+fn same(a: &str, b: &str) -> bool {
+    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |diff, (x, y)| diff | (x ^ y)) == 0
+}

@@ -1,0 +1,156 @@
+//! What administrators make and take back: projects, enrolment tokens, Runners, other administrators.
+
+use super::{Refused, Registry, check_name, no_such, refused, unwritten};
+use crate::hub::keys::{Keys, fresh};
+use crate::hub::model::{Access, AccessKind, Admin, Enrolment, Project};
+use crate::hub::store::{Change, Kind};
+use crate::secret::Secret;
+use tokio_util::sync::CancellationToken;
+
+impl Registry {
+    /// # Errors
+    /// A name that is taken or cannot be one.
+    pub async fn add_project(&self, name: &str, now: i64) -> Result<Project, Refused> {
+        check_name(name)?;
+        let project = Project { id: self.fresh_id("p")?, name: name.into(), created_at: now };
+        {
+            let mut inner = self.inner();
+            if inner.projects.values().any(|p| p.name == name) {
+                return Err(refused(409, "name_taken", format!("there is a project {name} already"), None));
+            }
+            inner.projects.insert(project.id.clone(), project.clone());
+        }
+        let change = Change::put(Kind::Project, &project.id, &project).map_err(|e| unwritten(&e))?;
+        if let Err(error) = self.store.write(vec![change]).await {
+            self.inner().projects.remove(&project.id);
+            return Err(unwritten(&error));
+        }
+        Ok(project)
+    }
+
+    pub fn projects(&self) -> Vec<Project> {
+        self.inner().projects.values().cloned().collect()
+    }
+
+    /// The project of that name or id.
+    ///
+    /// # Errors
+    /// 404.
+    pub fn project(&self, name: &str) -> Result<Project, Refused> {
+        let inner = self.inner();
+        let found = inner.projects.values().find(|p| p.name == name || p.id == name);
+        found.cloned().ok_or_else(|| no_such("project", name))
+    }
+
+    fn fresh_id(&self, kind: &str) -> Result<String, Refused> {
+        Ok(format!(
+            "{kind}-{}",
+            fresh().map_err(|e| unwritten(&e))?.chars().filter(char::is_ascii_alphanumeric).take(12).collect::<String>().to_lowercase()
+        ))
+    }
+
+    /// A token that lets agents in; the text is in nobody's hands but the caller's.
+    ///
+    /// # Errors
+    /// A bad name or project, or no database.
+    pub async fn add_enrolment(
+        &self,
+        keys: &Keys,
+        project: &str,
+        name: &str,
+        ttl: i64,
+        uses: Option<u32>,
+        now: i64,
+    ) -> Result<(Enrolment, Secret), Refused> {
+        let project = self.project(project)?;
+        check_name(name)?;
+        let token = Secret::new(format!("poe_{}", fresh().map_err(|e| unwritten(&e))?));
+        let row = Enrolment {
+            id: self.fresh_id("t")?,
+            project: project.id,
+            name: name.into(),
+            hash: keys.hashed(token.expose()),
+            created_at: now,
+            expires_at: now.saturating_add(ttl),
+            uses_left: uses,
+            revoked: false,
+        };
+        self.put(Kind::Enrolment, &row.id, &row).await?;
+        let mut inner = self.inner();
+        inner.tokens.insert(row.hash.clone(), (Kind::Enrolment, row.id.clone()));
+        inner.enrolments.insert(row.id.clone(), row.clone());
+        Ok((row, token))
+    }
+
+    pub fn enrolments(&self) -> Vec<Enrolment> {
+        self.inner().enrolments.values().cloned().collect()
+    }
+
+    /// # Errors
+    /// 404, or no database: then it stays good.
+    pub async fn revoke_enrolment(&self, id: &str) -> Result<(), Refused> {
+        let mut row = self.inner().enrolments.get(id).cloned().ok_or_else(|| no_such("token", id))?;
+        row.revoked = true;
+        self.put(Kind::Enrolment, id, &row).await?;
+        self.inner().enrolments.insert(id.into(), row);
+        Ok(())
+    }
+
+    /// A Runner's token, or one for a kubeconfig.
+    ///
+    /// # Errors
+    /// A bad name or project, or no database.
+    pub async fn add_access(&self, keys: &Keys, mut row: Access) -> Result<(Access, Secret), Refused> {
+        check_name(&row.name)?;
+        row.project = self.project(&row.project)?.id;
+        let prefix = if row.kind == AccessKind::Runner { "por" } else { "pok" };
+        let token = Secret::new(format!("{prefix}_{}", fresh().map_err(|e| unwritten(&e))?));
+        (row.id, row.hash) = (self.fresh_id("r")?, keys.hashed(token.expose()));
+        self.put(Kind::Access, &row.id, &row).await?;
+        let mut inner = self.inner();
+        inner.tokens.insert(row.hash.clone(), (Kind::Access, row.id.clone()));
+        inner.accesses.insert(row.id.clone(), (row.clone(), CancellationToken::new()));
+        Ok((row, token))
+    }
+
+    pub fn accesses(&self) -> Vec<Access> {
+        self.inner().accesses.values().map(|a| a.0.clone()).collect()
+    }
+
+    /// Revokes a Runner or kubeconfig; what it has open ends.
+    ///
+    /// # Errors
+    /// 404, or no database.
+    pub async fn revoke_access(&self, id: &str) -> Result<(), Refused> {
+        let mut row = self.inner().accesses.get(id).map(|a| a.0.clone()).ok_or_else(|| no_such("runner", id))?;
+        row.revoked = true;
+        self.put(Kind::Access, id, &row).await?;
+        if let Some(access) = self.inner().accesses.get_mut(id) {
+            access.0 = row;
+            access.1.cancel();
+        }
+        Ok(())
+    }
+
+    /// What ends when an access is revoked.
+    pub fn until_revoked(&self, id: &str) -> CancellationToken {
+        self.inner().accesses.get(id).map_or_else(CancellationToken::new, |a| a.1.clone())
+    }
+
+    /// # Errors
+    /// No database.
+    pub async fn add_admin(&self, keys: &Keys, name: &str, now: i64) -> Result<Secret, Refused> {
+        check_name(name)?;
+        let token = Secret::new(format!("pom_{}", fresh().map_err(|e| unwritten(&e))?));
+        let row = Admin { id: self.fresh_id("m")?, name: name.into(), hash: keys.hashed(token.expose()), created_at: now };
+        self.put(Kind::Admin, &row.id, &row).await?;
+        let mut inner = self.inner();
+        inner.tokens.insert(row.hash.clone(), (Kind::Admin, row.id.clone()));
+        inner.admins.insert(row.id.clone(), row);
+        Ok(token)
+    }
+
+    pub fn admins(&self) -> usize {
+        self.inner().admins.len()
+    }
+}

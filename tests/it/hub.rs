@@ -1,0 +1,447 @@
+//! The control plane as a program: agents come, Runners go through it, nobody gets what is not his.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use pipeops::control::identity::{Found, Identity};
+use pipeops::host::Host;
+use reqwest::{Client, Method, Response};
+use serde_json::{Value, json};
+
+use crate::agent::Agent;
+use crate::support::Sandbox;
+use crate::world::{credential, serve_kube};
+
+/// A control plane in a sandbox of its own.
+struct Hub {
+    sandbox: Sandbox,
+    child: Child,
+    url: String,
+    admin: String,
+    client: Client,
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const DATA: &str = "var/lib/pipeops-control-plane";
+
+#[expect(clippy::zombie_processes, reason = "it fails the test, which ends everything")]
+/// Starts the program and gives the two addresses that it says it serves on.
+fn spawn(sandbox: &Sandbox, ports: (u16, u16)) -> (Child, u16, u16) {
+    let (https, tunnel) = (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
+    let mut child = sandbox
+        .command(&["control-plane", "--listen", &https, "--tunnel-listen", &tunnel, "--public-name", "127.0.0.1"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut text = String::new();
+    let port = |line: &str, name: &str| {
+        line.split_once(&format!("{name}=127.0.0.1:")).map(|(_, r)| r.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap())
+    };
+    loop {
+        let mut line = String::new();
+        assert!(log.read_line(&mut line).unwrap() > 0, "it does not serve: {text}");
+        if let (Some(https), Some(tunnel)) = (port(&line, "https"), port(&line, "tunnel")) {
+            // a log that nobody reads would stop it at its next line
+            std::thread::spawn(move || drop(log.read_to_end(&mut Vec::new())));
+            return (child, https, tunnel);
+        }
+        text.push_str(&line);
+    }
+}
+
+impl Hub {
+    fn start() -> Hub {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let sandbox = Sandbox::new();
+        let (child, port, _) = spawn(&sandbox, (0, 0));
+        let admin = std::fs::read_to_string(sandbox.root().join(DATA).join("admin-token")).unwrap();
+        let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+        let client = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().build().unwrap();
+        Hub { sandbox, child, url: format!("https://127.0.0.1:{port}"), admin, client }
+    }
+
+    fn stored(sandbox: &Sandbox) -> Value {
+        serde_json::from_str(&std::fs::read_to_string(sandbox.root().join(DATA).join("keys.json")).unwrap()).unwrap()
+    }
+
+    async fn ask(&self, method: &str, path: &str, token: &str, body: Value) -> Response {
+        let request = self.client.request(method.parse::<Method>().unwrap(), format!("{}{path}", self.url)).json(&body);
+        let request = if token.is_empty() { request } else { request.bearer_auth(token) };
+        request.send().await.unwrap()
+    }
+
+    async fn json(&self, method: &str, path: &str, token: &str, body: Value) -> Value {
+        let answer = self.ask(method, path, token, body).await;
+        let status = answer.status();
+        let text = answer.text().await.unwrap();
+        assert!(status.is_success(), "{method} {path}: {status} {text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// What the verb prints that makes an enrolment token.
+    fn enrol(&self) -> (String, String) {
+        let line = self.sandbox.verb(&["control-plane", "token", "create"]).ended(0).out;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let after = |name: &str| words.iter().position(|w| *w == name).map(|at| words[at + 1].to_owned()).unwrap();
+        assert_eq!(after("--control-plane-url"), self.url);
+        (words[1].to_owned(), after("--control-plane-pin"))
+    }
+
+    /// A real agent beside a Kubernetes API, enrolled by the line; gives its cluster's id.
+    async fn agent(&self, kube: std::net::SocketAddr) -> (Agent, String) {
+        let (token, pin) = self.enrol();
+        let sandbox = Sandbox::new();
+        credential(&sandbox, kube);
+        sandbox.put("/etc/machine-id", "0123456789abcdef0123456789abcdef\n");
+        sandbox.put(
+            "/etc/pipeops/agent.toml",
+            &format!("control-plane-url = \"{}\"\ncontrol-plane-pin = [\"{pin}\"]\ncluster-name = \"<b>x</b>\"\n", self.url),
+        );
+        let agent = Agent::start(sandbox, &[("AGENT_TOKEN", &token), ("LOG_LEVEL", "debug")]);
+        let begun = Instant::now();
+        loop {
+            let clusters = self.json("GET", "/api/v1/clusters", &self.admin, json!({})).await;
+            let up = clusters["items"].as_array().unwrap().iter().find(|c| c["state"] == "online" && c["tunnel"] == "up");
+            if let Some(found) = up {
+                let id = found["id"].as_str().unwrap().to_owned();
+                let through = self.version(&id).await;
+                if through == 200 {
+                    return (agent, id);
+                }
+            }
+            assert!(begun.elapsed() < Duration::from_secs(40), "never up: {clusters}; {}", tokio::task::block_in_place(|| agent.get("/status")));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// What the cluster's own API answers through the gateway.
+    async fn version(&self, cluster: &str) -> u16 {
+        self.ask("GET", &format!("/clusters/{cluster}/k8s/version"), &self.admin, json!({})).await.status().as_u16()
+    }
+
+    async fn runner(&self, role: &str) -> Value {
+        self.json("POST", "/api/v1/runners", &self.admin, json!({"name": "ci", "role": role})).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_revoked() {
+    let hub = Hub::start();
+    let (kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let runner = hub.runner("deployer").await;
+    let token = runner["token"].as_str().unwrap();
+    // the API as the Runner, with nothing of his own credential
+    let pods = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods?limit=5");
+    assert_eq!(hub.json("GET", &pods, token, json!({})).await["path"], "/api/v1/namespaces/beta/pods");
+    let seen = kube.through().pop().unwrap();
+    assert_eq!((seen.all("impersonate-group"), seen.uri.as_str()), (vec!["pipeops:deployer"], "/api/v1/namespaces/beta/pods?limit=5"));
+    assert!(seen.headers.iter().all(|(_, v)| !v.contains(token)), "{seen:?}");
+    assert_eq!(hub.json("GET", &format!("/clusters/{cluster}/api/v1/status"), token, json!({})).await["control"], "online");
+    // a body of 32 MiB, both sizes of client connection
+    let bulk = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=33554432"), token, json!({})).await;
+    assert_eq!(bulk.headers()["content-security-policy"], "sandbox");
+    assert_eq!(bulk.bytes().await.unwrap().len(), 33_554_432);
+    // a kubeconfig carries its own way in
+    let answer = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({"role": "viewer", "namespaces": ["beta"]})).await;
+    assert_eq!((answer.status().as_u16(), answer.headers()["cache-control"].to_str().unwrap()), (201, "no-store"));
+    let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
+    let own = config["users"][0]["user"]["token"].as_str().unwrap();
+    assert_eq!(config["clusters"][0]["cluster"]["server"], format!("{}/clusters/{cluster}/k8s", hub.url));
+    hub.json("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"), own, json!({})).await;
+    assert_eq!(kube.through().pop().unwrap().all("impersonate-group"), ["pipeops:viewer"]);
+    let scope = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/production/pods"), own, json!({})).await;
+    assert_eq!(scope.status(), 403);
+    // it opens the gateway and nothing else
+    assert_eq!(hub.ask("POST", &format!("/api/v1/clusters/{cluster}/token"), own, json!({})).await.status(), 403);
+    // a stream that is open ends with the right to it
+    let mut watch = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({})).await;
+    assert_eq!(watch.status(), 200);
+    let id = runner["id"].as_str().unwrap();
+    hub.sandbox.verb(&["control-plane", "runner", "revoke", id]).ended(0);
+    let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = watch.chunk().await {} }).await;
+    assert!(ended.is_ok(), "the watch goes on");
+    assert_eq!(hub.ask("GET", &pods, token, json!({})).await.status(), 401);
+    // so does everything of an agent that is revoked
+    let mut watch = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), &hub.admin, json!({})).await;
+    hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
+    let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = watch.chunk().await {} }).await;
+    assert!(ended.is_ok(), "the watch goes on");
+    let show = hub.sandbox.verb(&["control-plane", "cluster", "show", &cluster]).ended(0).out;
+    assert!(show.contains("revoked"), "{show}");
+    // nothing that opens anything stands in the database
+    let mut database = Vec::new();
+    for file in ["pipeops.db", "pipeops.db-wal"] {
+        database.extend(std::fs::read(hub.sandbox.root().join(DATA).join(file)).unwrap_or_default());
+    }
+    let database = String::from_utf8_lossy(&database).into_owned();
+    for secret in [token, own, &hub.admin] {
+        assert!(!database.contains(secret) && !database.contains(&secret[4..]));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upgrades_pass_through_the_gateway() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let hub = Hub::start();
+    let (_kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let answer = hub
+        .client
+        .get(format!("{}/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/p/exec?command=sh", hub.url))
+        .version(reqwest::Version::HTTP_11)
+        .bearer_auth(&hub.admin)
+        .header("connection", "Upgrade")
+        .header("upgrade", "SPDY/3.1");
+    // over h2 an upgrade has no meaning: a client of its own that speaks HTTP/1.1
+    let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+    let http1 = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().http1_only().build().unwrap();
+    let answer = http1.execute(answer.build().unwrap()).await.unwrap();
+    assert_eq!(answer.status(), 101, "{answer:?}");
+    let mut io = answer.upgrade().await.unwrap();
+    io.write_all(b"hello").await.unwrap();
+    let mut back = [0; 5];
+    io.read_exact(&mut back).await.unwrap();
+    assert_eq!(&back, b"hello");
+    hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
+    let ended = tokio::time::timeout(Duration::from_secs(5), io.read(&mut back)).await;
+    assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_refuses_every_token_that_is_not_for_it() {
+    let hub = Hub::start();
+    let (_kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let (enrolment, _) = hub.enrol();
+    let other = hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": "other"})).await["id"].as_str().unwrap().to_owned();
+    let make = async |body: Value| hub.json("POST", "/api/v1/runners", &hub.admin, body).await["token"].as_str().unwrap().to_owned();
+    let runner = make(json!({"name": "mine"})).await;
+    let foreign = make(json!({"name": "foreign", "project": other})).await;
+    let elsewhere = make(json!({"name": "elsewhere", "clusters": ["c-0"]})).await;
+    let short = make(json!({"name": "short", "ttl_s": 1})).await;
+    let kubeconfig = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({})).await.text().await.unwrap();
+    let kubeconfig: Value = serde_json::from_str(&kubeconfig).unwrap();
+    let kubeconfig = kubeconfig["users"][0]["user"]["token"].as_str().unwrap().to_owned();
+    // an agent of the test's own, for the tokens of one
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Simulated::new(&hub, dir.path(), &enrolment).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let (fresh, _) = hub.enrol();
+    let tokens = [
+        ("none", ""),
+        ("wrong", "por_wrong"),
+        ("expired", &short),
+        ("enrolment", &fresh),
+        ("agent", &agent.credential),
+        ("kubeconfig", &kubeconfig),
+        ("foreign", &foreign),
+        ("elsewhere", &elsewhere),
+        ("runner", &runner),
+        ("admin", &hub.admin),
+    ];
+    // a kubeconfig is for its cluster alone; a Runner of another project or cluster does not learn that there is one
+    let allowed = |need: &str, path: &str, who: &str| match need {
+        "Nobody" => true,
+        "Enrol" => matches!(who, "enrolment" | "agent"),
+        "Agent" => who == "agent",
+        "Admin" => who == "admin",
+        "Runner" if path == "/api/v1/clusters" => matches!(who, "runner" | "foreign" | "elsewhere" | "admin"),
+        "Runner" => matches!(who, "runner" | "admin"),
+        "Gateway" => matches!(who, "runner" | "kubeconfig" | "admin"),
+        other => panic!("{other}"),
+    };
+    let mut checked = 0;
+    for (method, template, need) in pipeops::hub::Hub::routes() {
+        for (who, token) in tokens {
+            let need = format!("{need:?}");
+            // what would take the ground from under the rest is asked only by those who may not
+            let may = allowed(&need, template, who);
+            let destructive = method == "DELETE" || template.ends_with("/revoke");
+            if may && destructive {
+                continue;
+            }
+            let id = if need == "Agent" { agent.id.clone() } else { cluster.clone() };
+            let path = template.replace("{id}", &id).replace("{op}", "o-1").replace('*', "version");
+            let answer = hub.ask(if method == "*" { "GET" } else { method }, &path, token, json!({})).await;
+            let status = answer.status().as_u16();
+            let refused = matches!(status, 401 | 403) || (status == 404 && matches!(who, "foreign" | "elsewhere"));
+            assert_eq!(!refused, may, "{method} {path} with {who}: {status} {}", answer.text().await.unwrap());
+            checked += 1;
+        }
+    }
+    assert!(checked > 200, "{checked}");
+    // another agent's path is not this agent's
+    assert_eq!(hub.ask("GET", "/api/v1/agents/a-0/config", &agent.credential, json!({})).await.status(), 403);
+    // guessing is slowed; what was good before goes on
+    let mut last = 0;
+    for n in 0..60 {
+        last = hub.ask("GET", "/api/v1/clusters", &format!("por_{n}"), json!({})).await.status().as_u16();
+        if last == 429 {
+            break;
+        }
+    }
+    assert_eq!(last, 429);
+    assert_eq!(hub.ask("GET", "/api/v1/clusters", &runner, json!({})).await.status(), 200);
+    // the first administrator's token is no longer in a file
+    assert!(!hub.sandbox.root().join(DATA).join("admin-token").exists());
+}
+
+/// An agent that only registers.
+struct Simulated {
+    id: String,
+    credential: String,
+}
+
+impl Simulated {
+    fn body(identity: &Identity, machine: &str) -> String {
+        json!({"agent": {"id": identity.id, "public_key": identity.public_key, "name": "n", "machine": machine},
+            "cluster": {"name": "n", "node_count": 1}, "capabilities": [], "max_role": "operator"})
+        .to_string()
+    }
+
+    fn identity(dir: &std::path::Path) -> Box<Identity> {
+        let state = Host::new(dir, None).state_dir("/s").unwrap();
+        match Identity::load(&state, "m").unwrap() {
+            Found::Ours(found) => found,
+            Found::Cloned => panic!("a clone"),
+        }
+    }
+
+    async fn try_register(client: &Client, url: &str, identity: &Identity, token: &str, body: String) -> reqwest::Result<Response> {
+        let signature = identity.sign(body.as_bytes()).unwrap();
+        client.post(format!("{url}/api/v1/agents/register")).bearer_auth(token).header("pipeops-signature", signature).body(body).send().await
+    }
+
+    async fn new(hub: &Hub, dir: &std::path::Path, token: &str) -> Simulated {
+        let identity = Simulated::identity(dir);
+        let answer = Simulated::try_register(&hub.client, &hub.url, &identity, token, Simulated::body(&identity, "m")).await.unwrap();
+        let status = answer.status();
+        let text = answer.text().await.unwrap();
+        assert_eq!(status, 200, "{text}");
+        let value: Value = serde_json::from_str(&text).unwrap();
+        Simulated { id: identity.id.clone(), credential: value["credential"].as_str().unwrap().to_owned() }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_identity_belongs_to_its_key_and_its_machine() {
+    let hub = Hub::start();
+    let (token, _) = hub.enrol();
+    let dir = tempfile::tempdir().unwrap();
+    let identity = Simulated::identity(dir.path());
+    let register = async |token: &str, body: String| {
+        let answer = Simulated::try_register(&hub.client, &hub.url, &identity, token, body).await.unwrap();
+        (answer.status().as_u16(), answer.json::<Value>().await.unwrap())
+    };
+    let agent = Simulated::new(&hub, dir.path(), &token).await;
+    // again, with the token that is used up: the key is known, and no use is taken
+    assert_eq!(register(&token, Simulated::body(&identity, "m")).await.0, 200);
+    // somebody else's key under this id, a changed body, no signature: never
+    let stranger_dir = tempfile::tempdir().unwrap();
+    let stranger = Simulated::identity(stranger_dir.path());
+    let (fresh, _) = hub.enrol();
+    let stolen = Simulated::body(&stranger, "m").replace(&stranger.id, &identity.id);
+    let answer = Simulated::try_register(&hub.client, &hub.url, &stranger, &fresh, stolen).await.unwrap();
+    assert_eq!(answer.status(), 400);
+    let signature = identity.sign(b"something else").unwrap();
+    let changed = hub.client.post(format!("{}/api/v1/agents/register", hub.url)).bearer_auth(&fresh).header("pipeops-signature", signature);
+    assert_eq!(changed.body(Simulated::body(&identity, "m")).send().await.unwrap().status(), 400);
+    // a token for one server lets one in
+    let answer = Simulated::try_register(&hub.client, &hub.url, &stranger, &token, Simulated::body(&stranger, "m")).await.unwrap();
+    assert_eq!(answer.json::<Value>().await.unwrap()["code"], "token_used_up");
+    // the same key on another machine: both are told, neither is believed
+    let (status, problem) = register(&agent.credential, Simulated::body(&identity, "another")).await;
+    assert_eq!((status, &problem["code"]), (409, &json!("duplicate_identity")));
+    let beat = hub.ask("POST", &format!("/api/v1/agents/{}/heartbeat", agent.id), &agent.credential, json!({"seq": 1})).await;
+    assert_eq!(beat.status(), 409);
+    let list = hub.sandbox.verb(&["control-plane", "cluster", "list"]).ended(0).out;
+    assert!(list.contains("duplicate"), "{list}");
+    // a removed one needs a token to come back
+    let cluster = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"].as_str().unwrap().to_owned();
+    hub.sandbox.verb(&["control-plane", "cluster", "remove", &cluster]).ended(0);
+    assert_eq!(register(&agent.credential, Simulated::body(&identity, "m")).await.0, 401);
+    assert_eq!(register(&fresh, Simulated::body(&identity, "m")).await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_under_registrations_it_knows_whom_it_answered_and_nobody_half() {
+    let mut hub = Hub::start();
+    let line = hub.sandbox.verb(&["control-plane", "token", "create", "--uses", "0"]).ended(0).out;
+    let token = line.split_whitespace().nth(1).unwrap().to_owned();
+    let port = hub.url.rsplit(':').next().unwrap().parse().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..200 {
+        let (path, url, client, token) = (dir.path().join(n.to_string()), hub.url.clone(), hub.client.clone(), token.clone());
+        tasks.spawn(async move {
+            let identity = Simulated::identity(&path);
+            let begun = Instant::now();
+            // as an agent does: again until it is answered
+            while begun.elapsed() < Duration::from_secs(60) {
+                if let Ok(answer) = Simulated::try_register(&client, &url, &identity, &token, Simulated::body(&identity, "m")).await
+                    && answer.status() == 200
+                    && let Ok(value) = answer.json::<Value>().await
+                {
+                    return (identity.id.clone(), value["credential"].as_str().unwrap().to_owned());
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            panic!("{} was never answered", identity.id);
+        });
+    }
+    let mut done = Vec::new();
+    for round in 1..=3 {
+        // killed when a part is through: at no particular line
+        while done.len() < round * 40 {
+            done.push(tasks.join_next().await.unwrap().unwrap());
+        }
+        hub.child.kill().unwrap();
+        hub.child.wait().unwrap();
+        hub.child = spawn(&hub.sandbox, (port, 0)).0;
+    }
+    while let Some(registered) = tasks.join_next().await {
+        done.push(registered.unwrap());
+    }
+    let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    assert_eq!(clusters["items"].as_array().unwrap().len(), 200);
+    for (id, credential) in &done {
+        let beat = hub.ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1})).await;
+        assert_eq!(beat.status(), 200, "{id} holds a credential that is not known");
+    }
+}
+
+#[test]
+fn what_it_cannot_use_is_named() {
+    let sandbox = Sandbox::new();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let serve = |more: &[&str]| {
+        let mut args = vec!["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"];
+        args.extend(more);
+        sandbox.run(&args)
+    };
+    let port = serve(&["--listen", &address]);
+    assert!(port.err.contains("the argument '--listen <ADDRESS>' cannot be used multiple times"), "{}", port.err);
+    let port = sandbox.run(&["control-plane", "--listen", &address, "--tunnel-listen", "127.0.0.1:0"]).ended(3);
+    assert!(port.err.contains("PORT_TAKEN") && port.err.contains("--listen"), "{}", port.err);
+    let name = serve(&["--public-name", "no name"]).ended(2);
+    assert!(name.err.contains("NAME_WRONG"), "{}", name.err);
+    sandbox.put("/url", "mysql://x@y/z");
+    let url = sandbox.path("root/url");
+    let wrong = serve(&["--database-url-file", &url]);
+    assert!(wrong.err.contains("DATABASE_URL_WRONG"), "{}", wrong.err);
+    sandbox.put(&format!("/{DATA}/keys.json"), "{\"half\":");
+    let keys = serve(&[]).ended(2);
+    assert!(keys.err.contains("KEYS_DAMAGED"), "{}", keys.err);
+    let away = sandbox.verb(&["control-plane", "cluster", "list"]).ended(5);
+    assert!(away.err.contains("CONTROL_PLANE_AWAY"), "{}", away.err);
+}
