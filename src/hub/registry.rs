@@ -6,7 +6,6 @@ pub mod enrol;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
