@@ -3,6 +3,7 @@
 //!     stand serve DIR           writes DIR/env with PLANE and GATEWAY, then serves
 //!     stand rights KUBECONFIG   role × verb × resource × namespace, against what is written here by hand
 //!     stand bench PIPEOPS [idle held requests bulk]   requests, bulk and memory through the real executable; kubectl proxy beside it
+//!     stand fleet PIPEOPS N     N simulated agents at a real control plane
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and descriptors do
 #![allow(
     clippy::unwrap_used,
@@ -17,6 +18,7 @@
 
 mod bench;
 mod faults;
+mod fleet;
 #[path = "../it/plane.rs"]
 mod plane;
 mod rights;
@@ -41,9 +43,10 @@ async fn main() {
         ["serve", dir] => serve(dir).await,
         ["rights", kubeconfig] => std::process::exit(rights::check(kubeconfig).await),
         ["bench", pipeops, ref parts @ ..] => bench::bench(pipeops, parts).await,
+        ["fleet", pipeops, n] => fleet::fleet(pipeops, n.parse().unwrap()).await,
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
-            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | soak PIPEOPS N");
+            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | fleet PIPEOPS N | soak PIPEOPS N");
             std::process::exit(2);
         }
     }
