@@ -27,6 +27,8 @@ const AGAIN: Duration = Duration::from_secs(30);
 const HELD: Duration = Duration::from_secs(4);
 /// For this long a held name is put down to a former session of ours.
 const FORMER: Duration = Duration::from_secs(120);
+/// After a try that nobody answered the next one follows within this.
+const QUICK: Duration = Duration::from_secs(1);
 /// Wrong credentials do not get right by hurry.
 const REFUSED: Duration = Duration::from_secs(60);
 /// This many sessions lost within a minute, each soon after its login, are two clients with one run id.
@@ -148,6 +150,8 @@ pub enum Event {
     Connected,
     /// DNS, TCP, TLS or the multiplexer failed or took too long.
     ConnectFailed(String),
+    /// Nothing came back at all within the time of a stage.
+    Unanswered(String),
     LoggedIn {
         run_id: String,
     },
@@ -301,6 +305,12 @@ impl Machine {
                 self.wait(State::Waiting, why, Duration::ZERO, now, random);
                 vec![Action::Disconnect]
             }
+            Event::Unanswered(why) if matches!(self.phase, Phase::Connecting) => {
+                // the try itself has taken its time and cost nobody anything: when the network heals, the next one is not far
+                self.say(State::Waiting, why, now);
+                self.phase = Phase::Waiting { until: now + QUICK.mul_f64(0.2 + random * 0.8) };
+                vec![Action::Disconnect]
+            }
             Event::LoggedIn { run_id } if matches!(self.phase, Phase::LoggingIn) => {
                 self.silent_logins = 0;
                 if !run_id.is_empty() {
@@ -356,6 +366,7 @@ impl Machine {
             // an event of a session that is no more
             Event::Connected
             | Event::ConnectFailed(_)
+            | Event::Unanswered(_)
             | Event::LoggedIn { .. }
             | Event::LoginRefused(_)
             | Event::LoginSilent
@@ -424,6 +435,8 @@ impl Machine {
             Phase::Session { since, pinged, heard } => {
                 let since = *since;
                 if now >= *heard + DEAD {
+                    // the link has died, not the server: what was waited for before has nothing to do with it
+                    self.backoff.reset();
                     return self.lost(format!("nothing heard for {} s", DEAD.as_secs()), since, now, random);
                 }
                 let mut actions = Vec::new();

@@ -257,7 +257,8 @@ impl Session {
             let mut tasks = JoinSet::new();
             let told = match target.connect(&mut tasks).await {
                 Ok(carrier) => News::Carrier(carrier),
-                Err(why) => News::Event(Event::ConnectFailed(why)),
+                Err(no) if no.unanswered => News::Event(Event::Unanswered(no.why)),
+                Err(no) => News::Event(Event::ConnectFailed(no.why)),
             };
             let _ = news.send((number, told)).await;
             // the connection lives as long as this task

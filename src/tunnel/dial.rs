@@ -24,6 +24,20 @@ const STAGGER: Duration = Duration::from_millis(250);
 /// Sent, unacknowledged and given up by the kernel after this long.
 const USER_TIMEOUT_MS: u32 = 12_000;
 
+/// Why there is no connection: the stage that failed, in one line.
+#[derive(Debug)]
+pub struct NoWay {
+    pub why: String,
+    /// Nothing came back at all: the network swallows what is sent, or nobody is there.
+    pub unanswered: bool,
+}
+
+impl From<String> for NoWay {
+    fn from(why: String) -> NoWay {
+        NoWay { why, unanswered: false }
+    }
+}
+
 /// Everything that a connection needs, checked.
 #[derive(Clone)]
 pub struct Target {
@@ -64,10 +78,11 @@ impl Target {
         })
     }
 
-    async fn dial(&self) -> Result<Io, String> {
+    async fn dial(&self) -> Result<Io, NoWay> {
         let at = format!("{}:{}", self.server, self.port);
         let addresses = timeout(STAGE, resolve(&self.server)).await.map_err(|_| format!("dns: no answer for {} in 5 s", self.server))??;
-        let tcp = timeout(STAGE, race(addresses, self.port)).await.map_err(|_| format!("tcp: {at} did not answer in 5 s"))?;
+        let tcp = timeout(STAGE, race(addresses, self.port));
+        let tcp = tcp.await.map_err(|_| NoWay { why: format!("tcp: {at} did not answer in 5 s"), unanswered: true })?;
         let mut tcp = tcp.map_err(|e| format!("tcp: {at}: {e}"))?;
         tune(&tcp);
         let handshake = async {
@@ -83,9 +98,10 @@ impl Target {
                 Err(match explain(&text) {
                     Some((code, remedy)) => format!("{code}: {at}: {text}; {remedy}"),
                     None => format!("tls: {at}: {text}"),
-                })
+                }
+                .into())
             }
-            Err(_) => Err(format!("tls: {at} accepted the connection and did not finish the handshake in 5 s")),
+            Err(_) => Err(format!("tls: {at} accepted the connection and did not finish the handshake in 5 s").into()),
         }
     }
 
@@ -93,7 +109,7 @@ impl Target {
     ///
     /// # Errors
     /// The stage that failed, and why, in one line.
-    pub async fn connect(&self, tasks: &mut JoinSet<()>) -> Result<Carrier, String> {
+    pub async fn connect(&self, tasks: &mut JoinSet<()>) -> Result<Carrier, NoWay> {
         let io = self.dial().await?;
         if !self.tcp_mux {
             return Ok(Carrier::Direct { first: Arc::new(tokio::sync::Mutex::new(Some(io))), target: self.clone() });
@@ -127,7 +143,7 @@ impl Carrier {
                 let waiting = first.lock().await.take();
                 match waiting {
                     Some(io) => Ok(io),
-                    None => target.dial().await.map_err(io::Error::other),
+                    None => target.dial().await.map_err(|e| io::Error::other(e.why)),
                 }
             }
         }

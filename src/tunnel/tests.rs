@@ -165,6 +165,7 @@ fn events() -> impl Strategy<Value = Event> {
         Just(Event::Unusable("x".into())),
         Just(Event::Connected),
         Just(Event::ConnectFailed("x".into())),
+        Just(Event::Unanswered("x".into())),
         Just(Event::LoggedIn { run_id: "r2".into() }),
         text.clone().prop_map(Event::LoginRefused),
         Just(Event::LoginSilent),
@@ -198,4 +199,32 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn after_minutes_in_which_nothing_comes_back_the_next_try_is_a_second_away() {
+    let mut b = begun();
+    for _ in 0..40 {
+        b.on(Event::Unanswered("tcp: frps:7000 did not answer in 5 s".into()));
+        assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
+        assert_eq!((b.tick(), b.state()), (vec![Action::Connect], State::Waiting));
+    }
+    b.up();
+    // the link dies again, and soon: what was waited for before is forgotten
+    b.now += DEAD;
+    b.on(Event::Tick);
+    assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
+}
+
+#[test]
+fn a_link_that_died_silently_does_not_pay_for_trouble_before_it() {
+    let mut b = begun();
+    for _ in 0..40 {
+        b.on(Event::ConnectFailed("tcp: frps:7000: Connection refused".into()));
+        b.tick();
+    }
+    b.up();
+    b.now += DEAD;
+    b.on(Event::Tick);
+    assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
 }

@@ -180,6 +180,8 @@ pub(crate) struct Faults {
     pub(crate) port: u16,
     /// Where the FRP server itself listens.
     pub(crate) back: SocketAddr,
+    /// Faults of the link whose name holds this.
+    pub(crate) only: Mutex<String>,
     pub(crate) out: Mutex<(String, u32)>,
     pub(crate) samples: Arc<Mutex<Vec<Sample>>>,
 }
@@ -235,6 +237,9 @@ impl Faults {
 
     /// A fault of the link: begins, holds, ends; when it was noticed, when a request came through again, and whether anything lied.
     async fn link(&self, name: &str, hold: u64, budget: f64, begin: impl FnOnce(), end: impl FnOnce()) {
+        if !name.contains(&self.only.lock().unwrap()[..]) {
+            return;
+        }
         if self.until(60, async || self.through().await).await.is_none() {
             return self.say(false, &format!("{name}: the tunnel was not up before"));
         }
@@ -301,7 +306,8 @@ impl Faults {
         self.say(quiet >= 5.9, &format!("{code} with Retry-After 6: the next heartbeat after {quiet:.1} s"));
     }
 
-    pub(crate) async fn all(self: Arc<Self>) -> String {
+    pub(crate) async fn all(self: Arc<Self>, only: &str) -> String {
+        only.clone_into(&mut self.only.lock().unwrap());
         let sampler = tokio::spawn(sample(self.plane.clone(), self.samples.clone()));
         let port = self.port;
         let drop = |rules: &str| {
@@ -323,6 +329,10 @@ impl Faults {
         for (name, mode) in [("server mute at TLS", Mode::MuteAtTls), ("server mute at login", Mode::MuteAtLogin), ("one byte a second", Mode::Slow)]
         {
             self.link(name, 60, 35.0, || set(&self.mode, mode), || set(&self.mode, Mode::Pass)).await;
+        }
+        if !only.is_empty() {
+            sampler.abort();
+            return std::mem::take(&mut self.out.lock().unwrap().0);
         }
         self.names().await;
         self.retry_after(429).await;

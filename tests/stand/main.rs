@@ -82,6 +82,7 @@ async fn serve(dir: &str) {
         mode,
         port: frps_address.port(),
         back,
+        only: Mutex::default(),
         out: Mutex::default(),
         samples: Arc::default(),
     });
@@ -97,10 +98,11 @@ async fn serve(dir: &str) {
     );
     let router = router.route(
         "/faults",
-        get(async move || {
+        get(async move |Query(asked): Query<Vec<(String, String)>>| {
+            let only = asked.into_iter().find(|(n, _)| n == "only").map(|(_, v)| v).unwrap_or_default();
             let faults = faults.clone();
             let here = tokio::runtime::Handle::current();
-            tokio::task::spawn_blocking(move || here.block_on(faults.all())).await.unwrap()
+            tokio::task::spawn_blocking(move || here.block_on(faults.all(&only))).await.unwrap()
         }),
     );
     let tokens = plane::listen(router, ()).await;
