@@ -244,21 +244,22 @@ pub async fn run(
     };
     tasks.spawn(async move { ("control plane", plane.run().await) });
     let api = match tls {
-        Some(tls) => Some(Api::new(api::Parts {
-            id,
-            most: config.role()?,
-            tls,
-            config: configs.clone(),
-            control: control.clone(),
-            upstream: upstreams,
-            account: account.subscribe(),
-            audit: Audit::open(state.sub("audit")?)?,
-            audit_head,
-            per_caller: config.streams_per_caller.unwrap_or(api::PER_CALLER),
-            in_all: config.streams.unwrap_or(api::IN_ALL),
-            drain: drain.clone(),
-            cut: cut.clone(),
-        })),
+        Some(tls) => {
+            let parts = api::Parts {
+                id,
+                most: config.role()?,
+                config: configs.clone(),
+                control: control.clone(),
+                upstream: upstreams,
+                account: account.subscribe(),
+                audit_head,
+                per_caller: config.streams_per_caller.unwrap_or(api::PER_CALLER),
+                in_all: config.streams.unwrap_or(api::IN_ALL),
+                drain: drain.clone(),
+                cut: cut.clone(),
+            };
+            Some(Api::new(parts, tls, Audit::open(state.sub("audit")?)?))
+        }
         None => None,
     };
     let client = Client {

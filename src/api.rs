@@ -40,12 +40,10 @@ pub const IN_ALL: usize = 512;
 pub struct Parts {
     pub id: String,
     pub most: Role,
-    pub tls: rustls::ServerConfig,
     pub config: watch::Receiver<Option<Config>>,
     pub control: watch::Receiver<control::Status>,
     pub upstream: watch::Receiver<Option<Upstream>>,
     pub account: watch::Receiver<Agent>,
-    pub audit: Audit,
     pub audit_head: watch::Sender<AuditHead>,
     pub per_caller: usize,
     pub in_all: usize,
@@ -62,25 +60,11 @@ pub struct Api {
 }
 
 struct Inner {
-    parts: Shared,
+    parts: Parts,
     tls: TlsAcceptor,
     audit: Mutex<Audit>,
     open: Mutex<Open>,
     counts: Counts,
-}
-
-struct Shared {
-    id: String,
-    most: Role,
-    config: watch::Receiver<Option<Config>>,
-    control: watch::Receiver<control::Status>,
-    upstream: watch::Receiver<Option<Upstream>>,
-    account: watch::Receiver<Agent>,
-    audit_head: watch::Sender<AuditHead>,
-    per_caller: usize,
-    in_all: usize,
-    drain: CancellationToken,
-    cut: CancellationToken,
 }
 
 #[derive(Default)]
@@ -147,23 +131,10 @@ fn plain(status: u16, kind: &'static str, body: String) -> Response<Body> {
 }
 
 impl Api {
-    pub fn new(parts: Parts) -> Api {
-        parts.audit_head.send_replace(parts.audit.head().clone());
-        let shared = Shared {
-            id: parts.id,
-            most: parts.most,
-            config: parts.config,
-            control: parts.control,
-            upstream: parts.upstream,
-            account: parts.account,
-            audit_head: parts.audit_head,
-            per_caller: parts.per_caller,
-            in_all: parts.in_all,
-            drain: parts.drain,
-            cut: parts.cut,
-        };
-        let tls = TlsAcceptor::from(Arc::new(parts.tls));
-        Api { inner: Arc::new(Inner { parts: shared, tls, audit: Mutex::new(parts.audit), open: Mutex::default(), counts: Counts::default() }) }
+    pub fn new(parts: Parts, tls: rustls::ServerConfig, audit: Audit) -> Api {
+        parts.audit_head.send_replace(audit.head().clone());
+        let tls = TlsAcceptor::from(Arc::new(tls));
+        Api { inner: Arc::new(Inner { parts, tls, audit: Mutex::new(audit), open: Mutex::default(), counts: Counts::default() }) }
     }
 
     /// Streams of callers that are open.

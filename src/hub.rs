@@ -26,7 +26,7 @@ use crate::control::types::{Config, RunnerAuth};
 use crate::error::{Exit, Failure};
 use crate::host::Host;
 use crate::host::state::StateDir;
-use crate::secret::Secret;
+use crate::secret::{Secret, same};
 use crate::tunnel::server::{Admit, Server, ServerConfig};
 use crate::tunnel::wire::{Login, NewProxy};
 use crate::tunnel::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
@@ -104,8 +104,7 @@ impl Admit for Gate {
         let agent = login.metas.get("agent").cloned().unwrap_or_default();
         let shown = login.metas.get("token").map(String::as_str).unwrap_or_default();
         let proof = (self.proof)(&agent);
-        let right = shown.len() == proof.expose().len() && shown.bytes().zip(proof.expose().bytes()).fold(0, |d, (a, b)| d | (a ^ b)) == 0;
-        let over = if right { self.registry.tunnel(&agent, now()) } else { None };
+        let over = if same(shown, proof.expose()) { self.registry.tunnel(&agent, now()) } else { None };
         over.map(|over| (agent, over)).ok_or_else(|| "this agent may not hold a tunnel here".to_owned())
     }
 

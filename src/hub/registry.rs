@@ -13,6 +13,7 @@ use crate::api::jwt::Role;
 use crate::control::types::{Directive, Heartbeat, StatusReport};
 use crate::hub::model::{Access, Admin, Agent, Enrolment, Liveness, Project};
 use crate::hub::store::{Change, Kind, Store};
+use crate::secret::same;
 
 /// How often agents speak, seconds.
 pub const HEARTBEAT: u64 = 10;
@@ -444,9 +445,4 @@ impl Inner {
         }
         self.agents.insert(entry.row.id.clone(), entry);
     }
-}
-
-/// Equal, in a time that does not depend on where they differ.
-fn same(a: &str, b: &str) -> bool {
-    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |diff, (x, y)| diff | (x ^ y)) == 0
 }

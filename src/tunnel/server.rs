@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::secret::Secret;
+use crate::secret::{Secret, same};
 use crate::tunnel::dial::tune;
 use crate::tunnel::layer::{Io, encrypted, layered};
 use crate::tunnel::mux::{Limits, Mux, Side};
@@ -468,11 +468,6 @@ impl Server {
 
 fn version() -> String {
     env!("CARGO_PKG_VERSION").into()
-}
-
-/// Equal, in a time that does not depend on where they differ.
-fn same(a: &str, b: &str) -> bool {
-    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |diff, (x, y)| diff | (x ^ y)) == 0
 }
 
 /// Copies both ways; when either direction ends, both do: frp does not half-close.

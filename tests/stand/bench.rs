@@ -360,10 +360,65 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     aborted(n).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
     verdict(&format!("{n} aborted downloads in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(pid));
+    // each waits as the agent waits, up to half a minute: a few of them
+    let few = (n / 200).max(3);
     let before = rig.proc(pid);
     let begun = Instant::now();
-    reconnects(n).await;
+    reconnects(few).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    verdict(&format!("{n} forced reconnects in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(pid));
+    verdict(&format!("{few} sessions ended by the server in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(pid));
+    let here = std::process::id();
+    let client = Reconnecting::new(&rig);
+    client.change(50).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let before = rig.proc(here);
+    let begun = Instant::now();
+    client.change(n).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    verdict(&format!("{n} reconnects of client and server in this process in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(here));
     wrong
+}
+
+/// A client in this process: new settings make it connect anew at once, without the waits between tries.
+struct Reconnecting {
+    settings: tokio::sync::watch::Sender<Option<pipeops::tunnel::TunnelConfig>>,
+    status: tokio::sync::watch::Receiver<pipeops::tunnel::Status>,
+    base: pipeops::tunnel::TunnelConfig,
+}
+
+impl Reconnecting {
+    fn new(rig: &Rig) -> Reconnecting {
+        use pipeops::tunnel::{State, Status, TunnelConfig, client::Client};
+        let mut base: TunnelConfig = serde_json::from_value(rig.plane.config.lock().unwrap()["tunnel"].clone()).unwrap();
+        base.proxies[0].name = "here".into();
+        let (settings, receiver) = tokio::sync::watch::channel(Some(base.clone()));
+        let (publish, status) = tokio::sync::watch::channel(Status { state: State::Off, reason: String::new(), since: tokio::time::Instant::now() });
+        let (run_ids, mut kept) = tokio::sync::mpsc::channel(4);
+        let (work, mut works) = tokio::sync::mpsc::channel(4);
+        tokio::spawn(async move { while kept.recv().await.is_some() {} });
+        tokio::spawn(async move { while works.recv().await.is_some() {} });
+        let client = Client {
+            version: "0".into(),
+            hostname: "here".into(),
+            allow_insecure: false,
+            settings: receiver,
+            publish,
+            run_ids,
+            work,
+            drain: CancellationToken::new(),
+            stop: CancellationToken::new(),
+        };
+        tokio::spawn(client.run(String::new()));
+        Reconnecting { settings, status, base }
+    }
+
+    async fn change(&self, n: u32) {
+        let mut status = self.status.clone();
+        for round in 0..n {
+            let up = |s: &pipeops::tunnel::Status| s.state == pipeops::tunnel::State::Up;
+            let since = status.wait_for(up).await.unwrap().since;
+            self.settings.send_replace(Some(pipeops::tunnel::TunnelConfig { pool_count: u16::try_from(round % 3).unwrap(), ..self.base.clone() }));
+            status.wait_for(|s| up(s) && s.since > since).await.unwrap();
+        }
+    }
 }

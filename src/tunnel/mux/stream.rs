@@ -42,6 +42,7 @@ impl Drop for Stream {
         half.inbox = BytesMut::new();
         (half.reader, half.writer) = (None, None);
         half.local_fin = true;
+        half.forsake();
         if table.ended.is_some() {
             table.streams.remove(&self.id);
         } else {

@@ -52,6 +52,15 @@ pub(super) struct Half {
     pub(super) writer: Option<Waker>,
 }
 
+impl Half {
+    /// Nobody is left at either end: what was written has no reader, and would wait for a window that nobody opens.
+    pub(super) fn forsake(&mut self) {
+        if self.remote_fin && self.dropped.is_some() {
+            self.outbox = BytesMut::new();
+        }
+    }
+}
+
 pub(super) fn frame(kind: u8, flags: u16, stream: u32, length: u32) -> [u8; HEADER] {
     let mut bytes = [0; HEADER];
     bytes[1] = kind;
@@ -208,6 +217,9 @@ impl Table {
             }
             if flags & FIN != 0 {
                 half.remote_fin = true;
+                half.forsake();
+                // our own FIN may have waited behind what nobody reads
+                requeue |= half.dropped.is_some();
             }
             if flags & RST != 0 {
                 half.reset = true;

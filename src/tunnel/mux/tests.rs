@@ -229,3 +229,34 @@ async fn expect_slowly(peer: &mut DuplexStream) {
     peer.read_exact(&mut got).await.unwrap();
     assert_eq!(got[..4], [0, 2, 0, 1]);
 }
+
+#[tokio::test]
+async fn what_nobody_reads_is_not_kept_when_both_ends_are_gone() {
+    // whichever end goes first
+    for ours_first in [true, false] {
+        let (client, server) = pair();
+        let mut stream = client.open().await.unwrap();
+        let mut other = server.accept().await.unwrap();
+        // more than the window: the rest waits in the stream
+        let filled = tokio::time::timeout(Duration::from_millis(200), stream.write_all(&vec![0; 8 * 1024 * 1024])).await;
+        assert!(filled.is_err());
+        other.read_exact(&mut [0; 10]).await.unwrap();
+        if ours_first {
+            drop(stream);
+            tokio::task::yield_now().await;
+            drop(other);
+        } else {
+            drop(other);
+            while !matches!(tokio::time::timeout(Duration::from_secs(5), stream.write(b"x")).await.unwrap(), Err(e) if e.kind() == io::ErrorKind::BrokenPipe)
+            {
+            }
+            drop(stream);
+        }
+        let gone = async {
+            while client.open_streams() + server.open_streams() > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), gone).await.expect("both ends forget the stream");
+    }
+}
