@@ -20,21 +20,57 @@ use crate::plane::{FRP_TOKEN, Plane, TOKEN, identity, listen};
 struct Rig {
     plane: Arc<Plane>,
     frps: Server,
-    kube: std::net::SocketAddr,
-    agent: Child,
+    agent: Agent,
     id: String,
-    _dir: tempfile::TempDir,
 }
 
-impl Drop for Rig {
+/// A real `pipeops run` in a directory of its own, ended with the bench.
+pub(crate) struct Agent {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Drop for Agent {
     fn drop(&mut self) {
-        let _ = self.agent.kill();
-        let _ = self.agent.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Agent {
+    pub(crate) async fn start(pipeops: &str, plane: &Arc<Plane>) -> Agent {
+        let control = plane.clone().serve().await;
+        Agent::start_at(pipeops, control).await
+    }
+
+    async fn start_at(pipeops: &str, control: std::net::SocketAddr) -> Agent {
+        let kube = listen(axum::Router::new().fallback(kube), ()).await;
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: String| {
+            let path = dir.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        put("etc/machine-id", "0123456789abcdef0123456789abcdef\n".into());
+        put("etc/pipeops/agent.toml", format!("control-plane-url = \"http://{control}\"\nstreams-per-caller = 4096\nstreams = 4096\n"));
+        let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "l", "cluster": {"server": format!("http://{kube}")}}],
+            "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "t"}}]});
+        put("run/pipeops-credential/kubeconfig", kubeconfig.to_string());
+        let child = Command::new(pipeops)
+            .args(["run", "--root", dir.path().to_str().unwrap()])
+            .env("AGENT_TOKEN", TOKEN)
+            .env("LOG_LEVEL", "error")
+            .env("MALLOC_ARENA_MAX", "1")
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Agent { child, dir }
     }
 }
 
 /// 52 bytes of JSON, or as many bytes as the query says.
-async fn kube(request: Request) -> Response {
+pub(crate) async fn kube(request: Request) -> Response {
     let query = request.uri().query().unwrap_or_default();
     if let Some(n) = query.strip_prefix("bulk=") {
         let piece = Bytes::from(vec![b'x'; 64 * 1024]);
@@ -67,28 +103,8 @@ impl Rig {
         });
         let plane = Arc::new(Plane::new(address, &pin));
         let control = plane.clone().serve().await;
-        let kube = listen(axum::Router::new().fallback(kube), ()).await;
-        let dir = tempfile::tempdir().unwrap();
-        let put = |path: &str, text: String| {
-            let path = dir.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        };
-        put("etc/machine-id", "0123456789abcdef0123456789abcdef\n".into());
-        put("etc/pipeops/agent.toml", format!("control-plane-url = \"http://{control}\"\nstreams-per-caller = 4096\nstreams = 4096\n"));
-        let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "l", "cluster": {"server": format!("http://{kube}")}}],
-            "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "t"}}]});
-        put("run/pipeops-credential/kubeconfig", kubeconfig.to_string());
-        let agent = Command::new(pipeops)
-            .args(["run", "--root", dir.path().to_str().unwrap()])
-            .env("AGENT_TOKEN", TOKEN)
-            .env("LOG_LEVEL", "error")
-            .env("MALLOC_ARENA_MAX", "1")
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut rig = Rig { plane, frps, kube, agent, id: String::new(), _dir: dir };
+        let agent = Agent::start_at(pipeops, control).await;
+        let mut rig = Rig { plane, frps, agent, id: String::new() };
         rig.up().await;
         rig.id = rig.plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
         tokio::time::sleep(Duration::from_secs(2)).await;
@@ -121,15 +137,25 @@ impl Rig {
     }
 }
 
-struct Load {
+pub(crate) struct Load {
     requests: u64,
     seconds: f64,
     p50: Duration,
     p99: Duration,
 }
 
+impl Load {
+    pub(crate) fn rate(&self) -> f64 {
+        self.requests as f64 / self.seconds
+    }
+
+    pub(crate) fn p99_ms(&self) -> f64 {
+        self.p99.as_secs_f64() * 1000.0
+    }
+}
+
 /// `clients` keep-alive callers for `length`.
-async fn load<F, R>(clients: usize, length: Duration, connect: F, path: &str, token: &str) -> Load
+pub(crate) async fn load<F, R>(clients: usize, length: Duration, connect: F, host: &str, path: &str, token: &str) -> Load
 where
     F: Fn() -> R,
     R: Future<Output = hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>>>,
@@ -137,13 +163,13 @@ where
     let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..clients {
         let mut sender = connect().await;
-        let (path, token) = (path.to_owned(), token.to_owned());
+        let (host, path, token) = (host.to_owned(), path.to_owned(), token.to_owned());
         tasks.spawn(async move {
             let end = Instant::now() + length;
             let mut times = Vec::new();
             while Instant::now() < end {
                 let begun = Instant::now();
-                let request = hyper::Request::get(&path).header("host", "localhost").header("authorization", format!("Bearer {token}"));
+                let request = hyper::Request::get(&path).header("host", &host).header("authorization", format!("Bearer {token}"));
                 sender.ready().await.unwrap();
                 let answer = sender.send_request(request.body(http_body_util::Empty::new()).unwrap()).await.unwrap();
                 assert!(answer.status().is_success(), "{}", answer.status());
@@ -198,7 +224,7 @@ pub(crate) async fn bench(pipeops: &str, parts: &[&str]) {
 }
 
 async fn idle(rig: &Rig) {
-    let pid = rig.agent.id();
+    let pid = rig.agent.child.id();
     let (rss, cpu, _) = rig.proc(pid);
     tokio::time::sleep(Duration::from_secs(10)).await;
     let idle = rig.proc(pid).1 - cpu;
@@ -206,13 +232,13 @@ async fn idle(rig: &Rig) {
 }
 
 async fn requests(rig: &Rig, token: &str) {
-    let pid = rig.agent.id();
+    let pid = rig.agent.child.id();
     let second = Duration::from_secs(1);
     let mut ours = Vec::new();
     let mut theirs = Vec::new();
     // kubectl's own way to the same API, for the cost of a request
-    let socket = rig._dir.path().join("kubectl.sock");
-    let kubeconfig = rig._dir.path().join("run/pipeops-credential/kubeconfig");
+    let socket = rig.agent.dir.path().join("kubectl.sock");
+    let kubeconfig = rig.agent.dir.path().join("run/pipeops-credential/kubeconfig");
     let mut proxy = Command::new("kubectl")
         .args(["proxy", "--kubeconfig", kubeconfig.to_str().unwrap(), "--unix-socket", socket.to_str().unwrap()])
         .stdout(Stdio::null())
@@ -229,7 +255,7 @@ async fn requests(rig: &Rig, token: &str) {
     }
     for round in 0..6 {
         let before = rig.proc(pid).1;
-        let run = load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", token).await;
+        let run = load(50, 3 * second, || rig.client(), "localhost", "/k8s/api/v1/namespaces/beta/pods", token).await;
         let cost = rig.proc(pid).1 - before;
         if round > 0 {
             ours.push((run.requests as f64 / run.seconds, run.requests as f64 / cost, run.p50, run.p99));
@@ -244,7 +270,7 @@ async fn requests(rig: &Rig, token: &str) {
                 tokio::spawn(connection);
                 sender
             };
-            let run = load(50, 3 * second, connect, "/api/v1/namespaces/beta/pods", token).await;
+            let run = load(50, 3 * second, connect, "localhost", "/api/v1/namespaces/beta/pods", token).await;
             let cost = rig.proc(worker).1 - before;
             if round > 0 {
                 theirs.push((run.requests as f64 / run.seconds, run.requests as f64 / cost, run.p50, run.p99));
@@ -278,9 +304,9 @@ async fn requests(rig: &Rig, token: &str) {
 }
 
 async fn mixed(rig: &Rig, token: &str) {
-    let pid = rig.agent.id();
+    let pid = rig.agent.child.id();
     let second = Duration::from_secs(1);
-    let quiet = load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", token).await;
+    let quiet = load(50, 3 * second, || rig.client(), "localhost", "/k8s/api/v1/namespaces/beta/pods", token).await;
     let before = rig.proc(pid).0;
     let mut rates = Vec::new();
     for _ in 0..5 {
@@ -289,7 +315,8 @@ async fn mixed(rig: &Rig, token: &str) {
     rates.sort_by(f64::total_cmp);
     let rate = rates[2];
     println!("one bulk stream: {:.0} MB/s", rate / 1e6);
-    let (_, small) = tokio::join!(bulk(rig, 1 << 30, token), load(50, 3 * second, || rig.client(), "/k8s/api/v1/namespaces/beta/pods", token));
+    let (_, small) =
+        tokio::join!(bulk(rig, 1 << 30, token), load(50, 3 * second, || rig.client(), "localhost", "/k8s/api/v1/namespaces/beta/pods", token));
     println!(
         "50 callers beside 1 GiB: p99 {:.1} ms, alone {:.1} ms, ratio {:.1} (budget 3); memory {} kB more (budget 8192)",
         small.p99.as_secs_f64() * 1000.0,
@@ -300,7 +327,7 @@ async fn mixed(rig: &Rig, token: &str) {
 }
 
 async fn held(rig: &Rig, token: &str) {
-    let pid = rig.agent.id();
+    let pid = rig.agent.child.id();
     let empty = rig.proc(pid).0;
     let mut held = Vec::new();
     for _ in 0..1000 {
@@ -325,7 +352,7 @@ fn child_of(pid: u32) -> Option<u32> {
 /// Exit code: 0 when memory and descriptors are where they were.
 pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     let rig = Rig::new(pipeops).await;
-    let pid = rig.agent.id();
+    let pid = rig.agent.child.id();
     let mut wrong = 0;
     let mut verdict = |what: &str, before: (u64, f64, usize), after: (u64, f64, usize)| {
         let fine = after.0 <= before.0 + 2048 && after.2 <= before.2;

@@ -3,6 +3,7 @@
 //!     stand serve DIR           writes DIR/env with PLANE and GATEWAY, then serves
 //!     stand rights KUBECONFIG   role × verb × resource × namespace, against what is written here by hand
 //!     stand bench PIPEOPS [idle held requests bulk]   requests, bulk and memory through the real executable; kubectl proxy beside it
+//!     stand tunnel PIPEOPS      our client beside frpc behind a genuine frps (PIPEOPS_TEST_FRP_DIR), else both halves ours
 //!     stand fleet PIPEOPS N     N simulated agents at a real control plane
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and descriptors do
 #![allow(
@@ -22,6 +23,7 @@ mod fleet;
 #[path = "../it/plane.rs"]
 mod plane;
 mod rights;
+mod tunnel;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -43,10 +45,11 @@ async fn main() {
         ["serve", dir] => serve(dir).await,
         ["rights", kubeconfig] => std::process::exit(rights::check(kubeconfig).await),
         ["bench", pipeops, ref parts @ ..] => bench::bench(pipeops, parts).await,
+        ["tunnel", pipeops] => tunnel::tunnel(pipeops, std::env::var("PIPEOPS_TEST_FRP_DIR").ok().as_deref()).await,
         ["fleet", pipeops, n] => fleet::fleet(pipeops, n.parse().unwrap()).await,
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
-            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | fleet PIPEOPS N | soak PIPEOPS N");
+            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | soak PIPEOPS N");
             std::process::exit(2);
         }
     }
