@@ -21,13 +21,13 @@ use crate::api::jwt::Role;
 use crate::api::{self, Api};
 use crate::cluster::upstream::Upstream;
 use crate::control;
-use crate::control::client::{ControlPlane, Told, check_url};
-use crate::control::identity::{self, Found, Identity};
+use crate::control::client::{self, ControlPlane, Told, check_url};
+use crate::control::identity::{self, Found, Identity, Kept};
 use crate::control::types::{AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads};
 use crate::error::Failure;
 use crate::host::Host;
 use crate::host::state::StateDir;
-use crate::k3s::{AGENT_SOCKET, CREDENTIAL};
+use crate::k3s::{AGENT_CONFIG, AGENT_SOCKET, CREDENTIAL};
 use crate::secret::Secret;
 use crate::status::{Agent, Kubernetes};
 use crate::trust::{Pin, Trust};
@@ -119,6 +119,35 @@ impl AgentConfig {
             None => None,
         };
         Ok(Trust { ca_pem, pins, anybody: false })
+    }
+}
+
+/// What takes this machine's agent off its control plane, read while its files are still there.
+pub struct Leave {
+    id: String,
+    kept: Kept,
+    trust: Trust,
+}
+
+impl Leave {
+    /// None when there is no agent, or it never registered.
+    pub fn read(host: &Host) -> Option<Leave> {
+        let config = AgentConfig::load(host, AGENT_CONFIG, &BTreeMap::new()).ok()?;
+        let state = host.peek_dir(STATE);
+        let kept = Kept::load(&state, config.url())?;
+        Some(Leave { id: Identity::id_in(&state)?, kept, trust: config.trust(host).ok()? })
+    }
+
+    /// Says it, once; gives the URL.
+    ///
+    /// # Errors
+    /// What is left to do by hand, and why.
+    pub async fn say(self) -> Result<String, String> {
+        let url = self.kept.url.clone();
+        match client::deregister(&self.trust, &self.kept, &self.id).await {
+            Ok(()) => Ok(url),
+            Err(why) => Err(format!("{url} still lists cluster {} ({why}): remove it there", self.kept.cluster_id)),
+        }
     }
 }
 
@@ -217,7 +246,7 @@ pub async fn run(
         stop: halt.clone(),
     };
     tasks.spawn(async move { ("observer", observer.run().await) });
-    let hostname = nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default();
+    let hostname = hostname();
     let tls = identity.as_ref().map(|i| i.tls()).transpose()?;
     let plane = ControlPlane {
         url: config.url().to_owned(),
@@ -423,9 +452,13 @@ async fn merge(
     }
 }
 
+fn hostname() -> String {
+    nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default()
+}
+
 fn cluster_info(a: &Agent, config: &AgentConfig) -> ClusterInfo {
     ClusterInfo {
-        name: config.cluster_name.clone().unwrap_or_else(|| a.nodes.first().map(|n| n.name.clone()).unwrap_or_default()),
+        name: config.cluster_name.clone().unwrap_or_else(hostname),
         provider: if a.api_version.contains("+k3s") { "k3s" } else { "kubernetes" }.into(),
         version: a.api_version.clone(),
         node_count: u32::try_from(a.nodes.len()).unwrap_or(u32::MAX),

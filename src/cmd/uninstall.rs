@@ -54,9 +54,17 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         }
     }
     let farewell = leave_cluster(&hands, &journal).await;
+    let agent = crate::agent::Leave::read(&hands);
     let mut tell = |event: Event| printer.event(&event);
     let outcome = engine::undo_all(&hands, &mut journal, args.purge_data, &context.stop, &mut tell).await?;
     let mut left = outcome.left.clone();
+    // after the agent has ended: one that lives would register again
+    if let Some(agent) = agent {
+        match agent.say().await {
+            Ok(url) => printer.say(&format!("taken off {url}")),
+            Err(why) => left.push(why),
+        }
+    }
     left.extend(
         outcome.failed.iter().filter(|(_, why)| !outcome.left.iter().any(|l| why.contains(l.as_str()))).map(|(title, why)| format!("{title}: {why}")),
     );

@@ -144,6 +144,20 @@ impl Caller {
     }
 }
 
+/// Takes the agent `id` off its control plane, with the credential that it gave.
+///
+/// # Errors
+/// Why it still lists the agent, in one line.
+pub async fn deregister(trust: &Trust, kept: &Kept, id: &str) -> Result<(), String> {
+    let caller = Caller::new(&kept.url, trust)?;
+    match caller.send::<serde_json::Value>(caller.request(Method::DELETE, &format!("/{id}"), &kept.credential)).await.0 {
+        Ok(_) | Err(Outcome::Refused { status: 404 | 410, .. }) => Ok(()),
+        Err(Outcome::Refused { status, code, message, .. }) => Err(format!("HTTP {status} {code}: {message}")),
+        Err(Outcome::Unreachable(why)) => Err(why),
+        Err(_) => Err("no answer that can be read".into()),
+    }
+}
+
 /// Seconds or a date, an hour at most.
 fn retry_after(answer: &Response) -> Option<Duration> {
     let text = answer.headers().get(reqwest::header::RETRY_AFTER)?.to_str().ok()?;

@@ -73,6 +73,12 @@ impl Identity {
         Ok(Found::Ours(Box::new(ours)))
     }
 
+    /// The id of the stored identity; none is made.
+    pub fn id_in(state: &StateDir) -> Option<String> {
+        let stored: Stored = serde_json::from_str(&state.read(FILE).ok().flatten()?).ok()?;
+        Identity::of(stored.key.expose(), stored.machine).ok().map(|identity| identity.id)
+    }
+
     /// Puts the copied identity aside and makes another.
     ///
     /// # Errors

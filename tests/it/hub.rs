@@ -445,3 +445,33 @@ fn what_it_cannot_use_is_named() {
     let away = sandbox.verb(&["control-plane", "cluster", "list"]).ended(5);
     assert!(away.err.contains("CONTROL_PLANE_AWAY"), "{}", away.err);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_uninstalled_is_listed_no_more() {
+    let hub = Hub::start();
+    let install = |sandbox: &Sandbox| {
+        let (token, pin) = hub.enrol();
+        sandbox.install(&["--control-plane-url", &hub.url, "--control-plane-pin", &pin]).ended(0);
+        token
+    };
+    let clusters = async || hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"].as_array().unwrap().len();
+    for away in [false, true] {
+        let sandbox = Sandbox::new();
+        let token = install(&sandbox);
+        let mut agent = Agent::start(sandbox, &[("AGENT_TOKEN", &token)]);
+        tokio::task::block_in_place(|| agent.until("STATUS=online"));
+        assert_eq!(clusters().await, 1);
+        agent.child.kill().unwrap();
+        agent.child.wait().unwrap();
+        if away {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(hub.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+        let answer = agent.sandbox.run(&["uninstall", "--yes"]).ended(0);
+        if away {
+            assert!(answer.out.contains("still lists cluster c-"), "{}", answer.out);
+        } else {
+            assert!(answer.err.contains("taken off https://127.0.0.1"), "{}", answer.err);
+            assert_eq!(clusters().await, 0);
+        }
+    }
+}

@@ -50,8 +50,12 @@ impl Registry {
     ///
     /// # Errors
     /// Wrong signature, foreign token, no use left, another machine with the same key, no database.
-    pub async fn register(&self, keys: &Keys, who: &Who, asked: Register, body: &[u8], signature: &str, now: i64) -> Result<Enrolled, Refused> {
+    pub async fn register(&self, keys: &Keys, who: &Who, mut asked: Register, body: &[u8], signature: &str, now: i64) -> Result<Enrolled, Refused> {
         proven(&asked.agent, body, signature)?;
+        // an agent that does not say how its cluster is called is called after itself
+        if asked.cluster.name.is_empty() {
+            asked.cluster.name.clone_from(&asked.agent.id);
+        }
         check_name(&asked.cluster.name)?;
         let credential = Secret::new(format!("poa_{}", fresh().map_err(|e| unwritten(&e))?));
         let held = Held { hash: keys.hashed(credential.expose()), expires_at: now + CREDENTIAL };
