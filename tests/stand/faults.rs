@@ -330,10 +330,20 @@ impl Faults {
         {
             self.link(name, 60, 35.0, || set(&self.mode, mode), || set(&self.mode, Mode::Pass)).await;
         }
-        if !only.is_empty() {
-            sampler.abort();
-            return std::mem::take(&mut self.out.lock().unwrap().0);
+        // a part of them by its name; `states` is all but the link
+        if only.is_empty() || only == "states" {
+            self.control_plane().await;
         }
+        if only.is_empty() || only == "states" || only == "node" {
+            self.kubernetes().await;
+            self.disk().await;
+        }
+        sampler.abort();
+        let out = self.out.lock().unwrap();
+        format!("{}{} WRONG\n", out.0, out.1)
+    }
+
+    async fn control_plane(&self) {
         self.names().await;
         self.retry_after(429).await;
         self.retry_after(503).await;
@@ -359,11 +369,6 @@ impl Faults {
             sh(&format!("printf %s '{}' > /etc/pipeops/agent-token; systemctl restart pipeops-agent", crate::plane::TOKEN));
         };
         self.state("token revoked (healed by another one and a restart)", "unauthorized", revoke, again).await;
-        self.kubernetes().await;
-        self.disk().await;
-        sampler.abort();
-        let out = self.out.lock().unwrap();
-        format!("{}{} WRONG\n", out.0, out.1)
     }
 
     /// The server moves, and its name with it.
