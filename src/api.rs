@@ -64,6 +64,7 @@ struct Inner {
     tls: TlsAcceptor,
     audit: Mutex<Audit>,
     open: Mutex<Open>,
+    known: Mutex<jwt::Known>,
     counts: Counts,
 }
 
@@ -134,7 +135,16 @@ impl Api {
     pub fn new(parts: Parts, tls: rustls::ServerConfig, audit: Audit) -> Api {
         parts.audit_head.send_replace(audit.head().clone());
         let tls = TlsAcceptor::from(Arc::new(tls));
-        Api { inner: Arc::new(Inner { parts, tls, audit: Mutex::new(audit), open: Mutex::default(), counts: Counts::default() }) }
+        Api {
+            inner: Arc::new(Inner {
+                parts,
+                tls,
+                audit: Mutex::new(audit),
+                open: Mutex::default(),
+                known: Mutex::default(),
+                counts: Counts::default(),
+            }),
+        }
     }
 
     /// Streams of callers that are open.
@@ -282,7 +292,7 @@ impl Api {
         let auth = &config.as_ref().ok_or("this agent is not registered yet")?.runner_auth;
         // the control plane signs by its own clock
         let now = jiff::Timestamp::now().as_second() - parts.control.borrow().offset;
-        jwt::check(token.trim(), auth, &parts.id, parts.most, now)
+        jwt::check(token.trim(), auth, &parts.id, parts.most, now, &self.inner.known)
     }
 
     fn permit(&self, subject: &str) -> Option<Permit> {

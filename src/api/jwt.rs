@@ -2,13 +2,17 @@
 //!
 //! RFC 7519 and RFC 8037, of which one algorithm is needed: a library would bring the others, and with them the choice.
 
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ring::signature::{ED25519, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::control::LEEWAY;
-use crate::control::types::RunnerAuth;
+use crate::control::types::{Jwks, RunnerAuth};
 
 /// Longest life of a token, seconds.
 pub const LIFE: i64 = 300;
@@ -83,11 +87,36 @@ struct Claims {
     jti: String,
 }
 
+/// Tokens whose signature was found good: a caller who keeps his token pays for that once. Every claim is judged anew each time.
+#[derive(Default)]
+pub struct Known {
+    /// The keys that it holds for; with others nothing of it does.
+    keys: Jwks,
+    digests: HashSet<[u8; 32]>,
+}
+
+/// Tokens remembered at most; a token lives 300 s.
+const REMEMBERED: usize = 1024;
+
+impl Known {
+    fn has(&self, digest: &[u8; 32], keys: &Jwks) -> bool {
+        self.keys == *keys && self.digests.contains(digest)
+    }
+
+    fn add(&mut self, digest: [u8; 32], keys: &Jwks) {
+        if self.keys != *keys || self.digests.len() >= REMEMBERED {
+            self.keys.clone_from(keys);
+            self.digests.clear();
+        }
+        self.digests.insert(digest);
+    }
+}
+
 /// Checks a token at `now`, seconds since 1970 by the control plane's clock.
 ///
 /// # Errors
 /// Why it is refused, in words that hold nothing of it.
-pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64) -> Result<Caller, &'static str> {
+pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64, known: &Mutex<Known>) -> Result<Caller, &'static str> {
     if auth.jwks.keys.is_empty() {
         return Err("this agent has no keys of a control plane yet");
     }
@@ -105,13 +134,15 @@ pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64) 
     }
     let signed = &token[..head.len() + 1 + claims.len()];
     let signature = decode(signature)?;
-    let good =
-        auth.jwks.keys.iter().filter(|k| k.kty == "OKP" && k.crv == "Ed25519" && parsed.kid.as_ref().is_none_or(|kid| *kid == k.kid)).any(|k| {
-            let Ok(key) = URL_SAFE_NO_PAD.decode(&k.x) else { return false };
-            UnparsedPublicKey::new(&ED25519, key).verify(signed.as_bytes(), &signature).is_ok()
-        });
-    if !good {
-        return Err("the token's signature is wrong");
+    let digest: [u8; 32] = Sha256::digest(token).into();
+    let memory = || known.lock().unwrap_or_else(PoisonError::into_inner);
+    if !memory().has(&digest, &auth.jwks) {
+        let keys = auth.jwks.keys.iter().filter(|k| k.kty == "OKP" && k.crv == "Ed25519" && parsed.kid.as_ref().is_none_or(|kid| *kid == k.kid));
+        let mut keys = keys.filter_map(|k| URL_SAFE_NO_PAD.decode(&k.x).ok());
+        if !keys.any(|key| UnparsedPublicKey::new(&ED25519, key).verify(signed.as_bytes(), &signature).is_ok()) {
+            return Err("the token's signature is wrong");
+        }
+        memory().add(digest, &auth.jwks);
     }
     let claims: Claims = serde_json::from_slice(&decode(claims)?).map_err(|_| "a claim is missing or has the wrong type")?;
     let audience = if auth.audience.is_empty() { agent } else { &auth.audience };
@@ -150,7 +181,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::control::types::{Jwk, Jwks};
+    use crate::control::types::Jwk;
 
     const NOW: i64 = 1_800_000_000;
 
@@ -178,7 +209,7 @@ mod tests {
             let mut head = json!({"alg": "EdDSA", "kid": "k1"});
             let mut claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "runner-1", "role": "deployer", "jti": "t1"});
             change(&mut head, &mut claims);
-            check(&self.sign(&head, &claims), &self.auth, "a-1", Role::Operator, NOW)
+            check(&self.sign(&head, &claims), &self.auth, "a-1", Role::Operator, NOW, &Mutex::default())
         }
     }
 
@@ -221,10 +252,26 @@ mod tests {
         let good =
             issuer.sign(&json!({"alg": "EdDSA"}), &json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"}));
         let other = self::issuer();
-        assert!(check(&good, &other.auth, "a-1", Role::Admin, NOW).is_err());
-        assert!(check(&good, &RunnerAuth::default(), "a-1", Role::Admin, NOW).is_err());
+        assert!(check(&good, &other.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
+        assert!(check(&good, &RunnerAuth::default(), "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
         for broken in ["", "a.b", "a.b.c.d", &good[1..], &good[..good.len() - 2], &"x".repeat(10_000)] {
-            assert!(check(broken, &issuer.auth, "a-1", Role::Admin, NOW).is_err());
+            assert!(check(broken, &issuer.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
         }
+    }
+
+    #[test]
+    fn a_token_that_was_good_before_is_judged_all_the_same() {
+        let (mut issuer, known) = (issuer(), Mutex::default());
+        let claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"});
+        let token = issuer.sign(&json!({"alg": "EdDSA", "kid": "k1"}), &claims);
+        let check = |token: &str, auth: &RunnerAuth, now| check(token, auth, "a-1", Role::Admin, now, &known);
+        assert!(check(&token, &issuer.auth, NOW).is_ok() && check(&token, &issuer.auth, NOW).is_ok());
+        // time, another text with its head, and other keys
+        assert_eq!(check(&token, &issuer.auth, NOW + 400), Err("the token has expired"));
+        let (signed, signature) = token.rsplit_once('.').unwrap();
+        let forged = format!("{signed}.{}{}", if signature.starts_with('A') { 'B' } else { 'A' }, &signature[1..]);
+        assert_eq!(check(&forged, &issuer.auth, NOW), Err("the token's signature is wrong"));
+        issuer.auth.jwks = self::issuer().auth.jwks;
+        assert_eq!(check(&token, &issuer.auth, NOW), Err("the token's signature is wrong"));
     }
 }

@@ -102,7 +102,7 @@ fn jwt() {
     let good = "eyJhbGciOiJFZERTQSJ9.eyJpc3MiOiJjcCJ9.AAAA";
     run("jwt", &[good, "..", "eyJhbGciOiJub25lIn0.e30."], |text| {
         // nobody has signed any of these
-        assert!(check(text, &auth, "a", Role::Admin, 1_800_000_000).is_err());
+        assert!(check(text, &auth, "a", Role::Admin, 1_800_000_000, &std::sync::Mutex::default()).is_err());
     });
 }
 
