@@ -172,6 +172,9 @@ impl Entry {
     fn view(&self, now: i64, started: i64, deep: bool) -> ClusterView {
         let (state, reason) = self.liveness(now, started);
         let row = &self.row;
+        // what it runs now, not what it ran when it registered
+        let server = self.report.as_ref().and_then(|r| r.nodes.iter().find(|n| n.role == "server"));
+        let reported = server.map(|n| n.version.clone()).filter(|v| !v.is_empty());
         ClusterView {
             id: row.cluster_id.clone(),
             name: row.cluster.name.clone(),
@@ -179,7 +182,7 @@ impl Entry {
             agent_id: row.id.clone(),
             state,
             reason,
-            version: row.cluster.version.clone(),
+            version: reported.unwrap_or_else(|| row.cluster.version.clone()),
             agent_version: row.info.version.clone(),
             provider: row.cluster.provider.clone(),
             nodes: self.report.as_ref().map_or(row.cluster.node_count, |r| u32::try_from(r.nodes.len()).unwrap_or(u32::MAX)),
