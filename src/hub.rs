@@ -42,6 +42,8 @@ pub const STATE: &str = "/var/lib/pipeops-control-plane";
 const FIRST_TOKEN: &str = "admin-token";
 /// Socket for the administrator's verbs on this machine.
 pub const SOCKET: &str = "admin.sock";
+/// What an agent's proof at the tunnel server is derived for.
+const TUNNEL: &str = "tunnel";
 /// Heartbeats are written this often.
 const FLUSH: Duration = Duration::from_secs(5);
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -72,7 +74,7 @@ pub struct Hub {
 
 struct Inner {
     registry: Arc<Registry>,
-    keys: Keys,
+    keys: Arc<Keys>,
     gateway: Gateway,
     frps: Server,
     state: StateDir,
@@ -96,14 +98,14 @@ struct Failures {
 /// Who may hold a tunnel: an agent that is registered, with its own proof, for its own proxy.
 struct Gate {
     registry: Arc<Registry>,
-    proof: Box<dyn Fn(&str) -> Secret + Send + Sync>,
+    keys: Arc<Keys>,
 }
 
 impl Admit for Gate {
     fn login(&self, login: &Login) -> Result<(String, CancellationToken), String> {
         let agent = login.metas.get("agent").cloned().unwrap_or_default();
         let shown = login.metas.get("token").map(String::as_str).unwrap_or_default();
-        let proof = (self.proof)(&agent);
+        let proof = self.keys.derived(TUNNEL, &agent);
         let over = if same(shown, proof.expose()) { self.registry.tunnel(&agent, now()) } else { None };
         over.map(|over| (agent, over)).ok_or_else(|| "this agent may not hold a tunnel here".to_owned())
     }
@@ -138,7 +140,7 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     let state = host.state_dir(&config.data_dir)?;
     // a second one on the same data would undo what the first one writes
     let _only = state.lock()?;
-    let keys = Keys::load(&state, now())?;
+    let keys = Arc::new(Keys::load(&state, now())?);
     let url = match config.database {
         Some(url) => url,
         None => {
@@ -156,14 +158,13 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     let mut certificate = Certificate::new(&keys, config.names.clone(), now()).map_err(|e| {
         Failure::usage("NAME_WRONG", "a public name cannot be used").why(format!("{e:#}")).hint("--public-name takes DNS names and IP addresses")
     })?;
-    let proofs = keys.prover();
     let frps = Server::new(ServerConfig {
         token: keys.tunnel_token.clone(),
         tls: Some(certificate.tunnel.clone()),
         tcp_mux: true,
         tcp_bind: None,
         heartbeat: Duration::from_secs(30),
-        admit: Some(Arc::new(Gate { registry: registry.clone(), proof: Box::new(move |agent| proofs("tunnel", agent)) })),
+        admit: Some(Arc::new(Gate { registry: registry.clone(), keys: keys.clone() })),
     });
     let hub = Hub {
         inner: Arc::new(Inner {
@@ -345,7 +346,7 @@ impl Hub {
     fn config(&self, agent: &str) -> Config {
         let keys = self.keys();
         let (server, port) = self.tunnel_address();
-        let metas = [("agent".to_owned(), agent.to_owned()), ("token".to_owned(), keys.derived("tunnel", agent).expose().to_owned())];
+        let metas = [("agent".to_owned(), agent.to_owned()), ("token".to_owned(), keys.derived(TUNNEL, agent).expose().to_owned())];
         let tunnel = TunnelConfig {
             server,
             port,

@@ -28,7 +28,12 @@ impl Pin {
     /// The pin of a certificate.
     pub fn of(certificate: &[u8]) -> Option<Pin> {
         let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
-        Some(Pin(Sha256::digest(parsed.tbs_certificate.subject_pki.raw).into()))
+        Some(Pin::of_key(parsed.tbs_certificate.subject_pki.raw))
+    }
+
+    /// The pin of a SubjectPublicKeyInfo, DER.
+    pub fn of_key(spki: &[u8]) -> Pin {
+        Pin(Sha256::digest(spki).into())
     }
 }
 

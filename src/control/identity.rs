@@ -53,6 +53,11 @@ pub fn machine(host: &Host) -> String {
     crate::k3s::token::hex(&digest.finalize())
 }
 
+/// The id that follows from a public key, DER of its SubjectPublicKeyInfo: `a-` and 32 hex digits of its SHA-256.
+pub fn id_of(spki: &[u8]) -> String {
+    format!("a-{}", &crate::k3s::token::hex(&Sha256::digest(spki))[..32])
+}
+
 impl Identity {
     /// The stored identity, or a new one, which is durable before anybody hears of it.
     ///
@@ -101,8 +106,7 @@ impl Identity {
         let der = key.serialize_der();
         let signer = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der, &ring::rand::SystemRandom::new())
             .map_err(|e| anyhow::anyhow!("the key is not P-256: {e}"))?;
-        let digest = crate::k3s::token::hex(&Sha256::digest(key.subject_public_key_info()));
-        Ok(Identity { id: format!("a-{}", &digest[..32]), public_key: key.public_key_pem(), machine, key, signer })
+        Ok(Identity { id: id_of(&key.subject_public_key_info()), public_key: key.public_key_pem(), machine, key, signer })
     }
 
     /// Base64 of the signature over `body`.

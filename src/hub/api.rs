@@ -204,7 +204,7 @@ struct AddRunner {
 }
 
 /// For a Runner's JWT and for a kubeconfig alike.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Wanted {
     pub(super) role: Option<String>,
@@ -317,20 +317,14 @@ impl Hub {
         }
         // a cluster outside its reach is not there for a Runner
         if let (Who::Access(access), false) = (&who, id.is_empty()) {
-            let cluster = self.registry().cluster(id, Some(&access.project), now)?;
-            if access.clusters.as_ref().is_some_and(|list| !list.contains(&cluster.id)) {
-                return Err(refused(404, "not_found", format!("there is no cluster {id}"), None));
-            }
+            self.registry().reaches(access, id)?;
         }
         Ok(who)
     }
 
     async fn call(&self, call: Call, id: &str, who: &Who, parts: &Parts, bytes: &[u8], now: i64) -> Result<Response<Body>, Refused> {
         let registry = self.registry();
-        let project = match who {
-            Who::Access(access) => Some(access.project.clone()),
-            _ => None,
-        };
+        let project = who.project();
         match call {
             Call::Health => Ok(answer(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))),
             Call::Ca => Ok(text(200, "application/x-pem-file", self.keys().ca_certificate.clone())),
@@ -422,7 +416,7 @@ impl Hub {
                 Ok(answer(200, &json!({})))
             }
             Call::Clusters => {
-                let mut items: Vec<_> = registry.clusters(project.as_deref(), now).into_iter().map(|c| self.seen(c)).collect();
+                let mut items: Vec<_> = registry.clusters(project, now).into_iter().map(|c| self.seen(c)).collect();
                 if let Who::Access(access) = who
                     && let Some(list) = &access.clusters
                 {
@@ -430,9 +424,9 @@ impl Hub {
                 }
                 Ok(answer(200, &json!({"items": items})))
             }
-            Call::Cluster => Ok(answer(200, &json!(self.seen(registry.cluster(id, project.as_deref(), now)?)))),
+            Call::Cluster => Ok(answer(200, &json!(self.seen(registry.cluster(id, project, now)?)))),
             Call::RevokeCluster => {
-                registry.revoke_agent(id, now).await?;
+                registry.revoke_agent(id).await?;
                 Ok(answer(200, &json!({})))
             }
             Call::RemoveCluster => {
@@ -444,14 +438,14 @@ impl Hub {
                 let asked: Wanted = parsed(bytes)?;
                 let ttl = life(asked.ttl_s, LIFE, LIFE)?;
                 let (role, namespaces) = narrowed(who, &asked)?;
-                let route = registry.route(id, project.as_deref(), now)?;
+                let route = registry.route(id, project)?;
                 Ok(answer(200, &self.runner_token(who, &route, role, namespaces, ttl, now)))
             }
             Call::Kubeconfig => {
                 let asked: Wanted = parsed(bytes)?;
                 let ttl = life(asked.ttl_s, DAY, DAY)?;
                 let (role, namespaces) = narrowed(who, &asked)?;
-                let cluster = registry.cluster(id, project.as_deref(), now)?;
+                let cluster = registry.cluster(id, project, now)?;
                 let row = Access {
                     id: String::new(),
                     project: cluster.project.clone(),

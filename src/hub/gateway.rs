@@ -12,7 +12,6 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tower::{BoxError, Service};
@@ -20,7 +19,7 @@ use tower::{BoxError, Service};
 use crate::api::jwt::{LIFE, Role};
 use crate::cluster::upstream::Body;
 use crate::hub::Hub;
-use crate::hub::api::{narrowed, stamp};
+use crate::hub::api::{Wanted, narrowed, stamp};
 use crate::hub::registry::enrol::spki;
 use crate::hub::registry::{ClusterView, Refused, Registry, Route, Who, refused};
 use crate::secret::Secret;
@@ -34,9 +33,8 @@ pub(super) fn proxy_name(agent: &str) -> String {
 }
 
 /// The pin of a public key in PEM.
-fn pin(public_key: &str) -> Option<String> {
-    use base64::Engine as _;
-    Some(format!("sha256:{}", base64::engine::general_purpose::STANDARD.encode(Sha256::digest(spki(public_key)?))))
+fn pin(public_key: &str) -> Option<trust::Pin> {
+    Some(trust::Pin::of_key(&spki(public_key)?))
 }
 
 /// Dials agents through the FRP server of this process; the host of the URI is the agent's id.
@@ -92,7 +90,7 @@ impl Service<Uri> for Dial {
             let key = registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
             let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
             let io = frps.dial(&proxy_name(&agent)).await?;
-            let mut tls = Trust { pins: vec![trust::Pin::parse(&pin).map_err(other)?], ..Trust::default() }.client().map_err(other)?;
+            let mut tls = Trust { pins: vec![pin], ..Trust::default() }.client().map_err(other)?;
             tls.alpn_protocols = vec![b"http/1.1".to_vec()];
             let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal").map_err(|e| other(e.to_string()))?;
             let connecting = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, io);
@@ -127,7 +125,7 @@ impl Gateway {
 /// A body that ends when somebody's right to it ends.
 struct Until {
     inner: Incoming,
-    over: Vec<Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>>,
+    over: [Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>; 2],
 }
 
 impl hyper::body::Body for Until {
@@ -169,6 +167,7 @@ const NOT_PASSED: &[&str] = &[
     "x-forwarded-host",
     "x-forwarded-proto",
     "x-real-ip",
+    "set-cookie",
 ];
 
 fn passed(headers: &HeaderMap) -> HeaderMap {
@@ -179,20 +178,16 @@ fn passed(headers: &HeaderMap) -> HeaderMap {
         .flat_map(|v| v.split(','))
         .map(|n| n.trim().to_ascii_lowercase())
         .collect();
-    let stays = |name: &str| !NOT_PASSED.contains(&name) && name != "set-cookie" && !named.iter().any(|n| n == name);
+    let stays = |name: &str| !NOT_PASSED.contains(&name) && !named.iter().any(|n| n == name);
     headers.iter().filter(|(name, _)| stays(name.as_str())).map(|(n, v)| (n.clone(), v.clone())).collect()
 }
 
 impl Hub {
     /// One request into a cluster.
     pub(super) async fn pass(&self, mut request: Request<Incoming>, id: &str, who: &Who, now: i64) -> Result<Response<Body>, Refused> {
-        let (project, access) = match who {
-            Who::Access(access) => (Some(access.project.as_str()), Some(access.id.as_str())),
-            _ => (None, None),
-        };
-        let route = self.registry().route(id, project, now)?;
-        let (role, namespaces) = narrowed(who, &super::api::Wanted { role: None, namespaces: None, ttl_s: None })?;
-        let token = self.jwt(who, &route, role.min(route.most), namespaces, LIFE, now).0;
+        let route = self.registry().route(id, who.project())?;
+        let (role, namespaces) = narrowed(who, &Wanted::default())?;
+        let token = self.jwt(who, &route, role, namespaces, LIFE, now).0;
         // the rest of the path as it came: what is odd in it is the agent's to refuse
         let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
         let rest = target.splitn(4, '/').nth(3).unwrap_or_default();
@@ -208,7 +203,11 @@ impl Hub {
         }
         let theirs = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
-        let over = vec![route.over.clone(), access.map_or_else(CancellationToken::new, |a| self.registry().until_revoked(a))];
+        let revoked = match who {
+            Who::Access(access) => self.registry().until_revoked(&access.id),
+            _ => CancellationToken::new(),
+        };
+        let over = [route.over.clone(), revoked];
         let body: Body = if upgrade.is_some() {
             Empty::new().map_err(|never| match never {}).boxed_unsync()
         } else {
@@ -251,13 +250,13 @@ impl Hub {
             (*response.status_mut(), *response.headers_mut()) = (status, headers);
             return Ok(response);
         }
-        let over = over.into_iter().map(|token| Box::pin(token.cancelled_owned())).collect();
+        let over = over.map(|token| Box::pin(token.cancelled_owned()));
         let mut response = Response::new(Until { inner: answer.into_body(), over }.boxed_unsync());
         (*response.status_mut(), *response.headers_mut()) = (status, headers);
         Ok(response)
     }
 
-    /// A token for one agent, and when it ends.
+    /// A token for one agent, in no higher role than it was given, and when it ends.
     fn jwt(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> (Secret, i64) {
         let subject = match who {
             Who::Access(access) => access.id.clone(),
@@ -266,8 +265,7 @@ impl Hub {
         };
         let expires = now + ttl;
         let id = crate::tunnel::wire::fresh_run_id();
-        let mut claims =
-            json!({"iss": self.issuer(), "aud": route.agent, "sub": subject, "role": role.name(), "iat": now, "exp": expires, "jti": id});
+        let mut claims = json!({"iss": self.issuer(), "aud": route.agent, "sub": subject, "role": role.min(route.most).name(), "iat": now, "exp": expires, "jti": id});
         if let Some(namespaces) = namespaces {
             claims["namespaces"] = json!(namespaces);
         }
@@ -276,8 +274,8 @@ impl Hub {
 
     /// The answer to a Runner who wants a token: with it, and with where to go.
     pub(super) fn runner_token(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> Value {
-        let (token, expires) = self.jwt(who, route, role.min(route.most), namespaces, ttl, now);
-        let pin = pin(&route.public_key).unwrap_or_default();
+        let (token, expires) = self.jwt(who, route, role, namespaces, ttl, now);
+        let pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
         let (host, port) = self.tunnel_address();
         json!({
             "token": token.expose(),

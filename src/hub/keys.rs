@@ -117,12 +117,6 @@ impl Keys {
         Secret::new(self.hashed(&format!("{purpose}\0{name}")))
     }
 
-    /// [`Keys::derived`] for somebody who gets nothing else of these keys.
-    pub fn prover(&self) -> impl Fn(&str, &str) -> Secret + Send + Sync + use<> {
-        let key = self.hash.clone();
-        move |purpose, name| Secret::new(URL_SAFE_NO_PAD.encode(hmac::sign(&key, format!("{purpose}\0{name}").as_bytes())))
-    }
-
     /// Public halves: the current and the next.
     pub fn jwks(&self) -> Jwks {
         let keys = self.signing.iter().map(|(kid, key)| Jwk {

@@ -46,6 +46,16 @@ pub enum Who {
     Admin(String),
 }
 
+impl Who {
+    /// The project that bounds what he sees; an administrator sees all.
+    pub fn project(&self) -> Option<&str> {
+        match self {
+            Who::Access(access) => Some(&access.project),
+            Who::Enrolment(_) | Who::Agent(_) | Who::Admin(_) => None,
+        }
+    }
+}
+
 /// What is known of an agent and not written at each breath.
 struct Entry {
     row: Agent,
@@ -336,29 +346,32 @@ impl Registry {
     /// # Errors
     /// 404; 409 for a name that several have.
     pub fn cluster(&self, id: &str, project: Option<&str>, now: i64) -> Result<ClusterView, Refused> {
+        Ok(self.inner().find(id, project)?.view(now, self.started, true))
+    }
+
+    /// Whether an access reaches a cluster.
+    ///
+    /// # Errors
+    /// 404 for one outside its project or list: it is not there for him.
+    pub fn reaches(&self, access: &Access, id: &str) -> Result<(), Refused> {
         let inner = self.inner();
-        let mine = || inner.agents.values().filter(|e| project.is_none_or(|p| e.row.project == p));
-        let found: Vec<&Entry> = match mine().find(|e| e.row.cluster_id == id) {
-            Some(entry) => vec![entry],
-            None => mine().filter(|e| e.row.cluster.name == id).collect(),
-        };
-        match found[..] {
-            [entry] => Ok(entry.view(now, self.started, true)),
-            [] => Err(no_such("cluster", id)),
-            _ => Err(refused(409, "name_ambiguous", format!("{} clusters are called {id}", found.len()), Some("use the id"))),
-        }
+        let cluster = &inner.find(id, Some(&access.project))?.row.cluster_id;
+        let within = access.clusters.as_ref().is_none_or(|list| list.contains(cluster));
+        if within { Ok(()) } else { Err(no_such("cluster", id)) }
     }
 
     /// The way to a cluster for a caller of `project`.
     ///
     /// # Errors
     /// 404 when there is none that he may know of.
-    pub fn route(&self, id: &str, project: Option<&str>, now: i64) -> Result<Route, Refused> {
-        let agent = self.cluster(id, project, now)?.agent_id;
+    pub fn route(&self, id: &str, project: Option<&str>) -> Result<Route, Refused> {
         let inner = self.inner();
-        let entry = inner.agents.get(&agent).filter(|e| !e.row.revoked).ok_or_else(|| no_such("cluster", id))?;
+        let entry = inner.find(id, project)?;
+        if entry.row.revoked {
+            return Err(no_such("cluster", id));
+        }
         Ok(Route {
-            agent,
+            agent: entry.row.id.clone(),
             cluster: entry.row.cluster_id.clone(),
             public_key: entry.row.info.public_key.clone(),
             most: Role::of(&entry.row.max_role).unwrap_or(Role::Viewer),
@@ -382,12 +395,11 @@ impl Registry {
     ///
     /// # Errors
     /// 404, or no database.
-    pub async fn revoke_agent(&self, cluster: &str, now: i64) -> Result<(), Refused> {
-        let id = self.cluster(cluster, None, now)?.agent_id;
-        let mut row = self.inner().agents.get(&id).map(|e| e.row.clone()).ok_or_else(|| no_such("agent", &id))?;
+    pub async fn revoke_agent(&self, cluster: &str) -> Result<(), Refused> {
+        let mut row = self.inner().find(cluster, None)?.row.clone();
         row.revoked = true;
-        self.put(Kind::Agent, &id, &row).await?;
-        if let Some(entry) = self.inner().agents.get_mut(&id) {
+        self.put(Kind::Agent, &row.id, &row).await?;
+        if let Some(entry) = self.inner().agents.get_mut(&row.id) {
             entry.row.revoked = true;
             entry.over.cancel();
         }
@@ -442,6 +454,20 @@ fn duplicate() -> Refused {
 }
 
 impl Inner {
+    /// The agent of a cluster, by the cluster's id or, where it is the only one of that name, by name.
+    fn find(&self, id: &str, project: Option<&str>) -> Result<&Entry, Refused> {
+        let mine = || self.agents.values().filter(|e| project.is_none_or(|p| e.row.project == p));
+        if let Some(entry) = mine().find(|e| e.row.cluster_id == id) {
+            return Ok(entry);
+        }
+        let named: Vec<&Entry> = mine().filter(|e| e.row.cluster.name == id).collect();
+        match named[..] {
+            [entry] => Ok(entry),
+            [] => Err(no_such("cluster", id)),
+            _ => Err(refused(409, "name_ambiguous", format!("{} clusters are called {id}", named.len()), Some("use the id"))),
+        }
+    }
+
     fn know(&mut self, entry: Entry) {
         for held in &entry.row.credentials {
             self.tokens.insert(held.hash.clone(), (Kind::Agent, entry.row.id.clone()));

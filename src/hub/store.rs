@@ -88,7 +88,7 @@ impl Store {
         let hint = if sqlite {
             "check that the data directory can be written and its disk has room"
         } else {
-            "check that PostgreSQL runs and that --database-url names host, database, user and password rightly"
+            "check that PostgreSQL runs and that the file of --database-url-file names host, database, user and password rightly"
         };
         let known = ["sqlite:", "postgres://", "postgresql://"].iter().any(|scheme| url.expose().starts_with(scheme));
         let options: Option<AnyConnectOptions> = url.expose().parse().ok().filter(|_| known);

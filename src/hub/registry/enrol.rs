@@ -3,9 +3,9 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
-use sha2::{Digest as _, Sha256};
 
 use super::{Entry, Inner, Refused, Registry, Who, check_name, duplicate, no_such, refused, unwritten};
+use crate::control::identity::id_of;
 use crate::control::types::{AgentInfo, Register};
 use crate::hub::keys::{Keys, fresh};
 use crate::hub::model::{Agent, Held};
@@ -30,8 +30,7 @@ pub struct Enrolled {
 fn proven(info: &AgentInfo, body: &[u8], signature: &str) -> Result<(), Refused> {
     let wrong = |message: &str| refused(400, "bad_signature", message, Some("update the agent"));
     let der = spki(&info.public_key).ok_or_else(|| wrong("the public key is no P-256 key in PEM"))?;
-    let digest = crate::k3s::token::hex(&Sha256::digest(&der));
-    if info.id != format!("a-{}", &digest[..32]) {
+    if info.id != id_of(&der) {
         return Err(wrong("the id does not belong to the key"));
     }
     let signature = STANDARD.decode(signature).map_err(|_| wrong("there is no signature"))?;
