@@ -11,9 +11,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::jwt::Role;
 use crate::control::types::{Directive, Heartbeat, StatusReport};
+use crate::hub::keys::{Keys, fresh};
 use crate::hub::model::{Access, Admin, Agent, Enrolment, Liveness, Project};
 use crate::hub::store::{Change, Kind, Store};
-use crate::secret::same;
+use crate::secret::{Secret, same};
 
 /// How often agents speak, seconds.
 pub const HEARTBEAT: u64 = 10;
@@ -138,6 +139,13 @@ fn unwritten(error: &anyhow::Error) -> Refused {
     refused(503, "database_unavailable", "the control plane cannot write its database", Some("try again soon; its log says more"))
 }
 
+/// A fresh token of a kind, and its hash.
+fn mint(keys: &Keys, prefix: &str) -> Result<(Secret, String), Refused> {
+    let token = Secret::new(format!("{prefix}_{}", fresh().map_err(|e| unwritten(&e))?));
+    let hash = keys.hashed(token.expose());
+    Ok((token, hash))
+}
+
 impl Entry {
     fn new(row: Agent) -> Entry {
         let seen_at = row.seen_at;
@@ -216,20 +224,17 @@ impl Registry {
         for project in store.all::<Project>(Kind::Project).await? {
             inner.projects.insert(project.id.clone(), project);
         }
-        for row in store.all::<Enrolment>(Kind::Enrolment).await? {
-            inner.tokens.insert(row.hash.clone(), (Kind::Enrolment, row.id.clone()));
-            inner.enrolments.insert(row.id.clone(), row);
+        for row in store.all(Kind::Enrolment).await? {
+            inner.know_enrolment(row);
         }
         for row in store.all::<Agent>(Kind::Agent).await? {
             inner.know(Entry::new(row));
         }
-        for row in store.all::<Access>(Kind::Access).await? {
-            inner.tokens.insert(row.hash.clone(), (Kind::Access, row.id.clone()));
-            inner.accesses.insert(row.id.clone(), (row, CancellationToken::new()));
+        for row in store.all(Kind::Access).await? {
+            inner.know_access(row);
         }
-        for row in store.all::<Admin>(Kind::Admin).await? {
-            inner.tokens.insert(row.hash.clone(), (Kind::Admin, row.id.clone()));
-            inner.admins.insert(row.id.clone(), row);
+        for row in store.all(Kind::Admin).await? {
+            inner.know_admin(row);
         }
         Ok(Registry { inner: Mutex::new(inner), store, started: now })
     }
@@ -466,6 +471,21 @@ impl Inner {
             [] => Err(no_such("cluster", id)),
             _ => Err(refused(409, "name_ambiguous", format!("{} clusters are called {id}", named.len()), Some("use the id"))),
         }
+    }
+
+    fn know_enrolment(&mut self, row: Enrolment) {
+        self.tokens.insert(row.hash.clone(), (Kind::Enrolment, row.id.clone()));
+        self.enrolments.insert(row.id.clone(), row);
+    }
+
+    fn know_access(&mut self, row: Access) {
+        self.tokens.insert(row.hash.clone(), (Kind::Access, row.id.clone()));
+        self.accesses.insert(row.id.clone(), (row, CancellationToken::new()));
+    }
+
+    fn know_admin(&mut self, row: Admin) {
+        self.tokens.insert(row.hash.clone(), (Kind::Admin, row.id.clone()));
+        self.admins.insert(row.id.clone(), row);
     }
 
     fn know(&mut self, entry: Entry) {

@@ -1,9 +1,9 @@
 //! What administrators make and take back: projects, enrolment tokens, Runners, other administrators.
 
-use super::{Refused, Registry, check_name, no_such, refused, unwritten};
+use super::{Refused, Registry, check_name, mint, no_such, refused, unwritten};
 use crate::hub::keys::{Keys, fresh};
 use crate::hub::model::{Access, AccessKind, Admin, Enrolment, Project};
-use crate::hub::store::{Change, Kind};
+use crate::hub::store::Kind;
 use crate::secret::Secret;
 use tokio_util::sync::CancellationToken;
 
@@ -20,12 +20,11 @@ impl Registry {
             }
             inner.projects.insert(project.id.clone(), project.clone());
         }
-        let change = Change::put(Kind::Project, &project.id, &project).map_err(|e| unwritten(&e))?;
-        if let Err(error) = self.store.write(vec![change]).await {
+        let written = self.put(Kind::Project, &project.id, &project).await;
+        if written.is_err() {
             self.inner().projects.remove(&project.id);
-            return Err(unwritten(&error));
         }
-        Ok(project)
+        written.map(|()| project)
     }
 
     pub fn projects(&self) -> Vec<Project> {
@@ -64,21 +63,19 @@ impl Registry {
     ) -> Result<(Enrolment, Secret), Refused> {
         let project = self.project(project)?;
         check_name(name)?;
-        let token = Secret::new(format!("poe_{}", fresh().map_err(|e| unwritten(&e))?));
+        let (token, hash) = mint(keys, "poe")?;
         let row = Enrolment {
             id: self.fresh_id("t")?,
             project: project.id,
             name: name.into(),
-            hash: keys.hashed(token.expose()),
+            hash,
             created_at: now,
             expires_at: now.saturating_add(ttl),
             uses_left: uses,
             revoked: false,
         };
         self.put(Kind::Enrolment, &row.id, &row).await?;
-        let mut inner = self.inner();
-        inner.tokens.insert(row.hash.clone(), (Kind::Enrolment, row.id.clone()));
-        inner.enrolments.insert(row.id.clone(), row.clone());
+        self.inner().know_enrolment(row.clone());
         Ok((row, token))
     }
 
@@ -104,12 +101,10 @@ impl Registry {
         check_name(&row.name)?;
         row.project = self.project(&row.project)?.id;
         let prefix = if row.kind == AccessKind::Runner { "por" } else { "pok" };
-        let token = Secret::new(format!("{prefix}_{}", fresh().map_err(|e| unwritten(&e))?));
-        (row.id, row.hash) = (self.fresh_id("r")?, keys.hashed(token.expose()));
+        let (token, hash) = mint(keys, prefix)?;
+        (row.id, row.hash) = (self.fresh_id("r")?, hash);
         self.put(Kind::Access, &row.id, &row).await?;
-        let mut inner = self.inner();
-        inner.tokens.insert(row.hash.clone(), (Kind::Access, row.id.clone()));
-        inner.accesses.insert(row.id.clone(), (row.clone(), CancellationToken::new()));
+        self.inner().know_access(row.clone());
         Ok((row, token))
     }
 
@@ -141,12 +136,10 @@ impl Registry {
     /// No database.
     pub async fn add_admin(&self, keys: &Keys, name: &str, now: i64) -> Result<Secret, Refused> {
         check_name(name)?;
-        let token = Secret::new(format!("pom_{}", fresh().map_err(|e| unwritten(&e))?));
-        let row = Admin { id: self.fresh_id("m")?, name: name.into(), hash: keys.hashed(token.expose()), created_at: now };
+        let (token, hash) = mint(keys, "pom")?;
+        let row = Admin { id: self.fresh_id("m")?, name: name.into(), hash, created_at: now };
         self.put(Kind::Admin, &row.id, &row).await?;
-        let mut inner = self.inner();
-        inner.tokens.insert(row.hash.clone(), (Kind::Admin, row.id.clone()));
-        inner.admins.insert(row.id.clone(), row);
+        self.inner().know_admin(row);
         Ok(token)
     }
 

@@ -4,10 +4,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
-use super::{Entry, Inner, Refused, Registry, Who, check_name, duplicate, no_such, refused, unwritten};
+use super::{Entry, Inner, Refused, Registry, Who, check_name, duplicate, mint, no_such, refused, unwritten};
 use crate::control::identity::id_of;
 use crate::control::types::{AgentInfo, Register};
-use crate::hub::keys::{Keys, fresh};
+use crate::hub::keys::Keys;
 use crate::hub::model::{Agent, Held};
 use crate::hub::store::{Change, Kind};
 use crate::secret::Secret;
@@ -56,8 +56,8 @@ impl Registry {
             asked.cluster.name.clone_from(&asked.agent.id);
         }
         check_name(&asked.cluster.name)?;
-        let credential = Secret::new(format!("poa_{}", fresh().map_err(|e| unwritten(&e))?));
-        let held = Held { hash: keys.hashed(credential.expose()), expires_at: now + CREDENTIAL };
+        let (credential, hash) = mint(keys, "poa")?;
+        let held = Held { hash, expires_at: now + CREDENTIAL };
         let id = asked.agent.id.clone();
         let (changes, cluster_id, undo) = self.inner().register(who, asked, held.clone(), now)?;
         if let Err(error) = self.store.write(changes).await {
@@ -72,8 +72,8 @@ impl Registry {
     /// # Errors
     /// When the agent is not known or the database takes nothing: then the former stays as it was.
     pub async fn rotate(&self, keys: &Keys, id: &str, now: i64) -> Result<(Secret, i64), Refused> {
-        let credential = Secret::new(format!("poa_{}", fresh().map_err(|e| unwritten(&e))?));
-        let held = Held { hash: keys.hashed(credential.expose()), expires_at: now + CREDENTIAL };
+        let (credential, hash) = mint(keys, "poa")?;
+        let held = Held { hash, expires_at: now + CREDENTIAL };
         let change = {
             let mut inner = self.inner();
             inner.hold(id, held.clone(), now)?;
