@@ -122,7 +122,8 @@ pub(crate) fn problem(status: u16, code: &str, message: &str, hint: Option<&str>
     answer
 }
 
-fn plain(status: u16, kind: &'static str, body: String) -> Response<Body> {
+/// An answer of one piece that nobody keeps.
+pub(crate) fn plain(status: u16, kind: &'static str, body: String) -> Response<Body> {
     let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
     let mut answer = Response::new(body);
     *answer.status_mut() = http::StatusCode::from_u16(status).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
@@ -283,16 +284,13 @@ impl Api {
     }
 
     fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, &'static str> {
-        let mut values = headers.get_all(header::AUTHORIZATION).iter();
-        let (Some(value), None) = (values.next(), values.next()) else { return Err("a bearer token is needed") };
-        let token = value.to_str().ok().and_then(|v| v.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-        let (_, token) = token.ok_or("a bearer token is needed")?;
+        let token = hygiene::bearer(headers).ok_or("a bearer token is needed")?;
         let parts = &self.inner.parts;
         let config = parts.config.borrow();
         let auth = &config.as_ref().ok_or("this agent is not registered yet")?.runner_auth;
         // the control plane signs by its own clock
         let now = jiff::Timestamp::now().as_second() - parts.control.borrow().offset;
-        jwt::check(token.trim(), auth, &parts.id, parts.most, now, &self.inner.known)
+        jwt::check(token, auth, &parts.id, parts.most, now, &self.inner.known)
     }
 
     fn permit(&self, subject: &str) -> Option<Permit> {

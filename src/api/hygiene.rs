@@ -87,6 +87,24 @@ pub fn upgrade(parts: &Parts) -> Result<Option<HeaderValue>, Refused> {
     }
 }
 
+/// Which headers speak of one connection and are never passed on: the known ones, and those that `Connection` names.
+pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&str) -> bool + use<> {
+    let named = listed(headers, header::CONNECTION);
+    move |name| per_connection(&named, name)
+}
+
+fn per_connection(named: &[String], name: &str) -> bool {
+    HOP_BY_HOP.contains(&name) || named.iter().any(|n| n == name)
+}
+
+/// The one bearer token of a request; none when there are two.
+pub fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+}
+
 fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
     let values = headers.get_all(name).into_iter().filter_map(|v| v.to_str().ok());
     values.flat_map(|v| v.split(',')).map(|t| t.trim().to_ascii_lowercase()).filter(|t| !t.is_empty()).collect()
@@ -113,11 +131,8 @@ pub fn outward(headers: &HeaderMap, caller: &Caller, request: &str, upgrade: Opt
         if name == header::SEC_WEBSOCKET_PROTOCOL && value.as_bytes().to_ascii_lowercase().windows(25).any(|w| w == b"base64url.bearer.authoriz") {
             return Err((400, "identity_header", "a WebSocket protocol that carries a token"));
         }
-        let dropped = HOP_BY_HOP.contains(&text)
-            || DROPPED.contains(&text)
-            || DROPPED_PREFIXES.iter().any(|p| text.starts_with(p))
-            || named.iter().any(|n| n == text)
-            || text.contains('_');
+        let dropped =
+            per_connection(&named, text) || DROPPED.contains(&text) || DROPPED_PREFIXES.iter().any(|p| text.starts_with(p)) || text.contains('_');
         if !dropped {
             out.append(name, value.clone());
         }
@@ -146,11 +161,11 @@ pub fn inward(headers: &HeaderMap) -> Option<HeaderMap> {
             return None;
         }
     }
-    let named = listed(headers, header::CONNECTION);
+    let own = hop_by_hop(headers);
     let mut out = HeaderMap::with_capacity(headers.len() + 2);
     for (name, value) in headers {
         let text = name.as_str();
-        if !HOP_BY_HOP.contains(&text) && !named.iter().any(|n| n == text) && text != "set-cookie" {
+        if !own(text) && text != "set-cookie" {
             out.append(name, value.clone());
         }
     }

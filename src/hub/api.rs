@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use http::request::Parts;
 use http::{HeaderMap, Method, Request, Response, header};
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Bytes, Incoming};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::api::jwt::{LIFE, Role};
+use crate::api::{hygiene, plain};
 use crate::cluster::upstream::Body;
 use crate::control::types::{Heartbeat, HeartbeatAnswer, OperationResult, Problem, Register, SIGNATURE, StatusReport};
 use crate::hub::Hub;
@@ -131,15 +132,7 @@ pub enum Origin {
 }
 
 pub(super) fn answer(status: u16, body: &Value) -> Response<Body> {
-    text(status, "application/json", body.to_string())
-}
-
-fn text(status: u16, kind: &'static str, body: String) -> Response<Body> {
-    let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
-    let mut response = Response::new(body);
-    *response.status_mut() = http::StatusCode::from_u16(status).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
-    response
+    plain(status, "application/json", body.to_string())
 }
 
 pub(super) fn problem(refused: &Refused) -> Response<Body> {
@@ -155,12 +148,8 @@ pub(super) fn problem(refused: &Refused) -> Response<Body> {
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, Refused> {
-    let wanted = || refused(401, "token_needed", "a bearer token is needed", None);
-    let mut values = headers.get_all(header::AUTHORIZATION).iter();
-    let (Some(value), None) = (values.next(), values.next()) else { return Err(wanted()) };
-    let (scheme, token) = value.to_str().ok().and_then(|v| v.split_once(' ')).ok_or_else(wanted)?;
-    let token = token.trim();
-    if !scheme.eq_ignore_ascii_case("bearer") || token.is_empty() || token.len() > 512 { Err(wanted()) } else { Ok(token) }
+    let token = hygiene::bearer(headers).filter(|t| !t.is_empty() && t.len() <= 512);
+    token.ok_or_else(|| refused(401, "token_needed", "a bearer token is needed", None))
 }
 
 async fn body(incoming: Incoming) -> Result<Bytes, Refused> {
@@ -327,8 +316,8 @@ impl Hub {
         let project = who.project();
         match call {
             Call::Health => Ok(answer(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))),
-            Call::Ca => Ok(text(200, "application/x-pem-file", self.keys().ca_certificate.clone())),
-            Call::Metrics => Ok(text(200, "text/plain; version=0.0.4", self.metrics(now))),
+            Call::Ca => Ok(plain(200, "application/x-pem-file", self.keys().ca_certificate.clone())),
+            Call::Metrics => Ok(plain(200, "text/plain; version=0.0.4", self.metrics(now))),
             Call::Register => {
                 let asked: Register = parsed(bytes)?;
                 let signature = parts.headers.get(SIGNATURE).and_then(|v| v.to_str().ok()).unwrap_or_default();
@@ -460,7 +449,7 @@ impl Hub {
                     revoked: false,
                 };
                 let (_, token) = registry.add_access(self.keys(), row).await?;
-                Ok(text(201, "application/yaml", self.kubeconfig(&cluster, &token)))
+                Ok(plain(201, "application/yaml", self.kubeconfig(&cluster, &token)))
             }
             Call::Gateway => Err(refused(500, "internal", "the gateway answers for itself", None)),
         }

@@ -16,6 +16,7 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tower::{BoxError, Service};
 
+use crate::api::hygiene;
 use crate::api::jwt::{LIFE, Role};
 use crate::cluster::upstream::Body;
 use crate::hub::Hub;
@@ -148,37 +149,13 @@ impl hyper::body::Body for Until {
     }
 }
 
-/// Headers that speak of one connection, or to this server alone.
-const NOT_PASSED: &[&str] = &[
-    "authorization",
-    "cookie",
-    "host",
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "forwarded",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x-forwarded-proto",
-    "x-real-ip",
-    "set-cookie",
-];
+/// Headers that speak to this server, or to its caller's browser, alone.
+const NOT_PASSED: &[&str] =
+    &["authorization", "cookie", "forwarded", "host", "set-cookie", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"];
 
 fn passed(headers: &HeaderMap) -> HeaderMap {
-    let named: Vec<String> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|v| v.to_str().ok())
-        .flat_map(|v| v.split(','))
-        .map(|n| n.trim().to_ascii_lowercase())
-        .collect();
-    let stays = |name: &str| !NOT_PASSED.contains(&name) && !named.iter().any(|n| n == name);
+    let own = hygiene::hop_by_hop(headers);
+    let stays = |name: &str| !own(name) && !NOT_PASSED.contains(&name);
     headers.iter().filter(|(name, _)| stays(name.as_str())).map(|(n, v)| (n.clone(), v.clone())).collect()
 }
 
