@@ -52,11 +52,17 @@ _pipeops() {
             pipeops__subcmd__audit,verify)
                 cmd="pipeops__subcmd__audit__subcmd__verify"
                 ;;
+            pipeops__subcmd__control__subcmd__plane,backup)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__backup"
+                ;;
             pipeops__subcmd__control__subcmd__plane,cluster)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__cluster"
                 ;;
             pipeops__subcmd__control__subcmd__plane,project)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__project"
+                ;;
+            pipeops__subcmd__control__subcmd__plane,restore)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__restore"
                 ;;
             pipeops__subcmd__control__subcmd__plane,runner)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__runner"
@@ -250,7 +256,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane)
-            opts="-h --listen --tunnel-listen --public-name --database-url-file --data-dir --root --log-level --help token cluster runner project"
+            opts="-h --listen --tunnel-listen --public-name --database-url --database-url-file --amqp-url --amqp-url-file --tls-cert --tls-key --tls-ca --config --data-dir --root --log-level --help token cluster runner project backup restore"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -268,6 +274,64 @@ _pipeops() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --database-url)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --database-url-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --amqp-url)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --amqp-url-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tls-cert)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tls-key)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tls-ca)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --data-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__backup)
+            opts="-h --database-url-file --data-dir --root --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 --database-url-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -552,6 +616,36 @@ _pipeops() {
                     ;;
                 -o)
                     COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --data-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__restore)
+            opts="-h --database-url-file --data-dir --root --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --database-url-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --data-dir)

@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::settings::Options;
+use crate::settings::plane::PlaneOptions;
 
 /// Turns bare VMs into managed k3s clusters.
 #[derive(Debug, Parser)]
@@ -217,18 +218,11 @@ pub struct ControlPlane {
 /// Without a verb: serve.
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// Address and port of the HTTPS API and the gateway
-    #[arg(long, value_name = "ADDRESS", default_value = "[::]:8443")]
-    pub listen: std::net::SocketAddr,
-    /// Address and port of the tunnel (FRP) server
-    #[arg(long, value_name = "ADDRESS", default_value = "[::]:7000")]
-    pub tunnel_listen: std::net::SocketAddr,
-    /// Name or address under which agents and Runners reach this machine; the first is handed out. Default: the address of its route
-    #[arg(long = "public-name", value_name = "NAME")]
-    pub public_names: Vec<String>,
-    /// File with the URL of a PostgreSQL database (postgres://…); default is a SQLite file in the data directory
+    #[command(flatten)]
+    pub options: PlaneOptions,
+    /// Read this config file instead of /etc/pipeops/control-plane.toml
     #[arg(long, value_name = "FILE")]
-    pub database_url_file: Option<String>,
+    pub config: Option<String>,
     #[command(flatten)]
     pub place: Place,
 }
@@ -266,6 +260,29 @@ pub enum PlaneCommand {
     /// Owners of tokens, clusters and Runners
     #[command(subcommand)]
     Project(ProjectCommand),
+    /// Write all that it knows and its keys into a file; it may go on running
+    Backup {
+        /// A new file
+        file: String,
+        #[command(flatten)]
+        stored: Stored,
+    },
+    /// Make what a backup holds of an empty data directory and database
+    Restore {
+        file: String,
+        #[command(flatten)]
+        stored: Stored,
+    },
+}
+
+/// Where a control plane keeps what it knows.
+#[derive(Debug, Args)]
+pub struct Stored {
+    /// File with the URL of its PostgreSQL database, where it has one
+    #[arg(long, value_name = "FILE")]
+    pub database_url_file: Option<String>,
+    #[command(flatten)]
+    pub place: Place,
 }
 
 #[derive(Debug, Subcommand)]

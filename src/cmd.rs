@@ -25,6 +25,9 @@ pub struct Context {
     pub k3s_token: Option<Secret>,
     /// Enrolment token from the environment.
     pub agent_token: Option<Secret>,
+    /// URLs of a control plane's database and message broker, from the command line or the environment.
+    pub database_url: Option<Secret>,
+    pub amqp_url: Option<Secret>,
     /// Cancelled by the first SIGINT or SIGTERM.
     pub stop: CancellationToken,
 }

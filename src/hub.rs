@@ -1,23 +1,24 @@
 //! The self-hosted control plane: registry, tunnel server and gateway in one process, from nothing but a data directory.
 
 pub mod api;
+pub mod backup;
 pub mod client;
 mod gateway;
 pub mod keys;
+mod listen;
 pub mod model;
+pub mod outbox;
 pub mod registry;
 pub mod store;
 
 use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use sha2::{Digest as _, Sha256};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -30,9 +31,11 @@ use crate::secret::{Secret, same};
 use crate::tunnel::server::{Admit, Server, ServerConfig};
 use crate::tunnel::wire::{Login, NewProxy};
 use crate::tunnel::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
-use api::{Origin, ROUTES};
+use api::ROUTES;
 use gateway::{Gateway, proxy_name};
-use keys::{Certificate, Keys};
+use keys::{Certificate, CertificateFiles, Keys};
+use listen::{bind, local_socket};
+use outbox::Way;
 use registry::{Refused, Registry, refused};
 use store::Store;
 
@@ -44,9 +47,11 @@ const FIRST_TOKEN: &str = "admin-token";
 pub const SOCKET: &str = "admin.sock";
 /// What an agent's proof at the tunnel server is derived for.
 const TUNNEL: &str = "tunnel";
-/// Heartbeats are written this often.
+/// Tells this control plane from another one on the same database.
+const INSTANCE: &str = "instance";
+/// Heartbeats are written this often, and who has come or gone is looked for this often.
 const FLUSH: Duration = Duration::from_secs(5);
-const HANDSHAKE: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_secs(1);
 /// Wrong tokens from one address within a minute, after which unknown ones are not looked at for the rest of it.
 const FAILURES: u32 = 30;
 /// Addresses and tokens remembered for that, at most.
@@ -61,6 +66,10 @@ pub struct HubConfig {
     /// Names and addresses under which agents and Runners reach it; the first stands in what is handed out.
     pub names: Vec<String>,
     pub database: Option<Secret>,
+    /// URL of the message broker that Runners hear of agents from.
+    pub broker: Option<Secret>,
+    /// Certificate of the HTTPS API, where it is not to be self-made.
+    pub certificate: Option<CertificateFiles>,
     pub data_dir: String,
     /// Shows the first administrator's token here instead of leaving it in a file.
     pub show: Option<fn(&str)>,
@@ -75,12 +84,17 @@ pub struct Hub {
 struct Inner {
     registry: Arc<Registry>,
     keys: Arc<Keys>,
+    store: Store,
     gateway: Gateway,
     frps: Server,
     state: StateDir,
     names: Vec<String>,
     port: u16,
     tunnel_port: u16,
+    /// The way to the message broker, where there is one.
+    way: Option<Arc<Way>>,
+    /// The HTTPS API's certificate is not ours: what stands here is its CA, as far as clients must be told of it.
+    foreign: Option<Option<String>>,
     failures: Mutex<Failures>,
     first_token: std::sync::atomic::AtomicBool,
     requests: std::sync::atomic::AtomicU64,
@@ -119,17 +133,37 @@ impl Admit for Gate {
     }
 }
 
+fn url(name: &str, port: u16) -> String {
+    if name.parse::<Ipv6Addr>().is_ok() { format!("https://[{name}]:{port}") } else { format!("https://{name}:{port}") }
+}
+
 fn now() -> i64 {
     jiff::Timestamp::now().as_second()
 }
 
-async fn bind(address: SocketAddr, what: &str, flag: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|e| {
-        Failure::new(Exit::Preflight, "PORT_TAKEN", format!("{what} cannot listen on {address}"))
-            .why(e.to_string())
-            .hint(format!("stop what uses it (ss -ltnp), or choose another with {flag}"))
-            .into()
-    })
+/// The database of a data directory, or the one at `url`.
+async fn database(host: &Host, data_dir: &str, state: &StateDir, url: Option<Secret>) -> anyhow::Result<Store> {
+    let url = match url {
+        Some(url) => url,
+        None => {
+            // SQLite gives its other files the mode of this one
+            state.touch("pipeops.db").map_err(|e| {
+                Failure::new(Exit::Preflight, "DATABASE_UNUSABLE", "the database cannot be written")
+                    .why(format!("{e:#}"))
+                    .hint("check that the data directory can be written and its disk has room")
+            })?;
+            Secret::new(format!("sqlite:{}?mode=rw", host.at(data_dir).join("pipeops.db").display()))
+        }
+    };
+    let instance = match state.read(INSTANCE)? {
+        Some(instance) => instance,
+        None => {
+            let made = keys::fresh()?;
+            state.write(INSTANCE, &made)?;
+            made
+        }
+    };
+    Store::open(&url, &instance).await
 }
 
 /// Runs a control plane until `stop`. `ready` hears the two addresses once it serves.
@@ -141,23 +175,17 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     // a second one on the same data would undo what the first one writes
     let _only = state.lock()?;
     let keys = Arc::new(Keys::load(&state, now())?);
-    let url = match config.database {
-        Some(url) => url,
-        None => {
-            // SQLite gives its other files the mode of this one
-            state.touch("pipeops.db")?;
-            Secret::new(format!("sqlite:{}?mode=rw", host.at(&config.data_dir).join("pipeops.db").display()))
-        }
-    };
-    let store = Store::open(&url).await?;
-    let registry = Arc::new(Registry::load(store.clone(), now()).await?);
+    if let Some(url) = &config.broker {
+        outbox::check(url)?;
+    }
     let (listener, tunnel) =
         (bind(config.listen, "the control plane", "--listen").await?, bind(config.tunnel_listen, "the tunnel server", "--tunnel-listen").await?);
     let (address, tunnel_address) = (listener.local_addr()?, tunnel.local_addr()?);
+    let base = url(&config.names[0], address.port());
+    let store = database(host, &config.data_dir, &state, config.database).await?;
+    let registry = Arc::new(Registry::load(store.clone(), config.broker.as_ref().map(|_| base.clone()), now()).await?);
     let socket = local_socket(host, &config.data_dir)?;
-    let mut certificate = Certificate::new(&keys, config.names.clone(), now()).map_err(|e| {
-        Failure::usage("NAME_WRONG", "a public name cannot be used").why(format!("{e:#}")).hint("--public-name takes DNS names and IP addresses")
-    })?;
+    let mut certificate = Certificate::new(&keys, config.names.clone(), config.certificate, host, now())?;
     let frps = Server::new(ServerConfig {
         token: keys.tunnel_token.clone(),
         tls: Some(certificate.tunnel.clone()),
@@ -171,11 +199,14 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
             gateway: Gateway::new(frps.clone(), registry.clone()),
             registry: registry.clone(),
             keys,
+            store: store.clone(),
             frps: frps.clone(),
             state,
             names: config.names,
             port: address.port(),
             tunnel_port: tunnel_address.port(),
+            way: config.broker.as_ref().map(|_| Arc::default()),
+            foreign: certificate.foreign(),
             failures: Mutex::default(),
             first_token: false.into(),
             requests: 0.into(),
@@ -183,8 +214,16 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
         }),
     };
     hub.first_steps(config.show).await?;
+    // whoever listens now is told of everybody who is there
+    let told = if config.broker.is_some() { "yes" } else { "no" };
+    if store.note("tells", told).await?.as_deref() != Some(told) && config.broker.is_some() {
+        registry.tell_all(now()).await?;
+    }
     let mut tasks = JoinSet::new();
     let halt = CancellationToken::new();
+    if let (Some(url), Some(way)) = (config.broker, &hub.inner.way) {
+        tasks.spawn(outbox::run(store.clone(), url, way.clone(), halt.clone()));
+    }
     {
         let (frps, halt) = (frps.clone(), halt.clone());
         tasks.spawn(async move { frps.serve(tunnel, halt).await });
@@ -194,14 +233,27 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     ready(address, tunnel_address);
     let mut flush = tokio::time::interval(FLUSH);
     flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut lost = false;
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
+            () = store.lost() => {
+                lost = true;
+                stop.cancel();
+                break;
+            }
+            _ = look.tick() => {
+                if let Err(error) = registry.look(now()).await {
+                    tracing::warn!(error = format!("{error:#}"), "who has come and gone is not written");
+                }
+            }
             _ = flush.tick() => {
                 if let Err(error) = registry.flush().await {
                     tracing::warn!(error = format!("{error:#}"), "heartbeats are not written");
                 }
-                if let Err(error) = certificate.renew(&hub.inner.keys, now()) {
+                if let Err(error) = certificate.renew(&hub.inner.keys, host, now()) {
                     tracing::warn!(error = format!("{error:#}"), "the certificate is not renewed");
                 }
             }
@@ -218,17 +270,12 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     let _ = timeout(Duration::from_secs(2), async { while tasks.join_next().await.is_some() {} }).await;
     let last = registry.flush().await;
     store.close().await;
+    if lost {
+        return Err(Failure::new(Exit::Locked, "DATABASE_TAKEN", "another control plane has taken the database over")
+            .hint("run one control plane on a database, or give each its own")
+            .into());
+    }
     last.context("writing the last heartbeats")
-}
-
-#[expect(clippy::disallowed_methods, reason = "the socket is the control plane's own, in its data directory")]
-fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixListener> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let path = host.at(data_dir).join(SOCKET);
-    let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).with_context(|| format!("opening {}", path.display()))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 impl Hub {
@@ -245,7 +292,7 @@ impl Hub {
     }
 
     fn now(&self) -> i64 {
-        self.inner.requests.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.inner.requests.fetch_add(1, Relaxed);
         now()
     }
 
@@ -255,9 +302,7 @@ impl Hub {
     }
 
     fn url(&self) -> String {
-        let name = &self.inner.names[0];
-        let name = if name.parse::<std::net::Ipv6Addr>().is_ok() { format!("[{name}]") } else { name.clone() };
-        format!("https://{name}:{}", self.inner.port)
+        url(&self.inner.names[0], self.inner.port)
     }
 
     fn tunnel_address(&self) -> (String, u16) {
@@ -275,7 +320,7 @@ impl Hub {
 
     /// Connections that are open.
     fn busy(&self) -> usize {
-        self.inner.busy.load(std::sync::atomic::Ordering::Relaxed)
+        self.inner.busy.load(Relaxed)
     }
 
     /// A project to begin with, and the first administrator.
@@ -285,7 +330,7 @@ impl Hub {
             self.registry().add_project("default", now()).await.map_err(failed)?;
         }
         let waiting = self.inner.state.read(FIRST_TOKEN)?.is_some();
-        self.inner.first_token.store(waiting, std::sync::atomic::Ordering::Relaxed);
+        self.inner.first_token.store(waiting, Relaxed);
         if self.registry().admins() > 0 {
             return Ok(());
         }
@@ -294,7 +339,7 @@ impl Hub {
             Some(show) => show(token.expose()),
             None => {
                 self.inner.state.write(FIRST_TOKEN, token.expose())?;
-                self.inner.first_token.store(true, std::sync::atomic::Ordering::Relaxed);
+                self.inner.first_token.store(true, Relaxed);
             }
         }
         Ok(())
@@ -302,7 +347,7 @@ impl Hub {
 
     /// An administrator is there: the file with the first token has done its work.
     fn admin_seen(&self) {
-        if self.inner.first_token.swap(false, std::sync::atomic::Ordering::Relaxed) {
+        if self.inner.first_token.swap(false, Relaxed) {
             self.inner.state.remove(FIRST_TOKEN);
         }
     }
@@ -371,13 +416,21 @@ impl Hub {
 
     /// The line to paste on a VM.
     fn install_line(&self, token: &Secret) -> String {
+        let pin = match &self.inner.foreign {
+            None => Some(self.keys().ca_pin.clone()),
+            Some(ca) => ca.as_deref().and_then(keys::pin_of).map(|pin| pin.to_string()),
+        };
+        let pin = pin.map(|pin| format!(" --control-plane-pin {pin}")).unwrap_or_default();
         // on standard input: what stands on a command line is everybody's to read
-        format!(
-            "echo {} | sudo pipeops install-server --yes --agent-token-file - --control-plane-url {} --control-plane-pin {}",
-            token.expose(),
-            self.url(),
-            self.keys().ca_pin
-        )
+        format!("echo {} | sudo pipeops install-server --yes --agent-token-file - --control-plane-url {}{pin}", token.expose(), self.url())
+    }
+
+    /// The CA that clients of the HTTPS API must be told of, PEM.
+    fn shown_ca(&self) -> Option<&str> {
+        match &self.inner.foreign {
+            None => Some(&self.keys().ca_certificate),
+            Some(ca) => ca.as_deref(),
+        }
     }
 
     /// Prometheus text.
@@ -387,91 +440,24 @@ impl Hub {
         for (state, count) in self.registry().census(now) {
             let _ = writeln!(text, "pipeops_agents{{state=\"{state}\"}} {count}");
         }
-        let requests = self.inner.requests.load(std::sync::atomic::Ordering::Relaxed);
+        let requests = self.inner.requests.load(Relaxed);
         let _ = writeln!(text, "# TYPE pipeops_tunnels gauge\npipeops_tunnels {}", self.inner.frps.proxies().len());
         let _ = writeln!(text, "# TYPE pipeops_requests_total counter\npipeops_requests_total {requests}");
+        if let Some(way) = &self.inner.way {
+            let _ = writeln!(text, "# TYPE pipeops_broker_up gauge\npipeops_broker_up {}", u8::from(way.down().is_none()));
+            for (name, kind, value) in [
+                ("pipeops_events_waiting", "gauge", way.waiting.load(Relaxed)),
+                ("pipeops_events_sent_total", "counter", way.sent.load(Relaxed).cast_signed()),
+                ("pipeops_events_dropped_total", "counter", way.dropped.load(Relaxed).cast_signed()),
+            ] {
+                let _ = writeln!(text, "# TYPE {name} {kind}\n{name} {value}");
+            }
+        }
         text
-    }
-
-    async fn https(self, listener: TcpListener, tls: Arc<rustls::ServerConfig>, stop: CancellationToken, halt: CancellationToken) {
-        let acceptor = tokio_rustls::TlsAcceptor::from(tls);
-        let mut open = JoinSet::new();
-        loop {
-            tokio::select! {
-                () = halt.cancelled() => return,
-                Some(_) = open.join_next() => {}
-                accepted = listener.accept(), if !stop.is_cancelled() => match accepted {
-                    Ok((stream, peer)) => {
-                        let (hub, acceptor, stop) = (self.clone(), acceptor.clone(), stop.clone());
-                        open.spawn(async move {
-                            if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(tuned(stream))).await {
-                                hub.serve(stream, Origin::Network(peer.ip().to_canonical()), stop).await;
-                            }
-                        });
-                    }
-                    // out of descriptors: a moment later some are back
-                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-                },
-            }
-        }
-    }
-
-    async fn local(self, listener: UnixListener, halt: CancellationToken) {
-        let mut open = JoinSet::new();
-        loop {
-            tokio::select! {
-                () = halt.cancelled() => return,
-                Some(_) = open.join_next() => {}
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => drop(open.spawn(self.clone().serve(stream, Origin::Local, halt.clone()))),
-                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-                },
-            }
-        }
-    }
-
-    /// One connection to its end; after `stop` it takes nothing new.
-    async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(self, io: S, origin: Origin, stop: CancellationToken) {
-        let _open = Connected::new(&self.inner);
-        let service = hyper::service::service_fn(move |request| {
-            let hub = self.clone();
-            async move { Ok::<_, std::convert::Infallible>(hub.respond(origin, request).await) }
-        });
-        let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60)).max_buf_size(64 * 1024);
-        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(128).max_header_list_size(32 * 1024);
-        let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
-        let mut connection = std::pin::pin!(connection);
-        tokio::select! {
-            _ = connection.as_mut() => return,
-            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
-        }
-        let _ = connection.await;
     }
 
     /// Routes and what they need, for whoever checks them.
     pub fn routes() -> impl Iterator<Item = (&'static str, &'static str, api::Need)> {
         ROUTES.iter().map(|r| (r.0, r.1, r.2))
     }
-}
-
-/// A connection, counted until it is dropped.
-struct Connected(Arc<Inner>);
-
-impl Connected {
-    fn new(inner: &Arc<Inner>) -> Connected {
-        inner.busy.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        Connected(inner.clone())
-    }
-}
-
-impl Drop for Connected {
-    fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
-    }
-}
-
-fn tuned(stream: TcpStream) -> TcpStream {
-    let _ = stream.set_nodelay(true);
-    stream
 }

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 /// Number of the descriptor that carries secrets over the re-execution.
 const SECRETS_FD: &str = "PIPEOPS_SECRETS_FD";
 /// Variables that hold secrets themselves.
-const SECRET_VARIABLES: [&str; 2] = ["K3S_TOKEN", "AGENT_TOKEN"];
+const SECRET_VARIABLES: [&str; 4] = ["K3S_TOKEN", "AGENT_TOKEN", "PIPEOPS_DATABASE_URL", "PIPEOPS_AMQP_URL"];
 
 fn main() -> ExitCode {
     let args: Vec<String> = cli::by_name(std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect());
@@ -85,7 +85,14 @@ fn watch_signals(stop: CancellationToken, terminated: std::sync::Arc<std::sync::
 async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationToken) -> anyhow::Result<Exit> {
     let token = |name: &str| secrets.get(name).filter(|t| !t.trim().is_empty()).map(|t| Secret::new(t.trim()));
     let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
-    let context = Context { env, k3s_token: token("K3S_TOKEN"), agent_token: token("AGENT_TOKEN"), stop };
+    let context = Context {
+        env,
+        k3s_token: token("K3S_TOKEN"),
+        agent_token: token("AGENT_TOKEN"),
+        database_url: token("PIPEOPS_DATABASE_URL"),
+        amqp_url: token("PIPEOPS_AMQP_URL"),
+        stop,
+    };
     match parsed.command {
         Command::InstallServer(args) => cmd::install::server(&context, args).await,
         Command::JoinWorker(args) => cmd::join::worker(&context, args).await,
@@ -136,12 +143,21 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
     if let Some(name) = shown.first_mut() {
         "pipeops".clone_into(name);
     }
-    if let Command::JoinWorker(join) = &parsed.command
-        && let Some(token) = join.token.as_ref().filter(|t| *t != "-")
-    {
-        secrets.insert("K3S_TOKEN".into(), token.clone());
-        for arg in shown.iter_mut().skip(1).filter(|a| *a == token) {
-            "-".clone_into(arg);
+    let given: Vec<(&str, Option<&String>)> = match &parsed.command {
+        Command::JoinWorker(join) => vec![("K3S_TOKEN", join.token.as_ref().filter(|t| *t != "-"))],
+        Command::ControlPlane(plane) => {
+            vec![("PIPEOPS_DATABASE_URL", plane.serve.options.database_url.as_ref()), ("PIPEOPS_AMQP_URL", plane.serve.options.amqp_url.as_ref())]
+        }
+        _ => Vec::new(),
+    };
+    for (name, secret) in given.into_iter().filter_map(|(name, secret)| Some((name, secret?))) {
+        secrets.insert(name.into(), secret.clone());
+        for arg in shown.iter_mut().skip(1).filter(|a| a.ends_with(secret.as_str())) {
+            // `--flag=SECRET` or the secret alone
+            let flag = arg.len() - secret.len();
+            if flag == 0 || arg[..flag].ends_with('=') {
+                arg.replace_range(flag.., "-");
+            }
         }
     }
     if secrets.is_empty() {

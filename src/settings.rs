@@ -1,5 +1,7 @@
 //! What the user asked for: options from flags, environment and files, merged and validated in one place.
 
+pub mod plane;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -173,24 +175,29 @@ impl Options {
     }
 }
 
-/// Reads one config file. Unknown keys and wrong types are named with the nearest key and the line.
+/// Reads one config file of the installers.
 ///
 /// # Errors
 /// A [`Failure`] with exit 2 that names `origin`.
 pub fn parse_file(text: &str, origin: &str) -> Result<Options, Failure> {
+    checked(text, origin, &keys(), &["k3s"], "pipeops install-server")
+}
+
+/// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown keys and wrong types are named with
+/// the nearest key and the line.
+fn checked<T: serde::de::DeserializeOwned>(text: &str, origin: &str, known: &[String], more: &[&str], command: &str) -> Result<T, Failure> {
     let bad = |what: String| Failure::usage("CONFIG_INVALID", what).hint(format!("correct {origin} and run again"));
     let table: toml::Table = text.parse().map_err(|e: toml::de::Error| bad(format!("{origin} is not valid TOML")).why(e.to_string()))?;
-    let known = keys();
     for key in table.keys() {
-        if known.iter().any(|k| k == key) || key == "k3s" {
+        if known.iter().any(|k| k == key) || more.contains(&key.as_str()) {
             continue;
         }
         let line = text.lines().position(|l| l.trim_start().trim_start_matches('[').starts_with(key.as_str())).map_or(0, |n| n + 1);
         let what = format!("unknown key `{key}` in {origin}, line {line}");
-        let near = nearest(key, known.iter().map(String::as_str).chain(["k3s"]));
+        let near = nearest(key, known.iter().map(String::as_str).chain(more.iter().copied()));
         return Err(Failure::usage("CONFIG_UNKNOWN_KEY", what).hint(match near {
             Some(near) => format!("did you mean `{near}`? correct {origin} and run again"),
-            None => format!("the keys are those of `pipeops install-server --help`; correct {origin} and run again"),
+            None => format!("the keys are those of `{command} --help`; correct {origin} and run again"),
         }));
     }
     toml::from_str(text).map_err(|e| bad(format!("a value in {origin} has the wrong type")).why(e.to_string()))
@@ -198,7 +205,11 @@ pub fn parse_file(text: &str, origin: &str) -> Result<Options, Failure> {
 
 /// The names of all config keys: the long flags of [`Options`].
 pub fn keys() -> Vec<String> {
-    let command = <Options as clap::Args>::augment_args(clap::Command::new("keys"));
+    longs::<Options>()
+}
+
+fn longs<T: clap::Args>() -> Vec<String> {
+    let command = T::augment_args(clap::Command::new("keys"));
     command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect()
 }
 

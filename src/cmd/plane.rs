@@ -1,16 +1,20 @@
 //! `control-plane`: serves, or asks the one that serves on this machine.
 
 use std::io::IsTerminal as _;
+use std::net::Ipv6Addr;
 
 use http::Method;
 use serde_json::{Value, json};
 
-use crate::cli::{ClusterCommand, ControlPlane, Format, PlaneCommand, ProjectCommand, RunnerCommand, Serve, TokenCommand, Verb};
-use crate::cmd::Context;
+use crate::cli::{ClusterCommand, ControlPlane, Format, PlaneCommand, ProjectCommand, RunnerCommand, Serve, Stored, TokenCommand, Verb};
+use crate::cmd::{Context, unreadable};
 use crate::error::{Exit, Failure};
 use crate::host::Host;
+use crate::hub::keys::CertificateFiles;
 use crate::hub::{self, HubConfig, client};
 use crate::output::{Printer, table};
+use crate::secret::Secret;
+use crate::settings::plane::{CONFIG, PlaneOptions, parse_file};
 
 /// # Errors
 /// What the served control plane or the called one says.
@@ -21,13 +25,35 @@ pub async fn plane(context: &Context, args: ControlPlane) -> anyhow::Result<Exit
     }
 }
 
+/// Options of the config file under those of the command line.
+fn layered(host: &Host, flags: PlaneOptions, config: Option<&str>) -> anyhow::Result<PlaneOptions> {
+    let text = match config {
+        Some(path) => Some(host.users_file(path).map_err(|e| unreadable(path, &e))?),
+        None => host.read(CONFIG)?,
+    };
+    Ok(match text {
+        Some(text) => flags.over(parse_file(&text, config.unwrap_or(CONFIG))?),
+        None => flags,
+    })
+}
+
+/// A URL with a password in it: from the file that a flag names, the command line or the environment, the file that the config names.
+fn url(context: &Context, host: &Host, flag: Option<&str>, given: Option<&Secret>, config: Option<&str>) -> anyhow::Result<Option<Secret>> {
+    match (flag, given, config) {
+        (None, Some(given), _) => Ok(Some(given.clone())),
+        (Some(path), ..) | (None, None, Some(path)) => context.token_file(host, path).map(Some),
+        (None, None, None) => Ok(None),
+    }
+}
+
 async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     let host = context.host(&args.place.rooted.root);
-    let database = match &args.database_url_file {
-        Some(path) => Some(context.token_file(&host, path)?),
-        None => None,
-    };
-    let mut names = args.public_names;
+    let flags = args.options;
+    let (database, amqp) = (flags.database_url_file.clone(), flags.amqp_url_file.clone());
+    let options = layered(&host, flags, args.config.as_deref())?;
+    let database = url(context, &host, database.as_deref(), context.database_url.as_ref(), options.database_url_file.as_deref())?;
+    let broker = url(context, &host, amqp.as_deref(), context.amqp_url.as_ref(), options.amqp_url_file.as_deref())?;
+    let mut names = options.public_name;
     if names.is_empty() {
         names.extend(host.outward_address().map(|a| a.to_string()));
         names.extend(nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()));
@@ -36,10 +62,12 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     let terminal = std::io::stderr().is_terminal();
     let first = names[0].clone();
     let config = HubConfig {
-        listen: args.listen,
-        tunnel_listen: args.tunnel_listen,
+        listen: options.listen.unwrap_or((Ipv6Addr::UNSPECIFIED, 8443).into()),
+        tunnel_listen: options.tunnel_listen.unwrap_or((Ipv6Addr::UNSPECIFIED, 7000).into()),
         names,
         database,
+        broker,
+        certificate: options.tls_cert.zip(options.tls_key).map(|(chain, key)| CertificateFiles { chain, key, ca: options.tls_ca }),
         data_dir: args.place.data_dir.clone(),
         show: if terminal { Some(show) } else { None },
     };
@@ -122,6 +150,12 @@ fn segment(text: &str) -> anyhow::Result<String> {
     Ok(url::form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>().replace('+', "%20"))
 }
 
+fn stored(context: &Context, stored: &Stored) -> anyhow::Result<(Host, Option<Secret>)> {
+    let host = context.host(&stored.place.rooted.root);
+    let database = url(context, &host, stored.database_url_file.as_deref(), context.database_url.as_ref(), None)?;
+    Ok((host, database))
+}
+
 async fn verb(context: &Context, command: PlaneCommand) -> anyhow::Result<Exit> {
     let asked = |verb: Verb| Asked { context, host: context.host(&verb.place.rooted.root), verb };
     match command {
@@ -200,6 +234,18 @@ async fn verb(context: &Context, command: PlaneCommand) -> anyhow::Result<Exit> 
         }
         PlaneCommand::Runner(RunnerCommand::Revoke { id, verb }) => {
             asked(verb).done(Method::DELETE, &format!("/api/v1/runners/{}", segment(&id)?), "revoked; its streams have ended").await
+        }
+        PlaneCommand::Backup { file, stored: place } => {
+            let (host, database) = stored(context, &place)?;
+            let said = hub::backup::write(&host, &place.place.data_dir, database, &file).await?;
+            Printer::new(false, false, context.no_color()).say(&said);
+            Ok(Exit::Done)
+        }
+        PlaneCommand::Restore { file, stored: place } => {
+            let (host, database) = stored(context, &place)?;
+            let said = hub::backup::restore(&host, &place.place.data_dir, database, &file).await?;
+            Printer::new(false, false, context.no_color()).say(&said);
+            Ok(Exit::Done)
         }
         PlaneCommand::Project(ProjectCommand::Create { name, verb }) => {
             let asked = asked(verb);

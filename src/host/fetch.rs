@@ -321,6 +321,23 @@ impl Host {
         String::from_utf8(bytes).ok().with_context(|| format!("{path} is not text"))
     }
 
+    /// Writes a new file of the user's with secrets in it, mode 0600: durable, or not there.
+    ///
+    /// # Errors
+    /// Exit 2 when it exists; else names the file.
+    pub fn users_new_file(&self, path: &str, content: &str) -> anyhow::Result<()> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let opened = fs::OpenOptions::new().create_new(true).write(true).mode(0o600).open(path);
+        let mut file = opened.map_err(|e| match e.kind() {
+            std::io::ErrorKind::AlreadyExists => {
+                anyhow::Error::new(Failure::usage("FILE_EXISTS", format!("{path} exists already")).hint("name a new file"))
+            }
+            _ => anyhow::Error::new(e).context(format!("writing {path}")),
+        })?;
+        let written = file.write_all(content.as_bytes()).and_then(|()| file.sync_all());
+        written.inspect_err(|_| drop(fs::remove_file(path))).with_context(|| format!("writing {path}"))
+    }
+
     /// Names in a directory of the user's.
     ///
     /// # Errors

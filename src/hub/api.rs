@@ -17,7 +17,7 @@ use crate::cluster::upstream::Body;
 use crate::control::types::{Heartbeat, HeartbeatAnswer, OperationResult, Problem, Register, SIGNATURE, StatusReport};
 use crate::hub::Hub;
 use crate::hub::model::{Access, AccessKind};
-use crate::hub::registry::{ClusterView, Refused, Who, refused};
+use crate::hub::registry::{ClusterView, Refused, Who, refused, unwritten};
 
 /// Largest body of a call that is not passed through.
 const BODY: usize = 1 << 20;
@@ -36,6 +36,8 @@ pub enum Need {
     /// The credential of the agent that the path names.
     Agent,
     Admin,
+    /// Whoever can open the socket in the data directory.
+    Local,
     /// An administrator, or a Runner whose reach the cluster of the path is in.
     Runner,
     /// The same, or a kubeconfig.
@@ -47,6 +49,7 @@ pub enum Need {
 pub enum Call {
     Health,
     Metrics,
+    Backup,
     Ca,
     Register,
     Config,
@@ -77,6 +80,7 @@ pub const ROUTES: &[(&str, &str, Need, Call)] = &[
     ("GET", "/api/v1/health", Need::Nobody, Call::Health),
     ("GET", "/api/v1/ca", Need::Nobody, Call::Ca),
     ("GET", "/metrics", Need::Admin, Call::Metrics),
+    ("GET", "/api/v1/backup", Need::Local, Call::Backup),
     ("POST", "/api/v1/agents/register", Need::Enrol, Call::Register),
     ("GET", "/api/v1/agents/{id}/config", Need::Agent, Call::Config),
     ("POST", "/api/v1/agents/{id}/heartbeat", Need::Agent, Call::Heartbeat),
@@ -273,7 +277,7 @@ impl Hub {
         }
         let Origin::Network(address) = origin else {
             return match need {
-                Need::Admin | Need::Runner | Need::Gateway => Ok(Who::Admin("local".into())),
+                Need::Admin | Need::Local | Need::Runner | Need::Gateway => Ok(Who::Admin("local".into())),
                 _ => Err(refused(403, "not_here", "agents come over the network", None)),
             };
         };
@@ -316,7 +320,11 @@ impl Hub {
         let project = who.project();
         match call {
             Call::Health => Ok(answer(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))),
-            Call::Ca => Ok(plain(200, "application/x-pem-file", self.keys().ca_certificate.clone())),
+            Call::Ca => Ok(plain(200, "application/x-pem-file", self.shown_ca().unwrap_or_default().to_owned())),
+            Call::Backup => {
+                let text = super::backup::text(&self.inner.state, &self.inner.store).await.map_err(|e| unwritten(&e))?;
+                Ok(plain(200, "application/json", text.expose().to_owned()))
+            }
             Call::Metrics => Ok(plain(200, "text/plain; version=0.0.4", self.metrics(now))),
             Call::Register => {
                 let asked: Register = parsed(bytes)?;
@@ -349,7 +357,7 @@ impl Hub {
                 Ok(answer(200, &json!({"credential": credential.expose(), "credential_expires_at": stamp(expires_at)})))
             }
             Call::Deregister => {
-                registry.remove_agent(id).await?;
+                registry.remove_agent(id, now).await?;
                 Ok(answer(200, &json!({})))
             }
             Call::Projects => Ok(answer(200, &json!({"items": registry.projects()}))),
@@ -420,7 +428,7 @@ impl Hub {
             }
             Call::RemoveCluster => {
                 let agent = registry.cluster(id, None, now)?.agent_id;
-                registry.remove_agent(&agent).await?;
+                registry.remove_agent(&agent, now).await?;
                 Ok(answer(200, &json!({})))
             }
             Call::ClusterToken => {

@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::control::types::{Jwk, Jwks};
-use crate::error::Failure;
+use crate::error::{Exit, Failure};
+use crate::host::Host;
 use crate::host::state::StateDir;
 use crate::secret::Secret;
 use crate::trust::Pin;
@@ -88,8 +89,7 @@ impl Keys {
                 made
             }
         };
-        let der = CertificateDer::from_pem_slice(stored.ca_certificate.as_bytes()).context("the CA's certificate")?;
-        let pin = Pin::of(&der).context("the CA's certificate")?.to_string();
+        let pin = pin_of(&stored.ca_certificate).context("the CA's certificate")?.to_string();
         let key = KeyPair::from_pem(stored.ca_key.expose()).context("the CA's key")?;
         let signing = stored.signing.iter().map(|secret| {
             let pkcs8 = URL_SAFE_NO_PAD.decode(secret.expose()).context("a signing key")?;
@@ -105,6 +105,24 @@ impl Keys {
             signing: signing.collect::<anyhow::Result<_>>()?,
             hash: hmac::Key::new(hmac::HMAC_SHA256, stored.hash.expose().as_bytes()),
         })
+    }
+
+    /// Text that a data directory's keys may be made of again, checked.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn restore(state: &StateDir, text: &Secret, now: i64) -> anyhow::Result<()> {
+        let _: Stored = serde_json::from_str(text.expose()).context("the keys in the backup")?;
+        state.write(FILE, text.expose())?;
+        Keys::load(state, now).map(drop)
+    }
+
+    /// The keys as they stand in a data directory.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn stored(state: &StateDir) -> anyhow::Result<Option<Secret>> {
+        Ok(state.read(FILE)?.map(Secret::new))
     }
 
     /// What stands in the database for a token: useless without the key, which does not stand there.
@@ -204,40 +222,135 @@ impl ResolvesServerCert for Shown {
     }
 }
 
-/// The certificate that a control plane shows, and what keeps it fresh.
+/// The pin of the first certificate in a PEM text.
+pub(super) fn pin_of(pem: &str) -> Option<Pin> {
+    Pin::of(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)
+}
+
+/// Files with a certificate of somebody else's making, PEM.
+#[derive(Clone, Debug)]
+pub struct CertificateFiles {
+    pub chain: String,
+    pub key: String,
+    /// Its CA, where clients do not know it already.
+    pub ca: Option<String>,
+}
+
+impl CertificateFiles {
+    fn read(&self, host: &Host) -> anyhow::Result<[String; 3]> {
+        let read = |path: &str| {
+            host.users_file(path).map_err(|e| {
+                Failure::new(Exit::Preflight, "CERTIFICATE_UNREADABLE", format!("cannot read {path}"))
+                    .why(format!("{:#}", e.root_cause()))
+                    .hint("check the path and who may read it; the unit's user is not root")
+            })
+        };
+        Ok([read(&self.chain)?, read(&self.key)?, self.ca.as_deref().map(read).transpose()?.unwrap_or_default()])
+    }
+}
+
+/// What files hold, checked: a certificate whose time is now and whose key fits.
+fn parse(texts: &[String; 3], files: &CertificateFiles, now: i64) -> anyhow::Result<CertifiedKey> {
+    let wrong = |what: String, why: String| {
+        Failure::new(Exit::Preflight, "CERTIFICATE_WRONG", what)
+            .why(why)
+            .hint("--tls-cert takes the chain in PEM, its own certificate first; --tls-key its key")
+    };
+    let certificates = |text: &str, path: &str| -> anyhow::Result<Vec<CertificateDer<'static>>> {
+        let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
+        Ok(all.map_err(|e| wrong(format!("{path} is no PEM file"), e.to_string()))?)
+    };
+    let mut chain = certificates(&texts[0], &files.chain)?;
+    let Some(first) = chain.first() else {
+        return Err(wrong(format!("{} holds no certificate", files.chain), "there is no BEGIN CERTIFICATE in it".into()).into());
+    };
+    let (_, leaf) = x509_parser::parse_x509_certificate(first)
+        .map_err(|e| wrong(format!("{} holds no certificate that can be read", files.chain), e.to_string()))?;
+    let valid = leaf.validity();
+    if valid.not_after.timestamp() <= now || valid.not_before.timestamp() > now {
+        let day = |at: i64| jiff::Timestamp::from_second(at).unwrap_or_default();
+        return Err(Failure::new(Exit::Preflight, "CERTIFICATE_EXPIRED", format!("the certificate in {} is not valid now", files.chain))
+            .why(format!("it is valid from {} to {}", day(valid.not_before.timestamp()), day(valid.not_after.timestamp())))
+            .hint("renew it; or leave --tls-cert out: the self-made one renews itself")
+            .into());
+    }
+    for ca in certificates(&texts[2], files.ca.as_deref().unwrap_or_default())? {
+        if !chain.contains(&ca) {
+            chain.push(ca);
+        }
+    }
+    let key = PrivateKeyDer::from_pem_slice(texts[1].as_bytes()).map_err(|e| wrong(format!("{} holds no key", files.key), e.to_string()))?;
+    let signer =
+        rustls::crypto::ring::sign::any_supported_type(&key).map_err(|e| wrong(format!("the key in {} cannot be used", files.key), e.to_string()))?;
+    let certified = CertifiedKey::new(chain, signer);
+    certified.keys_match().map_err(|e| wrong(format!("{} is not the key of {}", files.key, files.chain), e.to_string()))?;
+    Ok(certified)
+}
+
+/// The certificates that a control plane shows, and what keeps them fresh. Its tunnel server always shows one of its own CA, which
+/// agents pin; the HTTPS API shows that too, or somebody else's.
 pub struct Certificate {
     pub config: Arc<rustls::ServerConfig>,
-    /// The same without ALPN: FRP clients name none.
+    /// Without ALPN: FRP clients name none.
     pub tunnel: Arc<rustls::ServerConfig>,
-    shown: watch::Sender<Arc<CertifiedKey>>,
+    own: watch::Sender<Arc<CertifiedKey>>,
     names: Vec<String>,
     made: i64,
+    files: Option<(CertificateFiles, [String; 3], watch::Sender<Arc<CertifiedKey>>)>,
+}
+
+fn showing(certificate: watch::Receiver<Arc<CertifiedKey>>) -> anyhow::Result<rustls::ServerConfig> {
+    Ok(rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(Shown(certificate))))
 }
 
 impl Certificate {
-    /// One of our own CA for `names`.
+    /// One of our own CA for `names`, and the one of `files`.
     ///
     /// # Errors
-    /// When a name cannot stand in a certificate.
-    pub fn new(keys: &Keys, names: Vec<String>, now: i64) -> anyhow::Result<Certificate> {
-        let (shown, receiver) = watch::channel(Arc::new(keys.leaf(&names, now)?));
-        let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::new(Shown(receiver)));
-        let tunnel = Arc::new(config.clone());
+    /// When a name cannot stand in a certificate, or the files hold no certificate that is valid now.
+    pub fn new(keys: &Keys, names: Vec<String>, files: Option<CertificateFiles>, host: &Host, now: i64) -> anyhow::Result<Certificate> {
+        let leaf = keys.leaf(&names, now).map_err(|e| {
+            Failure::usage("NAME_WRONG", "a public name cannot be used").why(format!("{e:#}")).hint("--public-name takes DNS names and IP addresses")
+        })?;
+        let (own, receiver) = watch::channel(Arc::new(leaf));
+        let tunnel = showing(receiver.clone())?;
+        let (files, shown) = match files {
+            None => (None, receiver),
+            Some(files) => {
+                let texts = files.read(host)?;
+                let (sender, receiver) = watch::channel(Arc::new(parse(&texts, &files, now)?));
+                (Some((files, texts, sender)), receiver)
+            }
+        };
+        let mut config = showing(shown)?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(Certificate { tunnel, config: Arc::new(config), shown, names, made: now })
+        Ok(Certificate { tunnel: Arc::new(tunnel), config: Arc::new(config), own, names, made: now, files })
     }
 
-    /// Makes another one when two thirds of its life are over.
+    /// Where the HTTPS API's certificate is not ours: its CA in PEM, if that was given.
+    pub fn foreign(&self) -> Option<Option<String>> {
+        self.files.as_ref().map(|(_, texts, _)| Some(texts[2].clone()).filter(|ca| !ca.is_empty()))
+    }
+
+    /// Makes another one when two thirds of its life are over; takes the files' when they have changed.
     ///
     /// # Errors
-    /// When none can be made; the former one stays.
-    pub fn renew(&mut self, keys: &Keys, now: i64) -> anyhow::Result<()> {
+    /// When there is none; the former one stays.
+    pub fn renew(&mut self, keys: &Keys, host: &Host, now: i64) -> anyhow::Result<()> {
         if now - self.made >= LEAF_DAYS * DAY * 2 / 3 || now < self.made - DAY {
-            self.shown.send_replace(Arc::new(keys.leaf(&self.names, now)?));
+            self.own.send_replace(Arc::new(keys.leaf(&self.names, now)?));
             self.made = now;
+        }
+        if let Some((files, texts, shown)) = &mut self.files {
+            let fresh = files.read(host)?;
+            if fresh != *texts {
+                shown.send_replace(Arc::new(parse(&fresh, files, now)?));
+                *texts = fresh;
+                tracing::info!(file = files.chain, "the certificate was read anew");
+            }
         }
         Ok(())
     }

@@ -53,6 +53,9 @@ pub struct Agent {
     /// When it was last heard, as of the last flush.
     pub seen_at: i64,
     pub revoked: bool,
+    /// What Runners were told last: whether it is there.
+    #[serde(default)]
+    pub online: bool,
 }
 
 /// What a bearer of the Runner side may reach.

@@ -2,6 +2,7 @@
 
 mod admin;
 pub mod enrol;
+mod events;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,6 +16,7 @@ use crate::hub::keys::{Keys, fresh};
 use crate::hub::model::{Access, Admin, Agent, Enrolment, Liveness, Project};
 use crate::hub::store::{Change, Kind, Store};
 use crate::secret::{Secret, same};
+use events::Topic;
 
 /// How often agents speak, seconds.
 pub const HEARTBEAT: u64 = 10;
@@ -68,6 +70,8 @@ struct Entry {
     tunnel: String,
     uptime_s: u64,
     report: Option<StatusReport>,
+    /// The report came after the last one that Runners were told.
+    untold: bool,
     /// Cancelled when it is revoked or removed: its open streams end.
     over: CancellationToken,
 }
@@ -87,6 +91,8 @@ struct Inner {
 pub struct Registry {
     inner: Mutex<Inner>,
     store: Store,
+    /// Base of the gateway's URLs, where Runners are told of agents.
+    tells: Option<String>,
     /// Agents are not called offline for the time in which nobody listened.
     started: i64,
 }
@@ -134,7 +140,7 @@ fn check_name(name: &str) -> Result<(), Refused> {
     Ok(())
 }
 
-fn unwritten(error: &anyhow::Error) -> Refused {
+pub(super) fn unwritten(error: &anyhow::Error) -> Refused {
     tracing::error!(error = format!("{error:#}"), "the database does not take a change");
     refused(503, "database_unavailable", "the control plane cannot write its database", Some("try again soon; its log says more"))
 }
@@ -158,6 +164,7 @@ impl Entry {
             tunnel: String::new(),
             uptime_s: 0,
             report: None,
+            untold: false,
             over: CancellationToken::new(),
         }
     }
@@ -175,7 +182,8 @@ impl Entry {
             return (Liveness::Expired, format!("silent for {silent} s, and its credential's time is over: enrol it again with a token"));
         }
         if self.draining {
-            return (Liveness::Draining, "it said that it stops".into());
+            let state = if judged <= OFFLINE { Liveness::Draining } else { Liveness::Offline };
+            return (state, "it said that it stops".into());
         }
         let overdue = format!("no heartbeat for {silent} s");
         if judged <= LATE {
@@ -219,7 +227,7 @@ impl Registry {
     ///
     /// # Errors
     /// When it does not answer or holds what cannot be read.
-    pub async fn load(store: Store, now: i64) -> anyhow::Result<Registry> {
+    pub async fn load(store: Store, tells: Option<String>, now: i64) -> anyhow::Result<Registry> {
         let mut inner = Inner::default();
         for project in store.all::<Project>(Kind::Project).await? {
             inner.projects.insert(project.id.clone(), project);
@@ -236,7 +244,7 @@ impl Registry {
         for row in store.all(Kind::Admin).await? {
             inner.know_admin(row);
         }
-        Ok(Registry { inner: Mutex::new(inner), store, started: now })
+        Ok(Registry { inner: Mutex::new(inner), store, tells, started: now })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -302,6 +310,7 @@ impl Registry {
         let mut inner = self.inner();
         let entry = inner.agents.get_mut(id).ok_or_else(|| no_such("agent", id))?;
         entry.report = Some(report);
+        entry.untold = self.tells.is_some();
         Ok(())
     }
 
@@ -310,24 +319,27 @@ impl Registry {
     /// # Errors
     /// When the database takes nothing; it is tried again at the next flush.
     pub async fn flush(&self) -> anyhow::Result<()> {
-        let (changes, ids) = {
+        let mut ids = Vec::new();
+        let order = {
             let mut inner = self.inner();
             let mut changes = Vec::new();
-            let mut ids = Vec::new();
-            for entry in inner.agents.values_mut().filter(|e| e.dirty) {
+            for entry in inner.agents.values_mut().filter(|e| e.dirty || e.untold) {
                 entry.row.seen_at = entry.seen_at;
                 changes.push(Change::put(Kind::Agent, &entry.row.id, &entry.row)?);
+                if entry.untold {
+                    changes.extend(self.told(&entry.row, Topic::Status(entry.report.as_ref()), entry.seen_at));
+                }
+                (entry.dirty, entry.untold) = (false, false);
                 ids.push(entry.row.id.clone());
-                entry.dirty = false;
             }
-            (changes, ids)
+            self.store.order(changes)
         };
-        let result = self.store.write(changes).await;
+        let result = order.durable().await;
         if result.is_err() {
             let mut inner = self.inner();
             for id in ids {
                 if let Some(entry) = inner.agents.get_mut(&id) {
-                    entry.dirty = true;
+                    (entry.dirty, entry.untold) = (true, entry.untold || entry.report.is_some() && self.tells.is_some());
                 }
             }
         }
@@ -401,33 +413,47 @@ impl Registry {
     /// # Errors
     /// 404, or no database.
     pub async fn revoke_agent(&self, cluster: &str) -> Result<(), Refused> {
-        let mut row = self.inner().find(cluster, None)?.row.clone();
-        row.revoked = true;
-        self.put(Kind::Agent, &row.id, &row).await?;
-        if let Some(entry) = self.inner().agents.get_mut(&row.id) {
+        let (id, order) = {
+            let mut inner = self.inner();
+            let id = inner.find(cluster, None)?.row.id.clone();
+            let entry = inner.agents.get_mut(&id).ok_or_else(|| no_such("cluster", cluster))?;
             entry.row.revoked = true;
-            entry.over.cancel();
+            let change = Change::put(Kind::Agent, &id, &entry.row).map_err(|e| unwritten(&e))?;
+            (id, self.store.order(vec![change]))
+        };
+        let written = order.durable().await;
+        if let Some(entry) = self.inner().agents.get_mut(&id) {
+            entry.row.revoked = written.is_ok();
+            if written.is_ok() {
+                entry.over.cancel();
+            }
         }
-        Ok(())
+        written.map_err(|e| unwritten(&e))
     }
 
     /// Forgets an agent and its cluster.
     ///
     /// # Errors
     /// 404, or no database.
-    pub async fn remove_agent(&self, id: &str) -> Result<(), Refused> {
-        if !self.inner().agents.contains_key(id) {
-            return Err(no_such("agent", id));
-        }
-        self.store.write(vec![Change::remove(Kind::Agent, id)]).await.map_err(|e| unwritten(&e))?;
+    pub async fn remove_agent(&self, id: &str, now: i64) -> Result<(), Refused> {
+        let (entry, order) = {
+            let mut inner = self.inner();
+            let entry = inner.agents.remove(id).ok_or_else(|| no_such("agent", id))?;
+            let mut changes = vec![Change::remove(Kind::Agent, id)];
+            changes.extend(self.told(&entry.row, Topic::Deregistered, now));
+            (entry, self.store.order(changes))
+        };
+        let written = order.durable().await;
         let mut inner = self.inner();
-        if let Some(entry) = inner.agents.remove(id) {
+        if written.is_ok() {
             entry.over.cancel();
-            for held in entry.row.credentials {
+            for held in &entry.row.credentials {
                 inner.tokens.remove(&held.hash);
             }
+        } else {
+            inner.agents.entry(id.to_owned()).or_insert(entry);
         }
-        Ok(())
+        written.map_err(|e| unwritten(&e))
     }
 
     /// How many agents are in each state, for metrics.

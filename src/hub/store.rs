@@ -3,20 +3,28 @@
 //! Memory answers all questions; the database is what outlives the process. One task writes, and puts whatever waits into one
 //! transaction, so that a durable commit is paid for by many: an answer goes out only after its commit.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use anyhow::Context as _;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{AnyPool, Row as _};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::error::{Exit, Failure};
+use crate::hub::backup::Row;
 use crate::secret::Secret;
 
 /// Layout of the tables. A database of a later one is refused: its rows may mean more than this version knows.
 const SCHEMA: i64 = 1;
-/// Changes that share a commit at most.
+/// Orders that share a commit at most.
 const BATCH: usize = 512;
+/// How often the holder of a shared database shows that it lives, and how long another one watches before it takes over.
+pub const BEAT: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(16);
 
 /// What a row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,24 +48,56 @@ impl Kind {
     }
 }
 
-/// One row put or removed.
+/// Something that Runners are told, kept until the broker has it.
 #[derive(Clone, Debug)]
-pub struct Change {
-    kind: Kind,
-    id: String,
-    /// None removes it.
-    body: Option<String>,
+pub struct Event {
+    pub agent: String,
+    pub topic: &'static str,
+    /// Seconds since 1970.
+    pub at: i64,
+    /// It takes the place of one of the same topic and agent that still waits.
+    pub latest: bool,
+    /// A JSON object.
+    pub body: String,
+}
+
+/// An event as it waits: the number grows with every one, over restarts and restored backups too.
+#[derive(Clone, Debug)]
+pub struct Waiting {
+    pub seq: i64,
+    pub agent: String,
+    pub topic: String,
+    pub body: String,
+}
+
+/// One thing that is written.
+#[derive(Clone, Debug)]
+pub enum Change {
+    Put {
+        kind: Kind,
+        id: String,
+        body: String,
+    },
+    Remove {
+        kind: Kind,
+        id: String,
+    },
+    /// A row as a backup has it.
+    Row(Row),
+    Told(Event),
+    /// The broker has these.
+    Delivered(Vec<i64>),
 }
 
 impl Change {
     /// # Errors
     /// When the row cannot be written as JSON.
     pub fn put<T: Serialize>(kind: Kind, id: &str, row: &T) -> anyhow::Result<Change> {
-        Ok(Change { kind, id: id.into(), body: Some(serde_json::to_string(row)?) })
+        Ok(Change::Put { kind, id: id.into(), body: serde_json::to_string(row)? })
     }
 
     pub fn remove(kind: Kind, id: &str) -> Change {
-        Change { kind, id: id.into(), body: None }
+        Change::Remove { kind, id: id.into() }
     }
 }
 
@@ -66,11 +106,28 @@ struct Order {
     done: oneshot::Sender<Result<(), String>>,
 }
 
+/// What becomes of an order: ready when it is durable or has failed.
+pub struct Ordered(Option<oneshot::Receiver<Result<(), String>>>);
+
+impl Ordered {
+    /// # Errors
+    /// What the database says.
+    pub async fn durable(self) -> anyhow::Result<()> {
+        let gone = || anyhow::anyhow!("the database writer has ended");
+        let answer = self.0.ok_or_else(gone)?;
+        answer.await.map_err(|_| gone())?.map_err(|e| anyhow::anyhow!("the database cannot be written: {e}"))
+    }
+}
+
 /// The way to the database; clones are the same one.
 #[derive(Clone)]
 pub struct Store {
     pool: AnyPool,
-    orders: mpsc::Sender<Order>,
+    orders: mpsc::UnboundedSender<Order>,
+    /// Told whenever an event was written.
+    told: Arc<Notify>,
+    /// Cancelled when another control plane has taken the database over.
+    lost: CancellationToken,
 }
 
 fn unusable(what: &str, error: &dyn std::fmt::Display, hint: &str) -> Failure {
@@ -78,11 +135,11 @@ fn unusable(what: &str, error: &dyn std::fmt::Display, hint: &str) -> Failure {
 }
 
 impl Store {
-    /// Opens `url` (`sqlite:FILE` or `postgres://…`), and makes the tables where there are none.
+    /// Opens `url` (`sqlite:FILE` or `postgres://…`) for the control plane `instance`, and makes the tables where there are none.
     ///
     /// # Errors
-    /// Exit 3: not reachable, read-only, or of a later version.
-    pub async fn open(url: &Secret) -> anyhow::Result<Store> {
+    /// Exit 3: not reachable, read-only, or of a later version. Exit 12: another control plane works on it.
+    pub async fn open(url: &Secret, instance: &str) -> anyhow::Result<Store> {
         sqlx::any::install_default_drivers();
         let sqlite = url.expose().starts_with("sqlite:");
         let hint = if sqlite {
@@ -99,7 +156,7 @@ impl Store {
         let pool = AnyPoolOptions::new()
             // SQLite has one writer; PostgreSQL would gain nothing from more: one task writes
             .max_connections(if sqlite { 1 } else { 2 })
-            .acquire_timeout(std::time::Duration::from_secs(10))
+            .acquire_timeout(Duration::from_secs(10))
             .after_connect(move |connection, _| {
                 Box::pin(async move {
                     if sqlite {
@@ -117,6 +174,8 @@ impl Store {
         for statement in [
             "CREATE TABLE IF NOT EXISTS pipeops_meta (id TEXT PRIMARY KEY, body TEXT NOT NULL)",
             "CREATE TABLE IF NOT EXISTS pipeops_row (kind TEXT NOT NULL, id TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (kind, id))",
+            "CREATE TABLE IF NOT EXISTS pipeops_outbox (seq BIGINT PRIMARY KEY, agent TEXT NOT NULL, topic TEXT NOT NULL, at BIGINT NOT NULL, body TEXT NOT NULL)",
+            "CREATE INDEX IF NOT EXISTS pipeops_outbox_agent ON pipeops_outbox (agent, topic)",
         ] {
             sqlx::query(statement).execute(&pool).await.map_err(|e| unusable("the database cannot be written", &e, hint))?;
         }
@@ -141,9 +200,17 @@ impl Store {
                     .into());
             }
         }
-        let (orders, queue) = mpsc::channel(4096);
-        let store = Store { pool, orders };
-        tokio::spawn(write(store.pool.clone(), queue));
+        hold(&pool, instance, sqlite).await?;
+        let last: i64 = sqlx::query("SELECT COALESCE(MAX(seq), 0) FROM pipeops_outbox").fetch_one(&pool).await?.try_get(0)?;
+        let kept = meta(&pool, "outbox_seq").await?.and_then(|n| n.parse().ok()).unwrap_or(0);
+        let (orders, queue) = mpsc::unbounded_channel();
+        let store = Store { pool, orders, told: Arc::default(), lost: CancellationToken::new() };
+        let writer =
+            Writer { pool: store.pool.clone(), instance: instance.into(), last: last.max(kept), told: store.told.clone(), lost: store.lost.clone() };
+        tokio::spawn(writer.run(queue));
+        if !sqlite {
+            tokio::spawn(beat(store.pool.clone(), instance.to_owned(), store.lost.clone()));
+        }
         Ok(store)
     }
 
@@ -161,15 +228,81 @@ impl Store {
             .collect()
     }
 
+    /// All rows of all kinds, as they stand.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn rows(&self) -> anyhow::Result<Vec<Row>> {
+        let rows = sqlx::query("SELECT kind, id, body FROM pipeops_row ORDER BY kind, id").fetch_all(&self.pool).await?;
+        rows.iter().map(|row| Ok(Row { kind: row.try_get(0)?, id: row.try_get(1)?, body: row.try_get(2)? })).collect()
+    }
+
+    /// Orders all of `changes` or none. They are written in the order of these calls.
+    pub fn order(&self, changes: Vec<Change>) -> Ordered {
+        let (done, answer) = oneshot::channel();
+        Ordered(self.orders.send(Order { changes, done }).is_ok().then_some(answer))
+    }
+
     /// Writes all of `changes` or none; back when they are durable.
     ///
     /// # Errors
     /// What the database says.
     pub async fn write(&self, changes: Vec<Change>) -> anyhow::Result<()> {
-        let (done, answer) = oneshot::channel();
-        let gone = || anyhow::anyhow!("the database writer has ended");
-        self.orders.send(Order { changes, done }).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?.map_err(|e| anyhow::anyhow!("the database cannot be written: {e}"))
+        self.order(changes).durable().await
+    }
+
+    /// Done when another control plane has taken the database over.
+    pub async fn lost(&self) {
+        self.lost.cancelled().await;
+    }
+
+    /// Done when an event was written since the last call.
+    pub async fn told(&self) {
+        self.told.notified().await;
+    }
+
+    /// The oldest events that wait.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn waiting(&self, most: i64) -> anyhow::Result<Vec<Waiting>> {
+        let rows = sqlx::query("SELECT seq, agent, topic, body FROM pipeops_outbox ORDER BY seq LIMIT $1").bind(most).fetch_all(&self.pool).await?;
+        rows.iter().map(|row| Ok(Waiting { seq: row.try_get(0)?, agent: row.try_get(1)?, topic: row.try_get(2)?, body: row.try_get(3)? })).collect()
+    }
+
+    /// How many events wait, and their bytes.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn backlog(&self) -> anyhow::Result<(i64, i64)> {
+        let query = "SELECT COUNT(*), CAST(COALESCE(SUM(LENGTH(body)), 0) AS BIGINT) FROM pipeops_outbox";
+        let row = sqlx::query(query).fetch_one(&self.pool).await?;
+        Ok((row.try_get(0)?, row.try_get(1)?))
+    }
+
+    /// Drops events from before `at` and, beyond `bytes`, the oldest; gives how many.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn trim(&self, at: i64, bytes: i64) -> anyhow::Result<u64> {
+        let mut dropped = sqlx::query("DELETE FROM pipeops_outbox WHERE at < $1").bind(at).execute(&self.pool).await?.rows_affected();
+        while self.backlog().await?.1 > bytes {
+            let oldest = "DELETE FROM pipeops_outbox WHERE seq IN (SELECT seq FROM pipeops_outbox ORDER BY seq LIMIT 100)";
+            dropped += sqlx::query(oldest).execute(&self.pool).await?.rows_affected();
+        }
+        Ok(dropped)
+    }
+
+    /// A note that is no row, and its former text.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn note(&self, id: &str, text: &str) -> anyhow::Result<Option<String>> {
+        let former = meta(&self.pool, id).await?;
+        if former.as_deref() != Some(text) {
+            set_meta(&mut *self.pool.acquire().await?, id, text).await?;
+        }
+        Ok(former)
     }
 
     /// Waits until what was ordered is written, and closes the database.
@@ -179,39 +312,129 @@ impl Store {
     }
 }
 
-async fn write(pool: AnyPool, mut queue: mpsc::Receiver<Order>) {
-    let mut orders = Vec::new();
-    while queue.recv_many(&mut orders, BATCH).await > 0 {
-        let all: Vec<Change> = orders.iter().flat_map(|o| o.changes.iter().cloned()).collect();
-        let together = commit(&pool, &all).await;
-        for order in orders.drain(..) {
-            let result = match &together {
-                Ok(()) => Ok(()),
-                // one that cannot be written must not take the others with it
-                Err(_) => commit(&pool, &order.changes).await.map_err(|e| e.to_string()),
-            };
-            let _ = order.done.send(result);
+async fn meta(pool: &AnyPool, id: &str) -> Result<Option<String>, sqlx::Error> {
+    let row = sqlx::query("SELECT body FROM pipeops_meta WHERE id = $1").bind(id.to_owned()).fetch_optional(pool).await?;
+    row.map(|row| row.try_get(0)).transpose()
+}
+
+async fn set_meta(connection: &mut sqlx::AnyConnection, id: &str, text: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO pipeops_meta (id, body) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET body = excluded.body")
+        .bind(id.to_owned())
+        .bind(text.to_owned())
+        .execute(connection)
+        .await
+        .map(drop)
+}
+
+/// Becomes the one control plane that writes here. The former holder may be another one that lives: then its beat changes while it is
+/// watched. Clocks are not asked, they differ. `alone`: the lock on the data directory has kept others away.
+async fn hold(pool: &AnyPool, instance: &str, alone: bool) -> anyhow::Result<()> {
+    let begun = tokio::time::Instant::now();
+    let first = meta(pool, "beat").await?;
+    loop {
+        let holder = meta(pool, "holder").await?;
+        if alone || holder.as_deref().is_none_or(|h| h == instance) || begun.elapsed() > PATIENCE {
+            set_meta(&mut *pool.acquire().await?, "holder", instance).await?;
+            return Ok(());
         }
+        if meta(pool, "beat").await? != first {
+            return Err(Failure::new(Exit::Locked, "DATABASE_IN_USE", "another control plane works on this database")
+                .hint("stop it first; one database is one control plane's")
+                .into());
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
-async fn commit(pool: &AnyPool, changes: &[Change]) -> Result<(), sqlx::Error> {
-    if changes.is_empty() {
-        return Ok(());
-    }
-    let mut transaction = pool.begin().await?;
-    for change in changes {
-        match &change.body {
-            Some(body) => {
-                sqlx::query("INSERT INTO pipeops_row (kind, id, body) VALUES ($1, $2, $3) ON CONFLICT (kind, id) DO UPDATE SET body = excluded.body")
-                    .bind(change.kind.name())
-                    .bind(change.id.clone())
-                    .bind(body.clone())
-            }
-            None => sqlx::query("DELETE FROM pipeops_row WHERE kind = $1 AND id = $2").bind(change.kind.name()).bind(change.id.clone()),
+/// Shows that the holder lives.
+async fn beat(pool: AnyPool, instance: String, lost: CancellationToken) {
+    let mut count = 0_u64;
+    while !lost.is_cancelled() {
+        count += 1;
+        if let Ok(mut connection) = pool.acquire().await {
+            let _ = set_meta(&mut connection, "beat", &format!("{instance} {} {count}", std::process::id())).await;
+        } else if pool.is_closed() {
+            return;
         }
-        .execute(&mut *transaction)
-        .await?;
+        tokio::time::sleep(BEAT).await;
     }
-    transaction.commit().await
+}
+
+struct Writer {
+    pool: AnyPool,
+    instance: String,
+    /// Number of the last event.
+    last: i64,
+    told: Arc<Notify>,
+    lost: CancellationToken,
+}
+
+impl Writer {
+    async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Order>) {
+        let mut orders = Vec::new();
+        while queue.recv_many(&mut orders, BATCH).await > 0 {
+            let together = self.commit(&mut orders.iter().flat_map(|o| &o.changes)).await;
+            for order in orders.drain(..) {
+                let result = match &together {
+                    Ok(()) => Ok(()),
+                    // one that cannot be written must not take the others with it
+                    Err(_) => self.commit(&mut order.changes.iter()).await.map_err(|e| e.to_string()),
+                };
+                let _ = order.done.send(result);
+            }
+        }
+    }
+
+    async fn commit(&mut self, changes: &mut (dyn Iterator<Item = &Change> + Send)) -> Result<(), sqlx::Error> {
+        let mut changes = changes.peekable();
+        if changes.peek().is_none() {
+            return Ok(());
+        }
+        let mut transaction = self.pool.begin().await?;
+        // a holder that was frozen while another one took over must not write again
+        let ours = sqlx::query("UPDATE pipeops_meta SET body = body WHERE id = 'holder' AND body = $1").bind(self.instance.clone());
+        if ours.execute(&mut *transaction).await?.rows_affected() == 0 {
+            self.lost.cancel();
+            return Err(sqlx::Error::Protocol("another control plane has taken the database over".into()));
+        }
+        let before = self.last;
+        for change in changes {
+            const PUT: &str =
+                "INSERT INTO pipeops_row (kind, id, body) VALUES ($1, $2, $3) ON CONFLICT (kind, id) DO UPDATE SET body = excluded.body";
+            let query = match change {
+                Change::Put { kind, id, body } => sqlx::query(PUT).bind(kind.name()).bind(id.clone()).bind(body.clone()),
+                Change::Row(Row { kind, id, body }) => sqlx::query(PUT).bind(kind.clone()).bind(id.clone()).bind(body.clone()),
+                Change::Remove { kind, id } => sqlx::query("DELETE FROM pipeops_row WHERE kind = $1 AND id = $2").bind(kind.name()).bind(id.clone()),
+                Change::Told(event) => {
+                    if event.latest {
+                        let former = sqlx::query("DELETE FROM pipeops_outbox WHERE agent = $1 AND topic = $2");
+                        former.bind(event.agent.clone()).bind(event.topic).execute(&mut *transaction).await?;
+                    }
+                    // by the clock, so that a restored backup does not give a number twice; never backwards
+                    self.last = (self.last + 1).max(jiff::Timestamp::now().as_millisecond());
+                    sqlx::query("INSERT INTO pipeops_outbox (seq, agent, topic, at, body) VALUES ($1, $2, $3, $4, $5)")
+                        .bind(self.last)
+                        .bind(event.agent.clone())
+                        .bind(event.topic)
+                        .bind(event.at)
+                        .bind(event.body.clone())
+                }
+                Change::Delivered(all) => {
+                    for seq in all {
+                        sqlx::query("DELETE FROM pipeops_outbox WHERE seq = $1").bind(*seq).execute(&mut *transaction).await?;
+                    }
+                    continue;
+                }
+            };
+            query.execute(&mut *transaction).await?;
+        }
+        if self.last != before {
+            set_meta(&mut transaction, "outbox_seq", &self.last.to_string()).await?;
+        }
+        transaction.commit().await?;
+        if self.last != before {
+            self.told.notify_one();
+        }
+        Ok(())
+    }
 }

@@ -26,7 +26,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("plan", &["facts", "host", "cluster", "checks", "settings", "k3s", "secret"]),
     ("credential", &["cluster", "host", "k3s"]),
     ("agent", &["api", "cluster", "control", "host", "k3s", "secret", "settings", "status", "trust", "tunnel"]),
-    ("hub", &["api", "cluster", "control", "host", "k3s", "secret", "trust", "tunnel"]),
+    ("hub", &["api", "backoff", "cluster", "control", "host", "k3s", "secret", "trust", "tunnel"]),
     ("cli", &["hub", "settings", "k3s"]),
     (
         "cmd",

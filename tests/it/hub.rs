@@ -1,7 +1,8 @@
 //! The control plane as a program: agents come, Runners go through it, nobody gets what is not his.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pipeops::control::identity::{Found, Identity};
@@ -14,12 +15,15 @@ use crate::support::Sandbox;
 use crate::world::{credential, serve_kube};
 
 /// A control plane in a sandbox of its own.
-struct Hub {
-    sandbox: Sandbox,
-    child: Child,
-    url: String,
-    admin: String,
-    client: Client,
+pub(crate) struct Hub {
+    pub(crate) sandbox: Sandbox,
+    pub(crate) child: Child,
+    pub(crate) url: String,
+    pub(crate) admin: String,
+    pub(crate) client: Client,
+    /// What it said.
+    pub(crate) log: Arc<Mutex<String>>,
+    options: Vec<String>,
 }
 
 impl Drop for Hub {
@@ -29,56 +33,84 @@ impl Drop for Hub {
     }
 }
 
-const DATA: &str = "var/lib/pipeops-control-plane";
+pub(crate) const DATA: &str = "var/lib/pipeops-control-plane";
 
 #[expect(clippy::zombie_processes, reason = "it fails the test, which ends everything")]
-/// Starts the program and gives the two addresses that it says it serves on.
-fn spawn(sandbox: &Sandbox, ports: (u16, u16)) -> (Child, u16, u16) {
+/// Starts the program and gives the port of its API; what it says goes into `log`.
+fn spawn(sandbox: &Sandbox, ports: (u16, u16), options: &[String], log: &Arc<Mutex<String>>) -> (Child, u16) {
     let (https, tunnel) = (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
-    let mut child = sandbox
-        .command(&["control-plane", "--listen", &https, "--tunnel-listen", &tunnel, "--public-name", "127.0.0.1"])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut log = BufReader::new(child.stderr.take().unwrap());
-    let mut text = String::new();
-    let port = |line: &str, name: &str| {
-        line.split_once(&format!("{name}=127.0.0.1:")).map(|(_, r)| r.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap())
-    };
+    let mut args = vec!["control-plane", "--listen", &https, "--tunnel-listen", &tunnel, "--public-name", "127.0.0.1"];
+    args.extend(options.iter().map(String::as_str));
+    let mut child = sandbox.command(&args).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
     loop {
         let mut line = String::new();
-        assert!(log.read_line(&mut line).unwrap() > 0, "it does not serve: {text}");
-        if let (Some(https), Some(tunnel)) = (port(&line, "https"), port(&line, "tunnel")) {
+        assert!(said.read_line(&mut line).unwrap() > 0, "it does not serve: {}", log.lock().unwrap());
+        log.lock().unwrap().push_str(&line);
+        let port = line.split_once("https=127.0.0.1:").map(|(_, r)| r.chars().take_while(char::is_ascii_digit).collect::<String>());
+        if let Some(port) = port.filter(|_| line.contains("serving")) {
             // a log that nobody reads would stop it at its next line
-            std::thread::spawn(move || drop(log.read_to_end(&mut Vec::new())));
-            return (child, https, tunnel);
+            let log = log.clone();
+            std::thread::spawn(move || {
+                let mut line = String::new();
+                while said.read_line(&mut line).is_ok_and(|n| n > 0) {
+                    log.lock().unwrap().push_str(&std::mem::take(&mut line));
+                }
+            });
+            return (child, port.parse().unwrap());
         }
-        text.push_str(&line);
     }
 }
 
 impl Hub {
     fn start() -> Hub {
+        Hub::with(&[])
+    }
+
+    pub(crate) fn with(options: &[&str]) -> Hub {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let sandbox = Sandbox::new();
-        let (child, port, _) = spawn(&sandbox, (0, 0));
-        let admin = std::fs::read_to_string(sandbox.root().join(DATA).join("admin-token")).unwrap();
+        let mut hub = Hub::begin(Sandbox::new(), options);
+        hub.admin = std::fs::read_to_string(hub.sandbox.root().join(DATA).join("admin-token")).unwrap();
+        hub
+    }
+
+    fn begin(sandbox: Sandbox, options: &[&str]) -> Hub {
+        let (log, options) = (Arc::default(), options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>());
+        let (child, port) = spawn(&sandbox, (0, 0), &options, &log);
         let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
         let client = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().build().unwrap();
-        Hub { sandbox, child, url: format!("https://127.0.0.1:{port}"), admin, client }
+        Hub { sandbox, child, url: format!("https://127.0.0.1:{port}"), admin: String::new(), client, log, options }
+    }
+
+    /// On what a sandbox already holds; its administrators are those of before.
+    pub(crate) fn on(sandbox: Sandbox) -> Hub {
+        Hub::begin(sandbox, &[])
+    }
+
+    /// From its next start on.
+    pub(crate) fn options_now(&mut self, options: &[&str]) {
+        self.options = options.iter().map(|o| (*o).to_owned()).collect();
+    }
+
+    /// kill -9, and the same again on the same port.
+    pub(crate) fn killed_and_back(&mut self) {
+        let port = self.url.rsplit(':').next().unwrap().parse().unwrap();
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = spawn(&self.sandbox, (port, 0), &self.options, &self.log).0;
     }
 
     fn stored(sandbox: &Sandbox) -> Value {
         serde_json::from_str(&std::fs::read_to_string(sandbox.root().join(DATA).join("keys.json")).unwrap()).unwrap()
     }
 
-    async fn ask(&self, method: &str, path: &str, token: &str, body: Value) -> Response {
+    pub(crate) async fn ask(&self, method: &str, path: &str, token: &str, body: Value) -> Response {
         let request = self.client.request(method.parse::<Method>().unwrap(), format!("{}{path}", self.url)).json(&body);
         let request = if token.is_empty() { request } else { request.bearer_auth(token) };
         request.send().await.unwrap()
     }
 
-    async fn json(&self, method: &str, path: &str, token: &str, body: Value) -> Value {
+    pub(crate) async fn json(&self, method: &str, path: &str, token: &str, body: Value) -> Value {
         let answer = self.ask(method, path, token, body).await;
         let status = answer.status();
         let text = answer.text().await.unwrap();
@@ -87,7 +119,7 @@ impl Hub {
     }
 
     /// What the verb prints that makes an enrolment token.
-    fn enrol(&self) -> (String, String) {
+    pub(crate) fn enrol(&self) -> (String, String) {
         let line = self.sandbox.verb(&["control-plane", "token", "create"]).ended(0).out;
         let words: Vec<&str> = line.split_whitespace().collect();
         let after = |name: &str| words.iter().position(|w| *w == name).map(|at| words[at + 1].to_owned()).unwrap();
@@ -96,7 +128,7 @@ impl Hub {
     }
 
     /// A real agent beside a Kubernetes API, enrolled by the line; gives its cluster's id.
-    async fn agent(&self, kube: std::net::SocketAddr) -> (Agent, String) {
+    pub(crate) async fn agent(&self, kube: std::net::SocketAddr) -> (Agent, String) {
         let (token, pin) = self.enrol();
         let sandbox = Sandbox::new();
         credential(&sandbox, kube);
@@ -123,11 +155,11 @@ impl Hub {
     }
 
     /// What the cluster's own API answers through the gateway.
-    async fn version(&self, cluster: &str) -> u16 {
+    pub(crate) async fn version(&self, cluster: &str) -> u16 {
         self.ask("GET", &format!("/clusters/{cluster}/k8s/version"), &self.admin, json!({})).await.status().as_u16()
     }
 
-    async fn runner(&self, role: &str) -> Value {
+    pub(crate) async fn runner(&self, role: &str) -> Value {
         self.json("POST", "/api/v1/runners", &self.admin, json!({"name": "ci", "role": role})).await
     }
 }
@@ -254,6 +286,7 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         "Enrol" => matches!(who, "enrolment" | "agent"),
         "Agent" => who == "agent",
         "Admin" => who == "admin",
+        "Local" => false,
         "Runner" if path == "/api/v1/clusters" => matches!(who, "runner" | "foreign" | "elsewhere" | "admin"),
         "Runner" => matches!(who, "runner" | "admin"),
         "Gateway" => matches!(who, "runner" | "kubeconfig" | "admin"),
@@ -296,19 +329,19 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
 }
 
 /// An agent that only registers.
-struct Simulated {
-    id: String,
-    credential: String,
+pub(crate) struct Simulated {
+    pub(crate) id: String,
+    pub(crate) credential: String,
 }
 
 impl Simulated {
-    fn body(identity: &Identity, machine: &str) -> String {
+    pub(crate) fn body(identity: &Identity, machine: &str) -> String {
         json!({"agent": {"id": identity.id, "public_key": identity.public_key, "name": "n", "machine": machine},
             "cluster": {"name": "n", "node_count": 1}, "capabilities": [], "max_role": "operator"})
         .to_string()
     }
 
-    fn identity(dir: &std::path::Path) -> Box<Identity> {
+    pub(crate) fn identity(dir: &std::path::Path) -> Box<Identity> {
         let state = Host::new(dir, None).state_dir("/s").unwrap();
         match Identity::load(&state, "m").unwrap() {
             Found::Ours(found) => found,
@@ -316,12 +349,12 @@ impl Simulated {
         }
     }
 
-    async fn try_register(client: &Client, url: &str, identity: &Identity, token: &str, body: String) -> reqwest::Result<Response> {
+    pub(crate) async fn try_register(client: &Client, url: &str, identity: &Identity, token: &str, body: String) -> reqwest::Result<Response> {
         let signature = identity.sign(body.as_bytes()).unwrap();
         client.post(format!("{url}/api/v1/agents/register")).bearer_auth(token).header("pipeops-signature", signature).body(body).send().await
     }
 
-    async fn new(hub: &Hub, dir: &std::path::Path, token: &str) -> Simulated {
+    pub(crate) async fn new(hub: &Hub, dir: &std::path::Path, token: &str) -> Simulated {
         let identity = Simulated::identity(dir);
         let answer = Simulated::try_register(&hub.client, &hub.url, &identity, token, Simulated::body(&identity, "m")).await.unwrap();
         let status = answer.status();
@@ -372,20 +405,14 @@ async fn an_identity_belongs_to_its_key_and_its_machine() {
     assert_eq!(register(&fresh, Simulated::body(&identity, "m")).await.0, 200);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn killed_under_registrations_it_knows_whom_it_answered_and_nobody_half() {
-    let mut hub = Hub::start();
-    let line = hub.sandbox.verb(&["control-plane", "token", "create", "--uses", "0"]).ended(0).out;
-    let token = line.split_whitespace().nth(1).unwrap().to_owned();
-    let port = hub.url.rsplit(':').next().unwrap().parse().unwrap();
-    let dir = tempfile::tempdir().unwrap();
+/// Agents that register until they are answered, as agents do; each gives its id and credential.
+pub(crate) fn storm(hub: &Hub, dir: &std::path::Path, token: &str, count: usize) -> tokio::task::JoinSet<(String, String)> {
     let mut tasks = tokio::task::JoinSet::new();
-    for n in 0..200 {
-        let (path, url, client, token) = (dir.path().join(n.to_string()), hub.url.clone(), hub.client.clone(), token.clone());
+    for n in 0..count {
+        let (path, url, client, token) = (dir.join(n.to_string()), hub.url.clone(), hub.client.clone(), token.to_owned());
         tasks.spawn(async move {
             let identity = Simulated::identity(&path);
             let begun = Instant::now();
-            // as an agent does: again until it is answered
             while begun.elapsed() < Duration::from_secs(60) {
                 if let Ok(answer) = Simulated::try_register(&client, &url, &identity, &token, Simulated::body(&identity, "m")).await
                     && answer.status() == 200
@@ -398,15 +425,23 @@ async fn killed_under_registrations_it_knows_whom_it_answered_and_nobody_half() 
             panic!("{} was never answered", identity.id);
         });
     }
+    tasks
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_under_registrations_it_knows_whom_it_answered_and_nobody_half() {
+    let mut hub = Hub::start();
+    let line = hub.sandbox.verb(&["control-plane", "token", "create", "--uses", "0"]).ended(0).out;
+    let token = line.split_whitespace().nth(1).unwrap().to_owned();
+    let dir = tempfile::tempdir().unwrap();
+    let mut tasks = storm(&hub, dir.path(), &token, 200);
     let mut done = Vec::new();
     for round in 1..=3 {
         // killed when a part is through: at no particular line
         while done.len() < round * 40 {
             done.push(tasks.join_next().await.unwrap().unwrap());
         }
-        hub.child.kill().unwrap();
-        hub.child.wait().unwrap();
-        hub.child = spawn(&hub.sandbox, (port, 0)).0;
+        hub.killed_and_back();
     }
     while let Some(registered) = tasks.join_next().await {
         done.push(registered.unwrap());

@@ -3,6 +3,7 @@
 
 mod agent;
 mod architecture;
+mod broker;
 mod cli;
 mod hostile;
 mod hosts;

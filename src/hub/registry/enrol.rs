@@ -4,6 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
+use super::events::Topic;
 use super::{Entry, Inner, Refused, Registry, Who, check_name, duplicate, mint, no_such, refused, unwritten};
 use crate::control::identity::id_of;
 use crate::control::types::{AgentInfo, Register};
@@ -59,8 +60,17 @@ impl Registry {
         let (credential, hash) = mint(keys, "poa")?;
         let held = Held { hash, expires_at: now + CREDENTIAL };
         let id = asked.agent.id.clone();
-        let (changes, cluster_id, undo) = self.inner().register(who, asked, held.clone(), now)?;
-        if let Err(error) = self.store.write(changes).await {
+        let (order, cluster_id, undo) = {
+            let mut inner = self.inner();
+            let (mut changes, cluster_id, undo) = inner.register(who, asked, held.clone(), now)?;
+            if undo.news()
+                && let Some(entry) = inner.agents.get(&id)
+            {
+                changes.extend(self.told(&entry.row, Topic::Registered, now));
+            }
+            (self.store.order(changes), cluster_id, undo)
+        };
+        if let Err(error) = order.durable().await {
             self.inner().undo(undo, &held.hash);
             return Err(unwritten(&error));
         }
@@ -74,13 +84,13 @@ impl Registry {
     pub async fn rotate(&self, keys: &Keys, id: &str, now: i64) -> Result<(Secret, i64), Refused> {
         let (credential, hash) = mint(keys, "poa")?;
         let held = Held { hash, expires_at: now + CREDENTIAL };
-        let change = {
+        let order = {
             let mut inner = self.inner();
             inner.hold(id, held.clone(), now)?;
             let row = &inner.agents.get(id).ok_or_else(|| no_such("agent", id))?.row;
-            Change::put(Kind::Agent, id, row).map_err(|e| unwritten(&e))?
+            self.store.order(vec![Change::put(Kind::Agent, id, row).map_err(|e| unwritten(&e))?])
         };
-        match self.store.write(vec![change]).await {
+        match order.durable().await {
             Ok(()) => Ok((credential, held.expires_at)),
             Err(error) => {
                 self.inner().forget_credential(id, &held.hash);
@@ -92,8 +102,22 @@ impl Registry {
 
 /// What takes a registration back that could not be written.
 enum Undo {
-    New { id: String, enrolment: String },
-    Again { id: String },
+    New {
+        id: String,
+        enrolment: String,
+    },
+    /// `changed`: with other facts than before.
+    Again {
+        id: String,
+        changed: bool,
+    },
+}
+
+impl Undo {
+    /// Whether Runners have something to hear.
+    fn news(&self) -> bool {
+        matches!(self, Undo::New { .. } | Undo::Again { changed: true, .. })
+    }
 }
 
 impl Inner {
@@ -118,14 +142,17 @@ impl Inner {
             if entry.duel_until > now {
                 return Err(duplicate());
             }
+            let row = &entry.row;
+            let same =
+                row.info == asked.agent && row.cluster == asked.cluster && row.capabilities == asked.capabilities && row.max_role == asked.max_role;
             (entry.row.info, entry.row.cluster, entry.row.capabilities, entry.row.max_role) =
                 (asked.agent, asked.cluster, asked.capabilities, asked.max_role);
             (entry.seen_at, entry.row.seen_at, entry.draining) = (now, now, false);
-            let cluster = entry.row.cluster_id.clone();
+            let (cluster, changed) = (entry.row.cluster_id.clone(), !same);
             self.hold(&id, held, now)?;
             let row = &self.agents.get(&id).ok_or_else(|| no_such("agent", &id))?.row;
             let change = Change::put(Kind::Agent, &id, row).map_err(|e| unwritten(&e))?;
-            return Ok((vec![change], cluster, Undo::Again { id }));
+            return Ok((vec![change], cluster, Undo::Again { id, changed }));
         }
         let Who::Enrolment(token) = who else {
             return Err(refused(
@@ -153,6 +180,7 @@ impl Inner {
             registered_at: now,
             seen_at: now,
             revoked: false,
+            online: false,
         };
         let changes = vec![
             Change::put(Kind::Agent, &id, &row).map_err(|e| unwritten(&e))?,
@@ -171,7 +199,7 @@ impl Inner {
                     row.uses_left = row.uses_left.map(|n| n + 1);
                 }
             }
-            Undo::Again { id } => self.forget_credential(&id, hash),
+            Undo::Again { id, .. } => self.forget_credential(&id, hash),
         }
     }
 

@@ -1,0 +1,284 @@
+//! The control plane with a genuine RabbitMQ and PostgreSQL: Runners hear of every agent, whatever dies on the way.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, QueueDeclareOptions};
+use lapin::types::FieldTable;
+use lapin::{Connection, ConnectionProperties};
+use serde_json::{Value, json};
+
+use crate::hub::{DATA, Hub, Simulated, storm};
+use crate::support::Sandbox;
+
+/// One of Debian's services on ports of its own, ended with the test.
+struct Service {
+    name: &'static str,
+    dir: tempfile::TempDir,
+    url: String,
+}
+
+impl Service {
+    /// None where its package is not installed; the output says so.
+    fn start(name: &'static str) -> Option<Service> {
+        let mut service = Service { name, dir: tempfile::tempdir().unwrap(), url: String::new() };
+        let (code, said) = service.script("start");
+        if code == 3 {
+            println!("NOT RUN: {}: {}", std::thread::current().name().unwrap_or_default(), said.trim());
+            return None;
+        }
+        assert_eq!(code, 0, "{said}");
+        service.url = std::fs::read_to_string(service.dir.path().join("url")).unwrap().trim().to_owned();
+        Some(service)
+    }
+
+    fn script(&self, verb: &str) -> (i32, String) {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/services");
+        let done = Command::new("bash").args([script, self.name, verb]).arg(self.dir.path()).output().unwrap();
+        (done.status.code().unwrap_or(-1), String::from_utf8_lossy(&done.stderr).into_owned())
+    }
+
+    fn again(&self) {
+        let (code, said) = self.script("start");
+        assert_eq!(code, 0, "{said}");
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.script("kill");
+    }
+}
+
+/// What a Runner hears: every copy on the wire, in its order.
+#[derive(Clone, Debug)]
+struct Heard {
+    id: String,
+    seq: i64,
+    topic: String,
+    body: Value,
+}
+
+/// Consumes until `enough`, reconnecting as a Runner would.
+async fn hear(url: &str, heard: &mut Vec<Heard>, enough: impl Fn(&[Heard]) -> bool) {
+    let begun = Instant::now();
+    while !enough(heard) {
+        assert!(begun.elapsed() < Duration::from_secs(90), "not heard: {:?}", heard.iter().map(|h| (&h.topic, h.seq)).collect::<Vec<_>>());
+        let Ok(connection) = Connection::connect(url, ConnectionProperties::default()).await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let channel = connection.create_channel().await.unwrap();
+        // whoever comes first declares it: both sides the same
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare("pipeops.runners".into(), durable, FieldTable::default()).await.unwrap();
+        let mut consumer =
+            channel.basic_consume("pipeops.runners".into(), "test".into(), BasicConsumeOptions::default(), FieldTable::default()).await.unwrap();
+        while !enough(heard) {
+            let Ok(Some(Ok(delivery))) = tokio::time::timeout(Duration::from_secs(3), consumer.next()).await else { break };
+            let body: Value = serde_json::from_slice(&delivery.data).unwrap();
+            let header = |name: &str| delivery.properties.headers().as_ref().and_then(|h| h.inner().get(name).cloned());
+            let seq = body["agent_seq"].as_i64().unwrap();
+            assert_eq!(header("agent_seq"), Some(lapin::types::AMQPValue::LongLongInt(seq)));
+            assert_eq!(*delivery.properties.delivery_mode(), Some(2));
+            let id = delivery.properties.message_id().as_ref().unwrap().to_string();
+            assert_eq!(body["message_id"], id.as_str());
+            assert_eq!(body["type"], delivery.routing_key.as_str());
+            heard.push(Heard { id, seq, topic: delivery.routing_key.to_string(), body });
+            delivery.ack(BasicAckOptions::default()).await.unwrap();
+        }
+        let _ = connection.close(200, "bye".into()).await;
+    }
+}
+
+/// Without the copies; what is left must be in order for each agent.
+fn once(heard: &[Heard]) -> Vec<Heard> {
+    let mut seen = HashSet::new();
+    let all: Vec<Heard> = heard.iter().filter(|h| seen.insert(h.id.clone())).cloned().collect();
+    let mut last: HashMap<&str, i64> = HashMap::new();
+    for h in &all {
+        let before = last.insert(h.body["agent_id"].as_str().unwrap(), h.seq);
+        assert!(before.is_none_or(|b| b < h.seq), "out of order: {h:?} after {before:?}");
+    }
+    all
+}
+
+fn of<'a>(heard: &'a [Heard], topic: &str, agent: &str) -> Vec<&'a Heard> {
+    heard.iter().filter(|h| h.topic == topic && h.body["agent_id"] == agent).collect()
+}
+
+fn many(hub: &Hub) -> String {
+    hub.sandbox.verb(&["control-plane", "token", "create", "--uses", "0"]).ended(0).out.split_whitespace().nth(1).unwrap().to_owned()
+}
+
+fn keys(value: &Value) -> Vec<&str> {
+    let mut keys: Vec<&str> = value.as_object().unwrap().keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    keys
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
+    let Some(rabbit) = Service::start("rabbitmq") else { return };
+    let mut hub = Hub::with(&["--amqp-url", &rabbit.url]);
+    // the password is on no command line
+    let shown = std::fs::read_to_string(format!("/proc/{}/cmdline", hub.child.id())).unwrap();
+    assert!(shown.contains("--amqp-url") && !shown.contains("guest"), "{shown}");
+    let token = many(&hub);
+    let dir = tempfile::tempdir().unwrap();
+    let mut tasks = storm(&hub, dir.path(), &token, 120);
+    let mut done = Vec::new();
+    for round in 1..=4 {
+        while done.len() < round * 20 {
+            done.push(tasks.join_next().await.unwrap().unwrap());
+        }
+        match round {
+            1 => drop(rabbit.script("kill")),
+            // the broker is away, and the control plane dies with what waits
+            2 => hub.killed_and_back(),
+            3 => rabbit.again(),
+            _ => {
+                rabbit.script("stop");
+                rabbit.again();
+            }
+        }
+    }
+    while let Some(registered) = tasks.join_next().await {
+        done.push(registered.unwrap());
+    }
+    let mut heard = Vec::new();
+    let all = |heard: &[Heard], topic: &str| done.iter().all(|(id, _)| !of(heard, topic, id).is_empty());
+    hear(&rabbit.url, &mut heard, |h| all(h, "agent.registered") && all(h, "agent.online")).await;
+    let single = once(&heard);
+    for (id, credential) in &done {
+        assert_eq!((of(&single, "agent.registered", id).len(), of(&single, "agent.online", id).len()), (1, 1), "{id}");
+        // the first of its events is the registration
+        assert_eq!(single.iter().find(|h| h.body["agent_id"] == id.as_str()).unwrap().topic, "agent.registered");
+        assert!(heard.iter().all(|h| !h.body.to_string().contains(credential.as_str())));
+    }
+    println!("{} agents, {} messages on the wire, {} of them copies", done.len(), heard.len(), heard.len() - single.len());
+    let metrics = hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
+    assert!(metrics.contains("pipeops_broker_up 1\n") && metrics.contains("pipeops_events_dropped_total 0\n"), "{metrics}");
+    assert!(!hub.log.lock().unwrap().contains("guest:guest"), "{}", hub.log.lock().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_event_says_what_its_schema_says_and_nothing_secret() {
+    let Some(rabbit) = Service::start("rabbitmq") else { return };
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &rabbit.url).unwrap();
+    // an agent that was there before there was a broker is told of when there is one
+    let mut hub = Hub::with(&[]);
+    let token = many(&hub);
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let early = Simulated::new(&hub, dirs[0].path(), &token).await;
+    hub.options_now(&["--amqp-url-file", file.path().to_str().unwrap()]);
+    hub.killed_and_back();
+    let agent = Simulated::new(&hub, dirs[1].path(), &token).await;
+    let path = |call: &str| format!("/api/v1/agents/{}/{call}", agent.id);
+    // of what an agent reports only the latest waits
+    for count in 1..=3 {
+        hub.json("POST", &path("status"), &agent.credential, json!({"at": format!("{count}")})).await;
+    }
+    let mut heard = Vec::new();
+    hear(&rabbit.url, &mut heard, |h| !of(h, "agent.status", &agent.id).is_empty() && !of(h, "agent.online", &agent.id).is_empty()).await;
+    let cluster = of(&heard, "agent.registered", &agent.id)[0].body["cluster_id"].as_str().unwrap().to_owned();
+    hub.json("POST", &format!("/api/v1/clusters/{cluster}/revoke"), &hub.admin, json!({})).await;
+    hear(&rabbit.url, &mut heard, |h| !of(h, "agent.offline", &agent.id).is_empty()).await;
+    hub.json("DELETE", &format!("/api/v1/clusters/{cluster}"), &hub.admin, json!({})).await;
+    hear(&rabbit.url, &mut heard, |h| !of(h, "agent.deregistered", &agent.id).is_empty()).await;
+    let all = once(&heard);
+    assert_eq!(of(&all, "agent.registered", &early.id).len(), 1, "{all:?}");
+    let common = ["agent_id", "agent_seq", "at", "cluster_id", "cluster_name", "message_id", "project", "type"];
+    for (topic, more) in [
+        ("agent.registered", &["capabilities", "cluster_info", "endpoint", "max_role", "registered_at"][..]),
+        ("agent.online", &["endpoint"]),
+        ("agent.offline", &["reason", "state"]),
+        ("agent.deregistered", &[]),
+        ("agent.status", &["status"]),
+    ] {
+        let found = of(&all, topic, &agent.id);
+        let last = found.last().unwrap_or_else(|| panic!("{topic} was not heard"));
+        let mut wanted = [&common[..], more].concat();
+        wanted.sort_unstable();
+        assert_eq!(keys(&last.body), wanted, "{topic}");
+        assert!(!last.body.to_string().contains("poa_") && !last.body.to_string().contains("public_key"), "{}", last.body);
+    }
+    let offline = &of(&all, "agent.offline", &agent.id)[0].body;
+    assert_eq!((&offline["state"], &offline["reason"]), (&json!("revoked"), &json!("revoked by an administrator")));
+    assert_eq!(of(&all, "agent.registered", &agent.id)[0].body["endpoint"], format!("{}/clusters/{cluster}", hub.url));
+    // the order of one life
+    let order: Vec<&str> =
+        all.iter().filter(|h| h.body["agent_id"] == agent.id.as_str() && h.topic != "agent.status").map(|h| h.topic.as_str()).collect();
+    assert_eq!(order, ["agent.registered", "agent.online", "agent.offline", "agent.deregistered"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_postgresql_nobody_who_was_answered_is_lost() {
+    let Some(postgres) = Service::start("postgres") else { return };
+    let mut hub = Hub::with(&["--database-url", &postgres.url]);
+    let password = postgres.url.split(['@', ':']).nth(2).unwrap().to_owned();
+    let shown = std::fs::read_to_string(format!("/proc/{}/cmdline", hub.child.id())).unwrap();
+    assert!(!shown.contains(&password), "{shown}");
+    let token = many(&hub);
+    let dir = tempfile::tempdir().unwrap();
+    let mut tasks = storm(&hub, dir.path(), &token, 120);
+    let mut done = Vec::new();
+    for round in 1..=3 {
+        while done.len() < round * 25 {
+            done.push(tasks.join_next().await.unwrap().unwrap());
+        }
+        match round {
+            1 => {
+                postgres.script("kill");
+                postgres.again();
+            }
+            2 => hub.killed_and_back(),
+            _ => {
+                postgres.script("stop");
+                // without its database it goes on with what it knows, and takes nothing new
+                let (id, credential) = &done[0];
+                let beat = hub.ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1})).await;
+                assert_eq!(beat.status(), 200);
+                postgres.again();
+            }
+        }
+    }
+    while let Some(registered) = tasks.join_next().await {
+        done.push(registered.unwrap());
+    }
+    // another one on the same database is kept away while this one lives
+    let other = Sandbox::new();
+    other.put("/url", &postgres.url);
+    let refused = other
+        .run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0", "--database-url-file", &other.path("root/url")])
+        .ended(12);
+    assert!(refused.err.contains("DATABASE_IN_USE") && !refused.err.contains(&password), "{}", refused.err);
+    hub.killed_and_back();
+    let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    assert_eq!(clusters["items"].as_array().unwrap().len(), 120);
+    for (id, credential) in &done {
+        let beat = hub.ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1})).await;
+        assert_eq!(beat.status(), 200, "{id} holds a credential that is not known");
+    }
+    assert!(!hub.log.lock().unwrap().contains(&password));
+    // a backup of it fills a SQLite file: the same control plane, elsewhere
+    let backup = hub.sandbox.path("backup.json");
+    hub.sandbox.verb(&["control-plane", "backup", &backup]).ended(0);
+    let place = Sandbox::new();
+    place.verb(&["control-plane", "restore", &backup]).ended(0);
+    assert_eq!(
+        std::fs::read(hub.sandbox.root().join(DATA).join("keys.json")).unwrap(),
+        std::fs::read(place.root().join(DATA).join("keys.json")).unwrap()
+    );
+    let again = place.verb(&["control-plane", "restore", &backup]).ended(3);
+    assert!(again.err.contains("NOT_EMPTY"), "{}", again.err);
+    let restored = Hub::on(place);
+    let clusters = restored.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    assert_eq!(clusters["items"].as_array().unwrap().len(), 120);
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(Path::new(&backup)).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+}
