@@ -256,7 +256,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane)
-            opts="-h --listen --tunnel-listen --public-name --database-url --database-url-file --amqp-url --amqp-url-file --tls-cert --tls-key --tls-ca --config --data-dir --root --log-level --help token cluster runner project backup restore"
+            opts="-h --listen --tunnel-listen --public-name --database-url --database-url-file --amqp-url --amqp-url-file --amqp-ca --tls-cert --tls-key --tls-ca --config --data-dir --root --log-level --help token cluster runner project backup restore"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -287,6 +287,10 @@ _pipeops() {
                     return 0
                     ;;
                 --amqp-url-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --amqp-ca)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -35,7 +35,7 @@ use api::ROUTES;
 use gateway::{Gateway, proxy_name};
 use keys::{Certificate, CertificateFiles, Keys};
 use listen::{bind, local_socket};
-use outbox::Way;
+use outbox::{Broker, Way};
 use registry::{Refused, Registry, refused};
 use store::Store;
 
@@ -66,8 +66,8 @@ pub struct HubConfig {
     /// Names and addresses under which agents and Runners reach it; the first stands in what is handed out.
     pub names: Vec<String>,
     pub database: Option<Secret>,
-    /// URL of the message broker that Runners hear of agents from.
-    pub broker: Option<Secret>,
+    /// The message broker that Runners hear of agents from.
+    pub broker: Option<Broker>,
     /// Certificate of the HTTPS API, where it is not to be self-made.
     pub certificate: Option<CertificateFiles>,
     pub data_dir: String,
@@ -175,8 +175,8 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     // a second one on the same data would undo what the first one writes
     let _only = state.lock()?;
     let keys = Arc::new(Keys::load(&state, now())?);
-    if let Some(url) = &config.broker {
-        outbox::check(url)?;
+    if let Some(broker) = &config.broker {
+        outbox::check(&broker.url)?;
     }
     let (listener, tunnel) =
         (bind(config.listen, "the control plane", "--listen").await?, bind(config.tunnel_listen, "the tunnel server", "--tunnel-listen").await?);
@@ -221,8 +221,8 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     }
     let mut tasks = JoinSet::new();
     let halt = CancellationToken::new();
-    if let (Some(url), Some(way)) = (config.broker, &hub.inner.way) {
-        tasks.spawn(outbox::run(store.clone(), url, way.clone(), halt.clone()));
+    if let (Some(broker), Some(way)) = (config.broker, &hub.inner.way) {
+        tasks.spawn(outbox::run(store.clone(), broker, way.clone(), halt.clone()));
     }
     {
         let (frps, halt) = (frps.clone(), halt.clone());

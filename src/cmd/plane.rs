@@ -11,6 +11,7 @@ use crate::cmd::{Context, unreadable};
 use crate::error::{Exit, Failure};
 use crate::host::Host;
 use crate::hub::keys::CertificateFiles;
+use crate::hub::outbox::Broker;
 use crate::hub::{self, HubConfig, client};
 use crate::output::{Printer, table};
 use crate::secret::Secret;
@@ -53,6 +54,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     let options = layered(&host, flags, args.config.as_deref())?;
     let database = url(context, &host, database.as_deref(), context.database_url.as_ref(), options.database_url_file.as_deref())?;
     let broker = url(context, &host, amqp.as_deref(), context.amqp_url.as_ref(), options.amqp_url_file.as_deref())?;
+    let ca = options.amqp_ca.as_deref().map(|path| host.users_file(path).map_err(|e| unreadable(path, &e))).transpose()?;
     let mut names = options.public_name;
     if names.is_empty() {
         names.extend(host.outward_address().map(|a| a.to_string()));
@@ -66,7 +68,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
         tunnel_listen: options.tunnel_listen.unwrap_or((Ipv6Addr::UNSPECIFIED, 7000).into()),
         names,
         database,
-        broker,
+        broker: broker.map(|url| Broker { url, ca }),
         certificate: options.tls_cert.zip(options.tls_key).map(|(chain, key)| CertificateFiles { chain, key, ca: options.tls_ca }),
         data_dir: args.place.data_dir.clone(),
         show: if terminal { Some(show) } else { None },

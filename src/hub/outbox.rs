@@ -4,6 +4,8 @@
 //! what no queue wants. Each message is persistent and confirmed; `message_id` is the same on every attempt, and the header
 //! `agent_seq` grows with each event of an agent: who has seen an id drops the second copy, and has the rest in order.
 
+mod transport;
+
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +14,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind};
+use lapin::{BasicProperties, Channel, ExchangeKind};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -33,6 +35,14 @@ const WINDOW: i64 = 256;
 const DAYS: i64 = 7;
 const BYTES: i64 = 1 << 30;
 const TRIM: Duration = Duration::from_secs(60);
+
+/// Where events go.
+pub struct Broker {
+    /// `amqp://` or `amqps://`, with its password.
+    pub url: Secret,
+    /// Text of the CA that signed its certificate, PEM; the system's roots without.
+    pub ca: Option<String>,
+}
 
 /// How the way to the broker is, for metrics and people.
 #[derive(Default)]
@@ -83,12 +93,12 @@ pub fn check(url: &Secret) -> anyhow::Result<()> {
 }
 
 /// Sends until `halt`.
-pub async fn run(store: Store, url: Secret, way: Arc<Way>, halt: CancellationToken) {
+pub async fn run(store: Store, broker: Broker, way: Arc<Way>, halt: CancellationToken) {
     way.set(Some("not connected yet".into()));
     let mut backoff = Backoff::default();
     let work = async {
         loop {
-            let why = match send(&store, &url, &way).await {
+            let why = match send(&store, &broker, &way).await {
                 Ok(never) => match never {},
                 Err(error) => format!("{error:#}"),
             };
@@ -144,9 +154,8 @@ async fn declare(channel: &Channel) -> anyhow::Result<()> {
 }
 
 /// One connection, as long as it holds.
-async fn send(store: &Store, url: &Secret, way: &Way) -> anyhow::Result<std::convert::Infallible> {
-    let properties = ConnectionProperties::default().with_connection_name("pipeops control plane".into());
-    let connection = within("connecting", Connection::connect(url.expose(), properties)).await?;
+async fn send(store: &Store, broker: &Broker, way: &Way) -> anyhow::Result<std::convert::Infallible> {
+    let connection = within("connecting", transport::connect(broker.url.expose(), broker.ca.clone())).await?;
     let channel = within("opening a channel", connection.create_channel()).await?;
     within("asking for confirmations", channel.confirm_select(ConfirmSelectOptions::default())).await?;
     declare(&channel).await?;

@@ -36,6 +36,9 @@ pub struct PlaneOptions {
     /// File with that URL
     #[arg(long, value_name = "FILE")]
     pub amqp_url_file: Option<String>,
+    /// CA of RabbitMQ's certificate, PEM, where the system does not know it
+    #[arg(long, value_name = "FILE")]
+    pub amqp_ca: Option<String>,
     /// Certificate chain for the HTTPS API instead of a self-made one, PEM; read anew when it changes
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<String>,
@@ -61,6 +64,7 @@ impl PlaneOptions {
             database_url_file: self.database_url_file.or(lower.database_url_file.filter(|_| !database)),
             amqp_url: self.amqp_url,
             amqp_url_file: self.amqp_url_file.or(lower.amqp_url_file.filter(|_| !amqp)),
+            amqp_ca: self.amqp_ca.or(lower.amqp_ca),
             tls_cert: self.tls_cert.or(lower.tls_cert),
             tls_key: self.tls_key.or(lower.tls_key),
             tls_ca: self.tls_ca.or(lower.tls_ca),
