@@ -29,6 +29,8 @@ use crate::status::Agent;
 use audit::{Audit, Phase, Record};
 use jwt::{Caller, Role};
 
+/// Audit records that one call gives.
+const RECENT: usize = 50;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// For a request's head, and how long a connection may be idle.
 const HEAD: Duration = Duration::from_secs(60);
@@ -239,7 +241,7 @@ impl Api {
         }
         let account = || self.inner.parts.account.borrow().clone();
         let answer = match (path, &parts.method) {
-            ("/readyz" | "/version" | "/metrics" | "/api/v1/status", method) if !matches!(*method, Method::GET | Method::HEAD) => {
+            ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method) if !matches!(*method, Method::GET | Method::HEAD) => {
                 problem(405, "method_not_allowed", "only GET is served here", None)
             }
             ("/readyz", _) => match account().ready() {
@@ -251,6 +253,17 @@ impl Api {
             }
             ("/metrics", _) => plain(200, "text/plain; version=0.0.4", account().metrics() + &self.metrics()),
             ("/api/v1/status", _) => plain(200, "application/json", serde_json::to_string(&account()).unwrap_or_default()),
+            // who did what is not for everybody
+            ("/api/v1/audit", _) if caller.role < Role::Operator || caller.namespaces.is_some() => {
+                problem(403, "role_exceeded", "the audit log is for operators of the whole cluster", None)
+            }
+            ("/api/v1/audit", _) => match lock(&self.inner.audit).recent(RECENT) {
+                Ok(lines) => plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(","))),
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "the audit log cannot be read");
+                    problem(500, "audit_unreadable", "the audit log cannot be read", None)
+                }
+            },
             _ => problem(404, "not_found", "there is no such path", Some("the Kubernetes API is below /k8s")),
         };
         self.account(&caller, &parts.method, path, answer.status().as_u16());

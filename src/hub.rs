@@ -8,7 +8,9 @@ pub mod keys;
 mod listen;
 pub mod model;
 pub mod outbox;
+mod page;
 pub mod registry;
+pub mod routes;
 pub mod store;
 
 use std::collections::{HashMap, HashSet};
@@ -31,12 +33,13 @@ use crate::secret::{Secret, same};
 use crate::tunnel::server::{Admit, Server, ServerConfig};
 use crate::tunnel::wire::{Login, NewProxy};
 use crate::tunnel::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
-use api::ROUTES;
 use gateway::{Gateway, proxy_name};
 use keys::{Certificate, CertificateFiles, Keys};
 use listen::{bind, local_socket};
 use outbox::{Broker, Way};
+use page::Sessions;
 use registry::{Refused, Registry, refused};
+use routes::{Need, ROUTES};
 use store::Store;
 
 /// Where it keeps what must outlive it, unless said otherwise.
@@ -99,6 +102,9 @@ struct Inner {
     first_token: std::sync::atomic::AtomicBool,
     requests: std::sync::atomic::AtomicU64,
     busy: std::sync::atomic::AtomicUsize,
+    sessions: Sessions,
+    /// Cancelled when it stops: what would go on for ever ends.
+    ending: CancellationToken,
 }
 
 #[derive(Default)]
@@ -211,6 +217,8 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
             first_token: false.into(),
             requests: 0.into(),
             busy: 0.into(),
+            sessions: Sessions::default(),
+            ending: stop.clone(),
         }),
     };
     hub.first_steps(config.show).await?;
@@ -457,7 +465,7 @@ impl Hub {
     }
 
     /// Routes and what they need, for whoever checks them.
-    pub fn routes() -> impl Iterator<Item = (&'static str, &'static str, api::Need)> {
+    pub fn routes() -> impl Iterator<Item = (&'static str, &'static str, Need)> {
         ROUTES.iter().map(|r| (r.0, r.1, r.2))
     }
 }

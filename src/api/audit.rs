@@ -129,6 +129,15 @@ impl Audit {
         Ok(())
     }
 
+    /// The last `most` records of the current file.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn recent(&self, most: usize) -> anyhow::Result<Vec<String>> {
+        let mut lines = self.dir.last_lines(CURRENT)?;
+        Ok(lines.split_off(lines.len().saturating_sub(most)))
+    }
+
     pub fn head(&self) -> &AuditHead {
         &self.head
     }

@@ -158,6 +158,30 @@ impl StateDir {
         attempt().with_context(|| format!("reading {}", path.display()))
     }
 
+    /// Whole lines at the end of a file, at most 64 KiB of them; none when it is not there.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn last_lines(&self, name: &str) -> anyhow::Result<Vec<String>> {
+        let path = self.dir.join(name);
+        let attempt = || -> io::Result<Vec<String>> {
+            let mut file = match File::open(&path) {
+                Ok(file) => file,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                Err(e) => return Err(e),
+            };
+            let from = file.metadata()?.len().saturating_sub(LINE);
+            file.seek(SeekFrom::Start(from))?;
+            let mut end = Vec::new();
+            file.take(LINE).read_to_end(&mut end)?;
+            let text = String::from_utf8_lossy(&end);
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            // the first one is cut where the reading began in it
+            Ok(whole.lines().skip(usize::from(from > 0)).map(str::to_owned).collect())
+        };
+        attempt().with_context(|| format!("reading {}", path.display()))
+    }
+
     /// Opens a file that only grows.
     ///
     /// # Errors

@@ -18,6 +18,7 @@ use crate::control::types::{Heartbeat, HeartbeatAnswer, OperationResult, Problem
 use crate::hub::Hub;
 use crate::hub::model::{Access, AccessKind};
 use crate::hub::registry::{ClusterView, Refused, Who, refused, unwritten};
+use crate::hub::routes::{Call, Need, ROUTES, matched};
 
 /// Largest body of a call that is not passed through.
 const BODY: usize = 1 << 20;
@@ -26,106 +27,6 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// Longest life of an enrolment token, of a Runner's token and of a kubeconfig, seconds.
 const YEAR: i64 = 366 * 86_400;
 const DAY: i64 = 86_400;
-
-/// Whose token a route needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
-    Nobody,
-    /// An enrolment token, or the credential of the agent that registers again.
-    Enrol,
-    /// The credential of the agent that the path names.
-    Agent,
-    Admin,
-    /// Whoever can open the socket in the data directory.
-    Local,
-    /// An administrator, or a Runner whose reach the cluster of the path is in.
-    Runner,
-    /// The same, or a kubeconfig.
-    Gateway,
-}
-
-/// What a route does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
-    Health,
-    Metrics,
-    Backup,
-    Ca,
-    Register,
-    Config,
-    Heartbeat,
-    Status,
-    OperationResult,
-    Rotate,
-    Deregister,
-    Projects,
-    AddProject,
-    Tokens,
-    AddToken,
-    RevokeToken,
-    Runners,
-    AddRunner,
-    RevokeRunner,
-    Clusters,
-    Cluster,
-    RevokeCluster,
-    RemoveCluster,
-    ClusterToken,
-    Kubeconfig,
-    Gateway,
-}
-
-/// Method, path, need, call. `{id}` stands for one segment, a `*` at the end for all that follow.
-pub const ROUTES: &[(&str, &str, Need, Call)] = &[
-    ("GET", "/api/v1/health", Need::Nobody, Call::Health),
-    ("GET", "/api/v1/ca", Need::Nobody, Call::Ca),
-    ("GET", "/metrics", Need::Admin, Call::Metrics),
-    ("GET", "/api/v1/backup", Need::Local, Call::Backup),
-    ("POST", "/api/v1/agents/register", Need::Enrol, Call::Register),
-    ("GET", "/api/v1/agents/{id}/config", Need::Agent, Call::Config),
-    ("POST", "/api/v1/agents/{id}/heartbeat", Need::Agent, Call::Heartbeat),
-    ("POST", "/api/v1/agents/{id}/status", Need::Agent, Call::Status),
-    ("POST", "/api/v1/agents/{id}/operations/{op}/result", Need::Agent, Call::OperationResult),
-    ("POST", "/api/v1/agents/{id}/credential", Need::Agent, Call::Rotate),
-    ("DELETE", "/api/v1/agents/{id}", Need::Agent, Call::Deregister),
-    ("GET", "/api/v1/projects", Need::Admin, Call::Projects),
-    ("POST", "/api/v1/projects", Need::Admin, Call::AddProject),
-    ("GET", "/api/v1/tokens", Need::Admin, Call::Tokens),
-    ("POST", "/api/v1/tokens", Need::Admin, Call::AddToken),
-    ("DELETE", "/api/v1/tokens/{id}", Need::Admin, Call::RevokeToken),
-    ("GET", "/api/v1/runners", Need::Admin, Call::Runners),
-    ("POST", "/api/v1/runners", Need::Admin, Call::AddRunner),
-    ("DELETE", "/api/v1/runners/{id}", Need::Admin, Call::RevokeRunner),
-    ("GET", "/api/v1/clusters", Need::Runner, Call::Clusters),
-    ("GET", "/api/v1/clusters/{id}", Need::Runner, Call::Cluster),
-    ("POST", "/api/v1/clusters/{id}/revoke", Need::Admin, Call::RevokeCluster),
-    ("DELETE", "/api/v1/clusters/{id}", Need::Admin, Call::RemoveCluster),
-    ("POST", "/api/v1/clusters/{id}/token", Need::Runner, Call::ClusterToken),
-    ("POST", "/api/v1/clusters/{id}/kubeconfig", Need::Runner, Call::Kubeconfig),
-    ("*", "/clusters/{id}/k8s/*", Need::Gateway, Call::Gateway),
-    ("*", "/clusters/{id}/api/*", Need::Gateway, Call::Gateway),
-];
-
-/// The segments that a template leaves open.
-fn matched<'a>(template: &str, path: &'a str) -> Option<Vec<&'a str>> {
-    let mut open = Vec::new();
-    let mut rest = path.split('/');
-    for part in template.split('/') {
-        if part == "*" {
-            return Some(open);
-        }
-        let segment = rest.next()?;
-        if part.starts_with('{') {
-            if segment.is_empty() {
-                return None;
-            }
-            open.push(segment);
-        } else if part != segment {
-            return None;
-        }
-    }
-    rest.next().is_none().then_some(open)
-}
 
 /// Where a request comes from, as far as it matters.
 #[derive(Clone, Copy, Debug)]
@@ -165,7 +66,7 @@ async fn body(incoming: Incoming) -> Result<Bytes, Refused> {
     }
 }
 
-fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refused> {
+pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refused> {
     let bytes = if bytes.is_empty() { b"{}" } else { bytes };
     serde_json::from_slice(bytes).map_err(|e| refused(400, "bad_body", format!("the body is not what this call takes: {e}"), None))
 }
@@ -261,27 +162,45 @@ impl Hub {
         };
         let id = open.first().copied().unwrap_or_default();
         let now = self.now();
-        let who = self.authorised(origin, *need, id, request.headers(), now)?;
+        let (who, token) = self.authorised(origin, *need, id, request.method(), request.headers(), now)?;
         if *call == Call::Gateway {
             return self.pass(request, id, &who, now).await;
         }
         let (parts, incoming) = request.into_parts();
         let bytes = if parts.method == Method::GET { Bytes::new() } else { body(incoming).await? };
-        self.call(*call, id, &who, &parts, &bytes, now).await
+        match (call, origin) {
+            (Call::Page, _) => Hub::page(&path),
+            (Call::Login, Origin::Network(address)) => self.login(address, &bytes, now),
+            (Call::Login, Origin::Local) => Err(refused(403, "not_here", "people come over the network", None)),
+            (Call::Session, _) => Ok(self.session(&who, &parts.headers)),
+            (Call::Logout, _) => Ok(self.logout(&parts.headers)),
+            (Call::Changes, _) => self.changes(token, None),
+            (Call::Inside, _) => self.inside(&who, id, open.get(1).copied().unwrap_or_default(), now).await,
+            _ => self.call(*call, id, &who, &parts, &bytes, now).await,
+        }
     }
 
-    /// Who asks, if he may.
-    fn authorised(&self, origin: Origin, need: Need, id: &str, headers: &HeaderMap, now: i64) -> Result<Who, Refused> {
+    /// Who asks, if he may, and the hash of what he showed.
+    fn authorised(&self, origin: Origin, need: Need, id: &str, method: &Method, headers: &HeaderMap, now: i64) -> Result<(Who, String), Refused> {
         if need == Need::Nobody {
-            return Ok(Who::Admin(String::new()));
+            return Ok((Who::Admin(String::new()), String::new()));
         }
         let Origin::Network(address) = origin else {
             return match need {
-                Need::Admin | Need::Local | Need::Runner | Need::Gateway => Ok(Who::Admin("local".into())),
+                Need::Admin | Need::Local | Need::Runner | Need::Gateway => Ok((Who::Admin("local".into()), String::new())),
                 _ => Err(refused(403, "not_here", "agents come over the network", None)),
             };
         };
-        let hash = self.keys().hashed(bearer(headers)?);
+        // a cookie counts where the page calls, and nowhere else: what a cluster serves cannot use it
+        let cookie = match need {
+            Need::Session | Need::Admin | Need::Runner if !headers.contains_key(header::AUTHORIZATION) => self.by_cookie(method, headers, now)?,
+            _ => None,
+        };
+        let hash = match cookie {
+            Some(hash) => hash,
+            None if need == Need::Session => return Err(refused(401, "login_needed", "nobody is logged in", None)),
+            None => self.keys().hashed(bearer(headers)?),
+        };
         self.guard(address, &hash, now)?;
         let who = match self.registry().who(&hash, now) {
             Ok(who) => who,
@@ -292,13 +211,13 @@ impl Hub {
                 return Err(error);
             }
         };
-        self.succeeded(hash);
+        self.succeeded(hash.clone());
         let foreign = || refused(403, "forbidden", "this token is for something else", None);
         let fine = match (&who, need) {
             (Who::Enrolment(_) | Who::Agent(_), Need::Enrol) => true,
             (Who::Agent(own), Need::Agent) => own == id,
-            (Who::Admin(_), Need::Admin | Need::Runner | Need::Gateway) => true,
-            (Who::Access(access), Need::Runner) => access.kind == AccessKind::Runner,
+            (Who::Admin(_), Need::Admin | Need::Runner | Need::Gateway | Need::Session) => true,
+            (Who::Access(access), Need::Runner | Need::Session) => access.kind == AccessKind::Runner,
             (Who::Access(_), Need::Gateway) => true,
             _ => false,
         };
@@ -312,7 +231,7 @@ impl Hub {
         if let (Who::Access(access), false) = (&who, id.is_empty()) {
             self.registry().reaches(access, id)?;
         }
-        Ok(who)
+        Ok((who, hash))
     }
 
     async fn call(&self, call: Call, id: &str, who: &Who, parts: &Parts, bytes: &[u8], now: i64) -> Result<Response<Body>, Refused> {
@@ -413,12 +332,7 @@ impl Hub {
                 Ok(answer(200, &json!({})))
             }
             Call::Clusters => {
-                let mut items: Vec<_> = registry.clusters(project, now).into_iter().map(|c| self.seen(c)).collect();
-                if let Who::Access(access) = who
-                    && let Some(list) = &access.clusters
-                {
-                    items.retain(|c| list.contains(&c.id));
-                }
+                let items = self.visible(who, now);
                 Ok(answer(200, &json!({"items": items})))
             }
             Call::Cluster => Ok(answer(200, &json!(self.seen(registry.cluster(id, project, now)?)))),
@@ -459,14 +373,16 @@ impl Hub {
                 let (_, token) = registry.add_access(self.keys(), row).await?;
                 Ok(plain(201, "application/yaml", self.kubeconfig(&cluster, &token)))
             }
-            Call::Gateway => Err(refused(500, "internal", "the gateway answers for itself", None)),
+            Call::Gateway | Call::Page | Call::Login | Call::Session | Call::Logout | Call::Changes | Call::Inside => {
+                Err(refused(500, "internal", "this route answers for itself", None))
+            }
         }
     }
 }
 
 impl Hub {
     /// With the tunnel as this end of it knows, not as the agent said at its last heartbeat.
-    fn seen(&self, mut cluster: ClusterView) -> ClusterView {
+    pub(super) fn seen(&self, mut cluster: ClusterView) -> ClusterView {
         if self.tunnel_open(&cluster.agent_id) {
             cluster.tunnel = "up".into();
         } else if cluster.tunnel == "up" {
@@ -491,21 +407,6 @@ pub(super) fn stamp(seconds: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_path_finds_its_route_and_no_other() {
-        fn find(path: &str) -> Option<(Call, Vec<&str>)> {
-            ROUTES.iter().find_map(|r| Some((r.3, matched(r.1, path)?)))
-        }
-        assert_eq!(find("/api/v1/clusters/c-1"), Some((Call::Cluster, vec!["c-1"])));
-        assert_eq!(find("/clusters/c-1/k8s/api/v1/pods"), Some((Call::Gateway, vec!["c-1"])));
-        assert_eq!(find("/clusters/c-1/k8s/"), Some((Call::Gateway, vec!["c-1"])));
-        for nowhere in
-            ["/", "/api/v1/clusters/", "/api/v1/clusters/c-1/", "/api/v1/clusters//token", "/clusters/c-1/k8sx/api", "/clusters/c-1/secrets"]
-        {
-            assert_eq!(find(nowhere), None, "{nowhere}");
-        }
-    }
 
     #[test]
     fn nobody_asks_for_more_than_he_has() {

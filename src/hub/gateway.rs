@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response, StatusCode, Uri, header};
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
@@ -27,6 +27,10 @@ use crate::secret::Secret;
 use crate::trust::{self, Trust};
 use crate::tunnel::layer::Io;
 use crate::tunnel::server::Server;
+
+/// A look into a cluster takes at most this long, and this much.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
+const LOOK: usize = 8 << 20;
 
 /// Name of an agent's proxy.
 pub(super) fn proxy_name(agent: &str) -> String {
@@ -231,6 +235,31 @@ impl Hub {
         let mut response = Response::new(Until { inner: answer.into_body(), over }.boxed_unsync());
         (*response.status_mut(), *response.headers_mut()) = (status, headers);
         Ok(response)
+    }
+
+    /// A GET of the agent's API for the page, read whole: as a viewer, or in the caller's own role.
+    pub(super) async fn look_into(&self, who: &Who, id: &str, path: &str, own_role: bool, now: i64) -> Result<Value, Refused> {
+        let route = self.registry().route(id, who.project())?;
+        let (most, namespaces) = narrowed(who, &Wanted::default())?;
+        let token = self.jwt(who, &route, if own_role { most } else { Role::Viewer }, namespaces, LIFE, now).0;
+        let request = Request::get(format!("http://{}/{path}", route.agent))
+            .header(header::HOST, "agent")
+            .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
+            .body(Empty::new().map_err(|never| match never {}).boxed_unsync());
+        let request = request.map_err(|_| refused(500, "internal", "the request cannot be made", None))?;
+        let whole = async {
+            let answer = self.gateway().pooled.request(request).await.ok()?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), LOOK).collect().await.ok()?.to_bytes();
+            Some((status, serde_json::from_slice::<Value>(&body).ok()?))
+        };
+        let away = || refused(503, "agent_offline", "the cluster's agent is not reached at the moment", None);
+        let (status, value) = tokio::time::timeout(PATIENCE, whole).await.map_err(|_| away())?.ok_or_else(away)?;
+        if status.is_success() {
+            return Ok(value);
+        }
+        let said = value["message"].as_str().unwrap_or("the cluster refuses it").to_owned();
+        Err(refused(if status.as_u16() == 403 { 403 } else { 502 }, "cluster_refused", said, None))
     }
 
     /// A token for one agent, in no higher role than it was given, and when it ends.

@@ -4,12 +4,14 @@
 mod agent;
 mod architecture;
 mod broker;
+mod browser;
 mod cli;
 mod hostile;
 mod hosts;
 mod hub;
 mod install;
 mod join;
+mod page;
 mod plane;
 mod release;
 mod runner;

@@ -28,7 +28,8 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
         assert_eq!(status(&other), 401, "{path}: {other}");
     }
     let token = world.token("deployer");
-    for (path, wanted) in [("/readyz", 200), ("/version", 200), ("/metrics", 200), ("/api/v1/status", 200), ("/nothing", 404)] {
+    for (path, wanted) in [("/readyz", 200), ("/version", 200), ("/metrics", 200), ("/api/v1/status", 200), ("/api/v1/audit", 403), ("/nothing", 404)]
+    {
         let answer = world.ask("GET", path, &token).await;
         assert_eq!(status(&answer), wanted, "{path}: {answer}");
         assert!(!answer.contains("4711"), "{answer}");
@@ -61,7 +62,7 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
         (&record["subject"], &record["verdict"], &record["status"], &record["phase"]),
         (&json!("runner-1"), &json!("allowed"), &json!(200), &json!("call"))
     );
-    assert!(!std::fs::read_to_string(state.join("audit/audit.jsonl")).unwrap().contains("4711"));
+    assert!(!std::fs::read_to_string(state.join("audit/audit.jsonl")).unwrap().contains("planted-4711"));
 }
 
 /// On an http proxy whoever runs the FRP server reads along: there it says that it lives, and nothing else.

@@ -1,0 +1,201 @@
+//! The page for people: in a real browser, and against whoever would use a session that is not his.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::browser::Browser;
+use crate::hub::{Hub, Simulated, storm};
+use crate::world::serve_kube;
+
+/// A session's cookie and what its page sends with it.
+async fn session(hub: &Hub, token: &str) -> (String, String) {
+    let answer = hub.ask("POST", "/session", "", json!({"token": token})).await;
+    assert_eq!(answer.status(), 200);
+    let set = answer.headers()["set-cookie"].to_str().unwrap().to_owned();
+    for attribute in ["__Host-", "Path=/", "Secure", "HttpOnly", "SameSite=Strict"] {
+        assert!(set.contains(attribute), "{set}");
+    }
+    let csrf = answer.json::<Value>().await.unwrap()["csrf"].as_str().unwrap().to_owned();
+    (set.split(';').next().unwrap().to_owned(), csrf)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
+    let hub = Hub::with(&[]);
+    let (kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let (cookie, csrf) = session(&hub, &hub.admin).await;
+    let ask = async |method: &str, path: &str, headers: &[(&str, &str)]| {
+        let mut request = hub.client.request(method.parse().unwrap(), format!("{}{path}", hub.url)).header("cookie", &cookie);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if method == "POST" {
+            request = request.json(&json!({}));
+        }
+        request.send().await.unwrap()
+    };
+    let ours = [("sec-fetch-site", "same-origin"), ("x-csrf-token", csrf.as_str())];
+    assert_eq!(ask("GET", "/api/v1/clusters", &[]).await.status(), 200);
+    assert_eq!(ask("POST", "/api/v1/tokens", &ours).await.status(), 201);
+    // another page has the cookie sent along, and cannot say the word that ours has
+    for headers in [&[][..], &[("x-csrf-token", "guessed")], &[("sec-fetch-site", "same-origin")], &[("sec-fetch-site", "cross-site"), ours[1]]] {
+        assert_eq!(ask("POST", "/api/v1/tokens", headers).await.status(), 403, "{headers:?}");
+    }
+    assert_eq!(ask("GET", "/api/v1/clusters", &[("sec-fetch-site", "same-site")]).await.status(), 403);
+    // what a cluster serves runs in no session: the gateway takes no cookie, and its answers are sandboxed
+    let through = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods");
+    let before = kube.through().len();
+    let refused = ask("GET", &through, &ours).await;
+    assert_eq!((refused.status().as_u16(), refused.headers()["content-security-policy"].to_str().unwrap()), (401, "sandbox"));
+    assert_eq!(kube.through().len(), before);
+    // agents' calls and the backup neither
+    for path in ["/api/v1/agents/a-0/config", "/api/v1/backup"] {
+        assert!(matches!(ask("GET", path, &ours).await.status().as_u16(), 401 | 403), "{path}");
+    }
+    // what it shows of a cluster it asks as a viewer
+    hub.json("GET", &format!("/api/v1/clusters/{cluster}/inside/events"), &hub.admin, json!({})).await;
+    assert_eq!(kube.through().pop().unwrap().all("impersonate-group"), ["pipeops:viewer"]);
+    let audit = hub.json("GET", &format!("/api/v1/clusters/{cluster}/inside/audit"), &hub.admin, json!({})).await;
+    let records = audit["items"].as_array().unwrap();
+    assert!(records.iter().any(|r| r["path"].as_str().unwrap().starts_with("/api/v1/events")), "{audit}");
+    assert_eq!(hub.ask("GET", &format!("/api/v1/clusters/{cluster}/inside/secrets"), &hub.admin, json!({})).await.status(), 404);
+    // logged out is logged out
+    assert_eq!(ask("DELETE", "/session", &ours).await.status(), 200);
+    assert_eq!(ask("GET", "/api/v1/clusters", &ours).await.status(), 401);
+    // a Runner's session sees what the Runner sees, as long as he is one
+    let runner = hub.json("POST", "/api/v1/runners", &hub.admin, json!({"name": "ci", "clusters": ["c-0"]})).await;
+    let (cookie, _) = session(&hub, runner["token"].as_str().unwrap()).await;
+    let list = async || hub.client.get(format!("{}/api/v1/clusters", hub.url)).header("cookie", &cookie).send().await.unwrap();
+    assert_eq!(list().await.json::<Value>().await.unwrap()["items"], json!([]));
+    let two = hub.client.get(format!("{}/api/v1/clusters", hub.url)).header("cookie", format!("{cookie}; {cookie}")).send().await.unwrap();
+    assert_eq!(two.status(), 401);
+    let mut live = hub.client.get(format!("{}/api/v1/changes", hub.url)).header("cookie", &cookie).send().await.unwrap();
+    assert!(live.chunk().await.unwrap().is_some());
+    hub.json("DELETE", &format!("/api/v1/runners/{}", runner["id"].as_str().unwrap()), &hub.admin, json!({})).await;
+    assert_eq!(list().await.status(), 401);
+    let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = live.chunk().await {} }).await;
+    assert!(ended.is_ok(), "the live updates go on");
+    // a kubeconfig is no way to log in
+    let kubeconfig = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({})).await.text().await.unwrap();
+    let kubeconfig: Value = serde_json::from_str(&kubeconfig).unwrap();
+    let answer = hub.ask("POST", "/session", "", json!({"token": kubeconfig["users"][0]["user"]["token"]})).await;
+    assert_eq!(answer.status(), 403);
+}
+
+fn log_in(browser: &mut Browser, hub: &Hub) {
+    browser.open(&format!("{}/", hub.url));
+    browser.until("document.querySelector('#login')?.hidden === false");
+    browser.value("document.querySelector('#token').focus()");
+    browser.write(hub.admin.trim());
+    browser.press("Enter");
+    browser.until("!document.querySelector('#fleet').hidden");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
+    let hub = Hub::with(&[]);
+    let pin = hub.enrol().1;
+    let Some(mut browser) = Browser::start(&pin) else { return };
+    let (_kube, address) = serve_kube().await;
+    // a name with markup, as hub.agent gives
+    let (_agent, cluster) = hub.agent(address).await;
+    browser.size(1200, 800, false);
+    browser.open(&format!("{}/", hub.url));
+    browser.until("document.querySelector('#login')?.hidden === false");
+    browser.picture("login");
+    // a wrong token is said to be wrong, where it was typed
+    browser.value("document.querySelector('#token').focus()");
+    browser.write("pom_wrong");
+    browser.press("Enter");
+    browser.until("document.querySelector('#login-error').textContent.includes('wrong')");
+    browser.value("document.querySelector('#token').value = ''");
+    log_in(&mut browser, &hub);
+    browser.until("document.querySelectorAll('#rows tr').length === 1");
+    assert_eq!(browser.text("#rows a"), "<b>x</b>");
+    assert_eq!(browser.value("document.querySelectorAll('#rows b').length"), 0);
+    // the token is in no place that a script could read
+    let kept = browser
+        .value("[document.cookie, JSON.stringify(localStorage), JSON.stringify(sessionStorage), document.querySelector('#token').value].join('')");
+    assert_eq!(kept, "{}{}");
+    // who comes is there at once, and who is revoked is shown so
+    let dir = tempfile::tempdir().unwrap();
+    let token = hub.enrol().0;
+    let other = Simulated::new(&hub, dir.path(), &token).await;
+    browser.until("document.querySelectorAll('#rows tr').length === 2");
+    let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    let theirs = clusters["items"].as_array().unwrap().iter().find(|c| c["agent_id"] == other.id.as_str()).unwrap()["id"].clone();
+    hub.json("POST", &format!("/api/v1/clusters/{}/revoke", theirs.as_str().unwrap()), &hub.admin, json!({})).await;
+    browser.until("[...document.querySelectorAll('#rows .state')].some((s) => s.textContent === 'revoked')");
+    // a server is added without a mouse: tab to the button, Enter, Enter
+    browser.value("document.querySelector('.brand').focus()");
+    browser.press("Tab");
+    assert_eq!(browser.value("document.activeElement.id"), "add");
+    browser.press("Enter");
+    browser.until("document.querySelector('#adding').open && document.querySelector('#project').options.length === 1");
+    browser.value("document.querySelector('#label').focus()");
+    browser.press("Enter");
+    browser.until("document.querySelector('#install').textContent.includes('poe_')");
+    let line = browser.text("#install");
+    assert!(line.starts_with("echo poe_") && line.contains(&format!("--control-plane-url {} --control-plane-pin {pin}", hub.url)), "{line}");
+    assert_eq!(browser.value("document.activeElement.id"), "copy");
+    browser.press("Escape");
+    browser.until("!document.querySelector('#adding').open");
+    browser.until("document.querySelector('#install').textContent === ''");
+    // one cluster in depth
+    browser.value("document.querySelector('#rows a').focus()");
+    browser.press("/");
+    assert_eq!(browser.value("document.activeElement.id"), "find");
+    browser.write("online");
+    browser.until("document.querySelectorAll('#rows tr').length === 1");
+    browser.value("document.querySelector('#rows a').focus()");
+    browser.press("Enter");
+    browser.until("document.querySelector('#cluster-title').textContent === '<b>x</b>'");
+    browser.until("document.querySelector('#audit table')");
+    let facts = browser.text("#facts");
+    assert!(facts.contains(&cluster) && facts.contains("operator"), "{facts}");
+    // narrow and dark: nothing stands out of the screen
+    for (width, dark) in [(360, false), (360, true), (1200, true)] {
+        browser.size(width, 800, dark);
+        for hash in ["#/", &format!("#/c/{cluster}")] {
+            browser.value(&format!("location.hash = {hash:?}"));
+            let there = if hash == "#/" { "!document.querySelector('#fleet').hidden" } else { "document.querySelector('#audit table')" };
+            browser.until(there);
+            let wide = browser.value("document.documentElement.scrollWidth");
+            assert!(wide.as_u64().unwrap() <= u64::from(width), "{hash} at {width}: {wide}");
+        }
+    }
+    // a restart of the control plane ends the session, and the page says so and lets people in again
+    browser.content();
+    let mut hub = hub;
+    hub.killed_and_back();
+    browser.until("!document.querySelector('#login').hidden");
+    log_in(&mut browser, &hub);
+    browser.until("document.querySelectorAll('#rows tr').length === 2");
+    browser.content();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_clusters_are_a_page_like_any_other() {
+    let hub = Hub::with(&[]);
+    let pin = hub.enrol().1;
+    let Some(mut browser) = Browser::start(&pin) else { return };
+    let token = hub.sandbox.verb(&["control-plane", "token", "create", "--uses", "0"]).ended(0).out.split_whitespace().nth(1).unwrap().to_owned();
+    let dir = tempfile::tempdir().unwrap();
+    let mut tasks = storm(&hub, dir.path(), &token, 1000);
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    browser.size(1200, 800, false);
+    log_in(&mut browser, &hub);
+    browser.until("document.querySelectorAll('#rows tr').length === 1000");
+    // loaded anew, with the session that is there
+    let begun = Instant::now();
+    browser.open(&format!("{}/", hub.url));
+    browser.until("document.querySelectorAll('#rows tr').length === 1000");
+    let usable = begun.elapsed();
+    let typed = browser.value("(() => { const t = performance.now(); const f = document.querySelector('#find'); f.value = 'online'; f.dispatchEvent(new Event('input')); document.body.offsetHeight; return performance.now() - t; })()");
+    println!("1,000 clusters: usable after {} ms, a letter in the search takes {typed} ms", usable.as_millis());
+    browser.content();
+}
