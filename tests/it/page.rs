@@ -140,6 +140,7 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     let line = browser.text("#install");
     assert!(line.starts_with("echo poe_") && line.contains(&format!("--control-plane-url {} --control-plane-pin {pin}", hub.url)), "{line}");
     assert_eq!(browser.value("document.activeElement.id"), "copy");
+    browser.picture("add");
     browser.press("Escape");
     browser.until("!document.querySelector('#adding').open");
     browser.until("document.querySelector('#install').textContent === ''");
@@ -156,12 +157,13 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     let facts = browser.text("#facts");
     assert!(facts.contains(&cluster) && facts.contains("operator"), "{facts}");
     // narrow and dark: nothing stands out of the screen
-    for (width, dark) in [(360, false), (360, true), (1200, true)] {
+    for (width, dark) in [(360, false), (360, true), (1200, true), (1200, false)] {
         browser.size(width, 800, dark);
         for hash in ["#/", &format!("#/c/{cluster}")] {
             browser.value(&format!("location.hash = {hash:?}"));
             let there = if hash == "#/" { "!document.querySelector('#fleet').hidden" } else { "document.querySelector('#audit table')" };
             browser.until(there);
+            browser.picture(&format!("{}-{width}-{}", if hash == "#/" { "fleet" } else { "cluster" }, if dark { "dark" } else { "light" }));
             let wide = browser.value("document.documentElement.scrollWidth");
             assert!(wide.as_u64().unwrap() <= u64::from(width), "{hash} at {width}: {wide}");
         }
