@@ -30,7 +30,7 @@ pub async fn plane(context: &Context, args: ControlPlane) -> anyhow::Result<Exit
 fn layered(host: &Host, flags: PlaneOptions, config: Option<&str>) -> anyhow::Result<PlaneOptions> {
     let text = match config {
         Some(path) => Some(host.users_file(path).map_err(|e| unreadable(path, &e))?),
-        None => host.read(CONFIG)?,
+        None => host.read(CONFIG).map_err(|e| unreadable(CONFIG, &e))?,
     };
     Ok(match text {
         Some(text) => flags.over(parse_file(&text, config.unwrap_or(CONFIG))?),

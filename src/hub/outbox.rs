@@ -47,7 +47,7 @@ pub struct Broker {
 /// How the way to the broker is, for metrics and people.
 #[derive(Default)]
 pub struct Way {
-    /// Why it is down; none while it is up.
+    /// Why it is down, empty before the first try; none while it is up.
     down: Mutex<Option<String>>,
     pub sent: AtomicU64,
     pub dropped: AtomicU64,
@@ -65,7 +65,7 @@ impl Way {
         match (&why, down.as_ref()) {
             (None, None) => {}
             (None, Some(_)) => tracing::info!("the message broker is reached"),
-            (Some(why), former) if former != Some(why) => tracing::warn!(why, "no message broker: events wait in the database"),
+            (Some(why), former) if former != Some(why) && !why.is_empty() => tracing::warn!(why, "no message broker: events wait in the database"),
             _ => {}
         }
         *down = why;
@@ -94,7 +94,7 @@ pub fn check(url: &Secret) -> anyhow::Result<()> {
 
 /// Sends until `halt`.
 pub async fn run(store: Store, broker: Broker, way: Arc<Way>, halt: CancellationToken) {
-    way.set(Some("not connected yet".into()));
+    way.set(Some(String::new()));
     let mut backoff = Backoff::default();
     let work = async {
         loop {

@@ -5,6 +5,7 @@
 //!     stand bench PIPEOPS [idle held requests bulk]   requests, bulk and memory through the real executable; kubectl proxy beside it
 //!     stand tunnel PIPEOPS      our client beside frpc behind a genuine frps (PIPEOPS_TEST_FRP_DIR), else both halves ours
 //!     stand fleet PIPEOPS N     N simulated agents at a real control plane
+//!     stand runner DIR IMAGE    the reference Runner: hears of a cluster, deploys IMAGE to it both ways
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and descriptors do
 #![allow(
     clippy::unwrap_used,
@@ -23,6 +24,7 @@ mod fleet;
 #[path = "../it/plane.rs"]
 mod plane;
 mod rights;
+mod runner;
 mod tunnel;
 
 use std::sync::{Arc, Mutex};
@@ -47,9 +49,10 @@ async fn main() {
         ["bench", pipeops, ref parts @ ..] => bench::bench(pipeops, parts).await,
         ["tunnel", pipeops] => tunnel::tunnel(pipeops, std::env::var("PIPEOPS_TEST_FRP_DIR").ok().as_deref()).await,
         ["fleet", pipeops, n] => fleet::fleet(pipeops, n.parse().unwrap()).await,
+        ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
-            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | soak PIPEOPS N");
+            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | soak PIPEOPS N");
             std::process::exit(2);
         }
     }
