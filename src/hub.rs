@@ -30,7 +30,7 @@ use crate::error::{Exit, Failure};
 use crate::host::Host;
 use crate::host::state::StateDir;
 use crate::secret::{Secret, same};
-use crate::tunnel::server::{Admit, Server, ServerConfig};
+use crate::tunnel::server::{Admit, Server, ServerConfig, signed};
 use crate::tunnel::wire::{Login, NewProxy};
 use crate::tunnel::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
 use gateway::{Gateway, proxy_name};
@@ -136,6 +136,15 @@ impl Admit for Gate {
         } else {
             Err(format!("{owner} may open the stcp proxy {} and nothing else", proxy_name(owner)))
         }
+    }
+
+    fn visitor(&self, proxy: &str, sign_key: &str, timestamp: i64) -> Option<(Secret, CancellationToken)> {
+        let agent = proxy.strip_prefix(&proxy_name(""))?;
+        // each Runner has a key of his own, so that his streams end with his right to them
+        self.registry.runners_of(agent, now()).into_iter().find_map(|(id, over)| {
+            let key = self.keys.derived("stcp", &format!("{agent}/{id}"));
+            signed(&key, sign_key, timestamp).then_some((key, over))
+        })
     }
 }
 
@@ -321,9 +330,10 @@ impl Hub {
         self.inner.frps.has(&proxy_name(agent))
     }
 
-    /// What opens an agent's stcp proxy.
-    fn secret_key(&self, agent: &str) -> Secret {
-        self.inner.keys.derived("stcp", agent)
+    /// What opens an agent's stcp proxy: to one Runner, or without one to the agent and administrators.
+    fn secret_key(&self, agent: &str, runner: Option<&str>) -> Secret {
+        let name = runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}"));
+        self.inner.keys.derived("stcp", &name)
     }
 
     /// Connections that are open.
@@ -407,7 +417,7 @@ impl Hub {
             pool_count: 1,
             tls: TunnelTls { pin: Some(keys.ca_pin.clone()), ..TunnelTls::default() },
             auth: TunnelAuth { token: keys.tunnel_token.clone(), user: None, metas: metas.into() },
-            proxies: vec![Proxy { name: proxy_name(agent), kind: Kind::Stcp, secret_key: self.secret_key(agent), ..Proxy::default() }],
+            proxies: vec![Proxy { name: proxy_name(agent), kind: Kind::Stcp, secret_key: self.secret_key(agent, None), ..Proxy::default() }],
         };
         let mut config = Config {
             config_version: 0,

@@ -283,13 +283,14 @@ impl Hub {
         let (token, expires) = self.jwt(who, route, role, namespaces, ttl, now);
         let pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
         let (host, port) = self.tunnel_address();
+        let runner = if let Who::Access(access) = who { Some(access.id.as_str()) } else { None };
         json!({
             "token": token.expose(),
             "expires_at": stamp(expires),
             "endpoints": [
                 {"type": "gateway", "address": format!("{}/clusters/{}", self.url(), route.cluster), "server_name": host, "agent_pin": pin},
                 {"type": "stcp", "address": format!("{host}:{port}"), "server_name": host, "agent_pin": pin,
-                    "proxy": proxy_name(&route.agent), "secret_key": self.secret_key(&route.agent).expose(), "server_pin": self.keys().ca_pin},
+                    "proxy": proxy_name(&route.agent), "secret_key": self.secret_key(&route.agent, runner).expose(), "server_pin": self.keys().ca_pin},
             ],
         })
     }

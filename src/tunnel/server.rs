@@ -40,6 +40,14 @@ pub trait Admit: Send + Sync {
     /// # Errors
     /// Why this owner may not open this proxy.
     fn proxy(&self, owner: &str, asked: &NewProxy) -> Result<(), String>;
+
+    /// Somebody who visits an stcp proxy with another key than its own: his key, if there is such a one, and what ends his streams.
+    fn visitor(&self, proxy: &str, sign_key: &str, timestamp: i64) -> Option<(Secret, CancellationToken)>;
+}
+
+/// Whether a visitor's proof was made with `key`.
+pub fn signed(key: &Secret, sign_key: &str, timestamp: i64) -> bool {
+    same(sign_key, &wire::privilege_key(key, timestamp))
 }
 
 /// How the server is run.
@@ -448,20 +456,25 @@ impl Server {
     async fn visitor(&self, mut io: Io, hello: wire::NewVisitorConn) -> io::Result<()> {
         let name = hello.proxy_name.clone();
         let open = lock(&self.shared.registry).proxies.get(&name).cloned().filter(|o| o.asked.proxy_type == "stcp");
-        let refusal = match &open {
-            None => Some(format!("custom listener for [{name}] doesn't exist")),
-            Some(open) if !same(&hello.sign_key, &wire::privilege_key(&Secret::new(open.asked.sk.clone()), hello.timestamp)) => {
-                Some(format!("visitor connection of [{name}] auth failed"))
-            }
-            Some(_) => None,
+        let own = open.as_ref().map(|o| Secret::new(o.asked.sk.clone())).filter(|key| signed(key, &hello.sign_key, hello.timestamp));
+        let admitted = match (own, &self.shared.config.admit) {
+            (Some(key), _) => Some((key, CancellationToken::new())),
+            (None, Some(admit)) if open.is_some() => admit.visitor(&name, &hello.sign_key, hello.timestamp),
+            _ => None,
         };
-        let error = refusal.clone().unwrap_or_default();
+        let error = match (&open, &admitted) {
+            (None, _) => format!("custom listener for [{name}] doesn't exist"),
+            (Some(_), None) => format!("visitor connection of [{name}] auth failed"),
+            _ => String::new(),
+        };
         wire::write(&mut io, NewVisitorConnResp { proxy_name: name, error }).await?;
-        let (Some(open), None) = (open, refusal) else { return Ok(()) };
-        let key = hello.use_encryption.then(|| Key::of(&Secret::new(open.asked.sk.clone())));
-        let mut user = layered(io, key.as_ref(), hello.use_compression);
+        let (Some(open), Some((key, over))) = (open, admitted) else { return Ok(()) };
+        let mut user = layered(io, hello.use_encryption.then(|| Key::of(&key)).as_ref(), hello.use_compression);
         let mut work = self.join(&open, None).await?;
-        splice(&mut user, &mut work).await;
+        tokio::select! {
+            () = splice(&mut user, &mut work) => {}
+            () = over.cancelled() => {}
+        }
         Ok(())
     }
 }

@@ -249,6 +249,46 @@ async fn upgrades_pass_through_the_gateway() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() {
+    use tokio::io::AsyncReadExt as _;
+    let hub = Hub::start();
+    let (_kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let mut streams = Vec::new();
+    for (who, body) in [("revoked", json!({"name": "a"})), ("stays", json!({"name": "b"})), ("elsewhere", json!({"name": "c", "clusters": ["c-0"]}))] {
+        let runner = hub.json("POST", "/api/v1/runners", &hub.admin, body).await;
+        let minted = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/token"), runner["token"].as_str().unwrap(), json!({})).await;
+        if who == "elsewhere" {
+            assert_eq!(minted.status(), 404);
+            continue;
+        }
+        let minted: Value = minted.json().await.unwrap();
+        let endpoint = minted["endpoints"].as_array().unwrap().iter().find(|e| e["type"] == "stcp").unwrap().clone();
+        let text = |name: &str| endpoint[name].as_str().unwrap().to_owned();
+        let config = pipeops::tunnel::TunnelConfig {
+            server: "127.0.0.1".into(),
+            port: text("address").rsplit(':').next().unwrap().parse().unwrap(),
+            tcp_mux: true,
+            tls: pipeops::tunnel::TunnelTls { pin: Some(text("server_pin")), ..Default::default() },
+            ..Default::default()
+        };
+        let mut tasks = tokio::task::JoinSet::new();
+        let carrier = pipeops::tunnel::dial::Target::new(&config, false).unwrap().connect(&mut tasks).await.unwrap();
+        let visit = async |key: String| pipeops::tunnel::client::visit(&carrier, "", &text("proxy"), &pipeops::secret::Secret::new(key)).await;
+        assert!(visit("guessed".into()).await.is_err());
+        // held open as a half-made TLS connection is: the agent waits for its hello
+        streams.push((runner["id"].clone(), visit(text("secret_key")).await.unwrap(), tasks));
+    }
+    assert_ne!(streams[0].0, streams[1].0);
+    hub.sandbox.verb(&["control-plane", "runner", "revoke", streams[0].0.as_str().unwrap()]).ended(0);
+    let mut byte = [0];
+    let ended = tokio::time::timeout(Duration::from_secs(5), streams[0].1.read(&mut byte)).await;
+    assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
+    let goes_on = tokio::time::timeout(Duration::from_millis(300), streams[1].1.read(&mut byte)).await;
+    assert!(goes_on.is_err(), "{goes_on:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_route_refuses_every_token_that_is_not_for_it() {
     let hub = Hub::start();
     let (_kube, address) = serve_kube().await;

@@ -127,6 +127,20 @@ impl Registry {
         Ok(())
     }
 
+    /// Runners that reach an agent's cluster, each with what ends when he is revoked.
+    pub fn runners_of(&self, agent: &str, now: i64) -> Vec<(String, CancellationToken)> {
+        let inner = self.inner();
+        let Some(row) = inner.agents.get(agent).map(|e| &e.row).filter(|row| !row.revoked) else { return Vec::new() };
+        let theirs = inner.accesses.values().filter(|(access, _)| {
+            access.kind == AccessKind::Runner
+                && !access.revoked
+                && access.project == row.project
+                && access.expires_at.is_none_or(|at| at > now)
+                && access.clusters.as_ref().is_none_or(|list| list.contains(&row.cluster_id))
+        });
+        theirs.map(|(access, over)| (access.id.clone(), over.clone())).collect()
+    }
+
     /// What ends when an access is revoked.
     pub fn until_revoked(&self, id: &str) -> CancellationToken {
         self.inner().accesses.get(id).map_or_else(CancellationToken::new, |a| a.1.clone())
