@@ -97,7 +97,7 @@ struct Inner {
     /// The way to the message broker, where there is one.
     way: Option<Arc<Way>>,
     /// The HTTPS API's certificate is not ours: what stands here is its CA, as far as clients must be told of it.
-    foreign: Option<Option<String>>,
+    foreign: Mutex<Option<Option<String>>>,
     failures: Mutex<Failures>,
     first_token: std::sync::atomic::AtomicBool,
     requests: std::sync::atomic::AtomicU64,
@@ -152,8 +152,23 @@ fn url(name: &str, port: u16) -> String {
     if name.parse::<Ipv6Addr>().is_ok() { format!("https://[{name}]:{port}") } else { format!("https://{name}:{port}") }
 }
 
+fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn now() -> i64 {
     jiff::Timestamp::now().as_second()
+}
+
+/// What the file system says of the data directory, with what to do about it.
+fn usable<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
+    result.map_err(|e| match e.downcast_ref::<Failure>() {
+        Some(_) => e,
+        None => Failure::new(Exit::Preflight, "DATA_DIR_UNUSABLE", "the data directory cannot be used")
+            .why(format!("{e:#}"))
+            .hint("check that it can be written (df -h, mount, its owner), or choose another with --data-dir")
+            .into(),
+    })
 }
 
 /// The database of a data directory, or the one at `url`.
@@ -162,19 +177,15 @@ async fn database(host: &Host, data_dir: &str, state: &StateDir, url: Option<Sec
         Some(url) => url,
         None => {
             // SQLite gives its other files the mode of this one
-            state.touch("pipeops.db").map_err(|e| {
-                Failure::new(Exit::Preflight, "DATABASE_UNUSABLE", "the database cannot be written")
-                    .why(format!("{e:#}"))
-                    .hint("check that the data directory can be written and its disk has room")
-            })?;
+            usable(state.touch("pipeops.db"))?;
             Secret::new(format!("sqlite:{}?mode=rw", host.at(data_dir).join("pipeops.db").display()))
         }
     };
-    let instance = match state.read(INSTANCE)? {
+    let instance = match usable(state.read(INSTANCE))? {
         Some(instance) => instance,
         None => {
             let made = keys::fresh()?;
-            state.write(INSTANCE, &made)?;
+            usable(state.write(INSTANCE, &made))?;
             made
         }
     };
@@ -186,10 +197,10 @@ async fn database(host: &Host, data_dir: &str, state: &StateDir, url: Option<Sec
 /// # Errors
 /// Port taken, database unusable, data directory or keys unreadable.
 pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready: impl FnOnce(SocketAddr, SocketAddr)) -> anyhow::Result<()> {
-    let state = host.state_dir(&config.data_dir)?;
+    let state = usable(host.state_dir(&config.data_dir))?;
     // a second one on the same data would undo what the first one writes
-    let _only = state.lock()?;
-    let keys = Arc::new(Keys::load(&state, now())?);
+    let _only = usable(state.lock())?;
+    let keys = Arc::new(usable(Keys::load(&state, now()))?);
     if let Some(broker) = &config.broker {
         outbox::check(&broker.url)?;
     }
@@ -221,7 +232,7 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
             port: address.port(),
             tunnel_port: tunnel_address.port(),
             way: config.broker.as_ref().map(|_| Arc::default()),
-            foreign: certificate.foreign(),
+            foreign: Mutex::new(certificate.foreign()),
             failures: Mutex::default(),
             first_token: false.into(),
             requests: 0.into(),
@@ -270,7 +281,9 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
                 if let Err(error) = registry.flush().await {
                     tracing::warn!(error = format!("{error:#}"), "heartbeats are not written");
                 }
-                if let Err(error) = certificate.renew(&hub.inner.keys, host, now()) {
+                let renewed = certificate.renew(&hub.inner.keys, host, now());
+                *lock(&hub.inner.foreign) = certificate.foreign();
+                if let Err(error) = renewed {
                     tracing::warn!(error = format!("{error:#}"), "the certificate is not renewed");
                 }
             }
@@ -371,7 +384,7 @@ impl Hub {
     }
 
     fn failures(&self) -> MutexGuard<'_, Failures> {
-        self.inner.failures.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner.failures)
     }
 
     /// # Errors
@@ -434,21 +447,16 @@ impl Hub {
 
     /// The line to paste on a VM.
     fn install_line(&self, token: &Secret) -> String {
-        let pin = match &self.inner.foreign {
-            None => Some(self.keys().ca_pin.clone()),
-            Some(ca) => ca.as_deref().and_then(keys::pin_of).map(|pin| pin.to_string()),
-        };
+        // without one the system's roots know the certificate
+        let pin = self.shown_ca().and_then(|ca| keys::pin_of(&ca));
         let pin = pin.map(|pin| format!(" --control-plane-pin {pin}")).unwrap_or_default();
         // on standard input: what stands on a command line is everybody's to read
         format!("echo {} | sudo pipeops install-server --yes --agent-token-file - --control-plane-url {}{pin}", token.expose(), self.url())
     }
 
     /// The CA that clients of the HTTPS API must be told of, PEM.
-    fn shown_ca(&self) -> Option<&str> {
-        match &self.inner.foreign {
-            None => Some(&self.keys().ca_certificate),
-            Some(ca) => ca.as_deref(),
-        }
+    fn shown_ca(&self) -> Option<String> {
+        lock(&self.inner.foreign).clone().unwrap_or_else(|| Some(self.keys().ca_certificate.clone()))
     }
 
     /// Prometheus text.

@@ -239,7 +239,7 @@ impl Hub {
         let project = who.project();
         match call {
             Call::Health => Ok(answer(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))),
-            Call::Ca => Ok(plain(200, "application/x-pem-file", self.shown_ca().unwrap_or_default().to_owned())),
+            Call::Ca => Ok(plain(200, "application/x-pem-file", self.shown_ca().unwrap_or_default())),
             Call::Backup => {
                 let text = super::backup::text(&self.inner.state, &self.inner.store).await.map_err(|e| unwritten(&e))?;
                 Ok(plain(200, "application/json", text.expose().to_owned()))

@@ -525,6 +525,105 @@ fn what_it_cannot_use_is_named() {
     assert!(away.err.contains("CONTROL_PLANE_AWAY"), "{}", away.err);
 }
 
+/// A certificate for 127.0.0.1 and its key, PEM, valid until `days` from now.
+fn certificate(days: i64) -> (String, String) {
+    let mut params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    params.subject_alt_names.push(rcgen::SanType::IpAddress("127.0.0.1".parse().unwrap()));
+    let now = time::OffsetDateTime::from_unix_timestamp(jiff::Timestamp::now().as_second()).unwrap();
+    (params.not_before, params.not_after) = (now - time::Duration::days(30), now + time::Duration::days(days));
+    let key = rcgen::KeyPair::generate().unwrap();
+    (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_of_ones_own_is_checked_shown_and_read_anew() {
+    let sandbox = Sandbox::new();
+    let (good, key) = certificate(10);
+    let (expired, old_key) = certificate(-1);
+    for (name, text) in [("good", &good), ("key", &key), ("expired", &expired), ("old-key", &old_key), ("none", &"nothing".to_owned())] {
+        sandbox.put(&format!("/{name}"), text);
+    }
+    let path = |name: &str| sandbox.path(&format!("root/{name}"));
+    for (chain, key, code, said) in [
+        ("expired", "old-key", "CERTIFICATE_EXPIRED", "renew it"),
+        ("good", "old-key", "CERTIFICATE_WRONG", "is not the key of"),
+        ("none", "key", "CERTIFICATE_WRONG", "holds no certificate"),
+        ("good", "none", "CERTIFICATE_WRONG", "holds no key"),
+        ("absent", "key", "CERTIFICATE_UNREADABLE", "who may read it"),
+    ] {
+        let refused = sandbox.run(&[
+            "control-plane",
+            "--listen",
+            "127.0.0.1:0",
+            "--tunnel-listen",
+            "127.0.0.1:0",
+            "--tls-cert",
+            &path(chain),
+            "--tls-key",
+            &path(key),
+        ]);
+        let refused = refused.ended(3);
+        assert!(refused.err.contains(code) && refused.err.contains(said), "{chain} {key}: {}", refused.err);
+    }
+    let hub = Hub::with(&["--tls-cert", &path("good"), "--tls-key", &path("key"), "--tls-ca", &path("good")]);
+    let trusting = |pem: &str| {
+        let ca = reqwest::Certificate::from_pem(pem.as_bytes()).unwrap();
+        Client::builder().tls_certs_only([ca]).no_proxy().pool_max_idle_per_host(0).build().unwrap()
+    };
+    let health = async |client: &Client| client.get(format!("{}/api/v1/health", hub.url)).send().await.map(|a| a.status().as_u16()).ok();
+    assert_eq!(health(&trusting(&good)).await, Some(200));
+    // its own CA is the tunnel's; the line pins the one that was given
+    assert!(health(&hub.client).await.is_none());
+    let (token, pin) = hub.enrol();
+    assert!(token.starts_with("poe_") && pin.starts_with("sha256:"));
+    // an agent comes by that line, over the one certificate and the other
+    let (_kube, address) = serve_kube().await;
+    let renewed = certificate(20);
+    sandbox.put("/good", &renewed.0);
+    sandbox.put("/key", &renewed.1);
+    let client = trusting(&renewed.0);
+    let begun = Instant::now();
+    while health(&client).await != Some(200) {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{}", hub.log.lock().unwrap());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mut hub = hub;
+    hub.client = client;
+    hub.agent(address).await;
+}
+
+#[tokio::test]
+async fn a_database_that_is_none_or_of_another_time_is_left_alone() {
+    let sandbox = Sandbox::new();
+    let serve = || sandbox.run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"]).ended(3);
+    let file = sandbox.root().join(DATA).join("pipeops.db");
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    std::fs::write(&file, "something that somebody needs\n".repeat(100)).unwrap();
+    let refused = serve();
+    assert!(refused.err.contains("DATABASE_UNUSABLE") && refused.err.contains("not a database"), "{}", refused.err);
+    assert!(std::fs::read_to_string(&file).unwrap().starts_with("something that"));
+    std::fs::remove_file(&file).unwrap();
+    sqlx::any::install_default_drivers();
+    let pool = sqlx::AnyPool::connect(&format!("sqlite:{}?mode=rwc", file.display())).await.unwrap();
+    sqlx::query("CREATE TABLE pipeops_meta (id TEXT PRIMARY KEY, body TEXT NOT NULL)").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO pipeops_meta VALUES ('schema', '99')").execute(&pool).await.unwrap();
+    pool.close().await;
+    let refused = serve();
+    assert!(refused.err.contains("DATABASE_VERSION") && refused.err.contains("99"), "{}", refused.err);
+}
+
+#[test]
+fn a_config_file_lies_under_the_flags_and_its_mistakes_are_named() {
+    let sandbox = Sandbox::new();
+    let serve = || sandbox.run(&["control-plane", "--tunnel-listen", "127.0.0.1:0"]);
+    sandbox.put("/etc/pipeops/control-plane.toml", "lisen = \"127.0.0.1:0\"\n");
+    let typo = serve().ended(2);
+    assert!(typo.err.contains("lisen") && typo.err.contains("did you mean `listen`"), "{}", typo.err);
+    sandbox.put("/etc/pipeops/control-plane.toml", "listen = \"203.0.113.1:1\"\n");
+    let elsewhere = serve().ended(3);
+    assert!(elsewhere.err.contains("ADDRESS_WRONG") && elsewhere.err.contains("203.0.113.1:1"), "{}", elsewhere.err);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_uninstalled_is_listed_no_more() {
     let hub = Hub::start();
