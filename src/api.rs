@@ -191,7 +191,12 @@ impl Api {
         let mut connection = std::pin::pin!(connection);
         let parts = &self.inner.parts;
         tokio::select! {
-            _ = connection.as_mut() => return,
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(error = format!("{error:?}"), "a connection broke off");
+                }
+                return;
+            }
             () = parts.drain.cancelled() => connection.as_mut().graceful_shutdown(),
         }
         tokio::select! {

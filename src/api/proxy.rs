@@ -247,7 +247,8 @@ impl hyper::body::Body for Counting {
             }
             // accounted for when the last byte is known, not when the connection lets go of it
             Poll::Ready(None) => this.call = None,
-            Poll::Ready(Some(Err(_))) => {
+            Poll::Ready(Some(Err(error))) => {
+                tracing::debug!(%error, "an answer of Kubernetes broke off");
                 if let Some(call) = &mut this.call {
                     call.record.verdict = "broken".into();
                 }

@@ -141,7 +141,11 @@ impl hyper::body::Body for Until {
         if self.over.iter_mut().any(|over| over.as_mut().poll(cx).is_ready()) {
             return Poll::Ready(Some(Err("the right to this stream was revoked".into())));
         }
-        Pin::new(&mut self.inner).poll_frame(cx).map(|frame| frame.map(|f| f.map_err(Into::into)))
+        let frame = Pin::new(&mut self.inner).poll_frame(cx);
+        if let Poll::Ready(Some(Err(error))) = &frame {
+            tracing::debug!(error = format!("{error:?}"), "an agent's answer broke off");
+        }
+        frame.map(|frame| frame.map(|f| f.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -108,7 +108,12 @@ impl Hub {
             Who::Admin(_) => self.admin_seen(),
             Who::Access(access) if access.kind == AccessKind::Runner => {}
             _ => {
-                return Err(refused(403, "forbidden", "this token is for something else", Some("log in with an administrator's or a Runner's token")));
+                return Err(refused(
+                    403,
+                    "forbidden",
+                    "this token is for something else",
+                    Some("log in with an administrator's or a Runner's token"),
+                ));
             }
         }
         self.succeeded(hash.clone());

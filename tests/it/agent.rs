@@ -1,9 +1,10 @@
 //! `pipeops run` as systemd sees it: notifications, the socket, the end.
 
 use std::cell::RefCell;
-use std::io::{Read, Write};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Child, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::support::{Sandbox, said};
@@ -14,6 +15,7 @@ pub(crate) struct Agent {
     /// Every notification so far: one state may say two of the things that a test waits for.
     said: RefCell<Vec<String>>,
     pub(crate) sandbox: Sandbox,
+    log: Arc<Mutex<String>>,
 }
 
 impl Agent {
@@ -24,10 +26,14 @@ impl Agent {
         command.env("NOTIFY_SOCKET", &path).envs(env.iter().copied()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         // a log that nobody reads would stop the agent at its next line
-        let mut log = child.stderr.take().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap());
+        let log = Arc::<Mutex<String>>::default();
+        let kept = log.clone();
         std::thread::spawn(move || {
-            let mut text = Vec::new();
-            let _ = log.read_to_end(&mut text);
+            let mut line = String::new();
+            while lines.read_line(&mut line).is_ok_and(|n| n > 0) {
+                kept.lock().unwrap().push_str(&std::mem::take(&mut line));
+            }
         });
         // nor may systemd's side of the notifications fill up
         let (sender, notify) = std::sync::mpsc::channel();
@@ -39,7 +45,12 @@ impl Agent {
                 }
             }
         });
-        Agent { child, notify, said: RefCell::default(), sandbox }
+        Agent { child, notify, said: RefCell::default(), sandbox, log }
+    }
+
+    /// What it said so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
     }
 
     /// The first notification that holds `text`, also one that came before the question.

@@ -41,7 +41,7 @@ fn spawn(sandbox: &Sandbox, ports: (u16, u16), options: &[String], log: &Arc<Mut
     let (https, tunnel) = (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
     let mut args = vec!["control-plane", "--listen", &https, "--tunnel-listen", &tunnel, "--public-name", "127.0.0.1"];
     args.extend(options.iter().map(String::as_str));
-    let mut child = sandbox.command(&args).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = sandbox.command(&args).env("LOG_LEVEL", "debug").stderr(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap());
     loop {
         let mut line = String::new();
@@ -168,7 +168,7 @@ impl Hub {
 async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_revoked() {
     let hub = Hub::start();
     let (kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
+    let (agent, cluster) = hub.agent(address).await;
     let runner = hub.runner("deployer").await;
     let token = runner["token"].as_str().unwrap();
     // the API as the Runner, with nothing of his own credential
@@ -181,7 +181,8 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     // a body of 32 MiB, both sizes of client connection
     let bulk = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=33554432"), token, json!({})).await;
     assert_eq!(bulk.headers()["content-security-policy"], "sandbox");
-    assert_eq!(bulk.bytes().await.unwrap().len(), 33_554_432);
+    let whole = bulk.bytes().await.unwrap_or_else(|e| panic!("{e:?}\n{}\n{}", hub.log.lock().unwrap(), agent.log()));
+    assert_eq!(whole.len(), 33_554_432);
     // a kubeconfig carries its own way in
     let answer = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({"role": "viewer", "namespaces": ["beta"]})).await;
     assert_eq!((answer.status().as_u16(), answer.headers()["cache-control"].to_str().unwrap()), (201, "no-store"));
@@ -255,7 +256,8 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
     let (_kube, address) = serve_kube().await;
     let (_agent, cluster) = hub.agent(address).await;
     let mut streams = Vec::new();
-    for (who, body) in [("revoked", json!({"name": "a"})), ("stays", json!({"name": "b"})), ("elsewhere", json!({"name": "c", "clusters": ["c-0"]}))] {
+    for (who, body) in [("revoked", json!({"name": "a"})), ("stays", json!({"name": "b"})), ("elsewhere", json!({"name": "c", "clusters": ["c-0"]}))]
+    {
         let runner = hub.json("POST", "/api/v1/runners", &hub.admin, body).await;
         let minted = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/token"), runner["token"].as_str().unwrap(), json!({})).await;
         if who == "elsewhere" {

@@ -52,7 +52,9 @@ async fn main() {
         ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
-            eprintln!("usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | soak PIPEOPS N");
+            eprintln!(
+                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | soak PIPEOPS N"
+            );
             std::process::exit(2);
         }
     }
