@@ -58,6 +58,9 @@ _pipeops() {
             pipeops__subcmd__control__subcmd__plane,cluster)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__cluster"
                 ;;
+            pipeops__subcmd__control__subcmd__plane,frps-config)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__frps__subcmd__config"
+                ;;
             pipeops__subcmd__control__subcmd__plane,project)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__project"
                 ;;
@@ -256,7 +259,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane)
-            opts="-h --listen --tunnel-listen --public-name --database-url --database-url-file --amqp-url --amqp-url-file --amqp-ca --tls-cert --tls-key --tls-ca --config --data-dir --root --log-level --help token cluster runner project backup restore"
+            opts="-h --listen --tunnel-listen --public-name --database-url --database-url-file --amqp-url --amqp-url-file --amqp-ca --frps --frps-token-file --frps-ca --frps-pin --tls-cert --tls-key --tls-ca --config --data-dir --root --log-level --help token cluster runner project frps-config backup restore"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -291,6 +294,22 @@ _pipeops() {
                     return 0
                     ;;
                 --amqp-ca)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --frps)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --frps-token-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --frps-ca)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --frps-pin)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -536,6 +555,32 @@ _pipeops() {
                     COMPREPLY=($(compgen -W "text json" -- "${cur}"))
                     return 0
                     ;;
+                --data-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__frps__subcmd__config)
+            opts="-h --data-dir --root --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 --data-dir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0

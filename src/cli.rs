@@ -260,6 +260,11 @@ pub enum PlaneCommand {
     /// Owners of tokens, clusters and Runners
     #[command(subcommand)]
     Project(ProjectCommand),
+    /// Print what an external frps needs in its configuration; there is a secret in it
+    FrpsConfig {
+        #[command(flatten)]
+        place: Place,
+    },
     /// Write all that it knows and its keys into a file; it may go on running
     Backup {
         /// A new file

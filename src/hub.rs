@@ -3,6 +3,7 @@
 pub mod api;
 pub mod backup;
 pub mod client;
+pub mod frps;
 mod gateway;
 pub mod keys;
 mod listen;
@@ -33,6 +34,7 @@ use crate::secret::{Secret, same};
 use crate::tunnel::server::{Admit, Server, ServerConfig, signed};
 use crate::tunnel::wire::{Login, NewProxy};
 use crate::tunnel::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
+use frps::{External, ExternalFrps, Frps};
 use gateway::{Gateway, proxy_name};
 use keys::{Certificate, CertificateFiles, Keys};
 use listen::{bind, local_socket};
@@ -71,6 +73,8 @@ pub struct HubConfig {
     pub database: Option<Secret>,
     /// The message broker that Runners hear of agents from.
     pub broker: Option<Broker>,
+    /// Somebody's FRP server, instead of the one in this process.
+    pub frps: Option<ExternalFrps>,
     /// Certificate of the HTTPS API, where it is not to be self-made.
     pub certificate: Option<CertificateFiles>,
     pub data_dir: String,
@@ -89,7 +93,8 @@ struct Inner {
     keys: Arc<Keys>,
     store: Store,
     gateway: Gateway,
-    frps: Server,
+    frps: Frps,
+    gate: Arc<Gate>,
     state: StateDir,
     names: Vec<String>,
     port: u16,
@@ -121,21 +126,33 @@ struct Gate {
     keys: Arc<Keys>,
 }
 
-impl Admit for Gate {
-    fn login(&self, login: &Login) -> Result<(String, CancellationToken), String> {
-        let agent = login.metas.get("agent").cloned().unwrap_or_default();
-        let shown = login.metas.get("token").map(String::as_str).unwrap_or_default();
+impl Gate {
+    /// The agent whose proof stands in a login's metas, and what ends his session.
+    fn admitted(&self, metas: &std::collections::BTreeMap<String, String>) -> Result<(String, CancellationToken), String> {
+        let agent = metas.get("agent").cloned().unwrap_or_default();
+        let shown = metas.get("token").map(String::as_str).unwrap_or_default();
         let proof = self.keys.derived(TUNNEL, &agent);
         let over = if same(shown, proof.expose()) { self.registry.tunnel(&agent, now()) } else { None };
         over.map(|over| (agent, over)).ok_or_else(|| "this agent may not hold a tunnel here".to_owned())
     }
+}
+
+/// Each agent its own proxy, of the type that nobody reaches without its key.
+fn may_open(owner: &str, asked: &NewProxy) -> Result<(), String> {
+    if asked.proxy_type == "stcp" && asked.proxy_name == proxy_name(owner) {
+        Ok(())
+    } else {
+        Err(format!("{owner} may open the stcp proxy {} and nothing else", proxy_name(owner)))
+    }
+}
+
+impl Admit for Gate {
+    fn login(&self, login: &Login) -> Result<(String, CancellationToken), String> {
+        self.admitted(&login.metas)
+    }
 
     fn proxy(&self, owner: &str, asked: &NewProxy) -> Result<(), String> {
-        if asked.proxy_type == "stcp" && asked.proxy_name == proxy_name(owner) {
-            Ok(())
-        } else {
-            Err(format!("{owner} may open the stcp proxy {} and nothing else", proxy_name(owner)))
-        }
+        may_open(owner, asked)
     }
 
     fn visitor(&self, proxy: &str, sign_key: &str, timestamp: i64) -> Option<(Secret, CancellationToken)> {
@@ -192,11 +209,11 @@ async fn database(host: &Host, data_dir: &str, state: &StateDir, url: Option<Sec
     Store::open(&url, &instance).await
 }
 
-/// Runs a control plane until `stop`. `ready` hears the two addresses once it serves.
+/// Runs a control plane until `stop`. `ready` hears its addresses once it serves.
 ///
 /// # Errors
 /// Port taken, database unusable, data directory or keys unreadable.
-pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready: impl FnOnce(SocketAddr, SocketAddr)) -> anyhow::Result<()> {
+pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready: impl FnOnce(SocketAddr, Option<SocketAddr>)) -> anyhow::Result<()> {
     let state = usable(host.state_dir(&config.data_dir))?;
     // a second one on the same data would undo what the first one writes
     let _only = usable(state.lock())?;
@@ -204,33 +221,41 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     if let Some(broker) = &config.broker {
         outbox::check(&broker.url)?;
     }
-    let (listener, tunnel) =
-        (bind(config.listen, "the control plane", "--listen").await?, bind(config.tunnel_listen, "the tunnel server", "--tunnel-listen").await?);
-    let (address, tunnel_address) = (listener.local_addr()?, tunnel.local_addr()?);
+    let external = config.frps.map(External::new).transpose()?.map(Arc::new);
+    let listener = bind(config.listen, "the control plane", "--listen").await?;
+    let tunnel = match external {
+        Some(_) => None,
+        None => Some(bind(config.tunnel_listen, "the tunnel server", "--tunnel-listen").await?),
+    };
+    let address = listener.local_addr()?;
+    let tunnel_address = tunnel.as_ref().map(tokio::net::TcpListener::local_addr).transpose()?;
     let base = url(&config.names[0], address.port());
     let store = database(host, &config.data_dir, &state, config.database).await?;
     let registry = Arc::new(Registry::load(store.clone(), config.broker.as_ref().map(|_| base.clone()), now()).await?);
     let socket = local_socket(host, &config.data_dir)?;
     let mut certificate = Certificate::new(&keys, config.names.clone(), config.certificate, host, now())?;
-    let frps = Server::new(ServerConfig {
+    let gate = Arc::new(Gate { registry: registry.clone(), keys: keys.clone() });
+    let own = Server::new(ServerConfig {
         token: keys.tunnel_token.clone(),
         tls: Some(certificate.tunnel.clone()),
         tcp_mux: true,
         tcp_bind: None,
         heartbeat: Duration::from_secs(30),
-        admit: Some(Arc::new(Gate { registry: registry.clone(), keys: keys.clone() })),
+        admit: Some(gate.clone()),
     });
+    let frps = external.map_or_else(|| Frps::Own(own.clone()), Frps::External);
     let hub = Hub {
         inner: Arc::new(Inner {
-            gateway: Gateway::new(frps.clone(), registry.clone()),
+            gateway: Gateway::new(frps.clone(), registry.clone(), keys.clone()),
             registry: registry.clone(),
             keys,
             store: store.clone(),
-            frps: frps.clone(),
+            frps,
+            gate,
             state,
             names: config.names,
             port: address.port(),
-            tunnel_port: tunnel_address.port(),
+            tunnel_port: tunnel_address.map_or(0, |a| a.port()),
             way: config.broker.as_ref().map(|_| Arc::default()),
             foreign: Mutex::new(certificate.foreign()),
             failures: Mutex::default(),
@@ -252,9 +277,9 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     if let (Some(broker), Some(way)) = (config.broker, &hub.inner.way) {
         tasks.spawn(outbox::run(store.clone(), broker, way.clone(), halt.clone()));
     }
-    {
-        let (frps, halt) = (frps.clone(), halt.clone());
-        tasks.spawn(async move { frps.serve(tunnel, halt).await });
+    if let Some(tunnel) = tunnel {
+        let halt = halt.clone();
+        tasks.spawn(async move { own.serve(tunnel, halt).await });
     }
     tasks.spawn(hub.clone().local(socket, halt.clone()));
     tasks.spawn(hub.clone().https(listener, certificate.config.clone(), stop.clone(), halt.clone()));
@@ -335,16 +360,30 @@ impl Hub {
         url(&self.inner.names[0], self.inner.port)
     }
 
-    fn tunnel_address(&self) -> (String, u16) {
-        (self.inner.names[0].clone(), self.inner.tunnel_port)
+    /// Where the FRP server is, and how its clients know it.
+    fn tunnel_place(&self) -> TunnelConfig {
+        match &self.inner.frps {
+            Frps::External(external) => external.config.clone(),
+            Frps::Own(_) => TunnelConfig {
+                server: self.inner.names[0].clone(),
+                port: self.inner.tunnel_port,
+                tcp_mux: true,
+                pool_count: 1,
+                tls: TunnelTls { pin: Some(self.keys().ca_pin.clone()), ..TunnelTls::default() },
+                auth: TunnelAuth { token: self.keys().tunnel_token.clone(), ..TunnelAuth::default() },
+                proxies: Vec::new(),
+            },
+        }
     }
 
-    fn tunnel_open(&self, agent: &str) -> bool {
-        self.inner.frps.has(&proxy_name(agent))
+    fn tunnel_open(&self, agent: &str) -> Option<bool> {
+        self.inner.frps.has(agent)
     }
 
     /// What opens an agent's stcp proxy: to one Runner, or without one to the agent and administrators.
     fn secret_key(&self, agent: &str, runner: Option<&str>) -> Secret {
+        // somebody else's frps knows the proxy's own key alone
+        let runner = runner.filter(|_| matches!(self.inner.frps, Frps::Own(_)));
         let name = runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}"));
         self.inner.keys.derived("stcp", &name)
     }
@@ -421,17 +460,10 @@ impl Hub {
     /// Settings of an agent. They follow from what is known, so their version is a digest of them.
     fn config(&self, agent: &str) -> Config {
         let keys = self.keys();
-        let (server, port) = self.tunnel_address();
+        let mut tunnel = self.tunnel_place();
         let metas = [("agent".to_owned(), agent.to_owned()), ("token".to_owned(), keys.derived(TUNNEL, agent).expose().to_owned())];
-        let tunnel = TunnelConfig {
-            server,
-            port,
-            tcp_mux: true,
-            pool_count: 1,
-            tls: TunnelTls { pin: Some(keys.ca_pin.clone()), ..TunnelTls::default() },
-            auth: TunnelAuth { token: keys.tunnel_token.clone(), user: None, metas: metas.into() },
-            proxies: vec![Proxy { name: proxy_name(agent), kind: Kind::Stcp, secret_key: self.secret_key(agent, None), ..Proxy::default() }],
-        };
+        tunnel.auth.metas = metas.into();
+        tunnel.proxies = vec![Proxy { name: proxy_name(agent), kind: Kind::Stcp, secret_key: self.secret_key(agent, None), ..Proxy::default() }];
         let mut config = Config {
             config_version: 0,
             heartbeat_interval_s: registry::HEARTBEAT,
@@ -467,7 +499,9 @@ impl Hub {
             let _ = writeln!(text, "pipeops_agents{{state=\"{state}\"}} {count}");
         }
         let requests = self.inner.requests.load(Relaxed);
-        let _ = writeln!(text, "# TYPE pipeops_tunnels gauge\npipeops_tunnels {}", self.inner.frps.proxies().len());
+        if let Some(tunnels) = self.inner.frps.tunnels() {
+            let _ = writeln!(text, "# TYPE pipeops_tunnels gauge\npipeops_tunnels {tunnels}");
+        }
         let _ = writeln!(text, "# TYPE pipeops_requests_total counter\npipeops_requests_total {requests}");
         if let Some(way) = &self.inner.way {
             let _ = writeln!(text, "# TYPE pipeops_broker_up gauge\npipeops_broker_up {}", u8::from(way.down().is_none()));

@@ -10,6 +10,7 @@ use crate::cli::{ClusterCommand, ControlPlane, Format, PlaneCommand, ProjectComm
 use crate::cmd::{Context, unreadable};
 use crate::error::{Exit, Failure};
 use crate::host::Host;
+use crate::hub::frps::ExternalFrps;
 use crate::hub::keys::CertificateFiles;
 use crate::hub::outbox::Broker;
 use crate::hub::{self, HubConfig, client};
@@ -54,7 +55,16 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     let options = layered(&host, flags, args.config.as_deref())?;
     let database = url(context, &host, database.as_deref(), context.database_url.as_ref(), options.database_url_file.as_deref())?;
     let broker = url(context, &host, amqp.as_deref(), context.amqp_url.as_ref(), options.amqp_url_file.as_deref())?;
-    let ca = options.amqp_ca.as_deref().map(|path| host.users_file(path).map_err(|e| unreadable(path, &e))).transpose()?;
+    let text = |path: &str| host.users_file(path).map_err(|e| unreadable(path, &e));
+    let ca = options.amqp_ca.as_deref().map(text).transpose()?;
+    let frps = match options.frps {
+        Some(address) => {
+            let path = options.frps_token_file.ok_or_else(|| Failure::usage("FRPS_WRONG", "--frps needs --frps-token-file"))?;
+            let ca = options.frps_ca.as_deref().map(text).transpose()?;
+            Some(ExternalFrps { address, token: context.token_file(&host, &path)?, ca, pin: options.frps_pin })
+        }
+        None => None,
+    };
     let mut names = options.public_name;
     if names.is_empty() {
         names.extend(host.outward_address().map(|a| a.to_string()));
@@ -69,11 +79,13 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
         names,
         database,
         broker: broker.map(|url| Broker { url, ca }),
+        frps,
         certificate: options.tls_cert.zip(options.tls_key).map(|(chain, key)| CertificateFiles { chain, key, ca: options.tls_ca }),
         data_dir: args.place.data_dir.clone(),
         show: if terminal { Some(show) } else { None },
     };
-    let ready = move |https: std::net::SocketAddr, tunnel: std::net::SocketAddr| {
+    let ready = move |https: std::net::SocketAddr, tunnel: Option<std::net::SocketAddr>| {
+        let tunnel = tunnel.map_or_else(|| "at an external frps".to_owned(), |t| t.to_string());
         tracing::info!(%https, %tunnel, name = first, "serving");
         // outside systemd there is nobody to tell
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -236,6 +248,13 @@ async fn verb(context: &Context, command: PlaneCommand) -> anyhow::Result<Exit> 
         }
         PlaneCommand::Runner(RunnerCommand::Revoke { id, verb }) => {
             asked(verb).done(Method::DELETE, &format!("/api/v1/runners/{}", segment(&id)?), "revoked; its streams have ended").await
+        }
+        PlaneCommand::FrpsConfig { place } => {
+            let text = client::call(&context.host(&place.rooted.root), &place.data_dir, Method::GET, "/api/v1/frps", None).await?;
+            for line in text.lines() {
+                Printer::new(false, false, context.no_color()).data(line);
+            }
+            Ok(Exit::Done)
         }
         PlaneCommand::Backup { file, stored: place } => {
             let (host, database) = stored(context, &place)?;

@@ -57,7 +57,7 @@ fn bearer(headers: &HeaderMap) -> Result<&str, Refused> {
     token.ok_or_else(|| refused(401, "token_needed", "a bearer token is needed", None))
 }
 
-async fn body(incoming: Incoming) -> Result<Bytes, Refused> {
+pub(super) async fn body(incoming: Incoming) -> Result<Bytes, Refused> {
     match tokio::time::timeout(PATIENCE, Limited::new(incoming, BODY).collect()).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => Err(refused(413, "too_large", "the body is larger than 1 MiB", None)),
@@ -163,8 +163,10 @@ impl Hub {
         let id = open.first().copied().unwrap_or_default();
         let now = self.now();
         let (who, token) = self.authorised(origin, *need, id, request.method(), request.headers(), now)?;
-        if *call == Call::Gateway {
-            return self.pass(request, id, &who, now).await;
+        match call {
+            Call::Gateway => return self.pass(request, id, &who, now).await,
+            Call::FrpHandler => return self.frp_handler(id, request).await,
+            _ => {}
         }
         let (parts, incoming) = request.into_parts();
         let bytes = if parts.method == Method::GET { Bytes::new() } else { body(incoming).await? };
@@ -244,6 +246,7 @@ impl Hub {
                 let text = super::backup::text(&self.inner.state, &self.inner.store).await.map_err(|e| unwritten(&e))?;
                 Ok(plain(200, "application/json", text.expose().to_owned()))
             }
+            Call::FrpsConfig => Ok(plain(200, "application/toml", self.frps_config()?)),
             Call::Metrics => Ok(plain(200, "text/plain; version=0.0.4", self.metrics(now))),
             Call::Register => {
                 let asked: Register = parsed(bytes)?;
@@ -373,7 +376,7 @@ impl Hub {
                 let (_, token) = registry.add_access(self.keys(), row).await?;
                 Ok(plain(201, "application/yaml", self.kubeconfig(&cluster, &token)))
             }
-            Call::Gateway | Call::Page | Call::Login | Call::Session | Call::Logout | Call::Changes | Call::Inside => {
+            Call::Gateway | Call::FrpHandler | Call::Page | Call::Login | Call::Session | Call::Logout | Call::Changes | Call::Inside => {
                 Err(refused(500, "internal", "this route answers for itself", None))
             }
         }
@@ -383,10 +386,10 @@ impl Hub {
 impl Hub {
     /// With the tunnel as this end of it knows, not as the agent said at its last heartbeat.
     pub(super) fn seen(&self, mut cluster: ClusterView) -> ClusterView {
-        if self.tunnel_open(&cluster.agent_id) {
-            cluster.tunnel = "up".into();
-        } else if cluster.tunnel == "up" {
-            cluster.tunnel = "down".into();
+        match self.tunnel_open(&cluster.agent_id) {
+            Some(true) => cluster.tunnel = "up".into(),
+            Some(false) if cluster.tunnel == "up" => cluster.tunnel = "down".into(),
+            _ => {}
         }
         cluster
     }

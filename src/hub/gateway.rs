@@ -21,12 +21,13 @@ use crate::api::jwt::{LIFE, Role};
 use crate::cluster::upstream::Body;
 use crate::hub::Hub;
 use crate::hub::api::{Wanted, narrowed, stamp};
+use crate::hub::frps::Frps;
+use crate::hub::keys::Keys;
 use crate::hub::registry::enrol::spki;
 use crate::hub::registry::{ClusterView, Refused, Registry, Route, Who, refused};
 use crate::secret::Secret;
 use crate::trust::{self, Trust};
 use crate::tunnel::layer::Io;
-use crate::tunnel::server::Server;
 
 /// A look into a cluster takes at most this long, and this much.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
@@ -42,11 +43,12 @@ fn pin(public_key: &str) -> Option<trust::Pin> {
     Some(trust::Pin::of_key(&spki(public_key)?))
 }
 
-/// Dials agents through the FRP server of this process; the host of the URI is the agent's id.
+/// Dials agents through the FRP server; the host of the URI is the agent's id.
 #[derive(Clone)]
 pub(super) struct Dial {
-    frps: Server,
+    frps: Frps,
     registry: Arc<Registry>,
+    keys: Arc<Keys>,
 }
 
 /// A connection to an agent, as the pool wants it.
@@ -88,13 +90,13 @@ impl Service<Uri> for Dial {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let Dial { frps, registry } = self.clone();
+        let Dial { frps, registry, keys } = self.clone();
         Box::pin(async move {
             let other = |e: String| std::io::Error::other(e);
             let agent = uri.host().unwrap_or_default().to_owned();
             let key = registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
             let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
-            let io = frps.dial(&proxy_name(&agent)).await?;
+            let io = frps.dial(&agent, &keys.derived("stcp", &agent)).await?;
             let mut tls = Trust { pins: vec![pin], ..Trust::default() }.client().map_err(other)?;
             tls.alpn_protocols = vec![b"http/1.1".to_vec()];
             let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal").map_err(|e| other(e.to_string()))?;
@@ -113,8 +115,8 @@ pub(super) struct Gateway {
 }
 
 impl Gateway {
-    pub(super) fn new(frps: Server, registry: Arc<Registry>) -> Gateway {
-        let dial = Dial { frps, registry };
+    pub(super) fn new(frps: Frps, registry: Arc<Registry>, keys: Arc<Keys>) -> Gateway {
+        let dial = Dial { frps, registry, keys };
         let client = |idle: usize| {
             Client::builder(TokioExecutor::new())
                 .pool_timer(TokioTimer::new())
@@ -286,16 +288,20 @@ impl Hub {
     pub(super) fn runner_token(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> Value {
         let (token, expires) = self.jwt(who, route, role, namespaces, ttl, now);
         let pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
-        let (host, port) = self.tunnel_address();
+        let place = self.tunnel_place();
         let runner = if let Who::Access(access) = who { Some(access.id.as_str()) } else { None };
+        let mut tunnel = json!({"type": "stcp", "address": format!("{}:{}", place.server, place.port), "server_name": place.server, "agent_pin": pin,
+            "proxy": proxy_name(&route.agent), "secret_key": self.secret_key(&route.agent, runner).expose()});
+        for (name, value) in [("server_pin", place.tls.pin), ("server_ca", place.tls.ca_pem)] {
+            if let Some(value) = value {
+                tunnel[name] = value.into();
+            }
+        }
+        let address = format!("{}/clusters/{}", self.url(), route.cluster);
         json!({
             "token": token.expose(),
             "expires_at": stamp(expires),
-            "endpoints": [
-                {"type": "gateway", "address": format!("{}/clusters/{}", self.url(), route.cluster), "server_name": host, "agent_pin": pin},
-                {"type": "stcp", "address": format!("{host}:{port}"), "server_name": host, "agent_pin": pin,
-                    "proxy": proxy_name(&route.agent), "secret_key": self.secret_key(&route.agent, runner).expose(), "server_pin": self.keys().ca_pin},
-            ],
+            "endpoints": [{"type": "gateway", "address": address, "server_name": self.inner.names[0], "agent_pin": pin}, tunnel],
         })
     }
 

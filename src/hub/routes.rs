@@ -25,6 +25,8 @@ pub enum Call {
     Health,
     Metrics,
     Backup,
+    FrpsConfig,
+    FrpHandler,
     Ca,
     Register,
     Config,
@@ -69,6 +71,9 @@ pub const ROUTES: &[(&str, &str, Need, Call)] = &[
     ("GET", "/api/v1/ca", Need::Nobody, Call::Ca),
     ("GET", "/metrics", Need::Admin, Call::Metrics),
     ("GET", "/api/v1/backup", Need::Local, Call::Backup),
+    ("GET", "/api/v1/frps", Need::Local, Call::FrpsConfig),
+    // frps has no token to show: its secret stands in the path
+    ("POST", "/frp/handler/{secret}", Need::Nobody, Call::FrpHandler),
     ("POST", "/api/v1/agents/register", Need::Enrol, Call::Register),
     ("GET", "/api/v1/agents/{id}/config", Need::Agent, Call::Config),
     ("POST", "/api/v1/agents/{id}/heartbeat", Need::Agent, Call::Heartbeat),

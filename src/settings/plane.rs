@@ -39,6 +39,18 @@ pub struct PlaneOptions {
     /// CA of RabbitMQ's certificate, PEM, where the system does not know it
     #[arg(long, value_name = "FILE")]
     pub amqp_ca: Option<String>,
+    /// Somebody's frps instead of the tunnel server of this program; `frps-config` prints what to put into its configuration
+    #[arg(long, value_name = "HOST:PORT")]
+    pub frps: Option<String>,
+    /// File with its auth.token
+    #[arg(long, value_name = "FILE")]
+    pub frps_token_file: Option<String>,
+    /// CA of its certificate, PEM
+    #[arg(long, value_name = "FILE")]
+    pub frps_ca: Option<String>,
+    /// Or a key in its certificate chain, `sha256:` and base64
+    #[arg(long, value_name = "PIN", conflicts_with = "frps_ca")]
+    pub frps_pin: Option<String>,
     /// Certificate chain for the HTTPS API instead of a self-made one, PEM; read anew when it changes
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<String>,
@@ -65,6 +77,10 @@ impl PlaneOptions {
             amqp_url: self.amqp_url,
             amqp_url_file: self.amqp_url_file.or(lower.amqp_url_file.filter(|_| !amqp)),
             amqp_ca: self.amqp_ca.or(lower.amqp_ca),
+            frps: self.frps.or(lower.frps),
+            frps_token_file: self.frps_token_file.or(lower.frps_token_file),
+            frps_ca: self.frps_ca.or(lower.frps_ca),
+            frps_pin: self.frps_pin.or(lower.frps_pin),
             tls_cert: self.tls_cert.or(lower.tls_cert),
             tls_key: self.tls_key.or(lower.tls_key),
             tls_ca: self.tls_ca.or(lower.tls_ca),

@@ -336,8 +336,8 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
     };
     let mut checked = 0;
     for (method, template, need) in pipeops::hub::Hub::routes() {
-        // it takes its token in the body
-        if (method, template) == ("POST", "/session") {
+        // it takes its token in the body, or in the path
+        if method == "POST" && matches!(template, "/session" | "/frp/handler/{secret}") {
             continue;
         }
         for (who, token) in tokens {
@@ -349,7 +349,12 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
                 continue;
             }
             let id = if need == "Agent" { agent.id.clone() } else { cluster.clone() };
-            let path = template.replace("{id}", &id).replace("{op}", "o-1").replace("{what}", "events").replace('*', "version");
+            let path = template
+                .replace("{secret}", "guessed")
+                .replace("{id}", &id)
+                .replace("{op}", "o-1")
+                .replace("{what}", "events")
+                .replace('*', "version");
             let answer = hub.ask(if method == "*" { "GET" } else { method }, &path, token, json!({})).await;
             let status = answer.status().as_u16();
             let refused = matches!(status, 401 | 403) || (status == 404 && matches!(who, "foreign" | "elsewhere"));
@@ -525,6 +530,100 @@ fn what_it_cannot_use_is_named() {
     assert!(keys.err.contains("KEYS_DAMAGED"), "{}", keys.err);
     let away = sandbox.verb(&["control-plane", "cluster", "list"]).ended(5);
     assert!(away.err.contains("CONTROL_PLANE_AWAY"), "{}", away.err);
+}
+
+/// Asks its auth plugin as frps does (`pkg/plugin/server/http.go`): on Login the metas stand in the content, later in its user.
+struct Plugged {
+    url: String,
+    client: Client,
+    /// Who logged in, by run: later calls carry his metas.
+    metas: Mutex<std::collections::BTreeMap<String, String>>,
+}
+
+impl Plugged {
+    fn ask(&self, op: &str, content: Value) -> Result<(), String> {
+        let call = self.client.post(format!("{}?op={op}&version=0.1.0", self.url)).json(&json!({"version": "0.1.0", "op": op, "content": content}));
+        let answer = tokio::task::block_in_place(|| {
+            tokio::runtime::Handle::current().block_on(async {
+                call.send().await.unwrap().error_for_status().map_err(|e| e.to_string())?.json::<Value>().await.map_err(|e| e.to_string())
+            })
+        })?;
+        // without it frps takes an empty content for the client's
+        assert_eq!(answer["unchange"], true, "{answer}");
+        if answer["reject"] == true { Err(answer["reject_reason"].as_str().unwrap().to_owned()) } else { Ok(()) }
+    }
+}
+
+impl pipeops::tunnel::server::Admit for Plugged {
+    fn login(&self, login: &pipeops::tunnel::wire::Login) -> Result<(String, tokio_util::sync::CancellationToken), String> {
+        self.ask("Login", json!({"version": "0.58.1", "user": "", "metas": login.metas, "client_address": "127.0.0.1:1"}))?;
+        *self.metas.lock().unwrap() = login.metas.clone();
+        Ok((login.metas["agent"].clone(), tokio_util::sync::CancellationToken::new()))
+    }
+
+    fn proxy(&self, _: &str, asked: &pipeops::tunnel::wire::NewProxy) -> Result<(), String> {
+        let user = json!({"user": "", "metas": *self.metas.lock().unwrap(), "run_id": "r"});
+        for wrong in [json!({"proxy_name": "agent-a-0", "proxy_type": "stcp"}), json!({"proxy_name": asked.proxy_name, "proxy_type": "tcp"})] {
+            let mut content = wrong.clone();
+            content["user"] = user.clone();
+            assert!(self.ask("NewProxy", content).is_err(), "{wrong}");
+        }
+        self.ask("NewProxy", json!({"user": user, "proxy_name": asked.proxy_name, "proxy_type": asked.proxy_type}))
+    }
+
+    fn visitor(&self, _: &str, _: &str, _: i64) -> Option<(pipeops::secret::Secret, tokio_util::sync::CancellationToken)> {
+        None
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
+    use pipeops::tunnel::server::{Server, ServerConfig};
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let (tls, pin) = crate::plane::identity();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let token = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(token.path(), "frps-planted-4711").unwrap();
+    let hub = Hub::with(&["--frps", &address, "--frps-token-file", token.path().to_str().unwrap(), "--frps-pin", &pin]);
+    let config = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;
+    let path = config.lines().find_map(|l| l.strip_prefix("path = \"")).unwrap().trim_end_matches('"').to_owned();
+    assert!(config.contains(&format!("addr = \"{}\"", hub.url)) && !config.contains("4711"), "{config}");
+    let plugged = Arc::new(Plugged { url: format!("{}{path}", hub.url), client: hub.client.clone(), metas: Mutex::default() });
+    let frps = Server::new(ServerConfig {
+        token: pipeops::secret::Secret::new("frps-planted-4711"),
+        tls: Some(tls),
+        tcp_mux: true,
+        tcp_bind: None,
+        heartbeat: Duration::from_secs(30),
+        admit: Some(plugged.clone()),
+    });
+    let halt = tokio_util::sync::CancellationToken::new();
+    tokio::spawn({
+        let (frps, halt) = (frps.clone(), halt.clone());
+        async move { frps.serve(listener, halt).await }
+    });
+    // strangers, and whoever guesses the path, get nothing
+    assert!(plugged.ask("Login", json!({"metas": {"agent": "a-0", "token": "guessed"}})).unwrap_err().contains("may not"));
+    assert!(plugged.ask("Ping", json!({"user": {"user": "", "metas": null, "run_id": "r"}})).is_err());
+    assert_eq!(hub.ask("POST", "/frp/handler/guessed?op=Login", "", json!({"content": {}})).await.status(), 404);
+    // the agent holds its tunnel there, and the gateway goes through it
+    let (_kube, kube) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(kube).await;
+    let bulk = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=1048576"), &hub.admin, json!({})).await;
+    assert_eq!(bulk.bytes().await.unwrap().len(), 1_048_576);
+    assert!(
+        frps.has(&format!("agent-{}", hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["agent_id"].as_str().unwrap()))
+    );
+    // revoked: no login and no sign of life any more
+    let metas = plugged.metas.lock().unwrap().clone();
+    let user = json!({"user": {"user": "", "metas": metas, "run_id": "r"}});
+    assert!(plugged.ask("Ping", user.clone()).is_ok());
+    hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
+    assert!(plugged.ask("Ping", user.clone()).is_err());
+    assert!(plugged.ask("CloseProxy", user).is_ok());
+    assert_eq!(hub.version(&cluster).await, 404);
+    halt.cancel();
 }
 
 /// A certificate for 127.0.0.1 and its key, PEM, valid until `days` from now.
