@@ -21,6 +21,9 @@ const CONFLICT: Duration = Duration::from_secs(60);
 /// Before the control plane said otherwise.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 const STATUS: Duration = Duration::from_secs(60);
+/// A change of the cluster is reported this long after it is seen, and never sooner than this after the last report.
+const SETTLE: Duration = Duration::from_secs(1);
+const BETWEEN: Duration = Duration::from_secs(10);
 
 /// State of the connection to the control plane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +127,8 @@ pub enum Event {
     },
     /// Something waits in the queue.
     Queued,
+    /// The cluster is not what the last report said.
+    Changed,
     Tick,
     Drain,
 }
@@ -171,6 +176,7 @@ pub struct Session {
     want_register: bool,
     /// The last way of registering, so that the other is tried next.
     tried: Option<With>,
+    reported: Option<Instant>,
     refusals: u32,
     backoff: Backoff,
     deliver_backoff: Backoff,
@@ -191,6 +197,7 @@ impl Session {
             want_config: false,
             want_register: false,
             tried: None,
+            reported: None,
             refusals: 0,
             backoff: Backoff::default(),
             deliver_backoff: Backoff::default(),
@@ -258,6 +265,11 @@ impl Session {
                     self.due.deliver = Some(now);
                 }
             }
+            Event::Changed => {
+                // a moment later the rest of the change is known too; one that flaps is not told at each turn
+                let soon = self.reported.map_or(now, |at| at + BETWEEN).max(now + SETTLE);
+                self.due.report = Some(self.due.report.map_or(soon, |due| due.min(soon)));
+            }
             Event::Drain => {
                 // the one thing that the control plane must hear before anything closes
                 self.farewell = self.online();
@@ -274,6 +286,7 @@ impl Session {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         if is_due(self.due.report) {
             self.due.report = Some(now + spread(self.every(), random));
+            self.reported = Some(now);
             actions.push(Action::Report);
         }
         if self.busy {

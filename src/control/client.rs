@@ -188,12 +188,18 @@ impl ControlPlane {
     pub async fn run(mut self) -> anyhow::Result<()> {
         let mut session = Session::new(Instant::now());
         let (mut known, mut event) = self.begin()?;
+        // of the last report: what is told before the next one is due
+        let mut shown = None;
         loop {
             let mut call = None;
             let mut actions = std::collections::VecDeque::from(session.on(event, Instant::now(), random()));
             while let Some(action) = actions.pop_front() {
                 if action == Action::Report {
-                    let body = serde_json::to_string(&*self.told.status.borrow())?;
+                    let body = {
+                        let report = self.told.status.borrow();
+                        shown = Some((report.kubernetes.clone(), report.nodes.clone()));
+                        serde_json::to_string(&*report)?
+                    };
                     match known.queue.push(&What::Status, &body) {
                         Ok(()) => actions.extend(session.on(Event::Queued, Instant::now(), random())),
                         Err(error) => tracing::warn!(error = format!("{error:#}"), "a status report was dropped"),
@@ -227,6 +233,15 @@ impl ControlPlane {
                                 tracing::error!(error = format!("{error:#}"), "a result could not be kept");
                             }
                             Event::Queued
+                        }
+                        Ok(()) = self.told.status.changed() => {
+                            let report = self.told.status.borrow_and_update();
+                            let differs = match &shown {
+                                Some((kubernetes, nodes)) => (kubernetes, nodes) != (&report.kubernetes, &report.nodes),
+                                // the first one waits for something to tell
+                                None => report.kubernetes == "connected",
+                            };
+                            if differs { Event::Changed } else { Event::Tick }
                         }
                         () = timer => Event::Tick,
                     }

@@ -55,6 +55,23 @@ impl Bench {
     }
 }
 
+#[test]
+fn a_change_of_the_cluster_is_reported_soon_and_one_that_flaps_not_at_each_turn() {
+    let mut b = Bench::online();
+    let mut reported = Vec::new();
+    let begun = b.now;
+    // a node that comes and goes every second for a minute
+    for second in 1..=60 {
+        b.now = begun + Duration::from_secs(second);
+        for event in [Event::Changed, Event::Tick] {
+            if b.session.on(event, b.now, 0.5).contains(&Action::Report) {
+                reported.push(second);
+            }
+        }
+    }
+    assert_eq!(reported, [2, 12, 22, 32, 42, 52]);
+}
+
 fn config(version: u64) -> Config {
     Config { config_version: version, heartbeat_interval_s: 10, status_interval_s: 100_000, ..Config::default() }
 }

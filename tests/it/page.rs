@@ -201,3 +201,27 @@ async fn a_thousand_clusters_are_a_page_like_any_other() {
     println!("1,000 clusters: usable after {} ms, a letter in the search takes {typed} ms", usable.as_millis());
     browser.content();
 }
+
+/// `PIPEOPS_PLANE="URL PIN TOKEN CLUSTER" PIPEOPS_PICTURES=deployments/pictures cargo test --test it -- --ignored the_readmes_pictures`
+#[test]
+#[ignore = "takes the README's pictures of a control plane that runs, as scripts/try leaves one"]
+fn the_readmes_pictures() {
+    let plane = std::env::var("PIPEOPS_PLANE").expect("PIPEOPS_PLANE");
+    let [url, pin, token, cluster] = plane.split_whitespace().collect::<Vec<_>>()[..] else { panic!("URL PIN TOKEN CLUSTER") };
+    let mut browser = Browser::start(pin).expect("chromium");
+    browser.size(1100, 420, false);
+    browser.open(&format!("{url}/"));
+    browser.until("document.querySelector('#login')?.hidden === false");
+    browser.value("document.querySelector('#token').focus()");
+    browser.write(token);
+    browser.press("Enter");
+    browser.until("document.querySelectorAll('#rows tr').length > 0");
+    browser.value("document.activeElement.blur()");
+    browser.picture("fleet");
+    browser.size(1100, 1000, true);
+    browser.value(&format!("location.hash = '#/c/{cluster}'"));
+    browser.until("document.querySelector('#audit table') && document.querySelector('#components table') && document.querySelector('#nodes table')");
+    browser.value("document.activeElement.blur()");
+    browser.picture("cluster");
+    browser.content();
+}
