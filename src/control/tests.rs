@@ -69,7 +69,7 @@ fn a_change_of_the_cluster_is_reported_soon_and_one_that_flaps_not_at_each_turn(
             }
         }
     }
-    assert_eq!(reported, [2, 12, 22, 32, 42, 52]);
+    assert_eq!(reported, [10, 20, 30, 40, 50, 60]);
 }
 
 fn config(version: u64) -> Config {

@@ -58,6 +58,7 @@ impl Reactor for Kit {
         self.0.interval(duration)
     }
 
+    #[expect(clippy::manual_async_fn, reason = "the future outlives `self`, which an async fn would keep")]
     fn tcp_connect_addr(&self, address: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         async move { Ok((Box::new(TcpStream::connect(address).await?) as Io).compat()) }
     }
