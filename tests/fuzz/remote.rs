@@ -144,3 +144,79 @@ fn head() {
         });
     });
 }
+
+/// A control plane that runs: whole requests, damaged, by somebody who may do everything; afterwards it is as it was.
+#[test]
+fn plane() {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    let dir = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap_or_else(|e| panic!("{e}"));
+    let stop = tokio_util::sync::CancellationToken::new();
+    let (said, ready) = std::sync::mpsc::channel();
+    let host = pipeops::host::Host::new(dir.path(), None);
+    let (served, halt) = (host.clone(), stop.clone());
+    let task = runtime.spawn(async move {
+        let config = pipeops::hub::HubConfig {
+            listen: ([127, 0, 0, 1], 0).into(),
+            tunnel_listen: ([127, 0, 0, 1], 0).into(),
+            names: vec!["127.0.0.1".into()],
+            database: None,
+            broker: None,
+            frps: None,
+            certificate: None,
+            data_dir: "/d".into(),
+            show: None,
+        };
+        pipeops::hub::run(&served, config, halt, move |_, _| drop(said.send(()))).await
+    });
+    ready.recv_timeout(Duration::from_secs(30)).unwrap_or_else(|e| panic!("it does not serve: {e}"));
+    let socket = dir.path().join("d").join(pipeops::hub::SOCKET);
+    let body = |method: &str, path: &str, body: &str| {
+        format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
+    };
+    let seeds = [
+        body("POST", "/api/v1/tokens", r#"{"project":"default","name":"t","ttl_s":60,"uses":1}"#),
+        body("POST", "/api/v1/runners", r#"{"name":"ci","role":"deployer","clusters":["c-1"],"namespaces":["beta"],"ttl_s":60}"#),
+        body("POST", "/api/v1/projects", r#"{"name":"p"}"#),
+        body("POST", "/api/v1/clusters/c-1/token", r#"{"role":"viewer","ttl_s":60}"#),
+        body("GET", "/api/v1/clusters/c-1/inside/events", ""),
+        body("GET", "/clusters/c-1/k8s/api/v1/pods?watch=1", ""),
+        body("POST", "/session", r#"{"token":"pom_x"}"#).replace("content-type", "cookie: __Host-pipeops=x; a=b\r\nx-csrf-token: y\r\ncontent-type"),
+        body("POST", "/frp/handler/x?op=Login&version=0.1.0", r#"{"content":{"metas":{"agent":"a","token":"t"},"user":{"metas":null}}}"#),
+        "POST /api/v1/tokens HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n".to_owned(),
+    ];
+    let seeds: Vec<&[u8]> = seeds.iter().map(String::as_bytes).collect();
+    run_bytes("plane", &seeds, |bytes| {
+        let Ok(mut io) = UnixStream::connect(&socket) else { panic!("it takes no connection any more") };
+        let _ = io.set_read_timeout(Some(Duration::from_millis(200)));
+        let _ = io.write_all(bytes);
+        let _ = io.shutdown(std::net::Shutdown::Write);
+        let _ = io.take(1 << 20).read_to_end(&mut Vec::new());
+    });
+    let health = runtime.block_on(pipeops::hub::client::call(&host, "/d", http::Method::GET, "/api/v1/health", None));
+    assert!(health.is_ok_and(|text| text.contains("ok")));
+    stop.cancel();
+    let ended = runtime.block_on(task);
+    assert!(matches!(ended, Ok(Ok(()))), "{ended:?}");
+}
+
+/// What agents send: read, or refused with words.
+#[test]
+fn agents_bodies() {
+    use pipeops::control::types::{Heartbeat, OperationResult, Register, StatusReport};
+    let seeds = [
+        r#"{"agent":{"id":"a-1","public_key":"x","name":"n","machine":"m","labels":{"a":"b"}},"cluster":{"name":"c","node_count":1},"capabilities":["x"],"max_role":"viewer"}"#,
+        r#"{"seq":1,"sent_at":"2026-11-24T00:00:00Z","state":"online","tunnel":{"state":"up","since":""},"uptime_s":7,"audit_head":{"seq":1,"hash":""}}"#,
+        r#"{"at":"","kubernetes":"connected","nodes":[{"name":"n","ready":true}],"workloads":{"pods":1},"usage":{"memory_used_bytes":1}}"#,
+    ];
+    run("agents_bodies", &seeds, |text| {
+        let _ = serde_json::from_str::<Register>(text);
+        let _ = serde_json::from_str::<Heartbeat>(text);
+        let _ = serde_json::from_str::<StatusReport>(text);
+        let _ = serde_json::from_str::<OperationResult>(text);
+        let _ = pipeops::hub::registry::enrol::spki(text);
+    });
+}

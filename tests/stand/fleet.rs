@@ -17,7 +17,9 @@ struct Agent {
 fn spawn(pipeops: &str, root: &str, port: u16) -> Child {
     let address = format!("127.0.0.1:{port}");
     let args = ["control-plane", "--root", root, "--listen", &address, "--tunnel-listen", "127.0.0.1:0", "--public-name", "127.0.0.1"];
-    Command::new(pipeops).args(args).stderr(Stdio::null()).spawn().unwrap()
+    // another database than a file of its own, where one is named
+    let database = std::env::var("PIPEOPS_BENCH_DATABASE").ok();
+    Command::new(pipeops).args(args).envs(database.map(|url| ("PIPEOPS_DATABASE_URL", url))).stderr(Stdio::null()).spawn().unwrap()
 }
 
 fn rss(pid: u32) -> u64 {
