@@ -3,6 +3,8 @@
 //! Memory answers all questions; the database is what outlives the process. One task writes, and puts whatever waits into one
 //! transaction, so that a durable commit is paid for by many: an answer goes out only after its commit.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -360,6 +362,47 @@ async fn beat(pool: AnyPool, instance: String, lost: CancellationToken) {
     }
 }
 
+/// Rows of one transaction, written many at a time: what a commit costs at a database across a network is round trips.
+#[derive(Default)]
+struct Rows<'a> {
+    order: Vec<(&'a str, &'a str, &'a str)>,
+    at: HashMap<(&'a str, &'a str), usize>,
+}
+
+impl<'a> Rows<'a> {
+    /// The last of a row's states counts: one statement may touch it once.
+    fn put(&mut self, kind: &'a str, id: &'a str, body: &'a str) {
+        match self.at.entry((kind, id)) {
+            Entry::Occupied(place) => self.order[*place.get()].2 = body,
+            Entry::Vacant(place) => {
+                place.insert(self.order.len());
+                self.order.push((kind, id, body));
+            }
+        }
+    }
+
+    async fn write(&mut self, connection: &mut sqlx::AnyConnection) -> Result<(), sqlx::Error> {
+        self.at.clear();
+        let mut rest = self.order.as_slice();
+        while !rest.is_empty() {
+            // few sizes, so that the database has seen each statement before
+            let size = [64, 16, 4, 1].into_iter().find(|n| *n <= rest.len()).unwrap_or(1);
+            let (now, later) = rest.split_at(size);
+            let values: Vec<String> = (0..size).map(|n| format!("(${}, ${}, ${})", 3 * n + 1, 3 * n + 2, 3 * n + 3)).collect();
+            let text = format!(
+                "INSERT INTO pipeops_row (kind, id, body) VALUES {} ON CONFLICT (kind, id) DO UPDATE SET body = excluded.body",
+                values.join(", ")
+            );
+            let query = sqlx::query(sqlx::AssertSqlSafe(text));
+            let bound = now.iter().fold(query, |q, (kind, id, body)| q.bind((*kind).to_owned()).bind((*id).to_owned()).bind((*body).to_owned()));
+            bound.execute(&mut *connection).await?;
+            rest = later;
+        }
+        self.order.clear();
+        Ok(())
+    }
+}
+
 struct Writer {
     pool: AnyPool,
     instance: String,
@@ -398,13 +441,21 @@ impl Writer {
             return Err(sqlx::Error::Protocol("another control plane has taken the database over".into()));
         }
         let before = self.last;
+        let mut rows = Rows::default();
         for change in changes {
-            const PUT: &str =
-                "INSERT INTO pipeops_row (kind, id, body) VALUES ($1, $2, $3) ON CONFLICT (kind, id) DO UPDATE SET body = excluded.body";
             let query = match change {
-                Change::Put { kind, id, body } => sqlx::query(PUT).bind(kind.name()).bind(id.clone()).bind(body.clone()),
-                Change::Row(Row { kind, id, body }) => sqlx::query(PUT).bind(kind.clone()).bind(id.clone()).bind(body.clone()),
-                Change::Remove { kind, id } => sqlx::query("DELETE FROM pipeops_row WHERE kind = $1 AND id = $2").bind(kind.name()).bind(id.clone()),
+                Change::Put { kind, id, body } => {
+                    rows.put(kind.name(), id, body);
+                    continue;
+                }
+                Change::Row(Row { kind, id, body }) => {
+                    rows.put(kind, id, body);
+                    continue;
+                }
+                Change::Remove { kind, id } => {
+                    rows.write(&mut transaction).await?;
+                    sqlx::query("DELETE FROM pipeops_row WHERE kind = $1 AND id = $2").bind(kind.name()).bind(id.clone())
+                }
                 Change::Told(event) => {
                     if event.latest {
                         let former = sqlx::query("DELETE FROM pipeops_outbox WHERE agent = $1 AND topic = $2");
@@ -428,6 +479,7 @@ impl Writer {
             };
             query.execute(&mut *transaction).await?;
         }
+        rows.write(&mut transaction).await?;
         if self.last != before {
             set_meta(&mut transaction, "outbox_seq", &self.last.to_string()).await?;
         }

@@ -170,12 +170,15 @@ fn plane() {
             data_dir: "/d".into(),
             show: None,
         };
-        pipeops::hub::run(&served, config, halt, move |_, _| drop(said.send(()))).await
+        pipeops::hub::run(&served, config, halt, move |_, _| said.send(()).unwrap_or_default()).await
     });
     ready.recv_timeout(Duration::from_secs(30)).unwrap_or_else(|e| panic!("it does not serve: {e}"));
     let socket = dir.path().join("d").join(pipeops::hub::SOCKET);
     let body = |method: &str, path: &str, body: &str| {
-        format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
+        format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+            body.len()
+        )
     };
     let seeds = [
         body("POST", "/api/v1/tokens", r#"{"project":"default","name":"t","ttl_s":60,"uses":1}"#),
