@@ -269,9 +269,10 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     hub.first_steps(config.show).await?;
     // whoever listens now is told of everybody who is there
     let told = if config.broker.is_some() { "yes" } else { "no" };
-    if store.note("tells", told).await?.as_deref() != Some(told) && config.broker.is_some() {
+    if config.broker.is_some() && store.noted("tells").await?.as_deref() != Some(told) {
         registry.tell_all(now()).await?;
     }
+    store.note("tells", told).await?;
     let mut tasks = JoinSet::new();
     let halt = CancellationToken::new();
     if let (Some(broker), Some(way)) = (config.broker, &hub.inner.way) {

@@ -38,7 +38,14 @@ pub(super) struct External {
     pub(super) config: TunnelConfig,
     target: Target,
     /// One session carries all streams; what runs for it ends with it.
-    carrier: tokio::sync::Mutex<Option<(Carrier, JoinSet<()>)>>,
+    session: tokio::sync::Mutex<Session>,
+}
+
+#[derive(Default)]
+struct Session {
+    /// Counts them: who was given an old one does not end its successor.
+    number: u64,
+    carrier: Option<(Carrier, JoinSet<()>)>,
 }
 
 #[derive(Clone)]
@@ -67,29 +74,35 @@ impl External {
             proxies: Vec::new(),
         };
         let target = Target::new(&config, false).map_err(wrong)?;
-        Ok(External { config, target, carrier: tokio::sync::Mutex::default() })
+        Ok(External { config, target, session: tokio::sync::Mutex::default() })
     }
 
-    async fn carrier(&self) -> std::io::Result<Carrier> {
-        let mut kept = self.carrier.lock().await;
-        if let Some((carrier, _)) = kept.as_ref() {
-            return Ok(carrier.clone());
+    async fn carrier(&self) -> std::io::Result<(u64, Carrier)> {
+        let mut session = self.session.lock().await;
+        if let Some((carrier, _)) = &session.carrier {
+            return Ok((session.number, carrier.clone()));
         }
         let mut tasks = JoinSet::new();
         let carrier = self.target.connect(&mut tasks).await.map_err(|e| std::io::Error::other(e.why))?;
-        *kept = Some((carrier.clone(), tasks));
-        Ok(carrier)
+        session.number += 1;
+        session.carrier = Some((carrier.clone(), tasks));
+        Ok((session.number, carrier))
     }
 
     /// A stream to a proxy. A session that gives none is replaced once; a refusal is an answer.
     async fn dial(&self, proxy: &str, key: &Secret) -> std::io::Result<Io> {
-        let first = visit(&self.carrier().await?, "", proxy, key).await;
-        match first {
+        let (number, carrier) = self.carrier().await?;
+        match visit(&carrier, "", proxy, key).await {
             Ok(io) => return Ok(Box::new(io)),
             Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(e),
-            Err(_) => *self.carrier.lock().await = None,
+            Err(_) => {
+                let mut session = self.session.lock().await;
+                if session.number == number {
+                    session.carrier = None;
+                }
+            }
         }
-        Ok(Box::new(visit(&self.carrier().await?, "", proxy, key).await?))
+        Ok(Box::new(visit(&self.carrier().await?.1, "", proxy, key).await?))
     }
 }
 
@@ -125,7 +138,7 @@ impl Frps {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Content {
-    metas: std::collections::BTreeMap<String, String>,
+    metas: Option<std::collections::BTreeMap<String, String>>,
     user: User,
     proxy_name: String,
     proxy_type: String,
@@ -177,7 +190,7 @@ impl Hub {
         }
         let metas = match content.user {
             User::Known { metas: Some(metas) } => metas,
-            _ => content.metas,
+            _ => content.metas.unwrap_or_default(),
         };
         let (owner, _) = self.inner.gate.admitted(&metas)?;
         if op == "NewProxy" {

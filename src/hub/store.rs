@@ -295,16 +295,19 @@ impl Store {
         Ok(dropped)
     }
 
-    /// A note that is no row, and its former text.
+    /// A note that is no row.
     ///
     /// # Errors
     /// When the database does not answer.
-    pub async fn note(&self, id: &str, text: &str) -> anyhow::Result<Option<String>> {
-        let former = meta(&self.pool, id).await?;
-        if former.as_deref() != Some(text) {
-            set_meta(&mut *self.pool.acquire().await?, id, text).await?;
-        }
-        Ok(former)
+    pub async fn noted(&self, id: &str) -> anyhow::Result<Option<String>> {
+        Ok(meta(&self.pool, id).await?)
+    }
+
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn note(&self, id: &str, text: &str) -> anyhow::Result<()> {
+        set_meta(&mut *self.pool.acquire().await?, id, text).await?;
+        Ok(())
     }
 
     /// Waits until what was ordered is written, and closes the database.

@@ -590,22 +590,27 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     let path = config.lines().find_map(|l| l.strip_prefix("path = \"")).unwrap().trim_end_matches('"').to_owned();
     assert!(config.contains(&format!("addr = \"{}\"", hub.url)) && !config.contains("4711"), "{config}");
     let plugged = Arc::new(Plugged { url: format!("{}{path}", hub.url), client: hub.client.clone(), metas: Mutex::default() });
-    let frps = Server::new(ServerConfig {
-        token: pipeops::secret::Secret::new("frps-planted-4711"),
-        tls: Some(tls),
-        tcp_mux: true,
-        tcp_bind: None,
-        heartbeat: Duration::from_secs(30),
-        admit: Some(plugged.clone()),
-    });
-    let halt = tokio_util::sync::CancellationToken::new();
-    tokio::spawn({
-        let (frps, halt) = (frps.clone(), halt.clone());
-        async move { frps.serve(listener, halt).await }
-    });
+    let serve = |listener: tokio::net::TcpListener| {
+        let frps = Server::new(ServerConfig {
+            token: pipeops::secret::Secret::new("frps-planted-4711"),
+            tls: Some(tls.clone()),
+            tcp_mux: true,
+            tcp_bind: None,
+            heartbeat: Duration::from_secs(30),
+            admit: Some(plugged.clone()),
+        });
+        let halt = tokio_util::sync::CancellationToken::new();
+        let task = tokio::spawn({
+            let (frps, halt) = (frps.clone(), halt.clone());
+            async move { frps.serve(listener, halt).await }
+        });
+        (frps, halt, task)
+    };
+    let (frps, halt, task) = serve(listener);
     // strangers, and whoever guesses the path, get nothing
     assert!(plugged.ask("Login", json!({"metas": {"agent": "a-0", "token": "guessed"}})).unwrap_err().contains("may not"));
     assert!(plugged.ask("Ping", json!({"user": {"user": "", "metas": null, "run_id": "r"}})).is_err());
+    assert!(plugged.ask("Login", json!({"version": "0.58.1", "user": "", "metas": null})).unwrap_err().contains("may not"));
     assert_eq!(hub.ask("POST", "/frp/handler/guessed?op=Login", "", json!({"content": {}})).await.status(), 404);
     // the agent holds its tunnel there, and the gateway goes through it
     let (_kube, kube) = serve_kube().await;
@@ -615,6 +620,22 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     assert!(
         frps.has(&format!("agent-{}", hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["agent_id"].as_str().unwrap()))
     );
+    // it dies and comes back: so do the agent's tunnel and the gateway's session
+    halt.cancel();
+    drop(frps);
+    let _ = task.await;
+    let listener = loop {
+        match tokio::net::TcpListener::bind(&address).await {
+            Ok(listener) => break listener,
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    };
+    let (_frps, halt, _) = serve(listener);
+    let begun = Instant::now();
+    while hub.version(&cluster).await != 200 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{}", hub.log.lock().unwrap());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     // revoked: no login and no sign of life any more
     let metas = plugged.metas.lock().unwrap().clone();
     let user = json!({"user": {"user": "", "metas": metas, "run_id": "r"}});
