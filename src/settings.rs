@@ -194,7 +194,10 @@ fn checked<T: serde::de::DeserializeOwned>(text: &str, origin: &str, known: &[St
         }
         let line = text.lines().position(|l| l.trim_start().trim_start_matches('[').starts_with(key.as_str())).map_or(0, |n| n + 1);
         let what = format!("unknown key `{key}` in {origin}, line {line}");
-        let near = nearest(key, known.iter().map(String::as_str).chain(more.iter().copied()));
+        // what holds a secret has no key, only a file that has it
+        let file = format!("{key}-file");
+        let file = known.iter().find(|k| **k == file).map(String::as_str);
+        let near = file.or_else(|| nearest(key, known.iter().map(String::as_str).chain(more.iter().copied())));
         return Err(Failure::usage("CONFIG_UNKNOWN_KEY", what).hint(match near {
             Some(near) => format!("did you mean `{near}`? correct {origin} and run again"),
             None => format!("the keys are those of `{command} --help`; correct {origin} and run again"),

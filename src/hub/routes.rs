@@ -135,7 +135,7 @@ mod tests {
         assert_eq!(find("/clusters/c-1/k8s/api/v1/pods"), Some((Call::Gateway, vec!["c-1"])));
         assert_eq!(find("/clusters/c-1/k8s/"), Some((Call::Gateway, vec!["c-1"])));
         for nowhere in
-            ["/", "/api/v1/clusters/", "/api/v1/clusters/c-1/", "/api/v1/clusters//token", "/clusters/c-1/k8sx/api", "/clusters/c-1/secrets"]
+            ["/page", "/api/v1/clusters/", "/api/v1/clusters/c-1/", "/api/v1/clusters//token", "/clusters/c-1/k8sx/api", "/clusters/c-1/secrets"]
         {
             assert_eq!(find(nowhere), None, "{nowhere}");
         }
