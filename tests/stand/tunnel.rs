@@ -73,6 +73,40 @@ fn said(what: &str, runs: &[Load]) -> (f64, f64) {
     (rates[rates.len() / 2], tails[tails.len() / 2])
 }
 
+/// rathole with TLS: its server on this machine, its client before `target`; the port that callers use.
+async fn rathole(program: &str, dir: &Path, made: &rcgen::CertifiedKey<rcgen::KeyPair>, target: SocketAddr) -> (u16, [Running; 2]) {
+    let (bind, exposed) = (port().await, port().await);
+    let put = |name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (certificate, key) = (put("rathole.crt", &made.cert.pem()), put("rathole.key", &made.signing_key.serialize_pem()));
+    let identity = dir.join("rathole.pfx").to_str().unwrap().to_owned();
+    let export = ["pkcs12", "-export", "-in", &certificate, "-inkey", &key, "-out", &identity, "-passout", "pass:p"];
+    assert!(Command::new("openssl").args(export).status().unwrap().success());
+    let server = format!(
+        "[server]\nbind_addr = \"127.0.0.1:{bind}\"\ndefault_token = \"t\"\n[server.transport]\ntype = \"tls\"\n[server.transport.tls]\n\
+         pkcs12 = \"{identity}\"\npkcs12_password = \"p\"\n[server.services.s]\nbind_addr = \"127.0.0.1:{exposed}\"\n"
+    );
+    let client = format!(
+        "[client]\nremote_addr = \"127.0.0.1:{bind}\"\ndefault_token = \"t\"\n[client.transport]\ntype = \"tls\"\n[client.transport.tls]\n\
+         trusted_root = \"{certificate}\"\nhostname = \"frps.test\"\n[client.services.s]\nlocal_addr = \"{target}\"\n"
+    );
+    let start = |kind: &str, config: &str| {
+        Running(Command::new(program).args([kind, config]).env("RUST_LOG", "error").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    };
+    let server = start("--server", &put("rathole-server.toml", &server));
+    while TcpStream::connect(("127.0.0.1", bind)).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let client = start("--client", &put("rathole-client.toml", &client));
+    while TcpStream::connect(("127.0.0.1", exposed)).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    (exposed, [server, client])
+}
+
 pub(crate) async fn tunnel(pipeops: &str, frp: Option<&str>) {
     let dir = tempfile::tempdir().unwrap();
     let made = rcgen::generate_simple_self_signed(vec!["frps.test".into()]).unwrap();
@@ -140,17 +174,26 @@ pub(crate) async fn tunnel(pipeops: &str, frp: Option<&str>) {
     };
     let trust = Trust { pins: vec![Pin::parse(&target_pin).unwrap()], ..Trust::default() };
     let client = tokio_rustls::TlsConnector::from(Arc::new(trust.client().unwrap()));
-    let peer = || async {
-        let stream = TcpStream::connect(("127.0.0.1", peer_tcp)).await.unwrap();
+    let through = async |port: u16| {
+        let stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         let name = rustls_pki_types::ServerName::try_from("frps.test").unwrap();
         sender(Box::new(client.connect(name, stream).await.unwrap())).await
     };
+    let rathole = match std::env::var("PIPEOPS_TEST_RATHOLE") {
+        Ok(program) => Some(rathole(&program, dir.path(), &made, tls_target).await),
+        Err(_) => None,
+    };
+    let hole = rathole.as_ref().map(|(port, _)| *port);
+    let peer = || through(peer_tcp);
     let plain = || async { sender(Box::new(TcpStream::connect(("127.0.0.1", vhost)).await.unwrap())).await };
-    let (mut a, mut b, mut c, mut d) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut a, mut b, mut c, mut d, mut e) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     // the first round warms up
     for round in 0..6 {
         let runs = [load(50, length, ours, "localhost", "/healthz", &token).await].into_iter().skip(usize::from(round == 0));
         a.extend(runs);
+        if let Some(port) = hole {
+            e.extend([load(50, length, || through(port), "localhost", "/healthz", &token).await].into_iter().skip(usize::from(round == 0)));
+        }
         if frp.is_some() {
             let skip = usize::from(round == 0);
             b.extend([load(50, length, peer, "localhost", "/healthz", &token).await].into_iter().skip(skip));
@@ -168,6 +211,12 @@ pub(crate) async fn tunnel(pipeops: &str, frp: Option<&str>) {
         println!("tcp with TLS inside, both halves ours, 50 callers: {rate:.0} requests/s, p99 {tail:.1} ms");
         println!("NOT RUN: a genuine frps and frpc (PIPEOPS_TEST_FRP_DIR is not set)");
     }
-    println!("NOT RUN: rathole with TLS");
-    drop((agent, running));
+    if hole.is_some() {
+        let (theirs, their_tail) = said("tcp before the same TLS server, rathole with TLS", &e);
+        let kind = if frp.is_some() { "behind frps" } else { "both halves" };
+        println!("ours ({kind}) {rate:.0} requests/s, p99 {tail:.1} ms; rathole {theirs:.0}, {their_tail:.1} ms; ratio {:.2} (budget 0.9)", rate / theirs);
+    } else {
+        println!("NOT RUN: rathole with TLS (PIPEOPS_TEST_RATHOLE names no program)");
+    }
+    drop((agent, running, rathole));
 }
