@@ -11,7 +11,7 @@ use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties};
 use serde_json::{Value, json};
 
-use crate::hub::{DATA, Hub, Simulated, storm};
+use crate::hub::{DATA, Hub, Simulated, certificate, storm};
 use crate::support::Sandbox;
 
 /// One of Debian's services on ports of its own, ended with the test.
@@ -24,7 +24,15 @@ struct Service {
 impl Service {
     /// None where its package is not installed; the output says so.
     fn start(name: &'static str) -> Option<Service> {
+        Service::with(name, &[])
+    }
+
+    /// With files in its directory.
+    fn with(name: &'static str, files: &[(&str, &str)]) -> Option<Service> {
         let mut service = Service { name, dir: tempfile::tempdir().unwrap(), url: String::new() };
+        for (file, text) in files {
+            std::fs::write(service.dir.path().join(file), text).unwrap();
+        }
         let (code, said) = service.script("start");
         if code == 3 {
             println!("NOT RUN: {}: {}", std::thread::current().name().unwrap_or_default(), said.trim());
@@ -214,6 +222,28 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
     let order: Vec<&str> =
         all.iter().filter(|h| h.body["agent_id"] == agent.id.as_str() && h.topic != "agent.status").map(|h| h.topic.as_str()).collect();
     assert_eq!(order, ["agent.registered", "agent.online", "agent.offline", "agent.deregistered"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_tls_the_broker_must_show_the_certificate_that_was_named() {
+    let ((mine, key), (other, _)) = (certificate(10), certificate(10));
+    let Some(rabbit) = Service::with("rabbitmq", &[("tls.crt", &mine), ("tls.key", &key), ("other.crt", &other)]) else { return };
+    let file = |name: &str| rabbit.dir.path().join(name).to_str().unwrap().to_owned();
+    let (url, dirs) = (file("url-tls"), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
+    let mut hub = Hub::with(&["--amqp-url-file", &url, "--amqp-ca", &file("other.crt")]);
+    let token = many(&hub);
+    let agent = Simulated::new(&hub, dirs[0].path(), &token).await;
+    let begun = Instant::now();
+    while !hub.log.lock().unwrap().contains("no message broker: events wait") {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{}", hub.log.lock().unwrap());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let metrics = hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
+    assert!(metrics.contains("pipeops_broker_up 0\n"), "{metrics}");
+    hub.options_now(&["--amqp-url-file", &url, "--amqp-ca", &file("tls.crt")]);
+    hub.killed_and_back();
+    let mut heard = Vec::new();
+    hear(&rabbit.url, &mut heard, |h| !of(h, "agent.registered", &agent.id).is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

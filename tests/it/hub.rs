@@ -648,7 +648,7 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
 }
 
 /// A certificate for 127.0.0.1 and its key, PEM, valid until `days` from now.
-fn certificate(days: i64) -> (String, String) {
+pub(crate) fn certificate(days: i64) -> (String, String) {
     let mut params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
     params.subject_alt_names.push(rcgen::SanType::IpAddress("127.0.0.1".parse().unwrap()));
     let now = time::OffsetDateTime::from_unix_timestamp(jiff::Timestamp::now().as_second()).unwrap();

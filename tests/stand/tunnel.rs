@@ -214,7 +214,10 @@ pub(crate) async fn tunnel(pipeops: &str, frp: Option<&str>) {
     if hole.is_some() {
         let (theirs, their_tail) = said("tcp before the same TLS server, rathole with TLS", &e);
         let kind = if frp.is_some() { "behind frps" } else { "both halves" };
-        println!("ours ({kind}) {rate:.0} requests/s, p99 {tail:.1} ms; rathole {theirs:.0}, {their_tail:.1} ms; ratio {:.2} (budget 0.9)", rate / theirs);
+        println!(
+            "ours ({kind}) {rate:.0} requests/s, p99 {tail:.1} ms; rathole {theirs:.0}, {their_tail:.1} ms; ratio {:.2} (budget 0.9)",
+            rate / theirs
+        );
     } else {
         println!("NOT RUN: rathole with TLS (PIPEOPS_TEST_RATHOLE names no program)");
     }
