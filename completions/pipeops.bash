@@ -52,6 +52,9 @@ _pipeops() {
             pipeops__subcmd__audit,verify)
                 cmd="pipeops__subcmd__audit__subcmd__verify"
                 ;;
+            pipeops__subcmd__control__subcmd__plane,admin)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__admin"
+                ;;
             pipeops__subcmd__control__subcmd__plane,backup)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__backup"
                 ;;
@@ -72,6 +75,15 @@ _pipeops() {
                 ;;
             pipeops__subcmd__control__subcmd__plane,token)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__token"
+                ;;
+            pipeops__subcmd__control__subcmd__plane__subcmd__admin,create)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__admin__subcmd__create"
+                ;;
+            pipeops__subcmd__control__subcmd__plane__subcmd__admin,list)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__admin__subcmd__list"
+                ;;
+            pipeops__subcmd__control__subcmd__plane__subcmd__admin,revoke)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__admin__subcmd__revoke"
                 ;;
             pipeops__subcmd__control__subcmd__plane__subcmd__cluster,kubeconfig)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__cluster__subcmd__kubeconfig"
@@ -259,7 +271,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane)
-            opts="-h --listen --tunnel-listen --public-name --database-url --database-url-file --amqp-url --amqp-url-file --amqp-ca --frps --frps-token-file --frps-ca --frps-pin --tls-cert --tls-key --tls-ca --config --data-dir --root --log-level --help token cluster runner project frps-config backup restore"
+            opts="-h --listen --tunnel-listen --public-name --database-url --database-url-file --amqp-url --amqp-url-file --amqp-ca --frps --frps-token-file --frps-ca --frps-pin --tls-cert --tls-key --tls-ca --config --data-dir --root --log-level --help token cluster runner project admin frps-config backup restore"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -327,6 +339,126 @@ _pipeops() {
                     ;;
                 --config)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --data-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__admin)
+            opts="-h --log-level --help create list revoke"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__admin__subcmd__create)
+            opts="-o -h --output --data-dir --root --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --data-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__admin__subcmd__list)
+            opts="-o -h --output --data-dir --root --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --data-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__admin__subcmd__revoke)
+            opts="-o -h --output --data-dir --root --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
                     return 0
                     ;;
                 --data-dir)

@@ -148,36 +148,37 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l dry-run -d
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s y -l yes -d 'Do not ask'
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l purge-data -d 'Remove the data of volumes too'
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s h -l help -d 'Print help'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l listen -d 'Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l tunnel-listen -d 'Address and port of the tunnel (FRP) server [default: [::]:7000]' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l public-name -d 'Name or address under which agents and Runners reach this machine; the first is handed out [default: the address of its route]' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l database-url -d 'PostgreSQL database, postgres://USER:PASSWORD@HOST/DATABASE [default: a SQLite file in the data directory]' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l database-url-file -d 'File with that URL' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l amqp-url -d 'RabbitMQ that Runners hear of agents from, amqp[s]://USER:PASSWORD@HOST/VHOST' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l amqp-url-file -d 'File with that URL' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l amqp-ca -d 'CA of RabbitMQ\'s certificate, PEM, where the system does not know it' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l frps -d 'Somebody\'s frps instead of the tunnel server of this program; `frps-config` prints what to put into its configuration' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l frps-token-file -d 'File with its auth.token' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l frps-ca -d 'CA of its certificate, PEM' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l frps-pin -d 'Or a key in its certificate chain, `sha256:` and base64' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l tls-cert -d 'Certificate chain for the HTTPS API instead of a self-made one, PEM; read anew when it changes' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l tls-key -d 'Its key, PEM' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l tls-ca -d 'CA of that certificate, PEM, where clients do not know it already' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l config -d 'Read this config file instead of /etc/pipeops/control-plane.toml' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l data-dir -d 'Directory with its keys and database' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l root -d 'Work in a directory that stands for the machine' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l listen -d 'Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l tunnel-listen -d 'Address and port of the tunnel (FRP) server [default: [::]:7000]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l public-name -d 'Name or address under which agents and Runners reach this machine; the first is handed out [default: the address of its route]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l database-url -d 'PostgreSQL database, postgres://USER:PASSWORD@HOST/DATABASE [default: a SQLite file in the data directory]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l database-url-file -d 'File with that URL' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l amqp-url -d 'RabbitMQ that Runners hear of agents from, amqp[s]://USER:PASSWORD@HOST/VHOST' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l amqp-url-file -d 'File with that URL' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l amqp-ca -d 'CA of RabbitMQ\'s certificate, PEM, where the system does not know it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l frps -d 'Somebody\'s frps instead of the tunnel server of this program; `frps-config` prints what to put into its configuration' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l frps-token-file -d 'File with its auth.token' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l frps-ca -d 'CA of its certificate, PEM' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l frps-pin -d 'Or a key in its certificate chain, `sha256:` and base64' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l tls-cert -d 'Certificate chain for the HTTPS API instead of a self-made one, PEM; read anew when it changes' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l tls-key -d 'Its key, PEM' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l tls-ca -d 'CA of that certificate, PEM, where clients do not know it already' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l config -d 'Read this config file instead of /etc/pipeops/control-plane.toml' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l data-dir -d 'Directory with its keys and database' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
 error\t''"
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -s h -l help -d 'Print help'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -f -a "token" -d 'Tokens that let new servers in'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -f -a "cluster" -d 'Clusters that have registered'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -f -a "runner" -d 'Whoever drives clusters through this control plane'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -f -a "project" -d 'Owners of tokens, clusters and Runners'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -f -a "frps-config" -d 'Print what an external frps needs in its configuration; there is a secret in it'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -f -a "backup" -d 'Write all that it knows and its keys into a file; it may go on running'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project frps-config backup restore" -f -a "restore" -d 'Make what a backup holds of an empty data directory and database'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "token" -d 'Tokens that let new servers in'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "cluster" -d 'Clusters that have registered'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "runner" -d 'Whoever drives clusters through this control plane'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "project" -d 'Owners of tokens, clusters and Runners'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "admin" -d 'People who may do everything here, on the page as well'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "frps-config" -d 'Print what an external frps needs in its configuration; there is a secret in it'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "backup" -d 'Write all that it knows and its keys into a file; it may go on running'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "restore" -d 'Make what a backup holds of an empty data directory and database'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -211,6 +212,14 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -f -a "create" -d 'Make one'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -f -a "list" -d 'Show all'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -f -a "create" -d 'Make one and print the token, shown this once'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -f -a "list" -d 'Show all'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -f -a "revoke" -d 'Refuse the token from now on and end its sessions'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from frps-config" -l data-dir -d 'Directory with its keys and database' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from frps-config" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from frps-config" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''

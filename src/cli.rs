@@ -260,6 +260,9 @@ pub enum PlaneCommand {
     /// Owners of tokens, clusters and Runners
     #[command(subcommand)]
     Project(ProjectCommand),
+    /// People who may do everything here, on the page as well
+    #[command(subcommand)]
+    Admin(AdminCommand),
     /// Print what an external frps needs in its configuration; there is a secret in it
     FrpsConfig {
         #[command(flatten)]
@@ -393,6 +396,27 @@ pub enum RunnerCommand {
         verb: Verb,
     },
     /// Refuse it from now on and end its streams
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        verb: Verb,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AdminCommand {
+    /// Make one and print the token, shown this once
+    Create {
+        name: String,
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Show all
+    List {
+        #[command(flatten)]
+        verb: Verb,
+    },
+    /// Refuse the token from now on and end its sessions
     Revoke {
         id: String,
         #[command(flatten)]

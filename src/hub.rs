@@ -402,10 +402,10 @@ impl Hub {
         }
         let waiting = self.inner.state.read(FIRST_TOKEN)?.is_some();
         self.inner.first_token.store(waiting, Relaxed);
-        if self.registry().admins() > 0 {
+        if !self.registry().admins().is_empty() {
             return Ok(());
         }
-        let token = self.registry().add_admin(self.keys(), "first", now()).await.map_err(failed)?;
+        let (_, token) = self.registry().add_admin(self.keys(), "first", now()).await.map_err(failed)?;
         match show {
             Some(show) => show(token.expose()),
             None => {

@@ -6,7 +6,9 @@ use std::net::Ipv6Addr;
 use http::Method;
 use serde_json::{Value, json};
 
-use crate::cli::{ClusterCommand, ControlPlane, Format, PlaneCommand, ProjectCommand, RunnerCommand, Serve, Stored, TokenCommand, Verb};
+use crate::cli::{
+    AdminCommand, ClusterCommand, ControlPlane, Format, PlaneCommand, ProjectCommand, RunnerCommand, Serve, Stored, TokenCommand, Verb,
+};
 use crate::cmd::{Context, unreadable};
 use crate::error::{Exit, Failure};
 use crate::host::Host;
@@ -248,6 +250,17 @@ async fn verb(context: &Context, command: PlaneCommand) -> anyhow::Result<Exit> 
         }
         PlaneCommand::Runner(RunnerCommand::Revoke { id, verb }) => {
             asked(verb).done(Method::DELETE, &format!("/api/v1/runners/{}", segment(&id)?), "revoked; its streams have ended").await
+        }
+        PlaneCommand::Admin(AdminCommand::Create { name, verb }) => {
+            let asked = asked(verb);
+            let answer = asked.call(Method::POST, "/api/v1/admins", Some(&json!({"name": name}))).await?;
+            asked.show(&answer, |v| text(&v["token"]))
+        }
+        PlaneCommand::Admin(AdminCommand::List { verb }) => {
+            asked(verb).list("/api/v1/admins", &["ID", "NAME", "CREATED"], |v| vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]).await
+        }
+        PlaneCommand::Admin(AdminCommand::Revoke { id, verb }) => {
+            asked(verb).done(Method::DELETE, &format!("/api/v1/admins/{}", segment(&id)?), "revoked; its sessions have ended").await
         }
         PlaneCommand::FrpsConfig { place } => {
             let text = client::call(&context.host(&place.rooted.root), &place.data_dir, Method::GET, "/api/v1/frps", None).await?;

@@ -73,7 +73,7 @@ pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refused> {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct AddProject {
+struct Named {
     name: String,
 }
 
@@ -283,8 +283,23 @@ impl Hub {
                 Ok(answer(200, &json!({})))
             }
             Call::Projects => Ok(answer(200, &json!({"items": registry.projects()}))),
+            Call::Admins => {
+                let items: Vec<Value> = registry.admins().iter().map(|a| without_hash(json!(a))).collect();
+                Ok(answer(200, &json!({"items": items})))
+            }
+            Call::AddAdmin => {
+                let asked: Named = parsed(bytes)?;
+                let (row, token) = registry.add_admin(self.keys(), &asked.name, now).await?;
+                let mut shown = without_hash(json!(row));
+                shown["token"] = token.expose().into();
+                Ok(answer(201, &shown))
+            }
+            Call::RemoveAdmin => {
+                registry.remove_admin(id).await?;
+                Ok(answer(200, &json!({})))
+            }
             Call::AddProject => {
-                let asked: AddProject = parsed(bytes)?;
+                let asked: Named = parsed(bytes)?;
                 Ok(answer(201, &json!(registry.add_project(&asked.name, now).await?)))
             }
             Call::Tokens => {

@@ -77,6 +77,18 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
     assert_eq!(list().await.status(), 401);
     let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = live.chunk().await {} }).await;
     assert!(ended.is_ok(), "the live updates go on");
+    // nor is an administrator's worth more than he is
+    let other = hub.sandbox.verb(&["control-plane", "admin", "create", "Ada"]).ended(0).out;
+    let (cookie, _) = session(&hub, other.trim()).await;
+    let list = async || hub.client.get(format!("{}/api/v1/admins", hub.url)).header("cookie", &cookie).send().await.unwrap();
+    let admins = list().await.json::<Value>().await.unwrap();
+    assert!(!admins.to_string().contains("hash"), "{admins}");
+    let id = |name: &str| admins["items"].as_array().unwrap().iter().find(|a| a["name"] == name).unwrap()["id"].as_str().unwrap().to_owned();
+    hub.sandbox.verb(&["control-plane", "admin", "revoke", &id("Ada")]).ended(0);
+    assert_eq!(list().await.status(), 401);
+    assert_eq!(hub.ask("GET", "/api/v1/clusters", other.trim(), json!({})).await.status(), 401);
+    let last = hub.sandbox.verb(&["control-plane", "admin", "revoke", &id("first")]).ended(7);
+    assert!(last.err.contains("LAST_ADMIN"), "{}", last.err);
     // a kubeconfig is no way to log in
     let kubeconfig = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({})).await.text().await.unwrap();
     let kubeconfig: Value = serde_json::from_str(&kubeconfig).unwrap();

@@ -3,7 +3,7 @@
 use super::{Refused, Registry, check_name, mint, no_such, refused, unwritten};
 use crate::hub::keys::{Keys, fresh};
 use crate::hub::model::{Access, AccessKind, Admin, Enrolment, Project};
-use crate::hub::store::Kind;
+use crate::hub::store::{Change, Kind};
 use crate::secret::Secret;
 use tokio_util::sync::CancellationToken;
 
@@ -147,17 +147,40 @@ impl Registry {
     }
 
     /// # Errors
-    /// No database.
-    pub async fn add_admin(&self, keys: &Keys, name: &str, now: i64) -> Result<Secret, Refused> {
+    /// A bad name, or no database.
+    pub async fn add_admin(&self, keys: &Keys, name: &str, now: i64) -> Result<(Admin, Secret), Refused> {
         check_name(name)?;
         let (token, hash) = mint(keys, "pom")?;
         let row = Admin { id: self.fresh_id("m")?, name: name.into(), hash, created_at: now };
         self.put(Kind::Admin, &row.id, &row).await?;
-        self.inner().know_admin(row);
-        Ok(token)
+        self.inner().know_admin(row.clone());
+        Ok((row, token))
     }
 
-    pub fn admins(&self) -> usize {
-        self.inner().admins.len()
+    /// Forgets an administrator: his token and his sessions on the page are worth nothing from now on.
+    ///
+    /// # Errors
+    /// 404; 409 for the last one; no database: then he stays.
+    pub async fn remove_admin(&self, id: &str) -> Result<(), Refused> {
+        let (row, order) = {
+            let mut inner = self.inner();
+            if inner.admins.len() == 1 && inner.admins.contains_key(id) {
+                return Err(refused(409, "last_admin", "this is the last administrator", Some("make another one first")));
+            }
+            let row = inner.admins.remove(id).ok_or_else(|| no_such("administrator", id))?;
+            (row, self.store.order(vec![Change::remove(Kind::Admin, id)]))
+        };
+        let written = order.durable().await;
+        let mut inner = self.inner();
+        if written.is_ok() {
+            inner.tokens.remove(&row.hash);
+        } else {
+            inner.know_admin(row);
+        }
+        written.map_err(|e| unwritten(&e))
+    }
+
+    pub fn admins(&self) -> Vec<Admin> {
+        self.inner().admins.values().cloned().collect()
     }
 }
