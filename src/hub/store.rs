@@ -158,7 +158,7 @@ impl Store {
         let pool = AnyPoolOptions::new()
             // SQLite has one writer; PostgreSQL would gain nothing from more: one task writes
             .max_connections(if sqlite { 1 } else { 2 })
-            .acquire_timeout(Duration::from_secs(10))
+            .acquire_timeout(Duration::from_secs(5))
             .after_connect(move |connection, _| {
                 Box::pin(async move {
                     if sqlite {
@@ -406,6 +406,15 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Whether the database itself refused what was written: then it may be one order's fault.
+fn orders_apart(result: &Result<(), sqlx::Error>) -> bool {
+    matches!(result, Err(sqlx::Error::Database(_)))
+}
+
+fn said(result: &Result<(), sqlx::Error>) -> Result<(), String> {
+    result.as_ref().copied().map_err(ToString::to_string)
+}
+
 struct Writer {
     pool: AnyPool,
     instance: String,
@@ -419,14 +428,18 @@ impl Writer {
     async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Order>) {
         let mut orders = Vec::new();
         while queue.recv_many(&mut orders, BATCH).await > 0 {
-            let together = self.commit(&mut orders.iter().flat_map(|o| &o.changes)).await;
+            let mut result = self.commit(&mut orders.iter().flat_map(|o| &o.changes)).await;
             for order in orders.drain(..) {
-                let result = match &together {
-                    Ok(()) => Ok(()),
-                    // one that cannot be written must not take the others with it
-                    Err(_) => self.commit(&mut order.changes.iter()).await.map_err(|e| e.to_string()),
-                };
-                let _ = order.done.send(result);
+                // one that cannot be written must not take the others with it; a database that is away is not asked for each
+                if orders_apart(&result) {
+                    let alone = self.commit(&mut order.changes.iter()).await;
+                    let _ = order.done.send(said(&alone));
+                    if alone.is_err() && !orders_apart(&alone) {
+                        result = alone;
+                    }
+                } else {
+                    let _ = order.done.send(said(&result));
+                }
             }
         }
     }

@@ -273,6 +273,11 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
                 let (id, credential) = &done[0];
                 let beat = hub.ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1})).await;
                 assert_eq!(beat.status(), 200);
+                // who asks for something that must be kept is told so in time
+                let asked = Instant::now();
+                let refused = hub.ask("POST", "/api/v1/projects", &hub.admin, json!({"name": "none"})).await;
+                assert_eq!(refused.json::<Value>().await.unwrap()["code"], "database_unavailable");
+                println!("a write without a database is refused after {:.1} s", asked.elapsed().as_secs_f32());
                 postgres.again();
             }
         }
