@@ -223,7 +223,10 @@ pub async fn run(
     let account = watch::Sender::new(first);
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
-    let (control_status, control) = watch::channel(control::Session::new(Instant::now()).status().clone());
+    // nobody is called unenrolled before it was looked whether he is
+    let begin =
+        control::Status { state: control::State::Connecting, reason: "starting".into(), ..control::Session::new(Instant::now()).status().clone() };
+    let (control_status, control) = watch::channel(begin);
     let (tunnel_status, tunnel) = watch::channel(tunnel::Machine::new(String::new(), Instant::now()).status().clone());
     let (audit_head, audit_heads) = watch::channel(AuditHead::default());
     let (tunnel_settings, tunnel_config) = watch::channel::<Option<TunnelConfig>>(None);
@@ -434,7 +437,14 @@ async fn merge(
             }
             let a = accounts.borrow_and_update().clone();
             cluster.send_replace(cluster_info(&a, &config));
-            report.send_replace(status_report(&a));
+            // whoever waits for news of the cluster is not woken by the time of day, nor by what he has caused himself
+            report.send_if_modified(|former| {
+                let fresh = status_report(&a);
+                former.at.clear();
+                let news = *former != StatusReport { at: String::new(), ..fresh.clone() };
+                *former = fresh;
+                news
+            });
         }
         let changed = tokio::select! {
             () = stop.cancelled() => return ("account", Ok(())),

@@ -208,7 +208,13 @@ impl ControlPlane {
                     call = Some(action);
                 }
             }
-            self.publish.send_replace(session.status().clone());
+            self.publish.send_if_modified(|told| {
+                let news = told != session.status();
+                if news {
+                    told.clone_from(session.status());
+                }
+                news
+            });
             if session.farewell_said() {
                 self.farewell.cancel();
             }

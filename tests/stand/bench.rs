@@ -220,7 +220,7 @@ pub(crate) async fn bench(pipeops: &str, parts: &[&str]) {
     if wanted("bulk") {
         mixed(&rig, &token).await;
     }
-    println!("NOT RUN: a genuine frp on either side (PIPEOPS_TEST_FRP_DIR), and rathole");
+    println!("NOT RUN: a genuine frp on either side (PIPEOPS_TEST_FRP_DIR)");
 }
 
 async fn idle(rig: &Rig) {
