@@ -223,10 +223,7 @@ pub async fn run(
     let account = watch::Sender::new(first);
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
-    // nobody is called unenrolled before it was looked whether he is
-    let begin =
-        control::Status { state: control::State::Connecting, reason: "starting".into(), ..control::Session::new(Instant::now()).status().clone() };
-    let (control_status, control) = watch::channel(begin);
+    let (control_status, control) = watch::channel(control::Session::new(Instant::now()).status().clone());
     let (tunnel_status, tunnel) = watch::channel(tunnel::Machine::new(String::new(), Instant::now()).status().clone());
     let (audit_head, audit_heads) = watch::channel(AuditHead::default());
     let (tunnel_settings, tunnel_config) = watch::channel::<Option<TunnelConfig>>(None);
