@@ -159,7 +159,7 @@ impl Admit for Gate {
         let agent = proxy.strip_prefix(&proxy_name(""))?;
         // each Runner has a key of his own, so that his streams end with his right to them
         self.registry.runners_of(agent, now()).into_iter().find_map(|(id, over)| {
-            let key = self.keys.derived("stcp", &format!("{agent}/{id}"));
+            let key = self.keys.stcp(agent, Some(&id));
             signed(&key, sign_key, timestamp).then_some((key, over))
         })
     }
@@ -229,9 +229,8 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     };
     let address = listener.local_addr()?;
     let tunnel_address = tunnel.as_ref().map(tokio::net::TcpListener::local_addr).transpose()?;
-    let base = url(&config.names[0], address.port());
     let store = database(host, &config.data_dir, &state, config.database).await?;
-    let registry = Arc::new(Registry::load(store.clone(), config.broker.as_ref().map(|_| base.clone()), now()).await?);
+    let registry = Arc::new(Registry::load(store.clone(), config.broker.as_ref().map(|_| url(&config.names[0], address.port())), now()).await?);
     let socket = local_socket(host, &config.data_dir)?;
     let mut certificate = Certificate::new(&keys, config.names.clone(), config.certificate, host, now())?;
     let gate = Arc::new(Gate { registry: registry.clone(), keys: keys.clone() });
@@ -381,12 +380,11 @@ impl Hub {
         self.inner.frps.has(agent)
     }
 
-    /// What opens an agent's stcp proxy: to one Runner, or without one to the agent and administrators.
+    /// [`Keys::stcp`] as the FRP server in use knows it.
     fn secret_key(&self, agent: &str, runner: Option<&str>) -> Secret {
         // somebody else's frps knows the proxy's own key alone
         let runner = runner.filter(|_| matches!(self.inner.frps, Frps::Own(_)));
-        let name = runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}"));
-        self.inner.keys.derived("stcp", &name)
+        self.inner.keys.stcp(agent, runner)
     }
 
     /// Connections that are open.

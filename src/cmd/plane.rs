@@ -277,7 +277,8 @@ async fn verb(context: &Context, command: PlaneCommand) -> anyhow::Result<Exit> 
         }
         PlaneCommand::Restore { file, stored: place } => {
             let (host, database) = stored(context, &place)?;
-            let said = hub::backup::restore(&host, &place.place.data_dir, database, &file).await?;
+            let text = host.users_file(&file).map_err(|e| unreadable(&file, &e))?;
+            let said = hub::backup::restore(&host, &place.place.data_dir, database, &file, &text).await?;
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }

@@ -176,7 +176,7 @@ impl Hub {
             (Call::Login, Origin::Local) => Err(refused(403, "not_here", "people come over the network", None)),
             (Call::Session, _) => Ok(self.session(&who, &parts.headers)),
             (Call::Logout, _) => Ok(self.logout(&parts.headers)),
-            (Call::Changes, _) => self.changes(token, None),
+            (Call::Changes, _) => self.changes(token),
             (Call::Inside, _) => self.inside(&who, id, open.get(1).copied().unwrap_or_default(), now).await,
             _ => self.call(*call, id, &who, &parts, &bytes, now).await,
         }

@@ -69,23 +69,18 @@ pub async fn write(host: &Host, data_dir: &str, url: Option<Secret>, file: &str)
     Ok(format!("{} rows and the keys are in {file} (mode 0600); who has it can be this control plane", backup.rows.len()))
 }
 
-/// Fills an empty data directory and database; gives what to say.
+/// Fills an empty data directory and database with the `text` of `file`; gives what to say.
 ///
 /// # Errors
 /// Exit 2 for a file that is no backup, 3 when something is there already, 12 while a control plane runs there.
-pub async fn restore(host: &Host, data_dir: &str, url: Option<Secret>, file: &str) -> anyhow::Result<String> {
-    let text = host.users_file(file).map_err(|e| {
-        Failure::usage("FILE_UNREADABLE", format!("cannot read {file}"))
-            .why(format!("{:#}", e.root_cause()))
-            .hint("check the path and who may read it")
-    })?;
+pub async fn restore(host: &Host, data_dir: &str, url: Option<Secret>, file: &str, text: &str) -> anyhow::Result<String> {
     let wrong = |why: String| {
         Failure::usage("BACKUP_WRONG", format!("{file} is no backup of a control plane"))
             .why(why)
             .hint("`pipeops control-plane backup FILE` makes one")
     };
     // what it says of the text may hold a part of it: only the place is passed on
-    let backup: Backup = serde_json::from_str(&text).map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
+    let backup: Backup = serde_json::from_str(text).map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
     if backup.format != FORMAT {
         return Err(wrong("it is of another version of pipeops".into()).into());
     }

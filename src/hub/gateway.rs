@@ -96,7 +96,7 @@ impl Service<Uri> for Dial {
             let agent = uri.host().unwrap_or_default().to_owned();
             let key = registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
             let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
-            let io = frps.dial(&agent, &keys.derived("stcp", &agent)).await?;
+            let io = frps.dial(&agent, &keys.stcp(&agent, None)).await?;
             let mut tls = Trust { pins: vec![pin], ..Trust::default() }.client().map_err(other)?;
             tls.alpn_protocols = vec![b"http/1.1".to_vec()];
             let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal").map_err(|e| other(e.to_string()))?;

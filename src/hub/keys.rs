@@ -135,6 +135,11 @@ impl Keys {
         Secret::new(self.hashed(&format!("{purpose}\0{name}")))
     }
 
+    /// What opens an agent's stcp proxy: to one Runner, or without one to the agent and administrators.
+    pub fn stcp(&self, agent: &str, runner: Option<&str>) -> Secret {
+        self.derived("stcp", &runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}")))
+    }
+
     /// Public halves: the current and the next.
     pub fn jwks(&self) -> Jwks {
         let keys = self.signing.iter().map(|(kid, key)| Jwk {

@@ -76,6 +76,13 @@ pub struct Access {
     pub revoked: bool,
 }
 
+impl Access {
+    /// Whether a cluster of its project is within its reach.
+    pub fn includes(&self, cluster: &str) -> bool {
+        self.clusters.as_ref().is_none_or(|list| list.iter().any(|id| id == cluster))
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AccessKind {

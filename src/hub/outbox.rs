@@ -8,7 +8,7 @@ mod transport;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -57,11 +57,11 @@ pub struct Way {
 impl Way {
     /// Why no broker is reached.
     pub fn down(&self) -> Option<String> {
-        self.down.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        super::lock(&self.down).clone()
     }
 
     fn set(&self, why: Option<String>) {
-        let mut down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut down = super::lock(&self.down);
         match (&why, down.as_ref()) {
             (None, None) => {}
             (None, Some(_)) => tracing::info!("the message broker is reached"),

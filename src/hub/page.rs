@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures_util::stream;
@@ -82,7 +82,7 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
 
 impl Sessions {
     fn open(&self) -> MutexGuard<'_, HashMap<String, Session>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        super::lock(&self.open)
     }
 }
 
@@ -169,17 +169,12 @@ impl Hub {
 
     /// The clusters that somebody sees.
     pub(super) fn visible(&self, who: &Who, now: i64) -> Vec<ClusterView> {
-        let mut items: Vec<_> = self.registry().clusters(who.project(), now).into_iter().map(|c| self.seen(c)).collect();
-        if let Who::Access(access) = who
-            && let Some(list) = &access.clusters
-        {
-            items.retain(|c| list.contains(&c.id));
-        }
-        items
+        let reached = |c: &ClusterView| !matches!(who, Who::Access(access) if !access.includes(&c.id));
+        self.registry().clusters(who.project(), now).into_iter().filter(reached).map(|c| self.seen(c)).collect()
     }
 
     /// Server-sent events: all clusters at first, then what has changed each second, until the right to it ends.
-    pub(super) fn changes(&self, token: String, project: Option<String>) -> Result<Response<Body>, Refused> {
+    pub(super) fn changes(&self, token: String) -> Result<Response<Body>, Refused> {
         let place = self.inner.sessions.listeners.clone();
         if std::sync::Arc::strong_count(&place) > LISTENERS + 1 {
             return Err(refused(503, "too_many_listeners", "too many listen already", None));
@@ -187,7 +182,7 @@ impl Hub {
         let hub = self.clone();
         let known: HashMap<String, String> = HashMap::new();
         let events = stream::unfold((hub, known, true, 0_u32, place), move |(hub, mut known, first, quiet, place)| {
-            let (token, project) = (token.clone(), project.clone());
+            let token = token.clone();
             async move {
                 let mut quiet = quiet;
                 loop {
@@ -200,8 +195,7 @@ impl Hub {
                     let now = super::now();
                     // the local socket has no token, and needs none
                     let who = if token.is_empty() { Who::Admin("local".into()) } else { hub.registry().who(&token, now).ok()? };
-                    let mut items = hub.visible(&who, now);
-                    items.retain(|c| project.as_ref().is_none_or(|p| c.project == *p));
+                    let items = hub.visible(&who, now);
                     let text = difference(&items, &mut known);
                     if let Some(text) = text {
                         return Some((Ok::<_, tower::BoxError>(Frame::data(Bytes::from(text))), (hub, known, false, 0, place)));

@@ -5,7 +5,7 @@ pub mod enrol;
 mod events;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -249,7 +249,7 @@ impl Registry {
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         // every change is whole before the lock is given back
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        super::lock(&self.inner)
     }
 
     /// Whose token it is. One that is revoked or whose time is over is nobody's.
@@ -373,8 +373,7 @@ impl Registry {
     pub fn reaches(&self, access: &Access, id: &str) -> Result<(), Refused> {
         let inner = self.inner();
         let cluster = &inner.find(id, Some(&access.project))?.row.cluster_id;
-        let within = access.clusters.as_ref().is_none_or(|list| list.contains(cluster));
-        if within { Ok(()) } else { Err(no_such("cluster", id)) }
+        if access.includes(cluster) { Ok(()) } else { Err(no_such("cluster", id)) }
     }
 
     /// The way to a cluster for a caller of `project`.

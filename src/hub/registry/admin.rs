@@ -136,7 +136,7 @@ impl Registry {
                 && !access.revoked
                 && access.project == row.project
                 && access.expires_at.is_none_or(|at| at > now)
-                && access.clusters.as_ref().is_none_or(|list| list.contains(&row.cluster_id))
+                && access.includes(&row.cluster_id)
         });
         theirs.map(|(access, over)| (access.id.clone(), over.clone())).collect()
     }
