@@ -2,40 +2,30 @@
 
 pub mod upstream;
 pub mod watch;
+mod wire;
 
 use std::time::Duration;
 
 use anyhow::Context as _;
 use http::{Method, Request};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
+use tokio::time::{sleep, timeout};
+use wire::Wire;
 
 use crate::host::Host;
 
 /// Field manager of everything that the installer applies.
 pub const MANAGER: &str = "pipeops";
+/// A request is answered within this, body and all; watches have their own time.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// An API server that is too busy, or just starting, is asked again after these.
+const RETRIES: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
 
 /// An API server, as one identity.
 #[derive(Clone)]
 pub struct Cluster {
     client: kube::Client,
-}
-
-/// A kubeconfig, read.
-///
-/// # Errors
-/// When the file is absent or no kubeconfig.
-pub(crate) async fn configuration(host: &Host, kubeconfig: &str) -> anyhow::Result<kube::Config> {
-    let text = host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
-    let parsed = Kubeconfig::from_yaml(&absolute(host, &text)).with_context(|| format!("reading {kubeconfig}"))?;
-    let mut config =
-        kube::Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default()).await.with_context(|| format!("reading {kubeconfig}"))?;
-    config.connect_timeout = Some(Duration::from_secs(4));
-    config.read_timeout = None;
-    config.write_timeout = None;
-    // the way to our own API server never leads through a proxy
-    config.proxy_url = None;
-    Ok(config)
 }
 
 /// Kinds without a namespace among those that we ever touch.
@@ -79,31 +69,34 @@ pub fn title_of(object: &Value) -> String {
 impl Cluster {
     /// # Errors
     /// When the file is absent or no kubeconfig.
-    pub async fn open(host: &Host, kubeconfig: &str) -> anyhow::Result<Cluster> {
-        let mut config = configuration(host, kubeconfig).await?;
-        config.read_timeout = Some(Duration::from_secs(20));
-        config.write_timeout = Some(Duration::from_secs(20));
-        Ok(Cluster { client: kube::Client::try_from(config).with_context(|| format!("using {kubeconfig}"))? })
-    }
-
-    /// For watches: the same, without a time-out for reading.
-    ///
-    /// # Errors
-    /// When the file is absent or no kubeconfig.
-    pub async fn open_streaming(host: &Host, kubeconfig: &str) -> anyhow::Result<Cluster> {
-        let config = configuration(host, kubeconfig).await?;
-        Ok(Cluster { client: kube::Client::try_from(config).with_context(|| format!("using {kubeconfig}"))? })
+    pub fn open(host: &Host, kubeconfig: &str) -> anyhow::Result<Cluster> {
+        let wire = Wire::open(host, kubeconfig, 4)?;
+        let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+            let wire = wire.clone();
+            wire.send(request.map(|body| body.map_err(Into::into).boxed_unsync()))
+        });
+        Ok(Cluster { client: kube::Client::new(service, "default") })
     }
 
     async fn send(&self, method: Method, path: &str, content_type: &str, body: Vec<u8>) -> Result<Value, kube::Error> {
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("Content-Type", content_type)
-            .header("Accept", "application/json")
-            .body(body)
-            .map_err(kube::Error::HttpError)?;
-        self.client.request::<Value>(request).await
+        let mut waits = RETRIES.iter();
+        loop {
+            let request = Request::builder()
+                .method(method.clone())
+                .uri(path)
+                .header("Content-Type", content_type)
+                .header("Accept", "application/json")
+                .body(body.clone())
+                .map_err(kube::Error::HttpError)?;
+            let answer = match timeout(PATIENCE, self.client.request::<Value>(request)).await {
+                Ok(answer) => answer,
+                Err(_) => Err(kube::Error::Service(format!("no answer for {} s", PATIENCE.as_secs()).into())),
+            };
+            match (&answer, waits.next()) {
+                (Err(e), Some(wait)) if matches!(status(e), Some(429 | 503 | 504)) => sleep(*wait).await,
+                _ => return answer,
+            }
+        }
     }
 
     /// An object or list, `None` when it is not there.
@@ -178,17 +171,6 @@ fn essence(mut object: Value) -> Value {
         }
     }
     object
-}
-
-/// The kubelet's kubeconfig names its key files by path: under a sandbox root they are elsewhere.
-fn absolute(host: &Host, text: &str) -> String {
-    if host.is_machine() {
-        return text.to_owned();
-    }
-    let root = host.at("/").display().to_string();
-    ["certificate-authority: /", "client-certificate: /", "client-key: /"]
-        .iter()
-        .fold(text.to_owned(), |text, key| text.replace(key, &format!("{}{}/", key.trim_end_matches('/'), root.trim_end_matches('/'))))
 }
 
 /// The condition `kind` of an object: its status and message.

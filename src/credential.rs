@@ -54,7 +54,7 @@ fn spend(host: &Host) {
 }
 
 async fn once(host: &Host) -> anyhow::Result<String> {
-    let cluster = Cluster::open(host, ADMIN_KUBECONFIG).await?;
+    let cluster = Cluster::open(host, ADMIN_KUBECONFIG)?;
     let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": LIFE}});
     let answer = cluster
         .post(&format!("/api/v1/namespaces/pipeops/serviceaccounts/{AGENT_USER}/token"), &request)

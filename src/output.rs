@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::checks::{Finding, Level};
 use crate::error::Failure;
@@ -231,11 +234,16 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 
 /// Logs of the library go to stderr, without time stamps under systemd, which has its own.
 pub fn logging(level: &str, journal: bool) {
-    let filter = tracing_subscriber::EnvFilter::new(format!(
-        "{level},hyper=warn,reqwest=warn,rustls=warn,kube=warn,hickory_resolver=warn,hickory_net=warn,tower=warn"
-    ));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).with_target(false);
-    let _ = if journal { builder.without_time().try_init() } else { builder.try_init() };
+    let level = level.parse().unwrap_or(LevelFilter::INFO);
+    let quiet = ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower"];
+    let filter = Targets::new().with_default(level).with_targets(quiet.map(|target| (target, level.min(LevelFilter::WARN))));
+    let plain = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false);
+    let registry = tracing_subscriber::registry();
+    let _ = if journal {
+        registry.with(plain.without_time().with_filter(filter)).try_init()
+    } else {
+        registry.with(plain.with_filter(filter)).try_init()
+    };
 }
 
 /// Prints generated text: completions, the manual.

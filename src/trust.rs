@@ -8,7 +8,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use sha2::{Digest as _, Sha256};
 
 /// SHA-256 of a certificate's SubjectPublicKeyInfo, written `sha256:` and base64.
@@ -43,6 +43,9 @@ impl std::fmt::Display for Pin {
     }
 }
 
+/// A client's certificate, those that signed it, and its key.
+pub type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
 /// What makes a server's certificate acceptable.
 #[derive(Clone, Debug, Default)]
 pub struct Trust {
@@ -58,6 +61,14 @@ impl Trust {
     /// # Errors
     /// What is wrong with the CA text or the system's roots.
     pub fn client(&self) -> Result<ClientConfig, String> {
+        self.client_as(None)
+    }
+
+    /// The same, as somebody.
+    ///
+    /// # Errors
+    /// What is wrong with the CA text, the system's roots or the identity.
+    pub fn client_as(&self, identity: Option<Identity>) -> Result<ClientConfig, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let text = |e: Error| e.to_string();
         let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions().map_err(text)?;
@@ -71,7 +82,11 @@ impl Trust {
             }
         };
         let verifier = Verifier { base, pins: self.pins.clone(), provider };
-        Ok(builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier)).with_no_client_auth())
+        let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+        match identity {
+            Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|e| format!("the client certificate and its key: {e}")),
+            None => Ok(builder.with_no_client_auth()),
+        }
     }
 }
 

@@ -38,7 +38,6 @@ struct View {
     written: i64,
     cluster: Cluster,
     upstream: Upstream,
-    streaming: Cluster,
 }
 
 impl Observer {
@@ -110,12 +109,8 @@ impl Observer {
         let current = match view {
             Some(current) if current.written == written => current,
             _ => {
-                let opened = View {
-                    written,
-                    cluster: Cluster::open(&self.host, &self.credential).await?,
-                    upstream: Upstream::open(&self.host, &self.credential).await?,
-                    streaming: Cluster::open_streaming(&self.host, &self.credential).await?,
-                };
+                let opened =
+                    View { written, cluster: Cluster::open(&self.host, &self.credential)?, upstream: Upstream::open(&self.host, &self.credential)? };
                 // streams that are open go on with the former credential; what is new takes this one
                 self.upstream.send_replace(None);
                 followers.abort_all();
@@ -129,7 +124,7 @@ impl Observer {
 
     fn follow_all(&self, view: &View, followers: &mut JoinSet<()>, trouble: &Arc<Notify>) {
         let mut spawn = |path: &'static str, mut on: Box<dyn FnMut(Change) + Send>| {
-            let (cluster, trouble, stop) = (view.streaming.clone(), trouble.clone(), self.stop.clone());
+            let (cluster, trouble, stop) = (view.cluster.clone(), trouble.clone(), self.stop.clone());
             followers.spawn(async move {
                 match follow(&cluster, path, &mut on).await {
                     // nothing to follow: the task stays, so that the others are not started again

@@ -123,7 +123,7 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
     }
     let kubeconfig = if journal.role == Role::Server { ADMIN_KUBECONFIG } else { KUBELET_KUBECONFIG };
     let cluster = match host.read(kubeconfig) {
-        Ok(Some(_)) => Cluster::open(host, kubeconfig).await.map_err(|e| e.context("it is not valid")),
+        Ok(Some(_)) => Cluster::open(host, kubeconfig).map_err(|e| e.context("it is not valid")),
         Ok(None) => Err(anyhow::anyhow!("it is not there")),
         Err(error) => Err(error),
     };

@@ -363,7 +363,7 @@ pub(super) fn plural(count: usize, word: &str) -> String {
 
 /// Ingresses with annotations of the retired controller, when that controller runs in the cluster.
 async fn retired_ingress(host: &Host) -> Option<u32> {
-    let cluster = Cluster::open(host, ADMIN_KUBECONFIG).await.ok()?;
+    let cluster = Cluster::open(host, ADMIN_KUBECONFIG).ok()?;
     let classes = cluster.list("/apis/networking.k8s.io/v1/ingressclasses").await.ok()?;
     classes.iter().find(|c| c["spec"]["controller"] == "k8s.io/ingress-nginx")?;
     let ingresses = cluster.list("/apis/networking.k8s.io/v1/ingresses").await.unwrap_or_default();

@@ -106,7 +106,7 @@ async fn leave_cluster(hands: &Hands, journal: &Journal) -> Option<String> {
     if journal.entry("node-ready").is_none() && !hands.exists(KUBELET_KUBECONFIG) && !hands.exists(JOIN_TOKEN) && !hands.exists(NODE_PASSWORD) {
         return None;
     }
-    let cluster = Cluster::open(hands, KUBELET_KUBECONFIG).await.ok();
+    let cluster = Cluster::open(hands, KUBELET_KUBECONFIG).ok();
     let deleted = match cluster {
         Some(cluster) => cluster.delete(&format!("/api/v1/nodes/{name}")).await.is_ok(),
         None => false,

@@ -44,8 +44,8 @@ fn content(path: &str, content: &Content, secrets: &Secrets, host: &Host) -> any
     }
 }
 
-async fn cluster(host: &Host) -> anyhow::Result<Cluster> {
-    Cluster::open(host, ADMIN_KUBECONFIG).await
+fn cluster(host: &Host) -> anyhow::Result<Cluster> {
+    Cluster::open(host, ADMIN_KUBECONFIG)
 }
 
 /// Looks, never writes.
@@ -117,7 +117,7 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
             let same = journal.and_then(|j| j.units.get("firewall")) == host.sha256(path)?.as_ref();
             if loaded && same { Check::Done } else { Check::todo(format!("load the nftables table {table}")) }
         }
-        Resource::Objects { yaml } => match cluster(host).await {
+        Resource::Objects { yaml } => match cluster(host) {
             Ok(cluster) if cluster.ready().await => objects::check(&cluster, yaml).await?,
             _ => Check::Later { until: "the API server answers".into() },
         },
@@ -320,7 +320,7 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             Ok(None)
         }
         Resource::Objects { yaml } => {
-            objects::apply(&cluster(hands).await?, yaml).await?;
+            objects::apply(&cluster(hands)?, yaml).await?;
             Ok(None)
         }
         Resource::Ready { what, within_s } => {
@@ -397,7 +397,7 @@ pub(super) async fn undo(work: &mut Work<'_>, journal: &Journal, entry: &Entry, 
                 hands.run("nft", &["delete", "table", "inet", table], QUICK).await?;
             }
         }
-        Resource::Objects { yaml } if !whole => objects::remove(&cluster(hands).await?, yaml).await?,
+        Resource::Objects { yaml } if !whole => objects::remove(&cluster(hands)?, yaml).await?,
         Resource::Node { dirs, .. } => {
             let Before::Absent { made } = &entry.before else { return Ok(Vec::new()) };
             return teardown::node(work, journal, dirs, made, purge).await;

@@ -24,7 +24,7 @@ pub async fn missing(host: &Host, what: &Ready) -> Option<String> {
                 Ok(state) if !state.running() => return Some(format!("{unit} is {}", state.active)),
                 _ => {}
             }
-            let cluster = match Cluster::open(host, kubeconfig).await {
+            let cluster = match Cluster::open(host, kubeconfig) {
                 Ok(cluster) => cluster,
                 Err(e) => return Some(e.to_string()),
             };
@@ -80,7 +80,7 @@ pub async fn missing(host: &Host, what: &Ready) -> Option<String> {
         }
         Ready::Accepts { yaml } => {
             let Ok(Some(object)) = documents(yaml).map(|mut d| d.pop()) else { return Some("nothing to try".into()) };
-            match Cluster::open(host, ADMIN_KUBECONFIG).await {
+            match Cluster::open(host, ADMIN_KUBECONFIG) {
                 Ok(cluster) => cluster.apply(&object, true).await.err().map(|e| format!("{e:#}")),
                 Err(e) => Some(e.to_string()),
             }
@@ -117,7 +117,7 @@ fn short(error: &kube::Error) -> String {
 }
 
 async fn in_cluster(host: &Host, path: &str, wrong: impl FnOnce(&serde_json::Value) -> Option<String>) -> Option<String> {
-    let cluster = match Cluster::open(host, ADMIN_KUBECONFIG).await {
+    let cluster = match Cluster::open(host, ADMIN_KUBECONFIG) {
         Ok(cluster) => cluster,
         Err(e) => return Some(e.to_string()),
     };

@@ -20,7 +20,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("api", &["cluster", "control", "host", "k3s", "status", "tunnel"]),
     ("status", &["cluster", "control", "tunnel"]),
     ("host", &["facts", "k3s", "plan", "settings"]),
-    ("cluster", &["host"]),
+    ("cluster", &["host", "secret", "trust"]),
     ("supervisor", &["host", "k3s", "secret"]),
     ("output", &["checks", "plan"]),
     ("plan", &["facts", "host", "cluster", "checks", "settings", "k3s", "secret"]),
