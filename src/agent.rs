@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::audit::Audit;
 use crate::api::jwt::Role;
+use crate::api::operations::Operations;
 use crate::api::{self, Api};
 use crate::cluster::upstream::Upstream;
 use crate::control;
@@ -229,7 +230,7 @@ pub async fn run(
     let (tunnel_settings, tunnel_config) = watch::channel::<Option<TunnelConfig>>(None);
     let (run_ids, kept_run_ids) = mpsc::channel(4);
     let (work, works) = mpsc::channel::<Work>(64);
-    let (_results, results) = mpsc::channel(16);
+    let (ends, results) = mpsc::channel(16);
     let (report, reports) = watch::channel(StatusReport::default());
     // three steps of the end: nothing new, nothing at all, everything gone
     let (drain, cut, halt, farewell) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
@@ -284,6 +285,7 @@ pub async fn run(
                 audit_head,
                 per_caller: config.streams_per_caller.unwrap_or(api::PER_CALLER),
                 in_all: config.streams.unwrap_or(api::IN_ALL),
+                operations: Operations::open(state.sub("operations")?, ends),
                 drain: drain.clone(),
                 cut: cut.clone(),
             };

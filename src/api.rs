@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod hygiene;
 pub mod jwt;
+pub mod operations;
 mod proxy;
 pub mod target;
 
@@ -28,6 +29,7 @@ use crate::control::types::{AuditHead, Config};
 use crate::status::Agent;
 use audit::{Audit, Phase, Record};
 use jwt::{Caller, Role};
+use operations::Operations;
 
 /// Audit records that one call gives.
 const RECENT: usize = 50;
@@ -49,6 +51,8 @@ pub struct Parts {
     pub audit_head: watch::Sender<AuditHead>,
     pub per_caller: usize,
     pub in_all: usize,
+    /// Where what was asked for once and goes on by itself is kept, and where its end is told.
+    pub operations: Operations,
     /// Takes nothing new.
     pub drain: CancellationToken,
     /// Ends what is still open.
@@ -138,7 +142,7 @@ impl Api {
     pub fn new(parts: Parts, tls: rustls::ServerConfig, audit: Audit) -> Api {
         parts.audit_head.send_replace(audit.head().clone());
         let tls = TlsAcceptor::from(Arc::new(tls));
-        Api {
+        let api = Api {
             inner: Arc::new(Inner {
                 parts,
                 tls,
@@ -147,7 +151,14 @@ impl Api {
                 known: Mutex::default(),
                 counts: Counts::default(),
             }),
-        }
+        };
+        api.tell_the_rest();
+        api
+    }
+
+    /// Nothing new is taken.
+    fn draining(&self) -> bool {
+        self.inner.parts.drain.is_cancelled() || self.inner.parts.control.borrow().drain
     }
 
     /// Streams of callers that are open.
@@ -244,6 +255,14 @@ impl Api {
         if path == "/k8s" || path.starts_with("/k8s/") {
             return self.kubernetes(parts, body, caller).await;
         }
+        if let Some(rest) = path.strip_prefix("/api/v1/operations").filter(|rest| rest.is_empty() || rest.starts_with('/')) {
+            let answer = self.operation(&parts, body, &caller, rest).await;
+            // one that was taken is on record by itself, from its beginning to its end
+            if answer.status() != 202 {
+                self.account(&caller, &parts.method, path, answer.status().as_u16());
+            }
+            return answer;
+        }
         let account = || self.inner.parts.account.borrow().clone();
         let answer = match (path, &parts.method) {
             ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method) if !matches!(*method, Method::GET | Method::HEAD) => {
@@ -338,6 +357,25 @@ impl Api {
             bytes_in: 0,
             bytes_out: 0,
         }
+    }
+
+    /// Counts a call, and puts its beginning on record where it changes something; its end follows when it is dropped.
+    fn open_call(&self, record: Record, changes: bool) -> Result<Call, Box<Response<Body>>> {
+        let Some(permit) = self.permit(&record.subject) else {
+            let message = "this caller, or all together, have too many streams open";
+            return Err(problem(429, "too_many_streams", message, Some("close some, or try again soon")).into());
+        };
+        let mut call = Call { api: self.clone(), record, begun: Instant::now(), counted: Arc::default(), _permit: permit };
+        if changes {
+            let start = Record { phase: Phase::Start, verdict: "allowed".into(), ..call.record.clone() };
+            if self.write(start).is_err() {
+                call.status(507, "audit_full");
+                let message = "what changes something must be put on record, and the disk takes no record";
+                return Err(problem(507, "audit_full", message, Some("free space on the node")).into());
+            }
+            call.record.phase = Phase::End;
+        }
+        Ok(call)
     }
 
     fn write(&self, record: Record) -> std::io::Result<()> {

@@ -8,6 +8,7 @@ mod gateway;
 pub mod keys;
 mod listen;
 pub mod model;
+mod operations;
 pub mod outbox;
 mod page;
 pub mod registry;
@@ -289,6 +290,7 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut lost = false;
+    let under_way = operations::UnderWay::default();
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
@@ -301,10 +303,14 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
                 if let Err(error) = registry.look(now()).await {
                     tracing::warn!(error = format!("{error:#}"), "who has come and gone is not written");
                 }
+                hub.deliver(&under_way, now());
             }
             _ = flush.tick() => {
                 if let Err(error) = registry.flush().await {
                     tracing::warn!(error = format!("{error:#}"), "heartbeats are not written");
+                }
+                if let Err(error) = registry.tidy_jobs(now()).await {
+                    tracing::warn!(error = format!("{error:#}"), "the end of what has waited too long is not written");
                 }
                 let renewed = certificate.renew(&hub.inner.keys, host, now());
                 *lock(&hub.inner.foreign) = certificate.foreign();

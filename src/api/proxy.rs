@@ -12,11 +12,9 @@ use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::BoxError;
 
-use crate::api::audit::Phase;
 use crate::api::jwt::Caller;
 use crate::api::target::{Refusal, Target, target};
 use crate::api::{Api, Call, Counted, hygiene, problem};
@@ -41,30 +39,11 @@ impl Api {
                 return problem(status, code, message, None);
             }
         };
-        let Some(permit) = self.permit(&caller.subject) else {
-            return problem(
-                429,
-                "too_many_streams",
-                "this caller, or all together, have too many streams open",
-                Some("close some, or try again soon"),
-            );
-        };
         let mutating = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let mut call = Call { api: self.clone(), record, begun: Instant::now(), counted: Arc::default(), _permit: permit };
-        call.record.path.clone_from(&target.path);
-        if mutating || upgrade {
-            let start = super::Record { phase: Phase::Start, verdict: "allowed".into(), ..call.record.clone() };
-            if self.write(start).is_err() {
-                call.status(507, "audit_full");
-                return problem(
-                    507,
-                    "audit_full",
-                    "what changes something must be put on record, and the disk takes no record",
-                    Some("free space on the node"),
-                );
-            }
-            call.record.phase = Phase::End;
-        }
+        let mut call = match self.open_call(super::Record { path: target.path.clone(), ..record }, mutating || upgrade) {
+            Ok(call) => call,
+            Err(answer) => return *answer,
+        };
         let upstream = self.inner.parts.upstream.borrow().clone();
         let Some(upstream) = upstream else {
             call.status(503, "kubernetes_waiting");
@@ -84,7 +63,7 @@ impl Api {
 
     /// Everything that can refuse a request before it costs anything.
     fn judge(&self, parts: &Parts, caller: &Caller, raw: &str, id: &str) -> Result<(Target, HeaderMap, bool), hygiene::Refused> {
-        if self.inner.parts.drain.is_cancelled() || self.inner.parts.control.borrow().drain {
+        if self.draining() {
             return Err((503, "draining", "the agent takes nothing new"));
         }
         let target = target(raw).map_err(|refusal| match refusal {

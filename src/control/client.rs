@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +38,15 @@ pub struct Told {
     pub started: Instant,
 }
 
+/// The end of an operation, on its way to the control plane.
+pub struct Finished {
+    pub operation: String,
+    /// [`types::Operation`](crate::control::types::Operation), JSON.
+    pub body: String,
+    /// Told once it is on the disk; dropped when it could not be kept.
+    pub kept: oneshot::Sender<()>,
+}
+
 /// The control plane's side of the agent.
 pub struct ControlPlane {
     pub url: String,
@@ -49,7 +58,7 @@ pub struct ControlPlane {
     pub told: Told,
     pub publish: watch::Sender<Status>,
     pub config: watch::Sender<Option<Config>>,
-    pub results: mpsc::Receiver<(String, String)>,
+    pub results: mpsc::Receiver<Finished>,
     pub drain: CancellationToken,
     /// Cancelled here once the control plane knows that the agent stops, or cannot be told.
     pub farewell: CancellationToken,
@@ -234,9 +243,11 @@ impl ControlPlane {
                     tokio::select! {
                         () = self.stop.cancelled() => return Ok(()),
                         () = self.drain.cancelled(), if session.status().state != State::Draining => Event::Drain,
-                        Some((operation, body)) = self.results.recv() => {
-                            if let Err(error) = known.queue.push(&What::Result { operation }, &body) {
-                                tracing::error!(error = format!("{error:#}"), "a result could not be kept");
+                        Some(Finished { operation, body, kept }) = self.results.recv() => {
+                            match known.queue.push(&What::Result { operation }, &body) {
+                                Ok(()) => drop(kept.send(())),
+                                // whoever sent it keeps it, and sends it again
+                                Err(error) => tracing::error!(error = format!("{error:#}"), "a result could not be kept"),
                             }
                             Event::Queued
                         }
@@ -403,7 +414,7 @@ impl ControlPlane {
                 ..AgentInfo::default()
             },
             cluster: self.told.cluster.borrow().clone(),
-            capabilities: ["kubernetes-proxy", "upgrade-websocket", "upgrade-spdy", "audit"].map(String::from).to_vec(),
+            capabilities: ["kubernetes-proxy", "upgrade-websocket", "upgrade-spdy", "audit", "operations"].map(String::from).to_vec(),
             max_role: self.told.max_role.clone(),
             ..Register::default()
         }

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 
+use crate::k3s::token::hex;
 use crate::secret::Secret;
 use crate::tunnel::{State as TunnelState, TunnelConfig};
 
@@ -118,8 +119,30 @@ wire! {
         credential: Secret,
         credential_expires_at: String,
     }
-    /// `POST …/{id}/operations/{op}/result`.
-    OperationResult { succeeded: bool, message: String, finished_at: String, detail: Value }
+    /// An operation as everybody may see it, also the body of `POST …/{id}/operations/{op}/result`: what was asked in detail, which
+    /// may hold secrets, stands nowhere in it.
+    Operation {
+        /// [`operation_id`].
+        id: String,
+        /// `apply`, `delete`, `scale`, `restart`, `cordon` or `uncordon`.
+        kind: String,
+        state: OperationState,
+        /// Who asked: the `sub` of his token.
+        subject: String,
+        /// Why it failed, or what it is at.
+        message: String,
+        created_at: String,
+        /// Empty while it runs.
+        finished_at: String,
+        objects: Vec<Touched>,
+    }
+    /// An object that an operation has dealt with.
+    Touched {
+        /// `Deployment production/web`.
+        object: String,
+        /// `applied`, `created`, `deleted`, `absent`, `scaled`, `restarted`, `cordoned`, `uncordoned`; then `ready`.
+        outcome: String,
+    }
     /// Every error, with a stable code.
     Problem {
         code: String,
@@ -127,6 +150,61 @@ wire! {
         #[serde(skip_serializing_if = "Option::is_none")]
         hint: Option<String>,
     }
+}
+
+/// How far an operation is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum OperationState {
+    /// At the control plane, until the agent is there.
+    Queued,
+    #[default]
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+    /// The agent stopped while it ran: part of it may be done. Asking again is safe.
+    Interrupted,
+    /// The agent was not there within its time.
+    Expired,
+    /// One that this version does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+impl OperationState {
+    /// Nothing more comes of it.
+    pub fn ended(self) -> bool {
+        !matches!(self, OperationState::Queued | OperationState::Running)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            OperationState::Queued => "queued",
+            OperationState::Running => "running",
+            OperationState::Succeeded => "succeeded",
+            OperationState::Failed => "failed",
+            OperationState::Cancelled => "cancelled",
+            OperationState::Interrupted => "interrupted",
+            OperationState::Expired => "expired",
+            OperationState::Unknown => "unknown",
+        }
+    }
+}
+
+/// Header with which a caller makes a request that may be sent twice mean one operation.
+pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
+/// Id of the operation that `subject` asks for under `key`: whoever carries the request, it is the same one.
+pub fn operation_id(subject: &str, key: &str) -> String {
+    format!("o-{}", &hex(&Sha256::digest(format!("{subject}\0{key}")))[..32])
+}
+
+/// A key that an operation may be asked for under: 1 to 128 printable characters.
+pub fn check_key(key: Option<&str>) -> Result<&str, &'static str> {
+    let wrong = "an operation needs a header Idempotency-Key of 1 to 128 printable characters: the same for each try of the same thing";
+    key.filter(|k| (1..=128).contains(&k.len()) && k.bytes().all(|b| b.is_ascii_graphic())).ok_or(wrong)
 }
 
 /// What the control plane asks for in an answer to a heartbeat.
@@ -144,7 +222,7 @@ pub enum Directive {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -182,7 +260,7 @@ mod tests {
             "/api/v1/agents/{id}/config": {"parameters": id, "get": call("Settings of an agent", None, Some(schema::<Config>(g)), false)},
             "/api/v1/agents/{id}/heartbeat": {"parameters": id, "post": call("Sign of life", Some(schema::<Heartbeat>(g)), Some(schema::<HeartbeatAnswer>(g)), false)},
             "/api/v1/agents/{id}/status": {"parameters": id, "post": call("Status of the cluster", Some(schema::<StatusReport>(g)), None, false)},
-            "/api/v1/agents/{id}/operations/{op}/result": {"parameters": op, "post": call("Result of an operation", Some(schema::<OperationResult>(g)), None, false)},
+            "/api/v1/agents/{id}/operations/{op}/result": {"parameters": op, "post": call("Result of an operation", Some(schema::<Operation>(g)), None, false)},
             "/api/v1/agents/{id}/credential": {"parameters": id, "post": call("Next credential", None, Some(schema::<Credential>(g)), false)},
             "/api/v1/agents/{id}": {"parameters": id, "delete": call("Deregister", None, None, false)},
             "/api/v1/health": {"get": {"summary": "Whether the control plane is up", "security": [], "responses": {"200": {"description": "up"}}}},

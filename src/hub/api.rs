@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::api::jwt::{LIFE, Role};
 use crate::api::{hygiene, plain};
 use crate::cluster::upstream::Body;
-use crate::control::types::{Heartbeat, HeartbeatAnswer, OperationResult, Problem, Register, SIGNATURE, StatusReport};
+use crate::control::types::{Heartbeat, HeartbeatAnswer, Problem, Register, SIGNATURE, StatusReport};
 use crate::hub::Hub;
 use crate::hub::model::{Access, AccessKind};
 use crate::hub::registry::{ClusterView, Refused, Who, refused, unwritten};
@@ -111,7 +111,7 @@ fn role(name: Option<&str>, otherwise: Role) -> Result<Role, Refused> {
     Role::of(name).ok_or_else(|| refused(400, "bad_role", "a role is viewer, deployer, operator or admin", None))
 }
 
-fn life(asked: Option<i64>, otherwise: i64, most: i64) -> Result<i64, Refused> {
+pub(super) fn life(asked: Option<i64>, otherwise: i64, most: i64) -> Result<i64, Refused> {
     let ttl = asked.unwrap_or(otherwise);
     if (1..=most).contains(&ttl) { Ok(ttl) } else { Err(refused(400, "bad_ttl", format!("ttl_s is 1 to {most}"), None)) }
 }
@@ -177,6 +177,9 @@ impl Hub {
             (Call::Session, _) => Ok(self.session(&who, &parts.headers)),
             (Call::Logout, _) => Ok(self.logout(&parts.headers)),
             (Call::Changes, _) => self.changes(token),
+            (Call::OperationResult | Call::AskOperation | Call::Operations | Call::Operation | Call::CancelOperation, _) => {
+                self.operation(*call, &who, &open, &parts, &bytes, now).await
+            }
             (Call::Inside, _) => self.inside(&who, id, open.get(1).copied().unwrap_or_default(), now).await,
             _ => self.call(*call, id, &who, &parts, &bytes, now).await,
         }
@@ -269,10 +272,6 @@ impl Hub {
             Call::Status => {
                 registry.report(id, parsed::<StatusReport>(bytes)?)?;
                 Ok(answer(200, &json!({})))
-            }
-            Call::OperationResult => {
-                let _: OperationResult = parsed(bytes)?;
-                Err(refused(404, "not_found", "there is no such operation", None))
             }
             Call::Rotate => {
                 let (credential, expires_at) = registry.rotate(self.keys(), id, now).await?;
@@ -391,9 +390,19 @@ impl Hub {
                 let (_, token) = registry.add_access(self.keys(), row).await?;
                 Ok(plain(201, "application/yaml", self.kubeconfig(&cluster, &token)))
             }
-            Call::Gateway | Call::FrpHandler | Call::Page | Call::Login | Call::Session | Call::Logout | Call::Changes | Call::Inside => {
-                Err(refused(500, "internal", "this route answers for itself", None))
-            }
+            Call::Gateway
+            | Call::FrpHandler
+            | Call::Page
+            | Call::Login
+            | Call::Session
+            | Call::Logout
+            | Call::Changes
+            | Call::Inside
+            | Call::OperationResult
+            | Call::AskOperation
+            | Call::Operations
+            | Call::Operation
+            | Call::CancelOperation => Err(refused(500, "internal", "this route answers for itself", None)),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response, StatusCode, Uri, header};
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::{BodyExt as _, Empty, Full, Limited};
 use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
@@ -32,6 +32,11 @@ use crate::tunnel::layer::Io;
 /// A look into a cluster takes at most this long, and this much.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
 const LOOK: usize = 8 << 20;
+
+pub(super) fn offline() -> Refused {
+    let hint = "pipeops control-plane cluster list says since when";
+    refused(503, "agent_offline", "the cluster's agent is not reached at the moment", Some(hint))
+}
 
 /// Name of an agent's proxy.
 pub(super) fn proxy_name(agent: &str) -> String {
@@ -205,12 +210,7 @@ impl Hub {
         let client = if upgrade.is_some() { &self.gateway().single } else { &self.gateway().pooled };
         let mut answer = client.request(outward).await.map_err(|error| {
             tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
-            refused(
-                503,
-                "agent_offline",
-                "the cluster's agent is not reached at the moment",
-                Some("pipeops control-plane cluster list says since when"),
-            )
+            offline()
         })?;
         let mut headers = passed(answer.headers());
         let status = answer.status();
@@ -248,19 +248,7 @@ impl Hub {
         let route = self.registry().route(id, who.project())?;
         let (most, namespaces) = narrowed(who, &Wanted::default())?;
         let token = self.jwt(who, &route, if own_role { most } else { Role::Viewer }, namespaces, LIFE, now).0;
-        let request = Request::get(format!("http://{}/{path}", route.agent))
-            .header(header::HOST, "agent")
-            .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
-            .body(Empty::new().map_err(|never| match never {}).boxed_unsync());
-        let request = request.map_err(|_| refused(500, "internal", "the request cannot be made", None))?;
-        let whole = async {
-            let answer = self.gateway().pooled.request(request).await.ok()?;
-            let status = answer.status();
-            let body = Limited::new(answer.into_body(), LOOK).collect().await.ok()?.to_bytes();
-            Some((status, serde_json::from_slice::<Value>(&body).ok()?))
-        };
-        let away = || refused(503, "agent_offline", "the cluster's agent is not reached at the moment", None);
-        let (status, value) = tokio::time::timeout(PATIENCE, whole).await.map_err(|_| away())?.ok_or_else(away)?;
+        let (status, value) = self.ask_agent(Request::builder(), path, &route, &token, Bytes::new()).await?;
         if status.is_success() {
             return Ok(value);
         }
@@ -268,13 +256,36 @@ impl Hub {
         Err(refused(if status.as_u16() == 403 { 403 } else { 502 }, "cluster_refused", said, None))
     }
 
-    /// A token for one agent, in no higher role than it was given, and when it ends.
-    fn jwt(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> (Secret, i64) {
-        let subject = match who {
-            Who::Access(access) => access.id.clone(),
-            Who::Admin(name) => format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_")),
-            Who::Agent(id) | Who::Enrolment(id) => id.clone(),
+    /// A call of an agent's own API, answered whole. The path has no slash in front.
+    ///
+    /// # Errors
+    /// `agent_offline` when no whole answer comes.
+    pub(super) async fn ask_agent(
+        &self,
+        request: http::request::Builder,
+        path: &str,
+        route: &Route,
+        token: &Secret,
+        body: Bytes,
+    ) -> Result<(StatusCode, Value), Refused> {
+        let request = request
+            .uri(format!("http://{}/{path}", route.agent))
+            .header(header::HOST, "agent")
+            .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
+            .body(Full::new(body).map_err(|never| match never {}).boxed_unsync());
+        let request = request.map_err(|_| refused(500, "internal", "the request cannot be made", None))?;
+        let whole = async {
+            let answer = self.gateway().pooled.request(request).await.ok()?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), LOOK).collect().await.ok()?.to_bytes();
+            Some((status, serde_json::from_slice::<Value>(&body).ok()?))
         };
+        tokio::time::timeout(PATIENCE, whole).await.ok().flatten().ok_or_else(offline)
+    }
+
+    /// A token for one agent, in no higher role than it was given, and when it ends.
+    pub(super) fn jwt(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> (Secret, i64) {
+        let subject = who.subject();
         let expires = now + ttl;
         let id = crate::tunnel::wire::fresh_run_id();
         let mut claims = json!({"iss": self.issuer(), "aud": route.agent, "sub": subject, "role": role.min(route.most).name(), "iat": now, "exp": expires, "jti": id});

@@ -6,9 +6,9 @@ use anyhow::Context as _;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
-use ring::hmac;
 use ring::rand::SecureRandom as _;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
+use ring::{aead, hmac};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
@@ -138,6 +138,39 @@ impl Keys {
     /// What opens an agent's stcp proxy: to one Runner, or without one to the agent and administrators.
     pub fn stcp(&self, agent: &str, runner: Option<&str>) -> Secret {
         self.derived("stcp", &runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}")))
+    }
+
+    /// A text that only this control plane can read again: what waits in the database may hold somebody's secrets.
+    ///
+    /// # Errors
+    /// When the system gives no random numbers.
+    pub fn seal(&self, text: &str) -> anyhow::Result<String> {
+        let mut nonce = [0; aead::NONCE_LEN];
+        ring::rand::SystemRandom::new().fill(&mut nonce).map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+        let mut bytes = text.as_bytes().to_vec();
+        let sealed = self.sealing()?.seal_in_place_append_tag(aead::Nonce::assume_unique_for_key(nonce), aead::Aad::empty(), &mut bytes);
+        sealed.map_err(|_| anyhow::anyhow!("a text cannot be sealed"))?;
+        Ok(URL_SAFE_NO_PAD.encode([&nonce[..], &bytes].concat()))
+    }
+
+    /// What was sealed.
+    ///
+    /// # Errors
+    /// When it was sealed with other keys, or changed since.
+    pub fn unseal(&self, sealed: &str) -> anyhow::Result<Secret> {
+        let wrong = || anyhow::anyhow!("it was sealed with other keys");
+        let bytes = URL_SAFE_NO_PAD.decode(sealed).map_err(|_| wrong())?;
+        let (nonce, text) = bytes.split_at_checked(aead::NONCE_LEN).ok_or_else(wrong)?;
+        let nonce = aead::Nonce::try_assume_unique_for_key(nonce).map_err(|_| wrong())?;
+        let mut text = text.to_vec();
+        let text = self.sealing()?.open_in_place(nonce, aead::Aad::empty(), &mut text).map_err(|_| wrong())?;
+        Ok(Secret::new(std::str::from_utf8(text).map_err(|_| wrong())?))
+    }
+
+    fn sealing(&self) -> anyhow::Result<aead::LessSafeKey> {
+        let key = hmac::sign(&self.hash, b"seal");
+        let key = aead::UnboundKey::new(&aead::CHACHA20_POLY1305, key.as_ref()).map_err(|_| anyhow::anyhow!("no key to seal with"))?;
+        Ok(aead::LessSafeKey::new(key))
     }
 
     /// Public halves: the current and the next.

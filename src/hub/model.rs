@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::api::jwt::Role;
-use crate::control::types::{AgentInfo, ClusterInfo};
+use crate::control::types::{AgentInfo, ClusterInfo, Operation};
 
 /// Owner of tokens, agents, clusters and Runners.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -81,6 +81,24 @@ impl Access {
     pub fn includes(&self, cluster: &str) -> bool {
         self.clusters.as_ref().is_none_or(|list| list.iter().any(|id| id == cluster))
     }
+}
+
+/// An operation on a cluster, asked for here or at the agent itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
+    pub agent: String,
+    pub operation: Operation,
+    /// The caller's Idempotency-Key; empty for one that was asked for at the agent.
+    pub key: String,
+    /// Digest of the request: the same key for something else is a mistake.
+    pub request: String,
+    /// The request, sealed, as long as it waits here.
+    pub sealed: Option<String>,
+    /// Milliseconds since 1970: what waits goes out in this order.
+    pub asked_ms: i64,
+    /// Until when it waits for the agent.
+    pub expires_at: i64,
+    pub changed_at: i64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,6 +3,7 @@
 mod admin;
 pub mod enrol;
 mod events;
+mod operations;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard};
@@ -13,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::api::jwt::Role;
 use crate::control::types::{Directive, Heartbeat, StatusReport};
 use crate::hub::keys::{Keys, fresh};
-use crate::hub::model::{Access, Admin, Agent, Enrolment, Liveness, Project};
+use crate::hub::model::{Access, Admin, Agent, Enrolment, Job, Liveness, Project};
 use crate::hub::store::{Change, Kind, Store};
 use crate::secret::{Secret, same};
 use events::Topic;
@@ -50,6 +51,15 @@ pub enum Who {
 }
 
 impl Who {
+    /// The `sub` of tokens that are minted for him.
+    pub fn subject(&self) -> String {
+        match self {
+            Who::Access(access) => access.id.clone(),
+            Who::Admin(name) => format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_")),
+            Who::Agent(id) | Who::Enrolment(id) => id.clone(),
+        }
+    }
+
     /// The project that bounds what he sees; an administrator sees all.
     pub fn project(&self) -> Option<&str> {
         match self {
@@ -83,6 +93,7 @@ struct Inner {
     agents: BTreeMap<String, Entry>,
     accesses: BTreeMap<String, (Access, CancellationToken)>,
     admins: BTreeMap<String, Admin>,
+    jobs: operations::Jobs,
     /// Hash of a token → kind and id of its row.
     tokens: HashMap<String, (Kind, String)>,
 }
@@ -244,6 +255,9 @@ impl Registry {
         for row in store.all(Kind::Admin).await? {
             inner.know_admin(row);
         }
+        for job in store.all::<Job>(Kind::Operation).await? {
+            inner.jobs.insert((job.agent.clone(), job.operation.id.clone()), job);
+        }
         Ok(Registry { inner: Mutex::new(inner), store, tells, started: now })
     }
 
@@ -282,7 +296,7 @@ impl Registry {
                 if row.expires_at.is_some_and(|at| at <= now) { Err(expired()) } else { Ok(Who::Access(Box::new(row.clone()))) }
             }
             Kind::Admin => Ok(Who::Admin(inner.admins.get(id).filter(|a| same(&a.hash, hash)).ok_or_else(unknown)?.name.clone())),
-            Kind::Project => Err(unknown()),
+            Kind::Project | Kind::Operation => Err(unknown()),
         }
     }
 
@@ -395,6 +409,11 @@ impl Registry {
         })
     }
 
+    /// The cluster that an agent speaks for.
+    pub fn cluster_of(&self, agent: &str) -> Option<String> {
+        self.inner().agents.get(agent).map(|e| e.row.cluster_id.clone())
+    }
+
     /// The key that an agent registered with, in PEM.
     pub fn public_key(&self, agent: &str) -> Option<String> {
         self.inner().agents.get(agent).filter(|e| !e.row.revoked).map(|e| e.row.info.public_key.clone())
@@ -435,12 +454,13 @@ impl Registry {
     /// # Errors
     /// 404, or no database.
     pub async fn remove_agent(&self, id: &str, now: i64) -> Result<(), Refused> {
-        let (entry, order) = {
+        let (entry, jobs, order) = {
             let mut inner = self.inner();
             let entry = inner.agents.remove(id).ok_or_else(|| no_such("agent", id))?;
-            let mut changes = vec![Change::remove(Kind::Agent, id)];
+            let (mut changes, jobs) = inner.forget_jobs(id);
+            changes.push(Change::remove(Kind::Agent, id));
             changes.extend(self.told(&entry.row, Topic::Deregistered, now));
-            (entry, self.store.order(changes))
+            (entry, jobs, self.store.order(changes))
         };
         let written = order.durable().await;
         let mut inner = self.inner();
@@ -451,6 +471,7 @@ impl Registry {
             }
         } else {
             inner.agents.entry(id.to_owned()).or_insert(entry);
+            inner.jobs.extend(jobs.into_iter().map(|job| ((job.agent.clone(), job.operation.id.clone()), job)));
         }
         written.map_err(|e| unwritten(&e))
     }

@@ -36,6 +36,7 @@ pub enum Kind {
     Agent,
     Access,
     Admin,
+    Operation,
 }
 
 impl Kind {
@@ -46,6 +47,7 @@ impl Kind {
             Kind::Agent => "agent",
             Kind::Access => "access",
             Kind::Admin => "admin",
+            Kind::Operation => "operation",
         }
     }
 }

@@ -206,20 +206,38 @@ fn plane() {
     assert!(matches!(ended, Ok(Ok(()))), "{ended:?}");
 }
 
+/// What Runners ask for: taken, or refused with a code; what is taken names objects that a path can hold.
+#[test]
+fn operations() {
+    use pipeops::api::operations::wanted::Wanted;
+    let caller = Caller { subject: "r".into(), role: Role::Operator, namespaces: None, token: "t".into() };
+    let seeds = [
+        r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"w","namespace":"beta"}}],"wait":false,"timeout_s":9}}"#,
+        r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","name":"c","namespace":"b"}]}}"#,
+        r#"{"kind":"scale","spec":{"object":{"apiVersion":"apps/v1","kind":"Deployment","name":"w","namespace":"b"},"replicas":3}}"#,
+        r#"{"kind":"cordon","spec":{"node":"n1"}}"#,
+    ];
+    run("operations", &seeds, |text| match Wanted::parse(text.as_bytes(), &caller) {
+        Ok(wanted) => assert!(!wanted.kind().is_empty()),
+        Err((status, code, message)) => assert!(matches!(status, 400 | 403) && !code.is_empty() && !message.is_empty()),
+    });
+}
+
 /// What agents send: read, or refused with words.
 #[test]
 fn agents_bodies() {
-    use pipeops::control::types::{Heartbeat, OperationResult, Register, StatusReport};
+    use pipeops::control::types::{Heartbeat, Operation, Register, StatusReport};
     let seeds = [
         r#"{"agent":{"id":"a-1","public_key":"x","name":"n","machine":"m","labels":{"a":"b"}},"cluster":{"name":"c","node_count":1},"capabilities":["x"],"max_role":"viewer"}"#,
         r#"{"seq":1,"sent_at":"2026-11-24T00:00:00Z","state":"online","tunnel":{"state":"up","since":""},"uptime_s":7,"audit_head":{"seq":1,"hash":""}}"#,
+        r#"{"id":"o-0a","kind":"apply","state":"failed","subject":"r","message":"m","objects":[{"object":"Pod b/p","outcome":"created"}]}"#,
         r#"{"at":"","kubernetes":"connected","nodes":[{"name":"n","ready":true}],"workloads":{"pods":1},"usage":{"memory_used_bytes":1}}"#,
     ];
     run("agents_bodies", &seeds, |text| {
         let _ = serde_json::from_str::<Register>(text);
         let _ = serde_json::from_str::<Heartbeat>(text);
         let _ = serde_json::from_str::<StatusReport>(text);
-        let _ = serde_json::from_str::<OperationResult>(text);
+        let _ = serde_json::from_str::<Operation>(text);
         let _ = pipeops::hub::registry::enrol::spki(text);
     });
 }

@@ -87,10 +87,24 @@ impl Agent {
         text
     }
 
+    /// kill -9 where it still runs, and the same again.
+    pub(crate) fn again(&mut self, env: &[(&str, &str)]) {
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+        self.child = self.sandbox.command(&["run"]).envs(env.iter().copied()).stderr(Stdio::null()).spawn().unwrap();
+    }
+
     pub(crate) fn stop(mut self) {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
         self.until("STOPPING=1");
         assert_eq!(self.child.wait().unwrap().code(), Some(0));
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -191,6 +191,20 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
     for count in 1..=3 {
         hub.json("POST", &path("status"), &agent.credential, json!({"at": format!("{count}")})).await;
     }
+    // the end of an operation, told again by an agent that did not hear the answer
+    let operation = format!("o-{}", "0a".repeat(16));
+    let end = json!({"id": operation, "kind": "apply", "state": "succeeded", "subject": "r-1", "message": "", "created_at": "c", "finished_at": "f",
+        "objects": [{"object": "Deployment beta/web", "outcome": "ready"}]});
+    for _ in 0..2 {
+        hub.json("POST", &path(&format!("operations/{operation}/result")), &agent.credential, end.clone()).await;
+    }
+    for wrong in ["o-1", "../status", operation.to_uppercase().as_str()] {
+        let answer = hub.ask("POST", &path(&format!("operations/{wrong}/result")), &agent.credential, end.clone()).await;
+        assert!(matches!(answer.status().as_u16(), 400 | 404), "{wrong}: {}", answer.status());
+    }
+    let mut running = end.clone();
+    running["state"] = "running".into();
+    assert_eq!(hub.ask("POST", &path(&format!("operations/{operation}/result")), &agent.credential, running).await.status(), 400);
     let mut heard = Vec::new();
     hear(&rabbit.url, &mut heard, |h| !of(h, "agent.status", &agent.id).is_empty() && !of(h, "agent.online", &agent.id).is_empty()).await;
     let cluster = of(&heard, "agent.registered", &agent.id)[0].body["cluster_id"].as_str().unwrap().to_owned();
@@ -207,6 +221,7 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
         ("agent.offline", &["reason", "state"]),
         ("agent.deregistered", &[]),
         ("agent.status", &["status"]),
+        ("operation.finished", &["operation"]),
     ] {
         let found = of(&all, topic, &agent.id);
         let last = found.last().unwrap_or_else(|| panic!("{topic} was not heard"));
@@ -218,9 +233,14 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
     let offline = &of(&all, "agent.offline", &agent.id)[0].body;
     assert_eq!((&offline["state"], &offline["reason"]), (&json!("revoked"), &json!("revoked by an administrator")));
     assert_eq!(of(&all, "agent.registered", &agent.id)[0].body["endpoint"], format!("{}/clusters/{cluster}", hub.url));
+    let finished = of(&all, "operation.finished", &agent.id);
+    assert_eq!((finished.len(), &finished[0].body["operation"]), (1, &end));
     // the order of one life
-    let order: Vec<&str> =
-        all.iter().filter(|h| h.body["agent_id"] == agent.id.as_str() && h.topic != "agent.status").map(|h| h.topic.as_str()).collect();
+    let order: Vec<&str> = all
+        .iter()
+        .filter(|h| h.body["agent_id"] == agent.id.as_str() && h.topic.starts_with("agent.") && h.topic != "agent.status")
+        .map(|h| h.topic.as_str())
+        .collect();
     assert_eq!(order, ["agent.registered", "agent.online", "agent.offline", "agent.deregistered"]);
 }
 

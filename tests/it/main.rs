@@ -11,6 +11,7 @@ mod hosts;
 mod hub;
 mod install;
 mod join;
+mod operations;
 mod page;
 mod plane;
 mod release;

@@ -172,8 +172,17 @@ impl Plane {
 
     /// A Runner's token.
     pub(crate) fn token(&self, agent: &str, role: &str, namespaces: Option<&[&str]>) -> String {
+        self.minted(agent, "runner-1", role, namespaces)
+    }
+
+    /// The same, of somebody else.
+    pub(crate) fn token_of(&self, agent: &str, subject: &str, role: &str) -> String {
+        self.minted(agent, subject, role, None)
+    }
+
+    fn minted(&self, agent: &str, subject: &str, role: &str, namespaces: Option<&[&str]>) -> String {
         let now = jiff::Timestamp::now().as_second() + *self.clock.lock().unwrap();
-        let mut claims = json!({"iss": "cp", "aud": agent, "exp": now + 200, "sub": "runner-1", "role": role, "jti": "t1"});
+        let mut claims = json!({"iss": "cp", "aud": agent, "exp": now + 200, "sub": subject, "role": role, "jti": "t1"});
         if let Some(namespaces) = namespaces {
             claims["namespaces"] = json!(namespaces);
         }

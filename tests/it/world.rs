@@ -1,5 +1,7 @@
 //! Everything around the agent, in this process: a control plane, an FRP server, a Kubernetes API that records.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -39,9 +41,51 @@ impl Seen {
 #[derive(Default)]
 pub(crate) struct Kube {
     pub(crate) seen: Mutex<Vec<Seen>>,
+    /// What was applied, by path.
+    pub(crate) objects: Mutex<BTreeMap<String, Value>>,
+    /// Deployments have their pods.
+    pub(crate) ready: AtomicBool,
 }
 
+/// Paths below which objects are kept.
+const KEPT: [&str; 4] =
+    ["/apis/apps/v1/namespaces/beta/deployments/", "/api/v1/namespaces/beta/configmaps/", "/api/v1/namespaces/beta/secrets/", "/api/v1/nodes/"];
+
 impl Kube {
+    /// As a real one answers about single objects; a field of `owned` belongs to somebody else.
+    fn object(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        let mut objects = self.objects.lock().unwrap();
+        let absent = || (404, json!({"kind": "Status", "reason": "NotFound", "message": format!("{path} not found")}));
+        match method {
+            "PATCH" if path.ends_with("/owned") => {
+                let planted = "Apply failed with 1 conflict: conflict with \"kubectl\": .data.password planted-9911";
+                (409, json!({"kind": "Status", "reason": "Conflict", "message": planted}))
+            }
+            "PATCH" if path.ends_with("/scale") => match objects.get_mut(path.trim_end_matches("/scale")) {
+                Some(object) => {
+                    object["spec"]["replicas"] = body["spec"]["replicas"].clone();
+                    (200, body.clone())
+                }
+                None => absent(),
+            },
+            "PATCH" => {
+                let first = objects.insert(path.into(), body.clone()).is_none();
+                (if first && !path.contains("/nodes/") { 201 } else { 200 }, body.clone())
+            }
+            "DELETE" => objects.remove(path).map_or_else(absent, |object| (200, object)),
+            _ => match objects.get(path).cloned() {
+                Some(mut object) if object["kind"] == "Deployment" => {
+                    let wanted = object["spec"]["replicas"].as_u64().unwrap_or(1);
+                    let there = if self.ready.load(Relaxed) { wanted } else { 0 };
+                    object["status"] = json!({"replicas": wanted, "updatedReplicas": wanted, "availableReplicas": there});
+                    (200, object)
+                }
+                Some(object) => (200, object),
+                None => absent(),
+            },
+        }
+    }
+
     /// What came through the tunnel: the agent's own questions carry no impersonation.
     pub(crate) fn through(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().iter().filter(|s| !s.all("impersonate-user").is_empty()).cloned().collect()
@@ -75,7 +119,18 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         return (StatusCode::SWITCHING_PROTOCOLS, [("connection", axum::http::HeaderValue::from_static("Upgrade")), ("upgrade", protocol)])
             .into_response();
     }
+    if KEPT.iter().any(|kept| path.starts_with(kept)) {
+        let method = request.method().to_string();
+        let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
+        let (status, answer) = kube.object(&method, &path, &serde_json::from_slice(&body).unwrap_or_default());
+        return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();
+    }
     match path.as_str() {
+        "/api/v1" => yes(json!({"items": [], "path": path, "resources": [{"name": "configmaps", "kind": "ConfigMap", "namespaced": true},
+            {"name": "secrets", "kind": "Secret", "namespaced": true}, {"name": "namespaces", "kind": "Namespace", "namespaced": false}]})),
+        "/apis/apps/v1" => yes(json!({"items": [], "path": path, "resources": [{"name": "deployments", "kind": "Deployment", "namespaced": true},
+            {"name": "deployments/scale", "kind": "Scale", "namespaced": true}]})),
+        "/apis/none/v1" => StatusCode::NOT_FOUND.into_response(),
         "/version" => yes(json!({"gitVersion": "v1.36.2+k3s1"})),
         _ if query.contains("watch=") => {
             let first = futures_util::stream::once(async { Ok::<_, std::io::Error>(Bytes::from_static(b"")) });
@@ -219,6 +274,17 @@ impl World {
         self.raw(format!("{method} {path} HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n").as_bytes()).await
     }
 
+    /// One request of a Runner with a body; gives status and answer.
+    pub(crate) async fn call(&self, method: &str, path: &str, token: &str, headers: &str, body: &str) -> (u16, Value) {
+        let length = body.len();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\n{headers}Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+        );
+        let answer = self.raw(head.as_bytes()).await;
+        let status = answer.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+        (status, answer.split_once("\r\n\r\n").and_then(|(_, body)| serde_json::from_str(body).ok()).unwrap_or_default())
+    }
+
     pub(crate) fn token(&self, role: &str) -> String {
         self.plane.token(&self.id, role, None)
     }
@@ -227,7 +293,5 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         self.stop_frps.cancel();
-        let _ = self.agent.child.kill();
-        let _ = self.agent.child.wait();
     }
 }

@@ -1,6 +1,6 @@
 //! What administrators make and take back: projects, enrolment tokens, Runners, other administrators.
 
-use super::{Refused, Registry, check_name, mint, no_such, refused, unwritten};
+use super::{Refused, Registry, Who, check_name, mint, no_such, refused, unwritten};
 use crate::hub::keys::{Keys, fresh};
 use crate::hub::model::{Access, AccessKind, Admin, Enrolment, Project};
 use crate::hub::store::{Change, Kind};
@@ -139,6 +139,17 @@ impl Registry {
                 && access.includes(&row.cluster_id)
         });
         theirs.map(|(access, over)| (access.id.clone(), over.clone())).collect()
+    }
+
+    /// Whoever asked for something under this subject, if he still may.
+    pub fn still(&self, subject: &str, now: i64) -> Option<Who> {
+        let inner = self.inner();
+        if subject.starts_with("admin:") {
+            let mut admins = inner.admins.values().map(|a| Who::Admin(a.name.clone())).chain([Who::Admin("local".into())]);
+            return admins.find(|who| who.subject() == subject);
+        }
+        let access = inner.accesses.get(subject).map(|a| &a.0);
+        access.filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now)).map(|a| Who::Access(Box::new(a.clone())))
     }
 
     /// What ends when an access is revoked.

@@ -6,7 +6,7 @@
 use serde_json::{Value, json};
 
 use super::{Entry, Liveness, Registry};
-use crate::control::types::StatusReport;
+use crate::control::types::{Operation, StatusReport};
 use crate::hub::api::stamp;
 use crate::hub::model::Agent;
 use crate::hub::store::{Change, Event, Kind};
@@ -25,6 +25,8 @@ pub(super) enum Topic<'a> {
     Deregistered,
     /// Only the latest waits for the broker. Adds `status`, as the agent reported it.
     Status(Option<&'a StatusReport>),
+    /// An operation came to its end. Adds `operation`, as the agent told it.
+    Finished(&'a Operation),
 }
 
 impl Topic<'_> {
@@ -35,6 +37,7 @@ impl Topic<'_> {
             Topic::Offline(..) => "agent.offline",
             Topic::Deregistered => "agent.deregistered",
             Topic::Status(_) => "agent.status",
+            Topic::Finished(_) => "operation.finished",
         }
     }
 }
@@ -64,6 +67,7 @@ impl Registry {
             Topic::Offline(state, reason) => vec![("state", json!(state)), ("reason", json!(reason))],
             Topic::Deregistered => Vec::new(),
             Topic::Status(report) => vec![("status", json!(report?))],
+            Topic::Finished(operation) => vec![("operation", json!(operation))],
         };
         for (name, value) in more {
             body[name] = value;

@@ -1,0 +1,378 @@
+//! Operations: asked for once, carried out as the caller, their end told whatever dies on the way.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::hub::{DATA, Hub};
+use crate::world::{Kube, Scripted, TOKEN, World, serve_kube};
+
+fn deployment(name: &str) -> Value {
+    json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": "beta"}, "spec": {"replicas": 2}})
+}
+
+fn secret() -> Value {
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "beta"}, "stringData": {"password": "planted-9911"}})
+}
+
+fn apply(objects: &[Value]) -> Value {
+    json!({"kind": "apply", "spec": {"objects": objects}})
+}
+
+/// Everything in files below a directory.
+fn texts(dir: &std::path::Path) -> String {
+    let mut all = String::new();
+    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            all.push_str(&texts(&path));
+        } else {
+            all.push_str(&String::from_utf8_lossy(&std::fs::read(&path).unwrap_or_default()));
+        }
+    }
+    all
+}
+
+impl World {
+    async fn operate(&self, token: &str, key: &str, body: &Value) -> (u16, Value) {
+        self.call("POST", "/api/v1/operations", token, &format!("Idempotency-Key: {key}\r\n"), &body.to_string()).await
+    }
+
+    /// What an operation came to.
+    async fn ended(&self, token: &str, id: &str) -> Value {
+        let begun = Instant::now();
+        loop {
+            let (status, operation) = self.call("GET", &format!("/api/v1/operations/{id}"), token, "", "").await;
+            assert_eq!(status, 200, "{operation}");
+            if operation["state"] != "running" {
+                return operation;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "it does not end: {operation}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// The end as the control plane was told it.
+    async fn told(&self, id: &str) -> Value {
+        let (plane, part) = (self.plane.clone(), format!("/operations/{id}/result"));
+        self.plane.until("the result", |_| !plane.calls(&part).is_empty()).await;
+        self.plane.calls(&part).pop().unwrap().2
+    }
+
+    fn state(&self) -> std::path::PathBuf {
+        self.agent.sandbox.root().join("var/lib/pipeops-agent")
+    }
+}
+
+fn written(kube: &Kube) -> Vec<String> {
+    kube.through().iter().filter(|s| s.method != "GET").map(|s| format!("{} {}", s.method, s.uri)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
+    // nobody takes the result the first two times
+    let busy = Scripted { path: "/operations/", status: 503, body: json!({}), headers: vec![], times: 2 };
+    let world = World::with("", |plane| plane.script.lock().unwrap().push(busy)).await.up().await;
+    world.kube.ready.store(true, Relaxed);
+    let token = world.token("deployer");
+    let body = apply(&[secret(), deployment("web")]);
+    let (status, taken) = world.operate(&token, "k-1", &body).await;
+    assert_eq!((status, &taken["kind"], &taken["subject"]), (202, &json!("apply"), &json!("runner-1")), "{taken}");
+    let id = taken["id"].as_str().unwrap();
+    let end = world.ended(&token, id).await;
+    assert_eq!((&end["state"], &end["message"]), (&json!("succeeded"), &json!("")), "{end}");
+    let objects = json!([{"object": "Secret beta/s", "outcome": "created"}, {"object": "Deployment beta/web", "outcome": "ready"}]);
+    assert_eq!(end["objects"], objects);
+    // as what he is, and taking no field from anybody
+    let seen = world.kube.through().into_iter().filter(|s| s.method == "PATCH").collect::<Vec<_>>();
+    let query = "fieldManager=pipeops-runner&force=false";
+    assert_eq!(seen[0].uri, format!("/api/v1/namespaces/beta/secrets/s?{query}"));
+    assert_eq!(seen[1].uri, format!("/apis/apps/v1/namespaces/beta/deployments/web?{query}"));
+    for call in &seen {
+        assert_eq!(call.all("impersonate-group"), ["pipeops:deployer"]);
+        assert_eq!(call.all("content-type"), ["application/apply-patch+yaml"]);
+    }
+    // the same request again is the same operation, another one under its key a mistake
+    let (status, same) = world.operate(&token, "k-1", &body).await;
+    assert_eq!((status, &same["id"], seen.len()), (200, &json!(id), 2));
+    let (status, other) = world.operate(&token, "k-1", &apply(&[deployment("other")])).await;
+    assert_eq!((status, &other["code"]), (409, &json!("idempotency_mismatch")));
+    // another caller under the same key asks for something of his own, and does not see this one
+    assert_eq!(world.told(id).await, end);
+    let (_, list) = world.call("GET", "/api/v1/operations", &token, "", "").await;
+    assert_eq!(list["items"].as_array().unwrap().len(), 1);
+    // nothing of what was asked for stands on the disk or goes to the control plane
+    let kept = texts(&world.state());
+    assert!(kept.contains("Secret beta/s") && !kept.contains("9911"));
+    assert!(world.plane.calls("/").iter().all(|c| !c.2.to_string().contains("9911")));
+    let phases = |path: &str| kept.lines().filter(|l| l.contains("\"phase\"") && l.contains(&format!("\"path\":\"{path}\""))).count();
+    assert_eq!(phases("/api/v1/namespaces/beta/secrets/s"), 2, "start and end of the write");
+    // scaled, begun anew, taken away
+    let web = json!({"apiVersion": "apps/v1", "kind": "Deployment", "name": "web", "namespace": "beta"});
+    for (key, body, outcome) in [
+        ("k-2", json!({"kind": "scale", "spec": {"object": web, "replicas": 5}}), "ready"),
+        ("k-3", json!({"kind": "restart", "spec": {"object": web, "wait": false}}), "restarted"),
+        (
+            "k-4",
+            json!({"kind": "delete", "spec": {"objects": [web, {"apiVersion": "v1", "kind": "ConfigMap", "name": "c", "namespace": "beta"}]}}),
+            "absent",
+        ),
+    ] {
+        let (status, taken) = world.operate(&token, key, &body).await;
+        assert_eq!(status, 202, "{taken}");
+        let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
+        assert_eq!((&end["state"], &end["objects"][0]["outcome"]), (&json!("succeeded"), &json!(outcome)), "{end}");
+    }
+    // a node is the agent's own to cordon, for operators
+    let cordon = json!({"kind": "cordon", "spec": {"node": "vm1"}});
+    assert_eq!(world.operate(&token, "k-5", &cordon).await.0, 403);
+    let operator = world.token("operator");
+    let (_, taken) = world.operate(&operator, "k-5", &cordon).await;
+    assert_eq!(world.ended(&operator, taken["id"].as_str().unwrap()).await["objects"], json!([{"object": "Node vm1", "outcome": "cordoned"}]));
+    assert_eq!(world.kube.objects.lock().unwrap()["/api/v1/nodes/vm1"], json!({"spec": {"unschedulable": true}}));
+    assert!(!written(&world.kube).iter().any(|w| w.contains("nodes")), "nobody is impersonated for it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
+    let world = World::new().await.up().await;
+    let token = world.token("deployer");
+    let path = "/api/v1/operations";
+    let whole = apply(&[deployment("web")]).to_string();
+    for (token, headers, body, wanted) in [
+        (&token, "", whole.as_str(), (400, "idempotency_key_needed")),
+        (&token, "Idempotency-Key: a\r\nIdempotency-Key: b\r\n", &whole, (400, "idempotency_key_needed")),
+        (&token, "Idempotency-Key: k\r\n", "{", (400, "bad_operation")),
+        (&token, "Idempotency-Key: k\r\n", r#"{"kind":"dance","spec":{}}"#, (400, "bad_operation")),
+        (&world.token("viewer"), "Idempotency-Key: k\r\n", &whole, (403, "role_exceeded")),
+    ] {
+        let (status, answer) = world.call("POST", path, token, headers, body).await;
+        assert_eq!((status, answer["code"].as_str().unwrap_or_default()), wanted, "{answer}");
+    }
+    let big = format!("{{\"kind\":\"{}\"}}", "x".repeat(1 << 20));
+    assert_eq!(world.call("POST", path, &token, "Idempotency-Key: k\r\n", &big).await.0, 413);
+    assert_eq!(world.call("PUT", path, &token, "", "").await.0, 405);
+    for gone in ["/api/v1/operations/o-1", "/api/v1/operations/o-1/events", "/api/v1/operations/../x", "/api/v1/operations/"] {
+        assert!(matches!(world.call("GET", gone, &token, "", "").await.0, 400 | 404), "{gone}");
+    }
+    assert!(written(&world.kube).is_empty());
+    // found before anything is written
+    let elsewhere = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c", "namespace": "kube-system"}});
+    let unknown = json!({"apiVersion": "none/v1", "kind": "Dance", "metadata": {"name": "d", "namespace": "beta"}});
+    let lost = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}});
+    let scoped = world.plane.token(&world.id, "deployer", Some(&["beta"]));
+    for (key, token, object, text) in [
+        ("e-1", &scoped, elsewhere, "namespace_scope"),
+        ("e-2", &token, unknown, "no Dance in none/v1"),
+        ("e-3", &token, lost, "names no namespace"),
+        ("e-4", &scoped, json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "beta"}}), "namespace_scope"),
+    ] {
+        let (_, taken) = world.operate(token, key, &apply(&[deployment("first"), object])).await;
+        let end = world.ended(token, taken["id"].as_str().unwrap()).await;
+        assert!(end["state"] == "failed" && end["message"].as_str().unwrap().contains(text), "{end}");
+    }
+    assert!(written(&world.kube).is_empty(), "{:?}", written(&world.kube));
+    // a field that belongs to somebody else stays his; what is quoted of a Secret goes nowhere
+    for (key, kind, text) in [("f-1", "ConfigMap", "conflict with"), ("f-2", "Secret", "409: Conflict")] {
+        let owned = json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": "owned", "namespace": "beta"}});
+        let (_, taken) = world.operate(&token, key, &apply(&[owned])).await;
+        let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
+        assert!(end["state"] == "failed" && end["message"].as_str().unwrap().contains(text), "{end}");
+        assert_eq!(kind == "Secret", !end.to_string().contains("9911"), "{end}");
+    }
+    // what never gets ready fails in its time
+    let mut never = apply(&[deployment("never")]);
+    never["spec"]["timeout_s"] = 1.into();
+    let (_, taken) = world.operate(&token, "g-1", &never).await;
+    let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
+    assert!(end["message"].as_str().unwrap().contains("not ready after 1 s: 0 of 2 pods available"), "{end}");
+    // a dry run waits for nothing
+    let mut dry = apply(&[deployment("never")]);
+    dry["spec"]["dry_run"] = true.into();
+    let (_, taken) = world.operate(&token, "g-2", &dry).await;
+    assert_eq!(world.ended(&token, taken["id"].as_str().unwrap()).await["state"], "succeeded");
+    assert!(written(&world.kube).last().unwrap().contains("dryRun=All"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_can_be_followed_and_cancelled_and_eight_run_at_once() {
+    let world = World::new().await.up().await;
+    let token = world.token("deployer");
+    let mut ids = Vec::new();
+    for n in 0..8 {
+        let (status, taken) = world.operate(&token, &format!("k-{n}"), &apply(&[deployment(&format!("web-{n}"))])).await;
+        assert_eq!(status, 202, "{taken}");
+        ids.push(taken["id"].as_str().unwrap().to_owned());
+    }
+    let (status, answer) = world.operate(&token, "k-9", &apply(&[deployment("web-9")])).await;
+    assert_eq!((status, &answer["code"]), (429, &json!("too_many_operations")));
+    let path = format!("/api/v1/operations/{}", ids[0]);
+    let mut io = world.dial(b"http/1.1").await;
+    io.write_all(format!("GET {path}/events HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n").as_bytes()).await.unwrap();
+    io.flush().await.unwrap();
+    let mut said = String::new();
+    let mut buffer = [0; 4096];
+    let mut cancelled = false;
+    while !said.contains("event: end") {
+        let n = tokio::time::timeout(Duration::from_secs(20), io.read(&mut buffer)).await.unwrap().unwrap();
+        assert!(n > 0, "{said}");
+        said.push_str(&String::from_utf8_lossy(&buffer[..n]));
+        if said.contains("0 of 2 pods available") && !std::mem::replace(&mut cancelled, true) {
+            assert_eq!(world.call("DELETE", &path, &token, "", "").await.0, 200);
+        }
+    }
+    assert!(said.contains("text/event-stream") && said.contains("id: 1\nevent: step\ndata: {"), "{said}");
+    assert!(said.contains("\"state\":\"cancelled\""), "{said}");
+    let told = world.told(&ids[0]).await;
+    assert_eq!((&told["state"], &told["objects"][0]["outcome"]), (&json!("cancelled"), &json!("created")));
+    // another Runner's eyes and hands
+    let foreign = world.plane.token_of(&world.id, "runner-2", "deployer");
+    assert_eq!(world.call("GET", &path, &foreign, "", "").await.0, 404);
+    assert_eq!(world.call("DELETE", &path, &foreign, "", "").await.0, 404);
+    let (_, list) = world.call("GET", "/api/v1/operations", &foreign, "", "").await;
+    assert_eq!(list["items"], json!([]));
+    let (_, list) = world.call("GET", "/api/v1/operations", &world.token("operator"), "", "").await;
+    assert_eq!(list["items"].as_array().unwrap().len(), 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
+    let mut world = World::new().await.up().await;
+    let token = world.token("deployer");
+    let (_, taken) = world.operate(&token, "k", &apply(&[deployment("web")])).await;
+    let id = taken["id"].as_str().unwrap().to_owned();
+    let kube = world.kube.clone();
+    world.plane.until("the write", |_| !written(&kube).is_empty()).await;
+    world.agent.again(&[("AGENT_TOKEN", TOKEN)]);
+    let told = world.told(&id).await;
+    assert!(told["state"] == "interrupted" && told["message"].as_str().unwrap().contains("may be done"), "{told}");
+    assert_eq!(written(&world.kube).len(), 1, "nothing is done again by itself");
+    // an orderly end tells it too, before or after the next start
+    let frps = world.frps.clone();
+    world.plane.until("the tunnel", |_| frps.proxies() == ["agent"]).await;
+    let begun = Instant::now();
+    let second = loop {
+        let (status, taken) = world.operate(&world.token("deployer"), "k-2", &apply(&[deployment("web")])).await;
+        if status == 202 {
+            break taken["id"].as_str().unwrap().to_owned();
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{status} {taken}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    let again = json!(id);
+    let (_, same) = world.operate(&world.token("deployer"), "k", &apply(&[deployment("web")])).await;
+    assert_eq!((&same["id"], &same["state"]), (&again, &json!("interrupted")));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(world.agent.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
+    tokio::task::block_in_place(|| world.agent.child.wait().unwrap());
+    world.agent.again(&[("AGENT_TOKEN", TOKEN)]);
+    assert_eq!(world.told(&second).await["state"], "interrupted");
+}
+
+/// A Runner who asks the control plane.
+async fn asks(hub: &Hub, cluster: &str, token: &str, key: &str, body: &Value) -> (u16, Value) {
+    let request = hub.client.post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url)).bearer_auth(token).header("idempotency-key", key);
+    let answer = request.json(body).send().await.unwrap();
+    (answer.status().as_u16(), answer.json().await.unwrap_or_default())
+}
+
+async fn comes_to(hub: &Hub, cluster: &str, token: &str, id: &str, state: &str) -> Value {
+    let begun = Instant::now();
+    loop {
+        let seen = hub.json("GET", &format!("/api/v1/clusters/{cluster}/operations/{id}"), token, json!({})).await;
+        if seen["state"] == state {
+            return seen;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(40), "never {state}: {seen}; {}", hub.log.lock().unwrap());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outlives_both() {
+    let mut hub = Hub::with(&[]);
+    let (kube, address) = serve_kube().await;
+    kube.ready.store(true, Relaxed);
+    let (mut agent, cluster) = hub.agent(address).await;
+    let runner = hub.runner("deployer").await;
+    let token = runner["token"].as_str().unwrap().to_owned();
+    let id = |value: &Value| value["id"].as_str().unwrap().to_owned();
+    // the agent is there: it has it at once
+    let body = apply(&[deployment("web")]);
+    let (status, taken) = asks(&hub, &cluster, &token, "k-1", &body).await;
+    assert_eq!((status, &taken["cluster_id"]), (202, &json!(cluster)), "{taken}");
+    comes_to(&hub, &cluster, &token, &id(&taken), "succeeded").await;
+    let (status, same) = asks(&hub, &cluster, &token, "k-1", &body).await;
+    assert_eq!((status, id(&same)), (200, id(&taken)));
+    assert_eq!(asks(&hub, &cluster, &token, "k-1", &apply(&[deployment("other")])).await.0, 409);
+    // what the agent refuses is refused in its words
+    let (status, answer) = asks(&hub, &cluster, &token, "k-2", &json!({"kind": "dance", "spec": {}})).await;
+    assert_eq!((status, &answer["code"]), (400, &json!("bad_operation")));
+    let request = hub.client.post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url)).bearer_auth(&token);
+    assert_eq!(request.json(&body).send().await.unwrap().status(), 400, "no key");
+    let viewer = hub.runner("viewer").await;
+    let viewer_token = viewer["token"].as_str().unwrap();
+    assert_eq!(asks(&hub, &cluster, viewer_token, "k", &body).await.0, 403);
+    assert_eq!(hub.ask("GET", &format!("/api/v1/clusters/{cluster}/operations/{}", id(&taken)), viewer_token, json!({})).await.status(), 404);
+    // the agent is gone
+    agent.child.kill().unwrap();
+    agent.child.wait().unwrap();
+    let begun = Instant::now();
+    while hub.version(&cluster).await == 200 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the agent's tunnel stays");
+    }
+    let (status, answer) = asks(&hub, &cluster, &token, "k-3", &body).await;
+    assert_eq!((status, &answer["code"]), (503, &json!("agent_offline")));
+    let waits = |objects: &[Value], ttl: i64| {
+        let mut body = apply(objects);
+        body["ttl_s"] = ttl.into();
+        body
+    };
+    assert_eq!(asks(&hub, &cluster, &token, "k-4", &waits(&[secret()], 0)).await.0, 400);
+    let (status, queued) = asks(&hub, &cluster, &token, "k-4", &waits(&[secret()], 600)).await;
+    assert_eq!((status, &queued["state"]), (202, &json!("queued")), "{queued}");
+    let (_, second) = asks(&hub, &cluster, &token, "k-5", &waits(&[deployment("second")], 600)).await;
+    let (_, short) = asks(&hub, &cluster, &token, "k-6", &waits(&[deployment("short")], 1)).await;
+    let (_, unwanted) = asks(&hub, &cluster, &token, "k-7", &waits(&[deployment("unwanted")], 600)).await;
+    let leaver = hub.runner("deployer").await;
+    let (_, orphan) = asks(&hub, &cluster, leaver["token"].as_str().unwrap(), "k-8", &waits(&[deployment("orphan")], 600)).await;
+    for n in 0..12 {
+        // 16 wait for one agent: with the one that has expired by now, or not yet
+        asks(&hub, &cluster, &token, &format!("m-{n}"), &waits(&[deployment(&format!("m-{n}"))], 600)).await;
+    }
+    let (status, answer) = asks(&hub, &cluster, &token, "m-13", &waits(&[deployment("m-13")], 600)).await;
+    assert_eq!((status, &answer["code"]), (429, &json!("queue_full")), "{answer}");
+    let path = |op: &Value| format!("/api/v1/clusters/{cluster}/operations/{}", id(op));
+    assert_eq!(hub.json("DELETE", &path(&unwanted), &token, json!({})).await["state"], "cancelled");
+    hub.sandbox.verb(&["control-plane", "runner", "revoke", leaver["id"].as_str().unwrap()]).ended(0);
+    comes_to(&hub, &cluster, &token, &id(&short), "expired").await;
+    // kill -9, and what waits is still there; nobody can read it in the database
+    hub.killed_and_back();
+    let data = texts(&hub.sandbox.root().join(DATA));
+    assert!(data.contains(&id(&queued)) && !data.contains("9911"));
+    let before = kube.through().len();
+    agent.again(&[]);
+    comes_to(&hub, &cluster, &token, &id(&second), "succeeded").await;
+    assert_eq!(comes_to(&hub, &cluster, &token, &id(&queued), "succeeded").await["objects"][0]["object"], "Secret beta/s");
+    let admin = hub.admin.clone();
+    let failed = comes_to(&hub, &cluster, &admin, &id(&orphan), "failed").await;
+    assert!(failed["message"].as_str().unwrap().contains("may not any more"), "{failed}");
+    // in the order in which they were asked for, and each once
+    let begun = Instant::now();
+    let patched = || {
+        kube.through()[before..]
+            .iter()
+            .filter(|s| s.method == "PATCH")
+            .map(|s| s.uri.split(['?', '/']).rev().nth(1).unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    while patched().len() < 13 {
+        assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", patched());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let order = patched();
+    assert_eq!(order[..2], ["s", "second"]);
+    assert!(!order.iter().any(|n| matches!(n.as_str(), "short" | "unwanted" | "orphan")), "{order:?}");
+    assert_eq!(kube.through().iter().filter(|s| s.uri.contains("/deployments/second?") && s.method == "PATCH").count(), 1);
+}
