@@ -1,9 +1,14 @@
 //! Who may do what, written by hand from the promise to users, and asked of a real API server for everything that it serves.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use futures_util::StreamExt as _;
 use http::Request;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Bytes;
+use pipeops::cluster::upstream::Upstream;
+use pipeops::host::Host;
 use serde_json::{Value, json};
 
 const VERBS: &[&str] = &[
@@ -193,30 +198,26 @@ fn escalations() -> Vec<(&'static str, &'static str, String, Value)> {
     ]
 }
 
-async fn client(kubeconfig: &str) -> kube::Client {
+fn client(kubeconfig: &str) -> Upstream {
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let text = std::fs::read_to_string(kubeconfig).unwrap();
-    let parsed = kube::config::Kubeconfig::from_yaml(&text).unwrap();
-    let config = kube::Config::from_custom_kubeconfig(parsed, &kube::config::KubeConfigOptions::default()).await.unwrap();
-    kube::Client::try_from(config).unwrap()
+    Upstream::open(&Host::new(Path::new("/"), None), kubeconfig).unwrap()
 }
 
-async fn ask(client: &kube::Client, role: &str, method: &str, path: &str, body: &Value) -> Result<Value, u16> {
+async fn ask(client: &Upstream, role: &str, method: &str, path: &str, body: &Value) -> Result<Value, u16> {
     let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
     let mut request = Request::builder().method(method).uri(path).header("Content-Type", kind);
     if !role.is_empty() {
         request = request.header("Impersonate-User", "pipeops:runner").header("Impersonate-Group", format!("pipeops:{role}"));
     }
-    let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(body).unwrap() };
-    match client.request::<Value>(request.body(body).unwrap()).await {
-        Ok(value) => Ok(value),
-        Err(kube::Error::Api(status)) => Err(status.code),
-        Err(e) => panic!("{method} {path}: {e}"),
-    }
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
+    let answer = client.send(request.body(body).unwrap(), false).await.unwrap_or_else(|e| panic!("{method} {path}: {e}"));
+    let status = answer.status();
+    let bytes = answer.into_body().collect().await.unwrap().to_bytes();
+    if status.is_success() { Ok(serde_json::from_slice(&bytes).unwrap()) } else { Err(status.as_u16()) }
 }
 
-/// Every resource and subresource that the server lists, with its group.
-async fn resources(client: &kube::Client) -> BTreeSet<(String, String)> {
+async fn resources(client: &Upstream) -> BTreeSet<(String, String)> {
     let mut versions = vec![(String::new(), "/api/v1".to_owned())];
     let groups = ask(client, "", "GET", "/apis", &Value::Null).await.unwrap();
     for group in groups["groups"].as_array().unwrap() {
@@ -237,7 +238,7 @@ async fn resources(client: &kube::Client) -> BTreeSet<(String, String)> {
 /// Prints what differs; gives the exit code.
 pub(crate) async fn check(kubeconfig: &str) -> i32 {
     // an admin's kubeconfig, for it impersonates all three roles
-    let client = client(kubeconfig).await;
+    let client = client(kubeconfig);
     let resources = resources(&client).await;
     let mut questions = Vec::new();
     for role in ROLES {

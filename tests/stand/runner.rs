@@ -1,4 +1,5 @@
-//! The reference Runner: hears of a cluster over RabbitMQ, deploys to it through the gateway, and once more straight through the tunnel.
+//! The reference Runner: hears of a cluster over RabbitMQ, deploys to it through the gateway, once more straight
+//! through the tunnel, and once as an operation whose end it hears.
 //!
 //! DIR holds what a Runner is given: `amqp-url`, `control-plane` (URL), `ca.pem`, `token`.
 
@@ -58,14 +59,7 @@ impl Way {
     /// A deployment as PipeOps would make it, until its pods run; then it is taken away.
     async fn deploy(&self, name: &str, image: &str) -> Result<String, String> {
         let path = format!("/k8s/apis/apps/v1/namespaces/production/deployments/{name}");
-        let labels = json!({"app": name});
-        let object = json!({
-            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": "production"},
-            "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": {
-                "metadata": {"labels": labels},
-                "spec": {"tolerations": [{"operator": "Exists"}], "terminationGracePeriodSeconds": 1,
-                    "containers": [{"name": "c", "image": image, "imagePullPolicy": "Never", "command": ["sleep", "100000"]}]}}},
-        });
+        let object = deployment(name, image);
         let begun = Instant::now();
         let (status, answer) = self.call("PATCH", &format!("{path}?fieldManager=pipeops-runner"), Some(&object)).await;
         if !matches!(status, 200 | 201) {
@@ -95,15 +89,15 @@ impl Way {
     }
 }
 
-/// Waits for a cluster to be announced; gives the event of its registration.
-async fn announced(url: &str) -> Value {
+/// Hears events until one is what is waited for, each once.
+async fn hear(url: &str, mut wanted: impl FnMut(&Value) -> bool) -> Option<Value> {
     let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
     let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
     channel.queue_declare("pipeops.runners".into(), durable, FieldTable::default()).await.unwrap();
     let mut consumer =
         channel.basic_consume("pipeops.runners".into(), "runner".into(), BasicConsumeOptions::default(), FieldTable::default()).await.unwrap();
-    let (mut seen, mut registered) = (HashSet::new(), Value::Null);
+    let mut seen = HashSet::new();
     while let Ok(Some(Ok(delivery))) = tokio::time::timeout(Duration::from_secs(120), consumer.next()).await {
         let body: Value = serde_json::from_slice(&delivery.data).unwrap();
         delivery.ack(BasicAckOptions::default()).await.unwrap();
@@ -112,16 +106,62 @@ async fn announced(url: &str) -> Value {
             continue;
         }
         println!("heard {} of {}", body["type"], body["cluster_name"]);
-        match body["type"].as_str() {
-            Some("agent.registered") => registered = body,
-            Some("agent.online") if registered["agent_id"] == body["agent_id"] => break,
-            _ => {}
+        if wanted(&body) {
+            return Some(body);
         }
     }
+    None
+}
+
+/// Waits for a cluster to be announced; gives the event of its registration.
+async fn announced(url: &str) -> Value {
+    let mut registered = Value::Null;
+    hear(url, |event| {
+        match event["type"].as_str() {
+            Some("agent.registered") => registered = event.clone(),
+            Some("agent.online") => return registered["agent_id"] == event["agent_id"],
+            _ => {}
+        }
+        false
+    })
+    .await;
     registered
 }
 
-/// Exit code of the run: 0 when both ways deployed.
+/// The same deployment as an operation: nobody holds a connection, the broker says when it is done.
+async fn operate(client: &reqwest::Client, operations: &str, token: &str, amqp: &str, image: &str) -> Result<String, String> {
+    let begun = Instant::now();
+    let named = json!({"apiVersion": "apps/v1", "kind": "Deployment", "name": "operated", "namespace": "production"});
+    for (key, body) in [
+        ("deploy-1", json!({"kind": "apply", "ttl_s": 300, "spec": {"objects": [deployment("operated", image)]}})),
+        ("remove-1", json!({"kind": "delete", "ttl_s": 300, "spec": {"objects": [named]}})),
+    ] {
+        let answer = client.post(operations).bearer_auth(token).header("idempotency-key", key).json(&body).send().await.unwrap();
+        let (status, taken) = (answer.status().as_u16(), answer.json::<Value>().await.unwrap_or_default());
+        if status != 202 {
+            return Err(format!("{key}: {status} {taken}"));
+        }
+        let ended = hear(amqp, |event| event["type"] == "operation.finished" && event["operation"]["id"] == taken["id"]).await;
+        let Some(ended) = ended else { return Err(format!("{key}: its end was not heard")) };
+        if ended["operation"]["state"] != "succeeded" {
+            return Err(format!("{key}: {}", ended["operation"]));
+        }
+    }
+    Ok(format!("both ends heard after {:.1} s", begun.elapsed().as_secs_f32()))
+}
+
+fn deployment(name: &str, image: &str) -> Value {
+    let labels = json!({"app": name});
+    json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": "production"},
+        "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": {
+            "metadata": {"labels": labels},
+            "spec": {"tolerations": [{"operator": "Exists"}], "terminationGracePeriodSeconds": 1,
+                "containers": [{"name": "c", "image": image, "imagePullPolicy": "Never", "command": ["sleep", "100000"]}]}}},
+    })
+}
+
+/// Exit code of the run: 0 when all ways deployed.
 pub(crate) async fn runner(dir: &str, image: &str) -> i32 {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let read = |name: &str| std::fs::read_to_string(Path::new(dir).join(name)).unwrap().trim().to_owned();
@@ -167,6 +207,13 @@ pub(crate) async fn runner(dir: &str, image: &str) -> i32 {
                 println!("WRONG a deployment {name}: {text}");
                 code = 1;
             }
+        }
+    }
+    match operate(&client, &format!("{url}/api/v1/clusters/{cluster}/operations"), &token, &read("amqp-url"), image).await {
+        Ok(text) => println!("ok a deployment as an operation: {text}"),
+        Err(text) => {
+            println!("WRONG a deployment as an operation: {text}");
+            code = 1;
         }
     }
     code
