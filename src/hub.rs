@@ -32,7 +32,7 @@ use crate::error::{Exit, Failure};
 use crate::host::Host;
 use crate::host::state::StateDir;
 use crate::secret::{Secret, same};
-use crate::tunnel::server::{Admit, Server, ServerConfig, signed};
+use crate::tunnel::server::{Admit, Server, ServerConfig, Visitor, signed};
 use crate::tunnel::wire::{Login, NewProxy};
 use crate::tunnel::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
 use frps::{External, ExternalFrps, Frps};
@@ -156,13 +156,13 @@ impl Admit for Gate {
         may_open(owner, asked)
     }
 
-    fn visitor(&self, proxy: &str, sign_key: &str, timestamp: i64) -> Option<(Secret, CancellationToken)> {
+    fn visitor(&self, name: &str, sign_key: &str, timestamp: i64) -> Option<Visitor> {
+        // each Runner has a name and a key of his own, so that his streams end with his right to them
+        let (proxy, runner) = name.split_once('.')?;
         let agent = proxy.strip_prefix(&proxy_name(""))?;
-        // each Runner has a key of his own, so that his streams end with his right to them
-        self.registry.runners_of(agent, now()).into_iter().find_map(|(id, over)| {
-            let key = self.keys.stcp(agent, Some(&id));
-            signed(&key, sign_key, timestamp).then_some((key, over))
-        })
+        let over = self.registry.runner_of(agent, runner, now())?;
+        let key = self.keys.stcp(agent, Some(runner));
+        signed(&key, sign_key, timestamp).then(|| Visitor { proxy: proxy.into(), key, over })
     }
 }
 
@@ -386,11 +386,12 @@ impl Hub {
         self.inner.frps.has(agent)
     }
 
-    /// [`Keys::stcp`] as the FRP server in use knows it.
-    fn secret_key(&self, agent: &str, runner: Option<&str>) -> Secret {
-        // somebody else's frps knows the proxy's own key alone
+    /// Name and key under which the FRP server in use lets somebody visit an agent.
+    fn visit(&self, agent: &str, runner: Option<&str>) -> (String, Secret) {
+        // somebody else's frps knows the proxy's own name and key alone
         let runner = runner.filter(|_| matches!(self.inner.frps, Frps::Own(_)));
-        self.inner.keys.stcp(agent, runner)
+        let name = runner.map_or_else(|| proxy_name(agent), |id| format!("{}.{id}", proxy_name(agent)));
+        (name, self.inner.keys.stcp(agent, runner))
     }
 
     /// Connections that are open.
@@ -468,7 +469,7 @@ impl Hub {
         let mut tunnel = self.tunnel_place();
         let metas = [("agent".to_owned(), agent.to_owned()), ("token".to_owned(), keys.derived(TUNNEL, agent).expose().to_owned())];
         tunnel.auth.metas = metas.into();
-        tunnel.proxies = vec![Proxy { name: proxy_name(agent), kind: Kind::Stcp, secret_key: self.secret_key(agent, None), ..Proxy::default() }];
+        tunnel.proxies = vec![Proxy { name: proxy_name(agent), kind: Kind::Stcp, secret_key: self.inner.keys.stcp(agent, None), ..Proxy::default() }];
         let mut config = Config {
             config_version: 0,
             heartbeat_interval_s: registry::HEARTBEAT,

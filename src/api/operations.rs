@@ -106,6 +106,11 @@ impl Operations {
         Operations { dir, all: Mutex::new(all), results }
     }
 
+    /// How many run.
+    pub fn running(&self) -> usize {
+        lock(&self.all).values().filter(|l| !l.stored.operation.state.ended()).count()
+    }
+
     /// What is too old or too much, the oldest first; never one whose end is not told.
     fn tidy(&self, all: &mut BTreeMap<String, Live>) {
         let mut done: Vec<(String, String)> =

@@ -301,8 +301,9 @@ impl Hub {
         let pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
         let place = self.tunnel_place();
         let runner = if let Who::Access(access) = who { Some(access.id.as_str()) } else { None };
+        let (proxy, key) = self.visit(&route.agent, runner);
         let mut tunnel = json!({"type": "stcp", "address": format!("{}:{}", place.server, place.port), "server_name": place.server, "agent_pin": pin,
-            "proxy": proxy_name(&route.agent), "secret_key": self.secret_key(&route.agent, runner).expose()});
+            "proxy": proxy, "secret_key": key.expose()});
         for (name, value) in [("server_pin", place.tls.pin), ("server_ca", place.tls.ca_pem)] {
             if let Some(value) = value {
                 tunnel[name] = value.into();

@@ -179,9 +179,9 @@ impl Hub {
         self.ask_agent(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned())).await
     }
 
-    /// Hands over what waits for agents that are there, one after the other for each.
+    /// Hands over what waits for agents that are there, one after the other for each, and calls back what runs for nobody any more.
     pub(super) fn deliver(&self, under_way: &UnderWay, now: i64) {
-        for job in self.registry().waiting() {
+        for job in self.registry().disowned().into_iter().chain(self.registry().waiting()) {
             // through somebody else's FRP server only a try tells
             if self.tunnel_open(&job.agent) == Some(false) || !super::lock(under_way).insert(job.agent.clone()) {
                 continue;
@@ -190,7 +190,7 @@ impl Hub {
             tokio::spawn(async move {
                 let agent = job.agent.clone();
                 if let Err(error) = hub.deliver_one(job, now).await {
-                    tracing::warn!(error = error.message, agent, "an operation goes on waiting");
+                    tracing::warn!(error = error.message, agent, "an operation goes on as it was");
                 }
                 super::lock(&under_way).remove(&agent);
             });
@@ -199,6 +199,17 @@ impl Hub {
 
     async fn deliver_one(&self, mut job: Job, now: i64) -> Result<(), Refused> {
         let registry = self.registry();
+        if job.operation.state == OperationState::Running {
+            let Some(cluster) = registry.cluster_of(&job.agent) else { return Ok(()) };
+            let local = Who::Admin("local".into());
+            let route = registry.route(&cluster, None)?;
+            // its end comes from the agent, as always
+            let (status, _) = self.at_agent(Method::DELETE, &local, &route, &job.operation.id, now).await?;
+            if status == StatusCode::NOT_FOUND {
+                return registry.end_job(job, OperationState::Interrupted, "the agent knows nothing of it any more", now).await;
+            }
+            return Ok(());
+        }
         let who = registry.still(&job.operation.subject, now);
         let cluster = registry.cluster_of(&job.agent);
         let within = |who: &Who, cluster: &str| match who {

@@ -41,8 +41,17 @@ pub trait Admit: Send + Sync {
     /// Why this owner may not open this proxy.
     fn proxy(&self, owner: &str, asked: &NewProxy) -> Result<(), String>;
 
-    /// Somebody who visits an stcp proxy with another key than its own: his key, if there is such a one, and what ends his streams.
-    fn visitor(&self, proxy: &str, sign_key: &str, timestamp: i64) -> Option<(Secret, CancellationToken)>;
+    /// Somebody who visits an stcp proxy under a name and with a key of his own.
+    fn visitor(&self, name: &str, sign_key: &str, timestamp: i64) -> Option<Visitor>;
+}
+
+/// A visitor with a key of his own.
+pub struct Visitor {
+    /// Where he goes.
+    pub proxy: String,
+    pub key: Secret,
+    /// Ends his streams.
+    pub over: CancellationToken,
 }
 
 /// Whether a visitor's proof was made with `key`.
@@ -455,20 +464,22 @@ impl Server {
 
     async fn visitor(&self, mut io: Io, hello: wire::NewVisitorConn) -> io::Result<()> {
         let name = hello.proxy_name.clone();
-        let open = lock(&self.shared.registry).proxies.get(&name).cloned().filter(|o| o.asked.proxy_type == "stcp");
-        let own = open.as_ref().map(|o| Secret::new(o.asked.sk.clone())).filter(|key| signed(key, &hello.sign_key, hello.timestamp));
-        let admitted = match (own, &self.shared.config.admit) {
-            (Some(key), _) => Some((key, CancellationToken::new())),
-            (None, Some(admit)) if open.is_some() => admit.visitor(&name, &hello.sign_key, hello.timestamp),
-            _ => None,
+        let find = |name: &str| lock(&self.shared.registry).proxies.get(name).cloned().filter(|o| o.asked.proxy_type == "stcp");
+        let open = find(&name);
+        let found = match (&open, &self.shared.config.admit) {
+            (Some(open), _) => Some((Secret::new(open.asked.sk.clone()), CancellationToken::new()))
+                .filter(|(key, _)| signed(key, &hello.sign_key, hello.timestamp))
+                .map(|(key, over)| (open.clone(), key, over)),
+            (None, Some(admit)) => admit.visitor(&name, &hello.sign_key, hello.timestamp).and_then(|v| Some((find(&v.proxy)?, v.key, v.over))),
+            (None, None) => None,
         };
-        let error = match (&open, &admitted) {
-            (None, _) => format!("custom listener for [{name}] doesn't exist"),
+        let error = match (&open, &found) {
+            (_, Some(_)) => String::new(),
+            (None, None) => format!("custom listener for [{name}] doesn't exist"),
             (Some(_), None) => format!("visitor connection of [{name}] auth failed"),
-            _ => String::new(),
         };
         wire::write(&mut io, NewVisitorConnResp { proxy_name: name, error }).await?;
-        let (Some(open), Some((key, over))) = (open, admitted) else { return Ok(()) };
+        let Some((open, key, over)) = found else { return Ok(()) };
         let mut user = layered(io, hello.use_encryption.then(|| Key::of(&key)).as_ref(), hello.use_compression);
         let mut work = self.join(&open, None).await?;
         tokio::select! {

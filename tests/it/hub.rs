@@ -573,7 +573,7 @@ impl pipeops::tunnel::server::Admit for Plugged {
         self.ask("NewProxy", json!({"user": user, "proxy_name": asked.proxy_name, "proxy_type": asked.proxy_type}))
     }
 
-    fn visitor(&self, _: &str, _: &str, _: i64) -> Option<(pipeops::secret::Secret, tokio_util::sync::CancellationToken)> {
+    fn visitor(&self, _: &str, _: &str, _: i64) -> Option<pipeops::tunnel::server::Visitor> {
         None
     }
 }

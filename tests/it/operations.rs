@@ -315,6 +315,17 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
     let viewer_token = viewer["token"].as_str().unwrap();
     assert_eq!(asks(&hub, &cluster, viewer_token, "k", &body).await.0, 403);
     assert_eq!(hub.ask("GET", &format!("/api/v1/clusters/{cluster}/operations/{}", id(&taken)), viewer_token, json!({})).await.status(), 404);
+    // one that runs ends with the right to it
+    kube.ready.store(false, Relaxed);
+    let gone = hub.runner("deployer").await;
+    let (_, running) = asks(&hub, &cluster, gone["token"].as_str().unwrap(), "k", &apply(&[deployment("running")])).await;
+    let admin = hub.admin.clone();
+    comes_to(&hub, &cluster, &admin, &id(&running), "running").await;
+    hub.sandbox.verb(&["control-plane", "runner", "revoke", gone["id"].as_str().unwrap()]).ended(0);
+    let begun = Instant::now();
+    comes_to(&hub, &cluster, &admin, &id(&running), "cancelled").await;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    kube.ready.store(true, Relaxed);
     // the agent is gone
     agent.child.kill().unwrap();
     agent.child.wait().unwrap();
@@ -355,7 +366,6 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
     agent.again(&[]);
     comes_to(&hub, &cluster, &token, &id(&second), "succeeded").await;
     assert_eq!(comes_to(&hub, &cluster, &token, &id(&queued), "succeeded").await["objects"][0]["object"], "Secret beta/s");
-    let admin = hub.admin.clone();
     let failed = comes_to(&hub, &cluster, &admin, &id(&orphan), "failed").await;
     assert!(failed["message"].as_str().unwrap().contains("may not any more"), "{failed}");
     // in the order in which they were asked for, and each once

@@ -127,18 +127,17 @@ impl Registry {
         Ok(())
     }
 
-    /// Runners that reach an agent's cluster, each with what ends when he is revoked.
-    pub fn runners_of(&self, agent: &str, now: i64) -> Vec<(String, CancellationToken)> {
+    /// What ends when a Runner is revoked, if he reaches an agent's cluster now.
+    pub fn runner_of(&self, agent: &str, runner: &str, now: i64) -> Option<CancellationToken> {
         let inner = self.inner();
-        let Some(row) = inner.agents.get(agent).map(|e| &e.row).filter(|row| !row.revoked) else { return Vec::new() };
-        let theirs = inner.accesses.values().filter(|(access, _)| {
-            access.kind == AccessKind::Runner
-                && !access.revoked
-                && access.project == row.project
-                && access.expires_at.is_none_or(|at| at > now)
-                && access.includes(&row.cluster_id)
-        });
-        theirs.map(|(access, over)| (access.id.clone(), over.clone())).collect()
+        let row = inner.agents.get(agent).map(|e| &e.row).filter(|row| !row.revoked)?;
+        let (access, over) = inner.accesses.get(runner)?;
+        let reaches = access.kind == AccessKind::Runner
+            && !access.revoked
+            && access.project == row.project
+            && access.expires_at.is_none_or(|at| at > now)
+            && access.includes(&row.cluster_id);
+        reaches.then(|| over.clone())
     }
 
     /// Whoever asked for something under this subject, if he still may.

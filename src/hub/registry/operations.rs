@@ -62,6 +62,13 @@ impl Registry {
         first.into_values().cloned().collect()
     }
 
+    /// Those that run for somebody who was revoked meanwhile.
+    pub fn disowned(&self) -> Vec<Job> {
+        let inner = self.inner();
+        let revoked = |subject: &str| inner.accesses.get(subject).is_some_and(|(access, _)| access.revoked);
+        inner.jobs.values().filter(|j| j.operation.state == OperationState::Running && revoked(&j.operation.subject)).cloned().collect()
+    }
+
     /// Whether something waits for an agent already.
     pub fn waits(&self, agent: &str) -> bool {
         self.inner().jobs_of(agent).any(|j| j.operation.state == OperationState::Queued)
