@@ -6,6 +6,7 @@ mod architecture;
 mod broker;
 mod browser;
 mod cli;
+mod genuine;
 mod hostile;
 mod hosts;
 mod hub;

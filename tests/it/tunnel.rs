@@ -19,17 +19,21 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-const TOKEN: &str = "my_secret_token";
+pub(crate) const TOKEN: &str = "my_secret_token";
 
 /// A server half on a port of its own; dropped, it is gone with its connections.
-struct Frps {
-    server: Server,
-    address: SocketAddr,
+pub(crate) struct Frps {
+    pub(crate) server: Server,
+    pub(crate) address: SocketAddr,
     stop: CancellationToken,
 }
 
 impl Frps {
     async fn start(tls: &Arc<rustls::ServerConfig>, tcp_mux: bool, port: u16) -> Frps {
+        Frps::with(Some(tls), tcp_mux, port).await
+    }
+
+    pub(crate) async fn with(tls: Option<&Arc<rustls::ServerConfig>>, tcp_mux: bool, port: u16) -> Frps {
         let listener = loop {
             match TcpListener::bind(("127.0.0.1", port)).await {
                 Ok(listener) => break listener,
@@ -39,7 +43,7 @@ impl Frps {
         let address = listener.local_addr().unwrap();
         let config = ServerConfig {
             token: Secret::new(TOKEN),
-            tls: Some(tls.clone()),
+            tls: tls.cloned(),
             tcp_mux,
             tcp_bind: Some([127, 0, 0, 1].into()),
             heartbeat: Duration::from_secs(30),
@@ -61,7 +65,7 @@ impl Drop for Frps {
 }
 
 /// A client whose streams echo what they get.
-struct Frpc {
+pub(crate) struct Frpc {
     status: watch::Receiver<Status>,
     settings: watch::Sender<Option<TunnelConfig>>,
     run_ids: mpsc::Receiver<String>,
@@ -69,7 +73,7 @@ struct Frpc {
     task: JoinHandle<()>,
 }
 
-async fn echo(mut io: Io) {
+pub(crate) async fn echo(mut io: Io) {
     let mut buffer = vec![0; 32 * 1024];
     while let Ok(n @ 1..) = io.read(&mut buffer).await {
         if io.write_all(&buffer[..n]).await.is_err() || io.flush().await.is_err() {
@@ -90,6 +94,11 @@ impl Frpc {
     }
 
     fn with_work(config: TunnelConfig, run_id: &str) -> (Frpc, mpsc::Receiver<Work>) {
+        Frpc::insecure(config, run_id, false)
+    }
+
+    /// One that may believe anybody.
+    pub(crate) fn insecure(config: TunnelConfig, run_id: &str, allow_insecure: bool) -> (Frpc, mpsc::Receiver<Work>) {
         let (settings, receiver) = watch::channel(Some(config));
         let (publish, status) = watch::channel(Status { state: State::Off, reason: String::new(), since: tokio::time::Instant::now() });
         let (ids, run_ids) = mpsc::channel(8);
@@ -98,7 +107,7 @@ impl Frpc {
         let client = Client {
             version: "0.0.0".into(),
             hostname: "vm".into(),
-            allow_insecure: false,
+            allow_insecure,
             settings: receiver,
             publish,
             run_ids: ids,
@@ -111,7 +120,7 @@ impl Frpc {
     }
 
     /// Waits for a state; gives the reason.
-    async fn until(&mut self, state: State) -> String {
+    pub(crate) async fn until(&mut self, state: State) -> String {
         self.wait(|s| s.state == state).await.reason
     }
 
@@ -146,7 +155,7 @@ fn settings(address: SocketAddr, tcp_mux: bool, pin: &str) -> TunnelConfig {
     }
 }
 
-async fn round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), bytes: usize) {
+pub(crate) async fn round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), bytes: usize) {
     let sent: Vec<u8> = (0..bytes).map(|i| u8::try_from(i % 251).unwrap()).collect();
     let (mut r, mut w) = tokio::io::split(io);
     let mut got = vec![0; bytes];
@@ -161,7 +170,7 @@ async fn round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite 
 }
 
 /// The address of tcp proxy `t`: the server tells it to the client only, so the test asks for a fixed free port.
-async fn free_port() -> u16 {
+pub(crate) async fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
 }
 

@@ -1,0 +1,231 @@
+//! Genuine frp, old and new, on either side of ours: every directory that `PIPEOPS_TEST_FRP_DIR` names or holds, with `frps` and `frpc` in it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use pipeops::secret::Secret;
+use pipeops::trust::Pin;
+use pipeops::tunnel::client::{Work, visit};
+use pipeops::tunnel::dial::Target;
+use pipeops::tunnel::{Kind, Proxy, State, TunnelAuth, TunnelConfig, TunnelTls};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+use crate::hub::certificate;
+use crate::plane::identity;
+use crate::tunnel::{Frpc, Frps, TOKEN, echo, free_port, round_trip};
+
+/// One release of frp.
+struct Release {
+    dir: PathBuf,
+    version: (u32, u32),
+}
+
+impl Release {
+    /// Those that can be had.
+    fn all(test: &str) -> Vec<Release> {
+        let Some(dir) = std::env::var_os("PIPEOPS_TEST_FRP_DIR").map(PathBuf::from) else {
+            println!("NOT RUN: {test}: no genuine frp (PIPEOPS_TEST_FRP_DIR is not set)");
+            return Vec::new();
+        };
+        let below = std::fs::read_dir(&dir).unwrap().flatten().map(|e| e.path());
+        let mut dirs: Vec<PathBuf> = below.chain([dir.clone()]).filter(|d| d.join("frps").is_file() && d.join("frpc").is_file()).collect();
+        dirs.sort();
+        assert!(!dirs.is_empty(), "PIPEOPS_TEST_FRP_DIR={} holds no frps and frpc", dir.display());
+        dirs.into_iter().map(Release::of).collect()
+    }
+
+    fn of(dir: PathBuf) -> Release {
+        let said = Command::new(dir.join("frps")).arg("-v").output().unwrap();
+        let said = String::from_utf8_lossy(&said.stdout).trim().to_owned();
+        let mut parts = said.split('.').map(|p| p.parse::<u32>().unwrap_or(0));
+        let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+        println!("frp {said} in {}", dir.display());
+        Release { dir, version }
+    }
+
+    /// From 0.52 on settings are TOML, before that INI.
+    fn toml(&self) -> bool {
+        self.version >= (0, 52)
+    }
+
+    /// frps takes a certificate; before, it makes one that nobody can know.
+    fn certifiable(&self) -> bool {
+        self.version >= (0, 36)
+    }
+
+    fn run(&self, program: &str, dir: &Path, settings: &str) -> Running {
+        let file = dir.join(format!("{program}.{}", if self.toml() { "toml" } else { "ini" }));
+        std::fs::write(&file, settings).unwrap();
+        let log = std::fs::File::create(dir.join(format!("{program}.log"))).unwrap();
+        let child = Command::new(self.dir.join(program)).arg("-c").arg(&file).stdout(log.try_clone().unwrap()).stderr(Stdio::from(log)).spawn();
+        Running(child.unwrap())
+    }
+}
+
+/// Ended with the test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn connected(port: u16, what: &str, dir: &Path) -> TcpStream {
+    let begun = Instant::now();
+    loop {
+        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)).await {
+            return stream;
+        }
+        let log = || std::fs::read_dir(dir).unwrap().flatten().filter(|e| e.path().extension().is_some_and(|x| x == "log"));
+        let texts = || log().map(|e| std::fs::read_to_string(e.path()).unwrap_or_default()).collect::<String>();
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what} never listens: {}", texts());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Echoes on tcp and stcp; on http answers as a server does.
+fn serve(mut works: mpsc::Receiver<Work>) {
+    tokio::spawn(async move {
+        while let Some(mut work) = works.recv().await {
+            tokio::spawn(async move {
+                if work.kind != Kind::Http {
+                    return echo(work.io).await;
+                }
+                let (mut head, mut byte) = (Vec::new(), [0]);
+                while !head.ends_with(b"\r\n\r\n") && work.io.read_exact(&mut byte).await.is_ok() {
+                    head.push(byte[0]);
+                }
+                let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nheard";
+                let _ = work.io.write_all(answer).await;
+                let _ = work.io.flush().await;
+            });
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_client_behind_a_genuine_frps() {
+    let (pem, key) = certificate(10);
+    let der = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes()).map(|c: rustls_pki_types::CertificateDer<'_>| c.into_owned()).unwrap();
+    let pin = Pin::of(&der).unwrap().to_string();
+    for release in Release::all("our client behind a genuine frps") {
+        for (tcp_mux, pinned) in [(true, true), (false, true), (true, false), (false, false)] {
+            if pinned && !release.certifiable() {
+                continue;
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let (crt, private) = (dir.path().join("tls.crt"), dir.path().join("tls.key"));
+            std::fs::write(&crt, &pem).unwrap();
+            std::fs::write(&private, &key).unwrap();
+            let (bind, vhost, remote) = (free_port().await, free_port().await, free_port().await);
+            let (crt, private) = (crt.display(), private.display());
+            let settings = if release.toml() {
+                let tls = if pinned { format!("transport.tls.certFile = \"{crt}\"\ntransport.tls.keyFile = \"{private}\"\n") } else { String::new() };
+                format!(
+                    "bindAddr = \"127.0.0.1\"\nbindPort = {bind}\nvhostHTTPPort = {vhost}\nauth.method = \"token\"\nauth.token = \"{TOKEN}\"\ntransport.tcpMux = {tcp_mux}\n{tls}"
+                )
+            } else {
+                let tls = if pinned { format!("tls_cert_file = {crt}\ntls_key_file = {private}\n") } else { String::new() };
+                format!("[common]\nbind_addr = 127.0.0.1\nbind_port = {bind}\nvhost_http_port = {vhost}\ntoken = {TOKEN}\ntcp_mux = {tcp_mux}\n{tls}")
+            };
+            let _frps = release.run("frps", dir.path(), &settings);
+            drop(connected(bind, "frps", dir.path()).await);
+            let proxy = |name: &str, kind| Proxy { name: name.into(), kind, secret_key: Secret::new("sk"), remote_port: remote, ..Proxy::default() };
+            let mut web = proxy("h", Kind::Http);
+            web.custom_domains = vec!["agent.test".into()];
+            for (use_encryption, use_compression) in [(false, false), (true, true)] {
+                let mut config = TunnelConfig {
+                    server: "127.0.0.1".into(),
+                    port: bind,
+                    tcp_mux,
+                    pool_count: 1,
+                    tls: TunnelTls { pin: pinned.then(|| pin.clone()), ..TunnelTls::default() },
+                    auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
+                    proxies: vec![proxy("s", Kind::Stcp), proxy("t", Kind::Tcp), web.clone()],
+                };
+                for proxy in &mut config.proxies {
+                    (proxy.use_encryption, proxy.use_compression) = (use_encryption, use_compression);
+                }
+                let (mut frpc, works) = Frpc::insecure(config.clone(), "", !pinned);
+                serve(works);
+                frpc.until(State::Up).await;
+                let mut tcp = connected(remote, "the tcp proxy", dir.path()).await;
+                round_trip(&mut tcp, 10_000_000).await;
+                let mut http = connected(vhost, "the http port", dir.path()).await;
+                http.write_all(b"GET / HTTP/1.1\r\nHost: agent.test\r\nConnection: close\r\n\r\n").await.unwrap();
+                let mut answer = String::new();
+                let _ = http.read_to_string(&mut answer).await;
+                assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("heard"), "{answer}");
+                // our own visitor; what encrypts the stream is a matter of both its ends
+                if !use_encryption {
+                    let mut tasks = tokio::task::JoinSet::new();
+                    let carrier = Target::new(&config, !pinned).unwrap().connect(&mut tasks).await.unwrap();
+                    round_trip(&mut visit(&carrier, "", "s", &Secret::new("sk")).await.unwrap(), 1_000_000).await;
+                    assert!(visit(&carrier, "", "s", &Secret::new("wrong")).await.is_err());
+                }
+                // pings are answered for longer than it takes to call it dead
+                tokio::time::sleep(Duration::from_secs(if use_encryption { 0 } else { 14 })).await;
+                assert_eq!(frpc.until(State::Up).await, "");
+                println!(
+                    "  tcpMux {tcp_mux}, TLS {}, encryption and compression {use_encryption}: tcp, http, stcp carried",
+                    if pinned { "pinned" } else { "unknown" }
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_genuine_frpc_before_our_server() {
+    let (tls, _) = identity();
+    for release in Release::all("a genuine frpc before our server") {
+        for (tcp_mux, with_tls) in [(true, true), (false, true), (true, false), (false, false)] {
+            let frps = Frps::with(Some(&tls), tcp_mux, 0).await;
+            let dir = tempfile::tempdir().unwrap();
+            let local = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let echoing = local.local_addr().unwrap().port();
+            tokio::spawn(async move {
+                while let Ok((stream, _)) = local.accept().await {
+                    tokio::spawn(echo(Box::new(stream)));
+                }
+            });
+            let (port, remote, visitor) = (frps.address.port(), free_port().await, free_port().await);
+            let settings = if release.toml() {
+                format!(
+                    "serverAddr = \"127.0.0.1\"\nserverPort = {port}\nauth.method = \"token\"\nauth.token = \"{TOKEN}\"\ntransport.tcpMux = {tcp_mux}\ntransport.tls.enable = {with_tls}\n\
+                     [[proxies]]\nname = \"t\"\ntype = \"tcp\"\nlocalIP = \"127.0.0.1\"\nlocalPort = {echoing}\nremotePort = {remote}\ntransport.useEncryption = true\ntransport.useCompression = true\n\
+                     [[proxies]]\nname = \"s\"\ntype = \"stcp\"\nsecretKey = \"sk\"\nlocalIP = \"127.0.0.1\"\nlocalPort = {echoing}\n\
+                     [[visitors]]\nname = \"v\"\ntype = \"stcp\"\nserverName = \"s\"\nsecretKey = \"sk\"\nbindAddr = \"127.0.0.1\"\nbindPort = {visitor}\n"
+                )
+            } else {
+                format!(
+                    "[common]\nserver_addr = 127.0.0.1\nserver_port = {port}\ntoken = {TOKEN}\ntcp_mux = {tcp_mux}\ntls_enable = {with_tls}\n\
+                     [t]\ntype = tcp\nlocal_ip = 127.0.0.1\nlocal_port = {echoing}\nremote_port = {remote}\nuse_encryption = true\nuse_compression = true\n\
+                     [s]\ntype = stcp\nsk = sk\nlocal_ip = 127.0.0.1\nlocal_port = {echoing}\n\
+                     [v]\ntype = stcp\nrole = visitor\nserver_name = s\nsk = sk\nbind_addr = 127.0.0.1\nbind_port = {visitor}\n"
+                )
+            };
+            let mut frpc = release.run("frpc", dir.path(), &settings);
+            round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 10_000_000).await;
+            round_trip(&mut frps.server.dial("s").await.unwrap(), 1_000_000).await;
+            round_trip(&mut connected(visitor, "the visitor", dir.path()).await, 1_000_000).await;
+            // several at once, and it stays
+            for _ in 0..3 {
+                let mut users = tokio::task::JoinSet::new();
+                for _ in 0..20 {
+                    users.spawn(async move { round_trip(&mut TcpStream::connect(("127.0.0.1", remote)).await.unwrap(), 10_000).await });
+                }
+                while let Some(done) = users.join_next().await {
+                    done.unwrap();
+                }
+            }
+            assert!(frpc.0.try_wait().unwrap().is_none(), "frpc ended");
+            println!("  tcpMux {tcp_mux}, TLS {with_tls}: tcp, stcp, visitor carried");
+        }
+    }
+}
