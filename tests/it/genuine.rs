@@ -9,13 +9,15 @@ use pipeops::trust::Pin;
 use pipeops::tunnel::client::{Work, visit};
 use pipeops::tunnel::dial::Target;
 use pipeops::tunnel::{Kind, Proxy, State, TunnelAuth, TunnelConfig, TunnelTls};
+use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
-use crate::hub::certificate;
+use crate::hub::{Hub, certificate};
 use crate::plane::identity;
 use crate::tunnel::{Frpc, Frps, TOKEN, echo, free_port, round_trip};
+use crate::world::serve_kube;
 
 /// One release of frp.
 struct Release {
@@ -227,5 +229,36 @@ async fn a_genuine_frpc_before_our_server() {
             assert!(frpc.0.try_wait().unwrap().is_none(), "frpc ended");
             println!("  tcpMux {tcp_mux}, TLS {with_tls}: tcp, stcp, visitor carried");
         }
+    }
+}
+
+/// The control plane with somebody's frps: it is the auth plugin, and its gateway a visitor.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_control_plane_beside_a_genuine_frps() {
+    let (pem, key) = certificate(10);
+    let der: rustls_pki_types::CertificateDer<'_> = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes()).unwrap();
+    let pin = Pin::of(&der).unwrap().to_string();
+    for release in Release::all("a control plane beside a genuine frps").into_iter().filter(Release::toml) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let (crt, private, token) = (file("tls.crt", &pem), file("tls.key", &key), file("token", TOKEN));
+        let address = format!("127.0.0.1:{}", free_port().await);
+        let hub = Hub::with(&["--frps", &address, "--frps-token-file", &token, "--frps-pin", &pin]);
+        // the settings that the verb prints, with what only their owner knows
+        let settings = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;
+        let tls = format!("transport.tls.force = true\ntransport.tls.certFile = \"{crt}\"\ntransport.tls.keyFile = \"{private}\"");
+        let settings = settings.replace("the one in --frps-token-file", TOKEN).replace("transport.tls.force = true", &tls);
+        let _frps = release.run("frps", dir.path(), &settings);
+        let (_kube, kube) = serve_kube().await;
+        let (_agent, cluster) = hub.agent(kube).await;
+        let bulk = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=1048576"), &hub.admin, json!({})).await;
+        assert_eq!(bulk.bytes().await.unwrap().len(), 1_048_576);
+        hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
+        assert_eq!(hub.version(&cluster).await, 404);
+        println!("  plugin asked, gateway through it, revoked");
     }
 }
