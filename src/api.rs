@@ -309,6 +309,7 @@ impl Api {
              # TYPE pipeops_api_upgrades_total counter\npipeops_api_upgrades_total {}\n\
              # TYPE pipeops_api_bytes_total counter\npipeops_api_bytes_total{{direction=\"in\"}} {}\npipeops_api_bytes_total{{direction=\"out\"}} {}\n\
              # TYPE pipeops_api_open_streams gauge\npipeops_api_open_streams {}\n\
+             # TYPE pipeops_tasks gauge\npipeops_tasks {}\n\
              # TYPE pipeops_operations_running gauge\npipeops_operations_running {}\n\
              # TYPE pipeops_audit_failed_total counter\npipeops_audit_failed_total {}\n",
             get(&c.requests),
@@ -317,6 +318,7 @@ impl Api {
             get(&c.bytes_in),
             get(&c.bytes_out),
             self.open(),
+            tokio::runtime::Handle::try_current().map_or(0, |runtime| runtime.metrics().num_alive_tasks()),
             self.inner.parts.operations.running(),
             get(&c.audit_failed),
         )

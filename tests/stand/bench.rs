@@ -67,6 +67,16 @@ impl Agent {
             .unwrap();
         Agent { child, dir }
     }
+
+    /// Tasks that live in it, as its metrics say.
+    fn tasks(&self) -> usize {
+        use std::io::{Read as _, Write as _};
+        let mut stream = std::os::unix::net::UnixStream::connect(self.dir.path().join("run/pipeops/agent.sock")).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text.lines().find_map(|l| l.strip_prefix("pipeops_tasks ")?.trim().parse().ok()).unwrap()
+    }
 }
 
 /// 52 bytes of JSON, or as many bytes as the query says.
@@ -367,9 +377,10 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     let rig = Rig::new(pipeops).await;
     let pid = rig.agent.child.id();
     let mut wrong = 0;
-    let mut verdict = |what: &str, before: (u64, f64, usize), after: (u64, f64, usize)| {
-        let fine = after.0 <= before.0 + 2048 && after.2 <= before.2;
-        println!("{} {what}: RSS {} → {} kB, descriptors {} → {}", if fine { "ok    " } else { "WRONG " }, before.0, after.0, before.2, after.2);
+    let mut verdict = |what: &str, before: (u64, f64, usize), after: (u64, f64, usize), tasks: (usize, usize)| {
+        let fine = after.0 <= before.0 + 2048 && after.2 <= before.2 && tasks.1 <= tasks.0;
+        let word = if fine { "ok    " } else { "WRONG " };
+        println!("{word} {what}: RSS {} → {} kB, descriptors {} → {}, tasks {} → {}", before.0, after.0, before.2, after.2, tasks.0, tasks.1);
         wrong += i32::from(!fine);
     };
     let aborted = async |n: u32| {
@@ -395,27 +406,31 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     aborted(50).await;
     reconnects(3).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let before = rig.proc(pid);
+    let (before, tasks) = (rig.proc(pid), rig.agent.tasks());
     let begun = Instant::now();
     aborted(n).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    verdict(&format!("{n} aborted downloads in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(pid));
+    let what = format!("{n} aborted downloads in {:.0} s", begun.elapsed().as_secs_f64() - 10.0);
+    verdict(&what, before, rig.proc(pid), (tasks, rig.agent.tasks()));
     // each waits as the agent waits, up to half a minute: a few of them
     let few = (n / 200).max(3);
-    let before = rig.proc(pid);
+    let (before, tasks) = (rig.proc(pid), rig.agent.tasks());
     let begun = Instant::now();
     reconnects(few).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    verdict(&format!("{few} sessions ended by the server in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(pid));
+    let what = format!("{few} sessions ended by the server in {:.0} s", begun.elapsed().as_secs_f64() - 10.0);
+    verdict(&what, before, rig.proc(pid), (tasks, rig.agent.tasks()));
     let here = std::process::id();
     let client = Reconnecting::new(&rig);
     client.change(50).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let before = rig.proc(here);
+    let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let (before, tasks) = (rig.proc(here), alive());
     let begun = Instant::now();
     client.change(n).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    verdict(&format!("{n} reconnects of client and server in this process in {:.0} s", begun.elapsed().as_secs_f64() - 10.0), before, rig.proc(here));
+    let what = format!("{n} reconnects of client and server in this process in {:.0} s", begun.elapsed().as_secs_f64() - 10.0);
+    verdict(&what, before, rig.proc(here), (tasks, alive()));
     wrong
 }
 
