@@ -3,7 +3,9 @@
 //! Frames as in hashicorp/yamux `spec.md`; behaviour as in fatedier/yamux at d0154be (`session.go`, `stream.go`): a stream is
 //! announced at once, an incoming one acknowledged at once (frpc closes the session when it is not, after 75 s), windows start
 //! at 256 KiB and larger ones are told by the first window update. Own code rather than the `yamux` crate: that one acknowledges
-//! only with the first data, sends FIN twice when closed twice, ends the connection at its stream limit and has no ping.
+//! only with the first data, sends FIN twice when closed twice, ends the connection at its stream limit and has no ping. Measured beside it
+//! (0.13, loopback, two cores, 2026-11-24): one stream 1.9 to 1.3 GB/s, 50 streams of small exchanges 650,000 to 77,000 a second,
+//! streams opened, used and closed 11,000 to 8,000 a second.
 //!
 //! One task owns the connection ([`Driver`]); streams meet it in a table under one lock that is never held over a wait. A reader
 //! that does not read fills its own window and nobody else's; writers take turns, a frame each.
