@@ -97,7 +97,7 @@ impl Hub {
                 let job = found()?;
                 match job.operation.state {
                     OperationState::Queued => {
-                        self.registry().end_job(job, OperationState::Cancelled, "cancelled before the agent had it", now).await?
+                        self.registry().call_off(job, OperationState::Cancelled, "cancelled before the agent had it", now).await?
                     }
                     OperationState::Running => {
                         let (status, value) = self.at_agent(Method::DELETE, who, &route, op, now).await?;
@@ -189,7 +189,16 @@ impl Hub {
             let (hub, under_way) = (self.clone(), under_way.clone());
             tokio::spawn(async move {
                 let agent = job.agent.clone();
-                if let Err(error) = hub.deliver_one(job, now).await {
+                let done = if job.operation.state == OperationState::Running {
+                    hub.call_back(job, now).await
+                } else if hub.registry().hand(&job) {
+                    let done = hub.deliver_one(job.clone(), now).await;
+                    hub.registry().handed(&job);
+                    done
+                } else {
+                    Ok(())
+                };
+                if let Err(error) = done {
                     tracing::warn!(error = error.message, agent, "an operation goes on as it was");
                 }
                 super::lock(&under_way).remove(&agent);
@@ -197,19 +206,20 @@ impl Hub {
         }
     }
 
+    /// Cancels one in the name of whoever asked for it; its end comes from the agent, as always.
+    async fn call_back(&self, job: Job, now: i64) -> Result<(), Refused> {
+        let registry = self.registry();
+        let (Some(cluster), Some(access)) = (registry.cluster_of(&job.agent), registry.access(&job.operation.subject)) else { return Ok(()) };
+        let route = registry.route(&cluster, None)?;
+        let (status, _) = self.at_agent(Method::DELETE, &Who::Access(access.into()), &route, &job.operation.id, now).await?;
+        if status == StatusCode::NOT_FOUND {
+            return registry.end_job(job, OperationState::Interrupted, "the agent knows nothing of it any more", now).await;
+        }
+        Ok(())
+    }
+
     async fn deliver_one(&self, mut job: Job, now: i64) -> Result<(), Refused> {
         let registry = self.registry();
-        if job.operation.state == OperationState::Running {
-            let Some(cluster) = registry.cluster_of(&job.agent) else { return Ok(()) };
-            let local = Who::Admin("local".into());
-            let route = registry.route(&cluster, None)?;
-            // its end comes from the agent, as always
-            let (status, _) = self.at_agent(Method::DELETE, &local, &route, &job.operation.id, now).await?;
-            if status == StatusCode::NOT_FOUND {
-                return registry.end_job(job, OperationState::Interrupted, "the agent knows nothing of it any more", now).await;
-            }
-            return Ok(());
-        }
         let who = registry.still(&job.operation.subject, now);
         let cluster = registry.cluster_of(&job.agent);
         let within = |who: &Who, cluster: &str| match who {

@@ -94,6 +94,7 @@ struct Inner {
     accesses: BTreeMap<String, (Access, CancellationToken)>,
     admins: BTreeMap<String, Admin>,
     jobs: operations::Jobs,
+    handing: operations::Handing,
     /// Hash of a token → kind and id of its row.
     tokens: HashMap<String, (Kind, String)>,
 }

@@ -1,6 +1,6 @@
 //! Everything around the agent, in this process: a control plane, an FRP server, a Kubernetes API that records.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -43,6 +43,7 @@ pub(crate) struct Kube {
     pub(crate) seen: Mutex<Vec<Seen>>,
     /// What was applied, by path.
     pub(crate) objects: Mutex<BTreeMap<String, Value>>,
+    touched: Mutex<BTreeSet<String>>,
     /// Deployments have their pods.
     pub(crate) ready: AtomicBool,
 }
@@ -119,8 +120,12 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         return (StatusCode::SWITCHING_PROTOCOLS, [("connection", axum::http::HeaderValue::from_static("Upgrade")), ("upgrade", protocol)])
             .into_response();
     }
-    if KEPT.iter().any(|kept| path.starts_with(kept)) {
+    let kept = KEPT.iter().any(|kept| path.starts_with(kept));
+    // what no operation ever touched is answered like everything else here
+    let operated = query.contains("fieldManager=pipeops-runner") || request.method() == "DELETE";
+    if kept && (operated || kube.touched.lock().unwrap().contains(&path)) {
         let method = request.method().to_string();
+        kube.touched.lock().unwrap().insert(path.clone());
         let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
         let (status, answer) = kube.object(&method, &path, &serde_json::from_slice(&body).unwrap_or_default());
         return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();

@@ -140,6 +140,11 @@ impl Registry {
         reaches.then(|| over.clone())
     }
 
+    /// An access, also one that was revoked.
+    pub fn access(&self, id: &str) -> Option<Access> {
+        self.inner().accesses.get(id).map(|a| a.0.clone())
+    }
+
     /// Whoever asked for something under this subject, if he still may.
     pub fn still(&self, subject: &str, now: i64) -> Option<Who> {
         let inner = self.inner();

@@ -1,6 +1,6 @@
 //! Operations as the control plane knows them: those that wait for their agent, those that run, and how each ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::events::Topic;
 use super::{Inner, Refused, Registry, no_such, refused, unwritten};
@@ -18,6 +18,12 @@ const DAYS: i64 = 7 * 86_400;
 
 /// By agent and id.
 pub(super) type Jobs = BTreeMap<(String, String), Job>;
+/// Those that are being handed over at this moment: they cannot be ended here, as the agent may have them.
+pub(super) type Handing = BTreeSet<(String, String)>;
+
+fn at(job: &Job) -> (String, String) {
+    (job.agent.clone(), job.operation.id.clone())
+}
 
 fn row(job: &Job) -> String {
     format!("{}/{}", job.agent, job.operation.id)
@@ -74,17 +80,41 @@ impl Registry {
         self.inner().jobs_of(agent).any(|j| j.operation.state == OperationState::Queued)
     }
 
+    /// Takes one that waits, to hand it over, until [`Registry::handed`]. False when it does not wait any more.
+    pub fn hand(&self, job: &Job) -> bool {
+        let mut inner = self.inner();
+        let at = at(job);
+        let waits = inner.jobs.get(&at).is_some_and(|j| j.operation.state == OperationState::Queued);
+        waits && inner.handing.insert(at)
+    }
+
+    /// The agent has it, or could not be given it.
+    pub fn handed(&self, job: &Job) {
+        self.inner().handing.remove(&at(job));
+    }
+
     /// Puts an operation down as it is now, and tells Runners when that is its end. One that has ended stays as it ended.
     ///
     /// # Errors
     /// No room for one more that waits, or no database: then it is as it was.
     pub async fn put_job(&self, job: Job, now: i64) -> Result<(), Refused> {
-        let at = (job.agent.clone(), job.operation.id.clone());
+        self.write_job(job, false, now).await
+    }
+
+    async fn write_job(&self, job: Job, unless_handed: bool, now: i64) -> Result<(), Refused> {
+        let at = at(&job);
         let (order, former) = {
             let mut inner = self.inner();
+            if unless_handed && inner.handing.contains(&at) {
+                return Err(refused(409, "operation_underway", "it is being handed to the agent", Some("try again in a moment")));
+            }
             let agent = inner.agents.get(&job.agent).ok_or_else(|| no_such("agent", &job.agent))?;
             let former = inner.jobs.get(&at).cloned();
-            if former.as_ref().is_some_and(|f| f.operation.state.ended()) {
+            let news = |f: &Job| {
+                f.operation.state == OperationState::Expired && job.operation.state.ended() && job.operation.state != OperationState::Expired
+            };
+            // an agent may have had what was given up: then its word is the truth
+            if former.as_ref().is_some_and(|f| f.operation.state.ended() && !news(f)) {
                 return Ok(());
             }
             if former.is_none() && job.sealed.is_some() {
@@ -132,7 +162,16 @@ impl Registry {
         self.put_job(job, now).await
     }
 
-    /// Ends one that waits.
+    /// Ends one that waits, unless it is on its way to the agent.
+    ///
+    /// # Errors
+    /// 409 while it is on its way; no database.
+    pub async fn call_off(&self, mut job: Job, state: OperationState, message: &str, now: i64) -> Result<(), Refused> {
+        job.end(state, message, now);
+        self.write_job(job, true, now).await
+    }
+
+    /// Ends one at once.
     ///
     /// # Errors
     /// No database.
@@ -148,7 +187,7 @@ impl Registry {
     pub async fn tidy_jobs(&self, now: i64) -> anyhow::Result<()> {
         let (late, old) = {
             let inner = self.inner();
-            let late: Vec<Job> = inner.jobs.values().filter(|j| j.late(now)).cloned().collect();
+            let late: Vec<Job> = inner.jobs.values().filter(|j| j.late(now) && !inner.handing.contains(&at(j))).cloned().collect();
             (late, inner.old_jobs(now))
         };
         for job in late {
@@ -156,7 +195,7 @@ impl Registry {
                 OperationState::Queued => (OperationState::Expired, "the agent was not there in time"),
                 _ => (OperationState::Interrupted, "the agent has told nothing of it for 7 days"),
             };
-            self.end_job(job, state, message, now).await.map_err(|e| anyhow::anyhow!(e.message))?;
+            self.call_off(job, state, message, now).await.map_err(|e| anyhow::anyhow!(e.message))?;
         }
         if !old.is_empty() {
             let order = {
