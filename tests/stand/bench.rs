@@ -380,7 +380,7 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     let mut verdict = |what: &str, before: (u64, f64, usize), after: (u64, f64, usize), tasks: (usize, usize)| {
         let fine = after.0 <= before.0 + 2048 && after.2 <= before.2 && tasks.1 <= tasks.0;
         let word = if fine { "ok    " } else { "WRONG " };
-        println!("{word} {what}: RSS {} → {} kB, descriptors {} → {}, tasks {} → {}", before.0, after.0, before.2, after.2, tasks.0, tasks.1);
+        println!("{word} {what}: RSS {} → {} kB, descriptors {} → {}, tasks at most {} → {}", before.0, after.0, before.2, after.2, tasks.0, tasks.1);
         wrong += i32::from(!fine);
     };
     let aborted = async |n: u32| {
@@ -430,7 +430,9 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     client.change(n).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
     let what = format!("{n} reconnects of client and server in this process in {:.0} s", begun.elapsed().as_secs_f64() - 10.0);
-    verdict(&what, before, rig.proc(here), (tasks, alive()));
+    // connections of the rig's own servers come and go here too; a leak would be one a round
+    let some = usize::try_from(n / 100).unwrap();
+    verdict(&what, before, rig.proc(here), (tasks + some, alive()));
     wrong
 }
 
