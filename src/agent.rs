@@ -294,7 +294,6 @@ pub async fn run(
         None => None,
     };
     let client = Client {
-        version: env!("CARGO_PKG_VERSION").into(),
         hostname,
         allow_insecure: config.allow_insecure_tunnel,
         settings: tunnel_config,

@@ -62,6 +62,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const FAILURES: u32 = 30;
 /// Addresses and tokens remembered for that, at most.
 const REMEMBERED: usize = 10_000;
+/// A tunnel whose client pings and falls silent is given up after this long: frps' own measure, since frpc pings every 30 s.
+const HEARTBEAT: Duration = Duration::from_secs(90);
 /// Calls under way get this long at the end.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -240,7 +242,7 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
         tls: Some(certificate.tunnel.clone()),
         tcp_mux: true,
         tcp_bind: None,
-        heartbeat: Duration::from_secs(30),
+        heartbeat: HEARTBEAT,
         admit: Some(gate.clone()),
     });
     let frps = external.map_or_else(|| Frps::Own(own.clone()), Frps::External);

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod dial;
+pub mod door;
 pub mod layer;
 pub mod mux;
 pub mod server;
@@ -50,15 +51,25 @@ pub struct TunnelConfig {
 }
 
 /// How the FRP server proves itself. Without CA or pin the tunnel is refused.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct TunnelTls {
+    /// Off, anybody on the way sees the login; what callers and agent say stays sealed between them. Refused like a server that
+    /// nobody proves.
+    pub enable: bool,
     pub ca_pem: Option<String>,
     pub pin: Option<String>,
     pub server_name: Option<String>,
-    /// Send 0x17 before the handshake: for servers that share their port with an HTTPS vhost.
+    /// Send 0x17 before the handshake: for servers that share their port with an HTTPS vhost, and for those before 0.36. A server
+    /// that hangs up on a handshake without it is tried with it.
     pub custom_first_byte: bool,
+}
+
+impl Default for TunnelTls {
+    fn default() -> TunnelTls {
+        TunnelTls { enable: true, ca_pem: None, pin: None, server_name: None, custom_first_byte: false }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -17,6 +17,7 @@ use super::api::Origin;
 use super::{Hub, Inner, SOCKET};
 use crate::error::{Exit, Failure};
 use crate::host::Host;
+use crate::tunnel::door::Door;
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
@@ -49,6 +50,7 @@ pub(super) fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixLi
 impl Hub {
     pub(super) async fn https(self, listener: TcpListener, tls: Arc<rustls::ServerConfig>, stop: CancellationToken, halt: CancellationToken) {
         let acceptor = tokio_rustls::TlsAcceptor::from(tls);
+        let door = Door::default();
         let mut open = JoinSet::new();
         loop {
             tokio::select! {
@@ -56,9 +58,11 @@ impl Hub {
                 Some(_) = open.join_next() => {}
                 accepted = listener.accept(), if !stop.is_cancelled() => match accepted {
                     Ok((stream, peer)) => {
-                        let (hub, acceptor, stop) = (self.clone(), acceptor.clone(), stop.clone());
+                        let (hub, acceptor, door, stop) = (self.clone(), acceptor.clone(), door.clone(), stop.clone());
                         open.spawn(async move {
+                            let Some(pass) = door.enter(peer.ip()).await else { return };
                             if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(tuned(stream))).await {
+                                drop(pass);
                                 hub.serve(stream, Origin::Network(peer.ip().to_canonical()), stop).await;
                             }
                         });

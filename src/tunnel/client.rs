@@ -28,7 +28,6 @@ pub struct Work {
 
 /// What stays the same over sessions.
 pub struct Client {
-    pub version: String,
     pub hostname: String,
     pub allow_insecure: bool,
     /// Settings as they come and change.
@@ -176,7 +175,7 @@ impl Client {
     fn login(&self, config: &TunnelConfig, run_id: String) -> Login {
         let timestamp = now();
         Login {
-            version: self.version.clone(),
+            version: wire::VERSION.into(),
             hostname: self.hostname.clone(),
             os: "linux".into(),
             arch: match std::env::consts::ARCH {

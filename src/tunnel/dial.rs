@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use rustls_pki_types::ServerName;
@@ -43,10 +44,19 @@ impl From<String> for NoWay {
 pub struct Target {
     server: String,
     port: u16,
-    name: ServerName<'static>,
-    tls: Arc<rustls::ClientConfig>,
-    custom_first_byte: bool,
+    /// None where the settings want no TLS.
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+    /// Whether 0x17 goes before the handshake; learned from a server that wants it.
+    custom_first_byte: Arc<AtomicBool>,
     tcp_mux: bool,
+}
+
+/// A handshake that failed.
+struct NoTls {
+    no: NoWay,
+    /// The server hung up or knows no such name: one before 0.36 does the first, one that shares its port with an HTTPS vhost the
+    /// second, when the byte is missing (fatedier/frp `pkg/util/net/tls.go`, `pkg/util/vhost/https.go`).
+    wants_byte: bool,
 }
 
 impl Target {
@@ -58,50 +68,78 @@ impl Target {
         }
         let tls = &config.tls;
         let pins = tls.pin.iter().map(|p| Pin::parse(p)).collect::<Result<Vec<_>, _>>()?;
-        if tls.ca_pem.is_none() && pins.is_empty() && !allow_insecure {
+        if !tls.enable && !allow_insecure {
+            return Err("the tunnel is to go without TLS: anybody on the way reads and changes it; enable TLS at the control plane, or set allow-insecure-tunnel here".into());
+        }
+        let anybody = tls.ca_pem.is_none() && pins.is_empty();
+        if anybody && !allow_insecure {
             return Err(
                 "the tunnel has neither CA nor pin: anybody could stand in between; set one at the control plane, or allow-insecure-tunnel here"
                     .into(),
             );
         }
-        let anybody = tls.ca_pem.is_none() && pins.is_empty();
         let client = Trust { ca_pem: tls.ca_pem.clone(), pins, anybody }.client()?;
         let name = tls.server_name.as_deref().unwrap_or(&config.server).trim_matches(['[', ']']).to_owned();
         let name = ServerName::try_from(name.clone()).map_err(|_| format!("`{name}` is no server name"))?;
         Ok(Target {
             server: config.server.trim_matches(['[', ']']).to_owned(),
             port: config.port,
-            name,
-            tls: Arc::new(client),
-            custom_first_byte: tls.custom_first_byte,
+            tls: tls.enable.then(|| (TlsConnector::from(Arc::new(client)), name)),
+            custom_first_byte: Arc::new(tls.custom_first_byte.into()),
             tcp_mux: config.tcp_mux,
         })
     }
 
     async fn dial(&self) -> Result<Io, NoWay> {
-        let at = format!("{}:{}", self.server, self.port);
+        let tcp = self.tcp().await?;
+        let Some((tls, name)) = &self.tls else { return Ok(Box::new(tcp)) };
+        let byte = self.custom_first_byte.load(Relaxed);
+        match self.handshake(tls, name, tcp, byte).await {
+            Err(first) if first.wants_byte && !byte => {
+                let again = self.handshake(tls, name, self.tcp().await?, true).await.map_err(|_| first.no)?;
+                self.custom_first_byte.store(true, Relaxed);
+                Ok(again)
+            }
+            done => done.map_err(|e| e.no),
+        }
+    }
+
+    async fn tcp(&self) -> Result<TcpStream, NoWay> {
         let addresses = timeout(STAGE, resolve(&self.server)).await.map_err(|_| format!("dns: no answer for {} in 5 s", self.server))??;
         let tcp = timeout(STAGE, race(addresses, self.port));
-        let tcp = tcp.await.map_err(|_| NoWay { why: format!("tcp: {at} did not answer in 5 s"), unanswered: true })?;
-        let mut tcp = tcp.map_err(|e| format!("tcp: {at}: {e}"))?;
+        let tcp = tcp.await.map_err(|_| NoWay { why: format!("tcp: {self} did not answer in 5 s"), unanswered: true })?;
+        let tcp = tcp.map_err(|e| format!("tcp: {self}: {e}"))?;
         tune(&tcp);
+        Ok(tcp)
+    }
+
+    async fn handshake(&self, tls: &TlsConnector, name: &ServerName<'static>, mut tcp: TcpStream, byte: bool) -> Result<Io, NoTls> {
         let handshake = async {
-            if self.custom_first_byte {
+            if byte {
                 tcp.write_all(&[0x17]).await?;
             }
-            TlsConnector::from(self.tls.clone()).connect(self.name.clone(), tcp).await
+            tls.connect(name.clone(), tcp).await
         };
         match timeout(STAGE, handshake).await {
             Ok(Ok(stream)) => Ok(Box::new(stream)),
             Ok(Err(e)) => {
                 let text = e.to_string();
-                Err(match explain(&text) {
-                    Some((code, remedy)) => format!("{code}: {at}: {text}; {remedy}"),
-                    None => format!("tls: {at}: {text}"),
-                }
-                .into())
+                let why = match explain(&text) {
+                    Some((code, remedy)) => format!("{code}: {self}: {text}; {remedy}"),
+                    None => format!("tls: {self}: {text}"),
+                };
+                let hung_up = matches!(
+                    e.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe
+                );
+                let alert = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+                let unknown = matches!(alert, Some(rustls::Error::AlertReceived(rustls::AlertDescription::UnrecognisedName)));
+                Err(NoTls { no: why.into(), wants_byte: hung_up || unknown })
             }
-            Err(_) => Err(format!("tls: {at} accepted the connection and did not finish the handshake in 5 s").into()),
+            Err(_) => {
+                let why = format!("tls: {self} accepted the connection and did not finish the handshake in 5 s");
+                Err(NoTls { no: why.into(), wants_byte: false })
+            }
         }
     }
 
@@ -119,6 +157,12 @@ impl Target {
             driver.run().await;
         });
         Ok(Carrier::Mux(mux))
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.server.contains(':') { write!(f, "[{}]:{}", self.server, self.port) } else { write!(f, "{}:{}", self.server, self.port) }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::secret::{Secret, same};
 use crate::tunnel::dial::tune;
+use crate::tunnel::door::{Door, Pass};
 use crate::tunnel::layer::{Io, encrypted, layered};
 use crate::tunnel::mux::{Limits, Mux, Side};
 use crate::tunnel::wire::{self, Key, LoginResp, Message, NewProxy, NewProxyResp, NewVisitorConnResp, Pong, ReqWorkConn, StartWorkConn};
@@ -24,6 +25,10 @@ use crate::tunnel::wire::{self, Key, LoginResp, Message, NewProxy, NewProxyResp,
 const FIRST: Duration = Duration::from_secs(10);
 /// How long a user waits for a work connection.
 const USER: Duration = Duration::from_secs(10);
+/// A connection without a stream is closed after this long: a client holds its control channel.
+const IDLE: Duration = Duration::from_secs(60);
+/// Streams of one connection that have not said yet what they are.
+const OPENING: usize = 256;
 /// Largest pool of idle work connections a client.
 const POOL: usize = 5;
 /// What may wait beyond the pool: bursts ask twice.
@@ -66,7 +71,8 @@ pub struct ServerConfig {
     pub tcp_mux: bool,
     /// Whether a tcp proxy may open a port on this address.
     pub tcp_bind: Option<std::net::IpAddr>,
-    /// A client that is silent for this long is gone.
+    /// A client that pings and is then silent for this long is gone. Without the multiplexer every one pings; with it frpc has
+    /// left that to the multiplexer's own pings since 0.58.
     pub heartbeat: Duration,
     /// Nobody is asked without it: the token is enough.
     pub admit: Option<Arc<dyn Admit>>,
@@ -80,7 +86,14 @@ pub struct Server {
 
 struct Shared {
     config: ServerConfig,
+    door: Door,
     registry: Mutex<Registry>,
+}
+
+/// What a stream holds until it has said what it is, and a connection until its first stream has.
+struct Stranger {
+    opening: Option<OwnedSemaphorePermit>,
+    pass: Option<Pass>,
 }
 
 #[derive(Default)]
@@ -98,6 +111,7 @@ struct Control {
     most: usize,
     /// Another login took the run id, or the connection ended.
     over: CancellationToken,
+    /// Its task has ended, too, and with it the ports that it held.
     gone: CancellationToken,
 }
 
@@ -128,27 +142,32 @@ struct Leave<'a> {
 
 impl Drop for Leave<'_> {
     fn drop(&mut self) {
-        let mut registry = lock(&self.server.shared.registry);
-        registry.proxies.retain(|_, open| {
-            let ours = Arc::ptr_eq(&open.control, &self.control);
-            if ours {
+        lock(&self.server.shared.registry).release(&self.control);
+        self.control.gone.cancel();
+    }
+}
+
+impl Registry {
+    /// Closes what a session opened and ends it.
+    fn release(&mut self, control: &Arc<Control>) {
+        self.proxies.retain(|_, open| {
+            let theirs = Arc::ptr_eq(&open.control, control);
+            if theirs {
                 open.closed.cancel();
             }
-            !ours
+            !theirs
         });
-        if registry.sessions.get(&self.control.run_id).is_some_and(|c| Arc::ptr_eq(c, &self.control)) {
-            registry.sessions.remove(&self.control.run_id);
+        if self.sessions.get(&control.run_id).is_some_and(|c| Arc::ptr_eq(c, control)) {
+            self.sessions.remove(&control.run_id);
         }
-        drop(registry);
-        *lock(&self.control.pool) = Pool::default();
-        self.control.over.cancel();
-        self.control.gone.cancel();
+        *lock(&control.pool) = Pool::default();
+        control.over.cancel();
     }
 }
 
 impl Server {
     pub fn new(config: ServerConfig) -> Server {
-        Server { shared: Arc::new(Shared { config, registry: Mutex::default() }) }
+        Server { shared: Arc::new(Shared { config, door: Door::default(), registry: Mutex::default() }) }
     }
 
     /// Serves connections until `stop`.
@@ -159,12 +178,12 @@ impl Server {
                 () = stop.cancelled() => return,
                 Some(_) = open.join_next() => {}
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => {
+                    Ok((stream, peer)) => {
                         let (server, stop) = (self.clone(), stop.clone());
                         open.spawn(async move {
                             tokio::select! {
                                 () = stop.cancelled() => {}
-                                result = server.connection(stream) => {
+                                result = server.connection(stream, peer) => {
                                     if let Err(error) = result {
                                         tracing::debug!(%error, "connection");
                                     }
@@ -196,61 +215,98 @@ impl Server {
         names
     }
 
+    async fn connection(&self, stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
+        let Some(pass) = self.shared.door.enter(peer.ip()).await else { return Err(io::Error::other("too many of this address wait")) };
+        let io = timeout(FIRST, self.secured(stream)).await??;
+        if !self.shared.config.tcp_mux {
+            return self.first_message(io, Stranger { opening: None, pass: Some(pass) }).await.map(drop);
+        }
+        let (mux, driver) = Mux::new(io, Side::Server, Limits::default());
+        let mut driving = JoinSet::new();
+        driving.spawn(driver.run());
+        let opening = Arc::new(Semaphore::new(OPENING));
+        let next = async || {
+            let permit = opening.clone().acquire_owned().await.ok()?;
+            Some((permit, mux.accept().await?))
+        };
+        let mut pass = Some(pass);
+        let mut streams = JoinSet::new();
+        loop {
+            let idle = if pass.is_some() { FIRST } else { IDLE };
+            tokio::select! {
+                () = tokio::time::sleep(idle), if streams.is_empty() => return Err(io::Error::other("nothing came of the connection")),
+                // the end of a control channel is the end of its client
+                Some(ended) = streams.join_next() => if matches!(ended, Ok(true)) {
+                    mux.close();
+                    let _ = timeout(Duration::from_secs(1), mux.ended()).await;
+                    return Ok(());
+                },
+                accepted = next() => {
+                    let Some((permit, stream)) = accepted else { return Ok(()) };
+                    let (server, stranger) = (self.clone(), Stranger { opening: Some(permit), pass: pass.take() });
+                    streams.spawn(async move {
+                        server.first_message(Box::new(stream), stranger).await.unwrap_or_else(|error| {
+                            tracing::debug!(%error, "stream");
+                            false
+                        })
+                    });
+                }
+            }
+        }
+    }
+
     /// First bytes decide: 0x17 and TLS, TLS, or neither (fatedier/frp `pkg/util/net/tls.go`).
-    async fn connection(&self, stream: TcpStream) -> io::Result<()> {
+    async fn secured(&self, mut stream: TcpStream) -> io::Result<Io> {
         tune(&stream);
         let mut first = [0];
-        timeout(FIRST, stream.peek(&mut first)).await??;
-        let io: Io = match (&self.shared.config.tls, first[0]) {
+        stream.peek(&mut first).await?;
+        match (&self.shared.config.tls, first[0]) {
             (Some(tls), 0x16 | 0x17) => {
-                let mut stream = stream;
                 if first[0] == 0x17 {
                     stream.read_exact(&mut first).await?;
                 }
-                Box::new(timeout(FIRST, TlsAcceptor::from(tls.clone()).accept(stream)).await??)
+                Ok(Box::new(TlsAcceptor::from(tls.clone()).accept(stream).await?))
             }
-            (None, _) => Box::new(stream),
-            (Some(_), _) => return Err(io::Error::other("no TLS")),
-        };
-        if !self.shared.config.tcp_mux {
-            return self.first_message(io).await;
+            (None, _) => Ok(Box::new(stream)),
+            (Some(_), _) => Err(io::Error::other("no TLS")),
         }
-        let (mux, driver) = Mux::new(io, Side::Server, Limits::default());
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move {
-            driver.run().await;
-        });
-        while let Some(stream) = mux.accept().await {
-            while tasks.try_join_next().is_some() {}
-            let server = self.clone();
-            tasks.spawn(async move {
-                if let Err(error) = server.first_message(Box::new(stream)).await {
-                    tracing::debug!(%error, "stream");
+    }
+
+    /// Serves a stream to its end; gives whether it was a client's control channel.
+    async fn first_message(&self, mut io: Io, stranger: Stranger) -> io::Result<bool> {
+        let first = timeout(FIRST, wire::read(&mut io)).await??;
+        let Stranger { opening, pass } = stranger;
+        drop(opening);
+        match first {
+            Message::Login(login) => {
+                if let Err(error) = self.login(io, login, pass).await {
+                    tracing::debug!(%error, "control channel");
                 }
-            });
+                return Ok(true);
+            }
+            Message::NewWorkConn(hello) => {
+                drop(pass);
+                self.work(io, &hello).await?;
+            }
+            Message::NewVisitorConn(hello) => {
+                drop(pass);
+                self.visitor(io, hello).await?;
+            }
+            other => return Err(io::Error::other(format!("a connection began with `{}`", char::from(other.kind())))),
         }
-        Ok(())
+        Ok(false)
     }
 
-    async fn first_message(&self, mut io: Io) -> io::Result<()> {
-        match timeout(FIRST, wire::read(&mut io)).await?? {
-            Message::Login(login) => self.login(io, login).await,
-            Message::NewWorkConn(hello) => self.work(io, &hello).await,
-            Message::NewVisitorConn(hello) => self.visitor(io, hello).await,
-            other => Err(io::Error::other(format!("a connection began with `{}`", char::from(other.kind())))),
-        }
-    }
-
-    async fn login(&self, mut io: Io, login: wire::Login) -> io::Result<()> {
+    async fn login(&self, mut io: Io, login: wire::Login, stranger: Option<Pass>) -> io::Result<()> {
         let config = &self.shared.config;
         if !same(&login.privilege_key, &wire::privilege_key(&config.token, login.timestamp)) {
             let error = "token in login doesn't match token from configuration".into();
-            return wire::write(&mut io, LoginResp { version: version(), error, ..LoginResp::default() }).await;
+            return wire::write(&mut io, LoginResp { version: wire::VERSION.into(), error, ..LoginResp::default() }).await;
         }
         let admitted = self.shared.config.admit.as_ref().map(|a| a.login(&login)).transpose();
         let (owner, revoked) = match admitted {
             Ok(admitted) => admitted.unwrap_or_default(),
-            Err(error) => return wire::write(&mut io, LoginResp { version: version(), error, ..LoginResp::default() }).await,
+            Err(error) => return wire::write(&mut io, LoginResp { version: wire::VERSION.into(), error, ..LoginResp::default() }).await,
         };
         let run_id = if login.run_id.is_empty() { wire::fresh_run_id() } else { login.run_id };
         let pool = usize::try_from(login.pool_count).unwrap_or(0).min(POOL);
@@ -268,15 +324,15 @@ impl Server {
         let taken = self.take_over(&run_id, &control);
         let Ok(former) = taken else {
             let error = "the run id is another client's".into();
-            return wire::write(&mut io, LoginResp { version: version(), error, ..LoginResp::default() }).await;
+            return wire::write(&mut io, LoginResp { version: wire::VERSION.into(), error, ..LoginResp::default() }).await;
         };
         let _leave = Leave { server: self, control: control.clone() };
+        drop(stranger);
         if let Some(former) = former {
-            // its names are free before the new session asks for them; a session that hangs does not hold the login
-            former.over.cancel();
-            let _ = timeout(Duration::from_secs(5), former.gone.cancelled()).await;
+            // its names are free by now; a task that hangs in a dead connection does not hold the login
+            let _ = timeout(Duration::from_secs(1), former.gone.cancelled()).await;
         }
-        wire::write(&mut io, LoginResp { version: version(), run_id, error: String::new() }).await?;
+        wire::write(&mut io, LoginResp { version: wire::VERSION.into(), run_id, error: String::new() }).await?;
         let (mut reader, mut writer) = tokio::io::split(encrypted(io, &Key::of(&config.token)));
         for _ in 0..pool {
             wire::write(&mut writer, ReqWorkConn {}).await?;
@@ -290,14 +346,17 @@ impl Server {
             }
         });
         let mut listeners = JoinSet::new();
+        let mut pings = !config.tcp_mux;
         loop {
+            let patience = if pings { config.heartbeat } else { Duration::MAX };
             let message = tokio::select! {
                 () = control.over.cancelled() => return Ok(()),
                 () = revoked.cancelled() => return Ok(()),
-                message = timeout(config.heartbeat, wire::read(&mut reader)) => message??,
+                message = timeout(patience, wire::read(&mut reader)) => message??,
             };
+            pings |= matches!(message, Message::Ping(_));
             let answer: Option<Message> = match message {
-                Message::Ping(ping) if same(&ping.privilege_key, &wire::privilege_key(&config.token, ping.timestamp)) => Some(Pong::default().into()),
+                Message::Ping(ping) if self.proven(&ping.privilege_key, ping.timestamp) => Some(Pong::default().into()),
                 Message::Ping(_) => Some(Pong { error: "token in heartbeat doesn't match token from configuration".into() }.into()),
                 Message::NewProxy(asked) => {
                     let name = asked.proxy_name.clone();
@@ -324,13 +383,24 @@ impl Server {
         }
     }
 
+    /// Whether a message after the login may be believed. frpc proves the token again only where its `additionalScopes` say so: a
+    /// ping stands on the session, a work connection on the run id.
+    fn proven(&self, privilege_key: &str, timestamp: i64) -> bool {
+        privilege_key.is_empty() || same(privilege_key, &wire::privilege_key(&self.shared.config.token, timestamp))
+    }
+
     /// The session that `control` takes the place of; an error when that is somebody else's.
     fn take_over(&self, run_id: &str, control: &Arc<Control>) -> Result<Option<Arc<Control>>, ()> {
         let mut registry = lock(&self.shared.registry);
-        if registry.sessions.get(run_id).is_some_and(|c| c.owner != control.owner) {
+        let former = registry.sessions.get(run_id).cloned();
+        if former.as_ref().is_some_and(|c| c.owner != control.owner) {
             return Err(());
         }
-        Ok(registry.sessions.insert(run_id.into(), control.clone()))
+        if let Some(former) = &former {
+            registry.release(former);
+        }
+        registry.sessions.insert(run_id.into(), control.clone());
+        Ok(former)
     }
 
     async fn open(&self, control: &Arc<Control>, asked: NewProxy, listeners: &mut JoinSet<()>) -> Result<String, String> {
@@ -387,7 +457,7 @@ impl Server {
         let control = lock(&self.shared.registry).sessions.get(&hello.run_id).cloned();
         let refuse = |error: &str| StartWorkConn { error: error.into(), ..StartWorkConn::default() };
         let Some(control) = control else { return wire::write(&mut io, refuse("no client control found for run id")).await };
-        if !same(&hello.privilege_key, &wire::privilege_key(&self.shared.config.token, hello.timestamp)) {
+        if !self.proven(&hello.privilege_key, hello.timestamp) {
             return wire::write(&mut io, refuse("token in NewWorkConn doesn't match token from configuration")).await;
         }
         let surplus = {
@@ -456,6 +526,8 @@ impl Server {
                 return Ok(io);
             }
             let (user, waiting) = oneshot::channel();
+            // a client that gives none does not gather those who have left
+            pool.users.retain(|u| !u.is_closed());
             pool.users.push_back(user);
             waiting
         };
@@ -488,10 +560,6 @@ impl Server {
         }
         Ok(())
     }
-}
-
-fn version() -> String {
-    env!("CARGO_PKG_VERSION").into()
 }
 
 /// Copies both ways; when either direction ends, both do: frp does not half-close.

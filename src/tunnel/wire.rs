@@ -15,6 +15,9 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use crate::secret::Secret;
 
+/// What both halves say they are. Servers of many years turn away a login whose version is below 0.18.0 (fatedier/frp
+/// `utils/version/version.go`, in 0.31 as in 0.5x), so it has to be one of frp's: that whose protocol this is, with ours behind it.
+pub const VERSION: &str = concat!("0.70.1+pipeops.", env!("CARGO_PKG_VERSION"));
 /// Longest body of a message, both ways; a longer one ends the peer's read loop.
 pub const MAX_BODY: usize = 10240;
 /// Type byte and length.

@@ -83,7 +83,7 @@ pub(crate) async fn echo(mut io: Io) {
 }
 
 impl Frpc {
-    fn start(config: TunnelConfig, run_id: &str) -> Frpc {
+    pub(crate) fn start(config: TunnelConfig, run_id: &str) -> Frpc {
         let (frpc, mut work) = Frpc::with_work(config, run_id);
         tokio::spawn(async move {
             while let Some(work) = work.recv().await {
@@ -105,7 +105,6 @@ impl Frpc {
         let (work, works) = mpsc::channel(8);
         let stop = CancellationToken::new();
         let client = Client {
-            version: "0.0.0".into(),
             hostname: "vm".into(),
             allow_insecure,
             settings: receiver,
@@ -142,7 +141,7 @@ impl Drop for Frpc {
     }
 }
 
-fn settings(address: SocketAddr, tcp_mux: bool, pin: &str) -> TunnelConfig {
+pub(crate) fn settings(address: SocketAddr, tcp_mux: bool, pin: &str) -> TunnelConfig {
     let proxy = |name: &str, kind| Proxy { name: name.into(), kind, secret_key: Secret::new("sk"), ..Proxy::default() };
     TunnelConfig {
         server: address.ip().to_string(),
@@ -293,6 +292,11 @@ async fn wrong_credentials_and_trust_are_states_with_a_reason() {
     assert!(reason.contains("is no pin"), "{reason}");
 
     let mut config = good.clone();
+    config.tls.enable = false;
+    let reason = Frpc::start(config, "").until(State::Refused).await;
+    assert!(reason.contains("without TLS"), "{reason}");
+
+    let mut config = good.clone();
     config.server = "no-such-name.invalid".into();
     let reason = Frpc::start(config, "").until(State::Waiting).await;
     assert!(reason.starts_with("dns"), "{reason}");
@@ -389,6 +393,40 @@ async fn a_link_that_dies_silently_is_noticed_and_healed() {
         println!("back {:?} after it healed", begun.elapsed());
     };
     tokio::join!(both(true, true), both(true, false), both(false, true));
+}
+
+/// Hangs up on whoever begins with `unwanted`, passes the others on.
+async fn choosy(unwanted: &'static [u8], to: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut user, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut first = [0];
+                if user.peek(&mut first).await.is_ok() && !unwanted.contains(&first[0]) {
+                    let mut server = TcpStream::connect(to).await.unwrap();
+                    let _ = tokio::io::copy_bidirectional(&mut user, &mut server).await;
+                }
+            });
+        }
+    });
+    address
+}
+
+/// frps before 0.36 knows TLS by the byte 0x17 before it, and takes anything else for something else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_wants_the_byte_before_tls_gets_it() {
+    let (tls, pin) = identity();
+    for tcp_mux in [true, false] {
+        let frps = Frps::start(&tls, tcp_mux, 0).await;
+        let mut frpc = Frpc::start(settings(choosy(&[0x16], frps.address).await, tcp_mux, &pin), "");
+        frpc.until(State::Up).await;
+        round_trip(&mut frps.server.dial("s").await.unwrap(), 100_000).await;
+        // who hangs up either way is told as he is
+        let mut frpc = Frpc::start(settings(choosy(&[0x16, 0x17], frps.address).await, tcp_mux, &pin), "");
+        let reason = frpc.until(State::Waiting).await;
+        assert!(reason.starts_with("tls: "), "{reason}");
+    }
 }
 
 fn recording(name: &str) -> Vec<(u64, bool, Option<Vec<u8>>)> {

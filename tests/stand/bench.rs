@@ -455,7 +455,6 @@ impl Reconnecting {
         tokio::spawn(async move { while kept.recv().await.is_some() {} });
         tokio::spawn(async move { while works.recv().await.is_some() {} });
         let client = Client {
-            version: "0".into(),
             hostname: "here".into(),
             allow_insecure: false,
             settings: receiver,
