@@ -194,6 +194,8 @@ pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
         Some(("tls_clock", "set this machine's clock"))
     } else if has(&["not valid for name", "NotValidForName"]) {
         Some(("tls_name", "use a name that stands in the server's certificate"))
+    } else if has(&["BadSignature"]) {
+        Some(("tls_key", "give the server a key of today: RSA below 2048 bits, as frps makes it for itself, is not believed"))
     } else if has(&["UnknownIssuer", "CaUsedAsEndEntity", "invalid peer certificate"]) {
         Some(("tls_untrusted", "give the CA that signed the server's certificate, or its pin"))
     } else if has(&["corrupt message", "InvalidContentType", "not TLS"]) {

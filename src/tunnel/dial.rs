@@ -96,7 +96,9 @@ impl Target {
         let byte = self.custom_first_byte.load(Relaxed);
         match self.handshake(tls, name, tcp, byte).await {
             Err(first) if first.wants_byte && !byte => {
-                let again = self.handshake(tls, name, self.tcp().await?, true).await.map_err(|_| first.no)?;
+                // what tells more: a reason that is not the same hanging up
+                let again = self.handshake(tls, name, self.tcp().await?, true).await;
+                let again = again.map_err(|second| if second.wants_byte { first.no } else { second.no })?;
                 self.custom_first_byte.store(true, Relaxed);
                 Ok(again)
             }

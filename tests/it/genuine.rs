@@ -293,6 +293,15 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
             round_trip(&mut visit(&carrier, "", "s", &Secret::new("sk")).await.unwrap(), 1_000_000).await;
             assert!(visit(&carrier, "", "s", &Secret::new("wrong")).await.is_err());
         }
+        // a key that nobody can believe is named, also where the byte had to be found out first
+        if let Release::StandIn { habits: "2020" | "0.5x", .. } = release
+            && tls == Tls::Unknown
+        {
+            let mut believing = config.clone();
+            believing.tls.ca_pem = Some(pem.to_owned());
+            let reason = Frpc::insecure(believing, "", false).0.until(State::Waiting).await;
+            assert!(reason.starts_with("tls_"), "{reason}");
+        }
         // pings are answered for longer than it takes to call it dead
         tokio::time::sleep(Duration::from_secs(if use_encryption { 0 } else { 14 })).await;
         assert_eq!(frpc.until(State::Up).await, "");
