@@ -26,8 +26,8 @@ use crate::control::client::{self, ControlPlane, Told, check_url};
 use crate::control::identity::{self, Found, Identity, Kept};
 use crate::control::types::{AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads};
 use crate::error::Failure;
-use crate::host::Host;
 use crate::host::state::StateDir;
+use crate::host::{self, Host};
 use crate::k3s::{AGENT_CONFIG, AGENT_SOCKET, CREDENTIAL};
 use crate::secret::Secret;
 use crate::status::{Agent, Kubernetes};
@@ -193,6 +193,7 @@ pub async fn run(
     state: &str,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
+    host::all_descriptors();
     let state = host.state_dir(state)?;
     let started = Instant::now();
     let socket = host.at(config.socket.as_deref().unwrap_or(AGENT_SOCKET));

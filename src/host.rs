@@ -58,6 +58,15 @@ pub struct Owner<'a> {
     pub group: Option<&'a str>,
 }
 
+/// As many descriptors as the system allows: shells and units hand out 1,024 of many more, and every connection is one.
+pub fn all_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // what is refused leaves things as they are
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
 impl Host {
     /// `root` is `/` in production; `path` is where programs are looked for.
     pub fn new(root: impl Into<PathBuf>, path: Option<OsString>) -> Host {

@@ -29,9 +29,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::types::{Config, RunnerAuth};
 use crate::error::{Exit, Failure};
-use crate::host::Host;
 use crate::host::state::StateDir;
+use crate::host::{self, Host};
 use crate::secret::{Secret, same};
+use crate::tunnel::door::household;
 use crate::tunnel::server::{Admit, Server, ServerConfig, Visitor, signed};
 use crate::tunnel::wire::{Login, NewProxy};
 use crate::tunnel::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
@@ -217,6 +218,7 @@ async fn database(host: &Host, data_dir: &str, state: &StateDir, url: Option<Sec
 /// # Errors
 /// Port taken, database unusable, data directory or keys unreadable.
 pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready: impl FnOnce(SocketAddr, Option<SocketAddr>)) -> anyhow::Result<()> {
+    host::all_descriptors();
     let state = usable(host.state_dir(&config.data_dir))?;
     // a second one on the same data would undo what the first one writes
     let _only = usable(state.lock())?;
@@ -313,6 +315,9 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
                 }
                 if let Err(error) = registry.tidy_jobs(now()).await {
                     tracing::warn!(error = format!("{error:#}"), "the end of what has waited too long is not written");
+                }
+                if let Err(error) = hub.inner.keys.turn(&hub.inner.state, now()) {
+                    tracing::warn!(error = format!("{error:#}"), "the signing keys are not turned");
                 }
                 let renewed = certificate.renew(&hub.inner.keys, host, now());
                 *lock(&hub.inner.foreign) = certificate.foreign();
@@ -437,6 +442,7 @@ impl Hub {
     /// # Errors
     /// 429 for an unknown token from an address that has shown many wrong ones.
     fn guard(&self, address: IpAddr, hash: &str, now: i64) -> Result<(), Refused> {
+        let address = household(address);
         let mut failures = self.failures();
         if failures.minute != now / 60 {
             failures.minute = now / 60;
@@ -449,6 +455,7 @@ impl Hub {
     }
 
     fn failed(&self, address: IpAddr, now: i64) {
+        let address = household(address);
         let mut failures = self.failures();
         if failures.by.len() < REMEMBERED || failures.by.contains_key(&address) {
             *failures.by.entry(address).or_default() += 1;

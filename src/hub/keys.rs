@@ -1,6 +1,6 @@
 //! The keys of a control plane: its CA and certificate, the keys that sign Runners' tokens, the key under which tokens are hashed.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use anyhow::Context as _;
 use base64::Engine as _;
@@ -28,6 +28,9 @@ use crate::trust::Pin;
 const CA_DAYS: i64 = 3650;
 const LEAF_DAYS: i64 = 90;
 const DAY: i64 = 86_400;
+/// A key signs Runners' tokens for this long; the one before it is still believed for a while, since tokens live 300 s.
+const SIGNING: i64 = 30 * DAY;
+const FORMER: i64 = 900;
 
 /// `keys.json` in the data directory, 0600.
 #[derive(Serialize, Deserialize)]
@@ -35,9 +38,12 @@ struct Stored {
     #[serde(serialize_with = "Secret::reveal")]
     ca_key: Secret,
     ca_certificate: String,
-    /// PKCS #8 of the Ed25519 keys, base64: the one that signs and the one that comes next.
+    /// PKCS #8 of the Ed25519 keys, base64: the one that signs, the one that comes next, and for a while the one before.
     #[serde(serialize_with = "reveal_all")]
     signing: Vec<Secret>,
+    /// Since when the first of them signs.
+    #[serde(default)]
+    signing_since: i64,
     #[serde(serialize_with = "Secret::reveal")]
     hash: Secret,
     /// What FRP clients show before anything else; each agent shows a proof of its own as well.
@@ -67,8 +73,28 @@ pub struct Keys {
     pub ca_pin: String,
     pub tunnel_token: Secret,
     ca: Issuer<'static, KeyPair>,
-    signing: Vec<(String, Ed25519KeyPair)>,
+    signing: RwLock<Signing>,
     hash: hmac::Key,
+}
+
+/// The keys for Runners' tokens, by id.
+struct Signing {
+    keys: Vec<(String, Ed25519KeyPair)>,
+    since: i64,
+}
+
+impl Signing {
+    fn of(stored: &Stored) -> anyhow::Result<Signing> {
+        let keys = stored.signing.iter().map(|secret| {
+            let pkcs8 = URL_SAFE_NO_PAD.decode(secret.expose()).context("a signing key")?;
+            let key = Ed25519KeyPair::from_pkcs8(&pkcs8).map_err(|e| anyhow::anyhow!("a signing key: {e}"))?;
+            let digest = ring::digest::digest(&ring::digest::SHA256, key.public_key().as_ref());
+            Ok((URL_SAFE_NO_PAD.encode(&digest.as_ref()[..9]), key))
+        });
+        let keys = keys.collect::<anyhow::Result<Vec<_>>>()?;
+        anyhow::ensure!(keys.len() >= 2, "there are two signing keys, and here are {}", keys.len());
+        Ok(Signing { keys, since: stored.signing_since })
+    }
 }
 
 impl Keys {
@@ -91,18 +117,12 @@ impl Keys {
         };
         let pin = pin_of(&stored.ca_certificate).context("the CA's certificate")?.to_string();
         let key = KeyPair::from_pem(stored.ca_key.expose()).context("the CA's key")?;
-        let signing = stored.signing.iter().map(|secret| {
-            let pkcs8 = URL_SAFE_NO_PAD.decode(secret.expose()).context("a signing key")?;
-            let key = Ed25519KeyPair::from_pkcs8(&pkcs8).map_err(|e| anyhow::anyhow!("a signing key: {e}"))?;
-            let digest = ring::digest::digest(&ring::digest::SHA256, key.public_key().as_ref());
-            Ok((URL_SAFE_NO_PAD.encode(&digest.as_ref()[..9]), key))
-        });
         Ok(Keys {
             ca: Issuer::new(ca_params()?, key),
+            signing: RwLock::new(Signing::of(&stored)?),
             ca_certificate: stored.ca_certificate,
             ca_pin: pin,
             tunnel_token: stored.tunnel,
-            signing: signing.collect::<anyhow::Result<_>>()?,
             hash: hmac::Key::new(hmac::HMAC_SHA256, stored.hash.expose().as_bytes()),
         })
     }
@@ -173,9 +193,14 @@ impl Keys {
         Ok(aead::LessSafeKey::new(key))
     }
 
-    /// Public halves: the current and the next.
+    fn signing(&self) -> RwLockReadGuard<'_, Signing> {
+        self.signing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Public halves: of the key that signs, of the next, which agents so know before it does, and for a while of the one before.
     pub fn jwks(&self) -> Jwks {
-        let keys = self.signing.iter().map(|(kid, key)| Jwk {
+        let signing = self.signing();
+        let keys = signing.keys.iter().map(|(kid, key)| Jwk {
             kid: kid.clone(),
             kty: "OKP".into(),
             crv: "Ed25519".into(),
@@ -186,11 +211,45 @@ impl Keys {
 
     /// A JWT over `claims`, with the current key.
     pub fn sign(&self, claims: &Value) -> Secret {
-        let Some((kid, key)) = self.signing.first() else { return Secret::default() };
+        let signing = self.signing();
+        let Some((kid, key)) = signing.keys.first() else { return Secret::default() };
         let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
         let signed = format!("{}.{}", part(&json!({"alg": "EdDSA", "typ": "JWT", "kid": kid})), part(claims));
         let signature = URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes()));
         Secret::new(format!("{signed}.{signature}"))
+    }
+
+    /// Lets the next key sign when the current one has done so for 30 days, and forgets the one before when no token of it lives.
+    ///
+    /// # Errors
+    /// When the keys cannot be written; then everything stays as it was.
+    pub fn turn(&self, state: &StateDir, now: i64) -> anyhow::Result<()> {
+        let (since, count) = {
+            let signing = self.signing();
+            (signing.since, signing.keys.len())
+        };
+        // a clock that was wrong, or keys of a time before they were turned
+        let unknown = since == 0 || since > now + DAY;
+        let (due, forget) = (!unknown && now - since >= SIGNING, count > 2 && now - since >= FORMER);
+        if !(unknown || due || forget) {
+            return Ok(());
+        }
+        let mut stored: Stored = serde_json::from_str(&state.read(FILE)?.unwrap_or_default()).context(FILE)?;
+        stored.signing.truncate(2);
+        if due {
+            let former = stored.signing.remove(0);
+            stored.signing.extend([signing_key()?, former]);
+        }
+        if unknown || due {
+            stored.signing_since = now;
+        }
+        let turned = Signing::of(&stored)?;
+        state.write(FILE, &serde_json::to_string(&stored)?)?;
+        *self.signing.write().unwrap_or_else(PoisonError::into_inner) = turned;
+        if due {
+            tracing::info!("the next key signs Runners' tokens from now on");
+        }
+        Ok(())
     }
 
     /// A certificate for `names`, valid from an hour before `now`: clocks differ.
@@ -232,19 +291,21 @@ fn ca_params() -> anyhow::Result<CertificateParams> {
     Ok(params)
 }
 
+fn signing_key() -> anyhow::Result<Secret> {
+    let pkcs8 = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).map_err(|_| anyhow::anyhow!("making a key"))?;
+    Ok(Secret::new(URL_SAFE_NO_PAD.encode(pkcs8)))
+}
+
 fn make(now: i64) -> anyhow::Result<Stored> {
     let mut params = ca_params()?;
     (params.not_before, params.not_after) = (date(now - DAY)?, date(now + CA_DAYS * DAY)?);
     let key = KeyPair::generate()?;
     let certificate = params.self_signed(&key)?;
-    let signing = || -> anyhow::Result<Secret> {
-        let pkcs8 = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).map_err(|_| anyhow::anyhow!("making a key"))?;
-        Ok(Secret::new(URL_SAFE_NO_PAD.encode(pkcs8)))
-    };
     Ok(Stored {
         ca_key: Secret::new(key.serialize_pem()),
         ca_certificate: certificate.pem(),
-        signing: vec![signing()?, signing()?],
+        signing: vec![signing_key()?, signing_key()?],
+        signing_since: now,
         hash: Secret::new(fresh()?),
         tunnel: Secret::new(fresh()?),
     })

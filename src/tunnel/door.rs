@@ -52,7 +52,7 @@ impl Drop for Place {
 }
 
 /// Whom an address stands for: with IPv6 a network of its own.
-fn household(from: IpAddr) -> IpAddr {
+pub fn household(from: IpAddr) -> IpAddr {
     match from.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
         v4 @ IpAddr::V4(_) => v4,

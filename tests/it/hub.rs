@@ -1,7 +1,7 @@
 //! The control plane as a program: agents come, Runners go through it, nobody gets what is not his.
 
 use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,12 @@ fn spawn(sandbox: &Sandbox, ports: (u16, u16), options: &[String], log: &Arc<Mut
     let (https, tunnel) = (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
     let mut args = vec!["control-plane", "--listen", &https, "--tunnel-listen", &tunnel, "--public-name", "127.0.0.1"];
     args.extend(options.iter().map(String::as_str));
-    let mut child = sandbox.command(&args).env("LOG_LEVEL", "debug").stderr(Stdio::piped()).spawn().unwrap();
+    // few descriptors, as a shell may hand them out: it is up to the program to ask for more
+    let plain = sandbox.command(&args);
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "ulimit -S -n 200; exec \"$0\" \"$@\""]).arg(plain.get_program()).args(plain.get_args());
+    command.env_clear().envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut child = command.env("LOG_LEVEL", "debug").stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap());
     loop {
         let mut line = String::new();
@@ -219,6 +224,44 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     for secret in [token, own, &hub.admin] {
         assert!(!database.contains(secret) && !database.contains(&secret[4..]));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_month_the_next_key_signs_and_nobody_notices() {
+    let mut hub = Hub::start();
+    let (_kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let before = Hub::stored(&hub.sandbox);
+    let since = |hub: &Hub, value: Option<i64>| {
+        let mut stored = Hub::stored(&hub.sandbox);
+        stored.as_object_mut().unwrap().remove("signing_since");
+        if let Some(value) = value {
+            stored["signing_since"] = json!(value);
+        }
+        std::fs::write(hub.sandbox.root().join(DATA).join("keys.json"), stored.to_string()).unwrap();
+    };
+    let turned = async |hub: &Hub, done: &dyn Fn(&Value) -> bool| {
+        let begun = Instant::now();
+        // through the gateway, with a token that the key of this moment has signed
+        while !done(&Hub::stored(&hub.sandbox)) || hub.version(&cluster).await != 200 {
+            assert!(begun.elapsed() < Duration::from_secs(40), "{}", hub.log.lock().unwrap());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Hub::stored(&hub.sandbox)["signing"].clone()
+    };
+    since(&hub, Some(1_700_000_000));
+    hub.killed_and_back();
+    let month = turned(&hub, &|s| s["signing_since"].as_i64() > Some(1_700_000_000)).await;
+    assert_eq!((&month[0], &month[2], month.as_array().unwrap().len()), (&before["signing"][1], &before["signing"][0], 3));
+    // the one before is forgotten when no token of it lives
+    since(&hub, Some(jiff::Timestamp::now().as_second() - 1000));
+    hub.killed_and_back();
+    let later = turned(&hub, &|s| s["signing"].as_array().unwrap().len() == 2).await;
+    assert_eq!((&later[0], &later[1]), (&month[0], &month[1]));
+    // keys from before there was a date begin their month now
+    since(&hub, None);
+    hub.killed_and_back();
+    assert_eq!(turned(&hub, &|s| s["signing_since"].as_i64() > Some(1_700_000_000)).await, later);
 }
 
 #[tokio::test(flavor = "multi_thread")]
