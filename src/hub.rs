@@ -316,6 +316,9 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
                 if let Err(error) = registry.tidy_jobs(now()).await {
                     tracing::warn!(error = format!("{error:#}"), "the end of what has waited too long is not written");
                 }
+                if let Err(error) = registry.tidy_accesses(now()).await {
+                    tracing::warn!(error = format!("{error:#}"), "kubeconfigs whose time is over are not forgotten");
+                }
                 if let Err(error) = hub.inner.keys.turn(&hub.inner.state, now()) {
                     tracing::warn!(error = format!("{error:#}"), "the signing keys are not turned");
                 }

@@ -338,6 +338,7 @@ impl Hub {
                     created_at: now,
                     expires_at,
                     revoked: false,
+                    maker: None,
                 };
                 let (row, token) = registry.add_access(self.keys(), row).await?;
                 let mut shown = without_hash(json!(row));
@@ -384,8 +385,10 @@ impl Hub {
                     clusters: Some(vec![cluster.id.clone()]),
                     namespaces,
                     created_at: now,
-                    expires_at: Some(now + ttl),
+                    // not longer than whoever makes it may do anything himself
+                    expires_at: Some(if let Who::Access(own) = who { own.expires_at.map_or(now + ttl, |at| at.min(now + ttl)) } else { now + ttl }),
                     revoked: false,
+                    maker: Some(who.subject()),
                 };
                 let (_, token) = registry.add_access(self.keys(), row).await?;
                 Ok(plain(201, "application/yaml", self.kubeconfig(&cluster, &token)))
@@ -451,6 +454,7 @@ mod tests {
                 created_at: 0,
                 expires_at: None,
                 revoked: false,
+                maker: None,
             }))
         };
         let wanted = |role: Option<&str>, namespaces: Option<&[&str]>| Wanted {

@@ -13,7 +13,6 @@ use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio_rustls::client::TlsStream;
-use tokio_util::sync::CancellationToken;
 use tower::{BoxError, Service};
 
 use crate::api::hygiene;
@@ -195,11 +194,7 @@ impl Hub {
         }
         let theirs = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
-        let revoked = match who {
-            Who::Access(access) => self.registry().until_revoked(&access.id),
-            _ => CancellationToken::new(),
-        };
-        let over = [route.over.clone(), revoked];
+        let over = [route.over.clone(), self.registry().until_revoked(who)];
         let body: Body = if upgrade.is_some() {
             Empty::new().map_err(|never| match never {}).boxed_unsync()
         } else {

@@ -74,6 +74,9 @@ pub struct Access {
     pub created_at: i64,
     pub expires_at: Option<i64>,
     pub revoked: bool,
+    /// Subject of whoever made it, for a kubeconfig: it ends with him.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maker: Option<String>,
 }
 
 impl Access {

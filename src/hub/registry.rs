@@ -92,7 +92,7 @@ struct Inner {
     enrolments: BTreeMap<String, Enrolment>,
     agents: BTreeMap<String, Entry>,
     accesses: BTreeMap<String, (Access, CancellationToken)>,
-    admins: BTreeMap<String, Admin>,
+    admins: BTreeMap<String, (Admin, CancellationToken)>,
     jobs: operations::Jobs,
     handing: operations::Handing,
     /// Hash of a token → kind and id of its row.
@@ -296,7 +296,7 @@ impl Registry {
                 let row = inner.accesses.get(id).map(|a| &a.0).filter(|a| !a.revoked && same(&a.hash, hash)).ok_or_else(unknown)?;
                 if row.expires_at.is_some_and(|at| at <= now) { Err(expired()) } else { Ok(Who::Access(Box::new(row.clone()))) }
             }
-            Kind::Admin => Ok(Who::Admin(inner.admins.get(id).filter(|a| same(&a.hash, hash)).ok_or_else(unknown)?.name.clone())),
+            Kind::Admin => Ok(Who::Admin(inner.admins.get(id).map(|a| &a.0).filter(|a| same(&a.hash, hash)).ok_or_else(unknown)?.name.clone())),
             Kind::Project | Kind::Operation => Err(unknown()),
         }
     }
@@ -532,7 +532,7 @@ impl Inner {
 
     fn know_admin(&mut self, row: Admin) {
         self.tokens.insert(row.hash.clone(), (Kind::Admin, row.id.clone()));
-        self.admins.insert(row.id.clone(), row);
+        self.admins.insert(row.id.clone(), (row, CancellationToken::new()));
     }
 
     fn know(&mut self, entry: Entry) {

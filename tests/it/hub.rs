@@ -208,6 +208,8 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = watch.chunk().await {} }).await;
     assert!(ended.is_ok(), "the watch goes on");
     assert_eq!(hub.ask("GET", &pods, token, json!({})).await.status(), 401);
+    // and what he has made
+    assert_eq!(hub.ask("GET", &pods, own, json!({})).await.status(), 401);
     // so does everything of an agent that is revoked
     let mut watch = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), &hub.admin, json!({})).await;
     hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
@@ -224,6 +226,50 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     for secret in [token, own, &hub.admin] {
         assert!(!database.contains(secret) && !database.contains(&secret[4..]));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kubeconfig_ends_with_whoever_made_it() {
+    let hub = Hub::start();
+    let (_kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let made = async |token: &str| {
+        let text = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({})).await.text().await.unwrap();
+        serde_json::from_str::<Value>(&text).unwrap()["users"][0]["user"]["token"].as_str().unwrap().to_owned()
+    };
+    let watch = async |token: &str| hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({})).await;
+    let ends = async |mut stream: Response| {
+        let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = stream.chunk().await {} }).await;
+        assert!(ended.is_ok(), "the watch goes on");
+    };
+    let runner = hub.json("POST", "/api/v1/runners", &hub.admin, json!({"name": "ci", "role": "viewer", "ttl_s": 3600})).await;
+    let admin = hub.json("POST", "/api/v1/admins", &hub.admin, json!({"name": "eve"})).await;
+    for taken in ["eve", "local"] {
+        assert_eq!(hub.ask("POST", "/api/v1/admins", &hub.admin, json!({"name": taken})).await.status(), 409, "{taken}");
+    }
+    let others = made(&hub.admin).await;
+    for (who, path) in [(&runner, "runners"), (&admin, "admins")] {
+        let (token, id) = (who["token"].as_str().unwrap(), who["id"].as_str().unwrap());
+        let kubeconfig = made(token).await;
+        let streams = [watch(token).await, watch(&kubeconfig).await];
+        assert!(streams.iter().all(|s| s.status() == 200));
+        // it does not outlive a token that has an end
+        let rows = hub.json("GET", "/api/v1/runners", &hub.admin, json!({})).await;
+        let row = rows["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|r| r["kind"] == "kubeconfig" && r["maker"].as_str().unwrap().contains(if path == "admins" { "eve" } else { id }));
+        if let Some(end) = who["expires_at"].as_i64() {
+            assert_eq!(row.unwrap()["expires_at"], end);
+        }
+        assert_eq!(hub.ask("DELETE", &format!("/api/v1/{path}/{id}"), &hub.admin, json!({})).await.status(), 200);
+        for stream in streams {
+            ends(stream).await;
+        }
+        assert_eq!((watch(token).await.status(), watch(&kubeconfig).await.status()), (401.try_into().unwrap(), 401.try_into().unwrap()));
+    }
+    assert_eq!(watch(&others).await.status(), 200, "another one's goes on");
 }
 
 #[tokio::test(flavor = "multi_thread")]

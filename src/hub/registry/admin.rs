@@ -7,6 +7,9 @@ use crate::hub::store::{Change, Kind};
 use crate::secret::Secret;
 use tokio_util::sync::CancellationToken;
 
+/// Kubeconfigs are forgotten this long after their end, seconds: until then it can be seen who had one.
+const KEPT: i64 = 7 * 86_400;
+
 impl Registry {
     /// # Errors
     /// A name that is taken or cannot be one.
@@ -104,7 +107,18 @@ impl Registry {
         let (token, hash) = mint(keys, prefix)?;
         (row.id, row.hash) = (self.fresh_id("r")?, hash);
         self.put(Kind::Access, &row.id, &row).await?;
-        self.inner().know_access(row.clone());
+        let gone = {
+            let mut inner = self.inner();
+            // whoever makes it may have been revoked meanwhile, with all that he had made by then
+            let gone = row.maker.as_deref().is_some_and(|maker| inner.still(maker, row.created_at).is_none());
+            row.revoked |= gone;
+            inner.know_access(row.clone());
+            gone
+        };
+        if gone {
+            self.put(Kind::Access, &row.id, &row).await?;
+            return Err(refused(401, "token_unknown", "the token was revoked", None));
+        }
         Ok((row, token))
     }
 
@@ -112,17 +126,56 @@ impl Registry {
         self.inner().accesses.values().map(|a| a.0.clone()).collect()
     }
 
-    /// Revokes a Runner or kubeconfig; what it has open ends.
+    /// Revokes a Runner or kubeconfig, and the kubeconfigs that a Runner has made; what they have open ends.
     ///
     /// # Errors
     /// 404, or no database.
     pub async fn revoke_access(&self, id: &str) -> Result<(), Refused> {
-        let mut row = self.inner().accesses.get(id).map(|a| a.0.clone()).ok_or_else(|| no_such("runner", id))?;
-        row.revoked = true;
-        self.put(Kind::Access, id, &row).await?;
-        if let Some(access) = self.inner().accesses.get_mut(id) {
-            access.0 = row;
-            access.1.cancel();
+        if !self.inner().accesses.contains_key(id) {
+            return Err(no_such("runner", id));
+        }
+        self.end_accesses(|row| row.id == id || row.maker.as_deref() == Some(id)).await
+    }
+
+    async fn end_accesses(&self, which: impl Fn(&Access) -> bool) -> Result<(), Refused> {
+        let (rows, order) = {
+            let inner = self.inner();
+            let ended = inner.accesses.values().map(|a| &a.0).filter(|row| !row.revoked && which(row));
+            let rows: Vec<Access> = ended.map(|row| Access { revoked: true, ..row.clone() }).collect();
+            let changes = rows.iter().map(|row| Change::put(Kind::Access, &row.id, row)).collect::<anyhow::Result<_>>();
+            (rows, self.store.order(changes.map_err(|e| unwritten(&e))?))
+        };
+        order.durable().await.map_err(|e| unwritten(&e))?;
+        let mut inner = self.inner();
+        for row in rows {
+            if let Some(access) = inner.accesses.get_mut(&row.id) {
+                access.0 = row;
+                access.1.cancel();
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets kubeconfigs whose time is long over.
+    ///
+    /// # Errors
+    /// No database: they are forgotten next time.
+    pub async fn tidy_accesses(&self, now: i64) -> anyhow::Result<()> {
+        let (rows, order) = {
+            let inner = self.inner();
+            let over = |row: &&Access| row.kind == AccessKind::Kubeconfig && row.expires_at.is_some_and(|at| at + KEPT <= now);
+            let rows: Vec<(String, String)> = inner.accesses.values().map(|a| &a.0).filter(over).map(|a| (a.id.clone(), a.hash.clone())).collect();
+            if rows.is_empty() {
+                return Ok(());
+            }
+            let changes = rows.iter().map(|(id, _)| Change::remove(Kind::Access, id)).collect();
+            (rows, self.store.order(changes))
+        };
+        order.durable().await?;
+        let mut inner = self.inner();
+        for (id, hash) in rows {
+            inner.tokens.remove(&hash);
+            inner.accesses.remove(&id);
         }
         Ok(())
     }
@@ -147,24 +200,28 @@ impl Registry {
 
     /// Whoever asked for something under this subject, if he still may.
     pub fn still(&self, subject: &str, now: i64) -> Option<Who> {
-        let inner = self.inner();
-        if subject.starts_with("admin:") {
-            let mut admins = inner.admins.values().map(|a| Who::Admin(a.name.clone())).chain([Who::Admin("local".into())]);
-            return admins.find(|who| who.subject() == subject);
-        }
-        let access = inner.accesses.get(subject).map(|a| &a.0);
-        access.filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now)).map(|a| Who::Access(Box::new(a.clone())))
+        self.inner().still(subject, now)
     }
 
-    /// What ends when an access is revoked.
-    pub fn until_revoked(&self, id: &str) -> CancellationToken {
-        self.inner().accesses.get(id).map_or_else(CancellationToken::new, |a| a.1.clone())
+    /// What ends when somebody is revoked.
+    pub fn until_revoked(&self, who: &Who) -> CancellationToken {
+        let inner = self.inner();
+        let over = match who {
+            Who::Access(access) => inner.accesses.get(&access.id).map(|a| &a.1),
+            Who::Admin(name) => inner.admins.values().find(|a| a.0.name == *name).map(|a| &a.1),
+            Who::Enrolment(_) | Who::Agent(_) => None,
+        };
+        over.cloned().unwrap_or_default()
     }
 
     /// # Errors
-    /// A bad name, or no database.
+    /// A name that is taken or cannot be one, or no database.
     pub async fn add_admin(&self, keys: &Keys, name: &str, now: i64) -> Result<(Admin, Secret), Refused> {
         check_name(name)?;
+        // what an administrator makes and does is his by his name; `local` is whoever can open the socket
+        if self.still(&Who::Admin(name.into()).subject(), now).is_some() {
+            return Err(refused(409, "name_taken", format!("there is an administrator {name} already"), Some("choose another name")));
+        }
         let (token, hash) = mint(keys, "pom")?;
         let row = Admin { id: self.fresh_id("m")?, name: name.into(), hash, created_at: now };
         self.put(Kind::Admin, &row.id, &row).await?;
@@ -182,20 +239,31 @@ impl Registry {
             if inner.admins.len() == 1 && inner.admins.contains_key(id) {
                 return Err(refused(409, "last_admin", "this is the last administrator", Some("make another one first")));
             }
-            let row = inner.admins.remove(id).ok_or_else(|| no_such("administrator", id))?;
+            let (row, over) = inner.admins.remove(id).ok_or_else(|| no_such("administrator", id))?;
+            over.cancel();
             (row, self.store.order(vec![Change::remove(Kind::Admin, id)]))
         };
-        let written = order.durable().await;
-        let mut inner = self.inner();
-        if written.is_ok() {
-            inner.tokens.remove(&row.hash);
-        } else {
-            inner.know_admin(row);
+        if let Err(error) = order.durable().await {
+            self.inner().know_admin(row);
+            return Err(unwritten(&error));
         }
-        written.map_err(|e| unwritten(&e))
+        self.inner().tokens.remove(&row.hash);
+        let subject = Who::Admin(row.name).subject();
+        self.end_accesses(|made| made.maker.as_ref() == Some(&subject)).await
     }
 
     pub fn admins(&self) -> Vec<Admin> {
-        self.inner().admins.values().cloned().collect()
+        self.inner().admins.values().map(|a| a.0.clone()).collect()
+    }
+}
+
+impl super::Inner {
+    fn still(&self, subject: &str, now: i64) -> Option<Who> {
+        if subject.starts_with("admin:") {
+            let mut admins = self.admins.values().map(|a| Who::Admin(a.0.name.clone())).chain([Who::Admin("local".into())]);
+            return admins.find(|who| who.subject() == subject);
+        }
+        let access = self.accesses.get(subject).map(|a| &a.0);
+        access.filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now)).map(|a| Who::Access(Box::new(a.clone())))
     }
 }
