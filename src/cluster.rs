@@ -93,7 +93,7 @@ impl Cluster {
                 Err(_) => Err(kube::Error::Service(format!("no answer for {} s", PATIENCE.as_secs()).into())),
             };
             match (&answer, waits.next()) {
-                (Err(e), Some(wait)) if matches!(status(e), Some(429 | 503 | 504)) => sleep(*wait).await,
+                (Err(e), Some(wait)) if matches!(status(e), Some(429 | 502 | 503 | 504)) => sleep(*wait).await,
                 _ => return answer,
             }
         }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::journal::{Before, Entry, Journal, backup_path};
 use super::{Check, Content, Event, Resource, SecretName, Step, objects, teardown, wait};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, status};
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host, LOGS, Owner, fetch};
 use crate::k3s::token::hex;
@@ -46,6 +46,11 @@ fn content(path: &str, content: &Content, secrets: &Secrets, host: &Host) -> any
 
 fn cluster(host: &Host) -> anyhow::Result<Cluster> {
     Cluster::open(host, ADMIN_KUBECONFIG)
+}
+
+/// Whether nobody was there to answer: no answer at all, or one of what stands in front.
+fn away(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<kube::Error>().is_some_and(|e| status(e).is_none_or(|code| matches!(code, 429 | 502..=504)))
 }
 
 /// Looks, never writes.
@@ -118,7 +123,11 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
             if loaded && same { Check::Done } else { Check::todo(format!("load the nftables table {table}")) }
         }
         Resource::Objects { yaml } => match cluster(host) {
-            Ok(cluster) if cluster.ready().await => objects::check(&cluster, yaml).await?,
+            Ok(cluster) if cluster.ready().await => match objects::check(&cluster, yaml).await {
+                // it was ready a moment ago, and is on its way up or down: looked at again when its turn comes
+                Err(e) if away(&e) => Check::Later { until: "the API server answers".into() },
+                checked => checked?,
+            },
             _ => Check::Later { until: "the API server answers".into() },
         },
         Resource::Ready { what, .. } => {

@@ -35,6 +35,19 @@ fn a_fresh_install_a_second_run_and_an_uninstall() {
     same(&sandbox.tree(), &before, "");
 }
 
+/// What stands before an API server that begins or ends answers 502.
+#[test]
+fn an_api_server_that_falters_is_asked_again() {
+    let sandbox = Sandbox::new();
+    sandbox.install(&[]).ended(0);
+    *sandbox.api.faltering.lock().unwrap() = 2;
+    let again = sandbox.install(&[]).ended(0);
+    assert!(again.out.contains("nothing to do"), "{}\n{}", again.out, again.err);
+    // longer than it is waited for while looking: what it is then comes out when the step has its turn
+    *sandbox.api.faltering.lock().unwrap() = 8;
+    sandbox.install(&[]).ended(0);
+}
+
 #[test]
 fn a_dry_run_writes_nothing_and_lists_everything() {
     let sandbox = Sandbox::new();

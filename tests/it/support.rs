@@ -88,6 +88,8 @@ esac
 pub(crate) struct Api {
     pub(crate) objects: Arc<Mutex<BTreeMap<String, Value>>>,
     pub(crate) writes: Arc<Mutex<Vec<String>>>,
+    /// So many of the next requests find nobody behind the proxy in front, as while k3s begins or ends.
+    pub(crate) faltering: Arc<Mutex<usize>>,
 }
 
 pub(crate) struct Sandbox {
@@ -311,6 +313,13 @@ fn serve(api: Api) -> String {
 async fn answer(State(api): State<Api>, method: Method, uri: Uri, RawQuery(query): RawQuery, body: Bytes) -> Response {
     let path = uri.path().to_owned();
     let dry = query.unwrap_or_default().contains("dryRun=All");
+    if path != "/readyz" {
+        let mut left = api.faltering.lock().unwrap();
+        if *left > 0 {
+            *left -= 1;
+            return (StatusCode::BAD_GATEWAY, "").into_response();
+        }
+    }
     let mut objects = api.objects.lock().unwrap();
     let found = |value: Value| axum::Json(value).into_response();
     let missing = || {
