@@ -13,6 +13,7 @@ mod hosts;
 mod hub;
 mod install;
 mod join;
+mod kubernetes;
 mod operations;
 mod page;
 mod plane;
