@@ -22,6 +22,8 @@ use crate::hub::routes::{Call, Need, ROUTES, matched};
 
 /// Largest body of a call that is not passed through.
 const BODY: usize = 1 << 20;
+/// Longest registration: what is in it is kept, and written again with every sign of life.
+const REGISTRATION: usize = 64 << 10;
 /// How long a body may take to come.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Longest life of an enrolment token, of a Runner's token and of a kubeconfig, seconds.
@@ -251,6 +253,7 @@ impl Hub {
             }
             Call::FrpsConfig => Ok(plain(200, "application/toml", self.frps_config()?)),
             Call::Metrics => Ok(plain(200, "text/plain; version=0.0.4", self.metrics(now))),
+            Call::Register if bytes.len() > REGISTRATION => Err(refused(413, "too_large", "a registration is at most 64 KiB long", None)),
             Call::Register => {
                 let asked: Register = parsed(bytes)?;
                 let signature = parts.headers.get(SIGNATURE).and_then(|v| v.to_str().ok()).unwrap_or_default();

@@ -12,6 +12,7 @@ mod hostile;
 mod hosts;
 mod hub;
 mod install;
+mod intruders;
 mod join;
 mod kubernetes;
 mod operations;
