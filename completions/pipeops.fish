@@ -179,6 +179,8 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not _
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "frps-config" -d 'Print what an external frps needs in its configuration; there is a secret in it'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "backup" -d 'Write all that it knows and its keys into a file; it may go on running'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "restore" -d 'Make what a backup holds of an empty data directory and database'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -l data-dir -d 'Directory with its keys and database' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -187,6 +189,8 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fis
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -f -a "create" -d 'Make one and print the line to paste on a VM'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -f -a "list" -d 'Show all; never the tokens themselves'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -f -a "revoke" -d 'Let nobody in with it from now on'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -l data-dir -d 'Directory with its keys and database' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -197,6 +201,8 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fis
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "kubeconfig" -d 'Print a kubeconfig with which kubectl reaches it for a day'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "revoke" -d 'Refuse its agent from now on and end its streams'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "remove" -d 'Forget it; its agent needs a token to come back'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -l data-dir -d 'Directory with its keys and database' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -205,6 +211,8 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fis
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -f -a "create" -d 'Make one and print its token'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -f -a "list" -d 'Show all, kubeconfigs too'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -f -a "revoke" -d 'Refuse it from now on and end its streams'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -l data-dir -d 'Directory with its keys and database' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -212,6 +220,8 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -f -a "create" -d 'Make one'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -f -a "list" -d 'Show all'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -l data-dir -d 'Directory with its keys and database' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''

@@ -207,7 +207,7 @@ pub enum AuditCommand {
 }
 
 #[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(subcommand_negates_reqs = true)]
 pub struct ControlPlane {
     #[command(subcommand)]
     pub command: Option<PlaneCommand>,
@@ -227,14 +227,15 @@ pub struct Serve {
     pub place: Place,
 }
 
-/// Which control plane, and how to answer.
+/// Which control plane: before a verb or behind it.
 #[derive(Debug, Args)]
 pub struct Place {
     /// Directory with its keys and database
-    #[arg(long, value_name = "DIR", default_value = crate::hub::STATE)]
+    #[arg(long, value_name = "DIR", default_value = crate::hub::STATE, global = true)]
     pub data_dir: String,
-    #[command(flatten)]
-    pub rooted: Rooted,
+    /// Work in a directory that stands for the machine
+    #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true, global = true)]
+    pub root: String,
 }
 
 #[derive(Debug, Args)]
@@ -242,8 +243,6 @@ pub struct Verb {
     /// Format on standard output
     #[arg(long, short, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
-    #[command(flatten)]
-    pub place: Place,
 }
 
 #[derive(Debug, Subcommand)]
@@ -264,10 +263,7 @@ pub enum PlaneCommand {
     #[command(subcommand)]
     Admin(AdminCommand),
     /// Print what an external frps needs in its configuration; there is a secret in it
-    FrpsConfig {
-        #[command(flatten)]
-        place: Place,
-    },
+    FrpsConfig,
     /// Write all that it knows and its keys into a file; it may go on running
     Backup {
         /// A new file
@@ -289,8 +285,6 @@ pub struct Stored {
     /// File with the URL of its PostgreSQL database, where it has one
     #[arg(long, value_name = "FILE")]
     pub database_url_file: Option<String>,
-    #[command(flatten)]
-    pub place: Place,
 }
 
 #[derive(Debug, Subcommand)]

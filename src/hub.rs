@@ -50,6 +50,8 @@ use store::Store;
 pub const STATE: &str = "/var/lib/pipeops-control-plane";
 /// The first administrator's token, until it is used.
 const FIRST_TOKEN: &str = "admin-token";
+/// How long the line that is shown at first lets a server in, seconds.
+const FIRST_LINE: i64 = 86_400;
 /// Socket for the administrator's verbs on this machine.
 pub const SOCKET: &str = "admin.sock";
 /// What an agent's proof at the tunnel server is derived for.
@@ -82,8 +84,8 @@ pub struct HubConfig {
     /// Certificate of the HTTPS API, where it is not to be self-made.
     pub certificate: Option<CertificateFiles>,
     pub data_dir: String,
-    /// Shows the first administrator's token here instead of leaving it in a file.
-    pub show: Option<fn(&str)>,
+    /// Shows the first administrator's token, and the line that adds the first server, instead of leaving the token in a file.
+    pub show: Option<fn(&str, &str)>,
 }
 
 /// What all parts of a control plane share; clones are the same one.
@@ -410,7 +412,7 @@ impl Hub {
     }
 
     /// A project to begin with, and the first administrator.
-    async fn first_steps(&self, show: Option<fn(&str)>) -> anyhow::Result<()> {
+    async fn first_steps(&self, show: Option<fn(&str, &str)>) -> anyhow::Result<()> {
         let failed = |r: Refused| anyhow::anyhow!("{}", r.message);
         if self.registry().projects().is_empty() {
             self.registry().add_project("default", now()).await.map_err(failed)?;
@@ -422,7 +424,11 @@ impl Hub {
         }
         let (_, token) = self.registry().add_admin(self.keys(), "first", now()).await.map_err(failed)?;
         match show {
-            Some(show) => show(token.expose()),
+            Some(show) => {
+                let added = self.registry().add_enrolment(self.keys(), "default", "first", FIRST_LINE, Some(1), now()).await;
+                let (_, enrolment) = added.map_err(failed)?;
+                show(token.expose(), &self.install_line(&enrolment));
+            }
             None => {
                 self.inner.state.write(FIRST_TOKEN, token.expose())?;
                 self.inner.first_token.store(true, Relaxed);

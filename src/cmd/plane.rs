@@ -7,7 +7,7 @@ use http::Method;
 use serde_json::{Value, json};
 
 use crate::cli::{
-    AdminCommand, ClusterCommand, ControlPlane, Format, PlaneCommand, ProjectCommand, RunnerCommand, Serve, Stored, TokenCommand, Verb,
+    AdminCommand, ClusterCommand, ControlPlane, Format, Place, PlaneCommand, ProjectCommand, RunnerCommand, Serve, Stored, TokenCommand, Verb,
 };
 use crate::cmd::{Context, unreadable};
 use crate::error::{Exit, Failure};
@@ -23,10 +23,13 @@ use crate::settings::plane::{CONFIG, PlaneOptions, parse_file};
 /// # Errors
 /// What the served control plane or the called one says.
 pub async fn plane(context: &Context, args: ControlPlane) -> anyhow::Result<Exit> {
-    match args.command {
-        None => serve(context, args.serve).await,
-        Some(command) => verb(context, command).await,
+    let Some(command) = args.command else { return serve(context, args.serve).await };
+    if args.serve.options != PlaneOptions::default() || args.serve.config.is_some() {
+        return Err(Failure::usage("SERVING_OPTION", "before a verb stands an option that is for serving only")
+            .hint("a verb is for the control plane that runs here: it takes --data-dir, and its own options behind it (--help)")
+            .into());
     }
+    verb(context, command, &args.serve.place).await
 }
 
 /// Options of the config file under those of the command line.
@@ -51,7 +54,7 @@ fn url(context: &Context, host: &Host, flag: Option<&str>, given: Option<&Secret
 }
 
 async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
-    let host = context.host(&args.place.rooted.root);
+    let host = context.host(&args.place.root);
     let flags = args.options;
     let (database, amqp) = (flags.database_url_file.clone(), flags.amqp_url_file.clone());
     let options = layered(&host, flags, args.config.as_deref())?;
@@ -96,22 +99,24 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// The first administrator's token, to a person at a terminal: it is shown this once.
-fn show(token: &str) {
+/// To a person at a terminal, this once.
+fn show(token: &str, line: &str) {
     let mut printer = Printer::new(false, false, true);
-    printer.say(&format!("first administrator's token (shown once): {token}"));
-    printer.say("on this machine `pipeops control-plane token create` prints the line to paste on a VM");
+    printer.say(&format!("first administrator's token, for the page and the API (shown once): {token}"));
+    printer.say("to add a server, paste this on it within a day (`pipeops control-plane token create` prints another):");
+    printer.say(&format!("  {line}"));
 }
 
 struct Asked<'a> {
     context: &'a Context,
     host: Host,
+    place: &'a Place,
     verb: Verb,
 }
 
 impl Asked<'_> {
     async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<String> {
-        client::call(&self.host, &self.verb.place.data_dir, method, path, body).await
+        client::call(&self.host, &self.place.data_dir, method, path, body).await
     }
 
     fn printer(&self) -> Printer {
@@ -166,14 +171,14 @@ fn segment(text: &str) -> anyhow::Result<String> {
     Ok(url::form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>().replace('+', "%20"))
 }
 
-fn stored(context: &Context, stored: &Stored) -> anyhow::Result<(Host, Option<Secret>)> {
-    let host = context.host(&stored.place.rooted.root);
+fn stored(context: &Context, stored: &Stored, place: &Place) -> anyhow::Result<(Host, Option<Secret>)> {
+    let host = context.host(&place.root);
     let database = url(context, &host, stored.database_url_file.as_deref(), context.database_url.as_ref(), None)?;
     Ok((host, database))
 }
 
-async fn verb(context: &Context, command: PlaneCommand) -> anyhow::Result<Exit> {
-    let asked = |verb: Verb| Asked { context, host: context.host(&verb.place.rooted.root), verb };
+async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow::Result<Exit> {
+    let asked = |verb: Verb| Asked { context, host: context.host(&place.root), place, verb };
     match command {
         PlaneCommand::Token(TokenCommand::Create { project, name, ttl, uses, verb }) => {
             let asked = asked(verb);
@@ -262,23 +267,23 @@ async fn verb(context: &Context, command: PlaneCommand) -> anyhow::Result<Exit> 
         PlaneCommand::Admin(AdminCommand::Revoke { id, verb }) => {
             asked(verb).done(Method::DELETE, &format!("/api/v1/admins/{}", segment(&id)?), "revoked; its sessions have ended").await
         }
-        PlaneCommand::FrpsConfig { place } => {
-            let text = client::call(&context.host(&place.rooted.root), &place.data_dir, Method::GET, "/api/v1/frps", None).await?;
+        PlaneCommand::FrpsConfig => {
+            let text = client::call(&context.host(&place.root), &place.data_dir, Method::GET, "/api/v1/frps", None).await?;
             for line in text.lines() {
                 Printer::new(false, false, context.no_color()).data(line);
             }
             Ok(Exit::Done)
         }
-        PlaneCommand::Backup { file, stored: place } => {
-            let (host, database) = stored(context, &place)?;
-            let said = hub::backup::write(&host, &place.place.data_dir, database, &file).await?;
+        PlaneCommand::Backup { file, stored: at } => {
+            let (host, database) = stored(context, &at, place)?;
+            let said = hub::backup::write(&host, &place.data_dir, database, &file).await?;
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }
-        PlaneCommand::Restore { file, stored: place } => {
-            let (host, database) = stored(context, &place)?;
+        PlaneCommand::Restore { file, stored: at } => {
+            let (host, database) = stored(context, &at, place)?;
             let text = host.users_file(&file).map_err(|e| unreadable(&file, &e))?;
-            let said = hub::backup::restore(&host, &place.place.data_dir, database, &file, &text).await?;
+            let said = hub::backup::restore(&host, &place.data_dir, database, &file, &text).await?;
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }

@@ -229,6 +229,45 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn where_it_keeps_things_may_be_said_before_a_verb_or_behind_it() {
+    let hub = Hub::start();
+    let data = format!("/{DATA}");
+    for args in [["control-plane", "--data-dir", &data, "cluster", "list"], ["control-plane", "cluster", "--data-dir", &data, "list"]] {
+        assert_eq!(hub.sandbox.run(&args).ended(0).out.trim(), "none yet");
+    }
+    let said = hub.sandbox.run(&["control-plane", "--listen", "127.0.0.1:1", "cluster", "list"]).ended(2);
+    assert!(said.err.contains("SERVING_OPTION"), "{}", said.err);
+}
+
+/// On a terminal the first thing that is shown is all that is needed to go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_terminal_it_shows_the_first_token_and_the_line_to_paste() {
+    let sandbox = Sandbox::new();
+    let plain = sandbox.command(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0", "--public-name", "127.0.0.1"]);
+    let words = std::iter::once(plain.get_program()).chain(plain.get_args()).map(|w| format!("'{}'", w.to_str().unwrap())).collect::<Vec<_>>();
+    let terminal = Command::new("script").args(["-qfec", &words.join(" "), "/dev/null"]).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let Ok(mut terminal) = terminal else { return println!("NOT RUN: on a terminal: there is no `script` here") };
+    let mut lines = BufReader::new(terminal.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let token = lines.find(|l| l.contains("pom_")).unwrap();
+    let line = lines.find(|l| l.contains("poe_")).unwrap();
+    let token = token.split_whitespace().last().unwrap().to_owned();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    assert_eq!(&words[2..8], ["|", "sudo", "pipeops", "install-server", "--yes", "--agent-token-file"], "{line}");
+    let url = words[words.iter().position(|w| *w == "--control-plane-url").unwrap() + 1];
+    assert!(lines.any(|l| l.contains("serving")));
+    let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+    let client = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().build().unwrap();
+    // the one opens the API, the other lets an agent in: all that is wrong with this one is that it says nothing of itself
+    assert_eq!(client.get(format!("{url}/api/v1/clusters")).bearer_auth(&token).send().await.unwrap().status(), 200);
+    let register = client.post(format!("{url}/api/v1/agents/register")).bearer_auth(words[1]).body("{}").send().await.unwrap();
+    assert_eq!(register.json::<Value>().await.unwrap()["code"], "bad_signature");
+    assert!(!sandbox.root().join(DATA).join("admin-token").exists());
+    // `script` passes its end on
+    terminal.kill().unwrap();
+    terminal.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_kubeconfig_ends_with_whoever_made_it() {
     let hub = Hub::start();
     let (_kube, address) = serve_kube().await;
