@@ -57,6 +57,8 @@ struct NoTls {
     /// The server hung up or knows no such name: one before 0.36 does the first, one that shares its port with an HTTPS vhost the
     /// second, when the byte is missing (fatedier/frp `pkg/util/net/tls.go`, `pkg/util/vhost/https.go`).
     wants_byte: bool,
+    /// The server showed a certificate, and it is not believed.
+    certificate: bool,
 }
 
 impl Target {
@@ -96,9 +98,9 @@ impl Target {
         let byte = self.custom_first_byte.load(Relaxed);
         match self.handshake(tls, name, tcp, byte).await {
             Err(first) if first.wants_byte && !byte => {
-                // what tells more: a reason that is not the same hanging up
+                // a server that does not know the byte says so in its own way: only its certificate tells more than the hanging up
                 let again = self.handshake(tls, name, self.tcp().await?, true).await;
-                let again = again.map_err(|second| if second.wants_byte { first.no } else { second.no })?;
+                let again = again.map_err(|second| if second.certificate { second.no } else { first.no })?;
                 self.custom_first_byte.store(true, Relaxed);
                 Ok(again)
             }
@@ -126,7 +128,8 @@ impl Target {
             Ok(Ok(stream)) => Ok(Box::new(stream)),
             Ok(Err(e)) => {
                 let text = e.to_string();
-                let why = match explain(&text) {
+                let known = explain(&text);
+                let why = match known {
                     Some((code, remedy)) => format!("{code}: {self}: {text}; {remedy}"),
                     None => format!("tls: {self}: {text}"),
                 };
@@ -136,11 +139,11 @@ impl Target {
                 );
                 let alert = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
                 let unknown = matches!(alert, Some(rustls::Error::AlertReceived(rustls::AlertDescription::UnrecognisedName)));
-                Err(NoTls { no: why.into(), wants_byte: hung_up || unknown })
+                Err(NoTls { no: why.into(), wants_byte: hung_up || unknown, certificate: known.is_some_and(|(code, _)| code != "tls_none") })
             }
             Err(_) => {
                 let why = format!("tls: {self} accepted the connection and did not finish the handshake in 5 s");
-                Err(NoTls { no: why.into(), wants_byte: false })
+                Err(NoTls { no: why.into(), wants_byte: false, certificate: false })
             }
         }
     }

@@ -427,6 +427,19 @@ async fn a_server_that_wants_the_byte_before_tls_gets_it() {
         let reason = frpc.until(State::Waiting).await;
         assert!(reason.starts_with("tls: "), "{reason}");
     }
+    // one that was only restarting, and takes the byte for broken TLS
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let mut first = [0];
+            if stream.peek(&mut first).await.is_ok() && first != [0x16] {
+                let _ = tokio_rustls::TlsAcceptor::from(tls.clone()).accept(stream).await;
+            }
+        }
+    });
+    let reason = Frpc::start(settings(address, true, &pin), "").until(State::Waiting).await;
+    assert!(reason.starts_with("tls: ") && !reason.contains("alert"), "{reason}");
 }
 
 fn recording(name: &str) -> Vec<(u64, bool, Option<Vec<u8>>)> {
