@@ -23,6 +23,8 @@ use crate::tunnel;
 
 const CONNECT: Duration = Duration::from_secs(5);
 const WHOLE: Duration = Duration::from_secs(15);
+/// The control plane that the queue is for.
+const QUEUE_URL: &str = "queue-url";
 /// Longest answer, bytes.
 const ANSWER: usize = 1 << 20;
 
@@ -269,12 +271,18 @@ impl ControlPlane {
 
     fn begin(&self) -> anyhow::Result<(Known, Event)> {
         let token = self.token.is_some();
-        let mut known = Known {
-            caller: Caller::new(&self.url, &self.trust),
-            kept: Kept::load(&self.state, &self.url),
-            queue: Queue::open(self.state.sub("queue")?),
-            seq: 0,
-        };
+        let queue = Queue::open(self.state.sub("queue")?);
+        // what one control plane did not take is not for another one
+        let former = self.state.read(QUEUE_URL)?;
+        if former.as_ref().is_some_and(|url| *url != self.url) {
+            queue.clear();
+        }
+        if former.as_ref() != Some(&self.url)
+            && let Err(error) = self.state.write(QUEUE_URL, &self.url)
+        {
+            tracing::warn!(error = format!("{error:#}"), "whom the queue is for is not kept");
+        }
+        let mut known = Known { caller: Caller::new(&self.url, &self.trust), kept: Kept::load(&self.state, &self.url), queue, seq: 0 };
         let event = if self.identity.is_some() {
             Event::Start { token, credential: known.kept.as_ref().map(|k| k.lives(jiff::Timestamp::now())) }
         } else {

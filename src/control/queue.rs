@@ -85,6 +85,13 @@ impl Queue {
         self.dir.remove(name);
     }
 
+    /// Forgets everything.
+    pub fn clear(&self) {
+        for name in self.dir.list() {
+            self.dir.remove(&name);
+        }
+    }
+
     pub fn len(&self) -> usize {
         self.dir.list().len()
     }

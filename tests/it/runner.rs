@@ -368,3 +368,21 @@ async fn status_reports_wait_on_the_disk_while_nobody_takes_them() {
     let last = world.plane.calls("/status").pop().unwrap().2;
     assert_eq!((&last["kubernetes"], &last["nodes"][0]["name"]), (&json!("connected"), &json!("vm1")));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_control_plane_gets_nothing_that_was_for_the_former_one() {
+    let mut world = World::new().await.up().await;
+    let state = world.agent.sandbox.root().join("var/lib/pipeops-agent");
+    let own = std::fs::read_to_string(state.join("queue-url")).unwrap();
+    for (url, taken) in [("https://former.test", false), (own.as_str(), true)] {
+        world.agent.child.kill().unwrap();
+        std::fs::write(state.join("queue-url"), url).unwrap();
+        std::fs::write(state.join("queue/0000000000000001-result-o-1.json"), "{}").unwrap();
+        let beats = world.plane.calls("/heartbeat").len();
+        world.agent.again(&[]);
+        let plane = world.plane.clone();
+        let empty = || std::fs::read_dir(state.join("queue")).is_ok_and(|mut d| d.next().is_none());
+        world.plane.until("it is back and has nothing left to tell", |_| plane.calls("/heartbeat").len() > beats + 1 && empty()).await;
+        assert_eq!(!world.plane.calls("/operations/o-1/result").is_empty(), taken, "{url}");
+    }
+}
