@@ -134,6 +134,11 @@ impl Host {
         fs::metadata(self.at(path)).ok().map(|m| m.mtime())
     }
 
+    /// Differs when a file was replaced or written again, also within one second.
+    pub fn stamp(&self, path: &str) -> Option<(u64, i64, i64)> {
+        fs::metadata(self.at(path)).ok().map(|m| (m.ino(), m.mtime(), m.mtime_nsec()))
+    }
+
     /// Numeric owner and group.
     pub fn owner(&self, path: &str) -> Option<(u32, u32)> {
         fs::metadata(self.at(path)).ok().map(|m| (m.uid(), m.gid()))

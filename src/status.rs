@@ -189,8 +189,11 @@ impl Agent {
             "{ready=\"false\"}",
             &(self.workloads.deployments - self.workloads.deployments_ready.min(self.workloads.deployments)),
         );
-        for notice in &self.notices {
-            gauge("pipeops_notice", &format!("{{code=\"{}\"}}", notice.code), &1);
+        let mut codes: Vec<&str> = self.notices.iter().map(|n| n.code.as_str()).collect();
+        codes.sort_unstable();
+        // one sample a code: two of the same name and labels are none
+        for same in codes.chunk_by(PartialEq::eq) {
+            gauge("pipeops_notices", &format!("{{code=\"{}\"}}", same[0]), &same.len());
         }
         gauge("pipeops_machine_memory_bytes", "{kind=\"used\"}", &self.memory_used);
         gauge("pipeops_machine_memory_bytes", "{kind=\"total\"}", &self.memory_total);

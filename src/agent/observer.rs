@@ -35,7 +35,7 @@ pub(super) struct Observer {
 
 /// What one credential opens.
 struct View {
-    written: i64,
+    written: (u64, i64, i64),
     cluster: Cluster,
     upstream: Upstream,
 }
@@ -102,7 +102,7 @@ impl Observer {
 
     /// The version of the API server. The credential is read again when its file was replaced.
     async fn look(&self, view: &mut Option<View>, followers: &mut JoinSet<()>) -> anyhow::Result<String> {
-        let Some(written) = self.host.modified(&self.credential) else {
+        let Some(written) = self.host.stamp(&self.credential) else {
             *view = None;
             anyhow::bail!("{} is not there yet", self.credential);
         };

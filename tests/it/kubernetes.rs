@@ -95,8 +95,9 @@ async fn a_rotated_ca_and_token_are_picked_up_while_the_tunnel_stays() {
     assert_eq!(world.frps.proxies(), ["agent"]);
     credential(&second_ca, "two");
     until(200, "Bearer two").await;
-    // the token alone
+    // the token alone, twice within a moment
     credential(&second_ca, "three");
-    until(200, "Bearer three").await;
+    credential(&second_ca, "four");
+    until(200, "Bearer four").await;
     assert_eq!(run_id(), before);
 }
