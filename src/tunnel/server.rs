@@ -1,12 +1,14 @@
 //! The FRP server half: takes clients, opens their proxies, joins users to work connections.
 
+mod users;
+
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -17,9 +19,9 @@ use tokio_util::sync::CancellationToken;
 use crate::secret::{Secret, same};
 use crate::tunnel::dial::tune;
 use crate::tunnel::door::{Door, Pass};
-use crate::tunnel::layer::{Io, encrypted, layered};
+use crate::tunnel::layer::{Io, encrypted};
 use crate::tunnel::mux::{Limits, Mux, Side};
-use crate::tunnel::wire::{self, Key, LoginResp, Message, NewProxy, NewProxyResp, NewVisitorConnResp, Pong, ReqWorkConn, StartWorkConn};
+use crate::tunnel::wire::{self, Key, LoginResp, Message, NewProxy, NewProxyResp, Pong, ReqWorkConn};
 
 /// Time for TLS and the first message.
 const FIRST: Duration = Duration::from_secs(10);
@@ -440,7 +442,7 @@ impl Server {
                         let (server, open) = (server.clone(), open.clone());
                         users.spawn(async move {
                             if let Ok(mut work) = server.join(&open, Some(from)).await {
-                                splice(&mut user, &mut work).await;
+                                users::splice(&mut user, &mut work).await;
                             }
                         });
                     }
@@ -451,146 +453,5 @@ impl Server {
             while users.join_next().await.is_some() {}
         });
         Ok(format!(":{port}"))
-    }
-
-    async fn work(&self, mut io: Io, hello: &wire::NewWorkConn) -> io::Result<()> {
-        let control = lock(&self.shared.registry).sessions.get(&hello.run_id).cloned();
-        let refuse = |error: &str| StartWorkConn { error: error.into(), ..StartWorkConn::default() };
-        let Some(control) = control else { return wire::write(&mut io, refuse("no client control found for run id")).await };
-        if !self.proven(&hello.privilege_key, hello.timestamp) {
-            return wire::write(&mut io, refuse("token in NewWorkConn doesn't match token from configuration")).await;
-        }
-        let surplus = {
-            let mut pool = lock(&control.pool);
-            let mut io = Some(io);
-            while let Some(offered) = io.take() {
-                match pool.users.pop_front() {
-                    // a user that gave up is passed over
-                    Some(user) => io = user.send(offered).err(),
-                    None if pool.idle.len() < control.most => pool.idle.push_back(offered),
-                    None => {
-                        io = Some(offered);
-                        break;
-                    }
-                }
-            }
-            io
-        };
-        match surplus {
-            Some(mut io) => wire::write(&mut io, refuse("work connection pool is full, discarding")).await,
-            None => Ok(()),
-        }
-    }
-
-    /// A stream to the client's side of `name`, for a caller in this process.
-    ///
-    /// # Errors
-    /// `NotFound` when no client has opened that proxy, `TimedOut` when it gives no work connection in time.
-    pub async fn dial(&self, name: &str) -> io::Result<Io> {
-        let open = lock(&self.shared.registry).proxies.get(name).cloned();
-        match open {
-            Some(open) => self.join(&open, None).await,
-            None => Err(io::Error::new(io::ErrorKind::NotFound, format!("nobody has opened {name}"))),
-        }
-    }
-
-    async fn join(&self, open: &Open, from: Option<SocketAddr>) -> io::Result<Io> {
-        let control = &open.control;
-        let start = StartWorkConn {
-            proxy_name: open.asked.proxy_name.clone(),
-            src_addr: from.map(|a| a.ip().to_string()).unwrap_or_default(),
-            src_port: from.map(|a| a.port()).unwrap_or_default(),
-            ..StartWorkConn::default()
-        };
-        timeout(USER, async {
-            loop {
-                let mut io = self.take(control).await?;
-                // a pooled connection may be dead: the next one, then
-                if wire::write(&mut io, start.clone()).await.is_ok() {
-                    let key = open.asked.use_encryption.then(|| Key::of(&self.shared.config.token));
-                    return Ok(layered(io, key.as_ref(), open.asked.use_compression));
-                }
-            }
-        })
-        .await
-        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the client gave no work connection"))?
-    }
-
-    /// A work connection, and an order for the next one.
-    async fn take(&self, control: &Control) -> io::Result<Io> {
-        let gone = || io::Error::new(io::ErrorKind::NotConnected, "the client is gone");
-        control.orders.send(ReqWorkConn {}.into()).await.map_err(|_| gone())?;
-        let waiting = {
-            let mut pool = lock(&control.pool);
-            if let Some(io) = pool.idle.pop_front() {
-                return Ok(io);
-            }
-            let (user, waiting) = oneshot::channel();
-            // a client that gives none does not gather those who have left
-            pool.users.retain(|u| !u.is_closed());
-            pool.users.push_back(user);
-            waiting
-        };
-        waiting.await.map_err(|_| gone())
-    }
-
-    async fn visitor(&self, mut io: Io, hello: wire::NewVisitorConn) -> io::Result<()> {
-        let name = hello.proxy_name.clone();
-        let find = |name: &str| lock(&self.shared.registry).proxies.get(name).cloned().filter(|o| o.asked.proxy_type == "stcp");
-        let open = find(&name);
-        let found = match (&open, &self.shared.config.admit) {
-            (Some(open), _) => Some((Secret::new(open.asked.sk.clone()), CancellationToken::new()))
-                .filter(|(key, _)| signed(key, &hello.sign_key, hello.timestamp))
-                .map(|(key, over)| (open.clone(), key, over)),
-            (None, Some(admit)) => admit.visitor(&name, &hello.sign_key, hello.timestamp).and_then(|v| Some((find(&v.proxy)?, v.key, v.over))),
-            (None, None) => None,
-        };
-        let error = match (&open, &found) {
-            (_, Some(_)) => String::new(),
-            (None, None) => format!("custom listener for [{name}] doesn't exist"),
-            (Some(_), None) => format!("visitor connection of [{name}] auth failed"),
-        };
-        wire::write(&mut io, NewVisitorConnResp { proxy_name: name, error }).await?;
-        let Some((open, key, over)) = found else { return Ok(()) };
-        let mut user = layered(io, hello.use_encryption.then(|| Key::of(&key)).as_ref(), hello.use_compression);
-        let mut work = self.join(&open, None).await?;
-        tokio::select! {
-            () = splice(&mut user, &mut work) => {}
-            () = over.cancelled() => {}
-        }
-        Ok(())
-    }
-}
-
-/// Copies both ways; when either direction ends, both do: frp does not half-close.
-async fn splice<A, B>(a: &mut A, b: &mut B)
-where
-    A: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-    B: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-{
-    {
-        let (mut ar, mut aw) = tokio::io::split(&mut *a);
-        let (mut br, mut bw) = tokio::io::split(&mut *b);
-        tokio::select! {
-            _ = copy(&mut ar, &mut bw) => {}
-            _ = copy(&mut br, &mut aw) => {}
-        }
-    }
-    let _ = timeout(Duration::from_secs(5), async {
-        let _ = a.shutdown().await;
-        let _ = b.shutdown().await;
-    })
-    .await;
-}
-
-async fn copy<R: tokio::io::AsyncRead + Unpin, W: tokio::io::AsyncWrite + Unpin>(from: &mut R, to: &mut W) -> io::Result<()> {
-    let mut buffer = vec![0; 32 * 1024];
-    loop {
-        let n = from.read(&mut buffer).await?;
-        if n == 0 {
-            return to.flush().await;
-        }
-        to.write_all(&buffer[..n]).await?;
-        to.flush().await?;
     }
 }
