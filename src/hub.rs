@@ -8,6 +8,7 @@ mod gateway;
 pub mod keys;
 mod listen;
 pub mod model;
+mod open;
 mod operations;
 pub mod outbox;
 mod page;
@@ -40,6 +41,7 @@ use frps::{External, ExternalFrps, Frps};
 use gateway::{Gateway, proxy_name};
 use keys::{Certificate, CertificateFiles, Keys};
 use listen::{bind, local_socket};
+use open::{belong_together, database, usable};
 use outbox::{Broker, Way};
 use page::Sessions;
 use registry::{Refused, Registry, refused};
@@ -56,8 +58,6 @@ const FIRST_LINE: i64 = 86_400;
 pub const SOCKET: &str = "admin.sock";
 /// What an agent's proof at the tunnel server is derived for.
 const TUNNEL: &str = "tunnel";
-/// Tells this control plane from another one on the same database.
-const INSTANCE: &str = "instance";
 /// Heartbeats are written this often, and who has come or gone is looked for this often.
 const FLUSH: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_secs(1);
@@ -183,38 +183,6 @@ fn now() -> i64 {
     jiff::Timestamp::now().as_second()
 }
 
-/// What the file system says of the data directory, with what to do about it.
-fn usable<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
-    result.map_err(|e| match e.downcast_ref::<Failure>() {
-        Some(_) => e,
-        None => Failure::new(Exit::Preflight, "DATA_DIR_UNUSABLE", "the data directory cannot be used")
-            .why(format!("{e:#}"))
-            .hint("check that it can be written (df -h, mount, its owner), or choose another with --data-dir")
-            .into(),
-    })
-}
-
-/// The database of a data directory, or the one at `url`.
-async fn database(host: &Host, data_dir: &str, state: &StateDir, url: Option<Secret>) -> anyhow::Result<Store> {
-    let url = match url {
-        Some(url) => url,
-        None => {
-            // SQLite gives its other files the mode of this one
-            usable(state.touch("pipeops.db"))?;
-            Secret::new(format!("sqlite:{}?mode=rw", host.at(data_dir).join("pipeops.db").display()))
-        }
-    };
-    let instance = match usable(state.read(INSTANCE))? {
-        Some(instance) => instance,
-        None => {
-            let made = keys::fresh()?;
-            usable(state.write(INSTANCE, &made))?;
-            made
-        }
-    };
-    Store::open(&url, &instance).await
-}
-
 /// Runs a control plane until `stop`. `ready` hears its addresses once it serves.
 ///
 /// # Errors
@@ -224,6 +192,7 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     let state = usable(host.state_dir(&config.data_dir))?;
     // a second one on the same data would undo what the first one writes
     let _only = usable(state.lock())?;
+    let made = usable(Keys::stored(&state))?.is_none();
     let keys = Arc::new(usable(Keys::load(&state, now()))?);
     if let Some(broker) = &config.broker {
         outbox::check(&broker.url)?;
@@ -237,6 +206,11 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     let address = listener.local_addr()?;
     let tunnel_address = tunnel.as_ref().map(tokio::net::TcpListener::local_addr).transpose()?;
     let store = database(host, &config.data_dir, &state, config.database).await?;
+    belong_together(&store, &keys, &config.data_dir).await.inspect_err(|_| {
+        if made {
+            Keys::forget(&state);
+        }
+    })?;
     let registry = Arc::new(Registry::load(store.clone(), config.broker.as_ref().map(|_| url(&config.names[0], address.port())), now()).await?);
     let socket = local_socket(host, &config.data_dir)?;
     let mut certificate = Certificate::new(&keys, config.names.clone(), config.certificate, host, now())?;

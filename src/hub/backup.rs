@@ -3,8 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::keys::Keys;
+use super::open::{self, database};
 use super::store::Change;
-use super::{client, database, now};
+use super::{client, now};
 use crate::error::{Exit, Failure};
 use crate::host::Host;
 use crate::host::state::StateDir;
@@ -102,7 +103,8 @@ pub async fn restore(host: &Host, data_dir: &str, url: Option<Secret>, file: &st
     let done = async {
         store.write(backup.rows.into_iter().map(Change::Row).collect()).await?;
         // the keys come last: without them nothing starts on half of it
-        Keys::restore(&state, &backup.keys, now())
+        let keys = Keys::restore(&state, &backup.keys, now())?;
+        store.note(open::KEYS, &keys.mark()).await
     };
     let done = done.await;
     store.close().await;

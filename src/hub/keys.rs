@@ -131,10 +131,20 @@ impl Keys {
     ///
     /// # Errors
     /// When it is damaged.
-    pub fn restore(state: &StateDir, text: &Secret, now: i64) -> anyhow::Result<()> {
+    pub fn restore(state: &StateDir, text: &Secret, now: i64) -> anyhow::Result<Keys> {
         let _: Stored = serde_json::from_str(text.expose()).context("the keys in the backup")?;
         state.write(FILE, text.expose())?;
-        Keys::load(state, now).map(drop)
+        Keys::load(state, now)
+    }
+
+    /// Takes back keys that were made a moment ago and that nobody knows.
+    pub fn forget(state: &StateDir) {
+        state.remove(FILE);
+    }
+
+    /// Tells these keys from others, and nothing of them.
+    pub fn mark(&self) -> String {
+        self.derived("mark", "").expose().to_owned()
     }
 
     /// The keys as they stand in a data directory.

@@ -864,6 +864,26 @@ async fn a_database_that_is_none_or_of_another_time_is_left_alone() {
     assert!(refused.err.contains("DATABASE_VERSION") && refused.err.contains("99"), "{}", refused.err);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_without_its_keys_is_left_alone() {
+    let mut hub = Hub::start();
+    let data = hub.sandbox.root().join(DATA);
+    let (keys, aside) = (data.join("keys.json"), data.join("aside.json"));
+    hub.child.kill().unwrap();
+    hub.child.wait().unwrap();
+    std::fs::rename(&keys, &aside).unwrap();
+    let serve = || hub.sandbox.run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"]).ended(3);
+    let refused = serve();
+    assert!(refused.err.contains("KEYS_FOREIGN") && refused.err.contains("backup"), "{}", refused.err);
+    // nothing was made in their place
+    assert!(!keys.exists());
+    std::fs::write(&keys, std::fs::read(Hub::start().sandbox.root().join(DATA).join("keys.json")).unwrap()).unwrap();
+    assert!(serve().err.contains("KEYS_FOREIGN"));
+    std::fs::rename(&aside, &keys).unwrap();
+    hub.killed_and_back();
+    assert_eq!(hub.ask("GET", "/api/v1/clusters", &hub.admin, json!({})).await.status(), 200);
+}
+
 #[test]
 fn a_config_file_lies_under_the_flags_and_its_mistakes_are_named() {
     let sandbox = Sandbox::new();

@@ -222,7 +222,7 @@ function route() {
   if (!session) return;
   const found = /^#\/c\/(.+)$/.exec(location.hash);
   if (found) {
-    shown = decodeURIComponent(found[1]);
+    try { shown = decodeURIComponent(found[1]); } catch { shown = found[1]; }
     show('cluster');
     $('cluster-title').textContent = '';
     detail(shown, true);
