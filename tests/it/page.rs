@@ -190,6 +190,33 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     browser.content();
 }
 
+/// Who falls silent is judged after 45 s; from then on people have it within five.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_verdict_of_offline_is_on_the_page_within_seconds() {
+    let hub = Hub::with(&[]);
+    let (token, pin) = hub.enrol();
+    let Some(mut browser) = Browser::start(&pin) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let silent = Simulated::new(&hub, dir.path(), &token).await;
+    log_in(&mut browser, &hub);
+    browser.until("document.querySelectorAll('#rows .state.online').length === 1");
+    let begun = Instant::now();
+    loop {
+        let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+        let state = clusters["items"].as_array().unwrap().iter().find(|c| c["agent_id"] == silent.id.as_str()).unwrap()["state"].clone();
+        if state == "offline" {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(90), "{state}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let verdict = Instant::now();
+    browser.until("document.querySelectorAll('#rows .state.offline').length === 1");
+    println!("offline is on the page {:.1} s after the verdict", verdict.elapsed().as_secs_f32());
+    assert!(verdict.elapsed() < Duration::from_secs(5));
+    browser.content();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_clusters_are_a_page_like_any_other() {
     let hub = Hub::with(&[]);
