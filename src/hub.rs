@@ -396,13 +396,17 @@ impl Hub {
         if !self.registry().admins().is_empty() {
             return Ok(());
         }
+        // the administrator comes last: until then the next start begins anew
+        let line = match show {
+            Some(_) => {
+                let added = self.registry().add_enrolment(self.keys(), "default", "first", FIRST_LINE, Some(1), now()).await;
+                self.install_line(&added.map_err(failed)?.1)
+            }
+            None => String::new(),
+        };
         let (_, token) = self.registry().add_admin(self.keys(), "first", now()).await.map_err(failed)?;
         match show {
-            Some(show) => {
-                let added = self.registry().add_enrolment(self.keys(), "default", "first", FIRST_LINE, Some(1), now()).await;
-                let (_, enrolment) = added.map_err(failed)?;
-                show(token.expose(), &self.install_line(&enrolment));
-            }
+            Some(show) => show(token.expose(), &line),
             None => {
                 self.inner.state.write(FIRST_TOKEN, token.expose())?;
                 self.inner.first_token.store(true, Relaxed);
