@@ -56,6 +56,8 @@ const KEPT: usize = 16 * 1024;
 const READ: usize = 16 * 1024;
 /// How long a stream that we closed waits for the peer's end.
 const LINGER: Duration = Duration::from_secs(60);
+/// The same while what was written waits for a window: of that much a slow reader may need before he has room for the rest.
+const STUCK: Duration = Duration::from_secs(600);
 /// Silence after which the peer is pinged, and after which the session is dead.
 const QUIET: Duration = Duration::from_secs(20);
 const DEAD: Duration = Duration::from_secs(40);

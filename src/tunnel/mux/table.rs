@@ -8,8 +8,8 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
 use super::{
-    ACK, BATCH, CONTROL, DATA, DEAD, End, FIN, FIRST_WINDOW, FRAME, GO_AWAY, HEADER, KEPT, LINGER, Limits, OUTBOX, PING, QUIET, RST, SYN, Side,
-    UNACKNOWLEDGED, WINDOW,
+    ACK, BATCH, CONTROL, DATA, DEAD, End, FIN, FIRST_WINDOW, FRAME, GO_AWAY, HEADER, KEPT, LINGER, Limits, OUTBOX, PING, QUIET, RST, STUCK, SYN,
+    Side, UNACKNOWLEDGED, WINDOW,
 };
 
 pub(super) struct Table {
@@ -46,7 +46,7 @@ pub(super) struct Half {
     pub(super) reset: bool,
     pub(super) local_fin: bool,
     pub(super) fin_sent: bool,
-    /// When the handle was dropped.
+    /// When the handle was dropped, or after that something was last sent.
     pub(super) dropped: Option<Instant>,
     pub(super) reader: Option<Waker>,
     pub(super) writer: Option<Waker>,
@@ -141,6 +141,7 @@ impl Table {
                 out.extend_from_slice(&half.outbox[..n]);
                 half.outbox.advance(n);
                 half.window -= length;
+                half.dropped = half.dropped.map(|_| Instant::now());
                 if half.outbox.is_empty() && half.outbox.capacity() > KEPT {
                     half.outbox = BytesMut::new();
                 }
@@ -262,7 +263,8 @@ impl Table {
         if silence >= QUIET {
             self.say(frame(PING, SYN, 0, 0));
         }
-        let old: Vec<u32> = self.streams.iter().filter(|(_, h)| h.dropped.is_some_and(|at| at.elapsed() > LINGER)).map(|(id, _)| *id).collect();
+        let over = |h: &Half| h.dropped.is_some_and(|at| at.elapsed() > if h.outbox.is_empty() { LINGER } else { STUCK });
+        let old: Vec<u32> = self.streams.iter().filter(|(_, h)| over(h)).map(|(id, _)| *id).collect();
         for id in old {
             self.streams.remove(&id);
             self.say(frame(WINDOW, RST, id, 0));

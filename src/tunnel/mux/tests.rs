@@ -86,6 +86,30 @@ async fn what_was_written_before_a_drop_arrives() {
     assert!(got == sent);
 }
 
+/// A user on a slow line needs minutes for what lies in the windows before the last of it can be sent.
+#[tokio::test(start_paused = true)]
+async fn a_slow_reader_gets_the_end_of_what_was_written_before_a_drop() {
+    let (client, server) = pair();
+    let mut stream = client.open().await.unwrap();
+    let mut slow = server.accept().await.unwrap();
+    let whole = Limits::default().window as usize + OUTBOX - 1;
+    stream.write_all(&vec![7; whole]).await.unwrap();
+    drop(stream);
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    let mut got = Vec::new();
+    slow.read_to_end(&mut got).await.unwrap();
+    assert_eq!(got.len(), whole);
+    drop(slow);
+    // one who never reads at all is not waited for without end
+    let mut stream = client.open().await.unwrap();
+    let never = server.accept().await.unwrap();
+    stream.write_all(&vec![7; whole]).await.unwrap();
+    drop(stream);
+    tokio::time::sleep(STUCK + LINGER).await;
+    assert_eq!(client.open_streams(), 0);
+    drop(never);
+}
+
 #[tokio::test]
 async fn breaches_of_the_protocol_end_the_session_and_say_which() {
     for (frames, why) in [
