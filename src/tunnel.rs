@@ -61,7 +61,7 @@ pub struct TunnelTls {
     pub ca_pem: Option<String>,
     pub pin: Option<String>,
     pub server_name: Option<String>,
-    /// Send 0x17 before the handshake: for servers that share their port with an HTTPS vhost, and for those before 0.36. A server
+    /// Send 0x17 before the handshake: for servers that share their port with an HTTPS vhost, and for old ones. A server
     /// that hangs up on a handshake without it is tried with it.
     pub custom_first_byte: bool,
 }

@@ -54,7 +54,7 @@ pub struct Target {
 /// A handshake that failed.
 struct NoTls {
     no: NoWay,
-    /// The server hung up or knows no such name: one before 0.36 does the first, one that shares its port with an HTTPS vhost the
+    /// The server hung up or knows no such name: an old one does the first, one that shares its port with an HTTPS vhost the
     /// second, when the byte is missing (fatedier/frp `pkg/util/net/tls.go`, `pkg/util/vhost/https.go`).
     wants_byte: bool,
     /// The server showed a certificate, and it is not believed.

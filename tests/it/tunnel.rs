@@ -413,7 +413,7 @@ async fn choosy(unwanted: &'static [u8], to: SocketAddr) -> SocketAddr {
     address
 }
 
-/// frps before 0.36 knows TLS by the byte 0x17 before it, and takes anything else for something else.
+/// Old frps knows TLS by the byte 0x17 before it, and takes anything else for something else.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_wants_the_byte_before_tls_gets_it() {
     let (tls, pin) = identity();
