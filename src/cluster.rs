@@ -93,7 +93,7 @@ impl Cluster {
                 Err(_) => Err(kube::Error::Service(format!("no answer for {} s", PATIENCE.as_secs()).into())),
             };
             match (&answer, waits.next()) {
-                (Err(e), Some(wait)) if matches!(status(e), Some(429 | 502 | 503 | 504)) => sleep(*wait).await,
+                (Err(e), Some(wait)) if status(e).is_some_and(passing) => sleep(*wait).await,
                 _ => return answer,
             }
         }
@@ -153,6 +153,11 @@ impl Cluster {
         let Ok(request) = Request::get("/readyz").body(Vec::new()) else { return false };
         self.client.request_text(request).await.is_ok_and(|text| text.trim() == "ok")
     }
+}
+
+/// Whether a status speaks of this moment only: an API server that is too busy, or one that begins or ends behind what stands in front.
+pub fn passing(status: u16) -> bool {
+    matches!(status, 429 | 502..=504)
 }
 
 /// HTTP status that the API server answered with.

@@ -52,8 +52,6 @@ use store::Store;
 pub const STATE: &str = "/var/lib/pipeops-control-plane";
 /// The first administrator's token, until it is used.
 const FIRST_TOKEN: &str = "admin-token";
-/// How long the line that is shown at first lets a server in, seconds.
-const FIRST_LINE: i64 = 86_400;
 /// Socket for the administrator's verbs on this machine.
 pub const SOCKET: &str = "admin.sock";
 /// What an agent's proof at the tunnel server is derived for.
@@ -399,7 +397,7 @@ impl Hub {
         // the administrator comes last: until then the next start begins anew
         let line = match show {
             Some(_) => {
-                let added = self.registry().add_enrolment(self.keys(), "default", "first", FIRST_LINE, Some(1), now()).await;
+                let added = self.registry().add_enrolment(self.keys(), "default", "first", api::DAY, Some(1), now()).await;
                 self.install_line(&added.map_err(failed)?.1)
             }
             None => String::new(),

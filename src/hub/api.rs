@@ -28,7 +28,7 @@ const REGISTRATION: usize = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Longest life of an enrolment token, of a Runner's token and of a kubeconfig, seconds.
 const YEAR: i64 = 366 * 86_400;
-const DAY: i64 = 86_400;
+pub(super) const DAY: i64 = 86_400;
 
 /// Where a request comes from, as far as it matters.
 #[derive(Clone, Copy, Debug)]
@@ -378,6 +378,8 @@ impl Hub {
                 let ttl = life(asked.ttl_s, DAY, DAY)?;
                 let (role, namespaces) = narrowed(who, &asked)?;
                 let cluster = registry.cluster(id, project, now)?;
+                // not longer than whoever makes it may do anything himself
+                let own_end = if let Who::Access(own) = who { own.expires_at } else { None };
                 let row = Access {
                     id: String::new(),
                     project: cluster.project.clone(),
@@ -388,8 +390,7 @@ impl Hub {
                     clusters: Some(vec![cluster.id.clone()]),
                     namespaces,
                     created_at: now,
-                    // not longer than whoever makes it may do anything himself
-                    expires_at: Some(if let Who::Access(own) = who { own.expires_at.map_or(now + ttl, |at| at.min(now + ttl)) } else { now + ttl }),
+                    expires_at: Some(own_end.map_or(now + ttl, |end| end.min(now + ttl))),
                     revoked: false,
                     maker: Some(who.subject()),
                 };

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::journal::{Before, Entry, Journal, backup_path};
 use super::{Check, Content, Event, Resource, SecretName, Step, objects, teardown, wait};
-use crate::cluster::{Cluster, status};
+use crate::cluster::{Cluster, passing, status};
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host, LOGS, Owner, fetch};
 use crate::k3s::token::hex;
@@ -50,7 +50,7 @@ fn cluster(host: &Host) -> anyhow::Result<Cluster> {
 
 /// Whether nobody was there to answer: no answer at all, or one of what stands in front.
 fn away(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<kube::Error>().is_some_and(|e| status(e).is_none_or(|code| matches!(code, 429 | 502..=504)))
+    error.downcast_ref::<kube::Error>().is_some_and(|e| status(e).is_none_or(passing))
 }
 
 /// Looks, never writes.

@@ -301,14 +301,14 @@ impl Server {
 
     async fn login(&self, mut io: Io, login: wire::Login, stranger: Option<Pass>) -> io::Result<()> {
         let config = &self.shared.config;
+        let refuse = |error: &str| LoginResp { version: wire::VERSION.into(), error: error.into(), ..LoginResp::default() };
         if !same(&login.privilege_key, &wire::privilege_key(&config.token, login.timestamp)) {
-            let error = "token in login doesn't match token from configuration".into();
-            return wire::write(&mut io, LoginResp { version: wire::VERSION.into(), error, ..LoginResp::default() }).await;
+            return wire::write(&mut io, refuse("token in login doesn't match token from configuration")).await;
         }
         let admitted = self.shared.config.admit.as_ref().map(|a| a.login(&login)).transpose();
         let (owner, revoked) = match admitted {
             Ok(admitted) => admitted.unwrap_or_default(),
-            Err(error) => return wire::write(&mut io, LoginResp { version: wire::VERSION.into(), error, ..LoginResp::default() }).await,
+            Err(error) => return wire::write(&mut io, refuse(&error)).await,
         };
         let run_id = if login.run_id.is_empty() { wire::fresh_run_id() } else { login.run_id };
         let pool = usize::try_from(login.pool_count).unwrap_or(0).min(POOL);
@@ -325,8 +325,7 @@ impl Server {
         // a run id is no password: only its own holder takes it over
         let taken = self.take_over(&run_id, &control);
         let Ok(former) = taken else {
-            let error = "the run id is another client's".into();
-            return wire::write(&mut io, LoginResp { version: wire::VERSION.into(), error, ..LoginResp::default() }).await;
+            return wire::write(&mut io, refuse("the run id is another client's")).await;
         };
         let _leave = Leave { server: self, control: control.clone() };
         drop(stranger);

@@ -105,7 +105,7 @@ impl Hub {
         self.child = spawn(&self.sandbox, (port, 0), &self.options, &self.log).0;
     }
 
-    fn stored(sandbox: &Sandbox) -> Value {
+    pub(crate) fn stored(sandbox: &Sandbox) -> Value {
         serde_json::from_str(&std::fs::read_to_string(sandbox.root().join(DATA).join("keys.json")).unwrap()).unwrap()
     }
 

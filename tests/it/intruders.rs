@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pipeops::secret::Secret;
 use pipeops::trust::{Pin, Trust};
-use pipeops::tunnel::dial::{Carrier, Target};
+use pipeops::tunnel::dial::Target;
 use pipeops::tunnel::wire::{self, Login, Message, NewProxy, NewVisitorConn, NewWorkConn};
 use pipeops::tunnel::{TunnelAuth, TunnelConfig, TunnelTls};
 use serde_json::{Value, json};
@@ -20,8 +20,7 @@ use crate::world::serve_kube;
 const BORNE: Duration = Duration::from_secs(30);
 
 async fn tls(hub: &Hub) -> tokio_rustls::client::TlsStream<TcpStream> {
-    let ca = std::fs::read_to_string(hub.sandbox.root().join(crate::hub::DATA).join("keys.json")).unwrap();
-    let ca = serde_json::from_str::<Value>(&ca).unwrap()["ca_certificate"].as_str().unwrap().to_owned();
+    let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
     let config = Trust { ca_pem: Some(ca), ..Default::default() }.client().unwrap();
     let address = hub.url.trim_start_matches("https://");
     let name = rustls_pki_types::ServerName::try_from("127.0.0.1").unwrap();
@@ -238,6 +237,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
         };
         assert!(error.contains("nothing else"), "{name} {kind}: {error}");
     }
-    let Carrier::Mux(_) = carrier(&mut tasks).await else { panic!("no multiplexer") };
+    // whoever comes now is taken
+    carrier(&mut tasks).await;
     assert_eq!(hub.version(&cluster).await, 200, "the agent's own tunnel");
 }

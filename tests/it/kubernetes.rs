@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+use rcgen::{CertificateParams, KeyPair, SanType};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -13,10 +13,8 @@ use tokio_rustls::TlsAcceptor;
 use crate::world::{World, serve_kube};
 
 /// A CA, and a server's settings with a certificate of it.
-fn authority() -> (String, Arc<rustls::ServerConfig>) {
-    let mut params = CertificateParams::new(Vec::new()).unwrap();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+fn served() -> (String, Arc<rustls::ServerConfig>) {
+    let ca = crate::join::authority("kubernetes");
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.subject_alt_names.push(SanType::IpAddress([127, 0, 0, 1].into()));
     let key = KeyPair::generate().unwrap();
@@ -58,8 +56,8 @@ async fn a_rotated_ca_and_token_are_picked_up_while_the_tunnel_stays() {
     use base64::Engine as _;
     let world = World::new().await.up().await;
     let (kube, plain) = serve_kube().await;
-    let (first_ca, first) = authority();
-    let (second_ca, second) = authority();
+    let (first_ca, first) = served();
+    let (second_ca, second) = served();
     let (settings, receiver) = watch::channel(first);
     let address = front(plain, receiver).await;
     let credential = |ca: &str, token: &str| {
