@@ -22,8 +22,10 @@ use crate::tunnel::mux::{Limits, Mux, Side};
 pub const STAGE: Duration = Duration::from_secs(5);
 /// Head start of an address over the next one.
 const STAGGER: Duration = Duration::from_millis(250);
-/// Sent, unacknowledged and given up by the kernel after this long.
+/// Not acknowledged, or not taken, for this long: a multiplexer's connection is given up by the kernel.
 const USER_TIMEOUT_MS: u32 = 12_000;
+/// First keepalive after this much silence, and the next ones; seconds, as Go's and so frp's.
+const KEEPALIVE: u32 = 15;
 
 /// Why there is no connection: the stage that failed, in one line.
 #[derive(Debug)]
@@ -113,7 +115,7 @@ impl Target {
         let tcp = timeout(STAGE, race(addresses, self.port));
         let tcp = tcp.await.map_err(|_| NoWay { why: format!("tcp: {self} did not answer in 5 s"), unanswered: true })?;
         let tcp = tcp.map_err(|e| format!("tcp: {self}: {e}"))?;
-        tune(&tcp);
+        tune(&tcp, self.tcp_mux);
         Ok(tcp)
     }
 
@@ -238,10 +240,15 @@ async fn race(addresses: Vec<IpAddr>, port: u16) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// Small writes go at once, and a peer that acknowledges nothing is given up by the kernel.
-pub fn tune(stream: &TcpStream) {
+/// Small writes go at once, and a peer that is gone is noticed. One that takes nothing is given up by the kernel where a
+/// multiplexer reads at the other end, which always does; whoever reads a connection of his own may pause for as long as he likes.
+pub fn tune(stream: &TcpStream, muxed: bool) {
     use nix::sys::socket::{setsockopt, sockopt};
     let _ = stream.set_nodelay(true);
-    let _ = setsockopt(stream, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS);
     let _ = setsockopt(stream, sockopt::KeepAlive, &true);
+    let _ = setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE);
+    let _ = setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE);
+    if muxed {
+        let _ = setsockopt(stream, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS);
+    }
 }

@@ -259,7 +259,7 @@ impl Server {
 
     /// First bytes decide: 0x17 and TLS, TLS, or neither (fatedier/frp `pkg/util/net/tls.go`).
     async fn secured(&self, mut stream: TcpStream) -> io::Result<Io> {
-        tune(&stream);
+        tune(&stream, self.shared.config.tcp_mux);
         let mut first = [0];
         stream.peek(&mut first).await?;
         match (&self.shared.config.tls, first[0]) {
@@ -437,7 +437,7 @@ impl Server {
                     Some(_) = users.join_next() => {}
                     accepted = listener.accept() => {
                         let Ok((mut user, from)) = accepted else { continue };
-                        tune(&user);
+                        tune(&user, false);
                         let (server, open) = (server.clone(), open.clone());
                         users.spawn(async move {
                             if let Ok(mut work) = server.join(&open, Some(from)).await {
