@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use pipeops::secret::Secret;
 use pipeops::trust::Pin;
 use pipeops::tunnel::client::{Work, visit};
@@ -17,9 +18,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 use crate::hub::{Hub, certificate};
-use crate::plane::identity;
-use crate::tunnel::{Frpc, Frps, TOKEN, echo, free_port, round_trip};
+use crate::plane::{free_port, identity};
+use crate::tunnel::{Frpc, Frps, TOKEN, echo, round_trip, try_round_trip};
 use crate::world::serve_kube;
+
+/// For a program that starts; the machine may be busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One release of frp, or a stand-in for it.
 enum Release {
@@ -131,14 +135,14 @@ impl Release {
         }
         let settings = if self.toml() {
             format!(
-                "serverAddr = \"127.0.0.1\"\nserverPort = {port}\nauth.method = \"token\"\nauth.token = \"{TOKEN}\"\ntransport.tcpMux = {tcp_mux}\ntransport.tls.enable = {with_tls}\n\
+                "log.level = \"trace\"\nserverAddr = \"127.0.0.1\"\nserverPort = {port}\nauth.method = \"token\"\nauth.token = \"{TOKEN}\"\ntransport.tcpMux = {tcp_mux}\ntransport.tls.enable = {with_tls}\n\
                  [[proxies]]\nname = \"t\"\ntype = \"tcp\"\nlocalIP = \"127.0.0.1\"\nlocalPort = {echoing}\nremotePort = {remote}\ntransport.useEncryption = true\ntransport.useCompression = true\n\
                  [[proxies]]\nname = \"s\"\ntype = \"stcp\"\nsecretKey = \"sk\"\nlocalIP = \"127.0.0.1\"\nlocalPort = {echoing}\n\
                  [[visitors]]\nname = \"v\"\ntype = \"stcp\"\nserverName = \"s\"\nsecretKey = \"sk\"\nbindAddr = \"127.0.0.1\"\nbindPort = {visitor}\n"
             )
         } else {
             format!(
-                "[common]\nserver_addr = 127.0.0.1\nserver_port = {port}\ntoken = {TOKEN}\ntcp_mux = {tcp_mux}\ntls_enable = {with_tls}\n\
+                "[common]\nlog_level = trace\nserver_addr = 127.0.0.1\nserver_port = {port}\ntoken = {TOKEN}\ntcp_mux = {tcp_mux}\ntls_enable = {with_tls}\n\
                  [t]\ntype = tcp\nlocal_ip = 127.0.0.1\nlocal_port = {echoing}\nremote_port = {remote}\nuse_encryption = true\nuse_compression = true\n\
                  [s]\ntype = stcp\nsk = sk\nlocal_ip = 127.0.0.1\nlocal_port = {echoing}\n\
                  [v]\ntype = stcp\nrole = visitor\nserver_name = s\nsk = sk\nbind_addr = 127.0.0.1\nbind_port = {visitor}\n"
@@ -178,16 +182,31 @@ fn build_peer() -> Result<PathBuf, String> {
 
 fn start(command: &mut Command, dir: &Path, program: &str) -> Running {
     let log = std::fs::File::create(dir.join(format!("{program}.log"))).unwrap();
-    Running(command.stdout(log.try_clone().unwrap()).stderr(Stdio::from(log)).spawn().unwrap())
+    let child = command.stdout(log.try_clone().unwrap()).stderr(Stdio::from(log)).spawn().unwrap();
+    Running { child, said: dir.join(format!("{program}.log")) }
 }
 
-/// Ended with the test.
-struct Running(Child);
+/// Tells which of many fails.
+async fn named(name: String, run: impl Future<Output = ()>) {
+    if let Err(failed) = std::panic::AssertUnwindSafe(run).catch_unwind().await {
+        println!("FAILED: {name}");
+        std::panic::resume_unwind(failed);
+    }
+}
+
+/// Ended with the test, and shown where it fails.
+struct Running {
+    child: Child,
+    said: PathBuf,
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            println!("{}: {}", self.said.display(), std::fs::read_to_string(&self.said).unwrap_or_default());
+        }
     }
 }
 
@@ -199,7 +218,7 @@ async fn connected(port: u16, what: &str, dir: &Path) -> TcpStream {
         }
         let log = || std::fs::read_dir(dir).unwrap().flatten().filter(|e| e.path().extension().is_some_and(|x| x == "log"));
         let texts = || log().map(|e| std::fs::read_to_string(e.path()).unwrap_or_default()).collect::<String>();
-        assert!(begun.elapsed() < Duration::from_secs(20), "{what} never listens: {}", texts());
+        assert!(begun.elapsed() < PATIENCE, "{what} never listens: {}", texts());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -240,7 +259,10 @@ async fn our_client_behind_somebody_elses_frps() {
     let all = Release::all("our client behind a genuine frps");
     let combinations = |release| [Tls::Pinned, Tls::Unknown, Tls::Off].into_iter().flat_map(move |tls| [(release, true, tls), (release, false, tls)]);
     let runs = all.iter().flat_map(combinations).filter(|(release, _, tls)| *tls != Tls::Pinned || release.certifiable());
-    futures_util::future::join_all(runs.map(|(release, tcp_mux, tls)| behind(release, tcp_mux, tls, (&pem, &key, &pin)))).await;
+    let runs = runs.map(|(release, tcp_mux, tls)| {
+        named(format!("{}: tcpMux {tcp_mux}, TLS {tls:?}", release.name()), behind(release, tcp_mux, tls, (&pem, &key, &pin)))
+    });
+    futures_util::future::join_all(runs).await;
 }
 
 async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&str, &str, &str)) {
@@ -248,7 +270,7 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
     let (crt, private) = (dir.path().join("tls.crt"), dir.path().join("tls.key"));
     std::fs::write(&crt, pem).unwrap();
     std::fs::write(&private, key).unwrap();
-    let (bind, vhost, remote) = (free_port().await, free_port().await, free_port().await);
+    let (bind, vhost, remote) = (free_port(), free_port(), free_port());
     let pinned = tls == Tls::Pinned;
     let _frps = release.frps(&Asked { dir: dir.path(), bind, vhost, tcp_mux, certificate: pinned.then_some((crt, private)) });
     drop(connected(bind, "frps", dir.path()).await);
@@ -313,7 +335,8 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
 async fn somebody_elses_frpc_before_our_server() {
     let all = Release::all("a genuine frpc before our server");
     let runs = all.iter().flat_map(|release| [(true, true), (false, true), (true, false), (false, false)].map(|(mux, tls)| (release, mux, tls)));
-    futures_util::future::join_all(runs.map(|(release, tcp_mux, with_tls)| before(release, tcp_mux, with_tls))).await;
+    let runs = runs.map(|(release, tcp_mux, tls)| named(format!("{}: tcpMux {tcp_mux}, TLS {tls}", release.name()), before(release, tcp_mux, tls)));
+    futures_util::future::join_all(runs).await;
 }
 
 async fn before(release: &Release, tcp_mux: bool, with_tls: bool) {
@@ -327,8 +350,13 @@ async fn before(release: &Release, tcp_mux: bool, with_tls: bool) {
             tokio::spawn(echo(Box::new(stream)));
         }
     });
-    let (remote, visitor) = (free_port().await, free_port().await);
+    let (remote, visitor) = (free_port(), free_port());
     let mut frpc = release.frpc(dir.path(), frps.address.port(), (remote, visitor, echoing), tcp_mux, with_tls);
+    // frpc turns away whoever comes before it has heard that the proxy is open
+    let begun = Instant::now();
+    while let Err(e) = try_round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 1).await {
+        assert!(begun.elapsed() < PATIENCE, "the tcp proxy never carries: {e}");
+    }
     round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 10_000_000).await;
     round_trip(&mut frps.server.dial("s").await.unwrap(), 1_000_000).await;
     round_trip(&mut connected(visitor, "the visitor", dir.path()).await, 1_000_000).await;
@@ -342,7 +370,7 @@ async fn before(release: &Release, tcp_mux: bool, with_tls: bool) {
             done.unwrap();
         }
     }
-    assert!(frpc.0.try_wait().unwrap().is_none(), "frpc ended");
+    assert!(frpc.child.try_wait().unwrap().is_none(), "frpc ended");
     println!("{}: tcpMux {tcp_mux}, TLS {with_tls}: tcp, stcp, visitor carried", release.name());
 }
 
@@ -360,7 +388,7 @@ async fn a_control_plane_beside_a_genuine_frps() {
             path.to_str().unwrap().to_owned()
         };
         let (crt, private, token) = (file("tls.crt", &pem), file("tls.key", &key), file("token", TOKEN));
-        let address = format!("127.0.0.1:{}", free_port().await);
+        let address = format!("127.0.0.1:{}", free_port());
         let hub = Hub::with(&["--frps", &address, "--frps-token-file", &token, "--frps-pin", &pin]);
         // the settings that the verb prints, with what only their owner knows
         let settings = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;

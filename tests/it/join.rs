@@ -165,10 +165,7 @@ fn a_join_a_second_run_and_an_uninstall() {
 fn a_wrong_server_or_token_is_refused_before_a_write() {
     let good = Server::start(Mood::Good);
     let token = good.token();
-    let refused = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        format!("127.0.0.1:{}", listener.local_addr().unwrap().port())
-    };
+    let refused = format!("127.0.0.1:{}", crate::plane::free_port());
     let cases: Vec<(String, String, i32, &str)> = vec![
         (good.url.clone(), format!("K10{}::abcdef.0123456789abcdef", "0".repeat(64)), 7, "JOIN_CA_MISMATCH"),
         (good.url.clone(), token.replace("abcdef.", "zzzzzz."), 7, "JOIN_TOKEN_EXPIRED"),

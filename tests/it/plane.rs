@@ -15,7 +15,19 @@ use pipeops::trust::{Pin, Trust};
 use pipeops::tunnel::layer::Io;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
+
+/// A port on which nobody listens. It stays bound for as long as the tests run, so that nothing else is given it meanwhile;
+/// who asks for it by its number gets it all the same: a bound socket that does not listen stands in nobody's way.
+pub(crate) fn free_port() -> u16 {
+    static HELD: Mutex<Vec<TcpSocket>> = Mutex::new(Vec::new());
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let port = socket.local_addr().unwrap().port();
+    HELD.lock().unwrap().push(socket);
+    port
+}
 
 pub(crate) const TOKEN: &str = "enrol-planted-4711";
 pub(crate) const FRP_TOKEN: &str = "frp-planted-4711";

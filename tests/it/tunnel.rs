@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::plane::identity;
+use crate::plane::{free_port, identity};
 use pipeops::secret::Secret;
 use pipeops::tunnel::client::{Client, Work};
 use pipeops::tunnel::layer::Io;
@@ -154,7 +154,8 @@ pub(crate) fn settings(address: SocketAddr, tcp_mux: bool, pin: &str) -> TunnelC
     }
 }
 
-pub(crate) async fn round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), bytes: usize) {
+/// Sends bytes through what echoes them, while they come back.
+pub(crate) async fn try_round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), bytes: usize) -> std::io::Result<()> {
     let sent: Vec<u8> = (0..bytes).map(|i| u8::try_from(i % 251).unwrap()).collect();
     let (mut r, mut w) = tokio::io::split(io);
     let mut got = vec![0; bytes];
@@ -163,14 +164,46 @@ pub(crate) async fn round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::
         w.flush().await
     };
     let (read, wrote) = tokio::join!(r.read_exact(&mut got), write);
-    read.unwrap();
-    wrote.unwrap();
+    read.and(wrote)?;
     assert!(got == sent);
+    Ok(())
 }
 
-/// The address of tcp proxy `t`: the server tells it to the client only, so the test asks for a fixed free port.
-pub(crate) async fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
+#[track_caller]
+pub(crate) fn round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), bytes: usize) -> impl Future<Output = ()> {
+    let caller = std::panic::Location::caller();
+    async move { try_round_trip(io, bytes).await.unwrap_or_else(|e| panic!("{caller}: of {bytes} bytes: {e}")) }
+}
+
+/// Somebody who scrolls back, or a debugger at a stop: every window on the way is closed for longer than a dead peer is waited for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_who_pauses_is_waited_for() {
+    const BYTES: u64 = 64_000_000;
+    let paused = async |tcp_mux| {
+        let (tls, pin) = identity();
+        let frps = Frps::start(&tls, tcp_mux, 0).await;
+        let mut config = settings(frps.address, tcp_mux, &pin);
+        let port = free_port();
+        config.proxies.iter_mut().for_each(|p| p.remote_port = port);
+        let (mut frpc, mut works) = Frpc::with_work(config, "");
+        frpc.until(State::Up).await;
+        tokio::spawn(async move {
+            while let Some(mut work) = works.recv().await {
+                tokio::spawn(async move {
+                    let _ = tokio::io::copy(&mut tokio::io::repeat(7).take(BYTES), &mut work.io).await;
+                    let _ = work.io.shutdown().await;
+                });
+            }
+        });
+        let mut user = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let mut visitor = frps.server.dial("s").await.unwrap();
+        tokio::time::sleep(Duration::from_secs(16)).await;
+        for (who, io) in [("at a port", &mut user as &mut (dyn tokio::io::AsyncRead + Unpin + Send)), ("by the gateway", &mut visitor)] {
+            let got = tokio::io::copy(io, &mut tokio::io::sink()).await;
+            assert!(matches!(got, Ok(BYTES)), "tcpMux {tcp_mux}, {who}: {got:?}");
+        }
+    };
+    tokio::join!(paused(true), paused(false));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -184,7 +217,7 @@ async fn every_combination_carries_bytes_both_ways() {
             let mut config = settings(frps.address, tcp_mux, &pin);
             config.tls.custom_first_byte = custom_first_byte;
             config.auth.user = user.map(str::to_owned);
-            let port = free_port().await;
+            let port = free_port();
             for proxy in &mut config.proxies {
                 (proxy.use_encryption, proxy.use_compression) = (encryption, compression);
                 proxy.remote_port = port;
@@ -302,7 +335,7 @@ async fn wrong_credentials_and_trust_are_states_with_a_reason() {
     assert!(reason.starts_with("dns"), "{reason}");
 
     let mut config = good;
-    config.port = free_port().await;
+    config.port = free_port();
     let reason = Frpc::start(config, "").until(State::Waiting).await;
     assert!(reason.starts_with("tcp") && reason.contains("refused"), "{reason}");
 }

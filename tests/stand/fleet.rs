@@ -40,7 +40,7 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().to_str().unwrap().to_owned();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = crate::plane::free_port();
     let url = format!("https://127.0.0.1:{port}");
     let mut plane = spawn(pipeops, &root, port);
     let mut line = String::new();

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::bench::{Agent, Load, kube, load};
-use crate::plane::{FRP_TOKEN, Plane};
+use crate::plane::{FRP_TOKEN, Plane, free_port};
 
 type Sender = hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>>;
 
@@ -30,10 +30,6 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-async fn port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
 }
 
 async fn sender(io: Io) -> Sender {
@@ -75,7 +71,7 @@ fn said(what: &str, runs: &[Load]) -> (f64, f64) {
 
 /// rathole with TLS: its server on this machine, its client before `target`; the port that callers use.
 async fn rathole(program: &str, dir: &Path, made: &rcgen::CertifiedKey<rcgen::KeyPair>, target: SocketAddr) -> (u16, [Running; 2]) {
-    let (bind, exposed) = (port().await, port().await);
+    let (bind, exposed) = (free_port(), free_port());
     let put = |name: &str, text: &str| {
         let path = dir.join(name);
         std::fs::write(&path, text).unwrap();
@@ -111,7 +107,7 @@ pub(crate) async fn tunnel(pipeops: &str, frp: Option<&str>) {
     let dir = tempfile::tempdir().unwrap();
     let made = rcgen::generate_simple_self_signed(vec!["frps.test".into()]).unwrap();
     let pin = Pin::of(made.cert.der()).unwrap().to_string();
-    let (bind, vhost, ours_tcp, peer_tcp) = (port().await, port().await, port().await, port().await);
+    let (bind, vhost, ours_tcp, peer_tcp) = (free_port(), free_port(), free_port(), free_port());
     let put = |name: &str, text: &str| {
         let path = dir.path().join(name);
         std::fs::write(&path, text).unwrap();
