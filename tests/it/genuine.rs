@@ -1,4 +1,4 @@
-//! Genuine frp, old and new, on either side of ours: every directory that `PIPEOPS_TEST_FRP_DIR` names or holds, with `frps` and `frpc` in it.
+//! Genuine frp, old and new, on either side of ours: every directory that `PIPEOPS_TEST_FRP_DIR` names or holds, with `frps`, `frpc` or both in it.
 //! And stand-ins in Go, on the multiplexer of the original, which can be had everywhere.
 
 use std::path::{Path, PathBuf};
@@ -48,22 +48,22 @@ struct Asked<'a> {
 }
 
 impl Release {
-    /// Those that can be had.
-    fn genuine(test: &str) -> Vec<Release> {
+    /// Those that can be had, with that program.
+    fn genuine(test: &str, program: &str) -> Vec<Release> {
         let Some(dir) = std::env::var_os("PIPEOPS_TEST_FRP_DIR").map(PathBuf::from) else {
             println!("NOT RUN: {test}: no genuine frp (PIPEOPS_TEST_FRP_DIR is not set)");
             return Vec::new();
         };
         let below = std::fs::read_dir(&dir).unwrap().flatten().map(|e| e.path());
-        let mut dirs: Vec<PathBuf> = below.chain([dir.clone()]).filter(|d| d.join("frps").is_file() && d.join("frpc").is_file()).collect();
+        let mut dirs: Vec<PathBuf> = below.chain([dir.clone()]).filter(|d| d.join(program).is_file()).collect();
         dirs.sort();
-        assert!(!dirs.is_empty(), "PIPEOPS_TEST_FRP_DIR={} holds no frps and frpc", dir.display());
-        dirs.into_iter().map(Release::of).collect()
+        assert!(!dirs.is_empty(), "PIPEOPS_TEST_FRP_DIR={} holds no {program}", dir.display());
+        dirs.into_iter().map(|d| Release::of(d, program)).collect()
     }
 
     /// The same, and stand-ins: the multiplexer, compression and TLS of the original, its habits by our reading.
-    fn all(test: &str) -> Vec<Release> {
-        let mut all = Release::genuine(test);
+    fn all(test: &str, program: &str) -> Vec<Release> {
+        let mut all = Release::genuine(test, program);
         match peer() {
             Ok(program) => all.extend(["2020", "0.5x", "new"].map(|habits| Release::StandIn { program: program.clone(), habits })),
             Err(why) => println!("NOT RUN: {test}: stand-ins on hashicorp/yamux: {why}"),
@@ -71,12 +71,12 @@ impl Release {
         all
     }
 
-    fn of(dir: PathBuf) -> Release {
-        let said = Command::new(dir.join("frps")).arg("-v").output().unwrap();
+    fn of(dir: PathBuf, program: &str) -> Release {
+        let said = Command::new(dir.join(program)).arg("-v").output().unwrap();
         let said = String::from_utf8_lossy(&said.stdout).trim().to_owned();
         let mut parts = said.split('.').map(|p| p.parse::<u32>().unwrap_or(0));
         let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-        println!("frp {said} in {}", dir.display());
+        println!("{program} {said} in {}", dir.display());
         Release::Genuine { dir, version }
     }
 
@@ -256,7 +256,7 @@ async fn our_client_behind_somebody_elses_frps() {
     let (pem, key) = certificate(10);
     let der = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes()).map(|c: rustls_pki_types::CertificateDer<'_>| c.into_owned()).unwrap();
     let pin = Pin::of(&der).unwrap().to_string();
-    let all = Release::all("our client behind a genuine frps");
+    let all = Release::all("our client behind a genuine frps", "frps");
     let combinations = |release| [Tls::Pinned, Tls::Unknown, Tls::Off].into_iter().flat_map(move |tls| [(release, true, tls), (release, false, tls)]);
     let runs = all.iter().flat_map(combinations).filter(|(release, _, tls)| *tls != Tls::Pinned || release.certifiable());
     let runs = runs.map(|(release, tcp_mux, tls)| {
@@ -331,9 +331,59 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
     }
 }
 
+/// One that wants every message proven, is killed, and comes back; what it refuses has the state that it should.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_genuine_frps_is_restarted_and_refuses() {
+    for release in Release::genuine("a genuine frps that is restarted and refuses", "frps").into_iter().filter(Release::toml) {
+        let (bind, remote, dir) = (free_port(), free_port(), tempfile::tempdir().unwrap());
+        let settings = format!(
+            "bindAddr = \"127.0.0.1\"\nbindPort = {bind}\nauth.token = \"{TOKEN}\"\nauth.additionalScopes = [\"HeartBeats\", \"NewWorkConns\"]\n\
+             transport.heartbeatTimeout = 10\n"
+        );
+        let frps = release.run("frps", dir.path(), &settings);
+        drop(connected(bind, "frps", dir.path()).await);
+        let proxy = |name: &str| Proxy { name: name.into(), kind: Kind::Tcp, remote_port: remote, ..Proxy::default() };
+        let config = TunnelConfig {
+            server: "127.0.0.1".into(),
+            port: bind,
+            tcp_mux: true,
+            pool_count: 1,
+            auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
+            proxies: vec![proxy("t")],
+            ..TunnelConfig::default()
+        };
+        let (mut frpc, works) = Frpc::insecure(config.clone(), "", true);
+        serve(works);
+        frpc.until(State::Up).await;
+        let run_id = frpc.run_id().await;
+        let refused = async |change: &dyn Fn(&mut TunnelConfig), state| {
+            let mut config = config.clone();
+            change(&mut config);
+            Frpc::insecure(config, "", true).0.until(state).await
+        };
+        let reason = refused(&|c| c.auth.token = Secret::new("wrong"), State::Unauthorized).await;
+        assert!(reason.contains("token"), "{reason}");
+        let reason = refused(&|_| (), State::Conflict).await;
+        assert!(reason.contains("already"), "{reason}");
+        let reason = refused(&|c| c.proxies = vec![proxy("another")], State::Conflict).await;
+        assert!(reason.contains("already used"), "{reason}");
+        // longer than it hears nothing
+        tokio::time::sleep(Duration::from_secs(14)).await;
+        assert_eq!(frpc.until(State::Up).await, "");
+        drop(frps);
+        frpc.until(State::Waiting).await;
+        let frps = release.run("frps", dir.path(), &settings);
+        frpc.until(State::Up).await;
+        round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 1_000_000).await;
+        let said = std::fs::read_to_string(&frps.said).unwrap();
+        assert!(said.contains(&run_id), "another run id: {said}");
+        println!("  {}: scopes proven, refusals told apart, back with its run id", release.name());
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn somebody_elses_frpc_before_our_server() {
-    let all = Release::all("a genuine frpc before our server");
+    let all = Release::all("a genuine frpc before our server", "frpc");
     let runs = all.iter().flat_map(|release| [(true, true), (false, true), (true, false), (false, false)].map(|(mux, tls)| (release, mux, tls)));
     let runs = runs.map(|(release, tcp_mux, tls)| named(format!("{}: tcpMux {tcp_mux}, TLS {tls}", release.name()), before(release, tcp_mux, tls)));
     futures_util::future::join_all(runs).await;
@@ -380,7 +430,7 @@ async fn a_control_plane_beside_a_genuine_frps() {
     let (pem, key) = certificate(10);
     let der: rustls_pki_types::CertificateDer<'_> = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes()).unwrap();
     let pin = Pin::of(&der).unwrap().to_string();
-    for release in Release::genuine("a control plane beside a genuine frps").into_iter().filter(Release::toml) {
+    for release in Release::genuine("a control plane beside a genuine frps", "frps").into_iter().filter(Release::toml) {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str, text: &str| {
             let path = dir.path().join(name);

@@ -123,6 +123,11 @@ impl Frpc {
         self.wait(|s| s.state == state).await.reason
     }
 
+    /// The next one that is given to it.
+    pub(crate) async fn run_id(&mut self) -> String {
+        self.run_ids.recv().await.unwrap()
+    }
+
     /// Waits for a reason that holds `text`; gives it.
     async fn until_reason(&mut self, text: &str) -> String {
         self.wait(|s| s.reason.contains(text)).await.reason
@@ -250,7 +255,7 @@ async fn a_restarted_server_has_its_client_back_within_a_second_or_so() {
     let address = frps.address;
     let mut frpc = Frpc::start(settings(address, true, &pin), "");
     frpc.until(State::Up).await;
-    let run_id = frpc.run_ids.recv().await.unwrap();
+    let run_id = frpc.run_id().await;
     assert_eq!(run_id.len(), 32);
     let begun = Instant::now();
     drop(frps);
