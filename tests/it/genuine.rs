@@ -381,6 +381,73 @@ async fn a_genuine_frps_is_restarted_and_refuses() {
     }
 }
 
+/// A way to `to` that can break without either end being told: what is open then carries nothing any more, and is never closed.
+async fn breakable(to: u16, broken: tokio::sync::watch::Receiver<u32>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((mut client, _)) = listener.accept().await {
+            let mut broken = broken.clone();
+            broken.mark_unchanged();
+            let server = TcpStream::connect(("127.0.0.1", to)).await;
+            held.push(tokio::spawn(async move {
+                let mut server = server.unwrap();
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
+                    _ = broken.changed() => std::future::pending().await,
+                }
+            }));
+        }
+    });
+    port
+}
+
+/// frps 0.65 to 0.70 may never answer a login with the run id of a session that it does not know to be dead (fatedier/frp issue 5391).
+#[tokio::test(flavor = "multi_thread")]
+async fn back_at_a_genuine_frps_that_still_believes_in_the_former_session() {
+    for release in Release::genuine("a genuine frps that believes in a dead session", "frps").into_iter().filter(Release::toml) {
+        for tcp_mux in [true, false] {
+            let (bind, remote, dir) = (free_port(), free_port(), tempfile::tempdir().unwrap());
+            let settings = format!("bindAddr = \"127.0.0.1\"\nbindPort = {bind}\nauth.token = \"{TOKEN}\"\ntransport.tcpMux = {tcp_mux}\n");
+            let _frps = release.run("frps", dir.path(), &settings);
+            drop(connected(bind, "frps", dir.path()).await);
+            let (breaks, broken) = tokio::sync::watch::channel(0);
+            let config = TunnelConfig {
+                server: "127.0.0.1".into(),
+                port: breakable(bind, broken).await,
+                tcp_mux,
+                pool_count: 1,
+                auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
+                proxies: vec![Proxy { name: "t".into(), kind: Kind::Tcp, remote_port: remote, ..Proxy::default() }],
+                ..TunnelConfig::default()
+            };
+            let (mut frpc, works) = Frpc::insecure(config, "", true);
+            serve(works);
+            frpc.until(State::Up).await;
+            breaks.send_modify(|n| *n += 1);
+            let begun = Instant::now();
+            let noticed = frpc.until_not(State::Up).await;
+            let noticed = (begun.elapsed().as_secs_f32(), noticed);
+            loop {
+                // names and ports are free only when the server misses the former session
+                assert!(begun.elapsed() < Duration::from_secs(180), "never back: {:?}", frpc.status());
+                if frpc.status().state == State::Up && try_round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 1000).await.is_ok() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            println!(
+                "  {}: tcpMux {tcp_mux}: noticed after {:.1} s ({}), back after {:.1} s",
+                release.name(),
+                noticed.0,
+                noticed.1,
+                begun.elapsed().as_secs_f32()
+            );
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn somebody_elses_frpc_before_our_server() {
     let all = Release::all("a genuine frpc before our server", "frpc");

@@ -128,6 +128,15 @@ impl Frpc {
         self.run_ids.recv().await.unwrap()
     }
 
+    pub(crate) fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Waits for any other state; gives the reason.
+    pub(crate) async fn until_not(&mut self, state: State) -> String {
+        self.wait(|s| s.state != state).await.reason
+    }
+
     /// Waits for a reason that holds `text`; gives it.
     async fn until_reason(&mut self, text: &str) -> String {
         self.wait(|s| s.reason.contains(text)).await.reason
