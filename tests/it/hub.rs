@@ -706,6 +706,18 @@ impl pipeops::tunnel::server::Admit for Plugged {
     }
 }
 
+/// `kubectl logs | less`: nothing on the way from the API server to the pager gives up on him.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_at_the_gateway_who_pauses_is_waited_for() {
+    let hub = Hub::start();
+    let (_kube, kube) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(kube).await;
+    let path = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=67108864");
+    let log = hub.ask("GET", &path, &hub.admin, json!({})).await;
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert_eq!(log.bytes().await.unwrap().len(), 67_108_864);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     use pipeops::tunnel::server::{Server, ServerConfig};
