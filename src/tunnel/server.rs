@@ -25,6 +25,8 @@ use crate::tunnel::wire::{self, Key, LoginResp, Message, NewProxy, NewProxyResp,
 
 /// Time for TLS and the first message.
 const FIRST: Duration = Duration::from_secs(10);
+/// Time to read a refusal. frpc hangs up as soon as it has.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// How long a user waits for a work connection.
 const USER: Duration = Duration::from_secs(10);
 /// A connection without a stream is closed after this long: a client holds its control channel.
@@ -301,14 +303,13 @@ impl Server {
 
     async fn login(&self, mut io: Io, login: wire::Login, stranger: Option<Pass>) -> io::Result<()> {
         let config = &self.shared.config;
-        let refuse = |error: &str| LoginResp { version: wire::VERSION.into(), error: error.into(), ..LoginResp::default() };
         if !same(&login.privilege_key, &wire::privilege_key(&config.token, login.timestamp)) {
-            return wire::write(&mut io, refuse("token in login doesn't match token from configuration")).await;
+            return refuse(io, "token in login doesn't match token from configuration").await;
         }
         let admitted = self.shared.config.admit.as_ref().map(|a| a.login(&login)).transpose();
         let (owner, revoked) = match admitted {
             Ok(admitted) => admitted.unwrap_or_default(),
-            Err(error) => return wire::write(&mut io, refuse(&error)).await,
+            Err(error) => return refuse(io, &error).await,
         };
         let run_id = if login.run_id.is_empty() { wire::fresh_run_id() } else { login.run_id };
         let pool = usize::try_from(login.pool_count).unwrap_or(0).min(POOL);
@@ -325,7 +326,7 @@ impl Server {
         // a run id is no password: only its own holder takes it over
         let taken = self.take_over(&run_id, &control);
         let Ok(former) = taken else {
-            return wire::write(&mut io, refuse("the run id is another client's")).await;
+            return refuse(io, "the run id is another client's").await;
         };
         let _leave = Leave { server: self, control: control.clone() };
         drop(stranger);
@@ -453,4 +454,12 @@ impl Server {
         });
         Ok(format!(":{port}"))
     }
+}
+
+/// Of an answer and a hang-up that come together hashicorp/yamux may give its reader only the latter (`stream.go`, Read): the
+/// client is the one who hangs up.
+async fn refuse(mut io: Io, error: &str) -> io::Result<()> {
+    wire::write(&mut io, LoginResp { version: wire::VERSION.into(), error: error.into(), ..LoginResp::default() }).await?;
+    let _ = timeout(FAREWELL, io.read(&mut [0])).await;
+    Ok(())
 }

@@ -127,6 +127,23 @@ async fn a_crowd_from_one_address_keeps_nobody_else_out() {
     assert_eq!(crowd.remove(0).read(&mut byte).await.unwrap_or(0), 0);
 }
 
+/// Of an answer and a hang-up that come together hashicorp/yamux may give its reader only the latter: frpc hangs up itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_refused_has_time_to_read_it() {
+    let (tls, pin) = identity();
+    let frps = Frps::with(Some(&tls), true, 0).await;
+    let mut tasks = JoinSet::new();
+    let carrier = Target::new(&settings(frps.address, true, &pin), false).unwrap().connect(&mut tasks).await.unwrap();
+    let mut control = carrier.open().await.unwrap();
+    wire::write(&mut control, Login { privilege_key: "wrong".into(), timestamp: 7, ..Login::default() }).await.unwrap();
+    let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else { panic!("no answer to the login") };
+    assert!(answer.error.contains("token"), "{}", answer.error);
+    let Carrier::Mux(mux) = &carrier else { unreachable!() };
+    tokio::time::timeout(Duration::from_millis(500), mux.ended()).await.expect_err("the connection is closed at once");
+    // and not for ever
+    mux.ended().await;
+}
+
 /// Nothing comes of a connection without a stream, or of one whose first stream says nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_of_which_nothing_comes_is_closed() {

@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
-use crate::hub::{Hub, certificate};
+use crate::hub::{Hub, Simulated, certificate};
 use crate::plane::{free_port, identity};
 use crate::tunnel::{Frpc, Frps, TOKEN, echo, round_trip, try_round_trip};
 use crate::world::serve_kube;
@@ -519,5 +519,64 @@ async fn a_control_plane_beside_a_genuine_frps() {
         hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
         assert_eq!(hub.version(&cluster).await, 404);
         println!("  plugin asked, gateway through it, revoked");
+    }
+}
+
+/// A genuine frpc with what the control plane tells an agent: its own proxy is let in, nobody else's, and it ends when it is revoked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_genuine_frpc_before_a_control_plane() {
+    for release in Release::genuine("a genuine frpc before a control plane", "frpc").into_iter().filter(Release::toml) {
+        let (hub, dir) = (Hub::with(&[]), tempfile::tempdir().unwrap());
+        let (token, _) = hub.enrol();
+        let agent = Simulated::new(&hub, dir.path(), &token).await;
+        let config = hub.json("GET", &format!("/api/v1/agents/{}/config", agent.id), &agent.credential, json!({})).await;
+        let tunnel: TunnelConfig = serde_json::from_value(config["tunnel"].clone()).unwrap();
+        let ca = dir.path().join("ca.pem");
+        std::fs::write(&ca, hub.ask("GET", "/api/v1/ca", "", json!({})).await.bytes().await.unwrap()).unwrap();
+        let behind = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let metas: String = tunnel.auth.metas.iter().map(|(k, v)| format!("metadatas.\"{k}\" = {}\n", json!(v))).collect();
+        let own = &tunnel.proxies[0];
+        let proxy = |name: &str| {
+            let (key, port) = (json!(own.secret_key.expose()), behind.local_addr().unwrap().port());
+            format!("[[proxies]]\nname = \"{name}\"\ntype = \"stcp\"\nsecretKey = {key}\nlocalIP = \"127.0.0.1\"\nlocalPort = {port}\n")
+        };
+        let settings = format!(
+            "log.level = \"trace\"\nserverAddr = \"127.0.0.1\"\nserverPort = {}\nauth.token = {}\ntransport.tls.trustedCaFile = \"{}\"\n\
+             transport.tls.serverName = \"127.0.0.1\"\n{metas}{}{}",
+            tunnel.port,
+            json!(tunnel.auth.token.expose()),
+            ca.display(),
+            proxy(&own.name),
+            proxy("another"),
+        );
+        let frpc = release.run("frpc", dir.path(), &settings);
+        let said = async |wanted: &str| {
+            let begun = Instant::now();
+            loop {
+                let text = std::fs::read_to_string(&frpc.said).unwrap();
+                if text.contains(wanted) {
+                    return;
+                }
+                assert!(begun.elapsed() < PATIENCE, "it never says `{wanted}`: {text}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        said(&format!("[{}] start proxy success", own.name)).await;
+        said("[another] start error").await;
+        let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+        let cluster = clusters["items"][0]["id"].as_str().unwrap();
+        assert_eq!(clusters["items"][0]["tunnel"], "up", "{clusters}");
+        // the gateway's hello to the agent arrives behind it
+        let path = format!("/clusters/{cluster}/k8s/version");
+        let (answer, first) = tokio::join!(hub.ask("GET", &path, &hub.admin, json!({})), async {
+            let (mut stream, _) = behind.accept().await.unwrap();
+            let mut first = [0];
+            stream.read_exact(&mut first).await.unwrap();
+            first
+        });
+        assert_eq!((answer.status().as_u16(), first[0]), (503, 0x16));
+        hub.json("POST", &format!("/api/v1/clusters/{cluster}/revoke"), &hub.admin, json!({})).await;
+        said("connect to server error: this agent may not hold a tunnel here").await;
+        println!("  {}: let in by its name alone, reached by the gateway, turned away when it was revoked", release.name());
     }
 }
