@@ -11,6 +11,7 @@ use reqwest::{Client, Method, Response};
 use serde_json::{Value, json};
 
 use crate::agent::Agent;
+use crate::plane::free_port;
 use crate::support::Sandbox;
 use crate::world::{credential, serve_kube};
 
@@ -81,7 +82,7 @@ impl Hub {
 
     fn begin(sandbox: Sandbox, options: &[&str]) -> Hub {
         let (log, options) = (Arc::default(), options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>());
-        let (child, port) = spawn(&sandbox, (0, 0), &options, &log);
+        let (child, port) = spawn(&sandbox, (free_port(), 0), &options, &log);
         let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
         let client = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().build().unwrap();
         Hub { sandbox, child, url: format!("https://127.0.0.1:{port}"), admin: String::new(), client, log, options }
@@ -723,7 +724,7 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     use pipeops::tunnel::server::{Server, ServerConfig};
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (tls, pin) = crate::plane::identity();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let token = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(token.path(), "frps-planted-4711").unwrap();

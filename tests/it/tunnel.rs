@@ -34,6 +34,8 @@ impl Frps {
     }
 
     pub(crate) async fn with(tls: Option<&Arc<rustls::ServerConfig>>, tcp_mux: bool, port: u16) -> Frps {
+        // it may come back where it was
+        let port = if port == 0 { free_port() } else { port };
         let listener = loop {
             match TcpListener::bind(("127.0.0.1", port)).await {
                 Ok(listener) => break listener,
