@@ -25,6 +25,9 @@ use crate::world::serve_kube;
 /// For a program that starts; the machine may be busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// More than all buffers on a way through frps hold, bytes.
+const PAUSED: u64 = 32_000_000;
+
 /// One release of frp, or a stand-in for it.
 enum Release {
     Genuine {
@@ -326,8 +329,19 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
             let reason = Frpc::insecure(believing, "", false).0.until(State::Waiting).await;
             assert!(reason.starts_with("tls_"), "{reason}");
         }
-        // pings are answered for longer than it takes to call it dead
+        // a user who reads nothing for longer than it takes to call a peer dead: every window on the way is closed
+        let paused = (tls == Tls::Off && !use_encryption).then(async || {
+            let (r, mut w) = connected(remote, "the tcp proxy", dir.path()).await.into_split();
+            // its half of the stream is kept: the end of one direction is the end of both
+            let writes = tokio::spawn(async move { tokio::io::copy(&mut tokio::io::repeat(7).take(PAUSED), &mut w).await.map(|_| w) });
+            (r, writes)
+        });
+        let mut paused = futures_util::future::OptionFuture::from(paused).await;
+        // pings are answered for longer than that too
         tokio::time::sleep(Duration::from_secs(if use_encryption { 0 } else { 14 })).await;
+        if let Some((paused, _)) = &mut paused {
+            assert_eq!(tokio::io::copy(&mut paused.take(PAUSED), &mut tokio::io::sink()).await.unwrap(), PAUSED);
+        }
         assert_eq!(frpc.until(State::Up).await, "");
         println!("{}: tcpMux {tcp_mux}, TLS {tls:?}, encryption and compression {use_encryption}: tcp, http, stcp carried", release.name());
     }
