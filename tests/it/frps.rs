@@ -133,15 +133,23 @@ async fn whoever_is_refused_has_time_to_read_it() {
     let (tls, pin) = identity();
     let frps = Frps::with(Some(&tls), true, 0).await;
     let mut tasks = JoinSet::new();
-    let carrier = Target::new(&settings(frps.address, true, &pin), false).unwrap().connect(&mut tasks).await.unwrap();
-    let mut control = carrier.open().await.unwrap();
-    wire::write(&mut control, Login { privilege_key: "wrong".into(), timestamp: 7, ..Login::default() }).await.unwrap();
-    let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else { panic!("no answer to the login") };
-    assert!(answer.error.contains("token"), "{}", answer.error);
-    let Carrier::Mux(mux) = &carrier else { unreachable!() };
-    tokio::time::timeout(Duration::from_millis(500), mux.ended()).await.expect_err("the connection is closed at once");
-    // and not for ever
-    mux.ended().await;
+    for again in [false, true] {
+        let carrier = Target::new(&settings(frps.address, true, &pin), false).unwrap().connect(&mut tasks).await.unwrap();
+        let wrong = || Login { privilege_key: "wrong".into(), timestamp: 7, ..Login::default() };
+        let mut control = carrier.open().await.unwrap();
+        wire::write(&mut control, wrong()).await.unwrap();
+        let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else { panic!("no answer to the login") };
+        assert!(answer.error.contains("token"), "{}", answer.error);
+        let Carrier::Mux(mux) = &carrier else { unreachable!() };
+        tokio::time::timeout(Duration::from_millis(500), mux.ended()).await.expect_err("the connection is closed at once");
+        // nor is that time for another guess
+        if again {
+            let mut second = carrier.open().await.unwrap();
+            wire::write(&mut second, wrong()).await.unwrap();
+            assert!(wire::read(&mut second).await.is_err(), "a second login is answered");
+        }
+        mux.ended().await;
+    }
 }
 
 /// Nothing comes of a connection without a stream, or of one whose first stream says nothing.
