@@ -526,7 +526,9 @@ async fn a_control_plane_beside_a_genuine_frps() {
         // the settings that the verb prints, with what only their owner knows
         let settings = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;
         let tls = format!("transport.tls.force = true\ntransport.tls.certFile = \"{crt}\"\ntransport.tls.keyFile = \"{private}\"");
-        let settings = settings.replace("the one in --frps-token-file", TOKEN).replace("transport.tls.force = true", &tls);
+        let settings = format!("bindAddr = \"127.0.0.1\"\n{settings}")
+            .replace("the one in --frps-token-file", TOKEN)
+            .replace("transport.tls.force = true", &tls);
         let _frps = release.run("frps", dir.path(), &settings);
         let (_kube, kube) = serve_kube().await;
         let (_agent, cluster) = hub.agent(kube).await;
