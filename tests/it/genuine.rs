@@ -347,6 +347,19 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
     }
 }
 
+/// What a client is told that opens the tcp proxy `t`.
+fn one_proxy(port: u16, tcp_mux: bool, remote_port: u16) -> TunnelConfig {
+    TunnelConfig {
+        server: "127.0.0.1".into(),
+        port,
+        tcp_mux,
+        pool_count: 1,
+        auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
+        proxies: vec![Proxy { name: "t".into(), kind: Kind::Tcp, remote_port, ..Proxy::default() }],
+        ..TunnelConfig::default()
+    }
+}
+
 /// One that wants every message proven, is killed, and comes back; what it refuses has the state that it should.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_genuine_frps_is_restarted_and_refuses() {
@@ -358,16 +371,7 @@ async fn a_genuine_frps_is_restarted_and_refuses() {
         );
         let frps = release.run("frps", dir.path(), &settings);
         drop(connected(bind, "frps", dir.path()).await);
-        let proxy = |name: &str| Proxy { name: name.into(), kind: Kind::Tcp, remote_port: remote, ..Proxy::default() };
-        let config = TunnelConfig {
-            server: "127.0.0.1".into(),
-            port: bind,
-            tcp_mux: true,
-            pool_count: 1,
-            auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
-            proxies: vec![proxy("t")],
-            ..TunnelConfig::default()
-        };
+        let config = one_proxy(bind, true, remote);
         let (mut frpc, works) = Frpc::insecure(config.clone(), "", true);
         serve(works);
         frpc.until(State::Up).await;
@@ -381,7 +385,7 @@ async fn a_genuine_frps_is_restarted_and_refuses() {
         assert!(reason.contains("token"), "{reason}");
         let reason = refused(&|_| (), State::Conflict).await;
         assert!(reason.contains("already"), "{reason}");
-        let reason = refused(&|c| c.proxies = vec![proxy("another")], State::Conflict).await;
+        let reason = refused(&|c| c.proxies[0].name = "another".into(), State::Conflict).await;
         assert!(reason.contains("already used"), "{reason}");
         // longer than it hears nothing
         tokio::time::sleep(Duration::from_secs(14)).await;
@@ -429,15 +433,7 @@ async fn back_at_a_genuine_frps_that_still_believes_in_the_former_session() {
             let _frps = release.run("frps", dir.path(), &settings);
             drop(connected(bind, "frps", dir.path()).await);
             let (breaks, broken) = tokio::sync::watch::channel(0);
-            let config = TunnelConfig {
-                server: "127.0.0.1".into(),
-                port: breakable(bind, broken).await,
-                tcp_mux,
-                pool_count: 1,
-                auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
-                proxies: vec![Proxy { name: "t".into(), kind: Kind::Tcp, remote_port: remote, ..Proxy::default() }],
-                ..TunnelConfig::default()
-            };
+            let config = one_proxy(breakable(bind, broken).await, tcp_mux, remote);
             let (mut frpc, works) = Frpc::insecure(config, "", true);
             serve(works);
             frpc.until(State::Up).await;

@@ -164,6 +164,12 @@ impl Load {
     }
 }
 
+/// NaN where nothing was measured.
+pub(crate) fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
 /// `clients` keep-alive callers for `length`.
 pub(crate) async fn load<F, R>(clients: usize, length: Duration, connect: F, host: &str, path: &str, token: &str) -> Load
 where
@@ -300,11 +306,7 @@ async fn requests(rig: &Rig, token: &str) {
             }
         }
     }
-    let median = |list: &[(f64, f64, Duration, Duration)], of: fn(&(f64, f64, Duration, Duration)) -> f64| {
-        let mut all: Vec<f64> = list.iter().map(of).collect();
-        all.sort_by(f64::total_cmp);
-        all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
-    };
+    let median = |list: &[(f64, f64, Duration, Duration)], of: fn(&(f64, f64, Duration, Duration)) -> f64| median(list.iter().map(of).collect());
     println!("raw: ours {ours:?}\nraw: kubectl proxy {theirs:?}");
     println!(
         "50 callers, through FRP server half, TLS twice, JWT, audit: {:.0} requests/s, p99 {:.1} ms, {:.0} requests a CPU second of the agent",
@@ -348,9 +350,7 @@ async fn mixed(rig: &Rig, token: &str) {
     for _ in 0..5 {
         rates.push(bulk(rig, 256 << 20, token).await);
     }
-    rates.sort_by(f64::total_cmp);
-    let rate = rates[2];
-    println!("one bulk stream: {:.0} MB/s", rate / 1e6);
+    println!("one bulk stream: {:.0} MB/s", median(rates) / 1e6);
     let (_, small) =
         tokio::join!(bulk(rig, 1 << 30, token), load(50, 3 * second, || rig.client(), "localhost", "/k8s/api/v1/namespaces/beta/pods", token));
     println!(

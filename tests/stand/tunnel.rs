@@ -17,7 +17,7 @@ use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use crate::bench::{Agent, BULK, Load, download, kube, load};
+use crate::bench::{Agent, BULK, Load, download, kube, load, median};
 use crate::plane::{FRP_TOKEN, Plane, free_port};
 
 type Sender = hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>>;
@@ -61,12 +61,10 @@ async fn targets() -> (SocketAddr, SocketAddr, String) {
 }
 
 fn said(what: &str, runs: &[Load]) -> (f64, f64) {
-    let mut rates: Vec<f64> = runs.iter().map(Load::rate).collect();
-    let mut tails: Vec<f64> = runs.iter().map(Load::p99_ms).collect();
+    let rates: Vec<f64> = runs.iter().map(Load::rate).collect();
+    let tails: Vec<f64> = runs.iter().map(Load::p99_ms).collect();
     println!("raw: {what}: requests/s {rates:.0?}, p99 ms {tails:.1?}");
-    rates.sort_by(f64::total_cmp);
-    tails.sort_by(f64::total_cmp);
-    (rates[rates.len() / 2], tails[tails.len() / 2])
+    (median(rates), median(tails))
 }
 
 /// rathole with TLS: its server on this machine, its client before `target`; the port that callers use.
@@ -210,10 +208,7 @@ pub(crate) async fn tunnel(pipeops: &str, frp: Option<&str>) {
             peer_bulk.push(download(peer, "localhost", BULK, 256 << 20, &token).await / 1e6);
         }
         println!("raw: one bulk stream, tcp: MB/s, ours {ours_bulk:.0?}, frpc {peer_bulk:.0?}");
-        let [ours, theirs] = [&mut ours_bulk, &mut peer_bulk].map(|rates| {
-            rates.sort_by(f64::total_cmp);
-            rates[rates.len() / 2]
-        });
+        let (ours, theirs) = (median(ours_bulk), median(peer_bulk));
         println!("one bulk stream, tcp: ours {ours:.0} MB/s, frpc {theirs:.0} MB/s; ratio {:.2} (budget 1.2)", ours / theirs);
     } else {
         println!("tcp with TLS inside, both halves ours, 50 callers: {rate:.0} requests/s, p99 {tail:.1} ms");
