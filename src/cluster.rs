@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 use wire::Wire;
 
+use crate::error::{Exit, Failure};
 use crate::host::Host;
 
 /// Field manager of everything that the installer applies.
@@ -114,11 +115,20 @@ impl Cluster {
     }
 
     /// Server-side apply without force: a field that somebody else owns is a conflict, not ours to take.
+    ///
+    /// # Errors
+    /// [`CONFLICT`] as a [`Failure`] when somebody else set a field to another value; else what the API server said.
     pub async fn apply(&self, object: &Value, dry: bool) -> anyhow::Result<Value> {
         let dry = if dry { "&dryRun=All" } else { "" };
         let path = format!("{}?fieldManager={MANAGER}&force=false{dry}", path_of(object)?);
         let body = serde_json::to_vec(object)?;
-        self.send(Method::PATCH, &path, "application/apply-patch+yaml", body).await.with_context(|| format!("applying {}", title_of(object)))
+        match self.send(Method::PATCH, &path, "application/apply-patch+yaml", body).await {
+            Ok(applied) => Ok(applied),
+            Err(e) => match conflict(&e) {
+                Some(owned) => Err(contested(object, &owned).into()),
+                None => Err(e).with_context(|| format!("applying {}", title_of(object))),
+            },
+        }
     }
 
     pub async fn post(&self, path: &str, body: &Value) -> Result<Value, kube::Error> {
@@ -166,6 +176,42 @@ pub fn status(error: &kube::Error) -> Option<u16> {
         kube::Error::Api(status) => Some(status.code),
         _ => None,
     }
+}
+
+/// Code of the failure when somebody else has set a field that we apply.
+pub const CONFLICT: &str = "FIELD_CONFLICT";
+
+/// A field that somebody else owns: its path, and the field manager that set it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Owned {
+    field: String,
+    manager: String,
+}
+
+/// The fields of a refused apply (`FieldManagerConflict` in the causes of a Status, kubernetes.io "Server-Side Apply").
+fn conflict(error: &kube::Error) -> Option<Vec<Owned>> {
+    let kube::Error::Api(status) = error else { return None };
+    let causes = status.details.iter().flat_map(|d| &d.causes).filter(|c| c.reason == "FieldManagerConflict");
+    // conflict with "helm-controller@vm1" using helm.cattle.io/v1
+    let manager = |message: &str| message.split('"').nth(1).unwrap_or("somebody else").to_owned();
+    let owned: Vec<Owned> = causes.map(|c| Owned { field: c.field.clone(), manager: manager(&c.message) }).collect();
+    (status.code == 409 && !owned.is_empty()).then_some(owned)
+}
+
+/// A conflict in words: whose is what, and the way out. Values are left out, for a field may hold a secret.
+fn contested(object: &Value, owned: &[Owned]) -> Failure {
+    let title = title_of(object);
+    let mut failure = Failure::new(Exit::Partial, CONFLICT, format!("{title}: somebody else has set fields that pipeops sets"));
+    for Owned { field, manager } in owned {
+        failure = failure.why(format!("{field} belongs to \"{manager}\" and has another value"));
+    }
+    let kind = object["kind"].as_str().unwrap_or_default().to_lowercase();
+    let name = object["metadata"]["name"].as_str().unwrap_or_default();
+    let namespace = object["metadata"]["namespace"].as_str().map(|n| format!(" -n {n}")).unwrap_or_default();
+    failure.why("nothing of this object was changed").hint(format!(
+        "see who set it: `kubectl{namespace} get {kind} {name} --show-managed-fields -o yaml`. Set the field to the value in \
+         `pipeops install-server --dry-run --plan-out FILE` (or remove it), then run the same command again"
+    ))
 }
 
 /// An object less what the server keeps about the writing itself.

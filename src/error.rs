@@ -106,6 +106,14 @@ impl Failure {
         failure
     }
 
+    /// All of it in one line, for a list of what failed: what, code, causes, next step. An internal error has no code to look up.
+    pub fn line(&self) -> String {
+        let code = if self.exit == Exit::Internal { String::new() } else { format!(" [{}]", self.code) };
+        let hint = self.hint.iter().map(|h| format!("; {h}")).collect::<String>();
+        let why = self.why.iter().map(|w| format!(": {w}")).collect::<String>();
+        format!("{}{code}{why}{hint}", self.what)
+    }
+
     /// The text for people: `error:`, causes, and the hint after a blank line.
     pub fn render(&self) -> String {
         let mut text = format!("error: {} [{}]\n", self.what, self.code);

@@ -91,8 +91,7 @@ pub async fn apply(
                 (work.tell)(Event::Finished { id: step.id.clone(), changed, duration_ms });
             }
             Err(error) if step.optional && Failure::of(&error).exit != Exit::Interrupted => {
-                let failure = Failure::of(&error);
-                let what = std::iter::once(failure.what).chain(failure.why).collect::<Vec<_>>().join(": ");
+                let what = Failure::of(&error).line();
                 (work.tell)(Event::Failed { id: step.id.clone(), what: what.clone(), optional: true });
                 outcome.failed.push((step.title.clone(), what));
                 broken = family;
@@ -217,16 +216,17 @@ pub async fn undo_all(
     let kernel = journal.kernel.clone();
     journal.complete = false;
     save(journal, hands)?;
+    let (mut number, of) = (0, journal.entries.len());
     while let Some(entry) = journal.entries.iter().rev().find(|e| !outcome.failed.iter().any(|(title, _)| *title == e.title)).cloned() {
         interrupted(stop)?;
+        number += 1;
         // while something could not be undone, the program stays to try again
         if !outcome.failed.is_empty() && matches!(entry.want, Resource::Program { .. } | Resource::Dir { .. }) {
             outcome.failed.push((entry.title.clone(), "kept until the rest is gone".into()));
             continue;
         }
-        let of = journal.entries.len();
         let title = format!("undo: {}", entry.title);
-        (work.tell)(Event::Started { id: entry.id.clone(), title, number: 1, of });
+        (work.tell)(Event::Started { id: entry.id.clone(), title, number, of });
         let begin = Instant::now();
         match resource::undo(&mut work, journal, &entry, true, purge).await {
             Ok(left) => {

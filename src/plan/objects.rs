@@ -3,7 +3,8 @@
 use anyhow::Context as _;
 
 use super::{Check, documents};
-use crate::cluster::{Cluster, path_of, status, title_of};
+use crate::cluster::{CONFLICT, Cluster, path_of, status, title_of};
+use crate::error::Failure;
 
 /// # Errors
 /// When the API server refuses something other than by absence.
@@ -14,6 +15,11 @@ pub(super) async fn check(cluster: &Cluster, yaml: &str) -> anyhow::Result<Check
             Ok(state) => state,
             // an object in a namespace that is not there yet, or of a kind that is not known yet
             Err(e) if e.downcast_ref::<kube::Error>().and_then(status) == Some(404) => None,
+            // it is told when the step has its turn: one object of a component must not end the look at all the others
+            Err(e) if contested(&e) => {
+                changes.push(format!("change {}, where somebody else has set fields: {CONFLICT}", title_of(&object)));
+                continue;
+            }
             Err(e) => return Err(e),
         };
         match state {
@@ -23,6 +29,10 @@ pub(super) async fn check(cluster: &Cluster, yaml: &str) -> anyhow::Result<Check
         }
     }
     Ok(if changes.is_empty() { Check::Done } else { Check::Todo { changes } })
+}
+
+fn contested(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Failure>().is_some_and(|f| f.code == CONFLICT)
 }
 
 pub(super) async fn apply(cluster: &Cluster, yaml: &str) -> anyhow::Result<()> {

@@ -6,6 +6,7 @@ mod architecture;
 mod broker;
 mod browser;
 mod cli;
+mod fields;
 mod frps;
 mod genuine;
 mod hostile;

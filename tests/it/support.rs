@@ -90,6 +90,8 @@ pub(crate) struct Api {
     pub(crate) writes: Arc<Mutex<Vec<String>>>,
     /// So many of the next requests find nobody behind the proxy in front, as while k3s begins or ends.
     pub(crate) faltering: Arc<Mutex<usize>>,
+    /// Who else set which fields, as server-side apply keeps it.
+    pub(crate) fields: Arc<Mutex<crate::fields::Fields>>,
 }
 
 pub(crate) struct Sandbox {
@@ -348,13 +350,22 @@ async fn answer(State(api): State<Api>, method: Method, uri: Uri, RawQuery(query
         }
         Method::PATCH => {
             let mut object: Value = serde_json::from_slice(&body).unwrap();
+            let mut fields = api.fields.lock().unwrap();
+            let known = objects.get(&path).cloned().unwrap_or_default();
+            if let Some(refusal) = fields.conflict(&path, &known, &object) {
+                return (StatusCode::CONFLICT, axum::Json(refusal)).into_response();
+            }
+            fields.keep(&path, &known, &mut object);
             object["metadata"]["uid"] = json!(path);
             if let Some(status) = objects.get(&path).and_then(|known| known.get("status")) {
                 object["status"] = status.clone();
             }
             if !dry {
                 api.writes.lock().unwrap().push(path.clone());
-                objects.insert(path, object.clone());
+                let answer = object.clone();
+                fields.rewrite(&path, &mut object);
+                objects.insert(path, object);
+                return found(answer);
             }
             found(object)
         }
