@@ -48,6 +48,11 @@ impl Site {
         site
     }
 
+    /// What is served under a path.
+    pub(crate) fn body(&self, path: &str) -> Vec<u8> {
+        self.files.lock().unwrap()[path].0.clone()
+    }
+
     pub(crate) fn put(&self, path: &str, body: &[u8], mood: Mood) {
         self.files.lock().unwrap().insert(path.into(), (body.to_vec(), mood));
     }

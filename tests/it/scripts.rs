@@ -168,12 +168,335 @@ fn wrong_variables_and_exit_codes_come_through() {
 
 #[test]
 fn shellcheck_is_content() {
-    let files = ["install.sh", "join-worker.sh", "vm", "try", "kube-parts", "parts", "bench", "release-digests"].map(|f| format!("{SCRIPTS}/{f}"));
+    let names = ["install.sh", "join-worker.sh", "release-site", "vm", "try", "kube-parts", "parts", "bench", "release-digests"];
+    let files = names.map(|f| format!("{SCRIPTS}/{f}"));
     match Command::new("shellcheck").args(["-S", "warning"]).args(files).output() {
         Err(_) => println!("NOT RUN: shellcheck is not on this machine"),
         Ok(output) => {
             let answer = said(output);
             assert_eq!(answer.code, 0, "{}", answer.out);
         }
+    }
+}
+
+/// A directory that someone else prepared: whatever a script could stumble over, each telling that it ran, and with what.
+fn hostile() -> tempfile::TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let evil = "#!/bin/sh\necho \"evil: $0 $*\"\nenv\n";
+    let names = [
+        "install.sh",
+        "join-worker.sh",
+        "agent",
+        "pipeops",
+        "pipeops-linux-amd64",
+        "sh",
+        "bash",
+        "dash",
+        "busybox",
+        "curl",
+        "wget",
+        "sudo",
+        "id",
+        "mktemp",
+        "ls",
+        "readlink",
+        "awk",
+        "sha256sum",
+        "uname",
+        "df",
+        "rc",
+        "main",
+    ];
+    for name in names {
+        std::fs::write(dir.path().join(name), evil).unwrap();
+        std::fs::set_permissions(dir.path().join(name), std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    dir
+}
+
+/// The scripts as a release site serves them, laid out by `scripts/release-site`.
+fn laid_out() -> (Site, tempfile::TempDir) {
+    let (site, dir) = (Site::start(), tempfile::tempdir().unwrap());
+    let program = dir.path().join("built");
+    std::fs::write(&program, PROGRAM).unwrap();
+    let out = dir.path().join("site");
+    let programs = ["amd64", "arm64", "arm"].map(|a| format!("{a}={}", program.display()));
+    let status = Command::new(format!("{SCRIPTS}/release-site")).arg(&out).args(programs).status().unwrap();
+    assert!(status.success());
+    for file in std::fs::read_dir(&out).unwrap().flatten() {
+        let name = file.file_name().into_string().unwrap();
+        site.put(&format!("/{name}"), &std::fs::read(file.path()).unwrap(), Mood::Good);
+    }
+    (site, dir)
+}
+
+/// `SHELL -s ARGS < script`, as `curl … | SHELL -s ARGS` runs it.
+fn piped(shell: &[&str], script: &[u8], args: &[&str], cwd: &std::path::Path, path: &str, env: &[(&str, &str)]) -> Said {
+    use std::io::Write as _;
+    let mut command = Command::new(format!("/usr/bin/{}", shell[0]));
+    command.args(&shell[1..]).arg("-s").args(args).current_dir(cwd).env_clear().env("PATH", path).envs(env.iter().copied());
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(script).unwrap();
+    said(child.wait_with_output().unwrap())
+}
+
+const CANARY: &str = "K10planted-4711-canary-of-a-join-token::server:pw";
+const JOINED: &str =
+    "args: join-worker https://10.0.0.1:6443 --token-file - --yes\ninput: K10planted-4711-canary-of-a-join-token::server:pw\nin env: 0\n";
+
+#[test]
+fn the_one_liners_run_nothing_of_the_current_directory() {
+    let (site, _dir) = laid_out();
+    let get = |name: &str| site.body(name);
+    for shell in shells() {
+        let cwd = hostile();
+        let programs = programs(0);
+        let fine = format!("{}:/usr/bin:/bin", programs.path().display());
+        let env = |more: &[(&'static str, &'static str)]| {
+            let mut env = vec![("PIPEOPS_RELEASE_URL", site.url.as_str()), ("CDPATH", "."), ("ENV", "./rc"), ("OLDPWD", "/"), ("HOME", ".")];
+            env.extend(more);
+            env
+        };
+        for path in [fine.clone(), format!(".:{fine}"), format!(":{fine}:"), format!("{fine}::.:./"), ".".to_owned()] {
+            let answer = piped(&shell, &get("/join-worker"), &["10.0.0.1", CANARY], cwd.path(), &path, &env(&[])).ended(0);
+            assert_eq!(answer.out, JOINED, "{shell:?} {path}\n{}", answer.err);
+            let answer = piped(&shell, &get("/join-worker"), &["10.0.0.1"], cwd.path(), &path, &env(&[("K3S_TOKEN", CANARY)])).ended(0);
+            assert_eq!(answer.out, JOINED, "{shell:?} {path}\n{}", answer.err);
+            let answer = piped(&shell, &get("/agent"), &[], cwd.path(), &path, &env(&[("AGENT_TOKEN", CANARY)])).ended(0);
+            assert_eq!(answer.out, format!("args: install-server --agent-token-file - --yes\ninput: {CANARY}\nin env: 0\n"), "{shell:?} {path}");
+        }
+        // a trace of the shell shows no token that came by variable
+        let mut traced = shell.clone();
+        traced.push("-x");
+        let answer = piped(&traced, &get("/agent"), &[], cwd.path(), &fine, &env(&[("AGENT_TOKEN", CANARY)])).ended(0);
+        assert!(!answer.err.contains("canary"), "{shell:?} {}", answer.err);
+    }
+}
+
+#[test]
+fn a_script_uses_the_one_beside_it_only_where_nobody_else_can_change_it() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let (site, _dir) = laid_out();
+    let mode = |path: &std::path::Path, mode: u32| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    for shell in shells() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("with blanks");
+        std::fs::create_dir(&dir).unwrap();
+        let script = dir.join("join-worker.sh");
+        std::fs::write(&script, site.body("/join-worker")).unwrap();
+        let beside = dir.join("install.sh");
+        std::fs::write(&beside, "echo \"beside: $NODE_TYPE $K3S_URL $K3S_TOKEN; $(env | grep -c canary)\"\nexit 0\n").unwrap();
+        mode(&dir, 0o755);
+        mode(&script, 0o755);
+        let programs = programs(0);
+        let path = format!("{}:/usr/bin:/bin", programs.path().display());
+        let cwd = hostile();
+        let run = |script: &std::path::Path, cwd: &std::path::Path| {
+            let mut command = Command::new(format!("/usr/bin/{}", shell[0]));
+            command.args(&shell[1..]).arg(script).args(["10.0.0.1", CANARY]).current_dir(cwd).env_clear().env("PATH", &path);
+            said(command.env("PIPEOPS_RELEASE_URL", &site.url).stdin(Stdio::null()).output().unwrap()).ended(0)
+        };
+        let used = format!("beside: agent https://10.0.0.1:6443 {CANARY}; 0\n");
+        assert_eq!(run(&script, cwd.path()).out, used, "{shell:?}");
+        assert_eq!(run(std::path::Path::new("join-worker.sh"), &dir).out, used, "{shell:?}");
+        // a link leads to the real one, never to what lies beside the link
+        let link = cwd.path().join("link");
+        symlink(&script, &link).unwrap();
+        assert_eq!(run(&link, cwd.path()).out, used, "{shell:?}");
+        // others can change it, its directory, or one above
+        for (what, bad) in [(&beside, 0o666), (&beside, 0o664), (&dir, 0o777), (&dir, 0o1777), (&dir, 0o775), (&home.path().to_owned(), 0o777)] {
+            let good = std::fs::metadata(what).unwrap().permissions().mode();
+            mode(what, bad);
+            let answer = run(&script, cwd.path());
+            assert_eq!(answer.out, JOINED, "{shell:?} {} {bad:o}", what.display());
+            assert!(answer.err.contains("is not used: others than you and root can change it"), "{shell:?} {}", answer.err);
+            mode(what, good);
+        }
+        // a link may point anywhere, also where others can write
+        std::fs::rename(&beside, dir.join("other.sh")).unwrap();
+        symlink("other.sh", &beside).unwrap();
+        assert_eq!(run(&script, cwd.path()).out, JOINED, "{shell:?}");
+        std::fs::remove_file(&beside).unwrap();
+        std::fs::rename(dir.join("other.sh"), &beside).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(&beside, Some(12345), None).unwrap();
+            assert_eq!(run(&script, cwd.path()).out, JOINED, "{shell:?}");
+        } else {
+            println!("NOT RUN: a file of somebody else's, which only root can make");
+        }
+        // through a pipe from within that very directory, it is not looked at
+        assert_eq!(piped(&shell, &site.body("/join-worker"), &["10.0.0.1", CANARY], &dir, &path, &[("PIPEOPS_RELEASE_URL", &site.url)]).out, JOINED);
+    }
+}
+
+#[test]
+fn what_is_installed_is_used_without_a_network() {
+    use std::os::unix::fs::PermissionsExt;
+    for shell in shells() {
+        let programs = programs(0);
+        let installed = programs.path().join("pipeops");
+        std::fs::write(&installed, PROGRAM.replace("args:", "installed:")).unwrap();
+        std::fs::set_permissions(&installed, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let ask = |script: &str, args: &[&str], url: &str, more: &[(&str, &str)]| {
+            let mut command = Command::new(shell[0]);
+            command.args(&shell[1..]).arg(format!("{SCRIPTS}/{script}")).args(args).env_clear().envs(more.iter().copied());
+            command.env("PATH", format!("{}:/usr/bin:/bin", programs.path().display())).env("PIPEOPS_RELEASE_URL", url).stdin(Stdio::null());
+            said(command.output().unwrap())
+        };
+        let nobody = "http://127.0.0.1:9";
+        for args in [&["cluster-info", "--join"][..], &["uninstall", "--purge-data"], &["doctor"], &["--help"]] {
+            let answer = ask("install.sh", args, nobody, &[]).ended(0);
+            assert!(answer.out.starts_with(&format!("installed: {}\n", args.join(" "))), "{shell:?} {}", answer.out);
+        }
+        ask("install.sh", &["cluster-info"], nobody, &[("FAKE_EXIT", "13")]).ended(13);
+        let again = ask("install.sh", &[], nobody, &[("AGENT_TOKEN", CANARY)]).ended(0);
+        assert!(again.out.starts_with("installed: install-server --agent-token-file - --yes\n"), "{shell:?} {}", again.out);
+        let join = ask("join-worker.sh", &["10.0.0.1", CANARY], nobody, &[]).ended(0);
+        assert_eq!(join.out, JOINED.replace("args:", "installed:"), "{shell:?}");
+        let (site, _dir) = laid_out();
+        let update = ask("install.sh", &["cluster-info"], &site.url, &[("PIPEOPS_UPDATE", "1")]).ended(0);
+        assert!(update.out.starts_with("args: cluster-info\n"), "{shell:?} {}", update.out);
+        // one that cannot run, or that others can change, is passed over
+        std::fs::write(&installed, b"\x7fELF of another machine").unwrap();
+        assert!(ask("install.sh", &["cluster-info"], &site.url, &[]).ended(0).out.starts_with("args: cluster-info\n"), "{shell:?}");
+        std::fs::write(&installed, PROGRAM.replace("args:", "installed:")).unwrap();
+        std::fs::set_permissions(&installed, std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(ask("install.sh", &["cluster-info"], &site.url, &[]).ended(0).out.starts_with("args: cluster-info\n"), "{shell:?}");
+    }
+}
+
+/// Runs install.sh where `mounts` (shell commands in a mount namespace of its own) have been carried out before; `None`
+/// where this machine lets nobody mount.
+fn on_a_machine_with(mounts: &str, shell: &[&str], url: &str, env: &[(&str, &str)], uid: u32) -> Option<Said> {
+    let can = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status().is_ok_and(|s| s.success());
+    if !can || !nix::unistd::geteuid().is_root() {
+        println!("NOT RUN: mounts of its own need root");
+        return None;
+    }
+    // what the test itself needs must not lie below what is mounted over
+    let programs = programs(uid);
+    let keep = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let status = Command::new("cp").arg("-rT").arg(programs.path()).arg(keep.path()).status().unwrap();
+    assert!(status.success());
+    let mut command = Command::new("unshare");
+    command.args(["-m", "/bin/sh", "-c", &format!("set -e\n{mounts}\nexec \"$@\""), "sh"]).args(shell).arg(format!("{SCRIPTS}/install.sh"));
+    command.env_clear().env("PATH", format!("{}:/usr/bin:/bin:/usr/sbin:/sbin", keep.path().display())).env("PIPEOPS_RELEASE_URL", url);
+    Some(said(command.envs(env.iter().copied()).stdin(Stdio::null()).output().unwrap()))
+}
+
+const NOEXEC: &str = "mount -t tmpfs -o mode=1777,noexec tmpfs";
+
+#[test]
+fn a_tmp_in_which_nothing_runs_is_passed_over() {
+    let (site, _dir) = laid_out();
+    // it tells from where it runs
+    let program = "#!/bin/sh\necho \"from: $0 $(umask)\"\n";
+    let list = ["amd64", "arm64", "arm"].map(|a| format!("{}  pipeops-linux-{a}\n", sha256(program.as_bytes()))).concat();
+    site.put("/sha256sums.txt", list.as_bytes(), Mood::Good);
+    for arch in ["amd64", "arm64", "arm"] {
+        site.put(&format!("/pipeops-linux-{arch}"), program.as_bytes(), Mood::Good);
+    }
+    let mine = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mine = mine.path().to_str().unwrap();
+    let all = format!("for d in {mine} /tmp /var/tmp; do {NOEXEC} $d; done");
+    let every = format!("{all}; for d in /var/lib /usr/local/lib /root; do {NOEXEC} $d; done");
+    let full = format!("mount -t tmpfs -o mode=1777,size=1m tmpfs {mine}");
+    let read_only = format!("mount -t tmpfs -o ro tmpfs {mine}");
+    let without = "mount -t tmpfs tmpfs /mnt; mkdir /mnt/u /mnt/w; mount -t overlay -o lowerdir=/usr/bin,upperdir=/mnt/u,workdir=/mnt/w overlay /usr/bin || exit 77";
+    let cases = [
+        (format!("{NOEXEC} {mine}"), "from: /tmp/pipeops."),
+        (full, "from: /tmp/pipeops."),
+        (read_only, "from: /tmp/pipeops."),
+        (format!("{NOEXEC} {mine}; mount -t tmpfs -o mode=1777,size=1m tmpfs /tmp"), "from: /var/tmp/pipeops."),
+        (format!("{without}; rm /usr/bin/mktemp; {NOEXEC} {mine}"), "from: /tmp/pipeops."),
+        (format!("{without}; rm /usr/bin/curl"), "from: "),
+        ("umask 000".into(), "from: "),
+        ("umask 777".into(), "from: "),
+        (all.clone(), "from: /var/lib/pipeops."),
+        (format!("chmod 0777 {mine}"), "from: /tmp/pipeops."),
+    ];
+    for shell in shells() {
+        for (mounts, wanted) in &cases {
+            let Some(answer) = on_a_machine_with(mounts, &shell, &site.url, &[("TMPDIR", mine)], 0) else { return };
+            if answer.code == 77 {
+                println!("NOT RUN: this machine cannot mount an overlay, so no program can be taken away");
+                continue;
+            }
+            let answer = answer.ended(0);
+            assert!(answer.out.starts_with(wanted) && answer.out.contains(" 0022\n"), "{shell:?} {mounts}\n{}{}", answer.out, answer.err);
+        }
+        let answer = on_a_machine_with(&every, &shell, &site.url, &[("TMPDIR", mine)], 0).unwrap().ended(3);
+        for text in [format!("{mine} (noexec)"), "/var/lib (noexec)".into(), "set TMPDIR".into()] {
+            assert!(answer.err.contains(&text), "{shell:?} {}", answer.err);
+        }
+        for tmpdir in ["", "/nonexistent", ".", "relative/dir", "/dev/null"] {
+            let answer = on_a_machine_with(":", &shell, &site.url, &[("TMPDIR", tmpdir)], 0).unwrap().ended(0);
+            assert!(answer.out.starts_with("from: /tmp/pipeops."), "{shell:?} {tmpdir}: {}", answer.out);
+        }
+        // a person whose own directories run nothing: root has one, and nothing is left of it
+        if by_sudo(&shell).is_empty() {
+            continue;
+        }
+        let answer = on_a_machine_with(&format!("{all}; ls /var/lib"), &shell, &site.url, &[("TMPDIR", mine)], 1000).unwrap().ended(0);
+        assert!(answer.out.contains("from: /var/lib/pipeops."), "{shell:?} {}{}", answer.out, answer.err);
+    }
+    for dir in ["/tmp", "/var/tmp", "/var/lib", "/usr/local/lib", "/root"] {
+        let left = std::fs::read_dir(dir).into_iter().flatten().flatten().filter(|e| {
+            let name = e.file_name().into_string().unwrap_or_default();
+            name.strip_prefix("pipeops.").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
+        });
+        assert_eq!(left.count(), 0, "{dir}");
+    }
+}
+
+#[test]
+fn sudo_that_cannot_ask_is_said_before_anything_is_fetched() {
+    use std::os::unix::fs::PermissionsExt;
+    let (site, _dir) = laid_out();
+    for shell in shells() {
+        if by_sudo(&shell).is_empty() {
+            continue;
+        }
+        let programs = programs(1000);
+        let sudo = programs.path().join("sudo");
+        std::fs::write(&sudo, "#!/bin/sh\necho 'sudo: a terminal is required to read the password' >&2\nexit 1\n").unwrap();
+        std::fs::set_permissions(&sudo, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let before = site.log.lock().unwrap().len();
+        let mut command = Command::new("setsid");
+        command.arg("-w").args(&shell).arg(format!("{SCRIPTS}/install.sh")).env_clear().env("PIPEOPS_RELEASE_URL", &site.url);
+        command.env("PATH", format!("{}:/usr/bin:/bin", programs.path().display())).stdin(Stdio::null());
+        let answer = said(command.output().unwrap()).ended(3);
+        assert!(answer.err.contains("without a terminal to ask on: run it as root"), "{shell:?} {}", answer.err);
+        assert_eq!(site.log.lock().unwrap().len(), before);
+    }
+}
+
+#[test]
+fn an_interrupted_download_leaves_nothing() {
+    use std::os::unix::process::CommandExt as _;
+    let (site, _dir) = laid_out();
+    for arch in ["amd64", "arm64", "arm"] {
+        site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Mood::Stall);
+    }
+    for shell in shells() {
+        let tmp = tempfile::tempdir().unwrap();
+        let seen = site.log.lock().unwrap().len();
+        let mut command = Command::new(shell[0]);
+        command.args(&shell[1..]).arg(format!("{SCRIPTS}/install.sh")).env_clear().env("PATH", "/usr/bin:/bin").env("TMPDIR", tmp.path());
+        command.env("PIPEOPS_RELEASE_URL", &site.url).process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if !nix::unistd::geteuid().is_root() {
+            println!("NOT RUN: without root and sudo it ends before");
+            return;
+        }
+        let child = command.spawn().unwrap();
+        while !site.log.lock().unwrap()[seen..].iter().any(|l| l.starts_with("/pipeops-linux-")) {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let group = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+        nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGINT).unwrap();
+        let answer = said(child.wait_with_output().unwrap());
+        assert!(answer.code == 130 && !answer.out.contains("args:"), "{shell:?} {} {}", answer.code, answer.out);
+        assert_eq!(std::fs::read_dir(tmp.path()).unwrap().count(), 0, "{shell:?}");
     }
 }
