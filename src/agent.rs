@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::api::audit::Audit;
 use crate::api::jwt::Role;
 use crate::api::operations::Operations;
+use crate::api::permits::{self, Limits};
 use crate::api::{self, Api};
 use crate::cluster::upstream::Upstream;
 use crate::control;
@@ -59,9 +60,12 @@ pub struct AgentConfig {
     pub metrics_listen: Option<std::net::SocketAddr>,
     /// Use a tunnel that has neither CA nor pin.
     pub allow_insecure_tunnel: bool,
-    /// Streams of one caller, and of all together.
+    /// Requests that end by themselves, and upgrades, of one caller and of all together.
     pub streams_per_caller: Option<usize>,
     pub streams: Option<usize>,
+    /// Watches and followed logs of one caller and of all together.
+    pub watches_per_caller: Option<usize>,
+    pub watches: Option<usize>,
 }
 
 fn wrong(code: &str, what: String, why: String) -> anyhow::Error {
@@ -284,8 +288,12 @@ pub async fn run(
                 upstream: upstreams,
                 account: account.subscribe(),
                 audit_head,
-                per_caller: config.streams_per_caller.unwrap_or(api::PER_CALLER),
-                in_all: config.streams.unwrap_or(api::IN_ALL),
+                limits: Limits {
+                    per_caller: config.streams_per_caller.unwrap_or(permits::PER_CALLER),
+                    in_all: config.streams.unwrap_or(permits::IN_ALL),
+                    watches_per_caller: config.watches_per_caller.unwrap_or(permits::WATCHES_PER_CALLER),
+                    watches_in_all: config.watches.unwrap_or(permits::WATCHES_IN_ALL),
+                },
                 operations: Operations::open(state.sub("operations")?, ends),
                 drain: drain.clone(),
                 cut: cut.clone(),

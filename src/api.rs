@@ -1,20 +1,20 @@
 //! The agent's HTTP API on tunnel streams: TLS inside, who may, what it costs, and the account of it.
 
+pub mod answer;
 pub mod audit;
 pub mod hygiene;
 pub mod jwt;
 pub mod operations;
+pub mod permits;
 mod proxy;
 pub mod target;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::{HeaderMap, Method, Request, Response, header};
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -27,19 +27,19 @@ use crate::cluster::upstream::{Body, Upstream};
 use crate::control;
 use crate::control::types::{AuditHead, Config};
 use crate::status::Agent;
+use answer::{Problem, plain};
 use audit::{Audit, Phase, Record};
 use jwt::{Caller, Role};
 use operations::Operations;
+use permits::{Limits, Open, Permit, Stream};
 
 /// Audit records that one call gives.
 const RECENT: usize = 50;
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Requests on one HTTP/2 connection: not fewer than a caller may have open.
+const STREAMS: u32 = 1024;
 /// For a request's head, and how long a connection may be idle.
 const HEAD: Duration = Duration::from_secs(60);
-/// Streams of one caller, and in all, unless the settings say otherwise.
-pub const PER_CALLER: usize = 64;
-pub const IN_ALL: usize = 512;
-
 /// What the API stands on.
 pub struct Parts {
     pub id: String,
@@ -49,8 +49,7 @@ pub struct Parts {
     pub upstream: watch::Receiver<Option<Upstream>>,
     pub account: watch::Receiver<Agent>,
     pub audit_head: watch::Sender<AuditHead>,
-    pub per_caller: usize,
-    pub in_all: usize,
+    pub limits: Limits,
     /// Where what was asked for once and goes on by itself is kept, and where its end is told.
     pub operations: Operations,
     /// Takes nothing new.
@@ -74,12 +73,6 @@ struct Inner {
     counts: Counts,
 }
 
-#[derive(Default)]
-struct Open {
-    all: usize,
-    callers: HashMap<String, usize>,
-}
-
 /// Since the start, for metrics.
 #[derive(Default)]
 pub struct Counts {
@@ -94,48 +87,6 @@ pub struct Counts {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // a panic inside leaves plain data behind
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// One stream of a caller, counted until it is dropped.
-pub(crate) struct Permit {
-    api: Api,
-    subject: String,
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        let mut open = lock(&self.api.inner.open);
-        open.all -= 1;
-        if let Some(n) = open.callers.get_mut(&self.subject) {
-            *n -= 1;
-            if *n == 0 {
-                open.callers.remove(&self.subject);
-            }
-        }
-    }
-}
-
-/// A refusal or fault, as every error of this API looks.
-pub(crate) fn problem(status: u16, code: &str, message: &str, hint: Option<&str>) -> Response<Body> {
-    let mut body = json!({"code": code, "message": message});
-    if let Some(hint) = hint {
-        body["hint"] = hint.into();
-    }
-    let mut answer = plain(status, "application/json", body.to_string());
-    if matches!(status, 429 | 503) {
-        answer.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static(if status == 429 { "1" } else { "5" }));
-    }
-    answer
-}
-
-/// An answer of one piece that nobody keeps.
-pub(crate) fn plain(status: u16, kind: &'static str, body: String) -> Response<Body> {
-    let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
-    let mut answer = Response::new(body);
-    *answer.status_mut() = http::StatusCode::from_u16(status).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
-    answer.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
-    answer.headers_mut().insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
-    answer
 }
 
 impl Api {
@@ -163,7 +114,7 @@ impl Api {
 
     /// Streams of callers that are open.
     pub fn open(&self) -> usize {
-        lock(&self.inner.open).all
+        lock(&self.inner.open).all()
     }
 
     pub fn counts(&self) -> &Counts {
@@ -197,7 +148,7 @@ impl Api {
         });
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
         builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(64 * 1024);
-        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(64).max_header_list_size(16 * 1024).initial_stream_window_size(1 << 20);
+        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS).max_header_list_size(16 * 1024).initial_stream_window_size(1 << 20);
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
         let mut connection = std::pin::pin!(connection);
         let parts = &self.inner.parts;
@@ -220,20 +171,20 @@ impl Api {
         if request.uri().path() == "/healthz" && matches!(*request.method(), Method::GET | Method::HEAD) {
             return plain(200, "text/plain", "ok\n".into());
         }
-        problem(
-            403,
-            "plain_transport",
-            "this way is read by whoever runs the FRP server",
-            Some("use the agent's stcp or tcp proxy, with TLS to the agent"),
-        )
+        let hint = Some("use the agent's stcp or tcp proxy, with TLS to the agent");
+        Problem::new(403, "plain_transport", "this way is read by whoever runs the FRP server", hint).plain()
     }
 
     async fn route(self, request: Request<Incoming>) -> Response<Body> {
         self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
         let (parts, body) = request.into_parts();
-        if let Err((status, code, message)) = hygiene::form(&parts) {
+        let below_k8s = parts.uri.path() == "/k8s" || parts.uri.path().starts_with("/k8s/");
+        let refusal = |problem: &Problem| {
             self.inner.counts.refused.fetch_add(1, Ordering::Relaxed);
-            let mut answer = problem(status, code, message, None);
+            if below_k8s { problem.status() } else { problem.plain() }
+        };
+        if let Err(refused) = hygiene::form(&parts) {
+            let mut answer = refusal(&refused.into());
             if parts.version != http::Version::HTTP_2 {
                 answer.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
             }
@@ -245,14 +196,12 @@ impl Api {
         let caller = match self.authenticate(&parts.headers) {
             Ok(caller) => caller,
             Err(why) => {
-                self.inner.counts.refused.fetch_add(1, Ordering::Relaxed);
-                let mut answer = problem(401, "unauthorized", why, Some("get a token from the control plane: POST /api/v1/clusters/ID/token"));
-                answer.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
-                return answer;
+                let hint = Some("get a token from the control plane: POST /api/v1/clusters/ID/token");
+                return refusal(&Problem::new(401, "unauthorized", why, hint));
             }
         };
         let path = parts.uri.path();
-        if path == "/k8s" || path.starts_with("/k8s/") {
+        if below_k8s {
             return self.kubernetes(parts, body, caller).await;
         }
         if let Some(rest) = path.strip_prefix("/api/v1/operations").filter(|rest| rest.is_empty() || rest.starts_with('/')) {
@@ -266,11 +215,11 @@ impl Api {
         let account = || self.inner.parts.account.borrow().clone();
         let answer = match (path, &parts.method) {
             ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method) if !matches!(*method, Method::GET | Method::HEAD) => {
-                problem(405, "method_not_allowed", "only GET is served here", None)
+                Problem::new(405, "method_not_allowed", "only GET is served here", None).plain()
             }
             ("/readyz", _) => match account().ready() {
                 Ok(()) => plain(200, "text/plain", "ok\n".into()),
-                Err(why) => problem(503, "not_ready", &why, None),
+                Err(why) => Problem::new(503, "not_ready", why, None).again_after(5).plain(),
             },
             ("/version", _) => {
                 plain(200, "application/json", json!({"version": env!("CARGO_PKG_VERSION"), "agent": self.inner.parts.id}).to_string())
@@ -279,16 +228,16 @@ impl Api {
             ("/api/v1/status", _) => plain(200, "application/json", serde_json::to_string(&account()).unwrap_or_default()),
             // who did what is not for everybody
             ("/api/v1/audit", _) if caller.role < Role::Operator || caller.namespaces.is_some() => {
-                problem(403, "role_exceeded", "the audit log is for operators of the whole cluster", None)
+                Problem::new(403, "role_exceeded", "the audit log is for operators of the whole cluster", None).plain()
             }
             ("/api/v1/audit", _) => match lock(&self.inner.audit).recent(RECENT) {
                 Ok(lines) => plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(","))),
                 Err(error) => {
                     tracing::warn!(error = format!("{error:#}"), "the audit log cannot be read");
-                    problem(500, "audit_unreadable", "the audit log cannot be read", None)
+                    Problem::new(500, "audit_unreadable", "the audit log cannot be read", None).plain()
                 }
             },
-            _ => problem(404, "not_found", "there is no such path", Some("the Kubernetes API is below /k8s")),
+            _ => Problem::new(404, "not_found", "there is no such path", Some("the Kubernetes API is below /k8s")).plain(),
         };
         self.account(&caller, &parts.method, path, answer.status().as_u16());
         answer
@@ -334,18 +283,6 @@ impl Api {
         jwt::check(token, auth, &parts.id, parts.most, now, &self.inner.known)
     }
 
-    fn permit(&self, subject: &str) -> Option<Permit> {
-        let parts = &self.inner.parts;
-        let mut open = lock(&self.inner.open);
-        let mine = open.callers.get(subject).copied().unwrap_or(0);
-        if open.all >= parts.in_all || mine >= parts.per_caller {
-            return None;
-        }
-        open.all += 1;
-        *open.callers.entry(subject.to_owned()).or_default() += 1;
-        Some(Permit { api: self.clone(), subject: subject.to_owned() })
-    }
-
     fn record(&self, caller: &Caller, request: &str, method: &Method, path: &str) -> Record {
         Record {
             phase: Phase::Call,
@@ -364,18 +301,18 @@ impl Api {
     }
 
     /// Counts a call, and puts its beginning on record where it changes something; its end follows when it is dropped.
-    fn open_call(&self, record: Record, changes: bool) -> Result<Call, Box<Response<Body>>> {
-        let Some(permit) = self.permit(&record.subject) else {
-            let message = "this caller, or all together, have too many streams open";
-            return Err(problem(429, "too_many_streams", message, Some("close some, or try again soon")).into());
-        };
+    ///
+    /// # Errors
+    /// What is full: streams, or the disk that takes the record.
+    fn open_call(&self, record: Record, stream: Stream, changes: bool) -> Result<Call, Problem> {
+        let permit = self.permit(&record.subject, stream)?;
         let mut call = Call { api: self.clone(), record, begun: Instant::now(), counted: Arc::default(), _permit: permit };
         if changes {
             let start = Record { phase: Phase::Start, verdict: "allowed".into(), ..call.record.clone() };
             if self.write(start).is_err() {
                 call.status(507, "audit_full");
                 let message = "what changes something must be put on record, and the disk takes no record";
-                return Err(problem(507, "audit_full", message, Some("free space on the node")).into());
+                return Err(Problem::new(507, "audit_full", message, Some("free space on the node")));
             }
             call.record.phase = Phase::End;
         }

@@ -45,7 +45,7 @@ use open::{belong_together, database, usable};
 use outbox::{Broker, Way};
 use page::Sessions;
 use registry::{Refused, Registry, refused};
-use routes::{Need, ROUTES};
+use routes::{ROUTES, Serves};
 use store::Store;
 
 /// Where it keeps what must outlive it, unless said otherwise.
@@ -517,7 +517,7 @@ impl Hub {
     }
 
     /// Routes and what they need, for whoever checks them.
-    pub fn routes() -> impl Iterator<Item = (&'static str, &'static str, Need)> {
+    pub fn routes() -> impl Iterator<Item = (&'static str, &'static str, Serves)> {
         ROUTES.iter().map(|r| (r.0, r.1, r.2))
     }
 }

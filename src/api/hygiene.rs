@@ -2,9 +2,10 @@
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::{Method, Version};
+use http::{Method, StatusCode, Version};
 
 use crate::api::jwt::Caller;
+use crate::api::target;
 
 /// Most bytes of a header block.
 const HEADERS: usize = 16 * 1024;
@@ -125,7 +126,11 @@ pub fn outward(headers: &HeaderMap, caller: &Caller, request: &str, upgrade: Opt
         let text = name.as_str();
         // whatever follows: no honest client has a header that begins so
         if text.starts_with("impersonate") {
-            return Err((400, "identity_header", "who a request is from is decided here: send no Impersonate header"));
+            return Err((
+                400,
+                "identity_header",
+                "who a request is from is decided here, and no Impersonate header is taken: leave out --as, --as-group and --as-uid",
+            ));
         }
         // the API server takes a bearer token from this one too (kubernetes/apiserver, authentication/request/websocket)
         if name == header::SEC_WEBSOCKET_PROTOCOL && value.as_bytes().to_ascii_lowercase().windows(25).any(|w| w == b"base64url.bearer.authoriz") {
@@ -146,6 +151,8 @@ pub fn outward(headers: &HeaderMap, caller: &Caller, request: &str, upgrade: Opt
     set(&mut out, "impersonate-group", &format!("pipeops:{}", caller.role.name()));
     set(&mut out, "impersonate-extra-pipeops.io%2fsubject", &caller.subject);
     set(&mut out, "audit-id", request);
+    // RFC 9110 §7.6.3
+    set(&mut out, "via", "1.1 pipeops");
     if let Some(protocol) = upgrade {
         out.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         out.insert(header::UPGRADE, protocol);
@@ -153,19 +160,50 @@ pub fn outward(headers: &HeaderMap, caller: &Caller, request: &str, upgrade: Opt
     Ok(out)
 }
 
-/// The headers of an answer that go to the caller. `None` for a redirect that leads elsewhere.
-pub fn inward(headers: &HeaderMap) -> Option<HeaderMap> {
-    if let Some(location) = headers.get(header::LOCATION) {
-        let text = location.to_str().ok()?;
-        if !text.starts_with('/') || text.starts_with("//") || text.contains('\\') {
-            return None;
-        }
-    }
-    let own = hop_by_hop(headers);
+/// What an answer says to the browser about the server's own name: here it would hold for another server, the one in between.
+const SPOKEN_FOR_ITSELF: &[&str] = &[
+    "alt-svc",
+    "clear-site-data",
+    "link",
+    "nel",
+    "public-key-pins",
+    "refresh",
+    "report-to",
+    "reporting-endpoints",
+    "service-worker-allowed",
+    "set-cookie",
+    "set-cookie2",
+    "strict-transport-security",
+];
+const SPOKEN_FOR_ITSELF_PREFIXES: &[&str] = &["access-control-"];
+
+/// A place that a server names, as seen from in front of `prefix`: a path of its own, and nothing that another reader could take for
+/// a place elsewhere.
+fn own_place(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
+    let text = value.to_str().ok()?;
+    let path = text.split(['?', '#']).next()?;
+    target::target(path).ok().filter(|_| path.starts_with('/') && !text.contains('\\'))?;
+    HeaderValue::from_str(&format!("{prefix}{text}")).ok()
+}
+
+/// The headers of an answer that go to the caller, who sees the server below `prefix`. `None` for a redirect that leads elsewhere;
+/// where nobody is redirected a place that cannot be named from here is left out (RFC 9110 §10.2.2, §8.7).
+pub fn inward(status: StatusCode, headers: &HeaderMap, prefix: &str) -> Option<HeaderMap> {
+    let named = listed(headers, header::CONNECTION);
     let mut out = HeaderMap::with_capacity(headers.len() + 2);
     for (name, value) in headers {
         let text = name.as_str();
-        if !own(text) && text != "set-cookie" {
+        if name == header::LOCATION || name == header::CONTENT_LOCATION {
+            match own_place(value, prefix) {
+                Some(place) => drop(out.append(name, place)),
+                None if status.is_redirection() && name == header::LOCATION => return None,
+                None => {}
+            }
+            continue;
+        }
+        let left =
+            per_connection(&named, text) || SPOKEN_FOR_ITSELF.contains(&text) || SPOKEN_FOR_ITSELF_PREFIXES.iter().any(|p| text.starts_with(p));
+        if !left {
             out.append(name, value.clone());
         }
     }

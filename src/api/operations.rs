@@ -6,6 +6,7 @@
 pub mod wanted;
 mod work;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -22,8 +23,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::answer::{Problem, plain};
 use super::jwt::{Caller, Role};
-use super::{Api, Call, Permit, lock, plain, problem};
+use super::permits::{Permit, Stream};
+use super::{Api, Call, lock};
 use crate::cluster::upstream::{Body, Upstream};
 use crate::control::client::Finished;
 use crate::control::types::{IDEMPOTENCY_KEY, Operation, OperationState, Touched, check_key, operation_id};
@@ -251,7 +254,7 @@ impl Api {
         }
         let wanted = match Wanted::parse(&bytes, caller) {
             Ok(wanted) => wanted,
-            Err((status, code, message)) => return problem(status, code, &message, None),
+            Err((status, code, message)) => return problem(status, code, message, None),
         };
         let Some(upstream) = self.inner.parts.upstream.borrow().clone() else {
             return problem(
@@ -261,9 +264,9 @@ impl Api {
                 Some("the tunnel stays up; try again soon"),
             );
         };
-        let call = match self.open_call(self.record(caller, &id, &parts.method, "/api/v1/operations"), true) {
+        let call = match self.open_call(self.record(caller, &id, &parts.method, "/api/v1/operations"), Stream::Short, true) {
             Ok(call) => call,
-            Err(answer) => return *answer,
+            Err(problem) => return problem.plain(),
         };
         let operation =
             Operation { id: id.clone(), kind: wanted.kind().into(), subject: caller.subject.clone(), created_at: now(), ..Operation::default() };
@@ -294,7 +297,7 @@ impl Api {
             return Err(again(&known.stored, &stored.request).into());
         }
         if all.values().filter(|l| !l.stored.operation.state.ended()).count() >= AT_ONCE {
-            return Err(problem(429, "too_many_operations", &format!("{AT_ONCE} operations run already"), Some("wait for one of them to end")).into());
+            return Err(problem(429, "too_many_operations", format!("{AT_ONCE} operations run already"), Some("wait for one of them to end")).into());
         }
         if let Err(error) = operations.store(stored) {
             tracing::warn!(error = format!("{error:#}"), "an operation cannot be kept");
@@ -361,8 +364,9 @@ impl Api {
     /// Server-sent events (WHATWG HTML §9.2): each step, then `end` with the operation. `Last-Event-ID` goes on where another listener
     /// broke off.
     fn events(&self, caller: &Caller, id: String, headers: &HeaderMap) -> Response<Body> {
-        let Some(permit) = self.permit(&caller.subject) else {
-            return problem(429, "too_many_streams", "this caller, or all together, have too many streams open", None);
+        let permit = match self.permit(&caller.subject, Stream::Watch) {
+            Ok(permit) => permit,
+            Err(problem) => return problem.plain(),
         };
         let Some(mut news) = lock(&self.operations().all).get(&id).map(|l| l.news.subscribe()) else { return gone() };
         news.mark_changed();
@@ -417,6 +421,15 @@ impl Listener {
                 return Some(text);
             }
         }
+    }
+}
+
+fn problem(status: u16, code: &'static str, message: impl Into<Cow<'static, str>>, hint: Option<&'static str>) -> Response<Body> {
+    let problem = Problem::new(status, code, message, hint);
+    match status {
+        429 => problem.again_after(1).plain(),
+        503 => problem.again_after(5).plain(),
+        _ => problem.plain(),
     }
 }
 

@@ -15,13 +15,25 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio_util::sync::CancellationToken;
 use tower::BoxError;
 
+use crate::api::answer::Problem;
 use crate::api::jwt::Caller;
+use crate::api::permits::Stream;
 use crate::api::target::{Refusal, Target, target};
-use crate::api::{Api, Call, Counted, hygiene, problem};
+use crate::api::{Api, Call, Counted, hygiene};
 use crate::cluster::upstream::{Body, Upstream};
 
 /// Answered only over HTTP/1.1: they switch protocols.
 const UPGRADING: &[&str] = &["exec", "attach", "portforward"];
+
+/// What a token for some namespaces is told, which is theirs to know: which they are, and what was asked for instead.
+fn outside(target: &Target, namespaces: &[String]) -> Problem {
+    let own = namespaces.join(", ");
+    let message = match &target.namespace {
+        Some(asked) if !namespaces.contains(asked) => format!("the token is for other namespaces than {asked}: {own}"),
+        _ => format!("the token is for namespaces alone ({own}), and this is not inside one of them"),
+    };
+    Problem::new(403, "namespace_scope", message, Some("name a namespace of the token with -n, or ask for another token"))
+}
 
 impl Api {
     pub(crate) async fn kubernetes(&self, parts: Parts, body: Incoming, caller: Caller) -> Response<Body> {
@@ -31,28 +43,25 @@ impl Api {
         let judged = self.judge(&parts, &caller, raw, &id);
         let (target, headers, upgrade) = match judged {
             Ok(judged) => judged,
-            Err((status, code, message)) => {
+            Err(problem) => {
                 self.counts().refused.fetch_add(1, Ordering::Relaxed);
                 let mut record = record;
-                (record.verdict, record.status) = (code.into(), status);
+                (record.verdict, record.status) = (problem.code.into(), problem.status);
                 let _ = self.write(record);
-                return problem(status, code, message, None);
+                return problem.status();
             }
         };
         let mutating = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let mut call = match self.open_call(super::Record { path: target.path.clone(), ..record }, mutating || upgrade) {
+        let stream = Stream::of(&parts, &target, upgrade);
+        let mut call = match self.open_call(super::Record { path: target.path.clone(), ..record }, stream, mutating || upgrade) {
             Ok(call) => call,
-            Err(answer) => return *answer,
+            Err(problem) => return problem.status(),
         };
         let upstream = self.inner.parts.upstream.borrow().clone();
         let Some(upstream) = upstream else {
             call.status(503, "kubernetes_waiting");
-            return problem(
-                503,
-                "kubernetes_waiting",
-                "the agent has no way to the Kubernetes API at the moment",
-                Some("the tunnel stays up; try again soon"),
-            );
+            let hint = Some("the tunnel stays up; try again soon");
+            return Problem::new(503, "kubernetes_waiting", "the agent has no way to the Kubernetes API at the moment", hint).again_after(1).status();
         };
         let mut answer = self.forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call).await;
         if let Ok(id) = id.parse() {
@@ -62,24 +71,24 @@ impl Api {
     }
 
     /// Everything that can refuse a request before it costs anything.
-    fn judge(&self, parts: &Parts, caller: &Caller, raw: &str, id: &str) -> Result<(Target, HeaderMap, bool), hygiene::Refused> {
+    fn judge(&self, parts: &Parts, caller: &Caller, raw: &str, id: &str) -> Result<(Target, HeaderMap, bool), Problem> {
         if self.draining() {
-            return Err((503, "draining", "the agent takes nothing new"));
+            return Err(Problem::new(503, "draining", "the agent takes nothing new", Some("it is being stopped or restarted")).again_after(1));
         }
         let target = target(raw).map_err(|refusal| match refusal {
-            Refusal::Path(why) => (400, "bad_path", why),
-            Refusal::Proxy => (403, "proxy_refused", "proxying through the API server is refused"),
-            Refusal::Scope => (403, "namespace_scope", "the token is for other namespaces"),
+            Refusal::Path(why) => Problem::new(400, "bad_path", why, None),
+            Refusal::Proxy => Problem::new(403, "proxy_refused", "proxying through the API server is refused", Some("use port-forward")),
+            Refusal::Scope => Problem::new(403, "namespace_scope", "the token is for other namespaces", None),
         })?;
         if parts.uri.query().is_some_and(|q| q.bytes().any(|b| b < 0x21 || b == 0x7f || b == b'#')) {
-            return Err((400, "bad_path", "the query holds a control character"));
+            return Err(Problem::new(400, "bad_path", "the query holds a control character", None));
         }
         if let Some(namespaces) = &caller.namespaces {
-            target.within(&parts.method, namespaces).map_err(|_| (403, "namespace_scope", "the token is for other namespaces"))?;
+            target.within(&parts.method, namespaces).map_err(|_| outside(&target, namespaces))?;
         }
         let upgrade = hygiene::upgrade(parts)?;
         if parts.version == Version::HTTP_2 && target.subresource.as_deref().is_some_and(|s| UPGRADING.contains(&s)) {
-            return Err((400, "use_http1", "upgrades need HTTP/1.1"));
+            return Err(Problem::new(400, "use_http1", "upgrades need HTTP/1.1", None));
         }
         let upgrading = upgrade.is_some();
         let headers = hygiene::outward(&parts.headers, caller, id, upgrade)?;
@@ -101,7 +110,7 @@ impl Api {
         };
         let Ok(uri) = uri.parse::<Uri>() else {
             call.status(400, "bad_path");
-            return problem(400, "bad_path", "the query cannot be read", None);
+            return Problem::new(400, "bad_path", "the query cannot be read", None).status();
         };
         let theirs = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
@@ -117,30 +126,27 @@ impl Api {
             Err(error) => {
                 tracing::debug!(error, "the Kubernetes API did not answer");
                 call.status(503, "kubernetes_unavailable");
-                return problem(503, "kubernetes_unavailable", "the Kubernetes API does not answer", Some("the tunnel stays up; try again soon"));
+                let hint = Some("the tunnel stays up; try again soon");
+                return Problem::new(503, "kubernetes_unavailable", "the Kubernetes API does not answer", hint).again_after(1).status();
             }
         };
         let status = answer.status();
         if status == StatusCode::UNAUTHORIZED {
             // it is the agent's credential that was refused, not the caller's token
             call.status(503, "kubernetes_credential");
-            return problem(
-                503,
-                "kubernetes_credential",
-                "the Kubernetes API refuses the agent's credential",
-                Some("a fresh one is minted within a minute"),
-            );
+            let hint = Some("a fresh one is minted within a minute");
+            return Problem::new(503, "kubernetes_credential", "the Kubernetes API refuses the agent's credential", hint).again_after(1).status();
         }
-        let Some(headers) = hygiene::inward(answer.headers()) else {
+        let Some(headers) = hygiene::inward(status, answer.headers(), "/k8s") else {
             call.status(502, "redirect_refused");
-            return problem(502, "redirect_refused", "the Kubernetes API answers with a redirect to somewhere else", None);
+            return Problem::new(502, "redirect_refused", "the Kubernetes API answers with a redirect to somewhere else", None).status();
         };
         call.status(status.as_u16(), "allowed");
         if status == StatusCode::SWITCHING_PROTOCOLS {
             return if upgrade {
                 self.switch(theirs, answer, headers, call)
             } else {
-                problem(502, "bad_upgrade", "the Kubernetes API switches protocols unasked", None)
+                Problem::new(502, "bad_upgrade", "the Kubernetes API switches protocols unasked", None).status()
             };
         }
         let cut = self.inner.parts.cut.clone();

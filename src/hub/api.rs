@@ -11,14 +11,15 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::api::answer::{Problem, plain};
+use crate::api::hygiene;
 use crate::api::jwt::{LIFE, Role};
-use crate::api::{hygiene, plain};
 use crate::cluster::upstream::Body;
-use crate::control::types::{Heartbeat, HeartbeatAnswer, Problem, Register, SIGNATURE, StatusReport};
+use crate::control::types::{Heartbeat, HeartbeatAnswer, Register, SIGNATURE, StatusReport};
 use crate::hub::Hub;
 use crate::hub::model::{Access, AccessKind};
 use crate::hub::registry::{ClusterView, Refused, Who, refused, unwritten};
-use crate::hub::routes::{Call, Need, ROUTES, matched};
+use crate::hub::routes::{Call, Local, Open, ROUTES, Serves, Token, matched};
 
 /// Largest body of a call that is not passed through.
 const BODY: usize = 1 << 20;
@@ -42,16 +43,21 @@ pub(super) fn answer(status: u16, body: &Value) -> Response<Body> {
     plain(status, "application/json", body.to_string())
 }
 
-pub(super) fn problem(refused: &Refused) -> Response<Body> {
-    let body = Problem { code: refused.code.into(), message: refused.message.clone(), hint: refused.hint.map(str::to_owned) };
-    let mut response = answer(refused.status, &serde_json::to_value(body).unwrap_or_default());
-    if matches!(refused.status, 429 | 503) {
-        response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("5"));
+/// Below a cluster's `/k8s` the caller is a client of Kubernetes, and it is told at once: with a `Retry-After` it would try in
+/// silence for most of a minute. Another caller is told when to come again.
+fn problem(refused: Refused, kubernetes: bool) -> Response<Body> {
+    let problem = Problem::new(refused.status, refused.code, refused.message, refused.hint);
+    match refused.status {
+        _ if kubernetes => problem.status(),
+        429 | 503 => problem.again_after(5).plain(),
+        _ => problem.plain(),
     }
-    if refused.status == 401 {
-        response.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
-    }
-    response
+}
+
+/// Whether a path leads to the Kubernetes API of a cluster.
+fn below_k8s(path: &str) -> bool {
+    let mut segments = path.split('/').skip(1);
+    segments.next() == Some("clusters") && segments.nth(1) == Some("k8s")
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, Refused> {
@@ -125,7 +131,7 @@ pub(super) fn narrowed(who: &Who, asked: &Wanted) -> Result<(Role, Option<Vec<St
         _ => (Role::Operator, None),
     };
     let wanted = role(asked.role.as_deref(), most)?;
-    if wanted > most && !matches!(who, Who::Admin(_)) {
+    if wanted > most && !who.all() {
         return Err(refused(403, "role_exceeded", format!("this token's role is {}", most.name()), None));
     }
     let namespaces = match (asked.namespaces.clone(), limits) {
@@ -139,11 +145,12 @@ pub(super) fn narrowed(who: &Who, asked: &Wanted) -> Result<(Role, Option<Vec<St
 }
 
 impl Hub {
-    /// Answers one request. Nothing that a client sends ends more than his own connection.
+    /// Answers one request. Nothing that a client sends ends more than its own connection.
     pub(super) async fn respond(self, origin: Origin, request: Request<Incoming>) -> Response<Body> {
+        let kubernetes = below_k8s(request.uri().path());
         let mut response = match self.dispatch(origin, request).await {
             Ok(response) => response,
-            Err(refused) => problem(&refused),
+            Err(refused) => problem(refused, kubernetes),
         };
         let headers = response.headers_mut();
         for (name, value) in [("cache-control", "no-store"), ("x-content-type-options", "nosniff"), ("content-security-policy", "sandbox")] {
@@ -159,53 +166,87 @@ impl Hub {
             return Err(refused(404, "not_found", "there is no such path", None));
         }
         let fits = |method: &str| method == "*" || method == request.method().as_str();
-        let Some(((_, _, need, call), open)) = candidates.into_iter().find(|(route, _)| fits(route.0)) else {
+        let Some(((_, _, serves), open)) = candidates.into_iter().find(|(route, _)| fits(route.0)) else {
             return Err(refused(405, "method_not_allowed", "this path takes another method", None));
         };
         let id = open.first().copied().unwrap_or_default();
         let now = self.now();
-        let (who, token) = self.authorised(origin, *need, id, request.method(), request.headers(), now)?;
-        match call {
-            Call::Gateway => return self.pass(request, id, &who, now).await,
-            Call::FrpHandler => return self.frp_handler(id, request).await,
-            _ => {}
+        let (need, call) = match *serves {
+            Serves::Nobody(call) => return self.open(call, origin, id, request, now).await,
+            Serves::Local(call) => return self.on_the_socket(call, origin).await,
+            Serves::Known(need, call) => (need, call),
+        };
+        let (who, token) = self.authorised(origin, need, id, request.method(), request.headers(), now)?;
+        if call == Call::Gateway {
+            return self.pass(request, id, &who, now).await;
         }
         let (parts, incoming) = request.into_parts();
         let bytes = if parts.method == Method::GET { Bytes::new() } else { body(incoming).await? };
-        match (call, origin) {
-            (Call::Page, _) => Hub::page(&path),
-            (Call::Login, Origin::Network(address)) => self.login(address, &bytes, now),
-            (Call::Login, Origin::Local) => Err(refused(403, "not_here", "people come over the network", None)),
-            (Call::Session, _) => Ok(self.session(&who, &parts.headers)),
-            (Call::Logout, _) => Ok(self.logout(&parts.headers)),
-            (Call::Changes, _) => self.changes(token),
-            (Call::OperationResult | Call::AskOperation | Call::Operations | Call::Operation | Call::CancelOperation, _) => {
-                self.operation(*call, &who, &open, &parts, &bytes, now).await
+        match call {
+            Call::Session => Ok(self.session(&who, &parts.headers)),
+            Call::Logout => Ok(self.logout(&parts.headers)),
+            Call::Changes => self.changes(&who, token),
+            Call::OperationResult | Call::AskOperation | Call::Operations | Call::Operation | Call::CancelOperation => {
+                self.operation(call, &who, &open, &parts, &bytes, now).await
             }
-            (Call::Inside, _) => self.inside(&who, id, open.get(1).copied().unwrap_or_default(), now).await,
-            _ => self.call(*call, id, &who, &parts, &bytes, now).await,
+            Call::Inside => self.inside(&who, id, open.get(1).copied().unwrap_or_default(), now).await,
+            _ => self.call(call, id, &who, &parts, &bytes, now).await,
         }
     }
 
-    /// Who asks, if he may, and the hash of what he showed.
-    fn authorised(&self, origin: Origin, need: Need, id: &str, method: &Method, headers: &HeaderMap, now: i64) -> Result<(Who, String), Refused> {
-        if need == Need::Nobody {
-            return Ok((Who::Admin(String::new()), String::new()));
+    /// What anybody may call. It is told of nobody: there is no `Who` here that a mistake could take for an administrator.
+    async fn open(&self, call: Open, origin: Origin, id: &str, request: Request<Incoming>, now: i64) -> Result<Response<Body>, Refused> {
+        match call {
+            Open::Page => Hub::page(request.uri().path()),
+            Open::Health => Ok(answer(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))),
+            Open::Ca => Ok(plain(200, "application/x-pem-file", self.shown_ca().unwrap_or_default())),
+            Open::FrpHandler => self.frp_handler(id, request).await,
+            Open::Login => match origin {
+                Origin::Network(address) => self.login(address, &body(request.into_body()).await?, now),
+                Origin::Local => Err(refused(403, "not_here", "people come over the network", None)),
+            },
         }
+    }
+
+    /// What only the socket in the data directory answers.
+    async fn on_the_socket(&self, call: Local, origin: Origin) -> Result<Response<Body>, Refused> {
+        if !matches!(origin, Origin::Local) {
+            return Err(refused(403, "forbidden", "only the socket in the data directory answers this", None));
+        }
+        match call {
+            Local::Backup => {
+                let text = super::backup::text(&self.inner.state, &self.inner.store).await.map_err(|e| unwritten(&e))?;
+                Ok(plain(200, "application/json", text.expose().to_owned()))
+            }
+            Local::FrpsConfig => Ok(plain(200, "application/toml", self.frps_config()?)),
+        }
+    }
+
+    /// Who asks, if it may, and the hash of what it showed: the local socket shows nothing.
+    fn authorised(
+        &self,
+        origin: Origin,
+        need: Token,
+        id: &str,
+        method: &Method,
+        headers: &HeaderMap,
+        now: i64,
+    ) -> Result<(Who, Option<String>), Refused> {
         let Origin::Network(address) = origin else {
             return match need {
-                Need::Admin | Need::Local | Need::Runner | Need::Gateway => Ok((Who::Admin("local".into()), String::new())),
-                _ => Err(refused(403, "not_here", "agents come over the network", None)),
+                Token::Admin | Token::Runner | Token::Gateway => Ok((Who::Local, None)),
+                Token::Enrol | Token::Agent => Err(refused(403, "not_here", "agents come over the network", None)),
+                Token::Session => Err(refused(403, "not_here", "people come over the network", None)),
             };
         };
         // a cookie counts where the page calls, and nowhere else: what a cluster serves cannot use it
         let cookie = match need {
-            Need::Session | Need::Admin | Need::Runner if !headers.contains_key(header::AUTHORIZATION) => self.by_cookie(method, headers, now)?,
+            Token::Session | Token::Admin | Token::Runner if !headers.contains_key(header::AUTHORIZATION) => self.by_cookie(method, headers, now)?,
             _ => None,
         };
         let hash = match cookie {
             Some(hash) => hash,
-            None if need == Need::Session => return Err(refused(401, "login_needed", "nobody is logged in", None)),
+            None if need == Token::Session => return Err(refused(401, "login_needed", "nobody is logged in", None)),
             None => self.keys().hashed(bearer(headers)?),
         };
         self.guard(address, &hash, now)?;
@@ -219,17 +260,16 @@ impl Hub {
             }
         };
         self.succeeded(hash.clone());
-        let foreign = || refused(403, "forbidden", "this token is for something else", None);
         let fine = match (&who, need) {
-            (Who::Enrolment(_) | Who::Agent(_), Need::Enrol) => true,
-            (Who::Agent(own), Need::Agent) => own == id,
-            (Who::Admin(_), Need::Admin | Need::Runner | Need::Gateway | Need::Session) => true,
-            (Who::Access(access), Need::Runner | Need::Session) => access.kind == AccessKind::Runner,
-            (Who::Access(_), Need::Gateway) => true,
+            (Who::Enrolment(_) | Who::Agent(_), Token::Enrol) => true,
+            (Who::Agent(own), Token::Agent) => own == id,
+            (Who::Admin(_), Token::Admin | Token::Runner | Token::Gateway | Token::Session) => true,
+            (Who::Access(access), Token::Runner | Token::Session) => access.kind == AccessKind::Runner,
+            (Who::Access(_), Token::Gateway) => true,
             _ => false,
         };
         if !fine {
-            return Err(foreign());
+            return Err(refused(403, "forbidden", "this token is for something else", None));
         }
         if matches!(who, Who::Admin(_)) {
             self.admin_seen();
@@ -238,20 +278,13 @@ impl Hub {
         if let (Who::Access(access), false) = (&who, id.is_empty()) {
             self.registry().reaches(access, id)?;
         }
-        Ok((who, hash))
+        Ok((who, Some(hash)))
     }
 
     async fn call(&self, call: Call, id: &str, who: &Who, parts: &Parts, bytes: &[u8], now: i64) -> Result<Response<Body>, Refused> {
         let registry = self.registry();
         let project = who.project();
         match call {
-            Call::Health => Ok(answer(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))),
-            Call::Ca => Ok(plain(200, "application/x-pem-file", self.shown_ca().unwrap_or_default())),
-            Call::Backup => {
-                let text = super::backup::text(&self.inner.state, &self.inner.store).await.map_err(|e| unwritten(&e))?;
-                Ok(plain(200, "application/json", text.expose().to_owned()))
-            }
-            Call::FrpsConfig => Ok(plain(200, "application/toml", self.frps_config()?)),
             Call::Metrics => Ok(plain(200, "text/plain; version=0.0.4", self.metrics(now))),
             Call::Register if bytes.len() > REGISTRATION => Err(refused(413, "too_large", "a registration is at most 64 KiB long", None)),
             Call::Register => {
@@ -398,9 +431,6 @@ impl Hub {
                 Ok(plain(201, "application/yaml", self.kubeconfig(&cluster, &token)))
             }
             Call::Gateway
-            | Call::FrpHandler
-            | Call::Page
-            | Call::Login
             | Call::Session
             | Call::Logout
             | Call::Changes

@@ -8,8 +8,8 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Empty, Full, Limited};
 use hyper::body::{Bytes, Frame, Incoming, SizeHint};
-use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::client::legacy::{Client, ResponseFuture};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio_rustls::client::TlsStream;
@@ -31,10 +31,29 @@ use crate::tunnel::layer::Io;
 /// A look into a cluster takes at most this long, and this much.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
 const LOOK: usize = 8 << 20;
+/// An agent that has not begun an answer for this long is asked whether it lives, and gets as long again to say so.
+const QUIET: std::time::Duration = std::time::Duration::from_secs(3);
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 pub(super) fn offline() -> Refused {
     let hint = "pipeops control-plane cluster list says since when";
     refused(503, "agent_offline", "the cluster's agent is not reached at the moment", Some(hint))
+}
+
+fn silent() -> Refused {
+    let hint = "look at pipeops-agent on the node: systemctl status pipeops-agent";
+    refused(504, "agent_silent", "the cluster's agent holds its tunnel and does not answer", Some(hint))
+}
+
+/// A 401 of an agent is about the token that was minted here: the caller can do nothing about that.
+async fn mistrusted(answer: Response<Incoming>) -> Refused {
+    let body = tokio::time::timeout(QUIET, Limited::new(answer.into_body(), 64 << 10).collect()).await;
+    let body: Value = body.ok().and_then(Result::ok).and_then(|b| serde_json::from_slice(&b.to_bytes()).ok()).unwrap_or_default();
+    // below /k8s the plain words stand among the causes
+    let said = [&body["details"]["causes"][0]["message"], &body["message"]].into_iter().find_map(Value::as_str).unwrap_or("no reason given");
+    let said: String = said.chars().filter(|c| !c.is_control()).take(200).collect();
+    let hint = "compare the clocks of the node and of the control plane; the agent fetches fresh keys within seconds";
+    refused(502, "agent_mistrusts", format!("the cluster's agent refuses the control plane's token: {said}"), Some(hint))
 }
 
 /// Name of an agent's proxy.
@@ -163,10 +182,11 @@ impl hyper::body::Body for Until {
     }
 }
 
-/// Headers that speak to this server, or to its caller's browser, alone.
+/// Headers that speak to this server alone.
 const NOT_PASSED: &[&str] =
-    &["authorization", "cookie", "forwarded", "host", "set-cookie", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"];
+    &["authorization", "cookie", "forwarded", "host", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"];
 
+/// The headers of a request that go to an agent.
 fn passed(headers: &HeaderMap) -> HeaderMap {
     let own = hygiene::hop_by_hop(headers);
     let stays = |name: &str| !own(name) && !NOT_PASSED.contains(&name);
@@ -203,12 +223,13 @@ impl Hub {
         let mut outward = Request::new(body);
         (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) = (method, uri, headers);
         let client = if upgrade.is_some() { &self.gateway().single } else { &self.gateway().pooled };
-        let mut answer = client.request(outward).await.map_err(|error| {
-            tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
-            offline()
-        })?;
-        let mut headers = passed(answer.headers());
+        let mut answer = self.heard(client.request(outward), &route).await?;
         let status = answer.status();
+        if status == StatusCode::UNAUTHORIZED {
+            return Err(mistrusted(answer).await);
+        }
+        let mut headers = hygiene::inward(status, answer.headers(), &format!("/clusters/{id}"))
+            .ok_or_else(|| refused(502, "redirect_refused", "the agent answers with a redirect to somewhere else", None))?;
         if status == StatusCode::SWITCHING_PROTOCOLS {
             if upgrade.is_none() {
                 return Err(refused(502, "bad_upgrade", "the agent switches protocols unasked", None));
@@ -236,6 +257,36 @@ impl Hub {
         let mut response = Response::new(Until { inner: answer.into_body(), over }.boxed_unsync());
         (*response.status_mut(), *response.headers_mut()) = (status, headers);
         Ok(response)
+    }
+
+    /// The head of an agent's answer. What it is asked may take its time; the agent itself may not.
+    ///
+    /// # Errors
+    /// `agent_offline` when it is not reached, `agent_silent` when its tunnel is there and it says nothing at all.
+    async fn heard(&self, asked: ResponseFuture, route: &Route) -> Result<Response<Incoming>, Refused> {
+        let silence = async {
+            tokio::time::sleep(QUIET).await;
+            while self.lives(&route.agent).await {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
+        tokio::select! {
+            answer = asked => answer.map_err(|error| {
+                tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
+                offline()
+            }),
+            () = silence => {
+                tracing::info!(cluster = route.cluster, "the agent holds its tunnel and says nothing");
+                Err(silent())
+            }
+        }
+    }
+
+    /// Whether an agent answers the one question that it answers by itself, on a stream of its own.
+    async fn lives(&self, agent: &str) -> bool {
+        let request = Request::builder().uri(format!("http://{agent}/healthz")).header(header::HOST, "agent");
+        let Ok(request) = request.body(Empty::new().map_err(|never| match never {}).boxed_unsync()) else { return false };
+        tokio::time::timeout(QUIET, self.gateway().single.request(request)).await.is_ok_and(|answer| answer.is_ok())
     }
 
     /// A GET of the agent's API for the page, read whole: as a viewer, or in the caller's own role.

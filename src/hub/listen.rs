@@ -20,6 +20,8 @@ use crate::host::Host;
 use crate::tunnel::door::Door;
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Requests on one HTTP/2 connection: a tool that watches every kind of a cluster holds a few hundred, and asks beside them.
+const STREAMS: u32 = 1024;
 
 pub(super) async fn bind(address: SocketAddr, what: &str, flag: &str) -> anyhow::Result<TcpListener> {
     let mut bound = TcpListener::bind(address).await;
@@ -97,7 +99,7 @@ impl Hub {
         });
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
         builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60)).max_buf_size(64 * 1024);
-        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(128).max_header_list_size(32 * 1024);
+        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS).max_header_list_size(32 * 1024);
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
         let mut connection = std::pin::pin!(connection);
         tokio::select! {

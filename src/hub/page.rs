@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures_util::stream;
@@ -16,7 +16,7 @@ use super::Hub;
 use super::api::answer;
 use super::keys::fresh;
 use super::registry::{ClusterView, Refused, Who, refused, unwritten};
-use crate::api::plain;
+use crate::api::answer::plain;
 use crate::cluster::upstream::Body;
 use crate::hub::model::AccessKind;
 use crate::secret::same;
@@ -31,6 +31,8 @@ const MOST: usize = 1000;
 /// How often changes are looked for, and how many may listen.
 const TICK: Duration = Duration::from_secs(1);
 const LISTENERS: usize = 100;
+/// How many of them may be one caller's.
+const EACH: usize = 20;
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; \
                       form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
@@ -48,7 +50,46 @@ const FILES: &[(&str, &str, &str)] = &[
 pub(super) struct Sessions {
     /// By the keyed hash of the cookie's value.
     open: Mutex<HashMap<String, Session>>,
-    listeners: std::sync::Arc<()>,
+    listeners: Arc<Mutex<HashMap<String, usize>>>,
+}
+
+/// One who listens, counted until it is gone.
+struct Listener {
+    all: Arc<Mutex<HashMap<String, usize>>>,
+    subject: String,
+}
+
+impl Listener {
+    /// # Errors
+    /// What is full.
+    fn enter(all: &Arc<Mutex<HashMap<String, usize>>>, subject: String) -> Result<Listener, Refused> {
+        let mut open = super::lock(all);
+        let full = |whose: &str, most: usize| {
+            let message = format!("{whose} {most} streams of changes open, and more are not served at a time");
+            Err(refused(503, "too_many_listeners", message, Some("close some: a page that is open holds one")))
+        };
+        if open.values().sum::<usize>() >= LISTENERS {
+            return full("all callers together have", LISTENERS);
+        }
+        let mine = open.entry(subject.clone()).or_default();
+        if *mine >= EACH {
+            return full("this caller has", EACH);
+        }
+        *mine += 1;
+        Ok(Listener { all: all.clone(), subject })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let mut open = super::lock(&self.all);
+        if let Some(mine) = open.get_mut(&self.subject) {
+            *mine -= 1;
+            if *mine == 0 {
+                open.remove(&self.subject);
+            }
+        }
+    }
 }
 
 struct Session {
@@ -174,15 +215,13 @@ impl Hub {
     }
 
     /// Server-sent events: all clusters at first, then what has changed each second, until the right to it ends.
-    pub(super) fn changes(&self, token: String) -> Result<Response<Body>, Refused> {
-        let place = self.inner.sessions.listeners.clone();
-        if std::sync::Arc::strong_count(&place) > LISTENERS + 1 {
-            return Err(refused(503, "too_many_listeners", "too many listen already", None));
-        }
+    pub(super) fn changes(&self, who: &Who, token: Option<String>) -> Result<Response<Body>, Refused> {
+        let place = Listener::enter(&self.inner.sessions.listeners, who.subject())?;
         let hub = self.clone();
         let known: HashMap<String, String> = HashMap::new();
+        let who = who.clone();
         let events = stream::unfold((hub, known, true, 0_u32, place), move |(hub, mut known, first, quiet, place)| {
-            let token = token.clone();
+            let (who, token) = (who.clone(), token.clone());
             async move {
                 let mut quiet = quiet;
                 loop {
@@ -193,8 +232,12 @@ impl Hub {
                         }
                     }
                     let now = super::now();
-                    // the local socket has no token, and needs none
-                    let who = if token.is_empty() { Who::Admin("local".into()) } else { hub.registry().who(&token, now).ok()? };
+                    // what was shown is asked about each time; the local socket shows nothing, and needs not to
+                    let who = match (&token, &who) {
+                        (Some(token), _) => hub.registry().who(token, now).ok()?,
+                        (None, Who::Local) => Who::Local,
+                        (None, _) => return None,
+                    };
                     let items = hub.visible(&who, now);
                     let text = difference(&items, &mut known);
                     if let Some(text) = text {
@@ -227,6 +270,7 @@ impl Hub {
 fn about(who: &Who, csrf: &str) -> Value {
     let (name, admin) = match who {
         Who::Admin(name) => (name.as_str(), true),
+        Who::Local => ("local", true),
         Who::Access(access) => (access.name.as_str(), false),
         Who::Agent(_) | Who::Enrolment(_) => ("", false),
     };

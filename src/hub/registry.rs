@@ -25,6 +25,8 @@ pub const STATUS: u64 = 60;
 /// A heartbeat that is this late is late, and this late is offline, seconds.
 const LATE: i64 = 25;
 const OFFLINE: i64 = 45;
+/// The subject of what the local socket asks for.
+const LOCAL: &str = "admin:local";
 /// Longest name.
 const NAME: usize = 63;
 
@@ -41,13 +43,15 @@ pub(super) fn refused(status: u16, code: &'static str, message: impl Into<String
     Refused { status, code, message: message.into(), hint }
 }
 
-/// Who shows a token.
+/// Who asks, once that is known. There is none of these for a request that shows nothing: what it may call is told of nobody.
 #[derive(Clone, Debug)]
 pub enum Who {
     Enrolment(String),
     Agent(String),
     Access(Box<Access>),
     Admin(String),
+    /// Whoever can open the socket in the data directory. It has no token, and no administrator can have its name.
+    Local,
 }
 
 impl Who {
@@ -56,15 +60,21 @@ impl Who {
         match self {
             Who::Access(access) => access.id.clone(),
             Who::Admin(name) => format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_")),
+            Who::Local => LOCAL.into(),
             Who::Agent(id) | Who::Enrolment(id) => id.clone(),
         }
+    }
+
+    /// May do everything that there is.
+    pub fn all(&self) -> bool {
+        matches!(self, Who::Admin(_) | Who::Local)
     }
 
     /// The project that bounds what he sees; an administrator sees all.
     pub fn project(&self) -> Option<&str> {
         match self {
             Who::Access(access) => Some(&access.project),
-            Who::Enrolment(_) | Who::Agent(_) | Who::Admin(_) => None,
+            Who::Enrolment(_) | Who::Agent(_) | Who::Admin(_) | Who::Local => None,
         }
     }
 }

@@ -1,16 +1,13 @@
 //! The table of routes: path, whose token it needs, what it does. What is not in it is not there.
 
-/// Whose token a route needs.
+/// Whose token a route needs that needs one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
-    Nobody,
+pub enum Token {
     /// An enrolment token, or the credential of the agent that registers again.
     Enrol,
     /// The credential of the agent that the path names.
     Agent,
     Admin,
-    /// Whoever can open the socket in the data directory.
-    Local,
     /// An administrator, or a Runner whose reach the cluster of the path is in.
     Runner,
     /// The same, or a kubeconfig; never a cookie.
@@ -19,15 +16,28 @@ pub enum Need {
     Session,
 }
 
-/// What a route does.
+/// What anybody may call: nobody is known behind such a request, and none of these is told of anybody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
+pub enum Open {
+    Page,
+    Login,
     Health,
-    Metrics,
+    Ca,
+    /// Its secret stands in the path.
+    FrpHandler,
+}
+
+/// What only the socket in the data directory answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Local {
     Backup,
     FrpsConfig,
-    FrpHandler,
-    Ca,
+}
+
+/// What somebody calls who has shown who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    Metrics,
     Register,
     Config,
     Heartbeat,
@@ -57,62 +67,79 @@ pub enum Call {
     Operation,
     CancelOperation,
     Gateway,
-    Page,
-    Login,
     Session,
     Logout,
     Changes,
     Inside,
 }
 
-/// Method, path, need, call. `{id}` stands for one segment, a `*` at the end for all that follow.
-pub const ROUTES: &[(&str, &str, Need, Call)] = &[
-    ("GET", "/", Need::Nobody, Call::Page),
-    ("GET", "/page.js", Need::Nobody, Call::Page),
-    ("GET", "/page.css", Need::Nobody, Call::Page),
-    ("GET", "/icon.svg", Need::Nobody, Call::Page),
-    ("POST", "/session", Need::Nobody, Call::Login),
-    ("GET", "/session", Need::Session, Call::Session),
-    ("DELETE", "/session", Need::Session, Call::Logout),
-    ("GET", "/api/v1/health", Need::Nobody, Call::Health),
-    ("GET", "/api/v1/ca", Need::Nobody, Call::Ca),
-    ("GET", "/metrics", Need::Admin, Call::Metrics),
-    ("GET", "/api/v1/backup", Need::Local, Call::Backup),
-    ("GET", "/api/v1/frps", Need::Local, Call::FrpsConfig),
+/// Who may call a route, and what it does: the one decides what the other is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Serves {
+    Nobody(Open),
+    Local(Local),
+    Known(Token, Call),
+}
+
+impl Serves {
+    /// What a caller must show, in a word.
+    pub fn need(self) -> String {
+        match self {
+            Serves::Nobody(_) => "Nobody".into(),
+            Serves::Local(_) => "Local".into(),
+            Serves::Known(token, _) => format!("{token:?}"),
+        }
+    }
+}
+
+/// Method, path, who and what. `{id}` stands for one segment, a `*` at the end for all that follow.
+pub const ROUTES: &[(&str, &str, Serves)] = &[
+    ("GET", "/", Serves::Nobody(Open::Page)),
+    ("GET", "/page.js", Serves::Nobody(Open::Page)),
+    ("GET", "/page.css", Serves::Nobody(Open::Page)),
+    ("GET", "/icon.svg", Serves::Nobody(Open::Page)),
+    ("POST", "/session", Serves::Nobody(Open::Login)),
+    ("GET", "/session", Serves::Known(Token::Session, Call::Session)),
+    ("DELETE", "/session", Serves::Known(Token::Session, Call::Logout)),
+    ("GET", "/api/v1/health", Serves::Nobody(Open::Health)),
+    ("GET", "/api/v1/ca", Serves::Nobody(Open::Ca)),
+    ("GET", "/metrics", Serves::Known(Token::Admin, Call::Metrics)),
+    ("GET", "/api/v1/backup", Serves::Local(Local::Backup)),
+    ("GET", "/api/v1/frps", Serves::Local(Local::FrpsConfig)),
     // frps has no token to show: its secret stands in the path
-    ("POST", "/frp/handler/{secret}", Need::Nobody, Call::FrpHandler),
-    ("POST", "/api/v1/agents/register", Need::Enrol, Call::Register),
-    ("GET", "/api/v1/agents/{id}/config", Need::Agent, Call::Config),
-    ("POST", "/api/v1/agents/{id}/heartbeat", Need::Agent, Call::Heartbeat),
-    ("POST", "/api/v1/agents/{id}/status", Need::Agent, Call::Status),
-    ("POST", "/api/v1/agents/{id}/operations/{op}/result", Need::Agent, Call::OperationResult),
-    ("POST", "/api/v1/agents/{id}/credential", Need::Agent, Call::Rotate),
-    ("DELETE", "/api/v1/agents/{id}", Need::Agent, Call::Deregister),
-    ("GET", "/api/v1/projects", Need::Admin, Call::Projects),
-    ("POST", "/api/v1/projects", Need::Admin, Call::AddProject),
-    ("GET", "/api/v1/tokens", Need::Admin, Call::Tokens),
-    ("POST", "/api/v1/tokens", Need::Admin, Call::AddToken),
-    ("DELETE", "/api/v1/tokens/{id}", Need::Admin, Call::RevokeToken),
-    ("GET", "/api/v1/runners", Need::Admin, Call::Runners),
-    ("POST", "/api/v1/runners", Need::Admin, Call::AddRunner),
-    ("DELETE", "/api/v1/runners/{id}", Need::Admin, Call::RevokeRunner),
-    ("GET", "/api/v1/admins", Need::Admin, Call::Admins),
-    ("POST", "/api/v1/admins", Need::Admin, Call::AddAdmin),
-    ("DELETE", "/api/v1/admins/{id}", Need::Admin, Call::RemoveAdmin),
-    ("GET", "/api/v1/clusters", Need::Runner, Call::Clusters),
-    ("GET", "/api/v1/clusters/{id}", Need::Runner, Call::Cluster),
-    ("POST", "/api/v1/clusters/{id}/revoke", Need::Admin, Call::RevokeCluster),
-    ("DELETE", "/api/v1/clusters/{id}", Need::Admin, Call::RemoveCluster),
-    ("POST", "/api/v1/clusters/{id}/token", Need::Runner, Call::ClusterToken),
-    ("POST", "/api/v1/clusters/{id}/kubeconfig", Need::Runner, Call::Kubeconfig),
-    ("GET", "/api/v1/clusters/{id}/operations", Need::Runner, Call::Operations),
-    ("POST", "/api/v1/clusters/{id}/operations", Need::Runner, Call::AskOperation),
-    ("GET", "/api/v1/clusters/{id}/operations/{op}", Need::Runner, Call::Operation),
-    ("DELETE", "/api/v1/clusters/{id}/operations/{op}", Need::Runner, Call::CancelOperation),
-    ("GET", "/api/v1/clusters/{id}/inside/{what}", Need::Runner, Call::Inside),
-    ("GET", "/api/v1/changes", Need::Runner, Call::Changes),
-    ("*", "/clusters/{id}/k8s/*", Need::Gateway, Call::Gateway),
-    ("*", "/clusters/{id}/api/*", Need::Gateway, Call::Gateway),
+    ("POST", "/frp/handler/{secret}", Serves::Nobody(Open::FrpHandler)),
+    ("POST", "/api/v1/agents/register", Serves::Known(Token::Enrol, Call::Register)),
+    ("GET", "/api/v1/agents/{id}/config", Serves::Known(Token::Agent, Call::Config)),
+    ("POST", "/api/v1/agents/{id}/heartbeat", Serves::Known(Token::Agent, Call::Heartbeat)),
+    ("POST", "/api/v1/agents/{id}/status", Serves::Known(Token::Agent, Call::Status)),
+    ("POST", "/api/v1/agents/{id}/operations/{op}/result", Serves::Known(Token::Agent, Call::OperationResult)),
+    ("POST", "/api/v1/agents/{id}/credential", Serves::Known(Token::Agent, Call::Rotate)),
+    ("DELETE", "/api/v1/agents/{id}", Serves::Known(Token::Agent, Call::Deregister)),
+    ("GET", "/api/v1/projects", Serves::Known(Token::Admin, Call::Projects)),
+    ("POST", "/api/v1/projects", Serves::Known(Token::Admin, Call::AddProject)),
+    ("GET", "/api/v1/tokens", Serves::Known(Token::Admin, Call::Tokens)),
+    ("POST", "/api/v1/tokens", Serves::Known(Token::Admin, Call::AddToken)),
+    ("DELETE", "/api/v1/tokens/{id}", Serves::Known(Token::Admin, Call::RevokeToken)),
+    ("GET", "/api/v1/runners", Serves::Known(Token::Admin, Call::Runners)),
+    ("POST", "/api/v1/runners", Serves::Known(Token::Admin, Call::AddRunner)),
+    ("DELETE", "/api/v1/runners/{id}", Serves::Known(Token::Admin, Call::RevokeRunner)),
+    ("GET", "/api/v1/admins", Serves::Known(Token::Admin, Call::Admins)),
+    ("POST", "/api/v1/admins", Serves::Known(Token::Admin, Call::AddAdmin)),
+    ("DELETE", "/api/v1/admins/{id}", Serves::Known(Token::Admin, Call::RemoveAdmin)),
+    ("GET", "/api/v1/clusters", Serves::Known(Token::Runner, Call::Clusters)),
+    ("GET", "/api/v1/clusters/{id}", Serves::Known(Token::Runner, Call::Cluster)),
+    ("POST", "/api/v1/clusters/{id}/revoke", Serves::Known(Token::Admin, Call::RevokeCluster)),
+    ("DELETE", "/api/v1/clusters/{id}", Serves::Known(Token::Admin, Call::RemoveCluster)),
+    ("POST", "/api/v1/clusters/{id}/token", Serves::Known(Token::Runner, Call::ClusterToken)),
+    ("POST", "/api/v1/clusters/{id}/kubeconfig", Serves::Known(Token::Runner, Call::Kubeconfig)),
+    ("GET", "/api/v1/clusters/{id}/operations", Serves::Known(Token::Runner, Call::Operations)),
+    ("POST", "/api/v1/clusters/{id}/operations", Serves::Known(Token::Runner, Call::AskOperation)),
+    ("GET", "/api/v1/clusters/{id}/operations/{op}", Serves::Known(Token::Runner, Call::Operation)),
+    ("DELETE", "/api/v1/clusters/{id}/operations/{op}", Serves::Known(Token::Runner, Call::CancelOperation)),
+    ("GET", "/api/v1/clusters/{id}/inside/{what}", Serves::Known(Token::Runner, Call::Inside)),
+    ("GET", "/api/v1/changes", Serves::Known(Token::Runner, Call::Changes)),
+    ("*", "/clusters/{id}/k8s/*", Serves::Known(Token::Gateway, Call::Gateway)),
+    ("*", "/clusters/{id}/api/*", Serves::Known(Token::Gateway, Call::Gateway)),
 ];
 
 /// The segments that a template leaves open.
@@ -143,7 +170,8 @@ mod tests {
     #[test]
     fn a_path_finds_its_route_and_no_other() {
         fn find(path: &str) -> Option<(Call, Vec<&str>)> {
-            ROUTES.iter().find_map(|r| Some((r.3, matched(r.1, path)?)))
+            let known = |serves| if let Serves::Known(_, call) = serves { Some(call) } else { None };
+            ROUTES.iter().find_map(|r| Some((known(r.2)?, matched(r.1, path)?)))
         }
         assert_eq!(find("/api/v1/clusters/c-1"), Some((Call::Cluster, vec!["c-1"])));
         assert_eq!(find("/clusters/c-1/k8s/api/v1/pods"), Some((Call::Gateway, vec!["c-1"])));

@@ -464,13 +464,13 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         other => panic!("{other}"),
     };
     let mut checked = 0;
-    for (method, template, need) in pipeops::hub::Hub::routes() {
+    for (method, template, serves) in pipeops::hub::Hub::routes() {
         // it takes its token in the body, or in the path
         if method == "POST" && matches!(template, "/session" | "/frp/handler/{secret}") {
             continue;
         }
         for (who, token) in tokens {
-            let need = format!("{need:?}");
+            let need = serves.need();
             // what would take the ground from under the rest is asked only by those who may not
             let may = allowed(&need, template, who);
             let destructive = method == "DELETE" || template.ends_with("/revoke");

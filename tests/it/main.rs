@@ -8,6 +8,7 @@ mod browser;
 mod cli;
 mod fields;
 mod frps;
+mod gateway;
 mod genuine;
 mod hostile;
 mod hosts;

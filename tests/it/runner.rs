@@ -162,8 +162,8 @@ async fn answers_of_the_cluster_that_lead_elsewhere_or_blame_the_caller_are_not_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn too_many_streams_of_a_caller_are_told_to_wait() {
-    let world = World::with("streams-per-caller = 3\n", |_| {}).await.up().await;
+async fn too_many_watches_of_a_caller_are_refused_and_nothing_else_is() {
+    let world = World::with("watches-per-caller = 3\nstreams-per-caller = 2\n", |_| {}).await.up().await;
     let token = world.token("viewer");
     let head = format!("GET /k8s/api/v1/pods?watch=true HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n");
     let mut held = Vec::new();
@@ -176,12 +176,37 @@ async fn too_many_streams_of_a_caller_are_told_to_wait() {
         assert_eq!(&first, b"HTTP/1.1 200");
         held.push(io);
     }
-    let answer = world.ask("GET", "/k8s/api/v1/pods", &token).await;
-    assert!(status(&answer) == 429 && answer.to_lowercase().contains("retry-after"), "{answer}");
+    // what is full is named, and kubectl says so at once instead of trying again in silence
+    let follow = "/k8s/api/v1/namespaces/beta/pods/p/log?follow=true";
+    for full in ["/k8s/api/v1/pods?watch=1", "/k8s/apis/apps/v1/deployments?allowWatchBookmarks=true&watch=true", follow] {
+        let answer = world.ask("GET", full, &token).await;
+        assert!(status(&answer) == 429 && answer.contains("too_many_watches") && answer.contains("3 watches and followed logs open"), "{answer}");
+        assert!(answer.contains("watches-per-caller") && !answer.to_lowercase().contains("retry-after"), "{answer}");
+    }
+    // the caller goes on with everything else, and others with theirs
+    for open in ["/k8s/api/v1/pods", "/k8s/api/v1/pods?watch=false", "/k8s/api/v1/namespaces/beta/pods/p/log", "/k8s/version"] {
+        assert_eq!(status(&world.ask("GET", open, &token).await), 200, "{open}");
+    }
+    // shells are counted by themselves too
+    let exec = format!(
+        "POST /k8s/api/v1/namespaces/beta/pods/p/exec HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {}\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\r\n",
+        world.token("deployer")
+    );
+    let mut shells = Vec::new();
+    for wanted in ["101", "101", "429"] {
+        let mut io = world.dial(b"http/1.1").await;
+        io.write_all(exec.as_bytes()).await.unwrap();
+        io.flush().await.unwrap();
+        let mut first = [0; 12];
+        io.read_exact(&mut first).await.unwrap();
+        assert_eq!(std::str::from_utf8(&first[9..]).unwrap(), wanted);
+        shells.push(io);
+    }
+    assert_eq!(status(&world.ask("GET", "/k8s/api/v1/pods", &token).await), 200);
     // one let go: room again
     drop(held.pop());
     let begun = Instant::now();
-    while status(&world.ask("GET", "/k8s/api/v1/pods", &token).await) != 200 {
+    while status(&world.ask("HEAD", "/k8s/api/v1/pods?watch=1", &token).await) != 200 {
         assert!(begun.elapsed() < Duration::from_secs(10), "the stream is never given back");
     }
 }

@@ -154,6 +154,26 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         "/apis/helm.cattle.io/v1/helmcharts" => StatusCode::NOT_FOUND.into_response(),
         "/api/v1/namespaces/beta/pods/redirect" => (StatusCode::FOUND, [("location", "https://evil.test/")]).into_response(),
         "/api/v1/namespaces/beta/pods/unauthorized" => StatusCode::UNAUTHORIZED.into_response(),
+        // an answer as the query writes it
+        "/api/v1/namespaces/beta/pods/answers" => {
+            let mut answer = Response::builder();
+            let mut body = json!({"made": true}).to_string();
+            for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
+                answer = match &*name {
+                    "status" => answer.status(value.parse::<u16>().unwrap()),
+                    "empty" => {
+                        body = String::new();
+                        answer
+                    }
+                    header => answer.header(header, &*value),
+                };
+            }
+            answer.body(Body::from(body)).unwrap()
+        }
+        "/api/v1/namespaces/beta/pods/sleeps" => {
+            tokio::time::sleep(Duration::from_secs(query.trim_start_matches("for=").parse().unwrap())).await;
+            yes(json!({}))
+        }
         "/api/v1/namespaces/beta/pods/slow" => {
             tokio::time::sleep(Duration::from_secs(2)).await;
             yes(json!({"slow": true}))

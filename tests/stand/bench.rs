@@ -52,7 +52,12 @@ impl Agent {
             std::fs::write(path, text).unwrap();
         };
         put("etc/machine-id", "0123456789abcdef0123456789abcdef\n".into());
-        put("etc/pipeops/agent.toml", format!("control-plane-url = \"http://{control}\"\nstreams-per-caller = 4096\nstreams = 4096\n"));
+        put(
+            "etc/pipeops/agent.toml",
+            format!(
+                "control-plane-url = \"http://{control}\"\nstreams-per-caller = 4096\nstreams = 4096\nwatches-per-caller = 4096\nwatches = 4096\n"
+            ),
+        );
         let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
             "clusters": [{"name": "l", "cluster": {"server": format!("http://{kube}")}}],
             "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "t"}}]});

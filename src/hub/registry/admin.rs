@@ -209,7 +209,7 @@ impl Registry {
         let over = match who {
             Who::Access(access) => inner.accesses.get(&access.id).map(|a| &a.1),
             Who::Admin(name) => inner.admins.values().find(|a| a.0.name == *name).map(|a| &a.1),
-            Who::Enrolment(_) | Who::Agent(_) => None,
+            Who::Enrolment(_) | Who::Agent(_) | Who::Local => None,
         };
         over.cloned().unwrap_or_default()
     }
@@ -219,7 +219,8 @@ impl Registry {
     pub async fn add_admin(&self, keys: &Keys, name: &str, now: i64) -> Result<(Admin, Secret), Refused> {
         check_name(name)?;
         // what an administrator makes and does is his by his name; `local` is whoever can open the socket
-        if self.still(&Who::Admin(name.into()).subject(), now).is_some() {
+        let subject = Who::Admin(name.into()).subject();
+        if subject == Who::Local.subject() || self.still(&subject, now).is_some() {
             return Err(refused(409, "name_taken", format!("there is an administrator {name} already"), Some("choose another name")));
         }
         let (token, hash) = mint(keys, "pom")?;
@@ -259,9 +260,11 @@ impl Registry {
 
 impl super::Inner {
     fn still(&self, subject: &str, now: i64) -> Option<Who> {
+        if subject == Who::Local.subject() {
+            return Some(Who::Local);
+        }
         if subject.starts_with("admin:") {
-            let mut admins = self.admins.values().map(|a| Who::Admin(a.0.name.clone())).chain([Who::Admin("local".into())]);
-            return admins.find(|who| who.subject() == subject);
+            return self.admins.values().map(|a| Who::Admin(a.0.name.clone())).find(|who| who.subject() == subject);
         }
         let access = self.accesses.get(subject).map(|a| &a.0);
         access.filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now)).map(|a| Who::Access(Box::new(a.clone())))

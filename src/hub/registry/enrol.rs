@@ -127,7 +127,7 @@ impl Inner {
             let fits = match who {
                 Who::Agent(own) => *own == id,
                 Who::Enrolment(token) => self.enrolments.get(token).is_some_and(|t| t.project == entry.row.project),
-                Who::Access(_) | Who::Admin(_) => false,
+                Who::Access(_) | Who::Admin(_) | Who::Local => false,
             };
             if !fits {
                 return Err(refused(403, "foreign_token", "the token is of another project or agent", None));

@@ -1,0 +1,318 @@
+//! What the gateway and the agent say to clients of Kubernetes: refusals that they can read, headers that hold here, many watches.
+
+use std::time::{Duration, Instant};
+
+use reqwest::{Client, Response};
+use serde_json::{Value, json};
+
+use crate::hub::Hub;
+use crate::world::{World, serve_kube};
+
+/// Checks that an answer is what kubectl shows the message of, and gives it.
+async fn status_of(answer: Response, status: u16, code: &str) -> Value {
+    let head = format!("{answer:?}");
+    assert_eq!(answer.status(), status, "{code}: {head}");
+    assert_eq!(answer.headers()["content-type"], "application/json", "{head}");
+    assert_eq!(answer.headers().contains_key("www-authenticate"), status == 401, "{head}");
+    let text = answer.text().await.unwrap();
+    let body: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{code}: {head}: {text}"));
+    assert_eq!((&body["kind"], &body["apiVersion"], &body["status"]), (&json!("Status"), &json!("v1"), &json!("Failure")), "{body}");
+    assert_eq!((&body["code"], &body["details"]["causes"][0]["reason"]), (&json!(status), &json!(code)), "{body}");
+    assert!(body["message"].as_str().is_some_and(|m| m.starts_with(body["details"]["causes"][0]["message"].as_str().unwrap())), "{body}");
+    body
+}
+
+fn http1(hub: &Hub) -> Client {
+    let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+    Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().http1_only().build().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
+    let hub = Hub::with(&[]);
+    let (_kube, address) = serve_kube().await;
+    let (agent, cluster) = hub.agent(address).await;
+    let runner = hub.runner("operator").await;
+    let token = runner["token"].as_str().unwrap();
+    let answer = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({"namespaces": ["beta"]})).await;
+    let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
+    let beta = config["users"][0]["user"]["token"].as_str().unwrap();
+    let k8s = format!("/clusters/{cluster}/k8s");
+    let (enrolment, _) = hub.enrol();
+    let long = "x".repeat(20_000);
+    let long = [("x-long", long.as_str())];
+    // method, path, token, headers of the client; status, code, reason, and a word of the message
+    type Case<'a> = (&'a str, String, &'a str, &'a [(&'a str, &'a str)], u16, &'a str, &'a str, &'a str);
+    let cases: Vec<Case> = vec![
+        ("GET", format!("{k8s}/api"), "", &[], 401, "token_needed", "Unauthorized", "bearer token"),
+        ("GET", format!("{k8s}/api"), "por_wrong", &[], 401, "token_unknown", "Unauthorized", "wrong, revoked"),
+        ("GET", format!("{k8s}/api/v1/pods"), &enrolment, &[], 403, "forbidden", "Forbidden", "something else"),
+        ("GET", "/clusters/c-0/k8s/apis".into(), token, &[], 404, "not_found", "NotFound", "no cluster c-0"),
+        ("GET", "/clusters/c-0/k8s".into(), token, &[], 404, "not_found", "NotFound", "no cluster c-0"),
+        ("GET", format!("{k8s}/api/v1/namespaces/production/pods"), beta, &[], 403, "namespace_scope", "Forbidden", "than production: beta"),
+        ("GET", format!("{k8s}/api/v1/pods"), beta, &[], 403, "namespace_scope", "Forbidden", "namespaces alone (beta)"),
+        ("DELETE", format!("{k8s}/api/v1/namespaces/beta"), beta, &[], 403, "namespace_scope", "Forbidden", "namespaces alone (beta)"),
+        ("GET", format!("{k8s}/api/v1/pods"), token, &[("impersonate-user", "root")], 400, "identity_header", "BadRequest", "leave out --as"),
+        ("GET", format!("{k8s}/api"), token, &[("impersonate-group", "system:masters")], 400, "identity_header", "BadRequest", "--as"),
+        ("GET", format!("{k8s}/api/v1/namespaces/beta/services/x/proxy/"), token, &[], 403, "proxy_refused", "Forbidden", "port-forward"),
+        ("GET", format!("{k8s}/api/v1/watch/pods"), token, &[], 400, "bad_path", "BadRequest", "watch=true"),
+        ("GET", format!("{k8s}/api/v1/namespaces/beta/pods/unauthorized"), token, &[], 503, "kubernetes_credential", "ServiceUnavailable", "minted"),
+        ("GET", format!("{k8s}/api/v1/namespaces/beta/pods/redirect"), token, &[], 502, "redirect_refused", "InternalError", "somewhere else"),
+        ("GET", format!("{k8s}/api"), token, &long, 431, "headers_too_large", "", "16 KiB"),
+    ];
+    // whatever is asked for, the answer is what every client decodes
+    let accepts = [
+        "application/json",
+        "application/vnd.kubernetes.protobuf,application/json",
+        "application/json;as=Table;v=v1;g=meta.k8s.io,application/json",
+        "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json",
+        "application/json, */*;stream=watch",
+    ];
+    let client = http1(&hub);
+    let ask = |method: &str, path: &str, token: &str, headers: &[(&str, &str)]| {
+        let request = client.request(method.parse().unwrap(), format!("{}{path}", hub.url));
+        let request = if token.is_empty() { request } else { request.bearer_auth(token) };
+        headers.iter().fold(request, |request, (name, value)| request.header(*name, *value)).send()
+    };
+    for (method, path, token, headers, status, code, reason, word) in &cases {
+        for accept in accepts {
+            let headers: Vec<(&str, &str)> = headers.iter().copied().chain([("accept", accept)]).collect();
+            let body = status_of(ask(method, path, token, &headers).await.unwrap(), *status, code).await;
+            assert_eq!(body["reason"].as_str().unwrap_or_default(), *reason, "{body}");
+            assert!(body["message"].as_str().unwrap().contains(word), "{body}");
+        }
+    }
+    // an upgrade that is refused is read as well: exec in both of its protocols
+    let exec = format!("{k8s}/api/v1/namespaces/production/pods/p/exec?command=sh");
+    let upgrade = |protocol| [("connection", "Upgrade"), ("upgrade", protocol)];
+    for protocol in ["SPDY/3.1", "websocket"] {
+        status_of(ask("POST", &exec, beta, &upgrade(protocol)).await.unwrap(), 403, "namespace_scope").await;
+        status_of(ask("POST", &exec, "por_wrong", &upgrade(protocol)).await.unwrap(), 401, "token_unknown").await;
+    }
+    status_of(ask("POST", &exec, token, &upgrade("h2c")).await.unwrap(), 400, "bad_upgrade").await;
+    // calls of our own say it in their own words
+    let own = hub.ask("GET", "/api/v1/clusters/c-0", token, json!({})).await;
+    let own: Value = own.json().await.unwrap();
+    assert_eq!((&own["code"], own.get("kind")), (&json!("not_found"), None));
+    let own: Value = hub.ask("GET", &format!("/clusters/{cluster}/api/v1/nothing"), token, json!({})).await.json().await.unwrap();
+    assert_eq!((&own["code"], own.get("kind")), (&json!("not_found"), None));
+    // one whose cluster takes its time is not silent
+    let begun = Instant::now();
+    let slow = ask("GET", &format!("{k8s}/api/v1/namespaces/beta/pods/sleeps?for=8"), token, &[]).await.unwrap();
+    assert!(slow.status() == 200 && begun.elapsed() >= Duration::from_secs(8), "{slow:?}");
+    // an agent that is stopped holds its tunnel: that is said soon, and without a Retry-After, with which clients go on in silence
+    let pid = nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    for (method, path, headers) in [("GET", format!("{k8s}/api/v1/pods?watch=1"), vec![]), ("POST", exec.clone(), upgrade("SPDY/3.1").to_vec())] {
+        let begun = Instant::now();
+        let answer = ask(method, &path, token, &headers).await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
+        assert!(!answer.headers().contains_key("retry-after"), "{answer:?}");
+        let body = status_of(answer, 504, "agent_silent").await;
+        assert_eq!(body["reason"], "Timeout", "{body}");
+    }
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
+    drop(agent);
+    let begun = Instant::now();
+    let answer = ask("GET", &format!("{k8s}/api/v1/pods"), token, &[]).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(9) && !answer.headers().contains_key("retry-after"), "{:?} {answer:?}", begun.elapsed());
+    status_of(answer, 503, "agent_offline").await;
+    hub.sandbox.verb(&["control-plane", "runner", "revoke", runner["id"].as_str().unwrap()]).ended(0);
+    status_of(ask("GET", &format!("{k8s}/api"), token, &[]).await.unwrap(), 401, "token_unknown").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_and_fifty_watches_leave_their_user_everything_else() {
+    let hub = Hub::with(&[]);
+    let (_kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let answer = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({})).await;
+    let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
+    let token = config["users"][0]["user"]["token"].as_str().unwrap();
+    let k8s = format!("/clusters/{cluster}/k8s");
+    // one after the other and all on one HTTP/2 connection, as a tool written in Go holds them; and as many by HTTP/1.1
+    let client = http1(&hub);
+    let mut held = Vec::new();
+    for n in 0..150 {
+        let path = format!("{k8s}/apis/group{n}.example/v1/things?allowWatchBookmarks=true&watch=true");
+        let client = if n % 3 == 0 { &client } else { &hub.client };
+        let watch = client.get(format!("{}{path}", hub.url)).bearer_auth(token).send().await.unwrap();
+        assert_eq!(watch.status(), 200, "watch {n}");
+        held.push(watch);
+    }
+    // and logs that are followed
+    for _ in 0..20 {
+        let path = format!("{k8s}/api/v1/namespaces/beta/pods/p/log?follow=true&watch=1");
+        let log = hub.client.get(format!("{}{path}", hub.url)).bearer_auth(token).send().await.unwrap();
+        assert_eq!(log.status(), 200);
+        held.push(log);
+    }
+    let begun = Instant::now();
+    for n in 0..40 {
+        let client = if n % 2 == 0 { &client } else { &hub.client };
+        let pods = client.get(format!("{}{k8s}/api/v1/namespaces/beta/pods", hub.url)).bearer_auth(token).send().await.unwrap();
+        assert_eq!(pods.status(), 200, "{n}");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
+    let hub = Hub::with(&[]);
+    let (kube, address) = serve_kube().await;
+    let (_agent, cluster) = hub.agent(address).await;
+    let client = Client::builder()
+        .tls_certs_only([reqwest::Certificate::from_pem(Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().as_bytes()).unwrap()])
+        .no_proxy()
+        .redirect(reqwest::redirect::Policy::none())
+        .build()
+        .unwrap();
+    let ask = async |method: &str, query: &[(&str, &str)]| {
+        let query: String = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
+        let url = format!("{}/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/answers?{query}", hub.url);
+        client.request(method.parse().unwrap(), url).bearer_auth(&hub.admin).send().await.unwrap()
+    };
+    let here = format!("/clusters/{cluster}/k8s");
+    // something was made, and the answer says so: where it is said to be is told where that can be said from here
+    for (location, wanted) in [
+        ("https://10.0.0.5:6443/api/v1/namespaces/beta/pods/x", None),
+        ("http://elsewhere.test/", None),
+        ("//elsewhere.test/api", None),
+        ("pods/x", None),
+        ("/api/v1/namespaces/beta/pods/x?a=b", Some(format!("{here}/api/v1/namespaces/beta/pods/x?a=b"))),
+        ("/api/../../../api/v1/tokens", None),
+        ("/api/%2e%2e/tokens", None),
+        ("/\\elsewhere.test/", None),
+    ] {
+        for status in ["200", "201", "202"] {
+            let answer = ask("POST", &[("status", status), ("location", location), ("content-location", location)]).await;
+            assert_eq!(answer.status().as_str(), status, "{location}");
+            for name in ["location", "content-location"] {
+                let told = answer.headers().get(name).map(|v| v.to_str().unwrap().to_owned());
+                assert_eq!(told, wanted, "{status} {name} {location}");
+            }
+            assert_eq!(answer.json::<Value>().await.unwrap(), json!({"made": true}));
+        }
+        // a redirect to elsewhere goes to nobody
+        for status in ["301", "302", "303", "307", "308"] {
+            let answer = ask("GET", &[("status", status), ("location", location)]).await;
+            match &wanted {
+                Some(place) => assert_eq!((answer.status().as_str(), answer.headers()["location"].to_str().unwrap()), (status, place.as_str())),
+                None => drop(status_of(answer, 502, "redirect_refused").await),
+            }
+        }
+    }
+    // what a server says to a browser about its own name is not said here; what it says to the caller is
+    let dropped = [
+        ("set-cookie", "a=b"),
+        ("set-cookie2", "a=b"),
+        ("alt-svc", "h3=\"elsewhere.test:443\""),
+        ("strict-transport-security", "max-age=1"),
+        ("clear-site-data", "\"*\""),
+        ("refresh", "0; url=https://elsewhere.test/"),
+        ("access-control-allow-origin", "*"),
+        ("access-control-allow-credentials", "true"),
+        ("link", "<https://elsewhere.test/>; rel=preload"),
+        ("report-to", "{}"),
+        ("service-worker-allowed", "/"),
+        ("connection", "x-private"),
+        ("x-private", "1"),
+        ("proxy-authenticate", "Basic"),
+        ("keep-alive", "timeout=5"),
+    ];
+    let kept = [
+        ("warning", "299 - \"v1 Thing is deprecated\""),
+        ("date", "Sun, 06 Nov 1994 08:49:37 GMT"),
+        ("etag", "\"7\""),
+        ("vary", "Accept"),
+        ("audit-id", "42"),
+        ("x-kubernetes-pf-flowschema-uid", "f"),
+        ("content-type", "application/json"),
+        ("last-modified", "Sun, 06 Nov 1994 08:49:37 GMT"),
+    ];
+    let all: Vec<(&str, &str)> = dropped.iter().chain(&kept).copied().collect();
+    let answer = ask("GET", &all).await;
+    for (name, _) in dropped {
+        assert!(!answer.headers().contains_key(name), "{name}: {answer:?}");
+    }
+    for (name, value) in kept {
+        assert_eq!(answer.headers().get_all(name).iter().collect::<Vec<_>>(), [value], "{name}");
+    }
+    for (name, value) in [("x-content-type-options", "nosniff"), ("content-security-policy", "sandbox")] {
+        assert_eq!(answer.headers()[name], value);
+    }
+    // a length is a length on both ways, for HEAD too; what has no body has none
+    assert_eq!(answer.headers()["content-length"], "13");
+    let head = ask("HEAD", &[]).await;
+    assert_eq!((head.status().as_u16(), &head.headers()["content-length"]), (200, &"13".parse().unwrap()));
+    assert!(head.bytes().await.unwrap().is_empty());
+    for status in ["204", "304"] {
+        let answer = ask("GET", &[("status", status), ("etag", "\"7\""), ("empty", "")]).await;
+        assert_eq!((answer.status().as_str(), &answer.headers()["etag"]), (status, &"\"7\"".parse().unwrap()));
+        assert!(answer.bytes().await.unwrap().is_empty());
+    }
+    // on the way in: whoever passes it on says so, once, and what was meant for the first server stays there
+    let seen = kube.through().pop().unwrap();
+    assert_eq!(seen.all("via"), ["1.1 pipeops"]);
+    for name in ["forwarded", "x-forwarded-for", "cookie", "te", "connection"] {
+        assert!(seen.all(name).is_empty(), "{seen:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_of_the_agent_is_readable_without_a_gateway_too() {
+    let world = World::with("watches-per-caller = 1\n", |_| {}).await.up().await;
+    let token = world.token("viewer");
+    for (path, token, status, code) in [
+        ("/k8s/api", "wrong", 401, "unauthorized"),
+        ("/k8s", "", 401, "unauthorized"),
+        ("/k8s/api/%2e%2e/x", token.as_str(), 400, "bad_path"),
+        ("/k8s/api/v1/nodes/n/proxy/logs", token.as_str(), 403, "proxy_refused"),
+    ] {
+        let (got, body) = world.call("GET", path, token, "", "").await;
+        assert_eq!((got, &body["kind"], &body["details"]["causes"][0]["reason"]), (status, &json!("Status"), &json!(code)), "{path}: {body}");
+    }
+    // ours are ours
+    for (path, token, status, code) in [("/api/v1/status", "wrong", 401, "unauthorized"), ("/k8sx", token.as_str(), 404, "not_found")] {
+        let (got, body) = world.call("GET", path, token, "", "").await;
+        assert_eq!((got, &body["code"], body.get("kind")), (status, &json!(code), None), "{path}: {body}");
+    }
+}
+
+/// Nobody is somebody: no route that needs nobody tells more for a token, a cookie, or the lack of both.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_anybody_may_call_is_told_of_nobody() {
+    let hub = Hub::with(&[]);
+    let mut routes = 0;
+    for (method, path, _) in pipeops::hub::Hub::routes().filter(|(_, _, serves)| serves.need() == "Nobody") {
+        routes += 1;
+        let path = path.replace("{secret}", "guessed");
+        let mut answers = Vec::new();
+        for token in ["", "pom_wrong", hub.admin.as_str()] {
+            for cookie in ["", "__Host-pipeops=guessed"] {
+                let request = hub.client.request(method.parse().unwrap(), format!("{}{path}", hub.url)).header("cookie", cookie).json(&json!({}));
+                let answer = if token.is_empty() { request } else { request.bearer_auth(token) }.send().await.unwrap();
+                let (status, cookies) = (answer.status().as_u16(), answer.headers().contains_key("set-cookie"));
+                answers.push((status, cookies, answer.text().await.unwrap()));
+            }
+        }
+        let wanted = match path.as_str() {
+            "/session" => 400,
+            "/frp/handler/guessed" => 404,
+            _ => 200,
+        };
+        assert!(answers.iter().all(|a| *a == answers[0] && a.0 == wanted && !a.1), "{method} {path}: {answers:?}");
+        let text = &answers[0].2;
+        assert!(!text.contains("admin:") && !text.contains("\"admin\":true") && !text.contains(&hub.admin), "{path}: {text}");
+    }
+    assert_eq!(routes, 8);
+    // the socket is nobody's namesake: no administrator can be called as it is on record
+    let taken = hub.ask("POST", "/api/v1/admins", &hub.admin, json!({"name": "local"})).await;
+    assert_eq!(taken.status(), 409);
+    // and what only the socket answers is refused to an administrator
+    for path in ["/api/v1/backup", "/api/v1/frps"] {
+        for token in ["", hub.admin.as_str()] {
+            assert_eq!(hub.ask("GET", path, token, json!({})).await.status(), 403, "{path}");
+        }
+    }
+}
