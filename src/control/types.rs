@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn no_debug_text_shows_a_credential() {
-        let registered = Registered { credential: Secret::new("planted-4711"), ..Registered::default() };
-        assert!(!format!("{registered:?}").contains("4711"));
+        let registered = Registered { credential: Secret::new("planted-canary-4711-in-plain-text"), ..Registered::default() };
+        assert!(!format!("{registered:?}").contains("canary-4711-in-plain-text"));
     }
 }

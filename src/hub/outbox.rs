@@ -234,9 +234,9 @@ mod tests {
 
     #[test]
     fn a_wrong_url_is_refused_without_being_shown() {
-        for wrong in ["", "amqp://", "http://u:planted-4711@h/", "postgres://h", "amqp:planted-4711"] {
+        for wrong in ["", "amqp://", "http://u:planted-canary-4711-in-plain-text@h/", "postgres://h", "amqp:planted-canary-4711-in-plain-text"] {
             let failure = check(&Secret::new(wrong)).unwrap_err();
-            assert!(!format!("{failure:?}").contains("4711"), "{failure:?}");
+            assert!(!format!("{failure:?}").contains("canary-4711-in-plain-text"), "{failure:?}");
         }
         check(&Secret::new("amqp://u:p@h:5672/%2f")).unwrap();
     }

@@ -132,16 +132,16 @@ fn without_anything_it_is_ready_unenrolled_and_waiting() {
 fn with_a_credential_it_tells_the_truth_about_the_cluster() {
     let sandbox = Sandbox::new();
     credential(&sandbox);
-    let agent = Agent::start(sandbox, &[("AGENT_TOKEN", "planted-4711"), ("PIPEOPS_CONTROL_PLANE_URL", "http://127.0.0.1:1")]);
+    let agent = Agent::start(sandbox, &[("AGENT_TOKEN", "planted-canary-4711-in-plain-text"), ("PIPEOPS_CONTROL_PLANE_URL", "http://127.0.0.1:1")]);
     // each is seen in its own time
     for wanted in ["1 of 1 nodes ready", "connecting"] {
         let state = agent.until(wanted);
-        assert!(!state.contains("4711"), "{state}");
+        assert!(!state.contains("canary-4711-in-plain-text"), "{state}");
     }
     // the cluster is there, the control plane is not: that is not ready
     assert!(agent.get("/readyz").starts_with("HTTP/1.1 503"));
     let status = agent.get("/status");
-    assert!(status.contains("\"name\":\"vm1\"") && !status.contains("4711"), "{status}");
+    assert!(status.contains("\"name\":\"vm1\"") && !status.contains("canary-4711-in-plain-text"), "{status}");
     agent.stop();
 }
 

@@ -107,3 +107,28 @@ fn every_room_says_what_it_is_and_stays_small() {
         assert!(text.lines().count() <= MOST_LINES, "{file} has {} lines", text.lines().count());
     }
 }
+
+/// Four digits stand in some random hash of every 25th run; a planted secret that is looked for afterwards is 20 characters or more.
+#[test]
+fn a_planted_secret_is_too_long_to_be_found_by_chance() {
+    let marks = [concat!("planted", "-"), concat!("canary", "-"), concat!("clear-", "text-")];
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut dirs, mut seen) = (vec![root.join("src"), root.join("tests")], 0);
+    while let Some(dir) = dirs.pop() {
+        for path in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                dirs.push(path);
+                continue;
+            }
+            // programs in other languages too, nothing that is no text
+            let Ok(text) = fs::read_to_string(&path) else { continue };
+            let words = text.split(|c: char| !c.is_ascii_alphanumeric() && !"-_{}".contains(c));
+            // a value; a name that is planted has no digits
+            for word in words.filter(|w| w.contains(|c: char| c.is_ascii_digit()) && marks.iter().any(|mark| w.contains(mark))) {
+                seen += 1;
+                assert!(word.len() >= 20, "{}: `{word}` is found by chance: make it 20 characters or more", path.display());
+            }
+        }
+    }
+    assert!(seen > 20, "only {seen} planted secrets were seen: the marks have changed");
+}

@@ -5,7 +5,7 @@ use crate::world::{Seen, World};
 
 /// The token's namespace is beta: this word reaches the API in no request.
 const FORBIDDEN: &str = "kube-system";
-const EVIL: &str = "evil-4711";
+const EVIL: &str = "evil-canary-4711-in-plain-text";
 
 struct Hostile {
     name: String,
@@ -226,8 +226,8 @@ fn corpus(token: &str) -> Vec<Hostile> {
         format!("{}.", token.rsplit_once('.').unwrap().0),
         format!("eyJhbGciOiJub25lIn0.{}.", token.split('.').nth(1).unwrap()),
         format!("eyJhbGciOiJIUzI1NiJ9.{}", token.split_once('.').unwrap().1),
-        "enrol-planted-4711".into(),
-        "sa-planted-4711".into(),
+        "enrol-planted-canary-4711-in-plain-text".into(),
+        "sa-planted-canary-4711-in-plain-text".into(),
     ];
     for (n, wrong) in mangled.iter().enumerate() {
         add(
@@ -261,7 +261,7 @@ fn check(seen: &Seen) {
     assert_eq!(seen.all("impersonate-user"), ["pipeops:runner"], "{seen:?}");
     assert_eq!(seen.all("impersonate-group"), ["pipeops:deployer"], "{seen:?}");
     assert_eq!(seen.all("impersonate-extra-pipeops.io%2fsubject"), ["runner-1"], "{seen:?}");
-    assert_eq!(seen.all("authorization"), ["Bearer sa-planted-4711"], "{seen:?}");
+    assert_eq!(seen.all("authorization"), ["Bearer sa-planted-canary-4711-in-plain-text"], "{seen:?}");
     let own = ["impersonate-user", "impersonate-group", "impersonate-extra-pipeops.io%2fsubject"];
     for (name, value) in &seen.headers {
         assert!(!name.starts_with("impersonate") || own.contains(&name.as_str()), "{seen:?}");
@@ -290,7 +290,7 @@ async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
         8,
     );
     while let Some((hostile, status, answer)) = futures_util::StreamExt::next(&mut asks).await {
-        if !hostile.right.contains(&status) || answer.contains("4711") && !answer.contains("evil-4711") {
+        if !hostile.right.contains(&status) || answer.contains("canary-4711-in-plain-text") && !answer.contains("evil-canary-4711-in-plain-text") {
             wrong.push(format!(
                 "{}: {status}: {}\n  {}",
                 hostile.name,

@@ -727,15 +727,15 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let token = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(token.path(), "frps-planted-4711").unwrap();
+    std::fs::write(token.path(), "frps-planted-canary-4711-in-plain-text").unwrap();
     let hub = Hub::with(&["--frps", &address, "--frps-token-file", token.path().to_str().unwrap(), "--frps-pin", &pin]);
     let config = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;
     let path = config.lines().find_map(|l| l.strip_prefix("path = \"")).unwrap().trim_end_matches('"').to_owned();
-    assert!(config.contains(&format!("addr = \"{}\"", hub.url)) && !config.contains("4711"), "{config}");
+    assert!(config.contains(&format!("addr = \"{}\"", hub.url)) && !config.contains("canary-4711-in-plain-text"), "{config}");
     let plugged = Arc::new(Plugged { url: format!("{}{path}", hub.url), client: hub.client.clone(), metas: Mutex::default() });
     let serve = |listener: tokio::net::TcpListener| {
         let frps = Server::new(ServerConfig {
-            token: pipeops::secret::Secret::new("frps-planted-4711"),
+            token: pipeops::secret::Secret::new("frps-planted-canary-4711-in-plain-text"),
             tls: Some(tls.clone()),
             tcp_mux: true,
             tcp_bind: None,

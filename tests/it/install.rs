@@ -165,14 +165,17 @@ fn another_token_or_control_plane_changes_only_the_agent_and_a_spent_token_nothi
         sandbox.run_with(&args, &[("AGENT_TOKEN", token), ("PIPEOPS_CONTROL_PLANE_URL", url)]).ended(0).json()["changes"].clone()
     };
     let none: Vec<String> = Vec::new();
-    install("first-4711", "https://one.test");
-    assert_eq!(install("first-4711", "https://one.test"), serde_json::json!(none));
+    install("first-canary-4711-in-plain-text", "https://one.test");
+    assert_eq!(install("first-canary-4711-in-plain-text", "https://one.test"), serde_json::json!(none));
     // root's unit empties it once it is used
     sandbox.put("/etc/pipeops/agent-token", "");
-    assert_eq!(install("first-4711", "https://one.test"), serde_json::json!(none));
-    assert_eq!(install("second-4711", "https://one.test"), serde_json::json!(["write the agent's token file", "start the agent"]));
-    assert_eq!(sandbox.read("/etc/pipeops/agent-token"), "second-4711");
-    assert_eq!(install("second-4711", "https://two.test"), serde_json::json!(["write the agent's settings", "start the agent"]));
+    assert_eq!(install("first-canary-4711-in-plain-text", "https://one.test"), serde_json::json!(none));
+    assert_eq!(
+        install("second-canary-4711-in-plain-text", "https://one.test"),
+        serde_json::json!(["write the agent's token file", "start the agent"])
+    );
+    assert_eq!(sandbox.read("/etc/pipeops/agent-token"), "second-canary-4711-in-plain-text");
+    assert_eq!(install("second-canary-4711-in-plain-text", "https://two.test"), serde_json::json!(["write the agent's settings", "start the agent"]));
     assert!(!sandbox.calls().contains("restart --no-block k3s.service"));
 }
 
@@ -381,9 +384,9 @@ fn the_join_line_carries_a_full_token() {
 #[test]
 fn secrets_reach_no_text_and_no_world_readable_file() {
     let sandbox = Sandbox::new();
-    let token = "planted-enrolment-token-4711";
+    let token = "planted-enrolment-token-canary-4711-in-plain-text";
     let release = sandbox.path("release");
-    let proxy = "http://user:planted-proxy-4711@proxy:3128";
+    let proxy = "http://user:planted-proxy-canary-4711-in-plain-text@proxy:3128";
     let said = sandbox
         .run_with(
             &["install-server", "--offline-dir", &release, "--yes", "--timeout", "20s", "-o", "json", "--events", "json"],
@@ -391,7 +394,7 @@ fn secrets_reach_no_text_and_no_world_readable_file() {
         )
         .ended(0);
     for text in [&said.out, &said.err, &sandbox.calls(), &sandbox.read("/var/lib/pipeops/journal.json")] {
-        assert!(!text.contains("4711"), "{text}");
+        assert!(!text.contains("canary-4711-in-plain-text"), "{text}");
     }
     assert_eq!(sandbox.read("/etc/pipeops/agent-token"), token);
     let env = sandbox.read("/etc/systemd/system/k3s.service.env");
@@ -399,7 +402,7 @@ fn secrets_reach_no_text_and_no_world_readable_file() {
     for (path, what) in sandbox.tree() {
         let Some(mode) = what.strip_prefix("file ").and_then(|w| w.split(' ').next()) else { continue };
         let text = sandbox.read(&path);
-        assert!(!text.contains("4711") || mode.ends_with("00"), "{path} has mode {mode}");
+        assert!(!text.contains("canary-4711-in-plain-text") || mode.ends_with("00"), "{path} has mode {mode}");
     }
     // the agent empties the file once it is registered; a re-run with the same token leaves it so
     sandbox.put("/etc/pipeops/agent-token", "");

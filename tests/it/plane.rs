@@ -29,8 +29,8 @@ pub(crate) fn free_port() -> u16 {
     port
 }
 
-pub(crate) const TOKEN: &str = "enrol-planted-4711";
-pub(crate) const FRP_TOKEN: &str = "frp-planted-4711";
+pub(crate) const TOKEN: &str = "enrol-planted-canary-4711-in-plain-text";
+pub(crate) const FRP_TOKEN: &str = "frp-planted-canary-4711-in-plain-text";
 
 /// A self-made certificate as a server needs it, and its pin.
 pub(crate) fn identity() -> (Arc<rustls::ServerConfig>, String) {
@@ -95,7 +95,7 @@ fn respond(plane: &Plane, path: &str, headers: &HeaderMap, body: &Bytes, value: 
             return answer;
         }
     }
-    let credential = format!("credential-planted-4711-{}", plane.credential.lock().unwrap());
+    let credential = format!("credential-planted-canary-4711-in-plain-text-{}", plane.credential.lock().unwrap());
     let refuse =
         |status: u16, code: &str| (StatusCode::from_u16(status).unwrap(), axum::Json(json!({"code": code, "message": "no"}))).into_response();
     let registering = path.ends_with("/register");
@@ -128,7 +128,7 @@ fn respond(plane: &Plane, path: &str, headers: &HeaderMap, body: &Bytes, value: 
     }
     if path.ends_with("/credential") {
         *plane.credential.lock().unwrap() += 1;
-        let credential = format!("credential-planted-4711-{}", plane.credential.lock().unwrap());
+        let credential = format!("credential-planted-canary-4711-in-plain-text-{}", plane.credential.lock().unwrap());
         return axum::Json(json!({"credential": credential, "credential_expires_at": expires(3600)})).into_response();
     }
     StatusCode::NO_CONTENT.into_response()
@@ -141,7 +141,7 @@ impl Plane {
         let jwk = json!({"kid": "k1", "kty": "OKP", "crv": "Ed25519", "x": URL_SAFE_NO_PAD.encode(key.public_key())});
         let config = json!({"config_version": 1, "heartbeat_interval_s": 1, "status_interval_s": 5,
             "tunnel": {"server": frps.ip().to_string(), "port": frps.port(), "tcp_mux": true, "pool_count": 2, "tls": {"pin": pin, "server_name": "frps.test"},
-                "auth": {"token": FRP_TOKEN}, "proxies": [{"name": "agent", "type": "stcp", "secret_key": "sk-planted-4711"}]},
+                "auth": {"token": FRP_TOKEN}, "proxies": [{"name": "agent", "type": "stcp", "secret_key": "sk-planted-canary-4711-in-plain-text"}]},
             "runner_auth": {"issuer": "cp", "audience": "", "jwks": {"keys": [jwk]}}});
         Plane { key: Mutex::new(Some(Arc::new(key))), config: Mutex::new(config), ..Plane::default() }
     }

@@ -32,7 +32,7 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
     {
         let answer = world.ask("GET", path, &token).await;
         assert_eq!(status(&answer), wanted, "{path}: {answer}");
-        assert!(!answer.contains("4711"), "{answer}");
+        assert!(!answer.contains("canary-4711-in-plain-text"), "{answer}");
     }
     assert_eq!(status(&world.ask("POST", "/version", &token).await), 405);
     let answer = world.ask("GET", "/k8s/api/v1/namespaces/beta/pods/caf%C3%A9?labelSelector=a%3Db", &token).await;
@@ -42,13 +42,13 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
     assert_eq!(seen.all("impersonate-user"), ["pipeops:runner"]);
     assert_eq!(seen.all("impersonate-group"), ["pipeops:deployer"]);
     assert_eq!(seen.all("impersonate-extra-pipeops.io%2fsubject"), ["runner-1"]);
-    assert_eq!(seen.all("authorization"), ["Bearer sa-planted-4711"]);
+    assert_eq!(seen.all("authorization"), ["Bearer sa-planted-canary-4711-in-plain-text"]);
     // the registration told what it should, and no more
     let (_, bearer, body) = world.plane.calls("/register")[0].clone();
     assert_eq!((bearer.as_str(), body["agent"]["id"] == world.id.as_str(), &body["max_role"]), (TOKEN, true, &json!("operator")));
     assert_eq!(body["cluster"]["name"], "test");
     for (path, _, body) in world.plane.calls("/") {
-        assert!(!body.to_string().contains("4711"), "{path}: {body}");
+        assert!(!body.to_string().contains("canary-4711-in-plain-text"), "{path}: {body}");
     }
     let state = world.agent.sandbox.root().join("var/lib/pipeops-agent");
     for file in ["identity.json", "credential.json", "run-id", "audit/audit.jsonl"] {
@@ -62,7 +62,7 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
         (&record["subject"], &record["verdict"], &record["status"], &record["phase"]),
         (&json!("runner-1"), &json!("allowed"), &json!(200), &json!("call"))
     );
-    assert!(!std::fs::read_to_string(state.join("audit/audit.jsonl")).unwrap().contains("planted-4711"));
+    assert!(!std::fs::read_to_string(state.join("audit/audit.jsonl")).unwrap().contains("planted-canary-4711-in-plain-text"));
 }
 
 /// On an http proxy whoever runs the FRP server reads along: there it says that it lives, and nothing else.

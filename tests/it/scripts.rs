@@ -7,7 +7,7 @@ use crate::support::{Said, said, sha256};
 
 const SCRIPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts");
 /// Plays pipeops: tells how it was called and what it was handed.
-const PROGRAM: &str = "#!/bin/sh\necho \"args: $*\"\ncase \"$*\" in *' -'*) echo \"input: $(cat)\" ;; esac\nenv | grep -c planted-4711 | sed 's/^/in env: /'\nexit ${FAKE_EXIT:-0}\n";
+const PROGRAM: &str = "#!/bin/sh\necho \"args: $*\"\ncase \"$*\" in *' -'*) echo \"input: $(cat)\" ;; esac\nenv | grep -c planted-canary-4711-in-plain-text | sed 's/^/in env: /'\nexit ${FAKE_EXIT:-0}\n";
 
 /// Shells on this machine; a missing one is said, not passed over.
 fn shells() -> Vec<Vec<&'static str>> {
@@ -68,18 +68,18 @@ fn a_good_release_is_verified_and_handed_over_to() {
         let plain = run(&shell, "install.sh", &[], &site.url, &[], 0).ended(0);
         assert!(plain.out.contains("args: install-server --yes\n"), "{shell:?} {}", plain.out);
         let env = [
-            ("AGENT_TOKEN", "planted-4711"),
+            ("AGENT_TOKEN", "planted-canary-4711-in-plain-text"),
             ("CLUSTER_NAME", "prod"),
             ("PIPEOPS_CONTROL_PLANE_URL", "https://cp"),
             ("PIPEOPS_CONTROL_PLANE_PIN", "sha256:x"),
             ("LOG_LEVEL", "debug"),
         ];
         let server = run(&shell, "install.sh", &[], &site.url, &env, 0).ended(0);
-        let wanted = "args: install-server --control-plane-url https://cp --control-plane-pin sha256:x --cluster-name prod --agent-token-file - --yes --log-level debug\ninput: planted-4711\nin env: 0\n";
+        let wanted = "args: install-server --control-plane-url https://cp --control-plane-pin sha256:x --cluster-name prod --agent-token-file - --yes --log-level debug\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
         assert_eq!(server.out, wanted, "{shell:?}");
-        let env = [("NODE_TYPE", "agent"), ("K3S_URL", "https://m:6443"), ("K3S_TOKEN", "planted-4711")];
+        let env = [("NODE_TYPE", "agent"), ("K3S_URL", "https://m:6443"), ("K3S_TOKEN", "planted-canary-4711-in-plain-text")];
         let worker = run(&shell, "install.sh", &[], &site.url, &env, 1000).ended(0);
-        let wanted = "args: join-worker https://m:6443 --token-file - --yes\ninput: planted-4711\nin env: 0\n";
+        let wanted = "args: join-worker https://m:6443 --token-file - --yes\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
         assert_eq!(worker.out, format!("{}{wanted}", by_sudo(&shell)), "{shell:?}");
         let info = run(&shell, "install.sh", &["cluster-info", "--join"], &site.url, &[], 0).ended(0);
         assert!(info.out.starts_with("args: cluster-info --join\n"), "{}", info.out);
@@ -97,10 +97,14 @@ fn it_works_through_a_pipe() {
             .env_clear()
             .env("PATH", format!("{}:/usr/bin:/bin", programs.path().display()))
             .env("PIPEOPS_RELEASE_URL", &site.url)
-            .env("AGENT_TOKEN", "planted-4711");
+            .env("AGENT_TOKEN", "planted-canary-4711-in-plain-text");
         command.stdin(std::fs::File::open(format!("{SCRIPTS}/install.sh")).unwrap());
         let answer = said(command.output().unwrap()).ended(0);
-        assert!(answer.out.starts_with(by_sudo(&shell)) && answer.out.contains("input: planted-4711"), "{shell:?} {}", answer.out);
+        assert!(
+            answer.out.starts_with(by_sudo(&shell)) && answer.out.contains("input: planted-canary-4711-in-plain-text"),
+            "{shell:?} {}",
+            answer.out
+        );
         // cut off on the way: nothing runs
         let half = std::fs::read_to_string(format!("{SCRIPTS}/install.sh")).unwrap();
         let cut = tempfile::NamedTempFile::new().unwrap();
@@ -160,8 +164,12 @@ fn wrong_variables_and_exit_codes_come_through() {
         run(&shell, "join-worker.sh", &[], &site.url, &[], 0).ended(2);
         run(&shell, "join-worker.sh", &["10.0.0.1"], &site.url, &[], 0).ended(2);
         for (typed, url) in [("10.0.0.1", "https://10.0.0.1:6443"), ("fd00::1", "https://[fd00::1]:6443"), ("cp:7443", "https://cp:7443")] {
-            let answer = run(&shell, "join-worker.sh", &[typed, "planted-4711"], &site.url, &[], 0).ended(0);
-            assert!(answer.out.contains(&format!("args: join-worker {url} --token-file - --yes\ninput: planted-4711")), "{}", answer.out);
+            let answer = run(&shell, "join-worker.sh", &[typed, "planted-canary-4711-in-plain-text"], &site.url, &[], 0).ended(0);
+            assert!(
+                answer.out.contains(&format!("args: join-worker {url} --token-file - --yes\ninput: planted-canary-4711-in-plain-text")),
+                "{}",
+                answer.out
+            );
         }
     }
 }

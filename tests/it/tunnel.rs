@@ -319,10 +319,10 @@ async fn wrong_credentials_and_trust_are_states_with_a_reason() {
     let frps = Frps::start(&tls, true, 0).await;
     let good = settings(frps.address, true, &pin);
     let mut config = good.clone();
-    config.auth.token = Secret::new("wrong-4711");
+    config.auth.token = Secret::new("wrong-canary-4711-in-plain-text");
     let mut frpc = Frpc::start(config, "");
     let reason = frpc.until(State::Unauthorized).await;
-    assert!(reason.contains("token") && !reason.contains("4711"), "{reason}");
+    assert!(reason.contains("token") && !reason.contains("canary-4711-in-plain-text"), "{reason}");
     // the right one heals it at once, without a restart
     frpc.settings.send_replace(Some(good.clone()));
     frpc.until(State::Up).await;

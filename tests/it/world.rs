@@ -59,7 +59,7 @@ impl Kube {
         let absent = || (404, json!({"kind": "Status", "reason": "NotFound", "message": format!("{path} not found")}));
         match method {
             "PATCH" if path.ends_with("/owned") => {
-                let planted = "Apply failed with 1 conflict: conflict with \"kubectl\": .data.password planted-9911";
+                let planted = "Apply failed with 1 conflict: conflict with \"kubectl\": .data.password planted-canary-9911-in-plain-text";
                 (409, json!({"kind": "Status", "reason": "Conflict", "message": planted}))
             }
             "PATCH" if path.ends_with("/scale") => match objects.get_mut(path.trim_end_matches("/scale")) {
@@ -209,7 +209,7 @@ pub(crate) async fn serve_kube() -> (Arc<Kube>, std::net::SocketAddr) {
 pub(crate) fn credential(sandbox: &Sandbox, kube: std::net::SocketAddr) {
     let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
         "clusters": [{"name": "l", "cluster": {"server": format!("http://{kube}")}}],
-        "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "sa-planted-4711"}}]});
+        "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "sa-planted-canary-4711-in-plain-text"}}]});
     sandbox.put("/run/pipeops-credential/kubeconfig", &kubeconfig.to_string());
 }
 
