@@ -2,6 +2,7 @@
 
 mod machine;
 mod network;
+mod secrets;
 mod software;
 
 pub(crate) use software::iptables_bad;
@@ -117,6 +118,7 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("FW_UFW", Ignore::Allowed, network::ufw),
     ("PROXY_NOPROXY", Ignore::Allowed, network::proxy),
     ("API_PUBLIC", Ignore::Allowed, network::public),
+    ("SECRET_READABLE", Ignore::Allowed, secrets::readable),
 ];
 
 /// All codes that `--ignore` knows.

@@ -6,6 +6,7 @@ pub mod install;
 pub mod join;
 pub mod plane;
 mod release;
+mod secrets;
 pub mod uninstall;
 
 use std::collections::BTreeMap;

@@ -51,6 +51,20 @@ pub struct Facts {
     pub programs: BTreeMap<String, String>,
     /// IngressClass controllers and images found in a running cluster that are retired.
     pub retired_ingress: Option<u32>,
+    /// Files with secrets that every user may read.
+    pub readable: Vec<Readable>,
+}
+
+/// A file that lays secrets open.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+pub struct Readable {
+    pub path: String,
+    /// Permission bits as they were found.
+    pub mode: u32,
+    /// What it holds, without the secrets themselves.
+    pub holds: Vec<String>,
+    /// Whether this run has closed it.
+    pub closed: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]

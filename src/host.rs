@@ -3,6 +3,7 @@
 
 pub mod fetch;
 pub mod gather;
+pub mod plans;
 pub mod state;
 pub mod systemd;
 
@@ -29,6 +30,9 @@ pub const STATE: &str = "/var/lib/pipeops";
 pub const LOGS: &str = "/var/log/pipeops";
 /// Most bytes kept of a program's output.
 const MOST_OUTPUT: u64 = 4 << 20;
+
+/// Variables that a child process gets from ours.
+const PASSED_ON: [&str; 6] = ["HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SYSTEM_BUS_ADDRESS", "LD_LIBRARY_PATH"];
 
 /// A machine, or a directory that stands for one; can only be read.
 #[derive(Clone, Debug)]
@@ -215,13 +219,12 @@ impl Host {
         let line = format!("`{program} {}`", args.join(" "));
         let mut child = tokio::process::Command::new(file)
             .args(args)
+            // tokens and passwords stand in our environment (proxies, object stores, databases): none of them goes further
+            .env_clear()
+            .envs(std::env::vars_os().filter(|(name, _)| PASSED_ON.iter().any(|n| name == n)))
             .env("PATH", &self.path)
             .env("LC_ALL", "C")
             .env("PIPEOPS_ROOT", &self.root)
-            // a token that came to us in the environment goes no further
-            .env_remove("K3S_TOKEN")
-            .env_remove("AGENT_TOKEN")
-            .env_remove("PIPEOPS_SECRETS_FD")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

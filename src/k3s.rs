@@ -93,7 +93,12 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
         "from here on k3s fills its directories",
         Resource::Node { role: settings.role, dirs: config::state_dirs(settings.role) },
     ));
-    steps.push(step("settings", "write the k3s settings", "every setting that we own, in one file", text(DROP_IN, drop_in, 0o600)));
+    let content = match settings.options.k3s.fill() {
+        Some(_) => Content::Filled { text: drop_in, from: SecretName::K3sSettings },
+        None => Content::Text(drop_in),
+    };
+    let want = Resource::File { path: DROP_IN.into(), content, mode: 0o600, group: None };
+    steps.push(step("settings", "write the k3s settings", "every setting that we own, in one file", want));
     if settings.options.registries.is_some() {
         steps.push(step("registries", "write registries.yaml", "asked for by --registries", secret(REGISTRIES, SecretName::Registries)));
     }
@@ -244,6 +249,7 @@ fn plan(command: &str, facts: &Facts, settings: &Settings, release: &Release, st
         k3s_version: release.version.to_string(),
         machine_id: facts.machine_id.clone(),
         options: settings.options.recorded(),
+        inputs: std::collections::BTreeMap::new(),
         steps,
     }
 }

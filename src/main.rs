@@ -11,19 +11,31 @@ use clap::{CommandFactory as _, Parser as _};
 use pipeops::cli::{self, Cli, Command};
 use pipeops::cmd::{self, Context};
 use pipeops::error::{Exit, Failure};
-use pipeops::secret::Secret;
+use pipeops::secret::{Secret, masked, remember};
 use pipeops::{agent, credential, host, output};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// Number of the descriptor that carries secrets over the re-execution.
 const SECRETS_FD: &str = "PIPEOPS_SECRETS_FD";
+/// Under which name the arguments are handed over.
+const ARGUMENTS: &str = "ARGUMENTS";
 /// Variables that hold secrets themselves.
 const SECRET_VARIABLES: [&str; 4] = ["K3S_TOKEN", "AGENT_TOKEN", "PIPEOPS_DATABASE_URL", "PIPEOPS_AMQP_URL"];
 
 fn main() -> ExitCode {
-    let args: Vec<String> = cli::by_name(std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect());
-    let parsed = Cli::try_parse_from(&args).unwrap_or_else(|e| e.exit());
+    let shown: Vec<String> = cli::by_name(std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect());
+    let handed = match received() {
+        Ok(handed) => handed,
+        Err(error) => {
+            output::fatal(&Failure::of(&error), false);
+            return ExitCode::from(Exit::Internal.number());
+        }
+    };
+    // what was typed, where some of it had to go out of sight
+    let typed = handed.as_ref().and_then(|h| serde_json::from_str(h.get(ARGUMENTS)?).ok());
+    let args: Vec<String> = typed.unwrap_or(shown);
+    let parsed = Cli::try_parse_from(&args).unwrap_or_else(|e| refuse(&e));
     let events = match &parsed.command {
         Command::InstallServer(args) => args.run.events.is_some(),
         Command::JoinWorker(args) => args.run.events.is_some(),
@@ -34,10 +46,11 @@ fn main() -> ExitCode {
         output::fatal(failure, events);
         ExitCode::from(cmd::exit_of(failure, terminated).number())
     };
-    let secrets = match hide(&args, &parsed) {
+    let secrets = match handed.map_or_else(|| hide(&args, &parsed), Ok) {
         Ok(secrets) => secrets,
         Err(error) => return end(&Failure::of(&error), false),
     };
+    secrets.iter().filter(|(name, _)| *name != ARGUMENTS).for_each(|(_, secret)| remember(secret));
     let _ = rustls::crypto::ring::default_provider().install_default();
     let level = format!("{:?}", parsed.log_level).to_lowercase();
     output::logging(&level, std::env::var_os("JOURNAL_STREAM").is_some());
@@ -63,6 +76,17 @@ fn main() -> ExitCode {
         Ok(exit) => ExitCode::from(exit.number()),
         Err(error) => end(&Failure::of(&error), was),
     }
+}
+
+/// Help goes out as clap has it; an error quotes what was typed, which may be a secret in the wrong place.
+fn refuse(error: &clap::Error) -> Cli {
+    let text = error.to_string();
+    if !error.use_stderr() || masked(&text) == text {
+        error.exit();
+    }
+    output::note(&masked(&text));
+    #[expect(clippy::exit, reason = "as clap does it")]
+    std::process::exit(i32::from(Exit::Usage.number()))
 }
 
 /// The first SIGINT or SIGTERM stops in order; the second ends the process at once: the journal already knows.
@@ -133,9 +157,6 @@ async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationT
 /// Takes secrets out of sight. One that came as argument or in the environment stands in `/proc/PID/` for everybody or for root's
 /// tools to read: it moves to a sealed memory file, and the program executes itself again without it.
 fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String>> {
-    if let Some(fd) = std::env::var(SECRETS_FD).ok().and_then(|n| n.parse::<i32>().ok()) {
-        return received(fd);
-    }
     let mut secrets: BTreeMap<String, String> =
         SECRET_VARIABLES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect();
     let mut shown = args.to_vec();
@@ -160,6 +181,12 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
             }
         }
     }
+    // a login in a URL, a token in another place than its own: the arguments themselves are handed over
+    let typed = shown.clone();
+    shown.iter_mut().skip(1).for_each(|arg| *arg = masked(arg));
+    if shown != typed {
+        secrets.insert(ARGUMENTS.into(), serde_json::to_string(&typed)?);
+    }
     if secrets.is_empty() {
         return Ok(secrets);
     }
@@ -182,12 +209,13 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
     Ok(secrets)
 }
 
-/// Reads what the former self left, and closes it: no child inherits it.
-fn received(fd: i32) -> anyhow::Result<BTreeMap<String, String>> {
+/// Reads what the former self left, and closes it: no child inherits it. `None` when there is no former self.
+fn received() -> anyhow::Result<Option<BTreeMap<String, String>>> {
+    let Some(fd) = std::env::var(SECRETS_FD).ok().and_then(|n| n.parse::<i32>().ok()) else { return Ok(None) };
     let path = format!("/proc/self/fd/{fd}");
     let ours = std::fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().contains("memfd:pipeops-secrets"));
     anyhow::ensure!(ours, "{SECRETS_FD} names a descriptor that is not ours");
     let text = std::fs::read_to_string(&path)?;
     nix::unistd::close(fd)?;
-    Ok(serde_json::from_str(&text)?)
+    Ok(Some(serde_json::from_str(&text)?))
 }

@@ -13,6 +13,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use crate::checks::{Finding, Level};
 use crate::error::Failure;
 use crate::plan::{Check, Checked, Event};
+use crate::secret::{masked, masked_json};
 
 /// Where a run's words go.
 pub struct Printer {
@@ -55,7 +56,8 @@ impl Printer {
 
     /// A line of conversation.
     pub fn say(&mut self, line: &str) {
-        self.log_only(line);
+        let line = masked(line);
+        self.log_only(&line);
         if !self.events {
             match &self.bar {
                 Some(bar) => bar.suspend(|| eprintln!("{line}")),
@@ -72,6 +74,11 @@ impl Printer {
 
     /// A line of the result.
     pub fn data(&self, line: &str) {
+        self.hand_out(&masked(line));
+    }
+
+    /// A line of the result whose purpose is to give a secret to whoever asked for it.
+    pub fn hand_out(&self, line: &str) {
         if !self.json {
             // a closed pipe is the reader's choice
             let _ = writeln!(std::io::stdout(), "{line}");
@@ -80,6 +87,14 @@ impl Printer {
 
     /// The result as one JSON document; the first one counts.
     pub fn document(&self, value: &impl Serialize) {
+        if let Ok(mut value) = serde_json::to_value(value) {
+            masked_json(&mut value);
+            self.hand_out_document(&value);
+        }
+    }
+
+    /// The result as one JSON document whose purpose is to give a secret to whoever asked for it; the first one counts.
+    pub fn hand_out_document(&self, value: &impl Serialize) {
         if self.json
             && !self.documented.replace(true)
             && let Ok(text) = serde_json::to_string_pretty(value)
@@ -132,15 +147,16 @@ impl Printer {
     /// One event of the engine.
     pub fn event(&mut self, event: &Event) {
         if self.events
-            && let Ok(line) = serde_json::to_string(event)
+            && let Ok(mut event) = serde_json::to_value(event)
         {
-            eprintln!("{line}");
+            masked_json(&mut event);
+            eprintln!("{event}");
         }
         match event {
             Event::Started { title, number, of, .. } => {
                 self.title = format!("[{number}/{of}] {title}");
                 if self.terminal && !self.events {
-                    let bar = ProgressBar::new_spinner().with_message(self.title.clone());
+                    let bar = ProgressBar::new_spinner().with_message(masked(&self.title));
                     bar.set_style(style("{spinner} {msg} {elapsed}"));
                     bar.enable_steady_tick(Duration::from_millis(120));
                     self.bar = Some(bar);
@@ -149,7 +165,7 @@ impl Printer {
             Event::Progress { done, total, note, .. } => {
                 if let Some(bar) = &self.bar {
                     match (note, total) {
-                        (Some(note), _) => bar.set_message(format!("{} – {note}", self.title)),
+                        (Some(note), _) => bar.set_message(masked(&format!("{} – {note}", self.title))),
                         (None, Some(total)) => {
                             if bar.length() != Some(*total) {
                                 bar.set_length(*total);
@@ -232,12 +248,27 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
+/// Standard error without secrets: one event is one write.
+#[derive(Default)]
+struct Masked;
+
+impl std::io::Write for Masked {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        std::io::stderr().write_all(masked(&String::from_utf8_lossy(bytes)).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
 /// Logs of the library go to stderr, without time stamps under systemd, which has its own.
 pub fn logging(level: &str, journal: bool) {
     let level = level.parse().unwrap_or(LevelFilter::INFO);
     let quiet = ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower"];
     let filter = Targets::new().with_default(level).with_targets(quiet.map(|target| (target, level.min(LevelFilter::WARN))));
-    let plain = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false);
+    let plain = tracing_subscriber::fmt::layer().with_writer(Masked::default).with_ansi(false).with_target(false);
     let registry = tracing_subscriber::registry();
     let _ = if journal {
         registry.with(plain.without_time().with_filter(filter)).try_init()
@@ -251,11 +282,18 @@ pub fn raw(bytes: &[u8]) {
     let _ = std::io::stdout().write_all(bytes);
 }
 
+/// A text for people that stands outside of a run.
+pub fn note(text: &str) {
+    eprint!("{}", masked(text));
+}
+
 /// The failure that ends a run: text for people, or one more event where events were asked for.
 pub fn fatal(failure: &Failure, events: bool) {
     if events {
-        eprintln!("{}", serde_json::json!({"event": "error", "error": failure}));
+        let mut event = serde_json::json!({"event": "error", "error": failure});
+        masked_json(&mut event);
+        eprintln!("{event}");
     } else {
-        eprint!("{}", failure.render());
+        eprint!("{}", masked(&failure.render()));
     }
 }

@@ -29,6 +29,9 @@ pub struct Plan {
     pub machine_id: String,
     /// The user's options, for the comparison with the next run.
     pub options: BTreeMap<String, String>,
+    /// Files that the secrets came from, which are in no plan: option → path. They are read again when the plan is carried out.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub inputs: BTreeMap<String, String>,
     pub steps: Vec<Step>,
 }
 
@@ -108,6 +111,11 @@ pub enum Resource {
 pub enum Content {
     Text(String),
     Secret(SecretName),
+    /// Text with a hole for each secret value in it.
+    Filled {
+        text: String,
+        from: SecretName,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -123,6 +131,25 @@ pub enum SecretName {
     ProxyEnvironment,
     /// registries.yaml as the user gave it.
     Registries,
+    /// Secret values of the `[k3s]` table.
+    K3sSettings,
+    /// URL of a mirror with its login; written nowhere.
+    ArtifactLogin,
+}
+
+impl SecretName {
+    /// Where a run takes it from, for people.
+    pub fn comes_from(self) -> &'static str {
+        match self {
+            SecretName::AgentToken => "--agent-token-file, or AGENT_TOKEN",
+            SecretName::K3sToken => "the TOKEN argument, --token-file, or K3S_TOKEN",
+            SecretName::NodePassword => "/etc/rancher/node/password",
+            SecretName::ProxyEnvironment => "the proxy variables of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY)",
+            SecretName::Registries => "--registries",
+            SecretName::K3sSettings => "the [k3s] table of the config (--config FILE)",
+            SecretName::ArtifactLogin => "--artifact-url",
+        }
+    }
 }
 
 /// A verified file from a release, a mirror or a directory.

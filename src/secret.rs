@@ -28,7 +28,7 @@ impl Secret {
 
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("••••")
+        f.write_str(DOTS)
     }
 }
 
@@ -37,14 +37,59 @@ pub fn same(a: &str, b: &str) -> bool {
     a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |diff, (x, y)| diff | (x ^ y)) == 0
 }
 
-/// `text` with every occurrence of a secret, and anything shaped like a k3s token, replaced by dots.
+/// What stands in a secret's place.
+pub const DOTS: &str = "••••";
+
+/// Shortest secret that is looked for in other text: dots in place of shorter ones would hide half of the words.
+const SHORTEST: usize = 6;
+
+/// Secrets of this run. Whatever is printed or logged goes through [`masked`], so that no text of another program, of a library or
+/// of ours can show one of them.
+static KNOWN: std::sync::Mutex<Vec<Secret>> = std::sync::Mutex::new(Vec::new());
+
+/// Takes note of a secret that no output may show.
+pub fn remember(text: &str) {
+    let text = text.trim();
+    if text.len() < SHORTEST {
+        return;
+    }
+    let mut known = KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // the longest first: a secret inside another leaves no rest of it
+    if !known.iter().any(|k| k.expose() == text) {
+        let at = known.partition_point(|k| k.expose().len() >= text.len());
+        known.insert(at, Secret::new(text));
+    }
+}
+
+/// `text` without the secrets of this run, passwords in URLs, and anything shaped like a k3s token.
+pub fn masked(text: &str) -> String {
+    let known = KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    mask(text, &known)
+}
+
+/// Every string of `value` as [`masked`] has it.
+pub fn masked_json(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::String(text) => *text = masked(text),
+        serde_json::Value::Array(items) => items.iter_mut().for_each(masked_json),
+        serde_json::Value::Object(map) => map.values_mut().for_each(masked_json),
+        _ => {}
+    }
+}
+
+/// `text` with every occurrence of a secret, and anything shaped like a k3s token, replaced by dots; passwords in URLs too.
 pub fn mask(text: &str, secrets: &[Secret]) -> String {
     let mut out = text.to_owned();
-    for secret in secrets.iter().filter(|s| s.expose().len() >= 6) {
-        out = out.replace(secret.expose(), "••••");
+    for secret in secrets.iter().filter(|s| s.expose().len() >= SHORTEST) {
+        out = out.replace(secret.expose(), DOTS);
     }
-    let mut masked = String::with_capacity(out.len());
-    let mut rest = out.as_str();
+    tokens(&urls(&out, &mut Vec::new()))
+}
+
+/// Anything shaped like a k3s token replaced by dots.
+fn tokens(text: &str) -> String {
+    let mut masked = String::with_capacity(text.len());
+    let mut rest = text;
     while let Some(at) = rest.find("K10") {
         let (before, tail) = rest.split_at(at);
         masked.push_str(before);
@@ -57,6 +102,91 @@ pub fn mask(text: &str, secrets: &[Secret]) -> String {
     masked
 }
 
+/// The secret parts of the URLs in `text`: passwords, users without a password (a token as a rule), secret query values. As they
+/// stand there and percent-decoded.
+pub fn in_urls(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    urls(text, &mut found);
+    found
+}
+
+/// Replaces what is secret in URLs and adds it to `found`.
+///
+/// Passwords are often typed with `/`, `#` or `@` unencoded, so everything up to the last `@` of the word counts as login.
+fn urls(text: &str, found: &mut Vec<String>) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find("://") {
+        let (before, tail) = rest.split_at(at + 3);
+        out.push_str(before);
+        let end = tail.find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | '`' | '<' | '>')).unwrap_or(tail.len());
+        // a list of URLs: the next one begins after a comma
+        let end = tail[..end].find("://").and_then(|next| tail[..next].rfind(',')).unwrap_or(end);
+        let (word, after) = tail.split_at(end);
+        let place = match word.rsplit_once('@') {
+            Some((login, place)) => {
+                let (user, password) = match login.split_once(':') {
+                    Some((user, password)) if !user.contains('/') => (Some(user), password),
+                    _ => (None, login),
+                };
+                if password.is_empty() || password == DOTS {
+                    out.push_str(login);
+                } else {
+                    note(password, found);
+                    out.extend([user.unwrap_or_default(), if user.is_some() { ":" } else { "" }, DOTS]);
+                }
+                out.push('@');
+                place
+            }
+            None => word,
+        };
+        query(place, &mut out, found);
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+/// `path?password=x&b=c`, the secret values replaced.
+fn query(place: &str, out: &mut String, found: &mut Vec<String>) {
+    let Some((path, query)) = place.split_once('?') else { return out.push_str(place) };
+    out.push_str(path);
+    for (number, pair) in query.split('&').enumerate() {
+        out.push(if number == 0 { '?' } else { '&' });
+        match pair.split_once('=') {
+            Some((name, value)) if !value.is_empty() && value != DOTS && secret_name(name) => {
+                note(value, found);
+                out.extend([name, "=", DOTS]);
+            }
+            _ => out.push_str(pair),
+        }
+    }
+}
+
+fn note(secret: &str, found: &mut Vec<String>) {
+    found.push(secret.to_owned());
+    let decoded = percent_encoding::percent_decode_str(secret).decode_utf8_lossy();
+    if decoded != secret {
+        found.push(decoded.into_owned());
+    }
+}
+
+/// Whether something of this name is a secret itself: `oidc-client-secret` is, `token-auth-file` and `enable-bootstrap-token-auth`
+/// are not.
+pub fn secret_name(name: &str) -> bool {
+    let name = name.to_ascii_lowercase().replace(['_', '.'], "-");
+    let words: Vec<&str> = name.split('-').collect();
+    let last = words.last().copied().unwrap_or_default();
+    if matches!(last, "file" | "path" | "dir" | "ttl" | "expiration" | "mode" | "url" | "enabled" | "config" | "bin") {
+        return false;
+    }
+    let joined = words.concat();
+    ["password", "passwd", "passphrase", "secretkey", "accesskey", "apikey", "authkey", "joinkey", "identitytoken", "signature", "credential"]
+        .iter()
+        .any(|part| joined.contains(part))
+        || matches!(last, "token" | "secret" | "pass" | "pw" | "pwd" | "sig")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,5 +196,42 @@ mod tests {
         assert_eq!(format!("{:?}", Secret::new("hunter2")), "••••");
         let token = format!("K10{}::server:pw", "a".repeat(64));
         assert_eq!(mask(&format!("token {token} and hunter2!"), &[Secret::new("hunter2")]), "token K10•••• and ••••!");
+    }
+
+    #[test]
+    fn passwords_in_urls_are_found_however_they_are_typed() {
+        for (text, shown, secrets) in [
+            ("postgres://u:hunter2@h/db", "postgres://u:••••@h/db", vec!["hunter2"]),
+            ("at `https://u:p%40ss@h:1/x`: no", "at `https://u:••••@h:1/x`: no", vec!["p%40ss", "p@ss"]),
+            ("mysql://u:a/b#c@d@tcp(h:3306)/db", "mysql://u:••••@tcp(h:3306)/db", vec!["a/b#c@d"]),
+            ("https://a:one@x,https://b:two@y", "https://a:••••@x,https://b:••••@y", vec!["one", "two"]),
+            ("https://ghp_token@h/x", "https://••••@h/x", vec!["ghp_token"]),
+            ("pg://h/db?user=u&password=hunter2&a=b", "pg://h/db?user=u&password=••••&a=b", vec!["hunter2"]),
+            ("https://h:6443/x and a@b", "https://h:6443/x and a@b", vec![]),
+            ("https://u:••••@h", "https://u:••••@h", vec![]),
+        ] {
+            assert_eq!(mask(text, &[]), shown);
+            assert_eq!(in_urls(text), secrets, "{text}");
+        }
+    }
+
+    #[test]
+    fn names_of_secrets_are_told_from_names_about_them() {
+        for name in ["password", "oidc-client-secret", "etcd-s3-secret-key", "AWS_ACCESS_KEY_ID", "joinKey", "token", "identity_token"] {
+            assert!(secret_name(name), "{name}");
+        }
+        for name in ["token-auth-file", "enable-bootstrap-token-auth", "service-account-key-file", "secrets-encryption", "key", "node-name"] {
+            assert!(!secret_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_is_shown_nowhere() {
+        remember("a-remembered-secret-0123456789");
+        let mut value = serde_json::json!({"a": ["x a-remembered-secret-0123456789 y"]});
+        masked_json(&mut value);
+        assert_eq!(value, serde_json::json!({"a": ["x •••• y"]}));
+        remember("short");
+        assert_eq!(masked("short"), "short");
     }
 }

@@ -1,5 +1,6 @@
 //! What the user asked for: options from flags, environment and files, merged and validated in one place.
 
+pub mod extra;
 pub mod plane;
 
 use std::collections::BTreeMap;
@@ -10,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Failure, nearest};
 use crate::k3s::version::Version;
+use crate::secret::mask;
+use extra::Extra;
 
 /// Where the control plane of PipeOps answers when nothing else is said.
 pub const DEFAULT_CONTROL_PLANE: &str = "https://control.pipeops.io";
@@ -114,8 +117,8 @@ pub struct Options {
     pub agent_token_file: Option<String>,
     /// Any other k3s setting, as in its config.yaml (config file only)
     #[arg(skip)]
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub k3s: BTreeMap<String, serde_json::Value>,
+    #[serde(skip_serializing_if = "no_extra")]
+    pub k3s: Extra,
 }
 
 impl Options {
@@ -125,8 +128,6 @@ impl Options {
         fn list<T>(upper: Vec<T>, lower: Vec<T>) -> Vec<T> {
             if upper.is_empty() { lower } else { upper }
         }
-        let mut k3s = lower.k3s;
-        k3s.extend(self.k3s);
         Options {
             ignore: list(self.ignore, lower.ignore),
             k3s_version: self.k3s_version.or(lower.k3s_version),
@@ -151,27 +152,33 @@ impl Options {
             control_plane_pin: list(self.control_plane_pin, lower.control_plane_pin),
             cluster_name: self.cluster_name.or(lower.cluster_name),
             agent_token_file: self.agent_token_file.or(lower.agent_token_file),
-            k3s,
+            k3s: self.k3s.over(lower.k3s),
         }
     }
 
-    /// The options that shape the installation and so are compared between runs, as key and text.
+    /// The options that shape the installation and so are compared between runs, as key and text without secrets.
     pub fn recorded(&self) -> BTreeMap<String, String> {
-        let transient = ["ignore", "timeout", "offline-dir", "artifact-url", "k3s-sha256", "registries", "agent-token-file"];
+        let transient = ["ignore", "timeout", "offline-dir", "artifact-url", "k3s-sha256", "registries", "agent-token-file", "k3s"];
         let Ok(serde_json::Value::Object(map)) = serde_json::to_value(self) else { return BTreeMap::new() };
-        map.into_iter()
-            .filter(|(key, _)| !transient.contains(&key.as_str()))
-            .map(|(key, value)| {
-                let text = match &value {
-                    serde_json::Value::String(text) => text.clone(),
-                    serde_json::Value::Array(items) => {
-                        items.iter().map(|i| i.as_str().map_or_else(|| i.to_string(), str::to_owned)).collect::<Vec<_>>().join(",")
-                    }
-                    other => other.to_string(),
-                };
-                (key, text)
-            })
-            .collect()
+        let plain = map.iter().filter(|(key, _)| !transient.contains(&key.as_str())).map(|(key, value)| (key.clone(), mask(&text_of(value), &[])));
+        plain.chain(recorded_extra(&self.k3s)).collect()
+    }
+}
+
+fn no_extra(extra: &Extra) -> bool {
+    extra.is_empty()
+}
+
+/// The `[k3s]` table as it is compared between runs.
+pub fn recorded_extra(extra: &Extra) -> BTreeMap<String, String> {
+    extra.shown().iter().map(|(key, value)| (format!("[k3s] {key}"), text_of(value))).collect()
+}
+
+fn text_of(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::String(text) => text.clone(),
+        serde_json::Value::Array(items) => items.iter().map(text_of).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
     }
 }
 
@@ -186,8 +193,12 @@ pub fn parse_file(text: &str, origin: &str) -> Result<Options, Failure> {
 /// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown keys and wrong types are named with
 /// the nearest key and the line.
 fn checked<T: serde::de::DeserializeOwned>(text: &str, origin: &str, known: &[String], more: &[&str], command: &str) -> Result<T, Failure> {
-    let bad = |what: String| Failure::usage("CONFIG_INVALID", what).hint(format!("correct {origin} and run again"));
-    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| bad(format!("{origin} is not valid TOML")).why(e.to_string()))?;
+    // the parser's own text shows the line, and with it a password
+    let bad = |what: &str, e: &toml::de::Error| {
+        let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1));
+        Failure::usage("CONFIG_INVALID", format!("{what}, line {line}")).why(unquoted(e.message())).hint(format!("correct {origin} and run again"))
+    };
+    let table: toml::Table = text.parse().map_err(|e| bad(&format!("{origin} is not valid TOML"), &e))?;
     for key in table.keys() {
         if known.iter().any(|k| k == key) || more.contains(&key.as_str()) {
             continue;
@@ -203,7 +214,19 @@ fn checked<T: serde::de::DeserializeOwned>(text: &str, origin: &str, known: &[St
             None => format!("the keys are those of `{command} --help`; correct {origin} and run again"),
         }));
     }
-    toml::from_str(text).map_err(|e| bad(format!("a value in {origin} has the wrong type")).why(e.to_string()))
+    toml::from_str(text).map_err(|e| bad(&format!("a value in {origin} has the wrong type"), &e))
+}
+
+/// A parser's message without the text that it quotes, which may be a secret.
+pub fn unquoted(message: &str) -> String {
+    let mut parts = message.split('"');
+    let mut out = parts.next().unwrap_or_default().trim_end().to_owned();
+    while parts.next().is_some() {
+        if let Some(after) = parts.next() {
+            out.push_str(after);
+        }
+    }
+    out
 }
 
 /// The names of all config keys: the long flags of [`Options`].
@@ -368,9 +391,9 @@ impl Settings {
             }
         };
         if let Some(url) = &options.artifact_url
-            && !url::Url::parse(url).is_ok_and(|u| matches!(u.scheme(), "http" | "https"))
+            && !url::Url::parse(url).is_ok_and(|u| matches!(u.scheme(), "http" | "https") && u.query().or(u.fragment()).is_none())
         {
-            faults.push(format!("--artifact-url: `{url}` is not an http or https URL"));
+            faults.push(format!("--artifact-url: `{url}` is not an http or https URL without `?` and `#`"));
         }
         let control_plane_url = options.control_plane_url.clone().unwrap_or_else(|| DEFAULT_CONTROL_PLANE.into());
         if let Err(why) = check_control_plane(&control_plane_url) {
@@ -413,6 +436,9 @@ impl Settings {
 /// https anywhere, plain http only to this machine itself.
 fn check_control_plane(text: &str) -> Result<(), String> {
     let url = url::Url::parse(text).map_err(|e| format!("--control-plane-url: `{text}` is not a URL ({e})"))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("--control-plane-url: it has a login in it; the agent proves itself by its token (--agent-token-file)".into());
+    }
     let loopback = match url.host() {
         Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
         Some(url::Host::Ipv6(ip)) => ip.is_loopback(),

@@ -286,6 +286,14 @@ const ROWS: &[(&str, Change, Change)] = &[
             c.options.api_allow = vec!["10.0.0.0/8".into()];
         },
     ),
+    (
+        "SECRET_READABLE",
+        |c| {
+            let holds = vec!["[k3s] datastore-endpoint = postgres://u:••••@h/db".into()];
+            c.facts.readable.push(crate::facts::Readable { path: "/root/plan.json".into(), mode: 0o644, holds, closed: true });
+        },
+        |_| {},
+    ),
 ];
 
 fn public(case: &mut Case) {

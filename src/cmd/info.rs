@@ -87,8 +87,8 @@ pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> 
     };
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
     let info = collect(&host, &journal, args.join || terminal && args.output == Format::Text).await;
-    printer.document(&info);
-    printer.data(render(&info).trim_end());
+    printer.hand_out_document(&info);
+    printer.hand_out(render(&info).trim_end());
     Ok(if info.problems.is_empty() { Exit::Done } else { Exit::Problems })
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{Context, layers, unreadable};
+use super::{Context, layers, secrets};
 use crate::checks::{self, Finding, Target};
 use crate::cli::{Format, InstallServer, JoinWorker, RunFlags};
 use crate::cluster::Cluster;
@@ -11,12 +11,11 @@ use crate::error::{Exit, Failure};
 use crate::facts::Facts;
 use crate::host::gather::{Probe, gather};
 use crate::host::{Hands, Host, LOGS, Owner};
-use crate::k3s::{self, ADMIN_KUBECONFIG, config};
+use crate::k3s::{self, ADMIN_KUBECONFIG};
 use crate::output::Printer;
 use crate::plan::engine::{self, Outcome, Secrets};
 use crate::plan::journal::Journal;
-use crate::plan::{Checked, Event, Plan, SecretName};
-use crate::secret::Secret;
+use crate::plan::{Checked, Event, Plan};
 use crate::settings::{Role, Settings};
 
 /// Everything that both installers hold on to from their beginning to their end.
@@ -32,6 +31,8 @@ pub(super) struct Job<'a> {
     pub(super) facts: Facts,
     /// The lock; none in a run that writes nothing.
     pub(super) hands: Option<Hands>,
+    /// What `--apply-plan` names.
+    pub(super) saved: Option<Checked>,
     pub(super) started: std::time::Instant,
 }
 
@@ -106,7 +107,13 @@ impl<'a> Job<'a> {
         if !host.is_dir("/") {
             return Err(Failure::usage("ROOT_MISSING", format!("--root {}: there is no such directory", run.root)).into());
         }
-        let options = layers(&host, flags, run.config.as_deref())?;
+        let saved = run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
+        let mut run = run;
+        run.config = run.config.or_else(|| saved.as_ref()?.plan.inputs.get("config").cloned());
+        secrets::note(&flags, &context.env);
+        let mut options = layers(&host, flags, run.config.as_deref())?;
+        secrets::from_plan(&mut options, saved.as_ref());
+        secrets::note(&options, &context.env);
         let settings = Settings::resolve(options, role, &checks::codes(), &components::names())?;
         let root = !host.is_machine() || nix::unistd::geteuid().is_root();
         let hands = if run.read_only() || !root { None } else { Some(host.lock()?) };
@@ -126,37 +133,15 @@ impl<'a> Job<'a> {
             secrets: Secrets::new(),
             facts,
             hands,
+            saved,
             started: std::time::Instant::now(),
         };
         job.known_secrets()?;
+        job.close_readable()?;
         if ours == Some(Role::Server) && job.facts.k3s.active {
             job.facts.retired_ingress = retired_ingress(&job.host).await;
         }
         Ok(job)
-    }
-
-    fn known_secrets(&mut self) -> anyhow::Result<()> {
-        let options = &self.settings.options;
-        let agent = match &options.agent_token_file {
-            Some(path) => Some(self.context.token_file(&self.host, path)?),
-            None => self.context.agent_token.clone(),
-        };
-        if let Some(token) = agent {
-            self.secrets.insert(SecretName::AgentToken, token);
-        }
-        if !self.facts.proxy.is_empty() {
-            self.secrets.insert(SecretName::ProxyEnvironment, Secret::new(config::proxy_environment(&self.facts, &self.settings)));
-        }
-        if let Some(path) = &options.registries {
-            let text = self.host.users_file(path).map_err(|e| unreadable(path, &e))?;
-            let parsed: Result<serde_json::Value, _> = serde_saphyr::from_str(&text);
-            parsed.map_err(|_| {
-                Failure::usage("REGISTRIES_INVALID", format!("{path} is not valid YAML"))
-                    .hint("see https://docs.k3s.io/installation/private-registry")
-            })?;
-            self.secrets.insert(SecretName::Registries, Secret::new(text));
-        }
-        Ok(())
     }
 
     /// Runs the checks, shows what they found, and stops when one says so.
@@ -182,12 +167,13 @@ impl<'a> Job<'a> {
     /// Check, show, confirm, apply. `None` when the run ends before the engine starts.
     pub(super) async fn carry_out(&mut self, plan: Plan, findings: Vec<Finding>) -> anyhow::Result<Option<Outcome>> {
         let mut checked = engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings).await?;
-        if let Some(path) = self.run.apply_plan.clone() {
-            checked = self.saved(&path, checked).await?;
+        checked.plan.inputs = secrets::inputs(&self.host, &self.run, &self.settings.options);
+        if let Some(then) = self.saved.take() {
+            checked = self.saved(then, checked).await?;
         }
         if let Some(path) = &self.run.plan_out {
             self.host.write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
-            self.printer.say(&format!("the plan is in {path}; carry it out with --apply-plan {path}"));
+            self.printer.say(&format!("the plan is in {path} (mode 0600, without secrets); carry it out with --apply-plan {path}"));
         }
         if checked.done() {
             self.printer.data("nothing to do: everything is as wanted");
@@ -231,9 +217,16 @@ impl<'a> Job<'a> {
 
     /// A finished plan whose journal was not closed, for example after a crash at the very end.
     fn settle(&mut self, checked: &Checked) -> anyhow::Result<()> {
-        if let (Some(hands), Some(journal)) = (&self.hands, self.journal.as_mut())
-            && (!journal.complete || journal.options != checked.plan.options)
-        {
+        let (Some(hands), Some(journal)) = (&self.hands, self.journal.as_mut()) else { return Ok(()) };
+        // an earlier pipeops may have put it another way, with secrets in it
+        let mut changed = journal.scrubbed || !journal.complete || journal.options != checked.plan.options;
+        for step in &checked.plan.steps {
+            if let Some(entry) = journal.entries.iter_mut().find(|e| e.id == step.id && e.want != step.want) {
+                entry.want = step.want.clone();
+                changed = true;
+            }
+        }
+        if changed {
             journal.complete = true;
             journal.options.clone_from(&checked.plan.options);
             journal.save(hands)?;
@@ -260,11 +253,7 @@ impl<'a> Job<'a> {
     }
 
     /// A saved plan is carried out only where and when it was made for.
-    async fn saved(&self, path: &str, now: Checked) -> anyhow::Result<Checked> {
-        let text = self.host.users_file(path).map_err(|e| unreadable(path, &e))?;
-        let then: Checked = serde_json::from_str(&text).map_err(|e| {
-            Failure::usage("PLAN_INVALID", format!("{path} is not a plan of this pipeops")).why(e.to_string()).hint("make it anew with --plan-out")
-        })?;
+    async fn saved(&self, then: Checked, now: Checked) -> anyhow::Result<Checked> {
         let stale = |code: &str, what: &str, why: String| {
             Failure::new(Exit::Preflight, code, what)
                 .why(why)
@@ -276,6 +265,14 @@ impl<'a> Job<'a> {
                 "PLAN_OTHER_HOST",
                 "this plan was made for another machine or command",
                 format!("{} for machine {}", then.plan.command, then.plan.machine_id),
+            )
+            .into());
+        }
+        if secrets::in_plain(&then) {
+            return Err(stale(
+                "PLAN_STALE",
+                "this plan was made by an earlier pipeops, which wrote secrets into plans",
+                "it is carried out no more: they would go on into the journal".into(),
             )
             .into());
         }
@@ -335,8 +332,7 @@ impl<'a> Job<'a> {
     fn write_log(&mut self) {
         let Some(hands) = &self.hands else { return };
         let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
-        let secrets: Vec<Secret> = self.secrets.values().cloned().collect();
-        let text = crate::secret::mask(&self.printer.take_log(), &secrets);
+        let text = crate::secret::masked(&self.printer.take_log());
         let path = format!("{LOGS}/{stamp}-{}.log", self.command);
         if let Err(error) = hands.mkdir(LOGS, 0o700).and_then(|_| hands.write(&path, text.as_bytes(), 0o600, Owner::default())) {
             self.printer.say(&format!("note: the log could not be written: {error:#}"));

@@ -191,6 +191,7 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
         k3s_version: String::new(),
         machine_id: job.facts.machine_id.clone(),
         options: std::iter::once(("server".to_owned(), url.to_owned())).collect(),
+        inputs: std::collections::BTreeMap::new(),
         steps: vec![step],
     };
     let mut journal = crate::plan::journal::Journal::new(Role::Worker, &plan.node, "");

@@ -127,10 +127,10 @@ impl Asked<'_> {
     fn show(&self, answer: &str, text: impl FnOnce(&Value) -> String) -> anyhow::Result<Exit> {
         let value: Value = serde_json::from_str(answer)?;
         if self.verb.output == Format::Json {
-            self.printer().document(&value);
+            self.printer().hand_out_document(&value);
         } else {
             for line in text(&value).lines() {
-                self.printer().data(line);
+                self.printer().hand_out(line);
             }
         }
         Ok(Exit::Done)
@@ -270,7 +270,7 @@ async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow
         PlaneCommand::FrpsConfig => {
             let text = client::call(&context.host(&place.root), &place.data_dir, Method::GET, "/api/v1/frps", None).await?;
             for line in text.lines() {
-                Printer::new(false, false, context.no_color()).data(line);
+                Printer::new(false, false, context.no_color()).hand_out(line);
             }
             Ok(Exit::Done)
         }

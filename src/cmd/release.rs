@@ -150,7 +150,8 @@ pub(super) async fn resolve(
         return Ok(Resolved { release: Release { binary: binary(source, digest, trust), images, version }, notes });
     }
     let official = place(RELEASES, "PIPEOPS_TEST_RELEASES");
-    let base = options.artifact_url.clone().unwrap_or_else(|| official.clone());
+    // the login of a mirror is sent to it and stands in no plan
+    let base = options.artifact_url.as_deref().map_or_else(|| official.clone(), fetch::without_login);
     let base = base.trim_end_matches('/');
     let source = Source::Url(format!("{base}/{}/{}", version.in_url(), arch.binary));
     let (digest, trust) = match (&options.k3s_sha256, known_digest(&version, arch.binary)) {

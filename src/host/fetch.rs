@@ -16,6 +16,7 @@ use crate::error::{Exit, Failure};
 use crate::k3s::token::hex;
 use crate::k3s::version::{self, Version};
 use crate::plan::{Fetch, Source};
+use crate::secret::Secret;
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// A transfer that brings nothing for this long is given up and tried again.
@@ -137,11 +138,35 @@ async fn pause(attempt: u32, asked: Option<Duration>) {
     }
 }
 
+/// A URL without its login.
+pub fn without_login(url: &str) -> String {
+    match url::Url::parse(url) {
+        Ok(mut parsed) if !parsed.username().is_empty() || parsed.password().is_some() => {
+            let _ = parsed.set_username("").and_then(|()| parsed.set_password(None));
+            parsed.to_string()
+        }
+        _ => url.to_owned(),
+    }
+}
+
+/// Sends the login of a URL; it goes no further than the host that it is for.
+fn with_login(request: reqwest::RequestBuilder, login: Option<&Secret>) -> reqwest::RequestBuilder {
+    let Some(url) = login.and_then(|l| url::Url::parse(l.expose()).ok()) else { return request };
+    let plain = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+    request.basic_auth(plain(url.username()), url.password().map(plain))
+}
+
 /// Downloads or copies into place. The file appears under its name only when its digest is right.
 ///
 /// # Errors
 /// Exit 5 for the network, 6 for a wrong digest; a full disk leaves nothing behind but the journal.
-pub async fn fetch(hands: &Hands, want: &Fetch, keep: bool, mut progress: impl FnMut(u64, Option<u64>)) -> anyhow::Result<()> {
+pub async fn fetch(
+    hands: &Hands,
+    want: &Fetch,
+    keep: bool,
+    login: Option<&Secret>,
+    mut progress: impl FnMut(u64, Option<u64>),
+) -> anyhow::Result<()> {
     let name = want.path.rsplit('/').next().unwrap_or_default();
     let dir = want.path.rsplit_once('/').map_or("/", |(dir, _)| dir);
     // named by digest: a half file of another version is never resumed
@@ -149,7 +174,7 @@ pub async fn fetch(hands: &Hands, want: &Fetch, keep: bool, mut progress: impl F
     let real = hands.at(&part);
     let result = match &want.source {
         Source::File(from) => copy(from, &real, &mut progress),
-        Source::Url(url) => download(url, &real, &mut progress).await,
+        Source::Url(url) => download(url, login, &real, &mut progress).await,
     };
     let digest = match result {
         Ok(digest) => digest,
@@ -204,7 +229,7 @@ fn copy(from: &str, to: &PathBuf, progress: &mut impl FnMut(u64, Option<u64>)) -
     }
 }
 
-async fn download(url: &str, to: &PathBuf, progress: &mut impl FnMut(u64, Option<u64>)) -> anyhow::Result<String> {
+async fn download(url: &str, login: Option<&Secret>, to: &PathBuf, progress: &mut impl FnMut(u64, Option<u64>)) -> anyhow::Result<String> {
     let client = client(true)?;
     let mut last = network(format!("cannot download {url}"));
     let mut asked = None;
@@ -214,7 +239,7 @@ async fn download(url: &str, to: &PathBuf, progress: &mut impl FnMut(u64, Option
         attempt += 1;
         let mut digest = Sha256::new();
         let mut have = resume(to, &mut digest)?;
-        let mut request = client.get(url);
+        let mut request = with_login(client.get(url), login);
         if have > 0 {
             request = request.header(RANGE, format!("bytes={have}-"));
         }
@@ -359,11 +384,29 @@ impl Host {
         Host::new("/", None).sha256(path)?.with_context(|| format!("{path} is not there"))
     }
 
-    /// Writes a file for the user, for example a saved plan.
+    /// Writes a file for the user, for example a saved plan: mode 0600, also where one of another mode was there.
     ///
     /// # Errors
     /// Names the file.
     pub fn write_for_user(&self, path: &str, text: &str) -> anyhow::Result<()> {
-        fs::write(path, text).with_context(|| format!("writing {path}"))
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let attempt = || -> std::io::Result<()> {
+            // a link keeps its place; a pipe or a terminal is written to as it is
+            let real = fs::canonicalize(path).unwrap_or_else(|_| PathBuf::from(path));
+            if fs::metadata(&real).is_ok_and(|m| !m.is_file()) {
+                return OpenOptions::new().write(true).open(&real)?.write_all(text.as_bytes());
+            }
+            let name = real.file_name().ok_or(std::io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
+            let beside = real.with_file_name(format!(".{name}.{}.new", std::process::id()));
+            let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside)?;
+            let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&beside, &real));
+            written.inspect_err(|_| drop(fs::remove_file(&beside)))
+        };
+        attempt().with_context(|| format!("writing {path}"))
+    }
+
+    /// A path of the user's from the root on, so that it means the same in another directory.
+    pub fn users_path(&self, path: &str) -> String {
+        std::path::absolute(path).map_or_else(|_| path.to_owned(), |p| p.display().to_string())
     }
 }

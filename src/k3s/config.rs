@@ -49,7 +49,7 @@ fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<Str
     map
 }
 
-/// Adds the `[k3s]` table: lists of the same key are joined, everything else is the user's word.
+/// Adds the `[k3s]` table, with holes for its secrets: lists of the same key are joined, everything else is the user's word.
 fn pass_through(map: &mut BTreeMap<String, Value>, extra: &BTreeMap<String, Value>) {
     for (key, value) in extra {
         match (map.get_mut(key), value) {
@@ -103,7 +103,7 @@ pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, com
     if net::wireguard(facts, settings) {
         map.insert("flannel-backend".into(), json!("wireguard-native"));
     }
-    pass_through(&mut map, &settings.options.k3s);
+    pass_through(&mut map, &settings.options.k3s.sealed());
     yaml(&map)
 }
 
@@ -112,7 +112,7 @@ pub fn worker_drop_in(facts: &Facts, settings: &Settings, version: &Version, mas
     let mut map = common(facts, settings, version);
     map.insert("server".into(), json!(master.url));
     map.insert("token-file".into(), json!(super::JOIN_TOKEN));
-    pass_through(&mut map, &settings.options.k3s);
+    pass_through(&mut map, &settings.options.k3s.sealed());
     yaml(&map)
 }
 

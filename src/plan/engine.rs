@@ -79,7 +79,7 @@ pub async fn apply(
         (work.tell)(Event::Started { id: step.id.clone(), title: step.title.clone(), number: number + 1, of });
         let begin = Instant::now();
         if let Some(former) = &mut former {
-            former.extend(resource::former(hands, step)?);
+            former.extend(resource::former(hands, step, secrets)?);
         }
         let result = one(&mut work, journal, step).await;
         let duration_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -154,7 +154,13 @@ async fn roll_back(
             failure.exit = Exit::RolledBack;
             failure.hint = Some("correct the option that was new, then run again".into());
         }
-        Err(error) => failure.why.push(format!("going back did not work either: {error:#}")),
+        Err(error) => {
+            failure.why.push(format!("going back did not work either: {error:#}"));
+            // the files are back: the next run must not take them for somebody's edit
+            if let Err(error) = save(journal, work.hands) {
+                failure.why.push(format!("{error:#}"));
+            }
+        }
     }
     failure.into()
 }
@@ -188,7 +194,8 @@ async fn one(work: &mut Work<'_>, journal: &mut Journal, step: &super::Step) -> 
 
 fn settle(journal: &mut Journal, hands: &Hands, step: &super::Step) -> anyhow::Result<()> {
     let digest = match &step.want {
-        Resource::File { path, content: super::Content::Text(_), .. } | Resource::Fetch(super::Fetch { path, .. }) => hands.sha256(path)?,
+        Resource::File { path, content: super::Content::Text(_) | super::Content::Filled { .. }, .. }
+        | Resource::Fetch(super::Fetch { path, .. }) => hands.sha256(path)?,
         Resource::File { path, content: super::Content::Secret(name), .. } if *name != super::SecretName::AgentToken => hands.sha256(path)?,
         _ => None,
     };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::Resource;
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host, Owner, STATE};
-use crate::settings::Role;
+use crate::settings::{Role, recorded_extra, unquoted};
 
 pub const PATH: &str = "/var/lib/pipeops/journal.json";
 /// Raised when the meaning of a field changes; every version ever written must still load.
@@ -74,6 +74,9 @@ pub struct Journal {
     /// Kernel settings and modules as they were before k3s, so that the end can tell what changed.
     #[serde(default)]
     pub kernel: BTreeMap<String, String>,
+    /// It held secrets when it was read and has not been written since.
+    #[serde(skip)]
+    pub scrubbed: bool,
 }
 
 impl Journal {
@@ -88,6 +91,7 @@ impl Journal {
             units: BTreeMap::new(),
             complete: false,
             kernel: BTreeMap::new(),
+            scrubbed: false,
         }
     }
 
@@ -107,7 +111,13 @@ impl Journal {
         if version > u64::from(VERSION) {
             return Err(damaged(format!("it was written by a newer pipeops (format {version}, this one knows {VERSION})")).into());
         }
-        Ok(Some(serde_json::from_value(value).map_err(|e| damaged(e.to_string()))?))
+        let mut journal: Journal = serde_json::from_value(value).map_err(|e| damaged(unquoted(&e.to_string())))?;
+        // the first pipeops kept the [k3s] table as one text, with the secrets in it
+        if let Some(table) = journal.options.remove("k3s") {
+            journal.options.extend(recorded_extra(&serde_json::from_str(&table).unwrap_or_default()));
+            journal.scrubbed = true;
+        }
+        Ok(Some(journal))
     }
 
     /// Durable before it returns.

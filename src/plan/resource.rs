@@ -15,6 +15,7 @@ use crate::host::{Hands, Host, LOGS, Owner, fetch};
 use crate::k3s::token::hex;
 use crate::k3s::{ADMIN_KUBECONFIG, AGENT_TOKEN};
 use crate::secret::Secret;
+use crate::settings::extra::filled;
 
 const QUICK: Duration = Duration::from_secs(20);
 
@@ -32,16 +33,32 @@ fn secret_digest(secret: &Secret) -> String {
 
 /// What a file shall hold; `None` means: whatever it holds already.
 fn content(path: &str, content: &Content, secrets: &Secrets, host: &Host) -> anyhow::Result<Option<Vec<u8>>> {
+    let missing = |name: SecretName| {
+        Failure::usage("PLAN_SECRET_MISSING", format!("what goes into {path} is a secret, and this run was not given it"))
+            .why("a plan names its secrets and holds none of them")
+            .hint(format!("give it as when the plan was made: {}", name.comes_from()))
+    };
     let name = match content {
         Content::Text(text) => return Ok(Some(text.clone().into_bytes())),
+        Content::Filled { text, from } => {
+            let full = secrets.get(from).and_then(|fill| filled(text, fill));
+            return Ok(Some(full.ok_or_else(|| missing(*from))?.into_bytes()));
+        }
         Content::Secret(name) => name,
     };
     match (secrets.get(name), name) {
         (Some(secret), _) => Ok(Some(secret.expose().as_bytes().to_vec())),
         (None, SecretName::AgentToken) if !host.exists(path) => Ok(Some(Vec::new())),
         (None, _) if host.exists(path) => Ok(None),
-        (None, name) => anyhow::bail!("the plan needs a secret ({name:?}) that this run was not given"),
+        (None, name) => Err(missing(*name).into()),
     }
+}
+
+/// The login for a mirror, and for nothing else.
+fn login<'a>(want: &super::Fetch, secrets: &'a Secrets) -> Option<&'a Secret> {
+    let (super::Source::Url(url), login) = (&want.source, secrets.get(&SecretName::ArtifactLogin)?) else { return None };
+    let base = fetch::without_login(login.expose());
+    url.starts_with(&format!("{}/", base.trim_end_matches('/'))).then_some(login)
 }
 
 fn cluster(host: &Host) -> anyhow::Result<Cluster> {
@@ -202,10 +219,17 @@ pub(super) struct Former {
 }
 
 /// What a file step is about to replace; nothing for other steps.
-pub(super) fn former(host: &Host, step: &Step) -> anyhow::Result<Option<Former>> {
-    let Resource::File { path, mode, content: Content::Text(text), .. } = &step.want else { return Ok(None) };
-    let bytes = host.read_bytes(path)?;
-    if bytes.as_deref() == Some(text.as_bytes()) {
+pub(super) fn former(host: &Host, step: &Step, secrets: &Secrets) -> anyhow::Result<Option<Former>> {
+    let Resource::File { path, mode, content: wanted, .. } = &step.want else { return Ok(None) };
+    let settings = match wanted {
+        Content::Text(_) | Content::Filled { .. } => true,
+        Content::Secret(name) => matches!(name, SecretName::Registries | SecretName::ProxyEnvironment),
+    };
+    if !settings {
+        return Ok(None);
+    }
+    let (bytes, wanted) = (host.read_bytes(path)?, content(path, wanted, secrets, host)?);
+    if wanted.is_none() || bytes == wanted {
         return Ok(None);
     }
     Ok(Some(Former { id: step.id.clone(), path: path.clone(), mode: host.mode(path).unwrap_or(*mode), bytes }))
@@ -286,7 +310,7 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             let (id, tell, stop) = (step.id.clone(), &mut *work.tell, work.stop);
             let progress = |done, total| tell(Event::Progress { id: id.clone(), done, total, note: None });
             tokio::select! {
-                result = fetch::fetch(hands, want, want.mode == 0o755, progress) => result?,
+                result = fetch::fetch(hands, want, want.mode == 0o755, login(want, work.secrets), progress) => result?,
                 // what has come stays, and the next run resumes there
                 () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted while downloading").into()),
             }

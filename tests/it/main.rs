@@ -23,6 +23,7 @@ mod plane;
 mod release;
 mod runner;
 mod scripts;
+mod secrets;
 mod support;
 mod tunnel;
 mod world;

@@ -1,0 +1,207 @@
+//! The secrets of a run: where they come from, what keeps them out of sight, and which files show them to everybody.
+
+use std::collections::BTreeMap;
+
+use super::install::Job;
+use super::unreadable;
+use crate::cli::RunFlags;
+use crate::error::Failure;
+use crate::facts::Readable;
+use crate::host::Host;
+use crate::k3s::{REGISTRIES, config};
+use crate::plan::{Checked, SCHEMA, SecretName};
+use crate::secret::{DOTS, Secret, in_urls, mask, remember, secret_name};
+use crate::settings::extra::Extra;
+use crate::settings::{Options, parse_file, unquoted};
+
+/// Settings of k3s that are not ours, and its main file.
+const SETTINGS: &str = "/etc/rancher/k3s";
+/// Config files of this program that hold no secret of its own.
+const CONFIG: &str = "/etc/pipeops";
+
+/// Reads a saved plan.
+///
+/// # Errors
+/// Exit 2 when it is none.
+pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<Checked> {
+    let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
+    let bad =
+        |why: String| Failure::usage("PLAN_INVALID", format!("{path} is not a plan of this pipeops")).why(why).hint("make a new one with --plan-out");
+    // the parser quotes what it does not expect, and that may be anything
+    let then: Checked = serde_json::from_str(&text).map_err(|e| bad(unquoted(&e.to_string().replace('`', "\""))))?;
+    if then.plan.schema != SCHEMA {
+        return Err(bad(format!("its format is {}, this one knows {SCHEMA}", then.plan.schema)).into());
+    }
+    Ok(then)
+}
+
+/// Whether a plan holds secrets in plain text, as the first pipeops wrote it.
+pub(super) fn in_plain(then: &Checked) -> bool {
+    then.plan.options.contains_key("k3s") && !held(&then.plan.options).is_empty()
+}
+
+/// Secret settings that a plan or journal of the first pipeops has among its options.
+fn held(options: &BTreeMap<String, String>) -> Vec<String> {
+    let extra = options.get("k3s").and_then(|text| serde_json::from_str::<Extra>(text).ok()).unwrap_or_default();
+    names(&extra, "[k3s] ")
+}
+
+fn names(extra: &Extra, of: &str) -> Vec<String> {
+    extra.secret_keys().into_iter().map(|(key, shown)| format!("{of}{key} = {shown}")).collect()
+}
+
+/// The options that name a file of secrets, as a saved plan has them, where this run does not say.
+pub(super) fn from_plan(options: &mut Options, saved: Option<&Checked>) {
+    let Some(inputs) = saved.map(|s| &s.plan.inputs) else { return };
+    options.registries = options.registries.take().or_else(|| inputs.get("registries").cloned());
+    options.agent_token_file = options.agent_token_file.take().or_else(|| inputs.get("agent-token-file").cloned());
+}
+
+/// The files that secrets of this run come from, for the plan.
+pub(super) fn inputs(host: &Host, run: &RunFlags, options: &Options) -> BTreeMap<String, String> {
+    [("config", &run.config), ("registries", &options.registries), ("agent-token-file", &options.agent_token_file)]
+        .into_iter()
+        .filter_map(|(key, path)| Some((key.to_owned(), path.as_ref().filter(|p| *p != "-")?)))
+        .map(|(key, path)| (key, host.users_path(path)))
+        .collect()
+}
+
+/// Takes note of every secret in the options before anything is said about them.
+pub(super) fn note(options: &Options, env: &BTreeMap<String, String>) {
+    options.k3s.words().iter().for_each(|word| remember(word));
+    let urls = [&options.artifact_url, &options.control_plane_url].into_iter().flatten().chain(env.values().filter(|v| v.contains("://")));
+    urls.flat_map(|text| in_urls(text)).for_each(|word| remember(&word));
+}
+
+impl Job<'_> {
+    /// The contents of the files that hold secrets, each under its name.
+    pub(super) fn known_secrets(&mut self) -> anyhow::Result<()> {
+        let options = &self.settings.options;
+        let agent = match &options.agent_token_file {
+            Some(path) => Some(self.context.token_file(&self.host, path)?),
+            None => self.context.agent_token.clone(),
+        };
+        if let Some(token) = agent {
+            remember(token.expose());
+            self.secrets.insert(SecretName::AgentToken, token);
+        }
+        if !self.facts.proxy.is_empty() {
+            self.secrets.insert(SecretName::ProxyEnvironment, Secret::new(config::proxy_environment(&self.facts, &self.settings)));
+        }
+        if let Some(fill) = options.k3s.fill() {
+            self.secrets.insert(SecretName::K3sSettings, fill);
+        }
+        if let Some(url) = options.artifact_url.as_ref().filter(|url| !in_urls(url).is_empty()) {
+            self.secrets.insert(SecretName::ArtifactLogin, Secret::new(url.as_str()));
+        }
+        if let Some(path) = &options.registries {
+            let text = self.host.users_file(path).map_err(|e| unreadable(path, &e))?;
+            let parsed: Result<serde_json::Value, _> = serde_saphyr::from_str(&text);
+            let parsed = parsed.map_err(|_| {
+                Failure::usage("REGISTRIES_INVALID", format!("{path} is not valid YAML"))
+                    .hint("see https://docs.k3s.io/installation/private-registry")
+            })?;
+            logins("", &parsed).iter().for_each(|(_, secret)| remember(secret));
+            self.secrets.insert(SecretName::Registries, Secret::new(text));
+        }
+        Ok(())
+    }
+
+    /// Finds the files that show a secret to everybody, and closes those that pipeops wrote or has for its own.
+    pub(super) fn close_readable(&mut self) -> anyhow::Result<()> {
+        let host = &self.host;
+        let named: Vec<&str> = [&self.run.apply_plan, &self.run.plan_out].into_iter().flatten().map(String::as_str).collect();
+        for plan in host.open_plans(&named) {
+            let holds = serde_json::from_str::<Checked>(&plan.text).map(|c| held(&c.plan.options)).unwrap_or_default();
+            if let Some(hands) = &self.hands {
+                hands.close_file(&plan.path)?;
+            }
+            if !holds.is_empty() {
+                let path = plan.path.display().to_string();
+                self.facts.readable.push(Readable { path, mode: plan.mode, holds, closed: self.hands.is_some() });
+            }
+        }
+        for (path, holds) in machine_files(host) {
+            let Some(mode) = host.mode(&path).filter(|_| !holds.is_empty() && shown_to_all(host, &path)) else { continue };
+            let hands = self.hands.as_ref().filter(|_| path.starts_with(CONFIG));
+            if let Some(hands) = hands {
+                hands.chmod(&path, 0o600)?;
+            }
+            self.facts.readable.push(Readable { path, mode, holds, closed: hands.is_some() });
+        }
+        // the user's own files, which may lie anywhere
+        let outside = Host::new("/", None);
+        let options = &self.settings.options;
+        let mut files = Vec::new();
+        if let Some(path) = &self.run.config {
+            files.push((path, in_config(&host.users_file(path).unwrap_or_default())));
+        }
+        if let (Some(path), Some(text)) = (&options.registries, self.secrets.get(&SecretName::Registries)) {
+            files.push((path, in_registries(text.expose())));
+        }
+        if let Some(path) = options.agent_token_file.as_ref().filter(|p| *p != "-") {
+            files.push((path, vec!["the enrolment token".into()]));
+        }
+        for (path, holds) in files {
+            let path = host.users_path(path);
+            let passing = ["/dev/", "/proc/"].iter().any(|p| path.starts_with(p));
+            if let Some(mode) = outside.mode(&path).filter(|_| !holds.is_empty() && !passing && shown_to_all(&outside, &path)) {
+                self.facts.readable.push(Readable { path, mode, holds, closed: false });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Files of the machine that may hold secrets of k3s, with those that they hold.
+fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
+    let below =
+        |dir: &str, end: &str| -> Vec<String> { host.list(dir).into_iter().filter(|n| n.ends_with(end)).map(|n| format!("{dir}/{n}")).collect() };
+    let mut ours = vec![format!("{CONFIG}/config.toml")];
+    ours.extend(below(&format!("{CONFIG}/config.d"), ".toml"));
+    let mut theirs = vec![format!("{SETTINGS}/config.yaml")];
+    theirs.extend(below(&format!("{SETTINGS}/config.yaml.d"), ".yaml"));
+    let yaml = |path: &str| {
+        let map: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
+        names(&map.into_iter().collect::<Extra>(), "")
+    };
+    let ours = ours.into_iter().map(|p| (in_config(&host.text(&p)), p));
+    let theirs = theirs.into_iter().map(|p| (yaml(&p), p));
+    let registries = std::iter::once((in_registries(&host.text(REGISTRIES)), REGISTRIES.to_owned()));
+    ours.chain(theirs).chain(registries).map(|(holds, path)| (path, holds)).collect()
+}
+
+/// Whether everybody may read the file and enter its directories.
+fn shown_to_all(host: &Host, path: &str) -> bool {
+    let mut dirs = std::path::Path::new(path).ancestors().skip(1).filter_map(std::path::Path::to_str);
+    host.mode(path).is_some_and(|mode| mode & 0o004 != 0) && dirs.all(|dir| host.mode(dir).is_none_or(|mode| mode & 0o001 != 0))
+}
+
+fn in_config(text: &str) -> Vec<String> {
+    let Ok(options) = parse_file(text, "") else { return Vec::new() };
+    let login = options.artifact_url.filter(|url| !in_urls(url).is_empty()).map(|url| format!("artifact-url = {}", mask(&url, &[])));
+    names(&options.k3s, "[k3s] ").into_iter().chain(login).collect()
+}
+
+fn in_registries(text: &str) -> Vec<String> {
+    let parsed: serde_json::Value = serde_saphyr::from_str(text).unwrap_or_default();
+    logins("", &parsed).into_iter().map(|(name, _)| format!("{name} = {DOTS}")).collect()
+}
+
+/// Passwords and tokens anywhere in a registries.yaml, with the names under which they stand.
+fn logins(name: &str, value: &serde_json::Value) -> Vec<(String, String)> {
+    match value {
+        serde_json::Value::Object(map) => map
+            .iter()
+            .flat_map(|(key, inner)| match inner {
+                serde_json::Value::String(text) if (secret_name(key) || key == "auth") && !text.is_empty() => {
+                    vec![(format!("{name}{key}"), text.clone())]
+                }
+                inner => logins(&format!("{name}{key}."), inner),
+            })
+            .collect(),
+        serde_json::Value::Array(items) => items.iter().flat_map(|item| logins(name, item)).collect(),
+        serde_json::Value::String(text) => in_urls(text).into_iter().map(|secret| (name.trim_end_matches('.').to_owned(), secret)).collect(),
+        _ => Vec::new(),
+    }
+}
