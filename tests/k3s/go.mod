@@ -1,3 +1,3 @@
-module k3s
+module pipeops.io/tests/k3s
 
-go 1.19
+go 1.21

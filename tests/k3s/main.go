@@ -1,6 +1,7 @@
 // A stand-in for k3s in tests, for machines that cannot have the genuine one. It keeps k3s' contract as pipeops sees it
 // (server and agent, files, tokens, supervisor endpoints on 6443, Type=notify, config.yaml.d honoured or refused) over a
-// real etcd, kube-apiserver, controller-manager, scheduler, kubelet, kube-proxy and containerd, found in /opt/kube-parts.
+// real etcd, kube-apiserver, controller-manager, scheduler, kubelet, kube-proxy and containerd, found in /opt/kube-parts (scripts/parts kube).
+// CoreDNS and metrics-server run in pods, as in k3s; what has no image here (local-path, traefik) is a pod that only sleeps.
 package main
 
 import (
@@ -25,13 +26,8 @@ const (
 	runDir  = "/run/k3s"
 )
 
-func version() string {
-	b, err := os.ReadFile(parts + "/version")
-	if err != nil {
-		return "v1.20.2+k3s1"
-	}
-	return strings.TrimSpace(string(b)) + "+k3s1"
-}
+// version is that of the Kubernetes in parts, which is stamped as k3s stamps its own: v1.36.3+k3s1.
+func version() string { return text(parts + "/version") }
 
 func logf(level, format string, a ...interface{}) {
 	fmt.Fprintf(os.Stderr, "time=%q level=%s msg=%q\n", time.Now().Format(time.RFC3339), level, fmt.Sprintf(format, a...))
@@ -210,7 +206,13 @@ var stopping bool
 
 func start(name string, logTo string, args ...string) *exec.Cmd {
 	cmd := exec.Command(parts+"/"+name, args...)
-	cmd.Env = append(os.Environ(), "PATH="+parts+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	// what there is to tell systemd is ours to tell
+	for _, e := range os.Environ() {
+		if !strings.HasPrefix(e, "NOTIFY_SOCKET=") {
+			cmd.Env = append(cmd.Env, e)
+		}
+	}
+	cmd.Env = append(cmd.Env, "PATH="+parts+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out := os.Stderr
 	if logTo != "" {
@@ -237,13 +239,6 @@ func start(name string, logTo string, args ...string) *exec.Cmd {
 		}
 	}()
 	return cmd
-}
-
-func max(a, b int) int {
-	if a > b {
-		return a
-	}
-	return b
 }
 
 func stopAll() {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/tls"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -10,7 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -74,7 +77,9 @@ func agent(c config) {
 			time.Sleep(2 * time.Second)
 		}
 	}
-	get("/v1-k3s/config")
+	var said struct{ ClusterDNS string }
+	json.Unmarshal(get("/v1-k3s/config"), &said)
+	c["cluster-dns"] = []string{said.ClusterDNS}
 	write(agentDir+"/client-ca.crt", string(get("/v1-k3s/client-ca.crt")), 0644)
 	for _, name := range []string{"client-kubelet", "serving-kubelet", "client-kube-proxy"} {
 		both := string(get("/v1-k3s/" + name + ".crt"))
@@ -82,15 +87,8 @@ func agent(c config) {
 		write(agentDir+"/"+name+".crt", both[:at], 0644)
 		write(agentDir+"/"+name+".key", both[at:], 0600)
 	}
-	runNode(c, node, ip, "https://127.0.0.1:6444", "10.43.0.0/16")
-	kubelet := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool([]byte(text(agentDir + "/server-ca.crt"))), Certificates: []tls.Certificate{pair(agentDir + "/client-kubelet")}}}}
-	for {
-		if r, err := kubelet.Get("https://127.0.0.1:6444/api/v1/nodes/" + node); err == nil {
-			r.Body.Close()
-			if r.StatusCode == 200 {
-				break
-			}
-		}
+	runNode(c, node, ip, "https://127.0.0.1:6444")
+	for get := nodeClient("https://127.0.0.1:6444", "client-kubelet"); get("/api/v1/nodes/"+node) == nil; {
 		time.Sleep(500 * time.Millisecond)
 	}
 	notify("READY=1")
@@ -162,33 +160,44 @@ func balance(server string) {
 	}
 }
 
+// clusterDNS is the address of CoreDNS: the tenth of the service range unless the settings name one.
+func clusterDNS(c config) string {
+	service := c.get("service-cidr", "10.43.0.0/16")
+	return c.get("cluster-dns", regexp.MustCompile(`\.\d+/\d+$`).ReplaceAllString(service, ".10"))
+}
+
 // runNode starts containerd, kubelet and kube-proxy with the certificates under agentDir.
-func runNode(c config, node, ip, server, service string) {
+func runNode(c config, node, ip, server string) {
 	conf := agentDir + "/etc"
 	logs := agentDir + "/logs"
 	os.MkdirAll(logs, 0700)
+	os.MkdirAll(conf+"/cni/net.d", 0700)
 	kubeconfig(agentDir+"/kubelet.kubeconfig", server, agentDir+"/server-ca.crt", agentDir+"/client-kubelet.crt", agentDir+"/client-kubelet.key")
 	kubeconfig(agentDir+"/kubeproxy.kubeconfig", server, agentDir+"/server-ca.crt", agentDir+"/client-kube-proxy.crt", agentDir+"/client-kube-proxy.key")
-	third := 0
-	for _, b := range []byte(node) {
-		third = (third*31 + int(b)) % 250
+	// overlayfs does not stand on overlayfs
+	snapshotter := "overlayfs"
+	var fs syscall.Statfs_t
+	if syscall.Statfs(agentDir, &fs) == nil && fs.Type == 0x794c7630 {
+		snapshotter = "native"
 	}
-	write(conf+"/cni/net.d/10-flannel.conflist", fmt.Sprintf(`{"cniVersion":"0.3.1","name":"cbr0","plugins":[{"type":"bridge","bridge":"cni0","isGateway":true,"ipMasq":true,"hairpinMode":true,"ipam":{"type":"host-local","dataDir":"/var/lib/cni/networks","ranges":[[{"subnet":"10.42.%d.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}},{"type":"portmap","capabilities":{"portMappings":true}}]}`, third), 0600)
 	sock := runDir + "/containerd/containerd.sock"
-	write(conf+"/containerd/config.toml", fmt.Sprintf(`version = 2
+	// nothing may lower an oom_score_adj where CAP_SYS_RESOURCE is missing
+	write(conf+"/containerd/config.toml", fmt.Sprintf(`version = 3
 root = %q
 state = %q
+disabled_plugins = ["io.containerd.nri.v1.nri"]
 [grpc]
   address = %q
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "docker.io/rancher/mirrored-pause:3.6"
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = %q
+  [plugins.'io.containerd.cri.v1.images'.pinned_images]
+    sandbox = "docker.io/rancher/mirrored-pause:3.6"
+[plugins.'io.containerd.cri.v1.runtime']
   restrict_oom_score_adj = true
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = %q
+  [plugins.'io.containerd.cri.v1.runtime'.cni]
+    bin_dirs = [%q]
     conf_dir = %q
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "native"
-`, agentDir+"/containerd", runDir+"/containerd", sock, parts+"/cni", conf+"/cni/net.d"), 0600)
+`, agentDir+"/containerd", runDir+"/containerd", sock, snapshotter, parts+"/cni", conf+"/cni/net.d"), 0600)
 	start("containerd", logs+"/containerd.log", "--config", conf+"/containerd/config.toml")
 	for n := 0; n < 200; n++ {
 		if cn, err := net.Dial("unix", sock); err == nil {
@@ -199,7 +208,7 @@ state = %q
 	}
 	archives, _ := filepath.Glob(agentDir + "/images/*.tar*")
 	for _, a := range archives {
-		cmd := exec.Command(parts+"/ctr", "--address", sock, "--namespace", "k8s.io", "images", "import", "--snapshotter", "native", a)
+		cmd := exec.Command(parts+"/ctr", "--address", sock, "--namespace", "k8s.io", "images", "import", "--local", "--snapshotter", snapshotter, a)
 		cmd.Env = append(os.Environ(), "PATH="+parts+":"+os.Getenv("PATH"))
 		if out, err := cmd.CombinedOutput(); err != nil {
 			logf("error", "importing %s: %s", a, out)
@@ -209,10 +218,12 @@ state = %q
 	write(conf+"/kubelet.yaml", fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 cgroupDriver: cgroupfs
+failCgroupV1: false
 failSwapOn: false
 oomScoreAdj: 0
+containerRuntimeEndpoint: "unix://%s"
 clusterDomain: cluster.local
-clusterDNS: ["10.43.0.10"]
+clusterDNS: [%q]
 resolvConf: %q
 authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: %q}}
 authorization: {mode: Webhook}
@@ -223,8 +234,8 @@ imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 evictionHard: {imagefs.available: "1%%", nodefs.available: "1%%", memory.available: "10Mi"}
 protectKernelDefaults: false
-`, resolv, agentDir+"/client-ca.crt", agentDir+"/serving-kubelet.crt", agentDir+"/serving-kubelet.key"), 0600)
-	args := []string{"--config", conf + "/kubelet.yaml", "--kubeconfig", agentDir + "/kubelet.kubeconfig", "--container-runtime", "remote", "--container-runtime-endpoint", "unix://" + sock,
+`, sock, clusterDNS(c), resolv, agentDir+"/client-ca.crt", agentDir+"/serving-kubelet.crt", agentDir+"/serving-kubelet.key"), 0600)
+	args := []string{"--config", conf + "/kubelet.yaml", "--kubeconfig", agentDir + "/kubelet.kubeconfig",
 		"--node-ip", ip, "--hostname-override", node, "--cert-dir", agentDir + "/pki", "--root-dir", "/var/lib/kubelet"}
 	if l := c.list("node-label"); len(l) > 0 {
 		args = append(args, "--node-labels", strings.Join(l, ","))
@@ -238,4 +249,7 @@ protectKernelDefaults: false
 	start("kubelet", logs+"/kubelet.log", args...)
 	start("kube-proxy", logs+"/kube-proxy.log", "--kubeconfig", agentDir+"/kubeproxy.kubeconfig", "--cluster-cidr", "10.42.0.0/16", "--hostname-override", node,
 		"--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0s", "--conntrack-tcp-timeout-close-wait", "0s", "--healthz-bind-address", "127.0.0.1:10256", "--metrics-bind-address", "127.0.0.1:10249")
+	if c.get("flannel-backend", "vxlan") != "none" {
+		go flannel(nodeClient(server, "client-kube-proxy"), node, ip, conf+"/cni/net.d")
+	}
 }

@@ -28,7 +28,9 @@ func serial() *big.Int {
 	return n
 }
 
-func pemOf(kind string, der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}) }
+func pemOf(kind string, der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+}
 
 // ca loads an authority from dir, or makes it.
 func ca(dir, name string) authority {

@@ -91,7 +91,7 @@ func server(c config) {
 		"--advertise-client-urls", "http://127.0.0.1:2379", "--listen-peer-urls", "http://127.0.0.1:2380", "--initial-advertise-peer-urls", "http://127.0.0.1:2380",
 		"--initial-cluster", "default=http://127.0.0.1:2380", "--unsafe-no-fsync")
 	flags := []string{"--etcd-servers", "http://127.0.0.1:2379", "--secure-port", "6444", "--bind-address", "127.0.0.1", "--advertise-address", ip,
-		"--service-cluster-ip-range", service, "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction", "--allow-privileged=true",
+		"--service-cluster-ip-range", service, "--authorization-mode", "Node,RBAC", "--enable-aggregator-routing=true", "--endpoint-reconciler-type", "none", "--enable-admission-plugins", "NodeRestriction", "--allow-privileged=true",
 		"--client-ca-file", tlsDir + "/client-ca.crt", "--tls-cert-file", tlsDir + "/serving-kube-apiserver.crt", "--tls-private-key-file", tlsDir + "/serving-kube-apiserver.key",
 		"--kubelet-client-certificate", tlsDir + "/client-kube-apiserver.crt", "--kubelet-client-key", tlsDir + "/client-kube-apiserver.key", "--kubelet-preferred-address-types", "InternalIP",
 		"--service-account-issuer", "https://kubernetes.default.svc.cluster.local", "--service-account-key-file", tlsDir + "/service.key", "--service-account-signing-key-file", tlsDir + "/service.key",
@@ -129,8 +129,8 @@ func server(c config) {
 	writeAdmin(c, tlsDir, serverCA)
 	start("kube-controller-manager", logs+"/kube-controller-manager.log", "--kubeconfig", cred+"/controller.kubeconfig", "--service-account-private-key-file", tlsDir+"/service.key",
 		"--root-ca-file", tlsDir+"/server-ca.crt", "--use-service-account-credentials", "--cluster-cidr", c.get("cluster-cidr", "10.42.0.0/16"), "--allocate-node-cidrs", "--leader-elect=false",
-		"--cluster-signing-cert-file", tlsDir+"/client-ca.crt", "--cluster-signing-key-file", tlsDir+"/client-ca.key", "--bind-address", "127.0.0.1", "--port", "0", "--controllers", "*,bootstrapsigner,tokencleaner")
-	start("kube-scheduler", logs+"/kube-scheduler.log", "--kubeconfig", cred+"/scheduler.kubeconfig", "--leader-elect=false", "--bind-address", "127.0.0.1", "--port", "0")
+		"--cluster-signing-cert-file", tlsDir+"/client-ca.crt", "--cluster-signing-key-file", tlsDir+"/client-ca.key", "--bind-address", "127.0.0.1", "--controllers", "*,bootstrapsigner,tokencleaner")
+	start("kube-scheduler", logs+"/kube-scheduler.log", "--kubeconfig", cred+"/scheduler.kubeconfig", "--leader-elect=false", "--bind-address", "127.0.0.1")
 
 	// the server's own node, by the same certificates that a worker gets
 	agentDir := dataDir + "/agent"
@@ -140,11 +140,12 @@ func server(c config) {
 	write(agentDir+"/server-ca.crt", string(serverCA.pem), 0644)
 	write(agentDir+"/client-ca.crt", string(clientCA.pem), 0644)
 	ensureNodePassword()
-	runNode(c, node, ip, "https://127.0.0.1:6443", service)
+	runNode(c, node, ip, "https://127.0.0.1:6443")
 	waitNode(node)
 	kubectl("label", "--overwrite", "node", node, "node-role.kubernetes.io/control-plane=true", "node-role.kubernetes.io/master=true")
-	bundled(c)
+	bundled(c, ip)
 	go provision()
+	go nodeHosts()
 	go forgetPasswords()
 	notify("READY=1")
 	logf("info", "k3s is up and running")
@@ -203,21 +204,6 @@ func supervise(c config, tlsDir string, serverCA, clientCA authority, password s
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", forward)
-	// k3s' API server names the k3s release as its version
-	mux.HandleFunc("/version", func(w http.ResponseWriter, r *http.Request) {
-		if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 && r.Header.Get("Authorization") == "" {
-			http.Error(w, "Unauthorized", 401)
-			return
-		}
-		v := object("GET", "/version", nil)
-		if v == nil {
-			http.Error(w, "starting", 503)
-			return
-		}
-		v["gitVersion"] = version()
-		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(v)
-	})
 	mux.HandleFunc("/ping", func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("pong")) })
 	mux.HandleFunc("/cacerts", func(w http.ResponseWriter, r *http.Request) { w.Write(serverCA.pem) })
 	authed := func(h http.HandlerFunc) http.HandlerFunc {
@@ -234,7 +220,7 @@ func supervise(c config, tlsDir string, serverCA, clientCA authority, password s
 	}
 	mux.HandleFunc("/v1-k3s/config", authed(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(map[string]interface{}{"ClusterIPRange": c.get("cluster-cidr", "10.42.0.0/16"), "ServiceIPRange": c.get("service-cidr", "10.43.0.0/16"), "ClusterDNS": "10.43.0.10", "FlannelBackend": c.get("flannel-backend", "vxlan")})
+		json.NewEncoder(w).Encode(map[string]interface{}{"ClusterIPRange": c.get("cluster-cidr", "10.42.0.0/16"), "ServiceIPRange": c.get("service-cidr", "10.43.0.0/16"), "ClusterDNS": clusterDNS(c), "FlannelBackend": c.get("flannel-backend", "vxlan")})
 	}))
 	mux.HandleFunc("/v1-k3s/server-ca.crt", authed(func(w http.ResponseWriter, r *http.Request) { w.Write(serverCA.pem) }))
 	mux.HandleFunc("/v1-k3s/client-ca.crt", authed(func(w http.ResponseWriter, r *http.Request) { w.Write(clientCA.pem) }))
@@ -316,6 +302,24 @@ func nodePassword(name, password string) bool {
 	return true
 }
 
+// nodeHosts keeps the names of the nodes where CoreDNS reads them.
+func nodeHosts() {
+	for said := ""; ; time.Sleep(5 * time.Second) {
+		var lines []string
+		for _, n := range nodesOf(object("GET", "/api/v1/nodes", nil)) {
+			lines = append(lines, n.ip+" "+n.name)
+		}
+		hosts := strings.Join(lines, "\n") + "\n"
+		patch, _ := json.Marshal(map[string]any{"data": map[string]string{"NodeHosts": hosts}})
+		if hosts == said {
+			continue
+		}
+		if _, err := kubectl("-n", "kube-system", "patch", "configmap", "coredns", "--type=merge", "-p", string(patch)); err == nil {
+			said = hosts
+		}
+	}
+}
+
 // forgetPasswords drops a node's password once its Node was there and is gone, as the owner reference does in k3s.
 func forgetPasswords() {
 	seen := map[string]bool{}
@@ -374,18 +378,25 @@ func waitNode(node string) {
 	fatal("node %s did not register", node)
 }
 
-// bundled applies what k3s brings along, less what is disabled. The workloads are busybox: names and kinds are what matters.
-func bundled(c config) {
-	off := strings.Join(c.list("disable"), " ")
-	docs := []string{strings.ReplaceAll(helmCRDs, "\t", "  ")}
-	deployments := [][2]string{{"coredns", "coredns"}, {"local-path-provisioner", "local-storage"}, {"metrics-server", "metrics-server"}, {"traefik", "traefik"}}
-	for _, d := range deployments {
-		if !strings.Contains(off, d[1]) {
-			docs = append(docs, fmt.Sprintf(deployment, d[0]))
-		}
+// bundled applies what k3s brings along, less what is disabled.
+func bundled(c config, ip string) {
+	off := map[string]bool{}
+	for _, name := range c.list("disable") {
+		off[name] = true
 	}
-	if !strings.Contains(off, "local-storage") {
-		docs = append(docs, storageClass)
+	docs := []string{fmt.Sprintf(ownEndpoint, ip), helmCRDs}
+	for _, b := range []struct {
+		name  string
+		parts []string
+	}{
+		{"coredns", []string{fmt.Sprintf(coreDNS, clusterDNS(c))}},
+		{"metrics-server", []string{metricsServer}},
+		{"local-storage", []string{fmt.Sprintf(sleeper, "local-path-provisioner"), storageClass}},
+		{"traefik", []string{fmt.Sprintf(sleeper, "traefik")}},
+	} {
+		if !off[b.name] {
+			docs = append(docs, b.parts...)
+		}
 	}
 	file := dataDir + "/server/manifests/bundled.yaml"
 	write(file, strings.Join(docs, "\n---\n"), 0600)
