@@ -196,6 +196,11 @@ pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
         Some(("tls_name", "use a name that stands in the server's certificate"))
     } else if has(&["BadSignature"]) {
         Some(("tls_key", "give the server a key of today: RSA below 2048 bits, as frps makes it for itself, is not believed"))
+    } else if has(&["BadEncoding"]) {
+        // a name is missing and its days begin in the year 1: so do those that frps before 0.65 makes
+        let hint = "its certificate breaks the standard, as one does that an old frps makes for itself at every start: give the server \
+                    a certificate, and its CA or pin here";
+        Some(("tls_untrusted", hint))
     } else if has(&["UnknownIssuer", "CaUsedAsEndEntity", "invalid peer certificate"]) {
         Some(("tls_untrusted", "give the CA that signed the server's certificate, or its pin"))
     } else if has(&["corrupt message", "InvalidContentType", "not TLS"]) {

@@ -1,7 +1,7 @@
 //! FRP wire protocol version 1: bytes and values, digests, the control channel's cipher.
 //!
 //! Facts from fatedier/frp v0.70.1 (`pkg/msg/msg.go`, `pkg/auth/token.go`) and fatedier/golib (`msg/json/process.go`,
-//! `crypto/encode.go`); checked against recordings of a genuine pair in `tests/fixtures/frp`.
+//! `crypto/encode.go`); checked beside genuine ones of five generations by `tests/it/genuine.rs`.
 
 use aes::Aes128;
 use cfb_mode::cipher::KeyIvInit as _;

@@ -666,7 +666,7 @@ fn what_it_cannot_use_is_named() {
 /// Asks its auth plugin as frps does (`pkg/plugin/server/http.go`): on Login the metas stand in the content, later in its user.
 struct Plugged {
     url: String,
-    client: Client,
+    pub(crate) client: Client,
     /// Who logged in, by run: later calls carry his metas.
     metas: Mutex<std::collections::BTreeMap<String, String>>,
 }

@@ -9,6 +9,7 @@ mod cli;
 mod fields;
 mod frps;
 mod gateway;
+mod generations;
 mod genuine;
 mod hostile;
 mod hosts;

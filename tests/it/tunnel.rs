@@ -1,4 +1,4 @@
-//! The FRP client against our own server half, recordings of a genuine pair, and servers that misbehave.
+//! The FRP client against our own server half, and servers that misbehave.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -9,9 +9,7 @@ use crate::plane::{free_port, identity};
 use pipeops::secret::Secret;
 use pipeops::tunnel::client::{Client, Work};
 use pipeops::tunnel::layer::Io;
-use pipeops::tunnel::mux::{Limits, Mux, Side};
 use pipeops::tunnel::server::{Server, ServerConfig};
-use pipeops::tunnel::wire::{self, Message};
 use pipeops::tunnel::{Kind, Proxy, State, Status, TunnelAuth, TunnelConfig, TunnelTls};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -489,95 +487,6 @@ async fn a_server_that_wants_the_byte_before_tls_gets_it() {
     });
     let reason = Frpc::start(settings(address, true, &pin), "").until(State::Waiting).await;
     assert!(reason.starts_with("tls: ") && !reason.contains("alert"), "{reason}");
-}
-
-fn recording(name: &str) -> Vec<(u64, bool, Option<Vec<u8>>)> {
-    let path = format!("{}/tests/fixtures/frp/frp-0.31.2-{name}.jsonl", env!("CARGO_MANIFEST_DIR"));
-    let unhex = |text: &str| text.as_bytes().chunks(2).map(|p| u8::from_str_radix(std::str::from_utf8(p).unwrap(), 16).unwrap()).collect();
-    std::fs::read_to_string(path)
-        .unwrap()
-        .lines()
-        .map(|line| {
-            let line: serde_json::Value = serde_json::from_str(line).unwrap();
-            (line["conn"].as_u64().unwrap(), line["dir"] == "s2c", line["hex"].as_str().map(unhex))
-        })
-        .collect()
-}
-
-/// Plays what a genuine frps sent, to our client; its key derivation, cipher, messages and payload must all come out.
-#[tokio::test(flavor = "multi_thread")]
-async fn recordings_of_a_genuine_server_are_understood() {
-    for (name, layers) in [("nomux-plain", false), ("nomux-enc-comp", true)] {
-        let (tls, pin) = identity();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut config = settings(listener.local_addr().unwrap(), false, &pin);
-        config.pool_count = 0;
-        config.proxies[0] = Proxy { name: "w".into(), kind: Kind::Http, ..Proxy::default() };
-        (config.proxies[1].use_encryption, config.proxies[1].use_compression) = (layers, layers);
-        let tape = recording(name);
-        tokio::spawn(async move {
-            let mut held = Vec::new();
-            for conn in 1.. {
-                let (stream, _) = listener.accept().await.unwrap();
-                let mut stream = tokio_rustls::TlsAcceptor::from(tls.clone()).accept(stream).await.unwrap();
-                for (_, _, bytes) in tape.iter().filter(|(c, server, _)| *c == conn && *server) {
-                    if let Some(bytes) = bytes {
-                        stream.write_all(bytes).await.unwrap();
-                    }
-                }
-                stream.flush().await.unwrap();
-                held.push(stream);
-            }
-        });
-        let (mut frpc, mut work) = Frpc::with_work(config, "");
-        frpc.until(State::Up).await;
-        let mut names = Vec::new();
-        for _ in 0..2 {
-            let mut first = tokio::time::timeout(Duration::from_secs(10), work.recv()).await.unwrap().unwrap();
-            assert!(!first.from.is_empty(), "{name}");
-            let mut head = [0; 4];
-            first.io.read_exact(&mut head).await.unwrap();
-            assert_eq!(&head, b"GET ", "{name}, proxy {}", first.proxy);
-            names.push((first.proxy, first.kind));
-        }
-        // they are handed over side by side
-        names.sort_by(|a, b| a.0.cmp(&b.0));
-        assert_eq!(names, [("t".to_owned(), Kind::Tcp), ("w".to_owned(), Kind::Http)], "{name}");
-    }
-}
-
-/// What a genuine frpc sent over its multiplexer, read by our server side.
-#[tokio::test(flavor = "multi_thread")]
-async fn recordings_of_a_genuine_client_are_understood() {
-    let (ours, mut theirs) = tokio::io::duplex(1024 * 1024);
-    let (mux, driver) = Mux::new(ours, Side::Server, Limits::default());
-    tokio::spawn(driver.run());
-    for (_, server, bytes) in recording("mux-plain") {
-        if let (false, Some(bytes)) = (server, bytes) {
-            theirs.write_all(&bytes).await.unwrap();
-        }
-    }
-    let mut control = mux.accept().await.unwrap();
-    let Message::Login(login) = wire::read(&mut control).await.unwrap() else { panic!("no Login") };
-    assert_eq!((login.version.as_str(), login.pool_count), ("0.31.2", 1));
-    assert_eq!(login.privilege_key, wire::privilege_key(&Secret::new(TOKEN), login.timestamp));
-    let mut control = pipeops::tunnel::layer::encrypted(control, &wire::Key::of(&Secret::new(TOKEN)));
-    let mut kinds = String::new();
-    let mut names = Vec::new();
-    for _ in 0..4 {
-        let message = wire::read(&mut control).await.unwrap();
-        kinds.push(char::from(message.kind()));
-        if let Message::NewProxy(proxy) = message {
-            names.push((proxy.proxy_name, proxy.proxy_type, proxy.remote_port));
-        }
-    }
-    names.sort();
-    assert_eq!(kinds, "pphh");
-    assert_eq!(names, [("t".into(), "tcp".into(), 18991), ("w".into(), "http".into(), 0)]);
-    for _ in 0..3 {
-        let mut work = mux.accept().await.unwrap();
-        assert!(matches!(wire::read(&mut work).await.unwrap(), Message::NewWorkConn(_)));
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
