@@ -53,7 +53,7 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l flann
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l node-label -d 'Label of this node, KEY=VALUE' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l node-taint -d 'Taint of this node, KEY=VALUE:EFFECT' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l tls-san -d 'Further name or address that the API server\'s certificate is valid for' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l components -d 'Controllers to install: ingress, cert-manager, metrics, storage; or none' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l components -d 'Controllers to install: ingress or traefik, cert-manager, metrics, storage; or none' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l acme-email -d 'Mail address for Let\'s Encrypt; creates its issuers' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l api-allow -d 'Networks that may reach the node\'s ports besides 80 and 443' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l max-role -d 'Highest role that PipeOps may act in on this cluster: viewer, deployer, operator, admin' -r
@@ -94,7 +94,7 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l flannel-
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l node-label -d 'Label of this node, KEY=VALUE' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l node-taint -d 'Taint of this node, KEY=VALUE:EFFECT' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l tls-san -d 'Further name or address that the API server\'s certificate is valid for' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l components -d 'Controllers to install: ingress, cert-manager, metrics, storage; or none' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l components -d 'Controllers to install: ingress or traefik, cert-manager, metrics, storage; or none' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l acme-email -d 'Mail address for Let\'s Encrypt; creates its issuers' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l api-allow -d 'Networks that may reach the node\'s ports besides 80 and 443' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l max-role -d 'Highest role that PipeOps may act in on this cluster: viewer, deployer, operator, admin' -r

@@ -64,6 +64,11 @@ impl Target<'_> {
     fn server(&self) -> bool {
         self.settings.role == Role::Server
     }
+
+    /// Whether a component answers on ports 80 and 443.
+    fn ingress(&self) -> bool {
+        crate::components::ingress_class(self.components).is_some()
+    }
 }
 
 /// Whether `--ignore` may turn the error into a warning.
@@ -103,6 +108,7 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("TOOL_MISSING", Ignore::Allowed, software::tools),
     ("TRUST_STORE_MISSING", Ignore::Allowed, software::trust_store),
     ("INGRESS_NGINX_RETIRED", Ignore::Allowed, software::retired_ingress),
+    ("TRAEFIK_GOES", Ignore::Allowed, software::traefik_goes),
     ("HOSTNAME_BAD", Ignore::Allowed, network::hostname),
     ("ROUTE_NONE", Ignore::Allowed, network::no_route),
     ("NIC_AMBIGUOUS", Ignore::Allowed, network::ambiguous),

@@ -18,6 +18,8 @@ pub struct Component {
     pub memory_mib: u64,
     /// Chart and version, empty where k3s bundles it.
     pub source: &'static str,
+    /// Whether it comes where nothing is chosen.
+    pub by_default: bool,
     /// Objects applied first.
     #[serde(skip)]
     pub objects: &'static str,
@@ -36,6 +38,7 @@ pub const CATALOGUE: &[Component] = &[
         summary: "metrics-server, as bundled with k3s",
         memory_mib: 0,
         source: "",
+        by_default: true,
         objects: "",
         ready: || {
             vec![
@@ -50,6 +53,7 @@ pub const CATALOGUE: &[Component] = &[
         summary: "local-path volumes, as bundled with k3s (directories of this node; not a CSI driver, sizes are not enforced)",
         memory_mib: 0,
         source: "",
+        by_default: true,
         objects: "",
         ready: || {
             vec![
@@ -64,6 +68,7 @@ pub const CATALOGUE: &[Component] = &[
         summary: "cert-manager with the issuers pipeops-ca and, with --acme-email, letsencrypt and letsencrypt-staging",
         memory_mib: 150,
         source: "oci://quay.io/jetstack/charts/cert-manager v1.21.1",
+        by_default: true,
         objects: include_str!("../deployments/components/cert-manager.yaml"),
         ready: || {
             vec![
@@ -86,6 +91,7 @@ pub const CATALOGUE: &[Component] = &[
         summary: "F5 NGINX ingress controller on ports 80 and 443, class nginx",
         memory_mib: 128,
         source: "oci://ghcr.io/nginx/charts/nginx-ingress 2.6.4",
+        by_default: true,
         objects: include_str!("../deployments/components/ingress.yaml"),
         ready: || {
             vec![
@@ -96,20 +102,42 @@ pub const CATALOGUE: &[Component] = &[
         },
         after: |_| String::new(),
     },
+    Component {
+        name: "traefik",
+        summary: "traefik on ports 80 and 443, class traefik, as bundled with k3s; instead of ingress",
+        memory_mib: 64,
+        source: "",
+        by_default: false,
+        objects: "",
+        ready: || {
+            vec![
+                Ready::Chart { namespace: "kube-system".into(), name: "traefik".into() },
+                Ready::Deployment { namespace: "kube-system".into(), name: "traefik".into() },
+                Ready::Http { port: 80 },
+            ]
+        },
+        after: |_| String::new(),
+    },
 ];
+
+/// The IngressClass of the controller that answers on ports 80 and 443, where one of `components` does.
+pub fn ingress_class(components: &[&Component]) -> Option<&'static str> {
+    let has = |name: &str| components.iter().any(|c| c.name == name);
+    [("ingress", "nginx"), ("traefik", "traefik")].into_iter().find(|(name, _)| has(name)).map(|(_, class)| class)
+}
 
 /// Names that `--components` accepts.
 pub fn names() -> Vec<&'static str> {
     CATALOGUE.iter().map(|c| c.name).collect()
 }
 
-/// The chosen components in catalogue order. Nothing chosen means all, or, offline, only those that need no chart.
+/// The chosen components in catalogue order. Nothing chosen means those that come by default, or, offline, none.
 pub fn chosen(names: Option<&[String]>, offline: bool) -> Vec<&'static Component> {
     CATALOGUE
         .iter()
         .filter(|c| match names {
             Some(list) => list.iter().any(|n| n == c.name),
-            None => !offline,
+            None => c.by_default && !offline,
         })
         .collect()
 }
@@ -149,6 +177,10 @@ mod tests {
     #[test]
     fn offline_brings_nothing_that_needs_a_chart_server() {
         assert!(chosen(None, true).is_empty());
+        assert_eq!(chosen(None, false).iter().map(|c| c.name).collect::<Vec<_>>(), ["metrics", "storage", "cert-manager", "ingress"]);
+        assert_eq!(ingress_class(&chosen(None, false)), Some("nginx"));
+        assert_eq!(ingress_class(&chosen(Some(&["traefik".to_owned()]), true)), Some("traefik"));
+        assert_eq!(ingress_class(&chosen(Some(&["metrics".to_owned()]), true)), None);
         assert_eq!(
             chosen(Some(&["ingress".to_owned(), "metrics".to_owned()]), false).iter().map(|c| c.name).collect::<Vec<_>>(),
             ["metrics", "ingress"]

@@ -51,6 +51,8 @@ pub struct Facts {
     pub programs: BTreeMap<String, String>,
     /// IngressClass controllers and images found in a running cluster that are retired.
     pub retired_ingress: Option<u32>,
+    /// A k3s of ours runs its own traefik, which its settings do not turn off yet.
+    pub traefik: bool,
     /// Files with secrets that every user may read.
     pub readable: Vec<Readable>,
 }

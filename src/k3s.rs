@@ -6,7 +6,7 @@ pub mod net;
 pub mod token;
 pub mod version;
 
-use crate::components::Component;
+use crate::components::{self, Component};
 use crate::facts::Facts;
 use crate::plan::{Content, Fetch, Plan, Ready, Resource, SCHEMA, SecretName, Step};
 use crate::settings::{MaxRole, Role, Settings};
@@ -93,12 +93,16 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
         "from here on k3s fills its directories",
         Resource::Node { role: settings.role, dirs: config::state_dirs(settings.role) },
     ));
+    let why = match settings.role {
+        Role::Server if drop_in.contains("traefik") => "every setting that we own, in one file; traefik is off: --components traefik asks for it",
+        _ => "every setting that we own, in one file",
+    };
     let content = match settings.options.k3s.fill() {
         Some(_) => Content::Filled { text: drop_in, from: SecretName::K3sSettings },
         None => Content::Text(drop_in),
     };
     let want = Resource::File { path: DROP_IN.into(), content, mode: 0o600, group: None };
-    steps.push(step("settings", "write the k3s settings", "every setting that we own, in one file", want));
+    steps.push(step("settings", "write the k3s settings", why, want));
     if settings.options.registries.is_some() {
         steps.push(step("registries", "write registries.yaml", "asked for by --registries", secret(REGISTRIES, SecretName::Registries)));
     }
@@ -160,7 +164,8 @@ pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, compon
             parts.push(("objects", format!("apply {}", component.name), Resource::Objects { yaml: component.objects.into() }));
         }
         parts.push(("ready", format!("wait for {}", component.name), Resource::Ready { what: (component.ready)(), within_s }));
-        let after = (component.after)(settings.options.acme_email.as_deref());
+        let class = components::ingress_class(components).unwrap_or("nginx");
+        let after = (component.after)(settings.options.acme_email.as_deref()).replace("ACME_CLASS", class);
         if !after.is_empty() {
             parts.push(("after", format!("configure {}", component.name), Resource::Objects { yaml: after }));
         }

@@ -75,7 +75,7 @@ pub struct Options {
     #[arg(long, value_name = "NAME", value_delimiter = ',', help_heading = "Server")]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tls_san: Vec<String>,
-    /// Controllers to install: ingress, cert-manager, metrics, storage; or none
+    /// Controllers to install: ingress or traefik, cert-manager, metrics, storage; or none
     #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Server")]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub components: Vec<String>,
@@ -371,6 +371,10 @@ impl Settings {
                         let near = nearest(name, components.iter().copied()).map(|n| format!("; did you mean {n}?")).unwrap_or_default();
                         faults.push(format!("--components: unknown component `{name}`{near} (known: {}, or none alone)", components.join(", ")));
                     }
+                }
+                let has = |name: &str| list.iter().any(|n| n == name);
+                if has("ingress") && has("traefik") {
+                    faults.push("--components: ingress and traefik both answer on ports 80 and 443; choose one".into());
                 }
                 Some(list.to_vec())
             }

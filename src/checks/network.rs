@@ -200,7 +200,7 @@ pub(super) fn ports(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn ingress_ports(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    if facts.k3s.ours.is_some() && facts.k3s.active || !target.components.iter().any(|c| c.name == "ingress") {
+    if facts.k3s.ours.is_some() && facts.k3s.active || !target.ingress() {
         return Vec::new();
     }
     holders(facts, &[("tcp", 80, "ingress"), ("tcp", 443, "ingress")])
@@ -217,7 +217,7 @@ fn openings(target: &Target<'_>, facts: &Facts) -> Vec<String> {
     let mut list = vec!["10250/tcp".to_owned(), overlay.to_owned()];
     if target.server() {
         list.insert(0, "6443/tcp".into());
-        if target.components.iter().any(|c| c.name == "ingress") {
+        if target.ingress() {
             list.extend(["80/tcp".into(), "443/tcp".into()]);
         }
     }
@@ -293,7 +293,7 @@ pub(super) fn public(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ports.push(10250);
     if target.server() {
         ports.push(6443);
-        if target.components.iter().any(|c| c.name == "ingress") {
+        if target.ingress() {
             ports.extend([80, 443]);
         }
     }

@@ -146,3 +146,18 @@ pub(super) fn retired_ingress(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         .fix("move to the F5 controller (--components ingress); its annotations are nginx.org/*"),
     ]
 }
+
+pub(super) fn traefik_goes(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    if !facts.traefik || !target.server() || target.components.iter().any(|c| c.name == "traefik") {
+        return Vec::new();
+    }
+    vec![
+        Finding::new(
+            "TRAEFIK_GOES",
+            Level::Warning,
+            "k3s' own traefik runs here and will be removed: it is off unless asked for",
+            "HelmChart kube-system/traefik; ingresses of the class traefik will get no answer",
+        )
+        .fix("keep it with --components LIST,traefik (instead of ingress)"),
+    ]
+}

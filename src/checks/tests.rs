@@ -222,6 +222,14 @@ const ROWS: &[(&str, Change, Change)] = &[
         },
     ),
     ("INGRESS_NGINX_RETIRED", |c| c.facts.retired_ingress = Some(0), |c| c.facts.retired_ingress = None),
+    (
+        "TRAEFIK_GOES",
+        |c| c.facts.traefik = true,
+        |c| {
+            c.facts.traefik = true;
+            c.options.components = vec!["traefik".into()];
+        },
+    ),
     ("HOSTNAME_BAD", |c| c.facts.hostname = "my_vm".into(), |c| c.facts.hostname = "My-VM.example.com".into()),
     ("ROUTE_NONE", |c| c.facts.routes.clear(), |c| c.facts.routes.truncate(1)),
     (
@@ -355,4 +363,22 @@ fn a_port_names_its_holder() {
     let mut case = case();
     case.facts.listeners = vec![listener(6443, "0.0.0.0")];
     assert_eq!(found(&case)[0].evidence, "held by `nginx` (pid 812) on 0.0.0.0");
+}
+
+/// k3s' own ingress counts as one: its ports are looked at, and told to who may be reached from the internet.
+#[test]
+fn traefik_opens_what_ingress_opens() {
+    for (components, counted) in [("traefik", true), ("ingress", true), ("metrics", false)] {
+        let mut facts = healthy();
+        facts.listeners = vec![listener(443, "0.0.0.0")];
+        facts.interfaces[0].addresses = vec!["8.8.4.4/24".into()];
+        facts.routes[0].source = Some("8.8.4.4".into());
+        let options = Options { components: vec![components.into()], ..Options::default() };
+        let settings = Settings::resolve(options, Role::Server, &codes(), &components::names()).unwrap();
+        let chosen = components::chosen(settings.components.as_deref(), false);
+        let found = run(&facts, &Target { settings: &settings, version: None, components: &chosen });
+        let of = |code: &str| found.iter().find(|f| f.code == code);
+        assert_eq!(of("INGRESS_PORT_IN_USE").is_some(), counted, "{components}");
+        assert_eq!(of("API_PUBLIC").unwrap().evidence.contains("80/tcp"), counted, "{components}: {}", of("API_PUBLIC").unwrap().evidence);
+    }
 }

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::Context;
 use crate::cli::{ClusterInfo, Format};
 use crate::cluster::Cluster;
-use crate::components::CATALOGUE;
+use crate::components::{self, CATALOGUE};
 use crate::control;
 use crate::error::{Exit, Failure};
 use crate::host::Host;
@@ -230,7 +230,7 @@ async fn nodes(cluster: &Cluster, server: bool, own: &str) -> anyhow::Result<Vec
 
 async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
     let chosen =
-        CATALOGUE.iter().filter(|c| journal.entries.iter().any(|e| e.id.starts_with(&format!("component-{}-", c.name))) || wanted(journal, c.name));
+        CATALOGUE.iter().filter(|c| journal.entries.iter().any(|e| e.id.starts_with(&format!("component-{}-", c.name))) || wanted(journal, c));
     let looks = chosen.map(|component| async move {
         let look = async {
             for item in (component.ready)() {
@@ -247,10 +247,10 @@ async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
 }
 
 /// Bundled components leave no journal entry: what was asked for stands in the options.
-fn wanted(journal: &Journal, name: &str) -> bool {
+fn wanted(journal: &Journal, component: &components::Component) -> bool {
     match journal.options.get("components") {
-        Some(list) => list.split(',').any(|n| n == name),
-        None => journal.entries.iter().any(|e| e.id.starts_with("component-")),
+        Some(list) => list.split(',').any(|n| n == component.name),
+        None => component.by_default && journal.entries.iter().any(|e| e.id.starts_with("component-")),
     }
 }
 

@@ -140,6 +140,7 @@ impl<'a> Job<'a> {
         job.close_readable()?;
         if ours == Some(Role::Server) && job.facts.k3s.active {
             job.facts.retired_ingress = retired_ingress(&job.host).await;
+            job.facts.traefik = traefik(&job.host).await;
         }
         Ok(job)
     }
@@ -294,6 +295,11 @@ impl<'a> Job<'a> {
         if let Some(journal) = &self.journal {
             for (key, was) in &journal.options {
                 match checked.plan.options.get(key) {
+                    // without a word about it k3s is not changed: `release::version`
+                    None if ["k3s-version", "channel"].contains(&key.as_str()) => {
+                        let verb = if journal.k3s_version == checked.plan.k3s_version { "stays at" } else { "becomes" };
+                        self.printer.say(&format!("  ! {key} was `{was}` and is not given now: k3s {verb} {}", checked.plan.k3s_version));
+                    }
                     None => self.printer.say(&format!("  ! {key} was `{was}` and is not given now: it goes back to its default")),
                     Some(now) if now != was => self.printer.say(&format!("  ! {key} was `{was}`, becomes `{now}`")),
                     Some(_) => {}
@@ -355,6 +361,13 @@ impl<'a> Job<'a> {
 
 pub(super) fn plural(count: usize, word: &str) -> String {
     if count == 1 { format!("1 {word}") } else { format!("{count} {word}s") }
+}
+
+/// Whether k3s' own traefik is in the cluster, and no settings of ours turn it off.
+async fn traefik(host: &Host) -> bool {
+    let path = "/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/traefik";
+    let Ok(cluster) = Cluster::open(host, ADMIN_KUBECONFIG) else { return false };
+    !host.text(k3s::DROP_IN).contains("traefik") && cluster.get(path).await.is_ok_and(|chart| chart.is_some())
 }
 
 /// Ingresses with annotations of the retired controller, when that controller runs in the cluster.

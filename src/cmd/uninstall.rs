@@ -131,6 +131,7 @@ fn residue(host: &Host, named: &[String]) -> Vec<String> {
         "/var/lib/cni",
         "/run/k3s",
         "/run/flannel",
+        "/run/nri",
         "/etc/pipeops",
         "/var/lib/pipeops-agent",
         "/usr/local/bin/k3s",

@@ -95,6 +95,7 @@ pub async fn gather(host: &Host, ours: Option<Role>, env: &BTreeMap<String, Stri
             .collect(),
         readable: Vec::new(),
         retired_ingress: None,
+        traefik: false,
         kernel,
     }
 }

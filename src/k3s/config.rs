@@ -92,7 +92,8 @@ pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, com
     let mut map = common(facts, settings, version);
     map.insert("write-kubeconfig-mode".into(), json!("0600"));
     map.insert("secrets-encryption".into(), json!(true));
-    if components.iter().any(|c| c.name == "ingress") {
+    // k3s would bring it unasked, and it opens ports 80 and 443
+    if !components.iter().any(|c| c.name == "traefik") {
         map.insert("disable".into(), json!(["traefik"]));
     }
     let mut sans = settings.options.tls_san.clone();
@@ -148,6 +149,7 @@ pub fn state_dirs(role: Role) -> Vec<String> {
         "/etc/rancher/k3s/k3s.yaml",
         "/etc/rancher/node",
         "/run/containerd",
+        "/run/nri",
         "/run/netns",
     ];
     if role == Role::Server {

@@ -12,11 +12,14 @@ use super::resource::Work;
 use crate::host::{Hands, Host};
 
 const QUICK: Duration = Duration::from_secs(10);
+/// Hundreds of slices end in this time.
+const STOP: Duration = Duration::from_secs(60);
 /// A dead network mount answers nobody; after this it is left and named.
 const UNMOUNT: Duration = Duration::from_secs(15);
 /// Local-path volumes: the users' data.
 const VOLUMES: &str = "/var/lib/rancher/k3s/storage";
-/// Sysctls that k3s and the kubelet are known to set (k3s-io/k3s pkg/agent/syssetup; kubelet container manager).
+/// Sysctls that k3s and its parts are known to set (k3s-io/k3s `pkg/agent/syssetup`; kubelet's container manager; kube-proxy's
+/// `iptables`, `ipvs` and `conntrack`).
 const SYSCTLS: &[&str] = &[
     "net/ipv4/ip_forward",
     "net/ipv4/conf/all/forwarding",
@@ -28,6 +31,17 @@ const SYSCTLS: &[&str] = &[
     "net/netfilter/nf_conntrack_max",
     "net/netfilter/nf_conntrack_tcp_timeout_established",
     "net/netfilter/nf_conntrack_tcp_timeout_close_wait",
+    "net/netfilter/nf_conntrack_tcp_be_liberal",
+    "net/netfilter/nf_conntrack_udp_timeout",
+    "net/netfilter/nf_conntrack_udp_timeout_stream",
+    "net/ipv4/conf/all/route_localnet",
+    "net/ipv4/conf/all/arp_ignore",
+    "net/ipv4/conf/all/arp_announce",
+    "net/ipv4/vs/conntrack",
+    "net/ipv4/vs/conn_reuse_mode",
+    "net/ipv4/vs/expire_nodest_conn",
+    "net/ipv4/vs/expire_quiescent_template",
+    "net/core/devconf_inherit_init_net",
     "vm/overcommit_memory",
     "vm/panic_on_oom",
     "kernel/panic",
@@ -41,12 +55,17 @@ const MOUNT_ROOTS: &[&str] = &["/run/k3s", "/var/lib/rancher/k3s", "/var/lib/kub
 const AUX: &str = "/var/lib/rancher/k3s/data/current/bin/aux";
 /// Key of the tables that were there before, in the journal's account of the kernel.
 const TABLES: &str = "nft tables";
+/// Key of the sysctls that were looked at: one that a later version added was not seen, which is not "was not there".
+const LOOKED: &str = "sysctls";
+/// Slice of all pods where the kubelet uses systemd's cgroup driver.
+const SLICE: &str = "kubepods.slice";
 const INTERFACES: &[&str] = &["cni0", "flannel.1", "flannel-v6.1", "kube-ipvs0", "flannel-wg", "flannel-wg-v6", "kube-bridge"];
 
 /// Kernel settings and loaded modules, for telling at the end what k3s changed.
 pub(super) async fn kernel_state(host: &Host) -> BTreeMap<String, String> {
     let mut state = sysctls_and_modules(host);
     state.insert(TABLES.into(), tables(host).await.join(" "));
+    state.insert(LOOKED.into(), SYSCTLS.join(" "));
     state
 }
 
@@ -71,6 +90,10 @@ fn sysctls_and_modules(host: &Host) -> BTreeMap<String, String> {
 /// What differs from before k3s: listed, not undone, for other software may rely on it by now.
 pub(super) fn kernel_changes(host: &Host, then: &BTreeMap<String, String>) -> Vec<String> {
     let mut changes = Vec::new();
+    let looked = |key: &str| {
+        let name = key.trim_start_matches("sysctl ").replace('.', "/");
+        then.get(LOOKED).is_some_and(|all| all.split(' ').any(|l| l == name))
+    };
     for (key, now) in sysctls_and_modules(host) {
         match then.get(&key) {
             Some(before) if key == "modules" => {
@@ -81,7 +104,7 @@ pub(super) fn kernel_changes(host: &Host, then: &BTreeMap<String, String>) -> Ve
                 }
             }
             Some(before) if *before != now => changes.push(format!("{key} = {now}, was {before}")),
-            None if key != "modules" && !then.is_empty() => changes.push(format!("{key} = {now}, was not there")),
+            None if looked(&key) => changes.push(format!("{key} = {now}, was not there")),
             _ => {}
         }
     }
@@ -98,18 +121,18 @@ pub(super) async fn node(work: &mut Work<'_>, journal: &Journal, dirs: &[String]
         kill_pods(hands).await;
     }
     let mut left = unmount(hands).await;
-    if hands.is_machine() {
-        network(hands).await?;
-        if let Some(before) = journal.kernel.get(TABLES) {
-            drop_empty_tables(hands, before).await;
+    left.extend(network(hands).await);
+    if let Some(before) = journal.kernel.get(TABLES) {
+        drop_tables(hands, before).await;
+    }
+    // with systemd's cgroup driver each pod has a transient unit below this one; an error says that there is none
+    let _ = hands.ask("systemctl", &["stop", SLICE], STOP).await;
+    // processes that were killed take a moment to be gone, and their cgroups are busy until then
+    for _ in 0..50 {
+        if remove_cgroups(hands) {
+            break;
         }
-        // processes that were killed take a moment to be gone, and their cgroups are busy until then
-        for _ in 0..50 {
-            if remove_cgroups(hands) {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let mut keep = Vec::new();
     if !purge && !hands.list(VOLUMES).is_empty() {
@@ -211,8 +234,14 @@ async fn unmount(hands: &Hands) -> Vec<String> {
     left
 }
 
-/// Interfaces, network namespaces and rules of pods. Foreign rules and tables are not touched.
-async fn network(hands: &Hands) -> anyhow::Result<()> {
+/// A program of this machine, or the one that k3s brought where there is none: it is still there, for the directories go last.
+fn program(hands: &Hands, name: &str) -> Option<String> {
+    let own = hands.at(&format!("{AUX}/{name}")).display().to_string();
+    [name.to_owned(), own].into_iter().find(|p| hands.which(p).is_some())
+}
+
+/// Interfaces, network namespaces, rules and sets of pods. Foreign rules, tables and sets are not touched. Gives what did not go.
+async fn network(hands: &Hands) -> Vec<String> {
     for name in hands.list("/run/netns").iter().filter(|n| n.starts_with("cni-")) {
         let _ = hands.ask("ip", &["netns", "delete", name], QUICK).await;
     }
@@ -226,8 +255,7 @@ async fn network(hands: &Hands) -> anyhow::Result<()> {
         let _ = hands.ask("ip", &["link", "delete", name], QUICK).await;
     }
     for tool in ["iptables", "ip6tables"] {
-        // on a machine without iptables k3s used its own: it is still there, for the directories go last
-        let Some(tool) = [tool.to_owned(), format!("{AUX}/{tool}")].into_iter().find(|t| hands.which(t).is_some()) else { continue };
+        let Some(tool) = program(hands, tool) else { continue };
         for table in ["mangle", "nat", "filter"] {
             let Ok(saved) = hands.ask(&format!("{tool}-save"), &["-t", table], QUICK).await else { continue };
             for args in removals(&saved.stdout, table) {
@@ -236,15 +264,34 @@ async fn network(hands: &Hands) -> anyhow::Result<()> {
             }
         }
     }
-    Ok(())
+    remove_sets(hands).await
 }
 
-/// iptables over nftables makes its tables at first use. Those that came with us and hold no rule and no foreign chain go.
-async fn drop_empty_tables(hands: &Hands, before: &str) {
+/// Address sets of network policies and of kube-proxy: after the rules that use them. Those that are still in use are named.
+async fn remove_sets(hands: &Hands) -> Vec<String> {
+    let Some(ipset) = program(hands, "ipset") else { return Vec::new() };
+    let Ok(listed) = hands.ask(&ipset, &["list", "-name"], QUICK).await else { return Vec::new() };
+    let mut left = Vec::new();
+    for name in listed.stdout.lines().map(str::trim).filter(|n| ours(n.trim_start_matches("inet6:"))) {
+        if !hands.ask(&ipset, &["destroy", name], QUICK).await.is_ok_and(|o| o.ok()) {
+            left.push(format!("ipset {name}: a rule of somebody else uses it (`ipset destroy {name}` once it is gone)"));
+        }
+    }
+    left
+}
+
+/// Tables that came with us. iptables over nftables makes its own at first use: those go when they hold no rule and no foreign chain.
+/// What kube-proxy and flannel make in their nftables modes is theirs alone.
+async fn drop_tables(hands: &Hands, before: &str) {
     for table in tables(hands).await {
         let Some((family, name)) = table.split_once('/') else { continue };
-        let ours = matches!(family, "ip" | "ip6") && ["filter", "nat", "mangle", "raw"].contains(&name);
-        if !ours || before.split(' ').any(|b| b == table) {
+        let shared = matches!(family, "ip" | "ip6") && ["filter", "nat", "mangle", "raw"].contains(&name);
+        let alone = matches!(family, "ip" | "ip6") && ["kube-proxy", "flannel-ipv4", "flannel-ipv6"].contains(&name);
+        if !(shared || alone) || before.split(' ').any(|b| b == table) {
+            continue;
+        }
+        if alone {
+            let _ = hands.ask("nft", &["delete", "table", family, name], QUICK).await;
             continue;
         }
         let Ok(listing) = hands.ask("nft", &["list", "table", family, name], QUICK).await else { continue };
@@ -268,7 +315,7 @@ fn remove_cgroups(hands: &Hands) -> bool {
     let mut roots = vec!["/sys/fs/cgroup".to_owned()];
     roots.extend(hands.list("/sys/fs/cgroup").into_iter().map(|n| format!("/sys/fs/cgroup/{n}")));
     for root in roots {
-        for name in ["kubepods", "kubepods.slice", "k8s.io"] {
+        for name in ["kubepods", SLICE, "k8s.io"] {
             let path = format!("{root}/{name}");
             remove_cgroup(hands, &path);
             gone &= !hands.exists(&path);
@@ -291,7 +338,7 @@ fn on_bridge(host: &Host, link: &str, bridge: &str) -> bool {
     host.link_target(&format!("/sys/class/net/{link}/master")).is_some_and(|t| t.ends_with(bridge))
 }
 
-/// Whether a chain is one that Kubernetes, flannel or the CNI plugins made.
+/// Whether a chain or an address set is one that Kubernetes, flannel or the CNI plugins made.
 fn ours(chain: &str) -> bool {
     ["KUBE-", "CNI-", "FLANNEL-"].iter().any(|p| chain.starts_with(p))
 }
@@ -308,8 +355,14 @@ fn removals(saved: &str, table: &str) -> Vec<Vec<String>> {
         let words = shell_words(rule);
         let target = words.iter().position(|w| w == "-j" || w == "-g").and_then(|at| words.get(at + 1));
         let from_ours = words.first().is_some_and(|c| ours(c));
-        let flannel = words.windows(2).any(|w| w[0] == "--comment" && w[1].starts_with("flanneld"));
-        if !from_ours && (target.is_some_and(|t| ours(t)) || flannel) {
+        // rules with a target of the kernel's own are known by their words: flannel and kube-router put ACCEPT and MASQUERADE into
+        // chains that are not theirs
+        let marked = words.windows(2).any(|w| match w[0].as_str() {
+            "--comment" => ["flanneld", "KUBE-ROUTER ", "kube-router netpol"].iter().any(|c| w[1].starts_with(c)),
+            "--match-set" => ours(&w[1]),
+            _ => false,
+        });
+        if !from_ours && (target.is_some_and(|t| ours(t)) || marked) {
             let mut args = vec!["-t".to_owned(), table.to_owned(), "-D".to_owned()];
             args.extend(words);
             commands.push(args);
@@ -343,6 +396,30 @@ fn shell_words(line: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As kube-router 2.6 leaves them in the kernel's own chains (cloudnativelabs/kube-router `pkg/controllers/netpol`).
+    #[test]
+    fn rules_that_accept_for_a_network_policy_go_too() {
+        let comment = "KUBE-ROUTER rule to explicitly ACCEPT traffic that comply to network policies";
+        let saved = format!(
+            "*filter\n:INPUT ACCEPT [0:0]\n:KUBE-ROUTER-INPUT - [0:0]\n\
+             -A INPUT -m comment --comment \"kube-router netpol - 4IA2OSFRMVNDXBVV\" -j KUBE-ROUTER-INPUT\n\
+             -A INPUT -m comment --comment \"{comment}\" -m mark --mark 0x20000/0x20000 -j ACCEPT\n\
+             -A INPUT -m comment --comment \"ssh from the office, not KUBE-ROUTER\" -p tcp -m tcp --dport 22 -j ACCEPT\n\
+             -A OUTPUT -m set --match-set KUBE-DST-ABC dst -j ACCEPT\n-A OUTPUT -m set --match-set office dst -j ACCEPT\nCOMMIT\n"
+        );
+        let commands: Vec<String> = removals(&saved, "filter").iter().map(|c| c.join(" ")).collect();
+        assert_eq!(
+            commands,
+            [
+                "-t filter -D INPUT -m comment --comment kube-router netpol - 4IA2OSFRMVNDXBVV -j KUBE-ROUTER-INPUT".to_owned(),
+                format!("-t filter -D INPUT -m comment --comment {comment} -m mark --mark 0x20000/0x20000 -j ACCEPT"),
+                "-t filter -D OUTPUT -m set --match-set KUBE-DST-ABC dst -j ACCEPT".to_owned(),
+                "-t filter -F KUBE-ROUTER-INPUT".to_owned(),
+                "-t filter -X KUBE-ROUTER-INPUT".to_owned(),
+            ]
+        );
+    }
 
     #[test]
     fn foreign_rules_stay() {

@@ -191,6 +191,17 @@ fn fewer_options_are_shown_and_asked_about() {
     assert!(!sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("api.example.com"));
 }
 
+/// A run that names no k3s keeps the one that is there, and must not say that it goes back.
+#[test]
+fn a_version_that_is_not_named_again_stays_and_is_said_to() {
+    let sandbox = Sandbox::new();
+    sandbox.install(&["--k3s-version", VERSION]).ended(0);
+    let release = sandbox.path("release");
+    let said = sandbox.run(&["install-server", "--offline-dir", &release, "--tls-san", "a.example.com"]).ended(11);
+    assert!(said.err.contains(&format!("k3s-version was `{VERSION}` and is not given now: k3s stays at {VERSION}")), "{}", said.err);
+    assert!(!said.err.contains("goes back to its default"), "{}", said.err);
+}
+
 #[test]
 fn somebodys_edit_of_an_owned_file_is_reported_and_kept() {
     let sandbox = Sandbox::new();

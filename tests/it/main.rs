@@ -26,5 +26,7 @@ mod runner;
 mod scripts;
 mod secrets;
 mod support;
+mod teardown;
+mod traefik;
 mod tunnel;
 mod world;
