@@ -185,7 +185,6 @@ func runNode(c config, node, ip, server string) {
 	write(conf+"/containerd/config.toml", fmt.Sprintf(`version = 3
 root = %q
 state = %q
-disabled_plugins = ["io.containerd.nri.v1.nri"]
 [grpc]
   address = %q
 [plugins.'io.containerd.cri.v1.images']
