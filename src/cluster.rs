@@ -1,5 +1,6 @@
 //! The one door to Kubernetes: objects by server-side apply, readiness, tokens.
 
+pub mod ready;
 pub mod upstream;
 pub mod watch;
 mod wire;
@@ -150,6 +151,22 @@ impl Cluster {
         let Some(now) = self.get(&path_of(object)?).await.with_context(|| format!("reading {}", title_of(object)))? else { return Ok(None) };
         let then = self.apply(object, true).await?;
         Ok(Some(essence(now) == essence(then)))
+    }
+
+    /// What keeps the pods that carry these labels from their work; `None` too where they cannot be read.
+    pub async fn pods_trouble(&self, namespace: &str, selector: &str) -> Option<String> {
+        let selector: String = url::form_urlencoded::byte_serialize(selector.as_bytes()).collect();
+        ready::pods(&self.list(&format!("/api/v1/namespaces/{namespace}/pods?labelSelector={selector}")).await.ok()?)
+    }
+
+    /// Why a Deployment or StatefulSet has not what it wants, and which of its pods stands in the way.
+    pub async fn replicas_trouble(&self, namespace: &str, object: &Value) -> Option<String> {
+        let why = ready::replicas(object)?;
+        let pods = match ready::selector(object) {
+            Some(selector) => self.pods_trouble(namespace, &selector).await,
+            None => None,
+        };
+        Some(pods.map_or_else(|| why.clone(), |pods| format!("{why}: {pods}")))
     }
 
     /// Version of the API server, for example `v1.36.2+k3s1`.

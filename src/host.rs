@@ -106,6 +106,17 @@ impl Host {
         Ok(self.read_bytes(path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
+    /// The last bytes of a file that may be long; nothing when it cannot be read.
+    pub fn tail(&self, path: &str, most: u64) -> Option<String> {
+        use std::io::{Read as _, Seek as _};
+        let mut file = fs::File::open(self.at(path)).ok()?;
+        let length = file.metadata().ok()?.len();
+        file.seek(io::SeekFrom::Start(length.saturating_sub(most))).ok()?;
+        let mut bytes = Vec::new();
+        file.take(most).read_to_end(&mut bytes).ok()?;
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     pub fn read_bytes(&self, path: &str) -> anyhow::Result<Option<Vec<u8>>> {
         match fs::read(self.at(path)) {
             Ok(bytes) => Ok(Some(bytes)),

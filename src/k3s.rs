@@ -144,12 +144,16 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
     steps
 }
 
+fn node_ready(name: String, kubeconfig: &str, settings: &Settings, release: &Release) -> Ready {
+    Ready::Node { name, kubeconfig: kubeconfig.into(), unit: settings.role.unit().into(), version: release.version.to_string() }
+}
+
 /// The plan that makes this machine a server.
 pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, components: &[&'static Component]) -> Plan {
     let node = settings.node_name(&facts.hostname);
     let within_s = settings.timeout.as_secs();
     let mut steps = base(facts, settings, release, config::server_drop_in(facts, settings, &release.version, components));
-    let mut system = vec![Ready::Node { name: node, kubeconfig: ADMIN_KUBECONFIG.into(), unit: settings.role.unit().into() }];
+    let mut system = vec![node_ready(node, ADMIN_KUBECONFIG, settings, release)];
     system.extend(config::system_deployments(settings).into_iter().map(|name| Ready::Deployment { namespace: "kube-system".into(), name }));
     steps.push(step("node-ready", "wait for the node", "Ready, and the system deployments answer", Resource::Ready { what: system, within_s }));
     steps.extend(agent(settings));
@@ -233,7 +237,7 @@ fn agent(settings: &Settings) -> Vec<Step> {
 pub fn worker_plan(facts: &Facts, settings: &Settings, release: &Release, master: &Master) -> Plan {
     let node = settings.node_name(&facts.hostname);
     let mut steps = base(facts, settings, release, config::worker_drop_in(facts, settings, &release.version, master));
-    let what = vec![Ready::Node { name: node, kubeconfig: KUBELET_KUBECONFIG.into(), unit: settings.role.unit().into() }];
+    let what = vec![node_ready(node, KUBELET_KUBECONFIG, settings, release)];
     steps.push(step(
         "node-ready",
         "wait for the node",

@@ -4,6 +4,7 @@ pub mod engine;
 pub mod journal;
 mod objects;
 mod resource;
+mod start;
 mod teardown;
 mod wait;
 
@@ -175,11 +176,14 @@ pub enum Source {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Ready {
-    /// The Node object is Ready, asked with this kubeconfig.
+    /// The Node object is Ready, asked with this kubeconfig, by word of the kubelet that this start of the unit brought.
     Node {
         name: String,
         kubeconfig: String,
         unit: String,
+        /// Version that its kubelet reports; empty for any.
+        #[serde(default)]
+        version: String,
     },
     Deployment {
         namespace: String,

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cluster::condition;
+use crate::cluster::ready;
 use crate::{control, tunnel};
 
 /// A node of the cluster as people ask about it.
@@ -21,18 +21,19 @@ pub struct Node {
 impl Node {
     pub fn of(object: &Value) -> Node {
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-        let (state, message) = condition(object, "Ready").unwrap_or_default();
+        let why = ready::node(object);
         let labels = &object["metadata"]["labels"];
         let server = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"].iter().any(|l| !labels[*l].is_null());
         let addresses = object["status"]["addresses"].as_array().cloned().unwrap_or_default();
         let address = addresses.iter().find(|a| a["type"] == "InternalIP").map(|a| text(&a["address"])).unwrap_or_default();
-        let mut note = if state == "True" { String::new() } else { message };
+        let ready = why.is_none();
+        let mut note = why.unwrap_or_default();
         if object["spec"]["unschedulable"] == true {
             note = if note.is_empty() { "cordoned".into() } else { format!("cordoned; {note}") };
         }
         Node {
             name: text(&object["metadata"]["name"]),
-            ready: state == "True",
+            ready,
             role: if server { "server" } else { "worker" }.into(),
             version: text(&object["status"]["nodeInfo"]["kubeletVersion"]),
             address,

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::Beat;
 use crate::cluster::upstream::Upstream;
 use crate::cluster::watch::{Change, follow};
-use crate::cluster::{Cluster, status};
+use crate::cluster::{Cluster, ready, status};
 use crate::host::Host;
 use crate::status::{Agent, Kubernetes, Node, Notice};
 
@@ -225,8 +225,7 @@ fn put(place: &mut u32, value: u32) -> bool {
 }
 
 fn has_replicas(v: &Value) -> bool {
-    let wanted = v["spec"]["replicas"].as_u64().unwrap_or(1);
-    v["status"]["readyReplicas"].as_u64().unwrap_or(0) >= wanted
+    ready::replicas(v).is_none()
 }
 
 const COUNTED: [(&str, Good, Store); 6] = [
@@ -294,8 +293,9 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
         let daemonsets = cluster.list(&format!("/apis/apps/v1/namespaces/{namespace}/daemonsets")).await?;
         if deployments.is_empty() && daemonsets.is_empty() {
             found.push(notice("CONTROLLER_MISSING", format!("{name} is to be installed in {namespace}, and nothing of it is there")));
-        } else if !deployments.iter().all(has_replicas) {
-            found.push(notice("CONTROLLER_NOT_READY", format!("{name} in {namespace} is not ready")));
+        } else if let Some(late) = deployments.iter().find(|d| !has_replicas(d)) {
+            let why = cluster.replicas_trouble(namespace, late).await.unwrap_or_default();
+            found.push(notice("CONTROLLER_NOT_READY", format!("{name} in {namespace} is not ready: {why}")));
         }
     }
     Ok(found)

@@ -15,6 +15,8 @@ pub struct Unit {
     pub sub: String,
     pub main_pid: u32,
     pub restarts: u32,
+    /// When its main process was started, microseconds of the monotonic clock (which no step of the wall clock moves); 0: never.
+    pub started: u64,
     pub need_reload: bool,
     pub status: String,
     /// `oneshot`, `notify`, … ; empty for timers.
@@ -26,6 +28,28 @@ impl Unit {
     pub fn running(&self) -> bool {
         self.active == "active"
     }
+
+    /// When its main process was started, by this machine's clock as it stands now.
+    pub fn started_at(&self) -> Option<jiff::Timestamp> {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).ok()?;
+        let now = u64::try_from(now.tv_sec()).ok()? * 1_000_000 + u64::try_from(now.tv_nsec()).ok()? / 1000;
+        let age = now.checked_sub(self.started).filter(|_| self.started > 0)?;
+        jiff::Timestamp::now().checked_sub(Duration::from_micros(age)).ok()
+    }
+
+    /// How it does, for people: `activating (auto-restart)`.
+    pub fn how(&self) -> String {
+        if self.sub.is_empty() || self.sub == self.active { self.active.clone() } else { format!("{} ({})", self.active, self.sub) }
+    }
+}
+
+/// A place in the journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// A cursor: no step of the clock moves it.
+    Cursor(String),
+    /// Seconds since 1970, where there is no cursor to be had.
+    Since(i64),
 }
 
 const ASK: Duration = Duration::from_secs(10);
@@ -36,7 +60,8 @@ impl Host {
     /// # Errors
     /// When systemctl itself fails; an unknown unit is an answer.
     pub async fn unit(&self, name: &str) -> anyhow::Result<Unit> {
-        let properties = "LoadState,UnitFileState,ActiveState,SubState,MainPID,NRestarts,NeedDaemonReload,StatusText,Type,Result";
+        let properties = "LoadState,UnitFileState,ActiveState,SubState,MainPID,NRestarts,\
+                          ExecMainStartTimestampMonotonic,NeedDaemonReload,StatusText,Type,Result";
         let output = self.ask("systemctl", &["show", "--property", properties, name], ASK).await?;
         let map = parse::pairs(&output.stdout);
         let get = |key: &str| map.get(key).cloned().unwrap_or_default();
@@ -47,6 +72,7 @@ impl Host {
             sub: get("SubState"),
             main_pid: get("MainPID").parse().unwrap_or(0),
             restarts: get("NRestarts").parse().unwrap_or(0),
+            started: get("ExecMainStartTimestampMonotonic").parse().unwrap_or(0),
             need_reload: get("NeedDaemonReload") == "yes",
             status: get("StatusText"),
             service_type: get("Type"),
@@ -54,10 +80,25 @@ impl Host {
         })
     }
 
-    /// The unit's journal since a moment (seconds since 1970), newest last; empty when it cannot be read.
-    pub async fn unit_log(&self, name: &str, since: i64, lines: usize) -> String {
-        let (since, lines) = (format!("@{since}"), lines.to_string());
-        let args = ["--unit", name, "--since", &since, "--lines", &lines, "--output", "cat", "--no-pager", "--quiet"];
+    /// Where the unit's journal ends now.
+    pub async fn journal_mark(&self, name: &str) -> Mark {
+        let args = ["--unit", name, "--lines", "1", "--output", "cat", "--show-cursor", "--no-pager", "--quiet"];
+        let said = self.ask("journalctl", &args, ASK).await.map(|o| o.stdout).unwrap_or_default();
+        match said.lines().rev().find_map(|l| l.trim().strip_prefix("-- cursor: ")) {
+            Some(cursor) => Mark::Cursor(cursor.to_owned()),
+            // from the next second on: what it said before it was started again is not its word now
+            None => Mark::Since(jiff::Timestamp::now().as_second() + 1),
+        }
+    }
+
+    /// The unit's journal since a mark, newest last; empty when it cannot be read.
+    pub async fn unit_log(&self, name: &str, since: &Mark, lines: usize) -> String {
+        let lines = lines.to_string();
+        let (how, from) = match since {
+            Mark::Cursor(cursor) => ("--after-cursor", cursor.clone()),
+            Mark::Since(second) => ("--since", format!("@{second}")),
+        };
+        let args = ["--unit", name, how, &from, "--lines", &lines, "--output", "cat", "--no-pager", "--quiet"];
         self.ask("journalctl", &args, ASK).await.map(|o| o.stdout).unwrap_or_default()
     }
 }

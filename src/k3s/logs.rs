@@ -1,4 +1,26 @@
-//! What k3s' journal says when a start goes wrong: known messages, their cause, and the next step.
+//! What a unit's journal says when a start goes wrong: known messages, their cause, and the next step.
+
+mod machine;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+/// How much a message proves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Weight {
+    /// Nobody changes this by waiting: said twice, it is the end.
+    Certain,
+    /// May come right once or twice (a port that is just being let go); the third death is the end.
+    Fatal,
+    /// Names the part of k3s that ended, where nothing more telling was said.
+    Part,
+    /// May come right at any time: names the cause when time is up, never ends a wait.
+    Passing,
+    /// A warning beside other things: told, but never an error's code.
+    Weak,
+}
 
 /// A known cause of a failed start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -6,302 +28,185 @@ pub struct Cause {
     pub code: &'static str,
     pub what: &'static str,
     pub fix: &'static str,
-    /// Waiting longer cannot help.
-    pub fatal: bool,
+    pub weight: Weight,
 }
 
-/// Message fragments, all of which must stand in one line, and what they mean. First match wins; the most telling come first.
-const CATALOGUE: &[(&[&str], Cause)] = &[
-    (
-        &["bootstrap data", "different token"],
-        Cause {
-            code: "DATA_TOKEN_CONFLICT",
-            what: "the datastore was made with another token",
-            fix: "restore the former token, or move /var/lib/rancher/k3s away",
-            fatal: true,
-        },
-    ),
-    (
-        &["Node password rejected"],
-        Cause {
-            code: "NODE_NAME_TAKEN",
-            what: "the server knows another machine of this name",
-            fix: "on the server: kubectl delete node NAME, or choose another --node-name",
-            fatal: true,
-        },
-    ),
-    (
-        &["token CA hash does not match"],
-        Cause {
-            code: "JOIN_CA_MISMATCH",
-            what: "the token belongs to another cluster",
-            fix: "get a fresh line with `pipeops cluster-info --join` on the server",
-            fatal: true,
-        },
-    ),
-    (
-        &["not authorized"],
-        Cause {
-            code: "JOIN_TOKEN_REJECTED",
-            what: "the server refuses the token",
-            fix: "get a fresh line with `pipeops cluster-info --join` on the server",
-            fatal: true,
-        },
-    ),
-    (
-        &["401 Unauthorized"],
-        Cause {
-            code: "JOIN_TOKEN_REJECTED",
-            what: "the server refuses the token",
-            fix: "get a fresh line with `pipeops cluster-info --join` on the server",
-            fatal: true,
-        },
-    ),
-    (
-        &["certificate has expired or is not yet valid"],
-        Cause {
-            code: "CLOCK_SKEW",
-            what: "a certificate is outside its time: a clock is wrong",
-            fix: "set the clock (`timedatectl set-ntp true`), then run again",
-            fatal: true,
-        },
-    ),
-    (
-        &["x509: certificate is valid for", "not"],
-        Cause {
-            code: "TLS_SAN_MISSING",
-            what: "the server's certificate does not name the address used",
-            fix: "on the server: pipeops install-server --tls-san THAT_ADDRESS",
-            fatal: true,
-        },
-    ),
-    (
-        &["x509: certificate signed by unknown authority"],
-        Cause {
-            code: "JOIN_CA_MISMATCH",
-            what: "something else answers in the server's place, or its CA changed",
-            fix: "check the address, and for a proxy that opens TLS",
-            fatal: true,
-        },
-    ),
-    (
-        &["flag provided but not defined"],
-        Cause {
-            code: "K3S_SETTING_UNKNOWN",
-            what: "this k3s does not know one of the settings",
-            fix: "remove it from the [k3s] table or from /etc/rancher/k3s/config.yaml.d",
-            fatal: true,
-        },
-    ),
-    (
-        &["unknown flag: --"],
-        Cause {
-            code: "K3S_SETTING_UNKNOWN",
-            what: "this k3s does not know one of the settings",
-            fix: "remove it from the [k3s] table or from /etc/rancher/k3s/config.yaml.d",
-            fatal: true,
-        },
-    ),
-    (
-        &["cgroup v1", "unsupported"],
-        Cause {
-            code: "CGROUP_V1_UNSUPPORTED",
-            what: "this Kubernetes does not start on cgroup v1",
-            fix: "boot with systemd.unified_cgroup_hierarchy=1, or use --channel v1.34",
-            fatal: true,
-        },
-    ),
-    (
-        &["kubelet is configured to not run on a host using cgroup v1"],
-        Cause {
-            code: "CGROUP_V1_UNSUPPORTED",
-            what: "this Kubernetes does not start on cgroup v1",
-            fix: "boot with systemd.unified_cgroup_hierarchy=1, or use --channel v1.34",
-            fatal: true,
-        },
-    ),
-    (
-        &["failed to find memory cgroup"],
-        Cause {
-            code: "CGROUP_MEMORY_OFF",
-            what: "the memory cgroup controller is off",
-            fix: "append `cgroup_memory=1 cgroup_enable=memory` to the kernel command line and reboot",
-            fatal: true,
-        },
-    ),
-    (
-        &["address already in use"],
-        Cause { code: "PORT_IN_USE", what: "a port that k3s needs is taken", fix: "`ss -ltnp` names the program; stop it", fatal: true },
-    ),
-    (&["no default routes found"], Cause { code: "ROUTE_NONE", what: "there is no default route", fix: "add one, then run again", fatal: true }),
-    (
-        &["no space left on device"],
-        Cause { code: "DISK_LOW", what: "a disk is full", fix: "free space under /var/lib/rancher, then run again", fatal: true },
-    ),
-    (
-        &["/dev/kmsg", "no such file"],
-        Cause { code: "LXC_FEATURES", what: "/dev/kmsg is missing in this container", fix: "let the host bind /dev/kmsg into it", fatal: true },
-    ),
-    (
-        &["failed to create overlay", "operation not permitted"],
-        Cause { code: "LXC_FEATURES", what: "the host does not allow overlay mounts in this container", fix: "turn nesting on for it", fatal: true },
-    ),
-    (
-        &["critical configuration value mismatch"],
-        Cause {
-            code: "SERVER_CONFIG_MISMATCH",
-            what: "this server's settings differ from the other servers'",
-            fix: "give it the same cluster-cidr, service-cidr and disable settings",
-            fatal: true,
-        },
-    ),
-    (
-        &["database disk image is malformed"],
-        Cause { code: "DATASTORE_DAMAGED", what: "the datastore is damaged", fix: "restore /var/lib/rancher/k3s/server/db from a copy", fatal: true },
-    ),
-    (
-        &["failed to load kernel module", "br_netfilter"],
-        Cause { code: "KMOD_MISSING", what: "a kernel module is missing", fix: "install your distribution's extra kernel modules", fatal: false },
-    ),
-    (
-        &["connection refused", "/cacerts"],
-        Cause {
-            code: "SERVER_UNREACHABLE",
-            what: "the server refuses connections",
-            fix: "check that k3s runs there and the port is 6443",
-            fatal: false,
-        },
-    ),
-    (
-        &["context deadline exceeded", "/cacerts"],
-        Cause { code: "SERVER_UNREACHABLE", what: "the server does not answer", fix: "check the address and firewalls for 6443/tcp", fatal: false },
-    ),
-    (
-        &["toomanyrequests"],
-        Cause {
-            code: "REGISTRY_RATE_LIMIT",
-            what: "the image registry limits downloads",
-            fix: "wait, or use --registries with a mirror",
-            fatal: false,
-        },
-    ),
-    (
-        &["failed to pull", "no such host"],
-        Cause {
-            code: "DNS_BROKEN",
-            what: "names cannot be resolved, so images cannot be pulled",
-            fix: "check /etc/resolv.conf, or use --offline-dir",
-            fatal: false,
-        },
-    ),
-    (
-        &["failed to pull image"],
-        Cause {
-            code: "IMAGE_PULL_FAILED",
-            what: "an image cannot be pulled",
-            fix: "check the way to the registry, or use --offline-dir",
-            fatal: false,
-        },
-    ),
-    (
-        &["apply request took too long"],
-        Cause { code: "DISK_FSYNC_SLOW", what: "the data disk is too slow", fix: "use a local SSD for /var/lib/rancher", fatal: false },
-    ),
-];
-
-/// The cause that `log` shows, the latest telling line with it.
-pub fn classify(log: &str) -> Option<(Cause, String)> {
-    for (fragments, cause) in CATALOGUE {
-        let hit = log.lines().rev().find(|line| {
-            let lower = line.to_lowercase();
-            fragments.iter().all(|f| lower.contains(&f.to_lowercase()))
-        });
-        if let Some(line) = hit {
-            return Some((*cause, line.trim().to_owned()));
-        }
-    }
-    None
+const fn cause(code: &'static str, weight: Weight, what: &'static str, fix: &'static str) -> Cause {
+    Cause { code, what, fix, weight }
 }
 
-/// The last lines worth showing: errors and warnings before chatter.
-pub fn telling(log: &str, most: usize) -> Vec<String> {
-    let marked: Vec<&str> =
-        log.lines().filter(|l| ["level=error", "level=fatal", "level=warning", "Error:", "failed"].iter().any(|m| l.contains(m))).collect();
-    let from = if marked.is_empty() { log.lines().collect() } else { marked };
-    from.iter().rev().take(most).rev().map(|l| l.trim().to_owned()).collect()
+/// What a journal shows: the cause, the latest line of it without its time, and how often it stands there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub cause: Cause,
+    pub line: String,
+    pub count: usize,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Deaths of a unit after which a cause that may heal is believed.
+const DEATHS: u32 = 3;
+/// How long a refusal that cannot change stands before the wait ends, where the unit stays alive with it.
+const HELD: Duration = Duration::from_secs(10);
+/// The same for one that may.
+const HELD_LONG: Duration = Duration::from_secs(20);
 
-    /// Lines as k3s and the kubelet print them, each with the code it must get.
-    const FIXTURES: &[(&str, &str)] = &[
-        (
-            "DATA_TOKEN_CONFLICT",
-            r#"level=fatal msg="starting kubernetes: preparing server: bootstrap data already found and encrypted with different token""#,
-        ),
-        (
-            "NODE_NAME_TAKEN",
-            r#"level=error msg="Node password rejected, duplicate hostname or contents of '/etc/rancher/node/password' may not match server node-passwd entry, try enabling a unique node name with the --with-node-id flag""#,
-        ),
-        ("JOIN_CA_MISMATCH", r#"level=fatal msg="Error: token CA hash does not match the Cluster CA certificate hash: 1111 != 2222""#),
-        ("JOIN_TOKEN_REJECTED", r#"level=error msg="Failed to retrieve agent configuration: https://10.0.0.1:6443/v1-k3s/config: 401 Unauthorized""#),
-        ("JOIN_TOKEN_REJECTED", r#"level=fatal msg="starting kubernetes: preparing server: failed to validate token: not authorized""#),
-        (
-            "CLOCK_SKEW",
-            r#"level=error msg="failed to get CA certs: Get \"https://127.0.0.1:6444/cacerts\": x509: certificate has expired or is not yet valid: current time 2020-01-01T00:00:00Z is before 2026-01-01T00:00:00Z""#,
-        ),
-        (
-            "TLS_SAN_MISSING",
-            r#"level=error msg="Get \"https://203.0.113.7:6443/v1-k3s/config\": tls: failed to verify certificate: x509: certificate is valid for 10.0.0.1, 10.43.0.1, 127.0.0.1, not 203.0.113.7""#,
-        ),
-        ("JOIN_CA_MISMATCH", r#"level=error msg="x509: certificate signed by unknown authority""#),
-        ("K3S_SETTING_UNKNOWN", r#"Incorrect Usage: flag provided but not defined: -flannel-backend"#),
-        (
-            "CGROUP_V1_UNSUPPORTED",
-            r#"E0101 kubelet.go:1 "Failed to run kubelet" err="failed to run Kubelet: kubelet is configured to not run on a host using cgroup v1. cgroup v1 support is unsupported""#,
-        ),
-        (
-            "CGROUP_MEMORY_OFF",
-            r#"level=fatal msg="failed to find memory cgroup, you may need to add \"cgroup_memory=1 cgroup_enable=memory\" to your linux cmdline (/boot/cmdline.txt on a Raspberry Pi)""#,
-        ),
-        ("PORT_IN_USE", r#"level=fatal msg="Failed to start networking: unable to listen: listen tcp 0.0.0.0:6443: bind: address already in use""#),
-        ("ROUTE_NONE", r#"level=fatal msg="no default routes found in \"/proc/net/route\" or \"/proc/net/ipv6_route\"""#),
-        ("DISK_LOW", r#"level=fatal msg="extracting data: write /var/lib/rancher/k3s/data/.x/bin/containerd: no space left on device""#),
-        (
-            "LXC_FEATURES",
-            r#"E0101 server.go:1 "Failed to run kubelet" err="failed to run Kubelet: failed to create kubelet: open /dev/kmsg: no such file or directory""#,
-        ),
-        (
-            "SERVER_CONFIG_MISMATCH",
-            r#"level=fatal msg="starting kubernetes: preparing server: failed to validate server configuration: critical configuration value mismatch between servers""#,
-        ),
-        ("DATASTORE_DAMAGED", r#"level=error msg="error while range on /registry/health: database disk image is malformed""#),
-        (
-            "SERVER_UNREACHABLE",
-            r#"level=error msg="failed to get CA certs: Get \"https://127.0.0.1:6444/cacerts\": dial tcp 127.0.0.1:6444: connect: connection refused /cacerts""#,
-        ),
-        (
-            "REGISTRY_RATE_LIMIT",
-            r#"failed to pull and unpack image "docker.io/rancher/mirrored-pause:3.6": 429 Too Many Requests - toomanyrequests: You have reached your unauthenticated pull rate limit"#,
-        ),
-        ("DNS_BROKEN", r#"Failed to pull image "rancher/mirrored-coredns-coredns:1.14.4": dial tcp: lookup registry-1.docker.io: no such host"#),
-        ("DISK_FSYNC_SLOW", r#"{"level":"warn","msg":"apply request took too long","took":"2.1s"}"#),
+/// How a unit does while it is waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pulse {
+    /// `active` at this moment.
+    pub running: bool,
+    /// Restarts by systemd as it counts them, and how many of them since the wait began.
+    pub restarts: u32,
+    pub since: u32,
+    /// How long the journal has been showing this very cause.
+    pub held: Duration,
+}
+
+/// Code of a unit that ends again and again for a reason that is not in the table.
+pub const LOOP: &str = "START_LOOP";
+
+/// What to do about a cause that the table does not know.
+pub const LOOK: &str = "the lines above name the cause: correct it";
+
+/// Whether waiting longer is pointless, and why. `None`: it may still come.
+pub fn hopeless(log: &str, pulse: Pulse) -> Option<Seen> {
+    let died = deaths(log, pulse);
+    let Some(seen) = classify(log) else {
+        let (line, count) = last_words(log)?;
+        let why = Cause { code: LOOP, what: "it ends again and again", fix: LOOK, weight: Weight::Part };
+        return (died >= DEATHS && !transient(&line)).then_some(Seen { cause: why, line, count });
+    };
+    let again = pulse.since.max(if pulse.running { 0 } else { pulse.restarts });
+    let stuck = !pulse.running && !went_on(log, &seen.line);
+    let end = match seen.cause.weight {
+        Weight::Certain => again >= 2 || stuck && pulse.held >= HELD,
+        Weight::Fatal => died >= DEATHS || stuck && pulse.held >= HELD_LONG && seen.count >= 4 && waits(&seen.line),
+        Weight::Part => died >= DEATHS && !transient(&seen.line),
+        Weight::Passing | Weight::Weak => false,
+    };
+    end.then_some(seen)
+}
+
+/// How often the unit ended since the wait began: as systemd counts, or by its last words where that count is from before.
+pub fn deaths(log: &str, pulse: Pulse) -> u32 {
+    let lines = |mark: &str| log.lines().filter(|l| l.contains(mark)).count();
+    let said = ["level=fatal", "level=panic", "Shutdown request received: ", "Main process exited"].map(lines).into_iter().max().unwrap_or(0);
+    pulse.since.max(if pulse.running { 0 } else { u32::try_from(said).unwrap_or(u32::MAX).min(pulse.restarts) })
+}
+
+/// The cause that `log` shows; the most telling first, and what a process said as it ended before everything else.
+pub fn classify(log: &str) -> Option<Seen> {
+    let ended = log.lines().filter(|l| dying(l));
+    let of = |at_most: Weight| move |c: &Cause| c.weight <= at_most;
+    find(ended, of(Weight::Fatal))
+        .or_else(|| find(log.lines().filter(|l| serious(l)), of(Weight::Fatal)))
+        .or_else(|| find(log.lines().filter(|l| serious(l)), of(Weight::Part)))
+        .or_else(|| find(log.lines(), |c| c.weight == Weight::Passing))
+}
+
+/// A warning that may have to do with it.
+pub fn beside(log: &str) -> Option<Seen> {
+    find(log.lines(), |c| c.weight == Weight::Weak)
+}
+
+fn find<'a>(lines: impl DoubleEndedIterator<Item = &'a str>, wanted: impl Fn(&Cause) -> bool) -> Option<Seen> {
+    let lower: Vec<(&str, String)> = lines.map(|l| (l, l.to_lowercase())).collect();
+    settings::TABLE.iter().chain(machine::TABLE).filter(|(_, cause)| wanted(cause)).find_map(|(fragments, cause)| {
+        let mut hits = lower.iter().rev().filter(|(_, lower)| fragments.iter().all(|f| lower.contains(&f.to_lowercase())));
+        let (line, _) = hits.next()?;
+        Some(Seen { cause: *cause, line: timeless(line).to_owned(), count: 1 + hits.count() })
+    })
+}
+
+/// Said by a process as it ends, or by systemd of one that ended.
+fn dying(line: &str) -> bool {
+    const MARKS: [&str; 8] = [
+        "level=fatal",
+        "level=panic",
+        "Shutdown request received: ",
+        "Incorrect Usage:",
+        "Main process exited",
+        "Failed at step EXEC",
+        "killed by the OOM killer",
+        "Failed to locate executable",
     ];
+    MARKS.iter().any(|m| line.contains(m)) || line.starts_with("panic: ") || line.starts_with("Error: ")
+}
 
-    #[test]
-    fn every_fixture_gets_its_code() {
-        for (code, line) in FIXTURES {
-            let log = format!("level=info msg=\"Starting k3s\"\n{line}\nlevel=info msg=\"later chatter\"\n");
-            assert_eq!(classify(&log).map(|(cause, _)| cause.code), Some(*code), "{line}");
+/// Not a warning or chatter: what k3s waits for is at level info, and counts.
+fn serious(line: &str) -> bool {
+    let (weak, info) = (["level=warning", "level=debug", "\"level\":\"warn\"", "\"level\":\"info\""], line.contains("level=info"));
+    let klog = line.as_bytes();
+    let klog = matches!(klog.first(), Some(b'W' | b'I')) && klog.get(1..5).is_some_and(|d| d.iter().all(u8::is_ascii_digit));
+    !klog && !weak.iter().any(|w| line.contains(w)) && (!info || line.contains("msg=\"Waiting "))
+}
+
+/// Said by a k3s that stays alive and asks again every few seconds (pkg/agent/config/config.go, pkg/agent/run.go).
+fn waits(line: &str) -> bool {
+    ["Waiting to retrieve agent configuration", "Failed to validate connection to cluster"].iter().any(|w| line.contains(w))
+}
+
+/// Words of what passes: an unknown last line with them is no proof that the next start ends alike.
+fn transient(line: &str) -> bool {
+    const WORDS: [&str; 7] =
+        ["connection refused", "deadline exceeded", "i/o timeout", "timed out", "no route to host", "connection reset", "leaderelection lost"];
+    WORDS.iter().any(|w| line.contains(w))
+}
+
+/// Whether k3s went on after it said `line`: the node's settings came, so what kept it from them is over.
+fn went_on(log: &str, line: &str) -> bool {
+    let after = log.lines().rev().take_while(|l| timeless(l) != line);
+    let mut after = after.filter(|l| l.contains("level=info"));
+    after.any(|l| {
+        ["msg=\"Running containerd", "msg=\"Running kubelet", "is up and running", "msg=\"Connecting to proxy"].iter().any(|m| l.contains(m))
+    })
+}
+
+/// The last line with which the unit ended, and how often it stands there.
+fn last_words(log: &str) -> Option<(String, usize)> {
+    let line = log.lines().rev().find(|l| dying(l) && !l.contains("Main process exited")).or_else(|| log.lines().rev().find(|l| dying(l)))?;
+    let (key, count) = (alike(line), |key: &str| log.lines().filter(|l| alike(l) == key).count());
+    Some((timeless(line).to_owned(), count(&key)))
+}
+
+/// A line without the time that logrus puts in front.
+fn timeless(line: &str) -> &str {
+    let line = line.trim();
+    line.strip_prefix("time=\"").and_then(|rest| rest.split_once("\" ")).map_or(line, |(_, rest)| rest)
+}
+
+/// The same for lines that differ in times, ports and process numbers only.
+fn alike(line: &str) -> String {
+    let mut key = String::new();
+    for c in timeless(line).chars() {
+        match c {
+            '0'..='9' if key.ends_with('#') => {}
+            '0'..='9' => key.push('#'),
+            c if c.is_whitespace() && key.ends_with(' ') => {}
+            c => key.push(if c.is_whitespace() { ' ' } else { c }),
         }
     }
+    key
+}
 
-    #[test]
-    fn a_healthy_start_has_no_cause() {
-        let log = "level=info msg=\"Starting k3s v1.36.2+k3s1\"\nlevel=info msg=\"Waiting for API server to become available\"\n\
-                   level=info msg=\"k3s is up and running\"\n";
-        assert_eq!(classify(log), None);
+/// `text`, said so many times.
+pub fn times(text: &str, count: usize) -> String {
+    if count > 1 { format!("{text} ({count} times)") } else { text.to_owned() }
+}
+
+/// The last lines worth showing, errors and warnings before chatter; those that are alike once, with their number.
+pub fn telling(log: &str, most: usize) -> Vec<String> {
+    let marks = ["level=error", "level=fatal", "level=warning", "level=panic", "Error:", "failed", "Failed", "msg=\"Waiting ", "panic:"];
+    let marked: Vec<&str> = log.lines().filter(|l| marks.iter().any(|m| l.contains(m))).collect();
+    let from = if marked.is_empty() { log.lines().collect() } else { marked };
+    let mut shown: Vec<(String, &str, usize)> = Vec::new();
+    for line in from.into_iter().filter(|l| !l.trim().is_empty()).rev() {
+        let key = alike(line);
+        match shown.iter_mut().find(|(known, _, _)| *known == key) {
+            Some((_, _, count)) => *count += 1,
+            None => shown.push((key, line, 1)),
+        }
     }
+    shown.truncate(most);
+    shown.iter().rev().map(|(_, line, count)| times(timeless(line), *count)).collect()
 }

@@ -1,14 +1,16 @@
-//! Waiting for something to be true, with the reason why it is not yet; a failed start of k3s is explained from its journal.
+//! Waiting for something to be true, with the reason why it is not yet.
 
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+use super::start::Start;
 use super::{Ready, documents};
-use crate::cluster::{Cluster, condition};
+use crate::cluster::{Cluster, condition, ready};
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host};
-use crate::k3s::{ADMIN_KUBECONFIG, CREDENTIAL, logs};
+use crate::k3s::{ADMIN_KUBECONFIG, CREDENTIAL};
 use crate::secret::{Secret, mask};
 
 /// Longest life of the agent's token, seconds; see `credential`.
@@ -16,35 +18,19 @@ const CREDENTIAL_LIFE: i64 = 24 * 3600;
 
 /// `None` when it is so, else why not yet.
 pub async fn missing(host: &Host, what: &Ready) -> Option<String> {
-    let at = |deployment: &str, namespace: &str| format!("/apis/apps/v1/namespaces/{namespace}/deployments/{deployment}");
+    look(host, what, &mut None).await
+}
+
+/// The same, with the node's signs of life as they were when the wait began.
+async fn look(host: &Host, what: &Ready, first: &mut Option<ready::Beats>) -> Option<String> {
     match what {
-        Ready::Node { name, kubeconfig, unit } => {
-            // the Node object outlives a stopped kubelet by 40 seconds: the unit is asked first
-            match host.unit(unit).await {
-                Ok(state) if !state.running() => return Some(format!("{unit} is {}", state.active)),
-                _ => {}
-            }
-            let cluster = match Cluster::open(host, kubeconfig) {
-                Ok(cluster) => cluster,
-                Err(e) => return Some(e.to_string()),
-            };
-            match cluster.get(&format!("/api/v1/nodes/{name}")).await {
-                Ok(Some(node)) => match condition(&node, "Ready") {
-                    Some((state, _)) if state == "True" => None,
-                    Some((_, message)) => Some(message),
-                    None => Some("the node has no state yet".into()),
-                },
-                Ok(None) => Some("the node has not registered yet".into()),
-                Err(e) => Some(format!("the API server does not answer yet ({})", short(&e))),
-            }
-        }
+        Ready::Node { name, kubeconfig, unit, version } => node(host, [name, kubeconfig, unit, version], first).await,
         Ready::Deployment { namespace, name } => {
-            in_cluster(host, &at(name, namespace), |object| {
-                let (wanted, have) = (object["spec"]["replicas"].as_i64().unwrap_or(1), object["status"]["readyReplicas"].as_i64().unwrap_or(0));
-                let seen = object["status"]["observedGeneration"].as_i64().unwrap_or(0) >= object["metadata"]["generation"].as_i64().unwrap_or(0);
-                (have < wanted || !seen).then(|| format!("{have} of {wanted} pods are ready"))
-            })
-            .await
+            let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
+            match object(host, &path).await {
+                Ok((cluster, object)) => cluster.replicas_trouble(namespace, &object).await,
+                Err(why) => Some(why),
+            }
         }
         Ready::ApiService { name } => {
             in_cluster(host, &format!("/apis/apiregistration.k8s.io/v1/apiservices/{name}"), |object| match condition(object, "Available") {
@@ -55,29 +41,7 @@ pub async fn missing(host: &Host, what: &Ready) -> Option<String> {
             .await
         }
         Ready::StorageClass { name } => in_cluster(host, &format!("/apis/storage.k8s.io/v1/storageclasses/{name}"), |_| None).await,
-        Ready::Chart { namespace, name } => {
-            let chart = in_cluster(host, &format!("/apis/helm.cattle.io/v1/namespaces/{namespace}/helmcharts/{name}"), |object| {
-                match condition(object, "Failed") {
-                    Some((state, message)) if state == "True" => Some(format!("the chart failed: {message}")),
-                    _ => object["status"]["jobName"].as_str().is_none().then(|| "its job has not been made yet".into()),
-                }
-            })
-            .await;
-            if chart.is_some() {
-                return chart;
-            }
-            in_cluster(host, &format!("/apis/batch/v1/namespaces/{namespace}/jobs/helm-install-{name}"), |job| {
-                (job["status"]["succeeded"].as_i64().unwrap_or(0) < 1).then(|| {
-                    let failed = job["status"]["failed"].as_i64().unwrap_or(0);
-                    if failed > 0 {
-                        format!("its job failed {failed} times (kubectl -n {namespace} logs job/helm-install-{name})")
-                    } else {
-                        "its job is at work".into()
-                    }
-                })
-            })
-            .await
-        }
+        Ready::Chart { namespace, name } => chart(host, namespace, name).await.err(),
         Ready::Accepts { yaml } => {
             let Ok(Some(object)) = documents(yaml).map(|mut d| d.pop()) else { return Some("nothing to try".into()) };
             match Cluster::open(host, ADMIN_KUBECONFIG) {
@@ -116,23 +80,85 @@ fn short(error: &kube::Error) -> String {
     text.lines().next().unwrap_or_default().chars().take(120).collect()
 }
 
-async fn in_cluster(host: &Host, path: &str, wrong: impl FnOnce(&serde_json::Value) -> Option<String>) -> Option<String> {
-    let cluster = match Cluster::open(host, ADMIN_KUBECONFIG) {
+/// The Node, as the kubelet that this start of the unit brought reports it.
+async fn node(host: &Host, [name, kubeconfig, unit, version]: [&String; 4], first: &mut Option<ready::Beats>) -> Option<String> {
+    // the Node object outlives a stopped kubelet by 40 seconds: the unit is asked first
+    let mut started = None;
+    match host.unit(unit).await {
+        Ok(state) if !state.running() => {
+            let again = if state.restarts > 0 { format!(", restarted {} times", state.restarts) } else { String::new() };
+            return Some(format!("{unit} is {}{again}", state.how()));
+        }
+        Ok(state) => started = state.started_at(),
+        Err(_) => {}
+    }
+    let cluster = match Cluster::open(host, kubeconfig) {
         Ok(cluster) => cluster,
         Err(e) => return Some(e.to_string()),
     };
+    let node = match cluster.get(&format!("/api/v1/nodes/{name}")).await {
+        Ok(Some(node)) => node,
+        Ok(None) => return Some("the node has not registered yet".into()),
+        Err(e) => return Some(format!("the API server does not answer yet ({})", short(&e))),
+    };
+    if let Some(why) = ready::node(&node).or_else(|| ready::node_version(&node, version)) {
+        return Some(why);
+    }
+    let lease = cluster.get(&format!("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}")).await.ok().flatten();
+    let beats = ready::heartbeats(&node, lease.as_ref());
+    // one that came while we looked is of this start, whatever the clocks say
+    let came = *first.get_or_insert(beats) != beats;
+    let fresh = came || ready::fresh(beats, started, Timestamp::now());
+    (!fresh).then(|| format!("the kubelet has given no sign of life since {unit} was started"))
+}
+
+/// # Errors
+/// Why the chart is not installed yet: its job restarts a container that fails, and counts no failure for that.
+async fn chart(host: &Host, namespace: &str, name: &str) -> Result<(), String> {
+    let (cluster, chart) = object(host, &format!("/apis/helm.cattle.io/v1/namespaces/{namespace}/helmcharts/{name}")).await?;
+    if let Some((state, message)) = condition(&chart, "Failed")
+        && state == "True"
+    {
+        return Err(format!("the chart failed: {message}"));
+    }
+    let job = chart["status"]["jobName"].as_str().ok_or("its job has not been made yet")?;
+    let path = format!("/apis/batch/v1/namespaces/{namespace}/jobs/{job}");
+    let state = cluster.get(&path).await.map_err(|e| format!("the API server does not answer ({})", short(&e)))?.ok_or("it is not there yet")?;
+    if state["status"]["succeeded"].as_i64().unwrap_or(0) > 0 {
+        return Ok(());
+    }
+    let logs = format!("kubectl -n {namespace} logs job/{job}");
+    let failed = state["status"]["failed"].as_i64().unwrap_or(0);
+    Err(match cluster.pods_trouble(namespace, &format!("job-name={job}")).await {
+        Some(why) => format!("its job does not get through: {why} ({logs})"),
+        None if failed > 0 => format!("its job failed {failed} times ({logs})"),
+        None => "its job is at work".into(),
+    })
+}
+
+/// # Errors
+/// Why it cannot be read.
+async fn object(host: &Host, path: &str) -> Result<(Cluster, serde_json::Value), String> {
+    let cluster = Cluster::open(host, ADMIN_KUBECONFIG).map_err(|e| e.to_string())?;
     match cluster.get(path).await {
-        Ok(Some(object)) => wrong(&object),
-        Ok(None) => Some("it is not there yet".into()),
-        Err(e) => Some(format!("the API server does not answer ({})", short(&e))),
+        Ok(Some(object)) => Ok((cluster, object)),
+        Ok(None) => Err("it is not there yet".into()),
+        Err(e) => Err(format!("the API server does not answer ({})", short(&e))),
+    }
+}
+
+async fn in_cluster(host: &Host, path: &str, wrong: impl FnOnce(&serde_json::Value) -> Option<String>) -> Option<String> {
+    match object(host, path).await {
+        Ok((_, object)) => wrong(&object),
+        Err(why) => Some(why),
     }
 }
 
 /// Waits until all is true, or says which is not and why.
 ///
 /// # Errors
-/// Exit 8 at the deadline, or earlier when the unit's journal shows a cause that waiting cannot mend. The unit is then stopped,
-/// so that it is not left in a restart loop; the next run starts it again.
+/// Exit 8 at the deadline, or earlier when the unit ends again and again or its journal shows a cause that waiting cannot mend. The
+/// unit is then stopped, so that it is not left in a restart loop; the next run starts it again.
 pub(super) async fn until(
     hands: &Hands,
     what: &[Ready],
@@ -142,33 +168,35 @@ pub(super) async fn until(
     secrets: &[Secret],
     mut progress: impl FnMut(String),
 ) -> anyhow::Result<()> {
-    // from the next second on: what the unit said before it was started anew is not its word now
-    let (begin, since) = (Instant::now(), jiff::Timestamp::now().as_second() + 1);
-    let mut looked = Instant::now();
+    let begin = Instant::now();
+    let unit = what.iter().find_map(|r| match r {
+        Ready::Node { unit, .. } => Some(unit.as_str()),
+        _ => None,
+    });
+    let mut start = match unit {
+        Some(unit) => Some(Start::begin(hands, unit, secrets).await),
+        None => None,
+    };
+    let mut first = None;
     for item in what {
         loop {
-            let Some(why) = missing(hands, item).await else { break };
+            let Some(why) = look(hands, item, &mut first).await else { break };
+            let why = mask(&why, secrets);
             progress(format!("{}: {why}", item.title()));
-            let unit = match item {
-                Ready::Node { unit, .. } => Some(unit.as_str()),
-                _ => None,
-            };
-            // the journal is read every few seconds, not at every look
-            if let Some(unit) = unit.filter(|_| looked.elapsed() > Duration::from_secs(3)) {
-                looked = Instant::now();
-                if let Some((cause, line)) = logs::classify(&hands.unit_log(unit, since, 400).await)
-                    && cause.fatal
-                    && hands.unit(unit).await.is_ok_and(|u| u.restarts > 0 || !u.running() && u.active != "activating")
-                {
-                    stop_unit(hands, unit).await;
-                    return Err(Failure::new(Exit::TimedOut, cause.code, format!("{unit} does not start: {}", cause.what))
-                        .why(mask(&line, secrets))
-                        .hint(format!("{}, then run the same command again", cause.fix))
-                        .into());
-                }
+            if let Some(start) = &mut start
+                && let Some(failure) = start.look().await
+            {
+                return Err(failure.into());
             }
             if begin.elapsed() >= within {
-                return Err(late(hands, item, &why, within, unit, since, optional, secrets).await);
+                let failure = Failure::new(Exit::TimedOut, "START_TIMEOUT", format!("{} did not come within {} s", item.title(), within.as_secs()))
+                    .why(why)
+                    .hint("run the same command again; --timeout gives it longer");
+                // the unit explains a node that does not come; what runs on a node that is there explains itself
+                return Err(match (&mut start, item) {
+                    (Some(start), Ready::Node { .. }) => start.late(failure, optional).await.into(),
+                    _ => failure.into(),
+                });
             }
             tokio::select! {
                 () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted while waiting").into()),
@@ -177,42 +205,4 @@ pub(super) async fn until(
         }
     }
     Ok(())
-}
-
-async fn stop_unit(hands: &Hands, unit: &str) {
-    if let Err(error) = hands.stop(unit).await {
-        tracing::warn!(unit, error = %error, "cannot stop the unit");
-    }
-}
-
-#[expect(clippy::too_many_arguments, reason = "one call, split off only to keep the loop readable")]
-async fn late(
-    hands: &Hands,
-    item: &Ready,
-    why: &str,
-    within: Duration,
-    unit: Option<&str>,
-    since: i64,
-    optional: bool,
-    secrets: &[Secret],
-) -> anyhow::Error {
-    let mut code = "START_TIMEOUT".to_owned();
-    let mut failure = Failure::new(Exit::TimedOut, &code, format!("{} did not come within {} s", item.title(), within.as_secs())).why(why.to_owned());
-    let mut hint = "run the same command again; --timeout gives it longer".to_owned();
-    if let Some(unit) = unit {
-        let log = hands.unit_log(unit, since, 400).await;
-        if let Some((cause, line)) = logs::classify(&log) {
-            cause.code.clone_into(&mut code);
-            failure = failure.why(format!("{}: {}", cause.what, mask(&line, secrets)));
-            hint = format!("{}, then run the same command again", cause.fix);
-        }
-        for line in logs::telling(&log, 20) {
-            failure = failure.why(mask(&line, secrets));
-        }
-        if !optional {
-            stop_unit(hands, unit).await;
-        }
-    }
-    failure.code = code;
-    failure.hint(hint).into()
 }

@@ -13,7 +13,7 @@ use crate::support::{Said, Sandbox, VERSION, same, sha256};
 
 /// How the server behaves.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-enum Mood {
+pub(crate) enum Mood {
     #[default]
     Good,
     /// Its certificate comes from another CA than the one that it shows.
@@ -26,8 +26,8 @@ enum Mood {
     Starting,
 }
 
-struct Server {
-    url: String,
+pub(crate) struct Server {
+    pub(crate) url: String,
     ca: String,
     asked: Arc<Mutex<Vec<String>>>,
     expired: Arc<std::sync::atomic::AtomicBool>,
@@ -41,7 +41,7 @@ pub(crate) fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
 }
 
 impl Server {
-    fn start(mood: Mood) -> Server {
+    pub(crate) fn start(mood: Mood) -> Server {
         let (ca, other) = (authority("k3s-server-ca@1"), authority("someone-else"));
         let signer = if mood == Mood::OtherCa { &other } else { &ca };
         let key = KeyPair::generate().unwrap();
@@ -92,7 +92,7 @@ impl Server {
         Server { url: format!("https://127.0.0.1:{port}"), ca: ca.pem(), asked, expired }
     }
 
-    fn token(&self) -> String {
+    pub(crate) fn token(&self) -> String {
         format!("K10{}::abcdef.0123456789abcdef", sha256(self.ca.as_bytes()))
     }
 

@@ -25,6 +25,7 @@ mod release;
 mod runner;
 mod scripts;
 mod secrets;
+mod starts;
 mod support;
 mod teardown;
 mod traefik;
