@@ -3,6 +3,7 @@
 pub mod api;
 pub mod backup;
 pub mod client;
+mod dsn;
 pub mod frps;
 mod gateway;
 pub mod keys;
@@ -192,9 +193,10 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     let _only = usable(state.lock())?;
     let made = usable(Keys::stored(&state))?.is_none();
     let keys = Arc::new(usable(Keys::load(&state, now()))?);
-    if let Some(broker) = &config.broker {
-        outbox::check(&broker.url)?;
-    }
+    let broker = match config.broker {
+        Some(broker) => Some(Broker { url: outbox::check(&broker.url)?, ..broker }),
+        None => None,
+    };
     let external = config.frps.map(External::new).transpose()?.map(Arc::new);
     let listener = bind(config.listen, "the control plane", "--listen").await?;
     let tunnel = match external {
@@ -209,7 +211,7 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
             Keys::forget(&state);
         }
     })?;
-    let registry = Arc::new(Registry::load(store.clone(), config.broker.as_ref().map(|_| url(&config.names[0], address.port())), now()).await?);
+    let registry = Arc::new(Registry::load(store.clone(), broker.as_ref().map(|_| url(&config.names[0], address.port())), now()).await?);
     let socket = local_socket(host, &config.data_dir)?;
     let mut certificate = Certificate::new(&keys, config.names.clone(), config.certificate, host, now())?;
     let gate = Arc::new(Gate { registry: registry.clone(), keys: keys.clone() });
@@ -234,7 +236,7 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
             names: config.names,
             port: address.port(),
             tunnel_port: tunnel_address.map_or(0, |a| a.port()),
-            way: config.broker.as_ref().map(|_| Arc::default()),
+            way: broker.as_ref().map(|_| Arc::default()),
             foreign: Mutex::new(certificate.foreign()),
             failures: Mutex::default(),
             first_token: false.into(),
@@ -246,14 +248,14 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     };
     hub.first_steps(config.show).await?;
     // whoever listens now is told of everybody who is there
-    let told = if config.broker.is_some() { "yes" } else { "no" };
-    if config.broker.is_some() && store.noted("tells").await?.as_deref() != Some(told) {
+    let told = if broker.is_some() { "yes" } else { "no" };
+    if broker.is_some() && store.noted("tells").await?.as_deref() != Some(told) {
         registry.tell_all(now()).await?;
     }
     store.note("tells", told).await?;
     let mut tasks = JoinSet::new();
     let halt = CancellationToken::new();
-    if let (Some(broker), Some(way)) = (config.broker, &hub.inner.way) {
+    if let (Some(broker), Some(way)) = (broker, &hub.inner.way) {
         tasks.spawn(outbox::run(store.clone(), broker, way.clone(), halt.clone()));
     }
     if let Some(tunnel) = tunnel {

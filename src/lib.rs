@@ -9,6 +9,7 @@ pub mod facts;
 pub mod k3s;
 pub mod secret;
 pub mod settings;
+pub mod text;
 pub mod trust;
 
 // doors: the only places with side effects

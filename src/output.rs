@@ -7,13 +7,14 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::checks::{Finding, Level};
 use crate::error::Failure;
 use crate::plan::{Check, Checked, Event};
 use crate::secret::{masked, masked_json};
+use crate::text::{shown, shown_json, shown_lines};
 
 /// Where a run's words go.
 pub struct Printer {
@@ -54,21 +55,30 @@ impl Printer {
         std::mem::take(&mut self.log)
     }
 
-    /// A line of conversation.
+    /// A line of conversation. Whatever it quotes does nothing to the terminal.
     pub fn say(&mut self, line: &str) {
+        self.told("", "", line);
+    }
+
+    /// A line that begins with a word in colour.
+    fn told(&mut self, colour: &str, word: &str, line: &str) {
         let line = masked(line);
-        self.log_only(&line);
+        let line = shown_lines(&line);
+        self.log.push_str(word);
+        self.log.push_str(&line);
+        self.log.push('\n');
         if !self.events {
+            let word = if self.colour && !word.is_empty() { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() };
             match &self.bar {
-                Some(bar) => bar.suspend(|| eprintln!("{line}")),
-                None => eprintln!("{line}"),
+                Some(bar) => bar.suspend(|| eprintln!("{word}{line}")),
+                None => eprintln!("{word}{line}"),
             }
         }
     }
 
     /// A line that is shown elsewhere and belongs into the log as well.
     pub fn log_only(&mut self, line: &str) {
-        self.log.push_str(line);
+        self.log.push_str(&shown_lines(line));
         self.log.push('\n');
     }
 
@@ -81,7 +91,7 @@ impl Printer {
     pub fn hand_out(&self, line: &str) {
         if !self.json {
             // a closed pipe is the reader's choice
-            let _ = writeln!(std::io::stdout(), "{line}");
+            let _ = writeln!(std::io::stdout(), "{}", shown_lines(line));
         }
     }
 
@@ -99,12 +109,8 @@ impl Printer {
             && !self.documented.replace(true)
             && let Ok(text) = serde_json::to_string_pretty(value)
         {
-            let _ = writeln!(std::io::stdout(), "{text}");
+            let _ = writeln!(std::io::stdout(), "{}", shown_json(&text));
         }
-    }
-
-    fn paint(&self, code: &str, text: &str) -> String {
-        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
     /// Findings, the worst first, each with evidence and next step.
@@ -117,8 +123,7 @@ impl Printer {
                     Level::Warning => ("warning", "33"),
                     Level::Info => ("note   ", "2"),
                 };
-                let head = format!("{} {} {}", self.paint(colour, word), finding.code, finding.what);
-                self.say(&head);
+                self.told(colour, word, &format!(" {} {}", finding.code, finding.what));
                 self.say(&format!("        {}", finding.evidence));
                 for step in &finding.fix {
                     self.say(&format!("        → {step}"));
@@ -150,11 +155,11 @@ impl Printer {
             && let Ok(mut event) = serde_json::to_value(event)
         {
             masked_json(&mut event);
-            eprintln!("{event}");
+            eprintln!("{}", shown_json(&event.to_string()));
         }
         match event {
             Event::Started { title, number, of, .. } => {
-                self.title = format!("[{number}/{of}] {title}");
+                self.title = format!("[{number}/{of}] {}", shown(title));
                 if self.terminal && !self.events {
                     let bar = ProgressBar::new_spinner().with_message(masked(&self.title));
                     bar.set_style(style("{spinner} {msg} {elapsed}"));
@@ -165,7 +170,7 @@ impl Printer {
             Event::Progress { done, total, note, .. } => {
                 if let Some(bar) = &self.bar {
                     match (note, total) {
-                        (Some(note), _) => bar.set_message(masked(&format!("{} – {note}", self.title))),
+                        (Some(note), _) => bar.set_message(masked(&format!("{} – {}", self.title, shown(note)))),
                         (None, Some(total)) => {
                             if bar.length() != Some(*total) {
                                 bar.set_length(*total);
@@ -183,15 +188,13 @@ impl Printer {
                 self.end();
                 let time = if *duration_ms >= 100 { format!(" ({:.1} s)", *duration_ms as f64 / 1000.0) } else { String::new() };
                 if *changed {
-                    let line = format!("{} {}{time}", self.paint("32", "ok"), self.title);
-                    self.say(&line);
+                    self.told("32", "ok", &format!(" {}{time}", self.title));
                 }
             }
             Event::Failed { what, optional, .. } => {
                 self.end();
-                let word = if *optional { self.paint("33", "left") } else { self.paint("31", "failed") };
-                let line = format!("{word} {} – {what}", self.title);
-                self.say(&line);
+                let (colour, word) = if *optional { ("33", "left") } else { ("31", "failed") };
+                self.told(colour, word, &format!(" {} – {what}", self.title));
             }
             Event::Undone { title, .. } => {
                 self.end();
@@ -226,8 +229,10 @@ fn style(template: &str) -> ProgressStyle {
 
 /// Rows in columns as kubectl prints them: upper-case heads, three spaces, no borders.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    // a cell comes from somebody else: a line of the table stays one line, and shows what it holds
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|c| shown(c).into_owned()).collect()).collect();
     let mut widths: Vec<usize> = head.iter().map(|h| h.chars().count()).collect();
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
@@ -240,21 +245,21 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
         format!("{}\n", text.trim_end())
     };
     let mut text = line(head.to_vec());
-    for row in rows {
-        // a cell comes from the cluster: no control characters reach the terminal
-        let cells: Vec<String> = row.iter().map(|c| c.chars().map(|c| if c.is_control() { '�' } else { c }).collect()).collect();
-        text.push_str(&line(cells.iter().map(String::as_str).collect()));
+    for row in &rows {
+        text.push_str(&line(row.iter().map(String::as_str).collect()));
     }
     text
 }
 
-/// Standard error without secrets: one event is one write.
+/// Standard error without secrets, and on which what others said does nothing to the terminal: one event is one write.
 #[derive(Default)]
 struct Masked;
 
 impl std::io::Write for Masked {
+    // the layer writes each event whole, its end of line included
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        std::io::stderr().write_all(masked(&String::from_utf8_lossy(bytes)).as_bytes())?;
+        let event = masked(&String::from_utf8_lossy(bytes));
+        std::io::stderr().write_all(shown_lines(&event).as_bytes())?;
         Ok(bytes.len())
     }
 
@@ -266,15 +271,13 @@ impl std::io::Write for Masked {
 /// Logs of the library go to stderr, without time stamps under systemd, which has its own.
 pub fn logging(level: &str, journal: bool) {
     let level = level.parse().unwrap_or(LevelFilter::INFO);
-    let quiet = ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower"];
+    // a database tells each start that its tables are there already
+    let quiet = ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower", "sqlx"];
     let filter = Targets::new().with_default(level).with_targets(quiet.map(|target| (target, level.min(LevelFilter::WARN))));
     let plain = tracing_subscriber::fmt::layer().with_writer(Masked::default).with_ansi(false).with_target(false);
-    let registry = tracing_subscriber::registry();
-    let _ = if journal {
-        registry.with(plain.without_time().with_filter(filter)).try_init()
-    } else {
-        registry.with(plain.with_filter(filter)).try_init()
-    };
+    // for all of it, not for the layer: a filter of a layer is left astray by whoever only asks whether it would be heard, as sqlx does
+    let registry = tracing_subscriber::registry().with(filter);
+    let _ = if journal { registry.with(plain.without_time()).try_init() } else { registry.with(plain).try_init() };
 }
 
 /// Prints generated text: completions, the manual.
@@ -284,7 +287,7 @@ pub fn raw(bytes: &[u8]) {
 
 /// A text for people that stands outside of a run.
 pub fn note(text: &str) {
-    eprint!("{}", masked(text));
+    eprint!("{}", shown_lines(&masked(text)));
 }
 
 /// The failure that ends a run: text for people, or one more event where events were asked for.
@@ -292,8 +295,8 @@ pub fn fatal(failure: &Failure, events: bool) {
     if events {
         let mut event = serde_json::json!({"event": "error", "error": failure});
         masked_json(&mut event);
-        eprintln!("{event}");
+        eprintln!("{}", shown_json(&event.to_string()));
     } else {
-        eprint!("{}", masked(&failure.render()));
+        eprint!("{}", shown_lines(&masked(&failure.render())));
     }
 }

@@ -19,6 +19,7 @@ use crate::plan::engine::missing;
 use crate::plan::journal::Journal;
 use crate::settings::Role;
 use crate::status::{Agent, Kubernetes, Node, Notice};
+use crate::text::shown;
 use crate::tunnel;
 
 /// Longest time for any one part.
@@ -349,7 +350,7 @@ fn render(info: &Info) -> String {
         text.push_str(&table(&["COMPONENT", "STATE", "NOTE"], &info.components.iter().map(row).collect::<Vec<_>>()));
     }
     if let Some(agent) = &info.agent {
-        text.push_str(&format!("\nagent {}: {}\n", agent.unit, agent.note));
+        text.push_str(&format!("\nagent {}: {}\n", agent.unit, shown(&agent.note)));
     }
     if let Some(join) = &info.join {
         text.push_str(&format!("\nadd a worker (the token is for workers only and lives a day at most):\n  {join}\n"));
@@ -357,7 +358,7 @@ fn render(info: &Info) -> String {
     if !info.problems.is_empty() {
         text.push_str("\nproblems:\n");
         for problem in &info.problems {
-            text.push_str(&format!("  {} – {}\n      → {}\n", problem.part, problem.what, problem.next));
+            text.push_str(&format!("  {} – {}\n      → {}\n", problem.part, shown(&problem.what), shown(&problem.next)));
         }
     }
     text

@@ -152,7 +152,8 @@ impl Asked<'_> {
 
 fn text(value: &Value) -> String {
     match value {
-        Value::String(text) => text.clone(),
+        // a line of ours stays one line, whatever an agent said
+        Value::String(text) => crate::text::shown(text).into_owned(),
         Value::Null => "-".into(),
         Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(","),
         other => other.to_string(),

@@ -145,7 +145,7 @@ impl Caller {
         if !status.is_success() {
             let problem: Problem = serde_json::from_slice(&body).unwrap_or_default();
             let message = if problem.message.is_empty() { status.canonical_reason().unwrap_or("refused").to_owned() } else { problem.message };
-            let message = message.chars().filter(|c| !c.is_control()).take(200).collect();
+            let message = crate::text::shown(&message).chars().take(200).collect();
             return (Err(Outcome::Refused { status: status.as_u16(), code: problem.code, message, retry_after }), offset);
         }
         let text: &[u8] = if body.is_empty() || status == StatusCode::NO_CONTENT { b"null" } else { &body };

@@ -19,7 +19,7 @@ use crate::control::types::{Heartbeat, HeartbeatAnswer, Register, SIGNATURE, Sta
 use crate::hub::Hub;
 use crate::hub::model::{Access, AccessKind};
 use crate::hub::registry::{ClusterView, Refused, Who, refused, unwritten};
-use crate::hub::routes::{Call, Local, Open, ROUTES, Serves, Token, matched};
+use crate::hub::routes::{Call, Local, Open, ROUTES, Serves, Token, decoded, matched};
 
 /// Largest body of a call that is not passed through.
 const BODY: usize = 1 << 20;
@@ -169,6 +169,8 @@ impl Hub {
         let Some(((_, _, serves), open)) = candidates.into_iter().find(|(route, _)| fits(route.0)) else {
             return Err(refused(405, "method_not_allowed", "this path takes another method", None));
         };
+        let open: Vec<String> = open.into_iter().map(decoded).collect();
+        let open: Vec<&str> = open.iter().map(String::as_str).collect();
         let id = open.first().copied().unwrap_or_default();
         let now = self.now();
         let (need, call) = match *serves {

@@ -51,7 +51,7 @@ async fn mistrusted(answer: Response<Incoming>) -> Refused {
     let body: Value = body.ok().and_then(Result::ok).and_then(|b| serde_json::from_slice(&b.to_bytes()).ok()).unwrap_or_default();
     // below /k8s the plain words stand among the causes
     let said = [&body["details"]["causes"][0]["message"], &body["message"]].into_iter().find_map(Value::as_str).unwrap_or("no reason given");
-    let said: String = said.chars().filter(|c| !c.is_control()).take(200).collect();
+    let said: String = crate::text::shown(said).chars().take(200).collect();
     let hint = "compare the clocks of the node and of the control plane; the agent fetches fresh keys within seconds";
     refused(502, "agent_mistrusts", format!("the cluster's agent refuses the control plane's token: {said}"), Some(hint))
 }
@@ -201,7 +201,9 @@ impl Hub {
         let token = self.jwt(who, &route, role, namespaces, LIFE, now).0;
         // the rest of the path as it came: what is odd in it is the agent's to refuse
         let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-        let rest = target.splitn(4, '/').nth(3).unwrap_or_default();
+        let mut segments = target.splitn(4, '/').skip(1);
+        let here = format!("/{}/{}", segments.next().unwrap_or_default(), segments.next().unwrap_or_default());
+        let rest = segments.next().unwrap_or_default();
         let uri: Uri = format!("http://{}/{rest}", route.agent).parse().map_err(|_| refused(400, "bad_path", "the path cannot be read", None))?;
         let upgrade = request.headers().get(header::UPGRADE).cloned();
         let mut headers = passed(request.headers());
@@ -228,7 +230,7 @@ impl Hub {
         if status == StatusCode::UNAUTHORIZED {
             return Err(mistrusted(answer).await);
         }
-        let mut headers = hygiene::inward(status, answer.headers(), &format!("/clusters/{id}"))
+        let mut headers = hygiene::inward(status, answer.headers(), &here)
             .ok_or_else(|| refused(502, "redirect_refused", "the agent answers with a redirect to somewhere else", None))?;
         if status == StatusCode::SWITCHING_PROTOCOLS {
             if upgrade.is_none() {

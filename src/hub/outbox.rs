@@ -76,20 +76,10 @@ impl Way {
 ///
 /// # Errors
 /// Exit 2.
-pub fn check(url: &Secret) -> anyhow::Result<()> {
-    let wrong = |why: &str| {
-        Failure::usage("AMQP_URL_WRONG", "the message broker's URL cannot be used")
-            .why(why.to_owned())
-            .hint("amqp[s]://USER:PASSWORD@HOST:PORT/VHOST")
-    };
-    let parsed = url::Url::parse(url.expose()).map_err(|e| wrong(&e.to_string()))?;
-    if !matches!(parsed.scheme(), "amqp" | "amqps") {
-        return Err(wrong("its scheme is neither amqp nor amqps").into());
-    }
-    if parsed.host_str().is_none_or(str::is_empty) {
-        return Err(wrong("it names no host").into());
-    }
-    Ok(())
+pub fn check(url: &Secret) -> anyhow::Result<Secret> {
+    Ok(super::dsn::broker(url).map_err(|why| {
+        Failure::usage("AMQP_URL_WRONG", "the message broker's URL cannot be used").why(why).hint("amqp[s]://USER:PASSWORD@HOST:PORT/VHOST")
+    })?)
 }
 
 /// Sends until `halt`.

@@ -3,6 +3,7 @@
 mod admin;
 pub mod enrol;
 mod events;
+mod names;
 mod operations;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,6 +19,7 @@ use crate::hub::model::{Access, Admin, Agent, Enrolment, Job, Liveness, Project}
 use crate::hub::store::{Change, Kind, Store};
 use crate::secret::{Secret, same};
 use events::Topic;
+use names::{check_facts, check_name};
 
 /// How often agents speak, seconds.
 pub const HEARTBEAT: u64 = 10;
@@ -27,8 +29,6 @@ const LATE: i64 = 25;
 const OFFLINE: i64 = 45;
 /// The subject of what the local socket asks for.
 const LOCAL: &str = "admin:local";
-/// Longest name.
-const NAME: usize = 63;
 
 /// A refusal: status, stable code, what, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -152,14 +152,6 @@ pub struct Route {
 
 fn no_such(what: &str, id: &str) -> Refused {
     refused(404, "not_found", format!("there is no {what} {id}"), None)
-}
-
-/// A name that people give: printable, short, no markup of any kind is special in it.
-fn check_name(name: &str) -> Result<(), Refused> {
-    if name.is_empty() || name.len() > NAME || name.chars().any(char::is_control) {
-        return Err(refused(400, "bad_name", format!("a name has 1 to {NAME} characters, none of them a control character"), None));
-    }
-    Ok(())
 }
 
 pub(super) fn unwritten(error: &anyhow::Error) -> Refused {

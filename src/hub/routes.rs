@@ -163,9 +163,38 @@ pub(super) fn matched<'a>(template: &str, path: &'a str) -> Option<Vec<&'a str>>
     rest.next().is_none().then_some(open)
 }
 
+/// A segment as it was meant: a name may hold blanks and letters of every script (RFC 3986 §2.1).
+pub(super) fn decoded(segment: &str) -> String {
+    let mut bytes = Vec::with_capacity(segment.len());
+    let mut rest = segment.as_bytes();
+    while let Some((byte, tail)) = rest.split_first() {
+        let digit = |at: usize| tail.get(at).and_then(|b| char::from(*b).to_digit(16)).and_then(|d| u8::try_from(d).ok());
+        match (byte, digit(0), digit(1)) {
+            (b'%', Some(high), Some(low)) => {
+                bytes.push(high << 4 | low);
+                rest = &tail[2..];
+            }
+            _ => {
+                bytes.push(*byte);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8(bytes).unwrap_or_else(|_| segment.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_the_one_that_was_meant() {
+        for (segment, name) in
+            [("c-1", "c-1"), ("prod%20eu", "prod eu"), ("%C5%81%c3%b3d%C5%BA", "Łódź"), ("100%", "100%"), ("%zz%4", "%zz%4"), ("%ff", "%ff")]
+        {
+            assert_eq!(decoded(segment), name);
+        }
+    }
 
     #[test]
     fn a_path_finds_its_route_and_no_other() {

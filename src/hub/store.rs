@@ -145,18 +145,20 @@ impl Store {
     /// Exit 3: not reachable, read-only, or of a later version. Exit 12: another control plane works on it.
     pub async fn open(url: &Secret, instance: &str) -> anyhow::Result<Store> {
         sqlx::any::install_default_drivers();
+        let wrong = |why: &str| {
+            Failure::usage("DATABASE_URL_WRONG", "the database's URL cannot be used")
+                .why(why)
+                .hint("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or sqlite:FILE")
+        };
+        let url = super::dsn::database(url).map_err(|why| wrong(&why))?;
         let sqlite = url.expose().starts_with("sqlite:");
         let hint = if sqlite {
             "check that the data directory can be written and its disk has room"
         } else {
             "check that PostgreSQL runs and that the file of --database-url-file names host, database, user and password rightly"
         };
-        let known = ["sqlite:", "postgres://", "postgresql://"].iter().any(|scheme| url.expose().starts_with(scheme));
-        let options: Option<AnyConnectOptions> = url.expose().parse().ok().filter(|_| known);
-        let options = options.ok_or_else(|| {
-            Failure::usage("DATABASE_URL_WRONG", "the database's URL cannot be used")
-                .hint("postgres://USER:PASSWORD@HOST:PORT/DATABASE, or sqlite:FILE")
-        })?;
+        // what it says of a URL may quote it
+        let options: AnyConnectOptions = url.expose().parse().map_err(|_| wrong("it is no URL"))?;
         let pool = AnyPoolOptions::new()
             // SQLite has one writer; PostgreSQL would gain nothing from more: one task writes
             .max_connections(if sqlite { 1 } else { 2 })

@@ -316,3 +316,78 @@ async fn what_anybody_may_call_is_told_of_nobody() {
         }
     }
 }
+
+/// Names that a terminal would obey, that nobody can see, or that turn the text around them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown_harmless() {
+    let hub = Hub::with(&[]);
+    let (enrolment, _) = hub.enrol();
+    let bad =
+        ["\u{202e}txt.exe", "a\u{200b}b", "   ", " a", "a ", "\u{3164}", "a\u{2028}b", "\u{1b}[2J", "a\rb", "so\u{ad}ft", "\u{2066}x", "\u{e000}"];
+    for name in bad.iter().copied().chain([&*"x".repeat(64)]) {
+        for (path, body) in [
+            ("projects", json!({"name": name})),
+            ("tokens", json!({"name": name})),
+            ("runners", json!({"name": name})),
+            ("admins", json!({"name": name})),
+        ] {
+            let answer = hub.ask("POST", &format!("/api/v1/{path}"), &hub.admin, body).await;
+            assert_eq!(answer.status(), 400, "{path} {name:?}");
+            let text = answer.text().await.unwrap();
+            assert!(text.contains("bad_name") && !text.contains(pipeops::text::unseen), "{text}");
+        }
+    }
+    for good in ["prod eu-1", "Łódź", "東京", "🚀"] {
+        hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": good})).await;
+    }
+    // what an agent says of itself
+    let dir = tempfile::tempdir().unwrap();
+    let identity = crate::hub::Simulated::identity(dir.path());
+    let plain: Value = serde_json::from_str(&crate::hub::Simulated::body(&identity, "m")).unwrap();
+    for (pointer, field) in [
+        ("/cluster", "name"),
+        ("/cluster", "region"),
+        ("/cluster", "provider"),
+        ("/agent", "name"),
+        ("/agent", "hostname"),
+        ("/agent", "os"),
+        ("/agent", "arch"),
+        ("/agent", "version"),
+        ("/agent", "labels"),
+    ] {
+        for name in ["\u{202e}evil", "   ", "\u{1b}]0;title\u{7}"] {
+            let mut body = plain.clone();
+            body.pointer_mut(pointer).unwrap()[field] = if field == "labels" { json!({"zone": name}) } else { name.into() };
+            let answer = crate::hub::Simulated::try_register(&hub.client, &hub.url, &identity, &enrolment, body.to_string()).await.unwrap();
+            assert_eq!(answer.status(), 400, "{pointer}/{field} {name:?}");
+            assert!(answer.text().await.unwrap().contains("bad_name"));
+        }
+    }
+    let agent = crate::hub::Simulated::new(&hub, dir.path(), &enrolment).await;
+    // what it reports of others' objects is kept as it is, and shown so that it does nothing
+    let report = json!({"at": "", "kubernetes": "connected", "nodes": [{"name": "vm\u{202e}1", "ready": false, "role": "server\nnode          vm2 ready",
+        "version": "v1", "address": "10.0.0.5", "note": "\u{1b}[2J\u{9b}31m\u{200b}"}]});
+    let told = hub.ask("POST", &format!("/api/v1/agents/{}/status", agent.id), &agent.credential, report).await;
+    assert_eq!(told.status(), 200);
+    let cluster = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"].as_str().unwrap().to_owned();
+    let text = hub.sandbox.verb(&["control-plane", "cluster", "show", &cluster]).ended(0).out;
+    assert!(text.contains("vm\\u{202e}1") && text.contains("\\u{1b}[2J\\u{9b}31m\\u{200b}"), "{text}");
+    assert_eq!(text.lines().filter(|l| l.starts_with("node ")).count(), 1, "{text}");
+    let json = hub.sandbox.verb(&["control-plane", "cluster", "show", &cluster, "-o", "json"]).ended(0).out;
+    let value: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(value["report"]["nodes"][0]["name"], "vm\u{202e}1");
+    for shown in [text, json] {
+        assert!(!shown.contains(|c: char| pipeops::text::unseen(c) && c != '\n'), "{shown:?}");
+    }
+    // a cluster is found by its name, blanks and all
+    let mut body = plain.clone();
+    body["cluster"]["name"] = "prod eu-1 ✓".into();
+    let again = crate::hub::Simulated::try_register(&hub.client, &hub.url, &identity, &agent.credential, body.to_string()).await.unwrap();
+    assert_eq!(again.status(), 200);
+    let text = hub.sandbox.verb(&["control-plane", "cluster", "show", "prod eu-1 ✓"]).ended(0).out;
+    assert!(text.contains(&cluster), "{text}");
+    // in an error as well, and what was typed
+    let refused = hub.sandbox.verb(&["control-plane", "cluster", "show", "x\u{202e}\u{1b}[31m"]);
+    let refused = refused.ended(7).err;
+    assert!(refused.contains("x\\u{202e}\\u{1b}[31m") && !refused.contains('\u{1b}'), "{refused}");
+}

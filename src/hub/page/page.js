@@ -5,6 +5,12 @@ const clusters = new Map(); // id -> { data, tr, cells }
 const order = { duplicate: 0, offline: 1, expired: 2, late: 3, draining: 4, online: 5, revoked: 6 };
 let session = null, source = null, shown = null, skew = 0, timer = null;
 
+/** What cannot be seen, or turns the text around it, is named: two names that look the same are the same. */
+function seenText(key, value) {
+  if (typeof value !== 'string') return value;
+  return value.replace(/[\p{Cc}\p{Cf}\p{Co}\p{Zl}\p{Zp}\u034f\u115f\u1160\u2800\u3164\uffa0]/gu, (c) => '\n\t'.includes(c) ? c : `\\u{${c.codePointAt(0).toString(16)}}`);
+}
+
 /** An element with text or children in it. */
 function el(name, options = {}, ...children) {
   const node = document.createElement(name);
@@ -26,7 +32,7 @@ async function call(method, path, body) {
   }
   const text = await answer.text();
   let value = null;
-  try { value = JSON.parse(text); } catch { /* an answer that is not ours */ }
+  try { value = JSON.parse(text, seenText); } catch { /* an answer that is not ours */ }
   if (answer.ok) return value ?? text;
   const error = new Error(value && value.message ? value.message + (value.hint ? ` (${value.hint})` : '') : `The control plane answered ${answer.status}.`);
   error.status = answer.status;
@@ -113,7 +119,7 @@ function listen() {
     if (source.readyState === EventSource.CLOSED) { clearTimeout(timer); timer = setTimeout(begin, 2000); }
   };
   source.addEventListener('clusters', (event) => {
-    const { all, changed, gone, now: theirs } = JSON.parse(event.data);
+    const { all, changed, gone, now: theirs } = JSON.parse(event.data, seenText);
     skew = theirs - Date.now() / 1000;
     const there = new Set(changed.map((c) => c.id));
     if (all) for (const id of [...clusters.keys()]) if (!there.has(id)) clusters.delete(id);

@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
 use super::events::Topic;
-use super::{Entry, Inner, Refused, Registry, Who, check_name, duplicate, mint, no_such, refused, unwritten};
+use super::{Entry, Inner, Refused, Registry, Who, check_facts, check_name, duplicate, mint, no_such, refused, unwritten};
 use crate::control::identity::id_of;
 use crate::control::types::{AgentInfo, Register};
 use crate::hub::keys::Keys;
@@ -57,6 +57,7 @@ impl Registry {
             asked.cluster.name.clone_from(&asked.agent.id);
         }
         check_name(&asked.cluster.name)?;
+        check_facts(&asked)?;
         let (credential, hash) = mint(keys, "poa")?;
         let held = Held { hash, expires_at: now + CREDENTIAL };
         let id = asked.agent.id.clone();

@@ -1,0 +1,164 @@
+//! Text of somebody else's, on its way to a terminal or into a name: what is not to be seen there, and what does things to it.
+//!
+//! A character may be one that a terminal obeys, that turns the text around it (Unicode TR36 §3.2, CVE-2021-42574), or that nobody
+//! sees: two names that look the same are then two names, and a line says something else than it shows.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+
+/// Ranges of format characters (category Cf), of line and paragraph separators, and of what Unicode lets be ignored or shows as a
+/// blank though it is none (`DerivedCoreProperties.txt` 16.0, Default_Ignorable_Code_Point; U+2800, the empty Braille pattern).
+const UNSEEN: &[(u32, u32)] = &[
+    (0x00ad, 0x00ad),
+    (0x034f, 0x034f),
+    (0x0600, 0x0605),
+    (0x061c, 0x061c),
+    (0x06dd, 0x06dd),
+    (0x070f, 0x070f),
+    (0x0890, 0x0891),
+    (0x08e2, 0x08e2),
+    (0x115f, 0x1160),
+    (0x17b4, 0x17b5),
+    (0x180b, 0x180f),
+    (0x200b, 0x200f),
+    (0x2028, 0x202e),
+    (0x2060, 0x206f),
+    (0x2800, 0x2800),
+    (0x3164, 0x3164),
+    (0xfe00, 0xfe0f),
+    (0xfeff, 0xfeff),
+    (0xffa0, 0xffa0),
+    (0xfff0, 0xfffb),
+    (0x110bd, 0x110bd),
+    (0x110cd, 0x110cd),
+    (0x13430, 0x1343f),
+    (0x1bca0, 0x1bca3),
+    (0x1d173, 0x1d17a),
+    (0xe0000, 0xe0fff),
+];
+
+/// Whether a character cannot be shown as it is: a control, one that is not seen or turns its neighbours around, one for private use,
+/// or none at all.
+pub fn unseen(c: char) -> bool {
+    let n = u32::from(c);
+    if c.is_ascii() {
+        return c.is_ascii_control();
+    }
+    let private = matches!(n, 0xe000..=0xf8ff | 0xf0000..=0x10_ffff);
+    let none = n & 0xfffe == 0xfffe || matches!(n, 0xfdd0..=0xfdef);
+    c.is_control() || private || none || UNSEEN.iter().any(|(from, to)| (*from..=*to).contains(&n))
+}
+
+fn escaped<'a>(text: &'a str, stays: impl Fn(char) -> bool, escape: impl Fn(&mut String, char)) -> Cow<'a, str> {
+    let hurts = |c: char| unseen(c) && !stays(c);
+    if !text.contains(hurts) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if hurts(c) { escape(&mut out, c) } else { out.push(c) }
+    }
+    Cow::Owned(out)
+}
+
+fn named(out: &mut String, c: char) {
+    let _ = write!(out, "\\u{{{:x}}}", u32::from(c));
+}
+
+/// Text as it may stand in one line of a terminal: what cannot be shown is named, as `\u{202e}`.
+pub fn shown(text: &str) -> Cow<'_, str> {
+    escaped(text, |_| false, named)
+}
+
+/// The same for text of several lines.
+pub fn shown_lines(text: &str) -> Cow<'_, str> {
+    escaped(text, |c| matches!(c, '\n' | '\t'), named)
+}
+
+/// JSON that says the same with nothing in it that a terminal obeys: such characters stand in strings alone (RFC 8259 §7).
+pub fn shown_json(json: &str) -> Cow<'_, str> {
+    escaped(
+        json,
+        |c| matches!(c, '\n' | '\t' | '\r'),
+        |out, c| {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(out, "\\u{unit:04x}");
+            }
+        },
+    )
+}
+
+/// Why a text cannot be a name that people read, if it cannot.
+///
+/// # Errors
+/// What is wrong with it, as the end of a sentence that begins with what the name is of.
+pub fn name(text: &str, most: usize) -> Result<(), String> {
+    let long = text.chars().count();
+    if let Some(c) = text.chars().find(|c| unseen(*c)) {
+        return Err(format!("holds U+{:04X}, which cannot be seen or turns text around", u32::from(c)));
+    }
+    if text.trim().is_empty() {
+        return Err("is blank".into());
+    }
+    if text.trim() != text {
+        return Err("begins or ends with a blank".into());
+    }
+    if long > most {
+        return Err(format!("has {long} characters; {most} is the most"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_hurts_is_named_and_what_people_write_stays() {
+        for (given, wanted) in [
+            ("plain text, grün, 日本語, ‏", "plain text, grün, 日本語, \\u{200f}"),
+            ("\u{1b}[31mred", "\\u{1b}[31mred"),
+            ("a\rb\nc\td\0e\u{7}", "a\\u{d}b\\u{a}c\\u{9}d\\u{0}e\\u{7}"),
+            ("pay\u{202e}txt.exe", "pay\\u{202e}txt.exe"),
+            ("\u{2066}isolate\u{2069}", "\\u{2066}isolate\\u{2069}"),
+            ("zero\u{200b}width\u{feff}", "zero\\u{200b}width\\u{feff}"),
+            ("so\u{ad}ft", "so\\u{ad}ft"),
+            ("tag\u{e0041}", "tag\\u{e0041}"),
+            ("line\u{2028}para\u{2029}", "line\\u{2028}para\\u{2029}"),
+            ("c1\u{9b}31m", "c1\\u{9b}31m"),
+            ("private\u{e000}\u{10fffd}", "private\\u{e000}\\u{10fffd}"),
+            ("🚀 – „quoted“ ½", "🚀 – „quoted“ ½"),
+        ] {
+            assert_eq!(shown(given), wanted);
+        }
+        assert_eq!(shown_lines("a\n\tb\u{1b}c\r"), "a\n\tb\\u{1b}c\\u{d}");
+        let json = serde_json::to_string_pretty(&serde_json::json!({"a": "x\u{202e}\u{9b}\u{e0041}\u{1b}\u{7f}"})).unwrap();
+        let safe = shown_json(&json);
+        assert!(!safe.contains(|c| unseen(c) && c != '\n'), "{safe}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&safe).unwrap(), serde_json::from_str::<serde_json::Value>(&json).unwrap());
+    }
+
+    #[test]
+    fn a_name_is_seen_and_means_one_thing() {
+        for good in ["a", "prod eu-1", "Łódź", "🚀", "東京 1", "<b>x</b>", &"ж".repeat(63)] {
+            assert_eq!(name(good, 63), Ok(()), "{good}");
+        }
+        for (bad, why) in [
+            ("", "blank"),
+            ("   ", "blank"),
+            ("\u{3000}\u{a0}", "blank"),
+            (" a", "begins or ends"),
+            ("a\u{a0}", "begins or ends"),
+            ("\u{3164}", "U+3164"),
+            ("\u{2800}", "U+2800"),
+            ("a\u{202e}b", "U+202E"),
+            ("a\u{200d}b", "U+200D"),
+            ("\u{1b}[2J", "U+001B"),
+            ("a\nb", "U+000A"),
+            ("a\u{fdd0}", "U+FDD0"),
+            (&"x".repeat(64), "63 is the most"),
+        ] {
+            assert!(name(bad, 63).is_err_and(|said| said.contains(why)), "{bad:?}: {:?}", name(bad, 63));
+        }
+    }
+}
