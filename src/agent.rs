@@ -29,7 +29,7 @@ use crate::control::types::{AuditHead, ClusterInfo, Config, NodeReport, StatusRe
 use crate::error::Failure;
 use crate::host::state::StateDir;
 use crate::host::{self, Host};
-use crate::k3s::{AGENT_CONFIG, AGENT_SOCKET, CREDENTIAL};
+use crate::k3s::{AGENT_CONFIG, AGENT_SOCKET, CREDENTIAL, net};
 use crate::secret::Secret;
 use crate::status::{Agent, Kubernetes};
 use crate::trust::{Pin, Trust};
@@ -58,6 +58,11 @@ pub struct AgentConfig {
     pub socket: Option<String>,
     /// Loopback address and port for `/metrics`; none without it.
     pub metrics_listen: Option<std::net::SocketAddr>,
+    /// Proxy for the calls of the control plane, `http://HOST:PORT`; the environment's `HTTPS_PROXY` stands over it. It holds no password.
+    pub https_proxy: Option<String>,
+    /// The environment names a proxy.
+    #[serde(skip)]
+    proxy_around: bool,
     /// Use a tunnel that has neither CA nor pin.
     pub allow_insecure_tunnel: bool,
     /// Requests that end by themselves, and upgrades, of one caller and of all together.
@@ -72,14 +77,27 @@ fn wrong(code: &str, what: String, why: String) -> anyhow::Error {
     Failure::usage(code, what).why(why).hint("correct it, or run `pipeops install-server` again, then `systemctl restart pipeops-agent`").into()
 }
 
+fn unreadable(path: &str, error: &anyhow::Error) -> anyhow::Error {
+    Failure::usage("FILE_UNREADABLE", format!("cannot read {path}"))
+        .why(format!("{:#}", error.root_cause()))
+        .hint("check the path and who may read it")
+        .into()
+}
+
 impl AgentConfig {
     /// The file, with the environment over it.
     ///
     /// # Errors
     /// Exit 2, so that systemd does not try a wrong file again and again.
     pub fn load(host: &Host, path: &str, env: &BTreeMap<String, String>) -> anyhow::Result<AgentConfig> {
-        let mut config: AgentConfig = match host.read(path)? {
-            Some(text) => toml::from_str(&text).map_err(|e| wrong("CONFIG_INVALID", format!("{path} is wrong"), e.to_string()))?,
+        // a file that was named must be there; the usual one may be absent
+        let text = if path == AGENT_CONFIG { host.read(path)? } else { Some(host.users_file(path).map_err(|e| unreadable(path, &e))?) };
+        let mut config: AgentConfig = match text {
+            Some(text) => {
+                let fault = |fault: crate::settings::Fault| wrong("CONFIG_INVALID", format!("{}, line {}", fault.what, fault.line), fault.why);
+                let table = crate::settings::table(&text, path).map_err(fault)?;
+                crate::settings::values(&table, &text, path).map_err(fault)?
+            }
             None => AgentConfig::default(),
         };
         let var = |name: &str| env.get(name).filter(|v| !v.is_empty()).cloned();
@@ -88,7 +106,11 @@ impl AgentConfig {
         if let Some(pins) = var("PIPEOPS_CONTROL_PLANE_PIN") {
             config.control_plane_pin = pins.split(',').map(|p| p.trim().to_owned()).collect();
         }
+        config.proxy_around = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter().any(|name| var(name).is_some());
         let invalid = |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
+        if config.https_proxy.as_deref().is_some_and(|proxy| net::plain_proxy(proxy).is_none()) {
+            return Err(invalid("https-proxy is http://HOST:PORT, without a user and a password: everybody can read this file".into()));
+        }
         check_url(config.url()).map_err(invalid)?;
         config.role()?;
         config.trust(host)?.client().map_err(|why| wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why))?;
@@ -96,6 +118,11 @@ impl AgentConfig {
             return Err(invalid("metrics-listen is for a loopback address: what it shows is nobody else's".into()));
         }
         Ok(config)
+    }
+
+    /// The proxy that is named here, where the environment names none.
+    fn proxy(&self) -> Option<String> {
+        self.https_proxy.clone().filter(|_| !self.proxy_around)
     }
 
     fn url(&self) -> &str {
@@ -132,6 +159,7 @@ pub struct Leave {
     id: String,
     kept: Kept,
     trust: Trust,
+    proxy: Option<String>,
 }
 
 impl Leave {
@@ -140,7 +168,7 @@ impl Leave {
         let config = AgentConfig::load(host, AGENT_CONFIG, &BTreeMap::new()).ok()?;
         let state = host.peek_dir(STATE);
         let kept = Kept::load(&state, config.url())?;
-        Some(Leave { id: Identity::id_in(&state)?, kept, trust: config.trust(host).ok()? })
+        Some(Leave { id: Identity::id_in(&state)?, kept, trust: config.trust(host).ok()?, proxy: config.proxy() })
     }
 
     /// Says it, once; gives the URL.
@@ -149,7 +177,7 @@ impl Leave {
     /// What is left to do by hand, and why.
     pub async fn say(self) -> Result<String, String> {
         let url = self.kept.url.clone();
-        match client::deregister(&self.trust, &self.kept, &self.id).await {
+        match client::deregister(&self.trust, self.proxy.as_deref(), &self.kept, &self.id).await {
             Ok(()) => Ok(url),
             Err(why) => Err(format!("{url} still lists cluster {} ({why}): remove it there", self.kept.cluster_id)),
         }
@@ -257,6 +285,7 @@ pub async fn run(
     let plane = ControlPlane {
         url: config.url().to_owned(),
         trust: config.trust(&host)?,
+        proxy: config.proxy(),
         token,
         state: state.clone(),
         identity,
@@ -305,6 +334,7 @@ pub async fn run(
     let client = Client {
         hostname,
         allow_insecure: config.allow_insecure_tunnel,
+        proxied: config.proxy_around || config.https_proxy.is_some(),
         settings: tunnel_config,
         publish: tunnel_status,
         run_ids,

@@ -123,6 +123,7 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("FW_FIREWALLD", Ignore::Allowed, network::firewalld),
     ("FW_UFW", Ignore::Allowed, network::ufw),
     ("PROXY_NOPROXY", Ignore::Allowed, network::proxy),
+    ("PROXY_TUNNEL", Ignore::Allowed, network::proxy_tunnel),
     ("API_PUBLIC", Ignore::Allowed, network::public),
     ("SECRET_READABLE", Ignore::Allowed, secrets::readable),
 ];

@@ -156,7 +156,7 @@ pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, compon
     let mut system = vec![node_ready(node, ADMIN_KUBECONFIG, settings, release)];
     system.extend(config::system_deployments(settings).into_iter().map(|name| Ready::Deployment { namespace: "kube-system".into(), name }));
     steps.push(step("node-ready", "wait for the node", "Ready, and the system deployments answer", Resource::Ready { what: system, within_s }));
-    steps.extend(agent(settings));
+    steps.extend(agent(facts, settings));
     if let Some(user) = &settings.options.kubeconfig_for {
         let host = net::node_address(facts, settings).map_or_else(|| "127.0.0.1".to_owned(), |a| net::host_in_url(&a.to_string()));
         let want = Resource::Kubeconfig { user: user.clone(), server: format!("https://{host}:6443") };
@@ -181,7 +181,7 @@ pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, compon
 }
 
 /// Namespaces, rights, the agent's user, its files and units.
-fn agent(settings: &Settings) -> Vec<Step> {
+fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
     let mut rbac = include_str!("../deployments/rbac.yaml").to_owned();
     rbac.push_str("\n---\n");
     rbac.push_str(&config::impersonation(settings.max_role));
@@ -195,7 +195,7 @@ fn agent(settings: &Settings) -> Vec<Step> {
         step("namespaces", "create the namespaces", "where PipeOps runs applications", objects(include_str!("../deployments/namespaces.yaml"))),
         step("rights", "create the access rights", "what the agent may do, enforced by Kubernetes", objects(&rbac)),
         step("user", format!("create the user {AGENT_USER}"), "the agent runs without root", Resource::User { name: AGENT_USER.into() }),
-        step("agent-config", "write the agent's settings", "control plane and names", text(AGENT_CONFIG, config::agent_toml(settings), 0o644)),
+        step("agent-config", "write the agent's settings", "control plane and names", text(AGENT_CONFIG, config::agent_toml(facts, settings), 0o644)),
         step("agent-token", "write the agent's token file", "read by its unit only", secret(AGENT_TOKEN, SecretName::AgentToken)),
     ];
     for (id, name, content) in [

@@ -1,6 +1,7 @@
 //! What the user asked for: options from flags, environment and files, merged and validated in one place.
 
 pub mod extra;
+mod file;
 pub mod plane;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,8 @@ use crate::error::{Failure, nearest};
 use crate::k3s::version::Version;
 use crate::secret::mask;
 use extra::Extra;
+use file::checked;
+pub use file::{Fault, table, unquoted, values};
 
 /// Where the control plane of PipeOps answers when nothing else is said.
 pub const DEFAULT_CONTROL_PLANE: &str = "https://control.pipeops.io";
@@ -190,45 +193,6 @@ pub fn parse_file(text: &str, origin: &str) -> Result<Options, Failure> {
     checked(text, origin, &keys(), &["k3s"], "pipeops install-server")
 }
 
-/// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown keys and wrong types are named with
-/// the nearest key and the line.
-fn checked<T: serde::de::DeserializeOwned>(text: &str, origin: &str, known: &[String], more: &[&str], command: &str) -> Result<T, Failure> {
-    // the parser's own text shows the line, and with it a password
-    let bad = |what: &str, e: &toml::de::Error| {
-        let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1));
-        Failure::usage("CONFIG_INVALID", format!("{what}, line {line}")).why(unquoted(e.message())).hint(format!("correct {origin} and run again"))
-    };
-    let table: toml::Table = text.parse().map_err(|e| bad(&format!("{origin} is not valid TOML"), &e))?;
-    for key in table.keys() {
-        if known.iter().any(|k| k == key) || more.contains(&key.as_str()) {
-            continue;
-        }
-        let line = text.lines().position(|l| l.trim_start().trim_start_matches('[').starts_with(key.as_str())).map_or(0, |n| n + 1);
-        let what = format!("unknown key `{key}` in {origin}, line {line}");
-        // what holds a secret has no key, only a file that has it
-        let file = format!("{key}-file");
-        let file = known.iter().find(|k| **k == file).map(String::as_str);
-        let near = file.or_else(|| nearest(key, known.iter().map(String::as_str).chain(more.iter().copied())));
-        return Err(Failure::usage("CONFIG_UNKNOWN_KEY", what).hint(match near {
-            Some(near) => format!("did you mean `{near}`? correct {origin} and run again"),
-            None => format!("the keys are those of `{command} --help`; correct {origin} and run again"),
-        }));
-    }
-    toml::from_str(text).map_err(|e| bad(&format!("a value in {origin} has the wrong type"), &e))
-}
-
-/// A parser's message without the text that it quotes, which may be a secret.
-pub fn unquoted(message: &str) -> String {
-    let mut parts = message.split('"');
-    let mut out = parts.next().unwrap_or_default().trim_end().to_owned();
-    while parts.next().is_some() {
-        if let Some(after) = parts.next() {
-            out.push_str(after);
-        }
-    }
-    out
-}
-
 /// The names of all config keys: the long flags of [`Options`].
 pub fn keys() -> Vec<String> {
     longs::<Options>()
@@ -294,6 +258,11 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// The control plane's host, as a proxy or a firewall knows it.
+    pub fn control_plane_host(&self) -> Option<String> {
+        url::Url::parse(&self.control_plane_url).ok()?.host_str().map(str::to_owned)
+    }
+
     /// Checks every value and reports all faults at once.
     ///
     /// # Errors

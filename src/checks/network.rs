@@ -279,6 +279,27 @@ pub(super) fn proxy(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
+/// The agent's calls go through a proxy, its tunnel does not.
+pub(super) fn proxy_tunnel(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    let Some(host) = target.settings.control_plane_host().filter(|_| target.server()) else { return Vec::new() };
+    let Some(proxy) = net::https_proxy(facts, &host) else { return Vec::new() };
+    let calls = match net::plain_proxy(proxy) {
+        Some(_) => format!("the agent asks {host} through the proxy of HTTPS_PROXY"),
+        // a file that the agent reads is everybody's to read
+        None => format!("HTTPS_PROXY holds a user and password, or is no http:// address, and is not handed to the agent: it asks {host} directly"),
+    };
+    vec![
+        Finding::new(
+            "PROXY_TUNNEL",
+            Level::Warning,
+            "the agent's tunnel does not go through a proxy",
+            format!("{calls}; its tunnel dials the control plane's tunnel server itself"),
+        )
+        .fix("let this machine reach the tunnel server directly (port 7000, unless the control plane says otherwise)")
+        .fix(format!("where it reaches {host} directly, add {host} to NO_PROXY")),
+    ]
+}
+
 pub(super) fn public(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     if !target.settings.options.api_allow.is_empty() {
         return Vec::new();

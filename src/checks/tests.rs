@@ -286,6 +286,16 @@ const ROWS: &[(&str, Change, Change)] = &[
         },
     ),
     (
+        "PROXY_TUNNEL",
+        |c| {
+            c.facts.proxy.insert("HTTPS_PROXY".into(), "http://proxy:3128".into());
+        },
+        |c| {
+            c.facts.proxy.insert("HTTPS_PROXY".into(), "http://proxy:3128".into());
+            c.facts.proxy.insert("NO_PROXY".into(), "10.0.0.0/8,.pipeops.io".into());
+        },
+    ),
+    (
         "API_PUBLIC",
         |c| public(c),
         |c| {

@@ -53,6 +53,8 @@ pub struct Finished {
 pub struct ControlPlane {
     pub url: String,
     pub trust: Trust,
+    /// Proxy for these calls; without one, what the environment says.
+    pub proxy: Option<String>,
     pub token: Option<Secret>,
     pub state: StateDir,
     /// None on a copied disk without a token: then nobody is asked anything.
@@ -99,9 +101,13 @@ struct Caller {
 }
 
 impl Caller {
-    fn new(url: &str, trust: &Trust) -> Result<Caller, String> {
+    fn new(url: &str, trust: &Trust, proxy: Option<&str>) -> Result<Caller, String> {
         check_url(url)?;
-        let client = Client::builder()
+        let mut client = Client::builder();
+        if let Some(proxy) = proxy {
+            client = client.proxy(reqwest::Proxy::https(proxy).map_err(|_| "https-proxy is no URL of a proxy".to_owned())?);
+        }
+        let client = client
             .tls_backend_preconfigured(trust.client()?)
             .connect_timeout(CONNECT)
             .timeout(WHOLE)
@@ -159,8 +165,8 @@ impl Caller {
 ///
 /// # Errors
 /// Why it still lists the agent, in one line.
-pub async fn deregister(trust: &Trust, kept: &Kept, id: &str) -> Result<(), String> {
-    let caller = Caller::new(&kept.url, trust)?;
+pub async fn deregister(trust: &Trust, proxy: Option<&str>, kept: &Kept, id: &str) -> Result<(), String> {
+    let caller = Caller::new(&kept.url, trust, proxy)?;
     match caller.send::<serde_json::Value>(caller.request(Method::DELETE, &format!("/{id}"), &kept.credential)).await.0 {
         Ok(_) | Err(Outcome::Refused { status: 404 | 410, .. }) => Ok(()),
         Err(Outcome::Refused { status, code, message, .. }) => Err(format!("HTTP {status} {code}: {message}")),
@@ -282,7 +288,8 @@ impl ControlPlane {
         {
             tracing::warn!(error = format!("{error:#}"), "whom the queue is for is not kept");
         }
-        let mut known = Known { caller: Caller::new(&self.url, &self.trust), kept: Kept::load(&self.state, &self.url), queue, seq: 0 };
+        let mut known =
+            Known { caller: Caller::new(&self.url, &self.trust, self.proxy.as_deref()), kept: Kept::load(&self.state, &self.url), queue, seq: 0 };
         let event = if self.identity.is_some() {
             Event::Start { token, credential: known.kept.as_ref().map(|k| k.lives(jiff::Timestamp::now())) }
         } else {
@@ -306,7 +313,7 @@ impl ControlPlane {
         let (outcome, offset) = self.outcome(known, action, status).await;
         if matches!(outcome, Err(Outcome::Unreachable(_))) {
             // a client keeps the resolver's settings of its birth: after a boot without network they would be wrong for ever
-            known.caller = Caller::new(&self.url, &self.trust);
+            known.caller = Caller::new(&self.url, &self.trust, self.proxy.as_deref());
         }
         Event::Done { call, outcome: outcome.unwrap_or_else(|refusal| refusal), offset }
     }

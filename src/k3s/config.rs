@@ -206,7 +206,7 @@ pub fn proxy_environment(facts: &Facts, settings: &Settings) -> String {
 }
 
 /// `/etc/pipeops/agent.toml`: what `pipeops run` needs to know; free of secrets.
-pub fn agent_toml(settings: &Settings) -> String {
+pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
     let options = &settings.options;
     let mut text = String::from("# Written by pipeops install-server; read by pipeops run.\n");
     let _ = writeln!(text, "control-plane-url = {}", json!(settings.control_plane_url));
@@ -215,6 +215,9 @@ pub fn agent_toml(settings: &Settings) -> String {
     }
     if let Some(name) = &options.cluster_name {
         let _ = writeln!(text, "cluster-name = {}", json!(name));
+    }
+    if let Some(proxy) = settings.control_plane_host().and_then(|host| net::https_proxy(facts, &host)).and_then(net::plain_proxy) {
+        let _ = writeln!(text, "https-proxy = {}", json!(proxy));
     }
     let _ = writeln!(text, "max-role = {}", json!(settings.max_role.name()));
     let _ = writeln!(text, "kubeconfig = {}", json!(CREDENTIAL));

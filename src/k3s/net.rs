@@ -56,6 +56,32 @@ pub fn no_proxy(facts: &Facts, settings: &Settings) -> Vec<String> {
     list
 }
 
+/// The proxy through which a host is asked, if `HTTPS_PROXY` names one and `NO_PROXY` does not take the host out (names with and
+/// without a leading dot stand for all below them, as curl and Go read it).
+pub fn https_proxy<'a>(facts: &'a Facts, host: &str) -> Option<&'a str> {
+    let proxy = facts.proxy.get("HTTPS_PROXY")?;
+    let host = host.trim_matches(['[', ']']).to_ascii_lowercase();
+    let address = host.parse::<IpAddr>().ok();
+    let past = facts.proxy.get("NO_PROXY").is_some_and(|list| {
+        list.split(',').map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| {
+            let entry = entry.to_ascii_lowercase();
+            let name = entry.trim_start_matches('*').trim_start_matches('.');
+            let within = address.is_some_and(|a| Cidr::parse(&entry).is_some_and(|range| range.contains(a)));
+            entry == "*" || within || host == name || host.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
+        })
+    });
+    let loopback = host == "localhost" || address.is_some_and(|a| a.is_loopback());
+    (!past && !loopback).then_some(proxy)
+}
+
+/// A proxy's URL as it may stand in a file that everybody reads; none where it holds a user or password, or is none.
+pub fn plain_proxy(proxy: &str) -> Option<String> {
+    let text = if proxy.contains("://") { proxy.to_owned() } else { format!("http://{proxy}") };
+    let url = url::Url::parse(&text).ok()?;
+    let plain = matches!(url.scheme(), "http" | "https") && url.host().is_some() && url.username().is_empty() && url.password().is_none();
+    plain.then_some(text)
+}
+
 fn masked(range: Cidr) -> IpAddr {
     match range.address {
         IpAddr::V4(v4) => IpAddr::V4((u32::from(v4) & u32::MAX.checked_shl(32 - u32::from(range.prefix)).unwrap_or(0)).into()),

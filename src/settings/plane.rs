@@ -93,7 +93,7 @@ impl PlaneOptions {
 pub fn parse_file(text: &str, origin: &str) -> Result<PlaneOptions, Failure> {
     let secret = ["database-url", "amqp-url"];
     let known: Vec<String> = super::longs::<PlaneOptions>().into_iter().filter(|k| !secret.contains(&k.as_str())).collect();
-    super::checked(text, origin, &known, &[], "pipeops control-plane")
+    super::file::checked(text, origin, &known, &[], "pipeops control-plane")
 }
 
 #[cfg(test)]

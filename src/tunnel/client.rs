@@ -30,6 +30,8 @@ pub struct Work {
 pub struct Client {
     pub hostname: String,
     pub allow_insecure: bool,
+    /// A proxy is what leads out of here, as far as anybody has said: the tunnel does not go through one.
+    pub proxied: bool,
     /// Settings as they come and change.
     pub settings: watch::Receiver<Option<TunnelConfig>>,
     pub publish: watch::Sender<Status>,
@@ -39,6 +41,14 @@ pub struct Client {
     /// Takes nothing new; what is open goes on.
     pub drain: CancellationToken,
     pub stop: CancellationToken,
+}
+
+/// Why a server is not reached; where a proxy was named, with the way out.
+fn behind(proxied: bool, target: &Target, why: String) -> String {
+    if !proxied || !(why.starts_with("dns: ") || why.starts_with("tcp: ")) {
+        return why;
+    }
+    format!("proxy_only: {why}; a proxy is set, and the tunnel does not go through one: let this machine reach {target} directly")
 }
 
 /// News of the tasks of one session.
@@ -141,7 +151,7 @@ impl Client {
                     Action::Connect => {
                         session.begin();
                         if let Some(target) = target.clone() {
-                            session.connect(target, news.clone());
+                            session.connect(target, self.proxied, news.clone());
                         }
                     }
                     Action::Login { run_id } => {
@@ -250,14 +260,14 @@ impl Session {
         }
     }
 
-    fn connect(&mut self, target: Target, news: mpsc::Sender<(u64, News)>) {
+    fn connect(&mut self, target: Target, proxied: bool, news: mpsc::Sender<(u64, News)>) {
         let number = self.number;
         self.tasks.spawn(async move {
             let mut tasks = JoinSet::new();
             let told = match target.connect(&mut tasks).await {
                 Ok(carrier) => News::Carrier(carrier),
-                Err(no) if no.unanswered => News::Event(Event::Unanswered(no.why)),
-                Err(no) => News::Event(Event::ConnectFailed(no.why)),
+                Err(no) if no.unanswered => News::Event(Event::Unanswered(behind(proxied, &target, no.why))),
+                Err(no) => News::Event(Event::ConnectFailed(behind(proxied, &target, no.why))),
             };
             let _ = news.send((number, told)).await;
             // the connection lives as long as this task

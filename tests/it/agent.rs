@@ -153,6 +153,43 @@ fn the_watchdog_is_fed_in_time() {
 }
 
 #[test]
+fn a_configuration_in_yaml_has_the_same_keys_and_a_named_file_must_be_there() {
+    let sandbox = Sandbox::new();
+    let run = |name: &str, text: &str| {
+        let path = sandbox.path(name);
+        std::fs::write(&path, text).unwrap();
+        said(sandbox.command(&["run", "--config", &path]).output().unwrap())
+    };
+    for (name, text, word) in [
+        ("c.yaml", "control-plane-url: https://cp.test\ncontrol-plan-pin: x\n", "unknown field `control-plan-pin`"),
+        ("c.yaml", "# one\ncontrol-plane-url: https://cp.test\nmax-role: 7\n", "line 3"),
+        ("c.yml", "control-plane-url: ftp://cp.test\n", "`ftp` is no scheme"),
+        ("c.yaml", "max-role: emperor\n", "`emperor` is none of"),
+        ("c.yaml", "a: b\n c: d\n", "not valid YAML"),
+        ("c.yaml", "https-proxy: http://u:planted-canary-of-a-proxy-4711@proxy.test:3128\n", "without a user and a password"),
+        ("c.toml", "control-plane-url: https://cp.test\n", "not valid TOML"),
+    ] {
+        let answer = run(name, text).ended(2);
+        assert!(answer.err.contains(word) && answer.err.contains("CONFIG_INVALID") && !answer.err.contains("4711"), "{text}: {}", answer.err);
+    }
+    let gone = said(sandbox.command(&["run", "--config", &sandbox.path("gone.yaml")]).output().unwrap()).ended(2);
+    assert!(gone.err.contains("FILE_UNREADABLE") && gone.err.contains("gone.yaml"), "{}", gone.err);
+    // and a right one is used
+    let path = sandbox.path("right.yaml");
+    std::fs::write(&path, "control-plane-url: http://127.0.0.1:1\ncluster-name: from yaml\nmax-role: viewer\n").unwrap();
+    let mut child =
+        sandbox.command(&["run", "--config", &path]).env("AGENT_TOKEN", "planted-canary-of-a-token-4711").stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("127.0.0.1:1") && !line.contains("connecting (") {
+        line.clear();
+        assert!(lines.read_line(&mut line).unwrap() > 0, "it ended");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
 fn a_wrong_configuration_ends_with_two() {
     let sandbox = Sandbox::new();
     sandbox.put("/etc/pipeops/agent.toml", "control-plan-url = \"x\"\n");

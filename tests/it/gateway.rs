@@ -391,3 +391,55 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
     let refused = refused.ended(7).err;
     assert!(refused.contains("x\\u{202e}\\u{1b}[31m") && !refused.contains('\u{1b}'), "{refused}");
 }
+
+/// A proxy that lets everybody through and counts.
+async fn connect_proxy() -> (std::net::SocketAddr, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
+    use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, seen) = (listener.local_addr().unwrap(), std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default());
+    let kept = seen.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let kept = kept.clone();
+            tokio::spawn(async move {
+                let mut stream = tokio::io::BufReader::new(stream);
+                let mut head = String::new();
+                while !head.ends_with("\r\n\r\n") {
+                    if stream.read_line(&mut head).await.unwrap_or(0) == 0 {
+                        return;
+                    }
+                }
+                let place = head.split(' ').nth(1).unwrap_or_default().to_owned();
+                kept.lock().unwrap().push(head.lines().next().unwrap_or_default().to_owned());
+                let Ok(mut there) = tokio::net::TcpStream::connect(&place).await else { return };
+                stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut there).await;
+            });
+        }
+    });
+    (address, seen)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_proxy_calls_go_through_it_and_a_tunnel_that_cannot_says_so() {
+    let hub = Hub::with(&[]);
+    let (_kube, kube) = serve_kube().await;
+    let (proxy, seen) = connect_proxy().await;
+    let (token, pin) = hub.enrol();
+    let sandbox = crate::support::Sandbox::new();
+    crate::world::credential(&sandbox, kube);
+    let settings = format!("control-plane-url = \"{}\"\ncontrol-plane-pin = [\"{pin}\"]\nhttps-proxy = \"http://{proxy}\"\n", hub.url);
+    sandbox.put("/etc/pipeops/agent.toml", &settings);
+    let agent = crate::agent::Agent::start(sandbox, &[("AGENT_TOKEN", &token)]);
+    tokio::task::block_in_place(|| agent.until("tunnel up"));
+    let asked = seen.lock().unwrap().clone();
+    let place = hub.url.trim_start_matches("https://");
+    // its calls, and nothing but its calls
+    assert!(!asked.is_empty() && asked.iter().all(|line| *line == format!("CONNECT {place} HTTP/1.1")), "{asked:?}");
+    // where only the proxy leads out, the way out is named
+    let world = World::with("https-proxy = \"http://127.0.0.1:1\"\n", |_| {}).await.up().await;
+    world.stop_frps.cancel();
+    tokio::task::block_in_place(|| world.agent.until("proxy_only"));
+    let ready = tokio::task::block_in_place(|| world.agent.get("/readyz"));
+    assert!(ready.contains("proxy_only") && ready.contains("directly"), "{ready}");
+}

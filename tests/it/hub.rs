@@ -657,10 +657,15 @@ fn what_it_cannot_use_is_named() {
     let wrong = serve(&["--database-url-file", &url]);
     assert!(wrong.err.contains("DATABASE_URL_WRONG"), "{}", wrong.err);
     for (option, code, url, why) in [
-        ("--database-url-file", "DATABASE_URL_WRONG", "postgres://u:planted-canary-4711/x@db.test/cp", "%2F"),
-        ("--database-url-file", "DATABASE_URL_WRONG", "postgres://u:planted-canary-4711@a.test,b.test/cp", "several hosts"),
-        ("--database-url-file", "DATABASE_URL_WRONG", "postgres://u@db.test/cp?passwort=planted-canary-4711", "did you mean `password`?"),
-        ("--amqp-url-file", "AMQP_URL_WRONG", "amqp://u:planted-canary-4711#x@mq.test/", "%23"),
+        ("--database-url-file", "DATABASE_URL_WRONG", "postgres://u:planted-canary-4711-in-plain-text/x@db.test/cp", "%2F"),
+        ("--database-url-file", "DATABASE_URL_WRONG", "postgres://u:planted-canary-4711-in-plain-text@a.test,b.test/cp", "several hosts"),
+        (
+            "--database-url-file",
+            "DATABASE_URL_WRONG",
+            "postgres://u@db.test/cp?passwort=planted-canary-4711-in-plain-text",
+            "did you mean `password`?",
+        ),
+        ("--amqp-url-file", "AMQP_URL_WRONG", "amqp://u:planted-canary-4711-in-plain-text#x@mq.test/", "%23"),
     ] {
         sandbox.put("/url", url);
         let wrong = serve(&[option, &sandbox.path("root/url")]).ended(2);

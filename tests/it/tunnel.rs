@@ -107,6 +107,7 @@ impl Frpc {
         let client = Client {
             hostname: "vm".into(),
             allow_insecure,
+            proxied: false,
             settings: receiver,
             publish,
             run_ids: ids,

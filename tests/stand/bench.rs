@@ -475,6 +475,7 @@ impl Reconnecting {
         let client = Client {
             hostname: "here".into(),
             allow_insecure: false,
+            proxied: false,
             settings: receiver,
             publish,
             run_ids,
