@@ -1,9 +1,14 @@
 //! Facts in, findings out: the rules of preflight, each a pure function with a stable code.
 
+mod beside;
+mod dns;
 mod machine;
 mod network;
+mod ports;
+mod ranges;
 mod secrets;
 mod software;
+mod storage;
 
 pub(crate) use software::iptables_bad;
 
@@ -86,6 +91,9 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("NO_SYSTEMD", Ignore::Never, machine::no_systemd),
     ("ARCH_UNSUPPORTED", Ignore::Never, machine::arch),
     ("K3S_FOREIGN", Ignore::Never, software::foreign),
+    ("K3S_CONFIG_INVALID", Ignore::Allowed, beside::unreadable),
+    ("K3S_CONFIG_CLASH", Ignore::Allowed, beside::clash),
+    ("K3S_ENVIRONMENT", Ignore::Allowed, beside::environment),
     ("K3S_TOO_OLD", Ignore::Allowed, software::too_old),
     ("K3S_DOWNGRADE", Ignore::Never, software::downgrade),
     ("DATA_TOKEN_CONFLICT", Ignore::Never, software::token_conflict),
@@ -94,6 +102,9 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("MEMORY_LOW", Ignore::Allowed, machine::memory),
     ("COMPONENTS_DO_NOT_FIT", Ignore::Allowed, machine::components_fit),
     ("SWAP_ON", Ignore::Allowed, machine::swap),
+    ("MOUNT_READ_ONLY", Ignore::Allowed, storage::read_only),
+    ("MOUNT_NOEXEC", Ignore::Allowed, storage::no_exec),
+    ("SNAPSHOTTER_UNFIT", Ignore::Allowed, storage::snapshotter),
     ("DISK_LOW", Ignore::Allowed, machine::disk),
     ("INODES_LOW", Ignore::Allowed, machine::inodes),
     ("DISK_FSYNC_SLOW", Ignore::Allowed, machine::fsync),
@@ -106,25 +117,29 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("SELINUX_POLICY", Ignore::Allowed, software::selinux),
     ("IPTABLES_BAD", Ignore::Allowed, software::iptables),
     ("TOOL_MISSING", Ignore::Allowed, software::tools),
+    ("ACCOUNT_CONFLICT", Ignore::Allowed, software::account),
     ("TRUST_STORE_MISSING", Ignore::Allowed, software::trust_store),
     ("INGRESS_NGINX_RETIRED", Ignore::Allowed, software::retired_ingress),
     ("TRAEFIK_GOES", Ignore::Allowed, software::traefik_goes),
     ("HOSTNAME_BAD", Ignore::Allowed, network::hostname),
+    ("HOSTNAME_DEFAULT", Ignore::Allowed, network::image_name),
     ("ROUTE_NONE", Ignore::Allowed, network::no_route),
     ("NIC_AMBIGUOUS", Ignore::Allowed, network::ambiguous),
     ("ADDRESS_UNKNOWN", Ignore::Allowed, network::address_unknown),
     ("ADDRESS_DYNAMIC", Ignore::Allowed, network::dynamic),
-    ("CIDR_OVERLAP", Ignore::Allowed, network::overlap),
-    ("DNS_NONE", Ignore::Allowed, network::no_dns),
-    ("DNS_LOOPBACK", Ignore::Allowed, network::dns_loop),
-    ("DNS_WILDCARD", Ignore::Allowed, network::dns_search),
-    ("PORT_IN_USE", Ignore::Allowed, network::ports),
-    ("INGRESS_PORT_IN_USE", Ignore::Allowed, network::ingress_ports),
-    ("FW_FIREWALLD", Ignore::Allowed, network::firewalld),
-    ("FW_UFW", Ignore::Allowed, network::ufw),
-    ("PROXY_NOPROXY", Ignore::Allowed, network::proxy),
-    ("PROXY_TUNNEL", Ignore::Allowed, network::proxy_tunnel),
-    ("API_PUBLIC", Ignore::Allowed, network::public),
+    ("CIDR_OVERLAP", Ignore::Allowed, ranges::overlap),
+    ("CIDR_MISFIT", Ignore::Allowed, ranges::misfit),
+    ("DNS_NONE", Ignore::Allowed, dns::none),
+    ("DNS_LOOPBACK", Ignore::Allowed, dns::refused),
+    ("DNS_WILDCARD", Ignore::Allowed, dns::wildcard),
+    ("DNS_LIMITS", Ignore::Allowed, dns::limits),
+    ("PORT_IN_USE", Ignore::Allowed, ports::ports),
+    ("INGRESS_PORT_IN_USE", Ignore::Allowed, ports::ingress_ports),
+    ("FW_FIREWALLD", Ignore::Allowed, ports::firewalld),
+    ("FW_UFW", Ignore::Allowed, ports::ufw),
+    ("PROXY_NOPROXY", Ignore::Allowed, ports::proxy),
+    ("PROXY_TUNNEL", Ignore::Allowed, ports::proxy_tunnel),
+    ("API_PUBLIC", Ignore::Allowed, ports::public),
     ("SECRET_READABLE", Ignore::Allowed, secrets::readable),
 ];
 

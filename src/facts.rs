@@ -1,9 +1,12 @@
 //! What is known about a machine, as plain data; the parsers of the text it comes from are below it.
 
+pub mod address;
 pub mod parse;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+
+pub use address::{Address, Interface, Route};
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +28,7 @@ pub struct Facts {
     pub memory_bytes: u64,
     pub swap_bytes: u64,
     pub disks: Vec<Disk>,
+    pub mounts: Vec<Mount>,
     /// 99th percentile of a small write with fsync on the data disk, microseconds; `None` when not measured (dry run).
     pub fsync_p99_us: Option<u64>,
     pub listeners: Vec<Listener>,
@@ -32,6 +36,10 @@ pub struct Facts {
     pub resolver: Resolver,
     pub routes: Vec<Route>,
     pub interfaces: Vec<Interface>,
+    /// The route that leads to the server of a worker: it decides before the default route does.
+    pub toward: Option<Route>,
+    /// Why `ip` could not tell of addresses and routes; both are unknown then, not absent.
+    pub ip_fault: Option<String>,
     pub modules: Modules,
     pub cgroup: Cgroup,
     /// `lxc`, `docker`, `systemd-nspawn`, …; `None` on a machine of its own.
@@ -39,6 +47,11 @@ pub struct Facts {
     pub kmsg: bool,
     pub firewalld_active: bool,
     pub ufw_active: bool,
+    /// Whether containers get an AppArmor profile loaded.
+    pub apparmor: bool,
+    /// The file that the kernel's command line comes from, where one of the known ones is there.
+    pub boot: Option<String>,
+    pub account: Account,
     pub selinux: Selinux,
     pub iptables: Option<Iptables>,
     /// Proxy variables of this environment, upper-case names.
@@ -91,6 +104,23 @@ pub struct Disk {
     pub device: u64,
 }
 
+/// How the place of a path is mounted.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct Mount {
+    /// A path that we or k3s write to.
+    pub path: String,
+    /// Where its file system is mounted.
+    pub at: String,
+    /// `ext4`, `overlay`, `nfs4`, …; empty when unknown.
+    pub kind: String,
+    /// Nothing can be written there: mounted so, or the directory is immutable.
+    pub read_only: bool,
+    pub no_exec: bool,
+    /// Whether directory entries tell their type, as overlayfs wants of the file system below it; `None` when unknown.
+    pub entry_types: Option<bool>,
+}
+
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Listener {
     /// `tcp` or `udp`.
@@ -99,6 +129,26 @@ pub struct Listener {
     pub port: u16,
     pub pid: Option<u32>,
     pub process: Option<String>,
+}
+
+/// What there is under the name of the agent's user and group.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct Account {
+    pub user: Option<User>,
+    /// Number of the group of that name.
+    pub gid: Option<u32>,
+}
+
+/// A line of `/etc/passwd`, or of a directory.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct User {
+    pub uid: u32,
+    pub gid: u32,
+    pub shell: String,
+    /// Known to a directory such as LDAP, not to this machine's own file.
+    pub directory: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
@@ -112,31 +162,28 @@ pub struct Clock {
     pub offset: Option<(i64, String)>,
 }
 
+/// A file of name servers, as two programs read it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct ResolvConf {
+    /// Servers that k3s judges (k3s-io/k3s, pkg/agent/config/config.go, isValidResolvConf).
+    pub nameservers: Vec<String>,
+    /// Search list that the kubelet hands to pods.
+    pub search: Vec<String>,
+    /// Servers that the kubelet hands to pods: also those whose line is indented.
+    pub handed: Vec<String>,
+}
+
+/// The files of name servers that k3s looks at, in its order; `None` for one that is not there.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 #[serde(default)]
 pub struct Resolver {
-    pub nameservers: Vec<String>,
-    pub search: Vec<String>,
-    /// Servers in systemd-resolved's own upstream file, which k3s prefers when it exists.
-    pub upstream: Vec<String>,
-}
-
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
-pub struct Route {
-    /// `0.0.0.0/0` and `::/0` for the default route.
-    pub to: String,
-    pub device: String,
-    pub metric: u32,
-    pub source: Option<String>,
-}
-
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
-pub struct Interface {
-    pub name: String,
-    /// Address with prefix length.
-    pub addresses: Vec<String>,
-    /// Whether an address came by DHCP.
-    pub dynamic: bool,
+    /// `/etc/resolv.conf`.
+    pub etc: Option<ResolvConf>,
+    /// `/run/systemd/resolve/resolv.conf`, with the servers behind systemd-resolved.
+    pub systemd: Option<ResolvConf>,
+    /// What the setting `resolv-conf` names, with its path.
+    pub chosen: Option<(String, Option<ResolvConf>)>,
 }
 
 /// Kernel modules: loaded, built in, or there to be loaded.
@@ -178,7 +225,7 @@ pub struct Iptables {
 pub struct K3s {
     /// Version of `/usr/local/bin/k3s`.
     pub version: Option<String>,
-    /// Evidence of a k3s that our journal does not know: units, programs, configuration.
+    /// Evidence of a k3s that our journal does not know: units, programs; of its settings only where there is nothing else.
     pub foreign: Vec<String>,
     /// Whether our journal records an installation, and in which role.
     pub ours: Option<crate::settings::Role>,
@@ -190,6 +237,23 @@ pub struct K3s {
     /// A token was given that differs from the one in the data.
     pub token_differs: bool,
     pub node_password: bool,
+    /// Files of settings beside ours, in the order in which k3s reads them.
+    pub files: Vec<SettingsFile>,
+    /// `K3S_*` variables of this environment: systemd hands none of them to the unit.
+    pub environment: Vec<String>,
+}
+
+/// Settings that k3s reads from somewhere else than our own file.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct SettingsFile {
+    pub path: String,
+    /// Read after ours, so that it has the last word.
+    pub after: bool,
+    /// In the order of the file. Values are kept of keys that something here looks at, for others may be secrets.
+    pub entries: Vec<(String, serde_json::Value)>,
+    /// Why k3s could not read it and would stop.
+    pub fault: Option<String>,
 }
 
 /// An address range, v4 or v6.
@@ -257,40 +321,6 @@ pub fn globally_routable(address: IpAddr) -> bool {
 }
 
 impl Facts {
-    /// Interfaces of pods and containers, which never carry the node's address.
-    pub fn virtual_interface(name: &str) -> bool {
-        ["lo", "cni", "flannel", "veth", "docker", "br-", "virbr", "kube-", "cali", "podman", "lxcbr", "lxdbr", "dummy"]
-            .iter()
-            .any(|prefix| name == *prefix || name.starts_with(prefix) && *prefix != "lo")
-    }
-
-    /// The default IPv4 routes, best metric first.
-    pub fn default_routes(&self) -> Vec<&Route> {
-        let mut found: Vec<&Route> = self.routes.iter().filter(|r| r.to == "0.0.0.0/0").collect();
-        if found.is_empty() {
-            found = self.routes.iter().filter(|r| r.to == "::/0").collect();
-        }
-        found.sort_by_key(|r| r.metric);
-        found
-    }
-
-    /// Interface and address that the best default route uses.
-    pub fn primary(&self) -> Option<(String, IpAddr)> {
-        let route = *self.default_routes().first()?;
-        let v6 = route.to == "::/0";
-        let of_interface = || {
-            let interface = self.interfaces.iter().find(|i| i.name == route.device)?;
-            interface.addresses.iter().filter_map(|a| Cidr::parse(a)).map(|c| c.address).find(|a| a.is_ipv6() == v6 && !link_local(*a))
-        };
-        let address = route.source.as_deref().and_then(|s| s.parse().ok()).or_else(of_interface)?;
-        Some((route.device.clone(), address))
-    }
-
-    /// The interface that has this address.
-    pub fn interface_of(&self, address: IpAddr) -> Option<&Interface> {
-        self.interfaces.iter().find(|i| i.addresses.iter().any(|a| Cidr::parse(a).is_some_and(|c| c.address == address)))
-    }
-
     pub fn has(&self, module: &str) -> bool {
         self.modules.loaded.contains(module) || self.modules.available.contains(module)
     }

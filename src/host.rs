@@ -71,11 +71,18 @@ pub fn all_descriptors() {
     }
 }
 
+/// Beside each `bin` its `sbin`: a plain `su` on Debian leaves those out, and modprobe, useradd or nft are there.
+fn with_sbin(path: OsString) -> OsString {
+    let dirs: Vec<PathBuf> = std::env::split_paths(&path).filter(|d| !d.as_os_str().is_empty()).collect();
+    let missing = dirs.iter().filter(|d| d.ends_with("bin")).map(|d| d.with_file_name("sbin")).filter(|d| !dirs.contains(d));
+    std::env::join_paths(dirs.iter().cloned().chain(missing)).unwrap_or(path)
+}
+
 impl Host {
     /// `root` is `/` in production; `path` is where programs are looked for.
     pub fn new(root: impl Into<PathBuf>, path: Option<OsString>) -> Host {
         let root = root.into();
-        let mut path = path.unwrap_or_default();
+        let mut path = with_sbin(path.unwrap_or_default());
         if !path.is_empty() {
             path.push(":");
         }
@@ -323,7 +330,13 @@ impl Host {
             fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
             OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(state.join("lock"))
         };
-        let file = fresh().with_context(|| format!("opening {STATE}/lock"))?;
+        let file = fresh().map_err(|error| match error.kind() {
+            io::ErrorKind::ReadOnlyFilesystem => Failure::new(Exit::Preflight, "MOUNT_READ_ONLY", format!("nothing can be written to {STATE}"))
+                .why("its file system is mounted read-only; nothing was changed")
+                .hint(format!("mount it writable (`findmnt -T {STATE}` shows what is there), then run again"))
+                .into(),
+            _ => anyhow::Error::from(error).context(format!("opening {STATE}/lock")),
+        })?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Hands { host: self.clone(), _lock: lock, made_state: made }),
             Err(_) => Err(Failure::new(Exit::Locked, "LOCKED", "another pipeops is at work on this machine")

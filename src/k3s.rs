@@ -1,5 +1,6 @@
 //! From facts and settings to the plan of a server or a worker: one screen each, read top to bottom.
 
+pub mod chosen;
 pub mod config;
 pub mod logs;
 pub mod net;
@@ -154,12 +155,12 @@ pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, compon
     let within_s = settings.timeout.as_secs();
     let mut steps = base(facts, settings, release, config::server_drop_in(facts, settings, &release.version, components));
     let mut system = vec![node_ready(node, ADMIN_KUBECONFIG, settings, release)];
-    system.extend(config::system_deployments(settings).into_iter().map(|name| Ready::Deployment { namespace: "kube-system".into(), name }));
+    system.extend(config::system_deployments(facts, settings).into_iter().map(|name| Ready::Deployment { namespace: "kube-system".into(), name }));
     steps.push(step("node-ready", "wait for the node", "Ready, and the system deployments answer", Resource::Ready { what: system, within_s }));
     steps.extend(agent(facts, settings));
     if let Some(user) = &settings.options.kubeconfig_for {
         let host = net::node_address(facts, settings).map_or_else(|| "127.0.0.1".to_owned(), |a| net::host_in_url(&a.to_string()));
-        let want = Resource::Kubeconfig { user: user.clone(), server: format!("https://{host}:6443") };
+        let want = Resource::Kubeconfig { user: user.clone(), server: format!("https://{host}:{}", chosen::Chosen::of(facts, settings).api_port()) };
         steps.push(step("kubeconfig", format!("write a kubeconfig for {user}"), "asked for by --kubeconfig-for", want));
     }
     for component in components {

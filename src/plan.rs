@@ -1,5 +1,6 @@
 //! Everything done to a host, as data: steps, what each wants, and what a check of them says.
 
+mod account;
 pub mod engine;
 pub mod journal;
 mod objects;

@@ -3,7 +3,8 @@
 use super::{Finding, Level, Target, size};
 use crate::components;
 use crate::facts::Facts;
-use crate::k3s::version;
+use crate::k3s::chosen::Chosen;
+use crate::k3s::{net, version};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -99,15 +100,21 @@ pub(super) fn swap(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 }
 
 /// What is put where: path, bytes for a fresh node, inodes.
-fn needs(target: &Target<'_>) -> [(&'static str, u64, u64); 4] {
+fn needs(facts: &Facts, target: &Target<'_>) -> [(String, u64, u64); 4] {
     let data = if target.server() { 3 * GIB } else { 2 * GIB };
-    [("/var/lib/rancher", data, 40_000), ("/var/lib/kubelet", 100 * MIB, 2_000), ("/usr/local/bin", 150 * MIB, 20), ("/var/log", 100 * MIB, 500)]
+    let kubelet = Chosen::of(facts, target.settings).kubelet_dir();
+    [
+        ("/var/lib/rancher".into(), data, 40_000),
+        (kubelet, 100 * MIB, 2_000),
+        ("/usr/local/bin".into(), 150 * MIB, 20),
+        ("/var/log".into(), 100 * MIB, 500),
+    ]
 }
 
 /// Sums needs by file system, so that one disk is asked once; gives `(paths, need bytes, need inodes, disk)`.
 fn by_disk<'a>(facts: &'a Facts, target: &Target<'_>) -> Vec<(String, u64, u64, &'a crate::facts::Disk)> {
     let mut sums: Vec<(String, u64, u64, &crate::facts::Disk)> = Vec::new();
-    for (path, bytes, inodes) in needs(target) {
+    for (path, bytes, inodes) in needs(facts, target) {
         let Some(disk) = facts.disks.iter().find(|d| d.path == path) else { continue };
         match sums.iter_mut().find(|(_, _, _, d)| d.device == disk.device) {
             Some(sum) => {
@@ -115,7 +122,7 @@ fn by_disk<'a>(facts: &'a Facts, target: &Target<'_>) -> Vec<(String, u64, u64, 
                 sum.1 += bytes;
                 sum.2 += inodes;
             }
-            None => sums.push((path.to_owned(), bytes, inodes, disk)),
+            None => sums.push((path, bytes, inodes, disk)),
         }
     }
     sums
@@ -194,11 +201,20 @@ pub(super) fn clock(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     Vec::new()
 }
 
-fn cmdline_file(facts: &Facts) -> &'static str {
-    if facts.os.id == "raspbian" || facts.os.id == "debian" && facts.machine.starts_with("a") {
-        "/boot/firmware/cmdline.txt"
-    } else {
-        "the kernel command line (GRUB_CMDLINE_LINUX in /etc/default/grub)"
+/// Where the kernel's command line is set on this machine, and what makes a change there take effect.
+fn cmdline_file(facts: &Facts) -> String {
+    match facts.boot.as_deref() {
+        Some(file @ ("/boot/firmware/cmdline.txt" | "/boot/cmdline.txt")) => format!("the one line of {file}"),
+        Some("/etc/default/grub") => {
+            "GRUB_CMDLINE_LINUX in /etc/default/grub, run `update-grub` (`grub2-mkconfig -o /boot/grub2/grub.cfg` where that is absent)".into()
+        }
+        Some(file @ "/etc/kernel/cmdline") => format!("{file}, run `kernel-install add $(uname -r) /lib/modules/$(uname -r)/vmlinuz`"),
+        Some(file @ "/boot/loader/entries") => format!("the `options` line of the entries in {file}"),
+        Some(file) if file.ends_with("extlinux.conf") => {
+            format!("the `append` line of {file} (`u-boot-update` writes it from /etc/default/u-boot where that is there)")
+        }
+        Some(file @ "/boot/armbianEnv.txt") => format!("`extraargs=` in {file}"),
+        _ => "the command line of the kernel, where its boot loader has it".into(),
     }
 }
 
@@ -238,27 +254,55 @@ pub(super) fn cgroup_v1(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-/// What k3s loads or needs; the package that carries it where it is often missing.
-pub(crate) const MODULES: &[&str] = &["br_netfilter", "overlay", "nf_conntrack", "vxlan"];
+/// What k3s loads or needs, with the pod network that was chosen.
+pub(crate) fn needed_modules(facts: &Facts, target: &Target<'_>) -> Vec<&'static str> {
+    let chosen = Chosen::of(facts, target.settings);
+    let mut wanted = vec!["br_netfilter", "nf_conntrack"];
+    if chosen.own_containerd() && chosen.snapshotter() == "overlayfs" {
+        wanted.push("overlay");
+    }
+    match net::backend(facts, target.settings).as_str() {
+        "vxlan" => wanted.push("vxlan"),
+        backend if backend.starts_with("wireguard") => wanted.push("wireguard"),
+        _ => {}
+    }
+    wanted
+}
 
-pub(super) fn modules(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn modules(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     if !facts.modules.known {
         return Vec::new();
     }
-    let missing: Vec<&str> = MODULES.iter().copied().filter(|m| !facts.has(m)).collect();
+    let missing: Vec<&str> = needed_modules(facts, target).into_iter().filter(|m| !facts.has(m)).collect();
     if missing.is_empty() {
         return Vec::new();
     }
+    // a worker follows its server, which may have chosen another pod network
+    let unsure = !target.server() && missing == ["wireguard"];
     let package = match facts.os.id.as_str() {
         "ubuntu" => "apt install linux-modules-extra-$(uname -r)",
         "rhel" | "rocky" | "almalinux" | "centos" | "fedora" | "ol" => "dnf install kernel-modules-extra",
         "debian" => "install the full kernel: apt install linux-image-amd64 (not the cloud flavour)",
         _ => "install your distribution's package of extra kernel modules",
     };
-    vec![
-        Finding::new("KMOD_MISSING", Level::Error, "kernel modules are missing", format!("neither built in nor installed: {}", missing.join(", ")))
-            .fix(package),
-    ]
+    let level = if unsure { Level::Warning } else { Level::Error };
+    let mut finding =
+        Finding::new("KMOD_MISSING", level, "kernel modules are missing", format!("neither built in nor installed: {}", missing.join(", ")));
+    if missing.contains(&"wireguard") {
+        // Linux has it since 5.6
+        let package = if matches!(facts.os.id.as_str(), "rhel" | "rocky" | "almalinux" | "centos" | "ol") {
+            "dnf install kmod-wireguard (from ELRepo)"
+        } else {
+            package
+        };
+        finding = finding
+            .fix(format!("{package}: the address is public, so the pod network is encrypted"))
+            .fix("or use a private address: --node-ip; or, where others cannot listen, set in the [k3s] table: flannel-backend = \"vxlan\"");
+    }
+    if missing != ["wireguard"] {
+        finding = finding.fix(package);
+    }
+    vec![finding]
 }
 
 pub(super) fn container(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {

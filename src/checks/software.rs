@@ -2,6 +2,8 @@
 
 use super::{Finding, Level, Target};
 use crate::facts::{Facts, parse};
+use crate::k3s::AGENT_USER;
+use crate::k3s::chosen::Chosen;
 use crate::k3s::version::{OLDEST_MINOR, Version};
 use crate::settings::Role;
 
@@ -15,6 +17,17 @@ pub(super) fn foreign(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     }
     if facts.k3s.ours.is_some() || facts.k3s.foreign.is_empty() {
         return Vec::new();
+    }
+    if facts.k3s.foreign.iter().all(|f| f.starts_with("/etc/rancher/k3s/config.yaml ")) {
+        // written before there is a k3s, by cloud-init or by hand
+        let to = "/etc/rancher/k3s/config.yaml.d/10-mine.yaml";
+        return vec![
+            Finding::new("K3S_FOREIGN", Level::Error, "there are settings for a k3s here, but no k3s", facts.k3s.foreign.join("; "))
+                .fix(format!(
+                    "to keep them: mkdir -p /etc/rancher/k3s/config.yaml.d && mv /etc/rancher/k3s/config.yaml {to}; pipeops and k3s read them there"
+                ))
+                .fix("or remove the file; then run again"),
+        ];
     }
     vec![
         Finding::new("K3S_FOREIGN", Level::Error, "there is a k3s here that pipeops did not install", facts.k3s.foreign.join("; "))
@@ -108,14 +121,83 @@ pub(super) fn iptables(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn tools(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let wanted = [("modprobe", true), ("mount", true), ("umount", true), ("nft", !target.settings.options.api_allow.is_empty())];
-    let missing: Vec<&str> = wanted.iter().filter(|(name, needed)| *needed && !facts.programs.contains_key(*name)).map(|(name, _)| *name).collect();
-    if missing.is_empty() {
+    let options = &target.settings.options;
+    let chosen = Chosen::of(facts, target.settings);
+    let firewall = !options.api_allow.is_empty();
+    let agent = target.server() && facts.account.user.is_none() && facts.k3s.ours.is_none();
+    let fuse = chosen.own_containerd() && chosen.snapshotter() == "fuse-overlayfs";
+    let red_hat =
+        ["rhel", "fedora", "centos", "rocky", "almalinux", "ol", "amzn"].iter().any(|id| facts.os.id == *id || facts.os.id_like.contains(id));
+    let iproute = if red_hat { "iproute" } else { "iproute2" };
+    let wanted = [
+        ("modprobe", true, "kmod"),
+        ("mount", true, "mount"),
+        ("umount", true, "mount"),
+        ("nft", firewall, "nftables"),
+        ("apparmor_parser", facts.apparmor && chosen.own_containerd(), "apparmor"),
+        ("useradd", agent, if red_hat { "shadow-utils" } else { "passwd" }),
+        ("fuse-overlayfs", fuse, "fuse-overlayfs"),
+    ];
+    let missing: Vec<_> = wanted.iter().filter(|(name, needed, _)| *needed && !facts.programs.contains_key(*name)).collect();
+    let mut evidence: Vec<String> = Vec::new();
+    let mut packages: Vec<&str> = missing.iter().map(|m| m.2).collect();
+    if !missing.is_empty() {
+        evidence.push(format!("not found: {}", missing.iter().map(|m| m.0).collect::<Vec<_>>().join(", ")));
+    }
+    if let Some(fault) = &facts.ip_fault {
+        evidence.push(format!("{fault}; addresses and routes are read by `ip -j`, of iproute2 4.17 or newer"));
+        packages.push(iproute);
+    }
+    if evidence.is_empty() {
+        return Vec::new();
+    }
+    packages.dedup();
+    let mut finding = Finding::new("TOOL_MISSING", Level::Error, "programs that the node needs are missing", evidence.join("; "));
+    if missing.iter().any(|m| m.0 == "apparmor_parser") {
+        finding = finding.fix("AppArmor is on in the kernel: without its parser no container starts");
+    }
+    vec![finding.fix(format!("install them (packages {}), then run again", packages.join(", ")))]
+}
+
+/// The agent's user or group is somebody else's, so that the agent would run with that one's rights or not at all.
+pub(super) fn account(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    // what an earlier run made is as it should be
+    if !target.server() || facts.k3s.ours.is_some() {
+        return Vec::new();
+    }
+    let (mut level, mut evidence) = (Level::Warning, Vec::new());
+    if let Some(user) = &facts.account.user {
+        if user.uid == 0 {
+            level = Level::Error;
+            evidence.push("its number is 0: it is root".to_owned());
+        }
+        if user.directory {
+            level = Level::Error;
+            evidence.push("a directory such as LDAP has it, and the agent reads /etc/passwd alone".to_owned());
+        }
+        let shell = user.shell.rsplit('/').next().unwrap_or_default();
+        if !matches!(shell, "nologin" | "false" | "sync") {
+            evidence.push(format!("it can log in ({})", if user.shell.is_empty() { "the default shell" } else { &user.shell }));
+        }
+        if facts.account.gid.is_some_and(|gid| gid != user.gid) {
+            evidence.push(format!("its group is {}, not the one of the same name", user.gid));
+        }
+    }
+    if facts.account.gid == Some(0) {
+        level = Level::Error;
+        evidence.push("the group of that name has the number 0".to_owned());
+    }
+    if evidence.is_empty() {
         return Vec::new();
     }
     vec![
-        Finding::new("TOOL_MISSING", Level::Error, "programs that the node needs are missing", format!("not found: {}", missing.join(", ")))
-            .fix("install them (packages kmod, mount, nftables), then run again"),
+        Finding::new(
+            "ACCOUNT_CONFLICT",
+            level,
+            format!("the account {AGENT_USER} is there already and is not made for a service"),
+            evidence.join("; "),
+        )
+        .fix(format!("remove or rename it (`userdel {AGENT_USER}`); pipeops makes one without a shell. What stays is used as it is")),
     ]
 }
 

@@ -4,13 +4,31 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::components;
-use crate::facts::{Clock, Disk, Interface, Iptables, Listener, Route};
+use crate::facts::{Clock, Disk, Interface, Iptables, Listener, Mount, ResolvConf, Route, SettingsFile, User, parse};
 use crate::settings::Options;
 
 const GIB: u64 = 1 << 30;
 
 fn set(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|n| (*n).to_owned()).collect()
+}
+
+fn route(to: &str, device: &str) -> Route {
+    Route { to: to.into(), device: device.into(), kind: "unicast".into(), preference: 1, ..Route::default() }
+}
+
+fn resolv(text: &str) -> Option<ResolvConf> {
+    Some(parse::resolv_conf(text))
+}
+
+/// A file of k3s' settings beside ours; by its name it is read before or after.
+fn beside(case: &mut Case, name: &str, text: &str) {
+    let after = name > "50-pipeops.yaml" && name != "config.yaml";
+    case.facts.k3s.files.push(SettingsFile { path: name.into(), after, entries: crate::k3s::chosen::read_file(text).unwrap(), fault: None });
+}
+
+fn k3s(case: &mut Case, key: &str, value: impl Into<serde_json::Value>) {
+    case.options.k3s = [(key.to_owned(), value.into())].into_iter().collect::<crate::settings::extra::Extra>().over(case.options.k3s.clone());
 }
 
 /// Debian 12 with two processors and 4 GiB.
@@ -32,24 +50,23 @@ fn healthy() -> Facts {
         disks: ["/var/lib/rancher", "/var/lib/kubelet", "/usr/local/bin", "/var/log"].map(disk).to_vec(),
         fsync_p99_us: Some(4_000),
         clock: Clock { now: 1_800_000_000, synchronized: Some(true), offset: Some((2, "x".into())) },
-        routes: vec![
-            Route { to: "0.0.0.0/0".into(), device: "eth0".into(), metric: 100, source: Some("10.0.0.5".into()) },
-            Route { to: "10.0.0.0/24".into(), device: "eth0".into(), ..Route::default() },
-        ],
-        interfaces: vec![Interface { name: "eth0".into(), addresses: vec!["10.0.0.5/24".into()], dynamic: false }],
+        routes: vec![Route { metric: 100, source: Some("10.0.0.5".into()), ..route("0.0.0.0/0", "eth0") }, route("10.0.0.0/24", "eth0")],
+        interfaces: vec![Interface::new("eth0", &["10.0.0.5/24"])],
         iptables: Some(Iptables { version: "1.8.9".into(), backend: "nft".into() }),
         kmsg: true,
         trust_store: true,
         ..Facts::default()
     };
     facts.os.id = "debian".into();
-    facts.resolver.nameservers = vec!["10.0.0.1".into()];
+    facts.resolver.etc = resolv("nameserver 10.0.0.1\n");
     facts.modules.known = true;
-    facts.modules.available = set(machine::MODULES);
+    facts.modules.available = set(&["br_netfilter", "overlay", "nf_conntrack", "vxlan", "wireguard"]);
+    let mount = |path: &str| Mount { path: path.into(), at: "/".into(), kind: "ext4".into(), entry_types: Some(true), ..Mount::default() };
+    facts.mounts = ["/var/lib/rancher", "/usr/local/bin", "/etc", "/run"].map(mount).to_vec();
     facts.cgroup.version = 2;
     facts.cgroup.controllers = set(&["cpu", "cpuset", "io", "memory", "pids"]);
     facts.selinux.mode = "disabled".into();
-    facts.programs = ["modprobe", "mount", "umount"].iter().map(|p| ((*p).to_owned(), format!("/sbin/{p}"))).collect();
+    facts.programs = ["modprobe", "mount", "umount", "useradd", "ip"].iter().map(|p| ((*p).to_owned(), format!("/sbin/{p}"))).collect();
     facts
 }
 
@@ -90,6 +107,13 @@ const ROWS: &[(&str, Change, Change)] = &[
             c.facts.k3s.ours = Some(Role::Server);
         },
     ),
+    (
+        "K3S_CONFIG_INVALID",
+        |c| c.facts.k3s.files.push(SettingsFile { fault: Some("it is not valid YAML".into()), ..SettingsFile::default() }),
+        |c| beside(c, "90-mine.yaml", "# nothing yet\n"),
+    ),
+    ("K3S_CONFIG_CLASH", |c| beside(c, "90-mine.yaml", "node-name: other\n"), |c| beside(c, "90-mine.yaml", "node-name: VM1\nkubelet-arg: [a=b]\n")),
+    ("K3S_ENVIRONMENT", |c| c.facts.k3s.environment = vec!["K3S_DATA_DIR".into()], |_| {}),
     ("K3S_TOO_OLD", |c| c.version = "v1.27.9+k3s1", |c| c.version = "v1.28.0+k3s1"),
     (
         "K3S_DOWNGRADE",
@@ -136,6 +160,16 @@ const ROWS: &[(&str, Change, Change)] = &[
         },
     ),
     ("SWAP_ON", |c| c.facts.swap_bytes = GIB, |c| c.facts.swap_bytes = 0),
+    ("MOUNT_READ_ONLY", |c| c.facts.mounts[2].read_only = true, |c| c.facts.mounts.iter_mut().for_each(|m| m.at = "/ro".into())),
+    ("MOUNT_NOEXEC", |c| c.facts.mounts[0].no_exec = true, |c| c.facts.mounts[3].no_exec = true),
+    (
+        "SNAPSHOTTER_UNFIT",
+        |c| c.facts.mounts[0].kind = "zfs".into(),
+        |c| {
+            c.facts.mounts[0].kind = "zfs".into();
+            k3s(c, "snapshotter", "native");
+        },
+    ),
     (
         "DISK_LOW",
         |c| c.facts.disks.iter_mut().for_each(|d| d.available_bytes = 3 * GIB),
@@ -214,6 +248,14 @@ const ROWS: &[(&str, Change, Change)] = &[
         },
     ),
     (
+        "ACCOUNT_CONFLICT",
+        |c| c.facts.account.user = Some(User { uid: 1001, gid: 1001, shell: "/bin/bash".into(), ..User::default() }),
+        |c| {
+            c.facts.account.user = Some(User { uid: 997, gid: 997, shell: "/usr/sbin/nologin".into(), ..User::default() });
+            c.facts.account.gid = Some(997);
+        },
+    ),
+    (
         "TRUST_STORE_MISSING",
         |c| c.facts.trust_store = false,
         |c| {
@@ -231,38 +273,58 @@ const ROWS: &[(&str, Change, Change)] = &[
         },
     ),
     ("HOSTNAME_BAD", |c| c.facts.hostname = "my_vm".into(), |c| c.facts.hostname = "My-VM.example.com".into()),
+    ("HOSTNAME_DEFAULT", |c| c.facts.hostname = "raspberrypi".into(), |c| c.facts.hostname = "raspberrypi-7".into()),
     ("ROUTE_NONE", |c| c.facts.routes.clear(), |c| c.facts.routes.truncate(1)),
     (
         "NIC_AMBIGUOUS",
-        |c| c.facts.routes.push(Route { to: "0.0.0.0/0".into(), device: "eth1".into(), metric: 100, source: None }),
-        |c| c.facts.routes.push(Route { to: "0.0.0.0/0".into(), device: "eth1".into(), metric: 200, source: None }),
+        |c| c.facts.routes.push(Route { metric: 100, ..route("0.0.0.0/0", "eth1") }),
+        |c| c.facts.routes.push(Route { metric: 200, ..route("0.0.0.0/0", "eth1") }),
     ),
     ("ADDRESS_UNKNOWN", |c| c.options.node_ip = vec!["10.0.0.6".into()], |c| c.options.node_ip = vec!["10.0.0.5".into()]),
     (
         "ADDRESS_DYNAMIC",
-        |c| c.facts.interfaces[0].dynamic = true,
+        |c| c.facts.interfaces[0].addresses[0].dynamic = true,
         |c| {
-            c.facts.interfaces.push(Interface { name: "eth1".into(), addresses: Vec::new(), dynamic: true });
+            c.facts.interfaces.push(Interface::new("eth1", &["10.1.0.5/24"]));
+            c.facts.interfaces[1].addresses[0].dynamic = true;
         },
     ),
     (
         "CIDR_OVERLAP",
-        |c| c.facts.routes.push(Route { to: "10.43.1.0/24".into(), device: "vpn0".into(), ..Route::default() }),
+        |c| c.facts.routes.push(route("10.43.1.0/24", "vpn0")),
         |c| {
             // k3s' own
-            c.facts.routes.push(Route { to: "10.42.0.0/24".into(), device: "cni0".into(), ..Route::default() });
+            c.facts.k3s.ours = Some(Role::Server);
+            c.facts.routes.push(route("10.42.0.0/24", "cni0"));
         },
     ),
-    ("DNS_NONE", |c| c.facts.resolver.nameservers.clear(), |_| {}),
+    ("CIDR_MISFIT", |c| k3s(c, "cluster-dns", "10.44.0.10"), |c| k3s(c, "cluster-dns", "10.43.0.53")),
+    (
+        "DNS_NONE",
+        |c| c.facts.resolver.etc = resolv("search example.com\n"),
+        |c| {
+            c.facts.resolver.etc = None;
+            c.facts.resolver.systemd = resolv("nameserver 10.0.0.1\n");
+        },
+    ),
     (
         "DNS_LOOPBACK",
-        |c| c.facts.resolver.nameservers = vec!["127.0.0.53".into()],
+        |c| c.facts.resolver.etc = resolv("nameserver 127.0.0.53\n"),
         |c| {
-            c.facts.resolver.nameservers = vec!["127.0.0.53".into()];
-            c.facts.resolver.upstream = vec!["10.0.0.1".into()];
+            c.facts.resolver.etc = resolv("nameserver 127.0.0.53\n");
+            c.facts.resolver.systemd = resolv("nameserver 10.0.0.1\n");
         },
     ),
-    ("DNS_WILDCARD", |c| c.facts.resolver.search = vec![".".into()], |c| c.facts.resolver.search = vec!["example.com".into()]),
+    (
+        "DNS_WILDCARD",
+        |c| c.facts.resolver.etc = resolv("nameserver 10.0.0.1\nsearch .\n"),
+        |c| c.facts.resolver.etc = resolv("nameserver 10.0.0.1\nsearch example.com.\n"),
+    ),
+    (
+        "DNS_LIMITS",
+        |c| c.facts.resolver.etc = resolv(&(1..=4).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>()),
+        |c| c.facts.resolver.etc = resolv(&(1..=3).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>()),
+    ),
     ("PORT_IN_USE", |c| c.facts.listeners = vec![listener(10250, "0.0.0.0")], |c| c.facts.listeners = vec![listener(10251, "0.0.0.0")]),
     (
         "INGRESS_PORT_IN_USE",
@@ -315,9 +377,12 @@ const ROWS: &[(&str, Change, Change)] = &[
 ];
 
 fn public(case: &mut Case) {
-    case.facts.interfaces[0].addresses = vec!["203.0.113.7/24".into()];
+    case.facts.interfaces[0] = Interface::new("eth0", &["203.0.113.7/24"]);
     case.facts.routes[0].source = Some("203.0.113.7".into());
 }
+
+mod addresses;
+mod cases;
 
 #[test]
 fn every_code_is_raised_by_its_fault_and_not_by_the_near_miss() {
@@ -348,7 +413,7 @@ fn a_healthy_machine_raises_nothing() {
 #[test]
 fn ignoring_works_by_code_and_not_for_everything() {
     let mut ignored = case();
-    ignored.facts.resolver.nameservers = vec!["127.0.0.53".into()];
+    ignored.facts.resolver.etc = resolv("nameserver 127.0.0.53\n");
     assert!(blocked(&found(&ignored)));
     ignored.options.ignore = vec!["DNS_LOOPBACK".into()];
     let findings = found(&ignored);
@@ -381,7 +446,7 @@ fn traefik_opens_what_ingress_opens() {
     for (components, counted) in [("traefik", true), ("ingress", true), ("metrics", false)] {
         let mut facts = healthy();
         facts.listeners = vec![listener(443, "0.0.0.0")];
-        facts.interfaces[0].addresses = vec!["8.8.4.4/24".into()];
+        facts.interfaces[0] = Interface::new("eth0", &["8.8.4.4/24"]);
         facts.routes[0].source = Some("8.8.4.4".into());
         let options = Options { components: vec![components.into()], ..Options::default() };
         let settings = Settings::resolve(options, Role::Server, &codes(), &components::names()).unwrap();

@@ -9,7 +9,7 @@ use crate::cluster::Cluster;
 use crate::components::{self, Component};
 use crate::error::{Exit, Failure};
 use crate::facts::Facts;
-use crate::host::gather::{Probe, gather};
+use crate::host::gather::{Probe, gather, look_again};
 use crate::host::{Hands, Host, LOGS, Owner};
 use crate::k3s::{self, ADMIN_KUBECONFIG};
 use crate::output::Printer;
@@ -120,7 +120,8 @@ impl<'a> Job<'a> {
         let journal = if root { Journal::load(&host)? } else { None };
         let ours = journal.as_ref().map(|j| j.role);
         let probe = if hands.is_some() { Probe::Disk } else { Probe::ReadOnly };
-        let facts = gather(&host, ours, &context.env, probe).await;
+        let mut facts = gather(&host, ours, &context.env, probe).await;
+        look_again(&host, &mut facts, &settings);
         let printer = Printer::new(run.output == Format::Json, run.events.is_some(), context.no_color());
         let mut job = Job {
             context,

@@ -210,18 +210,11 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
 fn choose_route(facts: &mut Facts, url: &str) {
     let host = url::Url::parse(url).ok().and_then(|u| u.host_str().map(|h| h.trim_matches(['[', ']']).to_owned()));
     let Some(master) = host.and_then(|h| h.parse::<std::net::IpAddr>().ok()) else { return };
-    let best = facts
+    // what leads there decides about address and interface before the default route does
+    facts.toward = facts
         .routes
         .iter()
-        .filter(|r| crate::facts::Cidr::parse(&r.to).is_some_and(|c| c.contains(master)))
-        .max_by_key(|r| (crate::facts::Cidr::parse(&r.to).map_or(0, |c| c.prefix), std::cmp::Reverse(r.metric)))
+        .filter(|r| r.kind == "unicast" && crate::facts::Cidr::parse(&r.to).is_some_and(|c| c.contains(master)))
+        .min_by_key(|r| (std::cmp::Reverse(crate::facts::Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric))
         .cloned();
-    if let Some(mut route) = best {
-        // the route to the server counts as the best default: address and interface follow from it
-        route.to = if master.is_ipv4() { "0.0.0.0/0".into() } else { "::/0".into() };
-        route.metric = 0;
-        let rivals = |r: &crate::facts::Route| r.to == route.to && r.device != route.device;
-        facts.routes.iter_mut().filter(|r| rivals(r)).for_each(|r| r.metric = r.metric.saturating_add(1));
-        facts.routes.insert(0, route);
-    }
 }

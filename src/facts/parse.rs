@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::{Cgroup, Interface, Iptables, Listener, Os, Resolver, Route};
+use super::{Address, Cgroup, Interface, Iptables, Listener, Os, ResolvConf, Route};
 
 /// `/etc/os-release` (freedesktop.org, os-release(5)).
 pub fn os_release(text: &str) -> Os {
@@ -70,58 +70,97 @@ fn kernel_address(hex: &str) -> Option<IpAddr> {
     }
 }
 
-/// `/etc/resolv.conf`: servers and search list.
-pub fn resolv_conf(text: &str) -> Resolver {
-    let mut resolver = Resolver::default();
+/// A resolv.conf, as k3s judges it (isValidResolvConf) and as the kubelet reads it (pkg/kubelet/network/dns, parseResolvConf).
+pub fn resolv_conf(text: &str) -> ResolvConf {
+    let mut found = ResolvConf::default();
     for line in text.lines() {
-        let mut words = line.split(['#', ';']).next().unwrap_or_default().split_whitespace();
+        let mut words = line.split_whitespace();
         match words.next() {
-            Some("nameserver") => resolver.nameservers.extend(words.next().map(str::to_owned)),
-            Some("search" | "domain") => resolver.search = words.map(str::to_owned).collect(),
+            Some("nameserver") => {
+                let server = words.next().unwrap_or_default().to_owned();
+                if !line.starts_with(char::is_whitespace) {
+                    // k3s takes everything up to the next space, and a line without any as an invalid one
+                    found.nameservers.push(server.clone());
+                }
+                found.handed.extend((!server.is_empty()).then_some(server));
+            }
+            Some("search") => found.search = words.map(|w| if w == "." { w } else { w.strip_suffix('.').unwrap_or(w) }.to_owned()).collect(),
             _ => {}
         }
     }
-    resolver
+    found
 }
 
-/// `ip -j -4 route show` or `-6`.
-pub fn ip_routes(json: &str, v6: bool) -> Vec<Route> {
-    let Ok(serde_json::Value::Array(rows)) = serde_json::from_str(json) else { return Vec::new() };
-    rows.iter()
-        .filter_map(|row| {
-            let to = match row.get("dst")?.as_str()? {
-                "default" if v6 => "::/0",
-                "default" => "0.0.0.0/0",
-                other => other,
-            };
-            let kind = row.get("type").and_then(|t| t.as_str()).unwrap_or("unicast");
-            if kind != "unicast" {
-                return None;
-            }
-            Some(Route {
-                to: to.to_owned(),
-                device: row.get("dev")?.as_str()?.to_owned(),
-                metric: row.get("metric").and_then(serde_json::Value::as_u64).and_then(|m| u32::try_from(m).ok()).unwrap_or(0),
-                source: row.get("prefsrc").and_then(|s| s.as_str()).map(str::to_owned),
-            })
+/// `ip -j -4 route show` or `-6`; `None` for text that is no such list. Nothing at all is an empty one.
+pub fn ip_routes(json: &str, v6: bool) -> Option<Vec<Route>> {
+    Some(rows(json)?.iter().flat_map(|row| route(row, v6)).collect())
+}
+
+fn rows(json: &str) -> Option<Vec<serde_json::Value>> {
+    if json.trim().is_empty() {
+        return Some(Vec::new());
+    }
+    match serde_json::from_str(json) {
+        Ok(serde_json::Value::Array(rows)) => Some(rows),
+        _ => None,
+    }
+}
+
+fn route(row: &serde_json::Value, v6: bool) -> Vec<Route> {
+    let Some(to) = row.get("dst").and_then(|d| d.as_str()) else { return Vec::new() };
+    let to = match to {
+        "default" if v6 => "::/0",
+        "default" => "0.0.0.0/0",
+        other => other,
+    };
+    let text = |from: &serde_json::Value, key: &str| from.get(key).and_then(|v| v.as_str()).map(str::to_owned);
+    let flag = |from: &serde_json::Value, name: &str| from.get("flags").and_then(|f| f.as_array()).is_some_and(|f| f.iter().any(|v| v == name));
+    let metric = row.get("metric").and_then(serde_json::Value::as_u64).and_then(|m| u32::try_from(m).ok()).unwrap_or(0);
+    let preference = match text(row, "pref").as_deref() {
+        Some("high") => 0,
+        Some("low") => 2,
+        _ => 1,
+    };
+    let kind = text(row, "type").unwrap_or_else(|| "unicast".into());
+    if !matches!(kind.as_str(), "unicast" | "blackhole" | "unreachable" | "prohibit") {
+        return Vec::new();
+    }
+    let base = Route { to: to.to_owned(), metric, source: text(row, "prefsrc"), kind, preference, ..Route::default() };
+    let hops = row.get("nexthops").and_then(|h| h.as_array());
+    let hops: Vec<&serde_json::Value> = hops.map_or_else(|| vec![row], |hops| hops.iter().collect());
+    hops.into_iter()
+        .filter(|hop| !flag(hop, "dead"))
+        .filter_map(|hop| {
+            let device = text(hop, "dev").or_else(|| text(row, "dev")).unwrap_or_default();
+            let gateway = text(hop, "gateway").or_else(|| text(row, "gateway"));
+            // one that throws away has no device, any other has
+            (!device.is_empty() || base.kind != "unicast").then(|| Route { device, gateway, down: flag(hop, "linkdown"), ..base.clone() })
         })
         .collect()
 }
 
-/// `ip -j address show`.
-pub fn ip_addresses(json: &str) -> Vec<Interface> {
-    let Ok(serde_json::Value::Array(rows)) = serde_json::from_str(json) else { return Vec::new() };
-    rows.iter()
-        .filter_map(|row| {
-            let mut interface = Interface { name: row.get("ifname")?.as_str()?.to_owned(), ..Interface::default() };
-            for info in row.get("addr_info").and_then(|a| a.as_array()).into_iter().flatten() {
-                let (Some(local), Some(prefix)) = (info.get("local").and_then(|l| l.as_str()), info.get("prefixlen")) else { continue };
-                interface.addresses.push(format!("{local}/{prefix}"));
-                interface.dynamic |= info.get("dynamic").and_then(serde_json::Value::as_bool).unwrap_or(false);
-            }
-            Some(interface)
-        })
-        .collect()
+/// `ip -j address show`; `None` for text that is no such list.
+pub fn ip_addresses(json: &str) -> Option<Vec<Interface>> {
+    Some(rows(json)?.iter().filter_map(interface).collect())
+}
+
+fn interface(row: &serde_json::Value) -> Option<Interface> {
+    let names = row.get("altnames").and_then(|a| a.as_array()).into_iter().flatten().filter_map(|n| n.as_str()).map(str::to_owned).collect();
+    let mut interface = Interface { name: row.get("ifname")?.as_str()?.to_owned(), names, addresses: Vec::new() };
+    for info in row.get("addr_info").and_then(|a| a.as_array()).into_iter().flatten() {
+        let (Some(local), Some(prefix)) = (info.get("local").and_then(|l| l.as_str()), info.get("prefixlen")) else { continue };
+        let flag = |name: &str| info.get(name).and_then(serde_json::Value::as_bool).unwrap_or(false);
+        if let Some(address) = Address::parse(&format!("{local}/{prefix}")) {
+            interface.addresses.push(Address {
+                dynamic: flag("dynamic"),
+                secondary: flag("secondary") && !flag("temporary"),
+                temporary: flag("temporary"),
+                unfit: flag("deprecated") || flag("tentative") || flag("dadfailed"),
+                ..address
+            });
+        }
+    }
+    Some(interface)
 }
 
 /// First column of `/proc/modules`, and the names in `modules.builtin` or `modules.dep`. `-` and `_` are the same.
@@ -162,6 +201,23 @@ pub fn iptables(text: &str) -> Option<Iptables> {
 /// Dotted version numbers, up to the first thing that is not one.
 pub fn numbers(version: &str) -> Vec<u32> {
     version.split('.').map_while(|part| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()).collect()
+}
+
+/// The mount that holds a path: `(where, type, options)` of the deepest one, the topmost of those on the same place.
+pub fn mount_of(mountinfo: &str, path: &str) -> Option<(String, String, Vec<String>)> {
+    let mut best: Option<(String, String, Vec<String>)> = None;
+    for line in mountinfo.lines() {
+        let Some((left, right)) = line.split_once(" - ") else { continue };
+        let (mut left, mut right) = (left.split_whitespace().skip(4), right.split_whitespace());
+        let (Some(at), Some(options), Some(kind)) = (left.next().map(unescape), left.next(), right.next()) else { continue };
+        let inside = at == "/" || path == at || path.strip_prefix(&at).is_some_and(|rest| rest.starts_with('/'));
+        if inside && best.as_ref().is_none_or(|(deepest, ..)| at.len() >= deepest.len()) {
+            // options of the mount itself, then those of the file system
+            let all = options.split(',').chain(right.nth(1).unwrap_or_default().split(',')).map(str::to_owned).collect();
+            best = Some((at, kind.to_owned(), all));
+        }
+    }
+    best
 }
 
 /// Mount points below or at `dir`, deepest first, from `/proc/self/mountinfo`, with the type of each file system.
@@ -211,6 +267,56 @@ pub fn pairs(text: &str) -> BTreeMap<String, String> {
     text.lines().filter_map(|l| l.split_once('=')).map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned())).collect()
 }
 
+/// The value that a variable has after `sh` has sourced this text; `None` when it is never set. No expansion is done.
+pub fn shell_variable(text: &str, name: &str) -> Option<String> {
+    let mut value = None;
+    for command in shell_commands(text) {
+        let mut words = command.iter().map(String::as_str).peekable();
+        // a variable before a command holds for that command only
+        let kept = matches!(words.peek(), Some(&"export" | &"readonly")) && words.next().is_some() || command.iter().all(|w| w.contains('='));
+        if kept {
+            let set = words.filter_map(|w| w.split_once('=')).rfind(|(key, _)| *key == name);
+            value = set.map(|(_, v)| v.to_owned()).or(value);
+        }
+    }
+    value
+}
+
+/// Simple commands of a shell's text as words without quotes and comments (POSIX shell command language, 2.2 and 2.3).
+fn shell_commands(text: &str) -> Vec<Vec<String>> {
+    let (mut commands, mut words, mut word) = (Vec::new(), Vec::new(), None::<String>);
+    let mut quote = None;
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (quote, c) {
+            (Some(q), c) if c == q => quote = None,
+            (None | Some('"'), '\\') => match chars.next() {
+                Some('\n') | None => {}
+                Some(next) => word.get_or_insert_default().push(next),
+            },
+            (Some(_), c) => word.get_or_insert_default().push(c),
+            (None, '\'' | '"') => {
+                quote = Some(c);
+                word.get_or_insert_default();
+            }
+            (None, '#') if word.is_none() => {
+                let _ = chars.by_ref().find(|c| *c == '\n');
+                commands.push(std::mem::take(&mut words));
+            }
+            (None, '\n' | ';' | '&' | '|') => {
+                words.extend(word.take());
+                commands.push(std::mem::take(&mut words));
+            }
+            (None, c) if c.is_whitespace() => words.extend(word.take()),
+            (None, c) => word.get_or_insert_default().push(c),
+        }
+    }
+    words.extend(word);
+    commands.push(words);
+    commands.retain(|c| !c.is_empty());
+    commands
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,6 +332,75 @@ mod tests {
         assert_eq!((found[0].0.address.as_str(), found[0].0.port, found[0].1), ("127.0.0.1", 6443, 1234));
         let v6 = "h\n 0: 00000000000000000000000001000000:0016 0:0 0A 0 0 0 0 0 77 1\n";
         assert_eq!(sockets(v6, "tcp")[0].0.address, "::1");
+    }
+
+    #[test]
+    fn flags_of_addresses_belong_to_each() {
+        let text = r#"[{"ifname":"eth0","altnames":["enp0s3"],"addr_info":[
+            {"family":"inet","local":"10.0.0.5","prefixlen":24,"scope":"global","label":"eth0"},
+            {"family":"inet","local":"10.0.0.6","prefixlen":24,"secondary":true},
+            {"family":"inet6","local":"2001:db8::5","prefixlen":64,"dynamic":true,"mngtmpaddr":true},
+            {"family":"inet6","local":"2001:db8::6","prefixlen":64,"secondary":true,"temporary":true,"dynamic":true},
+            {"family":"inet6","local":"2001:db8::7","prefixlen":64,"deprecated":true,"dynamic":true},
+            {"family":"inet6","local":"2001:db8::8","prefixlen":64,"tentative":true}]},{}]"#;
+        let found = ip_addresses(text).unwrap();
+        let flags: Vec<_> = found[0].addresses.iter().map(|a| (a.dynamic, a.secondary, a.temporary, a.unfit)).collect();
+        let (no, yes) = (false, true);
+        assert_eq!(flags, [(no, no, no, no), (no, yes, no, no), (yes, no, no, no), (yes, no, yes, no), (yes, no, no, yes), (no, no, no, yes)]);
+        assert_eq!(found[0].names, ["enp0s3"]);
+    }
+
+    #[test]
+    fn routes_of_every_form_are_read() {
+        let text = r#"[{"dst":"default","metric":100,"flags":[],"nexthops":[{"gateway":"10.0.0.1","dev":"eth0","weight":1,"flags":["dead","linkdown"]},
+            {"gateway":"10.1.0.1","dev":"eth1","weight":1,"flags":[]}]},
+            {"dst":"10.9.0.0/16","dev":"eth2","scope":"link","prefsrc":"10.9.0.5","flags":["linkdown"]},
+            {"type":"blackhole","dst":"10.8.0.0/16","flags":[]},{"type":"multicast","dst":"ff00::/8","dev":"eth0"},
+            {"dst":"default","via":{"family":"inet6","host":"fe80::1"},"dev":"eth3","flags":[]},{"dst":"10.7.0.0/16"}]"#;
+        let found = ip_routes(text, false).unwrap();
+        let seen: Vec<_> = found.iter().map(|r| (r.to.as_str(), r.device.as_str(), r.gateway.as_deref(), r.down)).collect();
+        assert_eq!(
+            seen,
+            [
+                ("0.0.0.0/0", "eth1", Some("10.1.0.1"), false),
+                ("10.9.0.0/16", "eth2", None, true),
+                ("10.8.0.0/16", "", None, false),
+                ("0.0.0.0/0", "eth3", None, false)
+            ]
+        );
+        assert_eq!(
+            (ip_routes("", false), ip_routes("[ ]\n", false), ip_routes("default via 10.0.0.1 dev eth0\n", false)),
+            (Some(vec![]), Some(vec![]), None)
+        );
+    }
+
+    #[test]
+    fn a_sourced_file_is_read_as_the_shell_reads_it() {
+        for (text, value) in [
+            ("ENABLED=yes", Some("yes")),
+            ("# c\nENABLED=\"yes\"\n", Some("yes")),
+            ("  export ENABLED='yes' # on\n", Some("yes")),
+            ("ENABLED=no; ENABLED=y\"e\"s", Some("yes")),
+            ("ENABLED=yes\nENABLED=no\n", Some("no")),
+            ("A=1 ENABLED=yes\n", Some("yes")),
+            ("ENABLED=y\\\nes\n", Some("yes")),
+            ("#ENABLED=yes\n", None),
+            ("ENABLED = yes\n", None),
+            ("ENABLED=yes true\n", None),
+            ("echo ENABLED=yes\n", None),
+            ("X='\nENABLED=yes\n'\n", None),
+        ] {
+            assert_eq!(shell_variable(text, "ENABLED").as_deref(), value, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_deepest_and_topmost_mount_holds_a_path() {
+        let text = "1 0 0:1 / / rw - ext4 /dev/a rw\n2 1 0:2 / /var rw,noexec - xfs /dev/b rw\n3 1 0:3 / /var ro - zfs p rw\n4 1 0:4 / /usr ro shared:1 - ext4 /dev/c rw\n";
+        let of = |path| mount_of(text, path).map(|(at, kind, _)| (at, kind)).unwrap();
+        assert_eq!(of("/var/lib/rancher"), ("/var".into(), "zfs".into()));
+        assert_eq!(of("/variable"), ("/".into(), "ext4".into()));
+        assert!(mount_of(text, "/usr/local/bin").unwrap().2.contains(&"ro".to_owned()));
     }
 
     #[test]
@@ -254,8 +429,9 @@ mod tests {
         #[test]
         fn no_parser_panics(text in "(?s).{0,300}") {
             let _ = (os_release(&text), meminfo(&text, "MemTotal"), cpus(&text), sockets(&text, "tcp"), resolv_conf(&text));
-            let _ = (ip_routes(&text, false), ip_addresses(&text), module_names(&text), cgroups(None, &text), cgroups(Some(&text), ""));
+            let _ = (ip_routes(&text, false), ip_addresses(&text), mount_of(&text, "/var"), module_names(&text), cgroups(None, &text), cgroups(Some(&text), ""));
             let _ = (iptables(&text), numbers(&text), mounts_under(&text, "/var"), pairs(&text), super::super::Cidr::parse(&text));
+            let _ = shell_variable(&text, "ENABLED");
         }
     }
 }

@@ -1,6 +1,9 @@
 //! Fills `Facts` from the machine, once, without changing it.
 #![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "part of the door to the machine")]
 
+mod links;
+mod mounts;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
@@ -8,9 +11,9 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::time::{Duration, Instant};
 
 use super::Host;
-use crate::facts::{Clock, Disk, Facts, K3s, Listener, Modules, Selinux, parse};
+use crate::facts::{Account, Clock, Disk, Facts, K3s, Listener, Modules, Resolver, Selinux, SettingsFile, User, parse};
 use crate::k3s;
-use crate::settings::Role;
+use crate::settings::{Role, Settings};
 
 const ASK: Duration = Duration::from_secs(5);
 
@@ -32,20 +35,17 @@ pub async fn gather(host: &Host, ours: Option<Role>, env: &BTreeMap<String, Stri
         "0" => "permissive",
         _ => "disabled",
     };
-    let mut resolver = parse::resolv_conf(&text("/etc/resolv.conf"));
-    resolver.upstream = parse::resolv_conf(&text("/run/systemd/resolve/resolv.conf")).nameservers;
+    let resolver = |path: &str| host.read(path).ok().flatten().map(|t| parse::resolv_conf(&t));
+    let resolver = Resolver { etc: resolver("/etc/resolv.conf"), systemd: resolver("/run/systemd/resolve/resolv.conf"), chosen: None };
     let unified = host.read("/sys/fs/cgroup/cgroup.controllers").ok().flatten();
-    let (addresses, routes, routes6, iptables, systemd, firewalld) = tokio::join!(
-        host.ask("ip", &["-j", "address", "show"], ASK),
-        host.ask("ip", &["-j", "-4", "route", "show"], ASK),
-        host.ask("ip", &["-j", "-6", "route", "show"], ASK),
+    let ((interfaces, routes, ip_fault), account, iptables, systemd, firewalld) = tokio::join!(
+        links::network(host),
+        account(host),
         host.ask("iptables", &["--version"], ASK),
         host.ask("systemctl", &["--version"], ASK),
         host.unit("firewalld.service"),
     );
     let said = |output: anyhow::Result<super::Output>| output.map(|o| o.stdout).unwrap_or_default();
-    let mut all_routes = parse::ip_routes(&said(routes), false);
-    all_routes.extend(parse::ip_routes(&said(routes6), true));
     let systemd = said(systemd);
     let machine = text("/proc/sys/kernel/arch");
     let uname = nix::sys::utsname::uname();
@@ -65,18 +65,25 @@ pub async fn gather(host: &Host, ours: Option<Role>, env: &BTreeMap<String, Stri
         memory_bytes: memory(host),
         swap_bytes: parse::meminfo(&text("/proc/meminfo"), "SwapTotal"),
         disks: ["/var/lib/rancher", "/var/lib/kubelet", "/usr/local/bin", "/var/log", "/tmp"].iter().filter_map(|p| disk(host, p)).collect(),
+        mounts: mounts::gather(host),
         fsync_p99_us: (probe == Probe::Disk).then(|| fsync(host)).flatten(),
         listeners: listeners(host),
         clock: clock(host),
         resolver,
-        routes: all_routes,
-        interfaces: parse::ip_addresses(&said(addresses)),
+        routes,
+        interfaces,
+        toward: None,
+        ip_fault,
         modules: modules(host, &kernel),
         cgroup: parse::cgroups(unified.as_deref(), &text("/proc/cgroups")),
         container: container(host),
         kmsg: host.exists("/dev/kmsg"),
         firewalld_active: firewalld.is_ok_and(|u| u.running()),
-        ufw_active: text("/etc/ufw/ufw.conf").lines().any(|l| l.trim().eq_ignore_ascii_case("ENABLED=yes")),
+        // its init script sources the file
+        ufw_active: parse::shell_variable(&text("/etc/ufw/ufw.conf"), "ENABLED").is_some_and(|v| v.eq_ignore_ascii_case("yes")),
+        apparmor: apparmor(host),
+        boot: boot(host),
+        account,
         selinux: Selinux {
             mode: selinux.into(),
             k3s_policy: ["targeted", "minimum", "mls"].iter().any(|p| host.exists(&format!("/var/lib/selinux/{p}/active/modules/200/k3s")))
@@ -87,9 +94,9 @@ pub async fn gather(host: &Host, ours: Option<Role>, env: &BTreeMap<String, Stri
         trust_store: ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"]
             .iter()
             .any(|p| host.exists(p)),
-        k3s: k3s_facts(host, ours).await,
+        k3s: k3s_facts(host, ours, env).await,
         other_kubernetes: other(host),
-        programs: ["modprobe", "mount", "umount", "nft", "iptables", "kubectl", "helm"]
+        programs: ["modprobe", "mount", "umount", "nft", "iptables", "kubectl", "helm", "ip", "apparmor_parser", "useradd", "fuse-overlayfs"]
             .iter()
             .filter_map(|p| Some(((*p).to_owned(), host.which(p)?.to_string_lossy().into_owned())))
             .collect(),
@@ -230,21 +237,118 @@ fn proxy(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
         .collect()
 }
 
-async fn k3s_facts(host: &Host, ours: Option<Role>) -> K3s {
+/// Whether containerd will load a profile for each container (containerd, pkg/apparmor, hostSupports).
+fn apparmor(host: &Host) -> bool {
+    let security = host.list("/sys/kernel/security");
+    host.text("/sys/module/apparmor/parameters/enabled").starts_with('Y') && (security.is_empty() || security.iter().any(|n| n == "apparmor"))
+}
+
+/// The file that the kernel's command line comes from.
+fn boot(host: &Host) -> Option<String> {
+    let found = [
+        // Raspberry Pi OS 12 and Ubuntu; what Raspberry Pi OS 12 keeps at the old place only says so
+        "/boot/firmware/cmdline.txt",
+        "/boot/cmdline.txt",
+        "/boot/armbianEnv.txt",
+        "/boot/firmware/extlinux/extlinux.conf",
+        "/boot/extlinux/extlinux.conf",
+        "/etc/default/grub",
+        "/etc/kernel/cmdline",
+    ]
+    .into_iter()
+    .find(|p| host.exists(p))
+    .map(str::to_owned);
+    found.or_else(|| host.is_dir("/boot/loader/entries").then(|| "/boot/loader/entries".to_owned()))
+}
+
+/// What has the name of the agent's account already. Directories such as LDAP are asked too: useradd refuses a name that they know.
+async fn account(host: &Host) -> Account {
+    let of = |text: &str| text.lines().map(str::to_owned).find(|l| l.split(':').next() == Some(k3s::AGENT_USER));
+    let local = of(&host.text("/etc/passwd"));
+    let remote = match &local {
+        None if host.which("getent").is_some() => {
+            host.ask("getent", &["passwd", k3s::AGENT_USER], ASK).await.ok().filter(super::Output::ok).and_then(|o| of(&o.stdout))
+        }
+        _ => None,
+    };
+    let directory = local.is_none() && remote.is_some();
+    let user = local.or(remote).map(|l| l.split(':').map(str::to_owned).collect::<Vec<_>>()).map(|fields| User {
+        uid: fields.get(2).and_then(|u| u.parse().ok()).unwrap_or(u32::MAX),
+        gid: fields.get(3).and_then(|g| g.parse().ok()).unwrap_or(u32::MAX),
+        shell: fields.get(6).cloned().unwrap_or_default(),
+        directory,
+    });
+    let gid = of(&host.text("/etc/group")).and_then(|l| l.split(':').nth(2).and_then(|g| g.parse().ok()));
+    Account { user, gid }
+}
+
+/// What k3s reads beside our own file, in its order: variables of the unit, `config.yaml`, `config.yaml.d` by name.
+fn settings_files(host: &Host, ours: Option<Role>) -> Vec<SettingsFile> {
+    let unit = ours.unwrap_or(Role::Server).unit();
+    let variables = format!("/etc/systemd/system/{unit}.env");
+    let text = host.text(&variables);
+    let entries: Vec<(String, serde_json::Value)> = [
+        "K3S_DATA_DIR",
+        "K3S_NODE_NAME",
+        "K3S_RESOLV_CONF",
+        "K3S_LB_SERVER_PORT",
+        "K3S_SUPERVISOR_PORT",
+        "K3S_APISERVER_PORT",
+        "K3S_CLUSTER_INIT",
+        "K3S_KUBECONFIG_MODE",
+    ]
+    .into_iter()
+    .filter_map(|name| Some((k3s::chosen::flag_of_variable(name)?.to_owned(), parse::shell_variable(&text, name)?.into())))
+    .collect();
+    let mut found = Vec::new();
+    if !entries.is_empty() {
+        found.push(SettingsFile { path: variables, entries, ..SettingsFile::default() });
+    }
+    let dir = "/etc/rancher/k3s/config.yaml.d";
+    let own = k3s::DROP_IN.rsplit('/').next().unwrap_or_default().to_owned();
+    let mut paths = vec![("/etc/rancher/k3s/config.yaml".to_owned(), false)];
+    paths.extend(host.list(dir).into_iter().filter(|n| *n != own).map(|n| (format!("{dir}/{n}"), n > own)));
+    for (path, after) in paths {
+        let lower = path.to_ascii_lowercase();
+        if !(lower.ends_with(".yaml") || lower.ends_with(".yml")) || host.is_dir(&path) {
+            continue;
+        }
+        let read = match host.read(&path) {
+            Ok(None) => continue,
+            Ok(Some(text)) => k3s::chosen::read_file(&text),
+            // who is not root is told so first
+            Err(_) => continue,
+        };
+        let (entries, fault) = match read {
+            Ok(entries) => (entries, None),
+            Err(why) => (Vec::new(), Some(why)),
+        };
+        found.push(SettingsFile { path, after, entries, fault });
+    }
+    found
+}
+
+/// The second look, once it is known what was chosen: the file of name servers and directories elsewhere.
+pub fn look_again(host: &Host, facts: &mut Facts, settings: &Settings) {
+    let chosen = k3s::chosen::Chosen::of(facts, settings);
+    facts.resolver.chosen = chosen.resolv_conf().map(|path| {
+        let read = host.read(&path).ok().flatten().map(|text| parse::resolv_conf(&text));
+        (path, read)
+    });
+    let kubelet = chosen.kubelet_dir();
+    if facts.disks.iter().all(|d| d.path != kubelet) {
+        facts.disks.extend(disk(host, &kubelet));
+    }
+}
+
+async fn k3s_facts(host: &Host, ours: Option<Role>, env: &BTreeMap<String, String>) -> K3s {
     let version = match host.which("k3s").is_some() && host.exists(k3s::BINARY) {
         true => host.ask("k3s", &["--version"], ASK).await.ok().and_then(|o| o.stdout.split_whitespace().nth(2).map(str::to_owned)),
         false => None,
     };
     let mut foreign = Vec::new();
     if ours.is_none() {
-        for path in [
-            k3s::BINARY,
-            "/usr/bin/k3s",
-            "/opt/bin/k3s",
-            "/etc/rancher/k3s/config.yaml",
-            "/usr/local/bin/k3s-uninstall.sh",
-            "/usr/local/bin/k3s-agent-uninstall.sh",
-        ] {
+        for path in [k3s::BINARY, "/usr/bin/k3s", "/opt/bin/k3s", "/usr/local/bin/k3s-uninstall.sh", "/usr/local/bin/k3s-agent-uninstall.sh"] {
             if host.exists(path) {
                 foreign.push(format!("{path} exists"));
             }
@@ -253,6 +357,9 @@ async fn k3s_facts(host: &Host, ours: Option<Role>) -> K3s {
             foreign.extend(host.list(dir).iter().filter(|n| n.starts_with("k3s") && n.ends_with(".service")).map(|n| format!("unit {n}")));
         }
         foreign.dedup();
+        if foreign.is_empty() && host.exists("/etc/rancher/k3s/config.yaml") {
+            foreign.push("/etc/rancher/k3s/config.yaml exists".into());
+        }
     }
     let unit = ours.unwrap_or(Role::Server).unit();
     K3s {
@@ -265,6 +372,12 @@ async fn k3s_facts(host: &Host, ours: Option<Role>) -> K3s {
         server_token: host.exists("/var/lib/rancher/k3s/server/token"),
         token_differs: false,
         node_password: host.exists(k3s::NODE_PASSWORD),
+        files: settings_files(host, ours),
+        environment: env
+            .iter()
+            .filter(|(name, value)| !value.is_empty() && k3s::chosen::flag_of_variable(name).is_some())
+            .map(|(n, _)| n.clone())
+            .collect(),
     }
 }
 

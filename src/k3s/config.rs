@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
+use super::chosen::Chosen;
 use super::version::Version;
 use super::{AGENT_SOCKET, CREDENTIAL, Master, net};
 use crate::checks::iptables_bad;
@@ -19,10 +20,9 @@ fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<Str
     let options = &settings.options;
     let mut map = BTreeMap::new();
     map.insert("node-name".into(), json!(settings.node_name(&facts.hostname)));
-    if !options.node_ip.is_empty() {
-        map.insert("node-ip".into(), json!(options.node_ip.join(",")));
-    } else if let Some(address) = net::node_address(facts, settings) {
-        map.insert("node-ip".into(), json!(address.to_string()));
+    let addresses: Vec<String> = net::node_addresses(facts, settings).iter().map(ToString::to_string).collect();
+    if !addresses.is_empty() {
+        map.insert("node-ip".into(), json!(addresses.join(",")));
     }
     if let Some(interface) = net::flannel_iface(facts, settings) {
         map.insert("flannel-iface".into(), json!(interface));
@@ -68,6 +68,18 @@ fn pass_through(map: &mut BTreeMap<String, Value>, extra: &BTreeMap<String, Valu
     }
 }
 
+/// A list that a file before ours has too is appended to it: a plain key would throw the user's items away without a word.
+fn join_lists(map: &mut BTreeMap<String, Value>, facts: &Facts) {
+    let before = facts.k3s.files.iter().filter(|f| !f.after).flat_map(|f| &f.entries).map(|(key, _)| key.trim_end_matches('+'));
+    let known: std::collections::BTreeSet<&str> = before.collect();
+    let lists: Vec<String> = map.iter().filter(|(key, value)| value.is_array() && known.contains(key.as_str())).map(|(key, _)| key.clone()).collect();
+    for key in lists {
+        if let Some(value) = map.remove(&key) {
+            map.insert(format!("{key}+"), value);
+        }
+    }
+}
+
 /// JSON scalars and lists are YAML; one line a value keeps diffs readable.
 fn yaml(map: &BTreeMap<String, Value>) -> String {
     let mut text = HEADER.to_owned();
@@ -97,7 +109,7 @@ pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, com
         map.insert("disable".into(), json!(["traefik"]));
     }
     let mut sans = settings.options.tls_san.clone();
-    sans.extend(net::node_address(facts, settings).map(|a| a.to_string()));
+    sans.extend(net::node_addresses(facts, settings).iter().map(ToString::to_string));
     sans.sort();
     sans.dedup();
     map.insert("tls-san".into(), json!(sans));
@@ -105,6 +117,7 @@ pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, com
         map.insert("flannel-backend".into(), json!("wireguard-native"));
     }
     pass_through(&mut map, &settings.options.k3s.sealed());
+    join_lists(&mut map, facts);
     yaml(&map)
 }
 
@@ -114,16 +127,13 @@ pub fn worker_drop_in(facts: &Facts, settings: &Settings, version: &Version, mas
     map.insert("server".into(), json!(master.url));
     map.insert("token-file".into(), json!(super::JOIN_TOKEN));
     pass_through(&mut map, &settings.options.k3s.sealed());
+    join_lists(&mut map, facts);
     yaml(&map)
 }
 
 /// Deployments that k3s itself brings, less what the user disabled.
-pub fn system_deployments(settings: &Settings) -> Vec<String> {
-    let disabled: Vec<String> = match settings.options.k3s.get("disable") {
-        Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-        Some(Value::String(one)) => one.split(',').map(|s| s.trim().to_owned()).collect(),
-        _ => Vec::new(),
-    };
+pub fn system_deployments(facts: &Facts, settings: &Settings) -> Vec<String> {
+    let disabled = Chosen::of(facts, settings).list("disable");
     [("coredns", "coredns"), ("local-path-provisioner", "local-storage"), ("metrics-server", "metrics-server")]
         .into_iter()
         .filter(|(_, switch)| !disabled.iter().any(|d| d == switch))
@@ -177,13 +187,15 @@ pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String 
          iif \"lo\" accept\n    ct state established,related accept\n    iifname {{ \"cni0\", \"flannel*\", \"veth*\" }} accept\n",
         t = super::FIREWALL_TABLE
     );
-    let ranges = net::ranges(&settings.options.k3s).into_iter().map(|(_, r)| format!("{}/{}", r.address, r.prefix));
-    let own = net::node_address(facts, settings).map(|a| a.to_string());
+    let ranges = net::ranges(facts, settings).into_iter().map(|(_, r)| format!("{}/{}", r.address, r.prefix));
+    let own = net::node_addresses(facts, settings).into_iter().map(|a| a.to_string());
+    let api = Chosen::of(facts, settings).api_port();
+    let api = if api == 6443 { String::new() } else { format!("{api}, {}, ", api.saturating_add(1)) };
     for source in ranges.chain(own).chain(allow.iter().cloned()) {
         let family = if source.contains(':') { "ip6" } else { "ip" };
         let _ = writeln!(text, "    {family} saddr {source} accept");
     }
-    text.push_str("    tcp dport { 6443, 6444, 10250, 10256, 2379-2381, 5001, 30000-32767 } drop\n");
+    let _ = writeln!(text, "    tcp dport {{ {api}6443, 6444, 10250, 10256, 2379-2381, 5001, 30000-32767 }} drop");
     text.push_str("    udp dport { 8472, 51820, 51821, 30000-32767 } drop\n  }\n}\n");
     text
 }

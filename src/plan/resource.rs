@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::journal::{Before, Entry, Journal, backup_path};
-use super::{Check, Content, Event, Resource, SecretName, Step, objects, teardown, wait};
+use super::{Check, Content, Event, Resource, SecretName, Step, account, objects, teardown, wait};
 use crate::cluster::{Cluster, passing, status};
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host, LOGS, Owner, fetch};
@@ -110,10 +110,7 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
             let name = path.rsplit('/').next().unwrap_or_default();
             if host.exists(path) || host.which(name).is_some() { Check::Done } else { Check::todo(format!("link {path} to {target}")) }
         }
-        Resource::User { name } => match host.id_of("/etc/passwd", name) {
-            Some(_) => Check::Done,
-            None => Check::todo(format!("create the system user and group {name}")),
-        },
+        Resource::User { name } => account::check(host, name),
         Resource::Node { .. } => match known {
             Some(_) => Check::Done,
             None => Check::todo("let k3s fill its directories"),
@@ -190,9 +187,8 @@ pub(super) async fn before(hands: &Hands, step: &Step) -> anyhow::Result<Before>
             let unit = hands.unit(name).await?;
             Before::Unit { enabled: unit.enabled, active: unit.running() }
         }
-        Resource::Link { .. } | Resource::User { .. } | Resource::Firewall { .. } | Resource::Objects { .. } | Resource::Ready { .. } => {
-            Before::Absent { made: Vec::new() }
-        }
+        Resource::User { name } => account::before(hands, name),
+        Resource::Link { .. } | Resource::Firewall { .. } | Resource::Objects { .. } | Resource::Ready { .. } => Before::Absent { made: Vec::new() },
     })
 }
 
@@ -322,10 +318,7 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             Ok(None)
         }
         Resource::User { name } => {
-            let home = format!("/var/lib/{name}");
-            let nologin = if hands.exists("/usr/sbin/nologin") { "/usr/sbin/nologin" } else { "/sbin/nologin" };
-            let args = ["--system", "--user-group", "--no-create-home", "--home-dir", &home, "--shell", nologin, name];
-            hands.run("useradd", &args, QUICK).await?;
+            account::make(hands, name).await?;
             Ok(None)
         }
         Resource::Node { .. } => {
@@ -411,14 +404,7 @@ pub(super) async fn undo(work: &mut Work<'_>, journal: &Journal, entry: &Entry, 
                 hands.remove(path)?;
             }
         }
-        Resource::User { name } => {
-            if hands.id_of("/etc/passwd", name).is_some() {
-                hands.run("userdel", &[name], QUICK).await?;
-            }
-            if hands.id_of("/etc/group", name).is_some() {
-                hands.run("groupdel", &[name], QUICK).await?;
-            }
-        }
+        Resource::User { name } => account::undo(hands, name, &entry.before).await?,
         Resource::Unit { name, .. } => {
             let Before::Unit { enabled, active } = entry.before else { return Ok(Vec::new()) };
             if !enabled && !active {
@@ -528,5 +514,7 @@ fn kubeconfig_path(host: &Host, user: &str) -> anyhow::Result<String> {
 
 /// The admin kubeconfig with an address that works from elsewhere.
 fn for_user(admin: &str, server: &str) -> String {
-    admin.replace("https://127.0.0.1:6443", server)
+    // one that listens on another port or has no IPv4 says so there
+    let port = server.rsplit_once(':').map_or("6443", |(_, port)| port);
+    ["127.0.0.1", "[::1]"].iter().fold(admin.to_owned(), |text, host| text.replace(&format!("https://{host}:{port}"), server))
 }

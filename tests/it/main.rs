@@ -18,6 +18,7 @@ mod install;
 mod intruders;
 mod join;
 mod kubernetes;
+mod machines;
 mod operations;
 mod page;
 mod plane;

@@ -64,13 +64,20 @@ esac"#,
     ),
     (
         "useradd",
-        r#"for n; do :; done; echo "$n:x:997:997::/var/lib/$n:/usr/sbin/nologin" >> "$PIPEOPS_ROOT/etc/passwd"; echo "$n:x:997:" >> "$PIPEOPS_ROOT/etc/group""#,
+        r#"for n; do :; done
+grep -q "^$n:" "$PIPEOPS_ROOT/etc/group" && case "$*" in *--gid*) ;; *) echo "useradd: group $n exists - if you want to add this user to that group, use -g." >&2; exit 9 ;; esac
+echo "$n:x:997:997::/var/lib/$n:/usr/sbin/nologin" >> "$PIPEOPS_ROOT/etc/passwd"
+grep -q "^$n:" "$PIPEOPS_ROOT/etc/group" || echo "$n:x:997:" >> "$PIPEOPS_ROOT/etc/group""#,
     ),
     (
         "userdel",
         r#"for f in passwd group; do grep -v "^$1:" "$PIPEOPS_ROOT/etc/$f" > "$PIPEOPS_ROOT/etc/$f.n"; mv "$PIPEOPS_ROOT/etc/$f.n" "$PIPEOPS_ROOT/etc/$f"; done"#,
     ),
-    ("groupdel", ":"),
+    (
+        "groupadd",
+        r#"for n; do :; done; g=997; case "$*" in *--gid*) g=${*#*--gid }; g=${g%% *} ;; esac; echo "$n:x:$g:" >> "$PIPEOPS_ROOT/etc/group""#,
+    ),
+    ("groupdel", r#"f=$PIPEOPS_ROOT/etc/group; grep -v "^$1:" "$f" > "$f.n"; mv "$f.n" "$f""#),
     ("modprobe", ":"),
     ("mount", ":"),
     ("umount", ":"),
