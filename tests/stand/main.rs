@@ -3,7 +3,8 @@
 //!     stand serve DIR           writes DIR/env with PLANE and GATEWAY, then serves
 //!     stand rights KUBECONFIG   role × verb × resource × namespace, against what is written here by hand
 //!     stand bench PIPEOPS [idle held requests bulk]   requests, bulk and memory through the real executable; kubectl proxy beside it
-//!     stand tunnel PIPEOPS      our client beside frpc behind a genuine frps (PIPEOPS_TEST_FRP_DIR), else both halves ours
+//!     stand tunnel PIPEOPS      our client beside frpc behind a genuine frps (in PIPEOPS_BENCH_FRP); both halves ours beside two nginx
+//!                               (PIPEOPS_BENCH_NGINX, the program, and PIPEOPS_BENCH_NGINX_STREAM, the module) and rathole
 //!     stand fleet PIPEOPS N     N simulated agents at a real control plane
 //!     stand runner DIR IMAGE    the reference Runner: hears of a cluster, deploys IMAGE to it both ways
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and descriptors do
@@ -47,7 +48,7 @@ async fn main() {
         ["serve", dir] => serve(dir).await,
         ["rights", kubeconfig] => std::process::exit(rights::check(kubeconfig).await),
         ["bench", pipeops, ref parts @ ..] => bench::bench(pipeops, parts).await,
-        ["tunnel", pipeops] => tunnel::tunnel(pipeops, std::env::var("PIPEOPS_TEST_FRP_DIR").ok().as_deref()).await,
+        ["tunnel", pipeops] => tunnel::tunnel(pipeops).await,
         ["fleet", pipeops, n] => fleet::fleet(pipeops, n.parse().unwrap()).await,
         ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
