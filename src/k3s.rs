@@ -149,6 +149,11 @@ fn node_ready(name: String, kubeconfig: &str, settings: &Settings, release: &Rel
     Ready::Node { name, kubeconfig: kubeconfig.into(), unit: settings.role.unit().into(), version: release.version.to_string() }
 }
 
+/// After the node is Ready with what it runs now.
+fn old_data() -> Step {
+    step("old-data", "remove what former versions of k3s unpacked", "it keeps every one; the current and the former stay", Resource::OldData)
+}
+
 /// The plan that makes this machine a server.
 pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, components: &[&'static Component]) -> Plan {
     let node = settings.node_name(&facts.hostname);
@@ -157,6 +162,7 @@ pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, compon
     let mut system = vec![node_ready(node, ADMIN_KUBECONFIG, settings, release)];
     system.extend(config::system_deployments(facts, settings).into_iter().map(|name| Ready::Deployment { namespace: "kube-system".into(), name }));
     steps.push(step("node-ready", "wait for the node", "Ready, and the system deployments answer", Resource::Ready { what: system, within_s }));
+    steps.push(old_data());
     steps.extend(agent(facts, settings));
     if let Some(user) = &settings.options.kubeconfig_for {
         let host = net::node_address(facts, settings).map_or_else(|| "127.0.0.1".to_owned(), |a| net::host_in_url(&a.to_string()));
@@ -245,6 +251,7 @@ pub fn worker_plan(facts: &Facts, settings: &Settings, release: &Release, master
         "Ready, as its own kubelet sees it",
         Resource::Ready { what, within_s: settings.timeout.as_secs() },
     ));
+    steps.push(old_data());
     let mut plan = plan("join-worker", facts, settings, release, steps);
     plan.options.insert("server".into(), master.url.clone());
     plan

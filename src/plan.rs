@@ -4,6 +4,7 @@ mod account;
 pub mod engine;
 pub mod journal;
 mod objects;
+mod old_data;
 mod resource;
 mod start;
 mod teardown;
@@ -83,6 +84,8 @@ pub enum Resource {
         role: Role,
         dirs: Vec<String>,
     },
+    /// What k3s unpacked for versions before the former one is gone.
+    OldData,
     /// A unit enabled and running; restarted when one of `inputs` is not what it was started with.
     Unit {
         name: String,
@@ -105,6 +108,13 @@ pub enum Resource {
         user: String,
         server: String,
     },
+}
+
+impl Resource {
+    /// Whether it leaves something that undoing would take away.
+    fn lasts(&self) -> bool {
+        !matches!(self, Resource::Ready { .. } | Resource::OldData)
+    }
 }
 
 /// What a file holds. Secrets are named, never in the plan.

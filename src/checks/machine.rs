@@ -99,6 +99,9 @@ pub(super) fn swap(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
+/// A new k3s beside the one that runs: the program, what it unpacks, its image archive and the images.
+const UPGRADE: u64 = GIB;
+
 /// What is put where: path, bytes for a fresh node, inodes.
 fn needs(facts: &Facts, target: &Target<'_>) -> [(String, u64, u64); 4] {
     let data = if target.server() { 3 * GIB } else { 2 * GIB };
@@ -129,12 +132,14 @@ fn by_disk<'a>(facts: &'a Facts, target: &Target<'_>) -> Vec<(String, u64, u64, 
 }
 
 pub(super) fn disk(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+    let mut sums = by_disk(facts, target);
     if facts.k3s.ours.is_some() {
-        // what would fill the disk is there already; the kubelet watches the rest
-        return Vec::new();
+        // what would fill the disk is there already, and the kubelet watches the rest; a new version is unpacked beside the old one
+        let same = target.version.is_none_or(|v| facts.k3s.version.as_deref() == Some(&v.to_string()));
+        sums.retain(|(paths, ..)| !same && (paths.contains("/var/lib/rancher") || paths.contains("/usr/local/bin")));
+        sums.iter_mut().for_each(|sum| sum.1 = UPGRADE);
     }
-    by_disk(facts, target)
-        .into_iter()
+    sums.into_iter()
         .filter(|(_, need, _, disk)| disk.available_bytes < *need)
         .map(|(paths, need, _, disk)| {
             Finding::new(

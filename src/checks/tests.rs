@@ -457,3 +457,18 @@ fn traefik_opens_what_ingress_opens() {
         assert_eq!(of("API_PUBLIC").unwrap().evidence.contains("80/tcp"), counted, "{components}: {}", of("API_PUBLIC").unwrap().evidence);
     }
 }
+
+/// An upgrade unpacks a whole k3s beside the old one; a re-run needs nothing.
+#[test]
+fn an_upgrade_asks_for_its_own_room() {
+    for (installed, free, found) in [("v1.36.2+k3s1", GIB / 2, false), ("v1.35.0+k3s1", GIB / 2, true), ("v1.35.0+k3s1", 2 * GIB, false)] {
+        let mut facts = healthy();
+        facts.k3s.ours = Some(Role::Server);
+        facts.k3s.version = Some(installed.into());
+        facts.disks.iter_mut().for_each(|d| d.available_bytes = free);
+        let settings = Settings::resolve(Options::default(), Role::Server, &codes(), &components::names()).unwrap();
+        let version = "v1.36.2+k3s1".parse().unwrap();
+        let low = run(&facts, &Target { settings: &settings, version: Some(&version), components: &[] }).iter().any(|f| f.code == "DISK_LOW");
+        assert_eq!(low, found, "{installed} with {free} bytes free");
+    }
+}

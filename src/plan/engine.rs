@@ -175,7 +175,7 @@ async fn one(work: &mut Work<'_>, journal: &mut Journal, step: &super::Step) -> 
         }
         return Ok(false);
     }
-    let lasting = !matches!(step.want, Resource::Ready { .. });
+    let lasting = step.want.lasts();
     if lasting {
         let before = match journal.entry(&step.id) {
             Some(known) => known.before.clone(),

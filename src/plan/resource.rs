@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::journal::{Before, Entry, Journal, backup_path};
-use super::{Check, Content, Event, Resource, SecretName, Step, account, objects, teardown, wait};
+use super::{Check, Content, Event, Resource, SecretName, Step, account, objects, old_data, teardown, wait};
 use crate::cluster::{Cluster, passing, status};
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host, LOGS, Owner, fetch};
@@ -115,6 +115,10 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
             Some(_) => Check::Done,
             None => Check::todo("let k3s fill its directories"),
         },
+        Resource::OldData => match old_data::removable(host) {
+            dirs if dirs.is_empty() => Check::Done,
+            dirs => Check::Todo { changes: dirs.iter().map(|d| format!("remove {d}, of a former k3s")).collect() },
+        },
         Resource::Unit { name, inputs } => {
             let unit = host.unit(name).await?;
             let started = journal.and_then(|j| j.units.get(name));
@@ -188,7 +192,9 @@ pub(super) async fn before(hands: &Hands, step: &Step) -> anyhow::Result<Before>
             Before::Unit { enabled: unit.enabled, active: unit.running() }
         }
         Resource::User { name } => account::before(hands, name),
-        Resource::Link { .. } | Resource::Firewall { .. } | Resource::Objects { .. } | Resource::Ready { .. } => Before::Absent { made: Vec::new() },
+        Resource::Link { .. } | Resource::Firewall { .. } | Resource::Objects { .. } | Resource::Ready { .. } | Resource::OldData => {
+            Before::Absent { made: Vec::new() }
+        }
     })
 }
 
@@ -325,6 +331,10 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             journal.kernel = teardown::kernel_state(hands).await;
             Ok(None)
         }
+        Resource::OldData => {
+            old_data::remove(hands)?;
+            Ok(None)
+        }
         Resource::Unit { name, inputs } => {
             hands.daemon_reload().await?;
             hands.enable(name).await?;
@@ -421,7 +431,7 @@ pub(super) async fn undo(work: &mut Work<'_>, journal: &Journal, entry: &Entry, 
             let Before::Absent { made } = &entry.before else { return Ok(Vec::new()) };
             return teardown::node(work, journal, dirs, made, purge).await;
         }
-        Resource::Objects { .. } | Resource::Ready { .. } => {}
+        Resource::Objects { .. } | Resource::Ready { .. } | Resource::OldData => {}
     }
     Ok(Vec::new())
 }

@@ -107,3 +107,34 @@ fn undoing_counts_its_steps_up() {
     assert!(of > 20, "{said}");
     assert_eq!(started, (1..=of).map(|n| (n, of)).collect::<Vec<_>>());
 }
+
+/// k3s keeps each version that it ever unpacked; the current and the former stay, and what a pod's shim runs from.
+#[test]
+fn what_versions_before_the_former_unpacked_goes_once_the_node_is_ready() {
+    let sandbox = Sandbox::new();
+    sandbox.install(&[]).ended(0);
+    let data = |name: &str| format!("/var/lib/rancher/k3s/data/{name}");
+    let hash = |c: char| c.to_string().repeat(64);
+    for c in ['a', 'b', 'c', 'd', 'e'] {
+        sandbox.put(&format!("{}/bin/k3s", data(&hash(c))), "k3s");
+    }
+    for name in ["cni/bridge", ".lock", "mine/file"] {
+        sandbox.put(&data(name), "");
+    }
+    let link = |to: char, name: &str| std::os::unix::fs::symlink(data(&hash(to)), sandbox.root().join(&data(name)[1..])).unwrap();
+    sandbox.put("/proc/4711/cmdline", &format!("{}/bin/containerd-shim-runc-v2\0-namespace\0k8s.io\0", data(&hash('c'))));
+    let release = sandbox.path("release");
+    let look = || sandbox.run(&["install-server", "--offline-dir", &release, "--dry-run"]).ended(0);
+    // without a current one nobody can tell
+    assert!(!look().err.contains("of a former k3s"), "{}", look().err);
+    link('a', "current");
+    link('b', "previous");
+    let said = look().err;
+    assert_eq!(said.matches("of a former k3s").count(), 2, "{said}");
+    sandbox.install(&[]).ended(0);
+    let mut left: Vec<String> =
+        std::fs::read_dir(sandbox.root().join(&data("")[1..])).unwrap().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    left.sort();
+    assert_eq!(left, [".lock".to_owned(), hash('a'), hash('b'), hash('c'), "cni".into(), "current".into(), "mine".into(), "previous".into()]);
+    assert!(sandbox.install(&[]).ended(0).out.contains("nothing to do"));
+}

@@ -1,0 +1,36 @@
+//! What k3s unpacked for versions that are gone: it keeps every one for good, some 230 MiB each.
+//!
+//! k3s unpacks its programs into `data/<sha256>` and turns `current` and `previous` at each new version (k3s-io/k3s `cmd/k3s/main.go`,
+//! `extract`). Those two stay, and whatever a process still runs from: pods outlive a restart with the shim that started them.
+
+use std::collections::BTreeSet;
+
+use crate::host::{Hands, Host};
+
+const DATA: &str = "/var/lib/rancher/k3s/data";
+
+/// Directories that nobody needs any more. None while k3s has not named a current one.
+pub(super) fn removable(host: &Host) -> Vec<String> {
+    let linked = |name: &str| host.link_target(&format!("{DATA}/{name}")).and_then(|t| Some(t.rsplit_once('/')?.1.to_owned()));
+    let Some(current) = linked("current") else { return Vec::new() };
+    let mut kept: BTreeSet<String> = linked("previous").into_iter().chain([current]).collect();
+    for pid in host.list("/proc").into_iter().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) {
+        let program = host.link_target(&format!("/proc/{pid}/exe")).unwrap_or_default();
+        let words = format!("{program}\0{}", host.text(&format!("/proc/{pid}/cmdline")));
+        kept.extend(words.split(DATA).skip(1).filter_map(|rest| Some(rest.strip_prefix('/')?.split(['/', '\0', ' ']).next()?.to_owned())));
+    }
+    let unpacked = |name: &String| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
+    host.list(DATA)
+        .into_iter()
+        .filter(|name| unpacked(name) && !kept.contains(name))
+        .map(|name| format!("{DATA}/{name}"))
+        .filter(|path| host.is_dir(path))
+        .collect()
+}
+
+pub(super) fn remove(hands: &Hands) -> anyhow::Result<()> {
+    for dir in removable(hands) {
+        hands.remove_tree(&dir, &[])?;
+    }
+    Ok(())
+}
