@@ -27,7 +27,10 @@ join() {
     # shellcheck disable=SC2034
     case $1 in
         [Hh][Tt][Tt][Pp][Ss]://*) K3S_URL=https://${1#*://} ;;
-        *://*) echo "error: $1: a server is reached by https" >&2; exit 2 ;;
+        *://*) echo "error: a server is reached by https" >&2; exit 2 ;;
+        # not shown: it may be the token
+        K10*) echo "error: MASTER comes first, then the token" >&2; exit 2 ;;
+        \[*) K3S_URL=https://$1 ;;
         *:*:*) K3S_URL=https://[$1]:6443 ;;
         *:*) K3S_URL=https://$1 ;;
         *) K3S_URL=https://$1:6443 ;;

@@ -7,6 +7,7 @@ mod network;
 mod ports;
 mod ranges;
 mod secrets;
+mod settings;
 mod software;
 mod storage;
 
@@ -140,6 +141,9 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("PROXY_NOPROXY", Ignore::Allowed, ports::proxy),
     ("PROXY_TUNNEL", Ignore::Allowed, ports::proxy_tunnel),
     ("API_PUBLIC", Ignore::Allowed, ports::public),
+    ("NODE_RENAMED", Ignore::Allowed, settings::renamed),
+    ("K3S_SETTING_UNKNOWN", Ignore::Allowed, settings::unknown),
+    ("K3S_SETTING_ODD", Ignore::Allowed, settings::odd),
     ("SECRET_READABLE", Ignore::Allowed, secrets::readable),
 ];
 

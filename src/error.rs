@@ -134,12 +134,11 @@ impl Failure {
 /// The name nearest to `wrong`, when one is near enough to be worth suggesting.
 pub fn nearest<'a>(wrong: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let wrong = wrong.to_ascii_lowercase();
-    names
-        .into_iter()
-        .map(|name| (distance(&wrong, &name.to_ascii_lowercase()), name))
-        .min_by_key(|(far, _)| *far)
-        .filter(|(far, name)| *far <= name.len().max(3) / 2)
-        .map(|(_, name)| name)
+    let names: Vec<&str> = names.into_iter().collect();
+    let near = names.iter().map(|name| (distance(&wrong, &name.to_ascii_lowercase()), *name)).min_by_key(|(far, _)| *far);
+    // or the beginning of a long one
+    let begins = || names.iter().find(|name| wrong.len() >= 4 && name.to_ascii_lowercase().starts_with(&wrong)).copied();
+    near.filter(|(far, name)| *far <= name.len().max(3) / 2).map(|(_, name)| name).or_else(begins)
 }
 
 /// Levenshtein distance; the words are short option names.
@@ -180,6 +179,7 @@ mod tests {
     #[test]
     fn suggests_only_what_is_near() {
         assert_eq!(nearest("tls-sn", ["tls-san", "node-ip"]), Some("tls-san"));
+        assert_eq!(nearest("insecure", ["ca_file", "insecure_skip_verify"]), Some("insecure_skip_verify"));
         assert_eq!(nearest("zzzzzzzzzz", ["tls-san", "node-ip"]), None);
     }
 }

@@ -66,6 +66,8 @@ pub struct Facts {
     pub retired_ingress: Option<u32>,
     /// A k3s of ours runs its own traefik, which its settings do not turn off yet.
     pub traefik: bool,
+    /// The name that the machine has now, where its node was installed under another one.
+    pub renamed: Option<String>,
     /// Files with secrets that every user may read.
     pub readable: Vec<Readable>,
 }

@@ -2,9 +2,13 @@
 
 pub mod chosen;
 pub mod config;
+pub mod keys;
 pub mod logs;
 pub mod net;
+pub mod registries;
 pub mod token;
+pub mod typed;
+pub mod values;
 pub mod version;
 
 use crate::components::{self, Component};

@@ -7,6 +7,7 @@ pub mod components;
 pub mod error;
 pub mod facts;
 pub mod k3s;
+pub mod resolve;
 pub mod secret;
 pub mod settings;
 pub mod text;

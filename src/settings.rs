@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Failure, nearest};
 use crate::k3s::version::Version;
+use crate::k3s::{keys, values};
 use crate::secret::mask;
 use extra::Extra;
 use file::checked;
@@ -267,7 +268,7 @@ impl Settings {
     ///
     /// # Errors
     /// A [`Failure`] with exit 2, one line of evidence for each fault.
-    pub fn resolve(options: Options, role: Role, codes: &[&str], components: &[&str]) -> Result<Settings, Failure> {
+    pub fn resolve(mut options: Options, role: Role, codes: &[&str], components: &[&str]) -> Result<Settings, Failure> {
         let mut faults = Vec::new();
         for code in &options.ignore {
             if !codes.contains(&code.as_str()) {
@@ -310,22 +311,10 @@ impl Settings {
         {
             faults.push(format!("--node-name: `{name}` is not a lower-case DNS name"));
         }
-        for label in &options.node_label {
-            if !label.contains('=') {
-                faults.push(format!("--node-label: `{label}` is not KEY=VALUE"));
-            }
-        }
-        for taint in &options.node_taint {
-            let effect = taint.rsplit_once(':').map(|(_, e)| e);
-            if !matches!(effect, Some("NoSchedule" | "PreferNoSchedule" | "NoExecute")) {
-                faults.push(format!("--node-taint: `{taint}` is not KEY=VALUE:EFFECT (NoSchedule, PreferNoSchedule, NoExecute)"));
-            }
-        }
-        for san in &options.tls_san {
-            if san.parse::<IpAddr>().is_err() && !is_dns_name(san.trim_start_matches("*.")) {
-                faults.push(format!("--tls-san: `{san}` is neither a DNS name nor an address"));
-            }
-        }
+        faults.extend(options.node_label.iter().filter_map(|l| values::label(l).err()).map(|why| format!("--node-label: {why}")));
+        faults.extend(values::taints(&options.node_taint).into_iter().map(|why| format!("--node-taint: {why}")));
+        options.tls_san = values::sans(&options.tls_san);
+        faults.extend(options.tls_san.iter().filter_map(|s| values::bad_san(s)).map(|why| format!("--tls-san: {why}")));
         if let Some(mail) = &options.acme_email
             && !(mail.split('@').count() == 2 && mail.split('@').all(|part| !part.is_empty()) && !mail.contains(char::is_whitespace))
         {
@@ -390,6 +379,7 @@ impl Settings {
                 faults.push(format!("[k3s] {key}: pipeops owns this setting; use {flag}"));
             }
         }
+        faults.extend(values::faults(&options.k3s));
         if faults.is_empty() {
             let channel = options.channel.clone();
             return Ok(Settings { role, version, channel, components: chosen, max_role, timeout, control_plane_url, options });
@@ -428,7 +418,7 @@ fn check_control_plane(text: &str) -> Result<(), String> {
 
 /// Our flag for a k3s setting that the drop-in owns, `None` for settings that pass through.
 pub fn owned_k3s_key(key: &str) -> Option<&'static str> {
-    Some(match key.trim_end_matches('+') {
+    Some(match keys::meant(key).as_str() {
         "tls-san" => "--tls-san",
         "node-name" => "--node-name",
         "node-ip" => "--node-ip",

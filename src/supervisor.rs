@@ -10,6 +10,7 @@ use crate::error::{Exit, Failure};
 use crate::host::fetch::{clock_offset, explain};
 use crate::k3s::token::{Credential, Token, ca_hash};
 use crate::k3s::version::Version;
+use crate::resolve::Resolver;
 use crate::secret::Secret;
 
 const CONNECT: Duration = Duration::from_secs(5);
@@ -47,12 +48,18 @@ async fn unreachable(url: &str, error: &reqwest::Error) -> Failure {
     let late = error.is_timeout() || lower.contains("timed out");
     // a time-out of the whole handshake: did TCP come through, or nothing at all?
     let silent = late && (!error.is_connect() || accepts(url).await);
-    let (code, what, hint) = if lower.contains("refused") {
+    let (code, what, hint) = if lower.contains("no name server answered") {
+        (
+            "SERVER_NAME_UNKNOWN",
+            "cannot be found by name: no name server answers",
+            "check the name servers in /etc/resolv.conf and the way to them, or use the address",
+        )
+    } else if lower.contains("dns: ") {
+        ("SERVER_NAME_UNKNOWN", "cannot be found by name", "check the name and /etc/resolv.conf, or use the address")
+    } else if lower.contains("refused") {
         ("SERVER_REFUSES", "refuses connections", "check that k3s runs there and that the port is right")
     } else if lower.contains("corrupt message") || lower.contains("invalidcontenttype") || lower.contains("not tls") {
         ("SERVER_NOT_TLS", "does not speak TLS", "the port belongs to something else; a k3s server listens on 6443 with TLS")
-    } else if lower.contains("dns") || lower.contains("resolve") || lower.contains("no record") || lower.contains("lookup") {
-        ("SERVER_NAME_UNKNOWN", "cannot be found by name", "check the name and /etc/resolv.conf, or use the address")
     } else if silent {
         ("SERVER_SILENT", "accepts the connection and then says nothing", "check that k3s runs there, and no proxy stands in between")
     } else if late {
@@ -68,7 +75,14 @@ async fn unreachable(url: &str, error: &reqwest::Error) -> Failure {
 /// # Errors
 /// Exit 5 when it cannot be reached, 7 when it is not the one. Nothing local is written.
 pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, Failure> {
-    let builder = || Client::builder().connect_timeout(CONNECT).timeout(WHOLE).no_proxy().redirect(reqwest::redirect::Policy::none());
+    let builder = || {
+        Client::builder()
+            .dns_resolver(Resolver::shared())
+            .connect_timeout(CONNECT)
+            .timeout(WHOLE)
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+    };
     let internal = |e: reqwest::Error| joining(Exit::Internal, "INTERNAL", "making an HTTP client").why(explain(&e));
     // only two answers are read this way, and the second is compared with the token's hash
     let blind = builder().tls_danger_accept_invalid_certs(true).build().map_err(internal)?;
@@ -207,6 +221,7 @@ impl Server {
         let identity = Identity::from_pem(&pem).map_err(internal)?;
         let roots = Certificate::from_pem_bundle(&self.ca).map_err(internal)?;
         let client = Client::builder()
+            .dns_resolver(Resolver::shared())
             .connect_timeout(CONNECT)
             .timeout(WHOLE)
             .no_proxy()

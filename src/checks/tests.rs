@@ -366,6 +366,17 @@ const ROWS: &[(&str, Change, Change)] = &[
             c.options.api_allow = vec!["10.0.0.0/8".into()];
         },
     ),
+    ("NODE_RENAMED", |c| c.facts.renamed = Some("vm2".into()), |c| c.options.node_name = Some("vm2".into())),
+    (
+        "K3S_SETTING_UNKNOWN",
+        |c| c.options.k3s = [("cluster-cird".to_owned(), serde_json::json!("10.52.0.0/16"))].into(),
+        |c| c.options.k3s = [("cluster-cidr".to_owned(), serde_json::json!("10.52.0.0/16"))].into(),
+    ),
+    (
+        "K3S_SETTING_ODD",
+        |c| c.options.k3s = [("cluster-cidr".to_owned(), serde_json::json!("10.52.7.0/16"))].into(),
+        |c| c.options.k3s = [("cluster-cidr".to_owned(), serde_json::json!("10.52.0.0/16"))].into(),
+    ),
     (
         "SECRET_READABLE",
         |c| {

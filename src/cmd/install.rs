@@ -121,6 +121,10 @@ impl<'a> Job<'a> {
         let ours = journal.as_ref().map(|j| j.role);
         let probe = if hands.is_some() { Probe::Disk } else { Probe::ReadOnly };
         let mut facts = gather(&host, ours, &context.env, probe).await;
+        // a node keeps its name, whatever the machine is called today or is asked to be
+        if let Some(node) = journal.as_ref().map(|j| j.node.clone()).filter(|node| !node.is_empty() && settings.node_name(&facts.hostname) != *node) {
+            facts.renamed = Some(std::mem::replace(&mut facts.hostname, node));
+        }
         look_again(&host, &mut facts, &settings);
         let printer = Printer::new(run.output == Format::Json, run.events.is_some(), context.no_color());
         let mut job = Job {
@@ -301,6 +305,8 @@ impl<'a> Job<'a> {
                         let verb = if journal.k3s_version == checked.plan.k3s_version { "stays at" } else { "becomes" };
                         self.printer.say(&format!("  ! {key} was `{was}` and is not given now: k3s {verb} {}", checked.plan.k3s_version));
                     }
+                    // the node keeps it: NODE_RENAMED
+                    None if key == "node-name" => {}
                     None => self.printer.say(&format!("  ! {key} was `{was}` and is not given now: it goes back to its default")),
                     Some(now) if now != was => self.printer.say(&format!("  ! {key} was `{was}`, becomes `{now}`")),
                     Some(_) => {}

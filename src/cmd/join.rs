@@ -8,18 +8,18 @@ use crate::checks::{Finding, Level};
 use crate::cli::JoinWorker;
 use crate::error::{Exit, Failure};
 use crate::facts::Facts;
-use crate::k3s::token::{Token, hex};
+use crate::k3s::token::{Token, cleaned, hex};
 use crate::k3s::version::Version;
-use crate::k3s::{self, JOIN_TOKEN, Master, NODE_PASSWORD, net};
+use crate::k3s::{self, JOIN_TOKEN, Master, NODE_PASSWORD, typed};
 use crate::plan::{Plan, SecretName};
-use crate::secret::Secret;
+use crate::secret::{Secret, remember};
 use crate::settings::Role;
 use crate::supervisor::{self, Server};
 
 /// # Errors
 /// As in the table of exit codes.
 pub async fn worker(context: &Context, args: JoinWorker) -> anyhow::Result<Exit> {
-    let url = net::master_url(&args.master).map_err(|why| Failure::usage("MASTER_INVALID", why))?;
+    let url = typed::master_url(&args.master).map_err(|why| Failure::usage("MASTER_INVALID", why))?;
     let insecure = args.insecure_token;
     let mut job = Job::begin(context, "join-worker", args.options, args.run, Role::Worker).await?;
     let result = async {
@@ -51,13 +51,16 @@ fn token(job: &Job<'_>, argument: Option<&str>, file: Option<&str>) -> anyhow::R
 }
 
 async fn join(job: &mut Job<'_>, url: &str, secret: Secret, insecure: bool) -> anyhow::Result<Exit> {
+    // what goes into k3s' token file is the token alone
+    let secret = Secret::new(cleaned(secret.expose()));
+    remember(secret.expose());
     let token = Token::parse(secret.expose()).map_err(|why| {
         Failure::new(Exit::Refused, "JOIN_TOKEN_MALFORMED", "this is not a k3s join token")
             .why(why)
             .hint("get a fresh line on the server with `pipeops cluster-info --join`")
     })?;
     job.secrets.insert(SecretName::K3sToken, secret);
-    choose_route(&mut job.facts, url);
+    choose_route(&mut job.facts, url).await;
     // local checks that need no version come first: they cost the server nothing
     let provisional = super::release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
     let joined = job.journal.is_some() && job.host.exists(JOIN_TOKEN) && job.facts.k3s.active;
@@ -206,15 +209,14 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
     }
 }
 
-/// A worker takes the address that leads to its server: `ip route get` would say the same.
-fn choose_route(facts: &mut Facts, url: &str) {
-    let host = url::Url::parse(url).ok().and_then(|u| u.host_str().map(|h| h.trim_matches(['[', ']']).to_owned()));
-    let Some(master) = host.and_then(|h| h.parse::<std::net::IpAddr>().ok()) else { return };
+/// A worker takes the address that leads to its server: `ip route get` would say the same. A name is looked up first; where it
+/// cannot be found, the connection says so.
+async fn choose_route(facts: &mut Facts, url: &str) {
+    let Some(host) = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)) else { return };
+    let leads = |master: std::net::IpAddr| {
+        let ways = facts.routes.iter().filter(|r| r.kind == "unicast" && crate::facts::Cidr::parse(&r.to).is_some_and(|c| c.contains(master)));
+        ways.min_by_key(|r| (std::cmp::Reverse(crate::facts::Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric)).cloned()
+    };
     // what leads there decides about address and interface before the default route does
-    facts.toward = facts
-        .routes
-        .iter()
-        .filter(|r| r.kind == "unicast" && crate::facts::Cidr::parse(&r.to).is_some_and(|c| c.contains(master)))
-        .min_by_key(|r| (std::cmp::Reverse(crate::facts::Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric))
-        .cloned();
+    facts.toward = crate::resolve::lookup(&host).await.unwrap_or_default().into_iter().find_map(leads);
 }

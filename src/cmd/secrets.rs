@@ -8,7 +8,7 @@ use crate::cli::RunFlags;
 use crate::error::Failure;
 use crate::facts::Readable;
 use crate::host::Host;
-use crate::k3s::{REGISTRIES, config};
+use crate::k3s::{REGISTRIES, config, registries};
 use crate::plan::{Checked, SCHEMA, SecretName};
 use crate::secret::{DOTS, Secret, in_urls, mask, remember, secret_name};
 use crate::settings::extra::Extra;
@@ -96,10 +96,10 @@ impl Job<'_> {
         }
         if let Some(path) = &options.registries {
             let text = self.host.users_file(path).map_err(|e| unreadable(path, &e))?;
-            let parsed: Result<serde_json::Value, _> = serde_saphyr::from_str(&text);
-            let parsed = parsed.map_err(|_| {
-                Failure::usage("REGISTRIES_INVALID", format!("{path} is not valid YAML"))
-                    .hint("see https://docs.k3s.io/installation/private-registry")
+            let parsed = registries::judge(&text, &|file| self.host.exists(file)).map_err(|faults| {
+                let mut failure = Failure::usage("REGISTRIES_INVALID", format!("{path} is not a registries.yaml that k3s can use"));
+                failure.why = faults;
+                failure.hint("see https://docs.k3s.io/installation/private-registry")
             })?;
             logins("", &parsed).iter().for_each(|(_, secret)| remember(secret));
             self.secrets.insert(SecretName::Registries, Secret::new(text));
@@ -160,7 +160,7 @@ fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
     let mut ours = vec![format!("{CONFIG}/config.toml")];
     ours.extend(below(&format!("{CONFIG}/config.d"), ".toml"));
     let mut theirs = vec![format!("{SETTINGS}/config.yaml")];
-    theirs.extend(below(&format!("{SETTINGS}/config.yaml.d"), ".yaml"));
+    theirs.extend([".yaml", ".yml"].iter().flat_map(|end| below(&format!("{SETTINGS}/config.yaml.d"), end)));
     let yaml = |path: &str| {
         let map: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
         names(&map.into_iter().collect::<Extra>(), "")

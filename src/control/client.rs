@@ -17,6 +17,7 @@ use crate::control::types::{
 };
 use crate::control::{Action, Call, Event, Outcome, Session, State, Status, With, for_ever};
 use crate::host::state::StateDir;
+use crate::resolve::Resolver;
 use crate::secret::Secret;
 use crate::trust::{Trust, explain};
 use crate::tunnel;
@@ -111,7 +112,7 @@ impl Caller {
             .tls_backend_preconfigured(trust.client()?)
             .connect_timeout(CONNECT)
             .timeout(WHOLE)
-            .hickory_dns(true)
+            .dns_resolver(Resolver::shared())
             .pool_idle_timeout(Duration::from_secs(300))
             .redirect(reqwest::redirect::Policy::none())
             .user_agent(concat!("pipeops/", env!("CARGO_PKG_VERSION")))

@@ -16,6 +16,7 @@ use crate::error::{Exit, Failure};
 use crate::k3s::token::hex;
 use crate::k3s::version::{self, Version};
 use crate::plan::{Fetch, Source};
+use crate::resolve::Resolver;
 use crate::secret::Secret;
 
 const CONNECT: Duration = Duration::from_secs(10);
@@ -29,6 +30,7 @@ const MOST_LIST: usize = 1 << 20;
 pub fn client(redirects: bool) -> anyhow::Result<Client> {
     let policy = if redirects { reqwest::redirect::Policy::limited(10) } else { reqwest::redirect::Policy::none() };
     Client::builder()
+        .dns_resolver(Resolver::shared())
         .connect_timeout(CONNECT)
         .read_timeout(STALL)
         .redirect(policy)

@@ -101,6 +101,7 @@ pub async fn gather(host: &Host, ours: Option<Role>, env: &BTreeMap<String, Stri
             .iter()
             .filter_map(|p| Some(((*p).to_owned(), host.which(p)?.to_string_lossy().into_owned())))
             .collect(),
+        renamed: None,
         readable: Vec::new(),
         retired_ingress: None,
         traefik: false,

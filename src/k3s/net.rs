@@ -138,7 +138,7 @@ pub fn plain_proxy(proxy: &str) -> Option<String> {
     plain.then_some(text)
 }
 
-fn masked(range: Cidr) -> IpAddr {
+pub(super) fn masked(range: Cidr) -> IpAddr {
     match range.address {
         IpAddr::V4(v4) => IpAddr::V4((u32::from(v4) & u32::MAX.checked_shl(32 - u32::from(range.prefix)).unwrap_or(0)).into()),
         IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) & u128::MAX.checked_shl(128 - u32::from(range.prefix)).unwrap_or(0)).into()),
@@ -148,83 +148,4 @@ fn masked(range: Cidr) -> IpAddr {
 /// `[addr]:port` or `addr:port` or `name:port`, as URLs want it.
 pub fn host_in_url(host: &str) -> String {
     if host.parse::<std::net::Ipv6Addr>().is_ok() { format!("[{host}]") } else { host.to_owned() }
-}
-
-/// MASTER as an operator types it: address, name, IPv6 with or without brackets, URL, each with or without port.
-///
-/// Gives `https://HOST:PORT`; the port defaults to 6443 (a URL without a port is accepted by k3s and then hangs, k3s#11808).
-///
-/// # Errors
-/// A sentence that quotes the text.
-pub fn master_url(text: &str) -> Result<String, String> {
-    let text = text.trim();
-    let fault = |why: &str| format!("`{text}` is not the address of a server: {why}");
-    let rest = match text.split_once("://") {
-        Some(("https", rest)) => rest,
-        Some((scheme, _)) => return Err(fault(&format!("scheme `{scheme}` is not https"))),
-        None => text,
-    };
-    let rest = rest.trim_end_matches('/');
-    if rest.is_empty() || rest.contains(['/', '?', '#', '@']) || rest.contains(char::is_whitespace) {
-        return Err(fault("give ADDRESS, NAME, or https://NAME:PORT"));
-    }
-    let (host, port) = if rest.parse::<std::net::Ipv6Addr>().is_ok() {
-        (format!("[{rest}]"), None)
-    } else if let Some(bracketed) = rest.strip_prefix('[') {
-        let (inside, after) = bracketed.split_once(']').ok_or_else(|| fault("a bracket is not closed"))?;
-        inside.parse::<std::net::Ipv6Addr>().map_err(|_| fault("not an IPv6 address"))?;
-        match after {
-            "" => (format!("[{inside}]"), None),
-            port => (format!("[{inside}]"), Some(port.strip_prefix(':').ok_or_else(|| fault("after the bracket comes :PORT"))?)),
-        }
-    } else {
-        match rest.split_once(':') {
-            Some((host, port)) => (host.to_owned(), Some(port)),
-            None => (rest.to_owned(), None),
-        }
-    };
-    let port = match port {
-        None => 6443,
-        Some(p) if !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()) => {
-            p.parse::<u16>().ok().filter(|p| *p > 0).ok_or_else(|| fault("no such port"))?
-        }
-        Some(_) => return Err(fault("the port is not a number")),
-    };
-    let url = format!("https://{host}:{port}");
-    let parsed = url::Url::parse(&url).map_err(|e| fault(&e.to_string()))?;
-    let host = parsed.host_str().filter(|h| !h.is_empty()).ok_or_else(|| fault("no host"))?;
-    // url drops :443 as https' default; k3s needs it said
-    Ok(format!("https://{host}:{port}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn a_master_may_be_typed_in_many_ways() {
-        for (typed, url) in [
-            ("10.0.0.1", "https://10.0.0.1:6443"),
-            ("https://cp.example.com", "https://cp.example.com:6443"),
-            ("cp.example.com:443", "https://cp.example.com:443"),
-            ("fd00::1", "https://[fd00::1]:6443"),
-            ("[fd00::1]:7443", "https://[fd00::1]:7443"),
-            ("https://[fd00::1]/", "https://[fd00::1]:6443"),
-        ] {
-            assert_eq!(master_url(typed).unwrap(), url);
-        }
-        for bad in ["", "http://10.0.0.1", "a b", "10.0.0.1:", "10.0.0.1:99999", "[fd00::1", "user@host", "host/path", "host:0"] {
-            assert!(master_url(bad).is_err(), "{bad}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn no_text_panics_and_what_passes_is_a_url(text in "\\PC{0,40}") {
-            if let Ok(url) = master_url(&text) {
-                prop_assert!(url::Url::parse(&url).is_ok());
-            }
-        }
-    }
 }

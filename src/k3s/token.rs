@@ -5,6 +5,7 @@
 use base64::Engine as _;
 use sha2::{Digest, Sha256};
 
+use super::typed::{invisible, quote};
 use crate::secret::Secret;
 
 /// What a token says about who its holder is.
@@ -28,13 +29,9 @@ impl Token {
     /// # Errors
     /// What is wrong with the shape; never quotes the token.
     pub fn parse(text: &str) -> Result<Token, String> {
-        let text = text.trim();
-        if text.is_empty() {
-            return Err("the token is empty".into());
-        }
-        if text.contains(char::is_whitespace) {
-            return Err("the token contains white space: was it broken over two lines?".into());
-        }
+        let text = cleaned(text);
+        let text = text.as_str();
+        misread(text)?;
         let Some((head, rest)) = text.split_once("::") else {
             if text.starts_with("K10") && text.len() > 40 {
                 return Err("the token starts with K10 but has no `::`; it was cut off".into());
@@ -44,7 +41,16 @@ impl Token {
         };
         let hash = head.strip_prefix("K10").unwrap_or(head);
         if !hash.is_empty() && (hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit())) {
-            return Err(format!("the part before `::` must be K10 and 64 hexadecimal digits; it has {} characters after K10", hash.chars().count()));
+            let must = "the part before `::` must be K10 and 64 hexadecimal digits";
+            let wrong = hash.chars().find(|c| !c.is_ascii_hexdigit());
+            return Err(match wrong {
+                _ if !head.starts_with("K10") => format!("{must}; it does not begin with K10"),
+                Some(_) if hash.len() == 64 => format!("{must}; there is another character among them"),
+                _ => format!("{must}; it has {} characters after K10", hash.chars().count()),
+            });
+        }
+        if rest.starts_with(':') {
+            return Err("there are three colons where `::` belongs".into());
         }
         let credential = match bootstrap(rest) {
             Some(found) => found,
@@ -71,6 +77,43 @@ impl Token {
             Credential::Bootstrap { token, .. } => format!("Bearer {}", token.expose()),
         })
     }
+}
+
+/// The token alone: without blanks, quotes and invisible characters around it, as pasting leaves them.
+pub fn cleaned(text: &str) -> String {
+    text.trim_matches(|c: char| c.is_whitespace() || invisible(c) || quote(c)).to_owned()
+}
+
+/// What is no token at all, or one with something else around it; never quotes it.
+fn misread(text: &str) -> Result<(), String> {
+    if text.is_empty() {
+        return Err("the token is empty".into());
+    }
+    if let Some(c) = text.chars().find(|c| invisible(*c) && !c.is_whitespace()) {
+        return Err(format!("there is an invisible character in the token (U+{:04X}): copy it again, as plain text", u32::from(c)));
+    }
+    if let Some((name, _)) = text.split_once('=')
+        && matches!(name.trim_start_matches("export").trim(), "K3S_TOKEN" | "TOKEN" | "token" | "--token")
+    {
+        return Err(format!("it begins with `{}=`: give what stands behind it alone", name.trim()));
+    }
+    if text.contains(char::is_whitespace) {
+        return Err("the token contains white space: was it broken over two lines?".into());
+    }
+    if let Some(c) = text.chars().find(|c| matches!(c, '"' | '“' | '”' | '„' | '‘' | '’' | '«' | '»')) {
+        return Err(format!("there is a quote in the token ({c})"));
+    }
+    if text.get(..3) == Some("k10") && text.contains("::") {
+        return Err("it begins with k10, and a token begins with K10: was it changed to lower case? its password is lost with that".into());
+    }
+    if text.matches("K10").count() > 1 && text.matches("::").count() > 1 {
+        return Err("there are two tokens in it: was it pasted twice?".into());
+    }
+    let address = text.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
+    if address || text.get(..8).is_some_and(|s| s.eq_ignore_ascii_case("https://")) {
+        return Err("this is an address, not a token: MASTER comes first, then TOKEN".into());
+    }
+    Ok(())
 }
 
 fn bootstrap(text: &str) -> Option<Credential> {
@@ -141,6 +184,36 @@ mod tests {
         assert_eq!(short_lived.authorization().expose(), "Bearer abcdef.0123456789abcdef");
         assert_eq!(Token::parse("just-a-password").unwrap().ca_hash, None);
         assert_eq!(Token::parse("K10::node:x").unwrap().ca_hash, None);
+    }
+
+    #[test]
+    fn what_pasting_leaves_around_a_token_is_taken_off_and_the_rest_is_named() {
+        let token = format!("K10{}::server:planted-password-4711", "ab".repeat(32));
+        let plain = Token::parse(&token).unwrap();
+        for around in ["\"_\"", "'_'", "“_”", "\u{feff}_", "_\u{200b}", "_\r\n", "_\n\u{200b}\n", "`_`", "\t_ "] {
+            assert_eq!(Token::parse(&around.replace('_', &token)).unwrap(), plain, "{around}");
+            assert_eq!(cleaned(&around.replace('_', &token)), token);
+        }
+        let hash = "ab".repeat(32);
+        for (bad, why) in [
+            (format!("K3S_TOKEN={token}"), "begins with `K3S_TOKEN=`"),
+            (format!("export K3S_TOKEN={token}"), "begins with `export K3S_TOKEN=`"),
+            (format!("--token={token}"), "begins with `--token=`"),
+            (token.replace("K10", "k10"), "begins with k10"),
+            (token.replace("::", ":::"), "three colons"),
+            (format!("{token}{token}"), "pasted twice"),
+            (token.replace("::", "\u{200b}::"), "U+200B"),
+            (token.replace("::", "\"::"), "a quote in the token"),
+            (token.replacen("ab", "abc", 1), "it has 65 characters after K10"),
+            (token.replacen("ab", "xy", 1), "another character among them"),
+            (format!("X{token}"), "does not begin with K10"),
+            (format!("K10{hash}::\nserver:planted-password-4711"), "white space"),
+            ("10.0.0.1".into(), "MASTER comes first"),
+            ("https://10.0.0.1:6443".into(), "MASTER comes first"),
+        ] {
+            let said = Token::parse(&bad).unwrap_err();
+            assert!(said.contains(why) && !said.contains("4711"), "{said}");
+        }
     }
 
     #[test]

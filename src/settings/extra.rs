@@ -7,6 +7,7 @@ use std::ops::Deref;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 
+use crate::k3s::keys;
 use crate::secret::{DOTS, Secret, in_urls, mask, secret_name};
 
 /// Settings by their k3s name. Reads like a map; `Debug` and `Serialize` show dots where a value is secret.
@@ -141,15 +142,10 @@ fn value_name(name: Name<'_>) -> &str {
     name.full
 }
 
-/// `--Datastore_Endpoint+` is `datastore-endpoint`: as somebody may have meant it.
-fn normal(key: &str) -> String {
-    key.trim().trim_start_matches('-').trim_end_matches('+').to_ascii_lowercase().replace('_', "-")
-}
-
-/// Whether the whole value of this setting is secret.
+/// Whether the whole value of this setting is secret. What nobody knows may be.
 fn whole(key: &str) -> bool {
-    let key = normal(key);
-    key == "vpn-auth" || secret_name(&key)
+    let key = keys::meant(key);
+    key == "vpn-auth" || secret_name(&key) || keys::kind(&key).is_none()
 }
 
 /// The secret words in a value: all of it, the passwords of its URLs, the value of `oidc-client-secret=…`.
@@ -157,7 +153,7 @@ fn secrets(name: Name<'_>, value: &str) -> Vec<String> {
     if value.is_empty() || value == DOTS {
         return Vec::new();
     }
-    let key = normal(name.key);
+    let key = keys::meant(name.key);
     if key == "vpn-auth" {
         // name=tailscale,joinKey=…,controlServerURL=…
         let parts = value.split(',').filter_map(|p| p.split_once('=')).filter(|(n, _)| secret_name(n)).map(|(_, v)| v.to_owned());

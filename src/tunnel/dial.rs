@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+use crate::resolve;
 use crate::trust::{Pin, Trust, explain};
 use crate::tunnel::TunnelConfig;
 use crate::tunnel::layer::Io;
@@ -111,7 +112,9 @@ impl Target {
     }
 
     async fn tcp(&self) -> Result<TcpStream, NoWay> {
-        let addresses = timeout(STAGE, resolve(&self.server)).await.map_err(|_| format!("dns: no answer for {} in 5 s", self.server))??;
+        // asked at every attempt, with the resolver configuration of that moment
+        let addresses = timeout(STAGE, resolve::lookup(&self.server)).await.map_err(|_| format!("dns: no answer for {} in 5 s", self.server))?;
+        let addresses = addresses.map_err(|e| e.to_string())?;
         let tcp = timeout(STAGE, race(addresses, self.port));
         let tcp = tcp.await.map_err(|_| NoWay { why: format!("tcp: {self} did not answer in 5 s"), unanswered: true })?;
         let tcp = tcp.map_err(|e| format!("tcp: {self}: {e}"))?;
@@ -207,17 +210,6 @@ impl Carrier {
             Carrier::Direct { .. } => None,
         }
     }
-}
-
-/// Asked anew at every attempt, with the resolver configuration of this moment.
-async fn resolve(server: &str) -> Result<Vec<IpAddr>, String> {
-    if let Ok(address) = server.parse() {
-        return Ok(vec![address]);
-    }
-    let wrong = |e: &dyn std::fmt::Display| format!("dns: {server}: {e}");
-    let resolver = hickory_resolver::TokioResolver::builder_tokio().and_then(hickory_resolver::ResolverBuilder::build).map_err(|e| wrong(&e))?;
-    let found: Vec<IpAddr> = resolver.lookup_ip(server).await.map_err(|e| wrong(&e))?.iter().collect();
-    if found.is_empty() { Err(wrong(&"no address")) } else { Ok(found) }
 }
 
 /// The first address that answers; the next one starts a moment later (RFC 8305).

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pipeops::facts::{Cidr, parse};
 use pipeops::k3s::token::{Token, ca_hash};
 use pipeops::k3s::version::{Version, from_redirect, listed};
-use pipeops::k3s::{logs, net};
+use pipeops::k3s::{logs, typed};
 use pipeops::settings::{parse_file, parse_time};
 
 /// xorshift64*: the same seed gives the same run.
@@ -115,9 +115,9 @@ fn token() {
 #[test]
 fn url() {
     run("url", &["10.0.0.1", "https://[fd00::1]:6443/", "cp.example.com:443", "10.0.0.0/8", "fd00::/8"], |text| {
-        if let Ok(url) = net::master_url(text) {
+        if let Ok(url) = typed::master_url(text) {
             assert!(url::Url::parse(&url).is_ok(), "{text:?} -> {url}");
-            assert_eq!(net::master_url(&url).as_deref(), Ok(url.as_str()), "stable");
+            assert_eq!(typed::master_url(&url).as_deref(), Ok(url.as_str()), "stable");
         }
         if let Some(cidr) = Cidr::parse(text) {
             assert!(cidr.overlaps(&cidr) && cidr.contains(cidr.address));

@@ -131,7 +131,7 @@ fn answer(
     Ok(response)
 }
 
-fn join(sandbox: &Sandbox, master: &str, token: &str, more: &[&str]) -> Said {
+pub(crate) fn join(sandbox: &Sandbox, master: &str, token: &str, more: &[&str]) -> Said {
     let release = sandbox.path("release");
     let mut args = vec!["join-worker", master, token, "--offline-dir", &release, "--yes", "--timeout", "20s"];
     args.extend(more);

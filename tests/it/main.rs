@@ -31,4 +31,5 @@ mod support;
 mod teardown;
 mod traefik;
 mod tunnel;
+mod typed;
 mod world;

@@ -163,7 +163,14 @@ fn wrong_variables_and_exit_codes_come_through() {
         run(&shell, "install.sh", &[], &site.url, &[("FAKE_EXIT", "12")], 0).ended(12);
         run(&shell, "join-worker.sh", &[], &site.url, &[], 0).ended(2);
         run(&shell, "join-worker.sh", &["10.0.0.1"], &site.url, &[], 0).ended(2);
-        for (typed, url) in [("10.0.0.1", "https://10.0.0.1:6443"), ("fd00::1", "https://[fd00::1]:6443"), ("cp:7443", "https://cp:7443")] {
+        let swapped = run(&shell, "join-worker.sh", &["K10planted-canary-4711-in-plain-text", "10.0.0.1"], &site.url, &[], 0).ended(2);
+        assert!(swapped.err.contains("MASTER comes first") && !swapped.err.contains("4711"), "{}", swapped.err);
+        for (typed, url) in [
+            ("10.0.0.1", "https://10.0.0.1:6443"),
+            ("fd00::1", "https://[fd00::1]:6443"),
+            ("cp:7443", "https://cp:7443"),
+            ("[fd00::1]:7443", "https://[fd00::1]:7443"),
+        ] {
             let answer = run(&shell, "join-worker.sh", &[typed, "planted-canary-4711-in-plain-text"], &site.url, &[], 0).ended(0);
             assert!(
                 answer.out.contains(&format!("args: join-worker {url} --token-file - --yes\ninput: planted-canary-4711-in-plain-text")),
