@@ -181,7 +181,10 @@ impl Api {
         let below_k8s = parts.uri.path() == "/k8s" || parts.uri.path().starts_with("/k8s/");
         let refusal = |problem: &Problem| {
             self.inner.counts.refused.fetch_add(1, Ordering::Relaxed);
-            if below_k8s { problem.status() } else { problem.plain() }
+            match parts.uri.path().strip_prefix("/k8s").filter(|_| below_k8s) {
+                Some(path) => problem.status(answer::discovery(path)),
+                None => problem.plain(),
+            }
         };
         if let Err(refused) = hygiene::form(&parts) {
             let mut answer = refusal(&refused.into());
@@ -291,7 +294,7 @@ impl Api {
             role: caller.role.name().into(),
             token: caller.token.clone(),
             method: method.to_string(),
-            path: path.chars().take(1024).collect(),
+            path: if path.len() <= 1024 { path.into() } else { path.chars().take(1024).collect() },
             verdict: String::new(),
             status: 0,
             duration_ms: 0,
@@ -359,7 +362,7 @@ impl Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        let mut record = self.record.clone();
+        let mut record = std::mem::take(&mut self.record);
         record.duration_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         record.bytes_in = self.counted.bytes_in.load(Ordering::Relaxed);
         record.bytes_out = self.counted.bytes_out.load(Ordering::Relaxed);

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::api::hygiene::Refused;
 use crate::cluster::upstream::Body;
+use crate::text::shown;
 
 /// Why a request is not served.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,8 +45,10 @@ impl Problem {
         self.answer(body.to_string())
     }
 
-    /// As a Kubernetes API answers. It is JSON whatever was asked for: clients decode an answer by its type.
-    pub fn status(&self) -> Response<Body> {
+    /// As a Kubernetes API answers. It is JSON whatever was asked for: clients decode an answer by its type. Of what a cluster serves
+    /// (`discovery`) they do not: kubectl then shows a text of its own, and beside it what a `Warning` says (kubernetes/client-go
+    /// `discovery/discovery_client.go`, `rest/warnings.go`).
+    pub fn status(&self, discovery: bool) -> Response<Body> {
         // the one text that clients show
         let message = match self.hint {
             Some(hint) => format!("{}: {hint}", self.message),
@@ -60,7 +63,15 @@ impl Problem {
         if let Some(reason) = reason(self.status) {
             body["reason"] = reason.into();
         }
-        self.answer(body.to_string())
+        let mut answer = self.answer(body.to_string());
+        if discovery {
+            let message: String = shown(&message).chars().map(|c| if c.is_ascii() { c } else { '?' }).collect();
+            let quoted = message.replace('\\', "\\\\").replace('"', "\\\"");
+            if let Ok(warning) = HeaderValue::try_from(format!("299 - \"{quoted}\"")) {
+                answer.headers_mut().insert(header::WARNING, warning);
+            }
+        }
+        answer
     }
 
     fn answer(&self, body: String) -> Response<Body> {
@@ -78,6 +89,16 @@ impl Problem {
 impl From<Refused> for Problem {
     fn from((status, code, message): Refused) -> Problem {
         Problem::new(status, code, message, None)
+    }
+}
+
+/// Whether a path of the Kubernetes API is about what the cluster serves, and not about objects.
+pub fn discovery(path: &str) -> bool {
+    let mut segments = path.split('/').filter(|s| !s.is_empty());
+    match segments.next() {
+        Some("api") => segments.count() < 2,
+        Some("apis") => segments.count() < 3,
+        _ => true,
     }
 }
 
@@ -133,7 +154,7 @@ mod tests {
             (504, "Timeout"),
             (507, "InternalError"),
         ] {
-            let answer = Problem::new(status, "some_code", "what is wrong", Some("what to do")).again_after(3).status();
+            let answer = Problem::new(status, "some_code", "what is wrong", Some("what to do")).again_after(3).status(false);
             assert_eq!(answer.status(), status);
             assert_eq!(answer.headers()["content-type"], "application/json");
             assert_eq!(answer.headers()["retry-after"], "3");
@@ -144,6 +165,20 @@ mod tests {
                 "reason": reason, "code": status,
                 "details": {"causes": [{"reason": "some_code", "message": "what is wrong"}], "retryAfterSeconds": 3}});
             assert_eq!(body, wanted);
+        }
+    }
+
+    #[test]
+    fn what_kubectl_does_not_read_of_discovery_it_is_warned_of() {
+        let problem = Problem::new(503, "some_code", "the \"cluster\" is – away\r\n", Some("wait"));
+        assert!(!problem.status(false).headers().contains_key("warning"));
+        let warned = problem.status(true);
+        assert_eq!(warned.headers()["warning"], "299 - \"the \\\"cluster\\\" is ? away\\\\u{d}\\\\u{a}: wait\"");
+        for path in ["", "/", "/api", "/api/v1", "/apis", "/apis/", "/apis/apps", "/apis/apps/v1", "/version", "/openapi/v3/apis/apps/v1"] {
+            assert!(discovery(path), "{path}");
+        }
+        for path in ["/api/v1/pods", "/api/v1/namespaces/beta/pods/p/exec", "/apis/apps/v1/deployments", "/apis/apps/v1/namespaces/x/deployments"] {
+            assert!(!discovery(path), "{path}");
         }
     }
 }

@@ -20,18 +20,19 @@ const KEPT: usize = 8;
 const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
 /// Which half of a call a record tells of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Before a call that changes something, or an upgrade, is let through.
     Start,
     End,
     /// The one record of any other call.
+    #[default]
     Call,
 }
 
 /// Who asked for what, and what came of it. Never a body, never a query.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Record {
     pub phase: Phase,
     pub request: String,

@@ -2,8 +2,8 @@
 //!
 //! RFC 7519 and RFC 8037, of which one algorithm is needed: a library would bring the others, and with them the choice.
 
-use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -87,28 +87,29 @@ struct Claims {
     jti: String,
 }
 
-/// Tokens whose signature was found good: a caller who keeps his token pays for that once. Every claim is judged anew each time.
+/// Tokens whose signature was found good, and what they claim: a caller that keeps its token pays for that once. Every claim is judged
+/// again each time.
 #[derive(Default)]
 pub struct Known {
     /// The keys that it holds for; with others nothing of it does.
     keys: Jwks,
-    digests: HashSet<[u8; 32]>,
+    claims: HashMap<[u8; 32], Arc<Claims>>,
 }
 
 /// Tokens remembered at most; a token lives 300 s.
 const REMEMBERED: usize = 1024;
 
 impl Known {
-    fn has(&self, digest: &[u8; 32], keys: &Jwks) -> bool {
-        self.keys == *keys && self.digests.contains(digest)
+    fn of(&self, digest: &[u8; 32], keys: &Jwks) -> Option<Arc<Claims>> {
+        self.claims.get(digest).filter(|_| self.keys == *keys).cloned()
     }
 
-    fn add(&mut self, digest: [u8; 32], keys: &Jwks) {
-        if self.keys != *keys || self.digests.len() >= REMEMBERED {
+    fn add(&mut self, digest: [u8; 32], keys: &Jwks, claims: Arc<Claims>) {
+        if self.keys != *keys || self.claims.len() >= REMEMBERED {
             self.keys.clone_from(keys);
-            self.digests.clear();
+            self.claims.clear();
         }
-        self.digests.insert(digest);
+        self.claims.insert(digest, claims);
     }
 }
 
@@ -123,6 +124,22 @@ pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64, 
     if token.len() > LONGEST {
         return Err("the token is too long");
     }
+    let digest: [u8; 32] = Sha256::digest(token).into();
+    let memory = || known.lock().unwrap_or_else(PoisonError::into_inner);
+    let remembered = memory().of(&digest, &auth.jwks);
+    let claims = match remembered {
+        Some(claims) => claims,
+        None => {
+            let claims = Arc::new(signed(token, auth)?);
+            memory().add(digest, &auth.jwks, claims.clone());
+            claims
+        }
+    };
+    judged(&claims, auth, agent, most, now)
+}
+
+/// The claims of a token whose signature is that of one of the keys.
+fn signed(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
     let mut parts = token.split('.');
     let (Some(head), Some(claims), Some(signature), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
         return Err("the token is no JWT");
@@ -134,17 +151,15 @@ pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64, 
     }
     let signed = &token[..head.len() + 1 + claims.len()];
     let signature = decode(signature)?;
-    let digest: [u8; 32] = Sha256::digest(token).into();
-    let memory = || known.lock().unwrap_or_else(PoisonError::into_inner);
-    if !memory().has(&digest, &auth.jwks) {
-        let keys = auth.jwks.keys.iter().filter(|k| k.kty == "OKP" && k.crv == "Ed25519" && parsed.kid.as_ref().is_none_or(|kid| *kid == k.kid));
-        let mut keys = keys.filter_map(|k| URL_SAFE_NO_PAD.decode(&k.x).ok());
-        if !keys.any(|key| UnparsedPublicKey::new(&ED25519, key).verify(signed.as_bytes(), &signature).is_ok()) {
-            return Err("the token's signature is wrong");
-        }
-        memory().add(digest, &auth.jwks);
+    let keys = auth.jwks.keys.iter().filter(|k| k.kty == "OKP" && k.crv == "Ed25519" && parsed.kid.as_ref().is_none_or(|kid| *kid == k.kid));
+    let mut keys = keys.filter_map(|k| URL_SAFE_NO_PAD.decode(&k.x).ok());
+    if !keys.any(|key| UnparsedPublicKey::new(&ED25519, key).verify(signed.as_bytes(), &signature).is_ok()) {
+        return Err("the token's signature is wrong");
     }
-    let claims: Claims = serde_json::from_slice(&decode(claims)?).map_err(|_| "a claim is missing or has the wrong type")?;
+    serde_json::from_slice(&decode(claims)?).map_err(|_| "a claim is missing or has the wrong type")
+}
+
+fn judged(claims: &Claims, auth: &RunnerAuth, agent: &str, most: Role, now: i64) -> Result<Caller, &'static str> {
     let audience = if auth.audience.is_empty() { agent } else { &auth.audience };
     let meant = match &claims.aud {
         Audience::One(aud) => aud == audience,
@@ -172,7 +187,7 @@ pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64, 
     if claims.role > most {
         return Err("the token's role is more than this agent was given");
     }
-    Ok(Caller { subject: claims.sub, role: claims.role, namespaces: claims.namespaces, token: claims.jti })
+    Ok(Caller { subject: claims.sub.clone(), role: claims.role, namespaces: claims.namespaces.clone(), token: claims.jti.clone() })
 }
 
 #[cfg(test)]

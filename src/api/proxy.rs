@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio_util::sync::CancellationToken;
 use tower::BoxError;
 
-use crate::api::answer::Problem;
+use crate::api::answer::{Problem, discovery};
 use crate::api::jwt::Caller;
 use crate::api::permits::Stream;
 use crate::api::target::{Refusal, Target, target};
@@ -48,20 +48,22 @@ impl Api {
                 let mut record = record;
                 (record.verdict, record.status) = (problem.code.into(), problem.status);
                 let _ = self.write(record);
-                return problem.status();
+                return problem.status(discovery(raw));
             }
         };
         let mutating = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
         let stream = Stream::of(&parts, &target, upgrade);
         let mut call = match self.open_call(super::Record { path: target.path.clone(), ..record }, stream, mutating || upgrade) {
             Ok(call) => call,
-            Err(problem) => return problem.status(),
+            Err(problem) => return problem.status(discovery(raw)),
         };
         let upstream = self.inner.parts.upstream.borrow().clone();
         let Some(upstream) = upstream else {
             call.status(503, "kubernetes_waiting");
             let hint = Some("the tunnel stays up; try again soon");
-            return Problem::new(503, "kubernetes_waiting", "the agent has no way to the Kubernetes API at the moment", hint).again_after(1).status();
+            return Problem::new(503, "kubernetes_waiting", "the agent has no way to the Kubernetes API at the moment", hint)
+                .again_after(1)
+                .status(discovery(raw));
         };
         let mut answer = self.forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call).await;
         if let Ok(id) = id.parse() {
@@ -104,13 +106,14 @@ impl Api {
         upgrade: bool,
         mut call: Call,
     ) -> Response<Body> {
+        let discovery = discovery(&target.path);
         let uri = match request.uri().query() {
             Some(query) => format!("{}?{query}", target.path),
             None => target.path,
         };
         let Ok(uri) = uri.parse::<Uri>() else {
             call.status(400, "bad_path");
-            return Problem::new(400, "bad_path", "the query cannot be read", None).status();
+            return Problem::new(400, "bad_path", "the query cannot be read", None).status(discovery);
         };
         let theirs = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
@@ -127,7 +130,7 @@ impl Api {
                 tracing::debug!(error, "the Kubernetes API did not answer");
                 call.status(503, "kubernetes_unavailable");
                 let hint = Some("the tunnel stays up; try again soon");
-                return Problem::new(503, "kubernetes_unavailable", "the Kubernetes API does not answer", hint).again_after(1).status();
+                return Problem::new(503, "kubernetes_unavailable", "the Kubernetes API does not answer", hint).again_after(1).status(discovery);
             }
         };
         let status = answer.status();
@@ -135,18 +138,20 @@ impl Api {
             // it is the agent's credential that was refused, not the caller's token
             call.status(503, "kubernetes_credential");
             let hint = Some("a fresh one is minted within a minute");
-            return Problem::new(503, "kubernetes_credential", "the Kubernetes API refuses the agent's credential", hint).again_after(1).status();
+            return Problem::new(503, "kubernetes_credential", "the Kubernetes API refuses the agent's credential", hint)
+                .again_after(1)
+                .status(discovery);
         }
         let Some(headers) = hygiene::inward(status, answer.headers(), "/k8s") else {
             call.status(502, "redirect_refused");
-            return Problem::new(502, "redirect_refused", "the Kubernetes API answers with a redirect to somewhere else", None).status();
+            return Problem::new(502, "redirect_refused", "the Kubernetes API answers with a redirect to somewhere else", None).status(discovery);
         };
         call.status(status.as_u16(), "allowed");
         if status == StatusCode::SWITCHING_PROTOCOLS {
             return if upgrade {
                 self.switch(theirs, answer, headers, call)
             } else {
-                Problem::new(502, "bad_upgrade", "the Kubernetes API switches protocols unasked", None).status()
+                Problem::new(502, "bad_upgrade", "the Kubernetes API switches protocols unasked", None).status(discovery)
             };
         }
         let cut = self.inner.parts.cut.clone();

@@ -187,9 +187,12 @@ impl Wire {
     /// When the API server cannot be reached or breaks off before its head.
     pub(super) async fn send(self, mut request: Request<Body>) -> Result<Response<Incoming>, BoxError> {
         let mut parts = self.base.clone().into_parts();
-        let path = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
         let before = self.base.path().trim_end_matches('/');
-        parts.path_and_query = Some(format!("{before}{path}").parse()?);
+        parts.path_and_query = match request.uri().path_and_query() {
+            // what was parsed once is not read again for every request
+            Some(path) if before.is_empty() => Some(path.clone()),
+            path => Some(format!("{before}{}", path.map_or("/", PathAndQuery::as_str)).parse()?),
+        };
         *request.uri_mut() = Uri::from_parts(parts)?;
         let bearer = match &self.host {
             Some(host) => self.user.bearer(host)?,

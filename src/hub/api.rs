@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::api::answer::{Problem, plain};
+use crate::api::answer::{Problem, discovery, plain};
 use crate::api::hygiene;
 use crate::api::jwt::{LIFE, Role};
 use crate::cluster::upstream::Body;
@@ -45,19 +45,20 @@ pub(super) fn answer(status: u16, body: &Value) -> Response<Body> {
 
 /// Below a cluster's `/k8s` the caller is a client of Kubernetes, and it is told at once: with a `Retry-After` it would try in
 /// silence for most of a minute. Another caller is told when to come again.
-fn problem(refused: Refused, kubernetes: bool) -> Response<Body> {
+fn problem(refused: Refused, below_k8s: Option<bool>) -> Response<Body> {
     let problem = Problem::new(refused.status, refused.code, refused.message, refused.hint);
-    match refused.status {
-        _ if kubernetes => problem.status(),
-        429 | 503 => problem.again_after(5).plain(),
-        _ => problem.plain(),
+    match (below_k8s, refused.status) {
+        (Some(discovery), _) => problem.status(discovery),
+        (None, 429 | 503) => problem.again_after(5).plain(),
+        (None, _) => problem.plain(),
     }
 }
 
-/// Whether a path leads to the Kubernetes API of a cluster.
-fn below_k8s(path: &str) -> bool {
-    let mut segments = path.split('/').skip(1);
-    segments.next() == Some("clusters") && segments.nth(1) == Some("k8s")
+/// Where a path leads to the Kubernetes API of a cluster: whether it is about what the cluster serves.
+fn below_k8s(path: &str) -> Option<bool> {
+    let (_, rest) = path.strip_prefix("/clusters/")?.split_once('/')?;
+    let below = rest.strip_prefix("k8s").filter(|below| below.is_empty() || below.starts_with('/'))?;
+    Some(discovery(below))
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, Refused> {
@@ -147,10 +148,10 @@ pub(super) fn narrowed(who: &Who, asked: &Wanted) -> Result<(Role, Option<Vec<St
 impl Hub {
     /// Answers one request. Nothing that a client sends ends more than its own connection.
     pub(super) async fn respond(self, origin: Origin, request: Request<Incoming>) -> Response<Body> {
-        let kubernetes = below_k8s(request.uri().path());
+        let below_k8s = below_k8s(request.uri().path());
         let mut response = match self.dispatch(origin, request).await {
             Ok(response) => response,
-            Err(refused) => problem(refused, kubernetes),
+            Err(refused) => problem(refused, below_k8s),
         };
         let headers = response.headers_mut();
         for (name, value) in [("cache-control", "no-store"), ("x-content-type-options", "nosniff"), ("content-security-policy", "sandbox")] {

@@ -1,7 +1,8 @@
 //! The HTTP way into a tunnel: takes a Runner's bearer, mints the agent's JWT, pins the agent's key, passes bytes both ways.
 
+use std::collections::HashSet;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use futures_util::future::BoxFuture;
@@ -33,6 +34,8 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
 const LOOK: usize = 8 << 20;
 /// An agent that has not begun an answer for this long is asked whether it lives, and gets as long again to say so.
 const QUIET: std::time::Duration = std::time::Duration::from_secs(3);
+/// The same for one that was silent a moment ago.
+const SILENT: std::time::Duration = std::time::Duration::from_millis(700);
 const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 pub(super) fn offline() -> Refused {
@@ -135,6 +138,8 @@ impl Service<Uri> for Dial {
 pub(super) struct Gateway {
     pooled: Client<Dial, Body>,
     single: Client<Dial, Body>,
+    /// Agents that were silent when they were last asked: kubectl asks five times, and waits for all of them.
+    silent: Arc<Mutex<HashSet<String>>>,
 }
 
 impl Gateway {
@@ -148,7 +153,7 @@ impl Gateway {
                 .retry_canceled_requests(false)
                 .build(dial.clone())
         };
-        Gateway { pooled: client(8), single: client(0) }
+        Gateway { pooled: client(8), single: client(0), silent: Arc::default() }
     }
 }
 
@@ -266,18 +271,27 @@ impl Hub {
     /// # Errors
     /// `agent_offline` when it is not reached, `agent_silent` when its tunnel is there and it says nothing at all.
     async fn heard(&self, asked: ResponseFuture, route: &Route) -> Result<Response<Incoming>, Refused> {
+        let known = &self.gateway().silent;
+        let quiet = if crate::hub::lock(known).contains(&route.agent) { SILENT } else { QUIET };
         let silence = async {
-            tokio::time::sleep(QUIET).await;
-            while self.lives(&route.agent).await {
+            tokio::time::sleep(quiet).await;
+            while self.lives(&route.agent, quiet).await {
+                crate::hub::lock(known).remove(&route.agent);
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
         };
         tokio::select! {
-            answer = asked => answer.map_err(|error| {
-                tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
-                offline()
-            }),
+            answer = asked => {
+                if quiet == SILENT {
+                    crate::hub::lock(known).remove(&route.agent);
+                }
+                answer.map_err(|error| {
+                    tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
+                    offline()
+                })
+            }
             () = silence => {
+                crate::hub::lock(known).insert(route.agent.clone());
                 tracing::info!(cluster = route.cluster, "the agent holds its tunnel and says nothing");
                 Err(silent())
             }
@@ -285,10 +299,10 @@ impl Hub {
     }
 
     /// Whether an agent answers the one question that it answers by itself, on a stream of its own.
-    async fn lives(&self, agent: &str) -> bool {
+    async fn lives(&self, agent: &str, within: std::time::Duration) -> bool {
         let request = Request::builder().uri(format!("http://{agent}/healthz")).header(header::HOST, "agent");
         let Ok(request) = request.body(Empty::new().map_err(|never| match never {}).boxed_unsync()) else { return false };
-        tokio::time::timeout(QUIET, self.gateway().single.request(request)).await.is_ok_and(|answer| answer.is_ok())
+        tokio::time::timeout(within, self.gateway().single.request(request)).await.is_ok_and(|answer| answer.is_ok())
     }
 
     /// A GET of the agent's API for the page, read whole: as a viewer, or in the caller's own role.

@@ -82,6 +82,14 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
             assert!(body["message"].as_str().unwrap().contains(word), "{body}");
         }
     }
+    // of discovery kubectl reads no body: it shows the warning
+    let refused = ask("GET", &format!("{k8s}/api"), "por_wrong", &[]).await.unwrap();
+    assert!(refused.headers()["warning"].to_str().unwrap().starts_with("299 - \"the token is wrong"), "{refused:?}");
+    for path in ["/apis", "/api/v1", "/apis/apps/v1", "/openapi/v3", "/version"] {
+        let refused = ask("GET", &format!("{k8s}{path}"), token, &[("impersonate-user", "root")]).await.unwrap();
+        assert!(refused.headers()["warning"].to_str().unwrap().contains("leave out --as"), "{refused:?}");
+    }
+    assert!(!ask("GET", &format!("{k8s}/api/v1/pods"), "por_wrong", &[]).await.unwrap().headers().contains_key("warning"));
     // an upgrade that is refused is read as well: exec in both of its protocols
     let exec = format!("{k8s}/api/v1/namespaces/production/pods/p/exec?command=sh");
     let upgrade = |protocol| [("connection", "Upgrade"), ("upgrade", protocol)];
