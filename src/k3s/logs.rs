@@ -55,6 +55,8 @@ const HELD_LONG: Duration = Duration::from_secs(20);
 pub struct Pulse {
     /// `active` at this moment.
     pub running: bool,
+    /// `failed`: systemd starts it no more.
+    pub failed: bool,
     /// Restarts by systemd as it counts them, and how many of them since the wait began.
     pub restarts: u32,
     pub since: u32,
@@ -68,13 +70,13 @@ pub const LOOP: &str = "START_LOOP";
 /// What to do about a cause that the table does not know.
 pub const LOOK: &str = "the lines above name the cause: correct it";
 
-/// Whether waiting longer is pointless, and why. `None`: it may still come.
-pub fn hopeless(log: &str, pulse: Pulse) -> Option<Seen> {
-    let died = deaths(log, pulse);
+/// Whether waiting longer is pointless, and why. `None`: it may still come. `died` is what `deaths` says of the unit's own journal.
+pub fn hopeless(log: &str, died: u32, pulse: Pulse) -> Option<Seen> {
     let Some(seen) = classify(log) else {
         let (line, count) = last_words(log)?;
-        let why = Cause { code: LOOP, what: "it ends again and again", fix: LOOK, weight: Weight::Part };
-        return (died >= DEATHS && !transient(&line)).then_some(Seen { cause: why, line, count });
+        let what = if pulse.failed { "it ended, and systemd starts it no more" } else { "it ends again and again" };
+        let why = Cause { code: LOOP, what, fix: LOOK, weight: Weight::Part };
+        return (pulse.failed || died >= DEATHS && !transient(&line)).then_some(Seen { cause: why, line, count });
     };
     let again = pulse.since.max(if pulse.running { 0 } else { pulse.restarts });
     let stuck = !pulse.running && !went_on(log, &seen.line);
@@ -84,7 +86,7 @@ pub fn hopeless(log: &str, pulse: Pulse) -> Option<Seen> {
         Weight::Part => died >= DEATHS && !transient(&seen.line),
         Weight::Passing | Weight::Weak => false,
     };
-    end.then_some(seen)
+    (end || pulse.failed).then_some(seen)
 }
 
 /// How often the unit ended since the wait began: as systemd counts, or by its last words where that count is from before.
@@ -98,8 +100,9 @@ pub fn deaths(log: &str, pulse: Pulse) -> u32 {
 pub fn classify(log: &str) -> Option<Seen> {
     let ended = log.lines().filter(|l| dying(l));
     let of = |at_most: Weight| move |c: &Cause| c.weight <= at_most;
-    find(ended, of(Weight::Fatal))
-        .or_else(|| find(log.lines().filter(|l| serious(l)), of(Weight::Fatal)))
+    find(ended.clone(), of(Weight::Fatal))
+        // the part that ended tells more than what others said meanwhile
+        .or_else(|| find(ended, of(Weight::Part)))
         .or_else(|| find(log.lines().filter(|l| serious(l)), of(Weight::Part)))
         .or_else(|| find(log.lines(), |c| c.weight == Weight::Passing))
 }
@@ -130,7 +133,7 @@ fn dying(line: &str) -> bool {
         "killed by the OOM killer",
         "Failed to locate executable",
     ];
-    MARKS.iter().any(|m| line.contains(m)) || line.starts_with("panic: ") || line.starts_with("Error: ")
+    MARKS.iter().any(|m| line.contains(m)) || ["panic: ", "Error: ", "error: ", "containerd: "].iter().any(|m| line.starts_with(m))
 }
 
 /// Not a warning or chatter: what k3s waits for is at level info, and counts.
@@ -196,7 +199,7 @@ pub fn times(text: &str, count: usize) -> String {
 
 /// The last lines worth showing, errors and warnings before chatter; those that are alike once, with their number.
 pub fn telling(log: &str, most: usize) -> Vec<String> {
-    let marks = ["level=error", "level=fatal", "level=warning", "level=panic", "Error:", "failed", "Failed", "msg=\"Waiting ", "panic:"];
+    let marks = ["level=error", "level=fatal", "level=warning", "level=panic", "Error:", "error:", "failed", "Failed", "msg=\"Waiting ", "panic:"];
     let marked: Vec<&str> = log.lines().filter(|l| marks.iter().any(|m| l.contains(m))).collect();
     let from = if marked.is_empty() { log.lines().collect() } else { marked };
     let mut shown: Vec<(String, &str, usize)> = Vec::new();

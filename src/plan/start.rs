@@ -20,9 +20,11 @@ const CONTAINERD_TAIL: u64 = 64 * 1024;
 /// A unit that is being waited for.
 pub(super) struct Start<'a> {
     hands: &'a Hands,
-    unit: &'a str,
+    pub(super) unit: &'a str,
     secrets: &'a [Secret],
     begin: Instant,
+    /// The same by the wall clock, for logs that have no other.
+    wall: jiff::Timestamp,
     /// Where the journal stood when the wait began: what the unit said before is not its word now.
     mark: Mark,
     /// Restarts that systemd had counted by then.
@@ -36,16 +38,22 @@ impl<'a> Start<'a> {
     pub(super) async fn begin(hands: &'a Hands, unit: &'a str, secrets: &'a [Secret]) -> Start<'a> {
         let before = hands.unit(unit).await.ok().map(|u| u.restarts);
         let mark = hands.journal_mark(unit).await;
-        Start { hands, unit, secrets, begin: Instant::now(), mark, before, looked: None, shown: None }
+        Start { hands, unit, secrets, begin: Instant::now(), wall: jiff::Timestamp::now(), mark, before, looked: None, shown: None }
     }
 
-    async fn log(&self) -> String {
-        let mut log = self.hands.unit_log(self.unit, &self.mark, LINES).await;
-        if log.contains("containerd exited") || log.contains("failed to start container runtime") {
-            log.push('\n');
-            log.push_str(&self.hands.tail(CONTAINERD_LOG, CONTAINERD_TAIL).unwrap_or_default());
+    async fn journal(&self) -> String {
+        self.hands.unit_log(self.unit, &self.mark, LINES).await
+    }
+
+    /// The journal, and what containerd wrote since the wait began where it is containerd that ends.
+    fn with_containerd(&self, journal: &str) -> String {
+        if !["containerd exited", "failed to start container runtime"].iter().any(|m| journal.contains(m)) {
+            return journal.to_owned();
         }
-        log
+        let tail = self.hands.tail(CONTAINERD_LOG, CONTAINERD_TAIL).unwrap_or_default();
+        let time = |line: &str| line.strip_prefix("time=\"")?.split_once('"')?.0.parse::<jiff::Timestamp>().ok();
+        let now: Vec<&str> = tail.lines().skip_while(|l| time(l).is_none_or(|t| t < self.wall)).collect();
+        format!("{journal}\n{}", now.join("\n"))
     }
 
     /// Why the wait is over already; `None` while the unit may still come. The unit is stopped then, so that it is not left in a
@@ -57,17 +65,19 @@ impl<'a> Start<'a> {
         self.looked = Some(Instant::now());
         let unit = self.hands.unit(self.unit).await.ok()?;
         let before = *self.before.get_or_insert(unit.restarts);
-        let log = self.log().await;
+        let journal = self.journal().await;
+        let log = self.with_containerd(&journal);
         let code = logs::classify(&log).map(|s| s.cause.code);
         if self.shown.map(|(shown, _)| shown) != code {
             self.shown = code.map(|code| (code, Instant::now()));
         }
         let held = self.shown.map(|(_, since)| since.elapsed()).unwrap_or_default();
         // the count starts again at 0 when somebody starts the unit by hand
-        let pulse = Pulse { running: unit.running(), restarts: unit.restarts, since: unit.restarts.saturating_sub(before), held };
-        let seen = logs::hopeless(&log, pulse)?;
-        let died = logs::deaths(&log, pulse);
-        stop_unit(self.hands, self.unit).await;
+        let failed = unit.active == "failed";
+        let pulse = Pulse { running: unit.running(), failed, restarts: unit.restarts, since: unit.restarts.saturating_sub(before), held };
+        let died = logs::deaths(&journal, pulse);
+        let seen = logs::hopeless(&log, died, pulse)?;
+        self.stop().await;
         let mut failure = Failure::new(Exit::TimedOut, seen.cause.code, format!("{} does not start: {}", self.unit, seen.cause.what));
         if died > 0 {
             failure = failure.why(format!(
@@ -103,7 +113,7 @@ impl<'a> Start<'a> {
 
     /// At the deadline: what the journal has to say to it.
     pub(super) async fn late(&mut self, failure: Failure, optional: bool) -> Failure {
-        let log = self.log().await;
+        let log = self.with_containerd(&self.journal().await);
         let seen = logs::classify(&log);
         let died = self.hands.unit(self.unit).await.is_ok_and(|u| u.restarts > self.before.unwrap_or(0));
         let mut failure = failure;
@@ -114,14 +124,17 @@ impl<'a> Start<'a> {
             failure = failure.hint(format!("{}, then run the same command again; `journalctl -u {}` has all of it", logs::LOOK, self.unit));
         }
         if !optional {
-            stop_unit(self.hands, self.unit).await;
+            self.stop().await;
         }
         self.told(failure, &log, seen.as_ref())
     }
-}
 
-async fn stop_unit(hands: &Hands, unit: &str) {
-    if let Err(error) = hands.stop(unit).await {
-        tracing::warn!(unit, error = %error, "cannot stop the unit");
+    /// k3s is not left in a restart loop; the agent goes on trying by itself.
+    async fn stop(&self) {
+        if self.unit.starts_with("k3s")
+            && let Err(error) = self.hands.stop(self.unit).await
+        {
+            tracing::warn!(unit = self.unit, error = %error, "cannot stop the unit");
+        }
     }
 }

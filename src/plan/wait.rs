@@ -13,6 +13,7 @@ use crate::host::{Hands, Host};
 use crate::k3s::{ADMIN_KUBECONFIG, CREDENTIAL};
 use crate::secret::{Secret, mask};
 
+const AGENT_UNIT: &str = "pipeops-agent.service";
 /// Longest life of the agent's token, seconds; see `credential`.
 const CREDENTIAL_LIFE: i64 = 24 * 3600;
 
@@ -61,7 +62,7 @@ async fn look(host: &Host, what: &Ready, first: &mut Option<ready::Beats>) -> Op
             Some(then) if jiff::Timestamp::now().as_second() - then > CREDENTIAL_LIFE => Some("it is older than its token's life".into()),
             Some(_) => None,
         },
-        Ready::Agent => match host.unit("pipeops-agent.service").await {
+        Ready::Agent => match host.unit(AGENT_UNIT).await {
             Ok(unit) if unit.running() => None,
             Ok(unit) => Some(format!("its unit is {} ({})", unit.active, unit.sub)),
             Err(e) => Some(e.to_string()),
@@ -169,34 +170,27 @@ pub(super) async fn until(
     mut progress: impl FnMut(String),
 ) -> anyhow::Result<()> {
     let begin = Instant::now();
-    let unit = what.iter().find_map(|r| match r {
-        Ready::Node { unit, .. } => Some(unit.as_str()),
-        _ => None,
-    });
-    let mut start = match unit {
-        Some(unit) => Some(Start::begin(hands, unit, secrets).await),
-        None => None,
-    };
+    let mut start: Option<Start> = None;
     let mut first = None;
     for item in what {
+        // what runs on a node is waited for with an eye on the node's unit
+        if let Some(unit) = unit_of(item)
+            && start.as_ref().is_none_or(|s| s.unit != unit)
+        {
+            start = Some(Start::begin(hands, unit, secrets).await);
+        }
         loop {
             let Some(why) = look(hands, item, &mut first).await else { break };
             let why = mask(&why, secrets);
             progress(format!("{}: {why}", item.title()));
-            if let Some(start) = &mut start
+            // minting is tried again by its own timer and after each start of k3s
+            if let Some(start) = start.as_mut().filter(|_| !matches!(item, Ready::Credential))
                 && let Some(failure) = start.look().await
             {
                 return Err(failure.into());
             }
             if begin.elapsed() >= within {
-                let failure = Failure::new(Exit::TimedOut, "START_TIMEOUT", format!("{} did not come within {} s", item.title(), within.as_secs()))
-                    .why(why)
-                    .hint("run the same command again; --timeout gives it longer");
-                // the unit explains a node that does not come; what runs on a node that is there explains itself
-                return Err(match (&mut start, item) {
-                    (Some(start), Ready::Node { .. }) => start.late(failure, optional).await.into(),
-                    _ => failure.into(),
-                });
+                return Err(late(item, why, within, start.as_mut(), optional).await.into());
             }
             tokio::select! {
                 () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted while waiting").into()),
@@ -205,4 +199,29 @@ pub(super) async fn until(
         }
     }
     Ok(())
+}
+
+/// The unit whose start an item waits for.
+fn unit_of(item: &Ready) -> Option<&str> {
+    match item {
+        Ready::Node { unit, .. } => Some(unit),
+        Ready::Credential => Some("pipeops-agent-credential.service"),
+        Ready::Agent => Some(AGENT_UNIT),
+        _ => None,
+    }
+}
+
+/// At the deadline. A unit explains what it should have brought; what runs on a node that is there explains itself.
+async fn late(item: &Ready, why: String, within: Duration, start: Option<&mut Start<'_>>, optional: bool) -> Failure {
+    let pods = ["BackOff", "Err", "no node takes", " ended", "Config"].iter().any(|w| why.contains(w));
+    let failure = Failure::new(Exit::TimedOut, "START_TIMEOUT", format!("{} did not come within {} s", item.title(), within.as_secs())).why(why);
+    match (start, item) {
+        (_, Ready::Deployment { namespace, .. } | Ready::Chart { namespace, .. }) if pods => {
+            failure.hint(format!("correct what its pod says (`kubectl -n {namespace} get events`), then run the same command again"))
+        }
+        (Some(start), item) if unit_of(item).is_some() => {
+            start.late(failure.hint("run the same command again; --timeout gives it longer"), optional).await
+        }
+        _ => failure.hint("run the same command again; --timeout gives it longer"),
+    }
 }

@@ -139,7 +139,7 @@ fn a_warning_is_never_the_code() {
     // containerd's own log has what k3s' journal has not
     sandbox.put(
         "/var/lib/rancher/k3s/agent/containerd/containerd.log",
-        "time=\"2026-11-27T05:00:00Z\" level=info msg=\"starting containerd\"\ntime=\"2026-11-27T05:00:00Z\" level=fatal msg=\"Failed to run CRI service\" error=\"failed to start streaming server: listen tcp 127.0.0.1:10010: bind: address already in use\"\n",
+        &format!("time=\"2020-01-01T05:00:00Z\" level=fatal msg=\"no space left on device\"\ntime=\"{}\" level=fatal msg=\"Failed to run CRI service\" error=\"failed to start streaming server: listen tcp 127.0.0.1:10010: bind: address already in use\"\n", at(600)),
     );
     play(&sandbox, DIES, &format!("{weak}; {}", says("level=error msg=\"Shutdown request received: \\\"containerd exited: exit status 1\\\"\"")));
     let begin = Instant::now();
@@ -264,5 +264,33 @@ fn a_chart_or_a_deployment_that_fails_says_what_its_pod_says() {
         assert!(said.err.contains(wanted), "{wanted}\n{}", said.err);
         let info = sandbox.run(&["cluster-info"]);
         assert!(info.out.contains(wanted), "{wanted}\n{}", info.out);
+    });
+}
+
+#[test]
+fn an_agent_that_ends_again_and_again_or_for_good_is_told_too() {
+    let cases = [
+        (
+            "echo ActiveState=failed; echo SubState=failed; echo Result=exit-code; echo NRestarts=0",
+            "error: /etc/pipeops/agent.toml: unknown key planted-trouble-4711-canary [CONFIG_INVALID]",
+        ),
+        (
+            "echo ActiveState=activating; echo SubState=auto-restart; n=$(cat \"$PIPEOPS_ROOT/../asked\" 2>/dev/null || echo 0); n=$((n + 1)); echo $n > \"$PIPEOPS_ROOT/../asked\"; echo NRestarts=$n",
+            "error: the state directory is planted-trouble-4711-canary [INTERNAL]",
+        ),
+    ];
+    at_once(cases, |(act, line)| {
+        let sandbox = Sandbox::new();
+        let real = std::fs::read_to_string(sandbox.path("bin/systemctl")).unwrap();
+        sandbox.beside("systemctl-real", &real, 0o755);
+        let shown = format!(
+            "#!/bin/sh\nPATH=/usr/bin:/bin\nif [ \"$1 $4\" = 'show pipeops-agent.service' ] && [ -e \"$PIPEOPS_ROOT/etc/systemd/system/$4\" ]; then echo LoadState=loaded; echo UnitFileState=enabled; {act}; exit; fi\nexec \"$PIPEOPS_ROOT/../systemctl-real\" \"$@\"\n"
+        );
+        sandbox.beside("bin/systemctl", &shown, 0o755);
+        sandbox.beside("bin/journalctl", &format!("#!/bin/sh\ncase \"$*\" in *pipeops-agent.service*) echo '{line}' ;; esac\n"), 0o755);
+        let begin = Instant::now();
+        let said = sandbox.install(&[]);
+        ended_early(&said, begin, 8, "START_LOOP");
+        assert!(said.err.contains(line) && !sandbox.calls().contains("systemctl stop pipeops-agent"), "{}", said.err);
     });
 }

@@ -224,6 +224,10 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         cause("K3S_NOT_RUNNABLE", Certain, "/usr/local/bin/k3s is not there", "look at what takes it away"),
     ),
     (
+        &["k3s-server", "executable file not found"],
+        cause("DATA_NOEXEC", Certain, "no program runs below /var/lib/rancher", "mount it without noexec; with SELinux: install k3s-selinux"),
+    ),
+    (
         &["exec /var/lib/rancher", "permission denied"],
         cause("DATA_NOEXEC", Certain, "no program runs below /var/lib/rancher", "mount it without noexec; with SELinux: install k3s-selinux"),
     ),

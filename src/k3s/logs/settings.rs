@@ -256,7 +256,6 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
     ),
     (&["invalid taint"], cause("NODE_TAINT_INVALID", Certain, "one of the taints is not valid", "correct --node-taint: NAME=VALUE:EFFECT")),
     // kubernetes cmd/kubelet/app/server.go, pkg/kubelet/cm/container_manager_linux.go
-    (&["failed to validate kubelet configuration"], cause("KUBELET_CONFIG_INVALID", Certain, "the kubelet's settings are not valid", SETTING)),
     (
         &["failed to load kubelet", "file, path"],
         cause("KUBELET_CONFIG_INVALID", Certain, "a file of kubelet settings cannot be read", "correct it, or take it away"),
@@ -299,4 +298,6 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
             "boot with systemd.unified_cgroup_hierarchy=1, or use --channel v1.34",
         ),
     ),
+    // what stands in front of several of the above comes last
+    (&["failed to validate kubelet configuration"], cause("KUBELET_CONFIG_INVALID", Certain, "the kubelet's settings are not valid", SETTING)),
 ];

@@ -25,6 +25,23 @@ const FIXTURES: &[(&str, &str)] = &[
     ("SERVER_CONFIG_MISMATCH", r#"level=fatal msg="starting kubernetes: preparing server: failed to validate server configuration: critical configuration value mismatch between servers""#),
     ("DATASTORE_DAMAGED", r#"level=error msg="error while range on /registry/health: database disk image is malformed""#),
     ("SERVER_UNREACHABLE", r#"level=error msg="failed to get CA certs: Get \"https://127.0.0.1:6444/cacerts\": dial tcp 127.0.0.1:6444: connect: connection refused /cacerts""#),
+    // as k3s v1.35.0+k3s1 printed them
+    ("DATA_NOEXEC", r#"level=fatal msg="Error: exec: \"k3s-server\": executable file not found in $PATH""#),
+    ("DISK_LOW", r#"level=fatal msg="Error: extracting data: error writing to /var/lib/rancher/k3s/data/x-tmp/bin/k3s: write /var/lib/rancher/k3s/data/x-tmp/bin/k3s: no space left on device""#),
+    ("DISK_READ_ONLY", r#"level=fatal msg="Error: extracting data: read-only file system""#),
+    ("DATASTORE_DAMAGED", r#"level=error msg="Failed to ping database connection: file is not a database""#),
+    ("INTERFACE_UNKNOWN", r#"level=fatal msg="Error: interface eth9 does not have a correct global unicast ip: route ip+net: no such network interface""#),
+    ("JOIN_TOKEN_MALFORMED", r#"level=fatal msg="Error: preparing server: failed to bootstrap cluster data: failed to normalize server token; must be in format K10<CA-HASH>::<USERNAME>:<PASSWORD> or <PASSWORD>""#),
+    ("CGROUP_V1_UNSUPPORTED", r#"level=error msg="Shutdown request received: kubelet exited: failed to validate kubelet configuration, error: kubelet is configured to not run on a host using cgroup v1. cgroup v1 support is unsupported and will be removed in a future release, path: &TypeMeta{Kind:,APIVersion:,}""#),
+    ("K3S_SETTING_INVALID", r#"level=fatal msg="Error: preparing server: failed to generate server dependencies: unsupported secrets-encryption-provider rot13""#),
+    ("ADDRESS_FAMILY", r#"level=fatal msg="Error: cluster-cidr: [10.42.0.0/16] and service-cidr: [fd43::/112], must share the same IP version (IPv4, IPv6 or dual-stack)""#),
+    ("DATASTORE_URL_INVALID", r#"level=fatal msg="Error: preparing server: failed to bootstrap cluster data: creating storage endpoint: failed to create driver for configured endpoint: unknown driver""#),
+    ("K3S_CONFIG_INVALID", r#"level=fatal msg="yaml: line 1: did not find expected node content""#),
+    ("K3S_SETTING_UNKNOWN", r#"level=error msg="Shutdown request received: apiserver exited: unknown flag: --no-such""#),
+    ("K3S_SETTING_UNKNOWN", r#"level=error msg="Shutdown request received: apiserver exited: enable-admission-plugins plugin \"NoSuch\" is unknown""#),
+    ("NODE_LABEL_INVALID", r#"level=error msg="Shutdown request received: kubelet exited: failed to validate kubelet flags: unknown 'kubernetes.io' or 'k8s.io' labels specified with --node-labels: [node-role.kubernetes.io/worker]""#),
+    ("SERVER_UNREACHABLE", r#"level=error msg="Failed to validate connection to cluster at https://127.0.0.1:7443: failed to get CA certs: Get \"https://127.0.0.1:6444/cacerts\": read tcp 127.0.0.1:46872->127.0.0.1:6444: read: connection reset by peer""#),
+    ("K3S_SETTING_UNKNOWN", r#"level=fatal msg="Error: flag provided but not defined: -no-such-flag""#),
     ("BOOTSTRAP_CONFLICT", r#"level=fatal msg="/var/lib/rancher/k3s/server/tls/server-ca.crt, /var/lib/rancher/k3s/server/cred/passwd newer than datastore and could cause a cluster outage. Remove the file(s) from disk and restart to be recreated from datastore.""#),
     ("DATA_TOKEN_CONFLICT", r#"level=fatal msg="Error: starting kubernetes: preparing server: failed to bootstrap cluster data: failed to reconcile with local datastore: no bootstrap data found in datastore - check server token value and verify datastore integrity""#),
     ("NODE_NAME_TAKEN", r#"level=info msg="Waiting to retrieve agent configuration; server is not ready: Node password rejected, duplicate hostname or contents of '/etc/rancher/node/password' may not match server node-passwd entry, try enabling a unique node name with the --with-node-id flag""#),
@@ -194,8 +211,8 @@ fn warnings_and_chatter_have_no_code() {
         assert_eq!(classify(line), None, "{line}");
         all.push_str(&format!("{line}\n"));
     }
-    let dead = Pulse { restarts: 9, since: 9, held: Duration::from_secs(300), running: false };
-    assert_eq!((classify(&all), hopeless(&all, dead)), (None, None));
+    let dead = Pulse { restarts: 9, since: 9, held: Duration::from_secs(300), running: false, failed: false };
+    assert_eq!((classify(&all), hopeless(&all, 0, dead)), (None, None));
 }
 
 #[test]
@@ -205,11 +222,14 @@ fn what_the_process_said_as_it_ended_comes_before_what_it_said_beside() {
                level=fatal msg=\"listen tcp 127.0.0.1:10010: bind: address already in use\"\n\
                level=warning msg=\"Failed to load kernel module br_netfilter with modprobe\"\n";
     assert_eq!(code(log), Some("PORT_IN_USE"));
+    let part = "level=error msg=\"Remotedialer proxy error\" error=\"401 Unauthorized\"\n\
+                level=error msg=\"Shutdown request received: \\\"kubelet exited: something of its own\\\"\"\n";
+    assert_eq!(code(part), Some("KUBELET_EXITS"));
 }
 
 #[test]
 fn when_a_wait_ends_and_when_it_does_not() {
-    let pulse = |restarts, since, held| Pulse { running: false, restarts, since, held: Duration::from_secs(held) };
+    let pulse = |restarts, since, held| Pulse { running: false, failed: false, restarts, since, held: Duration::from_secs(held) };
     let fatal = |what: &str, times: usize| format!("{BOOT}level=fatal msg=\"Error: {what}\"\n").repeat(times);
     let wait =
         |what: &str, times: usize| format!("level=info msg=\"Waiting to retrieve agent configuration; server is not ready: {what}\"\n").repeat(times);
@@ -231,17 +251,28 @@ fn when_a_wait_ends_and_when_it_does_not() {
         ("it went on", wait(refused, 1) + "level=info msg=\"Running containerd -c x\"\n", pulse(0, 0, 60), None),
         ("a token refused for a moment", wait("https://127.0.0.1:6444/v1-k3s/x: 401 Unauthorized", 3), pulse(0, 0, 15), None),
         ("and for good", wait("https://127.0.0.1:6444/v1-k3s/x: 401 Unauthorized", 5), pulse(0, 0, 25), Some("JOIN_TOKEN_REJECTED")),
+        (
+            "a datastore that is no database, asked again and again",
+            "level=error msg=\"Failed to ping database connection: file is not a database\"\n".repeat(12),
+            pulse(0, 0, 11),
+            Some("DATASTORE_DAMAGED"),
+        ),
+        ("one that is away", "level=error msg=\"Failed to ping database connection: connection refused\"\n".repeat(99), pulse(0, 0, 99), None),
         ("a server that is away", wait("failed to get CA certs: Get \\\"https://x/cacerts\\\": EOF", 50), pulse(0, 0, 280), None),
         ("also where k3s dies of it", fatal("failed to get CA certs: Get \\\"https://x/cacerts\\\": EOF", 50), pulse(50, 50, 280), None),
         ("a datastore that is slow", fatal("leaderelection lost", 9), pulse(9, 9, 280), None),
         ("a kubelet that ends with a time-out", fatal("kubelet exited: x: context deadline exceeded", 9), pulse(9, 9, 280), None),
     ];
     for (name, log, pulse, wanted) in cases {
-        assert_eq!(hopeless(&log, pulse).map(|s| s.cause.code), wanted, "{name}");
+        assert_eq!(hopeless(&log, deaths(&log, pulse), pulse).map(|s| s.cause.code), wanted, "{name}");
     }
     // what runs again is not judged by what it said before
-    let up = Pulse { running: true, restarts: 5, since: 2, held: Duration::from_secs(60) };
-    assert_eq!(hopeless(&fatal("address already in use", 5), up), None);
+    let up = Pulse { running: true, failed: false, restarts: 5, since: 2, held: Duration::from_secs(60) };
+    assert_eq!(hopeless(&fatal("address already in use", 5), 2, up), None);
+    // what systemd gives up is over at once
+    let given_up = Pulse { failed: true, ..pulse(0, 0, 0) };
+    assert_eq!(hopeless("error: agent.toml: unknown key `x` [CONFIG_INVALID]\n", 0, given_up).map(|s| s.cause.code), Some(LOOP));
+    assert_eq!(hopeless(&fatal("leaderelection lost", 1), 0, given_up).map(|s| s.cause.code), Some("DISK_FSYNC_SLOW"));
 }
 
 #[test]
