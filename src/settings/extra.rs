@@ -197,15 +197,19 @@ mod tests {
 
     fn table() -> Extra {
         Extra::from([
-            ("datastore-endpoint".to_owned(), json!("postgres://u:planted-db-password-4711@h/db")),
-            ("vpn-auth".to_owned(), json!("name=tailscale,joinKey=planted-join-key-47110")),
-            ("etcd-s3-secret-key".to_owned(), json!("planted-s3-secret-key-4711")),
-            ("etcd_s3_access_key".to_owned(), json!("planted-s3-access-key-4711")),
+            ("datastore-endpoint".to_owned(), json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db")),
+            ("vpn-auth".to_owned(), json!("name=tailscale,joinKey=planted-join-key-canary-4711-in-plain-text")),
+            ("etcd-s3-secret-key".to_owned(), json!("planted-s3-secret-key-canary-4711-in-plain-text")),
+            ("etcd_s3_access_key".to_owned(), json!("planted-s3-access-key-canary-4711-in-plain-text")),
             (
                 "kube-apiserver-arg".to_owned(),
-                json!(["v=2", "oidc-client-secret=planted-oidc-secret-4711", "etcd-servers=https://u:planted-etcd-password-4711@e:2379"]),
+                json!([
+                    "v=2",
+                    "oidc-client-secret=planted-oidc-secret-canary-4711-in-plain-text",
+                    "etcd-servers=https://u:planted-etcd-password-canary-4711-in-plain-text@e:2379"
+                ]),
             ),
-            ("tokn".to_owned(), json!({"a": "planted-nested-secret-4711"})),
+            ("tokn".to_owned(), json!({"a": "planted-nested-secret-canary-4711-in-plain-text"})),
             ("flannel-backend".to_owned(), json!("vxlan")),
             ("secrets-encryption".to_owned(), json!(true)),
             ("agent-token".to_owned(), json!(12_345_678_901_234_567_890_u64)),
@@ -216,27 +220,27 @@ mod tests {
     fn nothing_that_shows_the_table_shows_a_secret() {
         let table = table();
         for text in [format!("{table:?}"), serde_json::to_string(&table).unwrap(), json!(table.sealed()).to_string()] {
-            assert!(!text.contains("4711") && !text.contains("1234567890"), "{text}");
+            assert!(!text.contains("canary-4711-in-plain-text") && !text.contains("12345678901234567890"), "{text}");
             assert!(text.contains("vxlan") && text.contains("v=2"), "{text}");
         }
         assert_eq!(table.shown()["datastore-endpoint"], "postgres://u:••••@h/db");
         assert_eq!(table.shown()["kube-apiserver-arg"][1], "oidc-client-secret=••••");
         assert_eq!(table.secret_keys().len(), 7);
-        assert_eq!(table.words().iter().filter(|w| w.contains("4711")).count(), 7);
+        assert_eq!(table.words().iter().filter(|w| w.contains("canary-4711-in-plain-text")).count(), 7);
     }
 
     #[test]
     fn holes_are_filled_with_what_was_there() {
         let table = Extra::from([
-            ("kubelet-arg".to_owned(), json!(["v=2", "x-password=planted \"quoted\" secret 4711"])),
-            ("datastore-endpoint".to_owned(), json!("postgres://u:planted-db-password-4711@h/db")),
+            ("kubelet-arg".to_owned(), json!(["v=2", "x-password=planted \"quoted\" secret canary-4711-in-plain-text"])),
+            ("datastore-endpoint".to_owned(), json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db")),
         ]);
         let sealed = table.sealed();
         let text = format!("kubelet-arg:\n  - {}\n  - {}\nd: {}\n", sealed["kubelet-arg"][0], sealed["kubelet-arg"][1], sealed["datastore-endpoint"]);
         let full = filled(&text, &table.fill().unwrap()).unwrap();
         assert_eq!(
             full,
-            "kubelet-arg:\n  - \"v=2\"\n  - \"x-password=planted \\\"quoted\\\" secret 4711\"\nd: \"postgres://u:planted-db-password-4711@h/db\"\n"
+            "kubelet-arg:\n  - \"v=2\"\n  - \"x-password=planted \\\"quoted\\\" secret canary-4711-in-plain-text\"\nd: \"postgres://u:planted-db-password-canary-4711-in-plain-text@h/db\"\n"
         );
         assert!(filled(&text, &Secret::new("{}")).is_none());
         assert!(Extra::from([("flannel-backend".to_owned(), json!("vxlan"))]).fill().is_none());

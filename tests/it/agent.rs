@@ -166,19 +166,27 @@ fn a_configuration_in_yaml_has_the_same_keys_and_a_named_file_must_be_there() {
         ("c.yml", "control-plane-url: ftp://cp.test\n", "`ftp` is no scheme"),
         ("c.yaml", "max-role: emperor\n", "`emperor` is none of"),
         ("c.yaml", "a: b\n c: d\n", "not valid YAML"),
-        ("c.yaml", "https-proxy: http://u:planted-canary-of-a-proxy-4711@proxy.test:3128\n", "without a user and a password"),
+        ("c.yaml", "https-proxy: http://u:planted-canary-of-a-proxy-canary-4711-in-plain-text@proxy.test:3128\n", "without a user and a password"),
         ("c.toml", "control-plane-url: https://cp.test\n", "not valid TOML"),
     ] {
         let answer = run(name, text).ended(2);
-        assert!(answer.err.contains(word) && answer.err.contains("CONFIG_INVALID") && !answer.err.contains("4711"), "{text}: {}", answer.err);
+        assert!(
+            answer.err.contains(word) && answer.err.contains("CONFIG_INVALID") && !answer.err.contains("canary-4711-in-plain-text"),
+            "{text}: {}",
+            answer.err
+        );
     }
     let gone = said(sandbox.command(&["run", "--config", &sandbox.path("gone.yaml")]).output().unwrap()).ended(2);
     assert!(gone.err.contains("FILE_UNREADABLE") && gone.err.contains("gone.yaml"), "{}", gone.err);
     // and a right one is used
     let path = sandbox.path("right.yaml");
     std::fs::write(&path, "control-plane-url: http://127.0.0.1:1\ncluster-name: from yaml\nmax-role: viewer\n").unwrap();
-    let mut child =
-        sandbox.command(&["run", "--config", &path]).env("AGENT_TOKEN", "planted-canary-of-a-token-4711").stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = sandbox
+        .command(&["run", "--config", &path])
+        .env("AGENT_TOKEN", "planted-canary-of-a-token-canary-4711-in-plain-text")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
     while !line.contains("127.0.0.1:1") && !line.contains("connecting (") {

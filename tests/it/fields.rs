@@ -226,7 +226,7 @@ fn what_somebody_else_set_is_told_in_words_and_left() {
         for text in ["FIELD_CONFLICT", "belongs to \"kubectl-edit\"", last.split('/').next_back().unwrap(), "--show-managed-fields"] {
             assert!(said.err.contains(text), "{text}: {}", said.err);
         }
-        assert!(!said.err.contains("INTERNAL") && !said.err.contains("8315"), "no value of a field: {}", said.err);
+        assert!(!said.err.contains("INTERNAL") && !said.err.contains("planted-value-of-a-field-8315"), "no value of a field: {}", said.err);
         assert_eq!(sandbox.api.objects.lock().unwrap()[path].pointer(pointer), Some(&json!("privileged")));
     }
 }
