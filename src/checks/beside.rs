@@ -5,6 +5,68 @@ use crate::facts::{Facts, SettingsFile};
 use crate::k3s::{DATA_DIR, DROP_IN};
 use crate::settings::owned_k3s_key;
 
+/// Flags of `k3s server` that `k3s agent` does not have: it ends at once over one of them, where a server skips what it does not know
+/// (k3s-io/k3s, pkg/cli/cmds/server.go and agent.go; pkg/configfilearg/defaultparser.go has no list for the agent).
+const SERVER_ONLY: &[&str] = &[
+    "advertise-address",
+    "advertise-port",
+    "agent-token",
+    "agent-token-file",
+    "apiserver-bind-address",
+    "apiserver-port",
+    "cluster-cidr",
+    "cluster-dns",
+    "cluster-domain",
+    "cluster-init",
+    "cluster-reset",
+    "cluster-reset-restore-path",
+    "datastore-cafile",
+    "datastore-certfile",
+    "datastore-endpoint",
+    "datastore-keyfile",
+    "default-local-storage-path",
+    "disable",
+    "disable-agent",
+    "disable-apiserver",
+    "disable-cloud-controller",
+    "disable-controller-manager",
+    "disable-etcd",
+    "disable-helm-controller",
+    "disable-kube-proxy",
+    "disable-network-policy",
+    "disable-scheduler",
+    "egress-selector-mode",
+    "embedded-registry",
+    "flannel-backend",
+    "flannel-external-ip",
+    "flannel-ipv6-masq",
+    "helm-job-image",
+    "https-listen-port",
+    "kine-tls",
+    "kube-apiserver-arg",
+    "kube-cloud-controller-arg",
+    "kube-cloud-controller-manager-arg",
+    "kube-controller-arg",
+    "kube-controller-manager-arg",
+    "kube-scheduler-arg",
+    "secrets-encryption",
+    "service-cidr",
+    "service-node-port-range",
+    "servicelb-namespace",
+    "supervisor-metrics",
+    "supervisor-port",
+    "system-default-registry",
+    "tls-san",
+    "tls-san-security",
+    "write-kubeconfig",
+    "write-kubeconfig-group",
+    "write-kubeconfig-mode",
+];
+
+fn server_only(key: &str) -> bool {
+    SERVER_ONLY.contains(&key) || key.starts_with("etcd-")
+}
+
 pub(super) fn unreadable(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     let broken = facts.k3s.files.iter().filter_map(|f| Some((f, f.fault.as_deref()?)));
     broken
@@ -37,6 +99,10 @@ fn entry(facts: &Facts, target: &Target<'_>, file: &SettingsFile, key: &str, val
         let what = format!("k3s is told to keep its data elsewhere, and pipeops looks in {DATA_DIR}");
         let fix = format!("take it out of {}; to use another disk mount it on {DATA_DIR}, or make that a link", file.path);
         return (!same).then(|| finding(Level::Error, what).fix(fix));
+    }
+    if !target.server() && server_only(name) && !file.path.ends_with(".env") {
+        let what = format!("`{name}` is a setting of servers, and a worker's k3s ends at once over it");
+        return Some(finding(Level::Error, what).fix(format!("take it out of {}; it belongs on the server", file.path)));
     }
     let lists = match name {
         // these follow the file

@@ -420,6 +420,27 @@ const ROWS: &[Row] = &[
         |c| beside(c, "config.yaml", "data-dir: /var/lib/rancher/k3s/\n"),
     ),
     (
+        "a server's setting on a worker",
+        "K3S_CONFIG_CLASH",
+        |c| {
+            beside(c, "90-mine.yaml", "cluster-cidr: 10.52.0.0/16\n");
+            c.role = Role::Worker;
+        },
+        |c| {
+            beside(c, "90-mine.yaml", "snapshotter: native\nresolv-conf: /etc/resolv.pods.conf\n");
+            c.role = Role::Worker;
+        },
+    ),
+    (
+        "etcd's setting on a worker",
+        "K3S_CONFIG_CLASH",
+        |c| {
+            beside(c, "10-mine.yaml", "etcd-expose-metrics: true\n");
+            c.role = Role::Worker;
+        },
+        |c| beside(c, "10-mine.yaml", "etcd-expose-metrics: true\n"),
+    ),
+    (
         "a list that replaces ours",
         "K3S_CONFIG_CLASH",
         |c| {
