@@ -226,15 +226,22 @@ func start(name string, logTo string, args ...string) *exec.Cmd {
 	go func() {
 		err := cmd.Wait()
 		if !stopping {
-			logf("fatal", "%s exited: %v", name, err)
-			if logTo != "" {
-				if b, e := os.ReadFile(logTo); e == nil {
-					tail := strings.Split(strings.TrimSpace(string(b)), "\n")
-					for _, l := range tail[max(0, len(tail)-5):] {
+			// as k3s says it, whose parts are functions: the part, and what it returned
+			part, why := name, fmt.Sprint(err)
+			if part != "kube-proxy" {
+				part = strings.TrimPrefix(part, "kube-")
+			}
+			if b, e := os.ReadFile(logTo); e == nil {
+				tail := strings.Split(strings.TrimSpace(string(b)), "\n")
+				for _, l := range tail[max(0, len(tail)-5):] {
+					if said, ok := strings.CutPrefix(l, "Error: "); ok {
+						why = said
+					} else {
 						logf("error", "%s", l)
 					}
 				}
 			}
+			logf("fatal", "%s exited: %s", part, why)
 			os.Exit(1)
 		}
 	}()
