@@ -150,8 +150,9 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("heard"), "{answer}");
         // many at once, more than a pool holds
         let mut users = tokio::task::JoinSet::new();
+        let attempts = if use_compression && release.before(51) { 5 } else { 1 };
         for _ in 0..50 {
-            users.spawn(async move { round_trip(&mut TcpStream::connect(("127.0.0.1", remote)).await.unwrap(), 10_000).await });
+            users.spawn(user(remote, attempts));
         }
         while let Some(done) = users.join_next().await {
             done.unwrap();
@@ -181,6 +182,20 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         }
         assert_eq!(frpc.until(State::Up).await, "");
         println!("{}: tcpMux {tcp_mux}, TLS {tls:?}, encryption and compression {use_encryption}: tcp, http, stcp carried", release.name);
+    }
+}
+
+/// One of many users at once. More than one attempt is for a fault of the peer itself: with compression, frp 0.34.3 gives the
+/// reader and writer of a connection that ends to the next one while they are still in use, and so breaks somebody's stream
+/// (fatedier/golib 1f870741e185, `io/io.go`, `WithCompression`; later ones do not).
+async fn user(port: u16, attempts: u32) {
+    for attempt in 1..=attempts {
+        let mut io = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        match try_round_trip(&mut io, 10_000).await {
+            Ok(()) => return,
+            Err(e) if attempt < attempts => println!("a fault of frp 0.34.3 itself, with compression: a user's stream ends: {e}"),
+            Err(e) => panic!("one of many users at once, attempt {attempt}: {e}"),
+        }
     }
 }
 
@@ -364,11 +379,12 @@ async fn before(release: &Release, tcp_mux: bool, with_tls: bool) {
     round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 10_000_000).await;
     round_trip(&mut frps.server.dial("s").await.unwrap(), 1_000_000).await;
     round_trip(&mut connected(visitor, "the visitor", dir.path()).await, 1_000_000).await;
-    // several at once, and it stays
+    // several at once, through compression, and it stays
+    let attempts = if release.before(51) { 5 } else { 1 };
     for _ in 0..3 {
         let mut users = tokio::task::JoinSet::new();
         for _ in 0..20 {
-            users.spawn(async move { round_trip(&mut TcpStream::connect(("127.0.0.1", remote)).await.unwrap(), 10_000).await });
+            users.spawn(user(remote, attempts));
         }
         while let Some(done) = users.join_next().await {
             done.unwrap();
