@@ -919,9 +919,9 @@ fn a_config_file_lies_under_the_flags_and_its_mistakes_are_named() {
     sandbox.put("/etc/pipeops/control-plane.toml", "lisen = \"127.0.0.1:0\"\n");
     let typo = serve().ended(2);
     assert!(typo.err.contains("lisen") && typo.err.contains("did you mean `listen`"), "{}", typo.err);
-    sandbox.put("/etc/pipeops/control-plane.toml", "listen = \"203.0.113.1:1\"\n");
+    sandbox.put("/etc/pipeops/control-plane.toml", "listen = \"240.0.0.1:1\"\n");
     let elsewhere = serve().ended(3);
-    assert!(elsewhere.err.contains("ADDRESS_WRONG") && elsewhere.err.contains("203.0.113.1:1"), "{}", elsewhere.err);
+    assert!(elsewhere.err.contains("ADDRESS_WRONG") && elsewhere.err.contains("240.0.0.1:1"), "{}", elsewhere.err);
 }
 
 #[tokio::test(flavor = "multi_thread")]
