@@ -66,6 +66,12 @@ pub fn master_url(text: &str) -> Result<String, String> {
         check_host(&host).map_err(|why| fault(&why))?;
     }
     let parsed = url::Url::parse(&format!("https://{host}:{port}")).map_err(|e| fault(&e.to_string()))?;
+    // what IDNA makes of a letter may be more than letters: `⒮` becomes `(s)`, and `１` a digit
+    match parsed.host() {
+        Some(url::Host::Domain(name)) => check_host(name.trim_end_matches('.')).map_err(|why| fault(&why))?,
+        Some(url::Host::Ipv4(read)) if host.parse() != Ok(read) => return Err(fault(&format!("is {read} meant? Write it that way"))),
+        _ => {}
+    }
     let host = parsed.host_str().map(|h| h.trim_end_matches('.')).filter(|h| !h.is_empty()).ok_or_else(|| fault("no host"))?;
     // url drops :443 as https' default; k3s needs it said
     Ok(format!("https://{host}:{port}"))
@@ -183,6 +189,10 @@ mod tests {
             ("a..b", "no empty part"),
             ("-a.b", "`-a` cannot"),
             ("a,b", "`,` cannot"),
+            ("1\u{24ae}00", "`(` cannot"),
+            ("a\u{2474}.b", "`(` cannot"),
+            ("\u{ff11}0.0.0.5", "four numbers"),
+            ("10.0.0.\u{ff10}\u{ff11}", "is 10.0.0.1 meant?"),
         ] {
             assert!(master_url(bad).is_err_and(|w| w.contains(why)), "{bad}: {:?}", master_url(bad));
         }
@@ -196,6 +206,8 @@ mod tests {
         fn no_text_panics_and_what_passes_is_a_url(text in "\\PC{0,40}") {
             if let Ok(url) = master_url(&text) {
                 prop_assert!(url::Url::parse(&url).is_ok());
+                let again = master_url(&url);
+                prop_assert_eq!(again, Ok(url));
             }
         }
     }
