@@ -23,6 +23,7 @@ mod operations;
 mod page;
 mod plane;
 mod release;
+mod routes;
 mod runner;
 mod scripts;
 mod secrets;
