@@ -1,8 +1,12 @@
 //! The table of allowed edges: pure things below, doors in the middle, engines on the doors, commands on top.
 
+mod reader;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+
+use reader::{Module, module_of, used};
 
 /// Room → rooms that it may use. `error` and `text` are open to all.
 const EDGES: &[(&str, &[&str])] = &[
@@ -77,30 +81,47 @@ fn all() -> Vec<(String, String)> {
     found
 }
 
-#[test]
-fn no_room_uses_one_that_the_table_does_not_allow() {
+/// Edges that the table does not allow.
+fn wrong(files: &[(String, String)], table: &[(&str, &[&str])]) -> BTreeSet<String> {
+    let modules: BTreeSet<Module> = files.iter().map(|(file, _)| module_of(file)).filter(|m| !m.is_empty()).collect();
     let mut wrong = BTreeSet::new();
-    for (file, text) in all() {
-        let room = file.split(['/', '.']).next().unwrap();
-        if matches!(room, "main" | "lib") || file.ends_with("tests.rs") {
+    for (file, text) in files {
+        let module = module_of(file);
+        if module.is_empty() || module.iter().any(|name| name == "tests") {
             continue;
         }
-        let allowed = EDGES.iter().find(|(name, _)| *name == room).unwrap_or_else(|| panic!("{file}: the table has no row for {room}")).1;
-        let code = text.split("#[cfg(test)]").next().unwrap();
-        for used in code.split("crate::").skip(1) {
-            let inner: Vec<&str> = match used.strip_prefix('{') {
-                Some(list) => list.split('}').next().unwrap().split(',').map(str::trim).collect(),
-                None => vec![used],
-            };
-            for item in inner {
-                let target: String = item.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-                if target != room && !matches!(target.as_str(), "error" | "text") && !allowed.contains(&target.as_str()) {
-                    wrong.insert(format!("{file}: {room} -> {target}"));
-                }
+        let room = &module[0];
+        let allowed = table.iter().find(|(name, _)| name == room).unwrap_or_else(|| panic!("{file}: the table has no row for {room}")).1;
+        for target in used(&module, text, &modules).into_iter().map(|module| module[0].clone()) {
+            if target != *room && !matches!(target.as_str(), "error" | "text") && !allowed.contains(&target.as_str()) {
+                wrong.insert(format!("{file}: {room} -> {target}"));
             }
         }
     }
+    wrong
+}
+
+#[test]
+fn no_room_uses_one_that_the_table_does_not_allow() {
+    let wrong = wrong(&all(), EDGES);
     assert!(wrong.is_empty(), "edges that the table does not allow:\n{}", wrong.into_iter().collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
+fn a_planted_edge_is_found_however_it_is_written() {
+    let table: &[(&str, &[&str])] = &[("below", &[]), ("above", &["below"])];
+    for (file, text) in [
+        ("below.rs", "use crate::above::X;"),
+        ("below.rs", "use crate::{below::{self, Y}, above::{part::X, Z}};"),
+        ("below.rs", "use super::above;"),
+        ("below.rs", "fn f() -> u8 { crate::above::X }"),
+        ("below/part.rs", "use super::super::above::X;"),
+        ("below/part.rs", "struct Y(super::super::above::X);"),
+    ] {
+        let files = [("above.rs", "use crate::below::Z;"), ("above/part.rs", ""), ("below.rs", ""), (file, text)];
+        let files = files.map(|(file, text)| (file.to_owned(), text.to_owned()));
+        assert_eq!(Vec::from_iter(wrong(&files, table)), [format!("{file}: below -> above")], "{text}");
+    }
 }
 
 #[test]
