@@ -17,8 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::components::Component;
 use crate::facts::Facts;
+use crate::k3s::role::Role;
 use crate::k3s::version::Version;
-use crate::settings::{Role, Settings};
+use crate::settings::Settings;
 
 /// How much a finding matters: an error stops the run before anything is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -4,7 +4,6 @@ pub mod address;
 pub mod parse;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 pub use address::{Address, Interface, Route};
 
@@ -230,7 +229,7 @@ pub struct K3s {
     /// Evidence of a k3s that our journal does not know: units, programs; of its settings only where there is nothing else.
     pub foreign: Vec<String>,
     /// Whether our journal records an installation, and in which role.
-    pub ours: Option<crate::settings::Role>,
+    pub ours: Option<crate::k3s::role::Role>,
     pub active: bool,
     /// `server/db` exists under the data directory.
     pub server_data: bool,
@@ -258,111 +257,8 @@ pub struct SettingsFile {
     pub fault: Option<String>,
 }
 
-/// An address range, v4 or v6.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cidr {
-    pub address: IpAddr,
-    pub prefix: u8,
-}
-
-impl Cidr {
-    /// `10.0.0.0/8`, `fd00::/8`, or a bare address as a range of one.
-    pub fn parse(text: &str) -> Option<Cidr> {
-        let (address, prefix) = match text.split_once('/') {
-            Some((address, prefix)) => (address.parse::<IpAddr>().ok()?, Some(prefix)),
-            None => (text.parse::<IpAddr>().ok()?, None),
-        };
-        let most = if address.is_ipv4() { 32 } else { 128 };
-        let prefix = match prefix {
-            Some(p) if !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()) => p.parse().ok()?,
-            Some(_) => return None,
-            None => most,
-        };
-        (prefix <= most).then_some(Cidr { address, prefix })
-    }
-
-    fn bits(address: IpAddr) -> (u128, u8) {
-        match address {
-            IpAddr::V4(v4) => (u128::from(u32::from(v4)) << 96, 32),
-            IpAddr::V6(v6) => (u128::from(v6), 128),
-        }
-    }
-
-    /// Whether the two ranges share an address.
-    pub fn overlaps(&self, other: &Cidr) -> bool {
-        let ((a, family), (b, other_family)) = (Cidr::bits(self.address), Cidr::bits(other.address));
-        let prefix = u32::from(self.prefix.min(other.prefix));
-        family == other_family && (prefix == 0 || a >> (128 - prefix) == b >> (128 - prefix))
-    }
-
-    pub fn contains(&self, address: IpAddr) -> bool {
-        let one = Cidr { address, prefix: if address.is_ipv4() { 32 } else { 128 } };
-        self.prefix <= one.prefix && self.overlaps(&one)
-    }
-}
-
-/// Whether anybody on the internet could route to this address.
-pub fn globally_routable(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => {
-            let [a, b, c, _] = v4.octets();
-            !(v4.is_private()
-                || v4.is_loopback()
-                || v4.is_link_local()
-                || v4.is_broadcast()
-                || v4.is_unspecified()
-                || v4.is_multicast()
-                || a == 0
-                || a >= 240
-                || (a == 100 && (64..128).contains(&b)) // carrier NAT, RFC 6598; Tailscale lives there too
-                || (a == 198 && (18..20).contains(&b)) // benchmarks, RFC 2544
-                || (a == 192 && b == 0 && c == 0))
-        }
-        IpAddr::V6(v6) => (v6.segments()[0] & 0xe000) == 0x2000,
-    }
-}
-
 impl Facts {
     pub fn has(&self, module: &str) -> bool {
         self.modules.loaded.contains(module) || self.modules.available.contains(module)
-    }
-}
-
-pub(crate) fn link_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => (v6.segments()[0] & 0xffc0) == 0xfe80,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges_overlap_when_one_holds_the_other() {
-        let c = |t| Cidr::parse(t).unwrap();
-        assert!(c("10.42.0.0/16").overlaps(&c("10.0.0.0/8")));
-        assert!(!c("10.42.0.0/16").overlaps(&c("10.43.0.0/16")));
-        assert!(c("0.0.0.0/0").overlaps(&c("10.43.0.0/16")));
-        assert!(!c("::/0").overlaps(&c("0.0.0.0/0")));
-        for bad in ["10.0.0.0/33", "10.0.0.0/", "10.0.0.0/+8", "x/8", "::/129"] {
-            assert_eq!(Cidr::parse(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn private_carrier_and_documented_local_ranges_are_not_public() {
-        for (text, public) in [
-            ("10.1.2.3", false),
-            ("100.64.0.1", false),
-            ("172.15.0.1", true),
-            ("8.8.8.8", true),
-            ("fd00::1", false),
-            ("2a01::1", true),
-            ("fe80::1", false),
-        ] {
-            assert_eq!(globally_routable(text.parse().unwrap()), public, "{text}");
-        }
     }
 }

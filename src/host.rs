@@ -20,9 +20,9 @@ use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncReadExt as _;
 
+use crate::encoding::hex;
 use crate::error::{Exit, Failure};
 use crate::facts::parse;
-use crate::k3s::token::hex;
 
 /// Our own state: journal, backups, the lock.
 pub const STATE: &str = "/var/lib/pipeops";

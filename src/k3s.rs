@@ -6,6 +6,7 @@ pub mod keys;
 pub mod logs;
 pub mod net;
 pub mod registries;
+pub mod role;
 pub mod token;
 pub mod typed;
 pub mod values;
@@ -13,8 +14,9 @@ pub mod version;
 
 use crate::components::{self, Component};
 use crate::facts::Facts;
+use crate::k3s::role::Role;
 use crate::plan::{Content, Fetch, Plan, Ready, Resource, SCHEMA, SecretName, Step};
-use crate::settings::{MaxRole, Role, Settings};
+use crate::settings::{MaxRole, Settings};
 use version::Version;
 
 pub const BINARY: &str = "/usr/local/bin/k3s";
@@ -169,7 +171,7 @@ pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, compon
     steps.push(old_data());
     steps.extend(agent(facts, settings));
     if let Some(user) = &settings.options.kubeconfig_for {
-        let host = net::node_address(facts, settings).map_or_else(|| "127.0.0.1".to_owned(), |a| net::host_in_url(&a.to_string()));
+        let host = net::node_address(facts, settings).map_or_else(|| "127.0.0.1".to_owned(), |a| crate::cidr::host_in_url(&a.to_string()));
         let want = Resource::Kubeconfig { user: user.clone(), server: format!("https://{host}:{}", chosen::Chosen::of(facts, settings).api_port()) };
         steps.push(step("kubeconfig", format!("write a kubeconfig for {user}"), "asked for by --kubeconfig-for", want));
     }

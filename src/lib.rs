@@ -3,7 +3,9 @@
 // pure: no files, no sockets, no clock
 pub mod backoff;
 pub mod checks;
+pub mod cidr;
 pub mod components;
+pub mod encoding;
 pub mod error;
 pub mod facts;
 pub mod k3s;

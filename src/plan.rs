@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::checks::Finding;
-use crate::settings::Role;
+use crate::k3s::role::Role;
 
 /// Format of plans and their checks; raised when a field changes its meaning.
 pub const SCHEMA: &str = "pipeops.plan/v1";

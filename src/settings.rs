@@ -11,9 +11,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Failure, nearest};
+use crate::k3s::role::Role;
 use crate::k3s::version::Version;
 use crate::k3s::{keys, values};
 use crate::secret::mask;
+use crate::text::is_dns_name;
 use extra::Extra;
 use file::checked;
 pub use file::{Fault, table, unquoted, values};
@@ -204,24 +206,6 @@ fn longs<T: clap::Args>() -> Vec<String> {
     command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect()
 }
 
-/// What a node becomes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    Server,
-    Worker,
-}
-
-impl Role {
-    /// The systemd unit of k3s in this role.
-    pub fn unit(self) -> &'static str {
-        match self {
-            Role::Server => "k3s.service",
-            Role::Worker => "k3s-agent.service",
-        }
-    }
-}
-
 /// The highest role that the agent may impersonate; see `deployments/rbac.yaml`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -302,7 +286,7 @@ impl Settings {
             }
         }
         for cidr in &options.api_allow {
-            if crate::facts::Cidr::parse(cidr).is_none() {
+            if crate::cidr::Cidr::parse(cidr).is_none() {
                 faults.push(format!("--api-allow: `{cidr}` is not a network such as 203.0.113.0/24"));
             }
         }
@@ -433,19 +417,6 @@ pub fn owned_k3s_key(key: &str) -> Option<&'static str> {
         "data-dir" => "nothing: the data directory is fixed to /var/lib/rancher/k3s",
         _ => return None,
     })
-}
-
-/// RFC 1123 subdomain.
-pub fn is_dns_name(name: &str) -> bool {
-    !name.is_empty()
-        && name.len() <= 253
-        && name.split('.').all(|label| {
-            !label.is_empty()
-                && label.len() <= 63
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-                && label.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
-        })
 }
 
 /// `90`, `90s`, `10m`, `1h`; `None` for anything else or beyond a day.

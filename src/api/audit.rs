@@ -7,8 +7,8 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use crate::control::types::AuditHead;
+use crate::encoding::hex;
 use crate::host::state::{Appender, StateDir};
-use crate::k3s::token::hex;
 
 /// The file that grows.
 const CURRENT: &str = "audit.jsonl";

@@ -30,8 +30,8 @@ use super::{Api, Call, lock};
 use crate::cluster::upstream::{Body, Upstream};
 use crate::control::client::Finished;
 use crate::control::types::{IDEMPOTENCY_KEY, Operation, OperationState, Touched, check_key, operation_id};
+use crate::encoding::hex;
 use crate::host::state::StateDir;
-use crate::k3s::token::hex;
 use wanted::Wanted;
 use work::End;
 

@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use super::{Finding, Level, Target};
-use crate::facts::{Facts, ResolvConf, link_local};
+use crate::cidr::link_local;
+use crate::facts::{Facts, ResolvConf};
 
 const ETC: &str = "/etc/resolv.conf";
 const SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";

@@ -6,7 +6,7 @@ use super::{Finding, Level, Target};
 use crate::facts::{Facts, Route};
 use crate::k3s::chosen::Chosen;
 use crate::k3s::net;
-use crate::settings::is_dns_name;
+use crate::text::is_dns_name;
 
 /// Names of the machine itself, which every machine has.
 fn own_name(name: &str) -> bool {

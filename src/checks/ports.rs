@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use super::{Finding, Level, Target};
-use crate::facts::{Facts, globally_routable};
+use crate::cidr::globally_routable;
+use crate::facts::Facts;
 use crate::k3s::chosen::Chosen;
 use crate::k3s::net;
 

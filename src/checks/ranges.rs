@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use super::{Finding, Level, Target};
-use crate::facts::{Cidr, Facts};
+use crate::cidr::Cidr;
+use crate::facts::Facts;
 use crate::k3s::chosen::Chosen;
 use crate::k3s::net;
 

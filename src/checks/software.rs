@@ -4,8 +4,8 @@ use super::{Finding, Level, Target};
 use crate::facts::{Facts, parse};
 use crate::k3s::AGENT_USER;
 use crate::k3s::chosen::Chosen;
+use crate::k3s::role::Role;
 use crate::k3s::version::{OLDEST_MINOR, Version};
-use crate::settings::Role;
 
 pub(super) fn foreign(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     if let Some(role) = facts.k3s.ours.filter(|role| *role != target.settings.role) {

@@ -10,17 +10,16 @@ use super::Context;
 use crate::cli::{ClusterInfo, Format};
 use crate::cluster::Cluster;
 use crate::components::{self, CATALOGUE};
-use crate::control;
 use crate::error::{Exit, Failure};
 use crate::host::Host;
+use crate::k3s::role::Role;
 use crate::k3s::{ADMIN_KUBECONFIG, AGENT_SOCKET, KUBELET_KUBECONFIG};
 use crate::output::{Printer, table};
 use crate::plan::engine::missing;
 use crate::plan::journal::Journal;
-use crate::settings::Role;
 use crate::status::{Agent, Kubernetes, Node, Notice};
 use crate::text::shown;
-use crate::tunnel;
+use crate::{control, tunnel};
 
 /// Longest time for any one part.
 const PART: Duration = Duration::from_secs(4);
@@ -293,7 +292,7 @@ async fn join_line(host: &Host, cluster: &anyhow::Result<Cluster>, info: &Info) 
     let Ok(cluster) = cluster else { anyhow::bail!("the kubeconfig cannot be used") };
     let own = info.nodes.iter().find(|n| n.name == info.node).map(|n| n.address.clone()).filter(|a| !a.is_empty());
     let Some(address) = own else { anyhow::bail!("this node's address is not known") };
-    let address = crate::k3s::net::host_in_url(&address);
+    let address = crate::cidr::host_in_url(&address);
     let token = match live_token(host, cluster).await? {
         Some(token) => token,
         None => {

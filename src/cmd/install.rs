@@ -11,12 +11,13 @@ use crate::error::{Exit, Failure};
 use crate::facts::Facts;
 use crate::host::gather::{Probe, gather, look_again};
 use crate::host::{Hands, Host, LOGS, Owner};
+use crate::k3s::role::Role;
 use crate::k3s::{self, ADMIN_KUBECONFIG};
 use crate::output::Printer;
 use crate::plan::engine::{self, Outcome, Secrets};
 use crate::plan::journal::Journal;
 use crate::plan::{Checked, Event, Plan};
-use crate::settings::{Role, Settings};
+use crate::settings::Settings;
 
 /// Everything that both installers hold on to from their beginning to their end.
 pub(super) struct Job<'a> {

@@ -6,14 +6,15 @@ use super::Context;
 use super::install::Job;
 use crate::checks::{Finding, Level};
 use crate::cli::JoinWorker;
+use crate::encoding::hex;
 use crate::error::{Exit, Failure};
 use crate::facts::Facts;
-use crate::k3s::token::{Token, cleaned, hex};
+use crate::k3s::role::Role;
+use crate::k3s::token::{Token, cleaned};
 use crate::k3s::version::Version;
 use crate::k3s::{self, JOIN_TOKEN, Master, NODE_PASSWORD, typed};
 use crate::plan::{Plan, SecretName};
 use crate::secret::{Secret, remember};
-use crate::settings::Role;
 use crate::supervisor::{self, Server};
 
 /// # Errors
@@ -214,8 +215,8 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
 async fn choose_route(facts: &mut Facts, url: &str) {
     let Some(host) = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)) else { return };
     let leads = |master: std::net::IpAddr| {
-        let ways = facts.routes.iter().filter(|r| r.kind == "unicast" && crate::facts::Cidr::parse(&r.to).is_some_and(|c| c.contains(master)));
-        ways.min_by_key(|r| (std::cmp::Reverse(crate::facts::Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric)).cloned()
+        let ways = facts.routes.iter().filter(|r| r.kind == "unicast" && crate::cidr::Cidr::parse(&r.to).is_some_and(|c| c.contains(master)));
+        ways.min_by_key(|r| (std::cmp::Reverse(crate::cidr::Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric)).cloned()
     };
     // what leads there decides about address and interface before the default route does
     facts.toward = crate::resolve::lookup(&host).await.unwrap_or_default().into_iter().find_map(leads);

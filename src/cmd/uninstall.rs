@@ -8,12 +8,11 @@ use crate::cli::{Format, Uninstall};
 use crate::cluster::Cluster;
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host, LOGS, Owner, STATE};
+use crate::k3s::role::Role;
 use crate::k3s::{JOIN_TOKEN, KUBELET_KUBECONFIG, NODE_PASSWORD};
 use crate::output::Printer;
-use crate::plan::engine;
 use crate::plan::journal::{Journal, PATH};
-use crate::plan::{Event, Resource};
-use crate::settings::Role;
+use crate::plan::{Event, Resource, engine};
 
 /// # Errors
 /// As in the table of exit codes; 10 when something had to stay.

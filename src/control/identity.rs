@@ -50,12 +50,12 @@ pub fn machine(host: &Host) -> String {
         digest.update(host.read(path).ok().flatten().unwrap_or_default().trim());
         digest.update([0]);
     }
-    crate::k3s::token::hex(&digest.finalize())
+    crate::encoding::hex(&digest.finalize())
 }
 
 /// The id that follows from a public key, DER of its SubjectPublicKeyInfo: `a-` and 32 hex digits of its SHA-256.
 pub fn id_of(spki: &[u8]) -> String {
-    format!("a-{}", &crate::k3s::token::hex(&Sha256::digest(spki))[..32])
+    format!("a-{}", &crate::encoding::hex(&Sha256::digest(spki))[..32])
 }
 
 impl Identity {

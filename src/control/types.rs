@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::k3s::token::hex;
+use crate::encoding::hex;
 use crate::secret::Secret;
 use crate::tunnel::{State as TunnelState, TunnelConfig};
 

@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cidr, Facts, link_local};
+use super::Facts;
+use crate::cidr::{Cidr, link_local};
 
 /// A way into a network. One with several next hops is one route for each, in the kernel's order.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]

@@ -430,7 +430,7 @@ mod tests {
         fn no_parser_panics(text in "(?s).{0,300}") {
             let _ = (os_release(&text), meminfo(&text, "MemTotal"), cpus(&text), sockets(&text, "tcp"), resolv_conf(&text));
             let _ = (ip_routes(&text, false), ip_addresses(&text), mount_of(&text, "/var"), module_names(&text), cgroups(None, &text), cgroups(Some(&text), ""));
-            let _ = (iptables(&text), numbers(&text), mounts_under(&text, "/var"), pairs(&text), super::super::Cidr::parse(&text));
+            let _ = (iptables(&text), numbers(&text), mounts_under(&text, "/var"), pairs(&text), crate::cidr::Cidr::parse(&text));
             let _ = shell_variable(&text, "ENABLED");
         }
     }

@@ -12,8 +12,8 @@ use reqwest::{Client, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
 
 use super::{Hands, Host};
+use crate::encoding::hex;
 use crate::error::{Exit, Failure};
-use crate::k3s::token::hex;
 use crate::k3s::version::{self, Version};
 use crate::plan::{Fetch, Source};
 use crate::resolve::Resolver;

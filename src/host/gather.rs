@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use super::Host;
 use crate::facts::{Account, Clock, Disk, Facts, K3s, Listener, Modules, Resolver, Selinux, SettingsFile, User, parse};
 use crate::k3s;
-use crate::settings::{Role, Settings};
+use crate::k3s::role::Role;
+use crate::settings::Settings;
 
 const ASK: Duration = Duration::from_secs(5);
 

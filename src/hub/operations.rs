@@ -18,7 +18,7 @@ use super::routes::Call;
 use crate::api::jwt::{LIFE, Role};
 use crate::cluster::upstream::Body;
 use crate::control::types::{IDEMPOTENCY_KEY, Operation, OperationState, check_key, operation_id};
-use crate::k3s::token::hex;
+use crate::encoding::hex;
 
 /// Longest time that an operation waits for its agent, seconds.
 const LONGEST: i64 = 7 * 86_400;

@@ -215,7 +215,8 @@ impl Chosen {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::settings::{Options, Role};
+    use crate::k3s::role::Role;
+    use crate::settings::Options;
 
     fn chosen(files: &[(&str, bool)], ours: &[(&str, Value)]) -> Chosen {
         let mut facts = Facts::default();

@@ -11,7 +11,8 @@ use super::{AGENT_SOCKET, CREDENTIAL, Master, net};
 use crate::checks::iptables_bad;
 use crate::components::Component;
 use crate::facts::Facts;
-use crate::settings::{MaxRole, Role, Settings};
+use crate::k3s::role::Role;
+use crate::settings::{MaxRole, Settings};
 
 const HEADER: &str = "# Written by pipeops; change it by running pipeops again. Further settings go into files of other names beside it.\n";
 

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::version::Version;
 use crate::error::nearest;
-use crate::settings::Role;
+use crate::k3s::role::Role;
 
 /// What a value must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,8 +3,10 @@
 use std::net::IpAddr;
 
 use super::chosen::Chosen;
-use crate::facts::{Cidr, Facts, globally_routable};
-use crate::settings::{Role, Settings};
+use crate::cidr::{Cidr, globally_routable, masked};
+use crate::facts::Facts;
+use crate::k3s::role::Role;
+use crate::settings::Settings;
 
 /// Pod and service ranges: those chosen, else the defaults of k3s for the family of the node's first address (k3s-io/k3s,
 /// pkg/util/net.go, GetDefaultAddresses).
@@ -136,16 +138,4 @@ pub fn plain_proxy(proxy: &str) -> Option<String> {
     let url = url::Url::parse(&text).ok()?;
     let plain = matches!(url.scheme(), "http" | "https") && url.host().is_some() && url.username().is_empty() && url.password().is_none();
     plain.then_some(text)
-}
-
-pub(super) fn masked(range: Cidr) -> IpAddr {
-    match range.address {
-        IpAddr::V4(v4) => IpAddr::V4((u32::from(v4) & u32::MAX.checked_shl(32 - u32::from(range.prefix)).unwrap_or(0)).into()),
-        IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) & u128::MAX.checked_shl(128 - u32::from(range.prefix)).unwrap_or(0)).into()),
-    }
-}
-
-/// `[addr]:port` or `addr:port` or `name:port`, as URLs want it.
-pub fn host_in_url(host: &str) -> String {
-    if host.parse::<std::net::Ipv6Addr>().is_ok() { format!("[{host}]") } else { host.to_owned() }
 }

@@ -6,6 +6,7 @@ use base64::Engine as _;
 use sha2::{Digest, Sha256};
 
 use super::typed::{invisible, quote};
+use crate::encoding::hex;
 use crate::secret::Secret;
 
 /// What a token says about who its holder is.
@@ -163,10 +164,6 @@ fn root_of(chain: &[Vec<u8>]) -> Result<&[u8], String> {
         }
     }
     Err("the certificates in /cacerts lead to no root".into())
-}
-
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::keys;
-use crate::facts::Cidr;
+use crate::cidr::Cidr;
 
 /// All faults in the `[k3s]` table, one line each.
 pub fn faults(table: &BTreeMap<String, Value>) -> Vec<String> {
@@ -92,9 +92,9 @@ pub fn host_bits(table: &BTreeMap<String, Value>) -> Vec<(String, String, String
     for (key, value) in table.iter().filter(|(key, _)| ["cluster-cidr", "service-cidr"].contains(&keys::meant(key).as_str())) {
         for text in words(value) {
             if let Ok(c) = range(&text)
-                && super::net::masked(c) != c.address
+                && crate::cidr::masked(c) != c.address
             {
-                found.push((key.clone(), text, format!("{}/{}", super::net::masked(c), c.prefix)));
+                found.push((key.clone(), text, format!("{}/{}", crate::cidr::masked(c), c.prefix)));
             }
         }
     }
@@ -121,7 +121,7 @@ fn name(text: &str) -> bool {
 /// k8s.io/apimachinery, `validation.IsQualifiedName`.
 fn qualified(key: &str) -> Result<(), &'static str> {
     let (prefix, rest) = key.split_once('/').map_or((None, key), |(prefix, rest)| (Some(prefix), rest));
-    if prefix.is_some_and(|p| !crate::settings::is_dns_name(p)) {
+    if prefix.is_some_and(|p| !crate::text::is_dns_name(p)) {
         return Err("what stands before the `/` must be a lower-case DNS name");
     }
     match name(rest) {
@@ -252,7 +252,7 @@ pub fn bad_san(name: &str) -> Option<String> {
     }
     // k3s leaves out what begins or ends with it (rancher/dynamiclistener, factory/gen.go)
     let edge = plain.starts_with('_') || plain.ends_with('_');
-    if !edge && crate::settings::is_dns_name(&plain.replace('_', "a")) { None } else { not("a name is letters, digits, `-`, `_` and dots") }
+    if !edge && crate::text::is_dns_name(&plain.replace('_', "a")) { None } else { not("a name is letters, digits, `-`, `_` and dots") }
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::Resource;
 use crate::error::{Exit, Failure};
 use crate::host::{Hands, Host, Owner, STATE};
-use crate::settings::{Role, recorded_extra, unquoted};
+use crate::k3s::role::Role;
+use crate::settings::{recorded_extra, unquoted};
 
 pub const PATH: &str = "/var/lib/pipeops/journal.json";
 /// Raised when the meaning of a field changes; every version ever written must still load.

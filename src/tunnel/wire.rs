@@ -13,6 +13,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
+use crate::encoding::hex;
 use crate::secret::Secret;
 
 /// What both halves say they are. Servers of many years turn away a login whose version is below 0.18.0 (fatedier/frp
@@ -171,14 +172,6 @@ pub fn privilege_key(token: &Secret, timestamp: i64) -> String {
     md5.update(token.expose());
     md5.update(timestamp.to_string());
     hex(&md5.finalize())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, b| {
-        text.push(char::from_digit(u32::from(b >> 4), 16).unwrap_or('0'));
-        text.push(char::from_digit(u32::from(b & 15), 16).unwrap_or('0'));
-        text
-    })
 }
 
 /// A fresh run id: 128 random bits, since it is what binds work connections to a session.

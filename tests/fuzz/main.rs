@@ -7,7 +7,8 @@ mod remote;
 
 use std::time::{Duration, Instant};
 
-use pipeops::facts::{Cidr, parse};
+use pipeops::cidr::Cidr;
+use pipeops::facts::parse;
 use pipeops::k3s::token::{Token, ca_hash};
 use pipeops::k3s::version::{Version, from_redirect, listed};
 use pipeops::k3s::{logs, typed};

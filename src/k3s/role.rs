@@ -1,0 +1,21 @@
+//! The two roles of a node.
+
+use serde::{Deserialize, Serialize};
+
+/// What a node becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    Server,
+    Worker,
+}
+
+impl Role {
+    /// The systemd unit of k3s in this role.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Role::Server => "k3s.service",
+            Role::Worker => "k3s-agent.service",
+        }
+    }
+}
