@@ -5,7 +5,6 @@ mod observer;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,6 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::agent::local::Beat;
 use crate::api::audit::Audit;
 use crate::api::jwt::Role;
 use crate::api::operations::Operations;
@@ -27,9 +27,9 @@ use crate::control::client::{self, ControlPlane, Told, check_url};
 use crate::control::identity::{self, Found, Identity, Kept};
 use crate::control::types::{AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads};
 use crate::error::Failure;
+use crate::host::paths::{AGENT_CONFIG, AGENT_SOCKET, CREDENTIAL};
 use crate::host::state::StateDir;
 use crate::host::{self, Host};
-use crate::k3s::{AGENT_CONFIG, AGENT_SOCKET, CREDENTIAL, net};
 use crate::secret::Secret;
 use crate::status::{Agent, Kubernetes};
 use crate::trust::{Pin, Trust};
@@ -94,9 +94,9 @@ impl AgentConfig {
         let text = if path == AGENT_CONFIG { host.read(path)? } else { Some(host.users_file(path).map_err(|e| unreadable(path, &e))?) };
         let mut config: AgentConfig = match text {
             Some(text) => {
-                let fault = |fault: crate::settings::Fault| wrong("CONFIG_INVALID", format!("{}, line {}", fault.what, fault.line), fault.why);
-                let table = crate::settings::table(&text, path).map_err(fault)?;
-                crate::settings::values(&table, &text, path).map_err(fault)?
+                let fault = |fault: crate::config_file::Fault| wrong("CONFIG_INVALID", format!("{}, line {}", fault.what, fault.line), fault.why);
+                let table = crate::config_file::table(&text, path).map_err(fault)?;
+                crate::config_file::values(&table, &text, path).map_err(fault)?
             }
             None => AgentConfig::default(),
         };
@@ -108,7 +108,7 @@ impl AgentConfig {
         }
         config.proxy_around = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter().any(|name| var(name).is_some());
         let invalid = |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
-        if config.https_proxy.as_deref().is_some_and(|proxy| net::plain_proxy(proxy).is_none()) {
+        if config.https_proxy.as_deref().is_some_and(|proxy| crate::http::plain_proxy(proxy).is_none()) {
             return Err(invalid("https-proxy is http://HOST:PORT, without a user and a password: everybody can read this file".into()));
         }
         check_url(config.url()).map_err(invalid)?;
@@ -196,21 +196,6 @@ pub fn check_token(token: &Secret) -> anyhow::Result<()> {
             .into());
     }
     Ok(())
-}
-
-/// When the observer last came round, for the watchdog: a hung look must not be covered by a healthy timer.
-#[derive(Clone, Default)]
-pub(crate) struct Beat(Arc<AtomicI64>);
-
-impl Beat {
-    fn touch(&self) {
-        self.0.store(jiff::Timestamp::now().as_second(), Ordering::Relaxed);
-    }
-
-    fn fresh(&self) -> bool {
-        let age = jiff::Timestamp::now().as_second() - self.0.load(Ordering::Relaxed);
-        age.abs() < 120
-    }
 }
 
 /// Runs until `stop`, then drains. READY means: configuration valid, socket open, tasks started; not that any server answered.

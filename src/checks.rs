@@ -11,52 +11,12 @@ mod settings;
 mod software;
 mod storage;
 
-pub(crate) use software::iptables_bad;
-
-use serde::{Deserialize, Serialize};
-
 use crate::components::Component;
 use crate::facts::Facts;
+use crate::finding::{Finding, Level};
 use crate::k3s::role::Role;
 use crate::k3s::version::Version;
 use crate::settings::Settings;
-
-/// How much a finding matters: an error stops the run before anything is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    Info,
-    Warning,
-    Error,
-}
-
-/// The named result of a check.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Finding {
-    pub code: String,
-    pub level: Level,
-    /// What is wrong, one line.
-    pub what: String,
-    /// What was seen that says so.
-    pub evidence: String,
-    /// What to do about it, one step each.
-    pub fix: Vec<String>,
-    /// The user said `--ignore` and an error became a warning.
-    #[serde(default)]
-    pub ignored: bool,
-}
-
-impl Finding {
-    pub fn new(code: &str, level: Level, what: impl Into<String>, evidence: impl Into<String>) -> Finding {
-        Finding { code: code.into(), level, what: what.into(), evidence: evidence.into(), fix: Vec::new(), ignored: false }
-    }
-
-    #[must_use]
-    pub fn fix(mut self, step: impl Into<String>) -> Finding {
-        self.fix.push(step.into());
-        self
-    }
-}
 
 /// What is to be put on the machine that the facts describe.
 pub struct Target<'a> {
@@ -167,11 +127,6 @@ pub fn run(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         }
     }
     found
-}
-
-/// Whether anything stops the run.
-pub fn blocked(findings: &[Finding]) -> bool {
-    findings.iter().any(|f| f.level == Level::Error)
 }
 
 /// `1.5 GiB`: for evidence.

@@ -152,7 +152,7 @@ pub struct ClusterInfo {
 #[derive(Debug, Args)]
 pub struct Run {
     /// Settings of the agent
-    #[arg(long, value_name = "FILE", default_value = crate::k3s::AGENT_CONFIG)]
+    #[arg(long, value_name = "FILE", default_value = crate::host::paths::AGENT_CONFIG)]
     pub config: String,
     /// Kubernetes credential, over the one in the settings
     #[arg(long, value_name = "FILE")]

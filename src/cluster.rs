@@ -240,10 +240,3 @@ fn essence(mut object: Value) -> Value {
     }
     object
 }
-
-/// The condition `kind` of an object: its status and message.
-pub fn condition(object: &Value, kind: &str) -> Option<(String, String)> {
-    let found = object["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == kind)?;
-    let text = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
-    Some((text("status"), text("message")))
-}

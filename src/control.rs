@@ -11,10 +11,9 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::backoff::Backoff;
+use crate::control::types::LEEWAY;
 use types::{Config, Directive, HeartbeatAnswer};
 
-/// Clocks that differ by less are the same, seconds.
-pub const LEEWAY: i64 = 30;
 /// Between tries that only a person can make succeed.
 const REFUSED: Duration = Duration::from_secs(300);
 const CONFLICT: Duration = Duration::from_secs(60);

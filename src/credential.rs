@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::Cluster;
+use crate::host::paths::{AGENT_TOKEN, AGENT_USER, CREDENTIAL};
 use crate::host::{Host, Owner};
-use crate::k3s::{ADMIN_KUBECONFIG, AGENT_TOKEN, AGENT_USER, CREDENTIAL};
+use crate::k3s::paths::ADMIN_KUBECONFIG;
 
 /// Seconds that a token lives.
 const LIFE: i64 = 24 * 3600;

@@ -262,3 +262,11 @@ impl Facts {
         self.modules.loaded.contains(module) || self.modules.available.contains(module)
     }
 }
+
+/// Versions that duplicate or lose rules (k3s documentation, "Known issues"; k3s#3117).
+pub fn iptables_bad(facts: &Facts) -> bool {
+    facts.iptables.as_ref().is_some_and(|tool| {
+        let numbers = parse::numbers(&tool.version);
+        numbers.starts_with(&[1, 8]) && numbers.get(2).is_some_and(|patch| *patch <= 4) && tool.backend == "nft"
+    })
+}

@@ -3,6 +3,8 @@
 
 pub mod fetch;
 pub mod gather;
+pub mod mountinfo;
+pub mod paths;
 pub mod plans;
 pub mod state;
 pub mod systemd;
@@ -22,12 +24,8 @@ use tokio::io::AsyncReadExt as _;
 
 use crate::encoding::hex;
 use crate::error::{Exit, Failure};
-use crate::facts::parse;
+use crate::host::paths::STATE;
 
-/// Our own state: journal, backups, the lock.
-pub const STATE: &str = "/var/lib/pipeops";
-/// Logs and reports; the one thing that uninstall leaves.
-pub const LOGS: &str = "/var/log/pipeops";
 /// Most bytes kept of a program's output.
 const MOST_OUTPUT: u64 = 4 << 20;
 
@@ -225,7 +223,7 @@ impl Host {
 
     /// Mount points at or below `dir`, deepest first, with their types.
     pub fn mounts_under(&self, dir: &str) -> Vec<(String, String)> {
-        parse::mounts_under(&self.text("/proc/self/mountinfo"), dir)
+        crate::host::mountinfo::mounts_under(&self.text("/proc/self/mountinfo"), dir)
     }
 
     /// Runs a program that only reports. By convention: nothing that is asked this way changes the machine.

@@ -5,6 +5,7 @@ pub mod config;
 pub mod keys;
 pub mod logs;
 pub mod net;
+pub mod paths;
 pub mod registries;
 pub mod role;
 pub mod token;
@@ -14,28 +15,15 @@ pub mod version;
 
 use crate::components::{self, Component};
 use crate::facts::Facts;
+use crate::host::fetch::Fetch;
+use crate::host::paths::{AGENT_CONFIG, AGENT_TOKEN, AGENT_USER, DROP_IN, FIREWALL, FIREWALL_TABLE, JOIN_TOKEN, PIPEOPS};
+use crate::k3s::config::Master;
+use crate::k3s::paths::{ADMIN_KUBECONFIG, BINARY, KUBELET_KUBECONFIG, NODE_PASSWORD, REGISTRIES};
 use crate::k3s::role::Role;
-use crate::plan::{Content, Fetch, Plan, Ready, Resource, SCHEMA, SecretName, Step};
+use crate::plan::{Content, Plan, Ready, Resource, SCHEMA, SecretName, Step};
 use crate::settings::{MaxRole, Settings};
 use version::Version;
 
-pub const BINARY: &str = "/usr/local/bin/k3s";
-pub const PIPEOPS: &str = "/usr/local/bin/pipeops";
-pub const DROP_IN: &str = "/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml";
-pub const REGISTRIES: &str = "/etc/rancher/k3s/registries.yaml";
-pub const ADMIN_KUBECONFIG: &str = "/etc/rancher/k3s/k3s.yaml";
-pub const KUBELET_KUBECONFIG: &str = "/var/lib/rancher/k3s/agent/kubelet.kubeconfig";
-pub const JOIN_TOKEN: &str = "/etc/rancher/k3s/pipeops-token";
-pub const NODE_PASSWORD: &str = "/etc/rancher/node/password";
-pub const DATA_DIR: &str = "/var/lib/rancher/k3s";
-pub const IMAGES_DIR: &str = "/var/lib/rancher/k3s/agent/images";
-pub const FIREWALL: &str = "/etc/pipeops/api-allow.nft";
-pub const FIREWALL_TABLE: &str = "pipeops";
-pub const AGENT_TOKEN: &str = "/etc/pipeops/agent-token";
-pub const AGENT_CONFIG: &str = "/etc/pipeops/agent.toml";
-pub const AGENT_USER: &str = "pipeops-agent";
-pub const CREDENTIAL: &str = "/run/pipeops-credential/kubeconfig";
-pub const AGENT_SOCKET: &str = "/run/pipeops/agent.sock";
 const UNITS: &str = "/etc/systemd/system";
 
 /// What the plan needs to know beyond facts and settings: what was resolved over the network or from a directory.
@@ -43,11 +31,6 @@ pub struct Release {
     pub version: Version,
     pub binary: Fetch,
     pub images: Vec<Fetch>,
-}
-
-/// A worker's server.
-pub struct Master {
-    pub url: String,
 }
 
 fn step(id: &str, title: impl Into<String>, why: &str, want: Resource) -> Step {

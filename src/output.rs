@@ -10,8 +10,8 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::checks::{Finding, Level};
 use crate::error::Failure;
+use crate::finding::{Finding, Level};
 use crate::plan::{Check, Checked, Event};
 use crate::secret::{masked, masked_json};
 use crate::text::{shown, shown_json, shown_lines};

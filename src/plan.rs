@@ -9,12 +9,14 @@ mod resource;
 mod start;
 mod teardown;
 mod wait;
+mod work;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::checks::Finding;
+use crate::finding::Finding;
+use crate::host::fetch::Fetch;
 use crate::k3s::role::Role;
 
 /// Format of plans and their checks; raised when a field changes its meaning.
@@ -162,25 +164,6 @@ impl SecretName {
             SecretName::ArtifactLogin => "--artifact-url",
         }
     }
-}
-
-/// A verified file from a release, a mirror or a directory.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Fetch {
-    pub path: String,
-    pub mode: u32,
-    pub source: Source,
-    /// sha256, hexadecimal.
-    pub sha256: String,
-    /// Who vouches for the digest, for people.
-    pub trust: String,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Source {
-    Url(String),
-    File(String),
 }
 
 /// Something to wait for, checked at the source each time.

@@ -1,7 +1,6 @@
 //! What the user asked for: options from flags, environment and files, merged and validated in one place.
 
 pub mod extra;
-mod file;
 pub mod plane;
 
 use std::collections::BTreeMap;
@@ -10,6 +9,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::config_file::{Fault, table, unquoted, values};
+use crate::config_file::{checked, longs};
 use crate::error::{Failure, nearest};
 use crate::k3s::role::Role;
 use crate::k3s::version::Version;
@@ -17,8 +18,6 @@ use crate::k3s::{keys, values};
 use crate::secret::mask;
 use crate::text::is_dns_name;
 use extra::Extra;
-use file::checked;
-pub use file::{Fault, table, unquoted, values};
 
 /// Where the control plane of PipeOps answers when nothing else is said.
 pub const DEFAULT_CONTROL_PLANE: &str = "https://control.pipeops.io";
@@ -199,11 +198,6 @@ pub fn parse_file(text: &str, origin: &str) -> Result<Options, Failure> {
 /// The names of all config keys: the long flags of [`Options`].
 pub fn keys() -> Vec<String> {
     longs::<Options>()
-}
-
-fn longs<T: clap::Args>() -> Vec<String> {
-    let command = T::augment_args(clap::Command::new("keys"));
-    command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect()
 }
 
 /// The highest role that the agent may impersonate; see `deployments/rbac.yaml`.

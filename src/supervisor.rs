@@ -7,7 +7,7 @@ use std::time::Duration;
 use reqwest::{Certificate, Client, Identity, StatusCode};
 
 use crate::error::{Exit, Failure};
-use crate::host::fetch::{clock_offset, explain};
+use crate::http::{clock_offset, explain};
 use crate::k3s::token::{Credential, Token, ca_hash};
 use crate::k3s::version::Version;
 use crate::resolve::Resolver;

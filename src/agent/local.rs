@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -15,7 +16,6 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::Beat;
 use crate::status::Agent;
 
 /// Longest time for open answers after a stop.
@@ -23,6 +23,21 @@ const DRAIN: Duration = Duration::from_secs(2);
 
 /// More lines for `/metrics` than the account gives.
 pub(super) type Extra = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// When the observer last came round, for the watchdog: a hung look must not be covered by a healthy timer.
+#[derive(Clone, Default)]
+pub(crate) struct Beat(Arc<AtomicI64>);
+
+impl Beat {
+    pub(super) fn touch(&self) {
+        self.0.store(jiff::Timestamp::now().as_second(), Ordering::Relaxed);
+    }
+
+    pub(super) fn fresh(&self) -> bool {
+        let age = jiff::Timestamp::now().as_second() - self.0.load(Ordering::Relaxed);
+        age.abs() < 120
+    }
+}
 
 /// The socket of a former run is replaced: two agents cannot run, systemd sees to it.
 #[expect(clippy::disallowed_methods, reason = "the socket is the agent's own, in its RuntimeDirectory")]

@@ -10,7 +10,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::Beat;
+use crate::agent::local::Beat;
 use crate::cluster::upstream::Upstream;
 use crate::cluster::watch::{Change, follow};
 use crate::cluster::{Cluster, ready, status};

@@ -11,8 +11,7 @@ use ring::signature::{ED25519, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::control::LEEWAY;
-use crate::control::types::{Jwks, RunnerAuth};
+use crate::control::types::{Jwks, LEEWAY, RunnerAuth};
 
 /// Longest life of a token, seconds.
 pub const LIFE: i64 = 300;

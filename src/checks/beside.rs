@@ -1,8 +1,10 @@
 //! Rules about settings of k3s that stand beside ours: files in its directory, variables of the environment.
 
-use super::{Finding, Level, Target};
+use super::Target;
 use crate::facts::{Facts, SettingsFile};
-use crate::k3s::{DATA_DIR, DROP_IN};
+use crate::finding::{Finding, Level};
+use crate::host::paths::DROP_IN;
+use crate::k3s::paths::DATA_DIR;
 use crate::settings::owned_k3s_key;
 
 /// Flags of `k3s server` that `k3s agent` does not have: it ends at once over one of them, where a server skips what it does not know

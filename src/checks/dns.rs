@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
-use super::{Finding, Level, Target};
+use super::Target;
 use crate::cidr::link_local;
 use crate::facts::{Facts, ResolvConf};
+use crate::finding::{Finding, Level};
 
 const ETC: &str = "/etc/resolv.conf";
 const SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";

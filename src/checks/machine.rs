@@ -1,8 +1,10 @@
 //! Rules about the machine itself: processor, memory, disks, clock, kernel.
 
-use super::{Finding, Level, Target, size};
+use super::Target;
+use super::size;
 use crate::components;
 use crate::facts::Facts;
+use crate::finding::{Finding, Level};
 use crate::k3s::chosen::Chosen;
 use crate::k3s::{net, version};
 

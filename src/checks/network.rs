@@ -2,8 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::{Finding, Level, Target};
+use super::Target;
 use crate::facts::{Facts, Route};
+use crate::finding::{Finding, Level};
 use crate::k3s::chosen::Chosen;
 use crate::k3s::net;
 use crate::text::is_dns_name;

@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
-use super::{Finding, Level, Target};
+use super::Target;
 use crate::cidr::globally_routable;
 use crate::facts::Facts;
+use crate::finding::{Finding, Level};
 use crate::k3s::chosen::Chosen;
 use crate::k3s::net;
 
@@ -198,7 +199,7 @@ pub(super) fn proxy(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 pub(super) fn proxy_tunnel(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let Some(host) = target.settings.control_plane_host().filter(|_| target.server()) else { return Vec::new() };
     let Some(proxy) = net::https_proxy(facts, &host) else { return Vec::new() };
-    let calls = match net::plain_proxy(proxy) {
+    let calls = match crate::http::plain_proxy(proxy) {
         Some(_) => format!("the agent asks {host} through the proxy of HTTPS_PROXY"),
         // a file that the agent reads is everybody's to read
         None => format!("HTTPS_PROXY holds a user and password, or is no http:// address, and is not handed to the agent: it asks {host} directly"),

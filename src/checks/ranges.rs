@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
-use super::{Finding, Level, Target};
+use super::Target;
 use crate::cidr::Cidr;
 use crate::facts::Facts;
+use crate::finding::{Finding, Level};
 use crate::k3s::chosen::Chosen;
 use crate::k3s::net;
 

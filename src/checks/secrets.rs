@@ -1,7 +1,8 @@
 //! Rules about files that show a secret to everybody on the machine.
 
-use super::{Finding, Level, Target};
+use super::Target;
 use crate::facts::Facts;
+use crate::finding::{Finding, Level};
 
 pub(super) fn readable(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     facts

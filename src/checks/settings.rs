@@ -1,7 +1,8 @@
 //! Rules about settings of k3s: those that this line does not know, and those that it takes in another way than they look.
 
-use super::{Finding, Level, Target};
+use super::Target;
 use crate::facts::Facts;
+use crate::finding::{Finding, Level};
 use crate::k3s::{keys, values};
 
 /// A node keeps the name that it was installed with: under another one it would be a second Node, and the first one an orphan.

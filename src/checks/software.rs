@@ -1,8 +1,9 @@
 //! Rules about what is installed already: k3s, other Kubernetes, SELinux, iptables, certificates.
 
-use super::{Finding, Level, Target};
-use crate::facts::{Facts, parse};
-use crate::k3s::AGENT_USER;
+use super::Target;
+use crate::facts::{Facts, iptables_bad};
+use crate::finding::{Finding, Level};
+use crate::host::paths::AGENT_USER;
 use crate::k3s::chosen::Chosen;
 use crate::k3s::role::Role;
 use crate::k3s::version::{OLDEST_MINOR, Version};
@@ -97,14 +98,6 @@ pub(super) fn selinux(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         )
         .fix("dnf install container-selinux and k3s-selinux (https://rpm.rancher.io), then run again"),
     ]
-}
-
-/// Versions that duplicate or lose rules (k3s documentation, "Known issues"; k3s#3117).
-pub(crate) fn iptables_bad(facts: &Facts) -> bool {
-    facts.iptables.as_ref().is_some_and(|tool| {
-        let numbers = parse::numbers(&tool.version);
-        numbers.starts_with(&[1, 8]) && numbers.get(2).is_some_and(|patch| *patch <= 4) && tool.backend == "nft"
-    })
 }
 
 pub(super) fn iptables(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {

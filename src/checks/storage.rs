@@ -1,7 +1,8 @@
 //! Rules about how the places are mounted that we and k3s write to.
 
-use super::{Finding, Level, Target};
+use super::Target;
 use crate::facts::Facts;
+use crate::finding::{Finding, Level};
 use crate::k3s::chosen::Chosen;
 
 pub(super) fn read_only(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::*;
 use crate::components;
 use crate::facts::{Clock, Disk, Interface, Iptables, Listener, Mount, ResolvConf, Route, SettingsFile, User, parse};
+use crate::finding::{Finding, blocked};
 use crate::settings::Options;
 
 const GIB: u64 = 1 << 30;

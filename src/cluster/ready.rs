@@ -5,8 +5,6 @@
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::condition;
-
 /// Longest piece of somebody else's message that is repeated.
 const MOST: usize = 240;
 
@@ -130,6 +128,13 @@ fn container(pod: &str, state: &Value) -> Option<(u8, String)> {
         (reason, _) if message.is_empty() => Some((5, format!("{pod}: {reason}{again}"))),
         (reason, _) => Some((5, format!("{pod}: {reason}{again}: {message}"))),
     }
+}
+
+/// The condition `kind` of an object: its status and message.
+pub fn condition(object: &Value, kind: &str) -> Option<(String, String)> {
+    let found = object["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == kind)?;
+    let text = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
+    Some((text("status"), text("message")))
 }
 
 #[cfg(test)]

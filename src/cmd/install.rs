@@ -3,16 +3,19 @@
 use serde_json::json;
 
 use super::{Context, layers, secrets};
-use crate::checks::{self, Finding, Target};
+use crate::checks::{self, Target};
 use crate::cli::{Format, InstallServer, JoinWorker, RunFlags};
 use crate::cluster::Cluster;
 use crate::components::{self, Component};
 use crate::error::{Exit, Failure};
 use crate::facts::Facts;
+use crate::finding::Finding;
 use crate::host::gather::{Probe, gather, look_again};
-use crate::host::{Hands, Host, LOGS, Owner};
+use crate::host::paths::LOGS;
+use crate::host::{Hands, Host, Owner};
+use crate::k3s;
+use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::k3s::role::Role;
-use crate::k3s::{self, ADMIN_KUBECONFIG};
 use crate::output::Printer;
 use crate::plan::engine::{self, Outcome, Secrets};
 use crate::plan::journal::Journal;
@@ -156,10 +159,10 @@ impl<'a> Job<'a> {
         let target = Target { settings: &self.settings, version, components };
         let findings = checks::run(&self.facts, &target);
         self.printer.findings(&findings);
-        if !checks::blocked(&findings) {
+        if !crate::finding::blocked(&findings) {
             return Ok(findings);
         }
-        let codes: Vec<&str> = findings.iter().filter(|f| f.level == checks::Level::Error).map(|f| f.code.as_str()).collect();
+        let codes: Vec<&str> = findings.iter().filter(|f| f.level == crate::finding::Level::Error).map(|f| f.code.as_str()).collect();
         self.printer.document(&json!({"schema": "pipeops.result/v1", "command": self.command, "result": "blocked", "exit": 3, "findings": findings}));
         Err(Failure::new(
             Exit::Preflight,
@@ -375,7 +378,7 @@ pub(super) fn plural(count: usize, word: &str) -> String {
 async fn traefik(host: &Host) -> bool {
     let path = "/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/traefik";
     let Ok(cluster) = Cluster::open(host, ADMIN_KUBECONFIG) else { return false };
-    !host.text(k3s::DROP_IN).contains("traefik") && cluster.get(path).await.is_ok_and(|chart| chart.is_some())
+    !host.text(crate::host::paths::DROP_IN).contains("traefik") && cluster.get(path).await.is_ok_and(|chart| chart.is_some())
 }
 
 /// Ingresses with annotations of the retired controller, when that controller runs in the cluster.

@@ -2,11 +2,13 @@
 
 use crate::error::{Exit, Failure};
 use crate::facts::Facts;
-use crate::host::{Host, fetch};
+use crate::host::Host;
+use crate::host::fetch::{self, Fetch, Source};
+use crate::k3s::Release;
+use crate::k3s::paths::{BINARY, IMAGES_DIR};
 use crate::k3s::version::{Arch, CHANNELS, DEFAULT, RELEASES, Version, arch, known_digest, listed};
-use crate::k3s::{BINARY, IMAGES_DIR, Release};
+use crate::plan::Resource;
 use crate::plan::journal::Journal;
-use crate::plan::{Fetch, Resource, Source};
 use crate::settings::Settings;
 
 /// What was found out, and what the user should know about it.

@@ -5,14 +5,16 @@ use std::collections::BTreeMap;
 use super::install::Job;
 use super::unreadable;
 use crate::cli::RunFlags;
+use crate::config_file::unquoted;
 use crate::error::Failure;
 use crate::facts::Readable;
 use crate::host::Host;
-use crate::k3s::{REGISTRIES, config, registries};
+use crate::k3s::paths::REGISTRIES;
+use crate::k3s::{config, registries};
 use crate::plan::{Checked, SCHEMA, SecretName};
 use crate::secret::{DOTS, Secret, in_urls, mask, remember, secret_name};
 use crate::settings::extra::Extra;
-use crate::settings::{Options, parse_file, unquoted};
+use crate::settings::{Options, parse_file};
 
 /// Settings of k3s that are not ours, and its main file.
 const SETTINGS: &str = "/etc/rancher/k3s";

@@ -117,7 +117,7 @@ impl Caller {
             .redirect(reqwest::redirect::Policy::none())
             .user_agent(concat!("pipeops/", env!("CARGO_PKG_VERSION")))
             .build()
-            .map_err(|e| crate::host::fetch::explain(&e))?;
+            .map_err(|e| crate::http::explain(&e))?;
         Ok(Caller { client, base: format!("{}/api/v1/agents", url.trim_end_matches('/')) })
     }
 
@@ -128,7 +128,7 @@ impl Caller {
     /// Sends, and judges what comes back.
     async fn send<T: DeserializeOwned>(&self, request: RequestBuilder) -> Answer<T> {
         let unreachable = |e: &reqwest::Error| {
-            let text = crate::host::fetch::explain(e);
+            let text = crate::http::explain(e);
             Outcome::Unreachable(match explain(&text) {
                 Some((code, remedy)) => format!("{code}: {text}; {remedy}"),
                 None => text,
@@ -138,7 +138,7 @@ impl Caller {
             Ok(answer) => answer,
             Err(e) => return (Err(unreachable(&e)), None),
         };
-        let offset = crate::host::fetch::clock_offset(&answer);
+        let offset = crate::http::clock_offset(&answer);
         let (status, retry_after) = (answer.status(), retry_after(&answer));
         let mut body = Vec::new();
         loop {

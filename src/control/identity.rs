@@ -8,7 +8,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::control::types::Config;
+use crate::control::types::{Config, id_of};
 use crate::error::{Exit, Failure};
 use crate::host::Host;
 use crate::host::state::StateDir;
@@ -51,11 +51,6 @@ pub fn machine(host: &Host) -> String {
         digest.update([0]);
     }
     crate::encoding::hex(&digest.finalize())
-}
-
-/// The id that follows from a public key, DER of its SubjectPublicKeyInfo: `a-` and 32 hex digits of its SHA-256.
-pub fn id_of(spki: &[u8]) -> String {
-    format!("a-{}", &crate::encoding::hex(&Sha256::digest(spki))[..32])
 }
 
 impl Identity {

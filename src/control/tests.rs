@@ -1,5 +1,6 @@
 //! The control-plane session: tables of events, and any order of them.
 
+use crate::control::types::LEEWAY;
 use proptest::prelude::*;
 
 use super::*;

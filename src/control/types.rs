@@ -220,6 +220,14 @@ pub enum Directive {
     Unknown,
 }
 
+/// Clocks that differ by less are the same, seconds.
+pub const LEEWAY: i64 = 30;
+
+/// The id that follows from a public key, DER of its SubjectPublicKeyInfo: `a-` and 32 hex digits of its SHA-256.
+pub fn id_of(spki: &[u8]) -> String {
+    format!("a-{}", &crate::encoding::hex(&Sha256::digest(spki))[..32])
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};

@@ -1,6 +1,6 @@
 //! Parsers of the text that facts come from: `/proc`, os-release, `ip -j`. Each takes text and never fails on garbage.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Address, Cgroup, Interface, Iptables, Listener, Os, ResolvConf, Route};
@@ -203,70 +203,6 @@ pub fn numbers(version: &str) -> Vec<u32> {
     version.split('.').map_while(|part| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()).collect()
 }
 
-/// The mount that holds a path: `(where, type, options)` of the deepest one, the topmost of those on the same place.
-pub fn mount_of(mountinfo: &str, path: &str) -> Option<(String, String, Vec<String>)> {
-    let mut best: Option<(String, String, Vec<String>)> = None;
-    for line in mountinfo.lines() {
-        let Some((left, right)) = line.split_once(" - ") else { continue };
-        let (mut left, mut right) = (left.split_whitespace().skip(4), right.split_whitespace());
-        let (Some(at), Some(options), Some(kind)) = (left.next().map(unescape), left.next(), right.next()) else { continue };
-        let inside = at == "/" || path == at || path.strip_prefix(&at).is_some_and(|rest| rest.starts_with('/'));
-        if inside && best.as_ref().is_none_or(|(deepest, ..)| at.len() >= deepest.len()) {
-            // options of the mount itself, then those of the file system
-            let all = options.split(',').chain(right.nth(1).unwrap_or_default().split(',')).map(str::to_owned).collect();
-            best = Some((at, kind.to_owned(), all));
-        }
-    }
-    best
-}
-
-/// Mount points below or at `dir`, deepest first, from `/proc/self/mountinfo`, with the type of each file system.
-pub fn mounts_under(mountinfo: &str, dir: &str) -> Vec<(String, String)> {
-    let below = format!("{}/", dir.trim_end_matches('/'));
-    let mut found: Vec<(String, String)> = mountinfo
-        .lines()
-        .filter_map(|line| {
-            let (left, right) = line.split_once(" - ")?;
-            let path = unescape(left.split_whitespace().nth(4)?);
-            let kind = right.split_whitespace().next()?.to_owned();
-            (path == dir || path.starts_with(&below)).then_some((path, kind))
-        })
-        .collect();
-    // the last line on a path is the topmost mount there; undo in reverse order of mounting
-    found.reverse();
-    found.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
-    found
-}
-
-/// mountinfo writes space, tab, newline and backslash as three octal digits.
-fn unescape(text: &str) -> String {
-    let mut out: Vec<u8> = Vec::with_capacity(text.len());
-    let bytes = text.as_bytes();
-    let mut at = 0;
-    while at < bytes.len() {
-        let code = (bytes[at] == b'\\')
-            .then(|| text.get(at + 1..at + 4).filter(|d| d.bytes().all(|b| (b'0'..=b'7').contains(&b))))
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(byte) => {
-                out.push(byte);
-                at += 4;
-            }
-            None => {
-                out.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
-}
-
-/// `key=value` lines, as `systemctl show` prints them.
-pub fn pairs(text: &str) -> BTreeMap<String, String> {
-    text.lines().filter_map(|l| l.split_once('=')).map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned())).collect()
-}
-
 /// The value that a variable has after `sh` has sourced this text; `None` when it is never set. No expansion is done.
 pub fn shell_variable(text: &str, name: &str) -> Option<String> {
     let mut value = None;
@@ -395,23 +331,6 @@ mod tests {
     }
 
     #[test]
-    fn the_deepest_and_topmost_mount_holds_a_path() {
-        let text = "1 0 0:1 / / rw - ext4 /dev/a rw\n2 1 0:2 / /var rw,noexec - xfs /dev/b rw\n3 1 0:3 / /var ro - zfs p rw\n4 1 0:4 / /usr ro shared:1 - ext4 /dev/c rw\n";
-        let of = |path| mount_of(text, path).map(|(at, kind, _)| (at, kind)).unwrap();
-        assert_eq!(of("/var/lib/rancher"), ("/var".into(), "zfs".into()));
-        assert_eq!(of("/variable"), ("/".into(), "ext4".into()));
-        assert!(mount_of(text, "/usr/local/bin").unwrap().2.contains(&"ro".to_owned()));
-    }
-
-    #[test]
-    fn mounts_come_deepest_first_and_unescaped() {
-        let text = "1 0 0:1 / / rw - ext4 /dev/a rw\n2 1 0:2 / /var/lib/kubelet rw - tmpfs t rw\n\
-                    3 2 0:3 / /var/lib/kubelet/a\\040b rw shared:1 - nfs4 h:/x rw\n4 1 0:4 / /var/lib/kubelet2 rw - tmpfs t rw\n";
-        let found = mounts_under(text, "/var/lib/kubelet");
-        assert_eq!(found, [("/var/lib/kubelet/a b".to_owned(), "nfs4".to_owned()), ("/var/lib/kubelet".to_owned(), "tmpfs".to_owned())]);
-    }
-
-    #[test]
     fn hybrid_hierarchies_count_as_version_one() {
         let text = "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpuset\t3\t1\t1\nmemory\t0\t1\t0\n";
         let cgroup = cgroups(None, text);
@@ -429,8 +348,8 @@ mod tests {
         #[test]
         fn no_parser_panics(text in "(?s).{0,300}") {
             let _ = (os_release(&text), meminfo(&text, "MemTotal"), cpus(&text), sockets(&text, "tcp"), resolv_conf(&text));
-            let _ = (ip_routes(&text, false), ip_addresses(&text), mount_of(&text, "/var"), module_names(&text), cgroups(None, &text), cgroups(Some(&text), ""));
-            let _ = (iptables(&text), numbers(&text), mounts_under(&text, "/var"), pairs(&text), crate::cidr::Cidr::parse(&text));
+            let _ = (ip_routes(&text, false), ip_addresses(&text), module_names(&text), cgroups(None, &text), cgroups(Some(&text), ""));
+            let _ = (iptables(&text), numbers(&text), crate::cidr::Cidr::parse(&text));
             let _ = shell_variable(&text, "ENABLED");
         }
     }

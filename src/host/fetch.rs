@@ -8,16 +8,17 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use reqwest::header::{CONTENT_RANGE, RANGE, RETRY_AFTER};
-use reqwest::{Client, Response, StatusCode};
+use reqwest::{Client, StatusCode};
 use sha2::{Digest as _, Sha256};
 
 use super::{Hands, Host};
 use crate::encoding::hex;
 use crate::error::{Exit, Failure};
+use crate::http::explain;
 use crate::k3s::version::{self, Version};
-use crate::plan::{Fetch, Source};
 use crate::resolve::Resolver;
 use crate::secret::Secret;
+use serde::{Deserialize, Serialize};
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// A transfer that brings nothing for this long is given up and tried again.
@@ -25,6 +26,25 @@ const STALL: Duration = Duration::from_secs(15);
 const TRIES: u32 = 5;
 /// Lists and redirects are small.
 const MOST_LIST: usize = 1 << 20;
+
+/// A verified file from a release, a mirror or a directory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fetch {
+    pub path: String,
+    pub mode: u32,
+    pub source: Source,
+    /// sha256, hexadecimal.
+    pub sha256: String,
+    /// Who vouches for the digest, for people.
+    pub trust: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    Url(String),
+    File(String),
+}
 
 /// A client for release files; `redirects` off where the target itself is the answer.
 pub fn client(redirects: bool) -> anyhow::Result<Client> {
@@ -41,27 +61,6 @@ pub fn client(redirects: bool) -> anyhow::Result<Client> {
 
 fn network(what: impl Into<String>) -> Failure {
     Failure::new(Exit::Network, "DOWNLOAD_FAILED", what)
-}
-
-/// This clock minus the one in the answer's `Date`, seconds.
-pub fn clock_offset(answer: &Response) -> Option<i64> {
-    let date = answer.headers().get(reqwest::header::DATE)?.to_str().ok()?;
-    let then = jiff::fmt::rfc2822::parse(date).ok()?.timestamp();
-    Some(jiff::Timestamp::now().as_second() - then.as_second())
-}
-
-/// The cause chain of a transport error in one line: DNS, refused, TLS and time-out read differently.
-pub fn explain(error: &reqwest::Error) -> String {
-    let mut text = Vec::new();
-    let mut at: Option<&dyn std::error::Error> = Some(error);
-    while let Some(cause) = at {
-        let line = cause.to_string();
-        if !text.iter().any(|t: &String| t.contains(&line)) {
-            text.push(line);
-        }
-        at = cause.source();
-    }
-    text.join(": ")
 }
 
 /// A small text, with retries.

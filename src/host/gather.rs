@@ -266,11 +266,11 @@ fn boot(host: &Host) -> Option<String> {
 
 /// What has the name of the agent's account already. Directories such as LDAP are asked too: useradd refuses a name that they know.
 async fn account(host: &Host) -> Account {
-    let of = |text: &str| text.lines().map(str::to_owned).find(|l| l.split(':').next() == Some(k3s::AGENT_USER));
+    let of = |text: &str| text.lines().map(str::to_owned).find(|l| l.split(':').next() == Some(crate::host::paths::AGENT_USER));
     let local = of(&host.text("/etc/passwd"));
     let remote = match &local {
         None if host.which("getent").is_some() => {
-            host.ask("getent", &["passwd", k3s::AGENT_USER], ASK).await.ok().filter(super::Output::ok).and_then(|o| of(&o.stdout))
+            host.ask("getent", &["passwd", crate::host::paths::AGENT_USER], ASK).await.ok().filter(super::Output::ok).and_then(|o| of(&o.stdout))
         }
         _ => None,
     };
@@ -308,7 +308,7 @@ fn settings_files(host: &Host, ours: Option<Role>) -> Vec<SettingsFile> {
         found.push(SettingsFile { path: variables, entries, ..SettingsFile::default() });
     }
     let dir = "/etc/rancher/k3s/config.yaml.d";
-    let own = k3s::DROP_IN.rsplit('/').next().unwrap_or_default().to_owned();
+    let own = crate::host::paths::DROP_IN.rsplit('/').next().unwrap_or_default().to_owned();
     let mut paths = vec![("/etc/rancher/k3s/config.yaml".to_owned(), false)];
     paths.extend(host.list(dir).into_iter().filter(|n| *n != own).map(|n| (format!("{dir}/{n}"), n > own)));
     for (path, after) in paths {
@@ -345,13 +345,15 @@ pub fn look_again(host: &Host, facts: &mut Facts, settings: &Settings) {
 }
 
 async fn k3s_facts(host: &Host, ours: Option<Role>, env: &BTreeMap<String, String>) -> K3s {
-    let version = match host.which("k3s").is_some() && host.exists(k3s::BINARY) {
+    let version = match host.which("k3s").is_some() && host.exists(crate::k3s::paths::BINARY) {
         true => host.ask("k3s", &["--version"], ASK).await.ok().and_then(|o| o.stdout.split_whitespace().nth(2).map(str::to_owned)),
         false => None,
     };
     let mut foreign = Vec::new();
     if ours.is_none() {
-        for path in [k3s::BINARY, "/usr/bin/k3s", "/opt/bin/k3s", "/usr/local/bin/k3s-uninstall.sh", "/usr/local/bin/k3s-agent-uninstall.sh"] {
+        for path in
+            [crate::k3s::paths::BINARY, "/usr/bin/k3s", "/opt/bin/k3s", "/usr/local/bin/k3s-uninstall.sh", "/usr/local/bin/k3s-agent-uninstall.sh"]
+        {
             if host.exists(path) {
                 foreign.push(format!("{path} exists"));
             }
@@ -374,7 +376,7 @@ async fn k3s_facts(host: &Host, ours: Option<Role>, env: &BTreeMap<String, Strin
         server_data: host.exists("/var/lib/rancher/k3s/server/db"),
         server_token: host.exists("/var/lib/rancher/k3s/server/token"),
         token_differs: false,
-        node_password: host.exists(k3s::NODE_PASSWORD),
+        node_password: host.exists(crate::k3s::paths::NODE_PASSWORD),
         files: settings_files(host, ours),
         environment: env
             .iter()

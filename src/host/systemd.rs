@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Hands, Host};
-use crate::facts::parse;
+use std::collections::BTreeMap;
 
 /// What systemd says of a unit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,7 +63,7 @@ impl Host {
         let properties = "LoadState,UnitFileState,ActiveState,SubState,MainPID,NRestarts,\
                           ExecMainStartTimestampMonotonic,NeedDaemonReload,StatusText,Type,Result";
         let output = self.ask("systemctl", &["show", "--property", properties, name], ASK).await?;
-        let map = parse::pairs(&output.stdout);
+        let map = crate::host::systemd::pairs(&output.stdout);
         let get = |key: &str| map.get(key).cloned().unwrap_or_default();
         Ok(Unit {
             loaded: get("LoadState") == "loaded",
@@ -149,5 +149,23 @@ impl Hands {
         }
         self.run("systemctl", &["reset-failed", name], ACT).await.ok();
         Ok(())
+    }
+}
+
+/// `key=value` lines, as `systemctl show` prints them.
+pub fn pairs(text: &str) -> BTreeMap<String, String> {
+    text.lines().filter_map(|l| l.split_once('=')).map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_answer_of_systemctl_panics(text in "(?s).{0,300}") {
+            let _ = pairs(&text);
+        }
     }
 }

@@ -6,15 +6,20 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use super::chosen::Chosen;
+use super::net;
 use super::version::Version;
-use super::{AGENT_SOCKET, CREDENTIAL, Master, net};
-use crate::checks::iptables_bad;
 use crate::components::Component;
-use crate::facts::Facts;
+use crate::facts::{Facts, iptables_bad};
+use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
 use crate::k3s::role::Role;
 use crate::settings::{MaxRole, Settings};
 
 const HEADER: &str = "# Written by pipeops; change it by running pipeops again. Further settings go into files of other names beside it.\n";
+
+/// A worker's server.
+pub struct Master {
+    pub url: String,
+}
 
 /// Settings of both roles.
 fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<String, Value> {
@@ -126,7 +131,7 @@ pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, com
 pub fn worker_drop_in(facts: &Facts, settings: &Settings, version: &Version, master: &Master) -> String {
     let mut map = common(facts, settings, version);
     map.insert("server".into(), json!(master.url));
-    map.insert("token-file".into(), json!(super::JOIN_TOKEN));
+    map.insert("token-file".into(), json!(crate::host::paths::JOIN_TOKEN));
     pass_through(&mut map, &settings.options.k3s.sealed());
     join_lists(&mut map, facts);
     yaml(&map)
@@ -175,7 +180,8 @@ pub fn unit(settings: &Settings) -> String {
         Role::Server => include_str!("../../systemd/k3s.service"),
         Role::Worker => include_str!("../../systemd/k3s-agent.service"),
     };
-    let firewall = if settings.options.api_allow.is_empty() { String::new() } else { format!("ExecStartPre=nft -f {}\n", super::FIREWALL) };
+    let firewall =
+        if settings.options.api_allow.is_empty() { String::new() } else { format!("ExecStartPre=nft -f {}\n", crate::host::paths::FIREWALL) };
     template.replace("# FIREWALL\n", &firewall)
 }
 
@@ -186,7 +192,7 @@ pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String 
         "# Written by pipeops (--api-allow). A table of its own: other tables are not touched.\n\
          table inet {t} {{}}\ndelete table inet {t}\ntable inet {t} {{\n  chain input {{\n    type filter hook input priority -10; policy accept;\n    \
          iif \"lo\" accept\n    ct state established,related accept\n    iifname {{ \"cni0\", \"flannel*\", \"veth*\" }} accept\n",
-        t = super::FIREWALL_TABLE
+        t = crate::host::paths::FIREWALL_TABLE
     );
     let ranges = net::ranges(facts, settings).into_iter().map(|(_, r)| format!("{}/{}", r.address, r.prefix));
     let own = net::node_addresses(facts, settings).into_iter().map(|a| a.to_string());
@@ -229,7 +235,7 @@ pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
     if let Some(name) = &options.cluster_name {
         let _ = writeln!(text, "cluster-name = {}", json!(name));
     }
-    if let Some(proxy) = settings.control_plane_host().and_then(|host| net::https_proxy(facts, &host)).and_then(net::plain_proxy) {
+    if let Some(proxy) = settings.control_plane_host().and_then(|host| net::https_proxy(facts, &host)).and_then(crate::http::plain_proxy) {
         let _ = writeln!(text, "https-proxy = {}", json!(proxy));
     }
     let _ = writeln!(text, "max-role = {}", json!(settings.max_role.name()));

@@ -131,11 +131,3 @@ pub fn https_proxy<'a>(facts: &'a Facts, host: &str) -> Option<&'a str> {
     let loopback = host == "localhost" || address.is_some_and(|a| a.is_loopback());
     (!past && !loopback).then_some(proxy)
 }
-
-/// A proxy's URL as it may stand in a file that everybody reads; none where it holds a user or password, or is none.
-pub fn plain_proxy(proxy: &str) -> Option<String> {
-    let text = if proxy.contains("://") { proxy.to_owned() } else { format!("http://{proxy}") };
-    let url = url::Url::parse(&text).ok()?;
-    let plain = matches!(url.scheme(), "http" | "https") && url.host().is_some() && url.username().is_empty() && url.password().is_none();
-    plain.then_some(text)
-}

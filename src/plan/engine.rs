@@ -5,14 +5,15 @@ use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::journal::{Entry, Journal, State};
-use super::resource::{self, Work};
+use super::resource;
 use super::{Check, Checked, Event, Plan, Resource};
-use crate::checks::Finding;
 use crate::error::{Exit, Failure};
+use crate::finding::Finding;
 use crate::host::{Hands, Host};
+use crate::plan::work::Work;
 
-pub use super::resource::Secrets;
 pub use super::wait::missing;
+pub use crate::plan::work::Secrets;
 
 /// How a run of the engine ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -195,7 +196,7 @@ async fn one(work: &mut Work<'_>, journal: &mut Journal, step: &super::Step) -> 
 fn settle(journal: &mut Journal, hands: &Hands, step: &super::Step) -> anyhow::Result<()> {
     let digest = match &step.want {
         Resource::File { path, content: super::Content::Text(_) | super::Content::Filled { .. }, .. }
-        | Resource::Fetch(super::Fetch { path, .. }) => hands.sha256(path)?,
+        | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => hands.sha256(path)?,
         Resource::File { path, content: super::Content::Secret(name), .. } if *name != super::SecretName::AgentToken => hands.sha256(path)?,
         _ => None,
     };

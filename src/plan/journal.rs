@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::Resource;
+use crate::config_file::unquoted;
 use crate::error::{Exit, Failure};
-use crate::host::{Hands, Host, Owner, STATE};
+use crate::host::paths::STATE;
+use crate::host::{Hands, Host, Owner};
 use crate::k3s::role::Role;
-use crate::settings::{recorded_extra, unquoted};
+use crate::settings::recorded_extra;
 
 pub const PATH: &str = "/var/lib/pipeops/journal.json";
 /// Raised when the meaning of a field changes; every version ever written must still load.

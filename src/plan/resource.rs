@@ -1,26 +1,23 @@
 //! What each kind of resource means on a machine: its check, its doing, its undoing.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use sha2::{Digest as _, Sha256};
-use tokio_util::sync::CancellationToken;
 
 use super::journal::{Before, Entry, Journal, backup_path};
 use super::{Check, Content, Event, Resource, SecretName, Step, account, objects, old_data, teardown, wait};
 use crate::cluster::{Cluster, passing, status};
 use crate::encoding::hex;
 use crate::error::{Exit, Failure};
-use crate::host::{Hands, Host, LOGS, Owner, fetch};
-use crate::k3s::{ADMIN_KUBECONFIG, AGENT_TOKEN};
+use crate::host::paths::{AGENT_TOKEN, LOGS};
+use crate::host::{Hands, Host, Owner, fetch};
+use crate::k3s::paths::ADMIN_KUBECONFIG;
+use crate::plan::work::{Secrets, Work};
 use crate::secret::Secret;
 use crate::settings::extra::filled;
 
 const QUICK: Duration = Duration::from_secs(20);
-
-/// The secrets of a run by name; the plan only names them.
-pub type Secrets = BTreeMap<SecretName, Secret>;
 
 pub(super) fn digest(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
@@ -55,8 +52,8 @@ fn content(path: &str, content: &Content, secrets: &Secrets, host: &Host) -> any
 }
 
 /// The login for a mirror, and for nothing else.
-fn login<'a>(want: &super::Fetch, secrets: &'a Secrets) -> Option<&'a Secret> {
-    let (super::Source::Url(url), login) = (&want.source, secrets.get(&SecretName::ArtifactLogin)?) else { return None };
+fn login<'a>(want: &crate::host::fetch::Fetch, secrets: &'a Secrets) -> Option<&'a Secret> {
+    let (crate::host::fetch::Source::Url(url), login) = (&want.source, secrets.get(&SecretName::ArtifactLogin)?) else { return None };
     let base = fetch::without_login(login.expose());
     url.starts_with(&format!("{}/", base.trim_end_matches('/'))).then_some(login)
 }
@@ -182,7 +179,7 @@ pub(super) async fn before(hands: &Hands, step: &Step) -> anyhow::Result<Before>
     };
     Ok(match &step.want {
         Resource::File { path, .. } => file(path)?,
-        Resource::Program { path } | Resource::Fetch(super::Fetch { path, .. }) => file(path)?,
+        Resource::Program { path } | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => file(path)?,
         Resource::Kubeconfig { user, .. } => file(&kubeconfig_path(hands, user)?)?,
         Resource::Dir { path, .. } if hands.exists(path) => Before::Present,
         Resource::Dir { path, .. } => Before::Absent { made: missing_parents(hands, path) },
@@ -266,14 +263,6 @@ pub(super) async fn put_back(
     }
     journal.units.insert(unit.to_owned(), inputs_digest(hands, Some(&*journal), inputs)?);
     wait::until(hands, what, within, true, work.stop, &[], |_| {}).await
-}
-
-/// What a step needs to do its work and to tell about it.
-pub(super) struct Work<'a> {
-    pub(super) hands: &'a Hands,
-    pub(super) secrets: &'a Secrets,
-    pub(super) stop: &'a CancellationToken,
-    pub(super) tell: &'a mut dyn FnMut(Event),
 }
 
 /// Makes it so. Gives the digest of what was written, for telling edits later.
@@ -391,7 +380,7 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
 pub(super) async fn undo(work: &mut Work<'_>, journal: &Journal, entry: &Entry, whole: bool, purge: bool) -> anyhow::Result<Vec<String>> {
     let hands = work.hands;
     match &entry.want {
-        Resource::File { path, .. } | Resource::Program { path } | Resource::Fetch(super::Fetch { path, .. }) => {
+        Resource::File { path, .. } | Resource::Program { path } | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => {
             let mine = matches!(&entry.want, Resource::File { content: Content::Secret(SecretName::AgentToken), .. });
             if !mine && let Some(note) = aside(hands, path, entry.digest.as_deref())? {
                 (work.tell)(Event::Note { text: note });

@@ -8,8 +8,8 @@ use nix::unistd::Pid;
 
 use super::Event;
 use super::journal::Journal;
-use super::resource::Work;
 use crate::host::{Hands, Host};
+use crate::plan::work::Work;
 
 const QUICK: Duration = Duration::from_secs(10);
 /// Hundreds of slices end in this time.

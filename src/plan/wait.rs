@@ -7,10 +7,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::start::Start;
 use super::{Ready, documents};
-use crate::cluster::{Cluster, condition, ready};
+use crate::cluster::Cluster;
+use crate::cluster::ready::{self, condition};
 use crate::error::{Exit, Failure};
+use crate::host::paths::CREDENTIAL;
 use crate::host::{Hands, Host};
-use crate::k3s::{ADMIN_KUBECONFIG, CREDENTIAL};
+use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::secret::{Secret, mask};
 
 const AGENT_UNIT: &str = "pipeops-agent.service";
@@ -53,7 +55,7 @@ async fn look(host: &Host, what: &Ready, first: &mut Option<ready::Beats>) -> Op
         Ready::Http { port } => {
             let client = reqwest::Client::builder().timeout(Duration::from_secs(3)).no_proxy().build();
             match client {
-                Ok(client) => client.get(format!("http://127.0.0.1:{port}/")).send().await.err().map(|e| crate::host::fetch::explain(&e)),
+                Ok(client) => client.get(format!("http://127.0.0.1:{port}/")).send().await.err().map(|e| crate::http::explain(&e)),
                 Err(e) => Some(e.to_string()),
             }
         }

@@ -92,8 +92,8 @@ impl PlaneOptions {
 /// A [`Failure`] with exit 2 that names `origin`.
 pub fn parse_file(text: &str, origin: &str) -> Result<PlaneOptions, Failure> {
     let secret = ["database-url", "amqp-url"];
-    let known: Vec<String> = super::longs::<PlaneOptions>().into_iter().filter(|k| !secret.contains(&k.as_str())).collect();
-    super::file::checked(text, origin, &known, &[], "pipeops control-plane")
+    let known: Vec<String> = crate::config_file::longs::<PlaneOptions>().into_iter().filter(|k| !secret.contains(&k.as_str())).collect();
+    crate::config_file::checked(text, origin, &known, &[], "pipeops control-plane")
 }
 
 #[cfg(test)]

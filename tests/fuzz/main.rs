@@ -167,8 +167,8 @@ fn proc() {
             parse::cgroups(Some(text), ""),
             parse::iptables(text),
             parse::numbers(text),
-            parse::mounts_under(text, "/var"),
+            pipeops::host::mountinfo::mounts_under(text, "/var"),
         );
-        let _ = (parse::pairs(text), logs::classify(text), logs::telling(text, 5));
+        let _ = (pipeops::host::systemd::pairs(text), logs::classify(text), logs::telling(text, 5));
     });
 }

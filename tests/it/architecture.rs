@@ -9,20 +9,23 @@ use std::path::Path;
 use reader::{Module, module_of, used};
 
 /// Rooms that are open to all.
-const OPEN: &[&str] = &["cidr", "encoding", "error", "text"];
+const OPEN: &[&str] = &["cidr", "config_file", "encoding", "error", "finding", "http", "text"];
 
 /// Room → rooms that it may use, beside those.
 const EDGES: &[(&str, &[&str])] = &[
     ("cidr", &[]),
     ("encoding", &[]),
+    ("config_file", &[]),
+    ("finding", &[]),
+    ("http", &[]),
     ("error", &[]),
     ("text", &[]),
     ("secret", &[]),
     ("facts", &["k3s"]),
     ("settings", &["facts", "k3s", "secret"]),
-    ("k3s", &["facts", "settings", "plan", "components", "checks", "secret"]),
+    ("k3s", &["facts", "host", "settings", "plan", "components", "checks", "secret"]),
     ("components", &["plan"]),
-    ("checks", &["facts", "settings", "components", "k3s"]),
+    ("checks", &["facts", "host", "settings", "components", "k3s"]),
     ("backoff", &[]),
     ("resolve", &[]),
     ("trust", &[]),
@@ -38,7 +41,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("credential", &["cluster", "host", "k3s"]),
     ("agent", &["api", "cluster", "control", "host", "k3s", "secret", "settings", "status", "trust", "tunnel"]),
     ("hub", &["api", "backoff", "cluster", "control", "host", "k3s", "secret", "trust", "tunnel"]),
-    ("cli", &["hub", "settings", "k3s"]),
+    ("cli", &["host", "hub", "settings", "k3s"]),
     (
         "cmd",
         &[

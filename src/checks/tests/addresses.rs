@@ -1,6 +1,7 @@
 //! The one choice of address, on machines with several.
 
 use super::*;
+use crate::finding::Level;
 use crate::k3s::net;
 
 fn addresses(case: &mut Case, list: &[&str]) {

@@ -5,7 +5,7 @@ use nix::sys::stat::Mode;
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::super::Host;
-use crate::facts::{Mount, parse};
+use crate::facts::Mount;
 
 /// Directories that get something of ours or of k3s'. The first is the data directory.
 const WRITTEN: &[&str] = &[
@@ -34,7 +34,7 @@ fn mount(host: &Host, mountinfo: &str, path: &str) -> Mount {
     let real = std::fs::canonicalize(&there).unwrap_or(there);
     let root = std::fs::canonicalize(host.at("/")).unwrap_or_else(|_| host.at("/"));
     let named = real.strip_prefix(&root).map_or_else(|_| path.to_owned(), |p| format!("/{}", p.join(rest).display()));
-    let (at, kind, options) = parse::mount_of(mountinfo, &named).unwrap_or_default();
+    let (at, kind, options) = crate::host::mountinfo::mount_of(mountinfo, &named).unwrap_or_default();
     let flags = statvfs(&real).map(|s| s.flags()).unwrap_or(FsFlags::empty());
     let has = |option: &str| options.iter().any(|o| o == option);
     Mount {

@@ -6,8 +6,7 @@ use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
 use super::events::Topic;
 use super::{Entry, Inner, Refused, Registry, Who, check_facts, check_name, duplicate, mint, no_such, refused, unwritten};
-use crate::control::identity::id_of;
-use crate::control::types::{AgentInfo, Register};
+use crate::control::types::{AgentInfo, Register, id_of};
 use crate::hub::keys::Keys;
 use crate::hub::model::{Agent, Held};
 use crate::hub::store::{Change, Kind};

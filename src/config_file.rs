@@ -81,7 +81,7 @@ pub fn values<T: DeserializeOwned>(table: &toml::Table, text: &str, origin: &str
 
 /// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown keys and wrong types are named with
 /// the nearest key and the line.
-pub(super) fn checked<T: DeserializeOwned>(text: &str, origin: &str, known: &[String], more: &[&str], command: &str) -> Result<T, Failure> {
+pub fn checked<T: DeserializeOwned>(text: &str, origin: &str, known: &[String], more: &[&str], command: &str) -> Result<T, Failure> {
     let table = table(text, origin).map_err(|fault| fault.failure(origin))?;
     for key in table.keys() {
         if known.iter().any(|k| k == key) || more.contains(&key.as_str()) {
@@ -112,9 +112,14 @@ pub fn unquoted(message: &str) -> String {
     out
 }
 
+pub fn longs<T: clap::Args>() -> Vec<String> {
+    let command = T::augment_args(clap::Command::new("keys"));
+    command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::parse_file;
+    use crate::settings::parse_file;
 
     #[test]
     fn yaml_says_what_toml_says() {
