@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod info;
 pub mod install;
+mod job;
 pub mod join;
 pub mod plane;
 mod release;

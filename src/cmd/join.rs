@@ -3,7 +3,7 @@
 use std::io::Read as _;
 
 use super::Context;
-use super::install::Job;
+use super::job::Job;
 use crate::cli::JoinWorker;
 use crate::encoding::hex;
 use crate::error::{Exit, Failure};

@@ -2,19 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use super::install::Job;
-use super::unreadable;
+use super::{Context, unreadable};
 use crate::cli::RunFlags;
 use crate::config_file::unquoted;
 use crate::error::Failure;
-use crate::facts::Readable;
-use crate::host::Host;
+use crate::facts::{Facts, Readable};
+use crate::host::{Hands, Host};
 use crate::k3s::paths::REGISTRIES;
 use crate::k3s::{config, registries};
+use crate::plan::engine::Secrets;
 use crate::plan::{Checked, SCHEMA, SecretName};
 use crate::secret::{DOTS, Secret, in_urls, mask, remember, secret_name};
 use crate::settings::extra::Extra;
-use crate::settings::{Options, parse_file};
+use crate::settings::{Options, Settings, parse_file};
 
 /// Settings of k3s that are not ours, and its main file.
 const SETTINGS: &str = "/etc/rancher/k3s";
@@ -75,84 +75,82 @@ pub(super) fn note(options: &Options, env: &BTreeMap<String, String>) {
     urls.flat_map(|text| in_urls(text)).for_each(|word| remember(&word));
 }
 
-impl Job<'_> {
-    /// The contents of the files that hold secrets, each under its name.
-    pub(super) fn known_secrets(&mut self) -> anyhow::Result<()> {
-        let options = &self.settings.options;
-        let agent = match &options.agent_token_file {
-            Some(path) => Some(self.context.token_file(&self.host, path)?),
-            None => self.context.agent_token.clone(),
-        };
-        if let Some(token) = agent {
-            remember(token.expose());
-            self.secrets.insert(SecretName::AgentToken, token);
-        }
-        if !self.facts.proxy.is_empty() {
-            self.secrets.insert(SecretName::ProxyEnvironment, Secret::new(config::proxy_environment(&self.facts, &self.settings)));
-        }
-        if let Some(fill) = options.k3s.fill() {
-            self.secrets.insert(SecretName::K3sSettings, fill);
-        }
-        if let Some(url) = options.artifact_url.as_ref().filter(|url| !in_urls(url).is_empty()) {
-            self.secrets.insert(SecretName::ArtifactLogin, Secret::new(url.as_str()));
-        }
-        if let Some(path) = &options.registries {
-            let text = self.host.users_file(path).map_err(|e| unreadable(path, &e))?;
-            let parsed = registries::judge(&text, &|file| self.host.exists(file)).map_err(|faults| {
-                let mut failure = Failure::usage("REGISTRIES_INVALID", format!("{path} is not a registries.yaml that k3s can use"));
-                failure.why = faults;
-                failure.hint("see https://docs.k3s.io/installation/private-registry")
-            })?;
-            logins("", &parsed).iter().for_each(|(_, secret)| remember(secret));
-            self.secrets.insert(SecretName::Registries, Secret::new(text));
-        }
-        Ok(())
+/// The contents of the files that hold secrets, each under its name.
+pub(super) fn known(context: &Context, host: &Host, settings: &Settings, facts: &Facts) -> anyhow::Result<Secrets> {
+    let mut secrets = Secrets::new();
+    let options = &settings.options;
+    let agent = match &options.agent_token_file {
+        Some(path) => Some(context.token_file(host, path)?),
+        None => context.agent_token.clone(),
+    };
+    if let Some(token) = agent {
+        remember(token.expose());
+        secrets.insert(SecretName::AgentToken, token);
     }
+    if !facts.proxy.is_empty() {
+        secrets.insert(SecretName::ProxyEnvironment, Secret::new(config::proxy_environment(facts, settings)));
+    }
+    if let Some(fill) = options.k3s.fill() {
+        secrets.insert(SecretName::K3sSettings, fill);
+    }
+    if let Some(url) = options.artifact_url.as_ref().filter(|url| !in_urls(url).is_empty()) {
+        secrets.insert(SecretName::ArtifactLogin, Secret::new(url.as_str()));
+    }
+    if let Some(path) = &options.registries {
+        let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
+        let parsed = registries::judge(&text, &|file| host.exists(file)).map_err(|faults| {
+            let mut failure = Failure::usage("REGISTRIES_INVALID", format!("{path} is not a registries.yaml that k3s can use"));
+            failure.why = faults;
+            failure.hint("see https://docs.k3s.io/installation/private-registry")
+        })?;
+        logins("", &parsed).iter().for_each(|(_, secret)| remember(secret));
+        secrets.insert(SecretName::Registries, Secret::new(text));
+    }
+    Ok(secrets)
+}
 
-    /// Finds the files that show a secret to everybody, and closes those that pipeops wrote or has for its own.
-    pub(super) fn close_readable(&mut self) -> anyhow::Result<()> {
-        let host = &self.host;
-        let named: Vec<&str> = [&self.run.apply_plan, &self.run.plan_out].into_iter().flatten().map(String::as_str).collect();
-        for plan in host.open_plans(&named) {
-            let holds = serde_json::from_str::<Checked>(&plan.text).map(|c| held(&c.plan.options)).unwrap_or_default();
-            if let Some(hands) = &self.hands {
-                hands.close_file(&plan.path)?;
-            }
-            if !holds.is_empty() {
-                let path = plan.path.display().to_string();
-                self.facts.readable.push(Readable { path, mode: plan.mode, holds, closed: self.hands.is_some() });
-            }
+/// Finds the files that show a secret to everybody, and closes those that pipeops wrote or has for its own.
+pub(super) fn readable(host: &Host, hands: Option<&Hands>, run: &RunFlags, options: &Options, secrets: &Secrets) -> anyhow::Result<Vec<Readable>> {
+    let mut readable = Vec::new();
+    let named: Vec<&str> = [&run.apply_plan, &run.plan_out].into_iter().flatten().map(String::as_str).collect();
+    for plan in host.open_plans(&named) {
+        let holds = serde_json::from_str::<Checked>(&plan.text).map(|c| held(&c.plan.options)).unwrap_or_default();
+        if let Some(hands) = hands {
+            hands.close_file(&plan.path)?;
         }
-        for (path, holds) in machine_files(host) {
-            let Some(mode) = host.mode(&path).filter(|_| !holds.is_empty() && shown_to_all(host, &path)) else { continue };
-            let hands = self.hands.as_ref().filter(|_| path.starts_with(CONFIG));
-            if let Some(hands) = hands {
-                hands.chmod(&path, 0o600)?;
-            }
-            self.facts.readable.push(Readable { path, mode, holds, closed: hands.is_some() });
+        if !holds.is_empty() {
+            let path = plan.path.display().to_string();
+            readable.push(Readable { path, mode: plan.mode, holds, closed: hands.is_some() });
         }
-        // the user's own files, which may lie anywhere
-        let outside = Host::new("/", None);
-        let options = &self.settings.options;
-        let mut files = Vec::new();
-        if let Some(path) = &self.run.config {
-            files.push((path, in_config(&host.users_file(path).unwrap_or_default())));
-        }
-        if let (Some(path), Some(text)) = (&options.registries, self.secrets.get(&SecretName::Registries)) {
-            files.push((path, in_registries(text.expose())));
-        }
-        if let Some(path) = options.agent_token_file.as_ref().filter(|p| *p != "-") {
-            files.push((path, vec!["the enrolment token".into()]));
-        }
-        for (path, holds) in files {
-            let path = host.users_path(path);
-            let passing = ["/dev/", "/proc/"].iter().any(|p| path.starts_with(p));
-            if let Some(mode) = outside.mode(&path).filter(|_| !holds.is_empty() && !passing && shown_to_all(&outside, &path)) {
-                self.facts.readable.push(Readable { path, mode, holds, closed: false });
-            }
-        }
-        Ok(())
     }
+    for (path, holds) in machine_files(host) {
+        let Some(mode) = host.mode(&path).filter(|_| !holds.is_empty() && shown_to_all(host, &path)) else { continue };
+        let hands = hands.filter(|_| path.starts_with(CONFIG));
+        if let Some(hands) = hands {
+            hands.chmod(&path, 0o600)?;
+        }
+        readable.push(Readable { path, mode, holds, closed: hands.is_some() });
+    }
+    // the user's own files, which may lie anywhere
+    let outside = Host::new("/", None);
+    let mut files = Vec::new();
+    if let Some(path) = &run.config {
+        files.push((path, in_config(&host.users_file(path).unwrap_or_default())));
+    }
+    if let (Some(path), Some(text)) = (&options.registries, secrets.get(&SecretName::Registries)) {
+        files.push((path, in_registries(text.expose())));
+    }
+    if let Some(path) = options.agent_token_file.as_ref().filter(|p| *p != "-") {
+        files.push((path, vec!["the enrolment token".into()]));
+    }
+    for (path, holds) in files {
+        let path = host.users_path(path);
+        let passing = ["/dev/", "/proc/"].iter().any(|p| path.starts_with(p));
+        if let Some(mode) = outside.mode(&path).filter(|_| !holds.is_empty() && !passing && shown_to_all(&outside, &path)) {
+            readable.push(Readable { path, mode, holds, closed: false });
+        }
+    }
+    Ok(readable)
 }
 
 /// Files of the machine that may hold secrets of k3s, with those that they hold.

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::Context;
-use super::install::plural;
+use super::job::plural;
 use crate::cli::{Format, Uninstall};
 use crate::cluster::Cluster;
 use crate::error::{Exit, Failure};

@@ -1,0 +1,343 @@
+//! What both installers do alike: settings, lock and facts, then checks, confirmation, engine and report.
+
+use serde_json::json;
+
+use super::{Context, layers, secrets};
+use crate::checks::{self, Target};
+use crate::cli::{Format, RunFlags};
+use crate::cluster::Cluster;
+use crate::components::{self, Component};
+use crate::error::{Exit, Failure};
+use crate::facts::Facts;
+use crate::finding::Finding;
+use crate::host::gather::{Probe, gather, look_again};
+use crate::host::paths::LOGS;
+use crate::host::{Hands, Host, Owner};
+use crate::k3s;
+use crate::k3s::paths::ADMIN_KUBECONFIG;
+use crate::k3s::role::Role;
+use crate::output::Printer;
+use crate::plan::engine::{self, Outcome, Secrets};
+use crate::plan::journal::Journal;
+use crate::plan::{Checked, Event, Plan};
+use crate::settings::Settings;
+
+/// Everything that both installers hold on to from their beginning to their end.
+pub(super) struct Job<'a> {
+    pub(super) context: &'a Context,
+    pub(super) command: &'static str,
+    pub(super) host: Host,
+    pub(super) settings: Settings,
+    pub(super) journal: Option<Journal>,
+    pub(super) run: RunFlags,
+    pub(super) printer: Printer,
+    pub(super) secrets: Secrets,
+    pub(super) facts: Facts,
+    /// The lock; none in a run that writes nothing.
+    pub(super) hands: Option<Hands>,
+    /// What `--apply-plan` names.
+    pub(super) saved: Option<Checked>,
+    pub(super) started: std::time::Instant,
+}
+
+impl RunFlags {
+    pub(super) fn read_only(&self) -> bool {
+        self.dry_run || self.plan_out.is_some()
+    }
+}
+
+impl<'a> Job<'a> {
+    /// Reads settings, takes the lock, gathers the facts.
+    pub(super) async fn begin(
+        context: &'a Context,
+        command: &'static str,
+        flags: crate::settings::Options,
+        run: RunFlags,
+        role: Role,
+    ) -> anyhow::Result<Job<'a>> {
+        let host = context.host(&run.root);
+        if !host.is_dir("/") {
+            return Err(Failure::usage("ROOT_MISSING", format!("--root {}: there is no such directory", run.root)).into());
+        }
+        let saved = run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
+        let mut run = run;
+        run.config = run.config.or_else(|| saved.as_ref()?.plan.inputs.get("config").cloned());
+        secrets::note(&flags, &context.env);
+        let mut options = layers(&host, flags, run.config.as_deref())?;
+        secrets::from_plan(&mut options, saved.as_ref());
+        secrets::note(&options, &context.env);
+        let settings = Settings::resolve(options, role, &checks::codes(), &components::names())?;
+        let root = !host.is_machine() || nix::unistd::geteuid().is_root();
+        let hands = if run.read_only() || !root { None } else { Some(host.lock()?) };
+        let journal = if root { Journal::load(&host)? } else { None };
+        let ours = journal.as_ref().map(|j| j.role);
+        let probe = if hands.is_some() { Probe::Disk } else { Probe::ReadOnly };
+        let mut facts = gather(&host, ours, &context.env, probe).await;
+        // a node keeps its name, whatever the machine is called today or is asked to be
+        if let Some(node) = journal.as_ref().map(|j| j.node.clone()).filter(|node| !node.is_empty() && settings.node_name(&facts.hostname) != *node) {
+            facts.renamed = Some(std::mem::replace(&mut facts.hostname, node));
+        }
+        look_again(&host, &mut facts, &settings);
+        let printer = Printer::new(run.output == Format::Json, run.events.is_some(), context.no_color());
+        let mut job = Job {
+            context,
+            command,
+            host,
+            settings,
+            journal,
+            run,
+            printer,
+            secrets: Secrets::new(),
+            facts,
+            hands,
+            saved,
+            started: std::time::Instant::now(),
+        };
+        job.secrets = secrets::known(context, &job.host, &job.settings, &job.facts)?;
+        let readable = secrets::readable(&job.host, job.hands.as_ref(), &job.run, &job.settings.options, &job.secrets)?;
+        job.facts.readable.extend(readable);
+        if ours == Some(Role::Server) && job.facts.k3s.active {
+            job.facts.retired_ingress = retired_ingress(&job.host).await;
+            job.facts.traefik = traefik(&job.host).await;
+        }
+        Ok(job)
+    }
+
+    /// Runs the checks, shows what they found, and stops when one says so.
+    pub(super) fn check(&mut self, version: Option<&k3s::version::Version>, components: &[&'static Component]) -> anyhow::Result<Vec<Finding>> {
+        let target = Target { settings: &self.settings, version, components };
+        let findings = checks::run(&self.facts, &target);
+        self.printer.findings(&findings);
+        if !crate::finding::blocked(&findings) {
+            return Ok(findings);
+        }
+        let codes: Vec<&str> = findings.iter().filter(|f| f.level == crate::finding::Level::Error).map(|f| f.code.as_str()).collect();
+        self.printer.document(&json!({"schema": "pipeops.result/v1", "command": self.command, "result": "blocked", "exit": 3, "findings": findings}));
+        Err(Failure::new(
+            Exit::Preflight,
+            "PREFLIGHT",
+            format!("preflight found {} that must be mended first: {}", plural(codes.len(), "problem"), codes.join(", ")),
+        )
+        .why("nothing was changed")
+        .hint("mend them and run again; a finding can be overruled with --ignore CODE")
+        .into())
+    }
+
+    /// Check, show, confirm, apply. `None` when the run ends before the engine starts.
+    pub(super) async fn carry_out(&mut self, plan: Plan, findings: Vec<Finding>) -> anyhow::Result<Option<Outcome>> {
+        let mut checked = engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings).await?;
+        checked.plan.inputs = secrets::inputs(&self.host, &self.run, &self.settings.options);
+        if let Some(then) = self.saved.take() {
+            checked = self.saved(then, checked).await?;
+        }
+        if let Some(path) = &self.run.plan_out {
+            self.host.write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
+            self.printer.say(&format!("the plan is in {path} (mode 0600, without secrets); carry it out with --apply-plan {path}"));
+        }
+        if checked.done() {
+            self.printer.data("nothing to do: everything is as wanted");
+            self.report(&checked, "unchanged", &Outcome::default());
+            self.settle(&checked)?;
+            return Ok(None);
+        }
+        let changes = checked.changes();
+        self.printer.say(&format!("{} on {}:", self.command, checked.plan.node));
+        self.printer.plan(&checked);
+        if self.run.read_only() {
+            self.printer.data(&format!("{} would be made; nothing was written", plural(changes, "change")));
+            self.report(&checked, "dry_run", &Outcome::default());
+            return Ok(None);
+        }
+        self.ask(&checked)?;
+        let Some(hands) = &self.hands else { anyhow::bail!("no lock is held") };
+        let mut journal = self.journal.take().unwrap_or_else(|| Journal::new(self.settings.role, &checked.plan.node, &checked.plan.k3s_version));
+        let printer = &mut self.printer;
+        let mut tell = |event: Event| printer.event(&event);
+        let result = engine::apply(hands, &checked.plan, &self.secrets, &mut journal, &self.context.stop, &mut tell).await;
+        self.journal = Some(journal);
+        let result = result.map_err(|error| self.explain(error));
+        match &result {
+            Ok(outcome) => {
+                let word = if outcome.failed.is_empty() { "done" } else { "partial" };
+                self.report(&checked, word, outcome);
+                for (title, why) in &outcome.failed {
+                    self.printer.say(&format!("left for later: {title} – {why}"));
+                }
+                if !outcome.failed.is_empty() {
+                    self.printer.say("the base is healthy; run the same command again to finish the rest");
+                }
+            }
+            // main prints it; the log wants it too
+            Err(error) => self.printer.log_only(&Failure::of(error).render()),
+        }
+        self.write_log();
+        result.map(Some)
+    }
+
+    /// A finished plan whose journal was not closed, for example after a crash at the very end.
+    fn settle(&mut self, checked: &Checked) -> anyhow::Result<()> {
+        let (Some(hands), Some(journal)) = (&self.hands, self.journal.as_mut()) else { return Ok(()) };
+        // an earlier pipeops may have put it another way, with secrets in it
+        let mut changed = journal.scrubbed || !journal.complete || journal.options != checked.plan.options;
+        for step in &checked.plan.steps {
+            if let Some(entry) = journal.entries.iter_mut().find(|e| e.id == step.id && e.want != step.want) {
+                entry.want = step.want.clone();
+                changed = true;
+            }
+        }
+        if changed {
+            journal.complete = true;
+            journal.options.clone_from(&checked.plan.options);
+            journal.save(hands)?;
+        }
+        Ok(())
+    }
+
+    /// Once the engine runs, an interruption leaves a journal that the next run goes on from.
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let mut failure = Failure::of(&error);
+        match failure.exit {
+            Exit::Interrupted => {
+                failure.hint = Some(format!(
+                    "the journal is closed; run the same command again to go on, or `pipeops uninstall` to go back ({} is recorded)",
+                    plural(self.journal.as_ref().map_or(0, |j| j.entries.len()), "step")
+                ));
+            }
+            Exit::Internal if failure.hint.is_none() => {
+                failure.hint = Some(format!("run the same command again: it resumes. The log is in {LOGS}"));
+            }
+            _ => {}
+        }
+        failure.into()
+    }
+
+    /// A saved plan is carried out only where and when it was made for.
+    async fn saved(&self, then: Checked, now: Checked) -> anyhow::Result<Checked> {
+        let stale = |code: &str, what: &str, why: String| {
+            Failure::new(Exit::Preflight, code, what)
+                .why(why)
+                .why("nothing was changed")
+                .hint("look at a new plan with --dry-run and save it with --plan-out")
+        };
+        if then.plan.machine_id != self.facts.machine_id || then.plan.command != self.command {
+            return Err(stale(
+                "PLAN_OTHER_HOST",
+                "this plan was made for another machine or command",
+                format!("{} for machine {}", then.plan.command, then.plan.machine_id),
+            )
+            .into());
+        }
+        if secrets::in_plain(&then) {
+            return Err(stale(
+                "PLAN_STALE",
+                "this plan was made by an earlier pipeops, which wrote secrets into plans",
+                "it is carried out no more: they would go on into the journal".into(),
+            )
+            .into());
+        }
+        let again = engine::check(&self.host, then.plan.clone(), self.journal.as_ref(), &self.secrets, now.findings).await?;
+        if again.checks != then.checks || again.remove != then.remove || again.drift != then.drift {
+            let differs = then.plan.steps.iter().zip(then.checks.iter().zip(&again.checks)).find(|(_, (a, b))| a != b).map(|(s, _)| s.title.clone());
+            return Err(stale(
+                "PLAN_STALE",
+                "the machine has changed since the plan was made",
+                format!("first difference: {}", differs.unwrap_or_else(|| "what is taken back".into())),
+            )
+            .into());
+        }
+        Ok(again)
+    }
+
+    /// Shows options that are about to go, then asks once.
+    fn ask(&mut self, checked: &Checked) -> anyhow::Result<()> {
+        if let Some(journal) = &self.journal {
+            for (key, was) in &journal.options {
+                match checked.plan.options.get(key) {
+                    // without a word about it k3s is not changed: `release::version`
+                    None if ["k3s-version", "channel"].contains(&key.as_str()) => {
+                        let verb = if journal.k3s_version == checked.plan.k3s_version { "stays at" } else { "becomes" };
+                        self.printer.say(&format!("  ! {key} was `{was}` and is not given now: k3s {verb} {}", checked.plan.k3s_version));
+                    }
+                    // the node keeps it: NODE_RENAMED
+                    None if key == "node-name" => {}
+                    None => self.printer.say(&format!("  ! {key} was `{was}` and is not given now: it goes back to its default")),
+                    Some(now) if now != was => self.printer.say(&format!("  ! {key} was `{was}`, becomes `{now}`")),
+                    Some(_) => {}
+                }
+            }
+        }
+        if self.run.yes || self.run.apply_plan.is_some() {
+            return Ok(());
+        }
+        let declined = |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
+        match self.printer.confirm("go on?") {
+            Some(true) => Ok(()),
+            Some(false) => Err(declined("declined").into()),
+            None => Err(declined("there is no terminal to ask on").hint("run again with --yes, or look with --dry-run").into()),
+        }
+    }
+
+    fn report(&self, checked: &Checked, result: &str, outcome: &Outcome) {
+        let failed: Vec<_> = outcome.failed.iter().map(|(step, why)| json!({"step": step, "why": why})).collect();
+        self.printer.document(&json!({
+            "schema": "pipeops.result/v1",
+            "command": self.command,
+            "result": result,
+            "node": checked.plan.node,
+            "k3s_version": checked.plan.k3s_version,
+            "duration_ms": u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "changes": outcome.changed,
+            "failed": failed,
+            "findings": checked.findings,
+            "drift": checked.drift,
+            "plan": checked.plan.steps.iter().zip(&checked.checks).map(|(s, c)| json!({"id": s.id, "title": s.title, "why": s.why, "check": c})).collect::<Vec<_>>(),
+        }));
+    }
+
+    /// What was said goes into a log that uninstall leaves.
+    fn write_log(&mut self) {
+        let Some(hands) = &self.hands else { return };
+        let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
+        let text = crate::secret::masked(&self.printer.take_log());
+        let path = format!("{LOGS}/{stamp}-{}.log", self.command);
+        if let Err(error) = hands.mkdir(LOGS, 0o700).and_then(|_| hands.write(&path, text.as_bytes(), 0o600, Owner::default())) {
+            self.printer.say(&format!("note: the log could not be written: {error:#}"));
+        }
+    }
+
+    /// The lock goes back; a run that wrote nothing leaves nothing.
+    pub(super) fn end(self, result: anyhow::Result<Exit>) -> anyhow::Result<Exit> {
+        if let Err(error) = &result {
+            let failure = Failure::of(error);
+            let (command, exit) = (self.command, failure.exit.number());
+            self.printer.document(&json!({"schema": "pipeops.result/v1", "command": command, "result": "failed", "exit": exit, "error": failure}));
+        }
+        if let Some(hands) = self.hands {
+            hands.release();
+        }
+        result
+    }
+}
+
+pub(super) fn plural(count: usize, word: &str) -> String {
+    if count == 1 { format!("1 {word}") } else { format!("{count} {word}s") }
+}
+
+/// Whether k3s' own traefik is in the cluster, and no settings of ours turn it off.
+async fn traefik(host: &Host) -> bool {
+    let path = "/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/traefik";
+    let Ok(cluster) = Cluster::open(host, ADMIN_KUBECONFIG) else { return false };
+    !host.text(crate::host::paths::DROP_IN).contains("traefik") && cluster.get(path).await.is_ok_and(|chart| chart.is_some())
+}
+
+/// Ingresses with annotations of the retired controller, when that controller runs in the cluster.
+async fn retired_ingress(host: &Host) -> Option<u32> {
+    let cluster = Cluster::open(host, ADMIN_KUBECONFIG).ok()?;
+    let classes = cluster.list("/apis/networking.k8s.io/v1/ingressclasses").await.ok()?;
+    classes.iter().find(|c| c["spec"]["controller"] == "k8s.io/ingress-nginx")?;
+    let ingresses = cluster.list("/apis/networking.k8s.io/v1/ingresses").await.unwrap_or_default();
+    let annotated = ingresses
+        .iter()
+        .filter(|i| i["metadata"]["annotations"].as_object().is_some_and(|a| a.keys().any(|k| k.starts_with("nginx.ingress.kubernetes.io/"))));
+    Some(u32::try_from(annotated.count()).unwrap_or(u32::MAX))
+}
