@@ -1,202 +1,43 @@
 //! `pipeops run`: builds the parts, watches over their tasks, keeps one account of them all, stops in order.
 
+pub mod config;
 mod local;
 mod observer;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::agent::config::AgentConfig;
 use crate::agent::local::Beat;
 use crate::api::audit::Audit;
-use crate::api::jwt::Role;
 use crate::api::operations::Operations;
 use crate::api::permits::{self, Limits};
 use crate::api::{self, Api};
 use crate::cluster::upstream::Upstream;
 use crate::control;
-use crate::control::client::{self, ControlPlane, Told, check_url};
-use crate::control::identity::{self, Found, Identity, Kept};
+use crate::control::client::{ControlPlane, Told};
+use crate::control::identity::{self, Found, Identity};
 use crate::control::types::{AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads};
-use crate::error::Failure;
-use crate::host::paths::{AGENT_CONFIG, AGENT_SOCKET, CREDENTIAL};
+use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
 use crate::host::state::StateDir;
 use crate::host::{self, Host};
 use crate::secret::Secret;
 use crate::status::{Agent, Kubernetes};
-use crate::trust::{Pin, Trust};
 use crate::tunnel::client::{Client, Work};
 use crate::tunnel::{self, Kind, TunnelConfig};
 use observer::Observer;
 
-/// Where the agent keeps what must outlive it, unless systemd says otherwise.
-pub const STATE: &str = "/var/lib/pipeops-agent";
 /// How long the control plane may take to hear that the agent stops.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// How long calls that are under way may take after that; the unit kills at 30 s.
 const GRACE: Duration = Duration::from_secs(20);
-
-/// `/etc/pipeops/agent.toml`, as `install-server` writes it.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-pub struct AgentConfig {
-    pub control_plane_url: Option<String>,
-    pub control_plane_pin: Vec<String>,
-    /// File with the certificates, in PEM, that may sign the control plane's.
-    pub control_plane_ca: Option<String>,
-    pub cluster_name: Option<String>,
-    pub max_role: Option<String>,
-    pub kubeconfig: Option<String>,
-    pub socket: Option<String>,
-    /// Loopback address and port for `/metrics`; none without it.
-    pub metrics_listen: Option<std::net::SocketAddr>,
-    /// Proxy for the calls of the control plane, `http://HOST:PORT`; the environment's `HTTPS_PROXY` stands over it. It holds no password.
-    pub https_proxy: Option<String>,
-    /// The environment names a proxy.
-    #[serde(skip)]
-    proxy_around: bool,
-    /// Use a tunnel that has neither CA nor pin.
-    pub allow_insecure_tunnel: bool,
-    /// Requests that end by themselves, and upgrades, of one caller and of all together.
-    pub streams_per_caller: Option<usize>,
-    pub streams: Option<usize>,
-    /// Watches and followed logs of one caller and of all together.
-    pub watches_per_caller: Option<usize>,
-    pub watches: Option<usize>,
-}
-
-fn wrong(code: &str, what: String, why: String) -> anyhow::Error {
-    Failure::usage(code, what).why(why).hint("correct it, or run `pipeops install-server` again, then `systemctl restart pipeops-agent`").into()
-}
-
-fn unreadable(path: &str, error: &anyhow::Error) -> anyhow::Error {
-    Failure::usage("FILE_UNREADABLE", format!("cannot read {path}"))
-        .why(format!("{:#}", error.root_cause()))
-        .hint("check the path and who may read it")
-        .into()
-}
-
-impl AgentConfig {
-    /// The file, with the environment over it.
-    ///
-    /// # Errors
-    /// Exit 2, so that systemd does not try a wrong file again and again.
-    pub fn load(host: &Host, path: &str, env: &BTreeMap<String, String>) -> anyhow::Result<AgentConfig> {
-        // a file that was named must be there; the usual one may be absent
-        let text = if path == AGENT_CONFIG { host.read(path)? } else { Some(host.users_file(path).map_err(|e| unreadable(path, &e))?) };
-        let mut config: AgentConfig = match text {
-            Some(text) => {
-                let fault = |fault: crate::config_file::Fault| wrong("CONFIG_INVALID", format!("{}, line {}", fault.what, fault.line), fault.why);
-                let table = crate::config_file::table(&text, path).map_err(fault)?;
-                crate::config_file::values(&table, &text, path).map_err(fault)?
-            }
-            None => AgentConfig::default(),
-        };
-        let var = |name: &str| env.get(name).filter(|v| !v.is_empty()).cloned();
-        config.control_plane_url = var("PIPEOPS_CONTROL_PLANE_URL").or(config.control_plane_url);
-        config.cluster_name = var("CLUSTER_NAME").or(config.cluster_name);
-        if let Some(pins) = var("PIPEOPS_CONTROL_PLANE_PIN") {
-            config.control_plane_pin = pins.split(',').map(|p| p.trim().to_owned()).collect();
-        }
-        config.proxy_around = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter().any(|name| var(name).is_some());
-        let invalid = |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
-        if config.https_proxy.as_deref().is_some_and(|proxy| crate::http::plain_proxy(proxy).is_none()) {
-            return Err(invalid("https-proxy is http://HOST:PORT, without a user and a password: everybody can read this file".into()));
-        }
-        check_url(config.url()).map_err(invalid)?;
-        config.role()?;
-        config.trust(host)?.client().map_err(|why| wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why))?;
-        if config.metrics_listen.is_some_and(|a| !a.ip().is_loopback()) {
-            return Err(invalid("metrics-listen is for a loopback address: what it shows is nobody else's".into()));
-        }
-        Ok(config)
-    }
-
-    /// The proxy that is named here, where the environment names none.
-    fn proxy(&self) -> Option<String> {
-        self.https_proxy.clone().filter(|_| !self.proxy_around)
-    }
-
-    fn url(&self) -> &str {
-        self.control_plane_url.as_deref().unwrap_or(crate::settings::DEFAULT_CONTROL_PLANE)
-    }
-
-    fn role(&self) -> anyhow::Result<Role> {
-        let name = self.max_role.as_deref().unwrap_or("operator");
-        Role::of(name).ok_or_else(|| {
-            wrong(
-                "CONFIG_INVALID",
-                "the agent's settings are wrong".into(),
-                format!("max-role `{name}` is none of viewer, deployer, operator, admin"),
-            )
-        })
-    }
-
-    fn trust(&self, host: &Host) -> anyhow::Result<Trust> {
-        let invalid = |why: String| wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why);
-        let pins = self.control_plane_pin.iter().map(|p| Pin::parse(p)).collect::<Result<Vec<_>, _>>().map_err(invalid)?;
-        if pins.len() > 2 {
-            return Err(invalid("two pins at most: the current and the next".into()));
-        }
-        let ca_pem = match &self.control_plane_ca {
-            Some(path) => Some(host.read(path).ok().flatten().ok_or_else(|| invalid(format!("control-plane-ca: {path} cannot be read")))?),
-            None => None,
-        };
-        Ok(Trust { ca_pem, pins, anybody: false })
-    }
-}
-
-/// What takes this machine's agent off its control plane, read while its files are still there.
-pub struct Leave {
-    id: String,
-    kept: Kept,
-    trust: Trust,
-    proxy: Option<String>,
-}
-
-impl Leave {
-    /// None when there is no agent, or it never registered.
-    pub fn read(host: &Host) -> Option<Leave> {
-        let config = AgentConfig::load(host, AGENT_CONFIG, &BTreeMap::new()).ok()?;
-        let state = host.peek_dir(STATE);
-        let kept = Kept::load(&state, config.url())?;
-        Some(Leave { id: Identity::id_in(&state)?, kept, trust: config.trust(host).ok()?, proxy: config.proxy() })
-    }
-
-    /// Says it, once; gives the URL.
-    ///
-    /// # Errors
-    /// What is left to do by hand, and why.
-    pub async fn say(self) -> Result<String, String> {
-        let url = self.kept.url.clone();
-        match client::deregister(&self.trust, self.proxy.as_deref(), &self.kept, &self.id).await {
-            Ok(()) => Ok(url),
-            Err(why) => Err(format!("{url} still lists cluster {} ({why}): remove it there", self.kept.cluster_id)),
-        }
-    }
-}
-
-/// Checks an enrolment token before anything is asked with it.
-///
-/// # Errors
-/// Exit 2: it can never be right.
-pub fn check_token(token: &Secret) -> anyhow::Result<()> {
-    let text = token.expose();
-    if text.len() > 4096 || !text.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(Failure::usage("TOKEN_MALFORMED", "AGENT_TOKEN holds characters that no token has, or is too long")
-            .hint("copy it again, alone and on one line")
-            .into());
-    }
-    Ok(())
-}
 
 /// Runs until `stop`, then drains. READY means: configuration valid, socket open, tasks started; not that any server answered.
 ///

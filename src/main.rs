@@ -8,11 +8,12 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
+use pipeops::agent::{self, config};
 use pipeops::cli::{self, Cli, Command};
 use pipeops::cmd::{self, Context};
 use pipeops::error::{Exit, Failure};
 use pipeops::secret::{Secret, masked, remember};
-use pipeops::{agent, credential, host, output};
+use pipeops::{credential, host, output};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -124,11 +125,11 @@ async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationT
         Command::Uninstall(args) => cmd::uninstall::uninstall(&context, args).await,
         Command::Run(args) => {
             let host = host::Host::new(&args.rooted.root, context.env.get("PATH").map(Into::into));
-            let config = agent::AgentConfig::load(&host, &args.config, &context.env)?;
+            let config = config::AgentConfig::load(&host, &args.config, &context.env)?;
             let given = context.env.get("CREDENTIALS_DIRECTORY").and_then(|dir| host.users_file(&format!("{dir}/agent-token")).ok());
             let given = given.map(|t| Secret::new(t.trim())).filter(|t| !t.is_empty()).or(context.agent_token);
-            given.as_ref().map_or(Ok(()), agent::check_token)?;
-            let state = context.env.get("STATE_DIRECTORY").map_or(agent::STATE, |d| d.split(':').next().unwrap_or(agent::STATE)).to_owned();
+            given.as_ref().map_or(Ok(()), config::check_token)?;
+            let state = context.env.get("STATE_DIRECTORY").map_or(config::STATE, |d| d.split(':').next().unwrap_or(config::STATE)).to_owned();
             agent::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }

@@ -1,6 +1,6 @@
 //! `audit verify` and `audit tail`: the log of who did what through the tunnel.
 
-use crate::agent::STATE;
+use crate::agent::config::STATE;
 use crate::api::audit;
 use crate::cli::{AuditArgs, AuditCommand, Format};
 use crate::cmd::Context;

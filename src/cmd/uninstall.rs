@@ -54,7 +54,7 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         }
     }
     let farewell = leave_cluster(&hands, &journal).await;
-    let agent = crate::agent::Leave::read(&hands);
+    let agent = crate::agent::config::Leave::read(&hands);
     let mut tell = |event: Event| printer.event(&event);
     let outcome = engine::undo_all(&hands, &mut journal, args.purge_data, &context.stop, &mut tell).await?;
     let mut left = outcome.left.clone();
