@@ -2,8 +2,8 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::settings::Options;
-use crate::settings::plane::PlaneOptions;
+use crate::control_plane::settings::PlaneOptions;
+use crate::install::settings::Options;
 
 /// Turns bare VMs into managed k3s clusters.
 #[derive(Debug, Parser)]
@@ -231,7 +231,7 @@ pub struct Serve {
 #[derive(Debug, Args)]
 pub struct Place {
     /// Directory with its keys and database
-    #[arg(long, value_name = "DIR", default_value = crate::hub::STATE, global = true)]
+    #[arg(long, value_name = "DIR", default_value = crate::control_plane::STATE, global = true)]
     pub data_dir: String,
     /// Work in a directory that stands for the machine
     #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true, global = true)]

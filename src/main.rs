@@ -8,12 +8,12 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
-use pipeops::agent::{self, config};
+use pipeops::agent::{self, config, credential};
+use pipeops::base::error::{Exit, Failure};
+use pipeops::base::secret::{Secret, masked, remember};
 use pipeops::cli::{self, Cli, Command};
 use pipeops::cmd::{self, Context};
-use pipeops::error::{Exit, Failure};
-use pipeops::secret::{Secret, masked, remember};
-use pipeops::{credential, host, output};
+use pipeops::{host, output};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -130,7 +130,7 @@ async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationT
             let given = given.map(|t| Secret::new(t.trim())).filter(|t| !t.is_empty()).or(context.agent_token);
             given.as_ref().map_or(Ok(()), config::check_token)?;
             let state = context.env.get("STATE_DIRECTORY").map_or(config::STATE, |d| d.split(':').next().unwrap_or(config::STATE)).to_owned();
-            agent::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
+            agent::run::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }
         Command::ControlPlane(args) => cmd::plane::plane(&context, args).await,

@@ -10,11 +10,11 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::error::Failure;
-use crate::finding::{Finding, Level};
-use crate::plan::{Check, Checked, Event};
-use crate::secret::{masked, masked_json};
-use crate::text::{shown, shown_json, shown_lines};
+use crate::base::error::Failure;
+use crate::base::secret::{masked, masked_json};
+use crate::base::text::{shown, shown_json, shown_lines};
+use crate::install::finding::{Finding, Level};
+use crate::install::plan::{Check, Checked, Event};
 
 /// Where a run's words go.
 pub struct Printer {

@@ -4,14 +4,16 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use crate::api::jwt::Role;
-use crate::control::client::{self, check_url};
-use crate::control::identity::{Identity, Kept};
-use crate::error::Failure;
+use crate::agent::session::client::{self, check_url};
+use crate::agent::session::identity::{Identity, Kept};
+use crate::base::error::Failure;
+use crate::base::http::plain_proxy;
+use crate::base::secret::Secret;
+use crate::base::trust::{Pin, Trust};
+use crate::contract::token::Role;
+use crate::contract::types::DEFAULT_CONTROL_PLANE;
 use crate::host::Host;
 use crate::host::paths::AGENT_CONFIG;
-use crate::secret::Secret;
-use crate::trust::{Pin, Trust};
 
 /// Where the agent keeps what must outlive it, unless systemd says otherwise.
 pub const STATE: &str = "/var/lib/pipeops-agent";
@@ -66,9 +68,10 @@ impl AgentConfig {
         let text = if path == AGENT_CONFIG { host.read(path)? } else { Some(host.users_file(path).map_err(|e| unreadable(path, &e))?) };
         let mut config: AgentConfig = match text {
             Some(text) => {
-                let fault = |fault: crate::config_file::Fault| wrong("CONFIG_INVALID", format!("{}, line {}", fault.what, fault.line), fault.why);
-                let table = crate::config_file::table(&text, path).map_err(fault)?;
-                crate::config_file::values(&table, &text, path).map_err(fault)?
+                let fault =
+                    |fault: crate::base::config_file::Fault| wrong("CONFIG_INVALID", format!("{}, line {}", fault.what, fault.line), fault.why);
+                let table = crate::base::config_file::table(&text, path).map_err(fault)?;
+                crate::base::config_file::values(&table, &text, path).map_err(fault)?
             }
             None => AgentConfig::default(),
         };
@@ -80,7 +83,7 @@ impl AgentConfig {
         }
         config.proxy_around = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter().any(|name| var(name).is_some());
         let invalid = |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
-        if config.https_proxy.as_deref().is_some_and(|proxy| crate::http::plain_proxy(proxy).is_none()) {
+        if config.https_proxy.as_deref().is_some_and(|proxy| plain_proxy(proxy).is_none()) {
             return Err(invalid("https-proxy is http://HOST:PORT, without a user and a password: everybody can read this file".into()));
         }
         check_url(config.url()).map_err(invalid)?;
@@ -98,7 +101,7 @@ impl AgentConfig {
     }
 
     pub(super) fn url(&self) -> &str {
-        self.control_plane_url.as_deref().unwrap_or(crate::settings::DEFAULT_CONTROL_PLANE)
+        self.control_plane_url.as_deref().unwrap_or(DEFAULT_CONTROL_PLANE)
     }
 
     pub(super) fn role(&self) -> anyhow::Result<Role> {

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::status::Agent;
+use crate::agent::status::Agent;
 
 /// Longest time for open answers after a stop.
 const DRAIN: Duration = Duration::from_secs(2);

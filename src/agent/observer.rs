@@ -11,11 +11,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::local::Beat;
-use crate::cluster::upstream::Upstream;
-use crate::cluster::watch::{Change, follow};
-use crate::cluster::{Cluster, ready, status};
+use crate::agent::status::{Agent, Kubernetes, Node, Notice};
 use crate::host::Host;
-use crate::status::{Agent, Kubernetes, Node, Notice};
+use crate::kubernetes::client::{Cluster, status};
+use crate::kubernetes::readiness;
+use crate::kubernetes::upstream::Upstream;
+use crate::kubernetes::watch::{Change, follow};
 
 /// How often the API server is asked whether it is there; sooner while it is not.
 const LOOK: Duration = Duration::from_secs(10);
@@ -225,7 +226,7 @@ fn put(place: &mut u32, value: u32) -> bool {
 }
 
 fn has_replicas(v: &Value) -> bool {
-    ready::replicas(v).is_none()
+    readiness::replicas(v).is_none()
 }
 
 const COUNTED: [(&str, Good, Store); 6] = [

@@ -1,10 +1,10 @@
 //! `audit verify` and `audit tail`: the log of who did what through the tunnel.
 
+use crate::agent::api::audit;
 use crate::agent::config::STATE;
-use crate::api::audit;
+use crate::base::error::{Exit, Failure};
 use crate::cli::{AuditArgs, AuditCommand, Format};
 use crate::cmd::Context;
-use crate::error::{Exit, Failure};
 use crate::output::Printer;
 
 /// # Errors

@@ -7,20 +7,22 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::Context;
+use crate::agent::session;
+use crate::agent::status::{Agent, Kubernetes, Node, Notice};
+use crate::base::cidr::host_in_url;
+use crate::base::error::{Exit, Failure};
+use crate::base::text::shown;
 use crate::cli::{ClusterInfo, Format};
-use crate::cluster::Cluster;
-use crate::components::{self, CATALOGUE};
-use crate::error::{Exit, Failure};
+use crate::frp;
 use crate::host::Host;
 use crate::host::paths::AGENT_SOCKET;
+use crate::install::components::{self, CATALOGUE};
+use crate::install::engine::journal::Journal;
+use crate::install::engine::missing;
 use crate::k3s::paths::{ADMIN_KUBECONFIG, KUBELET_KUBECONFIG};
 use crate::k3s::role::Role;
+use crate::kubernetes::client::Cluster;
 use crate::output::{Printer, table};
-use crate::plan::engine::missing;
-use crate::plan::journal::Journal;
-use crate::status::{Agent, Kubernetes, Node, Notice};
-use crate::text::shown;
-use crate::{control, tunnel};
 
 /// Longest time for any one part.
 const PART: Duration = Duration::from_secs(4);
@@ -55,8 +57,8 @@ struct Component {
 #[derive(Debug, Serialize)]
 struct AgentInfo {
     unit: String,
-    control: Option<control::State>,
-    tunnel: Option<tunnel::State>,
+    control: Option<session::State>,
+    tunnel: Option<frp::State>,
     notices: Vec<Notice>,
     kubernetes: Option<Kubernetes>,
     note: String,
@@ -184,14 +186,14 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
                 format!("the agent has no view of the cluster: {}", agent.note),
                 "systemctl start pipeops-agent-credential, then look again",
             ));
-        } else if !matches!(agent.control, Some(control::State::Unenrolled | control::State::Online | control::State::Skewed)) {
+        } else if !matches!(agent.control, Some(session::State::Unenrolled | session::State::Online | session::State::Skewed)) {
             let next = match agent.control {
-                Some(control::State::Unauthorized | control::State::Expired) => "run install-server again with a fresh AGENT_TOKEN",
-                Some(control::State::Conflict) => "on a copied machine: run install-server again with an AGENT_TOKEN of its own",
+                Some(session::State::Unauthorized | session::State::Expired) => "run install-server again with a fresh AGENT_TOKEN",
+                Some(session::State::Conflict) => "on a copied machine: run install-server again with an AGENT_TOKEN of its own",
                 _ => "check the way from this machine to the control plane; the agent goes on trying by itself",
             };
             info.problems.push(problem("agent", format!("the control plane is not reached: {}", agent.note), next));
-        } else if agent.control != Some(control::State::Unenrolled) && agent.tunnel != Some(tunnel::State::Up) {
+        } else if agent.control != Some(session::State::Unenrolled) && agent.tunnel != Some(frp::State::Up) {
             info.problems.push(problem(
                 "agent",
                 format!("the tunnel is not up: {}", agent.note),
@@ -293,7 +295,7 @@ async fn join_line(host: &Host, cluster: &anyhow::Result<Cluster>, info: &Info) 
     let Ok(cluster) = cluster else { anyhow::bail!("the kubeconfig cannot be used") };
     let own = info.nodes.iter().find(|n| n.name == info.node).map(|n| n.address.clone()).filter(|a| !a.is_empty());
     let Some(address) = own else { anyhow::bail!("this node's address is not known") };
-    let address = crate::cidr::host_in_url(&address);
+    let address = host_in_url(&address);
     let token = match live_token(host, cluster).await? {
         Some(token) => token,
         None => {

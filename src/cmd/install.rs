@@ -2,10 +2,9 @@
 
 use super::Context;
 use super::job::Job;
+use crate::base::error::{Exit, Failure};
 use crate::cli::{InstallServer, JoinWorker};
-use crate::components::{self};
-use crate::error::{Exit, Failure};
-use crate::k3s;
+use crate::install::{components, planner, release};
 use crate::k3s::role::Role;
 
 /// # Errors
@@ -37,16 +36,16 @@ async fn worker_by_environment(context: &Context, args: InstallServer) -> anyhow
 }
 
 async fn server_job(job: &mut Job<'_>) -> anyhow::Result<Exit> {
-    let version = super::release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
+    let version = release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
     let offline = job.settings.options.offline_dir.is_some();
     let chosen = components::chosen(job.settings.components.as_deref(), offline && job.settings.components.is_none());
     let findings = job.check(Some(&version), &chosen)?;
     if offline && job.settings.components.is_none() {
         job.printer.say("note: no components: the offline directory has no chart archives (--components names what to try anyway)");
     }
-    let resolved = super::release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version).await?;
+    let resolved = release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version).await?;
     resolved.notes.iter().for_each(|n| job.printer.say(&format!("note: {n}")));
-    let plan = k3s::server_plan(&job.facts, &job.settings, &resolved.release, &chosen);
+    let plan = planner::server_plan(&job.facts, &job.settings, &resolved.release, &chosen);
     let Some(outcome) = job.carry_out(plan, findings).await? else { return Ok(Exit::Done) };
     let name = job.settings.node_name(&job.facts.hostname);
     if !job.printer.json() {

@@ -3,24 +3,24 @@
 use serde_json::json;
 
 use super::{Context, layers, secrets};
-use crate::checks::{self, Target};
+use crate::base::error::{Exit, Failure};
 use crate::cli::{Format, RunFlags};
-use crate::cluster::Cluster;
-use crate::components::{self, Component};
-use crate::error::{Exit, Failure};
-use crate::facts::Facts;
-use crate::finding::Finding;
-use crate::host::gather::{Probe, gather, look_again};
 use crate::host::paths::LOGS;
 use crate::host::{Hands, Host, Owner};
+use crate::install::checks::{self, Target};
+use crate::install::components::{self, Component};
+use crate::install::engine::journal::Journal;
+use crate::install::engine::{self, Outcome, Secrets};
+use crate::install::facts::Facts;
+use crate::install::finding::{Finding, Level, blocked};
+use crate::install::gather::{Probe, gather, look_again};
+use crate::install::plan::{Checked, Event, Plan};
+use crate::install::settings::Settings;
 use crate::k3s;
 use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::k3s::role::Role;
+use crate::kubernetes::client::Cluster;
 use crate::output::Printer;
-use crate::plan::engine::{self, Outcome, Secrets};
-use crate::plan::journal::Journal;
-use crate::plan::{Checked, Event, Plan};
-use crate::settings::Settings;
 
 /// Everything that both installers hold on to from their beginning to their end.
 pub(super) struct Job<'a> {
@@ -51,7 +51,7 @@ impl<'a> Job<'a> {
     pub(super) async fn begin(
         context: &'a Context,
         command: &'static str,
-        flags: crate::settings::Options,
+        flags: crate::install::settings::Options,
         run: RunFlags,
         role: Role,
     ) -> anyhow::Result<Job<'a>> {
@@ -108,10 +108,10 @@ impl<'a> Job<'a> {
         let target = Target { settings: &self.settings, version, components };
         let findings = checks::run(&self.facts, &target);
         self.printer.findings(&findings);
-        if !crate::finding::blocked(&findings) {
+        if !blocked(&findings) {
             return Ok(findings);
         }
-        let codes: Vec<&str> = findings.iter().filter(|f| f.level == crate::finding::Level::Error).map(|f| f.code.as_str()).collect();
+        let codes: Vec<&str> = findings.iter().filter(|f| f.level == Level::Error).map(|f| f.code.as_str()).collect();
         self.printer.document(&json!({"schema": "pipeops.result/v1", "command": self.command, "result": "blocked", "exit": 3, "findings": findings}));
         Err(Failure::new(
             Exit::Preflight,
@@ -298,7 +298,7 @@ impl<'a> Job<'a> {
     fn write_log(&mut self) {
         let Some(hands) = &self.hands else { return };
         let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
-        let text = crate::secret::masked(&self.printer.take_log());
+        let text = crate::base::secret::masked(&self.printer.take_log());
         let path = format!("{LOGS}/{stamp}-{}.log", self.command);
         if let Err(error) = hands.mkdir(LOGS, 0o700).and_then(|_| hands.write(&path, text.as_bytes(), 0o600, Owner::default())) {
             self.printer.say(&format!("note: the log could not be written: {error:#}"));

@@ -4,21 +4,26 @@ use std::io::Read as _;
 
 use super::Context;
 use super::job::Job;
+use crate::base::cidr::Cidr;
+use crate::base::encoding::hex;
+use crate::base::error::{Exit, Failure};
+use crate::base::resolve::lookup;
+use crate::base::secret::{Secret, remember};
 use crate::cli::JoinWorker;
-use crate::encoding::hex;
-use crate::error::{Exit, Failure};
-use crate::facts::Facts;
-use crate::finding::{Finding, Level};
 use crate::host::paths::JOIN_TOKEN;
-use crate::k3s::config::Master;
+use crate::install::checks::Target;
+use crate::install::engine::journal::Journal;
+use crate::install::facts::Facts;
+use crate::install::finding::{Finding, Level};
+use crate::install::join::{self, Server};
+use crate::install::plan::{Content, Plan, Resource, SCHEMA, SecretName, Step};
+use crate::install::planner::config::Master;
+use crate::install::{planner, release};
 use crate::k3s::paths::NODE_PASSWORD;
 use crate::k3s::role::Role;
 use crate::k3s::token::{Token, cleaned};
+use crate::k3s::typed;
 use crate::k3s::version::Version;
-use crate::k3s::{self, typed};
-use crate::plan::{Plan, SecretName};
-use crate::secret::{Secret, remember};
-use crate::supervisor::{self, Server};
 
 /// # Errors
 /// As in the table of exit codes.
@@ -66,9 +71,9 @@ async fn join(job: &mut Job<'_>, url: &str, secret: Secret, insecure: bool) -> a
     job.secrets.insert(SecretName::K3sToken, secret);
     choose_route(&mut job.facts, url).await;
     // local checks that need no version come first: they cost the server nothing
-    let provisional = super::release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
+    let provisional = release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
     let joined = job.journal.is_some() && job.host.exists(JOIN_TOKEN) && job.facts.k3s.active;
-    let server = match supervisor::connect(url, token, insecure).await {
+    let server = match join::connect(url, token, insecure).await {
         // a worker that is up already can be checked and changed while its server is away
         Err(failure) if joined && failure.exit == Exit::Network => {
             job.printer.say(&format!("note: {} – going on with what is known", failure.what));
@@ -127,21 +132,20 @@ async fn reserve(job: &mut Job<'_>, server: &Server, node: &str) -> anyhow::Resu
             .into());
     }
     job.printer.say(&format!("the server has reserved the name {node} for this machine; it runs k3s {theirs}"));
-    super::release::version(&job.host, &job.settings, &job.facts, None, Some(&theirs)).await
+    release::version(&job.host, &job.settings, &job.facts, None, Some(&theirs)).await
 }
 
 async fn finish(job: &mut Job<'_>, url: &str, version: Version, findings: &mut Vec<Finding>) -> anyhow::Result<Exit> {
-    let late: Vec<Finding> =
-        crate::checks::run(&job.facts, &crate::checks::Target { settings: &job.settings, version: Some(&version), components: &[] })
-            .into_iter()
-            .filter(|f| f.level == Level::Error && !findings.contains(f))
-            .collect();
+    let late: Vec<Finding> = crate::install::checks::run(&job.facts, &Target { settings: &job.settings, version: Some(&version), components: &[] })
+        .into_iter()
+        .filter(|f| f.level == Level::Error && !findings.contains(f))
+        .collect();
     if !late.is_empty() {
         *findings = job.check(Some(&version), &[])?;
     }
-    let resolved = super::release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version).await?;
+    let resolved = release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version).await?;
     resolved.notes.iter().for_each(|n| job.printer.say(&format!("note: {n}")));
-    let plan = k3s::worker_plan(&job.facts, &job.settings, &resolved.release, &Master { url: url.to_owned() });
+    let plan = planner::worker_plan(&job.facts, &job.settings, &resolved.release, &Master { url: url.to_owned() });
     let Some(_) = job.carry_out(plan, findings.clone()).await? else { return Ok(Exit::Done) };
     let name = job.settings.node_name(&job.facts.hostname);
     job.printer.data(&format!("{name} is a k3s {} worker of {url}, Ready.", resolved.release.version));
@@ -177,21 +181,10 @@ fn random() -> anyhow::Result<[u8; 16]> {
 /// Writes the node password, and nothing else, through the engine, so that uninstall knows of it.
 async fn keep_password(job: &mut Job<'_>, url: &str) {
     let Some(hands) = &job.hands else { return };
-    let want = crate::plan::Resource::File {
-        path: NODE_PASSWORD.into(),
-        content: crate::plan::Content::Secret(SecretName::NodePassword),
-        mode: 0o600,
-        group: None,
-    };
-    let step = crate::plan::Step {
-        id: "node-password".into(),
-        title: "keep the node password".into(),
-        why: "the name is reserved".into(),
-        want,
-        optional: false,
-    };
+    let want = Resource::File { path: NODE_PASSWORD.into(), content: Content::Secret(SecretName::NodePassword), mode: 0o600, group: None };
+    let step = Step { id: "node-password".into(), title: "keep the node password".into(), why: "the name is reserved".into(), want, optional: false };
     let plan = Plan {
-        schema: crate::plan::SCHEMA.into(),
+        schema: SCHEMA.into(),
         command: "join-worker".into(),
         role: Role::Worker,
         node: job.settings.node_name(&job.facts.hostname),
@@ -201,9 +194,9 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
         inputs: std::collections::BTreeMap::new(),
         steps: vec![step],
     };
-    let mut journal = crate::plan::journal::Journal::new(Role::Worker, &plan.node, "");
+    let mut journal = Journal::new(Role::Worker, &plan.node, "");
     let stop = tokio_util::sync::CancellationToken::new();
-    let done = crate::plan::engine::apply(hands, &plan, &job.secrets, &mut journal, &stop, &mut |_| {}).await;
+    let done = crate::install::engine::apply(hands, &plan, &job.secrets, &mut journal, &stop, &mut |_| {}).await;
     match done {
         Ok(_) => job.printer.say(&format!("note: the name stays reserved; its password is kept in {NODE_PASSWORD} (`pipeops uninstall` removes it)")),
         Err(error) => job.printer.say(&format!(
@@ -218,9 +211,9 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
 async fn choose_route(facts: &mut Facts, url: &str) {
     let Some(host) = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)) else { return };
     let leads = |master: std::net::IpAddr| {
-        let ways = facts.routes.iter().filter(|r| r.kind == "unicast" && crate::cidr::Cidr::parse(&r.to).is_some_and(|c| c.contains(master)));
-        ways.min_by_key(|r| (std::cmp::Reverse(crate::cidr::Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric)).cloned()
+        let ways = facts.routes.iter().filter(|r| r.kind == "unicast" && Cidr::parse(&r.to).is_some_and(|c| c.contains(master)));
+        ways.min_by_key(|r| (std::cmp::Reverse(Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric)).cloned()
     };
     // what leads there decides about address and interface before the default route does
-    facts.toward = crate::resolve::lookup(&host).await.unwrap_or_default().into_iter().find_map(leads);
+    facts.toward = lookup(&host).await.unwrap_or_default().into_iter().find_map(leads);
 }

@@ -6,19 +6,19 @@ use std::net::Ipv6Addr;
 use http::Method;
 use serde_json::{Value, json};
 
+use crate::base::error::{Exit, Failure};
+use crate::base::secret::Secret;
 use crate::cli::{
     AdminCommand, ClusterCommand, ControlPlane, Format, Place, PlaneCommand, ProjectCommand, RunnerCommand, Serve, Stored, TokenCommand, Verb,
 };
 use crate::cmd::{Context, unreadable};
-use crate::error::{Exit, Failure};
+use crate::control_plane::frps::ExternalFrps;
+use crate::control_plane::keys::CertificateFiles;
+use crate::control_plane::outbox::Broker;
+use crate::control_plane::settings::{CONFIG, PlaneOptions, parse_file};
+use crate::control_plane::{self, HubConfig, client};
 use crate::host::Host;
-use crate::hub::frps::ExternalFrps;
-use crate::hub::keys::CertificateFiles;
-use crate::hub::outbox::Broker;
-use crate::hub::{self, HubConfig, client};
 use crate::output::{Printer, table};
-use crate::secret::Secret;
-use crate::settings::plane::{CONFIG, PlaneOptions, parse_file};
 
 /// # Errors
 /// What the served control plane or the called one says.
@@ -95,7 +95,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
         // outside systemd there is nobody to tell
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     };
-    hub::run(&host, config, context.stop.clone(), ready).await?;
+    control_plane::run(&host, config, context.stop.clone(), ready).await?;
     Ok(Exit::Done)
 }
 
@@ -153,7 +153,7 @@ impl Asked<'_> {
 fn text(value: &Value) -> String {
     match value {
         // a line of ours stays one line, whatever an agent said
-        Value::String(text) => crate::text::shown(text).into_owned(),
+        Value::String(text) => crate::base::text::shown(text).into_owned(),
         Value::Null => "-".into(),
         Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(","),
         other => other.to_string(),
@@ -277,14 +277,14 @@ async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow
         }
         PlaneCommand::Backup { file, stored: at } => {
             let (host, database) = stored(context, &at, place)?;
-            let said = hub::backup::write(&host, &place.data_dir, database, &file).await?;
+            let said = control_plane::backup::write(&host, &place.data_dir, database, &file).await?;
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }
         PlaneCommand::Restore { file, stored: at } => {
             let (host, database) = stored(context, &at, place)?;
             let text = host.users_file(&file).map_err(|e| unreadable(&file, &e))?;
-            let said = hub::backup::restore(&host, &place.data_dir, database, &file, &text).await?;
+            let said = control_plane::backup::restore(&host, &place.data_dir, database, &file, &text).await?;
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }

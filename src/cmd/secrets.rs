@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 
 use super::{Context, unreadable};
+use crate::base::config_file::unquoted;
+use crate::base::error::Failure;
+use crate::base::secret::{DOTS, Secret, in_urls, mask, remember, secret_name};
 use crate::cli::RunFlags;
-use crate::config_file::unquoted;
-use crate::error::Failure;
-use crate::facts::{Facts, Readable};
 use crate::host::{Hands, Host};
+use crate::install::engine::Secrets;
+use crate::install::facts::{Facts, Readable};
+use crate::install::plan::{Checked, SCHEMA, SecretName};
+use crate::install::planner::config;
+use crate::install::settings::extra::Extra;
+use crate::install::settings::{Options, Settings, parse_file};
 use crate::k3s::paths::REGISTRIES;
-use crate::k3s::{config, registries};
-use crate::plan::engine::Secrets;
-use crate::plan::{Checked, SCHEMA, SecretName};
-use crate::secret::{DOTS, Secret, in_urls, mask, remember, secret_name};
-use crate::settings::extra::Extra;
-use crate::settings::{Options, Settings, parse_file};
+use crate::k3s::registries;
 
 /// Settings of k3s that are not ours, and its main file.
 const SETTINGS: &str = "/etc/rancher/k3s";

@@ -4,16 +4,17 @@ use serde_json::json;
 
 use super::Context;
 use super::job::plural;
+use crate::base::error::{Exit, Failure};
 use crate::cli::{Format, Uninstall};
-use crate::cluster::Cluster;
-use crate::error::{Exit, Failure};
 use crate::host::paths::{JOIN_TOKEN, LOGS, STATE};
 use crate::host::{Hands, Host, Owner};
+use crate::install::engine;
+use crate::install::engine::journal::{Journal, PATH};
+use crate::install::plan::{Event, Resource};
 use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD};
 use crate::k3s::role::Role;
+use crate::kubernetes::client::Cluster;
 use crate::output::Printer;
-use crate::plan::journal::{Journal, PATH};
-use crate::plan::{Event, Resource, engine};
 
 /// # Errors
 /// As in the table of exit codes; 10 when something had to stay.

@@ -12,12 +12,12 @@ use reqwest::{Client, StatusCode};
 use sha2::{Digest as _, Sha256};
 
 use super::{Hands, Host};
-use crate::encoding::hex;
-use crate::error::{Exit, Failure};
-use crate::http::explain;
+use crate::base::encoding::hex;
+use crate::base::error::{Exit, Failure};
+use crate::base::http::explain;
+use crate::base::resolve::Resolver;
+use crate::base::secret::Secret;
 use crate::k3s::version::{self, Version};
-use crate::resolve::Resolver;
-use crate::secret::Secret;
 use serde::{Deserialize, Serialize};
 
 const CONNECT: Duration = Duration::from_secs(10);

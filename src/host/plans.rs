@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Hands, Host};
 
-/// Stands at the beginning of every plan, see `plan::SCHEMA`.
+/// Stands at the beginning of every plan, see `install::plan::SCHEMA`.
 const MARK: &str = "\"schema\": \"pipeops.plan/";
 /// A plan has some 100 KiB.
 const LARGEST: u64 = 8 << 20;

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::Host;
-use crate::error::{Exit, Failure};
+use crate::base::error::{Exit, Failure};
 
 /// Longest line of a file that only grows, bytes.
 const LINE: u64 = 64 * 1024;

@@ -5,7 +5,7 @@
 use serde_json::Value;
 
 use super::version::Version;
-use crate::error::nearest;
+use crate::base::error::nearest;
 use crate::k3s::role::Role;
 
 /// What a value must be.

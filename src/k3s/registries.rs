@@ -4,7 +4,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::error::nearest;
+use crate::base::error::nearest;
 
 /// Reads it, or says all that is wrong with it, one line each. Secrets in it are never quoted. `exists` is asked for files of the node.
 ///
@@ -181,7 +181,7 @@ fn kind(value: &Value) -> &'static str {
 
 /// `https://host:port/path`, or the host alone.
 fn endpoint_fault(text: &str) -> Option<String> {
-    let shown = crate::secret::mask(text, &[]);
+    let shown = crate::base::secret::mask(text, &[]);
     let not = |why: &str| Some(format!("`{shown}` is not an endpoint: {why}"));
     let (scheme, rest) = text.split_once("://").unwrap_or(("https", text));
     if !matches!(scheme, "http" | "https") {

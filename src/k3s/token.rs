@@ -6,8 +6,8 @@ use base64::Engine as _;
 use sha2::{Digest, Sha256};
 
 use super::typed::{invisible, quote};
-use crate::encoding::hex;
-use crate::secret::Secret;
+use crate::base::encoding::hex;
+use crate::base::secret::Secret;
 
 /// What a token says about who its holder is.
 #[derive(Clone, Debug, PartialEq, Eq)]

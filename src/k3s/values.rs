@@ -6,7 +6,9 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::keys;
-use crate::cidr::Cidr;
+use crate::base::cidr::{Cidr, masked};
+use crate::base::error::nearest;
+use crate::base::text::is_dns_name;
 
 /// All faults in the `[k3s]` table, one line each.
 pub fn faults(table: &BTreeMap<String, Value>) -> Vec<String> {
@@ -92,9 +94,9 @@ pub fn host_bits(table: &BTreeMap<String, Value>) -> Vec<(String, String, String
     for (key, value) in table.iter().filter(|(key, _)| ["cluster-cidr", "service-cidr"].contains(&keys::meant(key).as_str())) {
         for text in words(value) {
             if let Ok(c) = range(&text)
-                && crate::cidr::masked(c) != c.address
+                && masked(c) != c.address
             {
-                found.push((key.clone(), text, format!("{}/{}", crate::cidr::masked(c), c.prefix)));
+                found.push((key.clone(), text, format!("{}/{}", masked(c), c.prefix)));
             }
         }
     }
@@ -121,7 +123,7 @@ fn name(text: &str) -> bool {
 /// k8s.io/apimachinery, `validation.IsQualifiedName`.
 fn qualified(key: &str) -> Result<(), &'static str> {
     let (prefix, rest) = key.split_once('/').map_or((None, key), |(prefix, rest)| (Some(prefix), rest));
-    if prefix.is_some_and(|p| !crate::text::is_dns_name(p)) {
+    if prefix.is_some_and(|p| !is_dns_name(p)) {
         return Err("what stands before the `/` must be a lower-case DNS name");
     }
     match name(rest) {
@@ -196,7 +198,7 @@ pub fn taints(list: &[String]) -> Vec<String> {
             continue;
         };
         if !EFFECTS.contains(effect) {
-            let near = crate::error::nearest(effect, EFFECTS).map(|n| format!("; did you mean {n}?")).unwrap_or_default();
+            let near = nearest(effect, EFFECTS).map(|n| format!("; did you mean {n}?")).unwrap_or_default();
             fault(format!("`{effect}` is none of the effects {}{near}", EFFECTS.join(", ")));
             continue;
         }
@@ -252,7 +254,7 @@ pub fn bad_san(name: &str) -> Option<String> {
     }
     // k3s leaves out what begins or ends with it (rancher/dynamiclistener, factory/gen.go)
     let edge = plain.starts_with('_') || plain.ends_with('_');
-    if !edge && crate::text::is_dns_name(&plain.replace('_', "a")) { None } else { not("a name is letters, digits, `-`, `_` and dots") }
+    if !edge && is_dns_name(&plain.replace('_', "a")) { None } else { not("a name is letters, digits, `-`, `_` and dots") }
 }
 
 #[cfg(test)]

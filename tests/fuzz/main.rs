@@ -7,12 +7,12 @@ mod remote;
 
 use std::time::{Duration, Instant};
 
-use pipeops::cidr::Cidr;
-use pipeops::facts::parse;
+use pipeops::base::cidr::Cidr;
+use pipeops::install::facts::parse;
+use pipeops::install::settings::{parse_file, parse_time};
 use pipeops::k3s::token::{Token, ca_hash};
 use pipeops::k3s::version::{Version, from_redirect, listed};
 use pipeops::k3s::{logs, typed};
-use pipeops::settings::{parse_file, parse_time};
 
 /// xorshift64*: the same seed gives the same run.
 struct Random(u64);

@@ -1,14 +1,14 @@
 //! What comes over the network: FRP messages, multiplexer frames, paths, tokens, HTTP heads.
 
 use hyper_util::rt::TokioIo;
-use pipeops::api::hygiene;
-use pipeops::api::jwt::{Caller, Role, check};
-use pipeops::api::target::target;
-use pipeops::control::types::{Jwk, Jwks, RunnerAuth};
-use pipeops::secret::Secret;
-use pipeops::tunnel::layer::layered;
-use pipeops::tunnel::mux::{Limits, Mux, Side};
-use pipeops::tunnel::wire::{self, Key, Message};
+use pipeops::base::secret::Secret;
+use pipeops::contract::token::{Caller, Role, check};
+use pipeops::contract::types::{Jwk, Jwks, RunnerAuth};
+use pipeops::frp::codec::layered;
+use pipeops::frp::mux::{Limits, Mux, Side};
+use pipeops::frp::wire::{self, Key, Message};
+use pipeops::kubernetes::header_policy;
+use pipeops::kubernetes::path::target;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::{run, run_bytes};
@@ -124,8 +124,8 @@ fn head() {
             let caller = caller.clone();
             let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
                 let (parts, _) = request.into_parts();
-                let upgrade = hygiene::upgrade(&parts).unwrap_or_default();
-                if let (Ok(()), Ok(out)) = (hygiene::form(&parts), hygiene::outward(&parts.headers, &caller, "id", upgrade)) {
+                let upgrade = header_policy::upgrade(&parts).unwrap_or_default();
+                if let (Ok(()), Ok(out)) = (header_policy::form(&parts), header_policy::outward(&parts.headers, &caller, "id", upgrade)) {
                     let named: Vec<&str> = out.keys().map(http::HeaderName::as_str).filter(|n| n.starts_with("impersonate")).collect();
                     assert_eq!(named.len(), 3, "{named:?}");
                     assert_eq!(out["impersonate-user"], "pipeops:runner");
@@ -159,7 +159,7 @@ fn plane() {
     let host = pipeops::host::Host::new(dir.path(), None);
     let (served, halt) = (host.clone(), stop.clone());
     let task = runtime.spawn(async move {
-        let config = pipeops::hub::HubConfig {
+        let config = pipeops::control_plane::HubConfig {
             listen: ([127, 0, 0, 1], 0).into(),
             tunnel_listen: ([127, 0, 0, 1], 0).into(),
             names: vec!["127.0.0.1".into()],
@@ -170,10 +170,10 @@ fn plane() {
             data_dir: "/d".into(),
             show: None,
         };
-        pipeops::hub::run(&served, config, halt, move |_, _| said.send(()).unwrap_or_default()).await
+        pipeops::control_plane::run(&served, config, halt, move |_, _| said.send(()).unwrap_or_default()).await
     });
     ready.recv_timeout(Duration::from_secs(30)).unwrap_or_else(|e| panic!("it does not serve: {e}"));
-    let socket = dir.path().join("d").join(pipeops::hub::SOCKET);
+    let socket = dir.path().join("d").join(pipeops::control_plane::SOCKET);
     let body = |method: &str, path: &str, body: &str| {
         format!(
             "{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
@@ -199,7 +199,7 @@ fn plane() {
         let _ = io.shutdown(std::net::Shutdown::Write);
         let _ = io.take(1 << 20).read_to_end(&mut Vec::new());
     });
-    let health = runtime.block_on(pipeops::hub::client::call(&host, "/d", http::Method::GET, "/api/v1/health", None));
+    let health = runtime.block_on(pipeops::control_plane::client::call(&host, "/d", http::Method::GET, "/api/v1/health", None));
     assert!(health.is_ok_and(|text| text.contains("ok")));
     stop.cancel();
     let ended = runtime.block_on(task);
@@ -209,7 +209,7 @@ fn plane() {
 /// What Runners ask for: taken, or refused with a code; what is taken names objects that a path can hold.
 #[test]
 fn operations() {
-    use pipeops::api::operations::wanted::Wanted;
+    use pipeops::contract::operation::Wanted;
     let caller = Caller { subject: "r".into(), role: Role::Operator, namespaces: None, token: "t".into() };
     let seeds = [
         r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"w","namespace":"beta"}}],"wait":false,"timeout_s":9}}"#,
@@ -226,7 +226,7 @@ fn operations() {
 /// What agents send: read, or refused with words.
 #[test]
 fn agents_bodies() {
-    use pipeops::control::types::{Heartbeat, Operation, Register, StatusReport};
+    use pipeops::contract::types::{Heartbeat, Operation, Register, StatusReport};
     let seeds = [
         r#"{"agent":{"id":"a-1","public_key":"x","name":"n","machine":"m","labels":{"a":"b"}},"cluster":{"name":"c","node_count":1},"capabilities":["x"],"max_role":"viewer"}"#,
         r#"{"seq":1,"sent_at":"2026-11-24T00:00:00Z","state":"online","tunnel":{"state":"up","since":""},"uptime_s":7,"audit_head":{"seq":1,"hash":""}}"#,
@@ -238,6 +238,6 @@ fn agents_bodies() {
         let _ = serde_json::from_str::<Heartbeat>(text);
         let _ = serde_json::from_str::<StatusReport>(text);
         let _ = serde_json::from_str::<Operation>(text);
-        let _ = pipeops::hub::registry::enrol::spki(text);
+        let _ = pipeops::control_plane::registry::enrol::spki(text);
     });
 }

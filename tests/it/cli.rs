@@ -3,8 +3,8 @@
 use std::process::Command;
 
 use clap::CommandFactory;
+use pipeops::base::error::EXITS;
 use pipeops::cli::Cli;
-use pipeops::error::EXITS;
 
 use crate::support::{program, said};
 
@@ -50,7 +50,7 @@ fn every_option_and_exit_code_stands_in_the_readme() {
 #[test]
 fn every_finding_code_stands_in_the_readme() {
     let text = readme();
-    for code in pipeops::checks::codes() {
+    for code in pipeops::install::checks::codes() {
         assert!(text.contains(code), "{code}");
     }
 }

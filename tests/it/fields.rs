@@ -182,9 +182,9 @@ fn a_second_run_beside_controllers_that_rewrite_what_they_read_changes_nothing()
 #[test]
 fn every_object_is_written_in_the_form_in_which_it_is_kept() {
     let mut looked = 0;
-    for component in pipeops::components::CATALOGUE {
+    for component in pipeops::install::components::CATALOGUE {
         for yaml in [component.objects.to_owned(), (component.after)(Some("ops@example.com"))] {
-            for object in pipeops::plan::documents(&yaml).unwrap() {
+            for object in pipeops::install::plan::documents(&yaml).unwrap() {
                 let (mut fields, mut kept) = (Fields { controllers: true, ..Fields::default() }, object.clone());
                 fields.rewrite("", &mut kept);
                 assert!(fields.owners.is_empty(), "{}: {:?}", object["metadata"]["name"], fields.owners);

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use pipeops::secret::Secret;
-use pipeops::tunnel::dial::{Carrier, Target};
-use pipeops::tunnel::layer::{Duplex, encrypted};
-use pipeops::tunnel::server::{Server, ServerConfig};
-use pipeops::tunnel::wire::{self, Key, Login, LoginResp, Message, NewProxy, NewWorkConn, Ping, StartWorkConn};
+use pipeops::base::secret::Secret;
+use pipeops::frp::codec::{Duplex, encrypted};
+use pipeops::frp::dial::{Carrier, Target};
+use pipeops::frp::server::{Server, ServerConfig};
+use pipeops::frp::wire::{self, Key, Login, LoginResp, Message, NewProxy, NewWorkConn, Ping, StartWorkConn};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::plane::identity;
 use crate::tunnel::{Frpc, Frps, TOKEN, echo, round_trip, settings};
-use pipeops::tunnel::State;
+use pipeops::frp::State;
 
 /// A client by hand: logged in, everything else is the test's.
 struct ByHand {

@@ -292,7 +292,7 @@ async fn an_answer_of_the_agent_is_readable_without_a_gateway_too() {
 async fn what_anybody_may_call_is_told_of_nobody() {
     let hub = Hub::with(&[]);
     let mut routes = 0;
-    for (method, path, _) in pipeops::hub::Hub::routes().filter(|(_, _, serves)| serves.need() == "Nobody") {
+    for (method, path, _) in pipeops::control_plane::Hub::routes().filter(|(_, _, serves)| serves.need() == "Nobody") {
         routes += 1;
         let path = path.replace("{secret}", "guessed");
         let mut answers = Vec::new();
@@ -342,7 +342,7 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
             let answer = hub.ask("POST", &format!("/api/v1/{path}"), &hub.admin, body).await;
             assert_eq!(answer.status(), 400, "{path} {name:?}");
             let text = answer.text().await.unwrap();
-            assert!(text.contains("bad_name") && !text.contains(pipeops::text::unseen), "{text}");
+            assert!(text.contains("bad_name") && !text.contains(pipeops::base::text::unseen), "{text}");
         }
     }
     for good in ["prod eu-1", "Łódź", "東京", "🚀"] {
@@ -385,7 +385,7 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
     let value: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(value["report"]["nodes"][0]["name"], "vm\u{202e}1");
     for shown in [text, json] {
-        assert!(!shown.contains(|c: char| pipeops::text::unseen(c) && c != '\n'), "{shown:?}");
+        assert!(!shown.contains(|c: char| pipeops::base::text::unseen(c) && c != '\n'), "{shown:?}");
     }
     // a cluster is found by its name, blanks and all
     let mut body = plain.clone();

@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
-use pipeops::secret::Secret;
-use pipeops::trust::Pin;
-use pipeops::tunnel::client::{Work, visit};
-use pipeops::tunnel::dial::Target;
-use pipeops::tunnel::{Kind, Proxy, State, TunnelAuth, TunnelConfig, TunnelTls};
+use pipeops::base::secret::Secret;
+use pipeops::base::trust::Pin;
+use pipeops::frp::client::{Work, visit};
+use pipeops::frp::dial::Target;
+use pipeops::frp::{Kind, Proxy, State, TunnelAuth, TunnelConfig, TunnelTls};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pipeops::control::identity::{Found, Identity};
+use pipeops::agent::session::identity::{Found, Identity};
 use pipeops::host::Host;
 use reqwest::{Client, Method, Response};
 use serde_json::{Value, json};
@@ -396,16 +396,16 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
         let minted: Value = minted.json().await.unwrap();
         let endpoint = minted["endpoints"].as_array().unwrap().iter().find(|e| e["type"] == "stcp").unwrap().clone();
         let text = |name: &str| endpoint[name].as_str().unwrap().to_owned();
-        let config = pipeops::tunnel::TunnelConfig {
+        let config = pipeops::frp::TunnelConfig {
             server: "127.0.0.1".into(),
             port: text("address").rsplit(':').next().unwrap().parse().unwrap(),
             tcp_mux: true,
-            tls: pipeops::tunnel::TunnelTls { pin: Some(text("server_pin")), ..Default::default() },
+            tls: pipeops::frp::TunnelTls { pin: Some(text("server_pin")), ..Default::default() },
             ..Default::default()
         };
         let mut tasks = tokio::task::JoinSet::new();
-        let carrier = pipeops::tunnel::dial::Target::new(&config, false).unwrap().connect(&mut tasks).await.unwrap();
-        let visit = async |key: String| pipeops::tunnel::client::visit(&carrier, "", &text("proxy"), &pipeops::secret::Secret::new(key)).await;
+        let carrier = pipeops::frp::dial::Target::new(&config, false).unwrap().connect(&mut tasks).await.unwrap();
+        let visit = async |key: String| pipeops::frp::client::visit(&carrier, "", &text("proxy"), &pipeops::base::secret::Secret::new(key)).await;
         assert!(visit("guessed".into()).await.is_err());
         // held open as a half-made TLS connection is: the agent waits for its hello
         streams.push((runner["id"].clone(), visit(text("secret_key")).await.unwrap(), tasks));
@@ -464,7 +464,7 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         other => panic!("{other}"),
     };
     let mut checked = 0;
-    for (method, template, serves) in pipeops::hub::Hub::routes() {
+    for (method, template, serves) in pipeops::control_plane::Hub::routes() {
         // it takes its token in the body, or in the path
         if method == "POST" && matches!(template, "/session" | "/frp/handler/{secret}") {
             continue;
@@ -700,14 +700,14 @@ impl Plugged {
     }
 }
 
-impl pipeops::tunnel::server::Admit for Plugged {
-    fn login(&self, login: &pipeops::tunnel::wire::Login) -> Result<(String, tokio_util::sync::CancellationToken), String> {
+impl pipeops::frp::server::Admit for Plugged {
+    fn login(&self, login: &pipeops::frp::wire::Login) -> Result<(String, tokio_util::sync::CancellationToken), String> {
         self.ask("Login", json!({"version": "0.58.1", "user": "", "metas": login.metas, "client_address": "127.0.0.1:1"}))?;
         *self.metas.lock().unwrap() = login.metas.clone();
         Ok((login.metas["agent"].clone(), tokio_util::sync::CancellationToken::new()))
     }
 
-    fn proxy(&self, _: &str, asked: &pipeops::tunnel::wire::NewProxy) -> Result<(), String> {
+    fn proxy(&self, _: &str, asked: &pipeops::frp::wire::NewProxy) -> Result<(), String> {
         let user = json!({"user": "", "metas": *self.metas.lock().unwrap(), "run_id": "r"});
         for wrong in [json!({"proxy_name": "agent-a-0", "proxy_type": "stcp"}), json!({"proxy_name": asked.proxy_name, "proxy_type": "tcp"})] {
             let mut content = wrong.clone();
@@ -717,7 +717,7 @@ impl pipeops::tunnel::server::Admit for Plugged {
         self.ask("NewProxy", json!({"user": user, "proxy_name": asked.proxy_name, "proxy_type": asked.proxy_type}))
     }
 
-    fn visitor(&self, _: &str, _: &str, _: i64) -> Option<pipeops::tunnel::server::Visitor> {
+    fn visitor(&self, _: &str, _: &str, _: i64) -> Option<pipeops::frp::server::Visitor> {
         None
     }
 }
@@ -736,7 +736,7 @@ async fn a_reader_at_the_gateway_who_pauses_is_waited_for() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
-    use pipeops::tunnel::server::{Server, ServerConfig};
+    use pipeops::frp::server::{Server, ServerConfig};
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (tls, pin) = crate::plane::identity();
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
@@ -750,7 +750,7 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     let plugged = Arc::new(Plugged { url: format!("{}{path}", hub.url), client: hub.client.clone(), metas: Mutex::default() });
     let serve = |listener: tokio::net::TcpListener| {
         let frps = Server::new(ServerConfig {
-            token: pipeops::secret::Secret::new("frps-planted-canary-4711-in-plain-text"),
+            token: pipeops::base::secret::Secret::new("frps-planted-canary-4711-in-plain-text"),
             tls: Some(tls.clone()),
             tcp_mux: true,
             tcp_bind: None,

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pipeops::secret::Secret;
-use pipeops::trust::{Pin, Trust};
-use pipeops::tunnel::dial::Target;
-use pipeops::tunnel::wire::{self, Login, Message, NewProxy, NewVisitorConn, NewWorkConn};
-use pipeops::tunnel::{TunnelAuth, TunnelConfig, TunnelTls};
+use pipeops::base::secret::Secret;
+use pipeops::base::trust::{Pin, Trust};
+use pipeops::frp::dial::Target;
+use pipeops::frp::wire::{self, Login, Message, NewProxy, NewVisitorConn, NewWorkConn};
+use pipeops::frp::{TunnelAuth, TunnelConfig, TunnelTls};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -225,7 +225,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
     wire::write(&mut control, login(known.auth.metas.clone(), "")).await.unwrap();
     let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else { panic!("no answer") };
     assert_eq!(answer.error, "");
-    let mut control = pipeops::tunnel::layer::encrypted(control, &wire::Key::of(&Secret::new(token.clone())));
+    let mut control = pipeops::frp::codec::encrypted(control, &wire::Key::of(&Secret::new(token.clone())));
     for (name, kind) in [("agent-a-0", "stcp"), ("t", "tcp"), ("h", "http"), (&*format!("agent-{id}"), "tcp"), ("x", "udp")] {
         wire::write(&mut control, NewProxy { proxy_name: name.into(), proxy_type: kind.into(), ..NewProxy::default() }).await.unwrap();
         let error = loop {

@@ -277,7 +277,7 @@ fn walk(root: &Path, dir: &Path, tree: &mut BTreeMap<String, String>) {
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     use sha2::Digest;
-    pipeops::encoding::hex(&sha2::Sha256::digest(bytes))
+    pipeops::base::encoding::hex(&sha2::Sha256::digest(bytes))
 }
 
 fn healthy_root() -> Vec<(&'static str, String)> {

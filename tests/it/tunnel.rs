@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::plane::{free_port, identity};
-use pipeops::secret::Secret;
-use pipeops::tunnel::client::{Client, Work};
-use pipeops::tunnel::layer::Io;
-use pipeops::tunnel::server::{Server, ServerConfig};
-use pipeops::tunnel::{Kind, Proxy, State, Status, TunnelAuth, TunnelConfig, TunnelTls};
+use pipeops::base::secret::Secret;
+use pipeops::frp::client::{Client, Work};
+use pipeops::frp::codec::Io;
+use pipeops::frp::server::{Server, ServerConfig};
+use pipeops::frp::{Kind, Proxy, State, Status, TunnelAuth, TunnelConfig, TunnelTls};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -497,11 +497,11 @@ async fn a_visitor_with_the_wrong_key_is_refused_and_the_right_one_served() {
     let config = settings(frps.address, true, &pin);
     let mut frpc = Frpc::start(config.clone(), "r");
     frpc.until(State::Up).await;
-    let target = pipeops::tunnel::dial::Target::new(&config, false).unwrap();
+    let target = pipeops::frp::dial::Target::new(&config, false).unwrap();
     let mut tasks = tokio::task::JoinSet::new();
     let carrier = target.connect(&mut tasks).await.unwrap();
     for (name, key, refused) in [("s", "wrong", true), ("nobody", "sk", true), ("t", "sk", true), ("s", "sk", false)] {
-        match pipeops::tunnel::client::visit(&carrier, "", name, &Secret::new(key)).await {
+        match pipeops::frp::client::visit(&carrier, "", name, &Secret::new(key)).await {
             Ok(mut io) => {
                 assert!(!refused, "{name} {key}");
                 round_trip(&mut io, 100_000).await;

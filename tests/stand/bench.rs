@@ -8,8 +8,8 @@ use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use hyper_util::rt::TokioIo;
-use pipeops::secret::Secret;
-use pipeops::tunnel::server::{Server, ServerConfig};
+use pipeops::base::secret::Secret;
+use pipeops::frp::server::{Server, ServerConfig};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
@@ -456,14 +456,15 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
 
 /// A client in this process: new settings make it connect anew at once, without the waits between tries.
 struct Reconnecting {
-    settings: tokio::sync::watch::Sender<Option<pipeops::tunnel::TunnelConfig>>,
-    status: tokio::sync::watch::Receiver<pipeops::tunnel::Status>,
-    base: pipeops::tunnel::TunnelConfig,
+    settings: tokio::sync::watch::Sender<Option<pipeops::frp::TunnelConfig>>,
+    status: tokio::sync::watch::Receiver<pipeops::frp::Status>,
+    base: pipeops::frp::TunnelConfig,
 }
 
 impl Reconnecting {
     fn new(rig: &Rig) -> Reconnecting {
-        use pipeops::tunnel::{State, Status, TunnelConfig, client::Client};
+        use pipeops::frp::client::Client;
+        use pipeops::frp::{State, Status, TunnelConfig};
         let mut base: TunnelConfig = serde_json::from_value(rig.plane.config.lock().unwrap()["tunnel"].clone()).unwrap();
         base.proxies[0].name = "here".into();
         let (settings, receiver) = tokio::sync::watch::channel(Some(base.clone()));
@@ -490,9 +491,9 @@ impl Reconnecting {
     async fn change(&self, n: u32) {
         let mut status = self.status.clone();
         for round in 0..n {
-            let up = |s: &pipeops::tunnel::Status| s.state == pipeops::tunnel::State::Up;
+            let up = |s: &pipeops::frp::Status| s.state == pipeops::frp::State::Up;
             let since = status.wait_for(up).await.unwrap().since;
-            self.settings.send_replace(Some(pipeops::tunnel::TunnelConfig { pool_count: u16::try_from(round % 3).unwrap(), ..self.base.clone() }));
+            self.settings.send_replace(Some(pipeops::frp::TunnelConfig { pool_count: u16::try_from(round % 3).unwrap(), ..self.base.clone() }));
             status.wait_for(|s| up(s) && s.since > since).await.unwrap();
         }
     }

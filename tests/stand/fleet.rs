@@ -3,7 +3,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pipeops::control::identity::{Found, Identity};
+use pipeops::agent::session::identity::{Found, Identity};
 use pipeops::host::Host;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -143,7 +143,7 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
         tasks.spawn(async move {
             loop {
                 // as an agent does: 0.2 to 1 s at first
-                tokio::time::sleep(Duration::from_millis(200) + Duration::from_secs_f64(0.8 * pipeops::backoff::random())).await;
+                tokio::time::sleep(Duration::from_millis(200) + Duration::from_secs_f64(0.8 * pipeops::base::backoff::random())).await;
                 if let Ok(answer) = agent.client.execute(request.try_clone().unwrap()).await
                     && answer.status() == 200
                 {

@@ -7,8 +7,8 @@ use futures_util::StreamExt as _;
 use http::Request;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Bytes;
-use pipeops::cluster::upstream::Upstream;
 use pipeops::host::Host;
+use pipeops::kubernetes::upstream::Upstream;
 use serde_json::{Value, json};
 
 const VERBS: &[&str] = &[

@@ -15,9 +15,9 @@ use hyper_util::rt::TokioIo;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties};
-use pipeops::secret::Secret;
-use pipeops::trust::{Pin, Trust};
-use pipeops::tunnel::{TunnelConfig, TunnelTls};
+use pipeops::base::secret::Secret;
+use pipeops::base::trust::{Pin, Trust};
+use pipeops::frp::{TunnelConfig, TunnelTls};
 use serde_json::{Value, json};
 
 /// How a Runner speaks to a cluster: through the gateway, or through the tunnel's FRP server.
@@ -39,8 +39,8 @@ impl Way {
             }
             Way::Direct { config, proxy, key, agent, token } => {
                 let mut tasks = tokio::task::JoinSet::new();
-                let carrier = pipeops::tunnel::dial::Target::new(config, false).unwrap().connect(&mut tasks).await.unwrap();
-                let io = pipeops::tunnel::client::visit(&carrier, "", proxy, key).await.unwrap();
+                let carrier = pipeops::frp::dial::Target::new(config, false).unwrap().connect(&mut tasks).await.unwrap();
+                let io = pipeops::frp::client::visit(&carrier, "", proxy, key).await.unwrap();
                 // whoever runs the FRP server sees nothing: TLS to the agent's own key inside
                 let tls = Trust { pins: vec![agent.clone()], ..Trust::default() }.client().unwrap();
                 let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal").unwrap();

@@ -1,0 +1,252 @@
+//! The audit log: one line a record, each with its own hash and that of the one before it.
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use crate::base::encoding::hex;
+use crate::contract::types::AuditHead;
+use crate::host::state::{Appender, StateDir};
+
+/// The file that grows.
+const CURRENT: &str = "audit.jsonl";
+/// It is put aside at this size, bytes; the chain goes on in the next one.
+const SIZE: u64 = 16 << 20;
+/// Files put aside that are kept.
+const KEPT: usize = 8;
+/// What the first record follows.
+const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+/// Which half of a call a record tells of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Before a call that changes something, or an upgrade, is let through.
+    Start,
+    End,
+    /// The one record of any other call.
+    #[default]
+    Call,
+}
+
+/// Who asked for what, and what came of it. Never a body, never a query.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Record {
+    pub phase: Phase,
+    pub request: String,
+    pub subject: String,
+    pub role: String,
+    pub token: String,
+    pub method: String,
+    pub path: String,
+    pub verdict: String,
+    pub status: u16,
+    pub duration_ms: u64,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Line {
+    seq: u64,
+    at: String,
+    prev: String,
+    #[serde(flatten)]
+    record: Record,
+}
+
+/// The log, open for writing.
+pub struct Audit {
+    dir: StateDir,
+    file: Appender,
+    head: AuditHead,
+}
+
+fn digest(line: &str) -> String {
+    hex(&Sha256::digest(line))
+}
+
+/// What stands between a record and its own hash, at the end of a line.
+const SEAL: &str = ",\"hash\":\"";
+
+/// A record with its hash as the last field.
+fn sealed(record: &str) -> (String, String) {
+    let hash = digest(record);
+    (format!("{}{SEAL}{hash}\"}}", &record[..record.len() - 1]), hash)
+}
+
+/// The hash of a line, if it is the right one.
+fn unsealed(line: &str) -> Option<String> {
+    let (record, hash) = line.rsplit_once(SEAL)?;
+    let hash = hash.strip_suffix("\"}")?;
+    (digest(&format!("{record}}}")) == hash).then(|| hash.to_owned())
+}
+
+impl Audit {
+    /// Opens the log and finds its head. A last line that a crash cut is taken away: nothing was let through on it.
+    ///
+    /// # Errors
+    /// When the directory cannot be used.
+    pub fn open(dir: StateDir) -> anyhow::Result<Audit> {
+        let mut head = AuditHead { seq: 0, hash: GENESIS.into() };
+        let newest = match dir.last_line(CURRENT)? {
+            None => aside(&dir).last().map(|name| dir.last_line(name)).transpose()?.flatten(),
+            found => found,
+        };
+        if let Some(line) = newest {
+            let seq = serde_json::from_str::<Value>(&line).ok().and_then(|v| v["seq"].as_u64()).unwrap_or(0);
+            // one that was tampered with is no reason to stop recording: `verify` will name it
+            head = AuditHead { seq, hash: unsealed(&line).unwrap_or_else(|| digest(&line)) };
+        }
+        let file = dir.appender(CURRENT)?;
+        Ok(Audit { dir, file, head })
+    }
+
+    /// Appends a record.
+    ///
+    /// # Errors
+    /// As the file system says; the log is then as it was.
+    pub fn write(&mut self, record: Record) -> io::Result<()> {
+        if self.file.size() >= SIZE {
+            self.turn().map_err(|e| io::Error::other(format!("{e:#}")))?;
+        }
+        let seq = self.head.seq + 1;
+        let line = Line { seq, at: jiff::Timestamp::now().to_string(), prev: self.head.hash.clone(), record };
+        let (text, hash) = sealed(&serde_json::to_string(&line)?);
+        self.file.line(&text)?;
+        self.head = AuditHead { seq, hash };
+        Ok(())
+    }
+
+    fn turn(&mut self) -> anyhow::Result<()> {
+        self.dir.rename(CURRENT, &format!("audit-{:016}.jsonl", self.head.seq))?;
+        self.file = self.dir.appender(CURRENT)?;
+        let old = aside(&self.dir);
+        for name in old.iter().take(old.len().saturating_sub(KEPT)) {
+            self.dir.remove(name);
+        }
+        Ok(())
+    }
+
+    /// The last `most` records of the current file.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn recent(&self, most: usize) -> anyhow::Result<Vec<String>> {
+        let mut lines = self.dir.last_lines(CURRENT)?;
+        Ok(lines.split_off(lines.len().saturating_sub(most)))
+    }
+
+    pub fn head(&self) -> &AuditHead {
+        &self.head
+    }
+}
+
+fn aside(dir: &StateDir) -> Vec<String> {
+    dir.list().into_iter().filter(|n| n.starts_with("audit-")).collect()
+}
+
+/// What a walk over the chain found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Verified {
+    pub records: u64,
+    /// Number of the first record that is still kept.
+    pub first: u64,
+    pub head: AuditHead,
+}
+
+/// Walks over the whole log.
+///
+/// # Errors
+/// The file and line where the chain breaks, and how.
+pub fn verify(dir: &StateDir) -> Result<Verified, String> {
+    let mut found = Verified { records: 0, first: 0, head: AuditHead { seq: 0, hash: GENESIS.into() } };
+    for (n, name, line) in lines(dir)? {
+        let broken = |why: &str| format!("{name}, line {n}: {why}");
+        let parsed: Line = serde_json::from_str(&line).map_err(|e| broken(&format!("no record: {e}")))?;
+        if found.records == 0 {
+            found.first = parsed.seq;
+            if parsed.seq == 1 && parsed.prev != GENESIS {
+                return Err(broken("the first record does not begin the chain"));
+            }
+        } else if parsed.prev != found.head.hash {
+            return Err(broken("the record before it was changed or removed"));
+        } else if parsed.seq != found.head.seq + 1 {
+            return Err(broken("records are missing before it"));
+        }
+        let hash = unsealed(&line).ok_or_else(|| broken("the record was changed"))?;
+        found.records += 1;
+        found.head = AuditHead { seq: parsed.seq, hash };
+    }
+    Ok(found)
+}
+
+/// The last `most` records as they stand in the log.
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn tail(dir: &StateDir, most: usize) -> Result<Vec<String>, String> {
+    let all = lines(dir)?;
+    Ok(all.into_iter().rev().take(most).map(|(_, _, line)| line).rev().collect())
+}
+
+fn lines(dir: &StateDir) -> Result<Vec<(usize, String, String)>, String> {
+    let mut all = Vec::new();
+    for name in aside(dir).into_iter().chain([CURRENT.to_owned()]) {
+        let text = dir.read(&name).map_err(|e| format!("{e:#}"))?.unwrap_or_default();
+        all.extend(text.lines().enumerate().map(|(n, line)| (n + 1, name.clone(), line.to_owned())));
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Host;
+
+    fn record(n: u64) -> Record {
+        Record {
+            phase: Phase::Call,
+            request: n.to_string(),
+            subject: "r".into(),
+            role: "viewer".into(),
+            token: "t".into(),
+            method: "GET".into(),
+            path: "/api".into(),
+            verdict: "allowed".into(),
+            status: 200,
+            duration_ms: 1,
+            bytes_in: 0,
+            bytes_out: 0,
+        }
+    }
+
+    #[test]
+    fn one_flipped_byte_is_found_and_a_cut_line_is_not_taken_for_one() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = Host::new(root.path(), None).state_dir("/audit").unwrap();
+        let mut audit = Audit::open(dir.clone()).unwrap();
+        for n in 0..20 {
+            audit.write(record(n)).unwrap();
+        }
+        let head = audit.head().clone();
+        drop(audit);
+        assert_eq!(verify(&dir).unwrap(), Verified { records: 20, first: 1, head });
+        let good = dir.read(CURRENT).unwrap().unwrap();
+        // killed in the middle of a line
+        dir.write(CURRENT, &good[..good.len() - 30]).unwrap();
+        let mut audit = Audit::open(dir.clone()).unwrap();
+        audit.write(record(99)).unwrap();
+        assert_eq!(verify(&dir).unwrap().records, 20);
+        let mut bytes = good.clone().into_bytes();
+        let at = good.find("\"request\":\"7\"").unwrap() + 11;
+        bytes[at] = b'8';
+        dir.write(CURRENT, &String::from_utf8(bytes).unwrap()).unwrap();
+        assert!(verify(&dir).unwrap_err().contains("line 8: the record was changed"));
+        let without: Vec<&str> = good.lines().enumerate().filter(|(n, _)| *n != 4).map(|(_, l)| l).collect();
+        dir.write(CURRENT, &(without.join("\n") + "\n")).unwrap();
+        assert!(verify(&dir).is_err());
+    }
+}

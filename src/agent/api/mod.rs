@@ -1,0 +1,370 @@
+//! The agent's HTTP API on tunnel streams: TLS inside, who may, what it costs, and the account of it.
+
+pub mod audit;
+pub mod operations;
+pub mod permits;
+mod proxy;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use http::{HeaderMap, Method, Request, Response, header};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::session;
+use crate::agent::status::Agent;
+use crate::contract::token::{self, Caller, Role};
+use crate::contract::types::{AuditHead, Config};
+use crate::kubernetes::answer::{Problem, discovery, plain};
+use crate::kubernetes::header_policy;
+use crate::kubernetes::upstream::{Body, Upstream};
+use audit::{Audit, Phase, Record};
+use operations::Operations;
+use permits::{Limits, Open, Permit, Stream};
+
+/// Audit records that one call gives.
+const RECENT: usize = 50;
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Requests on one HTTP/2 connection: not fewer than a caller may have open.
+const STREAMS: u32 = 1024;
+/// For a request's head, and how long a connection may be idle.
+const HEAD: Duration = Duration::from_secs(60);
+/// What the API stands on.
+pub struct Parts {
+    pub id: String,
+    pub most: Role,
+    pub config: watch::Receiver<Option<Config>>,
+    pub control: watch::Receiver<session::Status>,
+    pub upstream: watch::Receiver<Option<Upstream>>,
+    pub account: watch::Receiver<Agent>,
+    pub audit_head: watch::Sender<AuditHead>,
+    pub limits: Limits,
+    /// Where what was asked for once and goes on by itself is kept, and where its end is told.
+    pub operations: Operations,
+    /// Takes nothing new.
+    pub drain: CancellationToken,
+    /// Ends what is still open.
+    pub cut: CancellationToken,
+}
+
+/// The API; clones are the same one.
+#[derive(Clone)]
+pub struct Api {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    parts: Parts,
+    tls: TlsAcceptor,
+    audit: Mutex<Audit>,
+    open: Mutex<Open>,
+    known: Mutex<token::Known>,
+    counts: Counts,
+}
+
+/// Since the start, for metrics.
+#[derive(Default)]
+pub struct Counts {
+    pub requests: AtomicU64,
+    pub refused: AtomicU64,
+    pub upgrades: AtomicU64,
+    pub bytes_in: AtomicU64,
+    pub bytes_out: AtomicU64,
+    pub audit_failed: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // a panic inside leaves plain data behind
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Api {
+    pub fn new(parts: Parts, tls: rustls::ServerConfig, audit: Audit) -> Api {
+        parts.audit_head.send_replace(audit.head().clone());
+        let tls = TlsAcceptor::from(Arc::new(tls));
+        let api = Api {
+            inner: Arc::new(Inner {
+                parts,
+                tls,
+                audit: Mutex::new(audit),
+                open: Mutex::default(),
+                known: Mutex::default(),
+                counts: Counts::default(),
+            }),
+        };
+        api.tell_the_rest();
+        api
+    }
+
+    /// Nothing new is taken.
+    fn draining(&self) -> bool {
+        self.inner.parts.drain.is_cancelled() || self.inner.parts.control.borrow().drain
+    }
+
+    /// Streams of callers that are open.
+    pub fn open(&self) -> usize {
+        lock(&self.inner.open).all()
+    }
+
+    pub fn counts(&self) -> &Counts {
+        &self.inner.counts
+    }
+
+    /// Serves one stream of the tunnel to its end. Whoever runs the FRP server sees TLS with a key that is not his.
+    pub async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
+        match timeout(HANDSHAKE, self.inner.tls.accept(io)).await {
+            Ok(Ok(stream)) => self.http(stream, Api::route).await,
+            Ok(Err(error)) => tracing::debug!(%error, "TLS on a tunnel stream"),
+            Err(_) => tracing::debug!("a tunnel stream did not finish its TLS handshake"),
+        }
+    }
+
+    /// Serves one stream of an http proxy, which the FRP server reads along: nothing but whether the agent lives.
+    pub async fn serve_plain<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
+        self.http(io, |_, request| std::future::ready(Api::route_plain(&request))).await;
+    }
+
+    async fn http<S, F, R>(&self, io: S, route: F)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        F: Fn(Api, Request<Incoming>) -> R + Send + Clone + 'static,
+        R: Future<Output = Response<Body>> + Send + 'static,
+    {
+        let api = self.clone();
+        let service = hyper::service::service_fn(move |request| {
+            let answer = route(api.clone(), request);
+            async move { Ok::<_, std::convert::Infallible>(answer.await) }
+        });
+        let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(64 * 1024);
+        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS).max_header_list_size(16 * 1024).initial_stream_window_size(1 << 20);
+        let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
+        let mut connection = std::pin::pin!(connection);
+        let parts = &self.inner.parts;
+        tokio::select! {
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(error = format!("{error:?}"), "a connection broke off");
+                }
+                return;
+            }
+            () = parts.drain.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        tokio::select! {
+            _ = connection => {}
+            () = parts.cut.cancelled() => {}
+        }
+    }
+
+    fn route_plain(request: &Request<Incoming>) -> Response<Body> {
+        if request.uri().path() == "/healthz" && matches!(*request.method(), Method::GET | Method::HEAD) {
+            return plain(200, "text/plain", "ok\n".into());
+        }
+        let hint = Some("use the agent's stcp or tcp proxy, with TLS to the agent");
+        Problem::new(403, "plain_transport", "this way is read by whoever runs the FRP server", hint).plain()
+    }
+
+    async fn route(self, request: Request<Incoming>) -> Response<Body> {
+        self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
+        let (parts, body) = request.into_parts();
+        let below_k8s = parts.uri.path() == "/k8s" || parts.uri.path().starts_with("/k8s/");
+        let refusal = |problem: &Problem| {
+            self.inner.counts.refused.fetch_add(1, Ordering::Relaxed);
+            match parts.uri.path().strip_prefix("/k8s").filter(|_| below_k8s) {
+                Some(path) => problem.status(discovery(path)),
+                None => problem.plain(),
+            }
+        };
+        if let Err(refused) = header_policy::form(&parts) {
+            let mut answer = refusal(&refused.into());
+            if parts.version != http::Version::HTTP_2 {
+                answer.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+            }
+            return answer;
+        }
+        if parts.uri.path() == "/healthz" && matches!(parts.method, Method::GET | Method::HEAD) {
+            return plain(200, "text/plain", "ok\n".into());
+        }
+        let caller = match self.authenticate(&parts.headers) {
+            Ok(caller) => caller,
+            Err(why) => {
+                let hint = Some("get a token from the control plane: POST /api/v1/clusters/ID/token");
+                return refusal(&Problem::new(401, "unauthorized", why, hint));
+            }
+        };
+        let path = parts.uri.path();
+        if below_k8s {
+            return self.kubernetes(parts, body, caller).await;
+        }
+        if let Some(rest) = path.strip_prefix("/api/v1/operations").filter(|rest| rest.is_empty() || rest.starts_with('/')) {
+            let answer = self.operation(&parts, body, &caller, rest).await;
+            // one that was taken is on record by itself, from its beginning to its end
+            if answer.status() != 202 {
+                self.account(&caller, &parts.method, path, answer.status().as_u16());
+            }
+            return answer;
+        }
+        let account = || self.inner.parts.account.borrow().clone();
+        let answer = match (path, &parts.method) {
+            ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method) if !matches!(*method, Method::GET | Method::HEAD) => {
+                Problem::new(405, "method_not_allowed", "only GET is served here", None).plain()
+            }
+            ("/readyz", _) => match account().ready() {
+                Ok(()) => plain(200, "text/plain", "ok\n".into()),
+                Err(why) => Problem::new(503, "not_ready", why, None).again_after(5).plain(),
+            },
+            ("/version", _) => {
+                plain(200, "application/json", json!({"version": env!("CARGO_PKG_VERSION"), "agent": self.inner.parts.id}).to_string())
+            }
+            ("/metrics", _) => plain(200, "text/plain; version=0.0.4", account().metrics() + &self.metrics()),
+            ("/api/v1/status", _) => plain(200, "application/json", serde_json::to_string(&account()).unwrap_or_default()),
+            // who did what is not for everybody
+            ("/api/v1/audit", _) if caller.role < Role::Operator || caller.namespaces.is_some() => {
+                Problem::new(403, "role_exceeded", "the audit log is for operators of the whole cluster", None).plain()
+            }
+            ("/api/v1/audit", _) => match lock(&self.inner.audit).recent(RECENT) {
+                Ok(lines) => plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(","))),
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "the audit log cannot be read");
+                    Problem::new(500, "audit_unreadable", "the audit log cannot be read", None).plain()
+                }
+            },
+            _ => Problem::new(404, "not_found", "there is no such path", Some("the Kubernetes API is below /k8s")).plain(),
+        };
+        self.account(&caller, &parts.method, path, answer.status().as_u16());
+        answer
+    }
+
+    fn account(&self, caller: &Caller, method: &Method, path: &str, status: u16) {
+        let record = self.record(caller, &crate::frp::wire::fresh_run_id(), method, path);
+        let _ = self.write(Record { phase: Phase::Call, verdict: "served".into(), status, ..record });
+    }
+
+    /// Prometheus text of what this API did.
+    pub fn metrics(&self) -> String {
+        let c = &self.inner.counts;
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        format!(
+            "# TYPE pipeops_api_requests_total counter\npipeops_api_requests_total {}\n\
+             # TYPE pipeops_api_refused_total counter\npipeops_api_refused_total {}\n\
+             # TYPE pipeops_api_upgrades_total counter\npipeops_api_upgrades_total {}\n\
+             # TYPE pipeops_api_bytes_total counter\npipeops_api_bytes_total{{direction=\"in\"}} {}\npipeops_api_bytes_total{{direction=\"out\"}} {}\n\
+             # TYPE pipeops_api_open_streams gauge\npipeops_api_open_streams {}\n\
+             # TYPE pipeops_tasks gauge\npipeops_tasks {}\n\
+             # TYPE pipeops_operations_running gauge\npipeops_operations_running {}\n\
+             # TYPE pipeops_audit_failed_total counter\npipeops_audit_failed_total {}\n",
+            get(&c.requests),
+            get(&c.refused),
+            get(&c.upgrades),
+            get(&c.bytes_in),
+            get(&c.bytes_out),
+            self.open(),
+            tokio::runtime::Handle::try_current().map_or(0, |runtime| runtime.metrics().num_alive_tasks()),
+            self.inner.parts.operations.running(),
+            get(&c.audit_failed),
+        )
+    }
+
+    fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, &'static str> {
+        let token = header_policy::bearer(headers).ok_or("a bearer token is needed")?;
+        let parts = &self.inner.parts;
+        let config = parts.config.borrow();
+        let auth = &config.as_ref().ok_or("this agent is not registered yet")?.runner_auth;
+        // the control plane signs by its own clock
+        let now = jiff::Timestamp::now().as_second() - parts.control.borrow().offset;
+        token::check(token, auth, &parts.id, parts.most, now, &self.inner.known)
+    }
+
+    fn record(&self, caller: &Caller, request: &str, method: &Method, path: &str) -> Record {
+        Record {
+            phase: Phase::Call,
+            request: request.into(),
+            subject: caller.subject.clone(),
+            role: caller.role.name().into(),
+            token: caller.token.clone(),
+            method: method.to_string(),
+            path: if path.len() <= 1024 { path.into() } else { path.chars().take(1024).collect() },
+            verdict: String::new(),
+            status: 0,
+            duration_ms: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+        }
+    }
+
+    /// Counts a call, and puts its beginning on record where it changes something; its end follows when it is dropped.
+    ///
+    /// # Errors
+    /// What is full: streams, or the disk that takes the record.
+    fn open_call(&self, record: Record, stream: Stream, changes: bool) -> Result<Call, Problem> {
+        let permit = self.permit(&record.subject, stream)?;
+        let mut call = Call { api: self.clone(), record, begun: Instant::now(), counted: Arc::default(), _permit: permit };
+        if changes {
+            let start = Record { phase: Phase::Start, verdict: "allowed".into(), ..call.record.clone() };
+            if self.write(start).is_err() {
+                call.status(507, "audit_full");
+                let message = "what changes something must be put on record, and the disk takes no record";
+                return Err(Problem::new(507, "audit_full", message, Some("free space on the node")));
+            }
+            call.record.phase = Phase::End;
+        }
+        Ok(call)
+    }
+
+    fn write(&self, record: Record) -> std::io::Result<()> {
+        let mut audit = lock(&self.inner.audit);
+        let result = audit.write(record);
+        match &result {
+            Ok(()) => {
+                self.inner.parts.audit_head.send_replace(audit.head().clone());
+            }
+            Err(error) => {
+                self.inner.counts.audit_failed.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%error, "the audit log cannot be written");
+            }
+        }
+        result
+    }
+}
+
+/// A call under way, accounted for when it ends, however it ends.
+pub(crate) struct Call {
+    api: Api,
+    record: Record,
+    begun: Instant,
+    pub(crate) counted: Arc<Counted>,
+    _permit: Permit,
+}
+
+#[derive(Default)]
+pub(crate) struct Counted {
+    pub(crate) bytes_in: AtomicU64,
+    pub(crate) bytes_out: AtomicU64,
+}
+
+impl Call {
+    pub(crate) fn status(&mut self, status: u16, verdict: &str) {
+        self.record.status = status;
+        self.record.verdict = verdict.into();
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let mut record = std::mem::take(&mut self.record);
+        record.duration_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        record.bytes_in = self.counted.bytes_in.load(Ordering::Relaxed);
+        record.bytes_out = self.counted.bytes_out.load(Ordering::Relaxed);
+        self.api.inner.counts.bytes_in.fetch_add(record.bytes_in, Ordering::Relaxed);
+        self.api.inner.counts.bytes_out.fetch_add(record.bytes_out, Ordering::Relaxed);
+        let _ = self.api.write(record);
+    }
+}

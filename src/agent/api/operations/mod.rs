@@ -1,0 +1,458 @@
+//! Operations: what a Runner asks for once and is told the end of, though he, the tunnel or the control plane be gone meanwhile.
+//!
+//! An operation is on the disk before it is accepted, and its end before it is told. What it asks for is not: it may hold secrets, and
+//! nothing of it is done after a restart, as the caller's right to it may be gone by then.
+
+mod work;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use futures_util::stream;
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Method, Response, header};
+use http_body_util::{BodyExt as _, Limited, StreamBody};
+use hyper::body::{Bytes, Frame, Incoming};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::permits::{Permit, Stream};
+use super::{Api, Call, lock};
+use crate::agent::session::client::Finished;
+use crate::base::encoding::hex;
+use crate::contract::operation::Wanted;
+use crate::contract::token::{Caller, Role};
+use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState, Touched, check_key, operation_id};
+use crate::host::state::StateDir;
+use crate::kubernetes::answer::{Problem, plain};
+use crate::kubernetes::upstream::{Body, Upstream};
+use work::End;
+
+/// Operations that run at once.
+const AT_ONCE: usize = 8;
+/// Largest request, and how long it may take to come.
+const BODY: usize = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Operations that are remembered, the ended ones, and for how long, seconds: a second request with their key finds them.
+const KEPT: usize = 256;
+const DAYS: i64 = 7 * 86_400;
+/// Between tries at writing or telling an end.
+const AGAIN: Duration = Duration::from_secs(5);
+/// A listener who is gone is noticed when something is sent to him.
+const QUIET: Duration = Duration::from_secs(15);
+
+/// What the disk holds of an operation.
+#[derive(Clone, Serialize, Deserialize)]
+struct Stored {
+    operation: Operation,
+    /// Digest of the request: the same key for something else is a mistake.
+    request: String,
+    /// The control plane's queue has its end.
+    told: bool,
+}
+
+struct Live {
+    stored: Stored,
+    /// What happened so far, in words.
+    events: Vec<String>,
+    news: watch::Sender<()>,
+    cancel: CancellationToken,
+}
+
+impl Live {
+    fn new(stored: Stored) -> Live {
+        Live { stored, events: Vec::new(), news: watch::Sender::new(()), cancel: CancellationToken::new() }
+    }
+}
+
+/// All that are remembered, and where their ends go.
+pub struct Operations {
+    dir: StateDir,
+    all: Mutex<BTreeMap<String, Live>>,
+    results: mpsc::Sender<Finished>,
+}
+
+fn file(id: &str) -> String {
+    format!("{id}.json")
+}
+
+fn now() -> String {
+    jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or_default().to_string()
+}
+
+impl Operations {
+    /// Those of before. One that ran when the agent stopped is over.
+    pub fn open(dir: StateDir, results: mpsc::Sender<Finished>) -> Operations {
+        let mut all = BTreeMap::new();
+        for name in dir.list() {
+            let stored: Option<Stored> = dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
+            let Some(mut stored) = stored.filter(|s| file(&s.operation.id) == name) else {
+                // cut by no crash, as files are replaced whole: somebody else's
+                dir.remove(&name);
+                continue;
+            };
+            let operation = &mut stored.operation;
+            if !operation.state.ended() {
+                operation.state = OperationState::Interrupted;
+                operation.message = "the agent stopped while it ran: part of it may be done; ask again with another key".into();
+                operation.finished_at = now();
+            }
+            all.insert(operation.id.clone(), Live::new(stored));
+        }
+        Operations { dir, all: Mutex::new(all), results }
+    }
+
+    /// How many run.
+    pub fn running(&self) -> usize {
+        lock(&self.all).values().filter(|l| !l.stored.operation.state.ended()).count()
+    }
+
+    /// What is too old or too much, the oldest first; never one whose end is not told.
+    fn tidy(&self, all: &mut BTreeMap<String, Live>) {
+        let mut done: Vec<(String, String)> =
+            all.values().filter(|l| l.stored.told).map(|l| (l.stored.operation.finished_at.clone(), l.stored.operation.id.clone())).collect();
+        done.sort();
+        let oldest = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - DAYS).unwrap_or_default().to_string();
+        let excess = done.len().saturating_sub(KEPT);
+        for (n, (at, id)) in done.into_iter().enumerate() {
+            if n < excess || at < oldest {
+                self.dir.remove(&file(&id));
+                all.remove(&id);
+            }
+        }
+    }
+
+    fn store(&self, stored: &Stored) -> anyhow::Result<()> {
+        self.dir.write(&file(&stored.operation.id), &serde_json::to_string(stored)?)
+    }
+
+    fn change(&self, id: &str, change: impl FnOnce(&mut Live)) -> Option<Stored> {
+        let mut all = lock(&self.all);
+        let live = all.get_mut(id)?;
+        change(live);
+        live.news.send_replace(());
+        Some(live.stored.clone())
+    }
+}
+
+/// What a worker tells of what it does.
+pub(super) struct Progress {
+    api: Api,
+    id: String,
+}
+
+impl Progress {
+    /// In words, to whoever listens.
+    fn say(&self, message: String) {
+        self.api.operations().change(&self.id, |live| {
+            live.events.push(json!({"at": now(), "message": message}).to_string());
+            live.stored.operation.message = message;
+        });
+    }
+
+    /// An object was dealt with, or has become what it should.
+    fn touched(&self, object: &str, outcome: &str) {
+        self.api.operations().change(&self.id, |live| {
+            let objects = &mut live.stored.operation.objects;
+            match objects.iter_mut().find(|t| t.object == object) {
+                Some(touched) => touched.outcome = outcome.into(),
+                None => objects.push(Touched { object: object.into(), outcome: outcome.into() }),
+            }
+            live.events.push(json!({"at": now(), "object": object, "outcome": outcome}).to_string());
+        });
+    }
+}
+
+fn shown(status: u16, operation: &Operation) -> Response<Body> {
+    plain(status, "application/json", serde_json::to_string(operation).unwrap_or_default())
+}
+
+impl Api {
+    fn operations(&self) -> &Operations {
+        &self.inner.parts.operations
+    }
+
+    /// Tells the ends that an earlier run of the agent could not tell.
+    pub(super) fn tell_the_rest(&self) {
+        let untold: Vec<Stored> =
+            lock(&self.operations().all).values().filter(|l| l.stored.operation.state.ended() && !l.stored.told).map(|l| l.stored.clone()).collect();
+        for stored in untold {
+            tokio::spawn(self.clone().tell(stored));
+        }
+    }
+
+    /// `/api/v1/operations` and what is below it. `rest` is empty, or begins with a slash.
+    pub(super) async fn operation(&self, parts: &Parts, body: Incoming, caller: &Caller, rest: &str) -> Response<Body> {
+        let mut segments = rest.split('/').skip(1);
+        let (id, what, end) = (segments.next(), segments.next(), segments.next());
+        match (&parts.method, id, what, end) {
+            (&Method::POST, None, ..) => self.begin(parts, body, caller).await,
+            (&Method::GET, None, ..) => {
+                let all = lock(&self.operations().all);
+                let mut mine: Vec<&Operation> = all.values().map(|l| &l.stored.operation).filter(|o| sees(caller, o)).collect();
+                mine.sort_by(|a, b| b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id)));
+                plain(200, "application/json", json!({"items": mine}).to_string())
+            }
+            (&Method::GET, Some(id), None, _) => match self.found(caller, id) {
+                Some(operation) => shown(200, &operation),
+                None => gone(),
+            },
+            (&Method::GET, Some(id), Some("events"), None) => match self.found(caller, id) {
+                Some(_) => self.events(caller, id.to_owned(), &parts.headers),
+                None => gone(),
+            },
+            (&Method::DELETE, Some(id), None, _) => match self.found(caller, id) {
+                Some(_) => {
+                    self.operations().change(id, |live| live.cancel.cancel());
+                    self.found(caller, id).map_or_else(gone, |operation| shown(200, &operation))
+                }
+                None => gone(),
+            },
+            (_, _, None | Some("events"), None) => problem(405, "method_not_allowed", "this path takes another method", None),
+            _ => gone(),
+        }
+    }
+
+    fn found(&self, caller: &Caller, id: &str) -> Option<Operation> {
+        lock(&self.operations().all).get(id).map(|l| l.stored.operation.clone()).filter(|o| sees(caller, o))
+    }
+
+    async fn begin(&self, parts: &Parts, body: Incoming, caller: &Caller) -> Response<Body> {
+        if caller.role < Role::Deployer {
+            return problem(403, "role_exceeded", "a viewer changes nothing", None);
+        }
+        if self.draining() {
+            return problem(503, "draining", "the agent takes nothing new", None);
+        }
+        let mut keys = parts.headers.get_all(IDEMPOTENCY_KEY).iter().map(HeaderValue::to_str);
+        let key = match (keys.next(), keys.next()) {
+            (Some(Ok(key)), None) => Some(key),
+            _ => None,
+        };
+        let key = match check_key(key) {
+            Ok(key) => key,
+            Err(why) => return problem(400, "idempotency_key_needed", why, None),
+        };
+        let bytes = match timeout(PATIENCE, Limited::new(body, BODY).collect()).await {
+            Ok(Ok(body)) => body.to_bytes(),
+            Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => return problem(413, "too_large", "an operation is larger than 1 MiB", None),
+            Ok(Err(_)) => return problem(400, "bad_body", "the body broke off", None),
+            Err(_) => return problem(408, "too_slow", "the body took longer than 15 s", None),
+        };
+        let id = operation_id(&caller.subject, key);
+        let request = hex(&Sha256::digest(&bytes));
+        let known = lock(&self.operations().all).get(&id).map(|l| l.stored.clone());
+        if let Some(known) = known {
+            return again(&known, &request);
+        }
+        let wanted = match Wanted::parse(&bytes, caller) {
+            Ok(wanted) => wanted,
+            Err((status, code, message)) => return problem(status, code, message, None),
+        };
+        let Some(upstream) = self.inner.parts.upstream.borrow().clone() else {
+            return problem(
+                503,
+                "kubernetes_waiting",
+                "the agent has no way to the Kubernetes API at the moment",
+                Some("the tunnel stays up; try again soon"),
+            );
+        };
+        let call = match self.open_call(self.record(caller, &id, &parts.method, "/api/v1/operations"), Stream::Short, true) {
+            Ok(call) => call,
+            Err(problem) => return problem.plain(),
+        };
+        let operation =
+            Operation { id: id.clone(), kind: wanted.kind().into(), subject: caller.subject.clone(), created_at: now(), ..Operation::default() };
+        let stored = Stored { operation, request, told: false };
+        let cancel = match self.admit(&stored) {
+            Ok(cancel) => cancel,
+            Err(refused) => {
+                let mut call = call;
+                call.status(refused.status().as_u16(), "refused");
+                return *refused;
+            }
+        };
+        tokio::spawn(self.clone().carry_out(id.clone(), wanted, upstream, caller.clone(), cancel, call));
+        let mut answer = shown(202, &stored.operation);
+        if let Ok(location) = HeaderValue::try_from(format!("/api/v1/operations/{id}")) {
+            answer.headers_mut().insert(header::LOCATION, location);
+        }
+        answer
+    }
+
+    /// Durable from here on.
+    fn admit(&self, stored: &Stored) -> Result<CancellationToken, Box<Response<Body>>> {
+        let operations = self.operations();
+        let mut all = lock(&operations.all);
+        operations.tidy(&mut all);
+        let id = &stored.operation.id;
+        if let Some(known) = all.get(id) {
+            return Err(again(&known.stored, &stored.request).into());
+        }
+        if all.values().filter(|l| !l.stored.operation.state.ended()).count() >= AT_ONCE {
+            return Err(problem(429, "too_many_operations", format!("{AT_ONCE} operations run already"), Some("wait for one of them to end")).into());
+        }
+        if let Err(error) = operations.store(stored) {
+            tracing::warn!(error = format!("{error:#}"), "an operation cannot be kept");
+            return Err(problem(507, "disk_full", "the agent cannot write the operation down", Some("free space on the node")).into());
+        }
+        let live = Live::new(stored.clone());
+        let cancel = live.cancel.clone();
+        all.insert(id.clone(), live);
+        Ok(cancel)
+    }
+
+    async fn carry_out(self, id: String, wanted: Wanted, upstream: Upstream, caller: Caller, cancel: CancellationToken, mut call: Call) {
+        let progress = Progress { api: self.clone(), id: id.clone() };
+        let end = work::run(&wanted, &self, upstream, &caller, &progress, cancel).await;
+        let (state, message, status) = match end {
+            Ok(()) => (OperationState::Succeeded, String::new(), 200),
+            Err(End::Failed(why)) => (OperationState::Failed, why, 422),
+            Err(End::Cancelled) => (OperationState::Cancelled, "cancelled; what stands in objects was done".into(), 499),
+            Err(End::Interrupted) => (OperationState::Interrupted, "the agent stopped while it ran; what stands in objects was done".into(), 503),
+        };
+        call.status(status, state.name());
+        let ended = self.operations().change(&id, |live| {
+            let operation = &mut live.stored.operation;
+            (operation.state, operation.message, operation.finished_at) = (state, message, now());
+        });
+        let Some(ended) = ended else { return };
+        loop {
+            match self.operations().store(&ended) {
+                Ok(()) => break,
+                Err(error) => tracing::error!(error = format!("{error:#}"), id, "the end of an operation cannot be written yet"),
+            }
+            tokio::select! {
+                () = sleep(AGAIN) => {}
+                // the disk says that it runs: the next start calls it interrupted
+                () = self.inner.parts.cut.cancelled() => return,
+            }
+        }
+        drop(call);
+        self.tell(ended).await;
+    }
+
+    /// Hands an end to the queue of the control plane, until it is there.
+    async fn tell(self, mut stored: Stored) {
+        let id = stored.operation.id.clone();
+        loop {
+            let Ok(body) = serde_json::to_string(&stored.operation) else { return };
+            let (kept, is_kept) = oneshot::channel();
+            if self.operations().results.send(Finished { operation: id.clone(), body, kept }).await.is_err() {
+                // the agent stops: the next start tells it
+                return;
+            }
+            if is_kept.await.is_ok() {
+                break;
+            }
+            sleep(AGAIN).await;
+        }
+        stored.told = true;
+        if let Err(error) = self.operations().store(&stored) {
+            tracing::warn!(error = format!("{error:#}"), id, "an end that was told will be told again");
+        }
+        self.operations().change(&id, |live| live.stored.told = true);
+    }
+
+    /// Server-sent events (WHATWG HTML §9.2): each step, then `end` with the operation. `Last-Event-ID` goes on where another listener
+    /// broke off.
+    fn events(&self, caller: &Caller, id: String, headers: &HeaderMap) -> Response<Body> {
+        let permit = match self.permit(&caller.subject, Stream::Watch) {
+            Ok(permit) => permit,
+            Err(problem) => return problem.plain(),
+        };
+        let Some(mut news) = lock(&self.operations().all).get(&id).map(|l| l.news.subscribe()) else { return gone() };
+        news.mark_changed();
+        let last = headers.get("last-event-id").and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok());
+        let begin = Listener { api: self.clone(), id, news, next: last.unwrap_or(0), over: false, _permit: permit };
+        let events = stream::unfold(begin, |mut listener| async move {
+            let text = listener.next().await?;
+            Some((Ok::<_, tower::BoxError>(Frame::data(Bytes::from(text))), listener))
+        });
+        let mut response = Response::new(StreamBody::new(events).boxed_unsync());
+        for (name, value) in [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")] {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        response
+    }
+}
+
+/// Somebody who follows an operation.
+struct Listener {
+    api: Api,
+    id: String,
+    news: watch::Receiver<()>,
+    /// Events that he has.
+    next: usize,
+    over: bool,
+    _permit: Permit,
+}
+
+impl Listener {
+    async fn next(&mut self) -> Option<String> {
+        if self.over {
+            return None;
+        }
+        loop {
+            tokio::select! {
+                changed = self.news.changed() => changed.ok()?,
+                () = sleep(QUIET) => return Some(": quiet\n\n".into()),
+                () = self.api.inner.parts.cut.cancelled() => return None,
+            }
+            let all = lock(&self.api.operations().all);
+            let live = all.get(&self.id)?;
+            let mut text = String::new();
+            for event in live.events.iter().skip(self.next) {
+                self.next += 1;
+                text.push_str(&format!("id: {}\nevent: step\ndata: {event}\n\n", self.next));
+            }
+            if live.stored.operation.state.ended() {
+                self.over = true;
+                text.push_str(&format!("event: end\ndata: {}\n\n", serde_json::to_string(&live.stored.operation).unwrap_or_default()));
+            }
+            if !text.is_empty() {
+                return Some(text);
+            }
+        }
+    }
+}
+
+fn problem(status: u16, code: &'static str, message: impl Into<Cow<'static, str>>, hint: Option<&'static str>) -> Response<Body> {
+    let problem = Problem::new(status, code, message, hint);
+    match status {
+        429 => problem.again_after(1).plain(),
+        503 => problem.again_after(5).plain(),
+        _ => problem.plain(),
+    }
+}
+
+/// His own, or all of them as an operator of the whole cluster.
+fn sees(caller: &Caller, operation: &Operation) -> bool {
+    operation.subject == caller.subject || (caller.role >= Role::Operator && caller.namespaces.is_none())
+}
+
+fn gone() -> Response<Body> {
+    problem(404, "not_found", "there is no such operation", None)
+}
+
+/// The same request again, or another one under its key.
+fn again(known: &Stored, request: &str) -> Response<Body> {
+    if known.request == request {
+        return shown(200, &known.operation);
+    }
+    problem(409, "idempotency_mismatch", "this Idempotency-Key was used for something else", Some("use a fresh key for each thing that is asked for"))
+}
+
+/// What Kubernetes says went wrong, less what it may quote of a Secret.
+fn said(kind: &str, status: u16, answer: &Value) -> String {
+    let reason = answer["reason"].as_str().unwrap_or_default();
+    let message = answer["message"].as_str().filter(|_| kind != "Secret").unwrap_or(reason);
+    let text: String = crate::base::text::shown(message).chars().take(500).collect();
+    format!("Kubernetes answers {status}: {}", if text.is_empty() { "no reason given" } else { &text })
+}

@@ -1,0 +1,191 @@
+//! How much one caller, and all together, may have open: each kind of request apart, so that what stays open starves nothing else.
+
+use std::collections::HashMap;
+
+use http::Method;
+use http::request::Parts;
+
+use super::{Api, lock};
+use crate::kubernetes::answer::Problem;
+use crate::kubernetes::path::Target;
+
+/// Requests that end by themselves, and upgrades, of one caller and in all, unless the settings say otherwise.
+pub const PER_CALLER: usize = 64;
+pub const IN_ALL: usize = 512;
+/// Watches and followed logs of one caller and in all: a tool like Argo CD holds one watch for each kind that there is, a few hundred.
+pub const WATCHES_PER_CALLER: usize = 512;
+pub const WATCHES_IN_ALL: usize = 2048;
+
+/// The most that may be open.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub per_caller: usize,
+    pub in_all: usize,
+    pub watches_per_caller: usize,
+    pub watches_in_all: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { per_caller: PER_CALLER, in_all: IN_ALL, watches_per_caller: WATCHES_PER_CALLER, watches_in_all: WATCHES_IN_ALL }
+    }
+}
+
+/// What a request is for whoever counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stream {
+    /// It ends by itself.
+    Short,
+    /// exec, attach, port-forward.
+    Upgrade,
+    /// It is read for as long as somebody listens: a watch, a followed log, the events of an operation.
+    Watch,
+}
+
+impl Stream {
+    /// As the Kubernetes API tells what stays open (kubernetes/apiserver `pkg/endpoints/request`, kubernetes `cmd/kube-apiserver`
+    /// `BasicLongRunningRequestCheck`).
+    pub(crate) fn of(parts: &Parts, target: &Target, upgrade: bool) -> Stream {
+        if upgrade {
+            return Stream::Upgrade;
+        }
+        if !matches!(parts.method, Method::GET | Method::HEAD) {
+            return Stream::Short;
+        }
+        // the first of a name counts, and all is true that is not said to be false (apimachinery `pkg/runtime/converter.go`)
+        let asked = |name: &str| {
+            let query = parts.uri.query().unwrap_or_default();
+            let value = query.split('&').find_map(|pair| {
+                let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+                (key == name).then_some(value)
+            });
+            value.is_some_and(|value| !value.eq_ignore_ascii_case("false") && value != "0")
+        };
+        let log = target.subresource.as_deref() == Some("log");
+        if (log && asked("follow")) || (!log && asked("watch")) { Stream::Watch } else { Stream::Short }
+    }
+
+    fn index(self) -> usize {
+        self as usize
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Open {
+    all: [usize; 3],
+    callers: HashMap<String, [usize; 3]>,
+}
+
+impl Open {
+    pub(super) fn all(&self) -> usize {
+        self.all.iter().sum()
+    }
+}
+
+/// One stream of a caller, counted until it is dropped.
+pub(crate) struct Permit {
+    api: Api,
+    subject: String,
+    stream: Stream,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut open = lock(&self.api.inner.open);
+        let at = self.stream.index();
+        open.all[at] -= 1;
+        if let Some(mine) = open.callers.get_mut(&self.subject) {
+            mine[at] -= 1;
+            if *mine == [0; 3] {
+                open.callers.remove(&self.subject);
+            }
+        }
+    }
+}
+
+fn full(stream: Stream, whose: &str, most: usize, key: &str) -> Problem {
+    let what = match stream {
+        Stream::Short => "requests",
+        Stream::Upgrade => "exec, attach and port-forward streams",
+        Stream::Watch => "watches and followed logs",
+    };
+    let message = format!("{whose} {most} {what} open, and more are not served at a time ({key} in the agent's agent.toml)");
+    match stream {
+        // the others end by themselves
+        Stream::Short => Problem::new(429, "too_many_streams", message, Some("try again in a moment")).again_after(1),
+        Stream::Upgrade => Problem::new(429, "too_many_streams", message, Some("close some")),
+        Stream::Watch => Problem::new(429, "too_many_watches", message, Some("close some")),
+    }
+}
+
+impl Api {
+    /// # Errors
+    /// What is full.
+    pub(crate) fn permit(&self, subject: &str, stream: Stream) -> Result<Permit, Problem> {
+        let limits = &self.inner.parts.limits;
+        let (each, all, keys) = match stream {
+            Stream::Short | Stream::Upgrade => (limits.per_caller, limits.in_all, ["streams-per-caller", "streams"]),
+            Stream::Watch => (limits.watches_per_caller, limits.watches_in_all, ["watches-per-caller", "watches"]),
+        };
+        let at = stream.index();
+        let mut open = lock(&self.inner.open);
+        if open.callers.get(subject).is_some_and(|mine| mine[at] >= each) || each == 0 {
+            return Err(full(stream, "this caller has", each, keys[0]));
+        }
+        if open.all[at] >= all {
+            return Err(full(stream, "all callers together have", all, keys[1]));
+        }
+        open.all[at] += 1;
+        match open.callers.get_mut(subject) {
+            Some(mine) => mine[at] += 1,
+            None => {
+                let mut mine = [0; 3];
+                mine[at] = 1;
+                open.callers.insert(subject.to_owned(), mine);
+            }
+        }
+        drop(open);
+        Ok(Permit { api: self.clone(), subject: subject.to_owned(), stream })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubernetes::path::target;
+
+    #[test]
+    fn what_stays_open_is_known_by_its_request() {
+        let of = |method: &str, uri: &str| {
+            let (parts, ()) = http::Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
+            let target = target(parts.uri.path()).unwrap();
+            Stream::of(&parts, &target, false)
+        };
+        for uri in [
+            "/api/v1/pods?watch=true",
+            "/api/v1/pods?watch=1&allowWatchBookmarks=true",
+            "/api/v1/pods?resourceVersion=7&watch",
+            "/api/v1/pods?watch=",
+            "/apis/apps/v1/namespaces/beta/deployments?watch=True",
+            "/api/v1/namespaces/beta/pods/p/log?follow&tailLines=1",
+            "/api/v1/namespaces/beta/pods/p/log?container=c&follow=true",
+        ] {
+            assert_eq!(of("GET", uri), Stream::Watch, "{uri}");
+        }
+        for uri in [
+            "/api/v1/pods",
+            "/api/v1/pods?watch=false",
+            "/api/v1/pods?watch=0",
+            "/api/v1/pods?watch=false&watch=true",
+            "/api/v1/pods?labelSelector=watch%3Dtrue",
+            "/api/v1/namespaces/watch/pods/watch",
+            "/api/v1/namespaces/beta/pods/p/log?follow=false",
+            "/api/v1/namespaces/beta/pods/p/log?watch=true",
+            "/api/v1/pods?follow=true",
+        ] {
+            assert_eq!(of("GET", uri), Stream::Short, "{uri}");
+        }
+        assert_eq!(of("POST", "/api/v1/namespaces/beta/pods?watch=true"), Stream::Short);
+        assert_eq!(of("DELETE", "/api/v1/namespaces/beta/pods?watch=true"), Stream::Short);
+    }
+}

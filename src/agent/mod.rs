@@ -1,0 +1,10 @@
+//! `pipeops run`: the agent of a cluster. It registers with a control plane, holds the tunnel, and serves Runners through it.
+
+pub mod api;
+pub mod config;
+pub mod credential;
+mod local;
+mod observer;
+pub mod run;
+pub mod session;
+pub mod status;

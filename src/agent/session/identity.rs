@@ -1,0 +1,171 @@
+//! Who this agent is: one P-256 key, made at first start, bound to the machine that made it.
+
+use anyhow::Context as _;
+use base64::Engine as _;
+use rcgen::PublicKeyData as _;
+use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::base::encoding::hex;
+use crate::base::error::{Exit, Failure};
+use crate::base::secret::Secret;
+use crate::contract::types::{Config, id_of};
+use crate::host::Host;
+use crate::host::state::StateDir;
+
+const FILE: &str = "identity.json";
+const CREDENTIAL: &str = "credential.json";
+
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    version: u32,
+    #[serde(serialize_with = "Secret::reveal")]
+    key: Secret,
+    machine: String,
+}
+
+/// The agent's key and what follows from it.
+pub struct Identity {
+    /// `a-` and 32 hex digits of the public key's SHA-256.
+    pub id: String,
+    pub public_key: String,
+    pub machine: String,
+    key: rcgen::KeyPair,
+    signer: EcdsaKeyPair,
+}
+
+/// Whether the identity on the disk belongs to this machine.
+pub enum Found {
+    Ours(Box<Identity>),
+    /// The disk was copied: the identity belongs to the machine that made it.
+    Cloned,
+}
+
+/// A digest of what tells this machine from its copies, as far as an unprivileged process may read it.
+pub fn machine(host: &Host) -> String {
+    let mut digest = Sha256::new();
+    // the unit's first command leaves a digest of the firmware's number, which a copied disk does not carry along
+    for path in ["/etc/machine-id", "/run/pipeops/machine"] {
+        digest.update(host.read(path).ok().flatten().unwrap_or_default().trim());
+        digest.update([0]);
+    }
+    hex(&digest.finalize())
+}
+
+impl Identity {
+    /// The stored identity, or a new one, which is durable before anybody hears of it.
+    ///
+    /// # Errors
+    /// Exit 2 when the file is damaged: a person must decide, for to make another is to be another.
+    pub fn load(state: &StateDir, machine: &str) -> anyhow::Result<Found> {
+        let Some(text) = state.read(FILE)? else { return Identity::make(state, machine).map(|made| Found::Ours(Box::new(made))) };
+        let damaged = |why: String| {
+            Failure::new(Exit::Usage, "IDENTITY_DAMAGED", "the agent's identity cannot be read")
+                .why(format!("{FILE}: {why}"))
+                .hint("restore /var/lib/pipeops-agent/identity.json, or remove it and enrol anew with a fresh AGENT_TOKEN")
+        };
+        let stored: Stored = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        if stored.machine != machine {
+            return Ok(Found::Cloned);
+        }
+        let ours = Identity::of(stored.key.expose(), stored.machine).map_err(|e| damaged(format!("{e:#}")))?;
+        Ok(Found::Ours(Box::new(ours)))
+    }
+
+    /// The id of the stored identity; none is made.
+    pub fn id_in(state: &StateDir) -> Option<String> {
+        let stored: Stored = serde_json::from_str(&state.read(FILE).ok().flatten()?).ok()?;
+        Identity::of(stored.key.expose(), stored.machine).ok().map(|identity| identity.id)
+    }
+
+    /// Puts the copied identity aside and makes another.
+    ///
+    /// # Errors
+    /// When the state directory cannot be written.
+    pub fn renew(state: &StateDir, machine: &str) -> anyhow::Result<Identity> {
+        state.rename(FILE, "identity.json.copied")?;
+        state.remove(CREDENTIAL);
+        Identity::make(state, machine)
+    }
+
+    fn make(state: &StateDir, machine: &str) -> anyhow::Result<Identity> {
+        let key = rcgen::KeyPair::generate().context("making a key")?.serialize_pem();
+        let stored = Stored { version: 1, key: Secret::new(key.clone()), machine: machine.into() };
+        state.write(FILE, &serde_json::to_string(&stored)?)?;
+        Identity::of(&key, machine.into())
+    }
+
+    fn of(pem: &str, machine: String) -> anyhow::Result<Identity> {
+        let key = rcgen::KeyPair::from_pem(pem).context("the key")?;
+        let der = key.serialize_der();
+        let signer = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der, &ring::rand::SystemRandom::new())
+            .map_err(|e| anyhow::anyhow!("the key is not P-256: {e}"))?;
+        Ok(Identity { id: id_of(&key.subject_public_key_info()), public_key: key.public_key_pem(), machine, key, signer })
+    }
+
+    /// Base64 of the signature over `body`.
+    ///
+    /// # Errors
+    /// When the system gives no random numbers.
+    pub fn sign(&self, body: &[u8]) -> anyhow::Result<String> {
+        let signature = self.signer.sign(&ring::rand::SystemRandom::new(), body).map_err(|_| anyhow::anyhow!("signing"))?;
+        Ok(base64::engine::general_purpose::STANDARD.encode(signature))
+    }
+
+    /// TLS as a server inside the tunnel; a Runner pins the key.
+    ///
+    /// # Errors
+    /// When the key cannot be used.
+    pub fn tls(&self) -> anyhow::Result<rustls::ServerConfig> {
+        let mut params = rcgen::CertificateParams::new(vec![self.id.clone()])?;
+        params.distinguished_name.push(rcgen::DnType::CommonName, self.id.clone());
+        // it is the key that counts; a date would only be one more thing to go wrong
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2120, 1, 1);
+        let certificate: CertificateDer<'static> = params.self_signed(&self.key)?.der().clone();
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()));
+        let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)?;
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Ok(config)
+    }
+}
+
+/// What the control plane gave, and which one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Kept {
+    pub url: String,
+    #[serde(serialize_with = "Secret::reveal")]
+    pub credential: Secret,
+    pub expires_at: String,
+    #[serde(default)]
+    pub cluster_id: String,
+    /// The last settings: with them the tunnel comes up while the control plane is away.
+    #[serde(default)]
+    pub config: Option<Config>,
+}
+
+impl Kept {
+    /// The stored credential, if it is for `url`: another control plane never sees it.
+    pub fn load(state: &StateDir, url: &str) -> Option<Kept> {
+        let kept: Kept = serde_json::from_str(&state.read(CREDENTIAL).ok().flatten()?).ok()?;
+        (kept.url == url && !kept.credential.is_empty()).then_some(kept)
+    }
+
+    /// # Errors
+    /// When it cannot be written; the former one stays.
+    pub fn store(&self, state: &StateDir) -> anyhow::Result<()> {
+        state.write(CREDENTIAL, &serde_json::to_string(self)?)
+    }
+
+    /// Seconds that it still lives at `now`.
+    pub fn lives(&self, now: jiff::Timestamp) -> u64 {
+        let end: Option<jiff::Timestamp> = self.expires_at.parse().ok();
+        end.map_or(0, |end| u64::try_from(end.as_second() - now.as_second()).unwrap_or(0))
+    }
+}

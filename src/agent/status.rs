@@ -1,0 +1,218 @@
+//! What the node knows about itself: one structure for the agent's socket, `cluster-info` and metrics.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::agent::session;
+use crate::frp;
+use crate::kubernetes::readiness;
+
+/// A node of the cluster as people ask about it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    pub name: String,
+    pub ready: bool,
+    pub role: String,
+    pub version: String,
+    pub address: String,
+    /// Why it is not ready, or that it is cordoned.
+    pub note: String,
+}
+
+impl Node {
+    pub fn of(object: &Value) -> Node {
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let why = readiness::node(object);
+        let labels = &object["metadata"]["labels"];
+        let server = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"].iter().any(|l| !labels[*l].is_null());
+        let addresses = object["status"]["addresses"].as_array().cloned().unwrap_or_default();
+        let address = addresses.iter().find(|a| a["type"] == "InternalIP").map(|a| text(&a["address"])).unwrap_or_default();
+        let ready = why.is_none();
+        let mut note = why.unwrap_or_default();
+        if object["spec"]["unschedulable"] == true {
+            note = if note.is_empty() { "cordoned".into() } else { format!("cordoned; {note}") };
+        }
+        Node {
+            name: text(&object["metadata"]["name"]),
+            ready,
+            role: if server { "server" } else { "worker" }.into(),
+            version: text(&object["status"]["nodeInfo"]["kubeletVersion"]),
+            address,
+            note,
+        }
+    }
+}
+
+/// State of the agent's Kubernetes side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kubernetes {
+    /// No credential yet, or the API server is away.
+    #[default]
+    Waiting,
+    Connected,
+    /// The API server refuses the credential.
+    Refused,
+}
+
+/// Something that a person should look at, by code.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    pub code: String,
+    pub text: String,
+}
+
+/// What there is in the cluster, kept up to date by watches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Workloads {
+    pub pods: u32,
+    pub pods_running: u32,
+    pub deployments: u32,
+    pub deployments_ready: u32,
+    pub statefulsets: u32,
+    pub daemonsets: u32,
+    pub services: u32,
+    pub ingresses: u32,
+}
+
+/// The agent's own account: one structure for its socket, the tunnel's API, heartbeats, metrics and `cluster-info`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Agent {
+    pub version: String,
+    pub id: String,
+    pub control: session::State,
+    /// Why the control plane is not reached, or what is odd about it.
+    pub control_reason: String,
+    /// This clock minus the control plane's, seconds.
+    pub clock_offset: i64,
+    pub tunnel: frp::State,
+    pub tunnel_reason: String,
+    pub kubernetes: Kubernetes,
+    /// Why the Kubernetes side is not connected.
+    pub reason: String,
+    pub api_version: String,
+    pub nodes: Vec<Node>,
+    pub namespaces: Vec<String>,
+    pub workloads: Workloads,
+    pub notices: Vec<Notice>,
+    /// Seconds since 1970 of the last look at the cluster that succeeded; 0 for never.
+    pub seen_at: i64,
+    pub started_at: i64,
+    /// This machine, bytes.
+    pub memory_used: u64,
+    pub memory_total: u64,
+}
+
+impl Agent {
+    /// Whether everything that a Runner needs is there.
+    ///
+    /// # Errors
+    /// What is not, and why.
+    pub fn ready(&self) -> Result<(), String> {
+        let mut missing = Vec::new();
+        if self.kubernetes != Kubernetes::Connected {
+            missing.push(self.kubernetes_line());
+        }
+        if self.control != session::State::Unenrolled {
+            if !matches!(self.control, session::State::Online | session::State::Skewed) {
+                missing.push(self.control_line());
+            }
+            if self.tunnel != frp::State::Up {
+                missing.push(self.tunnel_line());
+            }
+        }
+        if missing.is_empty() { Ok(()) } else { Err(missing.join("; ")) }
+    }
+
+    fn with_reason(what: String, reason: &str) -> String {
+        if reason.is_empty() { what } else { format!("{what} ({reason})") }
+    }
+
+    fn control_line(&self) -> String {
+        Agent::with_reason(self.control.name().to_owned(), &self.control_reason)
+    }
+
+    fn tunnel_line(&self) -> String {
+        Agent::with_reason(format!("tunnel {}", tunnel_name(self.tunnel)), &self.tunnel_reason)
+    }
+
+    fn kubernetes_line(&self) -> String {
+        match self.kubernetes {
+            Kubernetes::Connected => {
+                format!("kubernetes {}: {} of {} nodes ready", self.api_version, self.nodes.iter().filter(|n| n.ready).count(), self.nodes.len())
+            }
+            Kubernetes::Waiting => format!("kubernetes: waiting ({})", self.reason),
+            Kubernetes::Refused => format!("kubernetes: refused ({})", self.reason),
+        }
+    }
+
+    /// One line for `systemctl status`.
+    pub fn line(&self) -> String {
+        let mut parts = vec![self.control_line()];
+        if self.control != session::State::Unenrolled {
+            parts.push(self.tunnel_line());
+        }
+        parts.push(self.kubernetes_line());
+        parts.join("; ")
+    }
+
+    /// Prometheus text format.
+    pub fn metrics(&self) -> String {
+        use std::fmt::Write as _;
+        let mut text = String::with_capacity(2048);
+        let flag = u8::from;
+        let control = matches!(self.control, session::State::Online | session::State::Skewed);
+        let mut gauge = |name: &str, labels: &str, value: &dyn std::fmt::Display| {
+            let known = text.contains(&format!("# TYPE {name} "));
+            if !known {
+                let _ = writeln!(text, "# TYPE {name} gauge");
+            }
+            let _ = writeln!(text, "{name}{labels} {value}");
+        };
+        gauge("pipeops_agent_info", &format!("{{version=\"{}\",id=\"{}\"}}", self.version, self.id), &1);
+        gauge("pipeops_agent_start_time_seconds", "", &self.started_at);
+        gauge("pipeops_agent_ready", "", &flag(self.ready().is_ok()));
+        gauge("pipeops_control_plane_connected", "", &flag(control));
+        gauge("pipeops_control_plane_state", &format!("{{state=\"{}\"}}", self.control.name()), &1);
+        gauge("pipeops_clock_offset_seconds", "", &self.clock_offset);
+        gauge("pipeops_tunnel_connected", "", &flag(self.tunnel == frp::State::Up));
+        gauge("pipeops_tunnel_state", &format!("{{state=\"{}\"}}", tunnel_name(self.tunnel)), &1);
+        gauge("pipeops_kubernetes_connected", "", &flag(self.kubernetes == Kubernetes::Connected));
+        gauge("pipeops_kubernetes_last_seen_seconds", "", &self.seen_at);
+        gauge("pipeops_nodes", "{ready=\"true\"}", &self.nodes.iter().filter(|n| n.ready).count());
+        gauge("pipeops_nodes", "{ready=\"false\"}", &self.nodes.iter().filter(|n| !n.ready).count());
+        gauge("pipeops_pods", "{running=\"true\"}", &self.workloads.pods_running);
+        gauge("pipeops_pods", "{running=\"false\"}", &(self.workloads.pods - self.workloads.pods_running.min(self.workloads.pods)));
+        gauge("pipeops_deployments", "{ready=\"true\"}", &self.workloads.deployments_ready);
+        gauge(
+            "pipeops_deployments",
+            "{ready=\"false\"}",
+            &(self.workloads.deployments - self.workloads.deployments_ready.min(self.workloads.deployments)),
+        );
+        let mut codes: Vec<&str> = self.notices.iter().map(|n| n.code.as_str()).collect();
+        codes.sort_unstable();
+        // one sample a code: two of the same name and labels are none
+        for same in codes.chunk_by(PartialEq::eq) {
+            gauge("pipeops_notices", &format!("{{code=\"{}\"}}", same[0]), &same.len());
+        }
+        gauge("pipeops_machine_memory_bytes", "{kind=\"used\"}", &self.memory_used);
+        gauge("pipeops_machine_memory_bytes", "{kind=\"total\"}", &self.memory_total);
+        text
+    }
+}
+
+/// A tunnel state as it is written in texts.
+pub fn tunnel_name(state: frp::State) -> &'static str {
+    match state {
+        frp::State::Off => "off",
+        frp::State::Connecting => "connecting",
+        frp::State::Opening => "opening",
+        frp::State::Up => "up",
+        frp::State::Waiting => "waiting",
+        frp::State::Refused => "refused",
+        frp::State::Unauthorized => "unauthorized",
+        frp::State::Conflict => "conflict",
+    }
+}

@@ -1,0 +1,159 @@
+//! Config files: TOML, or YAML where the file's name ends so. The keys are the same, and every fault is named with its line.
+
+use serde::de::DeserializeOwned;
+
+use crate::base::error::{Failure, nearest};
+
+/// What is wrong with a file, where, and never with what stands there: it may be a secret.
+pub struct Fault {
+    pub what: String,
+    /// From 1.
+    pub line: usize,
+    pub why: String,
+}
+
+impl Fault {
+    fn failure(self, origin: &str) -> Failure {
+        Failure::usage("CONFIG_INVALID", format!("{}, line {}", self.what, self.line)).why(self.why).hint(format!("correct {origin} and run again"))
+    }
+}
+
+fn yaml(origin: &str) -> bool {
+    let end = origin.rsplit('.').next().unwrap_or_default();
+    origin.contains('.') && (end.eq_ignore_ascii_case("yaml") || end.eq_ignore_ascii_case("yml"))
+}
+
+/// The line that a top-level key stands in.
+fn line_of(text: &str, key: &str) -> usize {
+    text.lines().position(|l| l.trim_start().trim_start_matches(['[', '"', '\'']).starts_with(key)).map_or(1, |n| n + 1)
+}
+
+/// A file's keys and values.
+///
+/// # Errors
+/// What is no TOML, or no YAML that TOML could say too.
+pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
+    if !yaml(origin) {
+        return text.parse().map_err(|e: toml::de::Error| Fault {
+            what: format!("{origin} is not valid TOML"),
+            // the parser's own text shows the line, and with it a password
+            line: e.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1)),
+            why: unquoted(e.message()),
+        });
+    }
+    let fault = |line: usize, why: String| Fault { what: format!("{origin} is not valid YAML"), line, why };
+    let parsed: serde_json::Value = serde_saphyr::from_str(text).map_err(|e| {
+        let line = e.location().and_then(|l| usize::try_from(l.line()).ok()).unwrap_or(1).max(1);
+        // its own text shows the lines around the fault
+        fault(line, "a quote, an indent or a colon is not where YAML wants it, or a key stands there twice".into())
+    })?;
+    let map = match parsed {
+        serde_json::Value::Object(map) => map,
+        serde_json::Value::Null => return Ok(toml::Table::new()),
+        _ => return Err(fault(1, "it is no mapping of keys to values, as in `cluster-name: prod`".into())),
+    };
+    let mut table = toml::Table::new();
+    // a key without a value says nothing
+    for (key, value) in map.into_iter().filter(|(_, value)| !value.is_null()) {
+        let value = toml::Value::try_from(value).map_err(|_| fault(line_of(text, &key), format!("`{key}` holds a null")))?;
+        table.insert(key, value);
+    }
+    Ok(table)
+}
+
+/// The values of a file's keys.
+///
+/// # Errors
+/// The first key whose value has the wrong type, or that is not known.
+pub fn values<T: DeserializeOwned>(table: &toml::Table, text: &str, origin: &str) -> Result<T, Fault> {
+    table.clone().try_into().map_err(|error: toml::de::Error| {
+        // the one that fails alone is the one
+        let alone = table.iter().find_map(|(key, value)| {
+            let one = toml::Table::from_iter([(key.clone(), value.clone())]);
+            one.try_into::<T>().err().map(|e: toml::de::Error| (key, e))
+        });
+        let (key, error) = alone.map_or(("", error), |(key, e)| (key.as_str(), e));
+        let why = unquoted(error.message());
+        let why = if key.is_empty() || why.contains(key) { why } else { format!("`{key}`: {why}") };
+        Fault { what: format!("a value in {origin} has the wrong type"), line: line_of(text, key), why }
+    })
+}
+
+/// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown keys and wrong types are named with
+/// the nearest key and the line.
+pub fn checked<T: DeserializeOwned>(text: &str, origin: &str, known: &[String], more: &[&str], command: &str) -> Result<T, Failure> {
+    let table = table(text, origin).map_err(|fault| fault.failure(origin))?;
+    for key in table.keys() {
+        if known.iter().any(|k| k == key) || more.contains(&key.as_str()) {
+            continue;
+        }
+        let what = format!("unknown key `{key}` in {origin}, line {}", line_of(text, key));
+        // what holds a secret has no key, only a file that has it
+        let file = format!("{key}-file");
+        let file = known.iter().find(|k| **k == file).map(String::as_str);
+        let near = file.or_else(|| nearest(key, known.iter().map(String::as_str).chain(more.iter().copied())));
+        return Err(Failure::usage("CONFIG_UNKNOWN_KEY", what).hint(match near {
+            Some(near) => format!("did you mean `{near}`? correct {origin} and run again"),
+            None => format!("the keys are those of `{command} --help`; correct {origin} and run again"),
+        }));
+    }
+    values(&table, text, origin).map_err(|fault| fault.failure(origin))
+}
+
+/// A parser's message without the text that it quotes, which may be a secret.
+pub fn unquoted(message: &str) -> String {
+    let mut parts = message.split('"');
+    let mut out = parts.next().unwrap_or_default().trim_end().to_owned();
+    while parts.next().is_some() {
+        if let Some(after) = parts.next() {
+            out.push_str(after);
+        }
+    }
+    out
+}
+
+pub fn longs<T: clap::Args>() -> Vec<String> {
+    let command = T::augment_args(clap::Command::new("keys"));
+    command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::install::settings::parse_file;
+
+    #[test]
+    fn yaml_says_what_toml_says() {
+        let toml = parse_file("tls-san = [\"a\", \"b\"]\nnode-name = \"vm1\"\n[k3s]\nkubelet-arg = [\"max-pods=200\"]\n", "c.toml").unwrap();
+        for (name, text) in [
+            ("c.yaml", "# mine\ntls-san: [a, b]\nnode-name: vm1\nk3s:\n  kubelet-arg:\n    - max-pods=200\n"),
+            ("c.yml", "---\ntls-san:\n- a\n- b\nnode-name: \"vm1\"\ncluster-name:\nk3s: {kubelet-arg: [\"max-pods=200\"]}\n"),
+            ("/a.b/C.YAML", "{\"tls-san\": [\"a\", \"b\"], \"node-name\": \"vm1\", \"k3s\": {\"kubelet-arg\": [\"max-pods=200\"]}}"),
+        ] {
+            assert_eq!(parse_file(text, name).unwrap(), toml, "{name}");
+        }
+        assert_eq!(parse_file("# nothing\n", "c.yaml").unwrap(), parse_file("", "c.toml").unwrap());
+    }
+
+    #[test]
+    fn what_is_wrong_in_yaml_is_named_with_its_line_and_without_its_text() {
+        for (text, code, word) in [
+            ("node-name: vm1\ntls-sn: [a]\n", "CONFIG_UNKNOWN_KEY", "did you mean `tls-san`?"),
+            ("node-name: vm1\ntls-sn: [a]\n", "CONFIG_UNKNOWN_KEY", "line 2"),
+            ("a: b\n  c: planted-canary-4711-in-plain-text\n", "CONFIG_INVALID", "not valid YAML"),
+            ("node-name: [\"planted-canary-4711-in-plain-text\n", "CONFIG_INVALID", "not valid YAML"),
+            ("node-name: a\nnode-name: planted-canary-4711-in-plain-text\n", "CONFIG_INVALID", "line 2"),
+            ("# one\nnode-name: vm1\ntls-san: planted-canary-4711-in-plain-text\n", "CONFIG_INVALID", "line 3"),
+            ("cluster-name: 5\n", "CONFIG_INVALID", "`cluster-name`"),
+            ("- node-name\n", "CONFIG_INVALID", "no mapping"),
+            ("planted-canary-4711-in-plain-text", "CONFIG_INVALID", "no mapping"),
+            ("node-name = \"vm1\"\n", "CONFIG_INVALID", "no mapping"),
+        ] {
+            let failure = parse_file(text, "/tmp/c.yaml").unwrap_err();
+            let said = failure.render();
+            assert!(
+                failure.code == code && said.contains(word) && said.contains("/tmp/c.yaml") && !said.contains("canary-4711-in-plain-text"),
+                "{text}: {said}"
+            );
+        }
+    }
+}

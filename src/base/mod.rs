@@ -1,0 +1,12 @@
+//! What knows nothing of Kubernetes, k3s or PipeOps: failures, secrets, trust in certificates, names, addresses, text.
+
+pub mod backoff;
+pub mod cidr;
+pub mod config_file;
+pub mod encoding;
+pub mod error;
+pub mod http;
+pub mod resolve;
+pub mod secret;
+pub mod text;
+pub mod trust;

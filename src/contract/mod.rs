@@ -1,0 +1,5 @@
+//! What agent, control plane and Runner say to each other.
+
+pub mod operation;
+pub mod token;
+pub mod types;

@@ -1,0 +1,243 @@
+//! What may be asked for: requests read and checked, before anything is done about them.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::contract::token::{Caller, Role};
+
+const MOST_OBJECTS: usize = 200;
+const LONGEST_WAIT: u64 = 3600;
+
+/// A request, by kind.
+#[derive(Deserialize)]
+#[serde(tag = "kind", content = "spec", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Wanted {
+    /// Server-side apply of objects, in their order.
+    Apply(Apply),
+    Delete(Delete),
+    /// The number of pods of a workload.
+    Scale(Scale),
+    /// A workload's pods anew, as `kubectl rollout restart` does it.
+    Restart(Restart),
+    /// No new pods on a node.
+    Cordon(Node),
+    Uncordon(Node),
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn five_minutes() -> u64 {
+    300
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Apply {
+    pub objects: Vec<Value>,
+    /// Nothing is written: Kubernetes says what it would do.
+    #[serde(default)]
+    pub dry_run: bool,
+    #[serde(default = "yes")]
+    pub wait: bool,
+    #[serde(default = "five_minutes")]
+    pub timeout_s: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Delete {
+    pub objects: Vec<Reference>,
+    #[serde(default = "yes")]
+    pub wait: bool,
+    #[serde(default = "five_minutes")]
+    pub timeout_s: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scale {
+    pub object: Reference,
+    pub replicas: u32,
+    #[serde(default = "yes")]
+    pub wait: bool,
+    #[serde(default = "five_minutes")]
+    pub timeout_s: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Restart {
+    pub object: Reference,
+    #[serde(default = "yes")]
+    pub wait: bool,
+    #[serde(default = "five_minutes")]
+    pub timeout_s: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    pub node: String,
+}
+
+/// Which object is meant.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Reference {
+    pub api_version: String,
+    pub kind: String,
+    pub name: String,
+    pub namespace: Option<String>,
+}
+
+/// What may stand in a path unencoded and mean itself.
+pub fn plain(text: &str) -> bool {
+    !text.is_empty() && text.len() <= 253 && !matches!(text, "." | "..") && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b))
+}
+
+impl Reference {
+    pub fn of(object: &Value) -> Result<Reference, String> {
+        let text = |value: &Value, name: &str| value.as_str().map(str::to_owned).ok_or_else(|| format!("an object without {name}"));
+        let reference = Reference {
+            api_version: text(&object["apiVersion"], "apiVersion")?,
+            kind: text(&object["kind"], "kind")?,
+            name: text(&object["metadata"]["name"], "metadata.name")?,
+            namespace: object["metadata"]["namespace"].as_str().map(str::to_owned),
+        };
+        reference.checked()?;
+        Ok(reference)
+    }
+
+    fn checked(&self) -> Result<(), String> {
+        let version = match self.api_version.split_once('/') {
+            Some((group, version)) => plain(group) && plain(version),
+            None => plain(&self.api_version),
+        };
+        if version && plain(&self.kind) && plain(&self.name) && self.namespace.as_deref().is_none_or(plain) {
+            Ok(())
+        } else {
+            Err(format!("{} holds characters that no object has", self.title()))
+        }
+    }
+
+    /// `Deployment production/web`.
+    pub fn title(&self) -> String {
+        match &self.namespace {
+            Some(namespace) => format!("{} {namespace}/{}", self.kind, self.name),
+            None => format!("{} {}", self.kind, self.name),
+        }
+    }
+
+    /// The path of its group and version.
+    pub fn base(&self) -> String {
+        if self.api_version.contains('/') { format!("/apis/{}", self.api_version) } else { format!("/api/{}", self.api_version) }
+    }
+}
+
+impl Wanted {
+    /// Reads and checks a request, and whether this caller may ask for it at all; Kubernetes decides on the rest.
+    ///
+    /// # Errors
+    /// Status, code and message of the refusal.
+    pub fn parse(bytes: &[u8], caller: &Caller) -> Result<Wanted, (u16, &'static str, String)> {
+        let bad = |why: String| (400, "bad_operation", why);
+        let wanted: Wanted = serde_json::from_slice(bytes).map_err(|e| bad(format!("this is no operation: {e}")))?;
+        let objects = |n: usize| {
+            if (1..=MOST_OBJECTS).contains(&n) { Ok(()) } else { Err(bad(format!("objects are 1 to {MOST_OBJECTS}"))) }
+        };
+        let wait = |s: u64| if (1..=LONGEST_WAIT).contains(&s) { Ok(()) } else { Err(bad(format!("timeout_s is 1 to {LONGEST_WAIT}"))) };
+        match &wanted {
+            Wanted::Apply(apply) => {
+                objects(apply.objects.len())?;
+                wait(apply.timeout_s)?;
+                apply.objects.iter().try_for_each(|o| Reference::of(o).map(drop)).map_err(bad)?;
+            }
+            Wanted::Delete(delete) => {
+                objects(delete.objects.len())?;
+                wait(delete.timeout_s)?;
+                delete.objects.iter().try_for_each(Reference::checked).map_err(bad)?;
+            }
+            Wanted::Scale(scale) => {
+                wait(scale.timeout_s)?;
+                scale.object.checked().map_err(bad)?;
+            }
+            Wanted::Restart(restart) => {
+                wait(restart.timeout_s)?;
+                restart.object.checked().map_err(bad)?;
+                if !matches!(restart.object.kind.as_str(), "Deployment" | "StatefulSet" | "DaemonSet") {
+                    return Err(bad("a Deployment, StatefulSet or DaemonSet can be restarted".into()));
+                }
+            }
+            Wanted::Cordon(node) | Wanted::Uncordon(node) => {
+                if !plain(&node.node) {
+                    return Err(bad("that is no name of a node".into()));
+                }
+                // the one thing that is done with the agent's own rights: nobody is impersonated for it
+                if caller.role < Role::Operator || caller.namespaces.is_some() {
+                    return Err((403, "role_exceeded", "nodes are for operators of the whole cluster".into()));
+                }
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// Its name on the wire.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Wanted::Apply(_) => "apply",
+            Wanted::Delete(_) => "delete",
+            Wanted::Scale(_) => "scale",
+            Wanted::Restart(_) => "restart",
+            Wanted::Cordon(_) => "cordon",
+            Wanted::Uncordon(_) => "uncordon",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caller(role: Role, namespaces: Option<&[&str]>) -> Caller {
+        let namespaces = namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect());
+        Caller { subject: "r-1".into(), role, namespaces, token: "t".into() }
+    }
+
+    fn verdict(text: &str) -> Result<&'static str, String> {
+        Wanted::parse(text.as_bytes(), &caller(Role::Operator, None)).map(|w| w.kind()).map_err(|(_, code, why)| format!("{code}: {why}"))
+    }
+
+    #[test]
+    fn what_is_no_operation_is_refused_by_name() {
+        let web = r#"{"apiVersion":"apps/v1","kind":"Deployment","name":"web","namespace":"beta"}"#;
+        assert_eq!(verdict(&format!(r#"{{"kind":"scale","spec":{{"object":{web},"replicas":3}}}}"#)), Ok("scale"));
+        assert_eq!(
+            verdict(r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"c","namespace":"b"}}]}}"#),
+            Ok("apply")
+        );
+        for (text, wanted) in [
+            ("", "no operation"),
+            ("[]", "no operation"),
+            (r#"{"kind":"dance","spec":{}}"#, "unknown variant `dance`"),
+            (r#"{"kind":"apply","spec":{"objects":[]}}"#, "1 to 200"),
+            (r#"{"kind":"apply","spec":{"objects":[{}]}}"#, "without apiVersion"),
+            (r#"{"kind":"apply","spec":{"objects":[],"colour":"red"}}"#, "unknown field `colour`"),
+            (r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","metadata":{"name":"../x"}}]}}"#, "characters"),
+            (r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"a/b/c","kind":"Pod","metadata":{"name":"x"}}]}}"#, "characters"),
+            (r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","name":".."}]}}"#, "characters"),
+            (r#"{"kind":"restart","spec":{"object":{"apiVersion":"v1","kind":"Pod","name":"p","namespace":"b"}}}"#, "can be restarted"),
+            (r#"{"kind":"cordon","spec":{"node":"a/b"}}"#, "name of a node"),
+        ] {
+            let said = verdict(text).unwrap_err();
+            assert!(said.contains(wanted), "{text}: {said}");
+        }
+        let long = format!(r#"{{"kind":"restart","spec":{{"object":{web},"timeout_s":0}}}}"#);
+        assert!(verdict(&long).unwrap_err().contains("1 to 3600"));
+        for (role, namespaces) in [(Role::Deployer, None), (Role::Operator, Some(&["beta"][..]))] {
+            let refused = Wanted::parse(br#"{"kind":"cordon","spec":{"node":"n"}}"#, &caller(role, namespaces)).map(|_| ()).unwrap_err();
+            assert_eq!((refused.0, refused.1), (403, "role_exceeded"));
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! The caller's token: a JWT of the control plane, EdDSA and nothing else.
+//!
+//! RFC 7519 and RFC 8037, of which one algorithm is needed: a library would bring the others, and with them the choice.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::signature::{ED25519, UnparsedPublicKey};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::contract::types::{Jwks, LEEWAY, RunnerAuth};
+
+/// Longest life of a token, seconds.
+pub const LIFE: i64 = 300;
+const LONGEST: usize = 8192;
+
+/// What a caller may do at most; Kubernetes enforces what it means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    Viewer,
+    Deployer,
+    Operator,
+    Admin,
+}
+
+impl Role {
+    /// The role of that name.
+    pub fn of(name: &str) -> Option<Role> {
+        [Role::Viewer, Role::Deployer, Role::Operator, Role::Admin].into_iter().find(|r| r.name() == name)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Viewer => "viewer",
+            Role::Deployer => "deployer",
+            Role::Operator => "operator",
+            Role::Admin => "admin",
+        }
+    }
+}
+
+/// Whom a request comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    pub subject: String,
+    pub role: Role,
+    /// With it, only these.
+    pub namespaces: Option<Vec<String>>,
+    /// Id of the token, for the audit log.
+    pub token: String,
+}
+
+#[derive(Deserialize)]
+struct Head {
+    alg: String,
+    #[serde(default)]
+    kid: Option<String>,
+    #[serde(default)]
+    crit: Option<serde_json::Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Audience {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct Claims {
+    iss: String,
+    aud: Audience,
+    exp: i64,
+    #[serde(default)]
+    nbf: Option<i64>,
+    #[serde(default)]
+    iat: Option<i64>,
+    sub: String,
+    role: Role,
+    #[serde(default)]
+    namespaces: Option<Vec<String>>,
+    jti: String,
+}
+
+/// Tokens whose signature was found good, and what they claim: a caller that keeps its token pays for that once. Every claim is judged
+/// again each time.
+#[derive(Default)]
+pub struct Known {
+    /// The keys that it holds for; with others nothing of it does.
+    keys: Jwks,
+    claims: HashMap<[u8; 32], Arc<Claims>>,
+}
+
+/// Tokens remembered at most; a token lives 300 s.
+const REMEMBERED: usize = 1024;
+
+impl Known {
+    fn of(&self, digest: &[u8; 32], keys: &Jwks) -> Option<Arc<Claims>> {
+        self.claims.get(digest).filter(|_| self.keys == *keys).cloned()
+    }
+
+    fn add(&mut self, digest: [u8; 32], keys: &Jwks, claims: Arc<Claims>) {
+        if self.keys != *keys || self.claims.len() >= REMEMBERED {
+            self.keys.clone_from(keys);
+            self.claims.clear();
+        }
+        self.claims.insert(digest, claims);
+    }
+}
+
+/// Checks a token at `now`, seconds since 1970 by the control plane's clock.
+///
+/// # Errors
+/// Why it is refused, in words that hold nothing of it.
+pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64, known: &Mutex<Known>) -> Result<Caller, &'static str> {
+    if auth.jwks.keys.is_empty() {
+        return Err("this agent has no keys of a control plane yet");
+    }
+    if token.len() > LONGEST {
+        return Err("the token is too long");
+    }
+    let digest: [u8; 32] = Sha256::digest(token).into();
+    let memory = || known.lock().unwrap_or_else(PoisonError::into_inner);
+    let remembered = memory().of(&digest, &auth.jwks);
+    let claims = match remembered {
+        Some(claims) => claims,
+        None => {
+            let claims = Arc::new(signed(token, auth)?);
+            memory().add(digest, &auth.jwks, claims.clone());
+            claims
+        }
+    };
+    judged(&claims, auth, agent, most, now)
+}
+
+/// The claims of a token whose signature is that of one of the keys.
+fn signed(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
+    let mut parts = token.split('.');
+    let (Some(head), Some(claims), Some(signature), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+        return Err("the token is no JWT");
+    };
+    let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| "the token is no JWT");
+    let parsed: Head = serde_json::from_slice(&decode(head)?).map_err(|_| "the token is no JWT")?;
+    if parsed.alg != "EdDSA" || parsed.crit.is_some() {
+        return Err("the token is not signed with EdDSA");
+    }
+    let signed = &token[..head.len() + 1 + claims.len()];
+    let signature = decode(signature)?;
+    let keys = auth.jwks.keys.iter().filter(|k| k.kty == "OKP" && k.crv == "Ed25519" && parsed.kid.as_ref().is_none_or(|kid| *kid == k.kid));
+    let mut keys = keys.filter_map(|k| URL_SAFE_NO_PAD.decode(&k.x).ok());
+    if !keys.any(|key| UnparsedPublicKey::new(&ED25519, key).verify(signed.as_bytes(), &signature).is_ok()) {
+        return Err("the token's signature is wrong");
+    }
+    serde_json::from_slice(&decode(claims)?).map_err(|_| "a claim is missing or has the wrong type")
+}
+
+fn judged(claims: &Claims, auth: &RunnerAuth, agent: &str, most: Role, now: i64) -> Result<Caller, &'static str> {
+    let audience = if auth.audience.is_empty() { agent } else { &auth.audience };
+    let meant = match &claims.aud {
+        Audience::One(aud) => aud == audience,
+        Audience::Many(list) => list.iter().any(|aud| aud == audience),
+    };
+    if !meant {
+        return Err("the token is for another agent");
+    }
+    if !auth.issuer.is_empty() && claims.iss != auth.issuer {
+        return Err("the token is of another issuer");
+    }
+    if claims.exp.saturating_add(LEEWAY) <= now {
+        return Err("the token has expired");
+    }
+    if claims.exp > now.saturating_add(LIFE + LEEWAY) || claims.iat.is_some_and(|iat| claims.exp.saturating_sub(iat) > LIFE) {
+        return Err("the token lives longer than 300 s");
+    }
+    if claims.nbf.or(claims.iat).is_some_and(|from| from > now.saturating_add(LEEWAY)) {
+        return Err("the token is not valid yet");
+    }
+    let plain = |text: &str, most: usize| !text.is_empty() && text.len() <= most && text.bytes().all(|b| b.is_ascii_graphic());
+    if !plain(&claims.sub, 253) || !plain(&claims.jti, 128) {
+        return Err("subject or id of the token cannot be used");
+    }
+    if claims.role > most {
+        return Err("the token's role is more than this agent was given");
+    }
+    Ok(Caller { subject: claims.sub.clone(), role: claims.role, namespaces: claims.namespaces.clone(), token: claims.jti.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use ring::signature::{Ed25519KeyPair, KeyPair as _};
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::contract::types::Jwk;
+
+    const NOW: i64 = 1_800_000_000;
+
+    struct Issuer {
+        key: Ed25519KeyPair,
+        auth: RunnerAuth,
+    }
+
+    fn issuer() -> Issuer {
+        let pkcs8 = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap();
+        let key = Ed25519KeyPair::from_pkcs8(pkcs8.as_ref()).unwrap();
+        let x = URL_SAFE_NO_PAD.encode(key.public_key());
+        let jwk = Jwk { kid: "k1".into(), kty: "OKP".into(), crv: "Ed25519".into(), x };
+        Issuer { key, auth: RunnerAuth { issuer: "cp".into(), audience: "a-1".into(), jwks: Jwks { keys: vec![jwk] } } }
+    }
+
+    impl Issuer {
+        fn sign(&self, head: &Value, claims: &Value) -> String {
+            let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
+            let signed = format!("{}.{}", part(head), part(claims));
+            format!("{signed}.{}", URL_SAFE_NO_PAD.encode(self.key.sign(signed.as_bytes())))
+        }
+
+        fn check(&self, change: impl Fn(&mut Value, &mut Value)) -> Result<Caller, &'static str> {
+            let mut head = json!({"alg": "EdDSA", "kid": "k1"});
+            let mut claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "runner-1", "role": "deployer", "jti": "t1"});
+            change(&mut head, &mut claims);
+            check(&self.sign(&head, &claims), &self.auth, "a-1", Role::Operator, NOW, &Mutex::default())
+        }
+    }
+
+    #[test]
+    fn a_good_token_names_its_caller() {
+        let caller = issuer().check(|_, c| c["namespaces"] = json!(["beta"])).unwrap();
+        assert_eq!((caller.subject.as_str(), caller.role, caller.namespaces), ("runner-1", Role::Deployer, Some(vec!["beta".into()])));
+        assert!(issuer().check(|h, c| (h["kid"], c["aud"]) = (Value::Null, json!(["x", "a-1"]))).is_ok());
+        assert!(issuer().check(|_, c| c["exp"] = json!(NOW - LEEWAY + 1)).is_ok());
+    }
+
+    #[test]
+    fn every_other_one_is_refused() {
+        type Change = dyn Fn(&mut Value, &mut Value);
+        let refused: &[(&str, &Change)] = &[
+            ("not signed with EdDSA", &|h, _| h["alg"] = json!("none")),
+            ("not signed with EdDSA", &|h, _| h["alg"] = json!("HS256")),
+            ("not signed with EdDSA", &|h, _| h["crit"] = json!(["exp"])),
+            ("signature", &|h, _| h["kid"] = json!("other")),
+            ("another agent", &|_, c| c["aud"] = json!("a-2")),
+            ("another agent", &|_, c| c["aud"] = json!([])),
+            ("another issuer", &|_, c| c["iss"] = json!("evil")),
+            ("expired", &|_, c| c["exp"] = json!(NOW - LEEWAY)),
+            ("longer than 300", &|_, c| c["exp"] = json!(NOW + 3600)),
+            ("longer than 300", &|_, c| c["iat"] = json!(NOW - 200)),
+            ("not valid yet", &|_, c| c["nbf"] = json!(NOW + 60)),
+            ("more than", &|_, c| c["role"] = json!("admin")),
+            ("a claim", &|_, c| c["role"] = json!("root")),
+            ("a claim", &|_, c| c["exp"] = json!("soon")),
+            ("a claim", &|_, c| c["jti"] = Value::Null),
+            ("a claim", &|_, c| c["namespaces"] = json!("beta")),
+            ("cannot be used", &|_, c| c["sub"] = json!("a\r\nImpersonate-User: root")),
+            ("cannot be used", &|_, c| c["sub"] = json!("")),
+        ];
+        let issuer = issuer();
+        for (why, change) in refused {
+            let verdict = issuer.check(change);
+            assert!(verdict.as_ref().is_err_and(|e| e.contains(why)), "{why}: {verdict:?}");
+        }
+        let good =
+            issuer.sign(&json!({"alg": "EdDSA"}), &json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"}));
+        let other = self::issuer();
+        assert!(check(&good, &other.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
+        assert!(check(&good, &RunnerAuth::default(), "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
+        for broken in ["", "a.b", "a.b.c.d", &good[1..], &good[..good.len() - 2], &"x".repeat(10_000)] {
+            assert!(check(broken, &issuer.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
+        }
+    }
+
+    #[test]
+    fn a_token_that_was_good_before_is_judged_all_the_same() {
+        let (mut issuer, known) = (issuer(), Mutex::default());
+        let claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"});
+        let token = issuer.sign(&json!({"alg": "EdDSA", "kid": "k1"}), &claims);
+        let check = |token: &str, auth: &RunnerAuth, now| check(token, auth, "a-1", Role::Admin, now, &known);
+        assert!(check(&token, &issuer.auth, NOW).is_ok() && check(&token, &issuer.auth, NOW).is_ok());
+        // time, another text with its head, and other keys
+        assert_eq!(check(&token, &issuer.auth, NOW + 400), Err("the token has expired"));
+        let (signed, signature) = token.rsplit_once('.').unwrap();
+        let forged = format!("{signed}.{}{}", if signature.starts_with('A') { 'B' } else { 'A' }, &signature[1..]);
+        assert_eq!(check(&forged, &issuer.auth, NOW), Err("the token's signature is wrong"));
+        issuer.auth.jwks = self::issuer().auth.jwks;
+        assert_eq!(check(&token, &issuer.auth, NOW), Err("the token's signature is wrong"));
+    }
+}

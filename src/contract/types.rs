@@ -1,0 +1,314 @@
+//! The contract between agent and control plane: bodies and answers. The OpenAPI document is made of these types.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::base::encoding::hex;
+use crate::base::secret::Secret;
+use crate::frp::{State as TunnelState, TunnelConfig};
+
+/// Header that carries the base64 of an ECDSA P-256 signature (ASN.1) over the exact bytes of the body of a registration.
+pub const SIGNATURE: &str = "pipeops-signature";
+
+macro_rules! wire {
+    ($($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident : $type:ty),* $(,)? })*) => {
+        $($(#[$meta])*
+        #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+        #[cfg_attr(test, derive(schemars::JsonSchema))]
+        #[serde(default)]
+        pub struct $name { $($(#[$field_meta])* pub $field: $type,)* })*
+    };
+}
+
+wire! {
+    /// Who registers.
+    AgentInfo {
+        /// `a-` and 32 hex digits of the SHA-256 of the public key.
+        id: String,
+        /// SubjectPublicKeyInfo of the P-256 key, PEM.
+        public_key: String,
+        name: String,
+        version: String,
+        hostname: String,
+        os: String,
+        arch: String,
+        /// Digest that tells one machine from another, never the machine's own identifiers.
+        machine: String,
+        labels: BTreeMap<String, String>,
+    }
+    ClusterInfo {
+        name: String,
+        provider: String,
+        /// Version of the API server; empty while it is not known.
+        version: String,
+        node_count: u32,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        region: Option<String>,
+        labels: BTreeMap<String, String>,
+    }
+    /// `POST /api/v1/agents/register`, signed in the header `Pipeops-Signature`.
+    Register {
+        agent: AgentInfo,
+        cluster: ClusterInfo,
+        capabilities: Vec<String>,
+        max_role: String,
+        monitoring: BTreeMap<String, String>,
+    }
+    Registered {
+        agent_id: String,
+        cluster_id: String,
+        #[serde(serialize_with = "Secret::reveal")]
+        #[cfg_attr(test, schemars(with = "String"))]
+        credential: Secret,
+        /// RFC 3339.
+        credential_expires_at: String,
+        config: Config,
+    }
+    /// `GET …/{id}/config`.
+    Config {
+        config_version: u64,
+        heartbeat_interval_s: u64,
+        status_interval_s: u64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        tunnel: Option<TunnelConfig>,
+        runner_auth: RunnerAuth,
+    }
+    /// Whose tokens open the agent's API.
+    RunnerAuth {
+        issuer: String,
+        audience: String,
+        /// JSON Web Key Set with the current and the next Ed25519 key.
+        jwks: Jwks,
+    }
+    Jwks { keys: Vec<Jwk> }
+    /// RFC 8037: `kty` is `OKP`, `crv` is `Ed25519`.
+    Jwk { kid: String, kty: String, crv: String, x: String }
+    /// `POST …/{id}/heartbeat`.
+    Heartbeat {
+        seq: u64,
+        /// RFC 3339, by the control plane's clock as the agent knows it.
+        sent_at: String,
+        state: String,
+        tunnel: TunnelReport,
+        uptime_s: u64,
+        audit_head: AuditHead,
+    }
+    TunnelReport { state: TunnelState, since: String }
+    AuditHead { seq: u64, hash: String }
+    HeartbeatAnswer { config_version: u64, directives: Vec<Directive> }
+    /// `POST …/{id}/status`: what the agent sees of the cluster.
+    StatusReport {
+        at: String,
+        kubernetes: String,
+        reason: String,
+        nodes: Vec<NodeReport>,
+        namespaces: Vec<String>,
+        workloads: Workloads,
+        usage: Usage,
+    }
+    NodeReport { name: String, ready: bool, role: String, version: String, address: String, note: String }
+    Workloads { pods: u32, pods_running: u32, deployments: u32, deployments_ready: u32, statefulsets: u32, daemonsets: u32, services: u32, ingresses: u32 }
+    /// The agent's machine.
+    Usage { memory_used_bytes: u64, memory_total_bytes: u64 }
+    /// `POST …/{id}/credential`: the next one; the former stays valid for an overlap.
+    Credential {
+        #[serde(serialize_with = "Secret::reveal")]
+        #[cfg_attr(test, schemars(with = "String"))]
+        credential: Secret,
+        credential_expires_at: String,
+    }
+    /// An operation as everybody may see it, also the body of `POST …/{id}/operations/{op}/result`: what was asked in detail, which
+    /// may hold secrets, stands nowhere in it.
+    Operation {
+        /// [`operation_id`].
+        id: String,
+        /// `apply`, `delete`, `scale`, `restart`, `cordon` or `uncordon`.
+        kind: String,
+        state: OperationState,
+        /// Who asked: the `sub` of his token.
+        subject: String,
+        /// Why it failed, or what it is at.
+        message: String,
+        created_at: String,
+        /// Empty while it runs.
+        finished_at: String,
+        objects: Vec<Touched>,
+    }
+    /// An object that an operation has dealt with.
+    Touched {
+        /// `Deployment production/web`.
+        object: String,
+        /// `applied`, `created`, `deleted`, `absent`, `scaled`, `restarted`, `cordoned`, `uncordoned`; then `ready`.
+        outcome: String,
+    }
+    /// Every error, with a stable code.
+    Problem {
+        code: String,
+        message: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
+    }
+}
+
+/// How far an operation is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum OperationState {
+    /// At the control plane, until the agent is there.
+    Queued,
+    #[default]
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+    /// The agent stopped while it ran: part of it may be done. Asking again is safe.
+    Interrupted,
+    /// The agent was not there within its time.
+    Expired,
+    /// One that this version does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+impl OperationState {
+    /// Nothing more comes of it.
+    pub fn ended(self) -> bool {
+        !matches!(self, OperationState::Queued | OperationState::Running)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            OperationState::Queued => "queued",
+            OperationState::Running => "running",
+            OperationState::Succeeded => "succeeded",
+            OperationState::Failed => "failed",
+            OperationState::Cancelled => "cancelled",
+            OperationState::Interrupted => "interrupted",
+            OperationState::Expired => "expired",
+            OperationState::Unknown => "unknown",
+        }
+    }
+}
+
+/// Header with which a caller makes a request that may be sent twice mean one operation.
+pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
+/// Id of the operation that `subject` asks for under `key`: whoever carries the request, it is the same one.
+pub fn operation_id(subject: &str, key: &str) -> String {
+    format!("o-{}", &hex(&Sha256::digest(format!("{subject}\0{key}")))[..32])
+}
+
+/// A key that an operation may be asked for under: 1 to 128 printable characters.
+pub fn check_key(key: Option<&str>) -> Result<&str, &'static str> {
+    let wrong = "an operation needs a header Idempotency-Key of 1 to 128 printable characters: the same for each try of the same thing";
+    key.filter(|k| (1..=128).contains(&k.len()) && k.bytes().all(|b| b.is_ascii_graphic())).ok_or(wrong)
+}
+
+/// What the control plane asks for in an answer to a heartbeat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Directive {
+    Register,
+    RotateCredential,
+    Drain,
+    /// One that this version does not know: passed over.
+    #[serde(other)]
+    Unknown,
+}
+
+/// Clocks that differ by less are the same, seconds.
+pub const LEEWAY: i64 = 30;
+
+/// The id that follows from a public key, DER of its SubjectPublicKeyInfo: `a-` and 32 hex digits of its SHA-256.
+pub fn id_of(spki: &[u8]) -> String {
+    format!("a-{}", &hex(&Sha256::digest(spki))[..32])
+}
+
+/// Where the control plane of PipeOps answers when nothing else is said.
+pub const DEFAULT_CONTROL_PLANE: &str = "https://control.pipeops.io";
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn schema<T: schemars::JsonSchema>(generator: &mut schemars::SchemaGenerator) -> Value {
+        json!({"application/json": {"schema": generator.subschema_for::<T>()}})
+    }
+
+    /// The document, from the types alone.
+    fn document() -> Value {
+        let mut settings = schemars::generate::SchemaSettings::draft2020_12();
+        settings.definitions_path = "/components/schemas".into();
+        let mut generator = settings.into_generator();
+        let g = &mut generator;
+        let problem = json!({"description": "refused, with a stable code", "content": schema::<Problem>(g)});
+        let call = |summary: &str, body: Option<Value>, answer: Option<Value>, signed: bool| {
+            let mut call = json!({"summary": summary, "security": [{"bearer": []}], "responses": {"default": problem.clone()}});
+            if let Some(body) = body {
+                call["requestBody"] = json!({"required": true, "content": body});
+            }
+            match answer {
+                Some(answer) => call["responses"]["200"] = json!({"description": "done", "content": answer}),
+                None => call["responses"]["204"] = json!({"description": "done"}),
+            }
+            if signed {
+                call["parameters"] = json!([{"name": "Pipeops-Signature", "in": "header", "required": true, "schema": {"type": "string"},
+                    "description": "base64 of the ECDSA P-256 SHA-256 signature (ASN.1) over the exact body"}]);
+            }
+            call
+        };
+        let id = json!([{"name": "id", "in": "path", "required": true, "schema": {"type": "string"}}]);
+        let op = json!([{"name": "id", "in": "path", "required": true, "schema": {"type": "string"}},
+            {"name": "op", "in": "path", "required": true, "schema": {"type": "string"}}]);
+        let paths = json!({
+            "/api/v1/agents/register": {"post": call("Register, or register again with the same key", Some(schema::<Register>(g)), Some(schema::<Registered>(g)), true)},
+            "/api/v1/agents/{id}/config": {"parameters": id, "get": call("Settings of an agent", None, Some(schema::<Config>(g)), false)},
+            "/api/v1/agents/{id}/heartbeat": {"parameters": id, "post": call("Sign of life", Some(schema::<Heartbeat>(g)), Some(schema::<HeartbeatAnswer>(g)), false)},
+            "/api/v1/agents/{id}/status": {"parameters": id, "post": call("Status of the cluster", Some(schema::<StatusReport>(g)), None, false)},
+            "/api/v1/agents/{id}/operations/{op}/result": {"parameters": op, "post": call("Result of an operation", Some(schema::<Operation>(g)), None, false)},
+            "/api/v1/agents/{id}/credential": {"parameters": id, "post": call("Next credential", None, Some(schema::<Credential>(g)), false)},
+            "/api/v1/agents/{id}": {"parameters": id, "delete": call("Deregister", None, None, false)},
+            "/api/v1/health": {"get": {"summary": "Whether the control plane is up", "security": [], "responses": {"200": {"description": "up"}}}},
+        });
+        let schemas = generator.take_definitions(true);
+        json!({
+            "openapi": "3.1.0",
+            "info": {"title": "pipeops agent and control plane", "version": "1", "license": {"name": "MIT", "identifier": "MIT"}},
+            "paths": paths,
+            "components": {"schemas": schemas, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
+        })
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test keeps a committed file fresh")]
+    fn the_openapi_document_is_fresh() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/deployments/openapi.json");
+        let fresh = serde_json::to_string_pretty(&document()).unwrap() + "\n";
+        if std::env::var("PIPEOPS_UPDATE").is_ok() {
+            std::fs::write(path, &fresh).unwrap();
+        }
+        let committed = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(committed == fresh, "deployments/openapi.json is stale: PIPEOPS_UPDATE=1 cargo test --lib openapi");
+    }
+
+    #[test]
+    fn what_a_newer_peer_adds_is_passed_over_and_what_it_leaves_out_is_empty() {
+        let answer: HeartbeatAnswer = serde_json::from_value(json!({"config_version": 3, "directives": ["drain", "dance"], "later": 1})).unwrap();
+        assert_eq!(answer.directives, [Directive::Drain, Directive::Unknown]);
+        let config: Config = serde_json::from_value(json!({"config_version": 1, "tunnel": {"server": "x", "port": 7000, "tcp_mux": true}})).unwrap();
+        assert!(config.tunnel.is_some_and(|t| t.tcp_mux && t.proxies.is_empty() && t.auth.token.is_empty()));
+        assert!(serde_json::from_value::<Config>(json!({"heartbeat_interval_s": "soon"})).is_err());
+    }
+
+    #[test]
+    fn no_debug_text_shows_a_credential() {
+        let registered = Registered { credential: Secret::new("planted-canary-4711-in-plain-text"), ..Registered::default() };
+        assert!(!format!("{registered:?}").contains("canary-4711-in-plain-text"));
+    }
+}

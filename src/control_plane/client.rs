@@ -1,0 +1,43 @@
+//! The administrator's verbs on this machine: calls over the socket in the data directory.
+
+use http::{Method, Request, header};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tokio::net::UnixStream;
+
+use crate::base::error::{Exit, Failure};
+use crate::contract::types::Problem;
+use crate::control_plane::SOCKET;
+use crate::host::Host;
+
+/// One call; gives the body of the answer.
+///
+/// # Errors
+/// Exit 7 when the control plane refuses, 5 when none runs on this machine.
+pub async fn call(host: &Host, data_dir: &str, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<String> {
+    let socket = host.at(data_dir).join(SOCKET);
+    let away = |why: String| {
+        Failure::new(Exit::Network, "CONTROL_PLANE_AWAY", "no control plane answers on this machine")
+            .why(format!("{}: {why}", socket.display()))
+            .hint("start it: pipeops control-plane; its owner and root may use it; another place: --data-dir")
+    };
+    let stream = UnixStream::connect(&socket).await.map_err(|e| away(e.to_string()))?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| away(e.to_string()))?;
+    let connection = tokio::spawn(connection);
+    let text = body.map(Value::to_string).unwrap_or_default();
+    let request = Request::builder().method(method).uri(path).header(header::HOST, "localhost").header(header::CONTENT_TYPE, "application/json");
+    let answer = sender.send_request(request.body(Full::new(Bytes::from(text)))?).await.map_err(|e| away(e.to_string()))?;
+    let status = answer.status();
+    let bytes = answer.into_body().collect().await?.to_bytes();
+    connection.abort();
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    if status.is_success() {
+        return Ok(text);
+    }
+    let problem: Problem = serde_json::from_str(&text).unwrap_or_default();
+    let mut failure = Failure::new(Exit::Refused, &problem.code.to_uppercase(), problem.message);
+    failure.hint = problem.hint;
+    Err(failure.into())
+}

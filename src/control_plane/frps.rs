@@ -1,0 +1,232 @@
+//! The FRP server that agents hold their tunnels at: the one of this process, or somebody's frps, of which we are the auth plugin
+//! and a visitor (frp `doc/server_plugin.md`, `server/visitor/visitor.go`).
+
+use std::sync::Arc;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use super::Hub;
+use super::api::{answer, body, parsed};
+use super::gateway::proxy_name;
+use super::registry::{Refused, refused};
+use crate::base::error::Failure;
+use crate::base::secret::{Secret, same};
+use crate::frp::client::visit;
+use crate::frp::codec::Io;
+use crate::frp::dial::{Carrier, Target};
+use crate::frp::server::Server;
+use crate::frp::wire::NewProxy;
+use crate::frp::{TunnelAuth, TunnelConfig, TunnelTls};
+use crate::kubernetes::upstream::Body;
+
+/// Somebody's frps.
+pub struct ExternalFrps {
+    /// HOST:PORT.
+    pub address: String,
+    pub token: Secret,
+    /// What makes its certificate acceptable: its CA in PEM, or a pin.
+    pub ca: Option<String>,
+    pub pin: Option<String>,
+}
+
+/// The way to it.
+pub(super) struct External {
+    pub(super) config: TunnelConfig,
+    target: Target,
+    /// One session carries all streams; what runs for it ends with it.
+    session: tokio::sync::Mutex<Session>,
+}
+
+#[derive(Default)]
+struct Session {
+    /// Counts them: who was given an old one does not end its successor.
+    number: u64,
+    carrier: Option<(Carrier, JoinSet<()>)>,
+}
+
+#[derive(Clone)]
+pub(super) enum Frps {
+    Own(Server),
+    External(Arc<External>),
+}
+
+impl External {
+    /// # Errors
+    /// Exit 2 for an address or trust that cannot be used.
+    pub(super) fn new(asked: ExternalFrps) -> anyhow::Result<External> {
+        let wrong = |why: String| {
+            Failure::usage("FRPS_WRONG", "the external frps cannot be used")
+                .why(why)
+                .hint("--frps HOST:PORT with --frps-token-file, and --frps-ca or --frps-pin")
+        };
+        let (server, port) = asked.address.rsplit_once(':').ok_or_else(|| wrong(format!("`{}` names no port", asked.address)))?;
+        let config = TunnelConfig {
+            server: server.to_owned(),
+            port: port.parse().map_err(|_| wrong(format!("`{port}` is no port")))?,
+            tcp_mux: true,
+            pool_count: 1,
+            tls: TunnelTls { ca_pem: asked.ca, pin: asked.pin, ..TunnelTls::default() },
+            auth: TunnelAuth { token: asked.token, ..TunnelAuth::default() },
+            proxies: Vec::new(),
+        };
+        let target = Target::new(&config, false).map_err(wrong)?;
+        Ok(External { config, target, session: tokio::sync::Mutex::default() })
+    }
+
+    async fn carrier(&self) -> std::io::Result<(u64, Carrier)> {
+        let mut session = self.session.lock().await;
+        if let Some((carrier, _)) = &session.carrier {
+            return Ok((session.number, carrier.clone()));
+        }
+        let mut tasks = JoinSet::new();
+        let carrier = self.target.connect(&mut tasks).await.map_err(|e| std::io::Error::other(e.why))?;
+        session.number += 1;
+        session.carrier = Some((carrier.clone(), tasks));
+        Ok((session.number, carrier))
+    }
+
+    /// A stream to a proxy. A session that gives none is replaced once; a refusal is an answer.
+    async fn dial(&self, proxy: &str, key: &Secret) -> std::io::Result<Io> {
+        let (number, carrier) = self.carrier().await?;
+        match visit(&carrier, "", proxy, key).await {
+            Ok(io) => return Ok(Box::new(io)),
+            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(e),
+            Err(_) => {
+                let mut session = self.session.lock().await;
+                if session.number == number {
+                    session.carrier = None;
+                }
+            }
+        }
+        Ok(Box::new(visit(&self.carrier().await?.1, "", proxy, key).await?))
+    }
+}
+
+impl Frps {
+    /// A stream to an agent.
+    ///
+    /// # Errors
+    /// When it holds no tunnel, or the server is not reached.
+    pub(super) async fn dial(&self, agent: &str, key: &Secret) -> std::io::Result<Io> {
+        match self {
+            Frps::Own(server) => server.dial(&proxy_name(agent)).await,
+            Frps::External(external) => external.dial(&proxy_name(agent), key).await,
+        }
+    }
+
+    /// Whether an agent's proxy is there, as far as this end knows.
+    pub(super) fn has(&self, agent: &str) -> Option<bool> {
+        match self {
+            Frps::Own(server) => Some(server.has(&proxy_name(agent))),
+            Frps::External(_) => None,
+        }
+    }
+
+    pub(super) fn tunnels(&self) -> Option<usize> {
+        match self {
+            Frps::Own(server) => Some(server.proxies().len()),
+            Frps::External(_) => None,
+        }
+    }
+}
+
+/// The parts of a plugin call that matter here. On Login the metas stand in the content, later in its user.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Content {
+    metas: Option<std::collections::BTreeMap<String, String>>,
+    user: User,
+    proxy_name: String,
+    proxy_type: String,
+}
+
+/// On Login `user` is a name, later an object.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum User {
+    Known {
+        #[serde(default)]
+        metas: Option<std::collections::BTreeMap<String, String>>,
+    },
+    Other(#[expect(dead_code, reason = "its shape is all that counts")] Value),
+}
+
+impl Default for User {
+    fn default() -> User {
+        User::Other(Value::Null)
+    }
+}
+
+#[derive(Deserialize)]
+struct Asked {
+    #[serde(default)]
+    content: Content,
+}
+
+impl Hub {
+    /// What frps asks before it lets somebody in. Every answer says `unchange`: without it frps would take our `content` for the client's.
+    pub(super) async fn frp_handler(&self, secret: &str, request: Request<Incoming>) -> Result<Response<Body>, Refused> {
+        let away = || refused(404, "not_found", "there is no such path", None);
+        if !matches!(self.inner.frps, Frps::External(_)) || !same(secret, self.frp_secret().expose()) {
+            return Err(away());
+        }
+        let (parts, incoming) = request.into_parts();
+        let query = parts.uri.query().unwrap_or_default();
+        let op = url::form_urlencoded::parse(query.as_bytes()).find(|(k, _)| k == "op").map(|(_, v)| v.into_owned()).unwrap_or_default();
+        let asked: Asked = parsed(&body(incoming).await?)?;
+        let verdict = self.plugin(&op, asked.content);
+        let reason = verdict.as_ref().err().cloned().unwrap_or_default();
+        Ok(answer(200, &json!({"reject": verdict.is_err(), "reject_reason": reason, "unchange": true})))
+    }
+
+    fn plugin(&self, op: &str, content: Content) -> Result<(), String> {
+        // who leaves is not asked who he is
+        if op == "CloseProxy" {
+            return Ok(());
+        }
+        let metas = match content.user {
+            User::Known { metas: Some(metas) } => metas,
+            _ => content.metas.unwrap_or_default(),
+        };
+        let (owner, _) = self.inner.gate.admitted(&metas)?;
+        if op == "NewProxy" {
+            let asked = NewProxy { proxy_name: content.proxy_name, proxy_type: content.proxy_type, ..NewProxy::default() };
+            return super::may_open(&owner, &asked);
+        }
+        Ok(())
+    }
+
+    fn frp_secret(&self) -> Secret {
+        self.keys().derived("frp-handler", "")
+    }
+
+    /// What to put into frps' configuration.
+    pub(super) fn frps_config(&self) -> Result<String, Refused> {
+        let Frps::External(external) = &self.inner.frps else {
+            return Err(refused(
+                409,
+                "own_frps",
+                "this control plane is its own FRP server",
+                Some("start it with --frps HOST:PORT to use another one"),
+            ));
+        };
+        Ok(format!(
+            "# for frps 0.52 and newer; its certificate must fit --frps-ca or --frps-pin\n\
+             bindPort = {}\n\
+             auth.token = \"the one in --frps-token-file\"\n\
+             transport.tls.force = true\n\n\
+             [[httpPlugins]]\n\
+             name = \"pipeops\"\n\
+             addr = \"{}\"\n\
+             path = \"/frp/handler/{}\"\n\
+             ops = [\"Login\", \"NewProxy\", \"Ping\", \"NewWorkConn\"]\n",
+            external.config.port,
+            self.url(),
+            self.frp_secret().expose()
+        ))
+    }
+}

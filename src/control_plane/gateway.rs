@@ -1,0 +1,401 @@
+//! The HTTP way into a tunnel: takes a Runner's bearer, mints the agent's JWT, pins the agent's key, passes bytes both ways.
+
+use std::collections::HashSet;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt as _, Empty, Full, Limited};
+use hyper::body::{Bytes, Frame, Incoming, SizeHint};
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::client::legacy::{Client, ResponseFuture};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio_rustls::client::TlsStream;
+use tower::{BoxError, Service};
+
+use crate::base::secret::Secret;
+use crate::base::trust::{self, Trust};
+use crate::contract::token::{LIFE, Role};
+use crate::control_plane::Hub;
+use crate::control_plane::api::{Wanted, narrowed, stamp};
+use crate::control_plane::frps::Frps;
+use crate::control_plane::keys::Keys;
+use crate::control_plane::registry::enrol::spki;
+use crate::control_plane::registry::{ClusterView, Refused, Registry, Route, Who, refused};
+use crate::frp::codec::Io;
+use crate::kubernetes::header_policy;
+use crate::kubernetes::upstream::Body;
+
+/// A look into a cluster takes at most this long, and this much.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
+const LOOK: usize = 8 << 20;
+/// An agent that has not begun an answer for this long is asked whether it lives, and gets as long again to say so.
+const QUIET: std::time::Duration = std::time::Duration::from_secs(3);
+/// The same for one that was silent a moment ago.
+const SILENT: std::time::Duration = std::time::Duration::from_millis(700);
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
+
+pub(super) fn offline() -> Refused {
+    let hint = "pipeops control-plane cluster list says since when";
+    refused(503, "agent_offline", "the cluster's agent is not reached at the moment", Some(hint))
+}
+
+fn silent() -> Refused {
+    let hint = "look at pipeops-agent on the node: systemctl status pipeops-agent";
+    refused(504, "agent_silent", "the cluster's agent holds its tunnel and does not answer", Some(hint))
+}
+
+/// A 401 of an agent is about the token that was minted here: the caller can do nothing about that.
+async fn mistrusted(answer: Response<Incoming>) -> Refused {
+    let body = tokio::time::timeout(QUIET, Limited::new(answer.into_body(), 64 << 10).collect()).await;
+    let body: Value = body.ok().and_then(Result::ok).and_then(|b| serde_json::from_slice(&b.to_bytes()).ok()).unwrap_or_default();
+    // below /k8s the plain words stand among the causes
+    let said = [&body["details"]["causes"][0]["message"], &body["message"]].into_iter().find_map(Value::as_str).unwrap_or("no reason given");
+    let said: String = crate::base::text::shown(said).chars().take(200).collect();
+    let hint = "compare the clocks of the node and of the control plane; the agent fetches fresh keys within seconds";
+    refused(502, "agent_mistrusts", format!("the cluster's agent refuses the control plane's token: {said}"), Some(hint))
+}
+
+/// Name of an agent's proxy.
+pub(super) fn proxy_name(agent: &str) -> String {
+    format!("agent-{agent}")
+}
+
+/// The pin of a public key in PEM.
+fn pin(public_key: &str) -> Option<trust::Pin> {
+    Some(trust::Pin::of_key(&spki(public_key)?))
+}
+
+/// Dials agents through the FRP server; the host of the URI is the agent's id.
+#[derive(Clone)]
+pub(super) struct Dial {
+    frps: Frps,
+    registry: Arc<Registry>,
+    keys: Arc<Keys>,
+}
+
+/// A connection to an agent, as the pool wants it.
+pub(super) struct Wire(TokioIo<TlsStream<Io>>);
+
+impl Connection for Wire {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl hyper::rt::Read for Wire {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: hyper::rt::ReadBufCursor<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl hyper::rt::Write for Wire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+impl Service<Uri> for Dial {
+    type Response = Wire;
+    type Error = std::io::Error;
+    type Future = BoxFuture<'static, Result<Wire, std::io::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), std::io::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let Dial { frps, registry, keys } = self.clone();
+        Box::pin(async move {
+            let other = |e: String| std::io::Error::other(e);
+            let agent = uri.host().unwrap_or_default().to_owned();
+            let key = registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
+            let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
+            let io = frps.dial(&agent, &keys.stcp(&agent, None)).await?;
+            let mut tls = Trust { pins: vec![pin], ..Trust::default() }.client().map_err(other)?;
+            tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+            let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal").map_err(|e| other(e.to_string()))?;
+            let connecting = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, io);
+            let stream = tokio::time::timeout(std::time::Duration::from_secs(10), connecting).await??;
+            Ok(Wire(TokioIo::new(stream)))
+        })
+    }
+}
+
+/// The two clients of the gateway: one keeps connections, the other gives each upgrade its own.
+#[derive(Clone)]
+pub(super) struct Gateway {
+    pooled: Client<Dial, Body>,
+    single: Client<Dial, Body>,
+    /// Agents that were silent when they were last asked: kubectl asks five times, and waits for all of them.
+    silent: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Gateway {
+    pub(super) fn new(frps: Frps, registry: Arc<Registry>, keys: Arc<Keys>) -> Gateway {
+        let dial = Dial { frps, registry, keys };
+        let client = |idle: usize| {
+            Client::builder(TokioExecutor::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(std::time::Duration::from_secs(30))
+                .pool_max_idle_per_host(idle)
+                .retry_canceled_requests(false)
+                .build(dial.clone())
+        };
+        Gateway { pooled: client(8), single: client(0), silent: Arc::default() }
+    }
+}
+
+/// A body that ends when somebody's right to it ends.
+struct Until {
+    inner: Incoming,
+    over: [Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>; 2],
+}
+
+impl hyper::body::Body for Until {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.over.iter_mut().any(|over| over.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(Some(Err("the right to this stream was revoked".into())));
+        }
+        let frame = Pin::new(&mut self.inner).poll_frame(cx);
+        if let Poll::Ready(Some(Err(error))) = &frame {
+            tracing::debug!(error = format!("{error:?}"), "an agent's answer broke off");
+        }
+        frame.map(|frame| frame.map(|f| f.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// Headers that speak to this server alone.
+const NOT_PASSED: &[&str] =
+    &["authorization", "cookie", "forwarded", "host", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"];
+
+/// The headers of a request that go to an agent.
+fn passed(headers: &HeaderMap) -> HeaderMap {
+    let own = header_policy::hop_by_hop(headers);
+    let stays = |name: &str| !own(name) && !NOT_PASSED.contains(&name);
+    headers.iter().filter(|(name, _)| stays(name.as_str())).map(|(n, v)| (n.clone(), v.clone())).collect()
+}
+
+impl Hub {
+    /// One request into a cluster.
+    pub(super) async fn pass(&self, mut request: Request<Incoming>, id: &str, who: &Who, now: i64) -> Result<Response<Body>, Refused> {
+        let route = self.registry().route(id, who.project())?;
+        let (role, namespaces) = narrowed(who, &Wanted::default())?;
+        let token = self.jwt(who, &route, role, namespaces, LIFE, now).0;
+        // the rest of the path as it came: what is odd in it is the agent's to refuse
+        let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+        let mut segments = target.splitn(4, '/').skip(1);
+        let here = format!("/{}/{}", segments.next().unwrap_or_default(), segments.next().unwrap_or_default());
+        let rest = segments.next().unwrap_or_default();
+        let uri: Uri = format!("http://{}/{rest}", route.agent).parse().map_err(|_| refused(400, "bad_path", "the path cannot be read", None))?;
+        let upgrade = request.headers().get(header::UPGRADE).cloned();
+        let mut headers = passed(request.headers());
+        headers.insert(header::HOST, header::HeaderValue::from_static("agent"));
+        let bearer = header::HeaderValue::try_from(format!("Bearer {}", token.expose()));
+        headers.insert(header::AUTHORIZATION, bearer.map_err(|_| refused(500, "internal", "the token cannot be sent", None))?);
+        if let Some(protocol) = &upgrade {
+            headers.insert(header::CONNECTION, header::HeaderValue::from_static("Upgrade"));
+            headers.insert(header::UPGRADE, protocol.clone());
+        }
+        let theirs = hyper::upgrade::on(&mut request);
+        let method = request.method().clone();
+        let over = [route.over.clone(), self.registry().until_revoked(who)];
+        let body: Body = if upgrade.is_some() {
+            Empty::new().map_err(|never| match never {}).boxed_unsync()
+        } else {
+            request.into_body().map_err(Into::into).boxed_unsync()
+        };
+        let mut outward = Request::new(body);
+        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) = (method, uri, headers);
+        let client = if upgrade.is_some() { &self.gateway().single } else { &self.gateway().pooled };
+        let mut answer = self.heard(client.request(outward), &route).await?;
+        let status = answer.status();
+        if status == StatusCode::UNAUTHORIZED {
+            return Err(mistrusted(answer).await);
+        }
+        let mut headers = header_policy::inward(status, answer.headers(), &here)
+            .ok_or_else(|| refused(502, "redirect_refused", "the agent answers with a redirect to somewhere else", None))?;
+        if status == StatusCode::SWITCHING_PROTOCOLS {
+            if upgrade.is_none() {
+                return Err(refused(502, "bad_upgrade", "the agent switches protocols unasked", None));
+            }
+            for name in [header::CONNECTION, header::UPGRADE] {
+                if let Some(value) = answer.headers().get(&name) {
+                    headers.insert(name, value.clone());
+                }
+            }
+            let ours = hyper::upgrade::on(&mut answer);
+            tokio::spawn(async move {
+                let (Ok(theirs), Ok(ours)) = (theirs.await, ours.await) else { return };
+                let (mut theirs, mut ours) = (TokioIo::new(theirs), TokioIo::new(ours));
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut theirs, &mut ours) => {}
+                    () = over[0].cancelled() => {}
+                    () = over[1].cancelled() => {}
+                }
+            });
+            let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
+            (*response.status_mut(), *response.headers_mut()) = (status, headers);
+            return Ok(response);
+        }
+        let over = over.map(|token| Box::pin(token.cancelled_owned()));
+        let mut response = Response::new(Until { inner: answer.into_body(), over }.boxed_unsync());
+        (*response.status_mut(), *response.headers_mut()) = (status, headers);
+        Ok(response)
+    }
+
+    /// The head of an agent's answer. What it is asked may take its time; the agent itself may not.
+    ///
+    /// # Errors
+    /// `agent_offline` when it is not reached, `agent_silent` when its tunnel is there and it says nothing at all.
+    async fn heard(&self, asked: ResponseFuture, route: &Route) -> Result<Response<Incoming>, Refused> {
+        let known = &self.gateway().silent;
+        let quiet = if crate::control_plane::lock(known).contains(&route.agent) { SILENT } else { QUIET };
+        let silence = async {
+            tokio::time::sleep(quiet).await;
+            while self.lives(&route.agent, quiet).await {
+                crate::control_plane::lock(known).remove(&route.agent);
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
+        tokio::select! {
+            answer = asked => {
+                if quiet == SILENT {
+                    crate::control_plane::lock(known).remove(&route.agent);
+                }
+                answer.map_err(|error| {
+                    tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
+                    offline()
+                })
+            }
+            () = silence => {
+                crate::control_plane::lock(known).insert(route.agent.clone());
+                tracing::info!(cluster = route.cluster, "the agent holds its tunnel and says nothing");
+                Err(silent())
+            }
+        }
+    }
+
+    /// Whether an agent answers the one question that it answers by itself, on a stream of its own.
+    async fn lives(&self, agent: &str, within: std::time::Duration) -> bool {
+        let request = Request::builder().uri(format!("http://{agent}/healthz")).header(header::HOST, "agent");
+        let Ok(request) = request.body(Empty::new().map_err(|never| match never {}).boxed_unsync()) else { return false };
+        tokio::time::timeout(within, self.gateway().single.request(request)).await.is_ok_and(|answer| answer.is_ok())
+    }
+
+    /// A GET of the agent's API for the page, read whole: as a viewer, or in the caller's own role.
+    pub(super) async fn look_into(&self, who: &Who, id: &str, path: &str, own_role: bool, now: i64) -> Result<Value, Refused> {
+        let route = self.registry().route(id, who.project())?;
+        let (most, namespaces) = narrowed(who, &Wanted::default())?;
+        let token = self.jwt(who, &route, if own_role { most } else { Role::Viewer }, namespaces, LIFE, now).0;
+        let (status, value) = self.ask_agent(Request::builder(), path, &route, &token, Bytes::new()).await?;
+        if status.is_success() {
+            return Ok(value);
+        }
+        let said = value["message"].as_str().unwrap_or("the cluster refuses it").to_owned();
+        Err(refused(if status.as_u16() == 403 { 403 } else { 502 }, "cluster_refused", said, None))
+    }
+
+    /// A call of an agent's own API, answered whole. The path has no slash in front.
+    ///
+    /// # Errors
+    /// `agent_offline` when no whole answer comes.
+    pub(super) async fn ask_agent(
+        &self,
+        request: http::request::Builder,
+        path: &str,
+        route: &Route,
+        token: &Secret,
+        body: Bytes,
+    ) -> Result<(StatusCode, Value), Refused> {
+        let request = request
+            .uri(format!("http://{}/{path}", route.agent))
+            .header(header::HOST, "agent")
+            .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
+            .body(Full::new(body).map_err(|never| match never {}).boxed_unsync());
+        let request = request.map_err(|_| refused(500, "internal", "the request cannot be made", None))?;
+        let whole = async {
+            let answer = self.gateway().pooled.request(request).await.ok()?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), LOOK).collect().await.ok()?.to_bytes();
+            Some((status, serde_json::from_slice::<Value>(&body).ok()?))
+        };
+        tokio::time::timeout(PATIENCE, whole).await.ok().flatten().ok_or_else(offline)
+    }
+
+    /// A token for one agent, in no higher role than it was given, and when it ends.
+    pub(super) fn jwt(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> (Secret, i64) {
+        let subject = who.subject();
+        let expires = now + ttl;
+        let id = crate::frp::wire::fresh_run_id();
+        let mut claims = json!({"iss": self.issuer(), "aud": route.agent, "sub": subject, "role": role.min(route.most).name(), "iat": now, "exp": expires, "jti": id});
+        if let Some(namespaces) = namespaces {
+            claims["namespaces"] = json!(namespaces);
+        }
+        (self.keys().sign(&claims), expires)
+    }
+
+    /// The answer to a Runner who wants a token: with it, and with where to go.
+    pub(super) fn runner_token(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> Value {
+        let (token, expires) = self.jwt(who, route, role, namespaces, ttl, now);
+        let pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
+        let place = self.tunnel_place();
+        let runner = if let Who::Access(access) = who { Some(access.id.as_str()) } else { None };
+        let (proxy, key) = self.visit(&route.agent, runner);
+        let mut tunnel = json!({"type": "stcp", "address": format!("{}:{}", place.server, place.port), "server_name": place.server, "agent_pin": pin,
+            "proxy": proxy, "secret_key": key.expose()});
+        for (name, value) in [("server_pin", place.tls.pin), ("server_ca", place.tls.ca_pem)] {
+            if let Some(value) = value {
+                tunnel[name] = value.into();
+            }
+        }
+        let address = format!("{}/clusters/{}", self.url(), route.cluster);
+        json!({
+            "token": token.expose(),
+            "expires_at": stamp(expires),
+            "endpoints": [{"type": "gateway", "address": address, "server_name": self.inner.names[0], "agent_pin": pin}, tunnel],
+        })
+    }
+
+    /// A file with which plain kubectl works.
+    pub(super) fn kubeconfig(&self, cluster: &ClusterView, token: &Secret) -> String {
+        use base64::Engine as _;
+        let name = &cluster.id;
+        let mut server = json!({"server": format!("{}/clusters/{name}/k8s", self.url())});
+        if let Some(ca) = self.shown_ca() {
+            server["certificate-authority-data"] = base64::engine::general_purpose::STANDARD.encode(ca).into();
+        }
+        // JSON is YAML, and needs no quoting of our own
+        let file = json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": name, "cluster": server}],
+            "users": [{"name": name, "user": {"token": token.expose()}}],
+            "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
+            "current-context": name,
+        });
+        serde_json::to_string_pretty(&file).unwrap_or_default() + "\n"
+    }
+}

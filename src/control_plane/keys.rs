@@ -1,0 +1,466 @@
+//! The keys of a control plane: its CA and certificate, the keys that sign Runners' tokens, the key under which tokens are hashed.
+
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use anyhow::Context as _;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use ring::rand::SecureRandom as _;
+use ring::signature::{Ed25519KeyPair, KeyPair as _};
+use ring::{aead, hmac};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use crate::base::error::{Exit, Failure};
+use crate::base::secret::Secret;
+use crate::base::trust::Pin;
+use crate::contract::types::{Jwk, Jwks};
+use crate::host::Host;
+use crate::host::state::StateDir;
+
+/// Life of the CA and of the certificate that it signs, days. The certificate is made anew at two thirds of its life.
+const CA_DAYS: i64 = 3650;
+const LEAF_DAYS: i64 = 90;
+const DAY: i64 = 86_400;
+/// A key signs Runners' tokens for this long; the one before it is still believed for a while, since tokens live 300 s.
+const SIGNING: i64 = 30 * DAY;
+const FORMER: i64 = 900;
+
+/// `keys.json` in the data directory, 0600.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    #[serde(serialize_with = "Secret::reveal")]
+    ca_key: Secret,
+    ca_certificate: String,
+    /// PKCS #8 of the Ed25519 keys, base64: the one that signs, the one that comes next, and for a while the one before.
+    #[serde(serialize_with = "reveal_all")]
+    signing: Vec<Secret>,
+    /// Since when the first of them signs.
+    #[serde(default)]
+    signing_since: i64,
+    #[serde(serialize_with = "Secret::reveal")]
+    hash: Secret,
+    /// What FRP clients show before anything else; each agent shows a proof of its own as well.
+    #[serde(serialize_with = "Secret::reveal")]
+    tunnel: Secret,
+}
+
+fn reveal_all<S: serde::Serializer>(secrets: &[Secret], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(secrets.iter().map(Secret::expose))
+}
+
+const FILE: &str = "keys.json";
+
+/// 32 random bytes, in letters that need no quoting anywhere.
+///
+/// # Errors
+/// When the system gives no random numbers.
+pub fn fresh() -> anyhow::Result<String> {
+    let mut bytes = [0; 32];
+    ring::rand::SystemRandom::new().fill(&mut bytes).map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+    Ok(URL_SAFE_NO_PAD.encode(bytes))
+}
+
+/// All of them, loaded.
+pub struct Keys {
+    pub ca_certificate: String,
+    pub ca_pin: String,
+    pub tunnel_token: Secret,
+    ca: Issuer<'static, KeyPair>,
+    signing: RwLock<Signing>,
+    hash: hmac::Key,
+}
+
+/// The keys for Runners' tokens, by id.
+struct Signing {
+    keys: Vec<(String, Ed25519KeyPair)>,
+    since: i64,
+}
+
+impl Signing {
+    fn of(stored: &Stored) -> anyhow::Result<Signing> {
+        let keys = stored.signing.iter().map(|secret| {
+            let pkcs8 = URL_SAFE_NO_PAD.decode(secret.expose()).context("a signing key")?;
+            let key = Ed25519KeyPair::from_pkcs8(&pkcs8).map_err(|e| anyhow::anyhow!("a signing key: {e}"))?;
+            let digest = ring::digest::digest(&ring::digest::SHA256, key.public_key().as_ref());
+            Ok((URL_SAFE_NO_PAD.encode(&digest.as_ref()[..9]), key))
+        });
+        let keys = keys.collect::<anyhow::Result<Vec<_>>>()?;
+        anyhow::ensure!(keys.len() >= 2, "there are two signing keys, and here are {}", keys.len());
+        Ok(Signing { keys, since: stored.signing_since })
+    }
+}
+
+impl Keys {
+    /// Those of the data directory, or new ones, durable before anybody hears of them.
+    ///
+    /// # Errors
+    /// When the file is damaged or cannot be written.
+    pub fn load(state: &StateDir, now: i64) -> anyhow::Result<Keys> {
+        let stored: Stored = match state.read(FILE)? {
+            Some(text) => serde_json::from_str(&text).map_err(|e| {
+                Failure::usage("KEYS_DAMAGED", "the control plane's keys cannot be read")
+                    .why(format!("{FILE}: {e}"))
+                    .hint("restore a backup: with other keys no agent would believe this control plane")
+            })?,
+            None => {
+                let made = make(now)?;
+                state.write(FILE, &serde_json::to_string(&made)?)?;
+                made
+            }
+        };
+        let pin = pin_of(&stored.ca_certificate).context("the CA's certificate")?.to_string();
+        let key = KeyPair::from_pem(stored.ca_key.expose()).context("the CA's key")?;
+        Ok(Keys {
+            ca: Issuer::new(ca_params()?, key),
+            signing: RwLock::new(Signing::of(&stored)?),
+            ca_certificate: stored.ca_certificate,
+            ca_pin: pin,
+            tunnel_token: stored.tunnel,
+            hash: hmac::Key::new(hmac::HMAC_SHA256, stored.hash.expose().as_bytes()),
+        })
+    }
+
+    /// Text that a data directory's keys may be made of again, checked.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn restore(state: &StateDir, text: &Secret, now: i64) -> anyhow::Result<Keys> {
+        let _: Stored = serde_json::from_str(text.expose()).context("the keys in the backup")?;
+        state.write(FILE, text.expose())?;
+        Keys::load(state, now)
+    }
+
+    /// Takes back keys that were made a moment ago and that nobody knows.
+    pub fn forget(state: &StateDir) {
+        state.remove(FILE);
+    }
+
+    /// Tells these keys from others, and nothing of them.
+    pub fn mark(&self) -> String {
+        self.derived("mark", "").expose().to_owned()
+    }
+
+    /// The keys as they stand in a data directory.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn stored(state: &StateDir) -> anyhow::Result<Option<Secret>> {
+        Ok(state.read(FILE)?.map(Secret::new))
+    }
+
+    /// What stands in the database for a token: useless without the key, which does not stand there.
+    pub fn hashed(&self, token: &str) -> String {
+        URL_SAFE_NO_PAD.encode(hmac::sign(&self.hash, token.as_bytes()))
+    }
+
+    /// A secret that is `name`'s alone and need not be stored.
+    pub fn derived(&self, purpose: &str, name: &str) -> Secret {
+        Secret::new(self.hashed(&format!("{purpose}\0{name}")))
+    }
+
+    /// What opens an agent's stcp proxy: to one Runner, or without one to the agent and administrators.
+    pub fn stcp(&self, agent: &str, runner: Option<&str>) -> Secret {
+        self.derived("stcp", &runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}")))
+    }
+
+    /// A text that only this control plane can read again: what waits in the database may hold somebody's secrets.
+    ///
+    /// # Errors
+    /// When the system gives no random numbers.
+    pub fn seal(&self, text: &str) -> anyhow::Result<String> {
+        let mut nonce = [0; aead::NONCE_LEN];
+        ring::rand::SystemRandom::new().fill(&mut nonce).map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+        let mut bytes = text.as_bytes().to_vec();
+        let sealed = self.sealing()?.seal_in_place_append_tag(aead::Nonce::assume_unique_for_key(nonce), aead::Aad::empty(), &mut bytes);
+        sealed.map_err(|_| anyhow::anyhow!("a text cannot be sealed"))?;
+        Ok(URL_SAFE_NO_PAD.encode([&nonce[..], &bytes].concat()))
+    }
+
+    /// What was sealed.
+    ///
+    /// # Errors
+    /// When it was sealed with other keys, or changed since.
+    pub fn unseal(&self, sealed: &str) -> anyhow::Result<Secret> {
+        let wrong = || anyhow::anyhow!("it was sealed with other keys");
+        let bytes = URL_SAFE_NO_PAD.decode(sealed).map_err(|_| wrong())?;
+        let (nonce, text) = bytes.split_at_checked(aead::NONCE_LEN).ok_or_else(wrong)?;
+        let nonce = aead::Nonce::try_assume_unique_for_key(nonce).map_err(|_| wrong())?;
+        let mut text = text.to_vec();
+        let text = self.sealing()?.open_in_place(nonce, aead::Aad::empty(), &mut text).map_err(|_| wrong())?;
+        Ok(Secret::new(std::str::from_utf8(text).map_err(|_| wrong())?))
+    }
+
+    fn sealing(&self) -> anyhow::Result<aead::LessSafeKey> {
+        let key = hmac::sign(&self.hash, b"seal");
+        let key = aead::UnboundKey::new(&aead::CHACHA20_POLY1305, key.as_ref()).map_err(|_| anyhow::anyhow!("no key to seal with"))?;
+        Ok(aead::LessSafeKey::new(key))
+    }
+
+    fn signing(&self) -> RwLockReadGuard<'_, Signing> {
+        self.signing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Public halves: of the key that signs, of the next, which agents so know before it does, and for a while of the one before.
+    pub fn jwks(&self) -> Jwks {
+        let signing = self.signing();
+        let keys = signing.keys.iter().map(|(kid, key)| Jwk {
+            kid: kid.clone(),
+            kty: "OKP".into(),
+            crv: "Ed25519".into(),
+            x: URL_SAFE_NO_PAD.encode(key.public_key()),
+        });
+        Jwks { keys: keys.collect() }
+    }
+
+    /// A JWT over `claims`, with the current key.
+    pub fn sign(&self, claims: &Value) -> Secret {
+        let signing = self.signing();
+        let Some((kid, key)) = signing.keys.first() else { return Secret::default() };
+        let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
+        let signed = format!("{}.{}", part(&json!({"alg": "EdDSA", "typ": "JWT", "kid": kid})), part(claims));
+        let signature = URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes()));
+        Secret::new(format!("{signed}.{signature}"))
+    }
+
+    /// Lets the next key sign when the current one has done so for 30 days, and forgets the one before when no token of it lives.
+    ///
+    /// # Errors
+    /// When the keys cannot be written; then everything stays as it was.
+    pub fn turn(&self, state: &StateDir, now: i64) -> anyhow::Result<()> {
+        let (since, count) = {
+            let signing = self.signing();
+            (signing.since, signing.keys.len())
+        };
+        // a clock that was wrong, or keys of a time before they were turned
+        let unknown = since == 0 || since > now + DAY;
+        let (due, forget) = (!unknown && now - since >= SIGNING, count > 2 && now - since >= FORMER);
+        if !(unknown || due || forget) {
+            return Ok(());
+        }
+        let mut stored: Stored = serde_json::from_str(&state.read(FILE)?.unwrap_or_default()).context(FILE)?;
+        stored.signing.truncate(2);
+        if due {
+            let former = stored.signing.remove(0);
+            stored.signing.extend([signing_key()?, former]);
+        }
+        if unknown || due {
+            stored.signing_since = now;
+        }
+        let turned = Signing::of(&stored)?;
+        state.write(FILE, &serde_json::to_string(&stored)?)?;
+        *self.signing.write().unwrap_or_else(PoisonError::into_inner) = turned;
+        if due {
+            tracing::info!("the next key signs Runners' tokens from now on");
+        }
+        Ok(())
+    }
+
+    /// A certificate for `names`, valid from an hour before `now`: clocks differ.
+    ///
+    /// # Errors
+    /// When a name cannot stand in a certificate.
+    fn leaf(&self, names: &[String], now: i64) -> anyhow::Result<CertifiedKey> {
+        let mut params = CertificateParams::new(Vec::new())?;
+        for name in names {
+            let plain =
+                name.parse::<std::net::IpAddr>().is_ok() || name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+            anyhow::ensure!(plain && !name.is_empty(), "`{name}` is no name for a certificate");
+            params.subject_alt_names.push(match name.parse() {
+                Ok(address) => SanType::IpAddress(address),
+                Err(_) => SanType::DnsName(name.as_str().try_into().with_context(|| format!("`{name}` is no name for a certificate"))?),
+            });
+        }
+        params.distinguished_name.push(DnType::CommonName, "pipeops control plane");
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        (params.not_before, params.not_after) = (date(now - 3600)?, date(now + LEAF_DAYS * DAY)?);
+        let key = KeyPair::generate()?;
+        let certificate = params.signed_by(&key, &self.ca)?;
+        let chain = vec![certificate.der().clone(), CertificateDer::from_pem_slice(self.ca_certificate.as_bytes())?];
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        Ok(CertifiedKey::new(chain, rustls::crypto::ring::sign::any_supported_type(&key)?))
+    }
+}
+
+fn date(seconds: i64) -> anyhow::Result<time::OffsetDateTime> {
+    time::OffsetDateTime::from_unix_timestamp(seconds).context("a date")
+}
+
+/// What the CA's certificate says, but for its dates.
+fn ca_params() -> anyhow::Result<CertificateParams> {
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.distinguished_name.push(DnType::CommonName, "pipeops control plane CA");
+    Ok(params)
+}
+
+fn signing_key() -> anyhow::Result<Secret> {
+    let pkcs8 = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).map_err(|_| anyhow::anyhow!("making a key"))?;
+    Ok(Secret::new(URL_SAFE_NO_PAD.encode(pkcs8)))
+}
+
+fn make(now: i64) -> anyhow::Result<Stored> {
+    let mut params = ca_params()?;
+    (params.not_before, params.not_after) = (date(now - DAY)?, date(now + CA_DAYS * DAY)?);
+    let key = KeyPair::generate()?;
+    let certificate = params.self_signed(&key)?;
+    Ok(Stored {
+        ca_key: Secret::new(key.serialize_pem()),
+        ca_certificate: certificate.pem(),
+        signing: vec![signing_key()?, signing_key()?],
+        signing_since: now,
+        hash: Secret::new(fresh()?),
+        tunnel: Secret::new(fresh()?),
+    })
+}
+
+/// The certificate that is shown, replaced while connections go on.
+#[derive(Debug)]
+struct Shown(watch::Receiver<Arc<CertifiedKey>>);
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.borrow().clone())
+    }
+}
+
+/// The pin of the first certificate in a PEM text.
+pub(super) fn pin_of(pem: &str) -> Option<Pin> {
+    Pin::of(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)
+}
+
+/// Files with a certificate of somebody else's making, PEM.
+#[derive(Clone, Debug)]
+pub struct CertificateFiles {
+    pub chain: String,
+    pub key: String,
+    /// Its CA, where clients do not know it already.
+    pub ca: Option<String>,
+}
+
+impl CertificateFiles {
+    fn read(&self, host: &Host) -> anyhow::Result<[String; 3]> {
+        let read = |path: &str| {
+            host.users_file(path).map_err(|e| {
+                Failure::new(Exit::Preflight, "CERTIFICATE_UNREADABLE", format!("cannot read {path}"))
+                    .why(format!("{:#}", e.root_cause()))
+                    .hint("check the path and who may read it; the unit's user is not root")
+            })
+        };
+        Ok([read(&self.chain)?, read(&self.key)?, self.ca.as_deref().map(read).transpose()?.unwrap_or_default()])
+    }
+}
+
+/// What files hold, checked: a certificate whose time is now and whose key fits.
+fn parse(texts: &[String; 3], files: &CertificateFiles, now: i64) -> anyhow::Result<CertifiedKey> {
+    let wrong = |what: String, why: String| {
+        Failure::new(Exit::Preflight, "CERTIFICATE_WRONG", what)
+            .why(why)
+            .hint("--tls-cert takes the chain in PEM, its own certificate first; --tls-key its key")
+    };
+    let certificates = |text: &str, path: &str| -> anyhow::Result<Vec<CertificateDer<'static>>> {
+        let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
+        Ok(all.map_err(|e| wrong(format!("{path} is no PEM file"), e.to_string()))?)
+    };
+    let mut chain = certificates(&texts[0], &files.chain)?;
+    let Some(first) = chain.first() else {
+        return Err(wrong(format!("{} holds no certificate", files.chain), "there is no BEGIN CERTIFICATE in it".into()).into());
+    };
+    let (_, leaf) = x509_parser::parse_x509_certificate(first)
+        .map_err(|e| wrong(format!("{} holds no certificate that can be read", files.chain), e.to_string()))?;
+    let valid = leaf.validity();
+    if valid.not_after.timestamp() <= now || valid.not_before.timestamp() > now {
+        let day = |at: i64| jiff::Timestamp::from_second(at).unwrap_or_default();
+        return Err(Failure::new(Exit::Preflight, "CERTIFICATE_EXPIRED", format!("the certificate in {} is not valid now", files.chain))
+            .why(format!("it is valid from {} to {}", day(valid.not_before.timestamp()), day(valid.not_after.timestamp())))
+            .hint("renew it; or leave --tls-cert out: the self-made one renews itself")
+            .into());
+    }
+    for ca in certificates(&texts[2], files.ca.as_deref().unwrap_or_default())? {
+        if !chain.contains(&ca) {
+            chain.push(ca);
+        }
+    }
+    let key = PrivateKeyDer::from_pem_slice(texts[1].as_bytes()).map_err(|e| wrong(format!("{} holds no key", files.key), e.to_string()))?;
+    let signer =
+        rustls::crypto::ring::sign::any_supported_type(&key).map_err(|e| wrong(format!("the key in {} cannot be used", files.key), e.to_string()))?;
+    let certified = CertifiedKey::new(chain, signer);
+    certified.keys_match().map_err(|e| wrong(format!("{} is not the key of {}", files.key, files.chain), e.to_string()))?;
+    Ok(certified)
+}
+
+/// The certificates that a control plane shows, and what keeps them fresh. Its tunnel server always shows one of its own CA, which
+/// agents pin; the HTTPS API shows that too, or somebody else's.
+pub struct Certificate {
+    pub config: Arc<rustls::ServerConfig>,
+    /// Without ALPN: FRP clients name none.
+    pub tunnel: Arc<rustls::ServerConfig>,
+    own: watch::Sender<Arc<CertifiedKey>>,
+    names: Vec<String>,
+    made: i64,
+    files: Option<(CertificateFiles, [String; 3], watch::Sender<Arc<CertifiedKey>>)>,
+}
+
+fn showing(certificate: watch::Receiver<Arc<CertifiedKey>>) -> anyhow::Result<rustls::ServerConfig> {
+    Ok(rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(Shown(certificate))))
+}
+
+impl Certificate {
+    /// One of our own CA for `names`, and the one of `files`.
+    ///
+    /// # Errors
+    /// When a name cannot stand in a certificate, or the files hold no certificate that is valid now.
+    pub fn new(keys: &Keys, names: Vec<String>, files: Option<CertificateFiles>, host: &Host, now: i64) -> anyhow::Result<Certificate> {
+        let leaf = keys.leaf(&names, now).map_err(|e| {
+            Failure::usage("NAME_WRONG", "a public name cannot be used").why(format!("{e:#}")).hint("--public-name takes DNS names and IP addresses")
+        })?;
+        let (own, receiver) = watch::channel(Arc::new(leaf));
+        let tunnel = showing(receiver.clone())?;
+        let (files, shown) = match files {
+            None => (None, receiver),
+            Some(files) => {
+                let texts = files.read(host)?;
+                let (sender, receiver) = watch::channel(Arc::new(parse(&texts, &files, now)?));
+                (Some((files, texts, sender)), receiver)
+            }
+        };
+        let mut config = showing(shown)?;
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Ok(Certificate { tunnel: Arc::new(tunnel), config: Arc::new(config), own, names, made: now, files })
+    }
+
+    /// Where the HTTPS API's certificate is not ours: its CA in PEM, if that was given.
+    pub fn foreign(&self) -> Option<Option<String>> {
+        self.files.as_ref().map(|(_, texts, _)| Some(texts[2].clone()).filter(|ca| !ca.is_empty()))
+    }
+
+    /// Makes another one when two thirds of its life are over; takes the files' when they have changed.
+    ///
+    /// # Errors
+    /// When there is none; the former one stays.
+    pub fn renew(&mut self, keys: &Keys, host: &Host, now: i64) -> anyhow::Result<()> {
+        if now - self.made >= LEAF_DAYS * DAY * 2 / 3 || now < self.made - DAY {
+            self.own.send_replace(Arc::new(keys.leaf(&self.names, now)?));
+            self.made = now;
+        }
+        if let Some((files, texts, shown)) = &mut self.files {
+            let fresh = files.read(host)?;
+            if fresh != *texts {
+                shown.send_replace(Arc::new(parse(&fresh, files, now)?));
+                *texts = fresh;
+                tracing::info!(file = files.chain, "the certificate was read anew");
+            }
+        }
+        Ok(())
+    }
+}

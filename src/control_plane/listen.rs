@@ -1,0 +1,132 @@
+//! Where a control plane listens: its two ports, the socket of its administrator, and each connection to its end.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::api::Origin;
+use super::{Hub, Inner, SOCKET};
+use crate::base::error::{Exit, Failure};
+use crate::frp::admission::Door;
+use crate::host::Host;
+
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Requests on one HTTP/2 connection: a tool that watches every kind of a cluster holds a few hundred, and asks beside them.
+const STREAMS: u32 = 1024;
+
+pub(super) async fn bind(address: SocketAddr, what: &str, flag: &str) -> anyhow::Result<TcpListener> {
+    let mut bound = TcpListener::bind(address).await;
+    // every address of a machine that has no IPv6
+    if bound.as_ref().is_err_and(|e| e.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32)) && address.ip() == Ipv6Addr::UNSPECIFIED {
+        bound = TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await;
+    }
+    bound.map_err(|e| {
+        let (code, hint) = match e.kind() {
+            std::io::ErrorKind::AddrInUse => ("PORT_TAKEN", format!("stop what uses it (ss -ltnp), or choose another with {flag}")),
+            std::io::ErrorKind::PermissionDenied => ("PORT_FORBIDDEN", format!("choose a port from 1024 up with {flag}, or run it as root")),
+            _ => ("ADDRESS_WRONG", format!("choose an address of this machine with {flag}")),
+        };
+        Failure::new(Exit::Preflight, code, format!("{what} cannot listen on {address}")).why(e.to_string()).hint(hint).into()
+    })
+}
+
+#[expect(clippy::disallowed_methods, reason = "the socket is the control plane's own, in its data directory")]
+pub(super) fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = host.at(data_dir).join(SOCKET);
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).with_context(|| format!("opening {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+impl Hub {
+    pub(super) async fn https(self, listener: TcpListener, tls: Arc<rustls::ServerConfig>, stop: CancellationToken, halt: CancellationToken) {
+        let acceptor = tokio_rustls::TlsAcceptor::from(tls);
+        let door = Door::default();
+        let mut open = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = halt.cancelled() => return,
+                Some(_) = open.join_next() => {}
+                accepted = listener.accept(), if !stop.is_cancelled() => match accepted {
+                    Ok((stream, peer)) => {
+                        let (hub, acceptor, door, stop) = (self.clone(), acceptor.clone(), door.clone(), stop.clone());
+                        open.spawn(async move {
+                            let Some(pass) = door.enter(peer.ip()).await else { return };
+                            if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(tuned(stream))).await {
+                                drop(pass);
+                                hub.serve(stream, Origin::Network(peer.ip().to_canonical()), stop).await;
+                            }
+                        });
+                    }
+                    // out of descriptors: a moment later some are back
+                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                },
+            }
+        }
+    }
+
+    pub(super) async fn local(self, listener: UnixListener, halt: CancellationToken) {
+        let mut open = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = halt.cancelled() => return,
+                Some(_) = open.join_next() => {}
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => drop(open.spawn(self.clone().serve(stream, Origin::Local, halt.clone()))),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                },
+            }
+        }
+    }
+
+    /// One connection to its end; after `stop` it takes nothing new.
+    async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(self, io: S, origin: Origin, stop: CancellationToken) {
+        let _open = Connected::new(&self.inner);
+        let service = hyper::service::service_fn(move |request| {
+            let hub = self.clone();
+            async move { Ok::<_, std::convert::Infallible>(hub.respond(origin, request).await) }
+        });
+        let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60)).max_buf_size(64 * 1024);
+        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS).max_header_list_size(32 * 1024);
+        let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
+        let mut connection = std::pin::pin!(connection);
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        let _ = connection.await;
+    }
+}
+
+/// A connection, counted until it is dropped.
+struct Connected(Arc<Inner>);
+
+impl Connected {
+    fn new(inner: &Arc<Inner>) -> Connected {
+        inner.busy.fetch_add(1, Relaxed);
+        Connected(inner.clone())
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Relaxed);
+    }
+}
+
+fn tuned(stream: TcpStream) -> TcpStream {
+    let _ = stream.set_nodelay(true);
+    stream
+}

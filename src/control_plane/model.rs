@@ -1,0 +1,139 @@
+//! Rows of the registry: what a control plane knows and keeps.
+
+use serde::{Deserialize, Serialize};
+
+use crate::contract::token::Role;
+use crate::contract::types::{AgentInfo, ClusterInfo, Operation};
+
+/// Owner of tokens, agents, clusters and Runners.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Project {
+    pub id: String,
+    pub name: String,
+    /// Seconds since 1970, like every time here.
+    pub created_at: i64,
+}
+
+/// A token that lets new agents in.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Enrolment {
+    pub id: String,
+    pub project: String,
+    pub name: String,
+    /// Keyed hash; the token itself was shown once and is nowhere.
+    pub hash: String,
+    pub created_at: i64,
+    pub expires_at: i64,
+    /// How many more agents it lets in; none: as many as come.
+    pub uses_left: Option<u32>,
+    pub revoked: bool,
+}
+
+/// A credential that an agent holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Held {
+    pub hash: String,
+    pub expires_at: i64,
+}
+
+/// An agent and the cluster that it speaks for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Agent {
+    /// `a-` and 32 hex digits of its key.
+    pub id: String,
+    pub cluster_id: String,
+    pub project: String,
+    pub info: AgentInfo,
+    pub cluster: ClusterInfo,
+    pub capabilities: Vec<String>,
+    pub max_role: String,
+    /// The newest last; older ones live through their overlap.
+    pub credentials: Vec<Held>,
+    pub registered_at: i64,
+    /// When it was last heard, as of the last flush.
+    pub seen_at: i64,
+    pub revoked: bool,
+    /// What Runners were told last: whether it is there.
+    #[serde(default)]
+    pub online: bool,
+}
+
+/// What a bearer of the Runner side may reach.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Access {
+    pub id: String,
+    pub project: String,
+    pub name: String,
+    pub kind: AccessKind,
+    pub hash: String,
+    pub role: Role,
+    /// Only these clusters; none: all of the project.
+    pub clusters: Option<Vec<String>>,
+    /// Only these namespaces; none: all.
+    pub namespaces: Option<Vec<String>>,
+    pub created_at: i64,
+    pub expires_at: Option<i64>,
+    pub revoked: bool,
+    /// Subject of whoever made it, for a kubeconfig: it ends with him.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maker: Option<String>,
+}
+
+impl Access {
+    /// Whether a cluster of its project is within its reach.
+    pub fn includes(&self, cluster: &str) -> bool {
+        self.clusters.as_ref().is_none_or(|list| list.iter().any(|id| id == cluster))
+    }
+}
+
+/// An operation on a cluster, asked for here or at the agent itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
+    pub agent: String,
+    pub operation: Operation,
+    /// The caller's Idempotency-Key; empty for one that was asked for at the agent.
+    pub key: String,
+    /// Digest of the request: the same key for something else is a mistake.
+    pub request: String,
+    /// The request, sealed, as long as it waits here.
+    pub sealed: Option<String>,
+    /// Milliseconds since 1970: what waits goes out in this order.
+    pub asked_ms: i64,
+    /// Until when it waits for the agent.
+    pub expires_at: i64,
+    pub changed_at: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccessKind {
+    Runner,
+    /// Stands in a kubeconfig: the gateway takes it, nothing else does.
+    Kubeconfig,
+}
+
+/// Somebody who may do everything here.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Admin {
+    pub id: String,
+    pub name: String,
+    pub hash: String,
+    pub created_at: i64,
+}
+
+/// How alive an agent is, as people ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Liveness {
+    Online,
+    /// A heartbeat is overdue.
+    Late,
+    Offline,
+    /// It said that it stops.
+    Draining,
+    /// Two machines show the same identity.
+    Duplicate,
+    /// Its credential's time is over.
+    Expired,
+    Revoked,
+}

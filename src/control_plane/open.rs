@@ -1,0 +1,61 @@
+//! What a control plane opens before it serves: its data directory, its database, and whether the two belong together.
+
+use super::keys::{self, Keys};
+use super::store::Store;
+use crate::base::error::{Exit, Failure};
+use crate::base::secret::Secret;
+use crate::host::Host;
+use crate::host::state::StateDir;
+
+/// Tells this control plane from another one on the same database.
+const INSTANCE: &str = "instance";
+/// Note in the database: the keys that it belongs to.
+pub(super) const KEYS: &str = "keys";
+
+/// What the file system says of the data directory, with what to do about it.
+pub(super) fn usable<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
+    result.map_err(|e| match e.downcast_ref::<Failure>() {
+        Some(_) => e,
+        None => Failure::new(Exit::Preflight, "DATA_DIR_UNUSABLE", "the data directory cannot be used")
+            .why(format!("{e:#}"))
+            .hint("check that it can be written (df -h, mount, its owner), or choose another with --data-dir")
+            .into(),
+    })
+}
+
+/// The database of a data directory, or the one at `url`.
+pub(super) async fn database(host: &Host, data_dir: &str, state: &StateDir, url: Option<Secret>) -> anyhow::Result<Store> {
+    let url = match url {
+        Some(url) => url,
+        None => {
+            // SQLite gives its other files the mode of this one
+            usable(state.touch("pipeops.db"))?;
+            Secret::new(format!("sqlite:{}?mode=rw", host.at(data_dir).join("pipeops.db").display()))
+        }
+    };
+    let instance = match usable(state.read(INSTANCE))? {
+        Some(instance) => instance,
+        None => {
+            let made = keys::fresh()?;
+            usable(state.write(INSTANCE, &made))?;
+            made
+        }
+    };
+    Store::open(&url, &instance).await
+}
+
+/// Tokens stand in a database as hashes under a key: with other keys everybody in it would be a stranger.
+pub(super) async fn belong_together(store: &Store, keys: &Keys, data_dir: &str) -> anyhow::Result<()> {
+    let noted = store.noted(KEYS).await?;
+    if noted.as_ref().is_some_and(|mark| *mark != keys.mark()) && !store.rows().await?.is_empty() {
+        store.close().await;
+        return Err(Failure::new(Exit::Preflight, "KEYS_FOREIGN", "the database is that of a control plane with other keys")
+            .why(format!("keys.json in {data_dir} is not the one that it was written with: no agent or token in it would be known"))
+            .hint("put that keys.json there, or restore a backup, or use an empty database")
+            .into());
+    }
+    if noted.is_none_or(|mark| mark != keys.mark()) {
+        store.note(KEYS, &keys.mark()).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,256 @@
+//! Operations by way of the control plane: handed to the agent at once, or kept until it is there, and their ends told.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+
+use http::request::Parts;
+use http::{Method, Request, Response, StatusCode, header};
+use hyper::body::Bytes;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use super::Hub;
+use super::api::{Wanted, answer, life, narrowed, parsed, stamp};
+use super::model::Job;
+use super::registry::{Refused, Route, Who, refused, unwritten};
+use super::routes::Call;
+use crate::base::encoding::hex;
+use crate::contract::token::{LIFE, Role};
+use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState, check_key, operation_id};
+use crate::kubernetes::upstream::Body;
+
+/// Longest time that an operation waits for its agent, seconds.
+const LONGEST: i64 = 7 * 86_400;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked {
+    /// The agent knows which there are: it may be of a later version than this.
+    kind: String,
+    spec: Value,
+    /// How long it may wait for an agent that is not there. Without it, it does not wait.
+    ttl_s: Option<i64>,
+}
+
+/// Agents to whom something is being handed over.
+pub(super) type UnderWay = Arc<Mutex<HashSet<String>>>;
+
+fn shown(status: u16, job: &Job, cluster: &str) -> Response<Body> {
+    let mut body = json!(job.operation);
+    body["cluster_id"] = cluster.into();
+    if job.operation.state == OperationState::Queued {
+        body["expires_at"] = stamp(job.expires_at).into();
+    }
+    answer(status, &body)
+}
+
+fn no_such(id: &str) -> Refused {
+    refused(404, "not_found", format!("there is no operation {id}"), None)
+}
+
+/// His own, or all of the cluster as an operator of the whole of it.
+fn sees(who: &Who, job: &Job) -> bool {
+    match who {
+        Who::Admin(_) | Who::Local => true,
+        Who::Access(access) => access.id == job.operation.subject || (access.role >= Role::Operator && access.namespaces.is_none()),
+        Who::Agent(_) | Who::Enrolment(_) => false,
+    }
+}
+
+impl Hub {
+    /// The calls about operations; `open` is what the path leaves open: the cluster, or for a result the agent, and the operation.
+    pub(super) async fn operation(
+        &self,
+        call: Call,
+        who: &Who,
+        open: &[&str],
+        parts: &Parts,
+        bytes: &[u8],
+        now: i64,
+    ) -> Result<Response<Body>, Refused> {
+        let (id, op) = (open.first().copied().unwrap_or_default(), open.get(1).copied().unwrap_or_default());
+        if call == Call::OperationResult {
+            self.registry().finish_job(id, op, parsed::<Operation>(bytes)?, now).await?;
+            return Ok(answer(200, &json!({})));
+        }
+        let route = self.registry().route(id, who.project())?;
+        let found = || self.registry().job(&route.agent, op).filter(|job| sees(who, job)).ok_or_else(|| no_such(op));
+        match call {
+            Call::AskOperation => self.ask_operation(who, &route, parts, bytes, now).await,
+            Call::Operations => {
+                let items: Vec<Operation> =
+                    self.registry().jobs(&route.agent).into_iter().filter(|job| sees(who, job)).map(|job| job.operation).collect();
+                Ok(answer(200, &json!({"items": items})))
+            }
+            Call::Operation => {
+                let mut job = found()?;
+                if job.operation.state == OperationState::Running
+                    && let Ok((StatusCode::OK, value)) = self.at_agent(Method::GET, who, &route, op, now).await
+                    && let Ok(fresh) = serde_json::from_value(value)
+                {
+                    job.operation = fresh;
+                }
+                Ok(shown(200, &job, &route.cluster))
+            }
+            Call::CancelOperation => {
+                let job = found()?;
+                match job.operation.state {
+                    OperationState::Queued => {
+                        self.registry().call_off(job, OperationState::Cancelled, "cancelled before the agent had it", now).await?
+                    }
+                    OperationState::Running => {
+                        let (status, value) = self.at_agent(Method::DELETE, who, &route, op, now).await?;
+                        return Ok(answer(status.as_u16(), &value));
+                    }
+                    _ => {}
+                }
+                Ok(shown(200, &found()?, &route.cluster))
+            }
+            _ => Err(refused(500, "internal", "this route answers for itself", None)),
+        }
+    }
+
+    async fn at_agent(&self, method: Method, who: &Who, route: &Route, op: &str, now: i64) -> Result<(StatusCode, Value), Refused> {
+        let (role, namespaces) = narrowed(who, &Wanted::default())?;
+        let token = self.jwt(who, route, role, namespaces, LIFE, now).0;
+        self.ask_agent(Request::builder().method(method), &format!("api/v1/operations/{op}"), route, &token, Bytes::new()).await
+    }
+
+    async fn ask_operation(&self, who: &Who, route: &Route, parts: &Parts, bytes: &[u8], now: i64) -> Result<Response<Body>, Refused> {
+        let asked: Asked = parsed(bytes)?;
+        let ttl = asked.ttl_s.map(|ttl| life(Some(ttl), LONGEST, LONGEST)).transpose()?;
+        let (role, _) = narrowed(who, &Wanted::default())?;
+        if role < Role::Deployer {
+            return Err(refused(403, "role_exceeded", "a viewer changes nothing", None));
+        }
+        let key = check_key(parts.headers.get(IDEMPOTENCY_KEY).and_then(|v| v.to_str().ok()));
+        let key = key.map_err(|why| refused(400, "idempotency_key_needed", why, None))?;
+        let body = json!({"kind": asked.kind, "spec": asked.spec}).to_string();
+        let (subject, request) = (who.subject(), hex(&Sha256::digest(&body)));
+        let id = operation_id(&subject, key);
+        if let Some(known) = self.registry().job(&route.agent, &id) {
+            // one that was asked for at the agent is judged there
+            if known.request == request || known.request.is_empty() {
+                return Ok(shown(200, &known, &route.cluster));
+            }
+            let hint = Some("use a fresh key for each thing that is asked for");
+            return Err(refused(409, "idempotency_mismatch", "this Idempotency-Key was used for something else", hint));
+        }
+        let mut job = Job {
+            agent: route.agent.clone(),
+            operation: Operation {
+                id: id.clone(),
+                kind: asked.kind,
+                state: OperationState::Queued,
+                subject,
+                created_at: stamp(now),
+                ..Operation::default()
+            },
+            key: key.into(),
+            request,
+            sealed: None,
+            asked_ms: jiff::Timestamp::now().as_millisecond(),
+            expires_at: now + ttl.unwrap_or(0),
+            changed_at: now,
+        };
+        // what may wait does not overtake what waits
+        if ttl.is_none() || !self.registry().waits(&route.agent) {
+            match self.hand_over(who, route, &job, &body, now).await {
+                Ok((status, value)) if !status.is_success() => return Ok(answer(status.as_u16(), &value)),
+                Ok((_, value)) => {
+                    job.operation = taken(value)?;
+                    self.registry().put_job(job.clone(), now).await?;
+                    return Ok(shown(202, &job, &route.cluster));
+                }
+                Err(offline) if ttl.is_none() => return Err(offline),
+                Err(_) => {}
+            }
+        }
+        job.sealed = Some(self.keys().seal(&body).map_err(|e| unwritten(&e))?);
+        self.registry().put_job(job.clone(), now).await?;
+        Ok(shown(202, &job, &route.cluster))
+    }
+
+    async fn hand_over(&self, who: &Who, route: &Route, job: &Job, body: &str, now: i64) -> Result<(StatusCode, Value), Refused> {
+        let (role, namespaces) = narrowed(who, &Wanted::default())?;
+        let token = self.jwt(who, route, role, namespaces, LIFE, now).0;
+        let request = Request::builder().method(Method::POST).header(header::CONTENT_TYPE, "application/json").header(IDEMPOTENCY_KEY, &job.key);
+        self.ask_agent(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned())).await
+    }
+
+    /// Hands over what waits for agents that are there, one after the other for each, and calls back what runs for nobody any more.
+    pub(super) fn deliver(&self, under_way: &UnderWay, now: i64) {
+        for job in self.registry().disowned().into_iter().chain(self.registry().waiting()) {
+            // through somebody else's FRP server only a try tells
+            if self.tunnel_open(&job.agent) == Some(false) || !super::lock(under_way).insert(job.agent.clone()) {
+                continue;
+            }
+            let (hub, under_way) = (self.clone(), under_way.clone());
+            tokio::spawn(async move {
+                let agent = job.agent.clone();
+                let done = if job.operation.state == OperationState::Running {
+                    hub.call_back(job, now).await
+                } else if hub.registry().hand(&job) {
+                    let done = hub.deliver_one(job.clone(), now).await;
+                    hub.registry().handed(&job);
+                    done
+                } else {
+                    Ok(())
+                };
+                if let Err(error) = done {
+                    tracing::warn!(error = error.message, agent, "an operation goes on as it was");
+                }
+                super::lock(&under_way).remove(&agent);
+            });
+        }
+    }
+
+    /// Cancels one in the name of whoever asked for it; its end comes from the agent, as always.
+    async fn call_back(&self, job: Job, now: i64) -> Result<(), Refused> {
+        let registry = self.registry();
+        let (Some(cluster), Some(access)) = (registry.cluster_of(&job.agent), registry.access(&job.operation.subject)) else { return Ok(()) };
+        let route = registry.route(&cluster, None)?;
+        let (status, _) = self.at_agent(Method::DELETE, &Who::Access(access.into()), &route, &job.operation.id, now).await?;
+        if status == StatusCode::NOT_FOUND {
+            return registry.end_job(job, OperationState::Interrupted, "the agent knows nothing of it any more", now).await;
+        }
+        Ok(())
+    }
+
+    async fn deliver_one(&self, mut job: Job, now: i64) -> Result<(), Refused> {
+        let registry = self.registry();
+        let who = registry.still(&job.operation.subject, now);
+        let cluster = registry.cluster_of(&job.agent);
+        let within = |who: &Who, cluster: &str| match who {
+            Who::Access(access) => registry.reaches(access, cluster).is_ok() && access.role >= Role::Deployer,
+            _ => true,
+        };
+        let (Some(who), Some(cluster)) = (who, cluster) else {
+            return registry.end_job(job, OperationState::Failed, "whoever asked for it may not any more", now).await;
+        };
+        if !within(&who, &cluster) {
+            return registry.end_job(job, OperationState::Failed, "whoever asked for it may not any more", now).await;
+        }
+        let route = registry.route(&cluster, None)?;
+        let Some(body) = job.sealed.as_deref().and_then(|sealed| self.keys().unseal(sealed).ok()) else {
+            return registry.end_job(job, OperationState::Failed, "it was kept under other keys than this control plane's", now).await;
+        };
+        let Ok((status, value)) = self.hand_over(&who, &route, &job, body.expose(), now).await else { return Ok(()) };
+        if status.is_success() {
+            (job.operation, job.sealed, job.changed_at) = (taken(value)?, None, now);
+            return registry.put_job(job, now).await;
+        }
+        if matches!(status.as_u16(), 400 | 403 | 405 | 409 | 413 | 422) {
+            // its words may quote what was asked for, and go to others than who asked
+            let message = format!("the agent refuses it: {}", value["code"].as_str().unwrap_or("no code"));
+            return registry.end_job(job, OperationState::Failed, &message, now).await;
+        }
+        Ok(())
+    }
+}
+
+/// What an agent answers to an operation that it takes.
+fn taken(value: Value) -> Result<Operation, Refused> {
+    serde_json::from_value(value).map_err(|_| refused(502, "bad_answer", "the agent's answer cannot be read", None))
+}

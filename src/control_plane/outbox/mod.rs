@@ -1,0 +1,260 @@
+//! Events to RabbitMQ: what waits in the database goes out in order, and is forgotten once the broker has it on disk.
+//!
+//! Declares the topic exchange `pipeops.agents`, the durable queue `pipeops.runners` bound to everything, and `pipeops.unrouted` for
+//! what no queue wants. Each message is persistent and confirmed; `message_id` is the same on every attempt, and the header
+//! `agent_seq` grows with each event of an agent: who has seen an id drops the second copy, and has the rest in order.
+
+mod transport;
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, ExchangeKind};
+use serde_json::Value;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::base::backoff::{Backoff, random};
+use crate::base::error::Failure;
+use crate::base::secret::Secret;
+use crate::control_plane::store::{Change, Store, Waiting};
+
+pub const EXCHANGE: &str = "pipeops.agents";
+pub const QUEUE: &str = "pipeops.runners";
+pub const UNROUTED: &str = "pipeops.unrouted";
+/// Each step of connecting, and each confirmation, takes at most this long.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Messages under way at once.
+const WINDOW: i64 = 256;
+/// Events that no broker took are kept this long and up to this size.
+const DAYS: i64 = 7;
+const BYTES: i64 = 1 << 30;
+const TRIM: Duration = Duration::from_secs(60);
+
+/// Where events go.
+pub struct Broker {
+    /// `amqp://` or `amqps://`, with its password.
+    pub url: Secret,
+    /// Text of the CA that signed its certificate, PEM; the system's roots without.
+    pub ca: Option<String>,
+}
+
+/// How the way to the broker is, for metrics and people.
+#[derive(Default)]
+pub struct Way {
+    /// Why it is down, empty before the first try; none while it is up.
+    down: Mutex<Option<String>>,
+    pub sent: AtomicU64,
+    pub dropped: AtomicU64,
+    pub waiting: AtomicI64,
+}
+
+impl Way {
+    /// Why no broker is reached.
+    pub fn down(&self) -> Option<String> {
+        super::lock(&self.down).clone()
+    }
+
+    fn set(&self, why: Option<String>) {
+        let mut down = super::lock(&self.down);
+        match (&why, down.as_ref()) {
+            (None, None) => {}
+            (None, Some(_)) => tracing::info!("the message broker is reached"),
+            (Some(why), former) if former != Some(why) && !why.is_empty() => tracing::warn!(why, "no message broker: events wait in the database"),
+            _ => {}
+        }
+        *down = why;
+    }
+}
+
+/// Refuses a broker's URL that cannot be one, without showing it.
+///
+/// # Errors
+/// Exit 2.
+pub fn check(url: &Secret) -> anyhow::Result<Secret> {
+    Ok(super::dsn::broker(url).map_err(|why| {
+        Failure::usage("AMQP_URL_WRONG", "the message broker's URL cannot be used").why(why).hint("amqp[s]://USER:PASSWORD@HOST:PORT/VHOST")
+    })?)
+}
+
+/// Sends until `halt`.
+pub async fn run(store: Store, broker: Broker, way: Arc<Way>, halt: CancellationToken) {
+    way.set(Some(String::new()));
+    let mut backoff = Backoff::default();
+    let work = async {
+        loop {
+            let why = match send(&store, &broker, &way).await {
+                Ok(never) => match never {},
+                Err(error) => format!("{error:#}"),
+            };
+            // one that was up begins anew
+            if way.down().is_none() {
+                backoff.reset();
+            }
+            way.set(Some(why));
+            sleep(backoff.next(random())).await;
+        }
+    };
+    let tidy = async {
+        loop {
+            match store.trim(jiff::Timestamp::now().as_second() - DAYS * 86_400, BYTES).await {
+                Ok(0) => {}
+                Ok(dropped) => {
+                    way.dropped.fetch_add(dropped, Ordering::Relaxed);
+                    tracing::error!(dropped, "events that no broker took were dropped: they were older than 7 days, or over 1 GiB waited");
+                }
+                Err(error) => tracing::warn!(error = format!("{error:#}"), "waiting events are not looked through"),
+            }
+            if let Ok((count, _)) = store.backlog().await {
+                way.waiting.store(count, Ordering::Relaxed);
+            }
+            sleep(TRIM).await;
+        }
+    };
+    tokio::select! {
+        () = work => {}
+        () = tidy => {}
+        () = halt.cancelled() => {}
+    }
+}
+
+async fn within<T>(what: &'static str, future: impl Future<Output = lapin::Result<T>>) -> anyhow::Result<T> {
+    timeout(PATIENCE, future).await.map_err(|_| anyhow::anyhow!("{what}: no answer for {} s", PATIENCE.as_secs()))?.context(what)
+}
+
+async fn declare(channel: &Channel) -> anyhow::Result<()> {
+    let mut routed = FieldTable::default();
+    routed.insert("alternate-exchange".into(), AMQPValue::LongString(UNROUTED.into()));
+    let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    let kept = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    let table = FieldTable::default;
+    for (exchange, kind, arguments, queue, key) in
+        [(UNROUTED, ExchangeKind::Fanout, table(), UNROUTED, ""), (EXCHANGE, ExchangeKind::Topic, routed, QUEUE, "#")]
+    {
+        within("declaring an exchange", channel.exchange_declare(exchange.into(), kind, durable, arguments)).await?;
+        within("declaring a queue", channel.queue_declare(queue.into(), kept, table())).await?;
+        within("binding a queue", channel.queue_bind(queue.into(), exchange.into(), key.into(), QueueBindOptions::default(), table())).await?;
+    }
+    Ok(())
+}
+
+/// One connection, as long as it holds.
+async fn send(store: &Store, broker: &Broker, way: &Way) -> anyhow::Result<std::convert::Infallible> {
+    let connection = within("connecting", transport::connect(broker.url.expose(), broker.ca.clone())).await?;
+    let channel = within("opening a channel", connection.create_channel()).await?;
+    within("asking for confirmations", channel.confirm_select(ConfirmSelectOptions::default())).await?;
+    declare(&channel).await?;
+    way.set(None);
+    loop {
+        let waiting = store.waiting(WINDOW).await?;
+        if waiting.is_empty() {
+            way.waiting.store(0, Ordering::Relaxed);
+            // a connection that broke while nothing was to be said is seen here
+            tokio::select! {
+                () = store.told() => {}
+                () = sleep(Duration::from_secs(5)) => anyhow::ensure!(connection.status().connected(), "the connection is lost"),
+            }
+            continue;
+        }
+        batch(store, &channel, &waiting, way).await?;
+    }
+}
+
+/// The first of these up to where an agent comes again: its later events wait for the confirmation of the earlier ones.
+fn first_of_each(waiting: &[Waiting]) -> &[Waiting] {
+    let mut seen = HashSet::new();
+    let upto = waiting.iter().position(|w| !seen.insert(w.agent.as_str())).unwrap_or(waiting.len());
+    &waiting[..upto]
+}
+
+async fn batch(store: &Store, channel: &Channel, waiting: &[Waiting], way: &Way) -> anyhow::Result<()> {
+    let mut confirmations = Vec::new();
+    for event in first_of_each(waiting) {
+        let mut body: Value = serde_json::from_str(&event.body).context("an event in the database")?;
+        body["agent_seq"] = event.seq.into();
+        let mut headers = FieldTable::default();
+        headers.insert("agent_seq".into(), AMQPValue::LongLongInt(event.seq));
+        headers.insert("agent_id".into(), AMQPValue::LongString(event.agent.as_str().into()));
+        let properties = BasicProperties::default()
+            .with_delivery_mode(2)
+            .with_content_type("application/json".into())
+            .with_message_id(body["message_id"].as_str().unwrap_or_default().into())
+            .with_type(event.topic.as_str().into())
+            .with_headers(headers);
+        let payload = body.to_string();
+        let publish =
+            channel.basic_publish(EXCHANGE.into(), event.topic.as_str().into(), BasicPublishOptions::default(), payload.as_bytes(), properties);
+        confirmations.push((event.seq, within("publishing", publish).await?));
+    }
+    let mut delivered = Vec::new();
+    let mut result = Ok(());
+    for (seq, confirmation) in confirmations {
+        match within("waiting for a confirmation", confirmation).await {
+            Ok(confirmation) if confirmation.is_ack() => delivered.push(seq),
+            Ok(_) => result = Err(anyhow::anyhow!("the broker took a message back")),
+            Err(error) => result = Err(error),
+        }
+        if result.is_err() {
+            break;
+        }
+    }
+    way.sent.fetch_add(delivered.len() as u64, Ordering::Relaxed);
+    // confirmed and not written as such: it goes out again, with the same message_id
+    store.write(vec![Change::Delivered(delivered)]).await?;
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agents_events_go_out_one_after_the_other() {
+        let event = |seq: i64, agent: &str| Waiting { seq, agent: agent.into(), topic: String::new(), body: String::new() };
+        let all = [event(1, "a"), event(2, "b"), event(3, "a"), event(4, "c")];
+        assert_eq!(first_of_each(&all).iter().map(|w| w.seq).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(first_of_each(&all[1..]).len(), 3);
+        assert!(first_of_each(&[]).is_empty());
+    }
+
+    #[test]
+    fn a_wrong_url_is_refused_without_being_shown() {
+        for wrong in ["", "amqp://", "http://u:planted-canary-4711-in-plain-text@h/", "postgres://h", "amqp:planted-canary-4711-in-plain-text"] {
+            let failure = check(&Secret::new(wrong)).unwrap_err();
+            assert!(!format!("{failure:?}").contains("canary-4711-in-plain-text"), "{failure:?}");
+        }
+        check(&Secret::new("amqp://u:p@h:5672/%2f")).unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_waits_too_long_or_is_too_much_is_dropped_oldest_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let store = Store::open(&url, "i").await.unwrap();
+        let event = |at: i64, latest: bool| {
+            let body = format!("{{\"at\":{at}}}");
+            Change::Told(crate::control_plane::store::Event {
+                agent: "a".into(),
+                topic: if latest { "agent.status" } else { "agent.online" },
+                at,
+                latest,
+                body,
+            })
+        };
+        store.write((0..300).map(|at| event(at, false)).chain([event(300, true), event(301, true)]).collect()).await.unwrap();
+        // of the latest only the latest waits
+        assert_eq!(store.backlog().await.unwrap().0, 301);
+        assert_eq!(store.trim(50, i64::MAX).await.unwrap(), 50);
+        assert_eq!(store.trim(0, 1500).await.unwrap(), 200);
+        let left = store.waiting(1000).await.unwrap();
+        assert_eq!((left[0].body.as_str(), left.len()), ("{\"at\":250}", 51));
+        assert!(left.windows(2).all(|w| w[0].seq < w[1].seq));
+        store.write(vec![Change::Delivered(left.iter().map(|w| w.seq).collect())]).await.unwrap();
+        assert_eq!(store.backlog().await.unwrap(), (0, 0));
+    }
+}

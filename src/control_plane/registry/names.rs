@@ -1,0 +1,37 @@
+//! What may be a name here: people read it, on a terminal and on the page, and tell one from another by it.
+
+use super::{Refused, refused};
+use crate::base::text;
+use crate::contract::types::Register;
+
+/// Longest name, and longest fact that an agent tells (a host name in DNS has 253), characters.
+const NAME: usize = 63;
+const FACT: usize = 253;
+
+/// A name that people give: seen, short, no markup of any kind is special in it.
+pub(super) fn check_name(name: &str) -> Result<(), Refused> {
+    let hint = Some("take letters, digits and punctuation that can be seen, without a blank at either end");
+    text::name(name, NAME).map_err(|why| refused(400, "bad_name", format!("a name {why}"), hint))
+}
+
+/// What an agent says of its machine and its cluster beside names: it may be absent, and is shown to people like a name.
+pub(super) fn check_facts(asked: &Register) -> Result<(), Refused> {
+    let (agent, cluster) = (&asked.agent, &asked.cluster);
+    let plain = [
+        ("name", agent.name.as_str()),
+        ("version", &agent.version),
+        ("host name", &agent.hostname),
+        ("operating system", &agent.os),
+        ("architecture", &agent.arch),
+        ("cluster's provider", &cluster.provider),
+        ("cluster's version", &cluster.version),
+        ("cluster's region", cluster.region.as_deref().unwrap_or_default()),
+    ];
+    let labels = [&agent.labels, &cluster.labels].into_iter().flatten().flat_map(|(key, value)| [("label", key.as_str()), ("label", value)]);
+    let more = asked.capabilities.iter().map(|c| ("capability", c.as_str()));
+    for (what, text) in plain.into_iter().chain(labels).chain(more).filter(|(_, text)| !text.is_empty()) {
+        let hint = Some("correct it on the node, then restart pipeops-agent");
+        text::name(text, FACT).map_err(|why| refused(400, "bad_name", format!("the agent's {what} {why}"), hint))?;
+    }
+    Ok(())
+}

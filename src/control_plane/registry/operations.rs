@@ -1,0 +1,260 @@
+//! Operations as the control plane knows them: those that wait for their agent, those that run, and how each ended.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::events::Topic;
+use super::{Inner, Refused, Registry, no_such, refused, unwritten};
+use crate::contract::types::{Operation, OperationState};
+use crate::control_plane::api::stamp;
+use crate::control_plane::model::Job;
+use crate::control_plane::store::{Change, Kind};
+
+/// Operations that wait for one agent at most, and the bytes of all that wait.
+const WAITING: usize = 16;
+const BYTES: usize = 64 << 20;
+/// Ended ones that are kept of one agent, and for how long, seconds.
+const KEPT: usize = 256;
+const DAYS: i64 = 7 * 86_400;
+
+/// By agent and id.
+pub(super) type Jobs = BTreeMap<(String, String), Job>;
+/// Those that are being handed over at this moment: they cannot be ended here, as the agent may have them.
+pub(super) type Handing = BTreeSet<(String, String)>;
+
+fn at(job: &Job) -> (String, String) {
+    (job.agent.clone(), job.operation.id.clone())
+}
+
+fn row(job: &Job) -> String {
+    format!("{}/{}", job.agent, job.operation.id)
+}
+
+fn put(job: &Job) -> Result<Change, Refused> {
+    Change::put(Kind::Operation, &row(job), job).map_err(|e| unwritten(&e))
+}
+
+impl Job {
+    /// It comes to its end here, not at the agent.
+    fn end(&mut self, state: OperationState, message: &str, now: i64) {
+        (self.operation.state, self.operation.message, self.operation.finished_at) = (state, message.into(), stamp(now));
+        (self.sealed, self.changed_at) = (None, now);
+    }
+}
+
+impl Registry {
+    /// An operation of an agent.
+    pub fn job(&self, agent: &str, id: &str) -> Option<Job> {
+        self.inner().jobs.get(&(agent.to_owned(), id.to_owned())).cloned()
+    }
+
+    /// Operations of an agent, the newest first.
+    pub fn jobs(&self, agent: &str) -> Vec<Job> {
+        let inner = self.inner();
+        let mut found: Vec<Job> = inner.jobs_of(agent).cloned().collect();
+        found.sort_by(|a, b| b.operation.created_at.cmp(&a.operation.created_at).then(a.operation.id.cmp(&b.operation.id)));
+        found
+    }
+
+    /// Of each agent the one that waits longest.
+    pub fn waiting(&self) -> Vec<Job> {
+        let inner = self.inner();
+        let mut first: BTreeMap<&str, &Job> = BTreeMap::new();
+        for job in inner.jobs.values().filter(|j| j.operation.state == OperationState::Queued) {
+            let kept = first.entry(&job.agent).or_insert(job);
+            if job.asked_ms < kept.asked_ms {
+                *kept = job;
+            }
+        }
+        first.into_values().cloned().collect()
+    }
+
+    /// Those that run for somebody who was revoked meanwhile.
+    pub fn disowned(&self) -> Vec<Job> {
+        let inner = self.inner();
+        let revoked = |subject: &str| inner.accesses.get(subject).is_some_and(|(access, _)| access.revoked);
+        inner.jobs.values().filter(|j| j.operation.state == OperationState::Running && revoked(&j.operation.subject)).cloned().collect()
+    }
+
+    /// Whether something waits for an agent already.
+    pub fn waits(&self, agent: &str) -> bool {
+        self.inner().jobs_of(agent).any(|j| j.operation.state == OperationState::Queued)
+    }
+
+    /// Takes one that waits, to hand it over, until [`Registry::handed`]. False when it does not wait any more.
+    pub fn hand(&self, job: &Job) -> bool {
+        let mut inner = self.inner();
+        let at = at(job);
+        let waits = inner.jobs.get(&at).is_some_and(|j| j.operation.state == OperationState::Queued);
+        waits && inner.handing.insert(at)
+    }
+
+    /// The agent has it, or could not be given it.
+    pub fn handed(&self, job: &Job) {
+        self.inner().handing.remove(&at(job));
+    }
+
+    /// Puts an operation down as it is now, and tells Runners when that is its end. One that has ended stays as it ended.
+    ///
+    /// # Errors
+    /// No room for one more that waits, or no database: then it is as it was.
+    pub async fn put_job(&self, job: Job, now: i64) -> Result<(), Refused> {
+        self.write_job(job, false, now).await
+    }
+
+    async fn write_job(&self, job: Job, unless_handed: bool, now: i64) -> Result<(), Refused> {
+        let at = at(&job);
+        let (order, former) = {
+            let mut inner = self.inner();
+            if unless_handed && inner.handing.contains(&at) {
+                return Err(refused(409, "operation_underway", "it is being handed to the agent", Some("try again in a moment")));
+            }
+            let agent = inner.agents.get(&job.agent).ok_or_else(|| no_such("agent", &job.agent))?;
+            let former = inner.jobs.get(&at).cloned();
+            let news = |f: &Job| {
+                f.operation.state == OperationState::Expired && job.operation.state.ended() && job.operation.state != OperationState::Expired
+            };
+            // an agent may have had what was given up: then its word is the truth
+            if former.as_ref().is_some_and(|f| f.operation.state.ended() && !news(f)) {
+                return Ok(());
+            }
+            if former.is_none() && job.sealed.is_some() {
+                inner.room_for(&job)?;
+            }
+            let mut changes = vec![put(&job)?];
+            if job.operation.state.ended() {
+                changes.extend(self.told(&agent.row, Topic::Finished(&job.operation), now));
+            }
+            inner.jobs.insert(at.clone(), job);
+            (self.store.order(changes), former)
+        };
+        let written = order.durable().await;
+        if written.is_err() {
+            let mut inner = self.inner();
+            match former {
+                Some(former) => inner.jobs.insert(at, former),
+                None => inner.jobs.remove(&at),
+            };
+        }
+        written.map_err(|e| unwritten(&e))
+    }
+
+    /// What an agent tells of the end of an operation; told twice, it is the same end.
+    ///
+    /// # Errors
+    /// One that is no end, or no database.
+    pub async fn finish_job(&self, agent: &str, id: &str, told: Operation, now: i64) -> Result<(), Refused> {
+        let hex = |rest: &str| rest.len() == 32 && rest.bytes().all(|b| b.is_ascii_hexdigit());
+        if told.id != id || !id.strip_prefix("o-").is_some_and(hex) || !told.state.ended() {
+            return Err(refused(400, "bad_operation", "this is not the end of that operation", None));
+        }
+        let known = self.job(agent, id);
+        let mut job = known.unwrap_or_else(|| Job {
+            agent: agent.into(),
+            operation: Operation::default(),
+            key: String::new(),
+            request: String::new(),
+            sealed: None,
+            asked_ms: 0,
+            expires_at: 0,
+            changed_at: now,
+        });
+        (job.operation, job.sealed, job.changed_at) = (told, None, now);
+        self.put_job(job, now).await
+    }
+
+    /// Ends one that waits, unless it is on its way to the agent.
+    ///
+    /// # Errors
+    /// 409 while it is on its way; no database.
+    pub async fn call_off(&self, mut job: Job, state: OperationState, message: &str, now: i64) -> Result<(), Refused> {
+        job.end(state, message, now);
+        self.write_job(job, true, now).await
+    }
+
+    /// Ends one at once.
+    ///
+    /// # Errors
+    /// No database.
+    pub async fn end_job(&self, mut job: Job, state: OperationState, message: &str, now: i64) -> Result<(), Refused> {
+        job.end(state, message, now);
+        self.put_job(job, now).await
+    }
+
+    /// Ends what has waited long enough, and forgets what is old.
+    ///
+    /// # Errors
+    /// When the database takes nothing; the next look does it.
+    pub async fn tidy_jobs(&self, now: i64) -> anyhow::Result<()> {
+        let (late, old) = {
+            let inner = self.inner();
+            let late: Vec<Job> = inner.jobs.values().filter(|j| j.late(now) && !inner.handing.contains(&at(j))).cloned().collect();
+            (late, inner.old_jobs(now))
+        };
+        for job in late {
+            let (state, message) = match job.operation.state {
+                OperationState::Queued => (OperationState::Expired, "the agent was not there in time"),
+                _ => (OperationState::Interrupted, "the agent has told nothing of it for 7 days"),
+            };
+            self.call_off(job, state, message, now).await.map_err(|e| anyhow::anyhow!(e.message))?;
+        }
+        if !old.is_empty() {
+            let order = {
+                let mut inner = self.inner();
+                let gone = old.iter().filter_map(|at| inner.jobs.remove(at)).map(|job| Change::remove(Kind::Operation, &row(&job))).collect();
+                self.store.order(gone)
+            };
+            order.durable().await?;
+        }
+        Ok(())
+    }
+}
+
+impl Job {
+    fn late(&self, now: i64) -> bool {
+        match self.operation.state {
+            OperationState::Queued => self.expires_at <= now,
+            OperationState::Running => self.changed_at + DAYS <= now,
+            _ => false,
+        }
+    }
+}
+
+impl Inner {
+    fn jobs_of(&self, agent: &str) -> impl Iterator<Item = &Job> {
+        let owner = agent.to_owned();
+        self.jobs.range((owner.clone(), String::new())..).take_while(move |((a, _), _)| *a == owner).map(|(_, job)| job)
+    }
+
+    fn room_for(&self, job: &Job) -> Result<(), Refused> {
+        let size = |j: &Job| j.sealed.as_ref().map_or(0, String::len);
+        let mine = self.jobs_of(&job.agent).filter(|j| j.sealed.is_some()).count();
+        let all: usize = self.jobs.values().map(size).sum();
+        if mine >= WAITING || all + size(job) > BYTES {
+            return Err(refused(429, "queue_full", "too many operations wait already", Some("wait until the agent is back, or cancel some")));
+        }
+        Ok(())
+    }
+
+    fn old_jobs(&self, now: i64) -> Vec<(String, String)> {
+        let mut ended: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for (at, job) in self.jobs.iter().filter(|(_, j)| j.operation.state.ended()) {
+            ended.entry(&job.agent).or_default().push((job.changed_at, at));
+        }
+        let mut old = Vec::new();
+        for mut of_agent in ended.into_values() {
+            of_agent.sort_unstable();
+            of_agent.reverse();
+            old.extend(of_agent.iter().enumerate().filter(|(n, (changed, _))| *n >= KEPT || changed + DAYS <= now).map(|(_, (_, at))| (*at).clone()));
+        }
+        old
+    }
+
+    /// Takes an agent's operations off, with the changes that make it last.
+    pub(super) fn forget_jobs(&mut self, agent: &str) -> (Vec<Change>, Vec<Job>) {
+        let gone: Vec<Job> = self.jobs_of(agent).cloned().collect();
+        for job in &gone {
+            self.jobs.remove(&(job.agent.clone(), job.operation.id.clone()));
+        }
+        (gone.iter().map(|job| Change::remove(Kind::Operation, &row(job))).collect(), gone)
+    }
+}

@@ -1,0 +1,116 @@
+//! Settings of a control plane: flags, and a config file of the same names under them.
+
+use std::net::SocketAddr;
+
+use serde::Deserialize;
+
+use crate::base::config_file::{checked, longs};
+use crate::base::error::Failure;
+
+/// Where settings stand when no other file is named.
+pub const CONFIG: &str = "/etc/pipeops/control-plane.toml";
+
+/// All optional, so that the file lies under the flags.
+#[derive(Clone, Debug, Default, clap::Args, Deserialize, PartialEq)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct PlaneOptions {
+    /// Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<SocketAddr>,
+    /// Address and port of the tunnel (FRP) server [default: [::]:7000]
+    #[arg(long, value_name = "ADDRESS")]
+    pub tunnel_listen: Option<SocketAddr>,
+    /// Name or address under which agents and Runners reach this machine; the first is handed out [default: the address of its route]
+    #[arg(long, value_name = "NAME")]
+    pub public_name: Vec<String>,
+    /// PostgreSQL database, postgres://USER:PASSWORD@HOST/DATABASE [default: a SQLite file in the data directory]
+    #[arg(long, value_name = "URL", conflicts_with = "database_url_file")]
+    #[serde(skip)]
+    pub database_url: Option<String>,
+    /// File with that URL
+    #[arg(long, value_name = "FILE")]
+    pub database_url_file: Option<String>,
+    /// RabbitMQ that Runners hear of agents from, amqp[s]://USER:PASSWORD@HOST/VHOST
+    #[arg(long, value_name = "URL", conflicts_with = "amqp_url_file")]
+    #[serde(skip)]
+    pub amqp_url: Option<String>,
+    /// File with that URL
+    #[arg(long, value_name = "FILE")]
+    pub amqp_url_file: Option<String>,
+    /// CA of RabbitMQ's certificate, PEM, where the system does not know it
+    #[arg(long, value_name = "FILE")]
+    pub amqp_ca: Option<String>,
+    /// Somebody's frps instead of the tunnel server of this program; `frps-config` prints what to put into its configuration
+    #[arg(long, value_name = "HOST:PORT")]
+    pub frps: Option<String>,
+    /// File with its auth.token
+    #[arg(long, value_name = "FILE")]
+    pub frps_token_file: Option<String>,
+    /// CA of its certificate, PEM
+    #[arg(long, value_name = "FILE")]
+    pub frps_ca: Option<String>,
+    /// Or a key in its certificate chain, `sha256:` and base64
+    #[arg(long, value_name = "PIN", conflicts_with = "frps_ca")]
+    pub frps_pin: Option<String>,
+    /// Certificate chain for the HTTPS API instead of a self-made one, PEM; read anew when it changes
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<String>,
+    /// Its key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<String>,
+    /// CA of that certificate, PEM, where clients do not know it already
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_ca: Option<String>,
+}
+
+impl PlaneOptions {
+    /// These, and below them `lower`.
+    #[must_use]
+    pub fn over(self, lower: PlaneOptions) -> PlaneOptions {
+        // one flag says where a URL stands: the other way to say it, in the file, is not asked any more
+        let (database, amqp) = (self.database_url.is_some(), self.amqp_url.is_some());
+        PlaneOptions {
+            listen: self.listen.or(lower.listen),
+            tunnel_listen: self.tunnel_listen.or(lower.tunnel_listen),
+            public_name: if self.public_name.is_empty() { lower.public_name } else { self.public_name },
+            database_url: self.database_url,
+            database_url_file: self.database_url_file.or(lower.database_url_file.filter(|_| !database)),
+            amqp_url: self.amqp_url,
+            amqp_url_file: self.amqp_url_file.or(lower.amqp_url_file.filter(|_| !amqp)),
+            amqp_ca: self.amqp_ca.or(lower.amqp_ca),
+            frps: self.frps.or(lower.frps),
+            frps_token_file: self.frps_token_file.or(lower.frps_token_file),
+            frps_ca: self.frps_ca.or(lower.frps_ca),
+            frps_pin: self.frps_pin.or(lower.frps_pin),
+            tls_cert: self.tls_cert.or(lower.tls_cert),
+            tls_key: self.tls_key.or(lower.tls_key),
+            tls_ca: self.tls_ca.or(lower.tls_ca),
+        }
+    }
+}
+
+/// # Errors
+/// A [`Failure`] with exit 2 that names `origin`.
+pub fn parse_file(text: &str, origin: &str) -> Result<PlaneOptions, Failure> {
+    let secret = ["database-url", "amqp-url"];
+    let known: Vec<String> = longs::<PlaneOptions>().into_iter().filter(|k| !secret.contains(&k.as_str())).collect();
+    checked(text, origin, &known, &[], "pipeops control-plane")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_lie_over_the_file_and_a_password_has_no_place_in_it() {
+        let file = parse_file("listen = \"127.0.0.1:1\"\npublic-name = [\"a\"]\namqp-url-file = \"/f\"\n", "f").unwrap();
+        let flags = PlaneOptions { listen: "127.0.0.1:2".parse().ok(), amqp_url: Some("amqp://h".into()), ..PlaneOptions::default() };
+        let both = flags.over(file);
+        assert_eq!((both.listen.unwrap().port(), both.public_name[0].as_str(), both.amqp_url_file), (2, "a", None));
+        let refused = parse_file("amqp-url = \"amqp://u:planted-canary-4711-in-plain-text@h\"\n", "f").unwrap_err();
+        assert!(
+            refused.hint.as_deref().unwrap().contains("amqp-url-file") && !format!("{refused:?}").contains("canary-4711-in-plain-text"),
+            "{refused:?}"
+        );
+    }
+}

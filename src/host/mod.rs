@@ -1,0 +1,546 @@
+//! The one door to the machine: files under a root, programs on a path. Reading and changing are two types.
+#![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "this is the door that the lint guards")]
+
+pub mod fetch;
+pub mod mountinfo;
+pub mod paths;
+pub mod plans;
+pub mod state;
+pub mod systemd;
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest as _, Sha256};
+use tokio::io::AsyncReadExt as _;
+
+use crate::base::encoding::hex;
+use crate::base::error::{Exit, Failure};
+use crate::host::paths::STATE;
+
+/// Most bytes kept of a program's output.
+const MOST_OUTPUT: u64 = 4 << 20;
+
+/// Variables that a child process gets from ours.
+const PASSED_ON: [&str; 6] = ["HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SYSTEM_BUS_ADDRESS", "LD_LIBRARY_PATH"];
+
+/// A machine, or a directory that stands for one; can only be read.
+#[derive(Clone, Debug)]
+pub struct Host {
+    root: PathBuf,
+    path: OsString,
+}
+
+/// What a program said.
+#[derive(Clone, Debug, Default)]
+pub struct Output {
+    pub status: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Output {
+    pub fn ok(&self) -> bool {
+        self.status == 0
+    }
+}
+
+/// Owner of a file by name, looked up in the machine's own `passwd` and `group`: a static program has no NSS.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Owner<'a> {
+    pub user: Option<&'a str>,
+    pub group: Option<&'a str>,
+}
+
+/// As many descriptors as the system allows: shells and units hand out 1,024 of many more, and every connection is one.
+pub fn all_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // what is refused leaves things as they are
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Beside each `bin` its `sbin`: a plain `su` on Debian leaves those out, and modprobe, useradd or nft are there.
+fn with_sbin(path: OsString) -> OsString {
+    let dirs: Vec<PathBuf> = std::env::split_paths(&path).filter(|d| !d.as_os_str().is_empty()).collect();
+    let missing = dirs.iter().filter(|d| d.ends_with("bin")).map(|d| d.with_file_name("sbin")).filter(|d| !dirs.contains(d));
+    std::env::join_paths(dirs.iter().cloned().chain(missing)).unwrap_or(path)
+}
+
+impl Host {
+    /// `root` is `/` in production; `path` is where programs are looked for.
+    pub fn new(root: impl Into<PathBuf>, path: Option<OsString>) -> Host {
+        let root = root.into();
+        let mut path = with_sbin(path.unwrap_or_default());
+        if !path.is_empty() {
+            path.push(":");
+        }
+        if root == Path::new("/") {
+            // sudo and cron may leave out sbin
+            path.push("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        } else {
+            path.push(root.join("usr/local/bin"));
+        }
+        Host { root, path }
+    }
+
+    /// Whether this is the running machine itself.
+    pub fn is_machine(&self) -> bool {
+        self.root == Path::new("/")
+    }
+
+    /// The real place of a path of the machine.
+    pub fn at(&self, path: &str) -> PathBuf {
+        self.root.join(path.trim_start_matches('/'))
+    }
+
+    /// The text of a file, `None` when it is not there.
+    ///
+    /// # Errors
+    /// When it is there and cannot be read; the message names it.
+    pub fn read(&self, path: &str) -> anyhow::Result<Option<String>> {
+        Ok(self.read_bytes(path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// The last bytes of a file that may be long; nothing when it cannot be read.
+    pub fn tail(&self, path: &str, most: u64) -> Option<String> {
+        use std::io::{Read as _, Seek as _};
+        let mut file = fs::File::open(self.at(path)).ok()?;
+        let length = file.metadata().ok()?.len();
+        file.seek(io::SeekFrom::Start(length.saturating_sub(most))).ok()?;
+        let mut bytes = Vec::new();
+        file.take(most).read_to_end(&mut bytes).ok()?;
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    pub fn read_bytes(&self, path: &str) -> anyhow::Result<Option<Vec<u8>>> {
+        match fs::read(self.at(path)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("reading {path}")),
+        }
+    }
+
+    /// The text, or nothing: for facts, where unreadable and absent mean the same.
+    pub fn text(&self, path: &str) -> String {
+        self.read(path).ok().flatten().unwrap_or_default()
+    }
+
+    /// Whether anything is there, dangling links included.
+    pub fn exists(&self, path: &str) -> bool {
+        fs::symlink_metadata(self.at(path)).is_ok()
+    }
+
+    pub fn is_dir(&self, path: &str) -> bool {
+        fs::metadata(self.at(path)).is_ok_and(|m| m.is_dir())
+    }
+
+    /// Permission bits.
+    pub fn mode(&self, path: &str) -> Option<u32> {
+        fs::metadata(self.at(path)).ok().map(|m| m.permissions().mode() & 0o7777)
+    }
+
+    /// Seconds since 1970 of the last change.
+    pub fn modified(&self, path: &str) -> Option<i64> {
+        fs::metadata(self.at(path)).ok().map(|m| m.mtime())
+    }
+
+    /// Differs when a file was replaced or written again, also within one second.
+    pub fn stamp(&self, path: &str) -> Option<(u64, i64, i64)> {
+        fs::metadata(self.at(path)).ok().map(|m| (m.ino(), m.mtime(), m.mtime_nsec()))
+    }
+
+    /// Numeric owner and group.
+    pub fn owner(&self, path: &str) -> Option<(u32, u32)> {
+        fs::metadata(self.at(path)).ok().map(|m| (m.uid(), m.gid()))
+    }
+
+    pub fn link_target(&self, path: &str) -> Option<String> {
+        fs::read_link(self.at(path)).ok().map(|t| t.to_string_lossy().into_owned())
+    }
+
+    /// Names in a directory, sorted; empty when it is not there.
+    pub fn list(&self, path: &str) -> Vec<String> {
+        let mut names: Vec<String> =
+            fs::read_dir(self.at(path)).into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    /// sha256 of a file, streamed; `None` when it is not there.
+    pub fn sha256(&self, path: &str) -> anyhow::Result<Option<String>> {
+        let mut file = match File::open(self.at(path)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e).with_context(|| format!("reading {path}")),
+        };
+        let mut digest = Sha256::new();
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match file.read(&mut buffer).with_context(|| format!("reading {path}"))? {
+                0 => return Ok(Some(hex(&digest.finalize()))),
+                n => digest.update(&buffer[..n]),
+            }
+        }
+    }
+
+    /// Where a program is, by the path that this host was given.
+    pub fn which(&self, program: &str) -> Option<PathBuf> {
+        which::which_in(program, Some(&self.path), "/").ok()
+    }
+
+    /// Numeric id of a name in `passwd` or `group`.
+    pub fn id_of(&self, file: &str, name: &str) -> Option<u32> {
+        self.text(file).lines().find_map(|line| {
+            let mut fields = line.split(':');
+            (fields.next()? == name).then(|| fields.nth(1)?.parse().ok())?
+        })
+    }
+
+    /// Home directory of a local user.
+    pub fn home_of(&self, user: &str) -> Option<String> {
+        self.text("/etc/passwd").lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(':').collect();
+            (fields.first() == Some(&user)).then(|| fields.get(5).map(|h| (*h).to_owned()))?
+        })
+    }
+
+    /// The address from which this machine reaches others. Nothing is sent: the kernel is asked for the route.
+    pub fn outward_address(&self) -> Option<std::net::IpAddr> {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+        socket.connect("192.0.2.1:9").ok()?;
+        socket.local_addr().ok().map(|a| a.ip()).filter(|a| !a.is_unspecified())
+    }
+
+    /// Mount points at or below `dir`, deepest first, with their types.
+    pub fn mounts_under(&self, dir: &str) -> Vec<(String, String)> {
+        crate::host::mountinfo::mounts_under(&self.text("/proc/self/mountinfo"), dir)
+    }
+
+    /// Runs a program that only reports. By convention: nothing that is asked this way changes the machine.
+    ///
+    /// # Errors
+    /// When it is not there, cannot be started, or does not end in time.
+    pub async fn ask(&self, program: &str, args: &[&str], within: Duration) -> anyhow::Result<Output> {
+        let Some(file) = self.which(program) else { bail!("the program `{program}` is not on this machine") };
+        let line = format!("`{program} {}`", args.join(" "));
+        let mut child = tokio::process::Command::new(file)
+            .args(args)
+            // tokens and passwords stand in our environment (proxies, object stores, databases): none of them goes further
+            .env_clear()
+            .envs(std::env::vars_os().filter(|(name, _)| PASSED_ON.iter().any(|n| name == n)))
+            .env("PATH", &self.path)
+            .env("LC_ALL", "C")
+            .env("PIPEOPS_ROOT", &self.root)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("starting {line}"))?;
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let streams = (child.stdout.take(), child.stderr.take());
+        let work = async {
+            let (stdout, stderr) = streams;
+            let read_out = async {
+                if let Some(s) = stdout {
+                    let _ = s.take(MOST_OUTPUT).read_to_end(&mut out).await;
+                }
+            };
+            let read_err = async {
+                if let Some(s) = stderr {
+                    let _ = s.take(MOST_OUTPUT).read_to_end(&mut err).await;
+                }
+            };
+            tokio::join!(read_out, read_err);
+            child.wait().await
+        };
+        let status = tokio::time::timeout(within, work)
+            .await
+            .map_err(|_| anyhow::anyhow!("{line} did not end within {} s", within.as_secs()))?
+            .with_context(|| format!("waiting for {line}"))?;
+        Ok(Output {
+            status: status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&out).into_owned(),
+            stderr: String::from_utf8_lossy(&err).into_owned(),
+        })
+    }
+
+    fn write_whole(&self, path: &str, content: &[u8], mode: u32, owner: Owner<'_>) -> anyhow::Result<()> {
+        let target = self.at(path);
+        let beside = beside(&target);
+        let attempt = || -> anyhow::Result<()> {
+            let _ = fs::remove_file(&beside);
+            let mut file = OpenOptions::new().create_new(true).write(true).mode(mode).open(&beside)?;
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+            self.chown(&beside, owner)?;
+            file.write_all(content)?;
+            file.sync_all()?;
+            fs::rename(&beside, &target)?;
+            sync_dir(&target)?;
+            Ok(())
+        };
+        attempt().inspect_err(|_| drop(fs::remove_file(&beside))).with_context(|| format!("writing {path}"))
+    }
+
+    fn chown(&self, path: &Path, owner: Owner<'_>) -> anyhow::Result<()> {
+        if !self.is_machine() || !nix::unistd::geteuid().is_root() || owner.user.is_none() && owner.group.is_none() {
+            return Ok(());
+        }
+        let lookup = |file: &str, name: &str| self.id_of(file, name).with_context(|| format!("`{name}` is not in {file}"));
+        let uid = owner.user.map(|u| lookup("/etc/passwd", u)).transpose()?;
+        let gid = owner.group.map(|g| lookup("/etc/group", g)).transpose()?;
+        std::os::unix::fs::lchown(path, uid, gid)?;
+        Ok(())
+    }
+
+    /// Replaces a file under `/run` that the caller's unit owns; needs no lock, for it is no step of an installation.
+    ///
+    /// # Errors
+    /// Names the file; the former one stays.
+    pub fn replace(&self, path: &str, content: &[u8], mode: u32, owner: Owner<'_>, dir: &str, dir_mode: u32) -> anyhow::Result<()> {
+        let real = self.at(dir);
+        fs::create_dir_all(&real).with_context(|| format!("creating {dir}"))?;
+        fs::set_permissions(&real, fs::Permissions::from_mode(dir_mode)).with_context(|| format!("setting the mode of {dir}"))?;
+        self.chown(&real, owner).with_context(|| format!("setting the owner of {dir}"))?;
+        self.write_whole(path, content, mode, owner)
+    }
+
+    /// Takes the machine-wide lock, and with it the right to change things.
+    ///
+    /// # Errors
+    /// Exit 12 when another run holds it.
+    pub fn lock(&self) -> anyhow::Result<Hands> {
+        let made = !self.exists(STATE);
+        let state = self.at(STATE);
+        let fresh = || -> io::Result<File> {
+            fs::create_dir_all(&state)?;
+            fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(state.join("lock"))
+        };
+        let file = fresh().map_err(|error| match error.kind() {
+            io::ErrorKind::ReadOnlyFilesystem => Failure::new(Exit::Preflight, "MOUNT_READ_ONLY", format!("nothing can be written to {STATE}"))
+                .why("its file system is mounted read-only; nothing was changed")
+                .hint(format!("mount it writable (`findmnt -T {STATE}` shows what is there), then run again"))
+                .into(),
+            _ => anyhow::Error::from(error).context(format!("opening {STATE}/lock")),
+        })?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Hands { host: self.clone(), _lock: lock, made_state: made }),
+            Err(_) => Err(Failure::new(Exit::Locked, "LOCKED", "another pipeops is at work on this machine")
+                .why(format!("{STATE}/lock is held"))
+                .hint("wait until it has ended, then run again")
+                .into()),
+        }
+    }
+}
+
+/// The right to change the machine: one holder at a time.
+#[derive(Debug)]
+pub struct Hands {
+    host: Host,
+    _lock: Flock<File>,
+    made_state: bool,
+}
+
+impl std::ops::Deref for Hands {
+    type Target = Host;
+    fn deref(&self) -> &Host {
+        &self.host
+    }
+}
+
+impl Hands {
+    /// Gives the lock back; a run that wrote no journal leaves not even its directory behind.
+    pub fn release(self) {
+        if self.made_state && !self.exists(&format!("{STATE}/journal.json")) {
+            self.forget_state();
+        }
+    }
+
+    /// Removes our state directory, which by now holds nothing but the lock.
+    pub fn forget_state(&self) {
+        let _ = fs::remove_file(self.at(STATE).join("lock"));
+        let _ = fs::remove_dir(self.at(STATE));
+    }
+
+    /// Writes a file as a whole: beside it first, durable, then renamed.
+    ///
+    /// # Errors
+    /// Names the file; a half-written one never stands under its name.
+    pub fn write(&self, path: &str, content: &[u8], mode: u32, owner: Owner<'_>) -> anyhow::Result<()> {
+        self.host.write_whole(path, content, mode, owner)
+    }
+
+    /// Puts a finished file in place; the former one is kept as `PATH.old` when `keep` says so.
+    pub fn place(&self, from: &Path, path: &str, mode: u32, keep: bool) -> anyhow::Result<()> {
+        let target = self.at(path);
+        let attempt = || -> io::Result<()> {
+            fs::set_permissions(from, fs::Permissions::from_mode(mode))?;
+            File::open(from)?.sync_all()?;
+            if keep && target.exists() {
+                let old = PathBuf::from(format!("{}.old", target.display()));
+                let _ = fs::remove_file(&old);
+                fs::hard_link(&target, &old)?;
+            }
+            fs::rename(from, &target)?;
+            sync_dir(&target)
+        };
+        attempt().with_context(|| format!("putting {path} in place"))
+    }
+
+    /// Copies a file beside its destination, then renames.
+    pub fn copy(&self, from: &Path, path: &str, mode: u32, keep: bool) -> anyhow::Result<()> {
+        let beside = beside(&self.at(path));
+        let _ = fs::remove_file(&beside);
+        let copied = fs::copy(from, &beside).with_context(|| format!("copying {} to {path}", from.display())).map(drop);
+        copied.and_then(|()| self.place(&beside, path, mode, keep)).inspect_err(|_| drop(fs::remove_file(&beside)))
+    }
+
+    /// Makes a directory and its parents; gives those that were not there, outermost first.
+    pub fn mkdir(&self, path: &str, mode: u32) -> anyhow::Result<Vec<String>> {
+        let mut made = Vec::new();
+        let mut missing = Vec::new();
+        let mut at = path.trim_end_matches('/');
+        while !at.is_empty() && !self.exists(at) {
+            missing.push(at.to_owned());
+            at = at.rsplit_once('/').map_or("", |(parent, _)| parent);
+        }
+        for dir in missing.into_iter().rev() {
+            let real = self.at(&dir);
+            fs::create_dir(&real).with_context(|| format!("creating {dir}"))?;
+            let mode = if dir == path { mode } else { 0o755 };
+            fs::set_permissions(&real, fs::Permissions::from_mode(mode)).with_context(|| format!("setting the mode of {dir}"))?;
+            made.push(dir);
+        }
+        Ok(made)
+    }
+
+    pub fn chmod(&self, path: &str, mode: u32) -> anyhow::Result<()> {
+        fs::set_permissions(self.at(path), fs::Permissions::from_mode(mode)).with_context(|| format!("setting the mode of {path}"))
+    }
+
+    /// Owner of an existing file.
+    pub fn own(&self, path: &str, owner: Owner<'_>) -> anyhow::Result<()> {
+        self.chown(&self.at(path), owner).with_context(|| format!("setting the owner of {path}"))
+    }
+
+    /// Removes a file or link; absent is fine.
+    pub fn remove(&self, path: &str) -> anyhow::Result<()> {
+        match fs::remove_file(self.at(path)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e).with_context(|| format!("removing {path}")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes a directory if it is empty; says whether it is gone.
+    pub fn remove_empty(&self, path: &str) -> bool {
+        let _ = fs::remove_dir(self.at(path));
+        !self.exists(path)
+    }
+
+    /// Removes a tree without leaving its file system and without following links; `keep` names subtrees that stay.
+    ///
+    /// Gives what is left: paths on other file systems, and the kept ones.
+    pub fn remove_tree(&self, path: &str, keep: &[String]) -> anyhow::Result<Vec<String>> {
+        // asked of the table, never of the mount: one whose server is gone answers nobody, not even a stat
+        let mounts: Vec<String> = self.mounts_under(path).into_iter().map(|(mount, _)| mount).collect();
+        if mounts.iter().any(|m| m == path) {
+            return Ok(vec![path.to_owned()]);
+        }
+        let Ok(top) = fs::symlink_metadata(self.at(path)) else { return Ok(Vec::new()) };
+        let mut left = Vec::new();
+        if top.is_dir() {
+            self.remove_below(path, top.dev(), &mounts, keep, &mut left)?;
+        } else {
+            self.remove(path)?;
+        }
+        Ok(left)
+    }
+
+    fn remove_below(&self, path: &str, device: u64, mounts: &[String], keep: &[String], left: &mut Vec<String>) -> anyhow::Result<()> {
+        if keep.iter().any(|k| k == path) {
+            left.push(path.to_owned());
+            return Ok(());
+        }
+        let entries = fs::read_dir(self.at(path)).with_context(|| format!("reading {path}"))?;
+        for entry in entries {
+            let entry = entry.with_context(|| format!("reading {path}"))?;
+            let name = format!("{}/{}", path.trim_end_matches('/'), entry.file_name().to_string_lossy());
+            if mounts.contains(&name) {
+                left.push(name);
+                continue;
+            }
+            let meta = match fs::symlink_metadata(entry.path()) {
+                Ok(meta) => meta,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e).with_context(|| format!("looking at {name}")),
+            };
+            if meta.is_dir() {
+                if meta.dev() == device {
+                    self.remove_below(&name, device, mounts, keep, left)?;
+                } else {
+                    left.push(name);
+                }
+            } else if let Err(e) = fs::remove_file(entry.path())
+                && e.kind() != io::ErrorKind::NotFound
+            {
+                return Err(e).with_context(|| format!("removing {name}"));
+            }
+        }
+        let below = format!("{}/", path.trim_end_matches('/'));
+        if !left.iter().any(|l| l.starts_with(&below)) {
+            match fs::remove_dir(self.at(path)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).with_context(|| format!("removing {path}")),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A symbolic link.
+    pub fn link(&self, path: &str, target: &str) -> anyhow::Result<()> {
+        std::os::unix::fs::symlink(target, self.at(path)).with_context(|| format!("linking {path}"))
+    }
+
+    /// Appends to a file, mode 0600 when made.
+    pub fn append(&self, path: &str, text: &str) -> anyhow::Result<()> {
+        let mut file = OpenOptions::new().create(true).append(true).mode(0o600).open(self.at(path)).with_context(|| format!("opening {path}"))?;
+        file.write_all(text.as_bytes()).with_context(|| format!("writing {path}"))
+    }
+
+    /// Runs a program that changes the machine.
+    ///
+    /// # Errors
+    /// Also when its status is not 0: the command, the status, the last lines that it said.
+    pub async fn run(&self, program: &str, args: &[&str], within: Duration) -> anyhow::Result<String> {
+        let output = self.ask(program, args, within).await?;
+        if output.ok() {
+            return Ok(output.stdout);
+        }
+        let said: Vec<&str> = output.stderr.lines().chain(output.stdout.lines()).collect();
+        let last = said.iter().rev().take(5).rev().copied().collect::<Vec<_>>().join("\n");
+        bail!("`{program} {}` ended with status {}\n{last}", args.join(" "), output.status)
+    }
+}
+
+fn beside(target: &Path) -> PathBuf {
+    let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    target.with_file_name(format!(".{name}.pipeops-new"))
+}
+
+fn sync_dir(target: &Path) -> io::Result<()> {
+    match target.parent() {
+        Some(dir) => File::open(dir)?.sync_all(),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,488 @@
+//! Each code with a machine that raises it and a near miss that does not.
+
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::install::chosen::read_file;
+use crate::install::components;
+use crate::install::facts::{Clock, Disk, Interface, Iptables, Listener, Mount, ResolvConf, Route, SettingsFile, User, parse};
+use crate::install::finding::{Finding, blocked};
+use crate::install::settings::Options;
+
+const GIB: u64 = 1 << 30;
+
+fn set(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|n| (*n).to_owned()).collect()
+}
+
+fn route(to: &str, device: &str) -> Route {
+    Route { to: to.into(), device: device.into(), kind: "unicast".into(), preference: 1, ..Route::default() }
+}
+
+fn resolv(text: &str) -> Option<ResolvConf> {
+    Some(parse::resolv_conf(text))
+}
+
+/// A file of k3s' settings beside ours; by its name it is read before or after.
+fn beside(case: &mut Case, name: &str, text: &str) {
+    let after = name > "50-pipeops.yaml" && name != "config.yaml";
+    case.facts.k3s.files.push(SettingsFile { path: name.into(), after, entries: read_file(text).unwrap(), fault: None });
+}
+
+fn k3s(case: &mut Case, key: &str, value: impl Into<serde_json::Value>) {
+    case.options.k3s =
+        [(key.to_owned(), value.into())].into_iter().collect::<crate::install::settings::extra::Extra>().over(case.options.k3s.clone());
+}
+
+/// Debian 12 with two processors and 4 GiB.
+fn healthy() -> Facts {
+    let disk = |path: &str| Disk {
+        path: path.into(),
+        available_bytes: 40 * GIB,
+        total_bytes: 80 * GIB,
+        inodes_free: 1_000_000,
+        inodes_total: 2_000_000,
+        device: 1,
+    };
+    let mut facts = Facts {
+        init: "systemd".into(),
+        machine: "x86_64".into(),
+        hostname: "vm1".into(),
+        cpus: 2,
+        memory_bytes: 4 * GIB,
+        disks: ["/var/lib/rancher", "/var/lib/kubelet", "/usr/local/bin", "/var/log"].map(disk).to_vec(),
+        fsync_p99_us: Some(4_000),
+        clock: Clock { now: 1_800_000_000, synchronized: Some(true), offset: Some((2, "x".into())) },
+        routes: vec![Route { metric: 100, source: Some("10.0.0.5".into()), ..route("0.0.0.0/0", "eth0") }, route("10.0.0.0/24", "eth0")],
+        interfaces: vec![Interface::new("eth0", &["10.0.0.5/24"])],
+        iptables: Some(Iptables { version: "1.8.9".into(), backend: "nft".into() }),
+        kmsg: true,
+        trust_store: true,
+        ..Facts::default()
+    };
+    facts.os.id = "debian".into();
+    facts.resolver.etc = resolv("nameserver 10.0.0.1\n");
+    facts.modules.known = true;
+    facts.modules.available = set(&["br_netfilter", "overlay", "nf_conntrack", "vxlan", "wireguard"]);
+    let mount = |path: &str| Mount { path: path.into(), at: "/".into(), kind: "ext4".into(), entry_types: Some(true), ..Mount::default() };
+    facts.mounts = ["/var/lib/rancher", "/usr/local/bin", "/etc", "/run"].map(mount).to_vec();
+    facts.cgroup.version = 2;
+    facts.cgroup.controllers = set(&["cpu", "cpuset", "io", "memory", "pids"]);
+    facts.selinux.mode = "disabled".into();
+    facts.programs = ["modprobe", "mount", "umount", "useradd", "ip"].iter().map(|p| ((*p).to_owned(), format!("/sbin/{p}"))).collect();
+    facts
+}
+
+/// Machine and options of one case.
+struct Case {
+    facts: Facts,
+    options: Options,
+    role: Role,
+    version: &'static str,
+}
+
+fn case() -> Case {
+    Case { facts: healthy(), options: Options::default(), role: Role::Server, version: "v1.36.2+k3s1" }
+}
+
+fn found(case: &Case) -> Vec<Finding> {
+    let settings = Settings::resolve(case.options.clone(), case.role, &codes(), &components::names()).unwrap();
+    let chosen = if case.role == Role::Server { components::chosen(settings.components.as_deref(), false) } else { Vec::new() };
+    run(&case.facts, &Target { settings: &settings, version: Some(&case.version.parse().unwrap()), components: &chosen })
+}
+
+fn listener(port: u16, address: &str) -> Listener {
+    Listener { protocol: "tcp".into(), address: address.into(), port, pid: Some(812), process: Some("nginx".into()) }
+}
+
+type Change = fn(&mut Case);
+
+/// Code, what raises it, and what comes near without raising it.
+const ROWS: &[(&str, Change, Change)] = &[
+    ("NOT_ROOT", |c| c.facts.uid = 1000, |c| c.facts.uid = 0),
+    ("NO_SYSTEMD", |c| c.facts.init = "init".into(), |c| c.facts.systemd = 0),
+    ("ARCH_UNSUPPORTED", |c| c.facts.machine = "riscv64".into(), |c| c.facts.machine = "aarch64".into()),
+    (
+        "K3S_FOREIGN",
+        |c| c.facts.k3s.foreign = vec!["unit k3s.service".into()],
+        |c| {
+            c.facts.k3s.foreign = vec!["unit k3s.service".into()];
+            c.facts.k3s.ours = Some(Role::Server);
+        },
+    ),
+    (
+        "K3S_CONFIG_INVALID",
+        |c| c.facts.k3s.files.push(SettingsFile { fault: Some("it is not valid YAML".into()), ..SettingsFile::default() }),
+        |c| beside(c, "90-mine.yaml", "# nothing yet\n"),
+    ),
+    ("K3S_CONFIG_CLASH", |c| beside(c, "90-mine.yaml", "node-name: other\n"), |c| beside(c, "90-mine.yaml", "node-name: VM1\nkubelet-arg: [a=b]\n")),
+    ("K3S_ENVIRONMENT", |c| c.facts.k3s.environment = vec!["K3S_DATA_DIR".into()], |_| {}),
+    ("K3S_TOO_OLD", |c| c.version = "v1.27.9+k3s1", |c| c.version = "v1.28.0+k3s1"),
+    (
+        "K3S_DOWNGRADE",
+        |c| {
+            c.facts.k3s.version = Some("v1.36.3+k3s1".into());
+            c.facts.k3s.ours = Some(Role::Server);
+        },
+        |c| {
+            c.facts.k3s.version = Some("v1.36.2+k3s1".into());
+            c.facts.k3s.ours = Some(Role::Server);
+        },
+    ),
+    (
+        "DATA_TOKEN_CONFLICT",
+        |c| c.facts.k3s.server_data = true,
+        |c| {
+            c.facts.k3s.server_data = true;
+            c.facts.k3s.server_token = true;
+        },
+    ),
+    ("OTHER_KUBERNETES", |c| c.facts.other_kubernetes = vec!["microk8s".into()], |_| {}),
+    (
+        "CPU_LOW",
+        |c| c.facts.cpus = 1,
+        |c| {
+            c.facts.cpus = 1;
+            c.role = Role::Worker;
+        },
+    ),
+    (
+        "MEMORY_LOW",
+        |c| c.facts.memory_bytes = GIB,
+        |c| {
+            c.facts.memory_bytes = GIB / 2;
+            c.role = Role::Worker;
+        },
+    ),
+    (
+        "COMPONENTS_DO_NOT_FIT",
+        |c| c.facts.memory_bytes = 1000 << 20,
+        |c| {
+            c.facts.memory_bytes = 1000 << 20;
+            c.options.components = vec!["none".into()];
+        },
+    ),
+    ("SWAP_ON", |c| c.facts.swap_bytes = GIB, |c| c.facts.swap_bytes = 0),
+    ("MOUNT_READ_ONLY", |c| c.facts.mounts[2].read_only = true, |c| c.facts.mounts.iter_mut().for_each(|m| m.at = "/ro".into())),
+    ("MOUNT_NOEXEC", |c| c.facts.mounts[0].no_exec = true, |c| c.facts.mounts[3].no_exec = true),
+    (
+        "SNAPSHOTTER_UNFIT",
+        |c| c.facts.mounts[0].kind = "zfs".into(),
+        |c| {
+            c.facts.mounts[0].kind = "zfs".into();
+            k3s(c, "snapshotter", "native");
+        },
+    ),
+    (
+        "DISK_LOW",
+        |c| c.facts.disks.iter_mut().for_each(|d| d.available_bytes = 3 * GIB),
+        |c| {
+            c.facts.disks.iter_mut().for_each(|d| d.available_bytes = 4 * GIB);
+        },
+    ),
+    (
+        "INODES_LOW",
+        |c| c.facts.disks.iter_mut().for_each(|d| d.inodes_free = 100),
+        |c| {
+            // btrfs has no table of inodes
+            c.facts.disks.iter_mut().for_each(|d| (d.inodes_free, d.inodes_total) = (0, 0));
+        },
+    ),
+    ("DISK_FSYNC_SLOW", |c| c.facts.fsync_p99_us = Some(80_000), |c| c.facts.fsync_p99_us = Some(20_000)),
+    ("CLOCK_SKEW", |c| c.facts.clock.offset = Some((-31, "the server".into())), |c| c.facts.clock.offset = Some((30, "the server".into()))),
+    (
+        "CGROUP_CONTROLLERS",
+        |c| {
+            c.facts.cgroup.controllers.remove("pids");
+        },
+        |c| {
+            c.facts.cgroup.controllers.remove("io");
+        },
+    ),
+    (
+        "CGROUP_MEMORY_OFF",
+        |c| {
+            c.facts.cgroup.controllers.remove("memory");
+        },
+        |c| {
+            c.facts.cgroup.controllers.remove("io");
+        },
+    ),
+    (
+        "CGROUP_V1_UNSUPPORTED",
+        |c| c.facts.cgroup.version = 1,
+        |c| {
+            c.facts.cgroup.version = 1;
+            c.version = "v1.34.6+k3s1";
+        },
+    ),
+    (
+        "KMOD_MISSING",
+        |c| {
+            c.facts.modules.available.remove("vxlan");
+        },
+        |c| {
+            c.facts.modules.available.remove("vxlan");
+            c.facts.modules.loaded.insert("vxlan".into());
+        },
+    ),
+    ("LXC_FEATURES", |c| c.facts.container = Some("lxc".into()), |c| c.facts.container = None),
+    (
+        "SELINUX_POLICY",
+        |c| c.facts.selinux.mode = "enforcing".into(),
+        |c| {
+            c.facts.selinux.mode = "enforcing".into();
+            c.facts.selinux.k3s_policy = true;
+        },
+    ),
+    (
+        "IPTABLES_BAD",
+        |c| c.facts.iptables = Some(Iptables { version: "1.8.2".into(), backend: "nft".into() }),
+        |c| {
+            c.facts.iptables = Some(Iptables { version: "1.8.2".into(), backend: "legacy".into() });
+        },
+    ),
+    (
+        "TOOL_MISSING",
+        |c| c.options.api_allow = vec!["10.0.0.0/8".into()],
+        |c| {
+            c.options.api_allow = vec!["10.0.0.0/8".into()];
+            c.facts.programs.insert("nft".into(), "/usr/sbin/nft".into());
+        },
+    ),
+    (
+        "ACCOUNT_CONFLICT",
+        |c| c.facts.account.user = Some(User { uid: 1001, gid: 1001, shell: "/bin/bash".into(), ..User::default() }),
+        |c| {
+            c.facts.account.user = Some(User { uid: 997, gid: 997, shell: "/usr/sbin/nologin".into(), ..User::default() });
+            c.facts.account.gid = Some(997);
+        },
+    ),
+    (
+        "TRUST_STORE_MISSING",
+        |c| c.facts.trust_store = false,
+        |c| {
+            c.facts.trust_store = false;
+            c.options.offline_dir = Some("/media/k3s".into());
+        },
+    ),
+    ("INGRESS_NGINX_RETIRED", |c| c.facts.retired_ingress = Some(0), |c| c.facts.retired_ingress = None),
+    (
+        "TRAEFIK_GOES",
+        |c| c.facts.traefik = true,
+        |c| {
+            c.facts.traefik = true;
+            c.options.components = vec!["traefik".into()];
+        },
+    ),
+    ("HOSTNAME_BAD", |c| c.facts.hostname = "my_vm".into(), |c| c.facts.hostname = "My-VM.example.com".into()),
+    ("HOSTNAME_DEFAULT", |c| c.facts.hostname = "raspberrypi".into(), |c| c.facts.hostname = "raspberrypi-7".into()),
+    ("ROUTE_NONE", |c| c.facts.routes.clear(), |c| c.facts.routes.truncate(1)),
+    (
+        "NIC_AMBIGUOUS",
+        |c| c.facts.routes.push(Route { metric: 100, ..route("0.0.0.0/0", "eth1") }),
+        |c| c.facts.routes.push(Route { metric: 200, ..route("0.0.0.0/0", "eth1") }),
+    ),
+    ("ADDRESS_UNKNOWN", |c| c.options.node_ip = vec!["10.0.0.6".into()], |c| c.options.node_ip = vec!["10.0.0.5".into()]),
+    (
+        "ADDRESS_DYNAMIC",
+        |c| c.facts.interfaces[0].addresses[0].dynamic = true,
+        |c| {
+            c.facts.interfaces.push(Interface::new("eth1", &["10.1.0.5/24"]));
+            c.facts.interfaces[1].addresses[0].dynamic = true;
+        },
+    ),
+    (
+        "CIDR_OVERLAP",
+        |c| c.facts.routes.push(route("10.43.1.0/24", "vpn0")),
+        |c| {
+            // k3s' own
+            c.facts.k3s.ours = Some(Role::Server);
+            c.facts.routes.push(route("10.42.0.0/24", "cni0"));
+        },
+    ),
+    ("CIDR_MISFIT", |c| k3s(c, "cluster-dns", "10.44.0.10"), |c| k3s(c, "cluster-dns", "10.43.0.53")),
+    (
+        "DNS_NONE",
+        |c| c.facts.resolver.etc = resolv("search example.com\n"),
+        |c| {
+            c.facts.resolver.etc = None;
+            c.facts.resolver.systemd = resolv("nameserver 10.0.0.1\n");
+        },
+    ),
+    (
+        "DNS_LOOPBACK",
+        |c| c.facts.resolver.etc = resolv("nameserver 127.0.0.53\n"),
+        |c| {
+            c.facts.resolver.etc = resolv("nameserver 127.0.0.53\n");
+            c.facts.resolver.systemd = resolv("nameserver 10.0.0.1\n");
+        },
+    ),
+    (
+        "DNS_WILDCARD",
+        |c| c.facts.resolver.etc = resolv("nameserver 10.0.0.1\nsearch .\n"),
+        |c| c.facts.resolver.etc = resolv("nameserver 10.0.0.1\nsearch example.com.\n"),
+    ),
+    (
+        "DNS_LIMITS",
+        |c| c.facts.resolver.etc = resolv(&(1..=4).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>()),
+        |c| c.facts.resolver.etc = resolv(&(1..=3).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>()),
+    ),
+    ("PORT_IN_USE", |c| c.facts.listeners = vec![listener(10250, "0.0.0.0")], |c| c.facts.listeners = vec![listener(10251, "0.0.0.0")]),
+    (
+        "INGRESS_PORT_IN_USE",
+        |c| c.facts.listeners = vec![listener(80, "0.0.0.0")],
+        |c| {
+            c.facts.listeners = vec![listener(80, "0.0.0.0")];
+            c.options.components = vec!["metrics".into()];
+        },
+    ),
+    ("FW_FIREWALLD", |c| c.facts.firewalld_active = true, |_| {}),
+    ("FW_UFW", |c| c.facts.ufw_active = true, |_| {}),
+    (
+        "PROXY_NOPROXY",
+        |c| {
+            c.facts.proxy.insert("HTTPS_PROXY".into(), "http://proxy".into());
+        },
+        |c| {
+            c.facts.proxy.insert("HTTPS_PROXY".into(), "http://proxy".into());
+            let all = "127.0.0.0/8,::1,localhost,.svc,.cluster.local,10.42.0.0/16,10.43.0.0/16,10.0.0.0/24";
+            c.facts.proxy.insert("NO_PROXY".into(), all.into());
+        },
+    ),
+    (
+        "PROXY_TUNNEL",
+        |c| {
+            c.facts.proxy.insert("HTTPS_PROXY".into(), "http://proxy:3128".into());
+        },
+        |c| {
+            c.facts.proxy.insert("HTTPS_PROXY".into(), "http://proxy:3128".into());
+            c.facts.proxy.insert("NO_PROXY".into(), "10.0.0.0/8,.pipeops.io".into());
+        },
+    ),
+    (
+        "API_PUBLIC",
+        |c| public(c),
+        |c| {
+            public(c);
+            c.facts.programs.insert("nft".into(), "/usr/sbin/nft".into());
+            c.options.api_allow = vec!["10.0.0.0/8".into()];
+        },
+    ),
+    ("NODE_RENAMED", |c| c.facts.renamed = Some("vm2".into()), |c| c.options.node_name = Some("vm2".into())),
+    (
+        "K3S_SETTING_UNKNOWN",
+        |c| c.options.k3s = [("cluster-cird".to_owned(), serde_json::json!("10.52.0.0/16"))].into(),
+        |c| c.options.k3s = [("cluster-cidr".to_owned(), serde_json::json!("10.52.0.0/16"))].into(),
+    ),
+    (
+        "K3S_SETTING_ODD",
+        |c| c.options.k3s = [("cluster-cidr".to_owned(), serde_json::json!("10.52.7.0/16"))].into(),
+        |c| c.options.k3s = [("cluster-cidr".to_owned(), serde_json::json!("10.52.0.0/16"))].into(),
+    ),
+    (
+        "SECRET_READABLE",
+        |c| {
+            let holds = vec!["[k3s] datastore-endpoint = postgres://u:••••@h/db".into()];
+            c.facts.readable.push(crate::install::facts::Readable { path: "/root/plan.json".into(), mode: 0o644, holds, closed: true });
+        },
+        |_| {},
+    ),
+];
+
+fn public(case: &mut Case) {
+    case.facts.interfaces[0] = Interface::new("eth0", &["203.0.113.7/24"]);
+    case.facts.routes[0].source = Some("203.0.113.7".into());
+}
+
+mod addresses;
+mod cases;
+
+#[test]
+fn every_code_is_raised_by_its_fault_and_not_by_the_near_miss() {
+    for (code, fault, near) in ROWS {
+        let (mut bad, mut good) = (case(), case());
+        fault(&mut bad);
+        near(&mut good);
+        assert!(found(&bad).iter().any(|f| f.code == *code), "{code} is not raised: {:?}", found(&bad));
+        assert!(!found(&good).iter().any(|f| f.code == *code), "{code} is raised by its near miss");
+        for finding in found(&bad) {
+            assert!(!finding.fix.is_empty() && !finding.evidence.is_empty(), "{code} says what to do");
+        }
+    }
+}
+
+#[test]
+fn every_code_has_a_row() {
+    let rows: Vec<&str> = ROWS.iter().map(|r| r.0).collect();
+    assert_eq!(rows, codes());
+}
+
+#[test]
+fn a_healthy_machine_raises_nothing() {
+    assert_eq!(found(&case()), []);
+    assert_eq!(found(&Case { role: Role::Worker, ..case() }), []);
+}
+
+#[test]
+fn ignoring_works_by_code_and_not_for_everything() {
+    let mut ignored = case();
+    ignored.facts.resolver.etc = resolv("nameserver 127.0.0.53\n");
+    assert!(blocked(&found(&ignored)));
+    ignored.options.ignore = vec!["DNS_LOOPBACK".into()];
+    let findings = found(&ignored);
+    assert!(!blocked(&findings) && findings.iter().any(|f| f.ignored));
+    ignored.facts.uid = 1000;
+    ignored.options.ignore.push("NOT_ROOT".into());
+    assert!(blocked(&found(&ignored)), "nobody but root can do it");
+}
+
+#[test]
+fn a_public_address_lists_exactly_what_will_answer() {
+    let mut case = case();
+    public(&mut case);
+    case.facts.listeners = vec![listener(22, "0.0.0.0"), listener(5432, "127.0.0.1")];
+    let findings = found(&case);
+    let finding = findings.iter().find(|f| f.code == "API_PUBLIC").unwrap();
+    assert_eq!(finding.evidence, "will answer from outside: 22/tcp, 80/tcp, 443/tcp, 6443/tcp, 10250/tcp");
+}
+
+#[test]
+fn a_port_names_its_holder() {
+    let mut case = case();
+    case.facts.listeners = vec![listener(6443, "0.0.0.0")];
+    assert_eq!(found(&case)[0].evidence, "held by `nginx` (pid 812) on 0.0.0.0");
+}
+
+/// k3s' own ingress counts as one: its ports are looked at, and told to who may be reached from the internet.
+#[test]
+fn traefik_opens_what_ingress_opens() {
+    for (components, counted) in [("traefik", true), ("ingress", true), ("metrics", false)] {
+        let mut facts = healthy();
+        facts.listeners = vec![listener(443, "0.0.0.0")];
+        facts.interfaces[0] = Interface::new("eth0", &["8.8.4.4/24"]);
+        facts.routes[0].source = Some("8.8.4.4".into());
+        let options = Options { components: vec![components.into()], ..Options::default() };
+        let settings = Settings::resolve(options, Role::Server, &codes(), &components::names()).unwrap();
+        let chosen = components::chosen(settings.components.as_deref(), false);
+        let found = run(&facts, &Target { settings: &settings, version: None, components: &chosen });
+        let of = |code: &str| found.iter().find(|f| f.code == code);
+        assert_eq!(of("INGRESS_PORT_IN_USE").is_some(), counted, "{components}");
+        assert_eq!(of("API_PUBLIC").unwrap().evidence.contains("80/tcp"), counted, "{components}: {}", of("API_PUBLIC").unwrap().evidence);
+    }
+}
+
+/// An upgrade unpacks a whole k3s beside the old one; a re-run needs nothing.
+#[test]
+fn an_upgrade_asks_for_its_own_room() {
+    for (installed, free, found) in [("v1.36.2+k3s1", GIB / 2, false), ("v1.35.0+k3s1", GIB / 2, true), ("v1.35.0+k3s1", 2 * GIB, false)] {
+        let mut facts = healthy();
+        facts.k3s.ours = Some(Role::Server);
+        facts.k3s.version = Some(installed.into());
+        facts.disks.iter_mut().for_each(|d| d.available_bytes = free);
+        let settings = Settings::resolve(Options::default(), Role::Server, &codes(), &components::names()).unwrap();
+        let version = "v1.36.2+k3s1".parse().unwrap();
+        let low = run(&facts, &Target { settings: &settings, version: Some(&version), components: &[] }).iter().any(|f| f.code == "DISK_LOW");
+        assert_eq!(low, found, "{installed} with {free} bytes free");
+    }
+}

@@ -1,0 +1,273 @@
+//! The text of what we write for k3s: settings drop-in, units, firewall table, the agent's settings.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use crate::base::http::plain_proxy;
+use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
+use crate::install::chosen::Chosen;
+use crate::install::components::Component;
+use crate::install::facts::{Facts, iptables_bad};
+use crate::install::network;
+use crate::install::settings::{MaxRole, Settings};
+use crate::k3s::role::Role;
+use crate::k3s::version::Version;
+
+const HEADER: &str = "# Written by pipeops; change it by running pipeops again. Further settings go into files of other names beside it.\n";
+
+/// A worker's server.
+pub struct Master {
+    pub url: String,
+}
+
+/// Settings of both roles.
+fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<String, Value> {
+    let options = &settings.options;
+    let mut map = BTreeMap::new();
+    map.insert("node-name".into(), json!(settings.node_name(&facts.hostname)));
+    let addresses: Vec<String> = network::node_addresses(facts, settings).iter().map(ToString::to_string).collect();
+    if !addresses.is_empty() {
+        map.insert("node-ip".into(), json!(addresses.join(",")));
+    }
+    if let Some(interface) = network::flannel_iface(facts, settings) {
+        map.insert("flannel-iface".into(), json!(interface));
+    }
+    for (key, list) in [("node-label", &options.node_label), ("node-taint", &options.node_taint)] {
+        if !list.is_empty() {
+            map.insert(key.into(), json!(list));
+        }
+    }
+    if iptables_bad(facts) {
+        map.insert("prefer-bundled-bin".into(), json!(true));
+    }
+    let mut kubelet = Vec::new();
+    if facts.cgroup.version == 1 && version.minor >= 35 {
+        // only reached when CGROUP_V1_UNSUPPORTED was ignored
+        kubelet.push("fail-cgroupv1=false".to_owned());
+    }
+    if facts.container.as_deref() == Some("lxc") {
+        kubelet.push("feature-gates=KubeletInUserNamespace=true".to_owned());
+    }
+    if !kubelet.is_empty() {
+        map.insert("kubelet-arg".into(), json!(kubelet));
+    }
+    map
+}
+
+/// Adds the `[k3s]` table, with holes for its secrets: lists of the same key are joined, everything else is the user's word.
+fn pass_through(map: &mut BTreeMap<String, Value>, extra: &BTreeMap<String, Value>) {
+    for (key, value) in extra {
+        match (map.get_mut(key), value) {
+            (Some(Value::Array(ours)), Value::Array(theirs)) => {
+                for item in theirs {
+                    if !ours.contains(item) {
+                        ours.push(item.clone());
+                    }
+                }
+            }
+            (Some(Value::Array(ours)), Value::String(one)) => ours.extend(one.split(',').map(|s| json!(s.trim()))),
+            _ => {
+                map.insert(key.clone(), value.clone());
+            }
+        }
+    }
+}
+
+/// A list that a file before ours has too is appended to it: a plain key would throw the user's items away without a word.
+fn join_lists(map: &mut BTreeMap<String, Value>, facts: &Facts) {
+    let before = facts.k3s.files.iter().filter(|f| !f.after).flat_map(|f| &f.entries).map(|(key, _)| key.trim_end_matches('+'));
+    let known: std::collections::BTreeSet<&str> = before.collect();
+    let lists: Vec<String> = map.iter().filter(|(key, value)| value.is_array() && known.contains(key.as_str())).map(|(key, _)| key.clone()).collect();
+    for key in lists {
+        if let Some(value) = map.remove(&key) {
+            map.insert(format!("{key}+"), value);
+        }
+    }
+}
+
+/// JSON scalars and lists are YAML; one line a value keeps diffs readable.
+fn yaml(map: &BTreeMap<String, Value>) -> String {
+    let mut text = HEADER.to_owned();
+    for (key, value) in map {
+        match value {
+            Value::Array(items) => {
+                let _ = writeln!(text, "{key}:");
+                for item in items {
+                    let _ = writeln!(text, "  - {item}");
+                }
+            }
+            scalar => {
+                let _ = writeln!(text, "{key}: {scalar}");
+            }
+        }
+    }
+    text
+}
+
+/// `50-pipeops.yaml` of a server.
+pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, components: &[&'static Component]) -> String {
+    let mut map = common(facts, settings, version);
+    map.insert("write-kubeconfig-mode".into(), json!("0600"));
+    map.insert("secrets-encryption".into(), json!(true));
+    // k3s would bring it unasked, and it opens ports 80 and 443
+    if !components.iter().any(|c| c.name == "traefik") {
+        map.insert("disable".into(), json!(["traefik"]));
+    }
+    let mut sans = settings.options.tls_san.clone();
+    sans.extend(network::node_addresses(facts, settings).iter().map(ToString::to_string));
+    sans.sort();
+    sans.dedup();
+    map.insert("tls-san".into(), json!(sans));
+    if network::wireguard(facts, settings) {
+        map.insert("flannel-backend".into(), json!("wireguard-native"));
+    }
+    pass_through(&mut map, &settings.options.k3s.sealed());
+    join_lists(&mut map, facts);
+    yaml(&map)
+}
+
+/// `50-pipeops.yaml` of a worker. Server-only settings stop an agent at once, so none is ever written here.
+pub fn worker_drop_in(facts: &Facts, settings: &Settings, version: &Version, master: &Master) -> String {
+    let mut map = common(facts, settings, version);
+    map.insert("server".into(), json!(master.url));
+    map.insert("token-file".into(), json!(crate::host::paths::JOIN_TOKEN));
+    pass_through(&mut map, &settings.options.k3s.sealed());
+    join_lists(&mut map, facts);
+    yaml(&map)
+}
+
+/// Deployments that k3s itself brings, less what the user disabled.
+pub fn system_deployments(facts: &Facts, settings: &Settings) -> Vec<String> {
+    let disabled = Chosen::of(facts, settings).list("disable");
+    [("coredns", "coredns"), ("local-path-provisioner", "local-storage"), ("metrics-server", "metrics-server")]
+        .into_iter()
+        .filter(|(_, switch)| !disabled.iter().any(|d| d == switch))
+        .map(|(name, _)| name.to_owned())
+        .collect()
+}
+
+/// What k3s and its pods fill, directories for the most part. `/var/lib/rancher/k3s/storage` inside them holds volumes.
+pub fn state_dirs(role: Role) -> Vec<String> {
+    let mut dirs = vec![
+        "/run/k3s",
+        "/run/flannel",
+        "/var/lib/cni",
+        "/var/lib/kubelet",
+        "/var/log/pods",
+        "/var/log/containers",
+        "/etc/cni/net.d",
+        "/etc/cni",
+        "/usr/libexec/kubernetes",
+        "/var/lib/rancher/k3s",
+        "/var/lib/rancher",
+        // not the directory: the user's own settings may lie beside it
+        "/etc/rancher/k3s/k3s.yaml",
+        "/etc/rancher/node",
+        "/run/containerd",
+        "/run/nri",
+        "/run/netns",
+    ];
+    if role == Role::Server {
+        dirs.extend(["/run/pipeops-credential", "/run/pipeops", "/var/lib/pipeops-agent"]);
+    }
+    dirs.into_iter().map(str::to_owned).collect()
+}
+
+/// The unit of k3s; `systemd/` holds the templates. The firewall table is loaded before anything listens, or k3s stays down.
+pub fn unit(settings: &Settings) -> String {
+    let template = match settings.role {
+        Role::Server => include_str!("../../../systemd/k3s.service"),
+        Role::Worker => include_str!("../../../systemd/k3s-agent.service"),
+    };
+    let firewall =
+        if settings.options.api_allow.is_empty() { String::new() } else { format!("ExecStartPre=nft -f {}\n", crate::host::paths::FIREWALL) };
+    template.replace("# FIREWALL\n", &firewall)
+}
+
+/// An nftables table of our own: everything that is not loopback, pods, an answer, ICMP, 80, 443 or an allowed network is dropped.
+/// Only ports of k3s are closed, so that nobody locks himself out of ssh.
+pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String {
+    let mut text = format!(
+        "# Written by pipeops (--api-allow). A table of its own: other tables are not touched.\n\
+         table inet {t} {{}}\ndelete table inet {t}\ntable inet {t} {{\n  chain input {{\n    type filter hook input priority -10; policy accept;\n    \
+         iif \"lo\" accept\n    ct state established,related accept\n    iifname {{ \"cni0\", \"flannel*\", \"veth*\" }} accept\n",
+        t = crate::host::paths::FIREWALL_TABLE
+    );
+    let ranges = network::ranges(facts, settings).into_iter().map(|(_, r)| format!("{}/{}", r.address, r.prefix));
+    let own = network::node_addresses(facts, settings).into_iter().map(|a| a.to_string());
+    let api = Chosen::of(facts, settings).api_port();
+    let api = if api == 6443 { String::new() } else { format!("{api}, {}, ", api.saturating_add(1)) };
+    for source in ranges.chain(own).chain(allow.iter().cloned()) {
+        let family = if source.contains(':') { "ip6" } else { "ip" };
+        let _ = writeln!(text, "    {family} saddr {source} accept");
+    }
+    let _ = writeln!(text, "    tcp dport {{ {api}6443, 6444, 10250, 10256, 2379-2381, 5001, 30000-32767 }} drop");
+    text.push_str("    udp dport { 8472, 51820, 51821, 30000-32767 } drop\n  }\n}\n");
+    text
+}
+
+/// The environment of k3s behind a proxy: the user's variables, with `NO_PROXY` completed.
+pub fn proxy_environment(facts: &Facts, settings: &Settings) -> String {
+    let mut text = String::new();
+    for (key, value) in facts.proxy.iter().filter(|(key, _)| *key != "NO_PROXY") {
+        let _ = writeln!(text, "{key}={value}");
+    }
+    let given = facts.proxy.get("NO_PROXY").cloned().unwrap_or_default();
+    let mut list: Vec<String> = given.split(',').map(|s| s.trim().to_owned()).filter(|s| !s.is_empty()).collect();
+    for entry in network::no_proxy(facts, settings) {
+        if !list.contains(&entry) {
+            list.push(entry);
+        }
+    }
+    let _ = writeln!(text, "NO_PROXY={}", list.join(","));
+    text
+}
+
+/// `/etc/pipeops/agent.toml`: what `pipeops run` needs to know; free of secrets.
+pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
+    let options = &settings.options;
+    let mut text = String::from("# Written by pipeops install-server; read by pipeops run.\n");
+    let _ = writeln!(text, "control-plane-url = {}", json!(settings.control_plane_url));
+    if !options.control_plane_pin.is_empty() {
+        let _ = writeln!(text, "control-plane-pin = {}", json!(options.control_plane_pin));
+    }
+    if let Some(name) = &options.cluster_name {
+        let _ = writeln!(text, "cluster-name = {}", json!(name));
+    }
+    if let Some(proxy) = settings.control_plane_host().and_then(|host| network::https_proxy(facts, &host)).and_then(plain_proxy) {
+        let _ = writeln!(text, "https-proxy = {}", json!(proxy));
+    }
+    let _ = writeln!(text, "max-role = {}", json!(settings.max_role.name()));
+    let _ = writeln!(text, "kubeconfig = {}", json!(CREDENTIAL));
+    let _ = writeln!(text, "socket = {}", json!(AGENT_SOCKET));
+    text
+}
+
+/// The right to impersonate exactly the groups up to `max_role`, and nobody else.
+pub fn impersonation(max_role: MaxRole) -> String {
+    let groups: Vec<String> = MaxRole::ALL.into_iter().filter(|r| *r <= max_role).map(|r| format!("pipeops:{}", r.name())).collect();
+    include_str!("../../../deployments/rbac-impersonate.yaml").replace("[GROUPS]", &json!(groups).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_users_lists_join_ours_and_his_scalars_win() {
+        let mut map = BTreeMap::from([("disable".to_owned(), json!(["traefik"])), ("flannel-backend".to_owned(), json!("vxlan"))]);
+        let extra = BTreeMap::from([("disable".to_owned(), json!(["servicelb", "traefik"])), ("flannel-backend".to_owned(), json!("host-gw"))]);
+        pass_through(&mut map, &extra);
+        assert_eq!(map["disable"], json!(["traefik", "servicelb"]));
+        assert_eq!(map["flannel-backend"], "host-gw");
+    }
+
+    #[test]
+    fn admin_may_be_impersonated_only_when_asked_for() {
+        assert!(!impersonation(MaxRole::Operator).contains("pipeops:admin"));
+        assert!(impersonation(MaxRole::Admin).contains("pipeops:admin"));
+        assert!(!impersonation(MaxRole::Viewer).contains("pipeops:deployer"));
+    }
+}

@@ -1,0 +1,248 @@
+//! The `[k3s]` table: settings that pass through to k3s, some of which are secrets that nothing may show.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Deref;
+
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::{Value, json};
+
+use crate::base::secret::{DOTS, Secret, in_urls, mask, secret_name};
+use crate::k3s::keys;
+
+/// Settings by their k3s name. Reads like a map; `Debug` and `Serialize` show dots where a value is secret.
+#[derive(Clone, Default, PartialEq, Deserialize)]
+#[serde(transparent)]
+pub struct Extra(BTreeMap<String, Value>);
+
+impl Deref for Extra {
+    type Target = BTreeMap<String, Value>;
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl<const N: usize> From<[(String, Value); N]> for Extra {
+    fn from(pairs: [(String, Value); N]) -> Extra {
+        Extra(pairs.into())
+    }
+}
+
+impl FromIterator<(String, Value)> for Extra {
+    fn from_iter<I: IntoIterator<Item = (String, Value)>>(pairs: I) -> Extra {
+        Extra(pairs.into_iter().collect())
+    }
+}
+
+impl fmt::Debug for Extra {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.shown().fmt(f)
+    }
+}
+
+impl Serialize for Extra {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.shown().serialize(serializer)
+    }
+}
+
+/// The name of what fills a hole, as it stands in a plan.
+fn hole(name: &str) -> String {
+    format!("${{secret:{name}}}")
+}
+
+/// `text` with its holes filled; `fill` is what [`Extra::fill`] gave. `None` when one of them has nothing.
+pub fn filled(text: &str, fill: &Secret) -> Option<String> {
+    let values: BTreeMap<String, Value> = serde_json::from_str(fill.expose()).ok()?;
+    let mut out = text.to_owned();
+    for (name, value) in &values {
+        out = out.replace(&json!(hole(name)).to_string(), &value.to_string());
+    }
+    (!out.contains("\"${secret:")).then_some(out)
+}
+
+impl Extra {
+    /// These, and below them `lower`.
+    #[must_use]
+    pub fn over(self, lower: Extra) -> Extra {
+        let mut map = lower.0;
+        map.extend(self.0);
+        Extra(map)
+    }
+
+    /// For the file that k3s reads: each secret value is a hole that [`filled`] fills.
+    pub fn sealed(&self) -> BTreeMap<String, Value> {
+        self.each(|name, value| json!(if secrets(name, value).is_empty() { value.clone() } else { hole(value_name(name)) }))
+    }
+
+    /// For people: secret parts are dots.
+    pub fn shown(&self) -> BTreeMap<String, Value> {
+        self.each(|name, value| json!(hidden(name, value)))
+    }
+
+    /// What fills the holes, by name; `None` when there are none.
+    pub fn fill(&self) -> Option<Secret> {
+        let mut values = BTreeMap::new();
+        self.each(|name, value| {
+            if !secrets(name, value).is_empty() {
+                values.insert(value_name(name).to_owned(), value.clone());
+            }
+            Value::Null
+        });
+        (!values.is_empty()).then(|| Secret::new(json!(values).to_string()))
+    }
+
+    /// Every secret word in it.
+    pub fn words(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        self.each(|name, value| {
+            words.extend(secrets(name, value));
+            Value::Null
+        });
+        words
+    }
+
+    /// Keys that hold a secret, with what may be shown of it.
+    pub fn secret_keys(&self) -> Vec<(String, Value)> {
+        let mut shown = self.shown();
+        shown.retain(|key, value| self.0.get(key) != Some(value));
+        shown.into_iter().collect()
+    }
+
+    /// The table with each string replaced: `change` gets its name, `KEY` or `KEY.NUMBER` in a list, and the string.
+    fn each(&self, mut change: impl FnMut(Name<'_>, &String) -> Value) -> BTreeMap<String, Value> {
+        let one = |key: &str, value: &Value, change: &mut dyn FnMut(Name<'_>, &String) -> Value| match value {
+            Value::String(text) => change(Name { key, full: key }, text),
+            Value::Array(items) => items
+                .iter()
+                .enumerate()
+                .map(|(number, item)| match item {
+                    Value::String(text) => change(Name { key, full: &format!("{key}.{number}") }, text),
+                    // no k3s setting is deeper than a list of strings
+                    Value::Array(_) | Value::Object(_) => json!(DOTS),
+                    plain => plain.clone(),
+                })
+                .collect(),
+            Value::Object(_) => json!(DOTS),
+            // `token = 1234567890` is a secret too
+            plain if whole(key) && plain.is_number() => change(Name { key, full: key }, &plain.to_string()),
+            plain => plain.clone(),
+        };
+        self.0.iter().map(|(key, value)| (key.clone(), one(key, value, &mut change))).collect()
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Name<'a> {
+    key: &'a str,
+    full: &'a str,
+}
+
+fn value_name(name: Name<'_>) -> &str {
+    name.full
+}
+
+/// Whether the whole value of this setting is secret. What nobody knows may be.
+fn whole(key: &str) -> bool {
+    let key = keys::meant(key);
+    key == "vpn-auth" || secret_name(&key) || keys::kind(&key).is_none()
+}
+
+/// The secret words in a value: all of it, the passwords of its URLs, the value of `oidc-client-secret=…`.
+fn secrets(name: Name<'_>, value: &str) -> Vec<String> {
+    if value.is_empty() || value == DOTS {
+        return Vec::new();
+    }
+    let key = keys::meant(name.key);
+    if key == "vpn-auth" {
+        // name=tailscale,joinKey=…,controlServerURL=…
+        let parts = value.split(',').filter_map(|p| p.split_once('=')).filter(|(n, _)| secret_name(n)).map(|(_, v)| v.to_owned());
+        return parts.chain([value.to_owned()]).collect();
+    }
+    if whole(&key) {
+        return vec![value.to_owned()];
+    }
+    // an address of a database without a scheme: the driver takes `user:password@tcp(host)/db`
+    if key == "datastore-endpoint" && !value.contains("://") && value.contains('@') {
+        return vec![value.to_owned()];
+    }
+    let mut found = in_urls(value);
+    if let Some((flag, text)) = value.split_once('=')
+        && secret_name(flag.trim_start_matches('-'))
+        && !text.is_empty()
+        && text != DOTS
+        && !matches!(text, "true" | "false")
+    {
+        found.push(text.to_owned());
+    }
+    found
+}
+
+/// A value as people may see it.
+fn hidden(name: Name<'_>, value: &str) -> String {
+    let found = secrets(name, value);
+    if found.iter().any(|s| s == value) {
+        return DOTS.to_owned();
+    }
+    let mut text = mask(value, &[]);
+    for secret in found {
+        text = text.replace(&secret, DOTS);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table() -> Extra {
+        Extra::from([
+            ("datastore-endpoint".to_owned(), json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db")),
+            ("vpn-auth".to_owned(), json!("name=tailscale,joinKey=planted-join-key-canary-4711-in-plain-text")),
+            ("etcd-s3-secret-key".to_owned(), json!("planted-s3-secret-key-canary-4711-in-plain-text")),
+            ("etcd_s3_access_key".to_owned(), json!("planted-s3-access-key-canary-4711-in-plain-text")),
+            (
+                "kube-apiserver-arg".to_owned(),
+                json!([
+                    "v=2",
+                    "oidc-client-secret=planted-oidc-secret-canary-4711-in-plain-text",
+                    "etcd-servers=https://u:planted-etcd-password-canary-4711-in-plain-text@e:2379"
+                ]),
+            ),
+            ("tokn".to_owned(), json!({"a": "planted-nested-secret-canary-4711-in-plain-text"})),
+            ("flannel-backend".to_owned(), json!("vxlan")),
+            ("secrets-encryption".to_owned(), json!(true)),
+            ("agent-token".to_owned(), json!(12_345_678_901_234_567_890_u64)),
+        ])
+    }
+
+    #[test]
+    fn nothing_that_shows_the_table_shows_a_secret() {
+        let table = table();
+        for text in [format!("{table:?}"), serde_json::to_string(&table).unwrap(), json!(table.sealed()).to_string()] {
+            assert!(!text.contains("canary-4711-in-plain-text") && !text.contains("12345678901234567890"), "{text}");
+            assert!(text.contains("vxlan") && text.contains("v=2"), "{text}");
+        }
+        assert_eq!(table.shown()["datastore-endpoint"], "postgres://u:••••@h/db");
+        assert_eq!(table.shown()["kube-apiserver-arg"][1], "oidc-client-secret=••••");
+        assert_eq!(table.secret_keys().len(), 7);
+        assert_eq!(table.words().iter().filter(|w| w.contains("canary-4711-in-plain-text")).count(), 7);
+    }
+
+    #[test]
+    fn holes_are_filled_with_what_was_there() {
+        let table = Extra::from([
+            ("kubelet-arg".to_owned(), json!(["v=2", "x-password=planted \"quoted\" secret canary-4711-in-plain-text"])),
+            ("datastore-endpoint".to_owned(), json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db")),
+        ]);
+        let sealed = table.sealed();
+        let text = format!("kubelet-arg:\n  - {}\n  - {}\nd: {}\n", sealed["kubelet-arg"][0], sealed["kubelet-arg"][1], sealed["datastore-endpoint"]);
+        let full = filled(&text, &table.fill().unwrap()).unwrap();
+        assert_eq!(
+            full,
+            "kubelet-arg:\n  - \"v=2\"\n  - \"x-password=planted \\\"quoted\\\" secret canary-4711-in-plain-text\"\nd: \"postgres://u:planted-db-password-canary-4711-in-plain-text@h/db\"\n"
+        );
+        assert!(filled(&text, &Secret::new("{}")).is_none());
+        assert!(Extra::from([("flannel-backend".to_owned(), json!("vxlan"))]).fill().is_none());
+    }
+}

@@ -1,0 +1,238 @@
+//! The one door to Kubernetes: objects by server-side apply, readiness, tokens.
+
+use std::time::Duration;
+
+use crate::kubernetes::readiness;
+use crate::kubernetes::wire::Wire;
+use anyhow::Context as _;
+use http::{Method, Request};
+use http_body_util::BodyExt as _;
+use serde_json::{Value, json};
+use tokio::time::{sleep, timeout};
+
+use crate::base::error::{Exit, Failure};
+use crate::host::Host;
+
+/// Field manager of everything that the installer applies.
+pub const MANAGER: &str = "pipeops";
+/// A request is answered within this, body and all; watches have their own time.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// An API server that is too busy, or just starting, is asked again after these.
+const RETRIES: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
+
+/// An API server, as one identity.
+#[derive(Clone)]
+pub struct Cluster {
+    pub(super) client: kube::Client,
+}
+
+/// Kinds without a namespace among those that we ever touch.
+const CLUSTER_SCOPED: &[&str] = &[
+    "Namespace",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "ClusterIssuer",
+    "Node",
+    "StorageClass",
+    "APIService",
+    "IngressClass",
+    "CustomResourceDefinition",
+];
+
+/// URL path of an object. Every kind that we use has the plain English plural.
+pub fn path_of(object: &Value) -> anyhow::Result<String> {
+    let field = |value: &Value, name: &str| value.as_str().map(str::to_owned).with_context(|| format!("an object without {name}"));
+    let (version, kind) = (field(&object["apiVersion"], "apiVersion")?, field(&object["kind"], "kind")?);
+    let name = field(&object["metadata"]["name"], "metadata.name")?;
+    let base = if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
+    let lower = kind.to_lowercase();
+    let plural = if lower.ends_with("ss") { format!("{lower}es") } else { format!("{lower}s") };
+    if CLUSTER_SCOPED.contains(&kind.as_str()) {
+        return Ok(format!("{base}/{plural}/{name}"));
+    }
+    let namespace = object["metadata"]["namespace"].as_str().unwrap_or("default");
+    Ok(format!("{base}/namespaces/{namespace}/{plural}/{name}"))
+}
+
+/// `Kind name` or `Kind namespace/name`, for people.
+pub fn title_of(object: &Value) -> String {
+    let text = |v: &Value| v.as_str().unwrap_or("?").to_owned();
+    let name = text(&object["metadata"]["name"]);
+    match object["metadata"]["namespace"].as_str() {
+        Some(namespace) => format!("{} {namespace}/{name}", text(&object["kind"])),
+        None => format!("{} {name}", text(&object["kind"])),
+    }
+}
+
+impl Cluster {
+    /// # Errors
+    /// When the file is absent or no kubeconfig.
+    pub fn open(host: &Host, kubeconfig: &str) -> anyhow::Result<Cluster> {
+        let wire = Wire::open(host, kubeconfig, 4)?;
+        let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+            let wire = wire.clone();
+            wire.send(request.map(|body| body.map_err(Into::into).boxed_unsync()))
+        });
+        Ok(Cluster { client: kube::Client::new(service, "default") })
+    }
+
+    async fn send(&self, method: Method, path: &str, content_type: &str, body: Vec<u8>) -> Result<Value, kube::Error> {
+        let mut waits = RETRIES.iter();
+        loop {
+            let request = Request::builder()
+                .method(method.clone())
+                .uri(path)
+                .header("Content-Type", content_type)
+                .header("Accept", "application/json")
+                .body(body.clone())
+                .map_err(kube::Error::HttpError)?;
+            let answer = match timeout(PATIENCE, self.client.request::<Value>(request)).await {
+                Ok(answer) => answer,
+                Err(_) => Err(kube::Error::Service(format!("no answer for {} s", PATIENCE.as_secs()).into())),
+            };
+            match (&answer, waits.next()) {
+                (Err(e), Some(wait)) if status(e).is_some_and(passing) => sleep(*wait).await,
+                _ => return answer,
+            }
+        }
+    }
+
+    /// An object or list, `None` when it is not there.
+    pub async fn get(&self, path: &str) -> Result<Option<Value>, kube::Error> {
+        match self.send(Method::GET, path, "application/json", Vec::new()).await {
+            Ok(value) => Ok(Some(value)),
+            Err(e) if status(&e) == Some(404) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The items of a list, empty when the kind is not there.
+    pub async fn list(&self, path: &str) -> Result<Vec<Value>, kube::Error> {
+        Ok(self.get(path).await?.and_then(|mut v| v["items"].take().as_array().cloned()).unwrap_or_default())
+    }
+
+    /// Server-side apply without force: a field that somebody else owns is a conflict, not ours to take.
+    ///
+    /// # Errors
+    /// [`CONFLICT`] as a [`Failure`] when somebody else set a field to another value; else what the API server said.
+    pub async fn apply(&self, object: &Value, dry: bool) -> anyhow::Result<Value> {
+        let dry = if dry { "&dryRun=All" } else { "" };
+        let path = format!("{}?fieldManager={MANAGER}&force=false{dry}", path_of(object)?);
+        let body = serde_json::to_vec(object)?;
+        match self.send(Method::PATCH, &path, "application/apply-patch+yaml", body).await {
+            Ok(applied) => Ok(applied),
+            Err(e) => match conflict(&e) {
+                Some(owned) => Err(contested(object, &owned).into()),
+                None => Err(e).with_context(|| format!("applying {}", title_of(object))),
+            },
+        }
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Value, kube::Error> {
+        self.send(Method::POST, path, "application/json", body.to_string().into_bytes()).await
+    }
+
+    /// Deletes; absent is fine.
+    pub async fn delete(&self, path: &str) -> Result<(), kube::Error> {
+        let body = json!({"propagationPolicy": "Background"}).to_string().into_bytes();
+        match self.send(Method::DELETE, path, "application/json", body).await {
+            Ok(_) => Ok(()),
+            Err(e) if status(&e) == Some(404) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the object stands as wanted: a dry run of the apply changes nothing. `None` when it is not there.
+    pub async fn stands(&self, object: &Value) -> anyhow::Result<Option<bool>> {
+        let Some(now) = self.get(&path_of(object)?).await.with_context(|| format!("reading {}", title_of(object)))? else { return Ok(None) };
+        let then = self.apply(object, true).await?;
+        Ok(Some(essence(now) == essence(then)))
+    }
+
+    /// What keeps the pods that carry these labels from their work; `None` too where they cannot be read.
+    pub async fn pods_trouble(&self, namespace: &str, selector: &str) -> Option<String> {
+        let selector: String = url::form_urlencoded::byte_serialize(selector.as_bytes()).collect();
+        readiness::pods(&self.list(&format!("/api/v1/namespaces/{namespace}/pods?labelSelector={selector}")).await.ok()?)
+    }
+
+    /// Why a Deployment or StatefulSet has not what it wants, and which of its pods stands in the way.
+    pub async fn replicas_trouble(&self, namespace: &str, object: &Value) -> Option<String> {
+        let why = readiness::replicas(object)?;
+        let pods = match readiness::selector(object) {
+            Some(selector) => self.pods_trouble(namespace, &selector).await,
+            None => None,
+        };
+        Some(pods.map_or_else(|| why.clone(), |pods| format!("{why}: {pods}")))
+    }
+
+    /// Version of the API server, for example `v1.36.2+k3s1`.
+    pub async fn version(&self) -> Result<String, kube::Error> {
+        let value = self.get("/version").await?.unwrap_or_default();
+        Ok(value["gitVersion"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Whether the API server says that it is ready.
+    pub async fn ready(&self) -> bool {
+        let Ok(request) = Request::get("/readyz").body(Vec::new()) else { return false };
+        self.client.request_text(request).await.is_ok_and(|text| text.trim() == "ok")
+    }
+}
+
+/// Whether a status speaks of this moment only: an API server that is too busy, or one that begins or ends behind what stands in front.
+pub fn passing(status: u16) -> bool {
+    matches!(status, 429 | 502..=504)
+}
+
+/// HTTP status that the API server answered with.
+pub fn status(error: &kube::Error) -> Option<u16> {
+    match error {
+        kube::Error::Api(status) => Some(status.code),
+        _ => None,
+    }
+}
+
+/// Code of the failure when somebody else has set a field that we apply.
+pub const CONFLICT: &str = "FIELD_CONFLICT";
+
+/// A field that somebody else owns: its path, and the field manager that set it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Owned {
+    field: String,
+    manager: String,
+}
+
+/// The fields of a refused apply (`FieldManagerConflict` in the causes of a Status, kubernetes.io "Server-Side Apply").
+fn conflict(error: &kube::Error) -> Option<Vec<Owned>> {
+    let kube::Error::Api(status) = error else { return None };
+    let causes = status.details.iter().flat_map(|d| &d.causes).filter(|c| c.reason == "FieldManagerConflict");
+    // conflict with "helm-controller@vm1" using helm.cattle.io/v1
+    let manager = |message: &str| message.split('"').nth(1).unwrap_or("somebody else").to_owned();
+    let owned: Vec<Owned> = causes.map(|c| Owned { field: c.field.clone(), manager: manager(&c.message) }).collect();
+    (status.code == 409 && !owned.is_empty()).then_some(owned)
+}
+
+/// A conflict in words: whose is what, and the way out. Values are left out, for a field may hold a secret.
+fn contested(object: &Value, owned: &[Owned]) -> Failure {
+    let title = title_of(object);
+    let mut failure = Failure::new(Exit::Partial, CONFLICT, format!("{title}: somebody else has set fields that pipeops sets"));
+    for Owned { field, manager } in owned {
+        failure = failure.why(format!("{field} belongs to \"{manager}\" and has another value"));
+    }
+    let kind = object["kind"].as_str().unwrap_or_default().to_lowercase();
+    let name = object["metadata"]["name"].as_str().unwrap_or_default();
+    let namespace = object["metadata"]["namespace"].as_str().map(|n| format!(" -n {n}")).unwrap_or_default();
+    failure.why("nothing of this object was changed").hint(format!(
+        "see who set it: `kubectl{namespace} get {kind} {name} --show-managed-fields -o yaml`. Set the field to the value in \
+         `pipeops install-server --dry-run --plan-out FILE` (or remove it), then run the same command again"
+    ))
+}
+
+/// An object less what the server keeps about the writing itself.
+fn essence(mut object: Value) -> Value {
+    if let Some(meta) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+        for key in ["managedFields", "resourceVersion", "generation"] {
+            meta.remove(key);
+        }
+    }
+    object
+}

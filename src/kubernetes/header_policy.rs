@@ -1,0 +1,214 @@
+//! Which headers of a caller pass, and which requests are refused for what they carry.
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{Method, StatusCode, Version};
+
+use crate::contract::token::Caller;
+use crate::kubernetes::path;
+
+/// Most bytes of a header block.
+const HEADERS: usize = 16 * 1024;
+
+/// A refusal: status, code, message.
+pub type Refused = (u16, &'static str, &'static str);
+
+/// Meant for one connection, never passed on (RFC 9110 §7.6.1).
+const HOP_BY_HOP: &[&str] =
+    &["connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
+
+/// Dropped: they speak of the caller to somebody who believes them.
+const DROPPED: &[&str] = &["authorization", "host", "cookie", "forwarded", "via", "audit-id", "http2-settings", "expect"];
+const DROPPED_PREFIXES: &[&str] = &["x-remote-", "x-forwarded-", "x-real-ip", "proxy-"];
+
+/// Judges framing and form before anything is read of a request.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn form(parts: &Parts) -> Result<(), Refused> {
+    let bad = |message| Err((400, "bad_request", message));
+    if parts.method == Method::CONNECT {
+        return Err(if parts.version == Version::HTTP_2 {
+            (400, "use_http1", "upgrades need HTTP/1.1")
+        } else {
+            (400, "bad_request", "CONNECT is not served")
+        });
+    }
+    if parts.version != Version::HTTP_2 {
+        if parts.uri.authority().is_some() || parts.uri.scheme().is_some() {
+            return bad("the request target must be a path");
+        }
+        if parts.version == Version::HTTP_11 && parts.headers.get_all(header::HOST).iter().count() != 1 {
+            return bad("a request has one Host");
+        }
+    }
+    if parts.uri.authority().is_some_and(|a| a.as_str().contains('@')) {
+        return bad("the request target must hold no user");
+    }
+    let host = parts.headers.get(header::HOST).map_or(Ok(""), |h| h.to_str()).unwrap_or("@");
+    if host.contains(['@', '/', '\\', '?', '#', ',', ' ']) {
+        return bad("the Host is none");
+    }
+    let mut encodings = parts.headers.get_all(header::TRANSFER_ENCODING).iter();
+    let chunked = match (encodings.next(), encodings.next()) {
+        (None, _) => false,
+        (Some(value), None) if value.as_bytes().eq_ignore_ascii_case(b"chunked") => true,
+        _ => return bad("the only transfer encoding is chunked"),
+    };
+    let mut lengths = parts.headers.get_all(header::CONTENT_LENGTH).iter();
+    match (lengths.next(), lengths.next()) {
+        (None, _) => {}
+        (Some(_), _) if chunked => return bad("a body has a length or is chunked, not both"),
+        (Some(value), None) if !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit) => {}
+        _ => return bad("a body has one length"),
+    }
+    let size: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if size > HEADERS {
+        return Err((431, "headers_too_large", "the headers are longer than 16 KiB"));
+    }
+    Ok(())
+}
+
+/// The protocol that a request asks to switch to.
+///
+/// # Errors
+/// One that is not passed through.
+pub fn upgrade(parts: &Parts) -> Result<Option<HeaderValue>, Refused> {
+    let named = listed(&parts.headers, header::CONNECTION).iter().any(|token| token == "upgrade");
+    match parts.headers.get(header::UPGRADE) {
+        Some(value) if named => {
+            let known = value.as_bytes().eq_ignore_ascii_case(b"websocket") || value.as_bytes().eq_ignore_ascii_case(b"SPDY/3.1");
+            if known && parts.headers.get_all(header::UPGRADE).iter().count() == 1 {
+                Ok(Some(value.clone()))
+            } else {
+                Err((400, "bad_upgrade", "only websocket and SPDY/3.1 are passed through"))
+            }
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Which headers speak of one connection and are never passed on: the known ones, and those that `Connection` names.
+pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&str) -> bool + use<> {
+    let named = listed(headers, header::CONNECTION);
+    move |name| per_connection(&named, name)
+}
+
+fn per_connection(named: &[String], name: &str) -> bool {
+    HOP_BY_HOP.contains(&name) || named.iter().any(|n| n == name)
+}
+
+/// The one bearer token of a request; none when there are two.
+pub fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+}
+
+fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
+    let values = headers.get_all(name).into_iter().filter_map(|v| v.to_str().ok());
+    values.flat_map(|v| v.split(',')).map(|t| t.trim().to_ascii_lowercase()).filter(|t| !t.is_empty()).collect()
+}
+
+/// The headers that go to the API server: the caller's clean ones, then who he is. Identity in a caller's header is refused, not
+/// dropped: dropping would hide the attack.
+///
+/// # Errors
+/// A header that claims an identity.
+pub fn outward(headers: &HeaderMap, caller: &Caller, request: &str, upgrade: Option<HeaderValue>) -> Result<HeaderMap, Refused> {
+    let named = listed(headers, header::CONNECTION);
+    if named.iter().any(|n| n == "authorization" || n.starts_with("impersonate")) {
+        return Err((400, "identity_header", "Connection names a header that carries an identity"));
+    }
+    let mut out = HeaderMap::with_capacity(headers.len() + 6);
+    for (name, value) in headers {
+        let text = name.as_str();
+        // whatever follows: no honest client has a header that begins so
+        if text.starts_with("impersonate") {
+            return Err((
+                400,
+                "identity_header",
+                "who a request is from is decided here, and no Impersonate header is taken: leave out --as, --as-group and --as-uid",
+            ));
+        }
+        // the API server takes a bearer token from this one too (kubernetes/apiserver, authentication/request/websocket)
+        if name == header::SEC_WEBSOCKET_PROTOCOL && value.as_bytes().to_ascii_lowercase().windows(25).any(|w| w == b"base64url.bearer.authoriz") {
+            return Err((400, "identity_header", "a WebSocket protocol that carries a token"));
+        }
+        let dropped =
+            per_connection(&named, text) || DROPPED.contains(&text) || DROPPED_PREFIXES.iter().any(|p| text.starts_with(p)) || text.contains('_');
+        if !dropped {
+            out.append(name, value.clone());
+        }
+    }
+    let set = |out: &mut HeaderMap, name: &'static str, value: &str| {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            out.append(HeaderName::from_static(name), value);
+        }
+    };
+    set(&mut out, "impersonate-user", "pipeops:runner");
+    set(&mut out, "impersonate-group", &format!("pipeops:{}", caller.role.name()));
+    set(&mut out, "impersonate-extra-pipeops.io%2fsubject", &caller.subject);
+    set(&mut out, "audit-id", request);
+    // RFC 9110 §7.6.3
+    set(&mut out, "via", "1.1 pipeops");
+    if let Some(protocol) = upgrade {
+        out.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        out.insert(header::UPGRADE, protocol);
+    }
+    Ok(out)
+}
+
+/// What an answer says to the browser about the server's own name: here it would hold for another server, the one in between.
+const SPOKEN_FOR_ITSELF: &[&str] = &[
+    "alt-svc",
+    "clear-site-data",
+    "link",
+    "nel",
+    "public-key-pins",
+    "refresh",
+    "report-to",
+    "reporting-endpoints",
+    "service-worker-allowed",
+    "set-cookie",
+    "set-cookie2",
+    "strict-transport-security",
+];
+const SPOKEN_FOR_ITSELF_PREFIXES: &[&str] = &["access-control-"];
+
+/// A place that a server names, as seen from in front of `prefix`: a path of its own, and nothing that another reader could take for
+/// a place elsewhere.
+fn own_place(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
+    let text = value.to_str().ok()?;
+    let path = text.split(['?', '#']).next()?;
+    path::target(path).ok().filter(|_| path.starts_with('/') && !text.contains('\\'))?;
+    HeaderValue::from_str(&format!("{prefix}{text}")).ok()
+}
+
+/// The headers of an answer that go to the caller, who sees the server below `prefix`. `None` for a redirect that leads elsewhere;
+/// where nobody is redirected a place that cannot be named from here is left out (RFC 9110 §10.2.2, §8.7).
+pub fn inward(status: StatusCode, headers: &HeaderMap, prefix: &str) -> Option<HeaderMap> {
+    let named = listed(headers, header::CONNECTION);
+    let mut out = HeaderMap::with_capacity(headers.len() + 2);
+    for (name, value) in headers {
+        let text = name.as_str();
+        if name == header::LOCATION || name == header::CONTENT_LOCATION {
+            match own_place(value, prefix) {
+                Some(place) => drop(out.append(name, place)),
+                None if status.is_redirection() && name == header::LOCATION => return None,
+                None => {}
+            }
+            continue;
+        }
+        let left =
+            per_connection(&named, text) || SPOKEN_FOR_ITSELF.contains(&text) || SPOKEN_FOR_ITSELF_PREFIXES.iter().any(|p| text.starts_with(p));
+        if !left {
+            out.append(name, value.clone());
+        }
+    }
+    // what a cluster answers is data, in whatever browser it ends up
+    out.insert("content-security-policy", HeaderValue::from_static("sandbox"));
+    out.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
+    Some(out)
+}

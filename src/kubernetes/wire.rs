@@ -1,0 +1,261 @@
+//! The way to an API server that a kubeconfig describes: where, whom to believe, who we are.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::uri::PathAndQuery;
+use http::{HeaderValue, Request, Response, Uri, header};
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::{Bytes, Incoming};
+use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use tower::BoxError;
+
+use crate::base::secret::Secret;
+use crate::base::trust::{Identity, Trust};
+use crate::host::Host;
+
+/// A body of unknown length, in either direction.
+pub type Body = UnsyncBoxBody<Bytes, BoxError>;
+
+const CONNECT: Duration = Duration::from_secs(4);
+
+/// As kubernetes/client-go `tools/clientcmd/api/v1/types.go` writes it: what of it an agent without a user at the keyboard can use.
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+struct Kubeconfig {
+    current_context: String,
+    contexts: Vec<Named<ContextRef>>,
+    clusters: Vec<Named<Cluster>>,
+    users: Vec<Named<User>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Named<T> {
+    name: String,
+    #[serde(alias = "context", alias = "cluster", alias = "user")]
+    what: T,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct ContextRef {
+    cluster: String,
+    user: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+struct Cluster {
+    server: String,
+    certificate_authority: Option<String>,
+    certificate_authority_data: Option<String>,
+    insecure_skip_tls_verify: bool,
+    tls_server_name: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+struct User {
+    token: Option<Secret>,
+    #[serde(rename = "tokenFile")]
+    token_file: Option<String>,
+    client_certificate: Option<String>,
+    client_certificate_data: Option<String>,
+    client_key: Option<String>,
+    client_key_data: Option<Secret>,
+    exec: Option<IgnoredAny>,
+    auth_provider: Option<IgnoredAny>,
+    username: Option<IgnoredAny>,
+}
+
+/// What stands in a file, or right here as base64.
+fn text(host: &Host, data: Option<&str>, file: Option<&str>) -> anyhow::Result<Option<String>> {
+    match (data, file) {
+        (Some(data), _) if !data.is_empty() => {
+            let bytes = STANDARD.decode(data.trim()).context("its base64 is wrong")?;
+            Ok(Some(String::from_utf8(bytes).context("it is no text")?))
+        }
+        (_, Some(file)) if !file.is_empty() => Ok(Some(host.read(file)?.with_context(|| format!("{file} is not there"))?)),
+        _ => Ok(None),
+    }
+}
+
+impl Kubeconfig {
+    fn current(self) -> anyhow::Result<(Cluster, User)> {
+        let context = self.contexts.into_iter().find(|c| c.name == self.current_context);
+        let context = context.with_context(|| format!("it has no context `{}`", self.current_context))?.what;
+        let cluster = self.clusters.into_iter().find(|c| c.name == context.cluster);
+        let cluster = cluster.with_context(|| format!("it has no cluster `{}`", context.cluster))?.what;
+        let user = self.users.into_iter().find(|u| u.name == context.user).map(|u| u.what).unwrap_or_default();
+        Ok((cluster, user))
+    }
+}
+
+impl User {
+    fn identity(&self, host: &Host) -> anyhow::Result<Option<Identity>> {
+        let certificate =
+            text(host, self.client_certificate_data.as_deref(), self.client_certificate.as_deref()).context("the client certificate")?;
+        let key = text(host, self.client_key_data.as_ref().map(Secret::expose), self.client_key.as_deref()).context("the client key")?;
+        let (Some(certificate), Some(key)) = (certificate, key.map(Secret::new)) else { return Ok(None) };
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate.as_bytes()).collect();
+        let key = PrivateKeyDer::from_pem_slice(key.expose().as_bytes()).map_err(|e| anyhow::anyhow!("the client key: {e}"))?;
+        Ok(Some((chain.context("the client certificate")?, key)))
+    }
+
+    /// The token as it stands now: one in a file is replaced by others.
+    fn bearer(&self, host: &Host) -> anyhow::Result<Option<HeaderValue>> {
+        let token = match (&self.token, &self.token_file) {
+            (Some(token), _) if !token.is_empty() => token.clone(),
+            (_, Some(file)) => Secret::new(host.read(file)?.with_context(|| format!("{file} is not there"))?.trim()),
+            _ => return Ok(None),
+        };
+        let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose()))
+            .map_err(|_| anyhow::anyhow!("the token holds characters that no token has"))?;
+        value.set_sensitive(true);
+        Ok(Some(value))
+    }
+}
+
+/// Requests to one API server as one identity. Never follows a redirect, never tries again, has no time-out but for the connection.
+#[derive(Clone)]
+pub(super) struct Wire {
+    client: Client<HttpsConnector<HttpConnector>, Body>,
+    base: Uri,
+    /// What a token in a file is read anew from.
+    host: Option<Host>,
+    user: std::sync::Arc<User>,
+    bearer: Option<HeaderValue>,
+}
+
+impl Wire {
+    /// Keeps at most `idle` connections for later requests.
+    ///
+    /// # Errors
+    /// The file is absent, is no kubeconfig, or asks for what is not done here; the text says which.
+    pub(super) fn open(host: &Host, kubeconfig: &str, idle: usize) -> anyhow::Result<Wire> {
+        let yaml = host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
+        Wire::made(host, &yaml, idle).with_context(|| format!("reading {kubeconfig}"))
+    }
+
+    fn made(host: &Host, yaml: &str, idle: usize) -> anyhow::Result<Wire> {
+        // the library's own text shows the lines around the fault, and with them secrets
+        let parsed: Kubeconfig = serde_saphyr::from_str(yaml).map_err(|_| anyhow::anyhow!("it is no kubeconfig in YAML"))?;
+        let (cluster, user) = parsed.current()?;
+        anyhow::ensure!(!cluster.insecure_skip_tls_verify, "it asks not to verify the API server: give its CA instead");
+        anyhow::ensure!(
+            user.exec.is_none() && user.auth_provider.is_none() && user.username.is_none(),
+            "its user needs a plugin or a password: only tokens and client certificates work here"
+        );
+        let base: Uri = cluster
+            .server
+            .parse()
+            .ok()
+            .filter(|u: &Uri| u.authority().is_some())
+            .with_context(|| format!("`{}` is no URL of a server", cluster.server))?;
+        let ca = text(host, cluster.certificate_authority_data.as_deref(), cluster.certificate_authority.as_deref()).context("the CA")?;
+        let tls = Trust { ca_pem: ca, ..Trust::default() }.client_as(user.identity(host)?).map_err(anyhow::Error::msg)?;
+        let mut http = HttpConnector::new();
+        http.enforce_http(false);
+        http.set_connect_timeout(Some(CONNECT));
+        http.set_nodelay(true);
+        let mut connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
+        if let Some(name) = cluster.tls_server_name {
+            connector = connector.with_server_name_resolver(FixedServerNameResolver::new(name.try_into().context("tls-server-name")?));
+        }
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(60))
+            .pool_max_idle_per_host(idle)
+            .retry_canceled_requests(false)
+            .build(connector.enable_http1().wrap_connector(http));
+        let bearer = user.bearer(host)?;
+        let host = (user.token.is_none() && user.token_file.is_some()).then(|| host.clone());
+        Ok(Wire { client, base, host, user: user.into(), bearer })
+    }
+
+    /// # Errors
+    /// When the API server cannot be reached or breaks off before its head.
+    pub(super) async fn send(self, mut request: Request<Body>) -> Result<Response<Incoming>, BoxError> {
+        let mut parts = self.base.clone().into_parts();
+        let before = self.base.path().trim_end_matches('/');
+        parts.path_and_query = match request.uri().path_and_query() {
+            // what was parsed once is not read again for every request
+            Some(path) if before.is_empty() => Some(path.clone()),
+            path => Some(format!("{before}{}", path.map_or("/", PathAndQuery::as_str)).parse()?),
+        };
+        *request.uri_mut() = Uri::from_parts(parts)?;
+        let bearer = match &self.host {
+            Some(host) => self.user.bearer(host)?,
+            None => self.bearer.clone(),
+        };
+        if let Some(bearer) = bearer {
+            request.headers_mut().insert(header::AUTHORIZATION, bearer);
+        }
+        Ok(self.client.request(request).await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn config(cluster: Value, user: Value) -> String {
+        json!({"apiVersion": "v1", "kind": "Config", "current-context": "c", "preferences": {},
+            "contexts": [{"name": "other", "context": {"cluster": "x", "user": "y"}}, {"name": "c", "context": {"cluster": "l", "user": "u"}}],
+            "clusters": [{"name": "l", "cluster": cluster}], "users": [{"name": "u", "user": user}]})
+        .to_string()
+    }
+
+    fn refusal(yaml: &str) -> String {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::new(root.path(), None);
+        match Wire::made(&host, yaml, 1) {
+            Ok(_) => panic!("taken"),
+            Err(e) => format!("{e:#}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_cannot_work_is_named_and_shows_nothing() {
+        let server = json!({"server": "https://127.0.0.1:6443"});
+        for (yaml, text) in [
+            ("{".to_owned(), "no kubeconfig"),
+            ("current-context: gone".into(), "no context `gone`"),
+            (config(json!({"server": "nowhere at all"}), json!({})), "no URL"),
+            (config(json!({"server": "https://h", "insecure-skip-tls-verify": true}), json!({})), "not to verify"),
+            (config(server.clone(), json!({"exec": {"command": "aws"}})), "plugin"),
+            (config(server.clone(), json!({"token": "planted-canary-4711-in-plain-text with spaces\n"})), "characters"),
+            (config(server.clone(), json!({"tokenFile": "/gone"})), "/gone is not there"),
+            (config(json!({"server": "https://h", "certificate-authority-data": "%%"}), json!({})), "the CA: its base64"),
+            (config(server, json!({"client-certificate-data": "cGxhaW4=", "client-key-data": "cGxhbnRlZC00NzEx"})), "the client key"),
+            ("current-context: c\nusers: [{name: u, user: {token: [planted-canary-4711-in-plain-text]}}]".into(), "no kubeconfig"),
+        ] {
+            let said = refusal(&yaml);
+            assert!(said.contains(text) && !said.contains("canary-4711-in-plain-text"), "{said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_in_a_file_is_the_one_that_stands_there_now() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::new(root.path(), None);
+        let dir = host.state_dir("/s").unwrap();
+        dir.write("token", "first\n").unwrap();
+        let wire = Wire::made(&host, &config(json!({"server": "http://127.0.0.1:1/base/"}), json!({"tokenFile": "/s/token"})), 1).unwrap();
+        dir.write("token", "second\n").unwrap();
+        assert_eq!(wire.user.bearer(&host).unwrap().unwrap(), "Bearer second");
+        assert!(wire.host.is_some());
+    }
+}
