@@ -1,4 +1,6 @@
-//! pipeops: turns bare VMs into managed k3s clusters. The map of the rooms; `tests/it/architecture.rs` holds the edges.
+//! pipeops: turns bare VMs into managed k3s clusters.
+#![doc = ""]
+#![doc = include_str!("README.md")]
 
 pub mod agent;
 pub mod base;

@@ -168,6 +168,30 @@ fn a_planted_edge_is_found_however_it_is_written() {
     assert_eq!(find(&[("above/mid/deep.rs", "use super::super::low::X; use super::Y; use crate::below::part;")]), "");
 }
 
+/// The map has each room with its rank, and the files and functions on its walks exist.
+#[test]
+fn the_map_shows_what_is_there() {
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src"));
+    let map = fs::read_to_string(root.join("README.md")).unwrap();
+    for (rank, row) in ROOMS.iter().enumerate() {
+        for room in *row {
+            let name = if root.join(room).is_dir() { format!("{room}/") } else { format!("{room}.rs") };
+            assert!(map.contains(&format!("\n| {rank} | `{name}` |")), "the table of the map lacks `{name}` with rank {rank}");
+        }
+    }
+    for named in map
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|text| text.contains(".rs") && !text.contains(char::is_whitespace) && !text.starts_with("tests/") && *text != "mod.rs")
+    {
+        let (file, function) = named.split_once("::").unwrap_or((named, ""));
+        let text = fs::read_to_string(root.join(file)).unwrap_or_else(|e| panic!("the map names {named}: {e}"));
+        let there = [format!("fn {function}("), format!("fn {function}<")].iter().any(|start| text.contains(start));
+        assert!(function.is_empty() || there, "the map names {named}, which is not there");
+    }
+}
+
 #[test]
 fn every_room_says_what_it_is_and_stays_small() {
     for (file, text) in all() {
