@@ -306,7 +306,8 @@ async fn join_line(host: &Host, cluster: &anyhow::Result<Cluster>, info: &Info) 
             token
         }
     };
-    Ok(format!("sudo pipeops join-worker https://{address}:6443 {token}"))
+    let port = crate::install::gather::api_port(host);
+    Ok(format!("sudo pipeops join-worker https://{address}:{port} {token}"))
 }
 
 async fn live_token(host: &Host, cluster: &Cluster) -> anyhow::Result<Option<String>> {

@@ -88,6 +88,15 @@ pub struct Chosen {
 }
 
 impl Chosen {
+    /// What a machine was told: our file, and those beside it before and after.
+    pub fn on_machine(beside: &[SettingsFile], ours: &SettingsFile) -> Chosen {
+        let mut chosen = Chosen::default();
+        beside.iter().filter(|f| !f.after).for_each(|f| chosen.read(f));
+        chosen.read(ours);
+        beside.iter().filter(|f| f.after).for_each(|f| chosen.read(f));
+        chosen
+    }
+
     /// Merges in the order of k3s: the unit's environment, `config.yaml`, then `config.yaml.d` by name with our file in its place
     /// (k3s-io/k3s, pkg/configfilearg/parser.go, readConfigFile).
     pub fn of(facts: &Facts, settings: &Settings) -> Chosen {

@@ -392,6 +392,21 @@ fn the_join_line_carries_a_full_token() {
     assert_eq!(line, format!("sudo pipeops join-worker https://10.0.0.5:6443 K10{}::abcdef.0123456789abcdef", "a".repeat(64)));
 }
 
+/// k3s has one port for supervisor and API, and a worker must find it.
+#[test]
+fn the_join_line_names_the_port_that_was_chosen_wherever_it_was() {
+    for (file, text) in [
+        ("/etc/pipeops/config.toml", "[k3s]\nhttps-listen-port = 7443\n"),
+        ("/etc/rancher/k3s/config.yaml.d/99-mine.yaml", "https-listen-port: 7443\n"),
+    ] {
+        let sandbox = Sandbox::new();
+        sandbox.put(file, text);
+        sandbox.install(&[]).ended(0);
+        let line = sandbox.run(&["cluster-info", "--join", "-o", "json"]).json()["join"].as_str().unwrap().to_owned();
+        assert!(line.starts_with("sudo pipeops join-worker https://10.0.0.5:7443 K10"), "{file}: {line}");
+    }
+}
+
 #[test]
 fn secrets_reach_no_text_and_no_world_readable_file() {
     let sandbox = Sandbox::new();

@@ -286,6 +286,14 @@ async fn account(host: &Host) -> Account {
     Account { user, gid }
 }
 
+/// The port of supervisor and API that k3s on this machine was told, by us or by anybody; 6443 when by nobody.
+pub fn api_port(host: &Host) -> u16 {
+    let path = crate::host::paths::DROP_IN;
+    let entries = host.read(path).ok().flatten().and_then(|text| read_file(&text).ok()).unwrap_or_default();
+    let ours = SettingsFile { path: path.into(), entries, ..SettingsFile::default() };
+    Chosen::on_machine(&settings_files(host, None), &ours).api_port()
+}
+
 /// What k3s reads beside our own file, in its order: variables of the unit, `config.yaml`, `config.yaml.d` by name.
 fn settings_files(host: &Host, ours: Option<Role>) -> Vec<SettingsFile> {
     let unit = ours.unwrap_or(Role::Server).unit();
