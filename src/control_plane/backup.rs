@@ -109,5 +109,5 @@ pub async fn restore(host: &Host, data_dir: &str, url: Option<Secret>, file: &st
     let done = done.await;
     store.close().await;
     done?;
-    Ok(format!("{count} rows and the keys of {} are in {data_dir}", super::api::stamp(backup.at)))
+    Ok(format!("{count} rows and the keys of {} are in {data_dir}", super::model::rfc3339(backup.at)))
 }

@@ -3,14 +3,11 @@
 
 use std::sync::Arc;
 
-use http::{Request, Response};
-use hyper::body::Incoming;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::task::JoinSet;
 
 use super::Hub;
-use super::api::{answer, body, parsed};
 use super::gateway::proxy_name;
 use super::registry::{Refused, refused};
 use crate::base::error::Failure;
@@ -21,7 +18,6 @@ use crate::frp::dial::{Carrier, Target};
 use crate::frp::server::Server;
 use crate::frp::wire::NewProxy;
 use crate::frp::{TunnelAuth, TunnelConfig, TunnelTls};
-use crate::kubernetes::upstream::Body;
 
 /// Somebody's frps.
 pub struct ExternalFrps {
@@ -137,7 +133,7 @@ impl Frps {
 /// The parts of a plugin call that matter here. On Login the metas stand in the content, later in its user.
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Content {
+pub(super) struct Content {
     metas: Option<std::collections::BTreeMap<String, String>>,
     user: User,
     proxy_name: String,
@@ -161,29 +157,21 @@ impl Default for User {
     }
 }
 
+/// A call of the plugin.
 #[derive(Deserialize)]
-struct Asked {
+pub(super) struct Asked {
     #[serde(default)]
-    content: Content,
+    pub(super) content: Content,
 }
 
 impl Hub {
-    /// What frps asks before it lets somebody in. Every answer says `unchange`: without it frps would take our `content` for the client's.
-    pub(super) async fn frp_handler(&self, secret: &str, request: Request<Incoming>) -> Result<Response<Body>, Refused> {
-        let away = || refused(404, "not_found", "there is no such path", None);
-        if !matches!(self.inner.frps, Frps::External(_)) || !same(secret, self.frp_secret().expose()) {
-            return Err(away());
-        }
-        let (parts, incoming) = request.into_parts();
-        let query = parts.uri.query().unwrap_or_default();
-        let op = url::form_urlencoded::parse(query.as_bytes()).find(|(k, _)| k == "op").map(|(_, v)| v.into_owned()).unwrap_or_default();
-        let asked: Asked = parsed(&body(incoming).await?)?;
-        let verdict = self.plugin(&op, asked.content);
-        let reason = verdict.as_ref().err().cloned().unwrap_or_default();
-        Ok(answer(200, &json!({"reject": verdict.is_err(), "reject_reason": reason, "unchange": true})))
+    /// Whether this is the secret of the path at which somebody's frps asks us.
+    pub(super) fn is_frps(&self, secret: &str) -> bool {
+        matches!(self.inner.frps, Frps::External(_)) && same(secret, self.frp_secret().expose())
     }
 
-    fn plugin(&self, op: &str, content: Content) -> Result<(), String> {
+    /// Whether frps is to let somebody in, or why not.
+    pub(super) fn plugin(&self, op: &str, content: Content) -> Result<(), String> {
         // who leaves is not asked who he is
         if op == "CloseProxy" {
             return Ok(());

@@ -5,9 +5,10 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
+use axum::body::Body;
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response, StatusCode, Uri, header};
-use http_body_util::{BodyExt as _, Empty, Full, Limited};
+use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::client::legacy::{Client, ResponseFuture};
@@ -20,14 +21,14 @@ use crate::base::secret::Secret;
 use crate::base::trust::{self, Trust};
 use crate::contract::token::{LIFE, Role};
 use crate::control_plane::Hub;
-use crate::control_plane::api::{Wanted, narrowed, stamp};
 use crate::control_plane::frps::Frps;
 use crate::control_plane::keys::Keys;
+use crate::control_plane::model::rfc3339;
 use crate::control_plane::registry::enrol::spki;
 use crate::control_plane::registry::{ClusterView, Refused, Registry, Route, Who, refused};
+use crate::control_plane::scope::{Wanted, narrowed};
 use crate::frp::codec::Io;
 use crate::kubernetes::header_policy;
-use crate::kubernetes::upstream::Body;
 
 /// A look into a cluster takes at most this long, and this much.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
@@ -183,7 +184,8 @@ impl hyper::body::Body for Until {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        // axum makes a length of it: what has no body at all, as an answer to HEAD or a 304, has none but what the agent says
+        if self.inner.is_end_stream() { SizeHint::default() } else { self.inner.size_hint() }
     }
 }
 
@@ -200,7 +202,7 @@ fn passed(headers: &HeaderMap) -> HeaderMap {
 
 impl Hub {
     /// One request into a cluster.
-    pub(super) async fn pass(&self, mut request: Request<Incoming>, id: &str, who: &Who, now: i64) -> Result<Response<Body>, Refused> {
+    pub(super) async fn pass(&self, mut request: Request<Body>, id: &str, who: &Who, now: i64) -> Result<Response<Body>, Refused> {
         let route = self.registry().route(id, who.project())?;
         let (role, namespaces) = narrowed(who, &Wanted::default())?;
         let token = self.jwt(who, &route, role, namespaces, LIFE, now).0;
@@ -222,11 +224,7 @@ impl Hub {
         let theirs = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
         let over = [route.over.clone(), self.registry().until_revoked(who)];
-        let body: Body = if upgrade.is_some() {
-            Empty::new().map_err(|never| match never {}).boxed_unsync()
-        } else {
-            request.into_body().map_err(Into::into).boxed_unsync()
-        };
+        let body = if upgrade.is_some() { Body::empty() } else { request.into_body() };
         let mut outward = Request::new(body);
         (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) = (method, uri, headers);
         let client = if upgrade.is_some() { &self.gateway().single } else { &self.gateway().pooled };
@@ -256,12 +254,12 @@ impl Hub {
                     () = over[1].cancelled() => {}
                 }
             });
-            let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
+            let mut response = Response::new(Body::empty());
             (*response.status_mut(), *response.headers_mut()) = (status, headers);
             return Ok(response);
         }
         let over = over.map(|token| Box::pin(token.cancelled_owned()));
-        let mut response = Response::new(Until { inner: answer.into_body(), over }.boxed_unsync());
+        let mut response = Response::new(Body::new(Until { inner: answer.into_body(), over }));
         (*response.status_mut(), *response.headers_mut()) = (status, headers);
         Ok(response)
     }
@@ -301,7 +299,7 @@ impl Hub {
     /// Whether an agent answers the one question that it answers by itself, on a stream of its own.
     async fn lives(&self, agent: &str, within: std::time::Duration) -> bool {
         let request = Request::builder().uri(format!("http://{agent}/healthz")).header(header::HOST, "agent");
-        let Ok(request) = request.body(Empty::new().map_err(|never| match never {}).boxed_unsync()) else { return false };
+        let Ok(request) = request.body(Body::empty()) else { return false };
         tokio::time::timeout(within, self.gateway().single.request(request)).await.is_ok_and(|answer| answer.is_ok())
     }
 
@@ -334,7 +332,7 @@ impl Hub {
             .uri(format!("http://{}/{path}", route.agent))
             .header(header::HOST, "agent")
             .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
-            .body(Full::new(body).map_err(|never| match never {}).boxed_unsync());
+            .body(Body::from(body));
         let request = request.map_err(|_| refused(500, "internal", "the request cannot be made", None))?;
         let whole = async {
             let answer = self.gateway().pooled.request(request).await.ok()?;
@@ -374,7 +372,7 @@ impl Hub {
         let address = format!("{}/clusters/{}", self.url(), route.cluster);
         json!({
             "token": token.expose(),
-            "expires_at": stamp(expires),
+            "expires_at": rfc3339(expires),
             "endpoints": [{"type": "gateway", "address": address, "server_name": self.inner.names[0], "agent_pin": pin}, tunnel],
         })
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
@@ -13,7 +14,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::api::Origin;
+use super::auth::Origin;
+use super::routes::respond;
 use super::{Hub, Inner, SOCKET};
 use crate::base::error::{Exit, Failure};
 use crate::frp::admission::Door;
@@ -50,7 +52,14 @@ pub(super) fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixLi
 }
 
 impl Hub {
-    pub(super) async fn https(self, listener: TcpListener, tls: Arc<rustls::ServerConfig>, stop: CancellationToken, halt: CancellationToken) {
+    pub(super) async fn https(
+        self,
+        router: Router,
+        listener: TcpListener,
+        tls: Arc<rustls::ServerConfig>,
+        stop: CancellationToken,
+        halt: CancellationToken,
+    ) {
         let acceptor = tokio_rustls::TlsAcceptor::from(tls);
         let door = Door::default();
         let mut open = JoinSet::new();
@@ -60,12 +69,13 @@ impl Hub {
                 Some(_) = open.join_next() => {}
                 accepted = listener.accept(), if !stop.is_cancelled() => match accepted {
                     Ok((stream, peer)) => {
-                        let (hub, acceptor, door, stop) = (self.clone(), acceptor.clone(), door.clone(), stop.clone());
+                        let (hub, router) = (self.clone(), router.clone());
+                        let (acceptor, door, stop) = (acceptor.clone(), door.clone(), stop.clone());
                         open.spawn(async move {
                             let Some(pass) = door.enter(peer.ip()).await else { return };
                             if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(tuned(stream))).await {
                                 drop(pass);
-                                hub.serve(stream, Origin::Network(peer.ip().to_canonical()), stop).await;
+                                hub.serve(router, stream, Origin::Network(peer.ip().to_canonical()), stop).await;
                             }
                         });
                     }
@@ -76,14 +86,14 @@ impl Hub {
         }
     }
 
-    pub(super) async fn local(self, listener: UnixListener, halt: CancellationToken) {
+    pub(super) async fn local(self, router: Router, listener: UnixListener, halt: CancellationToken) {
         let mut open = JoinSet::new();
         loop {
             tokio::select! {
                 () = halt.cancelled() => return,
                 Some(_) = open.join_next() => {}
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => drop(open.spawn(self.clone().serve(stream, Origin::Local, halt.clone()))),
+                    Ok((stream, _)) => drop(open.spawn(self.clone().serve(router.clone(), stream, Origin::Local, halt.clone()))),
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 },
             }
@@ -91,12 +101,9 @@ impl Hub {
     }
 
     /// One connection to its end; after `stop` it takes nothing new.
-    async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(self, io: S, origin: Origin, stop: CancellationToken) {
+    async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(self, router: Router, io: S, origin: Origin, stop: CancellationToken) {
         let _open = Connected::new(&self.inner);
-        let service = hyper::service::service_fn(move |request| {
-            let hub = self.clone();
-            async move { Ok::<_, std::convert::Infallible>(hub.respond(origin, request).await) }
-        });
+        let service = hyper::service::service_fn(move |request| respond(router.clone(), origin, request));
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
         builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60)).max_buf_size(64 * 1024);
         builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS).max_header_list_size(32 * 1024);

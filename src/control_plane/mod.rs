@@ -1,7 +1,9 @@
 //! The self-hosted control plane: registry, tunnel server and gateway in one process, from nothing but a data directory.
 
-pub mod api;
+mod answer;
+mod auth;
 pub mod backup;
+mod body;
 pub mod client;
 mod dsn;
 pub mod frps;
@@ -12,14 +14,14 @@ pub mod model;
 mod open;
 mod operations;
 pub mod outbox;
-mod page;
 pub mod registry;
 pub mod routes;
+mod scope;
+mod sessions;
 pub mod settings;
 pub mod store;
 
-use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -33,21 +35,21 @@ use tokio_util::sync::CancellationToken;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::{Secret, same};
 use crate::contract::types::{Config, RunnerAuth};
-use crate::frp::admission::household;
 use crate::frp::server::{Admit, Server, ServerConfig, Visitor, signed};
 use crate::frp::wire::{Login, NewProxy};
 use crate::frp::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
 use crate::host::state::StateDir;
 use crate::host::{self, Host};
+use auth::Failures;
 use frps::{External, ExternalFrps, Frps};
 use gateway::{Gateway, proxy_name};
 use keys::{Certificate, CertificateFiles, Keys};
 use listen::{bind, local_socket};
 use open::{belong_together, database, usable};
 use outbox::{Broker, Way};
-use page::Sessions;
-use registry::{Refused, Registry, refused};
-use routes::{ROUTES, Serves};
+use registry::{Refused, Registry};
+use routes::Listeners;
+use sessions::Sessions;
 use store::Store;
 
 /// Where it keeps what must outlive it, unless said otherwise.
@@ -61,10 +63,6 @@ const TUNNEL: &str = "tunnel";
 /// Heartbeats are written this often, and who has come or gone is looked for this often.
 const FLUSH: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_secs(1);
-/// Wrong tokens from one address within a minute, after which unknown ones are not looked at for the rest of it.
-const FAILURES: u32 = 30;
-/// Addresses and tokens remembered for that, at most.
-const REMEMBERED: usize = 10_000;
 /// A tunnel whose client pings and falls silent is given up after this long: frps' own measure, since frpc pings every 30 s.
 const HEARTBEAT: Duration = Duration::from_secs(90);
 /// Calls under way get this long at the end.
@@ -114,16 +112,9 @@ struct Inner {
     requests: std::sync::atomic::AtomicU64,
     busy: std::sync::atomic::AtomicUsize,
     sessions: Sessions,
+    listeners: Listeners,
     /// Cancelled when it stops: what would go on for ever ends.
     ending: CancellationToken,
-}
-
-#[derive(Default)]
-struct Failures {
-    minute: i64,
-    by: HashMap<IpAddr, u32>,
-    /// Hashes that were good since the start: those pass however many wrong ones come from the same address.
-    good: HashSet<String>,
 }
 
 /// Who may hold a tunnel: an agent that is registered, with its own proof, for its own proxy.
@@ -244,6 +235,7 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
             requests: 0.into(),
             busy: 0.into(),
             sessions: Sessions::default(),
+            listeners: Listeners::default(),
             ending: stop.clone(),
         }),
     };
@@ -263,8 +255,9 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
         let halt = halt.clone();
         tasks.spawn(async move { own.serve(tunnel, halt).await });
     }
-    tasks.spawn(hub.clone().local(socket, halt.clone()));
-    tasks.spawn(hub.clone().https(listener, certificate.config.clone(), stop.clone(), halt.clone()));
+    let router = routes::router(hub.clone());
+    tasks.spawn(hub.clone().local(router.clone(), socket, halt.clone()));
+    tasks.spawn(hub.clone().https(router, listener, certificate.config.clone(), stop.clone(), halt.clone()));
     ready(address, tunnel_address);
     let mut flush = tokio::time::interval(FLUSH);
     flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -339,9 +332,9 @@ impl Hub {
         &self.inner.gateway
     }
 
-    fn now(&self) -> i64 {
+    /// One more request that has a route.
+    fn count_request(&self) {
         self.inner.requests.fetch_add(1, Relaxed);
-        now()
     }
 
     /// Names this control plane in tokens: another one's are not taken for ours.
@@ -400,7 +393,7 @@ impl Hub {
         // the administrator comes last: until then the next start begins anew
         let line = match show {
             Some(_) => {
-                let added = self.registry().add_enrolment(self.keys(), "default", "first", api::DAY, Some(1), now()).await;
+                let added = self.registry().add_enrolment(self.keys(), "default", "first", scope::DAY, Some(1), now()).await;
                 self.install_line(&added.map_err(failed)?.1)
             }
             None => String::new(),
@@ -420,43 +413,6 @@ impl Hub {
     fn admin_seen(&self) {
         if self.inner.first_token.swap(false, Relaxed) {
             self.inner.state.remove(FIRST_TOKEN);
-        }
-    }
-
-    fn failures(&self) -> MutexGuard<'_, Failures> {
-        lock(&self.inner.failures)
-    }
-
-    /// # Errors
-    /// 429 for an unknown token from an address that has shown many wrong ones.
-    fn guard(&self, address: IpAddr, hash: &str, now: i64) -> Result<(), Refused> {
-        let address = household(address);
-        let mut failures = self.failures();
-        if failures.minute != now / 60 {
-            failures.minute = now / 60;
-            failures.by.clear();
-        }
-        if failures.by.get(&address).is_some_and(|n| *n >= FAILURES) && !failures.good.contains(hash) {
-            return Err(refused(429, "too_many_failures", "too many wrong tokens from this address", Some("wait a minute")));
-        }
-        Ok(())
-    }
-
-    fn failed(&self, address: IpAddr, now: i64) {
-        let address = household(address);
-        let mut failures = self.failures();
-        if failures.by.len() < REMEMBERED || failures.by.contains_key(&address) {
-            *failures.by.entry(address).or_default() += 1;
-        }
-        if failures.by.get(&address) == Some(&FAILURES) {
-            tracing::warn!(%address, minute = now / 60, "many wrong tokens");
-        }
-    }
-
-    fn succeeded(&self, hash: String) {
-        let mut failures = self.failures();
-        if failures.good.len() < REMEMBERED {
-            failures.good.insert(hash);
         }
     }
 
@@ -517,10 +473,5 @@ impl Hub {
             }
         }
         text
-    }
-
-    /// Routes and what they need, for whoever checks them.
-    pub fn routes() -> impl Iterator<Item = (&'static str, &'static str, Serves)> {
-        ROUTES.iter().map(|r| (r.0, r.1, r.2))
     }
 }

@@ -5,6 +5,11 @@ use serde::{Deserialize, Serialize};
 use crate::contract::token::Role;
 use crate::contract::types::{AgentInfo, ClusterInfo, Operation};
 
+/// A time as the API says it.
+pub(super) fn rfc3339(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds).unwrap_or_default().to_string()
+}
+
 /// Owner of tokens, agents, clusters and Runners.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Project {

@@ -3,29 +3,26 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
-use http::request::Parts;
-use http::{Method, Request, Response, StatusCode, header};
+use http::{Method, Request, StatusCode, header};
 use hyper::body::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::Hub;
-use super::api::{Wanted, answer, life, narrowed, parsed, stamp};
-use super::model::Job;
+use super::model::{Job, rfc3339};
 use super::registry::{Refused, Route, Who, refused, unwritten};
-use super::routes::Call;
+use super::scope::{Wanted, life, narrowed};
 use crate::base::encoding::hex;
 use crate::contract::token::{LIFE, Role};
 use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState, check_key, operation_id};
-use crate::kubernetes::upstream::Body;
 
 /// Longest time that an operation waits for its agent, seconds.
 const LONGEST: i64 = 7 * 86_400;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Asked {
+pub(super) struct Asked {
     /// The agent knows which there are: it may be of a later version than this.
     kind: String,
     spec: Value,
@@ -36,103 +33,38 @@ struct Asked {
 /// Agents to whom something is being handed over.
 pub(super) type UnderWay = Arc<Mutex<HashSet<String>>>;
 
-fn shown(status: u16, job: &Job, cluster: &str) -> Response<Body> {
-    let mut body = json!(job.operation);
-    body["cluster_id"] = cluster.into();
-    if job.operation.state == OperationState::Queued {
-        body["expires_at"] = stamp(job.expires_at).into();
-    }
-    answer(status, &body)
-}
-
-fn no_such(id: &str) -> Refused {
-    refused(404, "not_found", format!("there is no operation {id}"), None)
-}
-
-/// His own, or all of the cluster as an operator of the whole of it.
-fn sees(who: &Who, job: &Job) -> bool {
-    match who {
-        Who::Admin(_) | Who::Local => true,
-        Who::Access(access) => access.id == job.operation.subject || (access.role >= Role::Operator && access.namespaces.is_none()),
-        Who::Agent(_) | Who::Enrolment(_) => false,
-    }
+/// What became of an operation that was asked for.
+pub(super) enum Taken {
+    /// It is there already, under the same key.
+    Known(Job),
+    New(Job),
+    /// As the agent refused it.
+    Refused(StatusCode, Value),
 }
 
 impl Hub {
-    /// The calls about operations; `open` is what the path leaves open: the cluster, or for a result the agent, and the operation.
-    pub(super) async fn operation(
-        &self,
-        call: Call,
-        who: &Who,
-        open: &[&str],
-        parts: &Parts,
-        bytes: &[u8],
-        now: i64,
-    ) -> Result<Response<Body>, Refused> {
-        let (id, op) = (open.first().copied().unwrap_or_default(), open.get(1).copied().unwrap_or_default());
-        if call == Call::OperationResult {
-            self.registry().finish_job(id, op, parsed::<Operation>(bytes)?, now).await?;
-            return Ok(answer(200, &json!({})));
-        }
-        let route = self.registry().route(id, who.project())?;
-        let found = || self.registry().job(&route.agent, op).filter(|job| sees(who, job)).ok_or_else(|| no_such(op));
-        match call {
-            Call::AskOperation => self.ask_operation(who, &route, parts, bytes, now).await,
-            Call::Operations => {
-                let items: Vec<Operation> =
-                    self.registry().jobs(&route.agent).into_iter().filter(|job| sees(who, job)).map(|job| job.operation).collect();
-                Ok(answer(200, &json!({"items": items})))
-            }
-            Call::Operation => {
-                let mut job = found()?;
-                if job.operation.state == OperationState::Running
-                    && let Ok((StatusCode::OK, value)) = self.at_agent(Method::GET, who, &route, op, now).await
-                    && let Ok(fresh) = serde_json::from_value(value)
-                {
-                    job.operation = fresh;
-                }
-                Ok(shown(200, &job, &route.cluster))
-            }
-            Call::CancelOperation => {
-                let job = found()?;
-                match job.operation.state {
-                    OperationState::Queued => {
-                        self.registry().call_off(job, OperationState::Cancelled, "cancelled before the agent had it", now).await?
-                    }
-                    OperationState::Running => {
-                        let (status, value) = self.at_agent(Method::DELETE, who, &route, op, now).await?;
-                        return Ok(answer(status.as_u16(), &value));
-                    }
-                    _ => {}
-                }
-                Ok(shown(200, &found()?, &route.cluster))
-            }
-            _ => Err(refused(500, "internal", "this route answers for itself", None)),
-        }
-    }
-
-    async fn at_agent(&self, method: Method, who: &Who, route: &Route, op: &str, now: i64) -> Result<(StatusCode, Value), Refused> {
+    /// One call about an operation, of the agent that has it.
+    pub(super) async fn at_agent(&self, method: Method, who: &Who, route: &Route, op: &str, now: i64) -> Result<(StatusCode, Value), Refused> {
         let (role, namespaces) = narrowed(who, &Wanted::default())?;
         let token = self.jwt(who, route, role, namespaces, LIFE, now).0;
         self.ask_agent(Request::builder().method(method), &format!("api/v1/operations/{op}"), route, &token, Bytes::new()).await
     }
 
-    async fn ask_operation(&self, who: &Who, route: &Route, parts: &Parts, bytes: &[u8], now: i64) -> Result<Response<Body>, Refused> {
-        let asked: Asked = parsed(bytes)?;
+    /// Hands an operation to its agent, or keeps it until the agent is there.
+    pub(super) async fn ask_operation(&self, who: &Who, route: &Route, asked: Asked, key: Option<&str>, now: i64) -> Result<Taken, Refused> {
         let ttl = asked.ttl_s.map(|ttl| life(Some(ttl), LONGEST, LONGEST)).transpose()?;
         let (role, _) = narrowed(who, &Wanted::default())?;
         if role < Role::Deployer {
             return Err(refused(403, "role_exceeded", "a viewer changes nothing", None));
         }
-        let key = check_key(parts.headers.get(IDEMPOTENCY_KEY).and_then(|v| v.to_str().ok()));
-        let key = key.map_err(|why| refused(400, "idempotency_key_needed", why, None))?;
+        let key = check_key(key).map_err(|why| refused(400, "idempotency_key_needed", why, None))?;
         let body = json!({"kind": asked.kind, "spec": asked.spec}).to_string();
         let (subject, request) = (who.subject(), hex(&Sha256::digest(&body)));
         let id = operation_id(&subject, key);
         if let Some(known) = self.registry().job(&route.agent, &id) {
             // one that was asked for at the agent is judged there
             if known.request == request || known.request.is_empty() {
-                return Ok(shown(200, &known, &route.cluster));
+                return Ok(Taken::Known(known));
             }
             let hint = Some("use a fresh key for each thing that is asked for");
             return Err(refused(409, "idempotency_mismatch", "this Idempotency-Key was used for something else", hint));
@@ -144,7 +76,7 @@ impl Hub {
                 kind: asked.kind,
                 state: OperationState::Queued,
                 subject,
-                created_at: stamp(now),
+                created_at: rfc3339(now),
                 ..Operation::default()
             },
             key: key.into(),
@@ -157,11 +89,11 @@ impl Hub {
         // what may wait does not overtake what waits
         if ttl.is_none() || !self.registry().waits(&route.agent) {
             match self.hand_over(who, route, &job, &body, now).await {
-                Ok((status, value)) if !status.is_success() => return Ok(answer(status.as_u16(), &value)),
+                Ok((status, value)) if !status.is_success() => return Ok(Taken::Refused(status, value)),
                 Ok((_, value)) => {
                     job.operation = taken(value)?;
                     self.registry().put_job(job.clone(), now).await?;
-                    return Ok(shown(202, &job, &route.cluster));
+                    return Ok(Taken::New(job));
                 }
                 Err(offline) if ttl.is_none() => return Err(offline),
                 Err(_) => {}
@@ -169,7 +101,7 @@ impl Hub {
         }
         job.sealed = Some(self.keys().seal(&body).map_err(|e| unwritten(&e))?);
         self.registry().put_job(job.clone(), now).await?;
-        Ok(shown(202, &job, &route.cluster))
+        Ok(Taken::New(job))
     }
 
     async fn hand_over(&self, who: &Who, route: &Route, job: &Job, body: &str, now: i64) -> Result<(StatusCode, Value), Refused> {

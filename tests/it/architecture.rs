@@ -31,24 +31,24 @@ const INSIDE: &[(&str, Rows)] = &[
     (
         "control_plane",
         &[
-            &["settings", "routes", "dsn", "keys", "model", "client"],
+            &["settings", "dsn", "keys", "model", "client"],
             &["store"],
             &["open", "outbox", "registry"],
-            &["backup"],
-            &["api"],
-            &["gateway", "operations", "page", "listen"],
+            &["backup", "answer", "body", "scope", "sessions"],
+            &["auth", "gateway", "operations"],
             &["frps"],
+            &["routes"],
+            &["listen"],
             &["mod"],
         ],
     ),
     ("cmd", &[&["mod"], &["audit", "info", "plane", "secrets"], &["job"], &["join", "uninstall"], &["install"]]),
 ];
 
-/// Edges of the control plane that go up as long as its handlers are methods of `Hub` in its own file. None is added; one that is gone
+/// Edges of the control plane that go up as long as `Hub` and all that it holds stand in its own file. None is added; one that is gone
 /// goes from here too.
 const UP: &[(&str, &str)] = &[
-    ("api", "mod"),
-    ("backup", "api"),
+    ("auth", "mod"),
     ("backup", "mod"),
     ("client", "mod"),
     ("frps", "mod"),
@@ -57,9 +57,9 @@ const UP: &[(&str, &str)] = &[
     ("listen", "mod"),
     ("operations", "mod"),
     ("outbox", "mod"),
-    ("page", "mod"),
-    ("registry", "api"),
     ("registry", "mod"),
+    ("routes", "mod"),
+    ("sessions", "mod"),
     ("store", "backup"),
 ];
 

@@ -7,8 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Entry, Liveness, Registry};
 use crate::contract::types::{Operation, StatusReport};
-use crate::control_plane::api::stamp;
-use crate::control_plane::model::Agent;
+use crate::control_plane::model::{Agent, rfc3339};
 use crate::control_plane::store::{Change, Event, Kind};
 use crate::frp::wire::fresh_run_id;
 
@@ -49,7 +48,7 @@ impl Registry {
         let mut body = json!({
             "message_id": fresh_run_id(),
             "type": topic.name(),
-            "at": stamp(now),
+            "at": rfc3339(now),
             "project": row.project,
             "agent_id": row.id,
             "cluster_id": row.cluster_id,
@@ -61,7 +60,7 @@ impl Registry {
                 ("capabilities", json!(row.capabilities)),
                 ("max_role", json!(row.max_role)),
                 ("endpoint", json!(endpoint)),
-                ("registered_at", json!(stamp(row.registered_at))),
+                ("registered_at", json!(rfc3339(row.registered_at))),
             ],
             Topic::Online => vec![("endpoint", json!(endpoint))],
             Topic::Offline(state, reason) => vec![("state", json!(state)), ("reason", json!(reason))],

@@ -5,8 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::events::Topic;
 use super::{Inner, Refused, Registry, no_such, refused, unwritten};
 use crate::contract::types::{Operation, OperationState};
-use crate::control_plane::api::stamp;
-use crate::control_plane::model::Job;
+use crate::control_plane::model::{Job, rfc3339};
 use crate::control_plane::store::{Change, Kind};
 
 /// Operations that wait for one agent at most, and the bytes of all that wait.
@@ -36,7 +35,7 @@ fn put(job: &Job) -> Result<Change, Refused> {
 impl Job {
     /// It comes to its end here, not at the agent.
     fn end(&mut self, state: OperationState, message: &str, now: i64) {
-        (self.operation.state, self.operation.message, self.operation.finished_at) = (state, message.into(), stamp(now));
+        (self.operation.state, self.operation.message, self.operation.finished_at) = (state, message.into(), rfc3339(now));
         (self.sealed, self.changed_at) = (None, now);
     }
 }

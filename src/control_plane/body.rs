@@ -1,0 +1,102 @@
+//! What a request carries: the open segments of its path, and its body, read whole within a size and a time.
+
+use std::time::Duration;
+
+use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Request};
+use http::request::Parts;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use hyper::body::Bytes;
+use percent_encoding::percent_decode_str;
+use serde::de::DeserializeOwned;
+
+use super::registry::{Refused, refused};
+
+/// Largest body of a call that is not passed through.
+const BODY: usize = 1 << 20;
+/// How long a body may take to come.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A body as it came. A call that takes none reads it too, under the same limits.
+pub(super) struct Whole(pub(super) Bytes);
+
+/// A body of JSON; an empty one is `{}`.
+pub(super) struct Json<T>(pub(super) T);
+
+/// The first segments that the route of a request leaves open.
+pub(super) struct Segments<const N: usize>(pub(super) [String; N]);
+
+impl<S: Sync> FromRequest<S> for Whole {
+    type Rejection = Refused;
+
+    async fn from_request(request: Request, _: &S) -> Result<Whole, Refused> {
+        match tokio::time::timeout(PATIENCE, Limited::new(request.into_body(), BODY).collect()).await {
+            Ok(Ok(body)) => Ok(Whole(body.to_bytes())),
+            Ok(Err(e)) if e.is::<LengthLimitError>() => Err(refused(413, "too_large", "the body is larger than 1 MiB", None)),
+            Ok(Err(_)) => Err(refused(400, "bad_body", "the body broke off", None)),
+            Err(_) => Err(refused(408, "too_slow", "the body took longer than 15 s", None)),
+        }
+    }
+}
+
+impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = Refused;
+
+    async fn from_request(request: Request, state: &S) -> Result<Json<T>, Refused> {
+        parsed(&Whole::from_request(request, state).await?.0).map(Json)
+    }
+}
+
+impl<S: Sync, const N: usize> FromRequestParts<S> for Segments<N> {
+    type Rejection = Refused;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Segments<N>, Refused> {
+        let mut open = segments(parts);
+        Ok(Segments(std::array::from_fn(|_| open.next().unwrap_or_default())))
+    }
+}
+
+pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refused> {
+    let bytes = if bytes.is_empty() { b"{}" } else { bytes };
+    serde_json::from_slice(bytes).map_err(|e| refused(400, "bad_body", format!("the body is not what this call takes: {e}"), None))
+}
+
+/// The segments that a request's route leaves open. axum's `Path` refuses what is not UTF-8 once it is decoded, before anybody has
+/// looked at who asks: here it is a name that nothing has.
+pub(super) fn segments(parts: &Parts) -> impl Iterator<Item = String> {
+    open(parts).map(decoded)
+}
+
+/// # Errors
+/// A path in which a name is empty, as in `/clusters//token`: matchit takes it for the route, and it is none.
+pub(super) fn named(parts: &Parts) -> Result<(), Refused> {
+    if open(parts).any(str::is_empty) { Err(not_here()) } else { Ok(()) }
+}
+
+pub(super) fn not_here() -> Refused {
+    refused(404, "not_found", "there is no such path", None)
+}
+
+fn open(parts: &Parts) -> impl Iterator<Item = &str> {
+    let template = parts.extensions.get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    let both = template.split('/').zip(parts.uri.path().split('/'));
+    both.filter(|(part, _)| part.starts_with('{') && !part.starts_with("{*")).map(|(_, segment)| segment)
+}
+
+/// A segment as it was meant: a name may hold blanks and letters of every script (RFC 3986 §2.1).
+fn decoded(segment: &str) -> String {
+    percent_decode_str(segment).decode_utf8().map_or_else(|_| segment.to_owned(), std::borrow::Cow::into_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_the_one_that_was_meant() {
+        for (segment, name) in
+            [("c-1", "c-1"), ("prod%20eu", "prod eu"), ("%C5%81%c3%b3d%C5%BA", "Łódź"), ("100%", "100%"), ("%zz%4", "%zz%4"), ("%ff", "%ff")]
+        {
+            assert_eq!(decoded(segment), name);
+        }
+    }
+}

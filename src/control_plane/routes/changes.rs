@@ -1,0 +1,153 @@
+//! Live changes: server-sent events with the clusters that a caller sees.
+
+use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::Response;
+use futures_util::stream;
+use http::{HeaderValue, header};
+use hyper::body::Bytes;
+use serde_json::json;
+
+use super::Routes;
+use crate::control_plane::auth::RunnerCaller;
+use crate::control_plane::registry::{ClusterView, Refused, Who, refused};
+use crate::control_plane::{Hub, lock};
+
+/// How often changes are looked for, and how many may listen.
+const TICK: Duration = Duration::from_secs(1);
+const LISTENERS: usize = 100;
+/// How many of them may be one caller's.
+const EACH: usize = 20;
+
+/// How many listen, by subject.
+#[derive(Clone, Default)]
+pub(in crate::control_plane) struct Listeners(Arc<Mutex<HashMap<String, usize>>>);
+
+pub(super) fn routes(routes: Routes) -> Routes {
+    routes.get("/api/v1/changes", changes)
+}
+
+/// A caller who listens, counted until it is gone.
+struct Listener {
+    all: Listeners,
+    subject: String,
+}
+
+impl Listener {
+    /// # Errors
+    /// What is full.
+    fn enter(all: &Listeners, subject: String) -> Result<Listener, Refused> {
+        let mut open = lock(&all.0);
+        let full = |whose: &str, most: usize| {
+            let message = format!("{whose} {most} streams of changes open, and more are not served at a time");
+            Err(refused(503, "too_many_listeners", message, Some("close some: a page that is open holds one")))
+        };
+        if open.values().sum::<usize>() >= LISTENERS {
+            return full("all callers together have", LISTENERS);
+        }
+        let mine = open.entry(subject.clone()).or_default();
+        if *mine >= EACH {
+            return full("this caller has", EACH);
+        }
+        *mine += 1;
+        Ok(Listener { all: all.clone(), subject })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let mut open = lock(&self.all.0);
+        if let Some(mine) = open.get_mut(&self.subject) {
+            *mine -= 1;
+            if *mine == 0 {
+                open.remove(&self.subject);
+            }
+        }
+    }
+}
+
+/// All clusters at first, then what has changed each second, until the right to it ends.
+async fn changes(caller: RunnerCaller, State(hub): State<Hub>) -> Result<Response, Refused> {
+    let place = Listener::enter(&hub.inner.listeners, caller.who.subject())?;
+    let stream = Changes { hub, caller, known: HashMap::new(), first: true, _place: place };
+    let events = stream::unfold(stream, async |mut stream| Some((Ok::<_, Infallible>(stream.next().await?), stream)));
+    let mut response = Response::new(Body::from_stream(events));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    Ok(response)
+}
+
+struct Changes {
+    hub: Hub,
+    caller: RunnerCaller,
+    /// By id, each cluster as it was told last.
+    known: HashMap<String, String>,
+    first: bool,
+    _place: Listener,
+}
+
+impl Changes {
+    async fn next(&mut self) -> Option<Bytes> {
+        for quiet in 1.. {
+            if !self.first {
+                tokio::select! {
+                    () = tokio::time::sleep(TICK) => {}
+                    () = self.hub.inner.ending.cancelled() => return None,
+                }
+            }
+            let now = crate::control_plane::now();
+            // what was shown is asked about each time; the local socket shows nothing, and needs not to
+            let who = match (&self.caller.token, &self.caller.who) {
+                (Some(token), _) => self.hub.registry().who(token, now).ok()?,
+                (None, Who::Local) => Who::Local,
+                (None, _) => return None,
+            };
+            let text = difference(&self.hub.visible(&who, now), &mut self.known, now);
+            let first = std::mem::take(&mut self.first);
+            if let Some(text) = text {
+                return Some(Bytes::from(text));
+            }
+            // a listener that is gone is noticed when something is sent to it
+            if quiet >= 15 || first {
+                return Some(Bytes::from_static(b": quiet\n\n"));
+            }
+        }
+        None
+    }
+}
+
+/// One event with the clusters that are not as they were, and those that are gone.
+fn difference(items: &[ClusterView], known: &mut HashMap<String, String>, now: i64) -> Option<String> {
+    let mut changed = Vec::new();
+    let first = known.is_empty();
+    for item in items {
+        let mut steady = item.clone();
+        // these move with every heartbeat and say nothing new
+        (steady.seen_at, steady.uptime_s) = (0, 0);
+        if !item.reason.is_empty() {
+            steady.seen_at = item.seen_at;
+            // "for 31 s" is counted on by the page
+            steady.reason = String::new();
+        }
+        let text = json!(steady).to_string();
+        if known.get(&item.id) != Some(&text) {
+            known.insert(item.id.clone(), text);
+            changed.push(json!(item));
+        }
+    }
+    let mut gone = Vec::new();
+    if known.len() > items.len() {
+        let there: HashSet<&str> = items.iter().map(|i| i.id.as_str()).collect();
+        gone.extend(known.keys().filter(|id| !there.contains(id.as_str())).cloned());
+        known.retain(|id, _| there.contains(id.as_str()));
+    }
+    if changed.is_empty() && gone.is_empty() {
+        return None;
+    }
+    let data = json!({"all": first, "changed": changed, "gone": gone, "now": now});
+    Some(format!("event: clusters\ndata: {data}\n\n"))
+}

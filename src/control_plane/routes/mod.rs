@@ -1,0 +1,182 @@
+//! The router: each resource names its routes and their handlers, and a handler's first argument says who may call it. What is not here
+//! is not there.
+
+mod admins;
+mod agents;
+mod changes;
+mod clusters;
+mod frps;
+mod gateway;
+mod operations;
+mod page;
+mod projects;
+mod runners;
+mod system;
+mod tokens;
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::handler::Handler;
+use axum::response::Response;
+use axum::routing::{MethodFilter, MethodRouter, any};
+use http::request::Parts;
+use http::{HeaderValue, Uri};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tower::Service as _;
+
+use super::Hub;
+use super::answer::problem;
+use super::auth::{Caller, Origin};
+use super::body::{named, not_here};
+use super::registry::refused;
+use crate::base::secret::Secret;
+
+pub use super::auth::Need;
+pub(super) use changes::Listeners;
+
+/// A route as the table shows it: `{id}` stands for one segment of a path, `*` for every method, or at the end for all that follows.
+#[derive(Clone, Copy, Debug)]
+pub struct Route {
+    pub method: &'static str,
+    pub path: &'static str,
+    pub need: Need,
+}
+
+/// What a handler needs of its caller: its arguments say so, and one whose first argument is no [`Caller`] is no handler.
+trait Asks {
+    const NEED: Need;
+}
+
+macro_rules! asks {
+    ($($more:ident)*) => {
+        impl<Via, C: Caller, $($more),*> Asks for (Via, C, $($more),*) {
+            const NEED: Need = C::NEED;
+        }
+    };
+}
+
+asks!();
+asks!(A);
+asks!(A B);
+asks!(A B D);
+asks!(A B D E);
+
+/// Routes with their handlers, and the table of them.
+#[derive(Default)]
+struct Routes {
+    table: Vec<Route>,
+    /// By path: a path that takes some methods refuses all others in the same words.
+    paths: BTreeMap<&'static str, MethodRouter<Hub>>,
+}
+
+impl Routes {
+    fn get<H: Handler<T, Hub>, T: Asks + 'static>(self, path: &'static str, handler: H) -> Routes {
+        // axum would answer HEAD with it too
+        self.on("GET", MethodFilter::GET, path, handler).change(path, |methods| methods.head(wrong_method))
+    }
+
+    fn post<H: Handler<T, Hub>, T: Asks + 'static>(self, path: &'static str, handler: H) -> Routes {
+        self.on("POST", MethodFilter::POST, path, handler)
+    }
+
+    fn delete<H: Handler<T, Hub>, T: Asks + 'static>(self, path: &'static str, handler: H) -> Routes {
+        self.on("DELETE", MethodFilter::DELETE, path, handler)
+    }
+
+    fn on<H: Handler<T, Hub>, T: Asks + 'static>(mut self, method: &'static str, filter: MethodFilter, path: &'static str, handler: H) -> Routes {
+        self.table.push(Route { method, path, need: T::NEED });
+        self.change(path, |methods| methods.on(filter, handler))
+    }
+
+    /// Every method of a path, of the same path with a slash, and of all below; `shown` is how the table shows the three.
+    fn below<H: Handler<T, Hub>, T: Asks + 'static>(mut self, shown: &'static str, paths: [&'static str; 3], handler: H) -> Routes {
+        self.table.push(Route { method: "*", path: shown, need: T::NEED });
+        for path in paths {
+            self.paths.insert(path, any(handler.clone()));
+        }
+        self
+    }
+
+    fn change(mut self, path: &'static str, change: impl FnOnce(MethodRouter<Hub>) -> MethodRouter<Hub>) -> Routes {
+        let methods = self.paths.remove(path).unwrap_or_else(|| any(wrong_method));
+        self.paths.insert(path, change(methods));
+        self
+    }
+
+    fn all() -> Routes {
+        let parts = [
+            page::routes,
+            system::routes,
+            frps::routes,
+            agents::routes,
+            projects::routes,
+            tokens::routes,
+            runners::routes,
+            admins::routes,
+            clusters::routes,
+            operations::routes,
+            changes::routes,
+            gateway::routes,
+        ];
+        parts.into_iter().fold(Routes::default(), |routes, part| part(routes))
+    }
+}
+
+/// All routes and whom they serve.
+pub fn table() -> Vec<Route> {
+    Routes::all().table
+}
+
+/// The router of a control plane.
+pub(super) fn router(hub: Hub) -> Router {
+    let paths = Routes::all().paths.into_iter();
+    paths.fold(Router::new(), |router, (path, methods)| router.route(path, methods)).fallback(no_such_path).with_state(hub)
+}
+
+/// What is made here by its name alone.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Named {
+    name: String,
+}
+
+/// A row as it is shown: what opens something is not.
+fn without_hash(row: &impl Serialize) -> Value {
+    let mut row = json!(row);
+    if let Some(fields) = row.as_object_mut() {
+        fields.remove("hash");
+    }
+    row
+}
+
+/// A row that was made just now, with the one sight of its token.
+fn with_token(row: &impl Serialize, token: &Secret) -> Value {
+    let mut shown = without_hash(row);
+    shown["token"] = token.expose().into();
+    shown
+}
+
+async fn wrong_method(parts: Parts) -> Response {
+    let wrong = refused(405, "method_not_allowed", "this path takes another method", None);
+    problem(named(&parts).err().unwrap_or(wrong), parts.uri.path())
+}
+
+async fn no_such_path(uri: Uri) -> Response {
+    problem(not_here(), uri.path())
+}
+
+/// Answers one request. Nothing that a client sends ends more than its own connection.
+pub(super) async fn respond(mut router: Router, origin: Origin, request: http::Request<hyper::body::Incoming>) -> Result<Response, Infallible> {
+    let mut request: Request = request.map(axum::body::Body::new);
+    request.extensions_mut().insert(origin);
+    let mut response = router.call(request).await?;
+    let headers = response.headers_mut();
+    for (name, value) in [("cache-control", "no-store"), ("x-content-type-options", "nosniff"), ("content-security-policy", "sandbox")] {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
+    Ok(response)
+}

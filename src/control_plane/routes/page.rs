@@ -1,0 +1,71 @@
+//! The page for people: its files, and logging in. Its data is the API's.
+
+use axum::extract::State;
+use axum::response::Response;
+use http::{HeaderMap, HeaderValue, header};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::Routes;
+use crate::base::secret::Secret;
+use crate::control_plane::Hub;
+use crate::control_plane::answer::{answer, plain};
+use crate::control_plane::auth::{Anonymous, AnonymousPeer, SessionCaller};
+use crate::control_plane::body::{Json, Whole};
+use crate::control_plane::registry::{Refused, Who, unwritten};
+
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; \
+                      form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Login {
+    token: Secret,
+}
+
+pub(super) fn routes(routes: Routes) -> Routes {
+    let routes = routes
+        .get("/", async |_: Anonymous| file("text/html; charset=utf-8", include_str!("../page/index.html")))
+        .get("/page.css", async |_: Anonymous| file("text/css; charset=utf-8", include_str!("../page/page.css")))
+        .get("/page.js", async |_: Anonymous| file("text/javascript; charset=utf-8", include_str!("../page/page.js")))
+        .get("/icon.svg", async |_: Anonymous| file("image/svg+xml", include_str!("../page/icon.svg")));
+    routes.post("/session", login).get("/session", session).delete("/session", logout)
+}
+
+fn file(kind: &'static str, text: &'static str) -> Response {
+    let mut file = plain(200, kind, text);
+    for (name, value) in [("content-security-policy", POLICY), ("referrer-policy", "no-referrer"), ("cross-origin-opener-policy", "same-origin")] {
+        file.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    file
+}
+
+/// A session for whoever shows an administrator's or a Runner's token.
+async fn login(peer: AnonymousPeer, State(hub): State<Hub>, Json(asked): Json<Login>) -> Result<Response, Refused> {
+    let done = hub.login(peer.address, &asked.token, crate::control_plane::now())?;
+    with_cookie(answer(200, &about(&done.who, &done.csrf)), &done.cookie)
+}
+
+/// Who is logged in, to a page that was loaded anew.
+async fn session(caller: SessionCaller, State(hub): State<Hub>, headers: HeaderMap) -> Response {
+    answer(200, &about(&caller.who, &hub.csrf(&headers)))
+}
+
+async fn logout(_: SessionCaller, State(hub): State<Hub>, headers: HeaderMap, _: Whole) -> Result<Response, Refused> {
+    with_cookie(answer(200, &json!({})), &hub.logout(&headers))
+}
+
+fn with_cookie(mut answer: Response, cookie: &str) -> Result<Response, Refused> {
+    answer.headers_mut().insert(header::SET_COOKIE, HeaderValue::try_from(cookie).map_err(|e| unwritten(&e.into()))?);
+    Ok(answer)
+}
+
+fn about(who: &Who, csrf: &str) -> Value {
+    let (name, admin) = match who {
+        Who::Admin(name) => (name.as_str(), true),
+        Who::Local => ("local", true),
+        Who::Access(access) => (access.name.as_str(), false),
+        Who::Agent(_) | Who::Enrolment(_) => ("", false),
+    };
+    json!({"name": name, "admin": admin, "csrf": csrf, "version": env!("CARGO_PKG_VERSION")})
+}
