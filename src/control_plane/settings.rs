@@ -13,6 +13,7 @@ pub const CONFIG: &str = "/etc/pipeops/control-plane.toml";
 /// All optional, so that the file lies under the flags.
 #[derive(Clone, Debug, Default, clap::Args, Deserialize, PartialEq)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[allow(rustdoc::broken_intra_doc_links, reason = "help texts: what stands in brackets is no link")]
 pub struct PlaneOptions {
     /// Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]
     #[arg(long, value_name = "ADDRESS")]
