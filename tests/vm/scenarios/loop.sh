@@ -40,14 +40,15 @@ YAML
 many_watches() {
     local i pids=()
     for i in $(seq 100); do
-        kl get --raw '/api/v1/namespaces/production/pods?watch=true' >"$out/watch.$i" 2>&1 &
+        HOME=$out KUBECONFIG=$out/loop.kubeconfig "$kubectl" --cache-dir "$out/kubectl" -n production get pods -w -o 'jsonpath={.kind} {.metadata.labels.round}{"\n"}' >"$out/watch.$i" 2>&1 &
         pids+=($!)
     done
     heard() { [ "$(grep -lF "$1" "$out"/watch.* | wc -l)" = 100 ]; }
-    want "100 watches of one caller are open" until_true 60 heard '"ADDED"'
+    want "100 watches of one caller are open" until_true 60 heard Pod
     want "a read beside them" kl get nodes
     want "a change beside them" kl -n production label pod "$pod" round=watches
-    want "each of them hears of it" until_true 30 heard '"round":"watches"'
+    want "each of them hears of it" until_true 30 heard 'Pod watches'
+    grep -LF 'Pod watches' "$out"/watch.* | head -1 | xargs -r tail -3 | sed 's/^/          /'
     kill "${pids[@]}"; wait "${pids[@]}" 2>/dev/null
     rm -f "$out"/watch.*
 }
