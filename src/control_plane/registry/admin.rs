@@ -1,6 +1,6 @@
 //! What administrators make and take back: projects, enrolment tokens, Runners, other administrators.
 
-use super::{Refused, Registry, Who, check_name, mint, no_such, refused, unwritten};
+use super::{Inner, Refused, Registry, Who, check_name, mint, no_such, refused, unwritten};
 use crate::base::secret::Secret;
 use crate::control_plane::keys::{Keys, fresh};
 use crate::control_plane::model::{Access, AccessKind, Admin, Enrolment, Project};
@@ -16,18 +16,15 @@ impl Registry {
     pub async fn add_project(&self, name: &str, now: i64) -> Result<Project, Refused> {
         check_name(name)?;
         let project = Project { id: self.fresh_id("p")?, name: name.into(), created_at: now };
-        {
-            let mut inner = self.inner();
+        let change = |inner: &mut Inner| {
             if inner.projects.values().any(|p| p.name == name) {
                 return Err(refused(409, "name_taken", format!("there is a project {name} already"), None));
             }
             inner.projects.insert(project.id.clone(), project.clone());
-        }
-        let written = self.put(Kind::Project, &project.id, &project).await;
-        if written.is_err() {
-            self.inner().projects.remove(&project.id);
-        }
-        written.map(|()| project)
+            Ok((vec![Change::put(Kind::Project, &project.id, &project)?], ()))
+        };
+        self.transact(change, |inner, ()| drop(inner.projects.remove(&project.id)), |_, ()| ()).await?;
+        Ok(project)
     }
 
     pub fn projects(&self) -> Vec<Project> {
@@ -77,8 +74,15 @@ impl Registry {
             uses_left: uses,
             revoked: false,
         };
-        self.put(Kind::Enrolment, &row.id, &row).await?;
-        self.inner().know_enrolment(row.clone());
+        let change = |inner: &mut Inner| {
+            inner.know_enrolment(row.clone());
+            Ok::<_, Refused>((vec![Change::put(Kind::Enrolment, &row.id, &row)?], ()))
+        };
+        let undo = |inner: &mut Inner, ()| {
+            inner.tokens.remove(&row.hash);
+            inner.enrolments.remove(&row.id);
+        };
+        self.transact(change, undo, |_, ()| ()).await?;
         Ok((row, token))
     }
 
@@ -89,11 +93,13 @@ impl Registry {
     /// # Errors
     /// 404, or no database: then it stays good.
     pub async fn revoke_enrolment(&self, id: &str) -> Result<(), Refused> {
-        let mut row = self.inner().enrolments.get(id).cloned().ok_or_else(|| no_such("token", id))?;
-        row.revoked = true;
-        self.put(Kind::Enrolment, id, &row).await?;
-        self.inner().enrolments.insert(id.into(), row);
-        Ok(())
+        let set = |inner: &mut Inner, revoked: bool| {
+            let row = inner.enrolments.get_mut(id).ok_or_else(|| no_such("token", id))?;
+            let before = std::mem::replace(&mut row.revoked, revoked);
+            Ok::<_, Refused>((vec![Change::put(Kind::Enrolment, id, row)?], before))
+        };
+        let undo = |inner: &mut Inner, before: bool| drop(set(inner, before));
+        self.transact(|inner| set(inner, true), undo, |_, _| ()).await
     }
 
     /// A Runner's token, or one for a kubeconfig.
@@ -106,19 +112,19 @@ impl Registry {
         let prefix = if row.kind == AccessKind::Runner { "por" } else { "pok" };
         let (token, hash) = mint(keys, prefix)?;
         (row.id, row.hash) = (self.fresh_id("r")?, hash);
-        self.put(Kind::Access, &row.id, &row).await?;
-        let gone = {
-            let mut inner = self.inner();
+        let change = |inner: &mut Inner| {
             // whoever makes it may have been revoked meanwhile, with all that he had made by then
-            let gone = row.maker.as_deref().is_some_and(|maker| inner.still(maker, row.created_at).is_none());
-            row.revoked |= gone;
+            if row.maker.as_deref().is_some_and(|maker| inner.still(maker, row.created_at).is_none()) {
+                return Err(refused(401, "token_unknown", "the token was revoked", None));
+            }
             inner.know_access(row.clone());
-            gone
+            Ok((vec![Change::put(Kind::Access, &row.id, &row)?], ()))
         };
-        if gone {
-            self.put(Kind::Access, &row.id, &row).await?;
-            return Err(refused(401, "token_unknown", "the token was revoked", None));
-        }
+        let undo = |inner: &mut Inner, ()| {
+            inner.tokens.remove(&row.hash);
+            inner.accesses.remove(&row.id);
+        };
+        self.transact(change, undo, |_, ()| ()).await?;
         Ok((row, token))
     }
 
@@ -131,29 +137,13 @@ impl Registry {
     /// # Errors
     /// 404, or no database.
     pub async fn revoke_access(&self, id: &str) -> Result<(), Refused> {
-        if !self.inner().accesses.contains_key(id) {
-            return Err(no_such("runner", id));
-        }
-        self.end_accesses(|row| row.id == id || row.maker.as_deref() == Some(id)).await
-    }
-
-    async fn end_accesses(&self, which: impl Fn(&Access) -> bool) -> Result<(), Refused> {
-        let (rows, order) = {
-            let inner = self.inner();
-            let ended = inner.accesses.values().map(|a| &a.0).filter(|row| !row.revoked && which(row));
-            let rows: Vec<Access> = ended.map(|row| Access { revoked: true, ..row.clone() }).collect();
-            let changes = rows.iter().map(|row| Change::put(Kind::Access, &row.id, row)).collect::<anyhow::Result<_>>();
-            (rows, self.store.order(changes.map_err(|e| unwritten(&e))?))
-        };
-        order.durable().await.map_err(|e| unwritten(&e))?;
-        let mut inner = self.inner();
-        for row in rows {
-            if let Some(access) = inner.accesses.get_mut(&row.id) {
-                access.0 = row;
-                access.1.cancel();
+        let change = |inner: &mut Inner| {
+            if !inner.accesses.contains_key(id) {
+                return Err(no_such("runner", id));
             }
-        }
-        Ok(())
+            inner.revoke_accesses(|row| row.id == id || row.maker.as_deref() == Some(id))
+        };
+        self.transact(change, Inner::restore_accesses, Inner::end_accesses).await
     }
 
     /// Forgets kubeconfigs whose time is long over.
@@ -161,23 +151,18 @@ impl Registry {
     /// # Errors
     /// No database: they are forgotten next time.
     pub async fn tidy_accesses(&self, now: i64) -> anyhow::Result<()> {
-        let (rows, order) = {
-            let inner = self.inner();
-            let over = |row: &&Access| row.kind == AccessKind::Kubeconfig && row.expires_at.is_some_and(|at| at + KEPT <= now);
-            let rows: Vec<(String, String)> = inner.accesses.values().map(|a| &a.0).filter(over).map(|a| (a.id.clone(), a.hash.clone())).collect();
-            if rows.is_empty() {
-                return Ok(());
-            }
-            let changes = rows.iter().map(|(id, _)| Change::remove(Kind::Access, id)).collect();
-            (rows, self.store.order(changes))
+        let change = |inner: &mut Inner| {
+            let over = |row: &Access| row.kind == AccessKind::Kubeconfig && row.expires_at.is_some_and(|at| at + KEPT <= now);
+            let ids: Vec<String> = inner.accesses.values().filter(|a| over(&a.0)).map(|a| a.0.id.clone()).collect();
+            let changes = ids.iter().map(|id| Change::remove(Kind::Access, id)).collect();
+            Ok((changes, ids))
         };
-        order.durable().await?;
-        let mut inner = self.inner();
-        for (id, hash) in rows {
-            inner.tokens.remove(&hash);
-            inner.accesses.remove(&id);
-        }
-        Ok(())
+        let done = |inner: &mut Inner, ids: Vec<String>| {
+            for (row, _) in ids.iter().filter_map(|id| inner.accesses.remove(id)) {
+                inner.tokens.remove(&row.hash);
+            }
+        };
+        self.transact(change, |_, _| (), done).await
     }
 
     /// What ends when a Runner is revoked, if he reaches an agent's cluster now.
@@ -218,15 +203,22 @@ impl Registry {
     /// A name that is taken or cannot be one, or no database.
     pub async fn add_admin(&self, keys: &Keys, name: &str, now: i64) -> Result<(Admin, Secret), Refused> {
         check_name(name)?;
-        // what an administrator makes and does is his by his name; `local` is whoever can open the socket
-        let subject = Who::Admin(name.into()).subject();
-        if subject == Who::Local.subject() || self.still(&subject, now).is_some() {
-            return Err(refused(409, "name_taken", format!("there is an administrator {name} already"), Some("choose another name")));
-        }
         let (token, hash) = mint(keys, "pom")?;
         let row = Admin { id: self.fresh_id("m")?, name: name.into(), hash, created_at: now };
-        self.put(Kind::Admin, &row.id, &row).await?;
-        self.inner().know_admin(row.clone());
+        let change = |inner: &mut Inner| {
+            // what an administrator makes and does is his by his name; `local` is whoever can open the socket
+            let subject = Who::Admin(name.into()).subject();
+            if subject == Who::Local.subject() || inner.still(&subject, now).is_some() {
+                return Err(refused(409, "name_taken", format!("there is an administrator {name} already"), Some("choose another name")));
+            }
+            inner.know_admin(row.clone());
+            Ok((vec![Change::put(Kind::Admin, &row.id, &row)?], ()))
+        };
+        let undo = |inner: &mut Inner, ()| {
+            inner.tokens.remove(&row.hash);
+            inner.admins.remove(&row.id);
+        };
+        self.transact(change, undo, |_, ()| ()).await?;
         Ok((row, token))
     }
 
@@ -235,22 +227,26 @@ impl Registry {
     /// # Errors
     /// 404; 409 for the last one; no database: then he stays.
     pub async fn remove_admin(&self, id: &str) -> Result<(), Refused> {
-        let (row, order) = {
-            let mut inner = self.inner();
+        let change = |inner: &mut Inner| {
             if inner.admins.len() == 1 && inner.admins.contains_key(id) {
                 return Err(refused(409, "last_admin", "this is the last administrator", Some("make another one first")));
             }
-            let (row, over) = inner.admins.remove(id).ok_or_else(|| no_such("administrator", id))?;
-            over.cancel();
-            (row, self.store.order(vec![Change::remove(Kind::Admin, id)]))
+            let admin = inner.admins.remove(id).ok_or_else(|| no_such("administrator", id))?;
+            let subject = Who::Admin(admin.0.name.clone()).subject();
+            let (mut changes, made) = inner.revoke_accesses(|row| row.maker.as_ref() == Some(&subject))?;
+            changes.push(Change::remove(Kind::Admin, id));
+            Ok((changes, (admin, made)))
         };
-        if let Err(error) = order.durable().await {
-            self.inner().know_admin(row);
-            return Err(unwritten(&error));
-        }
-        self.inner().tokens.remove(&row.hash);
-        let subject = Who::Admin(row.name).subject();
-        self.end_accesses(|made| made.maker.as_ref() == Some(&subject)).await
+        let undo = |inner: &mut Inner, (admin, made): (Kept<Admin>, Vec<String>)| {
+            inner.admins.insert(id.into(), admin);
+            inner.restore_accesses(made);
+        };
+        let done = |inner: &mut Inner, ((row, over), made): (Kept<Admin>, Vec<String>)| {
+            inner.tokens.remove(&row.hash);
+            over.cancel();
+            inner.end_accesses(made);
+        };
+        self.transact(change, undo, done).await
     }
 
     pub fn admins(&self) -> Vec<Admin> {
@@ -258,7 +254,36 @@ impl Registry {
     }
 }
 
-impl super::Inner {
+/// A row, and what ends with it.
+type Kept<T> = (T, CancellationToken);
+
+impl Inner {
+    /// Takes accesses back; gives what to write, and their ids.
+    fn revoke_accesses(&mut self, which: impl Fn(&Access) -> bool) -> Result<(Vec<Change>, Vec<String>), Refused> {
+        let (mut changes, mut ids) = (Vec::new(), Vec::new());
+        for (row, _) in self.accesses.values_mut().filter(|(row, _)| !row.revoked && which(row)) {
+            row.revoked = true;
+            changes.push(Change::put(Kind::Access, &row.id, row)?);
+            ids.push(row.id.clone());
+        }
+        Ok((changes, ids))
+    }
+
+    fn restore_accesses(&mut self, ids: Vec<String>) {
+        for id in ids {
+            if let Some((row, _)) = self.accesses.get_mut(&id) {
+                row.revoked = false;
+            }
+        }
+    }
+
+    /// What was open with accesses that were taken back ends.
+    fn end_accesses(&mut self, ids: Vec<String>) {
+        for (_, over) in ids.iter().filter_map(|id| self.accesses.get(id)) {
+            over.cancel();
+        }
+    }
+
     fn still(&self, subject: &str, now: i64) -> Option<Who> {
         if subject == Who::Local.subject() {
             return Some(Who::Local);
@@ -268,5 +293,73 @@ impl super::Inner {
         }
         let access = self.accesses.get(subject).map(|a| &a.0);
         access.filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now)).map(|a| Who::Access(Box::new(a.clone())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::token::Role;
+    use crate::control_plane::store::Store;
+    use crate::host::Host;
+
+    #[tokio::test]
+    async fn what_is_not_written_has_not_happened_and_no_stream_ends_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let store = Store::open(&url, "i").await.unwrap();
+        let registry = Registry::load(store.clone(), None, 0).await.unwrap();
+        registry.add_project("default", 1).await.unwrap();
+        let (admin, token) = registry.add_admin(&keys, "eve", 1).await.unwrap();
+        registry.add_admin(&keys, "other", 1).await.unwrap();
+        let who = registry.who(&keys.hashed(token.expose()), 1).unwrap();
+        let row = |maker: Option<String>| Access {
+            id: String::new(),
+            project: "default".into(),
+            name: "ci".into(),
+            kind: AccessKind::Runner,
+            hash: String::new(),
+            role: Role::Viewer,
+            clusters: None,
+            namespaces: None,
+            created_at: 1,
+            expires_at: None,
+            revoked: false,
+            maker,
+        };
+        let (access, _) = registry.add_access(&keys, row(Some(who.subject()))).await.unwrap();
+        let (enrolment, _) = registry.add_enrolment(&keys, "default", "t", 60, None, 1).await.unwrap();
+        let streams = [registry.until_revoked(&who), registry.until_revoked(&Who::Access(Box::new(access.clone())))];
+        let known = || {
+            let revoked = registry.accesses().iter().filter(|a| a.revoked).count() + registry.enrolments().iter().filter(|e| e.revoked).count();
+            (registry.projects().len(), registry.admins().len(), registry.accesses().len(), registry.enrolments().len(), revoked)
+        };
+        assert_eq!(known(), (1, 2, 1, 1, 0));
+        // the database takes nothing any more
+        store.close().await;
+        let code = |result: Result<(), Refused>| result.unwrap_err().code;
+        for refused in [
+            code(registry.add_project("more", 2).await.map(drop)),
+            code(registry.add_admin(&keys, "more", 2).await.map(drop)),
+            code(registry.add_access(&keys, row(None)).await.map(drop)),
+            code(registry.add_enrolment(&keys, "default", "more", 60, None, 2).await.map(drop)),
+            code(registry.revoke_enrolment(&enrolment.id).await),
+            code(registry.revoke_access(&access.id).await),
+            code(registry.remove_admin(&admin.id).await),
+        ] {
+            assert_eq!(refused, "database_unavailable");
+            assert_eq!(known(), (1, 2, 1, 1, 0));
+        }
+        assert!(registry.who(&keys.hashed(token.expose()), 2).is_ok());
+        assert!(streams.iter().all(|stream| !stream.is_cancelled()));
+        // and with one that does
+        let store = Store::open(&url, "i").await.unwrap();
+        let registry = Registry::load(store, None, 0).await.unwrap();
+        let streams = [registry.until_revoked(&who), registry.until_revoked(&Who::Access(Box::new(access)))];
+        registry.remove_admin(&admin.id).await.unwrap();
+        assert!(streams.iter().all(CancellationToken::is_cancelled) && registry.accesses()[0].revoked);
+        assert!(registry.who(&keys.hashed(token.expose()), 2).is_err());
+        assert_eq!(registry.add_access(&keys, row(Some(who.subject()))).await.unwrap_err().code, "token_unknown");
     }
 }

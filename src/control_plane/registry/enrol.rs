@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
 use super::events::Topic;
-use super::{Entry, Inner, Refused, Registry, Who, check_facts, check_name, duplicate, mint, no_such, refused, unwritten};
+use super::{Entry, Inner, Refused, Registry, Who, check_facts, check_name, duplicate, mint, no_such, refused};
 use crate::base::secret::Secret;
 use crate::contract::types::{AgentInfo, Register, id_of};
 use crate::control_plane::keys::Keys;
@@ -60,20 +60,17 @@ impl Registry {
         let (credential, hash) = mint(keys, "poa")?;
         let held = Held { hash, expires_at: now + CREDENTIAL };
         let id = asked.agent.id.clone();
-        let (order, cluster_id, undo) = {
-            let mut inner = self.inner();
+        let change = |inner: &mut Inner| {
             let (mut changes, cluster_id, undo) = inner.register(who, asked, held.clone(), now)?;
             if undo.news()
                 && let Some(entry) = inner.agents.get(&id)
             {
                 changes.extend(self.told(&entry.row, Topic::Registered, now));
             }
-            (self.store.order(changes), cluster_id, undo)
+            Ok::<_, Refused>((changes, (cluster_id, undo)))
         };
-        if let Err(error) = order.durable().await {
-            self.inner().undo(undo, &held.hash);
-            return Err(unwritten(&error));
-        }
+        let undo = |inner: &mut Inner, (_, undo): (String, Undo)| inner.undo(undo, &held.hash);
+        let cluster_id = self.transact(change, undo, |_, (cluster_id, _)| cluster_id).await?;
         Ok(Enrolled { agent_id: id, cluster_id, credential, expires_at: held.expires_at })
     }
 
@@ -84,19 +81,13 @@ impl Registry {
     pub async fn rotate(&self, keys: &Keys, id: &str, now: i64) -> Result<(Secret, i64), Refused> {
         let (credential, hash) = mint(keys, "poa")?;
         let held = Held { hash, expires_at: now + CREDENTIAL };
-        let order = {
-            let mut inner = self.inner();
+        let change = |inner: &mut Inner| {
             inner.hold(id, held.clone(), now)?;
             let row = &inner.agents.get(id).ok_or_else(|| no_such("agent", id))?.row;
-            self.store.order(vec![Change::put(Kind::Agent, id, row).map_err(|e| unwritten(&e))?])
+            Ok::<_, Refused>((vec![Change::put(Kind::Agent, id, row)?], ()))
         };
-        match order.durable().await {
-            Ok(()) => Ok((credential, held.expires_at)),
-            Err(error) => {
-                self.inner().forget_credential(id, &held.hash);
-                Err(unwritten(&error))
-            }
-        }
+        self.transact(change, |inner, ()| inner.forget_credential(id, &held.hash), |_, ()| ()).await?;
+        Ok((credential, held.expires_at))
     }
 }
 
@@ -151,7 +142,7 @@ impl Inner {
             let (cluster, changed) = (entry.row.cluster_id.clone(), !same);
             self.hold(&id, held, now)?;
             let row = &self.agents.get(&id).ok_or_else(|| no_such("agent", &id))?.row;
-            let change = Change::put(Kind::Agent, &id, row).map_err(|e| unwritten(&e))?;
+            let change = Change::put(Kind::Agent, &id, row)?;
             return Ok((vec![change], cluster, Undo::Again { id, changed }));
         }
         let Who::Enrolment(token) = who else {
@@ -182,10 +173,7 @@ impl Inner {
             revoked: false,
             online: false,
         };
-        let changes = vec![
-            Change::put(Kind::Agent, &id, &row).map_err(|e| unwritten(&e))?,
-            Change::put(Kind::Enrolment, token, enrolment).map_err(|e| unwritten(&e))?,
-        ];
+        let changes = vec![Change::put(Kind::Agent, &id, &row)?, Change::put(Kind::Enrolment, token, enrolment)?];
         self.know(Entry::new(row));
         Ok((changes, cluster_id, Undo::New { id, enrolment: token.clone() }))
     }

@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Entry, Liveness, Registry};
+use super::{Entry, Inner, Liveness, Registry};
 use crate::contract::types::{Operation, StatusReport};
 use crate::control_plane::model::{Agent, rfc3339};
 use crate::control_plane::store::{Change, Event, Kind};
@@ -80,10 +80,8 @@ impl Registry {
     /// # Errors
     /// When the database takes nothing; the next look tells of them.
     pub async fn look(&self, now: i64) -> anyhow::Result<()> {
-        let mut turned = Vec::new();
-        let order = {
-            let mut inner = self.inner();
-            let mut changes = Vec::new();
+        let change = |inner: &mut Inner| {
+            let (mut changes, mut turned) = (Vec::new(), Vec::new());
             for entry in inner.agents.values_mut() {
                 let (state, reason) = entry.liveness(now, self.started);
                 let there = !matches!(state, Liveness::Offline | Liveness::Expired | Liveness::Revoked);
@@ -96,21 +94,16 @@ impl Registry {
                 changes.extend(self.told(&entry.row, if there { Topic::Online } else { Topic::Offline(state, &reason) }, now));
                 turned.push(entry.row.id.clone());
             }
-            if changes.is_empty() {
-                return Ok(());
-            }
-            self.store.order(changes)
+            Ok((changes, turned))
         };
-        let result = order.durable().await;
-        if result.is_err() {
-            let mut inner = self.inner();
+        let undo = |inner: &mut Inner, turned: Vec<String>| {
             for id in turned {
                 if let Some(Entry { row, .. }) = inner.agents.get_mut(&id) {
                     row.online = !row.online;
                 }
             }
-        }
-        result
+        };
+        self.transact(change, undo, |_, _| ()).await
     }
 
     /// Tells of everybody: Runners are told of agents from now on.
@@ -118,8 +111,7 @@ impl Registry {
     /// # Errors
     /// When the database takes nothing.
     pub async fn tell_all(&self, now: i64) -> anyhow::Result<()> {
-        let order = {
-            let inner = self.inner();
+        let change = |inner: &mut Inner| {
             let mut events = Vec::new();
             for row in inner.agents.values().map(|e| &e.row).filter(|row| !row.revoked) {
                 events.extend(self.told(row, Topic::Registered, now));
@@ -127,8 +119,8 @@ impl Registry {
                     events.extend(self.told(row, Topic::Online, now));
                 }
             }
-            self.store.order(events)
+            Ok((events, ()))
         };
-        order.durable().await
+        self.transact(change, |_, ()| (), |_, ()| ()).await
     }
 }

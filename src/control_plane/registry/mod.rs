@@ -5,6 +5,7 @@ pub mod enrol;
 mod events;
 mod names;
 mod operations;
+mod transact;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard};
@@ -336,10 +337,8 @@ impl Registry {
     /// # Errors
     /// When the database takes nothing; it is tried again at the next flush.
     pub async fn flush(&self) -> anyhow::Result<()> {
-        let mut ids = Vec::new();
-        let order = {
-            let mut inner = self.inner();
-            let mut changes = Vec::new();
+        let change = |inner: &mut Inner| {
+            let (mut changes, mut ids) = (Vec::new(), Vec::new());
             for entry in inner.agents.values_mut().filter(|e| e.dirty || e.untold) {
                 entry.row.seen_at = entry.seen_at;
                 changes.push(Change::put(Kind::Agent, &entry.row.id, &entry.row)?);
@@ -349,23 +348,16 @@ impl Registry {
                 (entry.dirty, entry.untold) = (false, false);
                 ids.push(entry.row.id.clone());
             }
-            self.store.order(changes)
+            Ok((changes, ids))
         };
-        let result = order.durable().await;
-        if result.is_err() {
-            let mut inner = self.inner();
+        let undo = |inner: &mut Inner, ids: Vec<String>| {
             for id in ids {
                 if let Some(entry) = inner.agents.get_mut(&id) {
                     (entry.dirty, entry.untold) = (true, entry.untold || entry.report.is_some() && self.tells.is_some());
                 }
             }
-        }
-        result
-    }
-
-    async fn put<T: Serialize>(&self, kind: Kind, id: &str, row: &T) -> Result<(), Refused> {
-        let change = Change::put(kind, id, row).map_err(|e| unwritten(&e))?;
-        self.store.write(vec![change]).await.map_err(|e| unwritten(&e))
+        };
+        self.transact(change, undo, |_, _| ()).await
     }
 
     /// Clusters of a project, or all.
@@ -434,22 +426,24 @@ impl Registry {
     /// # Errors
     /// 404, or no database.
     pub async fn revoke_agent(&self, cluster: &str) -> Result<(), Refused> {
-        let (id, order) = {
-            let mut inner = self.inner();
+        let change = |inner: &mut Inner| {
             let id = inner.find(cluster, None)?.row.id.clone();
             let entry = inner.agents.get_mut(&id).ok_or_else(|| no_such("cluster", cluster))?;
             entry.row.revoked = true;
-            let change = Change::put(Kind::Agent, &id, &entry.row).map_err(|e| unwritten(&e))?;
-            (id, self.store.order(vec![change]))
+            Ok::<_, Refused>((vec![Change::put(Kind::Agent, &id, &entry.row)?], id))
         };
-        let written = order.durable().await;
-        if let Some(entry) = self.inner().agents.get_mut(&id) {
-            entry.row.revoked = written.is_ok();
-            if written.is_ok() {
+        let undo = |inner: &mut Inner, id: String| {
+            if let Some(entry) = inner.agents.get_mut(&id) {
+                entry.row.revoked = false;
+            }
+        };
+        let done = |inner: &mut Inner, id: String| {
+            if let Some(entry) = inner.agents.get_mut(&id) {
+                entry.row.revoked = true;
                 entry.over.cancel();
             }
-        }
-        written.map_err(|e| unwritten(&e))
+        };
+        self.transact(change, undo, done).await
     }
 
     /// Forgets an agent and its cluster.
@@ -457,26 +451,24 @@ impl Registry {
     /// # Errors
     /// 404, or no database.
     pub async fn remove_agent(&self, id: &str, now: i64) -> Result<(), Refused> {
-        let (entry, jobs, order) = {
-            let mut inner = self.inner();
+        let change = |inner: &mut Inner| {
             let entry = inner.agents.remove(id).ok_or_else(|| no_such("agent", id))?;
             let (mut changes, jobs) = inner.forget_jobs(id);
             changes.push(Change::remove(Kind::Agent, id));
             changes.extend(self.told(&entry.row, Topic::Deregistered, now));
-            (entry, jobs, self.store.order(changes))
+            Ok::<_, Refused>((changes, (entry, jobs)))
         };
-        let written = order.durable().await;
-        let mut inner = self.inner();
-        if written.is_ok() {
+        let undo = |inner: &mut Inner, (entry, jobs): (Entry, Vec<Job>)| {
+            inner.agents.entry(id.to_owned()).or_insert(entry);
+            inner.jobs.extend(jobs.into_iter().map(|job| ((job.agent.clone(), job.operation.id.clone()), job)));
+        };
+        let done = |inner: &mut Inner, (entry, _): (Entry, Vec<Job>)| {
             entry.over.cancel();
             for held in &entry.row.credentials {
                 inner.tokens.remove(&held.hash);
             }
-        } else {
-            inner.agents.entry(id.to_owned()).or_insert(entry);
-            inner.jobs.extend(jobs.into_iter().map(|job| ((job.agent.clone(), job.operation.id.clone()), job)));
-        }
-        written.map_err(|e| unwritten(&e))
+        };
+        self.transact(change, undo, done).await
     }
 
     /// How many agents are in each state, for metrics.

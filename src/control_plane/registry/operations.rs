@@ -102,8 +102,7 @@ impl Registry {
 
     async fn write_job(&self, job: Job, unless_handed: bool, now: i64) -> Result<(), Refused> {
         let at = at(&job);
-        let (order, former) = {
-            let mut inner = self.inner();
+        let change = |inner: &mut Inner| {
             if unless_handed && inner.handing.contains(&at) {
                 return Err(refused(409, "operation_underway", "it is being handed to the agent", Some("try again in a moment")));
             }
@@ -114,7 +113,7 @@ impl Registry {
             };
             // an agent may have had what was given up: then its word is the truth
             if former.as_ref().is_some_and(|f| f.operation.state.ended() && !news(f)) {
-                return Ok(());
+                return Ok((Vec::new(), former));
             }
             if former.is_none() && job.sealed.is_some() {
                 inner.room_for(&job)?;
@@ -124,17 +123,15 @@ impl Registry {
                 changes.extend(self.told(&agent.row, Topic::Finished(&job.operation), now));
             }
             inner.jobs.insert(at.clone(), job);
-            (self.store.order(changes), former)
+            Ok((changes, former))
         };
-        let written = order.durable().await;
-        if written.is_err() {
-            let mut inner = self.inner();
+        let undo = |inner: &mut Inner, former: Option<Job>| {
             match former {
-                Some(former) => inner.jobs.insert(at, former),
+                Some(former) => inner.jobs.insert(at.clone(), former),
                 None => inner.jobs.remove(&at),
             };
-        }
-        written.map_err(|e| unwritten(&e))
+        };
+        self.transact(change, undo, |_, _| ()).await
     }
 
     /// What an agent tells of the end of an operation; told twice, it is the same end.
@@ -196,15 +193,13 @@ impl Registry {
             };
             self.call_off(job, state, message, now).await.map_err(|e| anyhow::anyhow!(e.message))?;
         }
-        if !old.is_empty() {
-            let order = {
-                let mut inner = self.inner();
-                let gone = old.iter().filter_map(|at| inner.jobs.remove(at)).map(|job| Change::remove(Kind::Operation, &row(&job))).collect();
-                self.store.order(gone)
-            };
-            order.durable().await?;
-        }
-        Ok(())
+        let change = |inner: &mut Inner| {
+            let gone: Vec<Job> = old.iter().filter_map(|at| inner.jobs.remove(at)).collect();
+            let changes = gone.iter().map(|job| Change::remove(Kind::Operation, &row(job))).collect();
+            Ok((changes, gone))
+        };
+        let undo = |inner: &mut Inner, gone: Vec<Job>| inner.jobs.extend(gone.into_iter().map(|job| (at(&job), job)));
+        self.transact(change, undo, |_, _| ()).await
     }
 }
 

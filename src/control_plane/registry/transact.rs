@@ -1,0 +1,41 @@
+//! Changes of memory and database as one.
+
+use super::{Inner, Refused, Registry, unwritten};
+use crate::control_plane::store::Change;
+
+impl From<anyhow::Error> for Refused {
+    /// What the database does not take.
+    fn from(error: anyhow::Error) -> Refused {
+        unwritten(&error)
+    }
+}
+
+impl Registry {
+    /// The one way to change what is known and what is kept. `change` decides and changes memory, under the lock, and says what to
+    /// write: so the database sees changes in the order in which memory did. When they are durable, `done` ends what must not outlive
+    /// them, above all open streams; when they are not, `undo` takes back what `change` did.
+    pub(super) async fn transact<T, R, E: From<anyhow::Error>>(
+        &self,
+        change: impl FnOnce(&mut Inner) -> Result<(Vec<Change>, T), E>,
+        undo: impl FnOnce(&mut Inner, T),
+        done: impl FnOnce(&mut Inner, T) -> R,
+    ) -> Result<R, E> {
+        let (order, kept) = {
+            let mut inner = self.inner();
+            let (changes, kept) = change(&mut inner)?;
+            if changes.is_empty() {
+                return Ok(done(&mut inner, kept));
+            }
+            (self.store.order(changes), kept)
+        };
+        let written = order.durable().await;
+        let mut inner = self.inner();
+        match written {
+            Ok(()) => Ok(done(&mut inner, kept)),
+            Err(error) => {
+                undo(&mut inner, kept);
+                Err(error.into())
+            }
+        }
+    }
+}
