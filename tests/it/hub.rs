@@ -25,6 +25,8 @@ pub(crate) struct Hub {
     pub(crate) client: Client,
     /// What it said.
     pub(crate) log: Arc<Mutex<String>>,
+    /// Of the API and of the tunnel.
+    pub(crate) ports: (u16, u16),
     options: Vec<String>,
 }
 
@@ -81,12 +83,13 @@ impl Hub {
         hub
     }
 
-    fn begin(sandbox: Sandbox, options: &[&str]) -> Hub {
+    pub(crate) fn begin(sandbox: Sandbox, options: &[&str]) -> Hub {
+        let ports = (free_port(), free_port());
         let (log, options) = (Arc::default(), options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>());
-        let (child, port) = spawn(&sandbox, (free_port(), 0), &options, &log);
+        let (child, port) = spawn(&sandbox, ports, &options, &log);
         let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
         let client = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().build().unwrap();
-        Hub { sandbox, child, url: format!("https://127.0.0.1:{port}"), admin: String::new(), client, log, options }
+        Hub { sandbox, child, url: format!("https://127.0.0.1:{port}"), admin: String::new(), client, log, ports, options }
     }
 
     /// On what a sandbox already holds; its administrators are those of before.
@@ -101,10 +104,21 @@ impl Hub {
 
     /// kill -9, and the same again on the same port.
     pub(crate) fn killed_and_back(&mut self) {
-        let port = self.url.rsplit(':').next().unwrap().parse().unwrap();
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.child = spawn(&self.sandbox, (port, 0), &self.options, &self.log).0;
+        self.back();
+    }
+
+    /// SIGTERM, as systemd ends it.
+    pub(crate) fn stop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        assert_eq!(self.child.wait().unwrap().code(), Some(0), "{}", self.log.lock().unwrap());
+    }
+
+    /// The program of the sandbox on the same data and the same ports.
+    pub(crate) fn back(&mut self) {
+        self.child = spawn(&self.sandbox, self.ports, &self.options, &self.log).0;
     }
 
     pub(crate) fn stored(sandbox: &Sandbox) -> Value {
@@ -137,7 +151,7 @@ impl Hub {
     /// A real agent beside a Kubernetes API, enrolled by the line; gives its cluster's id.
     pub(crate) async fn agent(&self, kube: std::net::SocketAddr) -> (Agent, String) {
         let (token, pin) = self.enrol();
-        let sandbox = Sandbox::new();
+        let sandbox = Sandbox::of(&self.sandbox.program);
         credential(&sandbox, kube);
         sandbox.put("/etc/machine-id", "0123456789abcdef0123456789abcdef\n");
         sandbox.put(

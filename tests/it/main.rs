@@ -6,6 +6,7 @@ mod architecture;
 mod broker;
 mod browser;
 mod cli;
+mod compat;
 mod fields;
 mod frps;
 mod gateway;

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use crate::hub::{DATA, Hub};
 use crate::world::{Kube, Scripted, TOKEN, World, serve_kube};
 
-fn deployment(name: &str) -> Value {
+pub(crate) fn deployment(name: &str) -> Value {
     json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": "beta"}, "spec": {"replicas": 2}})
 }
 
@@ -17,7 +17,7 @@ fn secret() -> Value {
     json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "beta"}, "stringData": {"password": "planted-canary-9911-in-plain-text"}})
 }
 
-fn apply(objects: &[Value]) -> Value {
+pub(crate) fn apply(objects: &[Value]) -> Value {
     json!({"kind": "apply", "spec": {"objects": objects}})
 }
 
@@ -271,13 +271,13 @@ async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
 }
 
 /// A Runner who asks the control plane.
-async fn asks(hub: &Hub, cluster: &str, token: &str, key: &str, body: &Value) -> (u16, Value) {
+pub(crate) async fn asks(hub: &Hub, cluster: &str, token: &str, key: &str, body: &Value) -> (u16, Value) {
     let request = hub.client.post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url)).bearer_auth(token).header("idempotency-key", key);
     let answer = request.json(body).send().await.unwrap();
     (answer.status().as_u16(), answer.json().await.unwrap_or_default())
 }
 
-async fn comes_to(hub: &Hub, cluster: &str, token: &str, id: &str, state: &str) -> Value {
+pub(crate) async fn comes_to(hub: &Hub, cluster: &str, token: &str, id: &str, state: &str) -> Value {
     let begun = Instant::now();
     loop {
         let seen = hub.json("GET", &format!("/api/v1/clusters/{cluster}/operations/{id}"), token, json!({})).await;

@@ -155,10 +155,7 @@ impl Plane {
         let pem = self.public_key.lock().unwrap().clone();
         let der = STANDARD.decode(pem.lines().filter(|l| !l.starts_with('-')).collect::<String>()).unwrap();
         let pin = format!("sha256:{}", STANDARD.encode(ring::digest::digest(&ring::digest::SHA256, &der)));
-        let mut client = Trust { pins: vec![Pin::parse(&pin).unwrap()], ..Trust::default() }.client().unwrap();
-        client.alpn_protocols = vec![alpn.to_vec()];
-        let name = rustls_pki_types::ServerName::try_from("agent.test").unwrap();
-        tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, io).await
+        pinned(&pin, io, alpn).await
     }
 
     /// Calls whose path holds `part`.
@@ -203,6 +200,14 @@ impl Plane {
         let key = self.key.lock().unwrap().clone().unwrap();
         format!("{signed}.{}", URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes())))
     }
+}
+
+/// TLS to an agent over a stream of a tunnel.
+pub(crate) async fn pinned(pin: &str, io: Io, alpn: &[u8]) -> std::io::Result<tokio_rustls::client::TlsStream<Io>> {
+    let mut client = Trust { pins: vec![Pin::parse(pin).unwrap()], ..Trust::default() }.client().unwrap();
+    client.alpn_protocols = vec![alpn.to_vec()];
+    let name = rustls_pki_types::ServerName::try_from("agent.test").unwrap();
+    tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, io).await
 }
 
 pub(crate) async fn listen<S: Clone + Send + Sync + 'static>(router: Router<S>, state: S) -> SocketAddr {

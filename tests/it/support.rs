@@ -104,6 +104,8 @@ pub(crate) struct Api {
 pub(crate) struct Sandbox {
     dir: tempfile::TempDir,
     pub(crate) api: Api,
+    /// What is run here.
+    pub(crate) program: PathBuf,
 }
 
 /// What a run said and how it ended.
@@ -140,7 +142,7 @@ impl Sandbox {
     /// A healthy Debian 12 with two processors, 4 GiB and one network interface.
     pub(crate) fn new() -> Sandbox {
         let dir = tempfile::Builder::new().prefix("pipeops-it").tempdir().unwrap();
-        let sandbox = Sandbox { dir, api: Api::default() };
+        let sandbox = Sandbox { dir, api: Api::default(), program: program().to_owned() };
         for (name, script) in PROGRAMS {
             let text = format!("#!/bin/sh\nPATH=/usr/bin:/bin\necho \"{name} $*\" >> \"$PIPEOPS_ROOT/../calls.log\"\n{script}\n");
             sandbox.beside(&format!("bin/{name}"), &text, 0o755);
@@ -160,6 +162,11 @@ impl Sandbox {
         sandbox.beside("api", &serve(sandbox.api.clone()), 0o644);
         sandbox.release();
         sandbox
+    }
+
+    /// The same machine with another pipeops.
+    pub(crate) fn of(program: &Path) -> Sandbox {
+        Sandbox { program: program.to_owned(), ..Sandbox::new() }
     }
 
     /// An offline directory laid out like a release.
@@ -200,7 +207,7 @@ impl Sandbox {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(program());
+        let mut command = Command::new(&self.program);
         command.arg(args[0]).arg("--root").arg(self.root()).args(&args[1..]);
         command.env_clear().env("PATH", self.dir.path().join("bin")).stdin(std::process::Stdio::null());
         command
@@ -208,7 +215,7 @@ impl Sandbox {
 
     /// The program with `--root` at the end: for verbs below a command.
     pub(crate) fn verb(&self, args: &[&str]) -> Said {
-        let mut command = Command::new(program());
+        let mut command = Command::new(&self.program);
         command.args(args).arg("--root").arg(self.root()).env_clear().env("PATH", self.dir.path().join("bin")).stdin(std::process::Stdio::null());
         said(command.output().unwrap())
     }
