@@ -19,6 +19,7 @@ const LONGEST: usize = 8192;
 
 /// What a caller may do at most; Kubernetes enforces what it means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     Viewer,

@@ -122,7 +122,7 @@ wire! {
     /// An operation as everybody may see it, also the body of `POST …/{id}/operations/{op}/result`: what was asked in detail, which
     /// may hold secrets, stands nowhere in it.
     Operation {
-        /// [`operation_id`].
+        /// `o-` and 32 hex digits: it follows from who asks, and from the key that it was asked for under.
         id: String,
         /// `apply`, `delete`, `scale`, `restart`, `cordon` or `uncordon`.
         kind: String,
@@ -233,69 +233,9 @@ pub const DEFAULT_CONTROL_PLANE: &str = "https://control.pipeops.io";
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
-
-    fn schema<T: schemars::JsonSchema>(generator: &mut schemars::SchemaGenerator) -> Value {
-        json!({"application/json": {"schema": generator.subschema_for::<T>()}})
-    }
-
-    /// The document, from the types alone.
-    fn document() -> Value {
-        let mut settings = schemars::generate::SchemaSettings::draft2020_12();
-        settings.definitions_path = "/components/schemas".into();
-        let mut generator = settings.into_generator();
-        let g = &mut generator;
-        let problem = json!({"description": "refused, with a stable code", "content": schema::<Problem>(g)});
-        let call = |summary: &str, body: Option<Value>, answer: Option<Value>, signed: bool| {
-            let mut call = json!({"summary": summary, "security": [{"bearer": []}], "responses": {"default": problem.clone()}});
-            if let Some(body) = body {
-                call["requestBody"] = json!({"required": true, "content": body});
-            }
-            match answer {
-                Some(answer) => call["responses"]["200"] = json!({"description": "done", "content": answer}),
-                None => call["responses"]["204"] = json!({"description": "done"}),
-            }
-            if signed {
-                call["parameters"] = json!([{"name": "Pipeops-Signature", "in": "header", "required": true, "schema": {"type": "string"},
-                    "description": "base64 of the ECDSA P-256 SHA-256 signature (ASN.1) over the exact body"}]);
-            }
-            call
-        };
-        let id = json!([{"name": "id", "in": "path", "required": true, "schema": {"type": "string"}}]);
-        let op = json!([{"name": "id", "in": "path", "required": true, "schema": {"type": "string"}},
-            {"name": "op", "in": "path", "required": true, "schema": {"type": "string"}}]);
-        let paths = json!({
-            "/api/v1/agents/register": {"post": call("Register, or register again with the same key", Some(schema::<Register>(g)), Some(schema::<Registered>(g)), true)},
-            "/api/v1/agents/{id}/config": {"parameters": id, "get": call("Settings of an agent", None, Some(schema::<Config>(g)), false)},
-            "/api/v1/agents/{id}/heartbeat": {"parameters": id, "post": call("Sign of life", Some(schema::<Heartbeat>(g)), Some(schema::<HeartbeatAnswer>(g)), false)},
-            "/api/v1/agents/{id}/status": {"parameters": id, "post": call("Status of the cluster", Some(schema::<StatusReport>(g)), None, false)},
-            "/api/v1/agents/{id}/operations/{op}/result": {"parameters": op, "post": call("Result of an operation", Some(schema::<Operation>(g)), None, false)},
-            "/api/v1/agents/{id}/credential": {"parameters": id, "post": call("Next credential", None, Some(schema::<Credential>(g)), false)},
-            "/api/v1/agents/{id}": {"parameters": id, "delete": call("Deregister", None, None, false)},
-            "/api/v1/health": {"get": {"summary": "Whether the control plane is up", "security": [], "responses": {"200": {"description": "up"}}}},
-        });
-        let schemas = generator.take_definitions(true);
-        json!({
-            "openapi": "3.1.0",
-            "info": {"title": "pipeops agent and control plane", "version": "1", "license": {"name": "MIT", "identifier": "MIT"}},
-            "paths": paths,
-            "components": {"schemas": schemas, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
-        })
-    }
-
-    #[test]
-    #[expect(clippy::disallowed_methods, reason = "a test keeps a committed file fresh")]
-    fn the_openapi_document_is_fresh() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/deployments/openapi.json");
-        let fresh = serde_json::to_string_pretty(&document()).unwrap() + "\n";
-        if std::env::var("PIPEOPS_UPDATE").is_ok() {
-            std::fs::write(path, &fresh).unwrap();
-        }
-        let committed = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(committed == fresh, "deployments/openapi.json is stale: PIPEOPS_UPDATE=1 cargo test --lib openapi");
-    }
 
     #[test]
     fn what_a_newer_peer_adds_is_passed_over_and_what_it_leaves_out_is_empty() {

@@ -13,6 +13,7 @@ use hyper::body::{Bytes, Frame, Incoming, SizeHint};
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::client::legacy::{Client, ResponseFuture};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_rustls::client::TlsStream;
 use tower::{BoxError, Service};
@@ -29,6 +30,42 @@ use crate::control_plane::registry::{ClusterView, Refused, Registry, Route, Who,
 use crate::control_plane::scope::{Wanted, narrowed};
 use crate::frp::codec::Io;
 use crate::kubernetes::header_policy;
+
+/// A token for an agent, and where to go with it.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct RunnerToken {
+    /// A JWT.
+    #[serde(serialize_with = "Secret::reveal")]
+    #[cfg_attr(test, schemars(with = "String"))]
+    token: Secret,
+    /// RFC 3339.
+    expires_at: String,
+    endpoints: [Endpoint; 2],
+}
+
+/// A way to an agent. Behind each of them stands the key that `agent_pin` names.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum Endpoint {
+    /// HTTPS, by way of the control plane.
+    Gateway { address: String, server_name: String, agent_pin: String },
+    /// As a visitor of the FRP server.
+    Stcp {
+        address: String,
+        server_name: String,
+        agent_pin: String,
+        proxy: String,
+        #[serde(serialize_with = "Secret::reveal")]
+        #[cfg_attr(test, schemars(with = "String"))]
+        secret_key: Secret,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        server_pin: Option<String>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        server_ca: Option<String>,
+    },
+}
 
 /// A look into a cluster takes at most this long, and this much.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
@@ -356,25 +393,27 @@ impl Hub {
     }
 
     /// The answer to a Runner who wants a token: with it, and with where to go.
-    pub(super) fn runner_token(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> Value {
+    pub(super) fn runner_token(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> RunnerToken {
         let (token, expires) = self.jwt(who, route, role, namespaces, ttl, now);
-        let pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
+        let agent_pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
         let place = self.tunnel_place();
         let runner = if let Who::Access(access) = who { Some(access.id.as_str()) } else { None };
-        let (proxy, key) = self.visit(&route.agent, runner);
-        let mut tunnel = json!({"type": "stcp", "address": format!("{}:{}", place.server, place.port), "server_name": place.server, "agent_pin": pin,
-            "proxy": proxy, "secret_key": key.expose()});
-        for (name, value) in [("server_pin", place.tls.pin), ("server_ca", place.tls.ca_pem)] {
-            if let Some(value) = value {
-                tunnel[name] = value.into();
-            }
-        }
-        let address = format!("{}/clusters/{}", self.url(), route.cluster);
-        json!({
-            "token": token.expose(),
-            "expires_at": rfc3339(expires),
-            "endpoints": [{"type": "gateway", "address": address, "server_name": self.inner.names[0], "agent_pin": pin}, tunnel],
-        })
+        let (proxy, secret_key) = self.visit(&route.agent, runner);
+        let gateway = Endpoint::Gateway {
+            address: format!("{}/clusters/{}", self.url(), route.cluster),
+            server_name: self.inner.names[0].clone(),
+            agent_pin: agent_pin.clone(),
+        };
+        let tunnel = Endpoint::Stcp {
+            address: format!("{}:{}", place.server, place.port),
+            server_name: place.server,
+            agent_pin,
+            proxy,
+            secret_key,
+            server_pin: place.tls.pin,
+            server_ca: place.tls.ca_pem,
+        };
+        RunnerToken { token, expires_at: rfc3339(expires), endpoints: [gateway, tunnel] }
     }
 
     /// A file with which plain kubectl works.

@@ -12,6 +12,7 @@ pub(super) fn rfc3339(seconds: i64) -> String {
 
 /// Owner of tokens, agents, clusters and Runners.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Project {
     pub id: String,
     pub name: String,
@@ -21,11 +22,13 @@ pub struct Project {
 
 /// A token that lets new agents in.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "EnrolmentToken"))]
 pub struct Enrolment {
     pub id: String,
     pub project: String,
     pub name: String,
-    /// Keyed hash; the token itself was shown once and is nowhere.
+    /// Keyed hash; the token itself was shown once and is nowhere. The API shows neither.
+    #[cfg_attr(test, schemars(skip))]
     pub hash: String,
     pub created_at: i64,
     pub expires_at: i64,
@@ -65,11 +68,13 @@ pub struct Agent {
 
 /// What a bearer of the Runner side may reach.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Access {
     pub id: String,
     pub project: String,
     pub name: String,
     pub kind: AccessKind,
+    #[cfg_attr(test, schemars(skip))]
     pub hash: String,
     pub role: Role,
     /// Only these clusters; none: all of the project.
@@ -110,6 +115,7 @@ pub struct Job {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum AccessKind {
     Runner,
@@ -119,15 +125,18 @@ pub enum AccessKind {
 
 /// Somebody who may do everything here.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Administrator"))]
 pub struct Admin {
     pub id: String,
     pub name: String,
+    #[cfg_attr(test, schemars(skip))]
     pub hash: String,
     pub created_at: i64,
 }
 
 /// How alive an agent is, as people ask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Liveness {
     Online,

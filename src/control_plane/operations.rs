@@ -21,6 +21,7 @@ use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState, check_k
 const LONGEST: i64 = 7 * 86_400;
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "OperationRequest"))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Asked {
     /// The agent knows which there are: it may be of a later version than this.

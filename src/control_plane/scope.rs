@@ -11,8 +11,10 @@ pub(super) const YEAR: i64 = 366 * DAY;
 
 /// For a Runner's JWT and for a kubeconfig alike.
 #[derive(Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "TokenRequest"))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Wanted {
+    #[cfg_attr(test, schemars(with = "Option<Role>"))]
     pub(super) role: Option<String>,
     pub(super) namespaces: Option<Vec<String>>,
     pub(super) ttl_s: Option<i64>,

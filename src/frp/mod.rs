@@ -84,7 +84,7 @@ pub struct TunnelAuth {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "ProxyKind"))]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     #[default]
@@ -124,7 +124,7 @@ pub struct Proxy {
 
 /// What the tunnel is doing, as people and machines ask.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "TunnelState"))]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// No settings yet.

@@ -315,7 +315,7 @@ async fn what_anybody_may_call_is_told_of_nobody() {
         let text = &answers[0].2;
         assert!(!text.contains("admin:") && !text.contains("\"admin\":true") && !text.contains(&hub.admin), "{path}: {text}");
     }
-    assert_eq!(routes, 8);
+    assert_eq!(routes, 9);
     // the socket is nobody's namesake: no administrator can be called as it is on record
     let taken = hub.ask("POST", "/api/v1/admins", &hub.admin, json!({"name": "local"})).await;
     assert_eq!(taken.status(), 409);

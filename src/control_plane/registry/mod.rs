@@ -122,6 +122,7 @@ pub struct Registry {
 
 /// A cluster as the API and the page show it.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Cluster"))]
 pub struct ClusterView {
     pub id: String,
     pub name: String,

@@ -15,7 +15,7 @@ use crate::control_plane::registry::{ClusterView, Refused, Who, refused};
 use crate::control_plane::scope::{DAY, Wanted, life, narrowed};
 
 /// What a look into a cluster shows, and where the agent has it.
-const INSIDE: &[(&str, &str, bool)] = &[
+pub(super) const INSIDE: &[(&str, &str, bool)] = &[
     ("deployments", "k8s/apis/apps/v1/deployments?limit=500", false),
     ("statefulsets", "k8s/apis/apps/v1/statefulsets?limit=500", false),
     ("daemonsets", "k8s/apis/apps/v1/daemonsets?limit=500", false),

@@ -7,6 +7,7 @@ mod changes;
 mod clusters;
 mod frps;
 mod gateway;
+mod openapi;
 mod operations;
 mod page;
 mod projects;
@@ -111,6 +112,7 @@ impl Routes {
         let parts = [
             page::routes,
             system::routes,
+            openapi::routes,
             frps::routes,
             agents::routes,
             projects::routes,
@@ -139,6 +141,7 @@ pub(super) fn router(hub: Hub) -> Router {
 
 /// What is made here by its name alone.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct Named {
     name: String,

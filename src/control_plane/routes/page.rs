@@ -3,8 +3,8 @@
 use axum::extract::State;
 use axum::response::Response;
 use http::{HeaderMap, HeaderValue, header};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::Routes;
 use crate::base::secret::Secret;
@@ -18,9 +18,24 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
                       form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct Login {
+pub(super) struct Login {
+    #[cfg_attr(test, schemars(with = "String"))]
     token: Secret,
+}
+
+/// Who has logged in.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Session"))]
+pub(super) struct About<'a> {
+    name: &'a str,
+    /// An administrator; a Runner otherwise.
+    admin: bool,
+    /// What each call but GET carries in `X-CSRF-Token`.
+    csrf: &'a str,
+    /// Of the control plane.
+    version: &'static str,
 }
 
 pub(super) fn routes(routes: Routes) -> Routes {
@@ -60,12 +75,12 @@ fn with_cookie(mut answer: Response, cookie: &str) -> Result<Response, Refused> 
     Ok(answer)
 }
 
-fn about(who: &Who, csrf: &str) -> Value {
+fn about<'a>(who: &'a Who, csrf: &'a str) -> About<'a> {
     let (name, admin) = match who {
         Who::Admin(name) => (name.as_str(), true),
         Who::Local => ("local", true),
         Who::Access(access) => (access.name.as_str(), false),
         Who::Agent(_) | Who::Enrolment(_) => ("", false),
     };
-    json!({"name": name, "admin": admin, "csrf": csrf, "version": env!("CARGO_PKG_VERSION")})
+    About { name, admin, csrf, version: env!("CARGO_PKG_VERSION") }
 }

@@ -16,10 +16,12 @@ use crate::control_plane::registry::Refused;
 use crate::control_plane::scope::{DAY, YEAR, life, role};
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewRunner"))]
 #[serde(deny_unknown_fields)]
-struct AddRunner {
+pub(super) struct AddRunner {
     project: Option<String>,
     name: String,
+    #[cfg_attr(test, schemars(with = "Option<Role>"))]
     role: Option<String>,
     clusters: Option<Vec<String>>,
     namespaces: Option<Vec<String>>,

@@ -14,8 +14,9 @@ use crate::control_plane::registry::Refused;
 use crate::control_plane::scope::{DAY, YEAR, life};
 
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewEnrolmentToken"))]
 #[serde(deny_unknown_fields)]
-struct AddToken {
+pub(super) struct AddToken {
     project: Option<String>,
     name: Option<String>,
     ttl_s: Option<i64>,
