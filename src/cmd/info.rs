@@ -19,7 +19,7 @@ use crate::host::paths::AGENT_SOCKET;
 use crate::install::components::{self, CATALOGUE};
 use crate::install::engine::journal::Journal;
 use crate::install::engine::missing;
-use crate::k3s::paths::{ADMIN_KUBECONFIG, KUBELET_KUBECONFIG};
+use crate::k3s::paths::{ADMIN_KUBECONFIG, KUBELET_KUBECONFIG, SERVER_TOKEN};
 use crate::k3s::role::Role;
 use crate::kubernetes::client::Cluster;
 use crate::output::{Printer, table};
@@ -28,7 +28,6 @@ use crate::output::{Printer, table};
 const PART: Duration = Duration::from_secs(4);
 /// Marks our join tokens among the cluster's.
 const TOKEN_NOTE: &str = "pipeops join line";
-const SERVER_TOKEN: &str = "/var/lib/rancher/k3s/server/token";
 
 /// Everything that the command knows; the JSON document is this.
 #[derive(Debug, Default, Serialize)]

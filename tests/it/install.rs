@@ -553,6 +553,28 @@ fn a_machine_of_the_other_role_or_of_somebody_else_is_left_alone() {
     same(&sandbox.tree(), &before, "");
 }
 
+/// k3s empties the file of its token before it writes it again, at each start; one that dies in between never starts again.
+#[test]
+fn a_token_that_k3s_lost_when_it_died_is_restored() {
+    let sandbox = Sandbox::new();
+    sandbox.install(&[]).ended(0);
+    let token = sandbox.read("/var/lib/rancher/k3s/server/token");
+    sandbox.beside("bad.toml", "[k3s]\nkubelet-arg = [\"planted-broken=1\"]\n", 0o644);
+    sandbox.beside("journal.log", "Incorrect Usage: flag provided but not defined: -planted-broken\n", 0o644);
+    sandbox.beside("dies-while-it-writes", "", 0o644);
+    let said = sandbox.install(&["--config", &sandbox.path("bad.toml")]).ended(9);
+    assert!(said.out.contains("restored from a copy") || said.err.contains("restored from a copy"), "{}{}", said.out, said.err);
+    assert_eq!(sandbox.read("/var/lib/rancher/k3s/server/token"), token);
+    assert!(!said.out.contains(token.trim()) && !said.err.contains(token.trim()));
+    // and without any change of ours: the machine went down while k3s wrote
+    std::fs::remove_file(sandbox.path("journal.log")).unwrap();
+    sandbox.put("/var/lib/rancher/k3s/server/token", "");
+    std::fs::remove_file(sandbox.root().join("run/fake-systemd/k3s.service.active")).unwrap();
+    sandbox.install(&[]).ended(0);
+    assert_eq!(sandbox.read("/var/lib/rancher/k3s/server/token"), token);
+    sandbox.run(&["uninstall", "--yes"]).ended(0);
+}
+
 #[test]
 fn a_change_that_the_node_does_not_survive_is_taken_back() {
     let sandbox = Sandbox::new();

@@ -28,6 +28,8 @@ start() { # what a start of each unit would bring
       echo "x$(cat "$state/$1.starts" 2>/dev/null)" > "$state/$1.starts"
       d=$PIPEOPS_ROOT/var/lib/rancher/k3s; mkdir -p "$d/server/db" "$d/agent" "$PIPEOPS_ROOT/etc/rancher/k3s" "$PIPEOPS_ROOT/var/lib/kubelet/pods"
       printf 'apiVersion: v1\nkind: Config\nclusters:\n- name: default\n  cluster:\n    server: %s\ncontexts:\n- name: default\n  context: {cluster: default, user: default}\ncurrent-context: default\nusers:\n- name: default\n  user: {}\n' "$(cat "$PIPEOPS_ROOT/../api")" > "$d/kubeconfig"
+      # as k3s does: it writes the token at each start, and does not start where the file is empty
+      if [ $1 = k3s.service ] && [ -e "$d/server/token" ] && [ ! -s "$d/server/token" ]; then return; fi
       if [ $1 = k3s.service ]; then cp "$d/kubeconfig" "$PIPEOPS_ROOT/etc/rancher/k3s/k3s.yaml"; chmod 600 "$PIPEOPS_ROOT/etc/rancher/k3s/k3s.yaml"; echo "K10aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa::server:pw" > "$d/server/token"
       else cp "$d/kubeconfig" "$d/agent/kubelet.kubeconfig"; fi ;;
     pipeops-agent-credential.service) mkdir -p "$PIPEOPS_ROOT/run/pipeops-credential"; echo '{}' > "$PIPEOPS_ROOT/run/pipeops-credential/kubeconfig"; return ;;
@@ -39,7 +41,9 @@ case $1 in
   show) unit=$4; f=$PIPEOPS_ROOT/etc/systemd/system/$unit
     if [ -e "$f" ]; then echo LoadState=loaded; else echo LoadState=not-found; fi
     if [ -e "$state/$unit.enabled" ]; then echo UnitFileState=enabled; else echo UnitFileState=disabled; fi
-    if broken $unit; then echo ActiveState=activating; echo NRestarts=3
+    if broken $unit; then
+      if [ -e "$PIPEOPS_ROOT/../dies-while-it-writes" ]; then : > "$PIPEOPS_ROOT/var/lib/rancher/k3s/server/token"; fi
+      echo ActiveState=activating; echo NRestarts=3
     elif [ -e "$state/$unit.active" ]; then echo ActiveState=active; else echo ActiveState=inactive; fi
     case $unit in *credential.service) echo Type=oneshot; echo Result=success ;; esac ;;
   enable) shift; [ "$1" = --quiet ] && shift; touch "$state/$1.enabled" ;;

@@ -5,6 +5,7 @@ pub mod journal;
 mod objects;
 mod old_data;
 mod resource;
+mod server_token;
 mod start;
 mod teardown;
 mod wait;

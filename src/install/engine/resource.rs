@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::journal::{Before, Entry, Journal, backup_path};
 use super::work::{Secrets, Work};
-use super::{account, objects, old_data, teardown, wait};
+use super::{account, objects, old_data, server_token, teardown, wait};
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
@@ -256,6 +256,7 @@ pub(super) async fn put_back(
         }
     }
     hands.daemon_reload().await?;
+    keep_server_token(work)?;
     // the wait that failed has stopped it, as a rule
     if hands.unit(unit).await?.main_pid == 0 {
         hands.start(unit).await?;
@@ -330,6 +331,7 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             hands.enable(name).await?;
             let unit = hands.unit(name).await?;
             let inputs = inputs_digest(hands, Some(&*journal), inputs)?;
+            keep_server_token(work)?;
             if journal.units.get(name) != Some(&inputs) && unit.running() {
                 hands.restart(name).await?;
             } else if !unit.running() && unit.active != "activating" || unit.service_type == "oneshot" {
@@ -360,6 +362,7 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             };
             let secrets: Vec<Secret> = work.secrets.values().cloned().collect();
             wait::until(hands, what, Duration::from_secs(*within_s), step.optional, work.stop, &secrets, progress).await?;
+            keep_server_token(work)?;
             Ok(None)
         }
         Resource::Kubeconfig { user, server } => {
@@ -375,6 +378,13 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             Ok(Some(digest(text.as_bytes())))
         }
     }
+}
+
+fn keep_server_token(work: &mut Work<'_>) -> anyhow::Result<()> {
+    if let Some(text) = server_token::keep(work.hands)? {
+        (work.tell)(Event::Note { text });
+    }
+    Ok(())
 }
 
 /// Undoes one entry of the journal. `whole` says that the node itself goes, and its cluster objects with it.

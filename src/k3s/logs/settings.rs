@@ -8,6 +8,7 @@ use super::Weight::{Certain, Fatal};
 use super::cause;
 
 const TOKEN: &str = "get a fresh line with `pipeops cluster-info --join` on the server";
+const SERVER_TOKEN: &str = "put the cluster's token back into /var/lib/rancher/k3s/server/token, or correct `token` in the [k3s] table";
 const SETTING: &str = "correct it in the [k3s] table, or in /etc/rancher/k3s/config.yaml.d where it came from there";
 const UNKNOWN: &str = "remove it from the [k3s] table or from /etc/rancher/k3s/config.yaml.d";
 const MODULES: &str = "install your distribution's extra kernel modules, or a kernel that has it";
@@ -62,7 +63,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         ),
     ),
     (&["token CA hash does not match"], cause("JOIN_CA_MISMATCH", Certain, "the token belongs to another cluster", TOKEN)),
-    (&["failed to normalize server token"], cause("JOIN_TOKEN_MALFORMED", Certain, "the token is not one of k3s", TOKEN)),
+    (&["failed to normalize server token"], cause("JOIN_TOKEN_MALFORMED", Certain, "the server's token is empty or not one of k3s", SERVER_TOKEN)),
     (&["invalid token format"], cause("JOIN_TOKEN_MALFORMED", Certain, "the token is not one of k3s", TOKEN)),
     (&["invalid token CA hash length"], cause("JOIN_TOKEN_MALFORMED", Certain, "the token was cut off or mixed up", TOKEN)),
     (&["token must not be empty"], cause("TOKEN_MISSING", Certain, "the token file is empty", TOKEN)),
