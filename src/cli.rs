@@ -12,7 +12,15 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
     /// Verbosity of logs
-    #[arg(long, global = true, env = "LOG_LEVEL", hide_env_values = true, value_name = "LEVEL", default_value = "info", ignore_case = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "LOG_LEVEL",
+        hide_env_values = true,
+        value_name = "LEVEL",
+        default_value = "info",
+        ignore_case = true
+    )]
     pub log_level: LogLevel,
 }
 
@@ -87,7 +95,13 @@ pub struct RunFlags {
     #[arg(long, value_name = "FILE", help_heading = "Run")]
     pub config: Option<String>,
     /// Work in a directory that stands for the machine
-    #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true, help_heading = "Run")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/",
+        hide_default_value = true,
+        help_heading = "Run"
+    )]
     pub root: String,
 }
 
@@ -109,10 +123,23 @@ pub struct InstallServer {
     #[command(flatten)]
     pub run: RunFlags,
     /// What to make of this machine: server, or agent (a worker; needs K3S_URL and K3S_TOKEN)
-    #[arg(long, env = "NODE_TYPE", hide_env_values = true, value_name = "TYPE", default_value = "server", help_heading = "Node")]
+    #[arg(
+        long,
+        env = "NODE_TYPE",
+        hide_env_values = true,
+        value_name = "TYPE",
+        default_value = "server",
+        help_heading = "Node"
+    )]
     pub node_type: String,
     /// Server to join with --node-type agent
-    #[arg(long, env = "K3S_URL", hide_env_values = true, value_name = "URL", help_heading = "Node")]
+    #[arg(
+        long,
+        env = "K3S_URL",
+        hide_env_values = true,
+        value_name = "URL",
+        help_heading = "Node"
+    )]
     pub k3s_url: Option<String>,
     /// File with the join token for --node-type agent [env: K3S_TOKEN holds the token itself]
     #[arg(long, value_name = "FILE", help_heading = "Node")]
@@ -443,7 +470,8 @@ pub const NAMES: &[(&str, &str)] = &[
 
 /// The arguments with the command that the program's name stands for put in.
 pub fn by_name(mut args: Vec<String>) -> Vec<String> {
-    let name = args.first().map(|a| a.rsplit('/').next().unwrap_or(a).to_owned()).unwrap_or_default();
+    let name =
+        args.first().map(|a| a.rsplit('/').next().unwrap_or(a).to_owned()).unwrap_or_default();
     if let Some((_, command)) = NAMES.iter().find(|(n, _)| *n == name) {
         args.insert(1, (*command).to_owned());
     }

@@ -22,10 +22,12 @@ const SECRETS_FD: &str = "PIPEOPS_SECRETS_FD";
 /// Under which name the arguments are handed over.
 const ARGUMENTS: &str = "ARGUMENTS";
 /// Variables that hold secrets themselves.
-const SECRET_VARIABLES: [&str; 4] = ["K3S_TOKEN", "AGENT_TOKEN", "PIPEOPS_DATABASE_URL", "PIPEOPS_AMQP_URL"];
+const SECRET_VARIABLES: [&str; 4] =
+    ["K3S_TOKEN", "AGENT_TOKEN", "PIPEOPS_DATABASE_URL", "PIPEOPS_AMQP_URL"];
 
 fn main() -> ExitCode {
-    let shown: Vec<String> = cli::by_name(std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect());
+    let shown: Vec<String> =
+        cli::by_name(std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect());
     let handed = match received() {
         Ok(handed) => handed,
         Err(error) => {
@@ -63,7 +65,12 @@ fn main() -> ExitCode {
     };
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(e) => return end(&Failure::new(Exit::Internal, "INTERNAL", format!("starting the runtime: {e}")), false),
+        Err(e) => {
+            return end(
+                &Failure::new(Exit::Internal, "INTERNAL", format!("starting the runtime: {e}")),
+                false,
+            );
+        }
     };
     let stop = CancellationToken::new();
     let terminated = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -91,11 +98,19 @@ fn refuse(error: &clap::Error) -> Cli {
 }
 
 /// The first SIGINT or SIGTERM stops in order; the second ends the process at once: the journal already knows.
-fn watch_signals(stop: CancellationToken, terminated: std::sync::Arc<std::sync::atomic::AtomicBool>) {
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else { return };
+fn watch_signals(
+    stop: CancellationToken,
+    terminated: std::sync::Arc<std::sync::atomic::AtomicBool>,
+) {
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return;
+    };
     tokio::spawn(async move {
         for round in 0..2 {
-            let number = tokio::select! { _ = interrupt.recv() => 130, _ = terminate.recv() => 143 };
+            let number =
+                tokio::select! { _ = interrupt.recv() => 130, _ = terminate.recv() => 143 };
             if round == 0 {
                 terminated.store(number == 143, std::sync::atomic::Ordering::Relaxed);
                 stop.cancel();
@@ -107,9 +122,17 @@ fn watch_signals(stop: CancellationToken, terminated: std::sync::Arc<std::sync::
     });
 }
 
-async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationToken) -> anyhow::Result<Exit> {
-    let token = |name: &str| secrets.get(name).filter(|t| !t.trim().is_empty()).map(|t| Secret::new(t.trim()));
-    let env = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
+async fn run(
+    parsed: Cli,
+    secrets: BTreeMap<String, String>,
+    stop: CancellationToken,
+) -> anyhow::Result<Exit> {
+    let token = |name: &str| {
+        secrets.get(name).filter(|t| !t.trim().is_empty()).map(|t| Secret::new(t.trim()))
+    };
+    let env = std::env::vars_os()
+        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+        .collect();
     let context = Context {
         env,
         k3s_token: token("K3S_TOKEN"),
@@ -126,10 +149,20 @@ async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationT
         Command::Run(args) => {
             let host = host::Host::new(&args.rooted.root, context.env.get("PATH").map(Into::into));
             let config = config::AgentConfig::load(&host, &args.config, &context.env)?;
-            let given = context.env.get("CREDENTIALS_DIRECTORY").and_then(|dir| host.users_file(&format!("{dir}/agent-token")).ok());
-            let given = given.map(|t| Secret::new(t.trim())).filter(|t| !t.is_empty()).or(context.agent_token);
+            let given = context
+                .env
+                .get("CREDENTIALS_DIRECTORY")
+                .and_then(|dir| host.users_file(&format!("{dir}/agent-token")).ok());
+            let given = given
+                .map(|t| Secret::new(t.trim()))
+                .filter(|t| !t.is_empty())
+                .or(context.agent_token);
             given.as_ref().map_or(Ok(()), config::check_token)?;
-            let state = context.env.get("STATE_DIRECTORY").map_or(config::STATE, |d| d.split(':').next().unwrap_or(config::STATE)).to_owned();
+            let state = context
+                .env
+                .get("STATE_DIRECTORY")
+                .map_or(config::STATE, |d| d.split(':').next().unwrap_or(config::STATE))
+                .to_owned();
             agent::run::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }
@@ -158,8 +191,10 @@ async fn run(parsed: Cli, secrets: BTreeMap<String, String>, stop: CancellationT
 /// Takes secrets out of sight. One that came as argument or in the environment stands in `/proc/PID/` for everybody or for root's
 /// tools to read: it moves to a sealed memory file, and the program executes itself again without it.
 fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String>> {
-    let mut secrets: BTreeMap<String, String> =
-        SECRET_VARIABLES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect();
+    let mut secrets: BTreeMap<String, String> = SECRET_VARIABLES
+        .iter()
+        .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)))
+        .collect();
     let mut shown = args.to_vec();
     // the command stands in the arguments by now, whatever the program's name was
     if let Some(name) = shown.first_mut() {
@@ -168,7 +203,10 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
     let given: Vec<(&str, Option<&String>)> = match &parsed.command {
         Command::JoinWorker(join) => vec![("K3S_TOKEN", join.token.as_ref().filter(|t| *t != "-"))],
         Command::ControlPlane(plane) => {
-            vec![("PIPEOPS_DATABASE_URL", plane.serve.options.database_url.as_ref()), ("PIPEOPS_AMQP_URL", plane.serve.options.amqp_url.as_ref())]
+            vec![
+                ("PIPEOPS_DATABASE_URL", plane.serve.options.database_url.as_ref()),
+                ("PIPEOPS_AMQP_URL", plane.serve.options.amqp_url.as_ref()),
+            ]
         }
         _ => Vec::new(),
     };
@@ -212,9 +250,12 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
 
 /// Reads what the former self left, and closes it: no child inherits it. `None` when there is no former self.
 fn received() -> anyhow::Result<Option<BTreeMap<String, String>>> {
-    let Some(fd) = std::env::var(SECRETS_FD).ok().and_then(|n| n.parse::<i32>().ok()) else { return Ok(None) };
+    let Some(fd) = std::env::var(SECRETS_FD).ok().and_then(|n| n.parse::<i32>().ok()) else {
+        return Ok(None);
+    };
     let path = format!("/proc/self/fd/{fd}");
-    let ours = std::fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().contains("memfd:pipeops-secrets"));
+    let ours = std::fs::read_link(&path)
+        .is_ok_and(|target| target.to_string_lossy().contains("memfd:pipeops-secrets"));
     anyhow::ensure!(ours, "{SECRETS_FD} names a descriptor that is not ours");
     let text = std::fs::read_to_string(&path)?;
     nix::unistd::close(fd)?;

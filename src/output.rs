@@ -68,7 +68,11 @@ impl Printer {
         self.log.push_str(&line);
         self.log.push('\n');
         if !self.events {
-            let word = if self.colour && !word.is_empty() { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() };
+            let word = if self.colour && !word.is_empty() {
+                format!("\x1b[{colour}m{word}\x1b[0m")
+            } else {
+                word.to_owned()
+            };
             match &self.bar {
                 Some(bar) => bar.suspend(|| eprintln!("{word}{line}")),
                 None => eprintln!("{word}{line}"),
@@ -137,7 +141,9 @@ impl Printer {
         for (step, check) in checked.plan.steps.iter().zip(&checked.checks) {
             match check {
                 Check::Done => {}
-                Check::Todo { changes } => changes.iter().for_each(|c| self.say(&format!("  + {c}"))),
+                Check::Todo { changes } => {
+                    changes.iter().for_each(|c| self.say(&format!("  + {c}")))
+                }
                 Check::Later { until } => self.say(&format!("  … {} (once {until})", step.title)),
             }
         }
@@ -170,7 +176,9 @@ impl Printer {
             Event::Progress { done, total, note, .. } => {
                 if let Some(bar) = &self.bar {
                     match (note, total) {
-                        (Some(note), _) => bar.set_message(masked(&format!("{} – {}", self.title, shown(note)))),
+                        (Some(note), _) => {
+                            bar.set_message(masked(&format!("{} – {}", self.title, shown(note))))
+                        }
                         (None, Some(total)) => {
                             if bar.length() != Some(*total) {
                                 bar.set_length(*total);
@@ -186,7 +194,11 @@ impl Printer {
             }
             Event::Finished { changed, duration_ms, .. } => {
                 self.end();
-                let time = if *duration_ms >= 100 { format!(" ({:.1} s)", *duration_ms as f64 / 1000.0) } else { String::new() };
+                let time = if *duration_ms >= 100 {
+                    format!(" ({:.1} s)", *duration_ms as f64 / 1000.0)
+                } else {
+                    String::new()
+                };
                 if *changed {
                     self.told("32", "ok", &format!(" {}{time}", self.title));
                 }
@@ -230,7 +242,8 @@ fn style(template: &str) -> ProgressStyle {
 /// Rows in columns as kubectl prints them: upper-case heads, three spaces, no borders.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     // a cell comes from somebody else: a line of the table stays one line, and shows what it holds
-    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|c| shown(c).into_owned()).collect()).collect();
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|c| shown(c).into_owned()).collect()).collect();
     let mut widths: Vec<usize> = head.iter().map(|h| h.chars().count()).collect();
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -272,12 +285,22 @@ impl std::io::Write for Masked {
 pub fn logging(level: &str, journal: bool) {
     let level = level.parse().unwrap_or(LevelFilter::INFO);
     // a database tells each start that its tables are there already
-    let quiet = ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower", "sqlx"];
-    let filter = Targets::new().with_default(level).with_targets(quiet.map(|target| (target, level.min(LevelFilter::WARN))));
-    let plain = tracing_subscriber::fmt::layer().with_writer(Masked::default).with_ansi(false).with_target(false);
+    let quiet =
+        ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower", "sqlx"];
+    let filter = Targets::new()
+        .with_default(level)
+        .with_targets(quiet.map(|target| (target, level.min(LevelFilter::WARN))));
+    let plain = tracing_subscriber::fmt::layer()
+        .with_writer(Masked::default)
+        .with_ansi(false)
+        .with_target(false);
     // for all of it, not for the layer: a filter of a layer is left astray by whoever only asks whether it would be heard, as sqlx does
     let registry = tracing_subscriber::registry().with(filter);
-    let _ = if journal { registry.with(plain.without_time()).try_init() } else { registry.with(plain).try_init() };
+    let _ = if journal {
+        registry.with(plain.without_time()).try_init()
+    } else {
+        registry.with(plain).try_init()
+    };
 }
 
 /// Prints generated text: completions, the manual.

@@ -63,13 +63,26 @@ impl AgentConfig {
     ///
     /// # Errors
     /// Exit 2, so that systemd does not try a wrong file again and again.
-    pub fn load(host: &Host, path: &str, env: &BTreeMap<String, String>) -> anyhow::Result<AgentConfig> {
+    pub fn load(
+        host: &Host,
+        path: &str,
+        env: &BTreeMap<String, String>,
+    ) -> anyhow::Result<AgentConfig> {
         // a file that was named must be there; the usual one may be absent
-        let text = if path == AGENT_CONFIG { host.read(path)? } else { Some(host.users_file(path).map_err(|e| unreadable(path, &e))?) };
+        let text = if path == AGENT_CONFIG {
+            host.read(path)?
+        } else {
+            Some(host.users_file(path).map_err(|e| unreadable(path, &e))?)
+        };
         let mut config: AgentConfig = match text {
             Some(text) => {
-                let fault =
-                    |fault: crate::base::config_file::Fault| wrong("CONFIG_INVALID", format!("{}, line {}", fault.what, fault.line), fault.why);
+                let fault = |fault: crate::base::config_file::Fault| {
+                    wrong(
+                        "CONFIG_INVALID",
+                        format!("{}, line {}", fault.what, fault.line),
+                        fault.why,
+                    )
+                };
                 let table = crate::base::config_file::table(&text, path).map_err(fault)?;
                 crate::base::config_file::values(&table, &text, path).map_err(fault)?
             }
@@ -81,16 +94,23 @@ impl AgentConfig {
         if let Some(pins) = var("PIPEOPS_CONTROL_PLANE_PIN") {
             config.control_plane_pin = pins.split(',').map(|p| p.trim().to_owned()).collect();
         }
-        config.proxy_around = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter().any(|name| var(name).is_some());
-        let invalid = |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
+        config.proxy_around = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
+            .into_iter()
+            .any(|name| var(name).is_some());
+        let invalid =
+            |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
         if config.https_proxy.as_deref().is_some_and(|proxy| plain_proxy(proxy).is_none()) {
             return Err(invalid("https-proxy is http://HOST:PORT, without a user and a password: everybody can read this file".into()));
         }
         check_url(config.url()).map_err(invalid)?;
         config.role()?;
-        config.trust(host)?.client().map_err(|why| wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why))?;
+        config.trust(host)?.client().map_err(|why| {
+            wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why)
+        })?;
         if config.metrics_listen.is_some_and(|a| !a.ip().is_loopback()) {
-            return Err(invalid("metrics-listen is for a loopback address: what it shows is nobody else's".into()));
+            return Err(invalid(
+                "metrics-listen is for a loopback address: what it shows is nobody else's".into(),
+            ));
         }
         Ok(config)
     }
@@ -116,13 +136,25 @@ impl AgentConfig {
     }
 
     pub(super) fn trust(&self, host: &Host) -> anyhow::Result<Trust> {
-        let invalid = |why: String| wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why);
-        let pins = self.control_plane_pin.iter().map(|p| Pin::parse(p)).collect::<Result<Vec<_>, _>>().map_err(invalid)?;
+        let invalid = |why: String| {
+            wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why)
+        };
+        let pins = self
+            .control_plane_pin
+            .iter()
+            .map(|p| Pin::parse(p))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(invalid)?;
         if pins.len() > 2 {
             return Err(invalid("two pins at most: the current and the next".into()));
         }
         let ca_pem = match &self.control_plane_ca {
-            Some(path) => Some(host.read(path).ok().flatten().ok_or_else(|| invalid(format!("control-plane-ca: {path} cannot be read")))?),
+            Some(path) => Some(
+                host.read(path)
+                    .ok()
+                    .flatten()
+                    .ok_or_else(|| invalid(format!("control-plane-ca: {path} cannot be read")))?,
+            ),
             None => None,
         };
         Ok(Trust { ca_pem, pins, anybody: false })
@@ -143,7 +175,12 @@ impl Leave {
         let config = AgentConfig::load(host, AGENT_CONFIG, &BTreeMap::new()).ok()?;
         let state = host.peek_dir(STATE);
         let kept = Kept::load(&state, config.url())?;
-        Some(Leave { id: Identity::id_in(&state)?, kept, trust: config.trust(host).ok()?, proxy: config.proxy() })
+        Some(Leave {
+            id: Identity::id_in(&state)?,
+            kept,
+            trust: config.trust(host).ok()?,
+            proxy: config.proxy(),
+        })
     }
 
     /// Says it, once; gives the URL.
@@ -154,7 +191,10 @@ impl Leave {
         let url = self.kept.url.clone();
         match client::deregister(&self.trust, self.proxy.as_deref(), &self.kept, &self.id).await {
             Ok(()) => Ok(url),
-            Err(why) => Err(format!("{url} still lists cluster {} ({why}): remove it there", self.kept.cluster_id)),
+            Err(why) => Err(format!(
+                "{url} still lists cluster {} ({why}): remove it there",
+                self.kept.cluster_id
+            )),
         }
     }
 }
@@ -166,9 +206,12 @@ impl Leave {
 pub fn check_token(token: &Secret) -> anyhow::Result<()> {
     let text = token.expose();
     if text.len() > 4096 || !text.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(Failure::usage("TOKEN_MALFORMED", "AGENT_TOKEN holds characters that no token has, or is too long")
-            .hint("copy it again, alone and on one line")
-            .into());
+        return Err(Failure::usage(
+            "TOKEN_MALFORMED",
+            "AGENT_TOKEN holds characters that no token has, or is too long",
+        )
+        .hint("copy it again, alone and on one line")
+        .into());
     }
     Ok(())
 }

@@ -49,7 +49,10 @@ fn spend(host: &Host) {
         let dir = AGENT_TOKEN.rsplit_once('/').map_or("/", |(d, _)| d);
         match host.replace(AGENT_TOKEN, b"", 0o600, Owner::default(), dir, 0o755) {
             Ok(()) => tracing::info!("the enrolment token is used up and emptied"),
-            Err(error) => tracing::warn!(error = format!("{error:#}"), "the enrolment token could not be emptied"),
+            Err(error) => tracing::warn!(
+                error = format!("{error:#}"),
+                "the enrolment token could not be emptied"
+            ),
         }
     }
 }
@@ -63,7 +66,8 @@ async fn once(host: &Host) -> anyhow::Result<String> {
         .context("asking for a token of the agent's ServiceAccount")?;
     let token = answer["status"]["token"].as_str().context("the API server gave no token")?;
     let admin = host.read(ADMIN_KUBECONFIG)?.context("the admin kubeconfig is gone")?;
-    let admin: Value = serde_saphyr::from_str(&admin).map_err(|e| anyhow::anyhow!("reading {ADMIN_KUBECONFIG}: {e}"))?;
+    let admin: Value = serde_saphyr::from_str(&admin)
+        .map_err(|e| anyhow::anyhow!("reading {ADMIN_KUBECONFIG}: {e}"))?;
     let cluster = &admin["clusters"][0]["cluster"];
     let kubeconfig = json!({
         "apiVersion": "v1",

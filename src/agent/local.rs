@@ -40,7 +40,10 @@ impl Beat {
 }
 
 /// The socket of a former run is replaced: two agents cannot run, systemd sees to it.
-#[expect(clippy::disallowed_methods, reason = "the socket is the agent's own, in its RuntimeDirectory")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the socket is the agent's own, in its RuntimeDirectory"
+)]
 pub(super) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt as _;
     if let Some(dir) = path.parent() {
@@ -52,7 +55,10 @@ pub(super) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-#[expect(clippy::disallowed_methods, reason = "the socket is the agent's own, in its RuntimeDirectory")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the socket is the agent's own, in its RuntimeDirectory"
+)]
 pub(super) fn unlink(path: &Path) {
     let _ = std::fs::remove_file(path);
 }
@@ -100,14 +106,18 @@ pub(super) async fn notify(
 
 /// What systemd is told, from a thread of its own: a manager that does not read must stop nothing here.
 #[derive(Clone)]
-pub(super) struct Systemd(std::sync::mpsc::SyncSender<(Option<NotifyState<'static>>, Option<String>)>);
+pub(super) struct Systemd(
+    std::sync::mpsc::SyncSender<(Option<NotifyState<'static>>, Option<String>)>,
+);
 
 impl Systemd {
     pub(super) fn new() -> Systemd {
-        let (sender, notes) = std::sync::mpsc::sync_channel::<(Option<NotifyState<'static>>, Option<String>)>(32);
+        let (sender, notes) =
+            std::sync::mpsc::sync_channel::<(Option<NotifyState<'static>>, Option<String>)>(32);
         std::thread::spawn(move || {
             while let Ok((state, status)) = notes.recv() {
-                let states: Vec<NotifyState<'_>> = state.into_iter().chain(status.as_deref().map(NotifyState::Status)).collect();
+                let states: Vec<NotifyState<'_>> =
+                    state.into_iter().chain(status.as_deref().map(NotifyState::Status)).collect();
                 // never fatal: outside systemd there is nobody to tell
                 if let Err(error) = sd_notify::notify(&states) {
                     tracing::debug!(%error, "systemd was not told");
@@ -156,9 +166,17 @@ pub(super) async fn serve(
 }
 
 /// A client that never speaks is let go.
-async fn connection<S: AsyncRead + AsyncWrite + Unpin>(stream: S, state: watch::Receiver<Agent>, extra: Extra, metrics_only: bool) {
-    let service = hyper::service::service_fn(move |request| std::future::ready(answer(&request, &state, &extra, metrics_only)));
-    let serving = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    state: watch::Receiver<Agent>,
+    extra: Extra,
+    metrics_only: bool,
+) {
+    let service = hyper::service::service_fn(move |request| {
+        std::future::ready(answer(&request, &state, &extra, metrics_only))
+    });
+    let serving =
+        hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
     let _ = tokio::time::timeout(Duration::from_secs(10), serving).await;
 }
 
@@ -176,7 +194,9 @@ fn answer(
             Ok(()) => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
             Err(why) => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("{why}\n")),
         },
-        "/status" if !metrics_only => (StatusCode::OK, "application/json", serde_json::to_string(&agent).unwrap_or_default()),
+        "/status" if !metrics_only => {
+            (StatusCode::OK, "application/json", serde_json::to_string(&agent).unwrap_or_default())
+        }
         _ => (StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));

@@ -64,9 +64,21 @@ impl Observer {
                         agent.api_version.clone_from(version);
                     }
                     Err(error) => {
-                        let refused = error.downcast_ref::<kube::Error>().and_then(status).is_some_and(|code| code == 401 || code == 403);
-                        agent.kubernetes = if refused { Kubernetes::Refused } else { Kubernetes::Waiting };
-                        agent.reason = error.root_cause().to_string().lines().next().unwrap_or_default().chars().take(200).collect();
+                        let refused = error
+                            .downcast_ref::<kube::Error>()
+                            .and_then(status)
+                            .is_some_and(|code| code == 401 || code == 403);
+                        agent.kubernetes =
+                            if refused { Kubernetes::Refused } else { Kubernetes::Waiting };
+                        agent.reason = error
+                            .root_cause()
+                            .to_string()
+                            .lines()
+                            .next()
+                            .unwrap_or_default()
+                            .chars()
+                            .take(200)
+                            .collect();
                         // what was true then is not said now
                         agent.nodes.clear();
                     }
@@ -102,7 +114,11 @@ impl Observer {
     }
 
     /// The version of the API server. The credential is read again when its file was replaced.
-    async fn look(&self, view: &mut Option<View>, followers: &mut JoinSet<()>) -> anyhow::Result<String> {
+    async fn look(
+        &self,
+        view: &mut Option<View>,
+        followers: &mut JoinSet<()>,
+    ) -> anyhow::Result<String> {
         let Some(written) = self.host.stamp(&self.credential) else {
             *view = None;
             anyhow::bail!("{} is not there yet", self.credential);
@@ -110,8 +126,11 @@ impl Observer {
         let current = match view {
             Some(current) if current.written == written => current,
             _ => {
-                let opened =
-                    View { written, cluster: Cluster::open(&self.host, &self.credential)?, upstream: Upstream::open(&self.host, &self.credential)? };
+                let opened = View {
+                    written,
+                    cluster: Cluster::open(&self.host, &self.credential)?,
+                    upstream: Upstream::open(&self.host, &self.credential)?,
+                };
                 // streams that are open go on with the former credential; what is new takes this one
                 self.upstream.send_replace(None);
                 followers.abort_all();
@@ -119,13 +138,16 @@ impl Observer {
                 view.insert(opened)
             }
         };
-        let version = tokio::time::timeout(ANSWER, current.cluster.version()).await.context("the API server does not answer")??;
+        let version = tokio::time::timeout(ANSWER, current.cluster.version())
+            .await
+            .context("the API server does not answer")??;
         Ok(version)
     }
 
     fn follow_all(&self, view: &View, followers: &mut JoinSet<()>, trouble: &Arc<Notify>) {
         let mut spawn = |path: &'static str, mut on: Box<dyn FnMut(Change) + Send>| {
-            let (cluster, trouble, stop) = (view.cluster.clone(), trouble.clone(), self.stop.clone());
+            let (cluster, trouble, stop) =
+                (view.cluster.clone(), trouble.clone(), self.stop.clone());
             followers.spawn(async move {
                 match follow(&cluster, path, &mut on).await {
                     // nothing to follow: the task stays, so that the others are not started again
@@ -182,7 +204,8 @@ impl Observer {
             spawn(
                 path,
                 Box::new(move |change| {
-                    let key = |v: &Value| v["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+                    let key =
+                        |v: &Value| v["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
                     match change {
                         Change::Begin => {
                             listed = false;
@@ -194,18 +217,22 @@ impl Observer {
                     }
                     if listed {
                         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-                        let (all, fine) = (count(known.len()), count(known.values().filter(|v| **v).count()));
+                        let (all, fine) =
+                            (count(known.len()), count(known.values().filter(|v| **v).count()));
                         account.send_if_modified(|a| store(a, all, fine));
                     }
                 }),
             );
         }
-        let (cluster, account, max_role) = (view.cluster.clone(), self.account.clone(), self.max_role.clone());
+        let (cluster, account, max_role) =
+            (view.cluster.clone(), self.account.clone(), self.max_role.clone());
         let stop = self.stop.clone();
         followers.spawn(async move {
             loop {
                 match notices(&cluster, &max_role).await {
-                    Ok(found) => drop(account.send_if_modified(|a| std::mem::replace(&mut a.notices, found.clone()) != found)),
+                    Ok(found) => drop(account.send_if_modified(|a| {
+                        std::mem::replace(&mut a.notices, found.clone()) != found
+                    })),
                     Err(error) => tracing::debug!(error = format!("{error:#}"), "checking rights"),
                 }
                 tokio::select! {
@@ -238,10 +265,16 @@ const COUNTED: [(&str, Good, Store); 6] = [
     ("/apis/apps/v1/deployments", has_replicas, |a, all, good| {
         put(&mut a.workloads.deployments, all) | put(&mut a.workloads.deployments_ready, good)
     }),
-    ("/apis/apps/v1/statefulsets", has_replicas, |a, all, _| put(&mut a.workloads.statefulsets, all)),
+    ("/apis/apps/v1/statefulsets", has_replicas, |a, all, _| {
+        put(&mut a.workloads.statefulsets, all)
+    }),
     ("/apis/apps/v1/daemonsets", |_| true, |a, all, _| put(&mut a.workloads.daemonsets, all)),
     ("/api/v1/services", |_| true, |a, all, _| put(&mut a.workloads.services, all)),
-    ("/apis/networking.k8s.io/v1/ingresses", |_| true, |a, all, _| put(&mut a.workloads.ingresses, all)),
+    (
+        "/apis/networking.k8s.io/v1/ingresses",
+        |_| true,
+        |a, all, _| put(&mut a.workloads.ingresses, all),
+    ),
 ];
 
 /// Namespaces that the installer makes.
@@ -271,14 +304,24 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
             ));
         }
     }
-    for (resource, name) in [("users", "pipeops:runner".to_owned()), ("groups", format!("pipeops:{max_role}"))] {
+    for (resource, name) in
+        [("users", "pipeops:runner".to_owned()), ("groups", format!("pipeops:{max_role}"))]
+    {
         if !allowed(cluster, "impersonate", "", resource, "", &name).await? {
-            found.push(notice("RIGHTS_MISSING", format!("the agent's credential may not act as {name}: callers of that role get 403")));
+            found.push(notice(
+                "RIGHTS_MISSING",
+                format!(
+                    "the agent's credential may not act as {name}: callers of that role get 403"
+                ),
+            ));
         }
     }
     for verb in ["list", "watch"] {
         if !allowed(cluster, verb, "", "pods", "", "").await? {
-            found.push(notice("RIGHTS_MISSING", format!("the agent's credential may not {verb} pods: the status is incomplete")));
+            found.push(notice(
+                "RIGHTS_MISSING",
+                format!("the agent's credential may not {verb} pods: the status is incomplete"),
+            ));
         }
     }
     for namespace in NAMESPACES {
@@ -302,10 +345,18 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
     Ok(found)
 }
 
-async fn allowed(cluster: &Cluster, verb: &str, group: &str, resource: &str, namespace: &str, name: &str) -> anyhow::Result<bool> {
+async fn allowed(
+    cluster: &Cluster,
+    verb: &str,
+    group: &str,
+    resource: &str,
+    namespace: &str,
+    name: &str,
+) -> anyhow::Result<bool> {
     let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
     let attributes = json!({"verb": verb, "group": group, "resource": resource, "subresource": sub, "namespace": namespace, "name": name});
     let review = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}});
-    let answer = cluster.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review).await?;
+    let answer =
+        cluster.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review).await?;
     Ok(answer["status"]["allowed"] == true)
 }

@@ -22,7 +22,9 @@ use crate::agent::session::client::{ControlPlane, Told};
 use crate::agent::session::identity::{self, Found, Identity};
 use crate::agent::status::{Agent, Kubernetes};
 use crate::base::secret::Secret;
-use crate::contract::types::{AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads};
+use crate::contract::types::{
+    AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads,
+};
 use crate::frp::client::{Client, Work};
 use crate::frp::{self, Kind, TunnelConfig};
 use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
@@ -51,9 +53,12 @@ pub async fn run(
     let state = host.state_dir(state)?;
     let started = Instant::now();
     let socket = host.at(config.socket.as_deref().unwrap_or(AGENT_SOCKET));
-    let listener = local::listen(&socket).with_context(|| format!("opening {}", socket.display()))?;
+    let listener =
+        local::listen(&socket).with_context(|| format!("opening {}", socket.display()))?;
     let port = match config.metrics_listen {
-        Some(address) => Some(TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?),
+        Some(address) => Some(
+            TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?,
+        ),
         None => None,
     };
     let machine = identity::machine(&host);
@@ -79,8 +84,10 @@ pub async fn run(
     let account = watch::Sender::new(first);
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
-    let (control_status, control) = watch::channel(session::Session::new(Instant::now()).status().clone());
-    let (tunnel_status, tunnel) = watch::channel(frp::Machine::new(String::new(), Instant::now()).status().clone());
+    let (control_status, control) =
+        watch::channel(session::Session::new(Instant::now()).status().clone());
+    let (tunnel_status, tunnel) =
+        watch::channel(frp::Machine::new(String::new(), Instant::now()).status().clone());
     let (audit_head, audit_heads) = watch::channel(AuditHead::default());
     let (tunnel_settings, tunnel_config) = watch::channel::<Option<TunnelConfig>>(None);
     let (run_ids, kept_run_ids) = mpsc::channel(4);
@@ -88,7 +95,12 @@ pub async fn run(
     let (ends, results) = mpsc::channel(16);
     let (report, reports) = watch::channel(StatusReport::default());
     // three steps of the end: nothing new, nothing at all, everything gone
-    let (drain, cut, halt, farewell) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+    let (drain, cut, halt, farewell) = (
+        CancellationToken::new(),
+        CancellationToken::new(),
+        CancellationToken::new(),
+        CancellationToken::new(),
+    );
 
     let mut tasks: JoinSet<(&'static str, anyhow::Result<()>)> = JoinSet::new();
     let beat = Beat::default();
@@ -142,7 +154,9 @@ pub async fn run(
                 limits: Limits {
                     per_caller: config.streams_per_caller.unwrap_or(permits::PER_CALLER),
                     in_all: config.streams.unwrap_or(permits::IN_ALL),
-                    watches_per_caller: config.watches_per_caller.unwrap_or(permits::WATCHES_PER_CALLER),
+                    watches_per_caller: config
+                        .watches_per_caller
+                        .unwrap_or(permits::WATCHES_PER_CALLER),
                     watches_in_all: config.watches.unwrap_or(permits::WATCHES_IN_ALL),
                 },
                 operations: Operations::open(state.sub("operations")?, ends),
@@ -171,18 +185,32 @@ pub async fn run(
     });
     tasks.spawn(keep_run_ids(state, kept_run_ids, halt.clone()));
     tasks.spawn(accept(works, api.clone(), halt.clone()));
-    tasks.spawn(merge(account.clone(), control, tunnel, configs, tunnel_settings, cluster, report, config.clone(), halt.clone()));
+    tasks.spawn(merge(
+        account.clone(),
+        control,
+        tunnel,
+        configs,
+        tunnel_settings,
+        cluster,
+        report,
+        config.clone(),
+        halt.clone(),
+    ));
     let extra: local::Extra = match api.clone() {
         Some(api) => Arc::new(move || api.metrics()),
         None => Arc::new(String::new),
     };
     {
         let (state, stop) = (account.subscribe(), halt.clone());
-        tasks.spawn(async move { ("socket", local::serve(listener, port, state, extra, stop).await) });
+        tasks.spawn(
+            async move { ("socket", local::serve(listener, port, state, extra, stop).await) },
+        );
     }
     {
         let (state, stop, drain) = (account.subscribe(), halt.clone(), drain.clone());
-        tasks.spawn(async move { ("notifier", local::notify(local::Systemd::new(), state, &beat, &drain, &stop).await) });
+        tasks.spawn(async move {
+            ("notifier", local::notify(local::Systemd::new(), state, &beat, &drain, &stop).await)
+        });
     }
     let mut result = Ok(());
     tokio::select! {
@@ -207,20 +235,29 @@ pub async fn run(
             }
         };
         if timeout(GRACE, idle).await.is_err() {
-            tracing::info!(open = api.open(), "ending the streams that are still open: their time is over");
+            tracing::info!(
+                open = api.open(),
+                "ending the streams that are still open: their time is over"
+            );
         }
     }
     cut.cancel();
     // the last bytes of what was cut
     tokio::time::sleep(Duration::from_millis(200)).await;
     halt.cancel();
-    let _ = timeout(Duration::from_secs(4), async { while tasks.join_next().await.is_some() {} }).await;
-    let _ = std::os::unix::net::UnixStream::connect(&socket).is_err().then(|| local::unlink(&socket));
+    let _ =
+        timeout(Duration::from_secs(4), async { while tasks.join_next().await.is_some() {} }).await;
+    let _ =
+        std::os::unix::net::UnixStream::connect(&socket).is_err().then(|| local::unlink(&socket));
     result
 }
 
 /// The FRP run id outlives the process, so that a restart takes its names over instead of finding them taken.
-async fn keep_run_ids(state: StateDir, mut fresh: mpsc::Receiver<String>, stop: CancellationToken) -> (&'static str, anyhow::Result<()>) {
+async fn keep_run_ids(
+    state: StateDir,
+    mut fresh: mpsc::Receiver<String>,
+    stop: CancellationToken,
+) -> (&'static str, anyhow::Result<()>) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return ("run ids", Ok(())),
@@ -234,7 +271,11 @@ async fn keep_run_ids(state: StateDir, mut fresh: mpsc::Receiver<String>, stop: 
 }
 
 /// Hands each stream of the tunnel to the API.
-async fn accept(mut works: mpsc::Receiver<Work>, api: Option<Api>, stop: CancellationToken) -> (&'static str, anyhow::Result<()>) {
+async fn accept(
+    mut works: mpsc::Receiver<Work>,
+    api: Option<Api>,
+    stop: CancellationToken,
+) -> (&'static str, anyhow::Result<()>) {
     let mut open = JoinSet::new();
     loop {
         tokio::select! {
@@ -269,7 +310,8 @@ async fn merge(
     let mut accounts = account.subscribe();
     loop {
         {
-            let (control, tunnel) = (control.borrow_and_update().clone(), tunnel.borrow_and_update().clone());
+            let (control, tunnel) =
+                (control.borrow_and_update().clone(), tunnel.borrow_and_update().clone());
             account.send_if_modified(|a| {
                 let news = a.control != control.state
                     || a.control_reason != control.reason
@@ -277,7 +319,8 @@ async fn merge(
                     || a.tunnel != tunnel.state
                     || a.tunnel_reason != tunnel.reason;
                 if news {
-                    (a.control, a.clock_offset, a.tunnel) = (control.state, control.offset, tunnel.state);
+                    (a.control, a.clock_offset, a.tunnel) =
+                        (control.state, control.offset, tunnel.state);
                     a.control_reason.clone_from(&control.reason);
                     a.tunnel_reason.clone_from(&tunnel.reason);
                 }
@@ -346,7 +389,9 @@ fn status_report(a: &Agent) -> StatusReport {
     };
     let w = &a.workloads;
     StatusReport {
-        at: jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - a.clock_offset).unwrap_or_default().to_string(),
+        at: jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - a.clock_offset)
+            .unwrap_or_default()
+            .to_string(),
         kubernetes: match a.kubernetes {
             Kubernetes::Connected => "connected",
             Kubernetes::Waiting => "waiting",

@@ -24,9 +24,15 @@ impl Node {
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
         let why = readiness::node(object);
         let labels = &object["metadata"]["labels"];
-        let server = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"].iter().any(|l| !labels[*l].is_null());
+        let server = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"]
+            .iter()
+            .any(|l| !labels[*l].is_null());
         let addresses = object["status"]["addresses"].as_array().cloned().unwrap_or_default();
-        let address = addresses.iter().find(|a| a["type"] == "InternalIP").map(|a| text(&a["address"])).unwrap_or_default();
+        let address = addresses
+            .iter()
+            .find(|a| a["type"] == "InternalIP")
+            .map(|a| text(&a["address"]))
+            .unwrap_or_default();
         let ready = why.is_none();
         let mut note = why.unwrap_or_default();
         if object["spec"]["unschedulable"] == true {
@@ -141,7 +147,12 @@ impl Agent {
     fn kubernetes_line(&self) -> String {
         match self.kubernetes {
             Kubernetes::Connected => {
-                format!("kubernetes {}: {} of {} nodes ready", self.api_version, self.nodes.iter().filter(|n| n.ready).count(), self.nodes.len())
+                format!(
+                    "kubernetes {}: {} of {} nodes ready",
+                    self.api_version,
+                    self.nodes.iter().filter(|n| n.ready).count(),
+                    self.nodes.len()
+                )
             }
             Kubernetes::Waiting => format!("kubernetes: waiting ({})", self.reason),
             Kubernetes::Refused => format!("kubernetes: refused ({})", self.reason),
@@ -171,7 +182,11 @@ impl Agent {
             }
             let _ = writeln!(text, "{name}{labels} {value}");
         };
-        gauge("pipeops_agent_info", &format!("{{version=\"{}\",id=\"{}\"}}", self.version, self.id), &1);
+        gauge(
+            "pipeops_agent_info",
+            &format!("{{version=\"{}\",id=\"{}\"}}", self.version, self.id),
+            &1,
+        );
         gauge("pipeops_agent_start_time_seconds", "", &self.started_at);
         gauge("pipeops_agent_ready", "", &flag(self.ready().is_ok()));
         gauge("pipeops_control_plane_connected", "", &flag(control));
@@ -182,14 +197,23 @@ impl Agent {
         gauge("pipeops_kubernetes_connected", "", &flag(self.kubernetes == Kubernetes::Connected));
         gauge("pipeops_kubernetes_last_seen_seconds", "", &self.seen_at);
         gauge("pipeops_nodes", "{ready=\"true\"}", &self.nodes.iter().filter(|n| n.ready).count());
-        gauge("pipeops_nodes", "{ready=\"false\"}", &self.nodes.iter().filter(|n| !n.ready).count());
+        gauge(
+            "pipeops_nodes",
+            "{ready=\"false\"}",
+            &self.nodes.iter().filter(|n| !n.ready).count(),
+        );
         gauge("pipeops_pods", "{running=\"true\"}", &self.workloads.pods_running);
-        gauge("pipeops_pods", "{running=\"false\"}", &(self.workloads.pods - self.workloads.pods_running.min(self.workloads.pods)));
+        gauge(
+            "pipeops_pods",
+            "{running=\"false\"}",
+            &(self.workloads.pods - self.workloads.pods_running.min(self.workloads.pods)),
+        );
         gauge("pipeops_deployments", "{ready=\"true\"}", &self.workloads.deployments_ready);
         gauge(
             "pipeops_deployments",
             "{ready=\"false\"}",
-            &(self.workloads.deployments - self.workloads.deployments_ready.min(self.workloads.deployments)),
+            &(self.workloads.deployments
+                - self.workloads.deployments_ready.min(self.workloads.deployments)),
         );
         let mut codes: Vec<&str> = self.notices.iter().map(|n| n.code.as_str()).collect();
         codes.sort_unstable();

@@ -19,7 +19,11 @@ impl Backoff {
         let random = random.clamp(0.0, 1.0);
         let span = |from: Duration, to: Duration| from + to.saturating_sub(from).mul_f64(random);
         let (low, high) = (Duration::from_millis(200), Duration::from_secs(1));
-        let wait = if self.waited < QUICK { span(low, high) } else { span(high, (self.last * 3).max(high * 3)).min(CAP) };
+        let wait = if self.waited < QUICK {
+            span(low, high)
+        } else {
+            span(high, (self.last * 3).max(high * 3)).min(CAP)
+        };
         self.waited += wait;
         self.last = wait;
         wait

@@ -34,7 +34,8 @@ impl Cidr {
 
     /// Whether the two ranges share an address.
     pub fn overlaps(&self, other: &Cidr) -> bool {
-        let ((a, family), (b, other_family)) = (Cidr::bits(self.address), Cidr::bits(other.address));
+        let ((a, family), (b, other_family)) =
+            (Cidr::bits(self.address), Cidr::bits(other.address));
         let prefix = u32::from(self.prefix.min(other.prefix));
         family == other_family && (prefix == 0 || a >> (128 - prefix) == b >> (128 - prefix))
     }
@@ -48,8 +49,14 @@ impl Cidr {
 /// The first address of a range.
 pub fn masked(range: Cidr) -> IpAddr {
     match range.address {
-        IpAddr::V4(v4) => IpAddr::V4((u32::from(v4) & u32::MAX.checked_shl(32 - u32::from(range.prefix)).unwrap_or(0)).into()),
-        IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) & u128::MAX.checked_shl(128 - u32::from(range.prefix)).unwrap_or(0)).into()),
+        IpAddr::V4(v4) => IpAddr::V4(
+            (u32::from(v4) & u32::MAX.checked_shl(32 - u32::from(range.prefix)).unwrap_or(0))
+                .into(),
+        ),
+        IpAddr::V6(v6) => IpAddr::V6(
+            (u128::from(v6) & u128::MAX.checked_shl(128 - u32::from(range.prefix)).unwrap_or(0))
+                .into(),
+        ),
     }
 }
 

@@ -14,7 +14,9 @@ pub struct Fault {
 
 impl Fault {
     fn failure(self, origin: &str) -> Failure {
-        Failure::usage("CONFIG_INVALID", format!("{}, line {}", self.what, self.line)).why(self.why).hint(format!("correct {origin} and run again"))
+        Failure::usage("CONFIG_INVALID", format!("{}, line {}", self.what, self.line))
+            .why(self.why)
+            .hint(format!("correct {origin} and run again"))
     }
 }
 
@@ -25,7 +27,9 @@ fn yaml(origin: &str) -> bool {
 
 /// The line that a top-level key stands in.
 fn line_of(text: &str, key: &str) -> usize {
-    text.lines().position(|l| l.trim_start().trim_start_matches(['[', '"', '\'']).starts_with(key)).map_or(1, |n| n + 1)
+    text.lines()
+        .position(|l| l.trim_start().trim_start_matches(['[', '"', '\'']).starts_with(key))
+        .map_or(1, |n| n + 1)
 }
 
 /// A file's keys and values.
@@ -37,25 +41,38 @@ pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
         return text.parse().map_err(|e: toml::de::Error| Fault {
             what: format!("{origin} is not valid TOML"),
             // the parser's own text shows the line, and with it a password
-            line: e.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1)),
+            line: e
+                .span()
+                .map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1)),
             why: unquoted(e.message()),
         });
     }
-    let fault = |line: usize, why: String| Fault { what: format!("{origin} is not valid YAML"), line, why };
+    let fault =
+        |line: usize, why: String| Fault { what: format!("{origin} is not valid YAML"), line, why };
     let parsed: serde_json::Value = serde_saphyr::from_str(text).map_err(|e| {
         let line = e.location().and_then(|l| usize::try_from(l.line()).ok()).unwrap_or(1).max(1);
         // its own text shows the lines around the fault
-        fault(line, "a quote, an indent or a colon is not where YAML wants it, or a key stands there twice".into())
+        fault(
+            line,
+            "a quote, an indent or a colon is not where YAML wants it, or a key stands there twice"
+                .into(),
+        )
     })?;
     let map = match parsed {
         serde_json::Value::Object(map) => map,
         serde_json::Value::Null => return Ok(toml::Table::new()),
-        _ => return Err(fault(1, "it is no mapping of keys to values, as in `cluster-name: prod`".into())),
+        _ => {
+            return Err(fault(
+                1,
+                "it is no mapping of keys to values, as in `cluster-name: prod`".into(),
+            ));
+        }
     };
     let mut table = toml::Table::new();
     // a key without a value says nothing
     for (key, value) in map.into_iter().filter(|(_, value)| !value.is_null()) {
-        let value = toml::Value::try_from(value).map_err(|_| fault(line_of(text, &key), format!("`{key}` holds a null")))?;
+        let value = toml::Value::try_from(value)
+            .map_err(|_| fault(line_of(text, &key), format!("`{key}` holds a null")))?;
         table.insert(key, value);
     }
     Ok(table)
@@ -65,7 +82,11 @@ pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
 ///
 /// # Errors
 /// The first key whose value has the wrong type, or that is not known.
-pub fn values<T: DeserializeOwned>(table: &toml::Table, text: &str, origin: &str) -> Result<T, Fault> {
+pub fn values<T: DeserializeOwned>(
+    table: &toml::Table,
+    text: &str,
+    origin: &str,
+) -> Result<T, Fault> {
     table.clone().try_into().map_err(|error: toml::de::Error| {
         // the one that fails alone is the one
         let alone = table.iter().find_map(|(key, value)| {
@@ -75,13 +96,23 @@ pub fn values<T: DeserializeOwned>(table: &toml::Table, text: &str, origin: &str
         let (key, error) = alone.map_or(("", error), |(key, e)| (key.as_str(), e));
         let why = unquoted(error.message());
         let why = if key.is_empty() || why.contains(key) { why } else { format!("`{key}`: {why}") };
-        Fault { what: format!("a value in {origin} has the wrong type"), line: line_of(text, key), why }
+        Fault {
+            what: format!("a value in {origin} has the wrong type"),
+            line: line_of(text, key),
+            why,
+        }
     })
 }
 
 /// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown keys and wrong types are named with
 /// the nearest key and the line.
-pub fn checked<T: DeserializeOwned>(text: &str, origin: &str, known: &[String], more: &[&str], command: &str) -> Result<T, Failure> {
+pub fn checked<T: DeserializeOwned>(
+    text: &str,
+    origin: &str,
+    known: &[String],
+    more: &[&str],
+    command: &str,
+) -> Result<T, Failure> {
     let table = table(text, origin).map_err(|fault| fault.failure(origin))?;
     for key in table.keys() {
         if known.iter().any(|k| k == key) || more.contains(&key.as_str()) {
@@ -91,10 +122,13 @@ pub fn checked<T: DeserializeOwned>(text: &str, origin: &str, known: &[String], 
         // what holds a secret has no key, only a file that has it
         let file = format!("{key}-file");
         let file = known.iter().find(|k| **k == file).map(String::as_str);
-        let near = file.or_else(|| nearest(key, known.iter().map(String::as_str).chain(more.iter().copied())));
+        let near = file
+            .or_else(|| nearest(key, known.iter().map(String::as_str).chain(more.iter().copied())));
         return Err(Failure::usage("CONFIG_UNKNOWN_KEY", what).hint(match near {
             Some(near) => format!("did you mean `{near}`? correct {origin} and run again"),
-            None => format!("the keys are those of `{command} --help`; correct {origin} and run again"),
+            None => {
+                format!("the keys are those of `{command} --help`; correct {origin} and run again")
+            }
         }));
     }
     values(&table, text, origin).map_err(|fault| fault.failure(origin))
@@ -125,9 +159,18 @@ mod tests {
     fn yaml_says_what_toml_says() {
         let toml = parse_file("tls-san = [\"a\", \"b\"]\nnode-name = \"vm1\"\n[k3s]\nkubelet-arg = [\"max-pods=200\"]\n", "c.toml").unwrap();
         for (name, text) in [
-            ("c.yaml", "# mine\ntls-san: [a, b]\nnode-name: vm1\nk3s:\n  kubelet-arg:\n    - max-pods=200\n"),
-            ("c.yml", "---\ntls-san:\n- a\n- b\nnode-name: \"vm1\"\ncluster-name:\nk3s: {kubelet-arg: [\"max-pods=200\"]}\n"),
-            ("/a.b/C.YAML", "{\"tls-san\": [\"a\", \"b\"], \"node-name\": \"vm1\", \"k3s\": {\"kubelet-arg\": [\"max-pods=200\"]}}"),
+            (
+                "c.yaml",
+                "# mine\ntls-san: [a, b]\nnode-name: vm1\nk3s:\n  kubelet-arg:\n    - max-pods=200\n",
+            ),
+            (
+                "c.yml",
+                "---\ntls-san:\n- a\n- b\nnode-name: \"vm1\"\ncluster-name:\nk3s: {kubelet-arg: [\"max-pods=200\"]}\n",
+            ),
+            (
+                "/a.b/C.YAML",
+                "{\"tls-san\": [\"a\", \"b\"], \"node-name\": \"vm1\", \"k3s\": {\"kubelet-arg\": [\"max-pods=200\"]}}",
+            ),
         ] {
             assert_eq!(parse_file(text, name).unwrap(), toml, "{name}");
         }
@@ -140,9 +183,21 @@ mod tests {
             ("node-name: vm1\ntls-sn: [a]\n", "CONFIG_UNKNOWN_KEY", "did you mean `tls-san`?"),
             ("node-name: vm1\ntls-sn: [a]\n", "CONFIG_UNKNOWN_KEY", "line 2"),
             ("a: b\n  c: planted-canary-4711-in-plain-text\n", "CONFIG_INVALID", "not valid YAML"),
-            ("node-name: [\"planted-canary-4711-in-plain-text\n", "CONFIG_INVALID", "not valid YAML"),
-            ("node-name: a\nnode-name: planted-canary-4711-in-plain-text\n", "CONFIG_INVALID", "line 2"),
-            ("# one\nnode-name: vm1\ntls-san: planted-canary-4711-in-plain-text\n", "CONFIG_INVALID", "line 3"),
+            (
+                "node-name: [\"planted-canary-4711-in-plain-text\n",
+                "CONFIG_INVALID",
+                "not valid YAML",
+            ),
+            (
+                "node-name: a\nnode-name: planted-canary-4711-in-plain-text\n",
+                "CONFIG_INVALID",
+                "line 2",
+            ),
+            (
+                "# one\nnode-name: vm1\ntls-san: planted-canary-4711-in-plain-text\n",
+                "CONFIG_INVALID",
+                "line 3",
+            ),
             ("cluster-name: 5\n", "CONFIG_INVALID", "`cluster-name`"),
             ("- node-name\n", "CONFIG_INVALID", "no mapping"),
             ("planted-canary-4711-in-plain-text", "CONFIG_INVALID", "no mapping"),
@@ -151,7 +206,10 @@ mod tests {
             let failure = parse_file(text, "/tmp/c.yaml").unwrap_err();
             let said = failure.render();
             assert!(
-                failure.code == code && said.contains(word) && said.contains("/tmp/c.yaml") && !said.contains("canary-4711-in-plain-text"),
+                failure.code == code
+                    && said.contains(word)
+                    && said.contains("/tmp/c.yaml")
+                    && !said.contains("canary-4711-in-plain-text"),
                 "{text}: {said}"
             );
         }

@@ -95,10 +95,14 @@ impl Failure {
         }
         let mut chain = error.chain().map(ToString::to_string);
         let what = chain.next().unwrap_or_default();
-        let no_space =
-            error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::StorageFull));
+        let no_space = error.chain().any(|cause| {
+            cause
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|io| io.kind() == std::io::ErrorKind::StorageFull)
+        });
         let mut failure = if no_space {
-            Failure::new(Exit::Partial, "DISK_FULL", what).hint("free space on that file system, then run the same command again")
+            Failure::new(Exit::Partial, "DISK_FULL", what)
+                .hint("free space on that file system, then run the same command again")
         } else {
             Failure::new(Exit::Internal, "INTERNAL", what)
         };
@@ -108,7 +112,8 @@ impl Failure {
 
     /// All of it in one line, for a list of what failed: what, code, causes, next step. An internal error has no code to look up.
     pub fn line(&self) -> String {
-        let code = if self.exit == Exit::Internal { String::new() } else { format!(" [{}]", self.code) };
+        let code =
+            if self.exit == Exit::Internal { String::new() } else { format!(" [{}]", self.code) };
         let hint = self.hint.iter().map(|h| format!("; {h}")).collect::<String>();
         let why = self.why.iter().map(|w| format!(": {w}")).collect::<String>();
         format!("{}{code}{why}{hint}", self.what)
@@ -135,9 +140,17 @@ impl Failure {
 pub fn nearest<'a>(wrong: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let wrong = wrong.to_ascii_lowercase();
     let names: Vec<&str> = names.into_iter().collect();
-    let near = names.iter().map(|name| (distance(&wrong, &name.to_ascii_lowercase()), *name)).min_by_key(|(far, _)| *far);
+    let near = names
+        .iter()
+        .map(|name| (distance(&wrong, &name.to_ascii_lowercase()), *name))
+        .min_by_key(|(far, _)| *far);
     // or the beginning of a long one
-    let begins = || names.iter().find(|name| wrong.len() >= 4 && name.to_ascii_lowercase().starts_with(&wrong)).copied();
+    let begins = || {
+        names
+            .iter()
+            .find(|name| wrong.len() >= 4 && name.to_ascii_lowercase().starts_with(&wrong))
+            .copied()
+    };
     near.filter(|(far, name)| *far <= name.len().max(3) / 2).map(|(_, name)| name).or_else(begins)
 }
 
@@ -172,14 +185,21 @@ mod tests {
 
     #[test]
     fn a_failure_is_found_below_later_contexts() {
-        let error = Err::<(), _>(anyhow::Error::new(Failure::new(Exit::Refused, "X", "no")).context("outer")).context("outermost").unwrap_err();
+        let error = Err::<(), _>(
+            anyhow::Error::new(Failure::new(Exit::Refused, "X", "no")).context("outer"),
+        )
+        .context("outermost")
+        .unwrap_err();
         assert_eq!(Failure::of(&error).exit, Exit::Refused);
     }
 
     #[test]
     fn suggests_only_what_is_near() {
         assert_eq!(nearest("tls-sn", ["tls-san", "node-ip"]), Some("tls-san"));
-        assert_eq!(nearest("insecure", ["ca_file", "insecure_skip_verify"]), Some("insecure_skip_verify"));
+        assert_eq!(
+            nearest("insecure", ["ca_file", "insecure_skip_verify"]),
+            Some("insecure_skip_verify")
+        );
         assert_eq!(nearest("zzzzzzzzzz", ["tls-san", "node-ip"]), None);
     }
 }

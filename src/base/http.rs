@@ -25,6 +25,9 @@ pub fn explain(error: &reqwest::Error) -> String {
 pub fn plain_proxy(proxy: &str) -> Option<String> {
     let text = if proxy.contains("://") { proxy.to_owned() } else { format!("http://{proxy}") };
     let url = url::Url::parse(&text).ok()?;
-    let plain = matches!(url.scheme(), "http" | "https") && url.host().is_some() && url.username().is_empty() && url.password().is_none();
+    let plain = matches!(url.scheme(), "http" | "https")
+        && url.host().is_some()
+        && url.username().is_empty()
+        && url.password().is_none();
     plain.then_some(text)
 }

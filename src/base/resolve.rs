@@ -43,17 +43,24 @@ pub async fn lookup(host: &str) -> Result<Vec<IpAddr>, NoAddress> {
         return Ok(vec![address]);
     }
     // without a usable /etc/resolv.conf there is still /etc/hosts
-    let nobody = |_| (ResolverConfig::from_parts(None, Vec::new(), Vec::new()), ResolverOpts::default());
+    let nobody =
+        |_| (ResolverConfig::from_parts(None, Vec::new(), Vec::new()), ResolverOpts::default());
     let (config, options) = read_system_conf().unwrap_or_else(nobody);
     ask(host, &config, &options).await
 }
 
-async fn ask(host: &str, config: &ResolverConfig, options: &ResolverOpts) -> Result<Vec<IpAddr>, NoAddress> {
+async fn ask(
+    host: &str,
+    config: &ResolverConfig,
+    options: &ResolverOpts,
+) -> Result<Vec<IpAddr>, NoAddress> {
     let no = |why: String, silent| NoAddress { why: format!("{host}: {why}"), silent };
     // relaxed: DNS and /etc/hosts know names with `_`, and so does getaddrinfo
-    let name = Name::from_str_relaxed(host).map_err(|e| no(format!("it cannot be a name: {e}"), false))?;
+    let name =
+        Name::from_str_relaxed(host).map_err(|e| no(format!("it cannot be a name: {e}"), false))?;
     let family = |strategy| {
-        let mut builder = TokioResolver::builder_with_config(config.clone(), TokioRuntimeProvider::default());
+        let mut builder =
+            TokioResolver::builder_with_config(config.clone(), TokioRuntimeProvider::default());
         *builder.options_mut() = options.clone();
         builder.options_mut().ip_strategy = strategy;
         // two tries fit into the time that there is
@@ -68,25 +75,33 @@ async fn ask(host: &str, config: &ResolverConfig, options: &ResolverOpts) -> Res
     let (v4, v6) = (family(LookupIpStrategy::Ipv4Only), family(LookupIpStrategy::Ipv6Only));
     tokio::pin!(v4, v6);
     let both = async {
-        let (first, other_is_v4) = tokio::select! { found = &mut v4 => (found, false), found = &mut v6 => (found, true) };
+        let (first, other_is_v4) =
+            tokio::select! { found = &mut v4 => (found, false), found = &mut v6 => (found, true) };
         let good = first.as_ref().is_ok_and(|list| !list.is_empty());
         let second = async { if other_is_v4 { v4.await } else { v6.await } };
-        let second = if good { tokio::time::timeout(OTHER, second).await.ok() } else { Some(second.await) };
+        let second =
+            if good { tokio::time::timeout(OTHER, second).await.ok() } else { Some(second.await) };
         // IPv4 first: a cluster's own addresses are that as a rule
         if other_is_v4 { (second, Some(first)) } else { (Some(first), second) }
     };
-    let servers = || config.name_servers().iter().map(|s| s.ip.to_string()).collect::<Vec<_>>().join(", ");
+    let servers =
+        || config.name_servers().iter().map(|s| s.ip.to_string()).collect::<Vec<_>>().join(", ");
     let silent = || no(format!("no name server answered ({})", servers()), true);
     let (v4, v6) = tokio::time::timeout(WHOLE, both).await.map_err(|_| silent())?;
-    let found: Vec<IpAddr> = [&v4, &v6].into_iter().flatten().flatten().flatten().copied().collect();
+    let found: Vec<IpAddr> =
+        [&v4, &v6].into_iter().flatten().flatten().flatten().copied().collect();
     if !found.is_empty() {
         return Ok(found);
     }
-    let errors: Vec<String> = [v4, v6].into_iter().flatten().filter_map(Result::err).map(|e| e.to_string()).collect();
+    let errors: Vec<String> =
+        [v4, v6].into_iter().flatten().filter_map(Result::err).map(|e| e.to_string()).collect();
     if errors.iter().any(|e| e.contains("timed out") || e.contains("no connections available")) {
         return Err(silent());
     }
-    Err(no(format!("there is no such name ({})", errors.first().map_or("no address", String::as_str)), false))
+    Err(no(
+        format!("there is no such name ({})", errors.first().map_or("no address", String::as_str)),
+        false,
+    ))
 }
 
 /// For reqwest.
@@ -103,7 +118,8 @@ impl reqwest::dns::Resolve for Resolver {
     fn resolve(&self, name: reqwest::dns::Name) -> reqwest::dns::Resolving {
         Box::pin(async move {
             let found = lookup(name.as_str()).await?;
-            let addresses: reqwest::dns::Addrs = Box::new(found.into_iter().map(|ip| SocketAddr::new(ip, 0)));
+            let addresses: reqwest::dns::Addrs =
+                Box::new(found.into_iter().map(|ip| SocketAddr::new(ip, 0)));
             Ok(addresses)
         })
     }
@@ -138,7 +154,20 @@ mod tests {
                 let mut answer = packet[..2].to_vec();
                 answer.extend([0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
                 answer.extend(&packet[12..end + 5]);
-                answer.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 60, 0, u8::try_from(data.len()).unwrap()]);
+                answer.extend([
+                    0xc0,
+                    12,
+                    0,
+                    kind,
+                    0,
+                    1,
+                    0,
+                    0,
+                    0,
+                    60,
+                    0,
+                    u8::try_from(data.len()).unwrap(),
+                ]);
                 answer.extend(data);
                 socket.send_to(&answer, from).await.unwrap();
             }
@@ -155,14 +184,27 @@ mod tests {
 
     #[tokio::test]
     async fn a_server_that_drops_one_family_delays_nobody() {
-        for (drops, found) in [(&[][..], &["10.0.0.5", "fd00::5"][..]), (&[28], &["10.0.0.5"]), (&[1], &["fd00::5"])] {
+        for (drops, found) in
+            [(&[][..], &["10.0.0.5", "fd00::5"][..]), (&[28], &["10.0.0.5"]), (&[1], &["fd00::5"])]
+        {
             let config = server(drops).await;
             let begin = Instant::now();
-            assert_eq!(ask("k3s_master.example.com", &config, &ResolverOpts::default()).await, Ok(addresses(found)), "{drops:?}");
+            assert_eq!(
+                ask("k3s_master.example.com", &config, &ResolverOpts::default()).await,
+                Ok(addresses(found)),
+                "{drops:?}"
+            );
             assert!(begin.elapsed() < Duration::from_secs(3), "{drops:?}: {:?}", begin.elapsed());
         }
-        let silent = ask("k3s.example.com", &server(&[1, 28]).await, &ResolverOpts::default()).await.unwrap_err();
-        assert!(silent.silent && silent.to_string() == "dns: k3s.example.com: no name server answered (127.0.0.1)", "{silent}");
+        let silent = ask("k3s.example.com", &server(&[1, 28]).await, &ResolverOpts::default())
+            .await
+            .unwrap_err();
+        assert!(
+            silent.silent
+                && silent.to_string()
+                    == "dns: k3s.example.com: no name server answered (127.0.0.1)",
+            "{silent}"
+        );
     }
 
     #[tokio::test]
@@ -170,6 +212,12 @@ mod tests {
         assert_eq!(lookup("10.0.0.1").await, Ok(addresses(&["10.0.0.1"])));
         assert_eq!(lookup("[fd00::1]").await, Ok(addresses(&["fd00::1"])));
         assert!(lookup("localhost").await.unwrap().contains(&"127.0.0.1".parse().unwrap()));
-        assert!(lookup("two..dots").await.unwrap_err().to_string().starts_with("dns: two..dots: it cannot be a name"));
+        assert!(
+            lookup("two..dots")
+                .await
+                .unwrap_err()
+                .to_string()
+                .starts_with("dns: two..dots: it cannot be a name")
+        );
     }
 }

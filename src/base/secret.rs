@@ -93,7 +93,9 @@ fn tokens(text: &str) -> String {
     while let Some(at) = rest.find("K10") {
         let (before, tail) = rest.split_at(at);
         masked.push_str(before);
-        let end = tail.find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ',' | ')')).unwrap_or(tail.len());
+        let end = tail
+            .find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ',' | ')'))
+            .unwrap_or(tail.len());
         let (word, after) = tail.split_at(end);
         masked.push_str(if word.len() >= 20 { "K10••••" } else { word });
         rest = after;
@@ -119,7 +121,9 @@ fn urls(text: &str, found: &mut Vec<String>) -> String {
     while let Some(at) = rest.find("://") {
         let (before, tail) = rest.split_at(at + 3);
         out.push_str(before);
-        let end = tail.find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | '`' | '<' | '>')).unwrap_or(tail.len());
+        let end = tail
+            .find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | '`' | '<' | '>'))
+            .unwrap_or(tail.len());
         // a list of URLs: the next one begins after a comma
         let end = tail[..end].find("://").and_then(|next| tail[..next].rfind(',')).unwrap_or(end);
         let (word, after) = tail.split_at(end);
@@ -133,7 +137,11 @@ fn urls(text: &str, found: &mut Vec<String>) -> String {
                     out.push_str(login);
                 } else {
                     note(password, found);
-                    out.extend([user.unwrap_or_default(), if user.is_some() { ":" } else { "" }, DOTS]);
+                    out.extend([
+                        user.unwrap_or_default(),
+                        if user.is_some() { ":" } else { "" },
+                        DOTS,
+                    ]);
                 }
                 out.push('@');
                 place
@@ -177,13 +185,37 @@ pub fn secret_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase().replace(['_', '.'], "-");
     let words: Vec<&str> = name.split('-').collect();
     let last = words.last().copied().unwrap_or_default();
-    if matches!(last, "file" | "path" | "dir" | "ttl" | "expiration" | "mode" | "url" | "enabled" | "config" | "bin") {
+    if matches!(
+        last,
+        "file"
+            | "path"
+            | "dir"
+            | "ttl"
+            | "expiration"
+            | "mode"
+            | "url"
+            | "enabled"
+            | "config"
+            | "bin"
+    ) {
         return false;
     }
     let joined = words.concat();
-    ["password", "passwd", "passphrase", "secretkey", "accesskey", "apikey", "authkey", "joinkey", "identitytoken", "signature", "credential"]
-        .iter()
-        .any(|part| joined.contains(part))
+    [
+        "password",
+        "passwd",
+        "passphrase",
+        "secretkey",
+        "accesskey",
+        "apikey",
+        "authkey",
+        "joinkey",
+        "identitytoken",
+        "signature",
+        "credential",
+    ]
+    .iter()
+    .any(|part| joined.contains(part))
         || matches!(last, "token" | "secret" | "pass" | "pw" | "pwd" | "sig")
 }
 
@@ -195,18 +227,33 @@ mod tests {
     fn nothing_shows_the_text() {
         assert_eq!(format!("{:?}", Secret::new("hunter2")), "••••");
         let token = format!("K10{}::server:pw", "a".repeat(64));
-        assert_eq!(mask(&format!("token {token} and hunter2!"), &[Secret::new("hunter2")]), "token K10•••• and ••••!");
+        assert_eq!(
+            mask(&format!("token {token} and hunter2!"), &[Secret::new("hunter2")]),
+            "token K10•••• and ••••!"
+        );
     }
 
     #[test]
     fn passwords_in_urls_are_found_however_they_are_typed() {
         for (text, shown, secrets) in [
             ("postgres://u:hunter2@h/db", "postgres://u:••••@h/db", vec!["hunter2"]),
-            ("at `https://u:p%40ss@h:1/x`: no", "at `https://u:••••@h:1/x`: no", vec!["p%40ss", "p@ss"]),
+            (
+                "at `https://u:p%40ss@h:1/x`: no",
+                "at `https://u:••••@h:1/x`: no",
+                vec!["p%40ss", "p@ss"],
+            ),
             ("mysql://u:a/b#c@d@tcp(h:3306)/db", "mysql://u:••••@tcp(h:3306)/db", vec!["a/b#c@d"]),
-            ("https://a:one@x,https://b:two@y", "https://a:••••@x,https://b:••••@y", vec!["one", "two"]),
+            (
+                "https://a:one@x,https://b:two@y",
+                "https://a:••••@x,https://b:••••@y",
+                vec!["one", "two"],
+            ),
             ("https://ghp_token@h/x", "https://••••@h/x", vec!["ghp_token"]),
-            ("pg://h/db?user=u&password=hunter2&a=b", "pg://h/db?user=u&password=••••&a=b", vec!["hunter2"]),
+            (
+                "pg://h/db?user=u&password=hunter2&a=b",
+                "pg://h/db?user=u&password=••••&a=b",
+                vec!["hunter2"],
+            ),
             ("https://h:6443/x and a@b", "https://h:6443/x and a@b", vec![]),
             ("https://u:••••@h", "https://u:••••@h", vec![]),
         ] {
@@ -217,10 +264,25 @@ mod tests {
 
     #[test]
     fn names_of_secrets_are_told_from_names_about_them() {
-        for name in ["password", "oidc-client-secret", "etcd-s3-secret-key", "AWS_ACCESS_KEY_ID", "joinKey", "token", "identity_token"] {
+        for name in [
+            "password",
+            "oidc-client-secret",
+            "etcd-s3-secret-key",
+            "AWS_ACCESS_KEY_ID",
+            "joinKey",
+            "token",
+            "identity_token",
+        ] {
             assert!(secret_name(name), "{name}");
         }
-        for name in ["token-auth-file", "enable-bootstrap-token-auth", "service-account-key-file", "secrets-encryption", "key", "node-name"] {
+        for name in [
+            "token-auth-file",
+            "enable-bootstrap-token-auth",
+            "service-account-key-file",
+            "secrets-encryption",
+            "key",
+            "node-name",
+        ] {
             assert!(!secret_name(name), "{name}");
         }
     }

@@ -49,7 +49,11 @@ pub fn unseen(c: char) -> bool {
     c.is_control() || private || none || UNSEEN.iter().any(|(from, to)| (*from..=*to).contains(&n))
 }
 
-fn escaped<'a>(text: &'a str, stays: impl Fn(char) -> bool, escape: impl Fn(&mut String, char)) -> Cow<'a, str> {
+fn escaped<'a>(
+    text: &'a str,
+    stays: impl Fn(char) -> bool,
+    escape: impl Fn(&mut String, char),
+) -> Cow<'a, str> {
     let hurts = |c: char| unseen(c) && !stays(c);
     if !text.contains(hurts) {
         return Cow::Borrowed(text);
@@ -95,7 +99,10 @@ pub fn shown_json(json: &str) -> Cow<'_, str> {
 pub fn name(text: &str, most: usize) -> Result<(), String> {
     let long = text.chars().count();
     if let Some(c) = text.chars().find(|c| unseen(*c)) {
-        return Err(format!("holds U+{:04X}, which cannot be seen or turns text around", u32::from(c)));
+        return Err(format!(
+            "holds U+{:04X}, which cannot be seen or turns text around",
+            u32::from(c)
+        ));
     }
     if text.trim().is_empty() {
         return Err("is blank".into());
@@ -145,15 +152,22 @@ mod tests {
             assert_eq!(shown(given), wanted);
         }
         assert_eq!(shown_lines("a\n\tb\u{1b}c\r"), "a\n\tb\\u{1b}c\\u{d}");
-        let json = serde_json::to_string_pretty(&serde_json::json!({"a": "x\u{202e}\u{9b}\u{e0041}\u{1b}\u{7f}"})).unwrap();
+        let json = serde_json::to_string_pretty(
+            &serde_json::json!({"a": "x\u{202e}\u{9b}\u{e0041}\u{1b}\u{7f}"}),
+        )
+        .unwrap();
         let safe = shown_json(&json);
         assert!(!safe.contains(|c| unseen(c) && c != '\n'), "{safe}");
-        assert_eq!(serde_json::from_str::<serde_json::Value>(&safe).unwrap(), serde_json::from_str::<serde_json::Value>(&json).unwrap());
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&safe).unwrap(),
+            serde_json::from_str::<serde_json::Value>(&json).unwrap()
+        );
     }
 
     #[test]
     fn a_name_is_seen_and_means_one_thing() {
-        for good in ["a", "prod eu-1", "Łódź", "🚀", "東京 1", "<b>x</b>", &"ж".repeat(63)] {
+        for good in ["a", "prod eu-1", "Łódź", "🚀", "東京 1", "<b>x</b>", &"ж".repeat(63)]
+        {
             assert_eq!(name(good, 63), Ok(()), "{good}");
         }
         for (bad, why) in [
@@ -171,7 +185,11 @@ mod tests {
             ("a\u{fdd0}", "U+FDD0"),
             (&"x".repeat(64), "63 is the most"),
         ] {
-            assert!(name(bad, 63).is_err_and(|said| said.contains(why)), "{bad:?}: {:?}", name(bad, 63));
+            assert!(
+                name(bad, 63).is_err_and(|said| said.contains(why)),
+                "{bad:?}: {:?}",
+                name(bad, 63)
+            );
         }
     }
 }

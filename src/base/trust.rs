@@ -6,7 +6,9 @@ use base64::Engine as _;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
+};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use sha2::{Digest as _, Sha256};
@@ -21,7 +23,8 @@ impl Pin {
     pub fn parse(text: &str) -> Result<Pin, String> {
         let wrong = || format!("`{text}` is no pin: `sha256:` and the base64 of 32 bytes is");
         let digest = text.trim().strip_prefix("sha256:").ok_or_else(wrong)?;
-        let bytes = base64::engine::general_purpose::STANDARD.decode(digest).map_err(|_| wrong())?;
+        let bytes =
+            base64::engine::general_purpose::STANDARD.decode(digest).map_err(|_| wrong())?;
         bytes.try_into().map(Pin).map_err(|_| wrong())
     }
 
@@ -71,7 +74,9 @@ impl Trust {
     pub fn client_as(&self, identity: Option<Identity>) -> Result<ClientConfig, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let text = |e: Error| e.to_string();
-        let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions().map_err(text)?;
+        let builder = ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .map_err(text)?;
         let base: Option<Arc<dyn ServerCertVerifier>> = match &self.ca_pem {
             Some(pem) => Some(anchored(&certificates(pem)?, &provider)?),
             None if self.anybody || !self.pins.is_empty() => None,
@@ -85,7 +90,9 @@ impl Trust {
         let verifier = Verifier { base, pins: self.pins.clone(), proves_nothing, provider };
         let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
         match identity {
-            Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|e| format!("the client certificate and its key: {e}")),
+            Some((chain, key)) => builder
+                .with_client_auth_cert(chain, key)
+                .map_err(|e| format!("the client certificate and its key: {e}")),
             None => Ok(builder.with_no_client_auth()),
         }
     }
@@ -100,12 +107,17 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
-fn anchored(anchors: &[CertificateDer<'static>], provider: &Arc<CryptoProvider>) -> Result<Arc<WebPkiServerVerifier>, String> {
+fn anchored(
+    anchors: &[CertificateDer<'static>],
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<WebPkiServerVerifier>, String> {
     let mut roots = RootCertStore::empty();
     for anchor in anchors {
         roots.add(anchor.clone()).map_err(|e| format!("a CA certificate cannot be used: {e}"))?;
     }
-    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().map_err(|e| e.to_string())
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .build()
+        .map_err(|e| e.to_string())
 }
 
 #[derive(Debug)]
@@ -120,15 +132,26 @@ struct Verifier {
 
 impl Verifier {
     /// A pinned key counts only when it is proven: the server's own by the handshake, another by having signed the server's.
-    fn pinned(&self, end: &CertificateDer<'_>, others: &[CertificateDer<'_>], name: &ServerName<'_>, now: UnixTime) -> Result<(), Error> {
-        let ours = |certificate: &CertificateDer<'_>| Pin::of(certificate).is_some_and(|pin| self.pins.contains(&pin));
+    fn pinned(
+        &self,
+        end: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let ours = |certificate: &CertificateDer<'_>| {
+            Pin::of(certificate).is_some_and(|pin| self.pins.contains(&pin))
+        };
         if ours(end) {
             return Ok(());
         }
-        let anchors: Vec<CertificateDer<'static>> = others.iter().filter(|c| ours(c)).map(|c| c.clone().into_owned()).collect();
+        let anchors: Vec<CertificateDer<'static>> =
+            others.iter().filter(|c| ours(c)).map(|c| c.clone().into_owned()).collect();
         if anchors.is_empty() {
             let shown = Pin::of(end).map_or_else(|| "no key".into(), |pin| pin.to_string());
-            return Err(Error::General(format!("the server shows key {shown}, which is not pinned")));
+            return Err(Error::General(format!(
+                "the server shows key {shown}, which is not pinned"
+            )));
         }
         let verifier = anchored(&anchors, &self.provider).map_err(Error::General)?;
         verifier.verify_server_cert(end, others, name, &[], now).map(|_| ())
@@ -187,15 +210,24 @@ pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
     let expired = format!("{:?}", CertificateError::Expired);
     let has = |needles: &[&str]| needles.iter().any(|n| text.contains(n));
     if has(&["is not pinned"]) {
-        Some(("tls_pin", "the key of the server changed, or somebody stands in between; compare the pin with the server's"))
+        Some((
+            "tls_pin",
+            "the key of the server changed, or somebody stands in between; compare the pin with the server's",
+        ))
     } else if has(&["expired", expired.as_str()]) {
-        Some(("tls_expired", "renew the server's certificate; if it is new, check this machine's clock"))
+        Some((
+            "tls_expired",
+            "renew the server's certificate; if it is new, check this machine's clock",
+        ))
     } else if has(&["not valid yet", "NotValidYet"]) {
         Some(("tls_clock", "set this machine's clock"))
     } else if has(&["not valid for name", "NotValidForName"]) {
         Some(("tls_name", "use a name that stands in the server's certificate"))
     } else if has(&["BadSignature"]) {
-        Some(("tls_key", "give the server a key of today: RSA below 2048 bits, as frps makes it for itself, is not believed"))
+        Some((
+            "tls_key",
+            "give the server a key of today: RSA below 2048 bits, as frps makes it for itself, is not believed",
+        ))
     } else if has(&["BadEncoding"]) {
         // a name is missing and its days begin in the year 1: so do those that frps before 0.65 makes
         let hint = "its certificate breaks the standard, as one does that an old frps makes for itself at every start: give the server \
@@ -227,14 +259,25 @@ mod tests {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let key = KeyPair::generate().unwrap();
-        let leaf = CertificateParams::new(vec!["cp.test".into()]).unwrap().signed_by(&key, &ca).unwrap();
-        let stranger = CertificateParams::new(vec!["cp.test".into()]).unwrap().self_signed(&KeyPair::generate().unwrap()).unwrap();
+        let leaf =
+            CertificateParams::new(vec!["cp.test".into()]).unwrap().signed_by(&key, &ca).unwrap();
+        let stranger = CertificateParams::new(vec!["cp.test".into()])
+            .unwrap()
+            .self_signed(&KeyPair::generate().unwrap())
+            .unwrap();
         Chain { ca: ca.der().clone(), leaf: leaf.der().clone(), stranger: stranger.der().clone() }
     }
 
-    fn verdict(trust: &Trust, end: &CertificateDer<'_>, others: &[CertificateDer<'_>], name: &str) -> Result<(), Error> {
+    fn verdict(
+        trust: &Trust,
+        end: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        name: &str,
+    ) -> Result<(), Error> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let base = trust.ca_pem.as_ref().map(|pem| anchored(&certificates(pem).unwrap(), &provider).unwrap() as Arc<dyn ServerCertVerifier>);
+        let base = trust.ca_pem.as_ref().map(|pem| {
+            anchored(&certificates(pem).unwrap(), &provider).unwrap() as Arc<dyn ServerCertVerifier>
+        });
         let verifier = Verifier { base, pins: trust.pins.clone(), proves_nothing: false, provider };
         let name = ServerName::try_from(name.to_owned()).unwrap();
         verifier.verify_server_cert(end, others, &name, &[], UnixTime::now()).map(|_| ())
@@ -243,7 +286,10 @@ mod tests {
     #[test]
     fn a_pin_is_no_good_when_it_is_only_shown() {
         let c = chain();
-        let pin = |der: &CertificateDer<'_>| Trust { pins: vec![Pin::of(der).unwrap()], ..Trust::default() };
+        let pin = |der: &CertificateDer<'_>| Trust {
+            pins: vec![Pin::of(der).unwrap()],
+            ..Trust::default()
+        };
         assert!(verdict(&pin(&c.leaf), &c.leaf, &[], "cp.test").is_ok());
         assert!(verdict(&pin(&c.ca), &c.leaf, std::slice::from_ref(&c.ca), "cp.test").is_ok());
         // the pinned CA is in the chain but has signed nothing of it
@@ -251,8 +297,15 @@ mod tests {
         assert!(verdict(&pin(&c.ca), &c.leaf, std::slice::from_ref(&c.ca), "other.test").is_err());
         assert!(verdict(&pin(&c.leaf), &c.stranger, &[], "cp.test").is_err());
         // a CA and a pin must both hold
-        let pem = format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", base64::engine::general_purpose::STANDARD.encode(&c.ca));
-        let both = |pin: &CertificateDer<'_>| Trust { ca_pem: Some(pem.clone()), pins: vec![Pin::of(pin).unwrap()], anybody: false };
+        let pem = format!(
+            "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n",
+            base64::engine::general_purpose::STANDARD.encode(&c.ca)
+        );
+        let both = |pin: &CertificateDer<'_>| Trust {
+            ca_pem: Some(pem.clone()),
+            pins: vec![Pin::of(pin).unwrap()],
+            anybody: false,
+        };
         assert!(verdict(&both(&c.leaf), &c.leaf, &[], "cp.test").is_ok());
         assert!(verdict(&both(&c.stranger), &c.leaf, &[], "cp.test").is_err());
         assert!(verdict(&both(&c.stranger), &c.stranger, &[], "cp.test").is_err());

@@ -12,8 +12,11 @@ use crate::output::Printer;
 pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
     let host = context.host(&args.rooted.root);
     let dir = host.peek_dir(&format!("{STATE}/audit"));
-    let unreadable =
-        |why: String| Failure::new(Exit::Internal, "AUDIT_UNREADABLE", "the audit log cannot be read").why(why).hint("run it as root on the server");
+    let unreadable = |why: String| {
+        Failure::new(Exit::Internal, "AUDIT_UNREADABLE", "the audit log cannot be read")
+            .why(why)
+            .hint("run it as root on the server")
+    };
     match &args.command {
         AuditCommand::Verify { output } => {
             let printer = Printer::new(*output == Format::Json, false, context.no_color());

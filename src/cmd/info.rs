@@ -78,14 +78,22 @@ pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> 
     let printer = Printer::new(args.output == Format::Json, false, context.no_color());
     // the journal's directory is root's alone: nobody else could tell an empty machine from a hidden journal
     if host.is_machine() && !nix::unistd::geteuid().is_root() {
-        return Err(Failure::new(Exit::Preflight, "NOT_ROOT", "the state of this node can be read by root only")
-            .hint("run the same command with sudo")
-            .into());
+        return Err(Failure::new(
+            Exit::Preflight,
+            "NOT_ROOT",
+            "the state of this node can be read by root only",
+        )
+        .hint("run the same command with sudo")
+        .into());
     }
     let Some(journal) = Journal::load(&host)? else {
-        return Err(Failure::new(Exit::Problems, "NOT_INSTALLED", "pipeops has not made this machine a node")
-            .hint("`pipeops install-server`, or `pipeops join-worker MASTER TOKEN`")
-            .into());
+        return Err(Failure::new(
+            Exit::Problems,
+            "NOT_INSTALLED",
+            "pipeops has not made this machine a node",
+        )
+        .hint("`pipeops install-server`, or `pipeops join-worker MASTER TOKEN`")
+        .into());
     };
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
     let info = collect(&host, &journal, args.join || terminal && args.output == Format::Text).await;
@@ -102,7 +110,11 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
         k3s_version: journal.k3s_version.clone(),
         ..Info::default()
     };
-    let problem = |part: &str, what: String, next: &str| Problem { part: part.into(), what, next: next.into() };
+    let problem = |part: &str, what: String, next: &str| Problem {
+        part: part.into(),
+        what,
+        next: next.into(),
+    };
     if !journal.complete {
         info.problems.push(problem(
             "installation",
@@ -121,9 +133,12 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
                 &format!("journalctl -u {unit} -n 50; systemctl start {unit}"),
             ));
         }
-        Err(error) => info.problems.push(problem("k3s", format!("{error:#}"), "is systemd running?")),
+        Err(error) => {
+            info.problems.push(problem("k3s", format!("{error:#}"), "is systemd running?"))
+        }
     }
-    let kubeconfig = if journal.role == Role::Server { ADMIN_KUBECONFIG } else { KUBELET_KUBECONFIG };
+    let kubeconfig =
+        if journal.role == Role::Server { ADMIN_KUBECONFIG } else { KUBELET_KUBECONFIG };
     let cluster = match host.read(kubeconfig) {
         Ok(Some(_)) => Cluster::open(host, kubeconfig).map_err(|e| e.context("it is not valid")),
         Ok(None) => Err(anyhow::anyhow!("it is not there")),
@@ -137,7 +152,9 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
                 Err(_) => Ok(Vec::new()),
             }
         },
-        async { if server && cluster.is_ok() { components(host, journal).await } else { Vec::new() } },
+        async {
+            if server && cluster.is_ok() { components(host, journal).await } else { Vec::new() }
+        },
         async { if server { Some(agent(host).await) } else { None } },
     );
     match (&cluster, nodes) {
@@ -162,14 +179,22 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
         }
         (Ok(_), Err(error)) => {
             info.api = "away".into();
-            info.problems.push(problem("api", format!("the Kubernetes API does not answer: {error}"), &format!("journalctl -u {unit} -n 50")));
+            info.problems.push(problem(
+                "api",
+                format!("the Kubernetes API does not answer: {error}"),
+                &format!("journalctl -u {unit} -n 50"),
+            ));
         }
     }
     info.components = components;
     if info.api == "answers" {
         for component in info.components.iter().filter(|c| !c.ready) {
             let name = &component.name;
-            info.problems.push(problem("component", format!("{name}: {}", component.note), "run install-server again: it repairs what is not ready"));
+            info.problems.push(problem(
+                "component",
+                format!("{name}: {}", component.note),
+                "run install-server again: it repairs what is not ready",
+            ));
         }
     }
     if let Some(agent) = agent {
@@ -185,14 +210,29 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
                 format!("the agent has no view of the cluster: {}", agent.note),
                 "systemctl start pipeops-agent-credential, then look again",
             ));
-        } else if !matches!(agent.control, Some(session::State::Unenrolled | session::State::Online | session::State::Skewed)) {
+        } else if !matches!(
+            agent.control,
+            Some(session::State::Unenrolled | session::State::Online | session::State::Skewed)
+        ) {
             let next = match agent.control {
-                Some(session::State::Unauthorized | session::State::Expired) => "run install-server again with a fresh AGENT_TOKEN",
-                Some(session::State::Conflict) => "on a copied machine: run install-server again with an AGENT_TOKEN of its own",
-                _ => "check the way from this machine to the control plane; the agent goes on trying by itself",
+                Some(session::State::Unauthorized | session::State::Expired) => {
+                    "run install-server again with a fresh AGENT_TOKEN"
+                }
+                Some(session::State::Conflict) => {
+                    "on a copied machine: run install-server again with an AGENT_TOKEN of its own"
+                }
+                _ => {
+                    "check the way from this machine to the control plane; the agent goes on trying by itself"
+                }
             };
-            info.problems.push(problem("agent", format!("the control plane is not reached: {}", agent.note), next));
-        } else if agent.control != Some(session::State::Unenrolled) && agent.tunnel != Some(frp::State::Up) {
+            info.problems.push(problem(
+                "agent",
+                format!("the control plane is not reached: {}", agent.note),
+                next,
+            ));
+        } else if agent.control != Some(session::State::Unenrolled)
+            && agent.tunnel != Some(frp::State::Up)
+        {
             info.problems.push(problem(
                 "agent",
                 format!("the tunnel is not up: {}", agent.note),
@@ -200,14 +240,22 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
             ));
         }
         for notice in &agent.notices {
-            info.problems.push(problem("agent", format!("{}: {}", notice.code, notice.text), "run install-server again: it repairs what is ours"));
+            info.problems.push(problem(
+                "agent",
+                format!("{}: {}", notice.code, notice.text),
+                "run install-server again: it repairs what is ours",
+            ));
         }
         info.agent = Some(agent);
     }
     if join && server {
         match within(join_line(host, &cluster, &info)).await {
             Ok(line) => info.join = Some(line),
-            Err(error) => info.problems.push(problem("join", format!("no join line can be made: {error}"), "bring the API back first")),
+            Err(error) => info.problems.push(problem(
+                "join",
+                format!("no join line can be made: {error}"),
+                "bring the API back first",
+            )),
         }
     }
     info
@@ -231,8 +279,10 @@ async fn nodes(cluster: &Cluster, server: bool, own: &str) -> anyhow::Result<Vec
 }
 
 async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
-    let chosen =
-        CATALOGUE.iter().filter(|c| journal.entries.iter().any(|e| e.id.starts_with(&format!("component-{}-", c.name))) || wanted(journal, c));
+    let chosen = CATALOGUE.iter().filter(|c| {
+        journal.entries.iter().any(|e| e.id.starts_with(&format!("component-{}-", c.name)))
+            || wanted(journal, c)
+    });
     let looks = chosen.map(|component| async move {
         let look = async {
             for item in (component.ready)() {
@@ -242,8 +292,13 @@ async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
             }
             None
         };
-        let note = tokio::time::timeout(PART, look).await.unwrap_or_else(|_| Some("no answer".into()));
-        Component { name: component.name.into(), ready: note.is_none(), note: note.unwrap_or_default() }
+        let note =
+            tokio::time::timeout(PART, look).await.unwrap_or_else(|_| Some("no answer".into()));
+        Component {
+            name: component.name.into(),
+            ready: note.is_none(),
+            note: note.unwrap_or_default(),
+        }
     });
     futures_util::future::join_all(looks).await
 }
@@ -252,12 +307,18 @@ async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
 fn wanted(journal: &Journal, component: &components::Component) -> bool {
     match journal.options.get("components") {
         Some(list) => list.split(',').any(|n| n == component.name),
-        None => component.by_default && journal.entries.iter().any(|e| e.id.starts_with("component-")),
+        None => {
+            component.by_default && journal.entries.iter().any(|e| e.id.starts_with("component-"))
+        }
     }
 }
 
 async fn agent(host: &Host) -> AgentInfo {
-    let unit = host.unit("pipeops-agent.service").await.map(|u| u.active).unwrap_or_else(|e| e.to_string());
+    let unit = host
+        .unit("pipeops-agent.service")
+        .await
+        .map(|u| u.active)
+        .unwrap_or_else(|e| e.to_string());
     match within(ask_agent(host)).await {
         Ok(agent) => AgentInfo {
             unit,
@@ -285,14 +346,24 @@ async fn ask_agent(host: &Host) -> anyhow::Result<Agent> {
     let mut answer = Vec::new();
     stream.take(1 << 20).read_to_end(&mut answer).await?;
     let text = String::from_utf8_lossy(&answer);
-    let (_, body) = text.split_once("\r\n\r\n").ok_or_else(|| anyhow::anyhow!("it spoke no HTTP"))?;
+    let (_, body) =
+        text.split_once("\r\n\r\n").ok_or_else(|| anyhow::anyhow!("it spoke no HTTP"))?;
     Ok(serde_json::from_str(body)?)
 }
 
 /// A line with a token for workers only, valid for a day; one of ours that still lives is used again.
-async fn join_line(host: &Host, cluster: &anyhow::Result<Cluster>, info: &Info) -> anyhow::Result<String> {
+async fn join_line(
+    host: &Host,
+    cluster: &anyhow::Result<Cluster>,
+    info: &Info,
+) -> anyhow::Result<String> {
     let Ok(cluster) = cluster else { anyhow::bail!("the kubeconfig cannot be used") };
-    let own = info.nodes.iter().find(|n| n.name == info.node).map(|n| n.address.clone()).filter(|a| !a.is_empty());
+    let own = info
+        .nodes
+        .iter()
+        .find(|n| n.name == info.node)
+        .map(|n| n.address.clone())
+        .filter(|a| !a.is_empty());
     let Some(address) = own else { anyhow::bail!("this node's address is not known") };
     let address = host_in_url(&address);
     let token = match live_token(host, cluster).await? {
@@ -301,7 +372,11 @@ async fn join_line(host: &Host, cluster: &anyhow::Result<Cluster>, info: &Info) 
             let args = ["token", "create", "--ttl", "24h", "--description", TOKEN_NOTE];
             let made = host.ask("k3s", &args, PART).await?;
             let token = made.stdout.trim().to_owned();
-            anyhow::ensure!(made.ok() && !token.is_empty(), "`k3s token create` failed: {}", made.stderr.trim());
+            anyhow::ensure!(
+                made.ok() && !token.is_empty(),
+                "`k3s token create` failed: {}",
+                made.stderr.trim()
+            );
             token
         }
     };
@@ -312,17 +387,33 @@ async fn join_line(host: &Host, cluster: &anyhow::Result<Cluster>, info: &Info) 
 async fn live_token(host: &Host, cluster: &Cluster) -> anyhow::Result<Option<String>> {
     use base64::Engine as _;
     let decode = |v: &Value| {
-        let bytes = base64::engine::general_purpose::STANDARD.decode(v.as_str().unwrap_or_default()).unwrap_or_default();
+        let bytes = base64::engine::general_purpose::STANDARD
+            .decode(v.as_str().unwrap_or_default())
+            .unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     };
-    let Some(prefix) = host.read(SERVER_TOKEN)?.and_then(|t| t.split_once("::").map(|(head, _)| head.to_owned())) else { return Ok(None) };
+    let Some(prefix) =
+        host.read(SERVER_TOKEN)?.and_then(|t| t.split_once("::").map(|(head, _)| head.to_owned()))
+    else {
+        return Ok(None);
+    };
     let secrets = cluster.list("/api/v1/namespaces/kube-system/secrets?fieldSelector=type%3Dbootstrap.kubernetes.io%2Ftoken").await?;
     let soon = jiff::Timestamp::now().as_second() + 3600;
     Ok(secrets
         .iter()
         .filter(|s| decode(&s["data"]["description"]) == TOKEN_NOTE)
-        .filter(|s| decode(&s["data"]["expiration"]).parse::<jiff::Timestamp>().is_ok_and(|t| t.as_second() > soon))
-        .map(|s| format!("{prefix}::{}.{}", decode(&s["data"]["token-id"]), decode(&s["data"]["token-secret"])))
+        .filter(|s| {
+            decode(&s["data"]["expiration"])
+                .parse::<jiff::Timestamp>()
+                .is_ok_and(|t| t.as_second() > soon)
+        })
+        .map(|s| {
+            format!(
+                "{prefix}::{}.{}",
+                decode(&s["data"]["token-id"]),
+                decode(&s["data"]["token-secret"])
+            )
+        })
         .next())
 }
 
@@ -331,7 +422,10 @@ fn render(info: &Info) -> String {
         Some(Role::Server) => "server",
         _ => "worker",
     };
-    let mut text = format!("{} – k3s {} {role}, {}; API {}\n", info.node, info.k3s_version, info.k3s, info.api);
+    let mut text = format!(
+        "{} – k3s {} {role}, {}; API {}\n",
+        info.node, info.k3s_version, info.k3s, info.api
+    );
     if !info.nodes.is_empty() {
         let row = |n: &Node| {
             vec![
@@ -344,23 +438,42 @@ fn render(info: &Info) -> String {
             ]
         };
         text.push('\n');
-        text.push_str(&table(&["NODE", "STATE", "ROLE", "VERSION", "ADDRESS", "NOTE"], &info.nodes.iter().map(row).collect::<Vec<_>>()));
+        text.push_str(&table(
+            &["NODE", "STATE", "ROLE", "VERSION", "ADDRESS", "NOTE"],
+            &info.nodes.iter().map(row).collect::<Vec<_>>(),
+        ));
     }
     if !info.components.is_empty() {
-        let row = |c: &Component| vec![c.name.clone(), if c.ready { "ready".into() } else { "not ready".into() }, c.note.clone()];
+        let row = |c: &Component| {
+            vec![
+                c.name.clone(),
+                if c.ready { "ready".into() } else { "not ready".into() },
+                c.note.clone(),
+            ]
+        };
         text.push('\n');
-        text.push_str(&table(&["COMPONENT", "STATE", "NOTE"], &info.components.iter().map(row).collect::<Vec<_>>()));
+        text.push_str(&table(
+            &["COMPONENT", "STATE", "NOTE"],
+            &info.components.iter().map(row).collect::<Vec<_>>(),
+        ));
     }
     if let Some(agent) = &info.agent {
         text.push_str(&format!("\nagent {}: {}\n", agent.unit, shown(&agent.note)));
     }
     if let Some(join) = &info.join {
-        text.push_str(&format!("\nadd a worker (the token is for workers only and lives a day at most):\n  {join}\n"));
+        text.push_str(&format!(
+            "\nadd a worker (the token is for workers only and lives a day at most):\n  {join}\n"
+        ));
     }
     if !info.problems.is_empty() {
         text.push_str("\nproblems:\n");
         for problem in &info.problems {
-            text.push_str(&format!("  {} – {}\n      → {}\n", problem.part, shown(&problem.what), shown(&problem.next)));
+            text.push_str(&format!(
+                "  {} – {}\n      → {}\n",
+                problem.part,
+                shown(&problem.what),
+                shown(&problem.next)
+            ));
         }
     }
     text

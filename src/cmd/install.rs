@@ -13,47 +13,75 @@ pub async fn server(context: &Context, args: InstallServer) -> anyhow::Result<Ex
     match args.node_type.as_str() {
         "server" => {}
         "agent" => return worker_by_environment(context, args).await,
-        other => return Err(Failure::usage("NODE_TYPE", format!("NODE_TYPE is `{other}`; it is server or agent")).into()),
+        other => {
+            return Err(Failure::usage(
+                "NODE_TYPE",
+                format!("NODE_TYPE is `{other}`; it is server or agent"),
+            )
+            .into());
+        }
     }
-    let mut job = Job::begin(context, "install-server", args.options, args.run, Role::Server).await?;
+    let mut job =
+        Job::begin(context, "install-server", args.options, args.run, Role::Server).await?;
     let result = server_job(&mut job).await;
     job.end(result)
 }
 
 async fn worker_by_environment(context: &Context, args: InstallServer) -> anyhow::Result<Exit> {
-    let missing: Vec<&str> = [("K3S_URL", args.k3s_url.is_none()), ("K3S_TOKEN", context.k3s_token.is_none() && args.token_file.is_none())]
-        .iter()
-        .filter(|(_, m)| *m)
-        .map(|(n, _)| *n)
-        .collect();
+    let missing: Vec<&str> = [
+        ("K3S_URL", args.k3s_url.is_none()),
+        ("K3S_TOKEN", context.k3s_token.is_none() && args.token_file.is_none()),
+    ]
+    .iter()
+    .filter(|(_, m)| *m)
+    .map(|(n, _)| *n)
+    .collect();
     let Some(master) = args.k3s_url.filter(|_| missing.is_empty()) else {
-        return Err(Failure::usage("NODE_TYPE", format!("NODE_TYPE=agent needs K3S_URL and K3S_TOKEN; missing: {}", missing.join(", ")))
-            .hint("both stand in the line of `pipeops cluster-info --join` on the server")
-            .into());
+        return Err(Failure::usage(
+            "NODE_TYPE",
+            format!("NODE_TYPE=agent needs K3S_URL and K3S_TOKEN; missing: {}", missing.join(", ")),
+        )
+        .hint("both stand in the line of `pipeops cluster-info --join` on the server")
+        .into());
     };
-    let join = JoinWorker { master, token: None, token_file: args.token_file, insecure_token: false, options: args.options, run: args.run };
+    let join = JoinWorker {
+        master,
+        token: None,
+        token_file: args.token_file,
+        insecure_token: false,
+        options: args.options,
+        run: args.run,
+    };
     super::join::worker(context, join).await
 }
 
 async fn server_job(job: &mut Job<'_>) -> anyhow::Result<Exit> {
-    let version = release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
+    let version =
+        release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
     let offline = job.settings.options.offline_dir.is_some();
-    let chosen = components::chosen(job.settings.components.as_deref(), offline && job.settings.components.is_none());
+    let chosen = components::chosen(
+        job.settings.components.as_deref(),
+        offline && job.settings.components.is_none(),
+    );
     let findings = job.check(Some(&version), &chosen)?;
     if offline && job.settings.components.is_none() {
         job.printer.say("note: no components: the offline directory has no chart archives (--components names what to try anyway)");
     }
-    let resolved = release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version).await?;
+    let resolved =
+        release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version)
+            .await?;
     resolved.notes.iter().for_each(|n| job.printer.say(&format!("note: {n}")));
     let plan = planner::server_plan(&job.facts, &job.settings, &resolved.release, &chosen);
     let Some(outcome) = job.carry_out(plan, findings).await? else { return Ok(Exit::Done) };
     let name = job.settings.node_name(&job.facts.hostname);
     if !job.printer.json() {
         job.printer.data(&format!("{name} is a k3s {} server, Ready.", resolved.release.version));
-        job.printer.data("  kubectl get nodes                  (as root; or --kubeconfig-for USER)");
+        job.printer
+            .data("  kubectl get nodes                  (as root; or --kubeconfig-for USER)");
         job.printer.data("  pipeops cluster-info --join        the line that adds a worker");
         if job.context.agent_token.is_none() && job.settings.options.agent_token_file.is_none() {
-            job.printer.data("  the agent waits, unenrolled: run again with AGENT_TOKEN to register it");
+            job.printer
+                .data("  the agent waits, unenrolled: run again with AGENT_TOKEN to register it");
         }
     }
     Ok(if outcome.failed.is_empty() { Exit::Done } else { Exit::Partial })

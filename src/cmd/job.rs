@@ -57,9 +57,14 @@ impl<'a> Job<'a> {
     ) -> anyhow::Result<Job<'a>> {
         let host = context.host(&run.root);
         if !host.is_dir("/") {
-            return Err(Failure::usage("ROOT_MISSING", format!("--root {}: there is no such directory", run.root)).into());
+            return Err(Failure::usage(
+                "ROOT_MISSING",
+                format!("--root {}: there is no such directory", run.root),
+            )
+            .into());
         }
-        let saved = run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
+        let saved =
+            run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
         let mut run = run;
         run.config = run.config.or_else(|| saved.as_ref()?.plan.inputs.get("config").cloned());
         secrets::note(&flags, &context.env);
@@ -74,11 +79,16 @@ impl<'a> Job<'a> {
         let probe = if hands.is_some() { Probe::Disk } else { Probe::ReadOnly };
         let mut facts = gather(&host, ours, &context.env, probe).await;
         // a node keeps its name, whatever the machine is called today or is asked to be
-        if let Some(node) = journal.as_ref().map(|j| j.node.clone()).filter(|node| !node.is_empty() && settings.node_name(&facts.hostname) != *node) {
+        if let Some(node) = journal
+            .as_ref()
+            .map(|j| j.node.clone())
+            .filter(|node| !node.is_empty() && settings.node_name(&facts.hostname) != *node)
+        {
             facts.renamed = Some(std::mem::replace(&mut facts.hostname, node));
         }
         look_again(&host, &mut facts, &settings);
-        let printer = Printer::new(run.output == Format::Json, run.events.is_some(), context.no_color());
+        let printer =
+            Printer::new(run.output == Format::Json, run.events.is_some(), context.no_color());
         let mut job = Job {
             context,
             command,
@@ -94,7 +104,13 @@ impl<'a> Job<'a> {
             started: std::time::Instant::now(),
         };
         job.secrets = secrets::known(context, &job.host, &job.settings, &job.facts)?;
-        let readable = secrets::readable(&job.host, job.hands.as_ref(), &job.run, &job.settings.options, &job.secrets)?;
+        let readable = secrets::readable(
+            &job.host,
+            job.hands.as_ref(),
+            &job.run,
+            &job.settings.options,
+            &job.secrets,
+        )?;
         job.facts.readable.extend(readable);
         if ours == Some(Role::Server) && job.facts.k3s.active {
             job.facts.retired_ingress = retired_ingress(&job.host).await;
@@ -104,19 +120,28 @@ impl<'a> Job<'a> {
     }
 
     /// Runs the checks, shows what they found, and stops when one says so.
-    pub(super) fn check(&mut self, version: Option<&k3s::version::Version>, components: &[&'static Component]) -> anyhow::Result<Vec<Finding>> {
+    pub(super) fn check(
+        &mut self,
+        version: Option<&k3s::version::Version>,
+        components: &[&'static Component],
+    ) -> anyhow::Result<Vec<Finding>> {
         let target = Target { settings: &self.settings, version, components };
         let findings = checks::run(&self.facts, &target);
         self.printer.findings(&findings);
         if !blocked(&findings) {
             return Ok(findings);
         }
-        let codes: Vec<&str> = findings.iter().filter(|f| f.level == Level::Error).map(|f| f.code.as_str()).collect();
+        let codes: Vec<&str> =
+            findings.iter().filter(|f| f.level == Level::Error).map(|f| f.code.as_str()).collect();
         self.printer.document(&json!({"schema": "pipeops.result/v1", "command": self.command, "result": "blocked", "exit": 3, "findings": findings}));
         Err(Failure::new(
             Exit::Preflight,
             "PREFLIGHT",
-            format!("preflight found {} that must be mended first: {}", plural(codes.len(), "problem"), codes.join(", ")),
+            format!(
+                "preflight found {} that must be mended first: {}",
+                plural(codes.len(), "problem"),
+                codes.join(", ")
+            ),
         )
         .why("nothing was changed")
         .hint("mend them and run again; a finding can be overruled with --ignore CODE")
@@ -124,14 +149,20 @@ impl<'a> Job<'a> {
     }
 
     /// Check, show, confirm, apply. `None` when the run ends before the engine starts.
-    pub(super) async fn carry_out(&mut self, plan: Plan, findings: Vec<Finding>) -> anyhow::Result<Option<Outcome>> {
-        let mut checked = engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings).await?;
+    pub(super) async fn carry_out(
+        &mut self,
+        plan: Plan,
+        findings: Vec<Finding>,
+    ) -> anyhow::Result<Option<Outcome>> {
+        let mut checked =
+            engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings).await?;
         checked.plan.inputs = secrets::inputs(&self.host, &self.run, &self.settings.options);
         if let Some(then) = self.saved.take() {
             checked = self.saved(then, checked).await?;
         }
         if let Some(path) = &self.run.plan_out {
-            self.host.write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
+            self.host
+                .write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
             self.printer.say(&format!("the plan is in {path} (mode 0600, without secrets); carry it out with --apply-plan {path}"));
         }
         if checked.done() {
@@ -144,16 +175,27 @@ impl<'a> Job<'a> {
         self.printer.say(&format!("{} on {}:", self.command, checked.plan.node));
         self.printer.plan(&checked);
         if self.run.read_only() {
-            self.printer.data(&format!("{} would be made; nothing was written", plural(changes, "change")));
+            self.printer
+                .data(&format!("{} would be made; nothing was written", plural(changes, "change")));
             self.report(&checked, "dry_run", &Outcome::default());
             return Ok(None);
         }
         self.ask(&checked)?;
         let Some(hands) = &self.hands else { anyhow::bail!("no lock is held") };
-        let mut journal = self.journal.take().unwrap_or_else(|| Journal::new(self.settings.role, &checked.plan.node, &checked.plan.k3s_version));
+        let mut journal = self.journal.take().unwrap_or_else(|| {
+            Journal::new(self.settings.role, &checked.plan.node, &checked.plan.k3s_version)
+        });
         let printer = &mut self.printer;
         let mut tell = |event: Event| printer.event(&event);
-        let result = engine::apply(hands, &checked.plan, &self.secrets, &mut journal, &self.context.stop, &mut tell).await;
+        let result = engine::apply(
+            hands,
+            &checked.plan,
+            &self.secrets,
+            &mut journal,
+            &self.context.stop,
+            &mut tell,
+        )
+        .await;
         self.journal = Some(journal);
         let result = result.map_err(|error| self.explain(error));
         match &result {
@@ -164,7 +206,8 @@ impl<'a> Job<'a> {
                     self.printer.say(&format!("left for later: {title} – {why}"));
                 }
                 if !outcome.failed.is_empty() {
-                    self.printer.say("the base is healthy; run the same command again to finish the rest");
+                    self.printer
+                        .say("the base is healthy; run the same command again to finish the rest");
                 }
             }
             // main prints it; the log wants it too
@@ -176,11 +219,16 @@ impl<'a> Job<'a> {
 
     /// A finished plan whose journal was not closed, for example after a crash at the very end.
     fn settle(&mut self, checked: &Checked) -> anyhow::Result<()> {
-        let (Some(hands), Some(journal)) = (&self.hands, self.journal.as_mut()) else { return Ok(()) };
+        let (Some(hands), Some(journal)) = (&self.hands, self.journal.as_mut()) else {
+            return Ok(());
+        };
         // an earlier pipeops may have put it another way, with secrets in it
-        let mut changed = journal.scrubbed || !journal.complete || journal.options != checked.plan.options;
+        let mut changed =
+            journal.scrubbed || !journal.complete || journal.options != checked.plan.options;
         for step in &checked.plan.steps {
-            if let Some(entry) = journal.entries.iter_mut().find(|e| e.id == step.id && e.want != step.want) {
+            if let Some(entry) =
+                journal.entries.iter_mut().find(|e| e.id == step.id && e.want != step.want)
+            {
                 entry.want = step.want.clone();
                 changed = true;
             }
@@ -204,7 +252,8 @@ impl<'a> Job<'a> {
                 ));
             }
             Exit::Internal if failure.hint.is_none() => {
-                failure.hint = Some(format!("run the same command again: it resumes. The log is in {LOGS}"));
+                failure.hint =
+                    Some(format!("run the same command again: it resumes. The log is in {LOGS}"));
             }
             _ => {}
         }
@@ -235,13 +284,29 @@ impl<'a> Job<'a> {
             )
             .into());
         }
-        let again = engine::check(&self.host, then.plan.clone(), self.journal.as_ref(), &self.secrets, now.findings).await?;
+        let again = engine::check(
+            &self.host,
+            then.plan.clone(),
+            self.journal.as_ref(),
+            &self.secrets,
+            now.findings,
+        )
+        .await?;
         if again.checks != then.checks || again.remove != then.remove || again.drift != then.drift {
-            let differs = then.plan.steps.iter().zip(then.checks.iter().zip(&again.checks)).find(|(_, (a, b))| a != b).map(|(s, _)| s.title.clone());
+            let differs = then
+                .plan
+                .steps
+                .iter()
+                .zip(then.checks.iter().zip(&again.checks))
+                .find(|(_, (a, b))| a != b)
+                .map(|(s, _)| s.title.clone());
             return Err(stale(
                 "PLAN_STALE",
                 "the machine has changed since the plan was made",
-                format!("first difference: {}", differs.unwrap_or_else(|| "what is taken back".into())),
+                format!(
+                    "first difference: {}",
+                    differs.unwrap_or_else(|| "what is taken back".into())
+                ),
             )
             .into());
         }
@@ -255,13 +320,24 @@ impl<'a> Job<'a> {
                 match checked.plan.options.get(key) {
                     // without a word about it k3s is not changed: `release::version`
                     None if ["k3s-version", "channel"].contains(&key.as_str()) => {
-                        let verb = if journal.k3s_version == checked.plan.k3s_version { "stays at" } else { "becomes" };
-                        self.printer.say(&format!("  ! {key} was `{was}` and is not given now: k3s {verb} {}", checked.plan.k3s_version));
+                        let verb = if journal.k3s_version == checked.plan.k3s_version {
+                            "stays at"
+                        } else {
+                            "becomes"
+                        };
+                        self.printer.say(&format!(
+                            "  ! {key} was `{was}` and is not given now: k3s {verb} {}",
+                            checked.plan.k3s_version
+                        ));
                     }
                     // the node keeps it: NODE_RENAMED
                     None if key == "node-name" => {}
-                    None => self.printer.say(&format!("  ! {key} was `{was}` and is not given now: it goes back to its default")),
-                    Some(now) if now != was => self.printer.say(&format!("  ! {key} was `{was}`, becomes `{now}`")),
+                    None => self.printer.say(&format!(
+                        "  ! {key} was `{was}` and is not given now: it goes back to its default"
+                    )),
+                    Some(now) if now != was => {
+                        self.printer.say(&format!("  ! {key} was `{was}`, becomes `{now}`"))
+                    }
                     Some(_) => {}
                 }
             }
@@ -269,16 +345,20 @@ impl<'a> Job<'a> {
         if self.run.yes || self.run.apply_plan.is_some() {
             return Ok(());
         }
-        let declined = |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
+        let declined =
+            |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
         match self.printer.confirm("go on?") {
             Some(true) => Ok(()),
             Some(false) => Err(declined("declined").into()),
-            None => Err(declined("there is no terminal to ask on").hint("run again with --yes, or look with --dry-run").into()),
+            None => Err(declined("there is no terminal to ask on")
+                .hint("run again with --yes, or look with --dry-run")
+                .into()),
         }
     }
 
     fn report(&self, checked: &Checked, result: &str, outcome: &Outcome) {
-        let failed: Vec<_> = outcome.failed.iter().map(|(step, why)| json!({"step": step, "why": why})).collect();
+        let failed: Vec<_> =
+            outcome.failed.iter().map(|(step, why)| json!({"step": step, "why": why})).collect();
         self.printer.document(&json!({
             "schema": "pipeops.result/v1",
             "command": self.command,
@@ -300,7 +380,10 @@ impl<'a> Job<'a> {
         let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
         let text = crate::base::secret::masked(&self.printer.take_log());
         let path = format!("{LOGS}/{stamp}-{}.log", self.command);
-        if let Err(error) = hands.mkdir(LOGS, 0o700).and_then(|_| hands.write(&path, text.as_bytes(), 0o600, Owner::default())) {
+        if let Err(error) = hands
+            .mkdir(LOGS, 0o700)
+            .and_then(|_| hands.write(&path, text.as_bytes(), 0o600, Owner::default()))
+        {
             self.printer.say(&format!("note: the log could not be written: {error:#}"));
         }
     }
@@ -327,7 +410,8 @@ pub(super) fn plural(count: usize, word: &str) -> String {
 async fn traefik(host: &Host) -> bool {
     let path = "/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/traefik";
     let Ok(cluster) = Cluster::open(host, ADMIN_KUBECONFIG) else { return false };
-    !host.text(crate::host::paths::DROP_IN).contains("traefik") && cluster.get(path).await.is_ok_and(|chart| chart.is_some())
+    !host.text(crate::host::paths::DROP_IN).contains("traefik")
+        && cluster.get(path).await.is_ok_and(|chart| chart.is_some())
 }
 
 /// Ingresses with annotations of the retired controller, when that controller runs in the cluster.
@@ -336,8 +420,10 @@ async fn retired_ingress(host: &Host) -> Option<u32> {
     let classes = cluster.list("/apis/networking.k8s.io/v1/ingressclasses").await.ok()?;
     classes.iter().find(|c| c["spec"]["controller"] == "k8s.io/ingress-nginx")?;
     let ingresses = cluster.list("/apis/networking.k8s.io/v1/ingresses").await.unwrap_or_default();
-    let annotated = ingresses
-        .iter()
-        .filter(|i| i["metadata"]["annotations"].as_object().is_some_and(|a| a.keys().any(|k| k.starts_with("nginx.ingress.kubernetes.io/"))));
+    let annotated = ingresses.iter().filter(|i| {
+        i["metadata"]["annotations"]
+            .as_object()
+            .is_some_and(|a| a.keys().any(|k| k.starts_with("nginx.ingress.kubernetes.io/")))
+    });
     Some(u32::try_from(annotated.count()).unwrap_or(u32::MAX))
 }

@@ -28,7 +28,8 @@ use crate::k3s::version::Version;
 /// # Errors
 /// As in the table of exit codes.
 pub async fn worker(context: &Context, args: JoinWorker) -> anyhow::Result<Exit> {
-    let url = typed::master_url(&args.master).map_err(|why| Failure::usage("MASTER_INVALID", why))?;
+    let url =
+        typed::master_url(&args.master).map_err(|why| Failure::usage("MASTER_INVALID", why))?;
     let insecure = args.insecure_token;
     let mut job = Job::begin(context, "join-worker", args.options, args.run, Role::Worker).await?;
     let result = async {
@@ -59,7 +60,12 @@ fn token(job: &Job<'_>, argument: Option<&str>, file: Option<&str>) -> anyhow::R
     }
 }
 
-async fn join(job: &mut Job<'_>, url: &str, secret: Secret, insecure: bool) -> anyhow::Result<Exit> {
+async fn join(
+    job: &mut Job<'_>,
+    url: &str,
+    secret: Secret,
+    insecure: bool,
+) -> anyhow::Result<Exit> {
     // what goes into k3s' token file is the token alone
     let secret = Secret::new(cleaned(secret.expose()));
     remember(secret.expose());
@@ -71,7 +77,8 @@ async fn join(job: &mut Job<'_>, url: &str, secret: Secret, insecure: bool) -> a
     job.secrets.insert(SecretName::K3sToken, secret);
     choose_route(&mut job.facts, url).await;
     // local checks that need no version come first: they cost the server nothing
-    let provisional = release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
+    let provisional =
+        release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
     let joined = job.journal.is_some() && job.host.exists(JOIN_TOKEN) && job.facts.k3s.active;
     let server = match join::connect(url, token, insecure).await {
         // a worker that is up already can be checked and changed while its server is away
@@ -88,9 +95,16 @@ async fn join(job: &mut Job<'_>, url: &str, secret: Secret, insecure: bool) -> a
     install(job, url, provisional, Some(&server), joined).await
 }
 
-async fn install(job: &mut Job<'_>, url: &str, provisional: Version, server: Option<&Server>, joined: bool) -> anyhow::Result<Exit> {
+async fn install(
+    job: &mut Job<'_>,
+    url: &str,
+    provisional: Version,
+    server: Option<&Server>,
+    joined: bool,
+) -> anyhow::Result<Exit> {
     // what needs no version stops the run before the name is reserved; the version is the server's, unless said
-    let known = job.journal.is_some() || job.settings.version.is_some() || job.settings.channel.is_some();
+    let known =
+        job.journal.is_some() || job.settings.version.is_some() || job.settings.channel.is_some();
     let mut findings = job.check(known.then_some(&provisional), &[])?;
     let Some(server) = server else { return finish(job, url, provisional, &mut findings).await };
     let node = job.settings.node_name(&job.facts.hostname);
@@ -123,32 +137,64 @@ async fn install(job: &mut Job<'_>, url: &str, provisional: Version, server: Opt
 
 /// Ties the name to this machine on the server, and settles the version.
 async fn reserve(job: &mut Job<'_>, server: &Server, node: &str) -> anyhow::Result<Version> {
-    let Some(password) = job.secrets.get(&SecretName::NodePassword).cloned() else { anyhow::bail!("no node password") };
+    let Some(password) = job.secrets.get(&SecretName::NodePassword).cloned() else {
+        anyhow::bail!("no node password")
+    };
     let theirs = server.reserve(node, &password).await?;
-    if job.settings.version.as_ref().is_some_and(|ours| (ours.major, ours.minor) > (theirs.major, theirs.minor)) {
-        return Err(Failure::new(Exit::Preflight, "VERSION_SKEW", format!("a worker must not be newer than its server ({theirs})"))
-            .why(format!("asked for {}", job.settings.version.as_ref().map(ToString::to_string).unwrap_or_default()))
-            .hint("leave --k3s-version out: the server's version is taken")
-            .into());
+    if job
+        .settings
+        .version
+        .as_ref()
+        .is_some_and(|ours| (ours.major, ours.minor) > (theirs.major, theirs.minor))
+    {
+        return Err(Failure::new(
+            Exit::Preflight,
+            "VERSION_SKEW",
+            format!("a worker must not be newer than its server ({theirs})"),
+        )
+        .why(format!(
+            "asked for {}",
+            job.settings.version.as_ref().map(ToString::to_string).unwrap_or_default()
+        ))
+        .hint("leave --k3s-version out: the server's version is taken")
+        .into());
     }
-    job.printer.say(&format!("the server has reserved the name {node} for this machine; it runs k3s {theirs}"));
+    job.printer.say(&format!(
+        "the server has reserved the name {node} for this machine; it runs k3s {theirs}"
+    ));
     release::version(&job.host, &job.settings, &job.facts, None, Some(&theirs)).await
 }
 
-async fn finish(job: &mut Job<'_>, url: &str, version: Version, findings: &mut Vec<Finding>) -> anyhow::Result<Exit> {
-    let late: Vec<Finding> = crate::install::checks::run(&job.facts, &Target { settings: &job.settings, version: Some(&version), components: &[] })
-        .into_iter()
-        .filter(|f| f.level == Level::Error && !findings.contains(f))
-        .collect();
+async fn finish(
+    job: &mut Job<'_>,
+    url: &str,
+    version: Version,
+    findings: &mut Vec<Finding>,
+) -> anyhow::Result<Exit> {
+    let late: Vec<Finding> = crate::install::checks::run(
+        &job.facts,
+        &Target { settings: &job.settings, version: Some(&version), components: &[] },
+    )
+    .into_iter()
+    .filter(|f| f.level == Level::Error && !findings.contains(f))
+    .collect();
     if !late.is_empty() {
         *findings = job.check(Some(&version), &[])?;
     }
-    let resolved = release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version).await?;
+    let resolved =
+        release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version)
+            .await?;
     resolved.notes.iter().for_each(|n| job.printer.say(&format!("note: {n}")));
-    let plan = planner::worker_plan(&job.facts, &job.settings, &resolved.release, &Master { url: url.to_owned() });
+    let plan = planner::worker_plan(
+        &job.facts,
+        &job.settings,
+        &resolved.release,
+        &Master { url: url.to_owned() },
+    );
     let Some(_) = job.carry_out(plan, findings.clone()).await? else { return Ok(Exit::Done) };
     let name = job.settings.node_name(&job.facts.hostname);
-    job.printer.data(&format!("{name} is a k3s {} worker of {url}, Ready.", resolved.release.version));
+    job.printer
+        .data(&format!("{name} is a k3s {} worker of {url}, Ready.", resolved.release.version));
     Ok(Exit::Done)
 }
 
@@ -158,7 +204,10 @@ fn ask_first(job: &mut Job<'_>, url: &str, node: &str) -> anyhow::Result<()> {
         Some(true) => Ok(()),
         answer => {
             let what = if answer.is_some() { "declined" } else { "there is no terminal to ask on" };
-            Err(Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed").hint("run again with --yes, or look with --dry-run").into())
+            Err(Failure::new(Exit::Declined, "DECLINED", what)
+                .why("nothing was changed")
+                .hint("run again with --yes, or look with --dry-run")
+                .into())
         }
     }
 }
@@ -181,8 +230,19 @@ fn random() -> anyhow::Result<[u8; 16]> {
 /// Writes the node password, and nothing else, through the engine, so that uninstall knows of it.
 async fn keep_password(job: &mut Job<'_>, url: &str) {
     let Some(hands) = &job.hands else { return };
-    let want = Resource::File { path: NODE_PASSWORD.into(), content: Content::Secret(SecretName::NodePassword), mode: 0o600, group: None };
-    let step = Step { id: "node-password".into(), title: "keep the node password".into(), why: "the name is reserved".into(), want, optional: false };
+    let want = Resource::File {
+        path: NODE_PASSWORD.into(),
+        content: Content::Secret(SecretName::NodePassword),
+        mode: 0o600,
+        group: None,
+    };
+    let step = Step {
+        id: "node-password".into(),
+        title: "keep the node password".into(),
+        why: "the name is reserved".into(),
+        want,
+        optional: false,
+    };
     let plan = Plan {
         schema: SCHEMA.into(),
         command: "join-worker".into(),
@@ -196,7 +256,9 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
     };
     let mut journal = Journal::new(Role::Worker, &plan.node, "");
     let stop = tokio_util::sync::CancellationToken::new();
-    let done = crate::install::engine::apply(hands, &plan, &job.secrets, &mut journal, &stop, &mut |_| {}).await;
+    let done =
+        crate::install::engine::apply(hands, &plan, &job.secrets, &mut journal, &stop, &mut |_| {})
+            .await;
     match done {
         Ok(_) => job.printer.say(&format!("note: the name stays reserved; its password is kept in {NODE_PASSWORD} (`pipeops uninstall` removes it)")),
         Err(error) => job.printer.say(&format!(
@@ -209,10 +271,17 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
 /// A worker takes the address that leads to its server: `ip route get` would say the same. A name is looked up first; where it
 /// cannot be found, the connection says so.
 async fn choose_route(facts: &mut Facts, url: &str) {
-    let Some(host) = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)) else { return };
+    let Some(host) = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)) else {
+        return;
+    };
     let leads = |master: std::net::IpAddr| {
-        let ways = facts.routes.iter().filter(|r| r.kind == "unicast" && Cidr::parse(&r.to).is_some_and(|c| c.contains(master)));
-        ways.min_by_key(|r| (std::cmp::Reverse(Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric)).cloned()
+        let ways = facts.routes.iter().filter(|r| {
+            r.kind == "unicast" && Cidr::parse(&r.to).is_some_and(|c| c.contains(master))
+        });
+        ways.min_by_key(|r| {
+            (std::cmp::Reverse(Cidr::parse(&r.to).map_or(0, |c| c.prefix)), r.metric)
+        })
+        .cloned()
     };
     // what leads there decides about address and interface before the default route does
     facts.toward = lookup(&host).await.unwrap_or_default().into_iter().find_map(leads);

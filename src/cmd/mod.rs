@@ -44,9 +44,15 @@ impl Context {
 
     /// A token file of the user's; `-` is standard input.
     pub(crate) fn token_file(&self, host: &Host, path: &str) -> anyhow::Result<Secret> {
-        let text = if path == "-" { host.users_file("/dev/stdin")? } else { host.users_file(path).map_err(|e| unreadable(path, &e))? };
+        let text = if path == "-" {
+            host.users_file("/dev/stdin")?
+        } else {
+            host.users_file(path).map_err(|e| unreadable(path, &e))?
+        };
         match text.trim() {
-            "" => Err(Failure::usage("TOKEN_EMPTY", format!("there is no token in {path}")).hint("put the token, and nothing else, into it").into()),
+            "" => Err(Failure::usage("TOKEN_EMPTY", format!("there is no token in {path}"))
+                .hint("put the token, and nothing else, into it")
+                .into()),
             token => Ok(Secret::new(token)),
         }
     }
@@ -60,8 +66,14 @@ pub(crate) fn unreadable(path: &str, error: &anyhow::Error) -> Failure {
 
 /// Options of the files, lowest layer first, under those of the command line.
 pub(crate) fn layers(host: &Host, flags: Options, config: Option<&str>) -> anyhow::Result<Options> {
-    let mut files = vec!["/usr/lib/pipeops/config.toml".to_owned(), "/etc/pipeops/config.toml".into()];
-    files.extend(host.list("/etc/pipeops/config.d").into_iter().filter(|n| n.ends_with(".toml")).map(|n| format!("/etc/pipeops/config.d/{n}")));
+    let mut files =
+        vec!["/usr/lib/pipeops/config.toml".to_owned(), "/etc/pipeops/config.toml".into()];
+    files.extend(
+        host.list("/etc/pipeops/config.d")
+            .into_iter()
+            .filter(|n| n.ends_with(".toml"))
+            .map(|n| format!("/etc/pipeops/config.d/{n}")),
+    );
     let mut lower = Options::default();
     for path in &files {
         if let Some(text) = host.read(path)? {

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::cli::{
-    AdminCommand, ClusterCommand, ControlPlane, Format, Place, PlaneCommand, ProjectCommand, RunnerCommand, Serve, Stored, TokenCommand, Verb,
+    AdminCommand, ClusterCommand, ControlPlane, Format, Place, PlaneCommand, ProjectCommand,
+    RunnerCommand, Serve, Stored, TokenCommand, Verb,
 };
 use crate::cmd::{Context, unreadable};
 use crate::control_plane::frps::ExternalFrps;
@@ -45,7 +46,13 @@ fn layered(host: &Host, flags: PlaneOptions, config: Option<&str>) -> anyhow::Re
 }
 
 /// A URL with a password in it: from the file that a flag names, the command line or the environment, the file that the config names.
-fn url(context: &Context, host: &Host, flag: Option<&str>, given: Option<&Secret>, config: Option<&str>) -> anyhow::Result<Option<Secret>> {
+fn url(
+    context: &Context,
+    host: &Host,
+    flag: Option<&str>,
+    given: Option<&Secret>,
+    config: Option<&str>,
+) -> anyhow::Result<Option<Secret>> {
     match (flag, given, config) {
         (None, Some(given), _) => Ok(Some(given.clone())),
         (Some(path), ..) | (None, None, Some(path)) => context.token_file(host, path).map(Some),
@@ -58,15 +65,34 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     let flags = args.options;
     let (database, amqp) = (flags.database_url_file.clone(), flags.amqp_url_file.clone());
     let options = layered(&host, flags, args.config.as_deref())?;
-    let database = url(context, &host, database.as_deref(), context.database_url.as_ref(), options.database_url_file.as_deref())?;
-    let broker = url(context, &host, amqp.as_deref(), context.amqp_url.as_ref(), options.amqp_url_file.as_deref())?;
+    let database = url(
+        context,
+        &host,
+        database.as_deref(),
+        context.database_url.as_ref(),
+        options.database_url_file.as_deref(),
+    )?;
+    let broker = url(
+        context,
+        &host,
+        amqp.as_deref(),
+        context.amqp_url.as_ref(),
+        options.amqp_url_file.as_deref(),
+    )?;
     let text = |path: &str| host.users_file(path).map_err(|e| unreadable(path, &e));
     let ca = options.amqp_ca.as_deref().map(text).transpose()?;
     let frps = match options.frps {
         Some(address) => {
-            let path = options.frps_token_file.ok_or_else(|| Failure::usage("FRPS_WRONG", "--frps needs --frps-token-file"))?;
+            let path = options
+                .frps_token_file
+                .ok_or_else(|| Failure::usage("FRPS_WRONG", "--frps needs --frps-token-file"))?;
             let ca = options.frps_ca.as_deref().map(text).transpose()?;
-            Some(ExternalFrps { address, token: context.token_file(&host, &path)?, ca, pin: options.frps_pin })
+            Some(ExternalFrps {
+                address,
+                token: context.token_file(&host, &path)?,
+                ca,
+                pin: options.frps_pin,
+            })
         }
         None => None,
     };
@@ -85,7 +111,11 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
         database,
         broker: broker.map(|url| Broker { url, ca }),
         frps,
-        certificate: options.tls_cert.zip(options.tls_key).map(|(chain, key)| CertificateFiles { chain, key, ca: options.tls_ca }),
+        certificate: options.tls_cert.zip(options.tls_key).map(|(chain, key)| CertificateFiles {
+            chain,
+            key,
+            ca: options.tls_ca,
+        }),
         data_dir: args.place.data_dir.clone(),
         show: if terminal { Some(show) } else { None },
     };
@@ -102,7 +132,9 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
 /// To a person at a terminal, this once.
 fn show(token: &str, line: &str) {
     let mut printer = Printer::new(false, false, true);
-    printer.say(&format!("first administrator's token, for the page and the API (shown once): {token}"));
+    printer.say(&format!(
+        "first administrator's token, for the page and the API (shown once): {token}"
+    ));
     printer.say("to add a server, paste this on it within a day (`pipeops control-plane token create` prints another):");
     printer.say(&format!("  {line}"));
 }
@@ -115,7 +147,12 @@ struct Asked<'a> {
 }
 
 impl Asked<'_> {
-    async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<String> {
+    async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<String> {
         client::call(&self.host, &self.place.data_dir, method, path, body).await
     }
 
@@ -136,10 +173,16 @@ impl Asked<'_> {
         Ok(Exit::Done)
     }
 
-    async fn list(&self, path: &str, head: &[&str], row: fn(&Value) -> Vec<String>) -> anyhow::Result<Exit> {
+    async fn list(
+        &self,
+        path: &str,
+        head: &[&str],
+        row: fn(&Value) -> Vec<String>,
+    ) -> anyhow::Result<Exit> {
         let answer = self.call(Method::GET, path, None).await?;
         self.show(&answer, |value| {
-            let rows: Vec<Vec<String>> = value["items"].as_array().into_iter().flatten().map(row).collect();
+            let rows: Vec<Vec<String>> =
+                value["items"].as_array().into_iter().flatten().map(row).collect();
             if rows.is_empty() { "none yet".into() } else { table(head, &rows) }
         })
     }
@@ -161,7 +204,10 @@ fn text(value: &Value) -> String {
 }
 
 fn when(value: &Value) -> String {
-    value.as_i64().and_then(|s| jiff::Timestamp::from_second(s).ok()).map_or_else(|| "-".into(), |t| t.to_string())
+    value
+        .as_i64()
+        .and_then(|s| jiff::Timestamp::from_second(s).ok())
+        .map_or_else(|| "-".into(), |t| t.to_string())
 }
 
 /// One segment of a path, whatever the user typed.
@@ -169,12 +215,24 @@ fn segment(text: &str) -> anyhow::Result<String> {
     if text.is_empty() || text.contains('/') {
         return Err(Failure::usage("BAD_NAME", format!("`{text}` is no name or id")).into());
     }
-    Ok(url::form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>().replace('+', "%20"))
+    Ok(url::form_urlencoded::byte_serialize(text.as_bytes())
+        .collect::<String>()
+        .replace('+', "%20"))
 }
 
-fn stored(context: &Context, stored: &Stored, place: &Place) -> anyhow::Result<(Host, Option<Secret>)> {
+fn stored(
+    context: &Context,
+    stored: &Stored,
+    place: &Place,
+) -> anyhow::Result<(Host, Option<Secret>)> {
     let host = context.host(&place.root);
-    let database = url(context, &host, stored.database_url_file.as_deref(), context.database_url.as_ref(), None)?;
+    let database = url(
+        context,
+        &host,
+        stored.database_url_file.as_deref(),
+        context.database_url.as_ref(),
+        None,
+    )?;
     Ok((host, database))
 }
 
@@ -189,31 +247,65 @@ async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow
         }
         PlaneCommand::Token(TokenCommand::List { verb }) => {
             asked(verb)
-                .list("/api/v1/tokens", &["ID", "NAME", "PROJECT", "USES LEFT", "EXPIRES", "REVOKED"], |v| {
-                    vec![text(&v["id"]), text(&v["name"]), text(&v["project"]), text(&v["uses_left"]), when(&v["expires_at"]), text(&v["revoked"])]
-                })
+                .list(
+                    "/api/v1/tokens",
+                    &["ID", "NAME", "PROJECT", "USES LEFT", "EXPIRES", "REVOKED"],
+                    |v| {
+                        vec![
+                            text(&v["id"]),
+                            text(&v["name"]),
+                            text(&v["project"]),
+                            text(&v["uses_left"]),
+                            when(&v["expires_at"]),
+                            text(&v["revoked"]),
+                        ]
+                    },
+                )
                 .await
         }
         PlaneCommand::Token(TokenCommand::Revoke { id, verb }) => {
-            asked(verb).done(Method::DELETE, &format!("/api/v1/tokens/{}", segment(&id)?), "revoked").await
+            asked(verb)
+                .done(Method::DELETE, &format!("/api/v1/tokens/{}", segment(&id)?), "revoked")
+                .await
         }
         PlaneCommand::Cluster(ClusterCommand::List { verb }) => {
             asked(verb)
-                .list("/api/v1/clusters", &["ID", "NAME", "STATE", "VERSION", "NODES", "TUNNEL", "SEEN", "REASON"], |v| {
-                    let fields = ["id", "name", "state", "version", "nodes", "tunnel"];
-                    fields.iter().map(|f| text(&v[f])).chain([when(&v["seen_at"]), text(&v["reason"])]).collect()
-                })
+                .list(
+                    "/api/v1/clusters",
+                    &["ID", "NAME", "STATE", "VERSION", "NODES", "TUNNEL", "SEEN", "REASON"],
+                    |v| {
+                        let fields = ["id", "name", "state", "version", "nodes", "tunnel"];
+                        fields
+                            .iter()
+                            .map(|f| text(&v[f]))
+                            .chain([when(&v["seen_at"]), text(&v["reason"])])
+                            .collect()
+                    },
+                )
                 .await
         }
         PlaneCommand::Cluster(ClusterCommand::Show { cluster, verb }) => {
             let asked = asked(verb);
-            let answer = asked.call(Method::GET, &format!("/api/v1/clusters/{}", segment(&cluster)?), None).await?;
+            let answer = asked
+                .call(Method::GET, &format!("/api/v1/clusters/{}", segment(&cluster)?), None)
+                .await?;
             asked.show(&answer, |v| {
                 let line = |name: &str| format!("{name:<14}{}", text(&v[name]));
-                let mut lines: Vec<String> =
-                    ["id", "name", "project", "state", "reason", "tunnel", "version", "provider", "agent_id", "agent_version", "max_role"]
-                        .map(line)
-                        .into();
+                let mut lines: Vec<String> = [
+                    "id",
+                    "name",
+                    "project",
+                    "state",
+                    "reason",
+                    "tunnel",
+                    "version",
+                    "provider",
+                    "agent_id",
+                    "agent_version",
+                    "max_role",
+                ]
+                .map(line)
+                .into();
                 lines.push(format!("{:<14}{}", "seen", when(&v["seen_at"])));
                 for node in v["report"]["nodes"].as_array().into_iter().flatten() {
                     let ready = if node["ready"] == true { "ready" } else { "not ready" };
@@ -231,16 +323,42 @@ async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow
         PlaneCommand::Cluster(ClusterCommand::Kubeconfig { cluster, role, namespaces, verb }) => {
             let asked = asked(verb);
             let body = json!({"role": role, "namespaces": namespaces});
-            let answer = asked.call(Method::POST, &format!("/api/v1/clusters/{}/kubeconfig", segment(&cluster)?), Some(&body)).await?;
+            let answer = asked
+                .call(
+                    Method::POST,
+                    &format!("/api/v1/clusters/{}/kubeconfig", segment(&cluster)?),
+                    Some(&body),
+                )
+                .await?;
             asked.show(&answer, |_| answer.clone())
         }
         PlaneCommand::Cluster(ClusterCommand::Revoke { cluster, verb }) => {
-            asked(verb).done(Method::POST, &format!("/api/v1/clusters/{}/revoke", segment(&cluster)?), "revoked; its streams have ended").await
+            asked(verb)
+                .done(
+                    Method::POST,
+                    &format!("/api/v1/clusters/{}/revoke", segment(&cluster)?),
+                    "revoked; its streams have ended",
+                )
+                .await
         }
         PlaneCommand::Cluster(ClusterCommand::Remove { cluster, verb }) => {
-            asked(verb).done(Method::DELETE, &format!("/api/v1/clusters/{}", segment(&cluster)?), "removed").await
+            asked(verb)
+                .done(
+                    Method::DELETE,
+                    &format!("/api/v1/clusters/{}", segment(&cluster)?),
+                    "removed",
+                )
+                .await
         }
-        PlaneCommand::Runner(RunnerCommand::Create { name, project, role, clusters, namespaces, ttl, verb }) => {
+        PlaneCommand::Runner(RunnerCommand::Create {
+            name,
+            project,
+            role,
+            clusters,
+            namespaces,
+            ttl,
+            verb,
+        }) => {
             let asked = asked(verb);
             let body = json!({"name": name, "project": project, "role": role, "clusters": clusters, "namespaces": namespaces, "ttl_s": ttl});
             let answer = asked.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
@@ -248,28 +366,60 @@ async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow
         }
         PlaneCommand::Runner(RunnerCommand::List { verb }) => {
             asked(verb)
-                .list("/api/v1/runners", &["ID", "NAME", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"], |v| {
-                    let fields = ["id", "name", "kind", "role", "clusters", "namespaces"];
-                    fields.iter().map(|f| text(&v[f])).chain([when(&v["expires_at"]), text(&v["revoked"])]).collect()
-                })
+                .list(
+                    "/api/v1/runners",
+                    &["ID", "NAME", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"],
+                    |v| {
+                        let fields = ["id", "name", "kind", "role", "clusters", "namespaces"];
+                        fields
+                            .iter()
+                            .map(|f| text(&v[f]))
+                            .chain([when(&v["expires_at"]), text(&v["revoked"])])
+                            .collect()
+                    },
+                )
                 .await
         }
         PlaneCommand::Runner(RunnerCommand::Revoke { id, verb }) => {
-            asked(verb).done(Method::DELETE, &format!("/api/v1/runners/{}", segment(&id)?), "revoked; its streams have ended").await
+            asked(verb)
+                .done(
+                    Method::DELETE,
+                    &format!("/api/v1/runners/{}", segment(&id)?),
+                    "revoked; its streams have ended",
+                )
+                .await
         }
         PlaneCommand::Admin(AdminCommand::Create { name, verb }) => {
             let asked = asked(verb);
-            let answer = asked.call(Method::POST, "/api/v1/admins", Some(&json!({"name": name}))).await?;
+            let answer =
+                asked.call(Method::POST, "/api/v1/admins", Some(&json!({"name": name}))).await?;
             asked.show(&answer, |v| text(&v["token"]))
         }
         PlaneCommand::Admin(AdminCommand::List { verb }) => {
-            asked(verb).list("/api/v1/admins", &["ID", "NAME", "CREATED"], |v| vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]).await
+            asked(verb)
+                .list("/api/v1/admins", &["ID", "NAME", "CREATED"], |v| {
+                    vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]
+                })
+                .await
         }
         PlaneCommand::Admin(AdminCommand::Revoke { id, verb }) => {
-            asked(verb).done(Method::DELETE, &format!("/api/v1/admins/{}", segment(&id)?), "revoked; its sessions have ended").await
+            asked(verb)
+                .done(
+                    Method::DELETE,
+                    &format!("/api/v1/admins/{}", segment(&id)?),
+                    "revoked; its sessions have ended",
+                )
+                .await
         }
         PlaneCommand::FrpsConfig => {
-            let text = client::call(&context.host(&place.root), &place.data_dir, Method::GET, "/api/v1/frps", None).await?;
+            let text = client::call(
+                &context.host(&place.root),
+                &place.data_dir,
+                Method::GET,
+                "/api/v1/frps",
+                None,
+            )
+            .await?;
             for line in text.lines() {
                 Printer::new(false, false, context.no_color()).hand_out(line);
             }
@@ -277,24 +427,32 @@ async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow
         }
         PlaneCommand::Backup { file, stored: at } => {
             let (host, database) = stored(context, &at, place)?;
-            let said = control_plane::backup::write(&host, &place.data_dir, database, &file).await?;
+            let said =
+                control_plane::backup::write(&host, &place.data_dir, database, &file).await?;
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }
         PlaneCommand::Restore { file, stored: at } => {
             let (host, database) = stored(context, &at, place)?;
             let text = host.users_file(&file).map_err(|e| unreadable(&file, &e))?;
-            let said = control_plane::backup::restore(&host, &place.data_dir, database, &file, &text).await?;
+            let said =
+                control_plane::backup::restore(&host, &place.data_dir, database, &file, &text)
+                    .await?;
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }
         PlaneCommand::Project(ProjectCommand::Create { name, verb }) => {
             let asked = asked(verb);
-            let answer = asked.call(Method::POST, "/api/v1/projects", Some(&json!({"name": name}))).await?;
+            let answer =
+                asked.call(Method::POST, "/api/v1/projects", Some(&json!({"name": name}))).await?;
             asked.show(&answer, |v| text(&v["id"]))
         }
         PlaneCommand::Project(ProjectCommand::List { verb }) => {
-            asked(verb).list("/api/v1/projects", &["ID", "NAME", "CREATED"], |v| vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]).await
+            asked(verb)
+                .list("/api/v1/projects", &["ID", "NAME", "CREATED"], |v| {
+                    vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]
+                })
+                .await
         }
     }
 }

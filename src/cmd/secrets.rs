@@ -28,12 +28,18 @@ const CONFIG: &str = "/etc/pipeops";
 /// Exit 2 when it is none.
 pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<Checked> {
     let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
-    let bad =
-        |why: String| Failure::usage("PLAN_INVALID", format!("{path} is not a plan of this pipeops")).why(why).hint("make a new one with --plan-out");
+    let bad = |why: String| {
+        Failure::usage("PLAN_INVALID", format!("{path} is not a plan of this pipeops"))
+            .why(why)
+            .hint("make a new one with --plan-out")
+    };
     // the parser quotes what it does not expect, and that may be anything
-    let then: Checked = serde_json::from_str(&text).map_err(|e| bad(unquoted(&e.to_string().replace('`', "\""))))?;
+    let then: Checked = serde_json::from_str(&text)
+        .map_err(|e| bad(unquoted(&e.to_string().replace('`', "\""))))?;
     if then.plan.schema != SCHEMA {
-        return Err(bad(format!("its format is {}, this one knows {SCHEMA}", then.plan.schema)).into());
+        return Err(
+            bad(format!("its format is {}, this one knows {SCHEMA}", then.plan.schema)).into()
+        );
     }
     Ok(then)
 }
@@ -45,7 +51,10 @@ pub(super) fn in_plain(then: &Checked) -> bool {
 
 /// Secret settings that a plan or journal of the first pipeops has among its options.
 fn held(options: &BTreeMap<String, String>) -> Vec<String> {
-    let extra = options.get("k3s").and_then(|text| serde_json::from_str::<Extra>(text).ok()).unwrap_or_default();
+    let extra = options
+        .get("k3s")
+        .and_then(|text| serde_json::from_str::<Extra>(text).ok())
+        .unwrap_or_default();
     names(&extra, "[k3s] ")
 }
 
@@ -57,27 +66,40 @@ fn names(extra: &Extra, of: &str) -> Vec<String> {
 pub(super) fn from_plan(options: &mut Options, saved: Option<&Checked>) {
     let Some(inputs) = saved.map(|s| &s.plan.inputs) else { return };
     options.registries = options.registries.take().or_else(|| inputs.get("registries").cloned());
-    options.agent_token_file = options.agent_token_file.take().or_else(|| inputs.get("agent-token-file").cloned());
+    options.agent_token_file =
+        options.agent_token_file.take().or_else(|| inputs.get("agent-token-file").cloned());
 }
 
 /// The files that secrets of this run come from, for the plan.
 pub(super) fn inputs(host: &Host, run: &RunFlags, options: &Options) -> BTreeMap<String, String> {
-    [("config", &run.config), ("registries", &options.registries), ("agent-token-file", &options.agent_token_file)]
-        .into_iter()
-        .filter_map(|(key, path)| Some((key.to_owned(), path.as_ref().filter(|p| *p != "-")?)))
-        .map(|(key, path)| (key, host.users_path(path)))
-        .collect()
+    [
+        ("config", &run.config),
+        ("registries", &options.registries),
+        ("agent-token-file", &options.agent_token_file),
+    ]
+    .into_iter()
+    .filter_map(|(key, path)| Some((key.to_owned(), path.as_ref().filter(|p| *p != "-")?)))
+    .map(|(key, path)| (key, host.users_path(path)))
+    .collect()
 }
 
 /// Takes note of every secret in the options before anything is said about them.
 pub(super) fn note(options: &Options, env: &BTreeMap<String, String>) {
     options.k3s.words().iter().for_each(|word| remember(word));
-    let urls = [&options.artifact_url, &options.control_plane_url].into_iter().flatten().chain(env.values().filter(|v| v.contains("://")));
+    let urls = [&options.artifact_url, &options.control_plane_url]
+        .into_iter()
+        .flatten()
+        .chain(env.values().filter(|v| v.contains("://")));
     urls.flat_map(|text| in_urls(text)).for_each(|word| remember(&word));
 }
 
 /// The contents of the files that hold secrets, each under its name.
-pub(super) fn known(context: &Context, host: &Host, settings: &Settings, facts: &Facts) -> anyhow::Result<Secrets> {
+pub(super) fn known(
+    context: &Context,
+    host: &Host,
+    settings: &Settings,
+    facts: &Facts,
+) -> anyhow::Result<Secrets> {
     let mut secrets = Secrets::new();
     let options = &settings.options;
     let agent = match &options.agent_token_file {
@@ -89,7 +111,10 @@ pub(super) fn known(context: &Context, host: &Host, settings: &Settings, facts: 
         secrets.insert(SecretName::AgentToken, token);
     }
     if !facts.proxy.is_empty() {
-        secrets.insert(SecretName::ProxyEnvironment, Secret::new(config::proxy_environment(facts, settings)));
+        secrets.insert(
+            SecretName::ProxyEnvironment,
+            Secret::new(config::proxy_environment(facts, settings)),
+        );
     }
     if let Some(fill) = options.k3s.fill() {
         secrets.insert(SecretName::K3sSettings, fill);
@@ -100,7 +125,10 @@ pub(super) fn known(context: &Context, host: &Host, settings: &Settings, facts: 
     if let Some(path) = &options.registries {
         let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
         let parsed = registries::judge(&text, &|file| host.exists(file)).map_err(|faults| {
-            let mut failure = Failure::usage("REGISTRIES_INVALID", format!("{path} is not a registries.yaml that k3s can use"));
+            let mut failure = Failure::usage(
+                "REGISTRIES_INVALID",
+                format!("{path} is not a registries.yaml that k3s can use"),
+            );
             failure.why = faults;
             failure.hint("see https://docs.k3s.io/installation/private-registry")
         })?;
@@ -111,11 +139,20 @@ pub(super) fn known(context: &Context, host: &Host, settings: &Settings, facts: 
 }
 
 /// Finds the files that show a secret to everybody, and closes those that pipeops wrote or has for its own.
-pub(super) fn readable(host: &Host, hands: Option<&Hands>, run: &RunFlags, options: &Options, secrets: &Secrets) -> anyhow::Result<Vec<Readable>> {
+pub(super) fn readable(
+    host: &Host,
+    hands: Option<&Hands>,
+    run: &RunFlags,
+    options: &Options,
+    secrets: &Secrets,
+) -> anyhow::Result<Vec<Readable>> {
     let mut readable = Vec::new();
-    let named: Vec<&str> = [&run.apply_plan, &run.plan_out].into_iter().flatten().map(String::as_str).collect();
+    let named: Vec<&str> =
+        [&run.apply_plan, &run.plan_out].into_iter().flatten().map(String::as_str).collect();
     for plan in host.open_plans(&named) {
-        let holds = serde_json::from_str::<Checked>(&plan.text).map(|c| held(&c.plan.options)).unwrap_or_default();
+        let holds = serde_json::from_str::<Checked>(&plan.text)
+            .map(|c| held(&c.plan.options))
+            .unwrap_or_default();
         if let Some(hands) = hands {
             hands.close_file(&plan.path)?;
         }
@@ -125,7 +162,11 @@ pub(super) fn readable(host: &Host, hands: Option<&Hands>, run: &RunFlags, optio
         }
     }
     for (path, holds) in machine_files(host) {
-        let Some(mode) = host.mode(&path).filter(|_| !holds.is_empty() && shown_to_all(host, &path)) else { continue };
+        let Some(mode) =
+            host.mode(&path).filter(|_| !holds.is_empty() && shown_to_all(host, &path))
+        else {
+            continue;
+        };
         let hands = hands.filter(|_| path.starts_with(CONFIG));
         if let Some(hands) = hands {
             hands.chmod(&path, 0o600)?;
@@ -147,7 +188,10 @@ pub(super) fn readable(host: &Host, hands: Option<&Hands>, run: &RunFlags, optio
     for (path, holds) in files {
         let path = host.users_path(path);
         let passing = ["/dev/", "/proc/"].iter().any(|p| path.starts_with(p));
-        if let Some(mode) = outside.mode(&path).filter(|_| !holds.is_empty() && !passing && shown_to_all(&outside, &path)) {
+        if let Some(mode) = outside
+            .mode(&path)
+            .filter(|_| !holds.is_empty() && !passing && shown_to_all(&outside, &path))
+        {
             readable.push(Readable { path, mode, holds, closed: false });
         }
     }
@@ -156,31 +200,45 @@ pub(super) fn readable(host: &Host, hands: Option<&Hands>, run: &RunFlags, optio
 
 /// Files of the machine that may hold secrets of k3s, with those that they hold.
 fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
-    let below =
-        |dir: &str, end: &str| -> Vec<String> { host.list(dir).into_iter().filter(|n| n.ends_with(end)).map(|n| format!("{dir}/{n}")).collect() };
+    let below = |dir: &str, end: &str| -> Vec<String> {
+        host.list(dir)
+            .into_iter()
+            .filter(|n| n.ends_with(end))
+            .map(|n| format!("{dir}/{n}"))
+            .collect()
+    };
     let mut ours = vec![format!("{CONFIG}/config.toml")];
     ours.extend(below(&format!("{CONFIG}/config.d"), ".toml"));
     let mut theirs = vec![format!("{SETTINGS}/config.yaml")];
-    theirs.extend([".yaml", ".yml"].iter().flat_map(|end| below(&format!("{SETTINGS}/config.yaml.d"), end)));
+    theirs.extend(
+        [".yaml", ".yml"].iter().flat_map(|end| below(&format!("{SETTINGS}/config.yaml.d"), end)),
+    );
     let yaml = |path: &str| {
-        let map: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
+        let map: BTreeMap<String, serde_json::Value> =
+            serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
         names(&map.into_iter().collect::<Extra>(), "")
     };
     let ours = ours.into_iter().map(|p| (in_config(&host.text(&p)), p));
     let theirs = theirs.into_iter().map(|p| (yaml(&p), p));
-    let registries = std::iter::once((in_registries(&host.text(REGISTRIES)), REGISTRIES.to_owned()));
+    let registries =
+        std::iter::once((in_registries(&host.text(REGISTRIES)), REGISTRIES.to_owned()));
     ours.chain(theirs).chain(registries).map(|(holds, path)| (path, holds)).collect()
 }
 
 /// Whether everybody may read the file and enter its directories.
 fn shown_to_all(host: &Host, path: &str) -> bool {
-    let mut dirs = std::path::Path::new(path).ancestors().skip(1).filter_map(std::path::Path::to_str);
-    host.mode(path).is_some_and(|mode| mode & 0o004 != 0) && dirs.all(|dir| host.mode(dir).is_none_or(|mode| mode & 0o001 != 0))
+    let mut dirs =
+        std::path::Path::new(path).ancestors().skip(1).filter_map(std::path::Path::to_str);
+    host.mode(path).is_some_and(|mode| mode & 0o004 != 0)
+        && dirs.all(|dir| host.mode(dir).is_none_or(|mode| mode & 0o001 != 0))
 }
 
 fn in_config(text: &str) -> Vec<String> {
     let Ok(options) = parse_file(text, "") else { return Vec::new() };
-    let login = options.artifact_url.filter(|url| !in_urls(url).is_empty()).map(|url| format!("artifact-url = {}", mask(&url, &[])));
+    let login = options
+        .artifact_url
+        .filter(|url| !in_urls(url).is_empty())
+        .map(|url| format!("artifact-url = {}", mask(&url, &[])));
     names(&options.k3s, "[k3s] ").into_iter().chain(login).collect()
 }
 
@@ -195,14 +253,21 @@ fn logins(name: &str, value: &serde_json::Value) -> Vec<(String, String)> {
         serde_json::Value::Object(map) => map
             .iter()
             .flat_map(|(key, inner)| match inner {
-                serde_json::Value::String(text) if (secret_name(key) || key == "auth") && !text.is_empty() => {
+                serde_json::Value::String(text)
+                    if (secret_name(key) || key == "auth") && !text.is_empty() =>
+                {
                     vec![(format!("{name}{key}"), text.clone())]
                 }
                 inner => logins(&format!("{name}{key}."), inner),
             })
             .collect(),
-        serde_json::Value::Array(items) => items.iter().flat_map(|item| logins(name, item)).collect(),
-        serde_json::Value::String(text) => in_urls(text).into_iter().map(|secret| (name.trim_end_matches('.').to_owned(), secret)).collect(),
+        serde_json::Value::Array(items) => {
+            items.iter().flat_map(|item| logins(name, item)).collect()
+        }
+        serde_json::Value::String(text) => in_urls(text)
+            .into_iter()
+            .map(|secret| (name.trim_end_matches('.').to_owned(), secret))
+            .collect(),
         _ => Vec::new(),
     }
 }

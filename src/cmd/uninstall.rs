@@ -21,23 +21,33 @@ use crate::output::Printer;
 pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exit> {
     let host = context.host(&args.rooted.root);
     if host.is_machine() && !nix::unistd::geteuid().is_root() {
-        return Err(Failure::new(Exit::Preflight, "NOT_ROOT", "this needs root").hint("run the same command with sudo").into());
+        return Err(Failure::new(Exit::Preflight, "NOT_ROOT", "this needs root")
+            .hint("run the same command with sudo")
+            .into());
     }
-    let mut printer = Printer::new(args.output == Format::Json, args.events.is_some(), context.no_color());
+    let mut printer =
+        Printer::new(args.output == Format::Json, args.events.is_some(), context.no_color());
     let Some(mut journal) = Journal::load(&host)? else {
         printer.data("nothing to do: pipeops has not installed anything here");
-        printer.document(&json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": "unchanged"}));
+        printer.document(
+            &json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": "unchanged"}),
+        );
         return Ok(Exit::Done);
     };
     printer.say(&format!("uninstall on {}:", journal.node));
-    for entry in journal.entries.iter().rev().filter(|e| !matches!(e.want, Resource::Objects { .. })) {
+    for entry in
+        journal.entries.iter().rev().filter(|e| !matches!(e.want, Resource::Objects { .. }))
+    {
         printer.say(&format!("  - undo: {}", entry.title));
         if let Resource::Node { dirs, .. } = &entry.want {
             dirs.iter().for_each(|d| printer.say(&format!("      {d}")));
         }
     }
     if args.dry_run {
-        printer.data(&format!("{} would be undone; nothing was written", plural(journal.entries.len(), "step")));
+        printer.data(&format!(
+            "{} would be undone; nothing was written",
+            plural(journal.entries.len(), "step")
+        ));
         printer.document(&json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": "dry_run", "steps": journal.entries.iter().rev().map(|e| &e.title).collect::<Vec<_>>()}));
         return Ok(Exit::Done);
     }
@@ -46,7 +56,8 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         match printer.confirm("this takes the node down and removes it; go on?") {
             Some(true) => {}
             answer => {
-                let what = if answer.is_some() { "declined" } else { "there is no terminal to ask on" };
+                let what =
+                    if answer.is_some() { "declined" } else { "there is no terminal to ask on" };
                 return Err(Failure::new(Exit::Declined, "DECLINED", what)
                     .why("nothing was changed")
                     .hint("run again with --yes, or look with --dry-run")
@@ -57,7 +68,8 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
     let farewell = leave_cluster(&hands, &journal).await;
     let agent = crate::agent::config::Leave::read(&hands);
     let mut tell = |event: Event| printer.event(&event);
-    let outcome = engine::undo_all(&hands, &mut journal, args.purge_data, &context.stop, &mut tell).await?;
+    let outcome =
+        engine::undo_all(&hands, &mut journal, args.purge_data, &context.stop, &mut tell).await?;
     let mut left = outcome.left.clone();
     // after the agent has ended: one that lives would register again
     if let Some(agent) = agent {
@@ -67,7 +79,11 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         }
     }
     left.extend(
-        outcome.failed.iter().filter(|(_, why)| !outcome.left.iter().any(|l| why.contains(l.as_str()))).map(|(title, why)| format!("{title}: {why}")),
+        outcome
+            .failed
+            .iter()
+            .filter(|(_, why)| !outcome.left.iter().any(|l| why.contains(l.as_str())))
+            .map(|(title, why)| format!("{title}: {why}")),
     );
     if outcome.failed.is_empty() {
         hands.remove(PATH)?;
@@ -81,14 +97,23 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
     if left.is_empty() {
         printer.data("everything that pipeops installed is gone");
     } else {
-        printer.data(if done { "pipeops is gone; what is left, and why:" } else { "not everything could be removed; what is left, and why:" });
+        printer.data(if done {
+            "pipeops is gone; what is left, and why:"
+        } else {
+            "not everything could be removed; what is left, and why:"
+        });
         left.iter().for_each(|line| printer.data(&format!("  {line}")));
     }
     printer.data(&format!("  {LOGS}: logs of what was done here"));
     printer.document(&json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": if done { "done" } else { "partial" }, "undone": outcome.changed, "left": left}));
     let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
     hands.mkdir(LOGS, 0o700)?;
-    hands.write(&format!("{LOGS}/{stamp}-uninstall.log"), printer.take_log().as_bytes(), 0o600, Owner::default())?;
+    hands.write(
+        &format!("{LOGS}/{stamp}-uninstall.log"),
+        printer.take_log().as_bytes(),
+        0o600,
+        Owner::default(),
+    )?;
     if done {
         hands.forget_state();
     }
@@ -102,9 +127,14 @@ async fn leave_cluster(hands: &Hands, journal: &Journal) -> Option<String> {
     }
     let name = &journal.node;
     // the password Secret is owned by the Node and goes with it; a kubelet may not delete itself on every cluster
-    let manual =
-        format!("on the server: kubectl delete node {name}; kubectl -n kube-system delete secret {name}.node-password.k3s --ignore-not-found");
-    if journal.entry("node-ready").is_none() && !hands.exists(KUBELET_KUBECONFIG) && !hands.exists(JOIN_TOKEN) && !hands.exists(NODE_PASSWORD) {
+    let manual = format!(
+        "on the server: kubectl delete node {name}; kubectl -n kube-system delete secret {name}.node-password.k3s --ignore-not-found"
+    );
+    if journal.entry("node-ready").is_none()
+        && !hands.exists(KUBELET_KUBECONFIG)
+        && !hands.exists(JOIN_TOKEN)
+        && !hands.exists(NODE_PASSWORD)
+    {
         return None;
     }
     let cluster = Cluster::open(hands, KUBELET_KUBECONFIG).ok();
@@ -112,7 +142,9 @@ async fn leave_cluster(hands: &Hands, journal: &Journal) -> Option<String> {
         Some(cluster) => cluster.delete(&format!("/api/v1/nodes/{name}")).await.is_ok(),
         None => false,
     };
-    (!deleted).then(|| format!("the cluster's Node {name}: Kubernetes lets no worker delete its own; {manual}"))
+    (!deleted).then(|| {
+        format!("the cluster's Node {name}: Kubernetes lets no worker delete its own; {manual}")
+    })
 }
 
 /// What looks like ours and is still there, beyond what was named already.
@@ -120,7 +152,10 @@ fn residue(host: &Host, named: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     let mut look = |path: String, why: &str| {
         if host.exists(&path)
-            && !named.iter().any(|n| n.starts_with(&path) || n.split(": ").next().is_some_and(|p| p.starts_with(&format!("{path}/"))))
+            && !named.iter().any(|n| {
+                n.starts_with(&path)
+                    || n.split(": ").next().is_some_and(|p| p.starts_with(&format!("{path}/")))
+            })
         {
             found.push(format!("{path}: {why}"));
         }

@@ -94,12 +94,17 @@ pub struct Reference {
 
 /// What may stand in a path unencoded and mean itself.
 pub fn plain(text: &str) -> bool {
-    !text.is_empty() && text.len() <= 253 && !matches!(text, "." | "..") && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b))
+    !text.is_empty()
+        && text.len() <= 253
+        && !matches!(text, "." | "..")
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b))
 }
 
 impl Reference {
     pub fn of(object: &Value) -> Result<Reference, String> {
-        let text = |value: &Value, name: &str| value.as_str().map(str::to_owned).ok_or_else(|| format!("an object without {name}"));
+        let text = |value: &Value, name: &str| {
+            value.as_str().map(str::to_owned).ok_or_else(|| format!("an object without {name}"))
+        };
         let reference = Reference {
             api_version: text(&object["apiVersion"], "apiVersion")?,
             kind: text(&object["kind"], "kind")?,
@@ -115,7 +120,11 @@ impl Reference {
             Some((group, version)) => plain(group) && plain(version),
             None => plain(&self.api_version),
         };
-        if version && plain(&self.kind) && plain(&self.name) && self.namespace.as_deref().is_none_or(plain) {
+        if version
+            && plain(&self.kind)
+            && plain(&self.name)
+            && self.namespace.as_deref().is_none_or(plain)
+        {
             Ok(())
         } else {
             Err(format!("{} holds characters that no object has", self.title()))
@@ -132,7 +141,11 @@ impl Reference {
 
     /// The path of its group and version.
     pub fn base(&self) -> String {
-        if self.api_version.contains('/') { format!("/apis/{}", self.api_version) } else { format!("/api/{}", self.api_version) }
+        if self.api_version.contains('/') {
+            format!("/apis/{}", self.api_version)
+        } else {
+            format!("/api/{}", self.api_version)
+        }
     }
 }
 
@@ -143,11 +156,22 @@ impl Wanted {
     /// Status, code and message of the refusal.
     pub fn parse(bytes: &[u8], caller: &Caller) -> Result<Wanted, (u16, &'static str, String)> {
         let bad = |why: String| (400, "bad_operation", why);
-        let wanted: Wanted = serde_json::from_slice(bytes).map_err(|e| bad(format!("this is no operation: {e}")))?;
+        let wanted: Wanted =
+            serde_json::from_slice(bytes).map_err(|e| bad(format!("this is no operation: {e}")))?;
         let objects = |n: usize| {
-            if (1..=MOST_OBJECTS).contains(&n) { Ok(()) } else { Err(bad(format!("objects are 1 to {MOST_OBJECTS}"))) }
+            if (1..=MOST_OBJECTS).contains(&n) {
+                Ok(())
+            } else {
+                Err(bad(format!("objects are 1 to {MOST_OBJECTS}")))
+            }
         };
-        let wait = |s: u64| if (1..=LONGEST_WAIT).contains(&s) { Ok(()) } else { Err(bad(format!("timeout_s is 1 to {LONGEST_WAIT}"))) };
+        let wait = |s: u64| {
+            if (1..=LONGEST_WAIT).contains(&s) {
+                Ok(())
+            } else {
+                Err(bad(format!("timeout_s is 1 to {LONGEST_WAIT}")))
+            }
+        };
         match &wanted {
             Wanted::Apply(apply) => {
                 objects(apply.objects.len())?;
@@ -166,8 +190,13 @@ impl Wanted {
             Wanted::Restart(restart) => {
                 wait(restart.timeout_s)?;
                 restart.object.checked().map_err(bad)?;
-                if !matches!(restart.object.kind.as_str(), "Deployment" | "StatefulSet" | "DaemonSet") {
-                    return Err(bad("a Deployment, StatefulSet or DaemonSet can be restarted".into()));
+                if !matches!(
+                    restart.object.kind.as_str(),
+                    "Deployment" | "StatefulSet" | "DaemonSet"
+                ) {
+                    return Err(bad(
+                        "a Deployment, StatefulSet or DaemonSet can be restarted".into()
+                    ));
                 }
             }
             Wanted::Cordon(node) | Wanted::Uncordon(node) => {
@@ -176,7 +205,11 @@ impl Wanted {
                 }
                 // the one thing that is done with the agent's own rights: nobody is impersonated for it
                 if caller.role < Role::Operator || caller.namespaces.is_some() {
-                    return Err((403, "role_exceeded", "nodes are for operators of the whole cluster".into()));
+                    return Err((
+                        403,
+                        "role_exceeded",
+                        "nodes are for operators of the whole cluster".into(),
+                    ));
                 }
             }
         }
@@ -206,15 +239,22 @@ mod tests {
     }
 
     fn verdict(text: &str) -> Result<&'static str, String> {
-        Wanted::parse(text.as_bytes(), &caller(Role::Operator, None)).map(|w| w.kind()).map_err(|(_, code, why)| format!("{code}: {why}"))
+        Wanted::parse(text.as_bytes(), &caller(Role::Operator, None))
+            .map(|w| w.kind())
+            .map_err(|(_, code, why)| format!("{code}: {why}"))
     }
 
     #[test]
     fn what_is_no_operation_is_refused_by_name() {
         let web = r#"{"apiVersion":"apps/v1","kind":"Deployment","name":"web","namespace":"beta"}"#;
-        assert_eq!(verdict(&format!(r#"{{"kind":"scale","spec":{{"object":{web},"replicas":3}}}}"#)), Ok("scale"));
         assert_eq!(
-            verdict(r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"c","namespace":"b"}}]}}"#),
+            verdict(&format!(r#"{{"kind":"scale","spec":{{"object":{web},"replicas":3}}}}"#)),
+            Ok("scale")
+        );
+        assert_eq!(
+            verdict(
+                r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"c","namespace":"b"}}]}}"#
+            ),
             Ok("apply")
         );
         for (text, wanted) in [
@@ -224,10 +264,22 @@ mod tests {
             (r#"{"kind":"apply","spec":{"objects":[]}}"#, "1 to 200"),
             (r#"{"kind":"apply","spec":{"objects":[{}]}}"#, "without apiVersion"),
             (r#"{"kind":"apply","spec":{"objects":[],"colour":"red"}}"#, "unknown field `colour`"),
-            (r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","metadata":{"name":"../x"}}]}}"#, "characters"),
-            (r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"a/b/c","kind":"Pod","metadata":{"name":"x"}}]}}"#, "characters"),
-            (r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","name":".."}]}}"#, "characters"),
-            (r#"{"kind":"restart","spec":{"object":{"apiVersion":"v1","kind":"Pod","name":"p","namespace":"b"}}}"#, "can be restarted"),
+            (
+                r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","metadata":{"name":"../x"}}]}}"#,
+                "characters",
+            ),
+            (
+                r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"a/b/c","kind":"Pod","metadata":{"name":"x"}}]}}"#,
+                "characters",
+            ),
+            (
+                r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","name":".."}]}}"#,
+                "characters",
+            ),
+            (
+                r#"{"kind":"restart","spec":{"object":{"apiVersion":"v1","kind":"Pod","name":"p","namespace":"b"}}}"#,
+                "can be restarted",
+            ),
             (r#"{"kind":"cordon","spec":{"node":"a/b"}}"#, "name of a node"),
         ] {
             let said = verdict(text).unwrap_err();
@@ -236,7 +288,12 @@ mod tests {
         let long = format!(r#"{{"kind":"restart","spec":{{"object":{web},"timeout_s":0}}}}"#);
         assert!(verdict(&long).unwrap_err().contains("1 to 3600"));
         for (role, namespaces) in [(Role::Deployer, None), (Role::Operator, Some(&["beta"][..]))] {
-            let refused = Wanted::parse(br#"{"kind":"cordon","spec":{"node":"n"}}"#, &caller(role, namespaces)).map(|_| ()).unwrap_err();
+            let refused = Wanted::parse(
+                br#"{"kind":"cordon","spec":{"node":"n"}}"#,
+                &caller(role, namespaces),
+            )
+            .map(|_| ())
+            .unwrap_err();
             assert_eq!((refused.0, refused.1), (403, "role_exceeded"));
         }
     }

@@ -31,7 +31,9 @@ pub enum Role {
 impl Role {
     /// The role of that name.
     pub fn of(name: &str) -> Option<Role> {
-        [Role::Viewer, Role::Deployer, Role::Operator, Role::Admin].into_iter().find(|r| r.name() == name)
+        [Role::Viewer, Role::Deployer, Role::Operator, Role::Admin]
+            .into_iter()
+            .find(|r| r.name() == name)
     }
 
     pub fn name(self) -> &'static str {
@@ -117,7 +119,14 @@ impl Known {
 ///
 /// # Errors
 /// Why it is refused, in words that hold nothing of it.
-pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64, known: &Mutex<Known>) -> Result<Caller, &'static str> {
+pub fn check(
+    token: &str,
+    auth: &RunnerAuth,
+    agent: &str,
+    most: Role,
+    now: i64,
+    known: &Mutex<Known>,
+) -> Result<Caller, &'static str> {
     if auth.jwks.keys.is_empty() {
         return Err("this agent has no keys of a control plane yet");
     }
@@ -141,7 +150,9 @@ pub fn check(token: &str, auth: &RunnerAuth, agent: &str, most: Role, now: i64, 
 /// The claims of a token whose signature is that of one of the keys.
 fn signed(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
     let mut parts = token.split('.');
-    let (Some(head), Some(claims), Some(signature), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+    let (Some(head), Some(claims), Some(signature), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
         return Err("the token is no JWT");
     };
     let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| "the token is no JWT");
@@ -151,15 +162,25 @@ fn signed(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
     }
     let signed = &token[..head.len() + 1 + claims.len()];
     let signature = decode(signature)?;
-    let keys = auth.jwks.keys.iter().filter(|k| k.kty == "OKP" && k.crv == "Ed25519" && parsed.kid.as_ref().is_none_or(|kid| *kid == k.kid));
+    let keys = auth.jwks.keys.iter().filter(|k| {
+        k.kty == "OKP" && k.crv == "Ed25519" && parsed.kid.as_ref().is_none_or(|kid| *kid == k.kid)
+    });
     let mut keys = keys.filter_map(|k| URL_SAFE_NO_PAD.decode(&k.x).ok());
-    if !keys.any(|key| UnparsedPublicKey::new(&ED25519, key).verify(signed.as_bytes(), &signature).is_ok()) {
+    if !keys.any(|key| {
+        UnparsedPublicKey::new(&ED25519, key).verify(signed.as_bytes(), &signature).is_ok()
+    }) {
         return Err("the token's signature is wrong");
     }
     serde_json::from_slice(&decode(claims)?).map_err(|_| "a claim is missing or has the wrong type")
 }
 
-fn judged(claims: &Claims, auth: &RunnerAuth, agent: &str, most: Role, now: i64) -> Result<Caller, &'static str> {
+fn judged(
+    claims: &Claims,
+    auth: &RunnerAuth,
+    agent: &str,
+    most: Role,
+    now: i64,
+) -> Result<Caller, &'static str> {
     let audience = if auth.audience.is_empty() { agent } else { &auth.audience };
     let meant = match &claims.aud {
         Audience::One(aud) => aud == audience,
@@ -174,20 +195,29 @@ fn judged(claims: &Claims, auth: &RunnerAuth, agent: &str, most: Role, now: i64)
     if claims.exp.saturating_add(LEEWAY) <= now {
         return Err("the token has expired");
     }
-    if claims.exp > now.saturating_add(LIFE + LEEWAY) || claims.iat.is_some_and(|iat| claims.exp.saturating_sub(iat) > LIFE) {
+    if claims.exp > now.saturating_add(LIFE + LEEWAY)
+        || claims.iat.is_some_and(|iat| claims.exp.saturating_sub(iat) > LIFE)
+    {
         return Err("the token lives longer than 300 s");
     }
     if claims.nbf.or(claims.iat).is_some_and(|from| from > now.saturating_add(LEEWAY)) {
         return Err("the token is not valid yet");
     }
-    let plain = |text: &str, most: usize| !text.is_empty() && text.len() <= most && text.bytes().all(|b| b.is_ascii_graphic());
+    let plain = |text: &str, most: usize| {
+        !text.is_empty() && text.len() <= most && text.bytes().all(|b| b.is_ascii_graphic())
+    };
     if !plain(&claims.sub, 253) || !plain(&claims.jti, 128) {
         return Err("subject or id of the token cannot be used");
     }
     if claims.role > most {
         return Err("the token's role is more than this agent was given");
     }
-    Ok(Caller { subject: claims.sub.clone(), role: claims.role, namespaces: claims.namespaces.clone(), token: claims.jti.clone() })
+    Ok(Caller {
+        subject: claims.sub.clone(),
+        role: claims.role,
+        namespaces: claims.namespaces.clone(),
+        token: claims.jti.clone(),
+    })
 }
 
 #[cfg(test)]
@@ -210,7 +240,14 @@ mod tests {
         let key = Ed25519KeyPair::from_pkcs8(pkcs8.as_ref()).unwrap();
         let x = URL_SAFE_NO_PAD.encode(key.public_key());
         let jwk = Jwk { kid: "k1".into(), kty: "OKP".into(), crv: "Ed25519".into(), x };
-        Issuer { key, auth: RunnerAuth { issuer: "cp".into(), audience: "a-1".into(), jwks: Jwks { keys: vec![jwk] } } }
+        Issuer {
+            key,
+            auth: RunnerAuth {
+                issuer: "cp".into(),
+                audience: "a-1".into(),
+                jwks: Jwks { keys: vec![jwk] },
+            },
+        }
     }
 
     impl Issuer {
@@ -224,15 +261,29 @@ mod tests {
             let mut head = json!({"alg": "EdDSA", "kid": "k1"});
             let mut claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "runner-1", "role": "deployer", "jti": "t1"});
             change(&mut head, &mut claims);
-            check(&self.sign(&head, &claims), &self.auth, "a-1", Role::Operator, NOW, &Mutex::default())
+            check(
+                &self.sign(&head, &claims),
+                &self.auth,
+                "a-1",
+                Role::Operator,
+                NOW,
+                &Mutex::default(),
+            )
         }
     }
 
     #[test]
     fn a_good_token_names_its_caller() {
         let caller = issuer().check(|_, c| c["namespaces"] = json!(["beta"])).unwrap();
-        assert_eq!((caller.subject.as_str(), caller.role, caller.namespaces), ("runner-1", Role::Deployer, Some(vec!["beta".into()])));
-        assert!(issuer().check(|h, c| (h["kid"], c["aud"]) = (Value::Null, json!(["x", "a-1"]))).is_ok());
+        assert_eq!(
+            (caller.subject.as_str(), caller.role, caller.namespaces),
+            ("runner-1", Role::Deployer, Some(vec!["beta".into()]))
+        );
+        assert!(
+            issuer()
+                .check(|h, c| (h["kid"], c["aud"]) = (Value::Null, json!(["x", "a-1"])))
+                .is_ok()
+        );
         assert!(issuer().check(|_, c| c["exp"] = json!(NOW - LEEWAY + 1)).is_ok());
     }
 
@@ -268,9 +319,16 @@ mod tests {
             issuer.sign(&json!({"alg": "EdDSA"}), &json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"}));
         let other = self::issuer();
         assert!(check(&good, &other.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
-        assert!(check(&good, &RunnerAuth::default(), "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
-        for broken in ["", "a.b", "a.b.c.d", &good[1..], &good[..good.len() - 2], &"x".repeat(10_000)] {
-            assert!(check(broken, &issuer.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
+        assert!(
+            check(&good, &RunnerAuth::default(), "a-1", Role::Admin, NOW, &Mutex::default())
+                .is_err()
+        );
+        for broken in
+            ["", "a.b", "a.b.c.d", &good[1..], &good[..good.len() - 2], &"x".repeat(10_000)]
+        {
+            assert!(
+                check(broken, &issuer.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err()
+            );
         }
     }
 
@@ -279,12 +337,20 @@ mod tests {
         let (mut issuer, known) = (issuer(), Mutex::default());
         let claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"});
         let token = issuer.sign(&json!({"alg": "EdDSA", "kid": "k1"}), &claims);
-        let check = |token: &str, auth: &RunnerAuth, now| check(token, auth, "a-1", Role::Admin, now, &known);
-        assert!(check(&token, &issuer.auth, NOW).is_ok() && check(&token, &issuer.auth, NOW).is_ok());
+        let check = |token: &str, auth: &RunnerAuth, now| {
+            check(token, auth, "a-1", Role::Admin, now, &known)
+        };
+        assert!(
+            check(&token, &issuer.auth, NOW).is_ok() && check(&token, &issuer.auth, NOW).is_ok()
+        );
         // time, another text with its head, and other keys
         assert_eq!(check(&token, &issuer.auth, NOW + 400), Err("the token has expired"));
         let (signed, signature) = token.rsplit_once('.').unwrap();
-        let forged = format!("{signed}.{}{}", if signature.starts_with('A') { 'B' } else { 'A' }, &signature[1..]);
+        let forged = format!(
+            "{signed}.{}{}",
+            if signature.starts_with('A') { 'B' } else { 'A' },
+            &signature[1..]
+        );
         assert_eq!(check(&forged, &issuer.auth, NOW), Err("the token's signature is wrong"));
         issuer.auth.jwks = self::issuer().auth.jwks;
         assert_eq!(check(&token, &issuer.auth, NOW), Err("the token's signature is wrong"));

@@ -204,7 +204,8 @@ pub fn operation_id(subject: &str, key: &str) -> String {
 /// A key that an operation may be asked for under: 1 to 128 printable characters.
 pub fn check_key(key: Option<&str>) -> Result<&str, &'static str> {
     let wrong = "an operation needs a header Idempotency-Key of 1 to 128 printable characters: the same for each try of the same thing";
-    key.filter(|k| (1..=128).contains(&k.len()) && k.bytes().all(|b| b.is_ascii_graphic())).ok_or(wrong)
+    key.filter(|k| (1..=128).contains(&k.len()) && k.bytes().all(|b| b.is_ascii_graphic()))
+        .ok_or(wrong)
 }
 
 /// What the control plane asks for in an answer to a heartbeat.
@@ -239,16 +240,29 @@ mod tests {
 
     #[test]
     fn what_a_newer_peer_adds_is_passed_over_and_what_it_leaves_out_is_empty() {
-        let answer: HeartbeatAnswer = serde_json::from_value(json!({"config_version": 3, "directives": ["drain", "dance"], "later": 1})).unwrap();
+        let answer: HeartbeatAnswer = serde_json::from_value(
+            json!({"config_version": 3, "directives": ["drain", "dance"], "later": 1}),
+        )
+        .unwrap();
         assert_eq!(answer.directives, [Directive::Drain, Directive::Unknown]);
-        let config: Config = serde_json::from_value(json!({"config_version": 1, "tunnel": {"server": "x", "port": 7000, "tcp_mux": true}})).unwrap();
-        assert!(config.tunnel.is_some_and(|t| t.tcp_mux && t.proxies.is_empty() && t.auth.token.is_empty()));
+        let config: Config = serde_json::from_value(
+            json!({"config_version": 1, "tunnel": {"server": "x", "port": 7000, "tcp_mux": true}}),
+        )
+        .unwrap();
+        assert!(
+            config
+                .tunnel
+                .is_some_and(|t| t.tcp_mux && t.proxies.is_empty() && t.auth.token.is_empty())
+        );
         assert!(serde_json::from_value::<Config>(json!({"heartbeat_interval_s": "soon"})).is_err());
     }
 
     #[test]
     fn no_debug_text_shows_a_credential() {
-        let registered = Registered { credential: Secret::new("planted-canary-4711-in-plain-text"), ..Registered::default() };
+        let registered = Registered {
+            credential: Secret::new("planted-canary-4711-in-plain-text"),
+            ..Registered::default()
+        };
         assert!(!format!("{registered:?}").contains("canary-4711-in-plain-text"));
     }
 }

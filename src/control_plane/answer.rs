@@ -15,7 +15,8 @@ pub(super) fn answer(status: u16, body: &impl Serialize) -> Response {
 /// An answer of one piece that nobody keeps.
 pub(super) fn plain(status: u16, kind: &'static str, body: impl Into<Body>) -> Response {
     let mut answer = Response::new(body.into());
-    *answer.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    *answer.status_mut() =
+        StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     answer
@@ -41,6 +42,7 @@ impl IntoResponse for Refused {
 /// Where a path leads to the Kubernetes API of a cluster: whether it is about what the cluster serves.
 fn below_k8s(path: &str) -> Option<bool> {
     let (_, rest) = path.strip_prefix("/clusters/")?.split_once('/')?;
-    let below = rest.strip_prefix("k8s").filter(|below| below.is_empty() || below.starts_with('/'))?;
+    let below =
+        rest.strip_prefix("k8s").filter(|below| below.is_empty() || below.starts_with('/'))?;
     Some(discovery(below))
 }

@@ -144,7 +144,8 @@ callers! {
 
 fn origin(parts: &Parts) -> Result<Origin, Refused> {
     let origin = parts.extensions.get::<Origin>().copied();
-    origin.ok_or_else(|| refused(500, "internal", "nobody knows where this request comes from", None))
+    origin
+        .ok_or_else(|| refused(500, "internal", "nobody knows where this request comes from", None))
 }
 
 fn forbidden() -> Refused {
@@ -171,21 +172,29 @@ impl Hub {
         let Origin::Network(address) = origin(parts)? else {
             return match need {
                 Need::Admin | Need::Runner | Need::Gateway => Ok((Who::Local, None)),
-                Need::Enrol | Need::Agent => Err(refused(403, "not_here", "agents come over the network", None)),
-                Need::Session | Need::Nobody | Need::Local => Err(refused(403, "not_here", "people come over the network", None)),
+                Need::Enrol | Need::Agent => {
+                    Err(refused(403, "not_here", "agents come over the network", None))
+                }
+                Need::Session | Need::Nobody | Need::Local => {
+                    Err(refused(403, "not_here", "people come over the network", None))
+                }
             };
         };
         let (now, id) = (super::now(), segments(parts).next().unwrap_or_default());
         // a cookie counts where the page calls, and nowhere else: what a cluster serves cannot use it
         let cookie = match need {
-            Need::Session | Need::Admin | Need::Runner if !parts.headers.contains_key(header::AUTHORIZATION) => {
+            Need::Session | Need::Admin | Need::Runner
+                if !parts.headers.contains_key(header::AUTHORIZATION) =>
+            {
                 self.by_cookie(&parts.method, &parts.headers, now)?
             }
             _ => None,
         };
         let hash = match cookie {
             Some(hash) => hash,
-            None if need == Need::Session => return Err(refused(401, "login_needed", "nobody is logged in", None)),
+            None if need == Need::Session => {
+                return Err(refused(401, "login_needed", "nobody is logged in", None));
+            }
             None => self.keys().hashed(bearer(&parts.headers)?),
         };
         self.guard(address, &hash, now)?;
@@ -203,7 +212,9 @@ impl Hub {
             (Who::Enrolment(_) | Who::Agent(_), Need::Enrol) => true,
             (Who::Agent(own), Need::Agent) => *own == id,
             (Who::Admin(_), Need::Admin | Need::Runner | Need::Gateway | Need::Session) => true,
-            (Who::Access(access), Need::Runner | Need::Session) => access.kind == AccessKind::Runner,
+            (Who::Access(access), Need::Runner | Need::Session) => {
+                access.kind == AccessKind::Runner
+            }
             (Who::Access(_), Need::Gateway) => true,
             _ => false,
         };
@@ -233,8 +244,15 @@ impl Hub {
             failures.minute = now / 60;
             failures.by.clear();
         }
-        if failures.by.get(&address).is_some_and(|n| *n >= FAILURES) && !failures.good.contains(hash) {
-            return Err(refused(429, "too_many_failures", "too many wrong tokens from this address", Some("wait a minute")));
+        if failures.by.get(&address).is_some_and(|n| *n >= FAILURES)
+            && !failures.good.contains(hash)
+        {
+            return Err(refused(
+                429,
+                "too_many_failures",
+                "too many wrong tokens from this address",
+                Some("wait a minute"),
+            ));
         }
         Ok(())
     }

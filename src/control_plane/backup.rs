@@ -38,7 +38,13 @@ pub struct Row {
 /// When the database does not answer.
 pub(super) async fn text(state: &StateDir, store: &super::Store) -> anyhow::Result<Secret> {
     let Some(keys) = Keys::stored(state)? else {
-        return Err(Failure::new(Exit::Preflight, "NOTHING_THERE", "there is no control plane to back up").hint("another place: --data-dir").into());
+        return Err(Failure::new(
+            Exit::Preflight,
+            "NOTHING_THERE",
+            "there is no control plane to back up",
+        )
+        .hint("another place: --data-dir")
+        .into());
     };
     let backup = Backup { format: FORMAT.into(), at: now(), keys, rows: store.rows().await? };
     Ok(Secret::new(serde_json::to_string(&backup)?))
@@ -48,12 +54,21 @@ pub(super) async fn text(state: &StateDir, store: &super::Store) -> anyhow::Resu
 ///
 /// # Errors
 /// Exit 2 when the file exists, 3 when there is no control plane.
-pub async fn write(host: &Host, data_dir: &str, url: Option<Secret>, file: &str) -> anyhow::Result<String> {
+pub async fn write(
+    host: &Host,
+    data_dir: &str,
+    url: Option<Secret>,
+    file: &str,
+) -> anyhow::Result<String> {
     let state = host.peek_dir(data_dir);
     if Keys::stored(&state)?.is_none() {
-        return Err(Failure::new(Exit::Preflight, "NOTHING_THERE", format!("there is no control plane in {data_dir}"))
-            .hint("another place: --data-dir")
-            .into());
+        return Err(Failure::new(
+            Exit::Preflight,
+            "NOTHING_THERE",
+            format!("there is no control plane in {data_dir}"),
+        )
+        .hint("another place: --data-dir")
+        .into());
     }
     let text = match state.lock() {
         // it does not run: its database is ours
@@ -63,25 +78,37 @@ pub async fn write(host: &Host, data_dir: &str, url: Option<Secret>, file: &str)
             store.close().await;
             text?
         }
-        Err(_) => Secret::new(client::call(host, data_dir, http::Method::GET, "/api/v1/backup", None).await?),
+        Err(_) => Secret::new(
+            client::call(host, data_dir, http::Method::GET, "/api/v1/backup", None).await?,
+        ),
     };
     host.users_new_file(file, text.expose())?;
     let backup: Backup = serde_json::from_str(text.expose())?;
-    Ok(format!("{} rows and the keys are in {file} (mode 0600); who has it can be this control plane", backup.rows.len()))
+    Ok(format!(
+        "{} rows and the keys are in {file} (mode 0600); who has it can be this control plane",
+        backup.rows.len()
+    ))
 }
 
 /// Fills an empty data directory and database with the `text` of `file`; gives what to say.
 ///
 /// # Errors
 /// Exit 2 for a file that is no backup, 3 when something is there already, 12 while a control plane runs there.
-pub async fn restore(host: &Host, data_dir: &str, url: Option<Secret>, file: &str, text: &str) -> anyhow::Result<String> {
+pub async fn restore(
+    host: &Host,
+    data_dir: &str,
+    url: Option<Secret>,
+    file: &str,
+    text: &str,
+) -> anyhow::Result<String> {
     let wrong = |why: String| {
         Failure::usage("BACKUP_WRONG", format!("{file} is no backup of a control plane"))
             .why(why)
             .hint("`pipeops control-plane backup FILE` makes one")
     };
     // what it says of the text may hold a part of it: only the place is passed on
-    let backup: Backup = serde_json::from_str(text).map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
+    let backup: Backup = serde_json::from_str(text)
+        .map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
     if backup.format != FORMAT {
         return Err(wrong("it is of another version of pipeops".into()).into());
     }
@@ -109,5 +136,8 @@ pub async fn restore(host: &Host, data_dir: &str, url: Option<Secret>, file: &st
     let done = done.await;
     store.close().await;
     done?;
-    Ok(format!("{count} rows and the keys of {} are in {data_dir}", super::model::rfc3339(backup.at)))
+    Ok(format!(
+        "{count} rows and the keys of {} are in {data_dir}",
+        super::model::rfc3339(backup.at)
+    ))
 }

@@ -29,9 +29,13 @@ impl<S: Sync> FromRequest<S> for Whole {
     type Rejection = Refused;
 
     async fn from_request(request: Request, _: &S) -> Result<Whole, Refused> {
-        match tokio::time::timeout(PATIENCE, Limited::new(request.into_body(), BODY).collect()).await {
+        match tokio::time::timeout(PATIENCE, Limited::new(request.into_body(), BODY).collect())
+            .await
+        {
             Ok(Ok(body)) => Ok(Whole(body.to_bytes())),
-            Ok(Err(e)) if e.is::<LengthLimitError>() => Err(refused(413, "too_large", "the body is larger than 1 MiB", None)),
+            Ok(Err(e)) if e.is::<LengthLimitError>() => {
+                Err(refused(413, "too_large", "the body is larger than 1 MiB", None))
+            }
             Ok(Err(_)) => Err(refused(400, "bad_body", "the body broke off", None)),
             Err(_) => Err(refused(408, "too_slow", "the body took longer than 15 s", None)),
         }
@@ -57,7 +61,9 @@ impl<S: Sync, const N: usize> FromRequestParts<S> for Segments<N> {
 
 pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refused> {
     let bytes = if bytes.is_empty() { b"{}" } else { bytes };
-    serde_json::from_slice(bytes).map_err(|e| refused(400, "bad_body", format!("the body is not what this call takes: {e}"), None))
+    serde_json::from_slice(bytes).map_err(|e| {
+        refused(400, "bad_body", format!("the body is not what this call takes: {e}"), None)
+    })
 }
 
 /// The segments that a request's route leaves open. axum's `Path` refuses what is not UTF-8 once it is decoded, before anybody has
@@ -79,12 +85,15 @@ pub(super) fn not_here() -> Refused {
 fn open(parts: &Parts) -> impl Iterator<Item = &str> {
     let template = parts.extensions.get::<MatchedPath>().map_or("", MatchedPath::as_str);
     let both = template.split('/').zip(parts.uri.path().split('/'));
-    both.filter(|(part, _)| part.starts_with('{') && !part.starts_with("{*")).map(|(_, segment)| segment)
+    both.filter(|(part, _)| part.starts_with('{') && !part.starts_with("{*"))
+        .map(|(_, segment)| segment)
 }
 
 /// A segment as it was meant: a name may hold blanks and letters of every script (RFC 3986 §2.1).
 fn decoded(segment: &str) -> String {
-    percent_decode_str(segment).decode_utf8().map_or_else(|_| segment.to_owned(), std::borrow::Cow::into_owned)
+    percent_decode_str(segment)
+        .decode_utf8()
+        .map_or_else(|_| segment.to_owned(), std::borrow::Cow::into_owned)
 }
 
 #[cfg(test)]
@@ -93,9 +102,14 @@ mod tests {
 
     #[test]
     fn a_name_is_the_one_that_was_meant() {
-        for (segment, name) in
-            [("c-1", "c-1"), ("prod%20eu", "prod eu"), ("%C5%81%c3%b3d%C5%BA", "Łódź"), ("100%", "100%"), ("%zz%4", "%zz%4"), ("%ff", "%ff")]
-        {
+        for (segment, name) in [
+            ("c-1", "c-1"),
+            ("prod%20eu", "prod eu"),
+            ("%C5%81%c3%b3d%C5%BA", "Łódź"),
+            ("100%", "100%"),
+            ("%zz%4", "%zz%4"),
+            ("%ff", "%ff"),
+        ] {
             assert_eq!(decoded(segment), name);
         }
     }

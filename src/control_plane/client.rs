@@ -16,7 +16,13 @@ use crate::host::Host;
 ///
 /// # Errors
 /// Exit 7 when the control plane refuses, 5 when none runs on this machine.
-pub async fn call(host: &Host, data_dir: &str, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<String> {
+pub async fn call(
+    host: &Host,
+    data_dir: &str,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> anyhow::Result<String> {
     let socket = host.at(data_dir).join(SOCKET);
     let away = |why: String| {
         Failure::new(Exit::Network, "CONTROL_PLANE_AWAY", "no control plane answers on this machine")
@@ -24,11 +30,20 @@ pub async fn call(host: &Host, data_dir: &str, method: Method, path: &str, body:
             .hint("start it: pipeops control-plane; its owner and root may use it; another place: --data-dir")
     };
     let stream = UnixStream::connect(&socket).await.map_err(|e| away(e.to_string()))?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| away(e.to_string()))?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|e| away(e.to_string()))?;
     let connection = tokio::spawn(connection);
     let text = body.map(Value::to_string).unwrap_or_default();
-    let request = Request::builder().method(method).uri(path).header(header::HOST, "localhost").header(header::CONTENT_TYPE, "application/json");
-    let answer = sender.send_request(request.body(Full::new(Bytes::from(text)))?).await.map_err(|e| away(e.to_string()))?;
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::HOST, "localhost")
+        .header(header::CONTENT_TYPE, "application/json");
+    let answer = sender
+        .send_request(request.body(Full::new(Bytes::from(text)))?)
+        .await
+        .map_err(|e| away(e.to_string()))?;
     let status = answer.status();
     let bytes = answer.into_body().collect().await?.to_bytes();
     connection.abort();

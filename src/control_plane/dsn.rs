@@ -33,8 +33,13 @@ const ENCODE: &str = "write @ as %40, / as %2F, : as %3A, # as %23, ? as %3F and
 /// The scheme in lower case, and what follows it.
 fn scheme(text: &str) -> Result<(String, &str), String> {
     let (scheme, rest) = text.split_once(':').ok_or("it has no scheme")?;
-    let plain = scheme.starts_with(|c: char| c.is_ascii_alphabetic()) && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
-    if plain { Ok((scheme.to_ascii_lowercase(), rest)) } else { Err("it begins with no scheme".into()) }
+    let plain = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+        && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
+    if plain {
+        Ok((scheme.to_ascii_lowercase(), rest))
+    } else {
+        Err("it begins with no scheme".into())
+    }
 }
 
 /// A URL's parts, as it is written: nothing is decoded.
@@ -53,7 +58,9 @@ fn parts(rest: &str) -> Result<Parts<'_>, String> {
     let (path, query) = tail.split_once('?').unwrap_or((tail, ""));
     // the way on begins with the first of these, whoever meant it: an @ behind it ends a password that holds one
     if path.contains('@') || (tail.contains('@') && !authority.contains('@')) {
-        return Err(format!("its password holds a /, ? or # as it is, which ends the host there: {ENCODE}"));
+        return Err(format!(
+            "its password holds a /, ? or # as it is, which ends the host there: {ENCODE}"
+        ));
     }
     if tail.contains('#') {
         return Err(format!("it holds a # as it is, which ends it: {ENCODE}"));
@@ -63,13 +70,17 @@ fn parts(rest: &str) -> Result<Parts<'_>, String> {
         None => (None, authority),
     };
     if user.is_some_and(badly_encoded) {
-        return Err(format!("its user or password holds a % without two hexadecimal digits behind it: {ENCODE}"));
+        return Err(format!(
+            "its user or password holds a % without two hexadecimal digits behind it: {ENCODE}"
+        ));
     }
     Ok(Parts { user, host, path, query })
 }
 
 fn badly_encoded(text: &str) -> bool {
-    let digits = |from: usize| text.as_bytes().get(from..from + 2).is_some_and(|d| d.iter().all(u8::is_ascii_hexdigit));
+    let digits = |from: usize| {
+        text.as_bytes().get(from..from + 2).is_some_and(|d| d.iter().all(u8::is_ascii_hexdigit))
+    };
     text.match_indices('%').any(|(at, _)| !digits(at + 1))
 }
 
@@ -80,19 +91,26 @@ fn host(host: &str) -> Result<(), String> {
     }
     let port = match host.strip_prefix('[') {
         Some(v6) => {
-            let (address, port) = v6.split_once(']').ok_or("its host begins with [ and has no ]")?;
-            address.parse::<std::net::Ipv6Addr>().map_err(|_| format!("`{}` is no IPv6 address", crate::base::text::shown(address)))?;
+            let (address, port) =
+                v6.split_once(']').ok_or("its host begins with [ and has no ]")?;
+            address.parse::<std::net::Ipv6Addr>().map_err(|_| {
+                format!("`{}` is no IPv6 address", crate::base::text::shown(address))
+            })?;
             if !port.is_empty() && !port.starts_with(':') {
                 return Err("something stands between ] and the port".into());
             }
             port.trim_start_matches(':')
         }
-        None if host.matches(':').count() > 1 => return Err("an IPv6 address stands in brackets: [2001:db8::1]:5432".into()),
+        None if host.matches(':').count() > 1 => {
+            return Err("an IPv6 address stands in brackets: [2001:db8::1]:5432".into());
+        }
         None => host.split_once(':').map_or("", |(_, port)| port),
     };
     // what stands there may be the rest of a password
     if !port.is_empty() && port.parse::<u16>().map_or(true, |n| n == 0) {
-        return Err(format!("its port is no number from 1 to 65535; where it is the end of a password: {ENCODE}"));
+        return Err(format!(
+            "its port is no number from 1 to 65535; where it is the end of a password: {ENCODE}"
+        ));
     }
     Ok(())
 }
@@ -106,14 +124,18 @@ pub(super) fn database(url: &Secret) -> Result<Secret, String> {
     if text.is_empty() {
         return Err("it is empty".into());
     }
-    if !text.contains("://") && (text.starts_with("host=") || text.contains(" host=") || text.contains(" dbname=")) {
+    if !text.contains("://")
+        && (text.starts_with("host=") || text.contains(" host=") || text.contains(" dbname="))
+    {
         return Err("these are keywords of libpq, and a URL is wanted".into());
     }
     let (scheme, rest) = scheme(text)?;
     match scheme.as_str() {
         "sqlite" => return Ok(Secret::new(format!("sqlite:{rest}"))),
         "postgres" | "postgresql" => {}
-        other => return Err(format!("its scheme is `{other}`: PostgreSQL and SQLite are understood")),
+        other => {
+            return Err(format!("its scheme is `{other}`: PostgreSQL and SQLite are understood"));
+        }
     }
     let Parts { user, host: named, path, query } = parts(rest)?;
     host(named)?;
@@ -121,13 +143,24 @@ pub(super) fn database(url: &Secret) -> Result<Secret, String> {
     for (key, value) in url::form_urlencoded::parse(query.as_bytes()) {
         let known = PARAMETERS.contains(&&*key) || key.starts_with("options[");
         if !known {
-            let near = nearest(&key, PARAMETERS.iter().copied()).map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
-            return Err(format!("`{}` is no parameter of it{near}", crate::base::text::shown(&key).chars().take(40).collect::<String>()));
+            let near = nearest(&key, PARAMETERS.iter().copied())
+                .map(|near| format!("; did you mean `{near}`?"))
+                .unwrap_or_default();
+            return Err(format!(
+                "`{}` is no parameter of it{near}",
+                crate::base::text::shown(&key).chars().take(40).collect::<String>()
+            ));
         }
         match &*key {
-            "sslmode" | "ssl-mode" if !SSL_MODES.contains(&&*value) => return Err(format!("sslmode is one of {}", SSL_MODES.join(", "))),
-            "port" if value.parse::<u16>().map_or(true, |n| n == 0) => return Err("the parameter port is no number from 1 to 65535".into()),
-            "hostaddr" if value.parse::<std::net::IpAddr>().is_err() => return Err("the parameter hostaddr is no IP address".into()),
+            "sslmode" | "ssl-mode" if !SSL_MODES.contains(&&*value) => {
+                return Err(format!("sslmode is one of {}", SSL_MODES.join(", ")));
+            }
+            "port" if value.parse::<u16>().map_or(true, |n| n == 0) => {
+                return Err("the parameter port is no number from 1 to 65535".into());
+            }
+            "hostaddr" if value.parse::<std::net::IpAddr>().is_err() => {
+                return Err("the parameter hostaddr is no IP address".into());
+            }
             "host" if value.contains(',') => host(&value)?,
             "host" | "hostaddr" => elsewhere = true,
             _ => {}
@@ -143,7 +176,8 @@ pub(super) fn database(url: &Secret) -> Result<Secret, String> {
             let (name, password) = user.split_once(':').unwrap_or((user, ""));
             let _ = write!(made, "{path}?{query}&user={}", name.replace('+', "%2B"));
             if !password.is_empty() {
-                let _ = write!(made, "&password={}", password.replace('+', "%2B").replace('&', "%26"));
+                let _ =
+                    write!(made, "&password={}", password.replace('+', "%2B").replace('&', "%26"));
             }
         }
         Some(user) => {
@@ -234,12 +268,21 @@ mod tests {
     fn what_people_write_becomes_what_the_driver_reads() {
         for (url, wanted) in [
             ("POSTGRES://u:p@db.test/cp", "postgres://u:p@db.test/cp"),
-            ("PostgreSQL://u:p@db.test:5433/cp?sslmode=require\n", "postgresql://u:p@db.test:5433/cp?sslmode=require"),
+            (
+                "PostgreSQL://u:p@db.test:5433/cp?sslmode=require\n",
+                "postgresql://u:p@db.test:5433/cp?sslmode=require",
+            ),
             ("postgres://u:p%40%2F%3A%23@db.test/cp", "postgres://u:p%40%2F%3A%23@db.test/cp"),
             ("postgres://u:p@q:r@db.test/cp", "postgres://u:p@q:r@db.test/cp"),
             ("postgres:///cp?host=/run/postgresql", "postgres:///cp?host=/run/postgresql"),
-            ("postgres://u:p%2B@/cp?host=/run/postgresql", "postgres:///cp?host=/run/postgresql&user=u&password=p%2B"),
-            ("postgres://u@/cp?host=/run/postgresql&port=5433", "postgres:///cp?host=/run/postgresql&port=5433&user=u"),
+            (
+                "postgres://u:p%2B@/cp?host=/run/postgresql",
+                "postgres:///cp?host=/run/postgresql&user=u&password=p%2B",
+            ),
+            (
+                "postgres://u@/cp?host=/run/postgresql&port=5433",
+                "postgres:///cp?host=/run/postgresql&port=5433&user=u",
+            ),
             ("postgres://%2Frun%2Fpostgresql/cp", "postgres://%2Frun%2Fpostgresql/cp"),
             ("postgres://u:p@[2001:db8::1]:5432/cp", "postgres://u:p@[2001:db8::1]:5432/cp"),
             ("SQLITE:/var/lib/x.db", "sqlite:/var/lib/x.db"),
@@ -263,9 +306,15 @@ mod tests {
             ("http://u:CANARY@mq.test/", "neither amqp nor amqps"),
         ] {
             let said = broker(&Secret::new(url.replace("CANARY", CANARY))).unwrap_err();
-            assert!(said.contains(why) && !said.contains("canary-4711-in-plain-text"), "{url}: {said}");
+            assert!(
+                said.contains(why) && !said.contains("canary-4711-in-plain-text"),
+                "{url}: {said}"
+            );
         }
-        assert_eq!(broker(&Secret::new("AMQPS://u:p@mq.test:5671/%2Fv\n")).unwrap().expose(), "amqps://u:p@mq.test:5671/%2Fv");
+        assert_eq!(
+            broker(&Secret::new("AMQPS://u:p@mq.test:5671/%2Fv\n")).unwrap().expose(),
+            "amqps://u:p@mq.test:5671/%2Fv"
+        );
         assert_eq!(broker(&Secret::new("amqp://mq.test")).unwrap().expose(), "amqp://mq.test");
     }
 }

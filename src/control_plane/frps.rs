@@ -59,7 +59,10 @@ impl External {
                 .why(why)
                 .hint("--frps HOST:PORT with --frps-token-file, and --frps-ca or --frps-pin")
         };
-        let (server, port) = asked.address.rsplit_once(':').ok_or_else(|| wrong(format!("`{}` names no port", asked.address)))?;
+        let (server, port) = asked
+            .address
+            .rsplit_once(':')
+            .ok_or_else(|| wrong(format!("`{}` names no port", asked.address)))?;
         let config = TunnelConfig {
             server: server.to_owned(),
             port: port.parse().map_err(|_| wrong(format!("`{port}` is no port")))?,
@@ -79,7 +82,8 @@ impl External {
             return Ok((session.number, carrier.clone()));
         }
         let mut tasks = JoinSet::new();
-        let carrier = self.target.connect(&mut tasks).await.map_err(|e| std::io::Error::other(e.why))?;
+        let carrier =
+            self.target.connect(&mut tasks).await.map_err(|e| std::io::Error::other(e.why))?;
         session.number += 1;
         session.carrier = Some((carrier.clone(), tasks));
         Ok((session.number, carrier))
@@ -182,7 +186,11 @@ impl Hub {
         };
         let (owner, _) = self.inner.gate.admitted(&metas)?;
         if op == "NewProxy" {
-            let asked = NewProxy { proxy_name: content.proxy_name, proxy_type: content.proxy_type, ..NewProxy::default() };
+            let asked = NewProxy {
+                proxy_name: content.proxy_name,
+                proxy_type: content.proxy_type,
+                ..NewProxy::default()
+            };
             return super::may_open(&owner, &asked);
         }
         Ok(())

@@ -83,18 +83,36 @@ pub(super) fn offline() -> Refused {
 
 fn silent() -> Refused {
     let hint = "look at pipeops-agent on the node: systemctl status pipeops-agent";
-    refused(504, "agent_silent", "the cluster's agent holds its tunnel and does not answer", Some(hint))
+    refused(
+        504,
+        "agent_silent",
+        "the cluster's agent holds its tunnel and does not answer",
+        Some(hint),
+    )
 }
 
 /// A 401 of an agent is about the token that was minted here: the caller can do nothing about that.
 async fn mistrusted(answer: Response<Incoming>) -> Refused {
-    let body = tokio::time::timeout(QUIET, Limited::new(answer.into_body(), 64 << 10).collect()).await;
-    let body: Value = body.ok().and_then(Result::ok).and_then(|b| serde_json::from_slice(&b.to_bytes()).ok()).unwrap_or_default();
+    let body =
+        tokio::time::timeout(QUIET, Limited::new(answer.into_body(), 64 << 10).collect()).await;
+    let body: Value = body
+        .ok()
+        .and_then(Result::ok)
+        .and_then(|b| serde_json::from_slice(&b.to_bytes()).ok())
+        .unwrap_or_default();
     // below /k8s the plain words stand among the causes
-    let said = [&body["details"]["causes"][0]["message"], &body["message"]].into_iter().find_map(Value::as_str).unwrap_or("no reason given");
+    let said = [&body["details"]["causes"][0]["message"], &body["message"]]
+        .into_iter()
+        .find_map(Value::as_str)
+        .unwrap_or("no reason given");
     let said: String = crate::base::text::shown(said).chars().take(200).collect();
     let hint = "compare the clocks of the node and of the control plane; the agent fetches fresh keys within seconds";
-    refused(502, "agent_mistrusts", format!("the cluster's agent refuses the control plane's token: {said}"), Some(hint))
+    refused(
+        502,
+        "agent_mistrusts",
+        format!("the cluster's agent refuses the control plane's token: {said}"),
+        Some(hint),
+    )
 }
 
 /// Name of an agent's proxy.
@@ -125,13 +143,21 @@ impl Connection for Wire {
 }
 
 impl hyper::rt::Read for Wire {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: hyper::rt::ReadBufCursor<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.0).poll_read(cx, buf)
     }
 }
 
 impl hyper::rt::Write for Wire {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(cx, buf)
     }
 
@@ -158,14 +184,17 @@ impl Service<Uri> for Dial {
         Box::pin(async move {
             let other = |e: String| std::io::Error::other(e);
             let agent = uri.host().unwrap_or_default().to_owned();
-            let key = registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
+            let key =
+                registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
             let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
             let io = frps.dial(&agent, &keys.stcp(&agent, None)).await?;
             let mut tls = Trust { pins: vec![pin], ..Trust::default() }.client().map_err(other)?;
             tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-            let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal").map_err(|e| other(e.to_string()))?;
+            let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal")
+                .map_err(|e| other(e.to_string()))?;
             let connecting = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, io);
-            let stream = tokio::time::timeout(std::time::Duration::from_secs(10), connecting).await??;
+            let stream =
+                tokio::time::timeout(std::time::Duration::from_secs(10), connecting).await??;
             Ok(Wire(TokioIo::new(stream)))
         })
     }
@@ -205,7 +234,10 @@ impl hyper::body::Body for Until {
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         if self.over.iter_mut().any(|over| over.as_mut().poll(cx).is_ready()) {
             return Poll::Ready(Some(Err("the right to this stream was revoked".into())));
         }
@@ -227,33 +259,60 @@ impl hyper::body::Body for Until {
 }
 
 /// Headers that speak to this server alone.
-const NOT_PASSED: &[&str] =
-    &["authorization", "cookie", "forwarded", "host", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"];
+const NOT_PASSED: &[&str] = &[
+    "authorization",
+    "cookie",
+    "forwarded",
+    "host",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-real-ip",
+];
 
 /// The headers of a request that go to an agent.
 fn passed(headers: &HeaderMap) -> HeaderMap {
     let own = header_policy::hop_by_hop(headers);
     let stays = |name: &str| !own(name) && !NOT_PASSED.contains(&name);
-    headers.iter().filter(|(name, _)| stays(name.as_str())).map(|(n, v)| (n.clone(), v.clone())).collect()
+    headers
+        .iter()
+        .filter(|(name, _)| stays(name.as_str()))
+        .map(|(n, v)| (n.clone(), v.clone()))
+        .collect()
 }
 
 impl Hub {
     /// One request into a cluster.
-    pub(super) async fn pass(&self, mut request: Request<Body>, id: &str, who: &Who, now: i64) -> Result<Response<Body>, Refused> {
+    pub(super) async fn pass(
+        &self,
+        mut request: Request<Body>,
+        id: &str,
+        who: &Who,
+        now: i64,
+    ) -> Result<Response<Body>, Refused> {
         let route = self.registry().route(id, who.project())?;
         let (role, namespaces) = narrowed(who, &Wanted::default())?;
         let token = self.jwt(who, &route, role, namespaces, LIFE, now).0;
         // the rest of the path as it came: what is odd in it is the agent's to refuse
         let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
         let mut segments = target.splitn(4, '/').skip(1);
-        let here = format!("/{}/{}", segments.next().unwrap_or_default(), segments.next().unwrap_or_default());
+        let here = format!(
+            "/{}/{}",
+            segments.next().unwrap_or_default(),
+            segments.next().unwrap_or_default()
+        );
         let rest = segments.next().unwrap_or_default();
-        let uri: Uri = format!("http://{}/{rest}", route.agent).parse().map_err(|_| refused(400, "bad_path", "the path cannot be read", None))?;
+        let uri: Uri = format!("http://{}/{rest}", route.agent)
+            .parse()
+            .map_err(|_| refused(400, "bad_path", "the path cannot be read", None))?;
         let upgrade = request.headers().get(header::UPGRADE).cloned();
         let mut headers = passed(request.headers());
         headers.insert(header::HOST, header::HeaderValue::from_static("agent"));
         let bearer = header::HeaderValue::try_from(format!("Bearer {}", token.expose()));
-        headers.insert(header::AUTHORIZATION, bearer.map_err(|_| refused(500, "internal", "the token cannot be sent", None))?);
+        headers.insert(
+            header::AUTHORIZATION,
+            bearer.map_err(|_| refused(500, "internal", "the token cannot be sent", None))?,
+        );
         if let Some(protocol) = &upgrade {
             headers.insert(header::CONNECTION, header::HeaderValue::from_static("Upgrade"));
             headers.insert(header::UPGRADE, protocol.clone());
@@ -263,18 +322,32 @@ impl Hub {
         let over = [route.over.clone(), self.registry().until_revoked(who)];
         let body = if upgrade.is_some() { Body::empty() } else { request.into_body() };
         let mut outward = Request::new(body);
-        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) = (method, uri, headers);
-        let client = if upgrade.is_some() { &self.gateway().single } else { &self.gateway().pooled };
+        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) =
+            (method, uri, headers);
+        let client =
+            if upgrade.is_some() { &self.gateway().single } else { &self.gateway().pooled };
         let mut answer = self.heard(client.request(outward), &route).await?;
         let status = answer.status();
         if status == StatusCode::UNAUTHORIZED {
             return Err(mistrusted(answer).await);
         }
-        let mut headers = header_policy::inward(status, answer.headers(), &here)
-            .ok_or_else(|| refused(502, "redirect_refused", "the agent answers with a redirect to somewhere else", None))?;
+        let mut headers =
+            header_policy::inward(status, answer.headers(), &here).ok_or_else(|| {
+                refused(
+                    502,
+                    "redirect_refused",
+                    "the agent answers with a redirect to somewhere else",
+                    None,
+                )
+            })?;
         if status == StatusCode::SWITCHING_PROTOCOLS {
             if upgrade.is_none() {
-                return Err(refused(502, "bad_upgrade", "the agent switches protocols unasked", None));
+                return Err(refused(
+                    502,
+                    "bad_upgrade",
+                    "the agent switches protocols unasked",
+                    None,
+                ));
             }
             for name in [header::CONNECTION, header::UPGRADE] {
                 if let Some(value) = answer.headers().get(&name) {
@@ -305,9 +378,14 @@ impl Hub {
     ///
     /// # Errors
     /// `agent_offline` when it is not reached, `agent_silent` when its tunnel is there and it says nothing at all.
-    async fn heard(&self, asked: ResponseFuture, route: &Route) -> Result<Response<Incoming>, Refused> {
+    async fn heard(
+        &self,
+        asked: ResponseFuture,
+        route: &Route,
+    ) -> Result<Response<Incoming>, Refused> {
         let known = &self.gateway().silent;
-        let quiet = if crate::control_plane::lock(known).contains(&route.agent) { SILENT } else { QUIET };
+        let quiet =
+            if crate::control_plane::lock(known).contains(&route.agent) { SILENT } else { QUIET };
         let silence = async {
             tokio::time::sleep(quiet).await;
             while self.lives(&route.agent, quiet).await {
@@ -335,17 +413,30 @@ impl Hub {
 
     /// Whether an agent answers the one question that it answers by itself, on a stream of its own.
     async fn lives(&self, agent: &str, within: std::time::Duration) -> bool {
-        let request = Request::builder().uri(format!("http://{agent}/healthz")).header(header::HOST, "agent");
+        let request =
+            Request::builder().uri(format!("http://{agent}/healthz")).header(header::HOST, "agent");
         let Ok(request) = request.body(Body::empty()) else { return false };
-        tokio::time::timeout(within, self.gateway().single.request(request)).await.is_ok_and(|answer| answer.is_ok())
+        tokio::time::timeout(within, self.gateway().single.request(request))
+            .await
+            .is_ok_and(|answer| answer.is_ok())
     }
 
     /// A GET of the agent's API for the page, read whole: as a viewer, or in the caller's own role.
-    pub(super) async fn look_into(&self, who: &Who, id: &str, path: &str, own_role: bool, now: i64) -> Result<Value, Refused> {
+    pub(super) async fn look_into(
+        &self,
+        who: &Who,
+        id: &str,
+        path: &str,
+        own_role: bool,
+        now: i64,
+    ) -> Result<Value, Refused> {
         let route = self.registry().route(id, who.project())?;
         let (most, namespaces) = narrowed(who, &Wanted::default())?;
-        let token = self.jwt(who, &route, if own_role { most } else { Role::Viewer }, namespaces, LIFE, now).0;
-        let (status, value) = self.ask_agent(Request::builder(), path, &route, &token, Bytes::new()).await?;
+        let token = self
+            .jwt(who, &route, if own_role { most } else { Role::Viewer }, namespaces, LIFE, now)
+            .0;
+        let (status, value) =
+            self.ask_agent(Request::builder(), path, &route, &token, Bytes::new()).await?;
         if status.is_success() {
             return Ok(value);
         }
@@ -370,7 +461,8 @@ impl Hub {
             .header(header::HOST, "agent")
             .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
             .body(Body::from(body));
-        let request = request.map_err(|_| refused(500, "internal", "the request cannot be made", None))?;
+        let request =
+            request.map_err(|_| refused(500, "internal", "the request cannot be made", None))?;
         let whole = async {
             let answer = self.gateway().pooled.request(request).await.ok()?;
             let status = answer.status();
@@ -381,7 +473,15 @@ impl Hub {
     }
 
     /// A token for one agent, in no higher role than it was given, and when it ends.
-    pub(super) fn jwt(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> (Secret, i64) {
+    pub(super) fn jwt(
+        &self,
+        who: &Who,
+        route: &Route,
+        role: Role,
+        namespaces: Option<Vec<String>>,
+        ttl: i64,
+        now: i64,
+    ) -> (Secret, i64) {
         let subject = who.subject();
         let expires = now + ttl;
         let id = crate::frp::wire::fresh_run_id();
@@ -393,7 +493,15 @@ impl Hub {
     }
 
     /// The answer to a Runner who wants a token: with it, and with where to go.
-    pub(super) fn runner_token(&self, who: &Who, route: &Route, role: Role, namespaces: Option<Vec<String>>, ttl: i64, now: i64) -> RunnerToken {
+    pub(super) fn runner_token(
+        &self,
+        who: &Who,
+        route: &Route,
+        role: Role,
+        namespaces: Option<Vec<String>>,
+        ttl: i64,
+        now: i64,
+    ) -> RunnerToken {
         let (token, expires) = self.jwt(who, route, role, namespaces, ttl, now);
         let agent_pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
         let place = self.tunnel_place();
@@ -422,7 +530,8 @@ impl Hub {
         let name = &cluster.id;
         let mut server = json!({"server": format!("{}/clusters/{name}/k8s", self.url())});
         if let Some(ca) = self.shown_ca() {
-            server["certificate-authority-data"] = base64::engine::general_purpose::STANDARD.encode(ca).into();
+            server["certificate-authority-data"] =
+                base64::engine::general_purpose::STANDARD.encode(ca).into();
         }
         // JSON is YAML, and needs no quoting of our own
         let file = json!({

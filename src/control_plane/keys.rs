@@ -5,7 +5,10 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use anyhow::Context as _;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
 use ring::rand::SecureRandom as _;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use ring::{aead, hmac};
@@ -63,7 +66,9 @@ const FILE: &str = "keys.json";
 /// When the system gives no random numbers.
 pub fn fresh() -> anyhow::Result<String> {
     let mut bytes = [0; 32];
-    ring::rand::SystemRandom::new().fill(&mut bytes).map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+    ring::rand::SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
     Ok(URL_SAFE_NO_PAD.encode(bytes))
 }
 
@@ -87,7 +92,8 @@ impl Signing {
     fn of(stored: &Stored) -> anyhow::Result<Signing> {
         let keys = stored.signing.iter().map(|secret| {
             let pkcs8 = URL_SAFE_NO_PAD.decode(secret.expose()).context("a signing key")?;
-            let key = Ed25519KeyPair::from_pkcs8(&pkcs8).map_err(|e| anyhow::anyhow!("a signing key: {e}"))?;
+            let key = Ed25519KeyPair::from_pkcs8(&pkcs8)
+                .map_err(|e| anyhow::anyhow!("a signing key: {e}"))?;
             let digest = ring::digest::digest(&ring::digest::SHA256, key.public_key().as_ref());
             Ok((URL_SAFE_NO_PAD.encode(&digest.as_ref()[..9]), key))
         });
@@ -176,9 +182,15 @@ impl Keys {
     /// When the system gives no random numbers.
     pub fn seal(&self, text: &str) -> anyhow::Result<String> {
         let mut nonce = [0; aead::NONCE_LEN];
-        ring::rand::SystemRandom::new().fill(&mut nonce).map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+        ring::rand::SystemRandom::new()
+            .fill(&mut nonce)
+            .map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
         let mut bytes = text.as_bytes().to_vec();
-        let sealed = self.sealing()?.seal_in_place_append_tag(aead::Nonce::assume_unique_for_key(nonce), aead::Aad::empty(), &mut bytes);
+        let sealed = self.sealing()?.seal_in_place_append_tag(
+            aead::Nonce::assume_unique_for_key(nonce),
+            aead::Aad::empty(),
+            &mut bytes,
+        );
         sealed.map_err(|_| anyhow::anyhow!("a text cannot be sealed"))?;
         Ok(URL_SAFE_NO_PAD.encode([&nonce[..], &bytes].concat()))
     }
@@ -193,13 +205,17 @@ impl Keys {
         let (nonce, text) = bytes.split_at_checked(aead::NONCE_LEN).ok_or_else(wrong)?;
         let nonce = aead::Nonce::try_assume_unique_for_key(nonce).map_err(|_| wrong())?;
         let mut text = text.to_vec();
-        let text = self.sealing()?.open_in_place(nonce, aead::Aad::empty(), &mut text).map_err(|_| wrong())?;
+        let text = self
+            .sealing()?
+            .open_in_place(nonce, aead::Aad::empty(), &mut text)
+            .map_err(|_| wrong())?;
         Ok(Secret::new(std::str::from_utf8(text).map_err(|_| wrong())?))
     }
 
     fn sealing(&self) -> anyhow::Result<aead::LessSafeKey> {
         let key = hmac::sign(&self.hash, b"seal");
-        let key = aead::UnboundKey::new(&aead::CHACHA20_POLY1305, key.as_ref()).map_err(|_| anyhow::anyhow!("no key to seal with"))?;
+        let key = aead::UnboundKey::new(&aead::CHACHA20_POLY1305, key.as_ref())
+            .map_err(|_| anyhow::anyhow!("no key to seal with"))?;
         Ok(aead::LessSafeKey::new(key))
     }
 
@@ -224,7 +240,11 @@ impl Keys {
         let signing = self.signing();
         let Some((kid, key)) = signing.keys.first() else { return Secret::default() };
         let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
-        let signed = format!("{}.{}", part(&json!({"alg": "EdDSA", "typ": "JWT", "kid": kid})), part(claims));
+        let signed = format!(
+            "{}.{}",
+            part(&json!({"alg": "EdDSA", "typ": "JWT", "kid": kid})),
+            part(claims)
+        );
         let signature = URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes()));
         Secret::new(format!("{signed}.{signature}"))
     }
@@ -240,11 +260,13 @@ impl Keys {
         };
         // a clock that was wrong, or keys of a time before they were turned
         let unknown = since == 0 || since > now + DAY;
-        let (due, forget) = (!unknown && now - since >= SIGNING, count > 2 && now - since >= FORMER);
+        let (due, forget) =
+            (!unknown && now - since >= SIGNING, count > 2 && now - since >= FORMER);
         if !(unknown || due || forget) {
             return Ok(());
         }
-        let mut stored: Stored = serde_json::from_str(&state.read(FILE)?.unwrap_or_default()).context(FILE)?;
+        let mut stored: Stored =
+            serde_json::from_str(&state.read(FILE)?.unwrap_or_default()).context(FILE)?;
         stored.signing.truncate(2);
         if due {
             let former = stored.signing.remove(0);
@@ -269,12 +291,18 @@ impl Keys {
     fn leaf(&self, names: &[String], now: i64) -> anyhow::Result<CertifiedKey> {
         let mut params = CertificateParams::new(Vec::new())?;
         for name in names {
-            let plain =
-                name.parse::<std::net::IpAddr>().is_ok() || name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+            let plain = name.parse::<std::net::IpAddr>().is_ok()
+                || name
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
             anyhow::ensure!(plain && !name.is_empty(), "`{name}` is no name for a certificate");
             params.subject_alt_names.push(match name.parse() {
                 Ok(address) => SanType::IpAddress(address),
-                Err(_) => SanType::DnsName(name.as_str().try_into().with_context(|| format!("`{name}` is no name for a certificate"))?),
+                Err(_) => SanType::DnsName(
+                    name.as_str()
+                        .try_into()
+                        .with_context(|| format!("`{name}` is no name for a certificate"))?,
+                ),
             });
         }
         params.distinguished_name.push(DnType::CommonName, "pipeops control plane");
@@ -282,7 +310,10 @@ impl Keys {
         (params.not_before, params.not_after) = (date(now - 3600)?, date(now + LEAF_DAYS * DAY)?);
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.ca)?;
-        let chain = vec![certificate.der().clone(), CertificateDer::from_pem_slice(self.ca_certificate.as_bytes())?];
+        let chain = vec![
+            certificate.der().clone(),
+            CertificateDer::from_pem_slice(self.ca_certificate.as_bytes())?,
+        ];
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         Ok(CertifiedKey::new(chain, rustls::crypto::ring::sign::any_supported_type(&key)?))
     }
@@ -302,7 +333,8 @@ fn ca_params() -> anyhow::Result<CertificateParams> {
 }
 
 fn signing_key() -> anyhow::Result<Secret> {
-    let pkcs8 = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).map_err(|_| anyhow::anyhow!("making a key"))?;
+    let pkcs8 = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new())
+        .map_err(|_| anyhow::anyhow!("making a key"))?;
     Ok(Secret::new(URL_SAFE_NO_PAD.encode(pkcs8)))
 }
 
@@ -349,12 +381,20 @@ impl CertificateFiles {
     fn read(&self, host: &Host) -> anyhow::Result<[String; 3]> {
         let read = |path: &str| {
             host.users_file(path).map_err(|e| {
-                Failure::new(Exit::Preflight, "CERTIFICATE_UNREADABLE", format!("cannot read {path}"))
-                    .why(format!("{:#}", e.root_cause()))
-                    .hint("check the path and who may read it; the unit's user is not root")
+                Failure::new(
+                    Exit::Preflight,
+                    "CERTIFICATE_UNREADABLE",
+                    format!("cannot read {path}"),
+                )
+                .why(format!("{:#}", e.root_cause()))
+                .hint("check the path and who may read it; the unit's user is not root")
             })
         };
-        Ok([read(&self.chain)?, read(&self.key)?, self.ca.as_deref().map(read).transpose()?.unwrap_or_default()])
+        Ok([
+            read(&self.chain)?,
+            read(&self.key)?,
+            self.ca.as_deref().map(read).transpose()?.unwrap_or_default(),
+        ])
     }
 }
 
@@ -371,28 +411,44 @@ fn parse(texts: &[String; 3], files: &CertificateFiles, now: i64) -> anyhow::Res
     };
     let mut chain = certificates(&texts[0], &files.chain)?;
     let Some(first) = chain.first() else {
-        return Err(wrong(format!("{} holds no certificate", files.chain), "there is no BEGIN CERTIFICATE in it".into()).into());
+        return Err(wrong(
+            format!("{} holds no certificate", files.chain),
+            "there is no BEGIN CERTIFICATE in it".into(),
+        )
+        .into());
     };
-    let (_, leaf) = x509_parser::parse_x509_certificate(first)
-        .map_err(|e| wrong(format!("{} holds no certificate that can be read", files.chain), e.to_string()))?;
+    let (_, leaf) = x509_parser::parse_x509_certificate(first).map_err(|e| {
+        wrong(format!("{} holds no certificate that can be read", files.chain), e.to_string())
+    })?;
     let valid = leaf.validity();
     if valid.not_after.timestamp() <= now || valid.not_before.timestamp() > now {
         let day = |at: i64| jiff::Timestamp::from_second(at).unwrap_or_default();
-        return Err(Failure::new(Exit::Preflight, "CERTIFICATE_EXPIRED", format!("the certificate in {} is not valid now", files.chain))
-            .why(format!("it is valid from {} to {}", day(valid.not_before.timestamp()), day(valid.not_after.timestamp())))
-            .hint("renew it; or leave --tls-cert out: the self-made one renews itself")
-            .into());
+        return Err(Failure::new(
+            Exit::Preflight,
+            "CERTIFICATE_EXPIRED",
+            format!("the certificate in {} is not valid now", files.chain),
+        )
+        .why(format!(
+            "it is valid from {} to {}",
+            day(valid.not_before.timestamp()),
+            day(valid.not_after.timestamp())
+        ))
+        .hint("renew it; or leave --tls-cert out: the self-made one renews itself")
+        .into());
     }
     for ca in certificates(&texts[2], files.ca.as_deref().unwrap_or_default())? {
         if !chain.contains(&ca) {
             chain.push(ca);
         }
     }
-    let key = PrivateKeyDer::from_pem_slice(texts[1].as_bytes()).map_err(|e| wrong(format!("{} holds no key", files.key), e.to_string()))?;
-    let signer =
-        rustls::crypto::ring::sign::any_supported_type(&key).map_err(|e| wrong(format!("the key in {} cannot be used", files.key), e.to_string()))?;
+    let key = PrivateKeyDer::from_pem_slice(texts[1].as_bytes())
+        .map_err(|e| wrong(format!("{} holds no key", files.key), e.to_string()))?;
+    let signer = rustls::crypto::ring::sign::any_supported_type(&key)
+        .map_err(|e| wrong(format!("the key in {} cannot be used", files.key), e.to_string()))?;
     let certified = CertifiedKey::new(chain, signer);
-    certified.keys_match().map_err(|e| wrong(format!("{} is not the key of {}", files.key, files.chain), e.to_string()))?;
+    certified.keys_match().map_err(|e| {
+        wrong(format!("{} is not the key of {}", files.key, files.chain), e.to_string())
+    })?;
     Ok(certified)
 }
 
@@ -408,11 +464,15 @@ pub struct Certificate {
     files: Option<(CertificateFiles, [String; 3], watch::Sender<Arc<CertifiedKey>>)>,
 }
 
-fn showing(certificate: watch::Receiver<Arc<CertifiedKey>>) -> anyhow::Result<rustls::ServerConfig> {
-    Ok(rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_cert_resolver(Arc::new(Shown(certificate))))
+fn showing(
+    certificate: watch::Receiver<Arc<CertifiedKey>>,
+) -> anyhow::Result<rustls::ServerConfig> {
+    Ok(rustls::ServerConfig::builder_with_provider(Arc::new(
+        rustls::crypto::ring::default_provider(),
+    ))
+    .with_safe_default_protocol_versions()?
+    .with_no_client_auth()
+    .with_cert_resolver(Arc::new(Shown(certificate))))
 }
 
 impl Certificate {
@@ -420,9 +480,17 @@ impl Certificate {
     ///
     /// # Errors
     /// When a name cannot stand in a certificate, or the files hold no certificate that is valid now.
-    pub fn new(keys: &Keys, names: Vec<String>, files: Option<CertificateFiles>, host: &Host, now: i64) -> anyhow::Result<Certificate> {
+    pub fn new(
+        keys: &Keys,
+        names: Vec<String>,
+        files: Option<CertificateFiles>,
+        host: &Host,
+        now: i64,
+    ) -> anyhow::Result<Certificate> {
         let leaf = keys.leaf(&names, now).map_err(|e| {
-            Failure::usage("NAME_WRONG", "a public name cannot be used").why(format!("{e:#}")).hint("--public-name takes DNS names and IP addresses")
+            Failure::usage("NAME_WRONG", "a public name cannot be used")
+                .why(format!("{e:#}"))
+                .hint("--public-name takes DNS names and IP addresses")
         })?;
         let (own, receiver) = watch::channel(Arc::new(leaf));
         let tunnel = showing(receiver.clone())?;
@@ -436,7 +504,14 @@ impl Certificate {
         };
         let mut config = showing(shown)?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(Certificate { tunnel: Arc::new(tunnel), config: Arc::new(config), own, names, made: now, files })
+        Ok(Certificate {
+            tunnel: Arc::new(tunnel),
+            config: Arc::new(config),
+            own,
+            names,
+            made: now,
+            files,
+        })
     }
 
     /// Where the HTTPS API's certificate is not ours: its CA in PEM, if that was given.

@@ -25,28 +25,49 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Requests on one HTTP/2 connection: a tool that watches every kind of a cluster holds a few hundred, and asks beside them.
 const STREAMS: u32 = 1024;
 
-pub(super) async fn bind(address: SocketAddr, what: &str, flag: &str) -> anyhow::Result<TcpListener> {
+pub(super) async fn bind(
+    address: SocketAddr,
+    what: &str,
+    flag: &str,
+) -> anyhow::Result<TcpListener> {
     let mut bound = TcpListener::bind(address).await;
     // every address of a machine that has no IPv6
-    if bound.as_ref().is_err_and(|e| e.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32)) && address.ip() == Ipv6Addr::UNSPECIFIED {
+    if bound
+        .as_ref()
+        .is_err_and(|e| e.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32))
+        && address.ip() == Ipv6Addr::UNSPECIFIED
+    {
         bound = TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await;
     }
     bound.map_err(|e| {
         let (code, hint) = match e.kind() {
-            std::io::ErrorKind::AddrInUse => ("PORT_TAKEN", format!("stop what uses it (ss -ltnp), or choose another with {flag}")),
-            std::io::ErrorKind::PermissionDenied => ("PORT_FORBIDDEN", format!("choose a port from 1024 up with {flag}, or run it as root")),
+            std::io::ErrorKind::AddrInUse => (
+                "PORT_TAKEN",
+                format!("stop what uses it (ss -ltnp), or choose another with {flag}"),
+            ),
+            std::io::ErrorKind::PermissionDenied => (
+                "PORT_FORBIDDEN",
+                format!("choose a port from 1024 up with {flag}, or run it as root"),
+            ),
             _ => ("ADDRESS_WRONG", format!("choose an address of this machine with {flag}")),
         };
-        Failure::new(Exit::Preflight, code, format!("{what} cannot listen on {address}")).why(e.to_string()).hint(hint).into()
+        Failure::new(Exit::Preflight, code, format!("{what} cannot listen on {address}"))
+            .why(e.to_string())
+            .hint(hint)
+            .into()
     })
 }
 
-#[expect(clippy::disallowed_methods, reason = "the socket is the control plane's own, in its data directory")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the socket is the control plane's own, in its data directory"
+)]
 pub(super) fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt as _;
     let path = host.at(data_dir).join(SOCKET);
     let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).with_context(|| format!("opening {}", path.display()))?;
+    let listener =
+        UnixListener::bind(&path).with_context(|| format!("opening {}", path.display()))?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
 }
@@ -86,7 +107,12 @@ impl Hub {
         }
     }
 
-    pub(super) async fn local(self, router: Router, listener: UnixListener, halt: CancellationToken) {
+    pub(super) async fn local(
+        self,
+        router: Router,
+        listener: UnixListener,
+        halt: CancellationToken,
+    ) {
         let mut open = JoinSet::new();
         loop {
             tokio::select! {
@@ -101,12 +127,27 @@ impl Hub {
     }
 
     /// One connection to its end; after `stop` it takes nothing new.
-    async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(self, router: Router, io: S, origin: Origin, stop: CancellationToken) {
+    async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+        self,
+        router: Router,
+        io: S,
+        origin: Origin,
+        stop: CancellationToken,
+    ) {
         let _open = Connected::new(&self.inner);
-        let service = hyper::service::service_fn(move |request| respond(router.clone(), origin, request));
+        let service =
+            hyper::service::service_fn(move |request| respond(router.clone(), origin, request));
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60)).max_buf_size(64 * 1024);
-        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS).max_header_list_size(32 * 1024);
+        builder
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(Duration::from_secs(60))
+            .max_buf_size(64 * 1024);
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS)
+            .max_header_list_size(32 * 1024);
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
         let mut connection = std::pin::pin!(connection);
         tokio::select! {

@@ -125,12 +125,17 @@ struct Gate {
 
 impl Gate {
     /// The agent whose proof stands in a login's metas, and what ends his session.
-    fn admitted(&self, metas: &std::collections::BTreeMap<String, String>) -> Result<(String, CancellationToken), String> {
+    fn admitted(
+        &self,
+        metas: &std::collections::BTreeMap<String, String>,
+    ) -> Result<(String, CancellationToken), String> {
         let agent = metas.get("agent").cloned().unwrap_or_default();
         let shown = metas.get("token").map(String::as_str).unwrap_or_default();
         let proof = self.keys.derived(TUNNEL, &agent);
-        let over = if same(shown, proof.expose()) { self.registry.tunnel(&agent, now()) } else { None };
-        over.map(|over| (agent, over)).ok_or_else(|| "this agent may not hold a tunnel here".to_owned())
+        let over =
+            if same(shown, proof.expose()) { self.registry.tunnel(&agent, now()) } else { None };
+        over.map(|over| (agent, over))
+            .ok_or_else(|| "this agent may not hold a tunnel here".to_owned())
     }
 }
 
@@ -163,7 +168,11 @@ impl Admit for Gate {
 }
 
 fn url(name: &str, port: u16) -> String {
-    if name.parse::<Ipv6Addr>().is_ok() { format!("https://[{name}]:{port}") } else { format!("https://{name}:{port}") }
+    if name.parse::<Ipv6Addr>().is_ok() {
+        format!("https://[{name}]:{port}")
+    } else {
+        format!("https://{name}:{port}")
+    }
 }
 
 fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -178,7 +187,12 @@ fn now() -> i64 {
 ///
 /// # Errors
 /// Port taken, database unusable, data directory or keys unreadable.
-pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready: impl FnOnce(SocketAddr, Option<SocketAddr>)) -> anyhow::Result<()> {
+pub async fn run(
+    host: &Host,
+    config: HubConfig,
+    stop: CancellationToken,
+    ready: impl FnOnce(SocketAddr, Option<SocketAddr>),
+) -> anyhow::Result<()> {
     host::all_descriptors();
     let state = usable(host.state_dir(&config.data_dir))?;
     // a second one on the same data would undo what the first one writes
@@ -203,9 +217,17 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
             Keys::forget(&state);
         }
     })?;
-    let registry = Arc::new(Registry::load(store.clone(), broker.as_ref().map(|_| url(&config.names[0], address.port())), now()).await?);
+    let registry = Arc::new(
+        Registry::load(
+            store.clone(),
+            broker.as_ref().map(|_| url(&config.names[0], address.port())),
+            now(),
+        )
+        .await?,
+    );
     let socket = local_socket(host, &config.data_dir)?;
-    let mut certificate = Certificate::new(&keys, config.names.clone(), config.certificate, host, now())?;
+    let mut certificate =
+        Certificate::new(&keys, config.names.clone(), config.certificate, host, now())?;
     let gate = Arc::new(Gate { registry: registry.clone(), keys: keys.clone() });
     let own = Server::new(ServerConfig {
         token: keys.tunnel_token.clone(),
@@ -257,7 +279,13 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     }
     let router = routes::router(hub.clone());
     tasks.spawn(hub.clone().local(router.clone(), socket, halt.clone()));
-    tasks.spawn(hub.clone().https(router, listener, certificate.config.clone(), stop.clone(), halt.clone()));
+    tasks.spawn(hub.clone().https(
+        router,
+        listener,
+        certificate.config.clone(),
+        stop.clone(),
+        halt.clone(),
+    ));
     ready(address, tunnel_address);
     let mut flush = tokio::time::interval(FLUSH);
     flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -308,13 +336,18 @@ pub async fn run(host: &Host, config: HubConfig, stop: CancellationToken, ready:
     })
     .await;
     halt.cancel();
-    let _ = timeout(Duration::from_secs(2), async { while tasks.join_next().await.is_some() {} }).await;
+    let _ =
+        timeout(Duration::from_secs(2), async { while tasks.join_next().await.is_some() {} }).await;
     let last = registry.flush().await;
     store.close().await;
     if lost {
-        return Err(Failure::new(Exit::Locked, "DATABASE_TAKEN", "another control plane has taken the database over")
-            .hint("run one control plane on a database, or give each its own")
-            .into());
+        return Err(Failure::new(
+            Exit::Locked,
+            "DATABASE_TAKEN",
+            "another control plane has taken the database over",
+        )
+        .hint("run one control plane on a database, or give each its own")
+        .into());
     }
     last.context("writing the last heartbeats")
 }
@@ -356,7 +389,10 @@ impl Hub {
                 tcp_mux: true,
                 pool_count: 1,
                 tls: TunnelTls { pin: Some(self.keys().ca_pin.clone()), ..TunnelTls::default() },
-                auth: TunnelAuth { token: self.keys().tunnel_token.clone(), ..TunnelAuth::default() },
+                auth: TunnelAuth {
+                    token: self.keys().tunnel_token.clone(),
+                    ..TunnelAuth::default()
+                },
                 proxies: Vec::new(),
             },
         }
@@ -370,7 +406,8 @@ impl Hub {
     fn visit(&self, agent: &str, runner: Option<&str>) -> (String, Secret) {
         // somebody else's frps knows the proxy's own name and key alone
         let runner = runner.filter(|_| matches!(self.inner.frps, Frps::Own(_)));
-        let name = runner.map_or_else(|| proxy_name(agent), |id| format!("{}.{id}", proxy_name(agent)));
+        let name =
+            runner.map_or_else(|| proxy_name(agent), |id| format!("{}.{id}", proxy_name(agent)));
         (name, self.inner.keys.stcp(agent, runner))
     }
 
@@ -393,12 +430,16 @@ impl Hub {
         // the administrator comes last: until then the next start begins anew
         let line = match show {
             Some(_) => {
-                let added = self.registry().add_enrolment(self.keys(), "default", "first", scope::DAY, Some(1), now()).await;
+                let added = self
+                    .registry()
+                    .add_enrolment(self.keys(), "default", "first", scope::DAY, Some(1), now())
+                    .await;
                 self.install_line(&added.map_err(failed)?.1)
             }
             None => String::new(),
         };
-        let (_, token) = self.registry().add_admin(self.keys(), "first", now()).await.map_err(failed)?;
+        let (_, token) =
+            self.registry().add_admin(self.keys(), "first", now()).await.map_err(failed)?;
         match show {
             Some(show) => show(token.expose(), &line),
             None => {
@@ -420,15 +461,27 @@ impl Hub {
     fn config(&self, agent: &str) -> Config {
         let keys = self.keys();
         let mut tunnel = self.tunnel_place();
-        let metas = [("agent".to_owned(), agent.to_owned()), ("token".to_owned(), keys.derived(TUNNEL, agent).expose().to_owned())];
+        let metas = [
+            ("agent".to_owned(), agent.to_owned()),
+            ("token".to_owned(), keys.derived(TUNNEL, agent).expose().to_owned()),
+        ];
         tunnel.auth.metas = metas.into();
-        tunnel.proxies = vec![Proxy { name: proxy_name(agent), kind: Kind::Stcp, secret_key: self.inner.keys.stcp(agent, None), ..Proxy::default() }];
+        tunnel.proxies = vec![Proxy {
+            name: proxy_name(agent),
+            kind: Kind::Stcp,
+            secret_key: self.inner.keys.stcp(agent, None),
+            ..Proxy::default()
+        }];
         let mut config = Config {
             config_version: 0,
             heartbeat_interval_s: registry::HEARTBEAT,
             status_interval_s: registry::STATUS,
             tunnel: Some(tunnel),
-            runner_auth: RunnerAuth { issuer: self.issuer(), audience: agent.into(), jwks: keys.jwks() },
+            runner_auth: RunnerAuth {
+                issuer: self.issuer(),
+                audience: agent.into(),
+                jwks: keys.jwks(),
+            },
         };
         let digest = Sha256::digest(serde_json::to_vec(&config).unwrap_or_default());
         // 48 bits: every JSON reader holds them whole
@@ -442,12 +495,18 @@ impl Hub {
         let pin = self.shown_ca().and_then(|ca| keys::pin_of(&ca));
         let pin = pin.map(|pin| format!(" --control-plane-pin {pin}")).unwrap_or_default();
         // on standard input: what stands on a command line is everybody's to read
-        format!("echo {} | sudo pipeops install-server --yes --agent-token-file - --control-plane-url {}{pin}", token.expose(), self.url())
+        format!(
+            "echo {} | sudo pipeops install-server --yes --agent-token-file - --control-plane-url {}{pin}",
+            token.expose(),
+            self.url()
+        )
     }
 
     /// The CA that clients of the HTTPS API must be told of, PEM.
     fn shown_ca(&self) -> Option<String> {
-        lock(&self.inner.foreign).clone().unwrap_or_else(|| Some(self.keys().ca_certificate.clone()))
+        lock(&self.inner.foreign)
+            .clone()
+            .unwrap_or_else(|| Some(self.keys().ca_certificate.clone()))
     }
 
     /// Prometheus text.
@@ -461,13 +520,24 @@ impl Hub {
         if let Some(tunnels) = self.inner.frps.tunnels() {
             let _ = writeln!(text, "# TYPE pipeops_tunnels gauge\npipeops_tunnels {tunnels}");
         }
-        let _ = writeln!(text, "# TYPE pipeops_requests_total counter\npipeops_requests_total {requests}");
+        let _ = writeln!(
+            text,
+            "# TYPE pipeops_requests_total counter\npipeops_requests_total {requests}"
+        );
         if let Some(way) = &self.inner.way {
-            let _ = writeln!(text, "# TYPE pipeops_broker_up gauge\npipeops_broker_up {}", u8::from(way.down().is_none()));
+            let _ = writeln!(
+                text,
+                "# TYPE pipeops_broker_up gauge\npipeops_broker_up {}",
+                u8::from(way.down().is_none())
+            );
             for (name, kind, value) in [
                 ("pipeops_events_waiting", "gauge", way.waiting.load(Relaxed)),
                 ("pipeops_events_sent_total", "counter", way.sent.load(Relaxed).cast_signed()),
-                ("pipeops_events_dropped_total", "counter", way.dropped.load(Relaxed).cast_signed()),
+                (
+                    "pipeops_events_dropped_total",
+                    "counter",
+                    way.dropped.load(Relaxed).cast_signed(),
+                ),
             ] {
                 let _ = writeln!(text, "# TYPE {name} {kind}\n{name} {value}");
             }

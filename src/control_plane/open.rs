@@ -24,13 +24,21 @@ pub(super) fn usable<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
 }
 
 /// The database of a data directory, or the one at `url`.
-pub(super) async fn database(host: &Host, data_dir: &str, state: &StateDir, url: Option<Secret>) -> anyhow::Result<Store> {
+pub(super) async fn database(
+    host: &Host,
+    data_dir: &str,
+    state: &StateDir,
+    url: Option<Secret>,
+) -> anyhow::Result<Store> {
     let url = match url {
         Some(url) => url,
         None => {
             // SQLite gives its other files the mode of this one
             usable(state.touch("pipeops.db"))?;
-            Secret::new(format!("sqlite:{}?mode=rw", host.at(data_dir).join("pipeops.db").display()))
+            Secret::new(format!(
+                "sqlite:{}?mode=rw",
+                host.at(data_dir).join("pipeops.db").display()
+            ))
         }
     };
     let instance = match usable(state.read(INSTANCE))? {
@@ -45,7 +53,11 @@ pub(super) async fn database(host: &Host, data_dir: &str, state: &StateDir, url:
 }
 
 /// Tokens stand in a database as hashes under a key: with other keys everybody in it would be a stranger.
-pub(super) async fn belong_together(store: &Store, keys: &Keys, data_dir: &str) -> anyhow::Result<()> {
+pub(super) async fn belong_together(
+    store: &Store,
+    keys: &Keys,
+    data_dir: &str,
+) -> anyhow::Result<()> {
     let noted = store.noted(KEYS).await?;
     if noted.as_ref().is_some_and(|mark| *mark != keys.mark()) && !store.rows().await?.is_empty() {
         store.close().await;

@@ -45,20 +45,42 @@ pub(super) enum Taken {
 
 impl Hub {
     /// One call about an operation, of the agent that has it.
-    pub(super) async fn at_agent(&self, method: Method, who: &Who, route: &Route, op: &str, now: i64) -> Result<(StatusCode, Value), Refused> {
+    pub(super) async fn at_agent(
+        &self,
+        method: Method,
+        who: &Who,
+        route: &Route,
+        op: &str,
+        now: i64,
+    ) -> Result<(StatusCode, Value), Refused> {
         let (role, namespaces) = narrowed(who, &Wanted::default())?;
         let token = self.jwt(who, route, role, namespaces, LIFE, now).0;
-        self.ask_agent(Request::builder().method(method), &format!("api/v1/operations/{op}"), route, &token, Bytes::new()).await
+        self.ask_agent(
+            Request::builder().method(method),
+            &format!("api/v1/operations/{op}"),
+            route,
+            &token,
+            Bytes::new(),
+        )
+        .await
     }
 
     /// Hands an operation to its agent, or keeps it until the agent is there.
-    pub(super) async fn ask_operation(&self, who: &Who, route: &Route, asked: Asked, key: Option<&str>, now: i64) -> Result<Taken, Refused> {
+    pub(super) async fn ask_operation(
+        &self,
+        who: &Who,
+        route: &Route,
+        asked: Asked,
+        key: Option<&str>,
+        now: i64,
+    ) -> Result<Taken, Refused> {
         let ttl = asked.ttl_s.map(|ttl| life(Some(ttl), LONGEST, LONGEST)).transpose()?;
         let (role, _) = narrowed(who, &Wanted::default())?;
         if role < Role::Deployer {
             return Err(refused(403, "role_exceeded", "a viewer changes nothing", None));
         }
-        let key = check_key(key).map_err(|why| refused(400, "idempotency_key_needed", why, None))?;
+        let key =
+            check_key(key).map_err(|why| refused(400, "idempotency_key_needed", why, None))?;
         let body = json!({"kind": asked.kind, "spec": asked.spec}).to_string();
         let (subject, request) = (who.subject(), hex(&Sha256::digest(&body)));
         let id = operation_id(&subject, key);
@@ -68,7 +90,12 @@ impl Hub {
                 return Ok(Taken::Known(known));
             }
             let hint = Some("use a fresh key for each thing that is asked for");
-            return Err(refused(409, "idempotency_mismatch", "this Idempotency-Key was used for something else", hint));
+            return Err(refused(
+                409,
+                "idempotency_mismatch",
+                "this Idempotency-Key was used for something else",
+                hint,
+            ));
         }
         let mut job = Job {
             agent: route.agent.clone(),
@@ -90,7 +117,9 @@ impl Hub {
         // what may wait does not overtake what waits
         if ttl.is_none() || !self.registry().waits(&route.agent) {
             match self.hand_over(who, route, &job, &body, now).await {
-                Ok((status, value)) if !status.is_success() => return Ok(Taken::Refused(status, value)),
+                Ok((status, value)) if !status.is_success() => {
+                    return Ok(Taken::Refused(status, value));
+                }
                 Ok((_, value)) => {
                     job.operation = taken(value)?;
                     self.registry().put_job(job.clone(), now).await?;
@@ -105,18 +134,31 @@ impl Hub {
         Ok(Taken::New(job))
     }
 
-    async fn hand_over(&self, who: &Who, route: &Route, job: &Job, body: &str, now: i64) -> Result<(StatusCode, Value), Refused> {
+    async fn hand_over(
+        &self,
+        who: &Who,
+        route: &Route,
+        job: &Job,
+        body: &str,
+        now: i64,
+    ) -> Result<(StatusCode, Value), Refused> {
         let (role, namespaces) = narrowed(who, &Wanted::default())?;
         let token = self.jwt(who, route, role, namespaces, LIFE, now).0;
-        let request = Request::builder().method(Method::POST).header(header::CONTENT_TYPE, "application/json").header(IDEMPOTENCY_KEY, &job.key);
-        self.ask_agent(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned())).await
+        let request = Request::builder()
+            .method(Method::POST)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(IDEMPOTENCY_KEY, &job.key);
+        self.ask_agent(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned()))
+            .await
     }
 
     /// Hands over what waits for agents that are there, one after the other for each, and calls back what runs for nobody any more.
     pub(super) fn deliver(&self, under_way: &UnderWay, now: i64) {
         for job in self.registry().disowned().into_iter().chain(self.registry().waiting()) {
             // through somebody else's FRP server only a try tells
-            if self.tunnel_open(&job.agent) == Some(false) || !super::lock(under_way).insert(job.agent.clone()) {
+            if self.tunnel_open(&job.agent) == Some(false)
+                || !super::lock(under_way).insert(job.agent.clone())
+            {
                 continue;
             }
             let (hub, under_way) = (self.clone(), under_way.clone());
@@ -142,11 +184,24 @@ impl Hub {
     /// Cancels one in the name of whoever asked for it; its end comes from the agent, as always.
     async fn call_back(&self, job: Job, now: i64) -> Result<(), Refused> {
         let registry = self.registry();
-        let (Some(cluster), Some(access)) = (registry.cluster_of(&job.agent), registry.access(&job.operation.subject)) else { return Ok(()) };
+        let (Some(cluster), Some(access)) =
+            (registry.cluster_of(&job.agent), registry.access(&job.operation.subject))
+        else {
+            return Ok(());
+        };
         let route = registry.route(&cluster, None)?;
-        let (status, _) = self.at_agent(Method::DELETE, &Who::Access(access.into()), &route, &job.operation.id, now).await?;
+        let (status, _) = self
+            .at_agent(Method::DELETE, &Who::Access(access.into()), &route, &job.operation.id, now)
+            .await?;
         if status == StatusCode::NOT_FOUND {
-            return registry.end_job(job, OperationState::Interrupted, "the agent knows nothing of it any more", now).await;
+            return registry
+                .end_job(
+                    job,
+                    OperationState::Interrupted,
+                    "the agent knows nothing of it any more",
+                    now,
+                )
+                .await;
         }
         Ok(())
     }
@@ -156,27 +211,45 @@ impl Hub {
         let who = registry.still(&job.operation.subject, now);
         let cluster = registry.cluster_of(&job.agent);
         let within = |who: &Who, cluster: &str| match who {
-            Who::Access(access) => registry.reaches(access, cluster).is_ok() && access.role >= Role::Deployer,
+            Who::Access(access) => {
+                registry.reaches(access, cluster).is_ok() && access.role >= Role::Deployer
+            }
             _ => true,
         };
         let (Some(who), Some(cluster)) = (who, cluster) else {
-            return registry.end_job(job, OperationState::Failed, "whoever asked for it may not any more", now).await;
+            return registry
+                .end_job(job, OperationState::Failed, "whoever asked for it may not any more", now)
+                .await;
         };
         if !within(&who, &cluster) {
-            return registry.end_job(job, OperationState::Failed, "whoever asked for it may not any more", now).await;
+            return registry
+                .end_job(job, OperationState::Failed, "whoever asked for it may not any more", now)
+                .await;
         }
         let route = registry.route(&cluster, None)?;
-        let Some(body) = job.sealed.as_deref().and_then(|sealed| self.keys().unseal(sealed).ok()) else {
-            return registry.end_job(job, OperationState::Failed, "it was kept under other keys than this control plane's", now).await;
+        let Some(body) = job.sealed.as_deref().and_then(|sealed| self.keys().unseal(sealed).ok())
+        else {
+            return registry
+                .end_job(
+                    job,
+                    OperationState::Failed,
+                    "it was kept under other keys than this control plane's",
+                    now,
+                )
+                .await;
         };
-        let Ok((status, value)) = self.hand_over(&who, &route, &job, body.expose(), now).await else { return Ok(()) };
+        let Ok((status, value)) = self.hand_over(&who, &route, &job, body.expose(), now).await
+        else {
+            return Ok(());
+        };
         if status.is_success() {
             (job.operation, job.sealed, job.changed_at) = (taken(value)?, None, now);
             return registry.put_job(job, now).await;
         }
         if matches!(status.as_u16(), 400 | 403 | 405 | 409 | 413 | 422) {
             // its words may quote what was asked for, and go to others than who asked
-            let message = format!("the agent refuses it: {}", value["code"].as_str().unwrap_or("no code"));
+            let message =
+                format!("the agent refuses it: {}", value["code"].as_str().unwrap_or("no code"));
             return registry.end_job(job, OperationState::Failed, &message, now).await;
         }
         Ok(())
@@ -185,5 +258,6 @@ impl Hub {
 
 /// What an agent answers to an operation that it takes.
 fn taken(value: Value) -> Result<Operation, Refused> {
-    serde_json::from_value(value).map_err(|_| refused(502, "bad_answer", "the agent's answer cannot be read", None))
+    serde_json::from_value(value)
+        .map_err(|_| refused(502, "bad_answer", "the agent's answer cannot be read", None))
 }

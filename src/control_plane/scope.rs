@@ -22,12 +22,18 @@ pub(super) struct Wanted {
 
 pub(super) fn role(name: Option<&str>, otherwise: Role) -> Result<Role, Refused> {
     let Some(name) = name else { return Ok(otherwise) };
-    Role::of(name).ok_or_else(|| refused(400, "bad_role", "a role is viewer, deployer, operator or admin", None))
+    Role::of(name).ok_or_else(|| {
+        refused(400, "bad_role", "a role is viewer, deployer, operator or admin", None)
+    })
 }
 
 pub(super) fn life(asked: Option<i64>, otherwise: i64, most: i64) -> Result<i64, Refused> {
     let ttl = asked.unwrap_or(otherwise);
-    if (1..=most).contains(&ttl) { Ok(ttl) } else { Err(refused(400, "bad_ttl", format!("ttl_s is 1 to {most}"), None)) }
+    if (1..=most).contains(&ttl) {
+        Ok(ttl)
+    } else {
+        Err(refused(400, "bad_ttl", format!("ttl_s is 1 to {most}"), None))
+    }
 }
 
 /// Role and namespaces of what is asked for, never more than the asker has.
@@ -38,11 +44,21 @@ pub(super) fn narrowed(who: &Who, asked: &Wanted) -> Result<(Role, Option<Vec<St
     };
     let wanted = role(asked.role.as_deref(), most)?;
     if wanted > most && !who.all() {
-        return Err(refused(403, "role_exceeded", format!("this token's role is {}", most.name()), None));
+        return Err(refused(
+            403,
+            "role_exceeded",
+            format!("this token's role is {}", most.name()),
+            None,
+        ));
     }
     let namespaces = match (asked.namespaces.clone(), limits) {
         (Some(asked), Some(limits)) if asked.iter().any(|n| !limits.contains(n)) => {
-            return Err(refused(403, "namespace_exceeded", format!("this token is for {}", limits.join(", ")), None));
+            return Err(refused(
+                403,
+                "namespace_exceeded",
+                format!("this token is for {}", limits.join(", ")),
+                None,
+            ));
         }
         (Some(asked), _) => Some(asked),
         (None, limits) => limits,
@@ -80,10 +96,22 @@ mod tests {
             ttl_s: None,
         };
         let deployer = access(Role::Deployer, Some(&["beta"]));
-        assert_eq!(narrowed(&deployer, &wanted(None, None)).unwrap(), (Role::Deployer, Some(vec!["beta".into()])));
-        assert_eq!(narrowed(&deployer, &wanted(Some("viewer"), Some(&["beta"]))).unwrap().0, Role::Viewer);
-        assert_eq!(narrowed(&deployer, &wanted(Some("operator"), None)).unwrap_err().code, "role_exceeded");
-        assert_eq!(narrowed(&deployer, &wanted(None, Some(&["beta", "production"]))).unwrap_err().code, "namespace_exceeded");
+        assert_eq!(
+            narrowed(&deployer, &wanted(None, None)).unwrap(),
+            (Role::Deployer, Some(vec!["beta".into()]))
+        );
+        assert_eq!(
+            narrowed(&deployer, &wanted(Some("viewer"), Some(&["beta"]))).unwrap().0,
+            Role::Viewer
+        );
+        assert_eq!(
+            narrowed(&deployer, &wanted(Some("operator"), None)).unwrap_err().code,
+            "role_exceeded"
+        );
+        assert_eq!(
+            narrowed(&deployer, &wanted(None, Some(&["beta", "production"]))).unwrap_err().code,
+            "namespace_exceeded"
+        );
         assert_eq!(narrowed(&deployer, &wanted(Some("root"), None)).unwrap_err().code, "bad_role");
     }
 }

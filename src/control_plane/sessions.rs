@@ -43,7 +43,11 @@ pub(super) struct LoggedIn {
 }
 
 fn cookie(headers: &HeaderMap) -> Option<&str> {
-    let all = headers.get_all(header::COOKIE).into_iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(';'));
+    let all = headers
+        .get_all(header::COOKIE)
+        .into_iter()
+        .filter_map(|v| v.to_str().ok())
+        .flat_map(|v| v.split(';'));
     let mut ours = all.filter_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='));
     // two of them: somebody else has set one
     ours.next().filter(|value| !value.is_empty() && value.len() <= 128 && ours.next().is_none())
@@ -62,7 +66,12 @@ impl Sessions {
 
 impl Hub {
     /// A session for whoever shows an administrator's or a Runner's token.
-    pub(super) fn login(&self, address: IpAddr, token: &Secret, now: i64) -> Result<LoggedIn, Refused> {
+    pub(super) fn login(
+        &self,
+        address: IpAddr,
+        token: &Secret,
+        now: i64,
+    ) -> Result<LoggedIn, Refused> {
         let hash = self.keys().hashed(token.expose().trim());
         self.guard(address, &hash, now)?;
         let who = self.registry().who(&hash, now).inspect_err(|_| self.failed(address, now))?;
@@ -79,14 +88,23 @@ impl Hub {
             }
         }
         self.succeeded(hash.clone());
-        let (value, csrf) = (fresh().map_err(|e| unwritten(&e))?, fresh().map_err(|e| unwritten(&e))?);
+        let (value, csrf) =
+            (fresh().map_err(|e| unwritten(&e))?, fresh().map_err(|e| unwritten(&e))?);
         {
             let mut open = self.inner.sessions.open();
             open.retain(|_, s| s.until > now);
             if open.len() >= MOST {
-                return Err(refused(503, "too_many_sessions", "too many people are logged in", Some("log out elsewhere, or wait")));
+                return Err(refused(
+                    503,
+                    "too_many_sessions",
+                    "too many people are logged in",
+                    Some("log out elsewhere, or wait"),
+                ));
             }
-            open.insert(self.keys().hashed(&value), Session { token: hash, csrf: csrf.clone(), until: now + LIFE });
+            open.insert(
+                self.keys().hashed(&value),
+                Session { token: hash, csrf: csrf.clone(), until: now + LIFE },
+            );
         }
         Ok(LoggedIn { who, csrf, cookie: set_cookie(&value, LIFE) })
     }
@@ -101,7 +119,9 @@ impl Hub {
 
     /// The word of the page whose cookie a request carries.
     pub(super) fn csrf(&self, headers: &HeaderMap) -> String {
-        let csrf = cookie(headers).and_then(|v| self.inner.sessions.open().get(&self.keys().hashed(v)).map(|s| s.csrf.clone()));
+        let csrf = cookie(headers).and_then(|v| {
+            self.inner.sessions.open().get(&self.keys().hashed(v)).map(|s| s.csrf.clone())
+        });
         csrf.unwrap_or_default()
     }
 
@@ -109,17 +129,29 @@ impl Hub {
     ///
     /// # Errors
     /// 401 when the session is over, 403 for a request that another page made the browser send.
-    pub(super) fn by_cookie(&self, method: &Method, headers: &HeaderMap, now: i64) -> Result<Option<String>, Refused> {
+    pub(super) fn by_cookie(
+        &self,
+        method: &Method,
+        headers: &HeaderMap,
+        now: i64,
+    ) -> Result<Option<String>, Refused> {
         let Some(value) = cookie(headers) else { return Ok(None) };
         let open = self.inner.sessions.open();
         let session = open.get(&self.keys().hashed(value)).filter(|s| s.until > now);
-        let session = session.ok_or_else(|| refused(401, "session_over", "the session is over", Some("log in again")))?;
+        let session = session.ok_or_else(|| {
+            refused(401, "session_over", "the session is over", Some("log in again"))
+        })?;
         let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
         // browsers say where a request comes from, and a page cannot change what they say
         let foreign = text("sec-fetch-site").is_some_and(|site| site != "same-origin");
         let safe = matches!(*method, Method::GET | Method::HEAD);
         if foreign || (!safe && !text(CSRF).is_some_and(|shown| same(shown, &session.csrf))) {
-            return Err(refused(403, "foreign_request", "this request does not come from the control plane's page", None));
+            return Err(refused(
+                403,
+                "foreign_request",
+                "this request does not come from the control plane's page",
+                None,
+            ));
         }
         Ok(Some(session.token.clone()))
     }

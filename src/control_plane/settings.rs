@@ -73,9 +73,15 @@ impl PlaneOptions {
         PlaneOptions {
             listen: self.listen.or(lower.listen),
             tunnel_listen: self.tunnel_listen.or(lower.tunnel_listen),
-            public_name: if self.public_name.is_empty() { lower.public_name } else { self.public_name },
+            public_name: if self.public_name.is_empty() {
+                lower.public_name
+            } else {
+                self.public_name
+            },
             database_url: self.database_url,
-            database_url_file: self.database_url_file.or(lower.database_url_file.filter(|_| !database)),
+            database_url_file: self
+                .database_url_file
+                .or(lower.database_url_file.filter(|_| !database)),
             amqp_url: self.amqp_url,
             amqp_url_file: self.amqp_url_file.or(lower.amqp_url_file.filter(|_| !amqp)),
             amqp_ca: self.amqp_ca.or(lower.amqp_ca),
@@ -94,7 +100,8 @@ impl PlaneOptions {
 /// A [`Failure`] with exit 2 that names `origin`.
 pub fn parse_file(text: &str, origin: &str) -> Result<PlaneOptions, Failure> {
     let secret = ["database-url", "amqp-url"];
-    let known: Vec<String> = longs::<PlaneOptions>().into_iter().filter(|k| !secret.contains(&k.as_str())).collect();
+    let known: Vec<String> =
+        longs::<PlaneOptions>().into_iter().filter(|k| !secret.contains(&k.as_str())).collect();
     checked(text, origin, &known, &[], "pipeops control-plane")
 }
 
@@ -104,13 +111,27 @@ mod tests {
 
     #[test]
     fn flags_lie_over_the_file_and_a_password_has_no_place_in_it() {
-        let file = parse_file("listen = \"127.0.0.1:1\"\npublic-name = [\"a\"]\namqp-url-file = \"/f\"\n", "f").unwrap();
-        let flags = PlaneOptions { listen: "127.0.0.1:2".parse().ok(), amqp_url: Some("amqp://h".into()), ..PlaneOptions::default() };
+        let file = parse_file(
+            "listen = \"127.0.0.1:1\"\npublic-name = [\"a\"]\namqp-url-file = \"/f\"\n",
+            "f",
+        )
+        .unwrap();
+        let flags = PlaneOptions {
+            listen: "127.0.0.1:2".parse().ok(),
+            amqp_url: Some("amqp://h".into()),
+            ..PlaneOptions::default()
+        };
         let both = flags.over(file);
-        assert_eq!((both.listen.unwrap().port(), both.public_name[0].as_str(), both.amqp_url_file), (2, "a", None));
-        let refused = parse_file("amqp-url = \"amqp://u:planted-canary-4711-in-plain-text@h\"\n", "f").unwrap_err();
+        assert_eq!(
+            (both.listen.unwrap().port(), both.public_name[0].as_str(), both.amqp_url_file),
+            (2, "a", None)
+        );
+        let refused =
+            parse_file("amqp-url = \"amqp://u:planted-canary-4711-in-plain-text@h\"\n", "f")
+                .unwrap_err();
         assert!(
-            refused.hint.as_deref().unwrap().contains("amqp-url-file") && !format!("{refused:?}").contains("canary-4711-in-plain-text"),
+            refused.hint.as_deref().unwrap().contains("amqp-url-file")
+                && !format!("{refused:?}").contains("canary-4711-in-plain-text"),
             "{refused:?}"
         );
     }

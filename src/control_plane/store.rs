@@ -119,7 +119,10 @@ impl Ordered {
     pub async fn durable(self) -> anyhow::Result<()> {
         let gone = || anyhow::anyhow!("the database writer has ended");
         let answer = self.0.ok_or_else(gone)?;
-        answer.await.map_err(|_| gone())?.map_err(|e| anyhow::anyhow!("the database cannot be written: {e}"))
+        answer
+            .await
+            .map_err(|_| gone())?
+            .map_err(|e| anyhow::anyhow!("the database cannot be written: {e}"))
     }
 }
 
@@ -183,12 +186,19 @@ impl Store {
             "CREATE TABLE IF NOT EXISTS pipeops_outbox (seq BIGINT PRIMARY KEY, agent TEXT NOT NULL, topic TEXT NOT NULL, at BIGINT NOT NULL, body TEXT NOT NULL)",
             "CREATE INDEX IF NOT EXISTS pipeops_outbox_agent ON pipeops_outbox (agent, topic)",
         ] {
-            sqlx::query(statement).execute(&pool).await.map_err(|e| unusable("the database cannot be written", &e, hint))?;
+            sqlx::query(statement)
+                .execute(&pool)
+                .await
+                .map_err(|e| unusable("the database cannot be written", &e, hint))?;
         }
-        let found: Option<String> = match sqlx::query("SELECT body FROM pipeops_meta WHERE id = 'schema'").fetch_optional(&pool).await? {
-            Some(row) => Some(row.try_get(0)?),
-            None => None,
-        };
+        let found: Option<String> =
+            match sqlx::query("SELECT body FROM pipeops_meta WHERE id = 'schema'")
+                .fetch_optional(&pool)
+                .await?
+            {
+                Some(row) => Some(row.try_get(0)?),
+                None => None,
+            };
         match found.as_deref().map(str::parse::<i64>) {
             None => {
                 sqlx::query("INSERT INTO pipeops_meta (id, body) VALUES ('schema', $1)")
@@ -199,20 +209,35 @@ impl Store {
             }
             Some(Ok(SCHEMA)) => {}
             Some(other) => {
-                let said = other.map_or_else(|e| e.to_string(), |n| format!("its layout is {n}, this program knows {SCHEMA}"));
-                return Err(Failure::new(Exit::Preflight, "DATABASE_VERSION", "the database is of another version of pipeops")
-                    .why(said)
-                    .hint("run the pipeops that wrote it, or restore a backup that fits")
-                    .into());
+                let said = other.map_or_else(
+                    |e| e.to_string(),
+                    |n| format!("its layout is {n}, this program knows {SCHEMA}"),
+                );
+                return Err(Failure::new(
+                    Exit::Preflight,
+                    "DATABASE_VERSION",
+                    "the database is of another version of pipeops",
+                )
+                .why(said)
+                .hint("run the pipeops that wrote it, or restore a backup that fits")
+                .into());
             }
         }
         hold(&pool, instance, sqlite).await?;
-        let last: i64 = sqlx::query("SELECT COALESCE(MAX(seq), 0) FROM pipeops_outbox").fetch_one(&pool).await?.try_get(0)?;
+        let last: i64 = sqlx::query("SELECT COALESCE(MAX(seq), 0) FROM pipeops_outbox")
+            .fetch_one(&pool)
+            .await?
+            .try_get(0)?;
         let kept = meta(&pool, "outbox_seq").await?.and_then(|n| n.parse().ok()).unwrap_or(0);
         let (orders, queue) = mpsc::unbounded_channel();
         let store = Store { pool, orders, told: Arc::default(), lost: CancellationToken::new() };
-        let writer =
-            Writer { pool: store.pool.clone(), instance: instance.into(), last: last.max(kept), told: store.told.clone(), lost: store.lost.clone() };
+        let writer = Writer {
+            pool: store.pool.clone(),
+            instance: instance.into(),
+            last: last.max(kept),
+            told: store.told.clone(),
+            lost: store.lost.clone(),
+        };
         tokio::spawn(writer.run(queue));
         if !sqlite {
             tokio::spawn(beat(store.pool.clone(), instance.to_owned(), store.lost.clone()));
@@ -225,11 +250,16 @@ impl Store {
     /// # Errors
     /// When the database does not answer, or a row cannot be read: nothing is passed over in silence.
     pub async fn all<T: DeserializeOwned>(&self, kind: Kind) -> anyhow::Result<Vec<T>> {
-        let rows = sqlx::query("SELECT id, body FROM pipeops_row WHERE kind = $1 ORDER BY id").bind(kind.name()).fetch_all(&self.pool).await?;
+        let rows = sqlx::query("SELECT id, body FROM pipeops_row WHERE kind = $1 ORDER BY id")
+            .bind(kind.name())
+            .fetch_all(&self.pool)
+            .await?;
         rows.iter()
             .map(|row| {
                 let (id, body): (String, String) = (row.try_get(0)?, row.try_get(1)?);
-                serde_json::from_str(&body).with_context(|| format!("the database holds a damaged row: {} {id}", kind.name()))
+                serde_json::from_str(&body).with_context(|| {
+                    format!("the database holds a damaged row: {} {id}", kind.name())
+                })
             })
             .collect()
     }
@@ -239,8 +269,14 @@ impl Store {
     /// # Errors
     /// When the database does not answer.
     pub async fn rows(&self) -> anyhow::Result<Vec<Row>> {
-        let rows = sqlx::query("SELECT kind, id, body FROM pipeops_row ORDER BY kind, id").fetch_all(&self.pool).await?;
-        rows.iter().map(|row| Ok(Row { kind: row.try_get(0)?, id: row.try_get(1)?, body: row.try_get(2)? })).collect()
+        let rows = sqlx::query("SELECT kind, id, body FROM pipeops_row ORDER BY kind, id")
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter()
+            .map(|row| {
+                Ok(Row { kind: row.try_get(0)?, id: row.try_get(1)?, body: row.try_get(2)? })
+            })
+            .collect()
     }
 
     /// Orders all of `changes` or none. They are written in the order of these calls.
@@ -272,8 +308,21 @@ impl Store {
     /// # Errors
     /// When the database does not answer.
     pub async fn waiting(&self, most: i64) -> anyhow::Result<Vec<Waiting>> {
-        let rows = sqlx::query("SELECT seq, agent, topic, body FROM pipeops_outbox ORDER BY seq LIMIT $1").bind(most).fetch_all(&self.pool).await?;
-        rows.iter().map(|row| Ok(Waiting { seq: row.try_get(0)?, agent: row.try_get(1)?, topic: row.try_get(2)?, body: row.try_get(3)? })).collect()
+        let rows =
+            sqlx::query("SELECT seq, agent, topic, body FROM pipeops_outbox ORDER BY seq LIMIT $1")
+                .bind(most)
+                .fetch_all(&self.pool)
+                .await?;
+        rows.iter()
+            .map(|row| {
+                Ok(Waiting {
+                    seq: row.try_get(0)?,
+                    agent: row.try_get(1)?,
+                    topic: row.try_get(2)?,
+                    body: row.try_get(3)?,
+                })
+            })
+            .collect()
     }
 
     /// How many events wait, and their bytes.
@@ -281,7 +330,8 @@ impl Store {
     /// # Errors
     /// When the database does not answer.
     pub async fn backlog(&self) -> anyhow::Result<(i64, i64)> {
-        let query = "SELECT COUNT(*), CAST(COALESCE(SUM(LENGTH(body)), 0) AS BIGINT) FROM pipeops_outbox";
+        let query =
+            "SELECT COUNT(*), CAST(COALESCE(SUM(LENGTH(body)), 0) AS BIGINT) FROM pipeops_outbox";
         let row = sqlx::query(query).fetch_one(&self.pool).await?;
         Ok((row.try_get(0)?, row.try_get(1)?))
     }
@@ -291,7 +341,11 @@ impl Store {
     /// # Errors
     /// When the database does not answer.
     pub async fn trim(&self, at: i64, bytes: i64) -> anyhow::Result<u64> {
-        let mut dropped = sqlx::query("DELETE FROM pipeops_outbox WHERE at < $1").bind(at).execute(&self.pool).await?.rows_affected();
+        let mut dropped = sqlx::query("DELETE FROM pipeops_outbox WHERE at < $1")
+            .bind(at)
+            .execute(&self.pool)
+            .await?
+            .rows_affected();
         while self.backlog().await?.1 > bytes {
             let oldest = "DELETE FROM pipeops_outbox WHERE seq IN (SELECT seq FROM pipeops_outbox ORDER BY seq LIMIT 100)";
             dropped += sqlx::query(oldest).execute(&self.pool).await?.rows_affected();
@@ -322,11 +376,18 @@ impl Store {
 }
 
 async fn meta(pool: &AnyPool, id: &str) -> Result<Option<String>, sqlx::Error> {
-    let row = sqlx::query("SELECT body FROM pipeops_meta WHERE id = $1").bind(id.to_owned()).fetch_optional(pool).await?;
+    let row = sqlx::query("SELECT body FROM pipeops_meta WHERE id = $1")
+        .bind(id.to_owned())
+        .fetch_optional(pool)
+        .await?;
     row.map(|row| row.try_get(0)).transpose()
 }
 
-async fn set_meta(connection: &mut sqlx::AnyConnection, id: &str, text: &str) -> Result<(), sqlx::Error> {
+async fn set_meta(
+    connection: &mut sqlx::AnyConnection,
+    id: &str,
+    text: &str,
+) -> Result<(), sqlx::Error> {
     sqlx::query("INSERT INTO pipeops_meta (id, body) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET body = excluded.body")
         .bind(id.to_owned())
         .bind(text.to_owned())
@@ -347,9 +408,13 @@ async fn hold(pool: &AnyPool, instance: &str, alone: bool) -> anyhow::Result<()>
             return Ok(());
         }
         if meta(pool, "beat").await? != first {
-            return Err(Failure::new(Exit::Locked, "DATABASE_IN_USE", "another control plane works on this database")
-                .hint("stop it first; one database is one control plane's")
-                .into());
+            return Err(Failure::new(
+                Exit::Locked,
+                "DATABASE_IN_USE",
+                "another control plane works on this database",
+            )
+            .hint("stop it first; one database is one control plane's")
+            .into());
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -361,7 +426,12 @@ async fn beat(pool: AnyPool, instance: String, lost: CancellationToken) {
     while !lost.is_cancelled() {
         count += 1;
         if let Ok(mut connection) = pool.acquire().await {
-            let _ = set_meta(&mut connection, "beat", &format!("{instance} {} {count}", std::process::id())).await;
+            let _ = set_meta(
+                &mut connection,
+                "beat",
+                &format!("{instance} {} {count}", std::process::id()),
+            )
+            .await;
         } else if pool.is_closed() {
             return;
         }
@@ -395,13 +465,17 @@ impl<'a> Rows<'a> {
             // few sizes, so that the database has seen each statement before
             let size = [64, 16, 4, 1].into_iter().find(|n| *n <= rest.len()).unwrap_or(1);
             let (now, later) = rest.split_at(size);
-            let values: Vec<String> = (0..size).map(|n| format!("(${}, ${}, ${})", 3 * n + 1, 3 * n + 2, 3 * n + 3)).collect();
+            let values: Vec<String> = (0..size)
+                .map(|n| format!("(${}, ${}, ${})", 3 * n + 1, 3 * n + 2, 3 * n + 3))
+                .collect();
             let text = format!(
                 "INSERT INTO pipeops_row (kind, id, body) VALUES {} ON CONFLICT (kind, id) DO UPDATE SET body = excluded.body",
                 values.join(", ")
             );
             let query = sqlx::query(sqlx::AssertSqlSafe(text));
-            let bound = now.iter().fold(query, |q, (kind, id, body)| q.bind((*kind).to_owned()).bind((*id).to_owned()).bind((*body).to_owned()));
+            let bound = now.iter().fold(query, |q, (kind, id, body)| {
+                q.bind((*kind).to_owned()).bind((*id).to_owned()).bind((*body).to_owned())
+            });
             bound.execute(&mut *connection).await?;
             rest = later;
         }
@@ -448,17 +522,24 @@ impl Writer {
         }
     }
 
-    async fn commit(&mut self, changes: &mut (dyn Iterator<Item = &Change> + Send)) -> Result<(), sqlx::Error> {
+    async fn commit(
+        &mut self,
+        changes: &mut (dyn Iterator<Item = &Change> + Send),
+    ) -> Result<(), sqlx::Error> {
         let mut changes = changes.peekable();
         if changes.peek().is_none() {
             return Ok(());
         }
         let mut transaction = self.pool.begin().await?;
         // a holder that was frozen while another one took over must not write again
-        let ours = sqlx::query("UPDATE pipeops_meta SET body = body WHERE id = 'holder' AND body = $1").bind(self.instance.clone());
+        let ours =
+            sqlx::query("UPDATE pipeops_meta SET body = body WHERE id = 'holder' AND body = $1")
+                .bind(self.instance.clone());
         if ours.execute(&mut *transaction).await?.rows_affected() == 0 {
             self.lost.cancel();
-            return Err(sqlx::Error::Protocol("another control plane has taken the database over".into()));
+            return Err(sqlx::Error::Protocol(
+                "another control plane has taken the database over".into(),
+            ));
         }
         let before = self.last;
         let mut rows = Rows::default();
@@ -474,12 +555,20 @@ impl Writer {
                 }
                 Change::Remove { kind, id } => {
                     rows.write(&mut transaction).await?;
-                    sqlx::query("DELETE FROM pipeops_row WHERE kind = $1 AND id = $2").bind(kind.name()).bind(id.clone())
+                    sqlx::query("DELETE FROM pipeops_row WHERE kind = $1 AND id = $2")
+                        .bind(kind.name())
+                        .bind(id.clone())
                 }
                 Change::Told(event) => {
                     if event.latest {
-                        let former = sqlx::query("DELETE FROM pipeops_outbox WHERE agent = $1 AND topic = $2");
-                        former.bind(event.agent.clone()).bind(event.topic).execute(&mut *transaction).await?;
+                        let former = sqlx::query(
+                            "DELETE FROM pipeops_outbox WHERE agent = $1 AND topic = $2",
+                        );
+                        former
+                            .bind(event.agent.clone())
+                            .bind(event.topic)
+                            .execute(&mut *transaction)
+                            .await?;
                     }
                     // by the clock, so that a restored backup does not give a number twice; never backwards
                     self.last = (self.last + 1).max(jiff::Timestamp::now().as_millisecond());
@@ -492,7 +581,10 @@ impl Writer {
                 }
                 Change::Delivered(all) => {
                     for seq in all {
-                        sqlx::query("DELETE FROM pipeops_outbox WHERE seq = $1").bind(*seq).execute(&mut *transaction).await?;
+                        sqlx::query("DELETE FROM pipeops_outbox WHERE seq = $1")
+                            .bind(*seq)
+                            .execute(&mut *transaction)
+                            .await?;
                     }
                     continue;
                 }

@@ -76,7 +76,9 @@ impl Door {
         let from = household(from);
         let turns = {
             let mut queues = self.queues();
-            let queue = queues.entry(from).or_insert_with(|| Queue { turns: Arc::new(Semaphore::new(EACH)), people: 0 });
+            let queue = queues
+                .entry(from)
+                .or_insert_with(|| Queue { turns: Arc::new(Semaphore::new(EACH)), people: 0 });
             if queue.people >= QUEUE {
                 return None;
             }
@@ -105,11 +107,16 @@ mod tests {
     #[test]
     fn one_address_fills_its_own_part_only_and_what_leaves_makes_room() {
         let door = Door::default();
-        let mut inside: Vec<Pass> = (0..EACH).map(|_| door.enter(address(1)).now_or_never().unwrap().unwrap()).collect();
-        let mut waiting: Vec<_> = (0..QUEUE - EACH).map(|_| Box::pin(door.enter(address(1)))).collect();
+        let mut inside: Vec<Pass> =
+            (0..EACH).map(|_| door.enter(address(1)).now_or_never().unwrap().unwrap()).collect();
+        let mut waiting: Vec<_> =
+            (0..QUEUE - EACH).map(|_| Box::pin(door.enter(address(1)))).collect();
         assert!(waiting.iter_mut().all(|w| w.now_or_never().is_none()), "they wait");
         assert!(door.enter(address(1)).now_or_never().unwrap().is_none(), "the queue is full");
-        assert!(door.enter(address(2)).now_or_never().unwrap().is_some(), "another address does not wait");
+        assert!(
+            door.enter(address(2)).now_or_never().unwrap().is_some(),
+            "another address does not wait"
+        );
         inside.pop();
         let (first, rest) = waiting.split_first_mut().unwrap();
         assert!(rest[0].as_mut().now_or_never().is_none(), "in turn");

@@ -14,7 +14,9 @@ use crate::base::backoff::random;
 use crate::base::secret::Secret;
 use crate::frp::codec::{Duplex, Io, encrypted, layered};
 use crate::frp::dial::{Carrier, STAGE, Target};
-use crate::frp::wire::{self, CloseProxy, Key, Login, Message, NewProxy, NewWorkConn, Ping, StartWorkConn};
+use crate::frp::wire::{
+    self, CloseProxy, Key, Login, Message, NewProxy, NewWorkConn, Ping, StartWorkConn,
+};
 use crate::frp::{Action, Event, Kind, Machine, Proxy, Status, TunnelConfig};
 
 /// A stream of a user, handed over by the server.
@@ -48,7 +50,9 @@ fn behind(proxied: bool, target: &Target, why: String) -> String {
     if !proxied || !(why.starts_with("dns: ") || why.starts_with("tcp: ")) {
         return why;
     }
-    format!("proxy_only: {why}; a proxy is set, and the tunnel does not go through one: let this machine reach {target} directly")
+    format!(
+        "proxy_only: {why}; a proxy is set, and the tunnel does not go through one: let this machine reach {target} directly"
+    )
 }
 
 /// News of the tasks of one session.
@@ -155,18 +159,31 @@ impl Client {
                         }
                     }
                     Action::Login { run_id } => {
-                        let run_id = if run_id.is_empty() { machine.run_id.clone() } else { run_id };
-                        session.login(self.login(&config, run_id), config.clone(), self.work.clone(), news.clone());
+                        let run_id =
+                            if run_id.is_empty() { machine.run_id.clone() } else { run_id };
+                        session.login(
+                            self.login(&config, run_id),
+                            config.clone(),
+                            self.work.clone(),
+                            news.clone(),
+                        );
                     }
                     Action::Open { name } => {
-                        if let Some(proxy) = config.proxies.iter().find(|p| p.name == name).filter(|_| !drained) {
+                        if let Some(proxy) =
+                            config.proxies.iter().find(|p| p.name == name).filter(|_| !drained)
+                        {
                             session.order(new_proxy(&config, proxy));
                         }
                     }
-                    Action::Close { name } => session.order(CloseProxy { proxy_name: wire_name(&config, &name) }),
+                    Action::Close { name } => {
+                        session.order(CloseProxy { proxy_name: wire_name(&config, &name) })
+                    }
                     Action::Ping => {
                         let timestamp = now();
-                        session.order(Ping { privilege_key: wire::privilege_key(&config.auth.token, timestamp), timestamp });
+                        session.order(Ping {
+                            privilege_key: wire::privilege_key(&config.auth.token, timestamp),
+                            timestamp,
+                        });
                     }
                 }
             }
@@ -219,7 +236,9 @@ fn wire_name(config: &TunnelConfig, name: &str) -> String {
 /// The name without exactly one prefix.
 fn own_name<'a>(config: &TunnelConfig, name: &'a str) -> &'a str {
     match config.auth.user.as_deref() {
-        Some(user) if !user.is_empty() => name.strip_prefix(user).and_then(|n| n.strip_prefix('.')).unwrap_or(name),
+        Some(user) if !user.is_empty() => {
+            name.strip_prefix(user).and_then(|n| n.strip_prefix('.')).unwrap_or(name)
+        }
         _ => name,
     }
 }
@@ -266,7 +285,9 @@ impl Session {
             let mut tasks = JoinSet::new();
             let told = match target.connect(&mut tasks).await {
                 Ok(carrier) => News::Carrier(carrier),
-                Err(no) if no.unanswered => News::Event(Event::Unanswered(behind(proxied, &target, no.why))),
+                Err(no) if no.unanswered => {
+                    News::Event(Event::Unanswered(behind(proxied, &target, no.why)))
+                }
                 Err(no) => News::Event(Event::ConnectFailed(behind(proxied, &target, no.why))),
             };
             let _ = news.send((number, told)).await;
@@ -275,7 +296,13 @@ impl Session {
         });
     }
 
-    fn login(&mut self, login: Login, config: Arc<TunnelConfig>, work: mpsc::Sender<Work>, news: mpsc::Sender<(u64, News)>) {
+    fn login(
+        &mut self,
+        login: Login,
+        config: Arc<TunnelConfig>,
+        work: mpsc::Sender<Work>,
+        news: mpsc::Sender<(u64, News)>,
+    ) {
         let Some(carrier) = self.carrier.clone() else { return };
         let number = self.number;
         self.tasks.spawn(async move {
@@ -308,7 +335,12 @@ async fn control(
     let run_id = match answer {
         Message::LoginResp(r) if r.error.is_empty() => r.run_id,
         Message::LoginResp(r) => return Event::LoginRefused(r.error),
-        other => return Event::Lost(format!("the login was answered with `{}`", char::from(other.kind()))),
+        other => {
+            return Event::Lost(format!(
+                "the login was answered with `{}`",
+                char::from(other.kind())
+            ));
+        }
     };
     let key = Key::of(&config.auth.token);
     let (mut reader, mut writer) = tokio::io::split(encrypted(stream, &key));
@@ -328,30 +360,44 @@ async fn control(
     });
     let _ = news.send((number, News::Control(orders))).await;
     let _ = news.send((number, News::Event(Event::LoggedIn { run_id: run_id.clone() }))).await;
-    let kinds: Arc<HashMap<String, Proxy>> = Arc::new(config.proxies.iter().map(|p| (p.name.clone(), p.clone())).collect());
+    let kinds: Arc<HashMap<String, Proxy>> =
+        Arc::new(config.proxies.iter().map(|p| (p.name.clone(), p.clone())).collect());
     let opening = Arc::new(Semaphore::new(OPENING));
     loop {
         let message = match wire::read(&mut reader).await {
             Ok(message) => message,
             Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
-                return Event::Lost(format!("unreadable message (do both ends have the same token?): {e}"));
+                return Event::Lost(format!(
+                    "unreadable message (do both ends have the same token?): {e}"
+                ));
             }
             Err(e) => return Event::Lost(e.to_string()),
         };
         let event = match message {
             Message::ReqWorkConn(_) => {
                 while tasks.try_join_next().is_some() {}
-                let (carrier, config, kinds, work, opening, run_id) =
-                    (carrier.clone(), config.clone(), kinds.clone(), work.clone(), opening.clone(), run_id.clone());
+                let (carrier, config, kinds, work, opening, run_id) = (
+                    carrier.clone(),
+                    config.clone(),
+                    kinds.clone(),
+                    work.clone(),
+                    opening.clone(),
+                    run_id.clone(),
+                );
                 tasks.spawn(async move {
                     // an end before a user comes is the server's right, and no trouble
-                    if let Err(e) = work_connection(&carrier, &config, &kinds, &opening, run_id, work).await {
+                    if let Err(e) =
+                        work_connection(&carrier, &config, &kinds, &opening, run_id, work).await
+                    {
                         tracing::debug!(error = %e, "work connection");
                     }
                 });
                 Event::Heard
             }
-            Message::NewProxyResp(r) => Event::ProxyAnswer { name: own_name(&config, &r.proxy_name).to_owned(), error: r.error },
+            Message::NewProxyResp(r) => Event::ProxyAnswer {
+                name: own_name(&config, &r.proxy_name).to_owned(),
+                error: r.error,
+            },
             Message::Pong(p) if p.error.is_empty() => Event::Heard,
             Message::Pong(p) => Event::PongRefused(p.error),
             // known, and not for a client: passed over, as the original does
@@ -373,7 +419,11 @@ async fn work_connection(
     work: mpsc::Sender<Work>,
 ) -> std::io::Result<()> {
     let timestamp = now();
-    let hello = NewWorkConn { run_id, privilege_key: wire::privilege_key(&config.auth.token, timestamp), timestamp };
+    let hello = NewWorkConn {
+        run_id,
+        privilege_key: wire::privilege_key(&config.auth.token, timestamp),
+        timestamp,
+    };
     let mut stream = {
         let _permit = opening.acquire().await.map_err(std::io::Error::other)?;
         timeout(STAGE * 2, async {
@@ -386,7 +436,12 @@ async fn work_connection(
     };
     let start = match wire::read(&mut stream).await? {
         Message::StartWorkConn(start) => start,
-        other => return Err(std::io::Error::other(format!("started with `{}`", char::from(other.kind())))),
+        other => {
+            return Err(std::io::Error::other(format!(
+                "started with `{}`",
+                char::from(other.kind())
+            )));
+        }
     };
     if !start.error.is_empty() {
         return Err(std::io::Error::other(start.error));
@@ -405,14 +460,23 @@ async fn work_connection(
 }
 
 fn peer(start: &StartWorkConn) -> String {
-    if start.src_addr.is_empty() { String::new() } else { format!("{}:{}", start.src_addr, start.src_port) }
+    if start.src_addr.is_empty() {
+        String::new()
+    } else {
+        format!("{}:{}", start.src_addr, start.src_port)
+    }
 }
 
 /// Asks the FRP server for a stream to an stcp proxy, as a visitor.
 ///
 /// # Errors
 /// I/O errors, and the server's refusal as `PermissionDenied`.
-pub async fn visit(carrier: &Carrier, run_id: &str, proxy: &str, secret_key: &Secret) -> std::io::Result<impl Duplex + use<>> {
+pub async fn visit(
+    carrier: &Carrier,
+    run_id: &str,
+    proxy: &str,
+    secret_key: &Secret,
+) -> std::io::Result<impl Duplex + use<>> {
     let timestamp = now();
     let mut stream = carrier.open().await?;
     let hello = wire::NewVisitorConn {
@@ -423,9 +487,16 @@ pub async fn visit(carrier: &Carrier, run_id: &str, proxy: &str, secret_key: &Se
         ..wire::NewVisitorConn::default()
     };
     wire::write(&mut stream, hello).await?;
-    match timeout(STAGE * 2, wire::read(&mut stream)).await.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?? {
+    match timeout(STAGE * 2, wire::read(&mut stream))
+        .await
+        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??
+    {
         Message::NewVisitorConnResp(r) if r.error.is_empty() => Ok(stream),
-        Message::NewVisitorConnResp(r) => Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, r.error)),
-        other => Err(std::io::Error::other(format!("answered with `{}`", char::from(other.kind())))),
+        Message::NewVisitorConnResp(r) => {
+            Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, r.error))
+        }
+        other => {
+            Err(std::io::Error::other(format!("answered with `{}`", char::from(other.kind()))))
+        }
     }
 }

@@ -39,7 +39,14 @@ struct Coded<S, C> {
 
 impl<S, C> Coded<S, C> {
     fn new(inner: S, code: C) -> Coded<S, C> {
-        Coded { inner, code, pending: Vec::new(), plain: Vec::new(), taken: 0, space: vec![0; PIECE].into() }
+        Coded {
+            inner,
+            code,
+            pending: Vec::new(),
+            plain: Vec::new(),
+            taken: 0,
+            space: vec![0; PIECE].into(),
+        }
     }
 }
 
@@ -57,7 +64,11 @@ impl<S: AsyncWrite + Unpin, C> Coded<S, C> {
 }
 
 impl<S: AsyncRead + Unpin, C: Code> AsyncRead for Coded<S, C> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         while this.taken == this.plain.len() {
             this.plain.clear();
@@ -78,7 +89,11 @@ impl<S: AsyncRead + Unpin, C: Code> AsyncRead for Coded<S, C> {
 }
 
 impl<S: AsyncWrite + Unpin, C: Code> AsyncWrite for Coded<S, C> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         ready!(this.drain(cx))?;
         let n = bytes.len().min(PIECE);
@@ -152,10 +167,13 @@ impl Code for Snappy {
 
     fn decode(&mut self, coded: &mut [u8], out: &mut Vec<u8>) -> io::Result<()> {
         use io::Read as _;
-        let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("snappy: {what}"));
+        let wrong =
+            |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("snappy: {what}"));
         self.coded.extend_from_slice(coded);
         let mut at = 0;
-        while let Some(&[kind, a, b, c]) = self.coded.get(at..at + 4).and_then(|h| <&[u8; 4]>::try_from(h).ok()) {
+        while let Some(&[kind, a, b, c]) =
+            self.coded.get(at..at + 4).and_then(|h| <&[u8; 4]>::try_from(h).ok())
+        {
             let length = usize::from(a) | usize::from(b) << 8 | usize::from(c) << 16;
             if !self.begun && kind != 0xff {
                 return Err(wrong("the stream identifier is missing"));
@@ -187,7 +205,11 @@ pub fn layered(inner: Io, encryption: Option<&Key>, compression: bool) -> Io {
         None => inner,
     };
     if compression {
-        let code = Snappy { encoder: snap::write::FrameEncoder::new(Vec::new()), coded: Vec::new(), begun: false };
+        let code = Snappy {
+            encoder: snap::write::FrameEncoder::new(Vec::new()),
+            coded: Vec::new(),
+            begun: false,
+        };
         return Box::new(Coded::new(inner, code));
     }
     inner
@@ -203,7 +225,9 @@ mod tests {
     #[tokio::test]
     async fn every_combination_carries_bytes_both_ways() {
         let key = Key::of(&Secret::new("t"));
-        for (encryption, compression) in [(false, false), (true, false), (false, true), (true, true)] {
+        for (encryption, compression) in
+            [(false, false), (true, false), (false, true), (true, true)]
+        {
             let (a, b) = tokio::io::duplex(777);
             let mut a = layered(Box::new(a), encryption.then_some(&key), compression);
             let mut b = layered(Box::new(b), encryption.then_some(&key), compression);

@@ -84,8 +84,14 @@ impl Target {
             );
         }
         let client = Trust { ca_pem: tls.ca_pem.clone(), pins, anybody }.client()?;
-        let name = tls.server_name.as_deref().unwrap_or(&config.server).trim_matches(['[', ']']).to_owned();
-        let name = ServerName::try_from(name.clone()).map_err(|_| format!("`{name}` is no server name"))?;
+        let name = tls
+            .server_name
+            .as_deref()
+            .unwrap_or(&config.server)
+            .trim_matches(['[', ']'])
+            .to_owned();
+        let name = ServerName::try_from(name.clone())
+            .map_err(|_| format!("`{name}` is no server name"))?;
         Ok(Target {
             server: config.server.trim_matches(['[', ']']).to_owned(),
             port: config.port,
@@ -103,7 +109,8 @@ impl Target {
             Err(first) if first.wants_byte && !byte => {
                 // a server that does not know the byte says so in its own way: only its certificate tells more than the hanging up
                 let again = self.handshake(tls, name, self.tcp().await?, true).await;
-                let again = again.map_err(|second| if second.certificate { second.no } else { first.no })?;
+                let again = again
+                    .map_err(|second| if second.certificate { second.no } else { first.no })?;
                 self.custom_first_byte.store(true, Relaxed);
                 Ok(again)
             }
@@ -113,16 +120,27 @@ impl Target {
 
     async fn tcp(&self) -> Result<TcpStream, NoWay> {
         // asked at every attempt, with the resolver configuration of that moment
-        let addresses = timeout(STAGE, resolve::lookup(&self.server)).await.map_err(|_| format!("dns: no answer for {} in 5 s", self.server))?;
+        let addresses = timeout(STAGE, resolve::lookup(&self.server))
+            .await
+            .map_err(|_| format!("dns: no answer for {} in 5 s", self.server))?;
         let addresses = addresses.map_err(|e| e.to_string())?;
         let tcp = timeout(STAGE, race(addresses, self.port));
-        let tcp = tcp.await.map_err(|_| NoWay { why: format!("tcp: {self} did not answer in 5 s"), unanswered: true })?;
+        let tcp = tcp.await.map_err(|_| NoWay {
+            why: format!("tcp: {self} did not answer in 5 s"),
+            unanswered: true,
+        })?;
         let tcp = tcp.map_err(|e| format!("tcp: {self}: {e}"))?;
         tune(&tcp, self.tcp_mux);
         Ok(tcp)
     }
 
-    async fn handshake(&self, tls: &TlsConnector, name: &ServerName<'static>, mut tcp: TcpStream, byte: bool) -> Result<Io, NoTls> {
+    async fn handshake(
+        &self,
+        tls: &TlsConnector,
+        name: &ServerName<'static>,
+        mut tcp: TcpStream,
+        byte: bool,
+    ) -> Result<Io, NoTls> {
         let handshake = async {
             if byte {
                 tcp.write_all(&[0x17]).await?;
@@ -140,14 +158,26 @@ impl Target {
                 };
                 let hung_up = matches!(
                     e.kind(),
-                    io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe
+                    io::ErrorKind::UnexpectedEof
+                        | io::ErrorKind::ConnectionReset
+                        | io::ErrorKind::ConnectionAborted
+                        | io::ErrorKind::BrokenPipe
                 );
                 let alert = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
-                let unknown = matches!(alert, Some(rustls::Error::AlertReceived(rustls::AlertDescription::UnrecognisedName)));
-                Err(NoTls { no: why.into(), wants_byte: hung_up || unknown, certificate: known.is_some_and(|(code, _)| code != "tls_none") })
+                let unknown = matches!(
+                    alert,
+                    Some(rustls::Error::AlertReceived(rustls::AlertDescription::UnrecognisedName))
+                );
+                Err(NoTls {
+                    no: why.into(),
+                    wants_byte: hung_up || unknown,
+                    certificate: known.is_some_and(|(code, _)| code != "tls_none"),
+                })
             }
             Err(_) => {
-                let why = format!("tls: {self} accepted the connection and did not finish the handshake in 5 s");
+                let why = format!(
+                    "tls: {self} accepted the connection and did not finish the handshake in 5 s"
+                );
                 Err(NoTls { no: why.into(), wants_byte: false, certificate: false })
             }
         }
@@ -160,7 +190,10 @@ impl Target {
     pub async fn connect(&self, tasks: &mut JoinSet<()>) -> Result<Carrier, NoWay> {
         let io = self.dial().await?;
         if !self.tcp_mux {
-            return Ok(Carrier::Direct { first: Arc::new(tokio::sync::Mutex::new(Some(io))), target: self.clone() });
+            return Ok(Carrier::Direct {
+                first: Arc::new(tokio::sync::Mutex::new(Some(io))),
+                target: self.clone(),
+            });
         }
         let (mux, driver) = Mux::new(io, Side::Client, Limits::default());
         tasks.spawn(async move {
@@ -172,7 +205,11 @@ impl Target {
 
 impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.server.contains(':') { write!(f, "[{}]:{}", self.server, self.port) } else { write!(f, "{}:{}", self.server, self.port) }
+        if self.server.contains(':') {
+            write!(f, "[{}]:{}", self.server, self.port)
+        } else {
+            write!(f, "{}:{}", self.server, self.port)
+        }
     }
 }
 

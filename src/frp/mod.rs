@@ -68,7 +68,13 @@ pub struct TunnelTls {
 
 impl Default for TunnelTls {
     fn default() -> TunnelTls {
-        TunnelTls { enable: true, ca_pem: None, pin: None, server_name: None, custom_first_byte: false }
+        TunnelTls {
+            enable: true,
+            ca_pem: None,
+            pin: None,
+            server_name: None,
+            custom_first_byte: false,
+        }
     }
 }
 
@@ -228,7 +234,8 @@ pub struct Machine {
 
 impl Machine {
     pub fn new(run_id: String, now: Instant) -> Machine {
-        let status = Status { state: State::Off, reason: "no tunnel settings yet".into(), since: now };
+        let status =
+            Status { state: State::Off, reason: "no tunnel settings yet".into(), since: now };
         Machine {
             phase: Phase::Idle,
             proxies: BTreeMap::new(),
@@ -281,7 +288,8 @@ impl Machine {
 
     /// The whole machine. `random` is in 0 to 1.
     pub fn on(&mut self, event: Event, now: Instant, random: f64) -> Vec<Action> {
-        let connected = matches!(self.phase, Phase::LoggingIn | Phase::Session { .. } | Phase::Connecting);
+        let connected =
+            matches!(self.phase, Phase::LoggingIn | Phase::Session { .. } | Phase::Connecting);
         match event {
             Event::Settings(None) => {
                 self.phase = Phase::Idle;
@@ -328,12 +336,18 @@ impl Machine {
                     self.run_id = run_id;
                 }
                 self.phase = Phase::Session { since: now, pinged: now, heard: now };
-                self.proxies = self.wanted.iter().map(|name| (name.clone(), ProxyPhase::Asked { at: now })).collect();
+                self.proxies = self
+                    .wanted
+                    .iter()
+                    .map(|name| (name.clone(), ProxyPhase::Asked { at: now }))
+                    .collect();
                 self.judge(now);
                 self.wanted.iter().map(|name| Action::Open { name: name.clone() }).collect()
             }
             Event::LoginRefused(why) if matches!(self.phase, Phase::LoggingIn) => {
-                let token = ["token", "auth", "credential", "revoked"].iter().any(|w| why.to_lowercase().contains(w));
+                let token = ["token", "auth", "credential", "revoked"]
+                    .iter()
+                    .any(|w| why.to_lowercase().contains(w));
                 if why.contains("already online") {
                     self.wait(State::Conflict, why, HELD, now, random);
                 } else if token {
@@ -346,7 +360,13 @@ impl Machine {
             Event::LoginSilent if matches!(self.phase, Phase::LoggingIn) => {
                 // frps 0.65 to 0.70.0 may wait for ever for the session that the run id names (fatedier/frp#5391)
                 self.silent_logins += 1;
-                self.wait(State::Waiting, "the server does not answer the login".into(), Duration::ZERO, now, random);
+                self.wait(
+                    State::Waiting,
+                    "the server does not answer the login".into(),
+                    Duration::ZERO,
+                    now,
+                    random,
+                );
                 let mut actions = vec![Action::Disconnect];
                 if self.silent_logins >= 2 {
                     self.silent_logins = 0;
@@ -368,7 +388,13 @@ impl Machine {
             Event::Lost(why) => match self.phase {
                 Phase::Session { since, .. } => self.lost(why, since, now, random),
                 Phase::LoggingIn => {
-                    self.wait(State::Waiting, format!("connection lost at login: {why}"), Duration::ZERO, now, random);
+                    self.wait(
+                        State::Waiting,
+                        format!("connection lost at login: {why}"),
+                        Duration::ZERO,
+                        now,
+                        random,
+                    );
                     vec![Action::Disconnect]
                 }
                 Phase::Idle | Phase::Connecting | Phase::Waiting { .. } => Vec::new(),
@@ -388,7 +414,11 @@ impl Machine {
     fn connect(&mut self, now: Instant) -> Vec<Action> {
         self.phase = Phase::Connecting;
         // a reason that is worth reading stays until there is news
-        let reason = if self.status.state == State::Off { String::new() } else { self.status.reason.clone() };
+        let reason = if self.status.state == State::Off {
+            String::new()
+        } else {
+            self.status.reason.clone()
+        };
         if matches!(self.status.state, State::Off | State::Up | State::Opening | State::Refused) {
             self.say(State::Connecting, reason, now);
         }
@@ -424,8 +454,11 @@ impl Machine {
             self.judge(now);
             return Vec::new();
         }
-        let held = error.contains("already exists") || error.contains("already in use") || error.contains("already used");
-        *proxy = ProxyPhase::Again { at: now + if held && now - since < FORMER { HELD } else { AGAIN } };
+        let held = error.contains("already exists")
+            || error.contains("already in use")
+            || error.contains("already used");
+        *proxy =
+            ProxyPhase::Again { at: now + if held && now - since < FORMER { HELD } else { AGAIN } };
         let state = if held { State::Conflict } else { State::Opening };
         self.say(state, format!("proxy {name}: {error}"), now);
         Vec::new()
@@ -448,7 +481,12 @@ impl Machine {
                 if now >= *heard + DEAD {
                     // the link has died, not the server: what was waited for before has nothing to do with it
                     self.backoff.reset();
-                    return self.lost(format!("nothing heard for {} s", DEAD.as_secs()), since, now, random);
+                    return self.lost(
+                        format!("nothing heard for {} s", DEAD.as_secs()),
+                        since,
+                        now,
+                        random,
+                    );
                 }
                 let mut actions = Vec::new();
                 if now >= *pinged + PING {
@@ -462,7 +500,10 @@ impl Machine {
                     match *proxy {
                         // unanswered: it may have been opened late, and our own name would then be in the way
                         ProxyPhase::Asked { at } if now >= at + ANSWER => {
-                            actions.extend([Action::Close { name: name.clone() }, Action::Open { name: name.clone() }]);
+                            actions.extend([
+                                Action::Close { name: name.clone() },
+                                Action::Open { name: name.clone() },
+                            ]);
                             *proxy = ProxyPhase::Asked { at: now };
                         }
                         ProxyPhase::Again { at } if now >= at => {
@@ -474,7 +515,9 @@ impl Machine {
                 }
                 actions
             }
-            Phase::Idle | Phase::Connecting | Phase::LoggingIn | Phase::Waiting { .. } => Vec::new(),
+            Phase::Idle | Phase::Connecting | Phase::LoggingIn | Phase::Waiting { .. } => {
+                Vec::new()
+            }
         }
     }
 }

@@ -36,7 +36,10 @@ impl Bench {
 
     fn up(&mut self) {
         self.on(Event::Connected);
-        assert_eq!(self.on(Event::LoggedIn { run_id: "r1".into() }), [Action::Open { name: "a".into() }]);
+        assert_eq!(
+            self.on(Event::LoggedIn { run_id: "r1".into() }),
+            [Action::Open { name: "a".into() }]
+        );
         self.on(Event::ProxyAnswer { name: "a".into(), error: String::new() });
         assert_eq!(self.state(), State::Up);
     }
@@ -106,7 +109,13 @@ fn an_unanswered_proxy_is_closed_and_asked_for_again() {
         let actions = b.tick();
         b.on(Event::Heard);
         if actions != [Action::Ping] {
-            assert!(actions.ends_with(&[Action::Close { name: "a".into() }, Action::Open { name: "a".into() }]), "{actions:?}");
+            assert!(
+                actions.ends_with(&[
+                    Action::Close { name: "a".into() },
+                    Action::Open { name: "a".into() }
+                ]),
+                "{actions:?}"
+            );
             return;
         }
     }
@@ -139,7 +148,10 @@ fn a_refused_token_is_not_tried_in_a_hurry() {
     let mut b = begun();
     b.on(Event::Connected);
     let start = b.now;
-    assert_eq!(b.on(Event::LoginRefused("token in login doesn't match token from configuration".into())), [Action::Disconnect]);
+    assert_eq!(
+        b.on(Event::LoginRefused("token in login doesn't match token from configuration".into())),
+        [Action::Disconnect]
+    );
     assert_eq!(b.state(), State::Unauthorized);
     b.tick();
     assert!(b.now - start >= Duration::from_secs(45));
@@ -158,7 +170,12 @@ fn without_settings_nothing_is_dialled() {
 }
 
 fn events() -> impl Strategy<Value = Event> {
-    let text = prop_oneof![Just(String::new()), Just("proxy [a] already exists".into()), Just("token wrong".into()), Just("other".into())];
+    let text = prop_oneof![
+        Just(String::new()),
+        Just("proxy [a] already exists".into()),
+        Just("token wrong".into()),
+        Just("other".into())
+    ];
     prop_oneof![
         Just(Event::Settings(None)),
         Just(Event::Settings(Some(config(&["a", "b"])))),

@@ -160,8 +160,14 @@ pub async fn read<R: AsyncRead + Unpin>(from: &mut R) -> std::io::Result<Message
 ///
 /// # Errors
 /// I/O errors as they are; a message that is too long as `InvalidInput`.
-pub async fn write<W: AsyncWrite + Unpin>(to: &mut W, message: impl Into<Message>) -> std::io::Result<()> {
-    let bytes = message.into().encode().map_err(|e| std::io::Error::new(std::io::ErrorKind::InvalidInput, e))?;
+pub async fn write<W: AsyncWrite + Unpin>(
+    to: &mut W,
+    message: impl Into<Message>,
+) -> std::io::Result<()> {
+    let bytes = message
+        .into()
+        .encode()
+        .map_err(|e| std::io::Error::new(std::io::ErrorKind::InvalidInput, e))?;
     to.write_all(&bytes).await?;
     to.flush().await
 }
@@ -181,7 +187,10 @@ pub fn fresh_run_id() -> String {
 
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
-    #[expect(clippy::expect_used, reason = "without the system's random numbers nothing here is safe to go on")]
+    #[expect(
+        clippy::expect_used,
+        reason = "without the system's random numbers nothing here is safe to go on"
+    )]
     ring::rand::SystemRandom::new().fill(&mut bytes).expect("the system gives random numbers");
     bytes
 }
@@ -195,7 +204,13 @@ impl Key {
     pub fn of(secret: &Secret) -> Key {
         let mut key = [0; 16];
         let rounds = std::num::NonZeroU32::new(64).unwrap_or(std::num::NonZeroU32::MIN);
-        ring::pbkdf2::derive(ring::pbkdf2::PBKDF2_HMAC_SHA1, rounds, b"frp", secret.expose().as_bytes(), &mut key);
+        ring::pbkdf2::derive(
+            ring::pbkdf2::PBKDF2_HMAC_SHA1,
+            rounds,
+            b"frp",
+            secret.expose().as_bytes(),
+            &mut key,
+        );
         Key(key)
     }
 }
@@ -264,21 +279,36 @@ mod tests {
 
     fn bytes(text: &str) -> Vec<u8> {
         let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
-        digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+        digits
+            .chunks(2)
+            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+            .collect()
     }
 
     #[test]
     fn messages_are_the_bytes_of_the_original() {
-        assert_eq!(Message::from(ReqWorkConn {}).encode().unwrap(), bytes("72 0000000000000002 7b7d"));
-        assert_eq!(Message::from(Ping::default()).encode().unwrap(), bytes("68 0000000000000002 7b7d"));
+        assert_eq!(
+            Message::from(ReqWorkConn {}).encode().unwrap(),
+            bytes("72 0000000000000002 7b7d")
+        );
+        assert_eq!(
+            Message::from(Ping::default()).encode().unwrap(),
+            bytes("68 0000000000000002 7b7d")
+        );
         let work = NewWorkConn { run_id: "0123456789abcdef".into(), ..NewWorkConn::default() };
-        assert_eq!(Message::from(work).encode().unwrap(), bytes("77 000000000000001d 7b2272756e5f6964223a2230313233343536373839616263646566227d"));
+        assert_eq!(
+            Message::from(work).encode().unwrap(),
+            bytes("77 000000000000001d 7b2272756e5f6964223a2230313233343536373839616263646566227d")
+        );
     }
 
     #[test]
     fn the_digest_and_the_key_are_those_of_the_original() {
         assert_eq!(privilege_key(&token(), 1_700_000_000), "0d1f6b37b5fc65f2bf3aacc729a39071");
-        assert_eq!(privilege_key(&Secret::new(""), 1_700_000_000), "24920decf83f6960b80f737a28eeafc1");
+        assert_eq!(
+            privilege_key(&Secret::new(""), 1_700_000_000),
+            "24920decf83f6960b80f737a28eeafc1"
+        );
         assert_eq!(hex(&Key::of(&token()).0), "3ee5b9daf57cb530f6c9510dc000e9fc");
         assert_eq!(hex(&Key::of(&Secret::new("")).0), "cdc9dc4c472c37331281df4c232a8407");
     }
@@ -290,7 +320,8 @@ mod tests {
         let mut out = Vec::new();
         encrypt.push(&Message::from(Ping::default()).encode().unwrap(), &mut out);
         encrypt.push(&Message::from(ReqWorkConn {}).encode().unwrap(), &mut out);
-        let expected = "000102030405060708090a0b0c0d0e0f a4fc1896a6b69e67247520 273db113c92c981a2aec90";
+        let expected =
+            "000102030405060708090a0b0c0d0e0f a4fc1896a6b69e67247520 273db113c92c981a2aec90";
         assert_eq!(out, bytes(expected));
         // and back, in pieces of any size
         for step in 1..out.len() {
@@ -322,7 +353,10 @@ mod tests {
 
     #[test]
     fn bodies_are_read_as_leniently_as_go_does_and_no_more() {
-        assert_eq!(Message::parse(b'4', br#"{"error":null,"later":{"x":1}}"#), Ok(Pong::default().into()));
+        assert_eq!(
+            Message::parse(b'4', br#"{"error":null,"later":{"x":1}}"#),
+            Ok(Pong::default().into())
+        );
         assert_eq!(Message::parse(b'z', b"{}"), Err(WireError::Type(b'z')));
         assert!(matches!(Message::parse(b'4', b"[]"), Err(WireError::Body { .. })));
         assert!(matches!(Message::parse(b'1', br#"{"run_id":7}"#), Err(WireError::Body { .. })));

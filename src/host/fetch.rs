@@ -1,5 +1,9 @@
 //! Downloads that end verified or not at all: retry, resume, time-outs, digest while streaming.
-#![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "part of the door to the machine")]
+#![expect(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "part of the door to the machine"
+)]
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -48,7 +52,11 @@ pub enum Source {
 
 /// A client for release files; `redirects` off where the target itself is the answer.
 pub fn client(redirects: bool) -> anyhow::Result<Client> {
-    let policy = if redirects { reqwest::redirect::Policy::limited(10) } else { reqwest::redirect::Policy::none() };
+    let policy = if redirects {
+        reqwest::redirect::Policy::limited(10)
+    } else {
+        reqwest::redirect::Policy::none()
+    };
     Client::builder()
         .dns_resolver(Resolver::shared())
         .connect_timeout(CONNECT)
@@ -80,10 +88,12 @@ pub async fn small(url: &str) -> Result<String, Failure> {
             }
         };
         if answer.status() == StatusCode::NOT_FOUND {
-            return Err(Failure::new(Exit::Network, "NOT_FOUND", format!("{url} does not exist")).hint("check the version and the mirror"));
+            return Err(Failure::new(Exit::Network, "NOT_FOUND", format!("{url} does not exist"))
+                .hint("check the version and the mirror"));
         }
         if !answer.status().is_success() {
-            last = network(format!("cannot read {url}")).why(format!("the server answered {}", answer.status()));
+            last = network(format!("cannot read {url}"))
+                .why(format!("the server answered {}", answer.status()));
             if answer.status().is_client_error() {
                 return Err(last);
             }
@@ -92,8 +102,12 @@ pub async fn small(url: &str) -> Result<String, Failure> {
         let mut body = Vec::new();
         loop {
             match answer.chunk().await {
-                Ok(Some(chunk)) if body.len() + chunk.len() <= MOST_LIST => body.extend_from_slice(&chunk),
-                Ok(Some(_)) => return Err(network(format!("{url} is larger than any checksum list"))),
+                Ok(Some(chunk)) if body.len() + chunk.len() <= MOST_LIST => {
+                    body.extend_from_slice(&chunk)
+                }
+                Ok(Some(_)) => {
+                    return Err(network(format!("{url} is larger than any checksum list")));
+                }
                 Ok(None) => return Ok(String::from_utf8_lossy(&body).into_owned()),
                 Err(e) => {
                     last = network(format!("cannot read {url}")).why(explain(&e));
@@ -114,11 +128,17 @@ pub async fn channel(base: &str, name: &str) -> Result<Version, Failure> {
         pause(attempt, None).await;
         match client.get(&url).send().await {
             Ok(answer) if answer.status().is_redirection() => {
-                let target = answer.headers().get(reqwest::header::LOCATION).and_then(|l| l.to_str().ok()).unwrap_or_default();
-                return version::from_redirect(target).map_err(|why| network(format!("cannot resolve channel {name}")).why(why));
+                let target = answer
+                    .headers()
+                    .get(reqwest::header::LOCATION)
+                    .and_then(|l| l.to_str().ok())
+                    .unwrap_or_default();
+                return version::from_redirect(target)
+                    .map_err(|why| network(format!("cannot resolve channel {name}")).why(why));
             }
             Ok(answer) if answer.status().is_server_error() => {
-                last = network(format!("cannot resolve channel {name}")).why(format!("{url} answered {}", answer.status()))
+                last = network(format!("cannot resolve channel {name}"))
+                    .why(format!("{url} answered {}", answer.status()))
             }
             Ok(answer) => {
                 return Err(network(format!("cannot resolve channel {name}"))
@@ -153,7 +173,8 @@ pub fn without_login(url: &str) -> String {
 /// Sends the login of a URL; it goes no further than the host that it is for.
 fn with_login(request: reqwest::RequestBuilder, login: Option<&Secret>) -> reqwest::RequestBuilder {
     let Some(url) = login.and_then(|l| url::Url::parse(l.expose()).ok()) else { return request };
-    let plain = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+    let plain =
+        |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     request.basic_auth(plain(url.username()), url.password().map(plain))
 }
 
@@ -180,7 +201,10 @@ pub async fn fetch(
     let digest = match result {
         Ok(digest) => digest,
         Err(error) => {
-            let full = error.chain().any(|c| c.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::StorageFull));
+            let full = error.chain().any(|c| {
+                c.downcast_ref::<std::io::Error>()
+                    .is_some_and(|io| io.kind() == std::io::ErrorKind::StorageFull)
+            });
             if full || matches!(want.source, Source::File(_)) {
                 let _ = fs::remove_file(&real);
             }
@@ -193,11 +217,17 @@ pub async fn fetch(
             Source::Url(url) => url,
             Source::File(file) => file,
         };
-        return Err(Failure::new(Exit::Verification, "DIGEST_MISMATCH", format!("{from} is not what it should be"))
-            .why(format!("expected sha256 {} ({})", want.sha256, want.trust))
-            .why(format!("received sha256 {digest}"))
-            .hint("it was damaged or tampered with on the way: try again, then ask who runs that mirror")
-            .into());
+        return Err(Failure::new(
+            Exit::Verification,
+            "DIGEST_MISMATCH",
+            format!("{from} is not what it should be"),
+        )
+        .why(format!("expected sha256 {} ({})", want.sha256, want.trust))
+        .why(format!("received sha256 {digest}"))
+        .hint(
+            "it was damaged or tampered with on the way: try again, then ask who runs that mirror",
+        )
+        .into());
     }
     hands.place(&real, &want.path, want.mode, keep)
 }
@@ -213,7 +243,11 @@ pub fn clear_parts(hands: &Hands, path: &str) -> anyhow::Result<()> {
 }
 
 /// The directory is the user's, outside any sandbox root.
-fn copy(from: &str, to: &PathBuf, progress: &mut impl FnMut(u64, Option<u64>)) -> anyhow::Result<String> {
+fn copy(
+    from: &str,
+    to: &PathBuf,
+    progress: &mut impl FnMut(u64, Option<u64>),
+) -> anyhow::Result<String> {
     let mut source = File::open(from).with_context(|| format!("reading {from}"))?;
     let total = source.metadata().map(|m| m.len()).ok();
     let mut target = File::create(to).with_context(|| format!("writing {}", to.display()))?;
@@ -230,7 +264,12 @@ fn copy(from: &str, to: &PathBuf, progress: &mut impl FnMut(u64, Option<u64>)) -
     }
 }
 
-async fn download(url: &str, login: Option<&Secret>, to: &PathBuf, progress: &mut impl FnMut(u64, Option<u64>)) -> anyhow::Result<String> {
+async fn download(
+    url: &str,
+    login: Option<&Secret>,
+    to: &PathBuf,
+    progress: &mut impl FnMut(u64, Option<u64>),
+) -> anyhow::Result<String> {
     let client = client(true)?;
     let mut last = network(format!("cannot download {url}"));
     let mut asked = None;
@@ -254,17 +293,26 @@ async fn download(url: &str, login: Option<&Secret>, to: &PathBuf, progress: &mu
         let status = answer.status();
         let total = match status {
             StatusCode::PARTIAL_CONTENT if have > 0 => {
-                let range = answer.headers().get(CONTENT_RANGE).and_then(|r| r.to_str().ok()).unwrap_or_default();
+                let range = answer
+                    .headers()
+                    .get(CONTENT_RANGE)
+                    .and_then(|r| r.to_str().ok())
+                    .unwrap_or_default();
                 if !range.starts_with(&format!("bytes {have}-")) {
                     let _ = fs::remove_file(to);
-                    last = network(format!("cannot download {url}")).why(format!("asked for bytes from {have}, was sent `{range}`"));
+                    last = network(format!("cannot download {url}"))
+                        .why(format!("asked for bytes from {have}, was sent `{range}`"));
                     continue;
                 }
                 answer.content_length().map(|l| l + have)
             }
             StatusCode::RANGE_NOT_SATISFIABLE if have > 0 => {
                 // the whole file is here already, or a longer one of another kind: the digest decides
-                let complete = answer.headers().get(CONTENT_RANGE).and_then(|r| r.to_str().ok()).is_some_and(|r| r == format!("bytes */{have}"));
+                let complete = answer
+                    .headers()
+                    .get(CONTENT_RANGE)
+                    .and_then(|r| r.to_str().ok())
+                    .is_some_and(|r| r == format!("bytes */{have}"));
                 if complete {
                     return Ok(hex(&digest.finalize()));
                 }
@@ -280,20 +328,37 @@ async fn download(url: &str, login: Option<&Secret>, to: &PathBuf, progress: &mu
                 answer.content_length()
             }
             StatusCode::NOT_FOUND => {
-                return Err(Failure::new(Exit::Network, "NOT_FOUND", format!("{url} does not exist"))
-                    .hint("check --k3s-version and --artifact-url")
-                    .into());
+                return Err(Failure::new(
+                    Exit::Network,
+                    "NOT_FOUND",
+                    format!("{url} does not exist"),
+                )
+                .hint("check --k3s-version and --artifact-url")
+                .into());
             }
             s => {
-                asked = answer.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok()).map(Duration::from_secs);
-                last = network(format!("cannot download {url}")).why(format!("the server answered {s}"));
-                if s.is_client_error() && s != StatusCode::TOO_MANY_REQUESTS && s != StatusCode::REQUEST_TIMEOUT {
+                asked = answer
+                    .headers()
+                    .get(RETRY_AFTER)
+                    .and_then(|v| v.to_str().ok())
+                    .and_then(|v| v.parse().ok())
+                    .map(Duration::from_secs);
+                last = network(format!("cannot download {url}"))
+                    .why(format!("the server answered {s}"));
+                if s.is_client_error()
+                    && s != StatusCode::TOO_MANY_REQUESTS
+                    && s != StatusCode::REQUEST_TIMEOUT
+                {
                     return Err(last.into());
                 }
                 continue;
             }
         };
-        let mut file = OpenOptions::new().create(true).append(true).open(to).with_context(|| format!("writing {}", to.display()))?;
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(to)
+            .with_context(|| format!("writing {}", to.display()))?;
         let broken = loop {
             match answer.chunk().await {
                 Ok(Some(chunk)) => {
@@ -308,10 +373,14 @@ async fn download(url: &str, login: Option<&Secret>, to: &PathBuf, progress: &mu
         };
         match (broken, total) {
             (None, Some(total)) if have < total => {
-                last = network(format!("the download of {url} was cut")).why(format!("{have} of {total} bytes came"))
+                last = network(format!("the download of {url} was cut"))
+                    .why(format!("{have} of {total} bytes came"))
             }
             (None, _) => return Ok(hex(&digest.finalize())),
-            (Some(why), _) => last = network(format!("the download of {url} was cut")).why(format!("{have} bytes came, then: {why}")),
+            (Some(why), _) => {
+                last = network(format!("the download of {url} was cut"))
+                    .why(format!("{have} bytes came, then: {why}"))
+            }
         }
         if have > best {
             // it got further than ever: the tries are for those that do not
@@ -355,13 +424,16 @@ impl Host {
         use std::os::unix::fs::OpenOptionsExt as _;
         let opened = fs::OpenOptions::new().create_new(true).write(true).mode(0o600).open(path);
         let mut file = opened.map_err(|e| match e.kind() {
-            std::io::ErrorKind::AlreadyExists => {
-                anyhow::Error::new(Failure::usage("FILE_EXISTS", format!("{path} exists already")).hint("name a new file"))
-            }
+            std::io::ErrorKind::AlreadyExists => anyhow::Error::new(
+                Failure::usage("FILE_EXISTS", format!("{path} exists already"))
+                    .hint("name a new file"),
+            ),
             _ => anyhow::Error::new(e).context(format!("writing {path}")),
         })?;
         let written = file.write_all(content.as_bytes()).and_then(|()| file.sync_all());
-        written.inspect_err(|_| drop(fs::remove_file(path))).with_context(|| format!("writing {path}"))
+        written
+            .inspect_err(|_| drop(fs::remove_file(path)))
+            .with_context(|| format!("writing {path}"))
     }
 
     /// Names in a directory of the user's.
@@ -371,7 +443,13 @@ impl Host {
     pub fn users_dir(&self, path: &str) -> anyhow::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in fs::read_dir(path).with_context(|| format!("reading {path}"))? {
-            names.push(entry.with_context(|| format!("reading {path}"))?.file_name().to_string_lossy().into_owned());
+            names.push(
+                entry
+                    .with_context(|| format!("reading {path}"))?
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned(),
+            );
         }
         names.sort();
         Ok(names)
@@ -397,10 +475,18 @@ impl Host {
             if fs::metadata(&real).is_ok_and(|m| !m.is_file()) {
                 return OpenOptions::new().write(true).open(&real)?.write_all(text.as_bytes());
             }
-            let name = real.file_name().ok_or(std::io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
+            let name = real
+                .file_name()
+                .ok_or(std::io::ErrorKind::InvalidInput)?
+                .to_string_lossy()
+                .into_owned();
             let beside = real.with_file_name(format!(".{name}.{}.new", std::process::id()));
-            let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside)?;
-            let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&beside, &real));
+            let mut file =
+                OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside)?;
+            let written = file
+                .write_all(text.as_bytes())
+                .and_then(|()| file.sync_all())
+                .and_then(|()| fs::rename(&beside, &real));
             written.inspect_err(|_| drop(fs::remove_file(&beside)))
         };
         attempt().with_context(|| format!("writing {path}"))

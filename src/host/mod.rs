@@ -1,5 +1,9 @@
 //! The one door to the machine: files under a root, programs on a path. Reading and changing are two types.
-#![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "this is the door that the lint guards")]
+#![expect(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "this is the door that the lint guards"
+)]
 
 pub mod fetch;
 pub mod mountinfo;
@@ -29,7 +33,8 @@ use crate::host::paths::STATE;
 const MOST_OUTPUT: u64 = 4 << 20;
 
 /// Variables that a child process gets from ours.
-const PASSED_ON: [&str; 6] = ["HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SYSTEM_BUS_ADDRESS", "LD_LIBRARY_PATH"];
+const PASSED_ON: [&str; 6] =
+    ["HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SYSTEM_BUS_ADDRESS", "LD_LIBRARY_PATH"];
 
 /// A machine, or a directory that stands for one; can only be read.
 #[derive(Clone, Debug)]
@@ -70,8 +75,13 @@ pub fn all_descriptors() {
 
 /// Beside each `bin` its `sbin`: a plain `su` on Debian leaves those out, and modprobe, useradd or nft are there.
 fn with_sbin(path: OsString) -> OsString {
-    let dirs: Vec<PathBuf> = std::env::split_paths(&path).filter(|d| !d.as_os_str().is_empty()).collect();
-    let missing = dirs.iter().filter(|d| d.ends_with("bin")).map(|d| d.with_file_name("sbin")).filter(|d| !dirs.contains(d));
+    let dirs: Vec<PathBuf> =
+        std::env::split_paths(&path).filter(|d| !d.as_os_str().is_empty()).collect();
+    let missing = dirs
+        .iter()
+        .filter(|d| d.ends_with("bin"))
+        .map(|d| d.with_file_name("sbin"))
+        .filter(|d| !dirs.contains(d));
     std::env::join_paths(dirs.iter().cloned().chain(missing)).unwrap_or(path)
 }
 
@@ -124,7 +134,11 @@ impl Host {
     pub fn read_bytes(&self, path: &str) -> anyhow::Result<Option<Vec<u8>>> {
         match fs::read(self.at(path)) {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e)
+                if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+            {
+                Ok(None)
+            }
             Err(e) => Err(e).with_context(|| format!("reading {path}")),
         }
     }
@@ -169,8 +183,12 @@ impl Host {
 
     /// Names in a directory, sorted; empty when it is not there.
     pub fn list(&self, path: &str) -> Vec<String> {
-        let mut names: Vec<String> =
-            fs::read_dir(self.at(path)).into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        let mut names: Vec<String> = fs::read_dir(self.at(path))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .collect();
         names.sort();
         names
     }
@@ -229,8 +247,15 @@ impl Host {
     ///
     /// # Errors
     /// When it is not there, cannot be started, or does not end in time.
-    pub async fn ask(&self, program: &str, args: &[&str], within: Duration) -> anyhow::Result<Output> {
-        let Some(file) = self.which(program) else { bail!("the program `{program}` is not on this machine") };
+    pub async fn ask(
+        &self,
+        program: &str,
+        args: &[&str],
+        within: Duration,
+    ) -> anyhow::Result<Output> {
+        let Some(file) = self.which(program) else {
+            bail!("the program `{program}` is not on this machine")
+        };
         let line = format!("`{program} {}`", args.join(" "));
         let mut child = tokio::process::Command::new(file)
             .args(args)
@@ -275,12 +300,19 @@ impl Host {
         })
     }
 
-    fn write_whole(&self, path: &str, content: &[u8], mode: u32, owner: Owner<'_>) -> anyhow::Result<()> {
+    fn write_whole(
+        &self,
+        path: &str,
+        content: &[u8],
+        mode: u32,
+        owner: Owner<'_>,
+    ) -> anyhow::Result<()> {
         let target = self.at(path);
         let beside = beside(&target);
         let attempt = || -> anyhow::Result<()> {
             let _ = fs::remove_file(&beside);
-            let mut file = OpenOptions::new().create_new(true).write(true).mode(mode).open(&beside)?;
+            let mut file =
+                OpenOptions::new().create_new(true).write(true).mode(mode).open(&beside)?;
             file.set_permissions(fs::Permissions::from_mode(mode))?;
             self.chown(&beside, owner)?;
             file.write_all(content)?;
@@ -289,14 +321,21 @@ impl Host {
             sync_dir(&target)?;
             Ok(())
         };
-        attempt().inspect_err(|_| drop(fs::remove_file(&beside))).with_context(|| format!("writing {path}"))
+        attempt()
+            .inspect_err(|_| drop(fs::remove_file(&beside)))
+            .with_context(|| format!("writing {path}"))
     }
 
     fn chown(&self, path: &Path, owner: Owner<'_>) -> anyhow::Result<()> {
-        if !self.is_machine() || !nix::unistd::geteuid().is_root() || owner.user.is_none() && owner.group.is_none() {
+        if !self.is_machine()
+            || !nix::unistd::geteuid().is_root()
+            || owner.user.is_none() && owner.group.is_none()
+        {
             return Ok(());
         }
-        let lookup = |file: &str, name: &str| self.id_of(file, name).with_context(|| format!("`{name}` is not in {file}"));
+        let lookup = |file: &str, name: &str| {
+            self.id_of(file, name).with_context(|| format!("`{name}` is not in {file}"))
+        };
         let uid = owner.user.map(|u| lookup("/etc/passwd", u)).transpose()?;
         let gid = owner.group.map(|g| lookup("/etc/group", g)).transpose()?;
         std::os::unix::fs::lchown(path, uid, gid)?;
@@ -307,10 +346,19 @@ impl Host {
     ///
     /// # Errors
     /// Names the file; the former one stays.
-    pub fn replace(&self, path: &str, content: &[u8], mode: u32, owner: Owner<'_>, dir: &str, dir_mode: u32) -> anyhow::Result<()> {
+    pub fn replace(
+        &self,
+        path: &str,
+        content: &[u8],
+        mode: u32,
+        owner: Owner<'_>,
+        dir: &str,
+        dir_mode: u32,
+    ) -> anyhow::Result<()> {
         let real = self.at(dir);
         fs::create_dir_all(&real).with_context(|| format!("creating {dir}"))?;
-        fs::set_permissions(&real, fs::Permissions::from_mode(dir_mode)).with_context(|| format!("setting the mode of {dir}"))?;
+        fs::set_permissions(&real, fs::Permissions::from_mode(dir_mode))
+            .with_context(|| format!("setting the mode of {dir}"))?;
         self.chown(&real, owner).with_context(|| format!("setting the owner of {dir}"))?;
         self.write_whole(path, content, mode, owner)
     }
@@ -325,21 +373,36 @@ impl Host {
         let fresh = || -> io::Result<File> {
             fs::create_dir_all(&state)?;
             fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
-            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(state.join("lock"))
+            OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(0o600)
+                .open(state.join("lock"))
         };
         let file = fresh().map_err(|error| match error.kind() {
-            io::ErrorKind::ReadOnlyFilesystem => Failure::new(Exit::Preflight, "MOUNT_READ_ONLY", format!("nothing can be written to {STATE}"))
-                .why("its file system is mounted read-only; nothing was changed")
-                .hint(format!("mount it writable (`findmnt -T {STATE}` shows what is there), then run again"))
-                .into(),
+            io::ErrorKind::ReadOnlyFilesystem => Failure::new(
+                Exit::Preflight,
+                "MOUNT_READ_ONLY",
+                format!("nothing can be written to {STATE}"),
+            )
+            .why("its file system is mounted read-only; nothing was changed")
+            .hint(format!(
+                "mount it writable (`findmnt -T {STATE}` shows what is there), then run again"
+            ))
+            .into(),
             _ => anyhow::Error::from(error).context(format!("opening {STATE}/lock")),
         })?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Hands { host: self.clone(), _lock: lock, made_state: made }),
-            Err(_) => Err(Failure::new(Exit::Locked, "LOCKED", "another pipeops is at work on this machine")
-                .why(format!("{STATE}/lock is held"))
-                .hint("wait until it has ended, then run again")
-                .into()),
+            Err(_) => Err(Failure::new(
+                Exit::Locked,
+                "LOCKED",
+                "another pipeops is at work on this machine",
+            )
+            .why(format!("{STATE}/lock is held"))
+            .hint("wait until it has ended, then run again")
+            .into()),
         }
     }
 }
@@ -377,7 +440,13 @@ impl Hands {
     ///
     /// # Errors
     /// Names the file; a half-written one never stands under its name.
-    pub fn write(&self, path: &str, content: &[u8], mode: u32, owner: Owner<'_>) -> anyhow::Result<()> {
+    pub fn write(
+        &self,
+        path: &str,
+        content: &[u8],
+        mode: u32,
+        owner: Owner<'_>,
+    ) -> anyhow::Result<()> {
         self.host.write_whole(path, content, mode, owner)
     }
 
@@ -402,8 +471,12 @@ impl Hands {
     pub fn copy(&self, from: &Path, path: &str, mode: u32, keep: bool) -> anyhow::Result<()> {
         let beside = beside(&self.at(path));
         let _ = fs::remove_file(&beside);
-        let copied = fs::copy(from, &beside).with_context(|| format!("copying {} to {path}", from.display())).map(drop);
-        copied.and_then(|()| self.place(&beside, path, mode, keep)).inspect_err(|_| drop(fs::remove_file(&beside)))
+        let copied = fs::copy(from, &beside)
+            .with_context(|| format!("copying {} to {path}", from.display()))
+            .map(drop);
+        copied
+            .and_then(|()| self.place(&beside, path, mode, keep))
+            .inspect_err(|_| drop(fs::remove_file(&beside)))
     }
 
     /// Makes a directory and its parents; gives those that were not there, outermost first.
@@ -419,14 +492,16 @@ impl Hands {
             let real = self.at(&dir);
             fs::create_dir(&real).with_context(|| format!("creating {dir}"))?;
             let mode = if dir == path { mode } else { 0o755 };
-            fs::set_permissions(&real, fs::Permissions::from_mode(mode)).with_context(|| format!("setting the mode of {dir}"))?;
+            fs::set_permissions(&real, fs::Permissions::from_mode(mode))
+                .with_context(|| format!("setting the mode of {dir}"))?;
             made.push(dir);
         }
         Ok(made)
     }
 
     pub fn chmod(&self, path: &str, mode: u32) -> anyhow::Result<()> {
-        fs::set_permissions(self.at(path), fs::Permissions::from_mode(mode)).with_context(|| format!("setting the mode of {path}"))
+        fs::set_permissions(self.at(path), fs::Permissions::from_mode(mode))
+            .with_context(|| format!("setting the mode of {path}"))
     }
 
     /// Owner of an existing file.
@@ -437,7 +512,9 @@ impl Hands {
     /// Removes a file or link; absent is fine.
     pub fn remove(&self, path: &str) -> anyhow::Result<()> {
         match fs::remove_file(self.at(path)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e).with_context(|| format!("removing {path}")),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(e).with_context(|| format!("removing {path}"))
+            }
             _ => Ok(()),
         }
     }
@@ -453,7 +530,8 @@ impl Hands {
     /// Gives what is left: paths on other file systems, and the kept ones.
     pub fn remove_tree(&self, path: &str, keep: &[String]) -> anyhow::Result<Vec<String>> {
         // asked of the table, never of the mount: one whose server is gone answers nobody, not even a stat
-        let mounts: Vec<String> = self.mounts_under(path).into_iter().map(|(mount, _)| mount).collect();
+        let mounts: Vec<String> =
+            self.mounts_under(path).into_iter().map(|(mount, _)| mount).collect();
         if mounts.iter().any(|m| m == path) {
             return Ok(vec![path.to_owned()]);
         }
@@ -467,7 +545,14 @@ impl Hands {
         Ok(left)
     }
 
-    fn remove_below(&self, path: &str, device: u64, mounts: &[String], keep: &[String], left: &mut Vec<String>) -> anyhow::Result<()> {
+    fn remove_below(
+        &self,
+        path: &str,
+        device: u64,
+        mounts: &[String],
+        keep: &[String],
+        left: &mut Vec<String>,
+    ) -> anyhow::Result<()> {
         if keep.iter().any(|k| k == path) {
             left.push(path.to_owned());
             return Ok(());
@@ -475,7 +560,8 @@ impl Hands {
         let entries = fs::read_dir(self.at(path)).with_context(|| format!("reading {path}"))?;
         for entry in entries {
             let entry = entry.with_context(|| format!("reading {path}"))?;
-            let name = format!("{}/{}", path.trim_end_matches('/'), entry.file_name().to_string_lossy());
+            let name =
+                format!("{}/{}", path.trim_end_matches('/'), entry.file_name().to_string_lossy());
             if mounts.contains(&name) {
                 left.push(name);
                 continue;
@@ -500,7 +586,9 @@ impl Hands {
         let below = format!("{}/", path.trim_end_matches('/'));
         if !left.iter().any(|l| l.starts_with(&below)) {
             match fs::remove_dir(self.at(path)) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).with_context(|| format!("removing {path}")),
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(e).with_context(|| format!("removing {path}"));
+                }
                 _ => {}
             }
         }
@@ -514,7 +602,12 @@ impl Hands {
 
     /// Appends to a file, mode 0600 when made.
     pub fn append(&self, path: &str, text: &str) -> anyhow::Result<()> {
-        let mut file = OpenOptions::new().create(true).append(true).mode(0o600).open(self.at(path)).with_context(|| format!("opening {path}"))?;
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(self.at(path))
+            .with_context(|| format!("opening {path}"))?;
         file.write_all(text.as_bytes()).with_context(|| format!("writing {path}"))
     }
 
@@ -522,7 +615,12 @@ impl Hands {
     ///
     /// # Errors
     /// Also when its status is not 0: the command, the status, the last lines that it said.
-    pub async fn run(&self, program: &str, args: &[&str], within: Duration) -> anyhow::Result<String> {
+    pub async fn run(
+        &self,
+        program: &str,
+        args: &[&str],
+        within: Duration,
+    ) -> anyhow::Result<String> {
         let output = self.ask(program, args, within).await?;
         if output.ok() {
             return Ok(output.stdout);

@@ -6,11 +6,21 @@ pub fn mount_of(mountinfo: &str, path: &str) -> Option<(String, String, Vec<Stri
     for line in mountinfo.lines() {
         let Some((left, right)) = line.split_once(" - ") else { continue };
         let (mut left, mut right) = (left.split_whitespace().skip(4), right.split_whitespace());
-        let (Some(at), Some(options), Some(kind)) = (left.next().map(unescape), left.next(), right.next()) else { continue };
-        let inside = at == "/" || path == at || path.strip_prefix(&at).is_some_and(|rest| rest.starts_with('/'));
+        let (Some(at), Some(options), Some(kind)) =
+            (left.next().map(unescape), left.next(), right.next())
+        else {
+            continue;
+        };
+        let inside = at == "/"
+            || path == at
+            || path.strip_prefix(&at).is_some_and(|rest| rest.starts_with('/'));
         if inside && best.as_ref().is_none_or(|(deepest, ..)| at.len() >= deepest.len()) {
             // options of the mount itself, then those of the file system
-            let all = options.split(',').chain(right.nth(1).unwrap_or_default().split(',')).map(str::to_owned).collect();
+            let all = options
+                .split(',')
+                .chain(right.nth(1).unwrap_or_default().split(','))
+                .map(str::to_owned)
+                .collect();
             best = Some((at, kind.to_owned(), all));
         }
     }
@@ -42,7 +52,9 @@ fn unescape(text: &str) -> String {
     let mut at = 0;
     while at < bytes.len() {
         let code = (bytes[at] == b'\\')
-            .then(|| text.get(at + 1..at + 4).filter(|d| d.bytes().all(|b| (b'0'..=b'7').contains(&b))))
+            .then(|| {
+                text.get(at + 1..at + 4).filter(|d| d.bytes().all(|b| (b'0'..=b'7').contains(&b)))
+            })
             .flatten()
             .and_then(|digits| u8::from_str_radix(digits, 8).ok());
         match code {
@@ -78,7 +90,13 @@ mod tests {
         let text = "1 0 0:1 / / rw - ext4 /dev/a rw\n2 1 0:2 / /var/lib/kubelet rw - tmpfs t rw\n\
                     3 2 0:3 / /var/lib/kubelet/a\\040b rw shared:1 - nfs4 h:/x rw\n4 1 0:4 / /var/lib/kubelet2 rw - tmpfs t rw\n";
         let found = mounts_under(text, "/var/lib/kubelet");
-        assert_eq!(found, [("/var/lib/kubelet/a b".to_owned(), "nfs4".to_owned()), ("/var/lib/kubelet".to_owned(), "tmpfs".to_owned())]);
+        assert_eq!(
+            found,
+            [
+                ("/var/lib/kubelet/a b".to_owned(), "nfs4".to_owned()),
+                ("/var/lib/kubelet".to_owned(), "tmpfs".to_owned())
+            ]
+        );
     }
 
     proptest! {

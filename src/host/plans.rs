@@ -1,5 +1,9 @@
 //! Saved plans that lie about: the first pipeops wrote them for everybody to read, with the passwords that were in them.
-#![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "part of the door to the machine")]
+#![expect(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "part of the door to the machine"
+)]
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
@@ -39,15 +43,34 @@ impl Host {
             .collect();
         for path in named {
             look(Path::new(path), &mut found);
-            walk(Path::new(path).parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")), 0, &remote, &mut left, &mut found);
+            walk(
+                Path::new(path)
+                    .parent()
+                    .filter(|p| !p.as_os_str().is_empty())
+                    .unwrap_or(Path::new(".")),
+                0,
+                &remote,
+                &mut left,
+                &mut found,
+            );
         }
         walk(Path::new("."), 0, &remote, &mut left, &mut found);
-        for (dir, depth) in
-            [("/root", 2), ("/home", 3), ("/etc/pipeops", 1), ("/var/lib/pipeops", 1), ("/tmp", 1), ("/var/tmp", 1), ("/opt", 1), ("/srv", 1)]
-        {
+        for (dir, depth) in [
+            ("/root", 2),
+            ("/home", 3),
+            ("/etc/pipeops", 1),
+            ("/var/lib/pipeops", 1),
+            ("/tmp", 1),
+            ("/var/tmp", 1),
+            ("/opt", 1),
+            ("/srv", 1),
+        ] {
             walk(&self.at(dir), depth, &remote, &mut left, &mut found);
         }
-        let mut plans: Vec<SavedPlan> = found.into_iter().filter_map(|p| Some(SavedPlan { path: fs::canonicalize(&p.path).ok()?, ..p })).collect();
+        let mut plans: Vec<SavedPlan> = found
+            .into_iter()
+            .filter_map(|p| Some(SavedPlan { path: fs::canonicalize(&p.path).ok()?, ..p }))
+            .collect();
         plans.sort_by(|a, b| a.path.cmp(&b.path));
         plans.dedup_by(|a, b| a.path == b.path);
         plans
@@ -61,7 +84,8 @@ impl Hands {
     /// Names the file.
     pub fn close_file(&self, path: &Path) -> anyhow::Result<()> {
         use anyhow::Context as _;
-        let close = || -> io::Result<()> { open(path)?.set_permissions(fs::Permissions::from_mode(0o600)) };
+        let close =
+            || -> io::Result<()> { open(path)?.set_permissions(fs::Permissions::from_mode(0o600)) };
         close().with_context(|| format!("closing {}", path.display()))
     }
 }
@@ -88,7 +112,11 @@ fn walk(dir: &Path, depth: u32, remote: &[PathBuf], left: &mut usize, found: &mu
         *left -= 1;
         match entry.file_type() {
             Ok(kind) if kind.is_file() => look(&entry.path(), found),
-            Ok(kind) if kind.is_dir() && depth > 0 && !entry.file_name().to_string_lossy().starts_with('.') => {
+            Ok(kind)
+                if kind.is_dir()
+                    && depth > 0
+                    && !entry.file_name().to_string_lossy().starts_with('.') =>
+            {
                 walk(&entry.path(), depth - 1, remote, left, found);
             }
             _ => {}

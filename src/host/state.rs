@@ -28,7 +28,8 @@ impl Host {
     pub fn state_dir(&self, path: &str) -> anyhow::Result<StateDir> {
         let dir = self.at(path);
         fs::create_dir_all(&dir).with_context(|| format!("creating {path}"))?;
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).with_context(|| format!("setting the mode of {path}"))?;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
+            .with_context(|| format!("setting the mode of {path}"))?;
         Ok(StateDir { dir })
     }
 }
@@ -47,12 +48,17 @@ impl StateDir {
     /// Exit 12 when another process has it.
     pub fn lock(&self) -> anyhow::Result<Flock<File>> {
         let path = self.dir.join("lock");
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let file =
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
         let file = file.with_context(|| format!("opening {}", path.display()))?;
         Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
-            Failure::new(Exit::Locked, "LOCKED", format!("another process works in {}", self.dir.display()))
-                .hint("stop it first, or give this one a directory of its own")
-                .into()
+            Failure::new(
+                Exit::Locked,
+                "LOCKED",
+                format!("another process works in {}", self.dir.display()),
+            )
+            .hint("stop it first, or give this one a directory of its own")
+            .into()
         })
     }
 
@@ -86,13 +92,16 @@ impl StateDir {
         let (path, beside) = (self.dir.join(name), self.dir.join(format!(".{name}.new")));
         let attempt = || -> io::Result<()> {
             let _ = fs::remove_file(&beside);
-            let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside)?;
+            let mut file =
+                OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside)?;
             file.write_all(content.as_bytes())?;
             file.sync_all()?;
             fs::rename(&beside, &path)?;
             File::open(&self.dir)?.sync_all()
         };
-        attempt().inspect_err(|_| drop(fs::remove_file(&beside))).with_context(|| format!("writing {}", path.display()))
+        attempt()
+            .inspect_err(|_| drop(fs::remove_file(&beside)))
+            .with_context(|| format!("writing {}", path.display()))
     }
 
     /// Makes an empty file where there is none, for somebody who opens it by its name.
@@ -101,7 +110,8 @@ impl StateDir {
     /// Names the file.
     pub fn touch(&self, name: &str) -> anyhow::Result<()> {
         let path = self.dir.join(name);
-        let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let opened =
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
         opened.map(drop).with_context(|| format!("writing {}", path.display()))
     }
 
@@ -110,7 +120,8 @@ impl StateDir {
     /// # Errors
     /// Names the file.
     pub fn rename(&self, from: &str, to: &str) -> anyhow::Result<()> {
-        fs::rename(self.dir.join(from), self.dir.join(to)).with_context(|| format!("renaming {}", self.dir.join(from).display()))
+        fs::rename(self.dir.join(from), self.dir.join(to))
+            .with_context(|| format!("renaming {}", self.dir.join(from).display()))
     }
 
     /// Removes a file; absent is fine.
@@ -121,7 +132,10 @@ impl StateDir {
     /// Names of the finished files, sorted.
     pub fn list(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
-        let mut names: Vec<String> = entries.filter_map(|e| e.file_name().into_string().ok()).filter(|n| !n.starts_with('.')).collect();
+        let mut names: Vec<String> = entries
+            .filter_map(|e| e.file_name().into_string().ok())
+            .filter(|n| !n.starts_with('.'))
+            .collect();
         names.sort();
         names
     }
@@ -188,7 +202,12 @@ impl StateDir {
     /// Names the file.
     pub fn appender(&self, name: &str) -> anyhow::Result<Appender> {
         let path = self.dir.join(name);
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path).with_context(|| format!("opening {}", path.display()))?;
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&path)
+            .with_context(|| format!("opening {}", path.display()))?;
         let end = file.metadata().map_or(0, |m| m.len());
         Ok(Appender { file, end })
     }

@@ -32,14 +32,19 @@ impl Unit {
     /// When its main process was started, by this machine's clock as it stands now.
     pub fn started_at(&self) -> Option<jiff::Timestamp> {
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).ok()?;
-        let now = u64::try_from(now.tv_sec()).ok()? * 1_000_000 + u64::try_from(now.tv_nsec()).ok()? / 1000;
+        let now = u64::try_from(now.tv_sec()).ok()? * 1_000_000
+            + u64::try_from(now.tv_nsec()).ok()? / 1000;
         let age = now.checked_sub(self.started).filter(|_| self.started > 0)?;
         jiff::Timestamp::now().checked_sub(Duration::from_micros(age)).ok()
     }
 
     /// How it does, for people: `activating (auto-restart)`.
     pub fn how(&self) -> String {
-        if self.sub.is_empty() || self.sub == self.active { self.active.clone() } else { format!("{} ({})", self.active, self.sub) }
+        if self.sub.is_empty() || self.sub == self.active {
+            self.active.clone()
+        } else {
+            format!("{} ({})", self.active, self.sub)
+        }
     }
 }
 
@@ -82,7 +87,17 @@ impl Host {
 
     /// Where the unit's journal ends now.
     pub async fn journal_mark(&self, name: &str) -> Mark {
-        let args = ["--unit", name, "--lines", "1", "--output", "cat", "--show-cursor", "--no-pager", "--quiet"];
+        let args = [
+            "--unit",
+            name,
+            "--lines",
+            "1",
+            "--output",
+            "cat",
+            "--show-cursor",
+            "--no-pager",
+            "--quiet",
+        ];
         let said = self.ask("journalctl", &args, ASK).await.map(|o| o.stdout).unwrap_or_default();
         match said.lines().rev().find_map(|l| l.trim().strip_prefix("-- cursor: ")) {
             Some(cursor) => Mark::Cursor(cursor.to_owned()),
@@ -98,7 +113,18 @@ impl Host {
             Mark::Cursor(cursor) => ("--after-cursor", cursor.clone()),
             Mark::Since(second) => ("--since", format!("@{second}")),
         };
-        let args = ["--unit", name, how, &from, "--lines", &lines, "--output", "cat", "--no-pager", "--quiet"];
+        let args = [
+            "--unit",
+            name,
+            how,
+            &from,
+            "--lines",
+            &lines,
+            "--output",
+            "cat",
+            "--no-pager",
+            "--quiet",
+        ];
         self.ask("journalctl", &args, ASK).await.map(|o| o.stdout).unwrap_or_default()
     }
 }
@@ -154,7 +180,10 @@ impl Hands {
 
 /// `key=value` lines, as `systemctl show` prints them.
 pub fn pairs(text: &str) -> BTreeMap<String, String> {
-    text.lines().filter_map(|l| l.split_once('=')).map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned())).collect()
+    text.lines()
+        .filter_map(|l| l.split_once('='))
+        .map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned()))
+        .collect()
 }
 
 #[cfg(test)]

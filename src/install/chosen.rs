@@ -46,7 +46,8 @@ const READ: &[&str] = &[
 pub fn read_file(text: &str) -> Result<Vec<(String, Value)>, String> {
     // yaml.v2, which k3s uses here, lets the last of equal keys win
     let options = serde_saphyr::options! { duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::LastWins };
-    let document: Value = serde_saphyr::from_str_with_options(text, options).map_err(|_| "it is not valid YAML".to_owned())?;
+    let document: Value = serde_saphyr::from_str_with_options(text, options)
+        .map_err(|_| "it is not valid YAML".to_owned())?;
     match document {
         Value::Null => Ok(Vec::new()),
         Value::Object(map) => Ok(map
@@ -160,7 +161,10 @@ impl Chosen {
             None => Vec::new(),
         };
         let texts = items.iter().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned));
-        texts.flat_map(|t| t.split(',').map(|s| s.trim().to_owned()).collect::<Vec<_>>()).filter(|t| !t.is_empty() && t != "null").collect()
+        texts
+            .flat_map(|t| t.split(',').map(|s| s.trim().to_owned()).collect::<Vec<_>>())
+            .filter(|t| !t.is_empty() && t != "null")
+            .collect()
     }
 
     /// Whether anybody set it, to whatever.
@@ -170,7 +174,9 @@ impl Chosen {
 
     pub fn flag(&self, key: &str) -> bool {
         // yaml.v2 knows the words of YAML 1.1 too
-        self.text(key).is_some_and(|t| matches!(t.to_ascii_lowercase().as_str(), "true" | "yes" | "on" | "y" | "1" | "t"))
+        self.text(key).is_some_and(|t| {
+            matches!(t.to_ascii_lowercase().as_str(), "true" | "yes" | "on" | "y" | "1" | "t")
+        })
     }
 
     pub fn port(&self, key: &str) -> Option<u16> {
@@ -202,7 +208,9 @@ impl Chosen {
 
     /// The kubelet's directory.
     pub fn kubelet_dir(&self) -> String {
-        self.argument("kubelet-arg", "root-dir").filter(|d| d.starts_with('/')).unwrap_or_else(|| "/var/lib/kubelet".into())
+        self.argument("kubelet-arg", "root-dir")
+            .filter(|d| d.starts_with('/'))
+            .unwrap_or_else(|| "/var/lib/kubelet".into())
     }
 
     /// The file of name servers that the kubelet is told to use, when somebody chose one.
@@ -230,7 +238,11 @@ mod tests {
     fn chosen(files: &[(&str, bool)], ours: &[(&str, Value)]) -> Chosen {
         let mut facts = Facts::default();
         for (text, after) in files {
-            facts.k3s.files.push(SettingsFile { after: *after, entries: read_file(text).unwrap(), ..SettingsFile::default() });
+            facts.k3s.files.push(SettingsFile {
+                after: *after,
+                entries: read_file(text).unwrap(),
+                ..SettingsFile::default()
+            });
         }
         let k3s = ours.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
         let options = Options { k3s, ..Options::default() };
@@ -239,12 +251,20 @@ mod tests {
 
     #[test]
     fn the_last_file_has_the_word_and_a_plus_appends() {
-        let c =
-            chosen(&[("cluster-cidr: 10.50.0.0/16\n", false), ("cluster-cidr: 10.52.0.0/16\n", true)], &[("cluster-cidr", json!("10.51.0.0/16"))]);
+        let c = chosen(
+            &[("cluster-cidr: 10.50.0.0/16\n", false), ("cluster-cidr: 10.52.0.0/16\n", true)],
+            &[("cluster-cidr", json!("10.51.0.0/16"))],
+        );
         assert_eq!(c.list("cluster-cidr"), ["10.52.0.0/16"]);
         let c = chosen(&[("disable: [traefik]\n", false), ("disable+: servicelb\n", true)], &[]);
         assert_eq!(c.list("disable"), ["traefik", "servicelb"]);
-        let c = chosen(&[("kubelet-arg:\n  - root-dir=/a\n", false), ("kubelet-arg+:\n- --root-dir=/b\n", true)], &[]);
+        let c = chosen(
+            &[
+                ("kubelet-arg:\n  - root-dir=/a\n", false),
+                ("kubelet-arg+:\n- --root-dir=/b\n", true),
+            ],
+            &[],
+        );
         assert_eq!(c.kubelet_dir(), "/b");
         // nothing to append to: it is the value
         assert_eq!(chosen(&[("https-listen-port+: 7443", true)], &[]).api_port(), 7443);
@@ -253,15 +273,27 @@ mod tests {
     #[test]
     fn text_is_read_as_k3s_reads_it() {
         assert_eq!(read_file("# only a comment\n").unwrap(), []);
-        assert!(read_file("just text").is_err() && read_file("- a\n- b\n").is_err() && read_file("a: [").is_err());
+        assert!(
+            read_file("just text").is_err()
+                && read_file("- a\n- b\n").is_err()
+                && read_file("a: [").is_err()
+        );
         assert!(chosen(&[("embedded-registry: yes\n", true)], &[]).flag("embedded-registry"));
         assert!(chosen(&[("docker: false\ndocker: true\n", true)], &[]).flag("docker"));
-        assert_eq!(chosen(&[("cluster-cidr: \"10.52.0.0/16, fd42::/56\"\n", true)], &[]).list("cluster-cidr").len(), 2);
+        assert_eq!(
+            chosen(&[("cluster-cidr: \"10.52.0.0/16, fd42::/56\"\n", true)], &[])
+                .list("cluster-cidr")
+                .len(),
+            2
+        );
     }
 
     #[test]
     fn values_that_nobody_looks_at_are_not_kept() {
-        let entries = read_file("datastore-endpoint: postgres://u:canary-4711-not-to-be-kept@h/d\ntoken: canary\n").unwrap();
+        let entries = read_file(
+            "datastore-endpoint: postgres://u:canary-4711-not-to-be-kept@h/d\ntoken: canary\n",
+        )
+        .unwrap();
         assert!(entries.iter().all(|(_, v)| v.is_null()), "{entries:?}");
     }
 }

@@ -42,7 +42,10 @@ pub const CATALOGUE: &[Component] = &[
         objects: "",
         ready: || {
             vec![
-                Ready::Deployment { namespace: "kube-system".into(), name: "metrics-server".into() },
+                Ready::Deployment {
+                    namespace: "kube-system".into(),
+                    name: "metrics-server".into(),
+                },
                 Ready::ApiService { name: "v1beta1.metrics.k8s.io".into() },
             ]
         },
@@ -57,7 +60,10 @@ pub const CATALOGUE: &[Component] = &[
         objects: "",
         ready: || {
             vec![
-                Ready::Deployment { namespace: "kube-system".into(), name: "local-path-provisioner".into() },
+                Ready::Deployment {
+                    namespace: "kube-system".into(),
+                    name: "local-path-provisioner".into(),
+                },
                 Ready::StorageClass { name: "local-path".into() },
             ]
         },
@@ -74,14 +80,24 @@ pub const CATALOGUE: &[Component] = &[
             vec![
                 Ready::Chart { namespace: "kube-system".into(), name: "cert-manager".into() },
                 Ready::Deployment { namespace: "cert-manager".into(), name: "cert-manager".into() },
-                Ready::Deployment { namespace: "cert-manager".into(), name: "cert-manager-webhook".into() },
-                Ready::Accepts { yaml: include_str!("../../deployments/components/cert-manager-probe.yaml").into() },
+                Ready::Deployment {
+                    namespace: "cert-manager".into(),
+                    name: "cert-manager-webhook".into(),
+                },
+                Ready::Accepts {
+                    yaml: include_str!("../../deployments/components/cert-manager-probe.yaml")
+                        .into(),
+                },
             ]
         },
         after: |email| {
-            let mut yaml = include_str!("../../deployments/components/cert-manager-issuers.yaml").to_owned();
+            let mut yaml =
+                include_str!("../../deployments/components/cert-manager-issuers.yaml").to_owned();
             if let Some(email) = email {
-                yaml.push_str(&include_str!("../../deployments/components/cert-manager-acme.yaml").replace("ACME_EMAIL", email));
+                yaml.push_str(
+                    &include_str!("../../deployments/components/cert-manager-acme.yaml")
+                        .replace("ACME_EMAIL", email),
+                );
             }
             yaml
         },
@@ -96,7 +112,10 @@ pub const CATALOGUE: &[Component] = &[
         ready: || {
             vec![
                 Ready::Chart { namespace: "kube-system".into(), name: "nginx-ingress".into() },
-                Ready::Deployment { namespace: "nginx-ingress".into(), name: "nginx-ingress-controller".into() },
+                Ready::Deployment {
+                    namespace: "nginx-ingress".into(),
+                    name: "nginx-ingress-controller".into(),
+                },
                 Ready::Http { port: 80 },
             ]
         },
@@ -123,7 +142,10 @@ pub const CATALOGUE: &[Component] = &[
 /// The IngressClass of the controller that answers on ports 80 and 443, where one of `components` does.
 pub fn ingress_class(components: &[&Component]) -> Option<&'static str> {
     let has = |name: &str| components.iter().any(|c| c.name == name);
-    [("ingress", "nginx"), ("traefik", "traefik")].into_iter().find(|(name, _)| has(name)).map(|(_, class)| class)
+    [("ingress", "nginx"), ("traefik", "traefik")]
+        .into_iter()
+        .find(|(name, _)| has(name))
+        .map(|(_, class)| class)
 }
 
 /// Names that `--components` accepts.
@@ -149,7 +171,14 @@ mod tests {
     fn documents() -> Vec<serde_json::Value> {
         CATALOGUE
             .iter()
-            .flat_map(|c| crate::install::plan::documents(&format!("{}\n---\n{}", c.objects, (c.after)(Some("ops@example.com")))).unwrap())
+            .flat_map(|c| {
+                crate::install::plan::documents(&format!(
+                    "{}\n---\n{}",
+                    c.objects,
+                    (c.after)(Some("ops@example.com"))
+                ))
+                .unwrap()
+            })
             .collect()
     }
 
@@ -159,17 +188,31 @@ mod tests {
         assert_eq!(charts.len(), 2);
         for chart in charts {
             let version = chart["spec"]["version"].as_str().unwrap();
-            assert!(version.trim_start_matches('v').split('.').all(|p| p.parse::<u32>().is_ok()), "{version}");
-            assert_eq!(chart["spec"]["failurePolicy"], "abort", "the default of helm-controller is to uninstall");
+            assert!(
+                version.trim_start_matches('v').split('.').all(|p| p.parse::<u32>().is_ok()),
+                "{version}"
+            );
+            assert_eq!(
+                chart["spec"]["failurePolicy"], "abort",
+                "the default of helm-controller is to uninstall"
+            );
             let name = chart["spec"]["chart"].as_str().unwrap();
-            assert!(CATALOGUE.iter().any(|c| c.source == format!("{name} {version}")), "{name} {version} stands in the table");
+            assert!(
+                CATALOGUE.iter().any(|c| c.source == format!("{name} {version}")),
+                "{name} {version} stands in the table"
+            );
         }
     }
 
     #[test]
     fn no_password_no_latest_and_no_retired_controller() {
         let text = serde_json::to_string(&documents()).unwrap().to_lowercase();
-        for word in ["password", "latest", "kubernetes.github.io/ingress-nginx", "registry.k8s.io/ingress-nginx"] {
+        for word in [
+            "password",
+            "latest",
+            "kubernetes.github.io/ingress-nginx",
+            "registry.k8s.io/ingress-nginx",
+        ] {
             assert!(!text.contains(word), "{word}");
         }
     }
@@ -177,12 +220,18 @@ mod tests {
     #[test]
     fn offline_brings_nothing_that_needs_a_chart_server() {
         assert!(chosen(None, true).is_empty());
-        assert_eq!(chosen(None, false).iter().map(|c| c.name).collect::<Vec<_>>(), ["metrics", "storage", "cert-manager", "ingress"]);
+        assert_eq!(
+            chosen(None, false).iter().map(|c| c.name).collect::<Vec<_>>(),
+            ["metrics", "storage", "cert-manager", "ingress"]
+        );
         assert_eq!(ingress_class(&chosen(None, false)), Some("nginx"));
         assert_eq!(ingress_class(&chosen(Some(&["traefik".to_owned()]), true)), Some("traefik"));
         assert_eq!(ingress_class(&chosen(Some(&["metrics".to_owned()]), true)), None);
         assert_eq!(
-            chosen(Some(&["ingress".to_owned(), "metrics".to_owned()]), false).iter().map(|c| c.name).collect::<Vec<_>>(),
+            chosen(Some(&["ingress".to_owned(), "metrics".to_owned()]), false)
+                .iter()
+                .map(|c| c.name)
+                .collect::<Vec<_>>(),
             ["metrics", "ingress"]
         );
     }

@@ -28,8 +28,20 @@ pub struct Finding {
 }
 
 impl Finding {
-    pub fn new(code: &str, level: Level, what: impl Into<String>, evidence: impl Into<String>) -> Finding {
-        Finding { code: code.into(), level, what: what.into(), evidence: evidence.into(), fix: Vec::new(), ignored: false }
+    pub fn new(
+        code: &str,
+        level: Level,
+        what: impl Into<String>,
+        evidence: impl Into<String>,
+    ) -> Finding {
+        Finding {
+            code: code.into(),
+            level,
+            what: what.into(),
+            evidence: evidence.into(),
+            fix: Vec::new(),
+            ignored: false,
+        }
     }
 
     #[must_use]

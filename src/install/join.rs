@@ -36,7 +36,11 @@ const NEW_LINE: &str = "get a fresh line on the server with `pipeops cluster-inf
 async fn accepts(url: &str) -> bool {
     let address = url.strip_prefix("https://").and_then(|a| a.parse::<std::net::SocketAddr>().ok());
     match address {
-        Some(address) => tokio::time::timeout(Duration::from_secs(2), tokio::net::TcpStream::connect(address)).await.is_ok_and(|c| c.is_ok()),
+        Some(address) => {
+            tokio::time::timeout(Duration::from_secs(2), tokio::net::TcpStream::connect(address))
+                .await
+                .is_ok_and(|c| c.is_ok())
+        }
         None => false,
     }
 }
@@ -55,17 +59,44 @@ async fn unreachable(url: &str, error: &reqwest::Error) -> Failure {
             "check the name servers in /etc/resolv.conf and the way to them, or use the address",
         )
     } else if lower.contains("dns: ") {
-        ("SERVER_NAME_UNKNOWN", "cannot be found by name", "check the name and /etc/resolv.conf, or use the address")
+        (
+            "SERVER_NAME_UNKNOWN",
+            "cannot be found by name",
+            "check the name and /etc/resolv.conf, or use the address",
+        )
     } else if lower.contains("refused") {
-        ("SERVER_REFUSES", "refuses connections", "check that k3s runs there and that the port is right")
-    } else if lower.contains("corrupt message") || lower.contains("invalidcontenttype") || lower.contains("not tls") {
-        ("SERVER_NOT_TLS", "does not speak TLS", "the port belongs to something else; a k3s server listens on 6443 with TLS")
+        (
+            "SERVER_REFUSES",
+            "refuses connections",
+            "check that k3s runs there and that the port is right",
+        )
+    } else if lower.contains("corrupt message")
+        || lower.contains("invalidcontenttype")
+        || lower.contains("not tls")
+    {
+        (
+            "SERVER_NOT_TLS",
+            "does not speak TLS",
+            "the port belongs to something else; a k3s server listens on 6443 with TLS",
+        )
     } else if silent {
-        ("SERVER_SILENT", "accepts the connection and then says nothing", "check that k3s runs there, and no proxy stands in between")
+        (
+            "SERVER_SILENT",
+            "accepts the connection and then says nothing",
+            "check that k3s runs there, and no proxy stands in between",
+        )
     } else if late {
-        ("SERVER_UNREACHABLE", "cannot be reached: packets are lost on the way", "check the address, routes and firewalls for 6443/tcp")
+        (
+            "SERVER_UNREACHABLE",
+            "cannot be reached: packets are lost on the way",
+            "check the address, routes and firewalls for 6443/tcp",
+        )
     } else {
-        ("SERVER_UNREACHABLE", "cannot be reached", "check the address, routes and firewalls for 6443/tcp")
+        (
+            "SERVER_UNREACHABLE",
+            "cannot be reached",
+            "check the address, routes and firewalls for 6443/tcp",
+        )
     };
     joining(Exit::Network, code, format!("{url} {what}")).why(text).hint(hint)
 }
@@ -83,7 +114,9 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
     };
-    let internal = |e: reqwest::Error| joining(Exit::Internal, "INTERNAL", "making an HTTP client").why(explain(&e));
+    let internal = |e: reqwest::Error| {
+        joining(Exit::Internal, "INTERNAL", "making an HTTP client").why(explain(&e))
+    };
     // only two answers are read this way, and the second is compared with the token's hash
     let blind = builder().tls_danger_accept_invalid_certs(true).build().map_err(internal)?;
     let ping = match blind.get(format!("{url}/ping")).send().await {
@@ -91,9 +124,13 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
         Err(e) => return Err(unreachable(url, &e).await),
     };
     if ping.status() != StatusCode::OK {
-        return Err(joining(Exit::Network, "SERVER_NOT_K3S", format!("{url} is not a k3s server, or not ready yet"))
-            .why(format!("/ping answered {}", ping.status()))
-            .hint("check the address and the port; a server that starts needs a minute"));
+        return Err(joining(
+            Exit::Network,
+            "SERVER_NOT_K3S",
+            format!("{url} is not a k3s server, or not ready yet"),
+        )
+        .why(format!("/ping answered {}", ping.status()))
+        .hint("check the address and the port; a server that starts needs a minute"));
     }
     let answer = match blind.get(format!("{url}/cacerts")).send().await {
         Ok(v) => v,
@@ -104,7 +141,9 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
         Err(e) => return Err(unreachable(url, &e).await),
     }
     .to_vec();
-    let hash = ca_hash(&ca).map_err(|why| joining(Exit::Network, "SERVER_NOT_K3S", format!("{url} is not a k3s server")).why(why))?;
+    let hash = ca_hash(&ca).map_err(|why| {
+        joining(Exit::Network, "SERVER_NOT_K3S", format!("{url} is not a k3s server")).why(why)
+    })?;
     match &token.ca_hash {
         Some(wanted) if *wanted != hash => {
             return Err(joining(Exit::Refused, "JOIN_CA_MISMATCH", "the token belongs to another cluster")
@@ -113,9 +152,13 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
                 .hint(NEW_LINE));
         }
         None if !insecure => {
-            return Err(joining(Exit::Refused, "JOIN_TOKEN_UNPINNED", "this token does not say which server it is for")
-                .why("a short token trusts whoever answers at that address")
-                .hint(format!("{NEW_LINE}, or accept the risk with --insecure-token")));
+            return Err(joining(
+                Exit::Refused,
+                "JOIN_TOKEN_UNPINNED",
+                "this token does not say which server it is for",
+            )
+            .why("a short token trusts whoever answers at that address")
+            .hint(format!("{NEW_LINE}, or accept the risk with --insecure-token")));
         }
         _ => {}
     }
@@ -134,10 +177,17 @@ impl Server {
     async fn untrusted(&self, error: &reqwest::Error) -> Failure {
         let text = explain(error);
         let lower = text.to_lowercase();
-        if lower.contains("expired") || lower.contains("notvalidyet") || lower.contains("not valid yet") {
-            return joining(Exit::Refused, "CLOCK_SKEW", "the server's certificate is outside its time: a clock is wrong")
-                .why(text)
-                .hint("set both clocks (`timedatectl set-ntp true`), then run again");
+        if lower.contains("expired")
+            || lower.contains("notvalidyet")
+            || lower.contains("not valid yet")
+        {
+            return joining(
+                Exit::Refused,
+                "CLOCK_SKEW",
+                "the server's certificate is outside its time: a clock is wrong",
+            )
+            .why(text)
+            .hint("set both clocks (`timedatectl set-ntp true`), then run again");
         }
         if lower.contains("notvalidforname") || lower.contains("not valid for name") {
             return joining(Exit::Refused, "TLS_SAN_MISSING", format!("the server's certificate does not name {}", self.url))
@@ -145,9 +195,13 @@ impl Server {
                 .hint("on the server: pipeops install-server --tls-san THAT_ADDRESS; or join by an address that it names");
         }
         if lower.contains("certificate") || lower.contains("unknownissuer") {
-            return joining(Exit::Refused, "JOIN_CA_MISMATCH", "the server's certificate is not made by the CA that the token names")
-                .why(text)
-                .hint(NEW_LINE);
+            return joining(
+                Exit::Refused,
+                "JOIN_CA_MISMATCH",
+                "the server's certificate is not made by the CA that the token names",
+            )
+            .why(text)
+            .hint(NEW_LINE);
         }
         unreachable(&self.url, error).await
     }
@@ -157,7 +211,10 @@ impl Server {
     /// # Errors
     /// Exit 7 when it does not.
     pub async fn authorize(&self) -> Result<(), Failure> {
-        let request = self.client.get(format!("{}/v1-k3s/config", self.url)).header("Authorization", self.token.authorization().expose());
+        let request = self
+            .client
+            .get(format!("{}/v1-k3s/config", self.url))
+            .header("Authorization", self.token.authorization().expose());
         let answer = match request.send().await {
             Ok(v) => v,
             Err(e) => return Err(self.untrusted(&e).await),
@@ -174,12 +231,19 @@ impl Server {
                 let code = if bootstrap { "JOIN_TOKEN_EXPIRED" } else { "JOIN_TOKEN_REJECTED" };
                 Err(joining(Exit::Refused, code, what).hint(NEW_LINE))
             }
-            StatusCode::FORBIDDEN => {
-                Err(joining(Exit::Refused, "JOIN_TOKEN_KIND", "the server knows the token, but it is not one for joining").hint(NEW_LINE))
-            }
-            other => Err(joining(Exit::Network, "SERVER_NOT_READY", "the server cannot take workers now")
-                .why(format!("/v1-k3s/config answered {other}"))
-                .hint("wait until it is Ready, then run again")),
+            StatusCode::FORBIDDEN => Err(joining(
+                Exit::Refused,
+                "JOIN_TOKEN_KIND",
+                "the server knows the token, but it is not one for joining",
+            )
+            .hint(NEW_LINE)),
+            other => Err(joining(
+                Exit::Network,
+                "SERVER_NOT_READY",
+                "the server cannot take workers now",
+            )
+            .why(format!("/v1-k3s/config answered {other}"))
+            .hint("wait until it is Ready, then run again")),
         }
     }
 
@@ -208,16 +272,22 @@ impl Server {
                     )));
             }
             other => {
-                return Err(joining(Exit::Network, "SERVER_NOT_READY", "the server cannot take workers now")
-                    .why(format!("/v1-k3s/client-kubelet.crt answered {other}"))
-                    .hint("wait until it is Ready, then run again"));
+                return Err(joining(
+                    Exit::Network,
+                    "SERVER_NOT_READY",
+                    "the server cannot take workers now",
+                )
+                .why(format!("/v1-k3s/client-kubelet.crt answered {other}"))
+                .hint("wait until it is Ready, then run again"));
             }
         }
         let pem = match answer.bytes().await {
             Ok(v) => v,
             Err(e) => return Err(self.untrusted(&e).await),
         };
-        let internal = |e: reqwest::Error| joining(Exit::Internal, "INTERNAL", "using the node's certificate").why(explain(&e));
+        let internal = |e: reqwest::Error| {
+            joining(Exit::Internal, "INTERNAL", "using the node's certificate").why(explain(&e))
+        };
         let identity = Identity::from_pem(&pem).map_err(internal)?;
         let roots = Certificate::from_pem_bundle(&self.ca).map_err(internal)?;
         let client = Client::builder()

@@ -14,9 +14,10 @@ pub fn ranges(facts: &Facts, settings: &Settings) -> Vec<(&'static str, Cidr)> {
     let chosen = Chosen::of(facts, settings);
     let v6 = node_address(facts, settings).is_some_and(|a| a.is_ipv6());
     let mut found = Vec::new();
-    for (name, key, v4_default, v6_default) in
-        [("cluster", "cluster-cidr", "10.42.0.0/16", "fd00:42::/56"), ("service", "service-cidr", "10.43.0.0/16", "fd00:43::/112")]
-    {
+    for (name, key, v4_default, v6_default) in [
+        ("cluster", "cluster-cidr", "10.42.0.0/16", "fd00:42::/56"),
+        ("service", "service-cidr", "10.43.0.0/16", "fd00:43::/112"),
+    ] {
         let mut list = chosen.list(key);
         if list.is_empty() {
             list.push(if v6 { v6_default } else { v4_default }.to_owned());
@@ -41,7 +42,8 @@ fn families(chosen: &Chosen) -> Vec<bool> {
 /// node-ip, certificates, NO_PROXY and checks follow.
 pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
     let chosen = Chosen::of(facts, settings);
-    let named: Vec<IpAddr> = chosen.list("node-ip").iter().filter_map(|ip| ip.parse().ok()).collect();
+    let named: Vec<IpAddr> =
+        chosen.list("node-ip").iter().filter_map(|ip| ip.parse().ok()).collect();
     if !named.is_empty() {
         return named;
     }
@@ -72,7 +74,10 @@ pub fn node_address(facts: &Facts, settings: &Settings) -> Option<IpAddr> {
 pub fn flannel_iface(facts: &Facts, settings: &Settings) -> Option<String> {
     Chosen::of(facts, settings).text("flannel-iface").or_else(|| {
         let address = node_address(facts, settings)?;
-        facts.interface_of(address).map(|i| i.name.clone()).or_else(|| facts.primary().map(|(device, _)| device))
+        facts
+            .interface_of(address)
+            .map(|i| i.name.clone())
+            .or_else(|| facts.primary().map(|(device, _)| device))
     })
 }
 
@@ -94,10 +99,16 @@ pub fn overlay_ports(facts: &Facts, settings: &Settings) -> Vec<(u16, &'static s
     match backend(facts, settings).as_str() {
         "vxlan" => vec![(8472, "pod network (VXLAN)")],
         "wireguard-native" | "wireguard" => {
-            let clusters: Vec<Cidr> = ranges(facts, settings).into_iter().filter(|(name, _)| *name == "cluster").map(|(_, r)| r).collect();
+            let clusters: Vec<Cidr> = ranges(facts, settings)
+                .into_iter()
+                .filter(|(name, _)| *name == "cluster")
+                .map(|(_, r)| r)
+                .collect();
             let has = |v6: bool| clusters.iter().any(|c| c.address.is_ipv6() == v6);
             let v4 = has(false).then_some((51820, "pod network (wireguard)"));
-            v4.into_iter().chain(has(true).then_some((51821, "pod network (wireguard, IPv6)"))).collect()
+            v4.into_iter()
+                .chain(has(true).then_some((51821, "pod network (wireguard, IPv6)")))
+                .collect()
         }
         _ => Vec::new(),
     }
@@ -105,11 +116,17 @@ pub fn overlay_ports(facts: &Facts, settings: &Settings) -> Vec<(u16, &'static s
 
 /// What must never go through a proxy, beyond what the user said.
 pub fn no_proxy(facts: &Facts, settings: &Settings) -> Vec<String> {
-    let mut list: Vec<String> = ["127.0.0.0/8", "::1", "localhost", ".svc", ".cluster.local"].map(str::to_owned).to_vec();
+    let mut list: Vec<String> =
+        ["127.0.0.0/8", "::1", "localhost", ".svc", ".cluster.local"].map(str::to_owned).to_vec();
     list.extend(ranges(facts, settings).iter().map(|(_, r)| format!("{}/{}", r.address, r.prefix)));
     for address in node_addresses(facts, settings) {
-        let network = facts.address(address).map(Address::range).filter(|c| c.prefix < if address.is_ipv4() { 32 } else { 128 });
-        list.push(network.map_or_else(|| address.to_string(), |c| format!("{}/{}", masked(c), c.prefix)));
+        let network = facts
+            .address(address)
+            .map(Address::range)
+            .filter(|c| c.prefix < if address.is_ipv4() { 32 } else { 128 });
+        list.push(
+            network.map_or_else(|| address.to_string(), |c| format!("{}/{}", masked(c), c.prefix)),
+        );
     }
     list
 }
@@ -124,8 +141,12 @@ pub fn https_proxy<'a>(facts: &'a Facts, host: &str) -> Option<&'a str> {
         list.split(',').map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| {
             let entry = entry.to_ascii_lowercase();
             let name = entry.trim_start_matches('*').trim_start_matches('.');
-            let within = address.is_some_and(|a| Cidr::parse(&entry).is_some_and(|range| range.contains(a)));
-            entry == "*" || within || host == name || host.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
+            let within =
+                address.is_some_and(|a| Cidr::parse(&entry).is_some_and(|range| range.contains(a)));
+            entry == "*"
+                || within
+                || host == name
+                || host.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
         })
     });
     let loopback = host == "localhost" || address.is_some_and(|a| a.is_loopback());

@@ -147,7 +147,9 @@ impl SecretName {
             SecretName::AgentToken => "--agent-token-file, or AGENT_TOKEN",
             SecretName::K3sToken => "the TOKEN argument, --token-file, or K3S_TOKEN",
             SecretName::NodePassword => "/etc/rancher/node/password",
-            SecretName::ProxyEnvironment => "the proxy variables of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY)",
+            SecretName::ProxyEnvironment => {
+                "the proxy variables of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY)"
+            }
             SecretName::Registries => "--registries",
             SecretName::K3sSettings => "the [k3s] table of the config (--config FILE)",
             SecretName::ArtifactLogin => "--artifact-url",
@@ -305,7 +307,8 @@ pub fn documents(yaml: &str) -> anyhow::Result<Vec<serde_json::Value>> {
         if part.lines().all(|l| l.trim().is_empty() || l.trim_start().starts_with('#')) {
             continue;
         }
-        let value: serde_json::Value = serde_saphyr::from_str(part).map_err(|e| anyhow::anyhow!("reading a manifest: {e}"))?;
+        let value: serde_json::Value =
+            serde_saphyr::from_str(part).map_err(|e| anyhow::anyhow!("reading a manifest: {e}"))?;
         if !value.is_null() {
             found.push(value);
         }

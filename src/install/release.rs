@@ -18,7 +18,10 @@ pub struct Resolved {
 }
 
 /// Where releases come from. Debug builds let a test's web server play that place.
-#[cfg_attr(debug_assertions, expect(clippy::disallowed_methods, reason = "a switch for tests, compiled out of releases"))]
+#[cfg_attr(
+    debug_assertions,
+    expect(clippy::disallowed_methods, reason = "a switch for tests, compiled out of releases")
+)]
 fn place(default: &str, variable: &str) -> String {
     #[cfg(debug_assertions)]
     if let Ok(url) = std::env::var(variable) {
@@ -63,52 +66,90 @@ fn incomplete(what: impl Into<String>) -> Failure {
 async fn offline_version(host: &Host, dir: &str, arch: Arch) -> anyhow::Result<Version> {
     let path = format!("{dir}/{}", arch.binary);
     offline_digest(host, dir, arch, arch.binary)?;
-    let asked = Host::new("/", None).ask(&path, &["--version"], std::time::Duration::from_secs(20)).await;
+    let asked =
+        Host::new("/", None).ask(&path, &["--version"], std::time::Duration::from_secs(20)).await;
     let said = asked.map(|o| o.stdout).unwrap_or_default();
     let version = said.split_whitespace().nth(2).unwrap_or_default().parse();
-    version.map_err(|_| Failure::usage("K3S_VERSION_UNKNOWN", format!("{path} does not tell its version")).hint("name it with --k3s-version").into())
+    version.map_err(|_| {
+        Failure::usage("K3S_VERSION_UNKNOWN", format!("{path} does not tell its version"))
+            .hint("name it with --k3s-version")
+            .into()
+    })
 }
 
 /// Digest of a file in the directory, held against the directory's own list.
 fn offline_digest(host: &Host, dir: &str, arch: Arch, file: &str) -> anyhow::Result<String> {
     let list = host.users_file(&format!("{dir}/{}", arch.checksums)).map_err(|_| {
-        incomplete(format!("{dir} has no {}", arch.checksums))
-            .hint("copy the whole release into it: the program, the checksum list, the image archive")
+        incomplete(format!("{dir} has no {}", arch.checksums)).hint(
+            "copy the whole release into it: the program, the checksum list, the image archive",
+        )
     })?;
-    let wanted = listed(&list, file)
-        .ok_or_else(|| incomplete(format!("{dir}/{} does not list {file}", arch.checksums)).hint("take list and files from the same release"))?;
+    let wanted = listed(&list, file).ok_or_else(|| {
+        incomplete(format!("{dir}/{} does not list {file}", arch.checksums))
+            .hint("take list and files from the same release")
+    })?;
     let path = format!("{dir}/{file}");
-    let have = host.users_sha256(&path).map_err(|_| incomplete(format!("{dir} has no {file}")).hint("copy the whole release into it"))?;
+    let have = host.users_sha256(&path).map_err(|_| {
+        incomplete(format!("{dir} has no {file}")).hint("copy the whole release into it")
+    })?;
     if have != wanted {
-        return Err(Failure::new(Exit::Verification, "DIGEST_MISMATCH", format!("{path} is not what its list says"))
-            .why(format!("listed {wanted}"))
-            .why(format!("is     {have}"))
-            .hint("copy it again from the release")
-            .into());
+        return Err(Failure::new(
+            Exit::Verification,
+            "DIGEST_MISMATCH",
+            format!("{path} is not what its list says"),
+        )
+        .why(format!("listed {wanted}"))
+        .why(format!("is     {have}"))
+        .hint("copy it again from the release")
+        .into());
     }
     Ok(wanted)
 }
 
 /// Files and digests for `version`.
-pub async fn resolve(host: &Host, settings: &Settings, facts: &Facts, journal: Option<&Journal>, version: Version) -> anyhow::Result<Resolved> {
-    let arch =
-        arch(&facts.machine).ok_or_else(|| Failure::new(Exit::Preflight, "ARCH_UNSUPPORTED", format!("k3s has no build for `{}`", facts.machine)))?;
+pub async fn resolve(
+    host: &Host,
+    settings: &Settings,
+    facts: &Facts,
+    journal: Option<&Journal>,
+    version: Version,
+) -> anyhow::Result<Resolved> {
+    let arch = arch(&facts.machine).ok_or_else(|| {
+        Failure::new(
+            Exit::Preflight,
+            "ARCH_UNSUPPORTED",
+            format!("k3s has no build for `{}`", facts.machine),
+        )
+    })?;
     let options = &settings.options;
     let mut notes = Vec::new();
-    if let Some(release) =
-        journal.filter(|j| j.complete && j.k3s_version == version.to_string() && options.k3s_sha256.is_none()).and_then(|j| recorded(j, &version))
+    if let Some(release) = journal
+        .filter(|j| {
+            j.complete && j.k3s_version == version.to_string() && options.k3s_sha256.is_none()
+        })
+        .and_then(|j| recorded(j, &version))
     {
         return Ok(Resolved { release, notes });
     }
-    let binary = |source: Source, sha256: String, trust: &str| Fetch { path: BINARY.into(), mode: 0o755, source, sha256, trust: trust.into() };
+    let binary = |source: Source, sha256: String, trust: &str| Fetch {
+        path: BINARY.into(),
+        mode: 0o755,
+        source,
+        sha256,
+        trust: trust.into(),
+    };
     if let Some(dir) = &options.offline_dir {
         let own = offline_digest(host, dir, arch, arch.binary)?;
         if let Ok(inside) = offline_version(host, dir, arch).await
             && inside != version
         {
-            return Err(Failure::new(Exit::Verification, "OFFLINE_VERSION", format!("{dir} holds k3s {inside}, not {version}"))
-                .hint("copy that version into it, or leave --k3s-version out")
-                .into());
+            return Err(Failure::new(
+                Exit::Verification,
+                "OFFLINE_VERSION",
+                format!("{dir} holds k3s {inside}, not {version}"),
+            )
+            .hint("copy that version into it, or leave --k3s-version out")
+            .into());
         }
         let (digest, trust) = match (&options.k3s_sha256, known_digest(&version, arch.binary)) {
             (Some(given), _) => (given.to_ascii_lowercase(), "--k3s-sha256"),
@@ -116,11 +157,15 @@ pub async fn resolve(host: &Host, settings: &Settings, facts: &Facts, journal: O
             (None, None) => (own.clone(), "the list in the offline directory"),
         };
         if digest != own {
-            return Err(Failure::new(Exit::Verification, "DIGEST_MISMATCH", format!("{dir}/{} is not k3s {version}", arch.binary))
-                .why(format!("expected {digest} ({trust})"))
-                .why(format!("is       {own}"))
-                .hint("copy it again from the release, or name its version with --k3s-version")
-                .into());
+            return Err(Failure::new(
+                Exit::Verification,
+                "DIGEST_MISMATCH",
+                format!("{dir}/{} is not k3s {version}", arch.binary),
+            )
+            .why(format!("expected {digest} ({trust})"))
+            .why(format!("is       {own}"))
+            .hint("copy it again from the release, or name its version with --k3s-version")
+            .into());
         }
         if trust.contains("directory") {
             notes.push(format!(
@@ -128,8 +173,11 @@ pub async fn resolve(host: &Host, settings: &Settings, facts: &Facts, journal: O
             ));
         }
         let mut images = Vec::new();
-        let archives: Vec<String> = host.users_dir(dir)?.into_iter().filter(|n| n.starts_with(arch.images)).collect();
-        let Some(archive) = ["zst", "gz", "tar"].iter().find_map(|end| archives.iter().find(|a| a.ends_with(end))) else {
+        let archives: Vec<String> =
+            host.users_dir(dir)?.into_iter().filter(|n| n.starts_with(arch.images)).collect();
+        let Some(archive) =
+            ["zst", "gz", "tar"].iter().find_map(|end| archives.iter().find(|a| a.ends_with(end)))
+        else {
             return Err(incomplete(format!("{dir} has no {}.tar.zst, .tar.gz or .tar", arch.images))
                 .hint("without the images no pod of the system can start; copy the archive of the same release")
                 .into());
@@ -143,11 +191,15 @@ pub async fn resolve(host: &Host, settings: &Settings, facts: &Facts, journal: O
             trust: "the list in the offline directory".into(),
         });
         let source = Source::File(format!("{dir}/{}", arch.binary));
-        return Ok(Resolved { release: Release { binary: binary(source, digest, trust), images, version }, notes });
+        return Ok(Resolved {
+            release: Release { binary: binary(source, digest, trust), images, version },
+            notes,
+        });
     }
     let official = place(RELEASES, "PIPEOPS_TEST_RELEASES");
     // the login of a mirror is sent to it and stands in no plan
-    let base = options.artifact_url.as_deref().map_or_else(|| official.clone(), fetch::without_login);
+    let base =
+        options.artifact_url.as_deref().map_or_else(|| official.clone(), fetch::without_login);
     let base = base.trim_end_matches('/');
     let source = Source::Url(format!("{base}/{}/{}", version.in_url(), arch.binary));
     let (digest, trust) = match (&options.k3s_sha256, known_digest(&version, arch.binary)) {
@@ -155,7 +207,12 @@ pub async fn resolve(host: &Host, settings: &Settings, facts: &Facts, journal: O
         (None, Some(known)) => (known.to_owned(), "the table in this program"),
         (None, None) => {
             // a mirror's own list proves nothing about the mirror: only the release's own place is asked
-            let list_url = format!("{}/{}/{}", official.trim_end_matches('/'), version.in_url(), arch.checksums);
+            let list_url = format!(
+                "{}/{}/{}",
+                official.trim_end_matches('/'),
+                version.in_url(),
+                arch.checksums
+            );
             let list = match fetch::small(&list_url).await {
                 Ok(list) => list,
                 Err(failure) if options.artifact_url.is_some() => {
@@ -169,23 +226,34 @@ pub async fn resolve(host: &Host, settings: &Settings, facts: &Facts, journal: O
                     .into());
                 }
                 Err(failure) if failure.code == "NOT_FOUND" => {
-                    return Err(Failure::new(Exit::Network, "K3S_VERSION_UNKNOWN", format!("there is no k3s release {version}"))
-                        .why(failure.what)
-                        .hint("see https://github.com/k3s-io/k3s/releases")
-                        .into());
+                    return Err(Failure::new(
+                        Exit::Network,
+                        "K3S_VERSION_UNKNOWN",
+                        format!("there is no k3s release {version}"),
+                    )
+                    .why(failure.what)
+                    .hint("see https://github.com/k3s-io/k3s/releases")
+                    .into());
                 }
                 Err(failure) => return Err(failure.into()),
             };
             notes.push(format!("k3s {version} is not in this program's table; it is checked against the release's own list, the weaker check"));
             let digest = listed(&list, arch.binary).ok_or_else(|| {
-                Failure::new(Exit::Verification, "DIGEST_UNKNOWN", format!("the release's list does not name {}", arch.binary))
-                    .why(list_url)
-                    .hint("try again later, or give --k3s-sha256")
+                Failure::new(
+                    Exit::Verification,
+                    "DIGEST_UNKNOWN",
+                    format!("the release's list does not name {}", arch.binary),
+                )
+                .why(list_url)
+                .hint("try again later, or give --k3s-sha256")
             })?;
             (digest, "the release's own list")
         }
     };
-    Ok(Resolved { release: Release { binary: binary(source, digest, trust), images: Vec::new(), version }, notes })
+    Ok(Resolved {
+        release: Release { binary: binary(source, digest, trust), images: Vec::new(), version },
+        notes,
+    })
 }
 
 /// The files of the installed version, as a journal that was closed has them: a re-run needs no network.
@@ -199,5 +267,9 @@ fn recorded(journal: &Journal, version: &Version) -> Option<Release> {
         })
         .collect();
     let binary = fetches.iter().find(|f| f.path == BINARY)?.clone();
-    Some(Release { version: version.clone(), binary, images: fetches.into_iter().filter(|f| f.path != BINARY).collect() })
+    Some(Release {
+        version: version.clone(),
+        binary,
+        images: fetches.into_iter().filter(|f| f.path != BINARY).collect(),
+    })
 }

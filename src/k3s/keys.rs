@@ -157,8 +157,15 @@ const KEYS: &[(&str, Kind, Option<u32>, Option<u32>)] = &[
 const NEWEST: u32 = 36;
 
 /// One-letter names of flags, which a config file may use too.
-const SHORT: &[(&str, &str)] =
-    &[("c", "config"), ("d", "data-dir"), ("i", "node-ip"), ("l", "log"), ("o", "write-kubeconfig"), ("s", "server"), ("t", "token")];
+const SHORT: &[(&str, &str)] = &[
+    ("c", "config"),
+    ("d", "data-dir"),
+    ("i", "node-ip"),
+    ("l", "log"),
+    ("o", "write-kubeconfig"),
+    ("s", "server"),
+    ("t", "token"),
+];
 
 /// Flags that older lines had, and what does it today.
 const GONE: &[(&str, &str)] = &[
@@ -175,7 +182,12 @@ const GONE: &[(&str, &str)] = &[
 
 /// The key as somebody may have meant it: `--Node_IP+` is `node-ip`, `t` is `token`.
 pub fn meant(key: &str) -> String {
-    let key = key.trim().trim_start_matches('-').trim_end_matches('+').to_ascii_lowercase().replace('_', "-");
+    let key = key
+        .trim()
+        .trim_start_matches('-')
+        .trim_end_matches('+')
+        .to_ascii_lowercase()
+        .replace('_', "-");
     SHORT.iter().find(|(short, _)| *short == key).map_or(key, |(_, long)| (*long).to_owned())
 }
 
@@ -196,7 +208,11 @@ pub struct Unknown {
 }
 
 /// The keys that a node of this role and version does not know. Without a version only what no line knows is named.
-pub fn unknown<'a>(keys: impl IntoIterator<Item = &'a str>, role: Role, version: Option<&Version>) -> Vec<Unknown> {
+pub fn unknown<'a>(
+    keys: impl IntoIterator<Item = &'a str>,
+    role: Role,
+    version: Option<&Version>,
+) -> Vec<Unknown> {
     keys.into_iter().filter_map(|key| one(key, role, version)).collect()
 }
 
@@ -204,7 +220,8 @@ fn one(key: &str, role: Role, version: Option<&Version>) -> Option<Unknown> {
     // k3s takes KEY+ for "and these too"
     let plain = key.strip_suffix('+').unwrap_or(key);
     let long = SHORT.iter().find(|(short, _)| *short == plain).map_or(plain, |(_, long)| long);
-    let of = |why: String, fix: String| Some(Unknown { key: key.to_owned(), why, fix, perhaps: false });
+    let of =
+        |why: String, fix: String| Some(Unknown { key: key.to_owned(), why, fix, perhaps: false });
     let Some((name, _, server, agent)) = KEYS.iter().find(|row| row.0 == long) else {
         let newer = version.filter(|v| v.minor > NEWEST);
         let why = match newer {
@@ -214,12 +231,16 @@ fn one(key: &str, role: Role, version: Option<&Version>) -> Option<Unknown> {
                 Role::Worker => "a k3s agent ends with it".to_owned(),
             },
         };
-        let fix = match (GONE.iter().find(|(old, _)| *old == meant(key)), KEYS.iter().find(|row| row.0 == meant(key))) {
+        let fix = match (
+            GONE.iter().find(|(old, _)| *old == meant(key)),
+            KEYS.iter().find(|row| row.0 == meant(key)),
+        ) {
             (Some((_, now)), _) => format!("k3s has no such setting any more; use {now}"),
             (None, Some((name, ..))) => format!("write it `{name}`"),
             (None, None) => match nearest(&meant(key), KEYS.iter().map(|row| row.0)) {
                 Some(near) => format!("did you mean `{near}`?"),
-                None => "the settings are the flags of `k3s server --help` and `k3s agent --help`".to_owned(),
+                None => "the settings are the flags of `k3s server --help` and `k3s agent --help`"
+                    .to_owned(),
             },
         };
         return Some(Unknown { key: key.to_owned(), why, fix, perhaps: newer.is_some() });
@@ -234,14 +255,21 @@ fn one(key: &str, role: Role, version: Option<&Version>) -> Option<Unknown> {
                 Role::Server => ("workers", "a server skips it"),
                 Role::Worker => ("servers", "an agent ends with it"),
             };
-            of(format!("it is a setting of {other}: {end}"), format!("set `{name}` on {other} only"))
+            of(
+                format!("it is a setting of {other}: {end}"),
+                format!("set `{name}` on {other} only"),
+            )
         }
-        (Some(since), Some(version)) if version.major == 1 && version.minor < since => Some(Unknown {
-            key: key.to_owned(),
-            why: format!("it came with k3s 1.{since}; this is {version}, which may have got it in a patch release"),
-            fix: "install a newer k3s, or leave the setting out".to_owned(),
-            perhaps: true,
-        }),
+        (Some(since), Some(version)) if version.major == 1 && version.minor < since => {
+            Some(Unknown {
+                key: key.to_owned(),
+                why: format!(
+                    "it came with k3s 1.{since}; this is {version}, which may have got it in a patch release"
+                ),
+                fix: "install a newer k3s, or leave the setting out".to_owned(),
+                perhaps: true,
+            })
+        }
         _ => None,
     }
 }
@@ -249,7 +277,11 @@ fn one(key: &str, role: Role, version: Option<&Version>) -> Option<Unknown> {
 /// Why k3s could not read a value; `None` when it can.
 pub fn bad_value(key: &str, value: &Value) -> Option<String> {
     let list = matches!(value, Value::Array(_));
-    if value.is_object() || value.as_array().is_some_and(|items| items.iter().any(|i| i.is_object() || i.is_array() || i.is_null())) {
+    if value.is_object()
+        || value
+            .as_array()
+            .is_some_and(|items| items.iter().any(|i| i.is_object() || i.is_array() || i.is_null()))
+    {
         return Some("it must be a value or a list of values, not a table".into());
     }
     let kind = kind(key)?;
@@ -260,12 +292,20 @@ pub fn bad_value(key: &str, value: &Value) -> Option<String> {
     let text = value.as_str();
     match kind {
         Bool => {
-            let go = |t: &str| ["1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"].contains(&t);
-            let fine = value.is_boolean() || text.is_some_and(go) || value.as_u64().is_some_and(|n| n < 2);
+            let go = |t: &str| {
+                ["1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"]
+                    .contains(&t)
+            };
+            let fine =
+                value.is_boolean() || text.is_some_and(go) || value.as_u64().is_some_and(|n| n < 2);
             (!fine).then(|| "it is true or false".into())
         }
-        Int => (!(value.is_i64() || value.is_u64() || text.is_some_and(|t| t.parse::<i64>().is_ok()))).then(|| "it is a whole number".into()),
-        Time => (!text.is_some_and(duration)).then(|| "it is a time with its unit, such as 30s, 5m or 1h30m".into()),
+        Int => {
+            (!(value.is_i64() || value.is_u64() || text.is_some_and(|t| t.parse::<i64>().is_ok())))
+                .then(|| "it is a whole number".into())
+        }
+        Time => (!text.is_some_and(duration))
+            .then(|| "it is a time with its unit, such as 30s, 5m or 1h30m".into()),
         Text | List => None,
     }
     .or_else(|| one_of(&meant(key), text?))
@@ -283,7 +323,9 @@ fn one_of(key: &str, text: &str) -> Option<String> {
     if values.contains(&text) {
         return None;
     }
-    let near = nearest(text, values.iter().copied()).map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
+    let near = nearest(text, values.iter().copied())
+        .map(|n| format!("; did you mean `{n}`?"))
+        .unwrap_or_default();
     Some(format!("`{text}` is none of {}{near}", values.join(", ")))
 }
 
@@ -294,12 +336,14 @@ fn duration(text: &str) -> bool {
         return true;
     }
     while !rest.is_empty() {
-        let number = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
+        let number =
+            rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
         let (digits, after) = rest.split_at(number);
-        let Some(unit) = ["ns", "us", "µs", "ms", "s", "m", "h"]
-            .into_iter()
-            .find(|u| after.strip_prefix(u).is_some_and(|next| next.is_empty() || next.starts_with(|c: char| c.is_ascii_digit() || c == '.')))
-        else {
+        let Some(unit) = ["ns", "us", "µs", "ms", "s", "m", "h"].into_iter().find(|u| {
+            after.strip_prefix(u).is_some_and(|next| {
+                next.is_empty() || next.starts_with(|c: char| c.is_ascii_digit() || c == '.')
+            })
+        }) else {
             return false;
         };
         if !digits.contains(|c: char| c.is_ascii_digit()) || digits.matches('.').count() > 1 {
@@ -323,7 +367,11 @@ mod tests {
     fn every_key_is_known_once_and_in_order() {
         assert!(KEYS.windows(2).all(|pair| pair[0].0 < pair[1].0));
         for (key, ..) in KEYS {
-            assert!(one(key, Role::Server, Some(&at("v1.36.2+k3s1"))).is_none() || *key == "disable-apiserver-lb", "{key}");
+            assert!(
+                one(key, Role::Server, Some(&at("v1.36.2+k3s1"))).is_none()
+                    || *key == "disable-apiserver-lb",
+                "{key}"
+            );
         }
         assert_eq!(KEYS.iter().filter(|row| row.3.is_some()).count(), 46);
     }
@@ -335,10 +383,34 @@ mod tests {
             ("kubelet_arg", Role::Server, "v1.36.2+k3s1", "write it `kubelet-arg`", false),
             ("--disable", Role::Server, "v1.36.2+k3s1", "write it `disable`", false),
             ("Flannel-Backend", Role::Server, "v1.36.2+k3s1", "write it `flannel-backend`", false),
-            ("etcd-s3-buckt", Role::Server, "v1.36.2+k3s1", "did you mean `etcd-s3-bucket`?", false),
-            ("datastoreendpoint", Role::Server, "v1.36.2+k3s1", "did you mean `datastore-endpoint`?", false),
-            ("no-deploy", Role::Server, "v1.36.2+k3s1", "k3s has no such setting any more; use disable", false),
-            ("multi-cluster-cidr", Role::Server, "v1.34.1+k3s1", "use nothing: it went with 1.30", false),
+            (
+                "etcd-s3-buckt",
+                Role::Server,
+                "v1.36.2+k3s1",
+                "did you mean `etcd-s3-bucket`?",
+                false,
+            ),
+            (
+                "datastoreendpoint",
+                Role::Server,
+                "v1.36.2+k3s1",
+                "did you mean `datastore-endpoint`?",
+                false,
+            ),
+            (
+                "no-deploy",
+                Role::Server,
+                "v1.36.2+k3s1",
+                "k3s has no such setting any more; use disable",
+                false,
+            ),
+            (
+                "multi-cluster-cidr",
+                Role::Server,
+                "v1.34.1+k3s1",
+                "use nothing: it went with 1.30",
+                false,
+            ),
             ("zzzzzzzzzzzz", Role::Server, "v1.36.2+k3s1", "k3s server --help", false),
             ("zzzzzzzzzzzz", Role::Server, "v1.37.0+k3s1", "k3s server --help", true),
             ("disable-apiserver-lb", Role::Server, "v1.36.2+k3s1", "on workers only", false),
@@ -349,7 +421,12 @@ mod tests {
             let found = one(key, role, Some(&at(version))).unwrap_or_else(|| panic!("{key}"));
             assert!(found.fix.contains(fix) && found.perhaps == perhaps, "{key}: {found:?}");
         }
-        for (key, role) in [("cluster-cidr", Role::Server), ("kubelet-arg+", Role::Worker), ("v", Role::Worker), ("supervisor-port", Role::Server)] {
+        for (key, role) in [
+            ("cluster-cidr", Role::Server),
+            ("kubelet-arg+", Role::Worker),
+            ("v", Role::Worker),
+            ("supervisor-port", Role::Server),
+        ] {
             assert_eq!(one(key, role, Some(&at("v1.34.1+k3s1"))), None, "{key}");
         }
         assert_eq!(one("nonroot-devices", Role::Server, None), None);
@@ -386,7 +463,11 @@ mod tests {
             ("flannel-backend", json!("VXLAN"), "did you mean `vxlan`"),
             ("egress-selector-mode", json!("pods"), "did you mean `pod`"),
         ] {
-            assert!(bad_value(key, &value).is_some_and(|w| w.contains(why)), "{key} {value}: {:?}", bad_value(key, &value));
+            assert!(
+                bad_value(key, &value).is_some_and(|w| w.contains(why)),
+                "{key} {value}: {:?}",
+                bad_value(key, &value)
+            );
         }
     }
 }

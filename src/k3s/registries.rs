@@ -44,9 +44,13 @@ impl Judge<'_> {
         for part in path {
             let is = |line: &&str| {
                 let line = line.trim().trim_start_matches("- ");
-                [format!("{part}:"), format!("\"{part}\":"), format!("'{part}':")]
-                    .iter()
-                    .any(|key| line.starts_with(key) || line.contains(&format!("{{{key}")) || line.contains(&format!(" {key}")))
+                [format!("{part}:"), format!("\"{part}\":"), format!("'{part}':")].iter().any(
+                    |key| {
+                        line.starts_with(key)
+                            || line.contains(&format!("{{{key}"))
+                            || line.contains(&format!(" {key}"))
+                    },
+                )
             };
             at += lines.get(at..)?.iter().position(is)?;
         }
@@ -54,7 +58,12 @@ impl Judge<'_> {
     }
 
     /// The map at `path`, whose keys are among `known`; nothing at all is an empty one.
-    fn map<'v>(&mut self, path: &[&str], value: &'v Value, known: &[&str]) -> Option<&'v Map<String, Value>> {
+    fn map<'v>(
+        &mut self,
+        path: &[&str],
+        value: &'v Value,
+        known: &[&str],
+    ) -> Option<&'v Map<String, Value>> {
         let map = match value {
             Value::Object(map) => map,
             Value::Null => return None,
@@ -64,8 +73,10 @@ impl Judge<'_> {
             }
         };
         for key in map.keys().filter(|k| !known.is_empty() && !known.contains(&k.as_str())) {
-            let near =
-                nearest(key, known.iter().copied()).map_or_else(|| format!("known here: {}", known.join(", ")), |n| format!("did you mean `{n}`?"));
+            let near = nearest(key, known.iter().copied()).map_or_else(
+                || format!("known here: {}", known.join(", ")),
+                |n| format!("did you mean `{n}`?"),
+            );
             self.fault(&[path, &[key.as_str()]].concat(), &format!("there is no such key; {near}"));
         }
         Some(map)
@@ -73,12 +84,16 @@ impl Judge<'_> {
 
     fn whole(&mut self, value: &Value) {
         let Value::Object(map) = value else {
-            self.faults.push(format!("it is {}, where `mirrors:` and `configs:` belong", kind(value)));
+            self.faults
+                .push(format!("it is {}, where `mirrors:` and `configs:` belong", kind(value)));
             return;
         };
         const KNOWN: [&str; 3] = ["mirrors", "configs", "auths"];
         for key in map.keys().filter(|k| !KNOWN.contains(&k.as_str()) && !k.starts_with("x-")) {
-            let near = nearest(key, KNOWN).map_or_else(|| "known here: mirrors, configs".to_owned(), |n| format!("did you mean `{n}`?"));
+            let near = nearest(key, KNOWN).map_or_else(
+                || "known here: mirrors, configs".to_owned(),
+                |n| format!("did you mean `{n}`?"),
+            );
             self.fault(&[key], &format!("there is no such key; {near}"));
         }
         let part = |name: &str| map.get(name).unwrap_or(&Value::Null);
@@ -102,7 +117,10 @@ impl Judge<'_> {
         if host.contains("://") {
             self.fault(path, "it is the registry's name as images have it, without https://");
         } else if host.is_empty() || host.contains(['/', ' ']) {
-            self.fault(path, "it is the registry's name alone, as docker.io or registry.example.com:5000");
+            self.fault(
+                path,
+                "it is the registry's name alone, as docker.io or registry.example.com:5000",
+            );
         }
     }
 
@@ -114,21 +132,35 @@ impl Judge<'_> {
             Value::Array(list) => {
                 for endpoint in list {
                     match endpoint.as_str().map(endpoint_fault) {
-                        None => self.fault(&at, &format!("an endpoint is {}, where a URL belongs", kind(endpoint))),
+                        None => self.fault(
+                            &at,
+                            &format!("an endpoint is {}, where a URL belongs", kind(endpoint)),
+                        ),
                         Some(Some(why)) => self.fault(&at, &why),
                         Some(None) => {}
                     }
                 }
             }
-            other => self.fault(&at, &format!("it is {}, where a list belongs: endpoint: [\"https://…\"]", kind(other))),
+            other => self.fault(
+                &at,
+                &format!("it is {}, where a list belongs: endpoint: [\"https://…\"]", kind(other)),
+            ),
         }
         let at = [path, &["rewrite"]].concat();
-        for (pattern, target) in self.map(&at, mirror.get("rewrite").unwrap_or(&Value::Null), &[]).into_iter().flatten() {
+        for (pattern, target) in
+            self.map(&at, mirror.get("rewrite").unwrap_or(&Value::Null), &[]).into_iter().flatten()
+        {
             if let Err(error) = regex_syntax::ast::parse::Parser::new().parse(pattern) {
-                self.fault(&at, &format!("`{pattern}` is not a regular expression: {}", error.kind()));
+                self.fault(
+                    &at,
+                    &format!("`{pattern}` is not a regular expression: {}", error.kind()),
+                );
             }
             if !target.is_string() {
-                self.fault(&at, &format!("what `{pattern}` becomes is {}, where text belongs", kind(target)));
+                self.fault(
+                    &at,
+                    &format!("what `{pattern}` becomes is {}, where text belongs", kind(target)),
+                );
             }
         }
     }
@@ -137,19 +169,30 @@ impl Judge<'_> {
         let keys = ["username", "password", "auth", "identity_token"];
         for (key, value) in self.map(path, value, &keys).into_iter().flatten() {
             if value.is_array() || value.is_object() {
-                self.fault(&[path, &[key.as_str()]].concat(), &format!("it is {}, where text belongs", kind(value)));
+                self.fault(
+                    &[path, &[key.as_str()]].concat(),
+                    &format!("it is {}, where text belongs", kind(value)),
+                );
             }
         }
     }
 
     fn tls(&mut self, path: &[&str], value: &Value) {
-        let Some(tls) = self.map(path, value, &["ca_file", "cert_file", "key_file", "insecure_skip_verify"]) else { return };
+        let Some(tls) =
+            self.map(path, value, &["ca_file", "cert_file", "key_file", "insecure_skip_verify"])
+        else {
+            return;
+        };
         for key in ["ca_file", "cert_file", "key_file"] {
             let at = [path, &[key]].concat();
             match tls.get(key).unwrap_or(&Value::Null) {
                 Value::String(file) if file.is_empty() => {}
-                Value::String(file) if !file.starts_with('/') => self.fault(&at, &format!("`{file}` must be a path from the root on")),
-                Value::String(file) if !(self.exists)(file) => self.fault(&at, &format!("{file} is not there: no image could be pulled")),
+                Value::String(file) if !file.starts_with('/') => {
+                    self.fault(&at, &format!("`{file}` must be a path from the root on"))
+                }
+                Value::String(file) if !(self.exists)(file) => {
+                    self.fault(&at, &format!("{file} is not there: no image could be pulled"))
+                }
                 Value::String(_) | Value::Null => {}
                 other => self.fault(&at, &format!("it is {}, where a path belongs", kind(other))),
             }
@@ -160,7 +203,10 @@ impl Judge<'_> {
         }
         if let Some(flag) = tls.get("insecure_skip_verify") {
             let words = ["y", "yes", "n", "no", "on", "off", "true", "false"];
-            if !flag.is_boolean() && !flag.is_null() && !flag.as_str().is_some_and(|t| words.contains(&t.to_ascii_lowercase().as_str())) {
+            if !flag.is_boolean()
+                && !flag.is_null()
+                && !flag.as_str().is_some_and(|t| words.contains(&t.to_ascii_lowercase().as_str()))
+            {
                 self.fault(&[path, &["insecure_skip_verify"]].concat(), "it is true or false");
             }
         }
@@ -226,17 +272,26 @@ mod tests {
             ("just text\n", "it is text"),
             ("- docker.io\n", "it is a list"),
             ("mirrors: [\n", "not valid YAML, line"),
-            ("mirrros:\n  docker.io: {}\n", "mirrros (line 1): there is no such key; did you mean `mirrors`?"),
+            (
+                "mirrros:\n  docker.io: {}\n",
+                "mirrros (line 1): there is no such key; did you mean `mirrors`?",
+            ),
             (
                 "mirrors:\n  docker.io:\n    endpoints: [\"https://m\"]\n",
                 "mirrors.docker.io.endpoints (line 3): there is no such key; did you mean `endpoint`?",
             ),
-            ("mirrors:\n  docker.io:\n    endpoint: https://m\n", "mirrors.docker.io.endpoint (line 3): it is text, where a list belongs"),
+            (
+                "mirrors:\n  docker.io:\n    endpoint: https://m\n",
+                "mirrors.docker.io.endpoint (line 3): it is text, where a list belongs",
+            ),
             (
                 "mirrors:\n  docker.io:\n    rewrite:\n      \"rancher/(.*\": x\n",
                 "mirrors.docker.io.rewrite (line 3): `rancher/(.*` is not a regular expression: unclosed group",
             ),
-            ("mirrors:\n  docker.io:\n    rewrite: {\"a(?=b)\": x}\n", "is not a regular expression"),
+            (
+                "mirrors:\n  docker.io:\n    rewrite: {\"a(?=b)\": x}\n",
+                "is not a regular expression",
+            ),
             ("mirrors: {docker.io: {endpoint: [\"ftp://m\"]}}\n", "it is http:// or https://"),
             ("mirrors: {docker.io: {endpoint: [\"https://\"]}}\n", "it is a URL"),
             ("mirrors: {docker.io: {endpoint: [3]}}\n", "an endpoint is a number"),

@@ -37,7 +37,10 @@ impl Token {
             if text.starts_with("K10") && text.len() > 40 {
                 return Err("the token starts with K10 but has no `::`; it was cut off".into());
             }
-            let credential = bootstrap(text).unwrap_or_else(|| Credential::Basic { user: "node".into(), password: Secret::new(text) });
+            let credential = bootstrap(text).unwrap_or_else(|| Credential::Basic {
+                user: "node".into(),
+                password: Secret::new(text),
+            });
             return Ok(Token { ca_hash: None, credential });
         };
         let hash = head.strip_prefix("K10").unwrap_or(head);
@@ -46,7 +49,9 @@ impl Token {
             let wrong = hash.chars().find(|c| !c.is_ascii_hexdigit());
             return Err(match wrong {
                 _ if !head.starts_with("K10") => format!("{must}; it does not begin with K10"),
-                Some(_) if hash.len() == 64 => format!("{must}; there is another character among them"),
+                Some(_) if hash.len() == 64 => {
+                    format!("{must}; there is another character among them")
+                }
                 _ => format!("{must}; it has {} characters after K10", hash.chars().count()),
             });
         }
@@ -56,7 +61,9 @@ impl Token {
         let credential = match bootstrap(rest) {
             Some(found) => found,
             None => {
-                let (user, password) = rest.split_once(':').ok_or("after `::` a token has user:password or id.secret")?;
+                let (user, password) = rest
+                    .split_once(':')
+                    .ok_or("after `::` a token has user:password or id.secret")?;
                 if password.is_empty() {
                     return Err("the token's password is empty; it was cut off".into());
                 }
@@ -91,17 +98,25 @@ fn misread(text: &str) -> Result<(), String> {
         return Err("the token is empty".into());
     }
     if let Some(c) = text.chars().find(|c| invisible(*c) && !c.is_whitespace()) {
-        return Err(format!("there is an invisible character in the token (U+{:04X}): copy it again, as plain text", u32::from(c)));
+        return Err(format!(
+            "there is an invisible character in the token (U+{:04X}): copy it again, as plain text",
+            u32::from(c)
+        ));
     }
     if let Some((name, _)) = text.split_once('=')
-        && matches!(name.trim_start_matches("export").trim(), "K3S_TOKEN" | "TOKEN" | "token" | "--token")
+        && matches!(
+            name.trim_start_matches("export").trim(),
+            "K3S_TOKEN" | "TOKEN" | "token" | "--token"
+        )
     {
         return Err(format!("it begins with `{}=`: give what stands behind it alone", name.trim()));
     }
     if text.contains(char::is_whitespace) {
         return Err("the token contains white space: was it broken over two lines?".into());
     }
-    if let Some(c) = text.chars().find(|c| matches!(c, '"' | '“' | '”' | '„' | '‘' | '’' | '«' | '»')) {
+    if let Some(c) =
+        text.chars().find(|c| matches!(c, '"' | '“' | '”' | '„' | '‘' | '’' | '«' | '»'))
+    {
         return Err(format!("there is a quote in the token ({c})"));
     }
     if text.get(..3) == Some("k10") && text.contains("::") {
@@ -119,8 +134,11 @@ fn misread(text: &str) -> Result<(), String> {
 
 fn bootstrap(text: &str) -> Option<Credential> {
     let (id, secret) = text.split_once('.')?;
-    let plain = |part: &str, length: usize| part.len() == length && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-    (plain(id, 6) && plain(secret, 16)).then(|| Credential::Bootstrap { id: id.into(), token: Secret::new(text) })
+    let plain = |part: &str, length: usize| {
+        part.len() == length && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
+    };
+    (plain(id, 6) && plain(secret, 16))
+        .then(|| Credential::Bootstrap { id: id.into(), token: Secret::new(text) })
 }
 
 /// The hash that a token for this server carries, from the body of its `/cacerts`.
@@ -150,7 +168,11 @@ pub fn ca_hash(pem: &[u8]) -> Result<String, String> {
 fn root_of(chain: &[Vec<u8>]) -> Result<&[u8], String> {
     let parsed: Vec<_> = chain
         .iter()
-        .map(|der| x509_parser::parse_x509_certificate(der).map(|(_, c)| c).map_err(|e| format!("a certificate in /cacerts is broken: {e}")))
+        .map(|der| {
+            x509_parser::parse_x509_certificate(der)
+                .map(|(_, c)| c)
+                .map_err(|e| format!("a certificate in /cacerts is broken: {e}"))
+        })
         .collect::<Result<_, _>>()?;
     let mut at = 0;
     for _ in 0..parsed.len() {
@@ -187,7 +209,17 @@ mod tests {
     fn what_pasting_leaves_around_a_token_is_taken_off_and_the_rest_is_named() {
         let token = format!("K10{}::server:planted-password-4711", "ab".repeat(32));
         let plain = Token::parse(&token).unwrap();
-        for around in ["\"_\"", "'_'", "“_”", "\u{feff}_", "_\u{200b}", "_\r\n", "_\n\u{200b}\n", "`_`", "\t_ "] {
+        for around in [
+            "\"_\"",
+            "'_'",
+            "“_”",
+            "\u{feff}_",
+            "_\u{200b}",
+            "_\r\n",
+            "_\n\u{200b}\n",
+            "`_`",
+            "\t_ ",
+        ] {
             assert_eq!(Token::parse(&around.replace('_', &token)).unwrap(), plain, "{around}");
             assert_eq!(cleaned(&around.replace('_', &token)), token);
         }
@@ -216,9 +248,14 @@ mod tests {
     #[test]
     fn mangled_tokens_are_explained_without_being_shown() {
         let hash = "ab".repeat(32);
-        for bad in
-            ["", "a b", &format!("K10{hash}"), &format!("K10{}::node:x", &hash[1..]), &format!("K10{hash}::node:"), &format!("K10{hash}::nodex")]
-        {
+        for bad in [
+            "",
+            "a b",
+            &format!("K10{hash}"),
+            &format!("K10{}::node:x", &hash[1..]),
+            &format!("K10{hash}::node:"),
+            &format!("K10{hash}::nodex"),
+        ] {
             let why = Token::parse(bad).unwrap_err();
             assert!(!why.contains(&hash[..10]), "{why}");
         }

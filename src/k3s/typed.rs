@@ -22,12 +22,21 @@ pub fn quote(c: char) -> bool {
 pub fn master_url(text: &str) -> Result<String, String> {
     let text = text.trim();
     if text.starts_with("K10") || text.contains("::server:") || text.contains("::node:") {
-        return Err("this is a token, not the address of a server: MASTER comes first, then TOKEN".into());
+        return Err(
+            "this is a token, not the address of a server: MASTER comes first, then TOKEN".into()
+        );
     }
-    let shown: String = if text.contains('@') { "MASTER".into() } else { text.chars().map(|c| if invisible(c) { '�' } else { c }).collect() };
+    let shown: String = if text.contains('@') {
+        "MASTER".into()
+    } else {
+        text.chars().map(|c| if invisible(c) { '�' } else { c }).collect()
+    };
     let fault = |why: &str| format!("`{shown}` is not the address of a server: {why}");
     if let Some(c) = text.chars().find(|c| invisible(*c)) {
-        return Err(fault(&format!("there is an invisible character in it (U+{:04X}): type it instead of pasting it", u32::from(c))));
+        return Err(fault(&format!(
+            "there is an invisible character in it (U+{:04X}): type it instead of pasting it",
+            u32::from(c)
+        )));
     }
     if let Some(c) = text.chars().find(|c| quote(*c)) {
         return Err(fault(&format!("there is a quote in it ({c}): leave it out")));
@@ -35,7 +44,9 @@ pub fn master_url(text: &str) -> Result<String, String> {
     let rest = match text.split_once("://") {
         Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => rest,
         Some((scheme, _)) => return Err(fault(&format!("scheme `{scheme}` is not https"))),
-        None if text.get(..5).is_some_and(|s| s.eq_ignore_ascii_case("https")) && text[5..].starts_with([':', '/']) => {
+        None if text.get(..5).is_some_and(|s| s.eq_ignore_ascii_case("https"))
+            && text[5..].starts_with([':', '/']) =>
+        {
             return Err(fault("a URL begins with https://"));
         }
         None => text,
@@ -49,10 +60,14 @@ pub fn master_url(text: &str) -> Result<String, String> {
     }
     if let Some((_, zone)) = rest.split_once('%') {
         let zone = zone.trim_start_matches("25").split([']', ':', '/']).next().unwrap_or_default();
-        return Err(fault(&format!("the zone (%{zone}) means something on this machine only; give a name or an address that is no link-local one")));
+        return Err(fault(&format!(
+            "the zone (%{zone}) means something on this machine only; give a name or an address that is no link-local one"
+        )));
     }
     if rest.contains(['/', '?', '#']) {
-        return Err(fault("nothing comes after the port: give ADDRESS, NAME, or https://NAME:PORT"));
+        return Err(fault(
+            "nothing comes after the port: give ADDRESS, NAME, or https://NAME:PORT",
+        ));
     }
     let (host, port) = split(rest).map_err(fault)?;
     let port = match port {
@@ -65,14 +80,23 @@ pub fn master_url(text: &str) -> Result<String, String> {
     if !host.starts_with('[') {
         check_host(&host).map_err(|why| fault(&why))?;
     }
-    let parsed = url::Url::parse(&format!("https://{host}:{port}")).map_err(|e| fault(&e.to_string()))?;
+    let parsed =
+        url::Url::parse(&format!("https://{host}:{port}")).map_err(|e| fault(&e.to_string()))?;
     // what IDNA makes of a letter may be more than letters: `⒮` becomes `(s)`, and `１` a digit
     match parsed.host() {
-        Some(url::Host::Domain(name)) => check_host(name.trim_end_matches('.')).map_err(|why| fault(&why))?,
-        Some(url::Host::Ipv4(read)) if host.parse() != Ok(read) => return Err(fault(&format!("is {read} meant? Write it that way"))),
+        Some(url::Host::Domain(name)) => {
+            check_host(name.trim_end_matches('.')).map_err(|why| fault(&why))?
+        }
+        Some(url::Host::Ipv4(read)) if host.parse() != Ok(read) => {
+            return Err(fault(&format!("is {read} meant? Write it that way")));
+        }
         _ => {}
     }
-    let host = parsed.host_str().map(|h| h.trim_end_matches('.')).filter(|h| !h.is_empty()).ok_or_else(|| fault("no host"))?;
+    let host = parsed
+        .host_str()
+        .map(|h| h.trim_end_matches('.'))
+        .filter(|h| !h.is_empty())
+        .ok_or_else(|| fault("no host"))?;
     // url drops :443 as https' default; k3s needs it said
     Ok(format!("https://{host}:{port}"))
 }
@@ -84,7 +108,9 @@ fn split(rest: &str) -> Result<(String, Option<&str>), &'static str> {
     }
     if let Some(bracketed) = rest.strip_prefix('[') {
         let (inside, after) = bracketed.split_once(']').ok_or("a bracket is not closed")?;
-        inside.parse::<Ipv6Addr>().map_err(|_| "what stands in the brackets is not an IPv6 address")?;
+        inside
+            .parse::<Ipv6Addr>()
+            .map_err(|_| "what stands in the brackets is not an IPv6 address")?;
         let port = match after {
             "" => None,
             port => Some(port.strip_prefix(':').ok_or("after the bracket comes :PORT")?),
@@ -109,16 +135,32 @@ fn check_host(host: &str) -> Result<(), String> {
     let number = |l: &&str| {
         !l.is_empty()
             && (l.bytes().all(|b| b.is_ascii_digit())
-                || l.to_ascii_lowercase().strip_prefix("0x").is_some_and(|h| h.bytes().all(|b| b.is_ascii_hexdigit())))
+                || l.to_ascii_lowercase()
+                    .strip_prefix("0x")
+                    .is_some_and(|h| h.bytes().all(|b| b.is_ascii_hexdigit())))
     };
     if labels.last().is_some_and(number) {
-        if labels.iter().all(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_digit())) && labels.iter().any(|l| l.len() > 1 && l.starts_with('0')) {
-            let plain: Vec<&str> = labels.iter().map(|l| Some(l.trim_start_matches('0')).filter(|l| !l.is_empty()).unwrap_or("0")).collect();
-            return Err(format!("a leading zero makes a number octal; is {} meant?", plain.join(".")));
+        if labels.iter().all(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_digit()))
+            && labels.iter().any(|l| l.len() > 1 && l.starts_with('0'))
+        {
+            let plain: Vec<&str> = labels
+                .iter()
+                .map(|l| Some(l.trim_start_matches('0')).filter(|l| !l.is_empty()).unwrap_or("0"))
+                .collect();
+            return Err(format!(
+                "a leading zero makes a number octal; is {} meant?",
+                plain.join(".")
+            ));
         }
-        return host.parse::<Ipv4Addr>().map(drop).map_err(|_| "an IPv4 address has four numbers up to 255".into());
+        return host
+            .parse::<Ipv4Addr>()
+            .map(drop)
+            .map_err(|_| "an IPv4 address has four numbers up to 255".into());
     }
-    if let Some(c) = host.chars().find(|c| c.is_ascii() && !c.is_ascii_alphanumeric() && !matches!(c, '-' | '_' | '.')) {
+    if let Some(c) = host
+        .chars()
+        .find(|c| c.is_ascii() && !c.is_ascii_alphanumeric() && !matches!(c, '-' | '_' | '.'))
+    {
         return Err(format!("`{c}` cannot stand in a name"));
     }
     if labels.iter().any(|l| l.is_empty()) {
@@ -194,10 +236,21 @@ mod tests {
             ("\u{ff11}0.0.0.5", "four numbers"),
             ("10.0.0.\u{ff10}\u{ff11}", "is 10.0.0.1 meant?"),
         ] {
-            assert!(master_url(bad).is_err_and(|w| w.contains(why)), "{bad}: {:?}", master_url(bad));
+            assert!(
+                master_url(bad).is_err_and(|w| w.contains(why)),
+                "{bad}: {:?}",
+                master_url(bad)
+            );
         }
-        for secret in ["u:planted-password-4711@10.0.0.1", "https://u:planted-password-4711@h", "K10aa::server:planted-password-4711"] {
-            assert!(master_url(secret).is_err_and(|w| !w.contains("planted-password-4711")), "{secret}");
+        for secret in [
+            "u:planted-password-4711@10.0.0.1",
+            "https://u:planted-password-4711@h",
+            "K10aa::server:planted-password-4711",
+        ] {
+            assert!(
+                master_url(secret).is_err_and(|w| !w.contains("planted-password-4711")),
+                "{secret}"
+            );
         }
     }
 

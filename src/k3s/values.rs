@@ -12,30 +12,52 @@ use crate::base::text::is_dns_name;
 
 /// All faults in the `[k3s]` table, one line each.
 pub fn faults(table: &BTreeMap<String, Value>) -> Vec<String> {
-    let mut found: Vec<String> =
-        table.iter().filter_map(|(key, value)| keys::bad_value(key, value).map(|why| format!("[k3s] {key}: {why}"))).collect();
-    let known: BTreeMap<String, &Value> = table.iter().map(|(key, value)| (keys::meant(key), value)).collect();
+    let mut found: Vec<String> = table
+        .iter()
+        .filter_map(|(key, value)| {
+            keys::bad_value(key, value).map(|why| format!("[k3s] {key}: {why}"))
+        })
+        .collect();
+    let known: BTreeMap<String, &Value> =
+        table.iter().map(|(key, value)| (keys::meant(key), value)).collect();
     let list = |key: &str| known.get(key).map(|value| words(value));
     // how ranges fit together and to the node is CIDR_MISFIT
     for key in ["cluster-cidr", "service-cidr"] {
         let parts = list(key).unwrap_or_default();
-        found.extend(parts.iter().filter_map(|part| range(part).err()).map(|why| format!("[k3s] {key}: {why}")));
+        found.extend(
+            parts
+                .iter()
+                .filter_map(|part| range(part).err())
+                .map(|why| format!("[k3s] {key}: {why}")),
+        );
     }
     let servers = list("cluster-dns").unwrap_or_default();
-    found.extend(servers.iter().filter(|s| s.parse::<IpAddr>().is_err()).map(|s| format!("[k3s] cluster-dns: `{s}` is not an IP address")));
+    found.extend(
+        servers
+            .iter()
+            .filter(|s| s.parse::<IpAddr>().is_err())
+            .map(|s| format!("[k3s] cluster-dns: `{s}` is not an IP address")),
+    );
     if let Some(Value::String(text)) = known.get("service-node-port-range")
         && !port_range(text)
     {
-        found.push(format!("[k3s] service-node-port-range: `{text}` is not a range such as 30000-32767"));
+        found.push(format!(
+            "[k3s] service-node-port-range: `{text}` is not a range such as 30000-32767"
+        ));
     }
     for arg in known.get("kubelet-arg").map(|value| raw(value)).unwrap_or_default() {
         match arg.trim_start_matches('-').split_once('=') {
-            Some(("node-labels", labels)) => {
-                found.extend(labels.split(',').filter_map(|l| label(l).err()).map(|why| format!("[k3s] kubelet-arg: {why}")))
-            }
+            Some(("node-labels", labels)) => found.extend(
+                labels
+                    .split(',')
+                    .filter_map(|l| label(l).err())
+                    .map(|why| format!("[k3s] kubelet-arg: {why}")),
+            ),
             Some(("register-with-taints", taints)) => {
                 found.extend(
-                    self::taints(&taints.split(',').map(str::to_owned).collect::<Vec<_>>()).into_iter().map(|w| format!("[k3s] kubelet-arg: {w}")),
+                    self::taints(&taints.split(',').map(str::to_owned).collect::<Vec<_>>())
+                        .into_iter()
+                        .map(|w| format!("[k3s] kubelet-arg: {w}")),
                 );
             }
             _ => {}
@@ -47,7 +69,9 @@ pub fn faults(table: &BTreeMap<String, Value>) -> Vec<String> {
 /// The strings of a list or of one text.
 fn raw(value: &Value) -> Vec<String> {
     match value {
-        Value::Array(items) => items.iter().map(|i| i.as_str().map_or_else(|| i.to_string(), str::to_owned)).collect(),
+        Value::Array(items) => {
+            items.iter().map(|i| i.as_str().map_or_else(|| i.to_string(), str::to_owned)).collect()
+        }
         Value::String(one) => vec![one.clone()],
         other => vec![other.to_string()],
     }
@@ -55,7 +79,10 @@ fn raw(value: &Value) -> Vec<String> {
 
 /// A list as k3s takes it where values may also stand with commas between them (`pkg/util/client.go`, `SplitStringSlice`).
 fn words(value: &Value) -> Vec<String> {
-    raw(value).iter().flat_map(|text| text.split(',').map(str::to_owned).collect::<Vec<_>>()).collect()
+    raw(value)
+        .iter()
+        .flat_map(|text| text.split(',').map(str::to_owned).collect::<Vec<_>>())
+        .collect()
 }
 
 /// An address range as Go's `net.ParseCIDR` takes it, or why not.
@@ -73,8 +100,14 @@ fn range(text: &str) -> Result<Cidr, String> {
     };
     let Ok(ip) = address.parse::<IpAddr>() else {
         let numbers = address.split('.').count();
-        return if !address.contains(':') && (1..4).contains(&numbers) && address.split('.').all(|n| n.parse::<u8>().is_ok()) {
-            not(&format!("an IPv4 address has four numbers, as in {address}{}/{length}", ".0".repeat(4 - numbers)))
+        return if !address.contains(':')
+            && (1..4).contains(&numbers)
+            && address.split('.').all(|n| n.parse::<u8>().is_ok())
+        {
+            not(&format!(
+                "an IPv4 address has four numbers, as in {address}{}/{length}",
+                ".0".repeat(4 - numbers)
+            ))
         } else {
             not(&format!("`{address}` is not an address"))
         };
@@ -91,7 +124,10 @@ fn range(text: &str) -> Result<Cidr, String> {
 /// Ranges with bits beyond their length, with the range that k3s makes of them.
 pub fn host_bits(table: &BTreeMap<String, Value>) -> Vec<(String, String, String)> {
     let mut found = Vec::new();
-    for (key, value) in table.iter().filter(|(key, _)| ["cluster-cidr", "service-cidr"].contains(&keys::meant(key).as_str())) {
+    for (key, value) in table
+        .iter()
+        .filter(|(key, _)| ["cluster-cidr", "service-cidr"].contains(&keys::meant(key).as_str()))
+    {
         for text in words(value) {
             if let Ok(c) = range(&text)
                 && masked(c) != c.address
@@ -108,7 +144,9 @@ fn port_range(text: &str) -> bool {
     let port = |t: &str| t.trim().parse::<u16>().ok();
     match (text.split_once('-'), text.split_once('+')) {
         (Some((low, high)), _) => port(low).zip(port(high)).is_some_and(|(l, h)| l <= h),
-        (None, Some((low, size))) => port(low).zip(port(size)).is_some_and(|(l, s)| l.checked_add(s).is_some()),
+        (None, Some((low, size))) => {
+            port(low).zip(port(size)).is_some_and(|(l, s)| l.checked_add(s).is_some())
+        }
         (None, None) => port(text).is_some(),
     }
 }
@@ -117,18 +155,24 @@ fn port_range(text: &str) -> bool {
 fn name(text: &str) -> bool {
     let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    text.len() <= 63 && text.chars().all(inner) && edge(text.chars().next()) && edge(text.chars().next_back())
+    text.len() <= 63
+        && text.chars().all(inner)
+        && edge(text.chars().next())
+        && edge(text.chars().next_back())
 }
 
 /// k8s.io/apimachinery, `validation.IsQualifiedName`.
 fn qualified(key: &str) -> Result<(), &'static str> {
-    let (prefix, rest) = key.split_once('/').map_or((None, key), |(prefix, rest)| (Some(prefix), rest));
+    let (prefix, rest) =
+        key.split_once('/').map_or((None, key), |(prefix, rest)| (Some(prefix), rest));
     if prefix.is_some_and(|p| !is_dns_name(p)) {
         return Err("what stands before the `/` must be a lower-case DNS name");
     }
     match name(rest) {
         true => Ok(()),
-        false => Err("a key is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a letter or digit"),
+        false => Err(
+            "a key is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a letter or digit",
+        ),
     }
 }
 
@@ -168,7 +212,9 @@ pub fn label(text: &str) -> Result<(), String> {
     let reserved = below(space, "kubernetes.io") || below(space, "k8s.io");
     if reserved && !LABELS.contains(&key) && !PREFIXES.iter().any(|p| below(space, p)) {
         let role = if space == "node-role.kubernetes.io" {
-            format!("; a role is given by the server once the node is there: kubectl label node NAME {text}")
+            format!(
+                "; a role is given by the server once the node is there: kubectl label node NAME {text}"
+            )
         } else {
             String::new()
         };
@@ -180,7 +226,9 @@ pub fn label(text: &str) -> Result<(), String> {
         ));
     }
     if !value.is_empty() && !name(value) {
-        return fault("a value is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a letter or digit");
+        return fault(
+            "a value is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a letter or digit",
+        );
     }
     Ok(())
 }
@@ -198,7 +246,9 @@ pub fn taints(list: &[String]) -> Vec<String> {
             continue;
         };
         if !EFFECTS.contains(effect) {
-            let near = nearest(effect, EFFECTS).map(|n| format!("; did you mean {n}?")).unwrap_or_default();
+            let near = nearest(effect, EFFECTS)
+                .map(|n| format!("; did you mean {n}?"))
+                .unwrap_or_default();
             fault(format!("`{effect}` is none of the effects {}{near}", EFFECTS.join(", ")));
             continue;
         }
@@ -218,7 +268,8 @@ pub fn taints(list: &[String]) -> Vec<String> {
 pub fn sans(list: &[String]) -> Vec<String> {
     let mut out: Vec<String> = Vec::new();
     for part in list.iter().flat_map(|text| text.split(',')) {
-        let mut name = part.trim().trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
+        let mut name =
+            part.trim().trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
         if name.ends_with('.') && name.len() > 1 {
             name.pop();
         }
@@ -254,7 +305,11 @@ pub fn bad_san(name: &str) -> Option<String> {
     }
     // k3s leaves out what begins or ends with it (rancher/dynamiclistener, factory/gen.go)
     let edge = plain.starts_with('_') || plain.ends_with('_');
-    if !edge && is_dns_name(&plain.replace('_', "a")) { None } else { not("a name is letters, digits, `-`, `_` and dots") }
+    if !edge && is_dns_name(&plain.replace('_', "a")) {
+        None
+    } else {
+        not("a name is letters, digits, `-`, `_` and dots")
+    }
 }
 
 #[cfg(test)]
@@ -282,13 +337,19 @@ mod tests {
             (r#"{"cluster-cidr": "10.42.0.0/33"}"#, "from 0 to 32"),
             (r#"{"cluster-cidr": "10.42.0.0/016"}"#, "from 0 to 32"),
             (r#"{"cluster-cidr": "10.42.0.0-10.42.255.255"}"#, "looks like"),
-            (r#"{"cluster-cidr": "10.42.0.0/16, fd42::/56", "service-cidr": "10.43.0.0/16,fd43::/112"}"#, "blank"),
+            (
+                r#"{"cluster-cidr": "10.42.0.0/16, fd42::/56", "service-cidr": "10.43.0.0/16,fd43::/112"}"#,
+                "blank",
+            ),
             (r#"{"cluster-cidr": "10.42.0.300/16"}"#, "not an address"),
             (r#"{"cluster-cidr": ""}"#, "looks like"),
             (r#"{"cluster-dns": "10.43.0"}"#, "not an IP address"),
             (r#"{"service-node-port-range": "32767-30000"}"#, "not a range"),
             (r#"{"cluster_cidr": "10.42/16"}"#, "as in 10.42.0.0/16"),
-            (r#"{"kubelet-arg": ["node-labels=node-role.kubernetes.io/worker=true"]}"#, "kubectl label node"),
+            (
+                r#"{"kubelet-arg": ["node-labels=node-role.kubernetes.io/worker=true"]}"#,
+                "kubectl label node",
+            ),
         ] {
             let found = faults(&table(bad));
             assert!(found.len() == 1 && found[0].contains(why), "{bad}: {found:?}");
@@ -299,9 +360,14 @@ mod tests {
 
     #[test]
     fn labels_are_those_that_a_kubelet_may_give_itself() {
-        for good in
-            ["a=b", "a=", "disk.example.com/type=ssd", "topology.kubernetes.io/zone=a", "node.kubernetes.io/pool=x", "x.node.kubernetes.io/a=b"]
-        {
+        for good in [
+            "a=b",
+            "a=",
+            "disk.example.com/type=ssd",
+            "topology.kubernetes.io/zone=a",
+            "node.kubernetes.io/pool=x",
+            "x.node.kubernetes.io/a=b",
+        ] {
             assert_eq!(label(good), Ok(()), "{good}");
         }
         for (bad, why) in [
@@ -324,7 +390,12 @@ mod tests {
     #[test]
     fn taints_are_read_as_the_kubelet_reads_them() {
         let one = |text: &str| taints(&[text.to_owned()]);
-        for good in ["a=b:NoSchedule", "a:NoExecute", "node-role.kubernetes.io/control-plane:NoSchedule", "a=:PreferNoSchedule"] {
+        for good in [
+            "a=b:NoSchedule",
+            "a:NoExecute",
+            "node-role.kubernetes.io/control-plane:NoSchedule",
+            "a=:PreferNoSchedule",
+        ] {
             assert!(one(good).is_empty(), "{good}");
         }
         for (bad, why) in [
@@ -338,14 +409,21 @@ mod tests {
         ] {
             assert!(one(bad)[0].contains(why), "{bad}: {:?}", one(bad));
         }
-        assert_eq!(taints(&["a=b:NoSchedule".into(), "a=c:NoSchedule".into(), "a=c:NoExecute".into()]).len(), 1);
+        assert_eq!(
+            taints(&["a=b:NoSchedule".into(), "a=c:NoSchedule".into(), "a=c:NoExecute".into()])
+                .len(),
+            1
+        );
     }
 
     #[test]
     fn names_for_a_certificate_are_taken_as_people_type_them() {
-        let typed = ["API.Example.COM", "a, b ,b", " [fd00::1] ", "c.example.com."].map(str::to_owned);
+        let typed =
+            ["API.Example.COM", "a, b ,b", " [fd00::1] ", "c.example.com."].map(str::to_owned);
         assert_eq!(sans(&typed), ["api.example.com", "a", "b", "fd00::1", "c.example.com"]);
-        for good in ["*.example.com", "a", "10.0.0.1", "fd00::1", "xn--bcher-kva.example", "k3s_master"] {
+        for good in
+            ["*.example.com", "a", "10.0.0.1", "fd00::1", "xn--bcher-kva.example", "k3s_master"]
+        {
             assert_eq!(bad_san(good), None, "{good}");
         }
         for (bad, why) in [

@@ -33,10 +33,16 @@ impl FromStr for Version {
     fn from_str(text: &str) -> Result<Version, String> {
         let fault = || format!("`{text}` is not a k3s version such as {DEFAULT}");
         let body = text.trim().strip_prefix('v').unwrap_or(text.trim());
-        let (core, suffix) = body.split_once("+k3s").or_else(|| body.split_once("%2Bk3s")).or_else(|| body.split_once("-k3s")).ok_or_else(fault)?;
+        let (core, suffix) = body
+            .split_once("+k3s")
+            .or_else(|| body.split_once("%2Bk3s"))
+            .or_else(|| body.split_once("-k3s"))
+            .ok_or_else(fault)?;
         let (numbers, pre) = core.split_once('-').unwrap_or((core, ""));
         let number = |part: Option<&str>| -> Result<u32, String> {
-            let part = part.filter(|p| !p.is_empty() && p.len() <= 6 && p.bytes().all(|b| b.is_ascii_digit())).ok_or_else(fault)?;
+            let part = part
+                .filter(|p| !p.is_empty() && p.len() <= 6 && p.bytes().all(|b| b.is_ascii_digit()))
+                .ok_or_else(fault)?;
             part.parse().map_err(|_| fault())
         };
         let mut parts = numbers.split('.');
@@ -86,7 +92,8 @@ impl Version {
 pub fn from_redirect(location: &str) -> Result<Version, String> {
     let path = location.split(['?', '#']).next().unwrap_or_default();
     let last = path.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
-    last.parse().map_err(|_| format!("the channel redirects to `{location}`, which names no release"))
+    last.parse()
+        .map_err(|_| format!("the channel redirects to `{location}`, which names no release"))
 }
 
 /// Names of the release files for one machine architecture (k3s-io/k3s, install.sh `setup_verify_arch`).
@@ -100,15 +107,31 @@ pub struct Arch {
 }
 
 const ARCHES: &[Arch] = &[
-    Arch { machine: "x86_64", binary: "k3s", checksums: "sha256sum-amd64.txt", images: "k3s-airgap-images-amd64" },
-    Arch { machine: "aarch64", binary: "k3s-arm64", checksums: "sha256sum-arm64.txt", images: "k3s-airgap-images-arm64" },
+    Arch {
+        machine: "x86_64",
+        binary: "k3s",
+        checksums: "sha256sum-amd64.txt",
+        images: "k3s-airgap-images-amd64",
+    },
+    Arch {
+        machine: "aarch64",
+        binary: "k3s-arm64",
+        checksums: "sha256sum-arm64.txt",
+        images: "k3s-airgap-images-arm64",
+    },
     // the binary says armhf, the lists say arm
-    Arch { machine: "armv7l", binary: "k3s-armhf", checksums: "sha256sum-arm.txt", images: "k3s-airgap-images-arm" },
+    Arch {
+        machine: "armv7l",
+        binary: "k3s-armhf",
+        checksums: "sha256sum-arm.txt",
+        images: "k3s-airgap-images-arm",
+    },
 ];
 
 /// The file names for this `uname -m`, `None` where k3s has no build.
 pub fn arch(machine: &str) -> Option<Arch> {
-    let machine = if machine.starts_with("armv7") || machine == "armhf" { "armv7l" } else { machine };
+    let machine =
+        if machine.starts_with("armv7") || machine == "armhf" { "armv7l" } else { machine };
     ARCHES.iter().copied().find(|a| a.machine == machine)
 }
 
@@ -118,7 +141,8 @@ pub fn listed(list: &str, file: &str) -> Option<String> {
         let mut words = line.split_whitespace();
         let (digest, name) = (words.next()?, words.next()?);
         let name = name.trim_start_matches('*').trim_start_matches("./");
-        (name == file && digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit())).then(|| digest.to_ascii_lowercase())
+        (name == file && digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit()))
+            .then(|| digest.to_ascii_lowercase())
     })
 }
 
@@ -143,7 +167,16 @@ mod tests {
             assert_eq!(text.parse::<Version>().unwrap().to_string(), text);
         }
         assert_eq!("1.36.2-k3s1".parse::<Version>().unwrap().in_url(), "v1.36.2%2Bk3s1");
-        for bad in ["", "stable", "v1.36", "v1.36.2", "v1.36.2+k3s", "v1.36.2.1+k3s1", "v1.+36.2+k3s1", "v1.36.2-é+k3s1"] {
+        for bad in [
+            "",
+            "stable",
+            "v1.36",
+            "v1.36.2",
+            "v1.36.2+k3s",
+            "v1.36.2.1+k3s1",
+            "v1.+36.2+k3s1",
+            "v1.36.2-é+k3s1",
+        ] {
             assert!(bad.parse::<Version>().is_err(), "{bad}");
         }
     }
@@ -152,7 +185,9 @@ mod tests {
     fn a_channel_that_redirects_elsewhere_is_an_error() {
         let ok = from_redirect("https://github.com/k3s-io/k3s/releases/tag/v1.36.2+k3s1").unwrap();
         assert_eq!(ok.to_string(), DEFAULT);
-        assert!(from_redirect("https://example.com/login").unwrap_err().contains("names no release"));
+        assert!(
+            from_redirect("https://example.com/login").unwrap_err().contains("names no release")
+        );
     }
 
     #[test]

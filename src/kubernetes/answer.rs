@@ -26,7 +26,12 @@ pub struct Problem {
 }
 
 impl Problem {
-    pub fn new(status: u16, code: &'static str, message: impl Into<Cow<'static, str>>, hint: Option<&'static str>) -> Problem {
+    pub fn new(
+        status: u16,
+        code: &'static str,
+        message: impl Into<Cow<'static, str>>,
+        hint: Option<&'static str>,
+    ) -> Problem {
         Problem { status, code, message: message.into(), hint, retry_after: None }
     }
 
@@ -65,7 +70,8 @@ impl Problem {
         }
         let mut answer = self.answer(body.to_string());
         if discovery {
-            let message: String = shown(&message).chars().map(|c| if c.is_ascii() { c } else { '?' }).collect();
+            let message: String =
+                shown(&message).chars().map(|c| if c.is_ascii() { c } else { '?' }).collect();
             let quoted = message.replace('\\', "\\\\").replace('"', "\\\"");
             if let Ok(warning) = HeaderValue::try_from(format!("299 - \"{quoted}\"")) {
                 answer.headers_mut().insert(header::WARNING, warning);
@@ -80,7 +86,9 @@ impl Problem {
             answer.headers_mut().insert(header::RETRY_AFTER, seconds.into());
         }
         if self.status == 401 {
-            answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            answer
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         answer
     }
@@ -128,7 +136,8 @@ fn reason(status: u16) -> Option<&'static str> {
 pub(crate) fn plain(status: u16, kind: &'static str, body: String) -> Response<Body> {
     let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
     let mut answer = Response::new(body);
-    *answer.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    *answer.status_mut() =
+        StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     answer
@@ -154,7 +163,9 @@ mod tests {
             (504, "Timeout"),
             (507, "InternalError"),
         ] {
-            let answer = Problem::new(status, "some_code", "what is wrong", Some("what to do")).again_after(3).status(false);
+            let answer = Problem::new(status, "some_code", "what is wrong", Some("what to do"))
+                .again_after(3)
+                .status(false);
             assert_eq!(answer.status(), status);
             assert_eq!(answer.headers()["content-type"], "application/json");
             assert_eq!(answer.headers()["retry-after"], "3");
@@ -173,11 +184,30 @@ mod tests {
         let problem = Problem::new(503, "some_code", "the \"cluster\" is – away\r\n", Some("wait"));
         assert!(!problem.status(false).headers().contains_key("warning"));
         let warned = problem.status(true);
-        assert_eq!(warned.headers()["warning"], "299 - \"the \\\"cluster\\\" is ? away\\\\u{d}\\\\u{a}: wait\"");
-        for path in ["", "/", "/api", "/api/v1", "/apis", "/apis/", "/apis/apps", "/apis/apps/v1", "/version", "/openapi/v3/apis/apps/v1"] {
+        assert_eq!(
+            warned.headers()["warning"],
+            "299 - \"the \\\"cluster\\\" is ? away\\\\u{d}\\\\u{a}: wait\""
+        );
+        for path in [
+            "",
+            "/",
+            "/api",
+            "/api/v1",
+            "/apis",
+            "/apis/",
+            "/apis/apps",
+            "/apis/apps/v1",
+            "/version",
+            "/openapi/v3/apis/apps/v1",
+        ] {
             assert!(discovery(path), "{path}");
         }
-        for path in ["/api/v1/pods", "/api/v1/namespaces/beta/pods/p/exec", "/apis/apps/v1/deployments", "/apis/apps/v1/namespaces/x/deployments"] {
+        for path in [
+            "/api/v1/pods",
+            "/api/v1/namespaces/beta/pods/p/exec",
+            "/apis/apps/v1/deployments",
+            "/apis/apps/v1/namespaces/x/deployments",
+        ] {
             assert!(!discovery(path), "{path}");
         }
     }

@@ -18,7 +18,8 @@ pub const MANAGER: &str = "pipeops";
 /// A request is answered within this, body and all; watches have their own time.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// An API server that is too busy, or just starting, is asked again after these.
-const RETRIES: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
+const RETRIES: [Duration; 3] =
+    [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
 
 /// An API server, as one identity.
 #[derive(Clone)]
@@ -41,10 +42,14 @@ const CLUSTER_SCOPED: &[&str] = &[
 
 /// URL path of an object. Every kind that we use has the plain English plural.
 pub fn path_of(object: &Value) -> anyhow::Result<String> {
-    let field = |value: &Value, name: &str| value.as_str().map(str::to_owned).with_context(|| format!("an object without {name}"));
-    let (version, kind) = (field(&object["apiVersion"], "apiVersion")?, field(&object["kind"], "kind")?);
+    let field = |value: &Value, name: &str| {
+        value.as_str().map(str::to_owned).with_context(|| format!("an object without {name}"))
+    };
+    let (version, kind) =
+        (field(&object["apiVersion"], "apiVersion")?, field(&object["kind"], "kind")?);
     let name = field(&object["metadata"]["name"], "metadata.name")?;
-    let base = if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
+    let base =
+        if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
     let lower = kind.to_lowercase();
     let plural = if lower.ends_with("ss") { format!("{lower}es") } else { format!("{lower}s") };
     if CLUSTER_SCOPED.contains(&kind.as_str()) {
@@ -76,7 +81,13 @@ impl Cluster {
         Ok(Cluster { client: kube::Client::new(service, "default") })
     }
 
-    async fn send(&self, method: Method, path: &str, content_type: &str, body: Vec<u8>) -> Result<Value, kube::Error> {
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: &str,
+        body: Vec<u8>,
+    ) -> Result<Value, kube::Error> {
         let mut waits = RETRIES.iter();
         loop {
             let request = Request::builder()
@@ -88,7 +99,9 @@ impl Cluster {
                 .map_err(kube::Error::HttpError)?;
             let answer = match timeout(PATIENCE, self.client.request::<Value>(request)).await {
                 Ok(answer) => answer,
-                Err(_) => Err(kube::Error::Service(format!("no answer for {} s", PATIENCE.as_secs()).into())),
+                Err(_) => Err(kube::Error::Service(
+                    format!("no answer for {} s", PATIENCE.as_secs()).into(),
+                )),
             };
             match (&answer, waits.next()) {
                 (Err(e), Some(wait)) if status(e).is_some_and(passing) => sleep(*wait).await,
@@ -108,7 +121,11 @@ impl Cluster {
 
     /// The items of a list, empty when the kind is not there.
     pub async fn list(&self, path: &str) -> Result<Vec<Value>, kube::Error> {
-        Ok(self.get(path).await?.and_then(|mut v| v["items"].take().as_array().cloned()).unwrap_or_default())
+        Ok(self
+            .get(path)
+            .await?
+            .and_then(|mut v| v["items"].take().as_array().cloned())
+            .unwrap_or_default())
     }
 
     /// Server-side apply without force: a field that somebody else owns is a conflict, not ours to take.
@@ -144,7 +161,13 @@ impl Cluster {
 
     /// Whether the object stands as wanted: a dry run of the apply changes nothing. `None` when it is not there.
     pub async fn stands(&self, object: &Value) -> anyhow::Result<Option<bool>> {
-        let Some(now) = self.get(&path_of(object)?).await.with_context(|| format!("reading {}", title_of(object)))? else { return Ok(None) };
+        let Some(now) = self
+            .get(&path_of(object)?)
+            .await
+            .with_context(|| format!("reading {}", title_of(object)))?
+        else {
+            return Ok(None);
+        };
         let then = self.apply(object, true).await?;
         Ok(Some(essence(now) == essence(then)))
     }
@@ -152,7 +175,12 @@ impl Cluster {
     /// What keeps the pods that carry these labels from their work; `None` too where they cannot be read.
     pub async fn pods_trouble(&self, namespace: &str, selector: &str) -> Option<String> {
         let selector: String = url::form_urlencoded::byte_serialize(selector.as_bytes()).collect();
-        readiness::pods(&self.list(&format!("/api/v1/namespaces/{namespace}/pods?labelSelector={selector}")).await.ok()?)
+        readiness::pods(
+            &self
+                .list(&format!("/api/v1/namespaces/{namespace}/pods?labelSelector={selector}"))
+                .await
+                .ok()?,
+        )
     }
 
     /// Why a Deployment or StatefulSet has not what it wants, and which of its pods stands in the way.
@@ -204,23 +232,33 @@ struct Owned {
 /// The fields of a refused apply (`FieldManagerConflict` in the causes of a Status, kubernetes.io "Server-Side Apply").
 fn conflict(error: &kube::Error) -> Option<Vec<Owned>> {
     let kube::Error::Api(status) = error else { return None };
-    let causes = status.details.iter().flat_map(|d| &d.causes).filter(|c| c.reason == "FieldManagerConflict");
+    let causes = status
+        .details
+        .iter()
+        .flat_map(|d| &d.causes)
+        .filter(|c| c.reason == "FieldManagerConflict");
     // conflict with "helm-controller@vm1" using helm.cattle.io/v1
     let manager = |message: &str| message.split('"').nth(1).unwrap_or("somebody else").to_owned();
-    let owned: Vec<Owned> = causes.map(|c| Owned { field: c.field.clone(), manager: manager(&c.message) }).collect();
+    let owned: Vec<Owned> =
+        causes.map(|c| Owned { field: c.field.clone(), manager: manager(&c.message) }).collect();
     (status.code == 409 && !owned.is_empty()).then_some(owned)
 }
 
 /// A conflict in words: whose is what, and the way out. Values are left out, for a field may hold a secret.
 fn contested(object: &Value, owned: &[Owned]) -> Failure {
     let title = title_of(object);
-    let mut failure = Failure::new(Exit::Partial, CONFLICT, format!("{title}: somebody else has set fields that pipeops sets"));
+    let mut failure = Failure::new(
+        Exit::Partial,
+        CONFLICT,
+        format!("{title}: somebody else has set fields that pipeops sets"),
+    );
     for Owned { field, manager } in owned {
         failure = failure.why(format!("{field} belongs to \"{manager}\" and has another value"));
     }
     let kind = object["kind"].as_str().unwrap_or_default().to_lowercase();
     let name = object["metadata"]["name"].as_str().unwrap_or_default();
-    let namespace = object["metadata"]["namespace"].as_str().map(|n| format!(" -n {n}")).unwrap_or_default();
+    let namespace =
+        object["metadata"]["namespace"].as_str().map(|n| format!(" -n {n}")).unwrap_or_default();
     failure.why("nothing of this object was changed").hint(format!(
         "see who set it: `kubectl{namespace} get {kind} {name} --show-managed-fields -o yaml`. Set the field to the value in \
          `pipeops install-server --dry-run --plan-out FILE` (or remove it), then run the same command again"

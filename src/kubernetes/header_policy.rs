@@ -14,11 +14,29 @@ const HEADERS: usize = 16 * 1024;
 pub type Refused = (u16, &'static str, &'static str);
 
 /// Meant for one connection, never passed on (RFC 9110 §7.6.1).
-const HOP_BY_HOP: &[&str] =
-    &["connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
+const HOP_BY_HOP: &[&str] = &[
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
 
 /// Dropped: they speak of the caller to somebody who believes them.
-const DROPPED: &[&str] = &["authorization", "host", "cookie", "forwarded", "via", "audit-id", "http2-settings", "expect"];
+const DROPPED: &[&str] = &[
+    "authorization",
+    "host",
+    "cookie",
+    "forwarded",
+    "via",
+    "audit-id",
+    "http2-settings",
+    "expect",
+];
 const DROPPED_PREFIXES: &[&str] = &["x-remote-", "x-forwarded-", "x-real-ip", "proxy-"];
 
 /// Judges framing and form before anything is read of a request.
@@ -38,7 +56,9 @@ pub fn form(parts: &Parts) -> Result<(), Refused> {
         if parts.uri.authority().is_some() || parts.uri.scheme().is_some() {
             return bad("the request target must be a path");
         }
-        if parts.version == Version::HTTP_11 && parts.headers.get_all(header::HOST).iter().count() != 1 {
+        if parts.version == Version::HTTP_11
+            && parts.headers.get_all(header::HOST).iter().count() != 1
+        {
             return bad("a request has one Host");
         }
     }
@@ -59,10 +79,12 @@ pub fn form(parts: &Parts) -> Result<(), Refused> {
     match (lengths.next(), lengths.next()) {
         (None, _) => {}
         (Some(_), _) if chunked => return bad("a body has a length or is chunked, not both"),
-        (Some(value), None) if !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit) => {}
+        (Some(value), None)
+            if !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit) => {}
         _ => return bad("a body has one length"),
     }
-    let size: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    let size: usize =
+        parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
     if size > HEADERS {
         return Err((431, "headers_too_large", "the headers are longer than 16 KiB"));
     }
@@ -77,7 +99,8 @@ pub fn upgrade(parts: &Parts) -> Result<Option<HeaderValue>, Refused> {
     let named = listed(&parts.headers, header::CONNECTION).iter().any(|token| token == "upgrade");
     match parts.headers.get(header::UPGRADE) {
         Some(value) if named => {
-            let known = value.as_bytes().eq_ignore_ascii_case(b"websocket") || value.as_bytes().eq_ignore_ascii_case(b"SPDY/3.1");
+            let known = value.as_bytes().eq_ignore_ascii_case(b"websocket")
+                || value.as_bytes().eq_ignore_ascii_case(b"SPDY/3.1");
             if known && parts.headers.get_all(header::UPGRADE).iter().count() == 1 {
                 Ok(Some(value.clone()))
             } else {
@@ -108,7 +131,11 @@ pub fn bearer(headers: &HeaderMap) -> Option<&str> {
 
 fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
     let values = headers.get_all(name).into_iter().filter_map(|v| v.to_str().ok());
-    values.flat_map(|v| v.split(',')).map(|t| t.trim().to_ascii_lowercase()).filter(|t| !t.is_empty()).collect()
+    values
+        .flat_map(|v| v.split(','))
+        .map(|t| t.trim().to_ascii_lowercase())
+        .filter(|t| !t.is_empty())
+        .collect()
 }
 
 /// The headers that go to the API server: the caller's clean ones, then who he is. Identity in a caller's header is refused, not
@@ -116,7 +143,12 @@ fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
 ///
 /// # Errors
 /// A header that claims an identity.
-pub fn outward(headers: &HeaderMap, caller: &Caller, request: &str, upgrade: Option<HeaderValue>) -> Result<HeaderMap, Refused> {
+pub fn outward(
+    headers: &HeaderMap,
+    caller: &Caller,
+    request: &str,
+    upgrade: Option<HeaderValue>,
+) -> Result<HeaderMap, Refused> {
     let named = listed(headers, header::CONNECTION);
     if named.iter().any(|n| n == "authorization" || n.starts_with("impersonate")) {
         return Err((400, "identity_header", "Connection names a header that carries an identity"));
@@ -133,11 +165,19 @@ pub fn outward(headers: &HeaderMap, caller: &Caller, request: &str, upgrade: Opt
             ));
         }
         // the API server takes a bearer token from this one too (kubernetes/apiserver, authentication/request/websocket)
-        if name == header::SEC_WEBSOCKET_PROTOCOL && value.as_bytes().to_ascii_lowercase().windows(25).any(|w| w == b"base64url.bearer.authoriz") {
+        if name == header::SEC_WEBSOCKET_PROTOCOL
+            && value
+                .as_bytes()
+                .to_ascii_lowercase()
+                .windows(25)
+                .any(|w| w == b"base64url.bearer.authoriz")
+        {
             return Err((400, "identity_header", "a WebSocket protocol that carries a token"));
         }
-        let dropped =
-            per_connection(&named, text) || DROPPED.contains(&text) || DROPPED_PREFIXES.iter().any(|p| text.starts_with(p)) || text.contains('_');
+        let dropped = per_connection(&named, text)
+            || DROPPED.contains(&text)
+            || DROPPED_PREFIXES.iter().any(|p| text.starts_with(p))
+            || text.contains('_');
         if !dropped {
             out.append(name, value.clone());
         }
@@ -201,8 +241,9 @@ pub fn inward(status: StatusCode, headers: &HeaderMap, prefix: &str) -> Option<H
             }
             continue;
         }
-        let left =
-            per_connection(&named, text) || SPOKEN_FOR_ITSELF.contains(&text) || SPOKEN_FOR_ITSELF_PREFIXES.iter().any(|p| text.starts_with(p));
+        let left = per_connection(&named, text)
+            || SPOKEN_FOR_ITSELF.contains(&text)
+            || SPOKEN_FOR_ITSELF_PREFIXES.iter().any(|p| text.starts_with(p));
         if !left {
             out.append(name, value.clone());
         }

@@ -42,9 +42,12 @@ pub fn target(raw: &str) -> Result<Target, Refusal> {
     if raw.is_empty() || raw == "/" {
         return Ok(Target { path: "/".into(), ..Target::default() });
     }
-    let Some(rest) = raw.strip_prefix('/') else { return Err(Refusal::Path("it does not begin with a slash")) };
+    let Some(rest) = raw.strip_prefix('/') else {
+        return Err(Refusal::Path("it does not begin with a slash"));
+    };
     // one slash at the end is what some clients write
-    let segments: Vec<String> = rest.strip_suffix('/').unwrap_or(rest).split('/').map(segment).collect::<Result<_, _>>()?;
+    let segments: Vec<String> =
+        rest.strip_suffix('/').unwrap_or(rest).split('/').map(segment).collect::<Result<_, _>>()?;
     let mut path: String = segments.iter().flat_map(|s| ["/".to_owned(), encode(s)]).collect();
     if rest.ends_with('/') {
         path.push('/');
@@ -62,7 +65,9 @@ fn segment(raw: &str) -> Result<String, Refusal> {
     let mut rest = raw.bytes();
     while let Some(b) = rest.next() {
         let decoded = if b == b'%' {
-            let digit = |b: Option<u8>| b.and_then(|b| char::from(b).to_digit(16)).and_then(|d| u8::try_from(d).ok());
+            let digit = |b: Option<u8>| {
+                b.and_then(|b| char::from(b).to_digit(16)).and_then(|d| u8::try_from(d).ok())
+            };
             let (Some(high), Some(low)) = (digit(rest.next()), digit(rest.next())) else {
                 return Err(Refusal::Path("a percent sign without two digits"));
             };
@@ -120,13 +125,18 @@ fn read(segments: &[String], target: &mut Target) -> Result<(), Refusal> {
     let mut rest: Vec<&str> = parts.collect();
     match rest.first().copied() {
         // the old form of watches and of the proxy verb: other rules of reading, and nobody needs them
-        Some("watch") => return Err(Refusal::Path("a path with `watch` in it: use the query watch=true")),
+        Some("watch") => {
+            return Err(Refusal::Path("a path with `watch` in it: use the query watch=true"));
+        }
         Some("proxy") => return Err(Refusal::Proxy),
         _ => {}
     }
     if rest.first() == Some(&"namespaces") {
         match rest.get(1) {
-            Some(namespace) if rest.len() > 2 && !(rest.len() == 3 && matches!(rest[2], "status" | "finalize")) => {
+            Some(namespace)
+                if rest.len() > 2
+                    && !(rest.len() == 3 && matches!(rest[2], "status" | "finalize")) =>
+            {
                 target.namespace = Some((*namespace).to_owned());
                 rest.drain(..2);
             }
@@ -155,7 +165,9 @@ impl Target {
         let allowed = if self.resource.is_empty() {
             // discovery and the like, by name: what is not listed here may be anything
             let first = self.path.trim_matches('/').split('/').next().unwrap_or_default();
-            reading && (matches!(first, "" | "api" | "apis" | "version") || self.path.starts_with("/openapi/"))
+            reading
+                && (matches!(first, "" | "api" | "apis" | "version")
+                    || self.path.starts_with("/openapi/"))
         } else if self.resource == "namespaces" {
             listed && reading && self.subresource.is_none()
         } else if self.namespace.is_some() {
@@ -163,7 +175,8 @@ impl Target {
         } else {
             let review = matches!(
                 (self.group.as_str(), self.resource.as_str()),
-                ("authorization.k8s.io", "selfsubjectaccessreviews" | "selfsubjectrulesreviews") | ("authentication.k8s.io", "selfsubjectreviews")
+                ("authorization.k8s.io", "selfsubjectaccessreviews" | "selfsubjectrulesreviews")
+                    | ("authentication.k8s.io", "selfsubjectreviews")
             );
             review && *method == Method::POST && self.name.is_none()
         };
@@ -180,10 +193,22 @@ mod tests {
     #[test]
     fn paths_mean_what_the_api_server_reads_in_them() {
         let cases = [
-            ("/api/v1/namespaces/beta/pods/web/log", "pods", Some("beta"), Some("web"), Some("log")),
+            (
+                "/api/v1/namespaces/beta/pods/web/log",
+                "pods",
+                Some("beta"),
+                Some("web"),
+                Some("log"),
+            ),
             ("/apis/apps/v1/namespaces/beta/deployments", "deployments", Some("beta"), None, None),
             ("/api/v1/namespaces/beta", "namespaces", Some("beta"), Some("beta"), None),
-            ("/api/v1/namespaces/beta/status", "namespaces", Some("beta"), Some("beta"), Some("status")),
+            (
+                "/api/v1/namespaces/beta/status",
+                "namespaces",
+                Some("beta"),
+                Some("beta"),
+                Some("status"),
+            ),
             ("/api/v1/namespaces", "namespaces", None, None, None),
             ("/api/v1/nodes/n1", "nodes", None, Some("n1"), None),
             ("/api/v1", "", None, None, None),
@@ -194,11 +219,24 @@ mod tests {
         for (path, resource, namespace, name, sub) in cases {
             let t = target(path).unwrap();
             assert_eq!((t.path.as_str(), t.resource.as_str()), (path, resource), "{path}");
-            assert_eq!((t.namespace.as_deref(), t.name.as_deref(), t.subresource.as_deref()), (namespace, name, sub), "{path}");
+            assert_eq!(
+                (t.namespace.as_deref(), t.name.as_deref(), t.subresource.as_deref()),
+                (namespace, name, sub),
+                "{path}"
+            );
         }
         // odd and right
-        assert_eq!(target("/api/v1/namespaces/b/configmaps/caf%C3%A9").unwrap().path, "/api/v1/namespaces/b/configmaps/caf%C3%A9");
-        assert_eq!(target("/apis/rbac.authorization.k8s.io/v1/clusterroles/system:node").unwrap().name.unwrap(), "system:node");
+        assert_eq!(
+            target("/api/v1/namespaces/b/configmaps/caf%C3%A9").unwrap().path,
+            "/api/v1/namespaces/b/configmaps/caf%C3%A9"
+        );
+        assert_eq!(
+            target("/apis/rbac.authorization.k8s.io/v1/clusterroles/system:node")
+                .unwrap()
+                .name
+                .unwrap(),
+            "system:node"
+        );
         assert_eq!(target("/api/v1/%70ods").unwrap().path, "/api/v1/pods");
     }
 
@@ -226,9 +264,12 @@ mod tests {
         ] {
             assert!(matches!(target(path), Err(Refusal::Path(_))), "{path}: {:?}", target(path));
         }
-        for path in
-            ["/api/v1/nodes/n/proxy/run", "/api/v1/namespaces/b/services/s:80/proxy/x", "/api/v1/namespaces/b/pods/p/proxy", "/api/v1/proxy/nodes/n"]
-        {
+        for path in [
+            "/api/v1/nodes/n/proxy/run",
+            "/api/v1/namespaces/b/services/s:80/proxy/x",
+            "/api/v1/namespaces/b/pods/p/proxy",
+            "/api/v1/proxy/nodes/n",
+        ] {
             assert_eq!(target(path), Err(Refusal::Proxy), "{path}");
         }
     }
@@ -236,7 +277,8 @@ mod tests {
     #[test]
     fn a_namespace_claim_lets_only_its_own_through() {
         let own = ["beta".to_owned()];
-        let verdict = |method: Method, path: &str| target(path).unwrap().within(&method, &own).is_ok();
+        let verdict =
+            |method: Method, path: &str| target(path).unwrap().within(&method, &own).is_ok();
         for (method, path) in [
             (Method::GET, "/api"),
             (Method::GET, "/apis/apps/v1"),

@@ -37,16 +37,20 @@ pub fn node(node: &Value) -> Option<String> {
 pub fn node_version(node: &Value, version: &str) -> Option<String> {
     let now = text(node, "/status/nodeInfo/kubeletVersion");
     // a kubelet that is not k3s' own has its own numbers
-    (!version.is_empty() && now.contains("+k3s") && now != version)
-        .then(|| format!("the node still reports {now}: the kubelet of {version} has not reported yet"))
+    (!version.is_empty() && now.contains("+k3s") && now != version).then(|| {
+        format!("the node still reports {now}: the kubelet of {version} has not reported yet")
+    })
 }
 
 /// The kubelet's signs of life: its Ready condition's heartbeat and its Lease's renewal. Both are stamped by the node itself.
 pub type Beats = [Option<Timestamp>; 2];
 
 pub fn heartbeats(node: &Value, lease: Option<&Value>) -> Beats {
-    let beat = node["status"]["conditions"].as_array().and_then(|all| all.iter().find(|c| c["type"] == "Ready"));
-    let times = [beat.map(|c| text(c, "/lastHeartbeatTime")), lease.map(|l| text(l, "/spec/renewTime"))];
+    let beat = node["status"]["conditions"]
+        .as_array()
+        .and_then(|all| all.iter().find(|c| c["type"] == "Ready"));
+    let times =
+        [beat.map(|c| text(c, "/lastHeartbeatTime")), lease.map(|l| text(l, "/spec/renewTime"))];
     times.map(|t| t.and_then(|t| t.parse().ok()))
 }
 
@@ -55,14 +59,17 @@ pub fn heartbeats(node: &Value, lease: Option<&Value>) -> Beats {
 pub fn fresh(beats: Beats, started: Option<Timestamp>, now: Timestamp) -> bool {
     let Some(started) = started else { return true };
     let mut seen = beats.into_iter().flatten().peekable();
-    seen.peek().is_none() || seen.any(|beat| beat > started && beat.duration_since(now).as_secs() <= 30)
+    seen.peek().is_none()
+        || seen.any(|beat| beat > started && beat.duration_since(now).as_secs() <= 30)
 }
 
 /// Why a Deployment or StatefulSet has not what it wants, pods left aside.
 pub fn replicas(object: &Value) -> Option<String> {
     let wanted = object["spec"]["replicas"].as_i64().unwrap_or(1);
     let have = number(object, "/status/readyReplicas");
-    if have >= wanted && number(object, "/status/observedGeneration") >= number(object, "/metadata/generation") {
+    if have >= wanted
+        && number(object, "/status/observedGeneration") >= number(object, "/metadata/generation")
+    {
         return None;
     }
     let mut why = format!("{have} of {wanted} pods are ready");
@@ -78,7 +85,8 @@ pub fn replicas(object: &Value) -> Option<String> {
 /// The labels by which a Deployment or StatefulSet finds its pods, as a selector of the API; `None` where it has no plain ones.
 pub fn selector(object: &Value) -> Option<String> {
     let labels = object["spec"]["selector"]["matchLabels"].as_object().filter(|l| !l.is_empty())?;
-    let pairs: Vec<String> = labels.iter().filter_map(|(k, v)| Some(format!("{k}={}", v.as_str()?))).collect();
+    let pairs: Vec<String> =
+        labels.iter().filter_map(|(k, v)| Some(format!("{k}={}", v.as_str()?))).collect();
     Some(pairs.join(","))
 }
 
@@ -98,7 +106,11 @@ fn pod(pod: &Value) -> Option<(u8, String)> {
         return Some((3, format!("no node takes {name}: {}", brief(message))));
     }
     if text(pod, "/status/phase") == "Failed" {
-        let why = [text(pod, "/status/reason"), text(pod, "/status/message")].into_iter().filter(|t| !t.is_empty()).collect::<Vec<_>>().join(": ");
+        let why = [text(pod, "/status/reason"), text(pod, "/status/message")]
+            .into_iter()
+            .filter(|t| !t.is_empty())
+            .collect::<Vec<_>>()
+            .join(": ");
         if !why.is_empty() {
             return Some((2, format!("{name} failed: {}", brief(&why))));
         }
@@ -109,22 +121,36 @@ fn pod(pod: &Value) -> Option<(u8, String)> {
 }
 
 fn container(pod: &str, state: &Value) -> Option<(u8, String)> {
-    let (waiting, message) = (text(state, "/state/waiting/reason"), brief(text(state, "/state/waiting/message")));
+    let (waiting, message) =
+        (text(state, "/state/waiting/reason"), brief(text(state, "/state/waiting/message")));
     let restarts = number(state, "/restartCount");
     // how it ended: this time, or the last
-    let ended = [&state["state"]["terminated"], &state["lastState"]["terminated"]].into_iter().find(|t| t.is_object() && number(t, "/exitCode") != 0);
+    let ended = [&state["state"]["terminated"], &state["lastState"]["terminated"]]
+        .into_iter()
+        .find(|t| t.is_object() && number(t, "/exitCode") != 0);
     let end = ended.map(|t| {
         let said = brief(text(t, "/message"));
         let reason = text(t, "/reason");
-        let reason = if matches!(reason, "" | "Error") { String::new() } else { format!(" ({reason})") };
-        format!("exit code {}{reason}{}", number(t, "/exitCode"), if said.is_empty() { String::new() } else { format!(": {said}") })
+        let reason =
+            if matches!(reason, "" | "Error") { String::new() } else { format!(" ({reason})") };
+        format!(
+            "exit code {}{reason}{}",
+            number(t, "/exitCode"),
+            if said.is_empty() { String::new() } else { format!(": {said}") }
+        )
     });
     let again = if restarts > 0 { format!(", restarted {restarts} times") } else { String::new() };
     match (waiting, end) {
         ("" | "ContainerCreating" | "PodInitializing", None) => None,
-        ("CrashLoopBackOff", Some(end)) => Some((5, format!("{pod} ends again and again (CrashLoopBackOff{again}): {end}"))),
-        ("CrashLoopBackOff", None) => Some((5, format!("{pod} ends again and again (CrashLoopBackOff{again})"))),
-        ("" | "ContainerCreating" | "PodInitializing", Some(end)) => Some((4, format!("{pod} ended{again}: {end}"))),
+        ("CrashLoopBackOff", Some(end)) => {
+            Some((5, format!("{pod} ends again and again (CrashLoopBackOff{again}): {end}")))
+        }
+        ("CrashLoopBackOff", None) => {
+            Some((5, format!("{pod} ends again and again (CrashLoopBackOff{again})")))
+        }
+        ("" | "ContainerCreating" | "PodInitializing", Some(end)) => {
+            Some((4, format!("{pod} ended{again}: {end}")))
+        }
         (reason, _) if message.is_empty() => Some((5, format!("{pod}: {reason}{again}"))),
         (reason, _) => Some((5, format!("{pod}: {reason}{again}: {message}"))),
     }
@@ -152,23 +178,33 @@ mod tests {
             "lastState": {"terminated": {"exitCode": 1, "reason": "Error", "message": "line one\nError: INSTALLATION FAILED: no repo\n"}}});
         let oom = json!({"restartCount": 2, "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}});
         let pull = json!({"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image \"x\""}}});
-        let between = json!({"restartCount": 1, "state": {"terminated": {"exitCode": 2, "reason": "Error"}}});
+        let between =
+            json!({"restartCount": 1, "state": {"terminated": {"exitCode": 2, "reason": "Error"}}});
         let cases = [
             (
                 json!({"containerStatuses": [crash]}),
                 "web-1 ends again and again (CrashLoopBackOff, restarted 7 times): exit code 1: Error: INSTALLATION FAILED: no repo",
             ),
-            (json!({"containerStatuses": [oom]}), "web-1 ends again and again (CrashLoopBackOff, restarted 2 times): exit code 137 (OOMKilled)"),
+            (
+                json!({"containerStatuses": [oom]}),
+                "web-1 ends again and again (CrashLoopBackOff, restarted 2 times): exit code 137 (OOMKilled)",
+            ),
             (
                 json!({"initContainerStatuses": [pull], "containerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}]}),
                 "web-1: ImagePullBackOff: Back-off pulling image \"x\"",
             ),
-            (json!({"containerStatuses": [between]}), "web-1 ended, restarted 1 times: exit code 2"),
+            (
+                json!({"containerStatuses": [between]}),
+                "web-1 ended, restarted 1 times: exit code 2",
+            ),
             (
                 json!({"containerStatuses": [{"state": {"waiting": {"reason": "CreateContainerConfigError", "message": "secret \"s\" not found"}}}]}),
                 "web-1: CreateContainerConfigError: secret \"s\" not found",
             ),
-            (json!({"containerStatuses": [{"state": {"waiting": {"reason": "InvalidImageName"}}}]}), "web-1: InvalidImageName"),
+            (
+                json!({"containerStatuses": [{"state": {"waiting": {"reason": "InvalidImageName"}}}]}),
+                "web-1: InvalidImageName",
+            ),
             (
                 json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available: 1 Insufficient memory."}]}),
                 "no node takes web-1: 0/1 nodes are available: 1 Insufficient memory.",
@@ -190,7 +226,9 @@ mod tests {
         for status in fine {
             assert_eq!(pods(&[with(status.clone())]), None, "{status}");
         }
-        let mut going = with(json!({"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}));
+        let mut going = with(
+            json!({"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull"}}}]}),
+        );
         going["metadata"]["deletionTimestamp"] = json!("2026-11-27T05:00:00Z");
         assert_eq!(pods(&[going]), None, "a pod that goes is no trouble");
     }
@@ -198,12 +236,28 @@ mod tests {
     #[test]
     fn a_deployment_is_judged_by_what_it_wants() {
         let of = |spec: Value, status: Value| json!({"metadata": {"generation": 2}, "spec": spec, "status": status});
-        assert_eq!(replicas(&of(json!({"replicas": 2}), json!({"readyReplicas": 2, "observedGeneration": 2}))), None);
+        assert_eq!(
+            replicas(&of(
+                json!({"replicas": 2}),
+                json!({"readyReplicas": 2, "observedGeneration": 2})
+            )),
+            None
+        );
         assert_eq!(replicas(&of(json!({"replicas": 0}), json!({"observedGeneration": 2}))), None);
-        assert_eq!(replicas(&of(json!({}), json!({"readyReplicas": 1, "observedGeneration": 1}))).unwrap(), "1 of 1 pods are ready");
+        assert_eq!(
+            replicas(&of(json!({}), json!({"readyReplicas": 1, "observedGeneration": 1}))).unwrap(),
+            "1 of 1 pods are ready"
+        );
         let refused = json!({"observedGeneration": 2, "conditions": [{"type": "ReplicaFailure", "status": "True", "message": "pods \"x\" is forbidden: exceeded quota"}]});
-        assert_eq!(replicas(&of(json!({}), refused)).unwrap(), "0 of 1 pods are ready: pods \"x\" is forbidden: exceeded quota");
-        assert_eq!(selector(&json!({"spec": {"selector": {"matchLabels": {"app": "x", "k8s": "y"}}}})).unwrap(), "app=x,k8s=y");
+        assert_eq!(
+            replicas(&of(json!({}), refused)).unwrap(),
+            "0 of 1 pods are ready: pods \"x\" is forbidden: exceeded quota"
+        );
+        assert_eq!(
+            selector(&json!({"spec": {"selector": {"matchLabels": {"app": "x", "k8s": "y"}}}}))
+                .unwrap(),
+            "app=x,k8s=y"
+        );
         assert_eq!(selector(&json!({})), None);
     }
 
@@ -212,16 +266,40 @@ mod tests {
         let at = |second: i64| Timestamp::from_second(1_790_000_000 + second).unwrap();
         let (now, start) = (at(100), Some(at(50)));
         let one = |beat| [Some(beat), None];
-        assert!(!fresh(one(at(49)), start, now) && !fresh(one(at(50)), start, now) && fresh(one(at(51)), start, now));
-        assert!(fresh([Some(at(1)), Some(at(51))], start, now) && fresh([Some(at(51)), Some(at(1))], start, now));
-        assert!(!fresh([Some(at(3600)), Some(at(3600))], start, now), "the clock was set back since");
-        assert!(fresh(one(at(110)), start, now) && fresh([None, None], start, now) && fresh(one(at(1)), None, now));
+        assert!(
+            !fresh(one(at(49)), start, now)
+                && !fresh(one(at(50)), start, now)
+                && fresh(one(at(51)), start, now)
+        );
+        assert!(
+            fresh([Some(at(1)), Some(at(51))], start, now)
+                && fresh([Some(at(51)), Some(at(1))], start, now)
+        );
+        assert!(
+            !fresh([Some(at(3600)), Some(at(3600))], start, now),
+            "the clock was set back since"
+        );
+        assert!(
+            fresh(one(at(110)), start, now)
+                && fresh([None, None], start, now)
+                && fresh(one(at(1)), None, now)
+        );
         let node = json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-09-21T13:46:40Z"}], "nodeInfo": {"kubeletVersion": "v1.34.1+k3s1"}}});
         let lease = json!({"spec": {"renewTime": "2026-09-21T13:47:00.123456Z"}});
-        assert!(matches!(heartbeats(&node, Some(&lease)), [Some(beat), Some(renewed)] if renewed > beat));
+        assert!(
+            matches!(heartbeats(&node, Some(&lease)), [Some(beat), Some(renewed)] if renewed > beat)
+        );
         assert_eq!(heartbeats(&json!({}), None), [None, None]);
         assert_eq!((node_version(&node, "v1.34.1+k3s1"), node_version(&node, "")), (None, None));
-        assert!(node_version(&node, "v1.35.0+k3s1").unwrap().contains("still reports v1.34.1+k3s1"));
-        assert_eq!(node_version(&json!({"status": {"nodeInfo": {"kubeletVersion": "v1.20.2"}}}), "v1.35.0+k3s1"), None);
+        assert!(
+            node_version(&node, "v1.35.0+k3s1").unwrap().contains("still reports v1.34.1+k3s1")
+        );
+        assert_eq!(
+            node_version(
+                &json!({"status": {"nodeInfo": {"kubeletVersion": "v1.20.2"}}}),
+                "v1.35.0+k3s1"
+            ),
+            None
+        );
     }
 }

@@ -23,14 +23,21 @@ impl Upstream {
     /// # Errors
     /// When the file is absent or no kubeconfig.
     pub fn open(host: &Host, kubeconfig: &str) -> anyhow::Result<Upstream> {
-        Ok(Upstream { pooled: Wire::open(host, kubeconfig, IDLE)?, single: Wire::open(host, kubeconfig, 0)? })
+        Ok(Upstream {
+            pooled: Wire::open(host, kubeconfig, IDLE)?,
+            single: Wire::open(host, kubeconfig, 0)?,
+        })
     }
 
     /// Sends on; the answer's head comes back, its body streams.
     ///
     /// # Errors
     /// When the API server cannot be reached or breaks off before its head.
-    pub async fn send(&self, request: Request<Body>, upgrade: bool) -> Result<Response<Incoming>, BoxError> {
+    pub async fn send(
+        &self,
+        request: Request<Body>,
+        upgrade: bool,
+    ) -> Result<Response<Incoming>, BoxError> {
         let wire = if upgrade { self.single.clone() } else { self.pooled.clone() };
         wire.send(request).await
     }

@@ -26,7 +26,11 @@ const WATCH: u32 = 290;
 ///
 /// # Errors
 /// Whatever ends the list or the watch but its time.
-pub async fn follow(cluster: &Cluster, path: &str, mut on: impl FnMut(Change)) -> Result<(), kube::Error> {
+pub async fn follow(
+    cluster: &Cluster,
+    path: &str,
+    mut on: impl FnMut(Change),
+) -> Result<(), kube::Error> {
     loop {
         on(Change::Begin);
         let mut version = list(cluster, path, &mut on).await?;
@@ -36,7 +40,9 @@ pub async fn follow(cluster: &Cluster, path: &str, mut on: impl FnMut(Change)) -
             return Ok(());
         };
         loop {
-            let uri = format!("{path}?watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH}&resourceVersion={version}");
+            let uri = format!(
+                "{path}?watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH}&resourceVersion={version}"
+            );
             let request = Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)?;
             let mut events = std::pin::pin!(cluster.client.request_events::<Value>(request).await?);
             let mut expired = false;
@@ -50,7 +56,9 @@ pub async fn follow(cluster: &Cluster, path: &str, mut on: impl FnMut(Change)) -
                         remember(version, &object);
                         on(Change::Gone(object));
                     }
-                    WatchEvent::Bookmark(mark) => version.clone_from(&mark.metadata.resource_version),
+                    WatchEvent::Bookmark(mark) => {
+                        version.clone_from(&mark.metadata.resource_version)
+                    }
                     WatchEvent::Error(error) if error.code == 410 => expired = true,
                     WatchEvent::Error(error) => return Err(kube::Error::Api(error)),
                 }
@@ -69,7 +77,11 @@ fn remember(version: &mut String, object: &Value) {
 }
 
 /// The resource version of a complete list; `None` when there is nothing to follow.
-async fn list(cluster: &Cluster, path: &str, on: &mut impl FnMut(Change)) -> Result<Option<String>, kube::Error> {
+async fn list(
+    cluster: &Cluster,
+    path: &str,
+    on: &mut impl FnMut(Change),
+) -> Result<Option<String>, kube::Error> {
     let mut more = String::new();
     loop {
         let mut page = match cluster.get(&format!("{path}?limit={PAGE}{more}")).await {
@@ -83,9 +95,16 @@ async fn list(cluster: &Cluster, path: &str, on: &mut impl FnMut(Change)) -> Res
         }
         match page["metadata"]["continue"].as_str() {
             Some(token) if !token.is_empty() => {
-                more = format!("&continue={}", url::form_urlencoded::byte_serialize(token.as_bytes()).collect::<String>())
+                more = format!(
+                    "&continue={}",
+                    url::form_urlencoded::byte_serialize(token.as_bytes()).collect::<String>()
+                )
             }
-            _ => return Ok(Some(page["metadata"]["resourceVersion"].as_str().unwrap_or("0").to_owned())),
+            _ => {
+                return Ok(Some(
+                    page["metadata"]["resourceVersion"].as_str().unwrap_or("0").to_owned(),
+                ));
+            }
         }
     }
 }

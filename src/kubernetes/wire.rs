@@ -85,7 +85,9 @@ fn text(host: &Host, data: Option<&str>, file: Option<&str>) -> anyhow::Result<O
             let bytes = STANDARD.decode(data.trim()).context("its base64 is wrong")?;
             Ok(Some(String::from_utf8(bytes).context("it is no text")?))
         }
-        (_, Some(file)) if !file.is_empty() => Ok(Some(host.read(file)?.with_context(|| format!("{file} is not there"))?)),
+        (_, Some(file)) if !file.is_empty() => {
+            Ok(Some(host.read(file)?.with_context(|| format!("{file} is not there"))?))
+        }
         _ => Ok(None),
     }
 }
@@ -93,10 +95,17 @@ fn text(host: &Host, data: Option<&str>, file: Option<&str>) -> anyhow::Result<O
 impl Kubeconfig {
     fn current(self) -> anyhow::Result<(Cluster, User)> {
         let context = self.contexts.into_iter().find(|c| c.name == self.current_context);
-        let context = context.with_context(|| format!("it has no context `{}`", self.current_context))?.what;
+        let context =
+            context.with_context(|| format!("it has no context `{}`", self.current_context))?.what;
         let cluster = self.clusters.into_iter().find(|c| c.name == context.cluster);
-        let cluster = cluster.with_context(|| format!("it has no cluster `{}`", context.cluster))?.what;
-        let user = self.users.into_iter().find(|u| u.name == context.user).map(|u| u.what).unwrap_or_default();
+        let cluster =
+            cluster.with_context(|| format!("it has no cluster `{}`", context.cluster))?.what;
+        let user = self
+            .users
+            .into_iter()
+            .find(|u| u.name == context.user)
+            .map(|u| u.what)
+            .unwrap_or_default();
         Ok((cluster, user))
     }
 }
@@ -104,11 +113,21 @@ impl Kubeconfig {
 impl User {
     fn identity(&self, host: &Host) -> anyhow::Result<Option<Identity>> {
         let certificate =
-            text(host, self.client_certificate_data.as_deref(), self.client_certificate.as_deref()).context("the client certificate")?;
-        let key = text(host, self.client_key_data.as_ref().map(Secret::expose), self.client_key.as_deref()).context("the client key")?;
-        let (Some(certificate), Some(key)) = (certificate, key.map(Secret::new)) else { return Ok(None) };
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate.as_bytes()).collect();
-        let key = PrivateKeyDer::from_pem_slice(key.expose().as_bytes()).map_err(|e| anyhow::anyhow!("the client key: {e}"))?;
+            text(host, self.client_certificate_data.as_deref(), self.client_certificate.as_deref())
+                .context("the client certificate")?;
+        let key = text(
+            host,
+            self.client_key_data.as_ref().map(Secret::expose),
+            self.client_key.as_deref(),
+        )
+        .context("the client key")?;
+        let (Some(certificate), Some(key)) = (certificate, key.map(Secret::new)) else {
+            return Ok(None);
+        };
+        let chain: Result<Vec<_>, _> =
+            CertificateDer::pem_slice_iter(certificate.as_bytes()).collect();
+        let key = PrivateKeyDer::from_pem_slice(key.expose().as_bytes())
+            .map_err(|e| anyhow::anyhow!("the client key: {e}"))?;
         Ok(Some((chain.context("the client certificate")?, key)))
     }
 
@@ -116,7 +135,9 @@ impl User {
     fn bearer(&self, host: &Host) -> anyhow::Result<Option<HeaderValue>> {
         let token = match (&self.token, &self.token_file) {
             (Some(token), _) if !token.is_empty() => token.clone(),
-            (_, Some(file)) => Secret::new(host.read(file)?.with_context(|| format!("{file} is not there"))?.trim()),
+            (_, Some(file)) => Secret::new(
+                host.read(file)?.with_context(|| format!("{file} is not there"))?.trim(),
+            ),
             _ => return Ok(None),
         };
         let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose()))
@@ -143,15 +164,20 @@ impl Wire {
     /// # Errors
     /// The file is absent, is no kubeconfig, or asks for what is not done here; the text says which.
     pub(super) fn open(host: &Host, kubeconfig: &str, idle: usize) -> anyhow::Result<Wire> {
-        let yaml = host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
+        let yaml =
+            host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
         Wire::made(host, &yaml, idle).with_context(|| format!("reading {kubeconfig}"))
     }
 
     fn made(host: &Host, yaml: &str, idle: usize) -> anyhow::Result<Wire> {
         // the library's own text shows the lines around the fault, and with them secrets
-        let parsed: Kubeconfig = serde_saphyr::from_str(yaml).map_err(|_| anyhow::anyhow!("it is no kubeconfig in YAML"))?;
+        let parsed: Kubeconfig = serde_saphyr::from_str(yaml)
+            .map_err(|_| anyhow::anyhow!("it is no kubeconfig in YAML"))?;
         let (cluster, user) = parsed.current()?;
-        anyhow::ensure!(!cluster.insecure_skip_tls_verify, "it asks not to verify the API server: give its CA instead");
+        anyhow::ensure!(
+            !cluster.insecure_skip_tls_verify,
+            "it asks not to verify the API server: give its CA instead"
+        );
         anyhow::ensure!(
             user.exec.is_none() && user.auth_provider.is_none() && user.username.is_none(),
             "its user needs a plugin or a password: only tokens and client certificates work here"
@@ -162,15 +188,24 @@ impl Wire {
             .ok()
             .filter(|u: &Uri| u.authority().is_some())
             .with_context(|| format!("`{}` is no URL of a server", cluster.server))?;
-        let ca = text(host, cluster.certificate_authority_data.as_deref(), cluster.certificate_authority.as_deref()).context("the CA")?;
-        let tls = Trust { ca_pem: ca, ..Trust::default() }.client_as(user.identity(host)?).map_err(anyhow::Error::msg)?;
+        let ca = text(
+            host,
+            cluster.certificate_authority_data.as_deref(),
+            cluster.certificate_authority.as_deref(),
+        )
+        .context("the CA")?;
+        let tls = Trust { ca_pem: ca, ..Trust::default() }
+            .client_as(user.identity(host)?)
+            .map_err(anyhow::Error::msg)?;
         let mut http = HttpConnector::new();
         http.enforce_http(false);
         http.set_connect_timeout(Some(CONNECT));
         http.set_nodelay(true);
         let mut connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
         if let Some(name) = cluster.tls_server_name {
-            connector = connector.with_server_name_resolver(FixedServerNameResolver::new(name.try_into().context("tls-server-name")?));
+            connector = connector.with_server_name_resolver(FixedServerNameResolver::new(
+                name.try_into().context("tls-server-name")?,
+            ));
         }
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
@@ -185,7 +220,10 @@ impl Wire {
 
     /// # Errors
     /// When the API server cannot be reached or breaks off before its head.
-    pub(super) async fn send(self, mut request: Request<Body>) -> Result<Response<Incoming>, BoxError> {
+    pub(super) async fn send(
+        self,
+        mut request: Request<Body>,
+    ) -> Result<Response<Incoming>, BoxError> {
         let mut parts = self.base.clone().into_parts();
         let before = self.base.path().trim_end_matches('/');
         parts.path_and_query = match request.uri().path_and_query() {
@@ -253,7 +291,15 @@ mod tests {
         let host = Host::new(root.path(), None);
         let dir = host.state_dir("/s").unwrap();
         dir.write("token", "first\n").unwrap();
-        let wire = Wire::made(&host, &config(json!({"server": "http://127.0.0.1:1/base/"}), json!({"tokenFile": "/s/token"})), 1).unwrap();
+        let wire = Wire::made(
+            &host,
+            &config(
+                json!({"server": "http://127.0.0.1:1/base/"}),
+                json!({"tokenFile": "/s/token"}),
+            ),
+            1,
+        )
+        .unwrap();
         dir.write("token", "second\n").unwrap();
         assert_eq!(wire.user.bearer(&host).unwrap().unwrap(), "Bearer second");
         assert!(wire.host.is_some());

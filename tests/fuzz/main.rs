@@ -1,7 +1,11 @@
 //! Fuzz targets for every parser that reads what others wrote, as seeded loops: mutations of a small corpus, no crash.
 //!
 //! `scripts/fuzz SECONDS` gives each target that long; by default each runs for a blink, so that they cannot rot.
-#![allow(clippy::disallowed_methods, clippy::print_stdout, reason = "tests stand outside the doors")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    reason = "tests stand outside the doors"
+)]
 
 mod remote;
 
@@ -89,7 +93,10 @@ pub(crate) fn run(name: &str, corpus: &[&str], target: impl Fn(&str)) {
 }
 
 pub(crate) fn run_bytes(name: &str, corpus: &[&[u8]], mut target: impl FnMut(&[u8])) {
-    let time = std::env::var("PIPEOPS_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()).map_or(Duration::from_millis(200), Duration::from_secs);
+    let time = std::env::var("PIPEOPS_FUZZ_SECONDS")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .map_or(Duration::from_millis(200), Duration::from_secs);
     let (mut random, begin, mut rounds) = (Random(0x9E37_79B9_7F4A_7C15), Instant::now(), 0u64);
     while begin.elapsed() < time {
         for seed in corpus {
@@ -104,7 +111,8 @@ pub(crate) fn run_bytes(name: &str, corpus: &[&[u8]], mut target: impl FnMut(&[u
 #[test]
 fn token() {
     let hash = "ab".repeat(32);
-    let (full, boot) = (format!("K10{hash}::server:s3cret"), format!("K10{hash}::abcdef.0123456789abcdef"));
+    let (full, boot) =
+        (format!("K10{hash}::server:s3cret"), format!("K10{hash}::abcdef.0123456789abcdef"));
     run("token", &[&full, &boot, "password", "K10::node:x"], |text| {
         if let Ok(token) = Token::parse(text) {
             let _ = token.authorization();
@@ -115,25 +123,38 @@ fn token() {
 
 #[test]
 fn url() {
-    run("url", &["10.0.0.1", "https://[fd00::1]:6443/", "cp.example.com:443", "10.0.0.0/8", "fd00::/8"], |text| {
-        if let Ok(url) = typed::master_url(text) {
-            assert!(url::Url::parse(&url).is_ok(), "{text:?} -> {url}");
-            assert_eq!(typed::master_url(&url).as_deref(), Ok(url.as_str()), "stable");
-        }
-        if let Some(cidr) = Cidr::parse(text) {
-            assert!(cidr.overlaps(&cidr) && cidr.contains(cidr.address));
-        }
-    });
+    run(
+        "url",
+        &["10.0.0.1", "https://[fd00::1]:6443/", "cp.example.com:443", "10.0.0.0/8", "fd00::/8"],
+        |text| {
+            if let Ok(url) = typed::master_url(text) {
+                assert!(url::Url::parse(&url).is_ok(), "{text:?} -> {url}");
+                assert_eq!(typed::master_url(&url).as_deref(), Ok(url.as_str()), "stable");
+            }
+            if let Some(cidr) = Cidr::parse(text) {
+                assert!(cidr.overlaps(&cidr) && cidr.contains(cidr.address));
+            }
+        },
+    );
 }
 
 #[test]
 fn version() {
-    run("version", &["v1.36.2+k3s1", "v1.28.0-rc1+k3s2", "https://github.com/k3s-io/k3s/releases/tag/v1.36.2+k3s1", "abc  k3s\n"], |text| {
-        if let Ok(version) = text.parse::<Version>() {
-            assert_eq!(version.to_string().parse::<Version>().as_ref(), Ok(&version));
-        }
-        let _ = (from_redirect(text), listed(text, "k3s"), parse_time(text));
-    });
+    run(
+        "version",
+        &[
+            "v1.36.2+k3s1",
+            "v1.28.0-rc1+k3s2",
+            "https://github.com/k3s-io/k3s/releases/tag/v1.36.2+k3s1",
+            "abc  k3s\n",
+        ],
+        |text| {
+            if let Ok(version) = text.parse::<Version>() {
+                assert_eq!(version.to_string().parse::<Version>().as_ref(), Ok(&version));
+            }
+            let _ = (from_redirect(text), listed(text, "k3s"), parse_time(text));
+        },
+    );
 }
 
 #[test]
@@ -159,9 +180,19 @@ fn proc() {
         "level=error msg=\"Node password rejected, duplicate hostname\"\n",
     ];
     run("proc", &corpus, |text| {
-        let _ =
-            (parse::os_release(text), parse::meminfo(text, "MemTotal"), parse::cpus(text), parse::sockets(text, "tcp"), parse::sockets(text, "udp"));
-        let _ = (parse::resolv_conf(text), parse::ip_routes(text, false), parse::ip_addresses(text), parse::module_names(text));
+        let _ = (
+            parse::os_release(text),
+            parse::meminfo(text, "MemTotal"),
+            parse::cpus(text),
+            parse::sockets(text, "tcp"),
+            parse::sockets(text, "udp"),
+        );
+        let _ = (
+            parse::resolv_conf(text),
+            parse::ip_routes(text, false),
+            parse::ip_addresses(text),
+            parse::module_names(text),
+        );
         let _ = (
             parse::cgroups(None, text),
             parse::cgroups(Some(text), ""),

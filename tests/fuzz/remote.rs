@@ -14,15 +14,27 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use crate::{run, run_bytes};
 
 fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap_or_else(|e| panic!("{e}"))
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap_or_else(|e| panic!("{e}"))
 }
 
 #[test]
 fn frame() {
     let seeds: Vec<Vec<u8>> = [
         Message::from(wire::Login { run_id: "r".into(), timestamp: 7, ..wire::Login::default() }),
-        Message::from(wire::NewProxy { proxy_name: "a".into(), remote_port: 1, custom_domains: vec!["x".into()], ..wire::NewProxy::default() }),
-        Message::from(wire::StartWorkConn { proxy_name: "a".into(), src_port: 9, ..wire::StartWorkConn::default() }),
+        Message::from(wire::NewProxy {
+            proxy_name: "a".into(),
+            remote_port: 1,
+            custom_domains: vec!["x".into()],
+            ..wire::NewProxy::default()
+        }),
+        Message::from(wire::StartWorkConn {
+            proxy_name: "a".into(),
+            src_port: 9,
+            ..wire::StartWorkConn::default()
+        }),
         Message::from(wire::Ping::default()),
     ]
     .iter()
@@ -38,7 +50,10 @@ fn frame() {
                 let _ = message.encode();
             }
             let mut plain = Vec::new();
-            let _ = layered(Box::new(std::io::Cursor::new(bytes.to_vec())), Some(&key), true).take(1 << 20).read_to_end(&mut plain).await;
+            let _ = layered(Box::new(std::io::Cursor::new(bytes.to_vec())), Some(&key), true)
+                .take(1 << 20)
+                .read_to_end(&mut plain)
+                .await;
         });
     });
 }
@@ -55,7 +70,8 @@ fn mux() {
     run_bytes("mux", &seeds, |bytes| {
         runtime.block_on(async {
             let (ours, mut theirs) = tokio::io::duplex(1 << 17);
-            let (mux, driver) = Mux::new(ours, Side::Server, Limits { window: 256 * 1024, streams: 8 });
+            let (mux, driver) =
+                Mux::new(ours, Side::Server, Limits { window: 256 * 1024, streams: 8 });
             let _ = theirs.write_all(bytes).await;
             let _ = theirs.shutdown().await;
             let serve = async {
@@ -97,12 +113,22 @@ fn jwt() {
     let auth = RunnerAuth {
         issuer: "cp".into(),
         audience: "a".into(),
-        jwks: Jwks { keys: vec![Jwk { kid: "k".into(), kty: "OKP".into(), crv: "Ed25519".into(), x: "A".repeat(43) }] },
+        jwks: Jwks {
+            keys: vec![Jwk {
+                kid: "k".into(),
+                kty: "OKP".into(),
+                crv: "Ed25519".into(),
+                x: "A".repeat(43),
+            }],
+        },
     };
     let good = "eyJhbGciOiJFZERTQSJ9.eyJpc3MiOiJjcCJ9.AAAA";
     run("jwt", &[good, "..", "eyJhbGciOiJub25lIn0.e30."], |text| {
         // nobody has signed any of these
-        assert!(check(text, &auth, "a", Role::Admin, 1_800_000_000, &std::sync::Mutex::default()).is_err());
+        assert!(
+            check(text, &auth, "a", Role::Admin, 1_800_000_000, &std::sync::Mutex::default())
+                .is_err()
+        );
     });
 }
 
@@ -116,30 +142,46 @@ fn head() {
         b"GET http://a@b/ HTTP/1.1\r\nHost: b\r\nImpersonate-Extra-a: b\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
     ];
-    let caller = Caller { subject: "r".into(), role: Role::Viewer, namespaces: None, token: "t".into() };
+    let caller =
+        Caller { subject: "r".into(), role: Role::Viewer, namespaces: None, token: "t".into() };
     let runtime = runtime();
     run_bytes("head", &seeds, |bytes| {
         runtime.block_on(async {
             let (ours, mut theirs) = tokio::io::duplex(1 << 17);
             let caller = caller.clone();
-            let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-                let (parts, _) = request.into_parts();
-                let upgrade = header_policy::upgrade(&parts).unwrap_or_default();
-                if let (Ok(()), Ok(out)) = (header_policy::form(&parts), header_policy::outward(&parts.headers, &caller, "id", upgrade)) {
-                    let named: Vec<&str> = out.keys().map(http::HeaderName::as_str).filter(|n| n.starts_with("impersonate")).collect();
-                    assert_eq!(named.len(), 3, "{named:?}");
-                    assert_eq!(out["impersonate-user"], "pipeops:runner");
-                    assert!(!out.contains_key("authorization") && !out.contains_key("transfer-encoding"));
-                }
-                std::future::ready(Ok::<_, std::convert::Infallible>(hyper::Response::new(http_body_util::Empty::<hyper::body::Bytes>::new())))
-            });
+            let service = hyper::service::service_fn(
+                move |request: hyper::Request<hyper::body::Incoming>| {
+                    let (parts, _) = request.into_parts();
+                    let upgrade = header_policy::upgrade(&parts).unwrap_or_default();
+                    if let (Ok(()), Ok(out)) = (
+                        header_policy::form(&parts),
+                        header_policy::outward(&parts.headers, &caller, "id", upgrade),
+                    ) {
+                        let named: Vec<&str> = out
+                            .keys()
+                            .map(http::HeaderName::as_str)
+                            .filter(|n| n.starts_with("impersonate"))
+                            .collect();
+                        assert_eq!(named.len(), 3, "{named:?}");
+                        assert_eq!(out["impersonate-user"], "pipeops:runner");
+                        assert!(
+                            !out.contains_key("authorization")
+                                && !out.contains_key("transfer-encoding")
+                        );
+                    }
+                    std::future::ready(Ok::<_, std::convert::Infallible>(hyper::Response::new(
+                        http_body_util::Empty::<hyper::body::Bytes>::new(),
+                    )))
+                },
+            );
             let _ = theirs.write_all(bytes).await;
             let _ = theirs.shutdown().await;
             let read = async {
                 let mut all = Vec::new();
                 let _ = theirs.read_to_end(&mut all).await;
             };
-            let serve = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(ours), service);
+            let serve = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(ours), service);
             let _ = tokio::join!(serve, read);
         });
     });
@@ -153,7 +195,11 @@ fn plane() {
     use std::time::Duration;
 
     let dir = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap_or_else(|e| panic!("{e}"));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap_or_else(|e| panic!("{e}"));
     let stop = tokio_util::sync::CancellationToken::new();
     let (said, ready) = std::sync::mpsc::channel();
     let host = pipeops::host::Host::new(dir.path(), None);
@@ -170,9 +216,14 @@ fn plane() {
             data_dir: "/d".into(),
             show: None,
         };
-        pipeops::control_plane::run(&served, config, halt, move |_, _| said.send(()).unwrap_or_default()).await
+        pipeops::control_plane::run(&served, config, halt, move |_, _| {
+            said.send(()).unwrap_or_default()
+        })
+        .await
     });
-    ready.recv_timeout(Duration::from_secs(30)).unwrap_or_else(|e| panic!("it does not serve: {e}"));
+    ready
+        .recv_timeout(Duration::from_secs(30))
+        .unwrap_or_else(|e| panic!("it does not serve: {e}"));
     let socket = dir.path().join("d").join(pipeops::control_plane::SOCKET);
     let body = |method: &str, path: &str, body: &str| {
         format!(
@@ -193,13 +244,21 @@ fn plane() {
     ];
     let seeds: Vec<&[u8]> = seeds.iter().map(String::as_bytes).collect();
     run_bytes("plane", &seeds, |bytes| {
-        let Ok(mut io) = UnixStream::connect(&socket) else { panic!("it takes no connection any more") };
+        let Ok(mut io) = UnixStream::connect(&socket) else {
+            panic!("it takes no connection any more")
+        };
         let _ = io.set_read_timeout(Some(Duration::from_millis(200)));
         let _ = io.write_all(bytes);
         let _ = io.shutdown(std::net::Shutdown::Write);
         let _ = io.take(1 << 20).read_to_end(&mut Vec::new());
     });
-    let health = runtime.block_on(pipeops::control_plane::client::call(&host, "/d", http::Method::GET, "/api/v1/health", None));
+    let health = runtime.block_on(pipeops::control_plane::client::call(
+        &host,
+        "/d",
+        http::Method::GET,
+        "/api/v1/health",
+        None,
+    ));
     assert!(health.is_ok_and(|text| text.contains("ok")));
     stop.cancel();
     let ended = runtime.block_on(task);
@@ -210,7 +269,8 @@ fn plane() {
 #[test]
 fn operations() {
     use pipeops::contract::operation::Wanted;
-    let caller = Caller { subject: "r".into(), role: Role::Operator, namespaces: None, token: "t".into() };
+    let caller =
+        Caller { subject: "r".into(), role: Role::Operator, namespaces: None, token: "t".into() };
     let seeds = [
         r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"w","namespace":"beta"}}],"wait":false,"timeout_s":9}}"#,
         r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","name":"c","namespace":"b"}]}}"#,
@@ -219,7 +279,9 @@ fn operations() {
     ];
     run("operations", &seeds, |text| match Wanted::parse(text.as_bytes(), &caller) {
         Ok(wanted) => assert!(!wanted.kind().is_empty()),
-        Err((status, code, message)) => assert!(matches!(status, 400 | 403) && !code.is_empty() && !message.is_empty()),
+        Err((status, code, message)) => {
+            assert!(matches!(status, 400 | 403) && !code.is_empty() && !message.is_empty())
+        }
     });
 }
 

@@ -79,7 +79,8 @@ impl Agent {
     }
 
     pub(crate) fn get(&self, path: &str) -> String {
-        let mut stream = UnixStream::connect(self.sandbox.root().join("run/pipeops/agent.sock")).unwrap();
+        let mut stream =
+            UnixStream::connect(self.sandbox.root().join("run/pipeops/agent.sock")).unwrap();
         write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         let mut text = String::new();
@@ -91,11 +92,21 @@ impl Agent {
     pub(crate) fn again(&mut self, env: &[(&str, &str)]) {
         let _ = self.child.kill();
         self.child.wait().unwrap();
-        self.child = self.sandbox.command(&["run"]).envs(env.iter().copied()).stderr(Stdio::null()).spawn().unwrap();
+        self.child = self
+            .sandbox
+            .command(&["run"])
+            .envs(env.iter().copied())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
     }
 
     pub(crate) fn stop(mut self) {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap()),
+            nix::sys::signal::Signal::SIGTERM,
+        )
+        .unwrap();
         self.until("STOPPING=1");
         assert_eq!(self.child.wait().unwrap().code(), Some(0));
     }
@@ -132,7 +143,13 @@ fn without_anything_it_is_ready_unenrolled_and_waiting() {
 fn with_a_credential_it_tells_the_truth_about_the_cluster() {
     let sandbox = Sandbox::new();
     credential(&sandbox);
-    let agent = Agent::start(sandbox, &[("AGENT_TOKEN", "planted-canary-4711-in-plain-text"), ("PIPEOPS_CONTROL_PLANE_URL", "http://127.0.0.1:1")]);
+    let agent = Agent::start(
+        sandbox,
+        &[
+            ("AGENT_TOKEN", "planted-canary-4711-in-plain-text"),
+            ("PIPEOPS_CONTROL_PLANE_URL", "http://127.0.0.1:1"),
+        ],
+    );
     // each is seen in its own time
     for wanted in ["1 of 1 nodes ready", "connecting"] {
         let state = agent.until(wanted);
@@ -141,7 +158,10 @@ fn with_a_credential_it_tells_the_truth_about_the_cluster() {
     // the cluster is there, the control plane is not: that is not ready
     assert!(agent.get("/readyz").starts_with("HTTP/1.1 503"));
     let status = agent.get("/status");
-    assert!(status.contains("\"name\":\"vm1\"") && !status.contains("canary-4711-in-plain-text"), "{status}");
+    assert!(
+        status.contains("\"name\":\"vm1\"") && !status.contains("canary-4711-in-plain-text"),
+        "{status}"
+    );
     agent.stop();
 }
 
@@ -161,26 +181,42 @@ fn a_configuration_in_yaml_has_the_same_keys_and_a_named_file_must_be_there() {
         said(sandbox.command(&["run", "--config", &path]).output().unwrap())
     };
     for (name, text, word) in [
-        ("c.yaml", "control-plane-url: https://cp.test\ncontrol-plan-pin: x\n", "unknown field `control-plan-pin`"),
+        (
+            "c.yaml",
+            "control-plane-url: https://cp.test\ncontrol-plan-pin: x\n",
+            "unknown field `control-plan-pin`",
+        ),
         ("c.yaml", "# one\ncontrol-plane-url: https://cp.test\nmax-role: 7\n", "line 3"),
         ("c.yml", "control-plane-url: ftp://cp.test\n", "`ftp` is no scheme"),
         ("c.yaml", "max-role: emperor\n", "`emperor` is none of"),
         ("c.yaml", "a: b\n c: d\n", "not valid YAML"),
-        ("c.yaml", "https-proxy: http://u:planted-canary-of-a-proxy-canary-4711-in-plain-text@proxy.test:3128\n", "without a user and a password"),
+        (
+            "c.yaml",
+            "https-proxy: http://u:planted-canary-of-a-proxy-canary-4711-in-plain-text@proxy.test:3128\n",
+            "without a user and a password",
+        ),
         ("c.toml", "control-plane-url: https://cp.test\n", "not valid TOML"),
     ] {
         let answer = run(name, text).ended(2);
         assert!(
-            answer.err.contains(word) && answer.err.contains("CONFIG_INVALID") && !answer.err.contains("canary-4711-in-plain-text"),
+            answer.err.contains(word)
+                && answer.err.contains("CONFIG_INVALID")
+                && !answer.err.contains("canary-4711-in-plain-text"),
             "{text}: {}",
             answer.err
         );
     }
-    let gone = said(sandbox.command(&["run", "--config", &sandbox.path("gone.yaml")]).output().unwrap()).ended(2);
+    let gone =
+        said(sandbox.command(&["run", "--config", &sandbox.path("gone.yaml")]).output().unwrap())
+            .ended(2);
     assert!(gone.err.contains("FILE_UNREADABLE") && gone.err.contains("gone.yaml"), "{}", gone.err);
     // and a right one is used
     let path = sandbox.path("right.yaml");
-    std::fs::write(&path, "control-plane-url: http://127.0.0.1:1\ncluster-name: from yaml\nmax-role: viewer\n").unwrap();
+    std::fs::write(
+        &path,
+        "control-plane-url: http://127.0.0.1:1\ncluster-name: from yaml\nmax-role: viewer\n",
+    )
+    .unwrap();
     let mut child = sandbox
         .command(&["run", "--config", &path])
         .env("AGENT_TOKEN", "planted-canary-of-a-token-canary-4711-in-plain-text")

@@ -9,16 +9,43 @@ use std::path::Path;
 use reader::{Module, module_of, used};
 
 /// Rooms from the bottom up, a row a rank. A room uses rooms of lower ranks only, so the three programs know nothing of each other.
-const ROOMS: Rows =
-    &[&["base"], &["k3s", "frp"], &["host", "contract"], &["kubernetes"], &["install", "agent", "control_plane"], &["output", "cli"], &["cmd"]];
+const ROOMS: Rows = &[
+    &["base"],
+    &["k3s", "frp"],
+    &["host", "contract"],
+    &["kubernetes"],
+    &["install", "agent", "control_plane"],
+    &["output", "cli"],
+    &["cmd"],
+];
 
 /// The same inside of the rooms; `mod` is a room's own file.
 const INSIDE: &[(&str, Rows)] = &[
-    ("base", &[&["backoff", "cidr", "encoding", "error", "http", "resolve", "secret", "text", "trust"], &["config_file"]]),
-    ("k3s", &[&["logs", "paths", "role", "typed", "version"], &["keys", "registries", "token"], &["values"]]),
+    (
+        "base",
+        &[
+            &["backoff", "cidr", "encoding", "error", "http", "resolve", "secret", "text", "trust"],
+            &["config_file"],
+        ],
+    ),
+    (
+        "k3s",
+        &[
+            &["logs", "paths", "role", "typed", "version"],
+            &["keys", "registries", "token"],
+            &["values"],
+        ],
+    ),
     ("host", &[&["mountinfo", "paths"], &["mod"], &["fetch", "plans", "state", "systemd"]]),
     ("contract", &[&["types"], &["token"], &["operation"]]),
-    ("kubernetes", &[&["path", "readiness", "wire"], &["client", "header_policy", "upstream"], &["answer", "watch"]]),
+    (
+        "kubernetes",
+        &[
+            &["path", "readiness", "wire"],
+            &["client", "header_policy", "upstream"],
+            &["answer", "watch"],
+        ],
+    ),
     ("frp", &[&["mod", "wire", "mux", "admission"], &["codec"], &["dial"], &["client", "server"]]),
     (
         "install",
@@ -30,7 +57,16 @@ const INSIDE: &[(&str, Rows)] = &[
             &["release"],
         ],
     ),
-    ("agent", &[&["session"], &["status", "config", "credential"], &["local", "api"], &["observer"], &["run"]]),
+    (
+        "agent",
+        &[
+            &["session"],
+            &["status", "config", "credential"],
+            &["local", "api"],
+            &["observer"],
+            &["run"],
+        ],
+    ),
     (
         "control_plane",
         &[
@@ -45,7 +81,16 @@ const INSIDE: &[(&str, Rows)] = &[
             &["mod"],
         ],
     ),
-    ("cmd", &[&["mod"], &["audit", "info", "plane", "secrets"], &["job"], &["join", "uninstall"], &["install"]]),
+    (
+        "cmd",
+        &[
+            &["mod"],
+            &["audit", "info", "plane", "secrets"],
+            &["job"],
+            &["join", "uninstall"],
+            &["install"],
+        ],
+    ),
 ];
 
 /// Edges of the control plane that go up as long as `Hub` and all that it holds stand in its own file. None is added; one that is gone
@@ -77,7 +122,33 @@ struct Table {
 const TABLE: Table = Table { rooms: ROOMS, inside: INSIDE, up: UP };
 
 /// A room is a file; past this it likely holds two ideas.
-const MOST_LINES: usize = 560;
+const MOST_LINES: usize = 500;
+
+/// Files that were longer when the width became 100, with their lines then. None is added and none grows; one that is short
+/// enough goes from here.
+const TO_SPLIT: &[(&str, usize)] = &[
+    ("agent/api/operations/mod.rs", 579),
+    ("agent/api/operations/work.rs", 628),
+    ("agent/session/client.rs", 596),
+    ("agent/session/mod.rs", 545),
+    ("control_plane/gateway.rs", 547),
+    ("control_plane/keys.rs", 541),
+    ("control_plane/mod.rs", 547),
+    ("control_plane/registry/mod.rs", 638),
+    ("control_plane/store.rs", 604),
+    ("frp/client.rs", 502),
+    ("frp/mod.rs", 526),
+    ("frp/server/mod.rs", 514),
+    ("host/mod.rs", 644),
+    ("install/checks/tests/cases.rs", 618),
+    ("install/checks/tests/mod.rs", 643),
+    ("install/engine/resource.rs", 661),
+    ("install/engine/teardown.rs", 509),
+    ("install/gather/mod.rs", 516),
+    ("install/settings/mod.rs", 585),
+    ("k3s/logs/machine.rs", 694),
+    ("k3s/logs/settings.rs", 586),
+];
 
 fn sources(dir: &Path, found: &mut Vec<(String, String)>) {
     for entry in fs::read_dir(dir).unwrap().flatten() {
@@ -85,7 +156,11 @@ fn sources(dir: &Path, found: &mut Vec<(String, String)>) {
         if path.is_dir() {
             sources(&path, found);
         } else if path.extension().is_some_and(|e| e == "rs") {
-            let name = path.strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap().display().to_string();
+            let name = path
+                .strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))
+                .unwrap()
+                .display()
+                .to_string();
             found.push((name, fs::read_to_string(&path).unwrap()));
         }
     }
@@ -103,7 +178,8 @@ fn rank(rows: Rows, name: &str) -> Option<usize> {
 
 /// Edges that go up or sideways, as `(file, room -> room)`, and rooms without a rank.
 fn wrong(files: &[(String, String)], table: &Table) -> BTreeSet<(String, String)> {
-    let modules: BTreeSet<Module> = files.iter().map(|(file, _)| module_of(file)).filter(|m| !m.is_empty()).collect();
+    let modules: BTreeSet<Module> =
+        files.iter().map(|(file, _)| module_of(file)).filter(|m| !m.is_empty()).collect();
     let mut wrong = BTreeSet::new();
     for (file, text) in files {
         let module = module_of(file);
@@ -112,7 +188,10 @@ fn wrong(files: &[(String, String)], table: &Table) -> BTreeSet<(String, String)
         }
         for target in used(&module, text, &modules) {
             let (rows, from, to) = if module[0] == target[0] {
-                let Some((_, rows)) = table.inside.iter().find(|(room, _)| *room == module[0]) else { continue };
+                let Some((_, rows)) = table.inside.iter().find(|(room, _)| *room == module[0])
+                else {
+                    continue;
+                };
                 let sub = |module: &Module| module.get(1).map_or("mod", String::as_str).to_owned();
                 (*rows, sub(&module), sub(&target))
             } else {
@@ -120,7 +199,8 @@ fn wrong(files: &[(String, String)], table: &Table) -> BTreeSet<(String, String)
             };
             let (above, below) = (rank(rows, &from), rank(rows, &to));
             if from != to && (above <= below || below.is_none()) {
-                let inside = if module[0] == target[0] { format!("{}/", module[0]) } else { String::new() };
+                let inside =
+                    if module[0] == target[0] { format!("{}/", module[0]) } else { String::new() };
                 wrong.insert((file.clone(), format!("{inside}{from} -> {inside}{to}")));
             }
         }
@@ -130,26 +210,58 @@ fn wrong(files: &[(String, String)], table: &Table) -> BTreeSet<(String, String)
 
 #[test]
 fn a_room_uses_only_rooms_below_it() {
-    let allowed: BTreeSet<String> = TABLE.up.iter().map(|(from, to)| format!("control_plane/{from} -> control_plane/{to}")).collect();
+    let allowed: BTreeSet<String> = TABLE
+        .up
+        .iter()
+        .map(|(from, to)| format!("control_plane/{from} -> control_plane/{to}"))
+        .collect();
     let wrong = wrong(&all(), &TABLE);
-    let new: Vec<_> = wrong.iter().filter(|(_, edge)| !allowed.contains(edge)).map(|(file, edge)| format!("{file}: {edge}")).collect();
-    assert!(new.is_empty(), "edges that do not go down, or rooms that no row names:\n{}", new.join("\n"));
-    let gone: Vec<_> = allowed.iter().filter(|edge| !wrong.iter().any(|(_, found)| found == *edge)).collect();
+    let new: Vec<_> = wrong
+        .iter()
+        .filter(|(_, edge)| !allowed.contains(edge))
+        .map(|(file, edge)| format!("{file}: {edge}"))
+        .collect();
+    assert!(
+        new.is_empty(),
+        "edges that do not go down, or rooms that no row names:\n{}",
+        new.join("\n")
+    );
+    let gone: Vec<_> =
+        allowed.iter().filter(|edge| !wrong.iter().any(|(_, found)| found == *edge)).collect();
     assert!(gone.is_empty(), "these edges are gone: {gone:?}");
-    for room in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap().map(|entry| entry.unwrap()) {
+    for room in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))
+        .unwrap()
+        .map(|entry| entry.unwrap())
+    {
         let name = room.file_name().into_string().unwrap();
-        assert!(!room.path().is_dir() || INSIDE.iter().any(|(known, _)| *known == name), "there are no ranks for the inside of {name}");
+        assert!(
+            !room.path().is_dir() || INSIDE.iter().any(|(known, _)| *known == name),
+            "there are no ranks for the inside of {name}"
+        );
     }
 }
 
 #[test]
 fn a_planted_edge_is_found_however_it_is_written() {
-    let table = Table { rooms: &[&["below"], &["above", "beside"]], inside: &[("above", &[&["low"], &["mid", "high"]])], up: &[] };
+    let table = Table {
+        rooms: &[&["below"], &["above", "beside"]],
+        inside: &[("above", &[&["low"], &["mid", "high"]])],
+        up: &[],
+    };
     let find = |planted: &[(&str, &str)]| {
-        let files =
-            ["above/mod.rs", "above/low.rs", "above/mid/mod.rs", "above/mid/deep.rs", "above/high.rs", "below.rs", "below/part.rs", "beside.rs"];
+        let files = [
+            "above/mod.rs",
+            "above/low.rs",
+            "above/mid/mod.rs",
+            "above/mid/deep.rs",
+            "above/high.rs",
+            "below.rs",
+            "below/part.rs",
+            "beside.rs",
+        ];
         let files = files.map(|file| (file, "")).into_iter().chain(planted.iter().copied());
-        let files: Vec<(String, String)> = files.map(|(file, text)| (file.to_owned(), text.to_owned())).collect();
+        let files: Vec<(String, String)> =
+            files.map(|(file, text)| (file.to_owned(), text.to_owned())).collect();
         wrong(&files, &table).into_iter().map(|(_, edge)| edge).collect::<Vec<_>>().join(", ")
     };
     // up
@@ -164,15 +276,30 @@ fn a_planted_edge_is_found_however_it_is_written() {
         assert_eq!(find(&[(file, text)]), "below -> above", "{text}");
     }
     assert_eq!(find(&[("above/low.rs", "use super::mid::deep::X;")]), "above/low -> above/mid");
-    assert_eq!(find(&[("above/mid/deep.rs", "use super::super::high::X;")]), "above/mid -> above/high");
+    assert_eq!(
+        find(&[("above/mid/deep.rs", "use super::super::high::X;")]),
+        "above/mid -> above/high"
+    );
     assert_eq!(find(&[("new.rs", "use crate::below::X;")]), "new -> below");
     // a circle has an edge that does not go down, whatever the ranks are
-    let circle = [("above/low.rs", "use crate::above::mid::X;"), ("above/mid/deep.rs", "use super::super::low::Y;")];
+    let circle = [
+        ("above/low.rs", "use crate::above::mid::X;"),
+        ("above/mid/deep.rs", "use super::super::low::Y;"),
+    ];
     assert_eq!(find(&circle), "above/low -> above/mid");
-    let circle = [("above/high.rs", "use crate::beside; fn f() { beside::run() }"), ("beside.rs", "type X = crate::above::high::X;")];
+    let circle = [
+        ("above/high.rs", "use crate::beside; fn f() { beside::run() }"),
+        ("beside.rs", "type X = crate::above::high::X;"),
+    ];
     assert_eq!(find(&circle), "above -> beside, beside -> above");
     // down, and within one room
-    assert_eq!(find(&[("above/mid/deep.rs", "use super::super::low::X; use super::Y; use crate::below::part;")]), "");
+    assert_eq!(
+        find(&[(
+            "above/mid/deep.rs",
+            "use super::super::low::X; use super::Y; use crate::below::part;"
+        )]),
+        ""
+    );
 }
 
 /// The map has each room with its rank, and the files and functions on its walks exist.
@@ -182,19 +309,26 @@ fn the_map_shows_what_is_there() {
     let map = fs::read_to_string(root.join("README.md")).unwrap();
     for (rank, row) in ROOMS.iter().enumerate() {
         for room in *row {
-            let name = if root.join(room).is_dir() { format!("{room}/") } else { format!("{room}.rs") };
-            assert!(map.contains(&format!("\n| {rank} | `{name}` |")), "the table of the map lacks `{name}` with rank {rank}");
+            let name =
+                if root.join(room).is_dir() { format!("{room}/") } else { format!("{room}.rs") };
+            assert!(
+                map.contains(&format!("\n| {rank} | `{name}` |")),
+                "the table of the map lacks `{name}` with rank {rank}"
+            );
         }
     }
-    for named in map
-        .split('`')
-        .skip(1)
-        .step_by(2)
-        .filter(|text| text.contains(".rs") && !text.contains(char::is_whitespace) && !text.starts_with("tests/") && *text != "mod.rs")
-    {
+    for named in map.split('`').skip(1).step_by(2).filter(|text| {
+        text.contains(".rs")
+            && !text.contains(char::is_whitespace)
+            && !text.starts_with("tests/")
+            && *text != "mod.rs"
+    }) {
         let (file, function) = named.split_once("::").unwrap_or((named, ""));
-        let text = fs::read_to_string(root.join(file)).unwrap_or_else(|e| panic!("the map names {named}: {e}"));
-        let there = [format!("fn {function}("), format!("fn {function}<")].iter().any(|start| text.contains(start));
+        let text = fs::read_to_string(root.join(file))
+            .unwrap_or_else(|e| panic!("the map names {named}: {e}"));
+        let there = [format!("fn {function}("), format!("fn {function}<")]
+            .iter()
+            .any(|start| text.contains(start));
         assert!(function.is_empty() || there, "the map names {named}, which is not there");
     }
 }
@@ -203,7 +337,14 @@ fn the_map_shows_what_is_there() {
 fn every_room_says_what_it_is_and_stays_small() {
     for (file, text) in all() {
         assert!(text.starts_with("//! "), "{file} does not say what lives there");
-        assert!(text.lines().count() <= MOST_LINES, "{file} has {} lines", text.lines().count());
+        let lines = text.lines().count();
+        match TO_SPLIT.iter().find(|(name, _)| *name == file) {
+            Some((_, then)) => {
+                assert!(lines <= *then, "{file} has grown from {then} to {lines} lines");
+                assert!(lines > MOST_LINES, "{file} is short enough now: take it off TO_SPLIT");
+            }
+            None => assert!(lines <= MOST_LINES, "{file} has {lines} lines"),
+        }
     }
 }
 
@@ -221,15 +362,30 @@ fn a_planted_secret_is_too_long_to_be_found_by_chance() {
             }
             // programs in other languages too, nothing that is no text
             let Ok(text) = fs::read_to_string(&path) else { continue };
-            for looked in text.split("contains(\"").skip(1).filter_map(|rest| rest.split_once("\")").map(|(looked, _)| looked)) {
+            for looked in text
+                .split("contains(\"")
+                .skip(1)
+                .filter_map(|rest| rest.split_once("\")").map(|(looked, _)| looked))
+            {
                 let digits = looked.len() >= 4 && looked.bytes().all(|b| b.is_ascii_digit());
-                assert!(!digits || looked.len() >= 20, "{}: `{looked}` is found by chance: look for all of it", path.display());
+                assert!(
+                    !digits || looked.len() >= 20,
+                    "{}: `{looked}` is found by chance: look for all of it",
+                    path.display()
+                );
             }
             let words = text.split(|c: char| !c.is_ascii_alphanumeric() && !"-_{}".contains(c));
             // a value; a name that is planted has no digits
-            for word in words.filter(|w| w.contains(|c: char| c.is_ascii_digit()) && marks.iter().any(|mark| w.contains(mark))) {
+            for word in words.filter(|w| {
+                w.contains(|c: char| c.is_ascii_digit())
+                    && marks.iter().any(|mark| w.contains(mark))
+            }) {
                 seen += 1;
-                assert!(word.len() >= 20, "{}: `{word}` is found by chance: make it 20 characters or more", path.display());
+                assert!(
+                    word.len() >= 20,
+                    "{}: `{word}` is found by chance: make it 20 characters or more",
+                    path.display()
+                );
             }
         }
     }

@@ -35,17 +35,26 @@ impl Service {
         }
         let (code, said) = service.script("start");
         if code == 3 {
-            println!("NOT RUN: {}: {}", std::thread::current().name().unwrap_or_default(), said.trim());
+            println!(
+                "NOT RUN: {}: {}",
+                std::thread::current().name().unwrap_or_default(),
+                said.trim()
+            );
             return None;
         }
         assert_eq!(code, 0, "{said}");
-        service.url = std::fs::read_to_string(service.dir.path().join("url")).unwrap().trim().to_owned();
+        service.url =
+            std::fs::read_to_string(service.dir.path().join("url")).unwrap().trim().to_owned();
         Some(service)
     }
 
     fn script(&self, verb: &str) -> (i32, String) {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/services");
-        let done = Command::new("bash").args([script, self.name, verb]).arg(self.dir.path()).output().unwrap();
+        let done = Command::new("bash")
+            .args([script, self.name, verb])
+            .arg(self.dir.path())
+            .output()
+            .unwrap();
         (done.status.code().unwrap_or(-1), String::from_utf8_lossy(&done.stderr).into_owned())
     }
 
@@ -74,7 +83,11 @@ struct Heard {
 async fn hear(url: &str, heard: &mut Vec<Heard>, enough: impl Fn(&[Heard]) -> bool) {
     let begun = Instant::now();
     while !enough(heard) {
-        assert!(begun.elapsed() < Duration::from_secs(90), "not heard: {:?}", heard.iter().map(|h| (&h.topic, h.seq)).collect::<Vec<_>>());
+        assert!(
+            begun.elapsed() < Duration::from_secs(90),
+            "not heard: {:?}",
+            heard.iter().map(|h| (&h.topic, h.seq)).collect::<Vec<_>>()
+        );
         let Ok(connection) = Connection::connect(url, ConnectionProperties::default()).await else {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
@@ -82,13 +95,29 @@ async fn hear(url: &str, heard: &mut Vec<Heard>, enough: impl Fn(&[Heard]) -> bo
         let channel = connection.create_channel().await.unwrap();
         // whoever comes first declares it: both sides the same
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare("pipeops.runners".into(), durable, FieldTable::default()).await.unwrap();
-        let mut consumer =
-            channel.basic_consume("pipeops.runners".into(), "test".into(), BasicConsumeOptions::default(), FieldTable::default()).await.unwrap();
+        channel
+            .queue_declare("pipeops.runners".into(), durable, FieldTable::default())
+            .await
+            .unwrap();
+        let mut consumer = channel
+            .basic_consume(
+                "pipeops.runners".into(),
+                "test".into(),
+                BasicConsumeOptions::default(),
+                FieldTable::default(),
+            )
+            .await
+            .unwrap();
         while !enough(heard) {
-            let Ok(Some(Ok(delivery))) = tokio::time::timeout(Duration::from_secs(3), consumer.next()).await else { break };
+            let Ok(Some(Ok(delivery))) =
+                tokio::time::timeout(Duration::from_secs(3), consumer.next()).await
+            else {
+                break;
+            };
             let body: Value = serde_json::from_slice(&delivery.data).unwrap();
-            let header = |name: &str| delivery.properties.headers().as_ref().and_then(|h| h.inner().get(name).cloned());
+            let header = |name: &str| {
+                delivery.properties.headers().as_ref().and_then(|h| h.inner().get(name).cloned())
+            };
             let seq = body["agent_seq"].as_i64().unwrap();
             assert_eq!(header("agent_seq"), Some(lapin::types::AMQPValue::LongLongInt(seq)));
             assert_eq!(*delivery.properties.delivery_mode(), Some(2));
@@ -119,7 +148,14 @@ fn of<'a>(heard: &'a [Heard], topic: &str, agent: &str) -> Vec<&'a Heard> {
 }
 
 fn many(hub: &Hub) -> String {
-    hub.sandbox.verb(&["control-plane", "token", "create", "--uses", "0"]).ended(0).out.split_whitespace().nth(1).unwrap().to_owned()
+    hub.sandbox
+        .verb(&["control-plane", "token", "create", "--uses", "0"])
+        .ended(0)
+        .out
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .to_owned()
 }
 
 fn keys(value: &Value) -> Vec<&str> {
@@ -158,18 +194,35 @@ async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
         done.push(registered.unwrap());
     }
     let mut heard = Vec::new();
-    let all = |heard: &[Heard], topic: &str| done.iter().all(|(id, _)| !of(heard, topic, id).is_empty());
+    let all =
+        |heard: &[Heard], topic: &str| done.iter().all(|(id, _)| !of(heard, topic, id).is_empty());
     hear(&rabbit.url, &mut heard, |h| all(h, "agent.registered") && all(h, "agent.online")).await;
     let single = once(&heard);
     for (id, credential) in &done {
-        assert_eq!((of(&single, "agent.registered", id).len(), of(&single, "agent.online", id).len()), (1, 1), "{id}");
+        assert_eq!(
+            (of(&single, "agent.registered", id).len(), of(&single, "agent.online", id).len()),
+            (1, 1),
+            "{id}"
+        );
         // the first of its events is the registration
-        assert_eq!(single.iter().find(|h| h.body["agent_id"] == id.as_str()).unwrap().topic, "agent.registered");
+        assert_eq!(
+            single.iter().find(|h| h.body["agent_id"] == id.as_str()).unwrap().topic,
+            "agent.registered"
+        );
         assert!(heard.iter().all(|h| !h.body.to_string().contains(credential.as_str())));
     }
-    println!("{} agents, {} messages on the wire, {} of them copies", done.len(), heard.len(), heard.len() - single.len());
+    println!(
+        "{} agents, {} messages on the wire, {} of them copies",
+        done.len(),
+        heard.len(),
+        heard.len() - single.len()
+    );
     let metrics = hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
-    assert!(metrics.contains("pipeops_broker_up 1\n") && metrics.contains("pipeops_events_dropped_total 0\n"), "{metrics}");
+    assert!(
+        metrics.contains("pipeops_broker_up 1\n")
+            && metrics.contains("pipeops_events_dropped_total 0\n"),
+        "{metrics}"
+    );
     assert!(!hub.log.lock().unwrap().contains("guest:guest"), "{}", hub.log.lock().unwrap());
 }
 
@@ -189,34 +242,76 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
     let path = |call: &str| format!("/api/v1/agents/{}/{call}", agent.id);
     // of what an agent reports only the latest waits
     for count in 1..=3 {
-        hub.json("POST", &path("status"), &agent.credential, json!({"at": format!("{count}")})).await;
+        hub.json("POST", &path("status"), &agent.credential, json!({"at": format!("{count}")}))
+            .await;
     }
     // the end of an operation, told again by an agent that did not hear the answer
     let operation = format!("o-{}", "0a".repeat(16));
     let end = json!({"id": operation, "kind": "apply", "state": "succeeded", "subject": "r-1", "message": "", "created_at": "c", "finished_at": "f",
         "objects": [{"object": "Deployment beta/web", "outcome": "ready"}]});
     for _ in 0..2 {
-        hub.json("POST", &path(&format!("operations/{operation}/result")), &agent.credential, end.clone()).await;
+        hub.json(
+            "POST",
+            &path(&format!("operations/{operation}/result")),
+            &agent.credential,
+            end.clone(),
+        )
+        .await;
     }
     for wrong in ["o-1", "../status", operation.to_uppercase().as_str()] {
-        let answer = hub.ask("POST", &path(&format!("operations/{wrong}/result")), &agent.credential, end.clone()).await;
+        let answer = hub
+            .ask(
+                "POST",
+                &path(&format!("operations/{wrong}/result")),
+                &agent.credential,
+                end.clone(),
+            )
+            .await;
         assert!(matches!(answer.status().as_u16(), 400 | 404), "{wrong}: {}", answer.status());
     }
     let mut running = end.clone();
     running["state"] = "running".into();
-    assert_eq!(hub.ask("POST", &path(&format!("operations/{operation}/result")), &agent.credential, running).await.status(), 400);
+    assert_eq!(
+        hub.ask(
+            "POST",
+            &path(&format!("operations/{operation}/result")),
+            &agent.credential,
+            running
+        )
+        .await
+        .status(),
+        400
+    );
     let mut heard = Vec::new();
-    hear(&rabbit.url, &mut heard, |h| !of(h, "agent.status", &agent.id).is_empty() && !of(h, "agent.online", &agent.id).is_empty()).await;
-    let cluster = of(&heard, "agent.registered", &agent.id)[0].body["cluster_id"].as_str().unwrap().to_owned();
+    hear(&rabbit.url, &mut heard, |h| {
+        !of(h, "agent.status", &agent.id).is_empty() && !of(h, "agent.online", &agent.id).is_empty()
+    })
+    .await;
+    let cluster = of(&heard, "agent.registered", &agent.id)[0].body["cluster_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     hub.json("POST", &format!("/api/v1/clusters/{cluster}/revoke"), &hub.admin, json!({})).await;
     hear(&rabbit.url, &mut heard, |h| !of(h, "agent.offline", &agent.id).is_empty()).await;
     hub.json("DELETE", &format!("/api/v1/clusters/{cluster}"), &hub.admin, json!({})).await;
     hear(&rabbit.url, &mut heard, |h| !of(h, "agent.deregistered", &agent.id).is_empty()).await;
     let all = once(&heard);
     assert_eq!(of(&all, "agent.registered", &early.id).len(), 1, "{all:?}");
-    let common = ["agent_id", "agent_seq", "at", "cluster_id", "cluster_name", "message_id", "project", "type"];
+    let common = [
+        "agent_id",
+        "agent_seq",
+        "at",
+        "cluster_id",
+        "cluster_name",
+        "message_id",
+        "project",
+        "type",
+    ];
     for (topic, more) in [
-        ("agent.registered", &["capabilities", "cluster_info", "endpoint", "max_role", "registered_at"][..]),
+        (
+            "agent.registered",
+            &["capabilities", "cluster_info", "endpoint", "max_role", "registered_at"][..],
+        ),
         ("agent.online", &["endpoint"]),
         ("agent.offline", &["reason", "state"]),
         ("agent.deregistered", &[]),
@@ -228,17 +323,32 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
         let mut wanted = [&common[..], more].concat();
         wanted.sort_unstable();
         assert_eq!(keys(&last.body), wanted, "{topic}");
-        assert!(!last.body.to_string().contains("poa_") && !last.body.to_string().contains("public_key"), "{}", last.body);
+        assert!(
+            !last.body.to_string().contains("poa_")
+                && !last.body.to_string().contains("public_key"),
+            "{}",
+            last.body
+        );
     }
     let offline = &of(&all, "agent.offline", &agent.id)[0].body;
-    assert_eq!((&offline["state"], &offline["reason"]), (&json!("revoked"), &json!("revoked by an administrator")));
-    assert_eq!(of(&all, "agent.registered", &agent.id)[0].body["endpoint"], format!("{}/clusters/{cluster}", hub.url));
+    assert_eq!(
+        (&offline["state"], &offline["reason"]),
+        (&json!("revoked"), &json!("revoked by an administrator"))
+    );
+    assert_eq!(
+        of(&all, "agent.registered", &agent.id)[0].body["endpoint"],
+        format!("{}/clusters/{cluster}", hub.url)
+    );
     let finished = of(&all, "operation.finished", &agent.id);
     assert_eq!((finished.len(), &finished[0].body["operation"]), (1, &end));
     // the order of one life
     let order: Vec<&str> = all
         .iter()
-        .filter(|h| h.body["agent_id"] == agent.id.as_str() && h.topic.starts_with("agent.") && h.topic != "agent.status")
+        .filter(|h| {
+            h.body["agent_id"] == agent.id.as_str()
+                && h.topic.starts_with("agent.")
+                && h.topic != "agent.status"
+        })
         .map(|h| h.topic.as_str())
         .collect();
     assert_eq!(order, ["agent.registered", "agent.online", "agent.offline", "agent.deregistered"]);
@@ -247,9 +357,14 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tls_the_broker_must_show_the_certificate_that_was_named() {
     let ((mine, key), (other, _)) = (certificate(10), certificate(10));
-    let Some(rabbit) = Service::with("rabbitmq", &[("tls.crt", &mine), ("tls.key", &key), ("other.crt", &other)]) else { return };
+    let Some(rabbit) =
+        Service::with("rabbitmq", &[("tls.crt", &mine), ("tls.key", &key), ("other.crt", &other)])
+    else {
+        return;
+    };
     let file = |name: &str| rabbit.dir.path().join(name).to_str().unwrap().to_owned();
-    let (url, dirs) = (file("url-tls"), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
+    let (url, dirs) =
+        (file("url-tls"), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
     let mut hub = Hub::with(&["--amqp-url-file", &url, "--amqp-ca", &file("other.crt")]);
     let token = many(&hub);
     let agent = Simulated::new(&hub, dirs[0].path(), &token).await;
@@ -291,13 +406,24 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
                 postgres.script("stop");
                 // without its database it goes on with what it knows, and takes nothing new
                 let (id, credential) = &done[0];
-                let beat = hub.ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1})).await;
+                let beat = hub
+                    .ask(
+                        "POST",
+                        &format!("/api/v1/agents/{id}/heartbeat"),
+                        credential,
+                        json!({"seq": 1}),
+                    )
+                    .await;
                 assert_eq!(beat.status(), 200);
                 // who asks for something that must be kept is told so in time
                 let asked = Instant::now();
-                let refused = hub.ask("POST", "/api/v1/projects", &hub.admin, json!({"name": "none"})).await;
+                let refused =
+                    hub.ask("POST", "/api/v1/projects", &hub.admin, json!({"name": "none"})).await;
                 assert_eq!(refused.json::<Value>().await.unwrap()["code"], "database_unavailable");
-                println!("a write without a database is refused after {:.1} s", asked.elapsed().as_secs_f32());
+                println!(
+                    "a write without a database is refused after {:.1} s",
+                    asked.elapsed().as_secs_f32()
+                );
                 postgres.again();
             }
         }
@@ -309,14 +435,28 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
     let other = Sandbox::new();
     other.put("/url", &postgres.url);
     let refused = other
-        .run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0", "--database-url-file", &other.path("root/url")])
+        .run(&[
+            "control-plane",
+            "--listen",
+            "127.0.0.1:0",
+            "--tunnel-listen",
+            "127.0.0.1:0",
+            "--database-url-file",
+            &other.path("root/url"),
+        ])
         .ended(12);
-    assert!(refused.err.contains("DATABASE_IN_USE") && !refused.err.contains(&password), "{}", refused.err);
+    assert!(
+        refused.err.contains("DATABASE_IN_USE") && !refused.err.contains(&password),
+        "{}",
+        refused.err
+    );
     hub.killed_and_back();
     let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 120);
     for (id, credential) in &done {
-        let beat = hub.ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1})).await;
+        let beat = hub
+            .ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1}))
+            .await;
         assert_eq!(beat.status(), 200, "{id} holds a credential that is not known");
     }
     assert!(!hub.log.lock().unwrap().contains(&password));
@@ -334,6 +474,8 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
     let restored = Hub::on(place);
     let clusters = restored.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 120);
-    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(Path::new(&backup)).unwrap().permissions());
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &std::fs::metadata(Path::new(&backup)).unwrap().permissions(),
+    );
     assert_eq!(mode & 0o777, 0o600);
 }

@@ -30,7 +30,10 @@ impl Browser {
     /// None where there is no Chromium; the output says so. `pin` is `sha256:…` of the CA that it may believe.
     pub(crate) fn start(pin: &str) -> Option<Browser> {
         let Ok(program) = which::which("chromium") else {
-            println!("NOT RUN: {}: there is no chromium", std::thread::current().name().unwrap_or_default());
+            println!(
+                "NOT RUN: {}: there is no chromium",
+                std::thread::current().name().unwrap_or_default()
+            );
             return None;
         };
         let profile = tempfile::tempdir().unwrap();
@@ -38,10 +41,25 @@ impl Browser {
         let mut child = Command::new("bash")
             .args(["-c", "exec \"$0\" \"$@\" 3<&0 4>&1 0</dev/null 1>&2"])
             .arg(program)
-            .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-pipe"])
-            .args(["--disable-background-networking", "--disable-component-update", "--disable-sync", "--force-device-scale-factor=1"])
+            .args([
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--remote-debugging-pipe",
+            ])
+            .args([
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--force-device-scale-factor=1",
+            ])
             .arg(format!("--user-data-dir={}", profile.path().display()))
-            .arg(format!("--ignore-certificate-errors-spki-list={}", pin.trim_start_matches("sha256:")))
+            .arg(format!(
+                "--ignore-certificate-errors-spki-list={}",
+                pin.trim_start_matches("sha256:")
+            ))
             .arg("about:blank")
             .env("HOME", profile.path())
             .stdin(Stdio::piped())
@@ -63,15 +81,24 @@ impl Browser {
                 message.clear();
             }
         });
-        let mut browser = Browser { child, to, from, session: String::new(), next: 0, complaints: Vec::new(), _profile: profile };
-        let target = browser.call("Target.createTarget", json!({"url": "about:blank"}))["targetId"].clone();
-        let attached = browser.call("Target.attachToTarget", json!({"targetId": target, "flatten": true}));
+        let mut browser = Browser {
+            child,
+            to,
+            from,
+            session: String::new(),
+            next: 0,
+            complaints: Vec::new(),
+            _profile: profile,
+        };
+        let target =
+            browser.call("Target.createTarget", json!({"url": "about:blank"}))["targetId"].clone();
+        let attached =
+            browser.call("Target.attachToTarget", json!({"targetId": target, "flatten": true}));
         browser.session = attached["sessionId"].as_str().unwrap().to_owned();
         for domain in ["Page.enable", "Runtime.enable", "Log.enable"] {
             browser.call(domain, json!({}));
         }
-        let watch =
-            "window.violations = []; addEventListener('securitypolicyviolation', (e) => violations.push(e.violatedDirective + ' ' + e.blockedURI));";
+        let watch = "window.violations = []; addEventListener('securitypolicyviolation', (e) => violations.push(e.violatedDirective + ' ' + e.blockedURI));";
         browser.call("Page.addScriptToEvaluateOnNewDocument", json!({"source": watch}));
         Some(browser)
     }
@@ -84,17 +111,26 @@ impl Browser {
         }
         self.to.write_all(format!("{message}\0").as_bytes()).unwrap();
         loop {
-            let answer = self.from.recv_timeout(Duration::from_secs(30)).unwrap_or_else(|e| panic!("{method}: {e}"));
+            let answer = self
+                .from
+                .recv_timeout(Duration::from_secs(30))
+                .unwrap_or_else(|e| panic!("{method}: {e}"));
             if answer["id"] == self.next {
                 assert!(answer["error"].is_null(), "{method}: {}", answer["error"]);
                 return answer["result"].clone();
             }
             let entry = &answer["params"]["entry"];
             match answer["method"].as_str().unwrap_or_default() {
-                "Runtime.exceptionThrown" => self.complaints.push(answer["params"]["exceptionDetails"].to_string()),
+                "Runtime.exceptionThrown" => {
+                    self.complaints.push(answer["params"]["exceptionDetails"].to_string())
+                }
                 // an answer of 401 is said here too, and is no fault of the page
-                "Log.entryAdded" if entry["level"] == "error" && entry["source"] != "network" => self.complaints.push(entry.to_string()),
-                "Page.javascriptDialogOpening" => self.complaints.push(format!("a dialog: {}", answer["params"])),
+                "Log.entryAdded" if entry["level"] == "error" && entry["source"] != "network" => {
+                    self.complaints.push(entry.to_string())
+                }
+                "Page.javascriptDialogOpening" => {
+                    self.complaints.push(format!("a dialog: {}", answer["params"]))
+                }
                 _ => {}
             }
         }
@@ -113,7 +149,10 @@ impl Browser {
     }
 
     pub(crate) fn text(&mut self, selector: &str) -> String {
-        self.value(&format!("document.querySelector({selector:?})?.innerText ?? ''")).as_str().unwrap_or_default().to_owned()
+        self.value(&format!("document.querySelector({selector:?})?.innerText ?? ''"))
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
     }
 
     /// Waits until an expression is true.
@@ -121,7 +160,11 @@ impl Browser {
         let begun = Instant::now();
         while self.value(&format!("Boolean({expression})")) != true {
             let seen = self.value("document.body ? document.body.innerText : ''");
-            assert!(begun.elapsed() < Duration::from_secs(30), "never: {expression}; the page shows {seen}; {:?}", self.complaints);
+            assert!(
+                begun.elapsed() < Duration::from_secs(30),
+                "never: {expression}; the page shows {seen}; {:?}",
+                self.complaints
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -147,7 +190,10 @@ impl Browser {
     pub(crate) fn size(&mut self, width: u32, height: u32, dark: bool) {
         self.call("Emulation.setDeviceMetricsOverride", json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}));
         let scheme = if dark { "dark" } else { "light" };
-        self.call("Emulation.setEmulatedMedia", json!({"features": [{"name": "prefers-color-scheme", "value": scheme}]}));
+        self.call(
+            "Emulation.setEmulatedMedia",
+            json!({"features": [{"name": "prefers-color-scheme", "value": scheme}]}),
+        );
     }
 
     /// Puts a picture where `PIPEOPS_PICTURES` names a directory.

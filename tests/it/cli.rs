@@ -15,9 +15,15 @@ fn readme() -> String {
 #[test]
 fn no_help_line_is_wider_than_a_terminal() {
     let mut commands = vec![vec!["--help".to_owned()]];
-    commands.extend(Cli::command().get_subcommands().map(|c| vec![c.get_name().to_owned(), "--help".to_owned()]));
+    commands.extend(
+        Cli::command()
+            .get_subcommands()
+            .map(|c| vec![c.get_name().to_owned(), "--help".to_owned()]),
+    );
     for args in commands {
-        let help = said(Command::new(program()).args(&args).env("COLUMNS", "100").output().unwrap()).ended(0);
+        let help =
+            said(Command::new(program()).args(&args).env("COLUMNS", "100").output().unwrap())
+                .ended(0);
         for line in help.out.lines() {
             assert!(line.chars().count() <= 110, "{args:?}: {line}");
         }
@@ -31,8 +37,14 @@ fn every_option_and_exit_code_stands_in_the_readme() {
         assert!(text.contains(&format!("`{}", command.get_name())), "{}", command.get_name());
         let mut deep = vec![command];
         while let Some(command) = deep.pop() {
-            for long in command.get_arguments().filter(|a| !a.is_hide_set()).filter_map(|a| a.get_long()) {
-                assert!(text.contains(&format!("--{long}")) || long == "root", "--{long} of {}", command.get_name());
+            for long in
+                command.get_arguments().filter(|a| !a.is_hide_set()).filter_map(|a| a.get_long())
+            {
+                assert!(
+                    text.contains(&format!("--{long}")) || long == "root",
+                    "--{long} of {}",
+                    command.get_name()
+                );
             }
             deep.extend(command.get_subcommands());
         }
@@ -40,9 +52,16 @@ fn every_option_and_exit_code_stands_in_the_readme() {
     for (_, number, meaning) in EXITS {
         assert!(text.contains(&format!("| {number} | {meaning} |")), "exit code {number}");
     }
-    for variable in
-        ["PIPEOPS_CONTROL_PLANE_URL", "PIPEOPS_CONTROL_PLANE_PIN", "AGENT_TOKEN", "CLUSTER_NAME", "NODE_TYPE", "K3S_URL", "K3S_TOKEN", "LOG_LEVEL"]
-    {
+    for variable in [
+        "PIPEOPS_CONTROL_PLANE_URL",
+        "PIPEOPS_CONTROL_PLANE_PIN",
+        "AGENT_TOKEN",
+        "CLUSTER_NAME",
+        "NODE_TYPE",
+        "K3S_URL",
+        "K3S_TOKEN",
+        "LOG_LEVEL",
+    ] {
         assert!(text.contains(variable), "{variable}");
     }
 }
@@ -64,12 +83,16 @@ fn committed_completions_and_manual_are_fresh() {
         (vec!["completions", "fish"], "pipeops.fish"),
         (vec!["man"], "pipeops.1"),
     ] {
-        let made = said(Command::new(program()).args(&args).env_clear().output().unwrap()).ended(0).out;
+        let made =
+            said(Command::new(program()).args(&args).env_clear().output().unwrap()).ended(0).out;
         let path = format!("{dir}/{file}");
         if std::env::var_os("PIPEOPS_UPDATE").is_some() {
             std::fs::write(&path, &made).unwrap();
         }
-        assert!(std::fs::read_to_string(&path).unwrap_or_default() == made, "{file} is stale: PIPEOPS_UPDATE=1 cargo test makes it anew");
+        assert!(
+            std::fs::read_to_string(&path).unwrap_or_default() == made,
+            "{file} is stale: PIPEOPS_UPDATE=1 cargo test makes it anew"
+        );
     }
 }
 
@@ -99,7 +122,11 @@ fn the_program_is_static() {
     let (offset, size, count) = (u64_at(&bytes, 32), u16_at(&bytes, 54), u16_at(&bytes, 56));
     for n in 0..count {
         let at = usize::try_from(offset).unwrap() + usize::from(n) * usize::from(size);
-        assert_ne!(u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()), 3, "the program names an interpreter");
+        assert_ne!(
+            u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()),
+            3,
+            "the program names an interpreter"
+        );
     }
 }
 

@@ -38,7 +38,10 @@ fn telling(sandbox: Sandbox) -> Hub {
 }
 
 fn hub_names(hub: &Hub) -> Names {
-    vec![(hub.url.trim_start_matches("https://").into(), "127.0.0.1:8443".into()), (format!("\"port\":{}", hub.ports.1), "\"port\":7000".into())]
+    vec![
+        (hub.url.trim_start_matches("https://").into(), "127.0.0.1:8443".into()),
+        (format!("\"port\":{}", hub.ports.1), "\"port\":7000".into()),
+    ]
 }
 
 fn agent_names(hub: &Hub, sandbox: &Sandbox) -> Names {
@@ -87,7 +90,10 @@ async fn until_metrics(wanted: &str, what: &str, mut text: impl AsyncFnMut() -> 
         if now == wanted {
             return;
         }
-        assert!(begun.elapsed() < Duration::from_secs(20), "metrics of the {what}\nbefore:\n{wanted}\nnow:\n{now}");
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "metrics of the {what}\nbefore:\n{wanted}\nnow:\n{now}"
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
@@ -96,12 +102,17 @@ async fn until_metrics(wanted: &str, what: &str, mut text: impl AsyncFnMut() -> 
 async fn a_control_plane_goes_on_with_the_data_of_a_version_before() {
     for fixture in Fixture::all() {
         let (hub, said) = on(&fixture);
-        let (token, cluster) = (|name: &str| said["tokens"][name].as_str().unwrap(), said["cluster"].as_str().unwrap());
+        let (token, cluster) = (
+            |name: &str| said["tokens"][name].as_str().unwrap(),
+            said["cluster"].as_str().unwrap(),
+        );
         for admin in ["first_admin", "second_admin"] {
             assert_eq!(lists(&hub, token(admin), cluster).await, said["lists"], "{admin}");
         }
         // who was let in is, who was not is not
-        let status = async |who: &str, path: &str| hub.ask("GET", path, token(who), json!({})).await.status().as_u16();
+        let status = async |who: &str, path: &str| {
+            hub.ask("GET", path, token(who), json!({})).await.status().as_u16()
+        };
         let (list, version) = ("/api/v1/clusters", format!("/clusters/{cluster}/k8s/version"));
         for (who, path, wanted) in [
             ("runner", list, 200),
@@ -124,7 +135,10 @@ async fn a_control_plane_goes_on_with_the_data_of_a_version_before() {
         }
         let third = Simulated::identity(&dir.path().join("three"));
         let body = Simulated::body(&third, "m");
-        let third = Simulated::try_register(&hub.client, &hub.url, &third, token("enrolment"), body).await.unwrap();
+        let third =
+            Simulated::try_register(&hub.client, &hub.url, &third, token("enrolment"), body)
+                .await
+                .unwrap();
         assert_eq!(third.json::<Value>().await.unwrap()["code"], "token_used_up");
         // what waited for the broker waits still, beside what those two are told of
         let before = said["events_waiting"].as_u64().unwrap();
@@ -138,7 +152,12 @@ async fn events_waiting(hub: &Hub, least: u64) -> u64 {
     let begun = Instant::now();
     loop {
         let text = hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
-        let waiting = text.lines().find_map(|line| line.strip_prefix("pipeops_events_waiting ")).unwrap().parse().unwrap();
+        let waiting = text
+            .lines()
+            .find_map(|line| line.strip_prefix("pipeops_events_waiting "))
+            .unwrap()
+            .parse()
+            .unwrap();
         if waiting >= least {
             return waiting;
         }
@@ -152,7 +171,10 @@ async fn events_waiting(hub: &Hub, least: u64) -> u64 {
 async fn an_agent_goes_on_with_the_state_of_a_version_before() {
     for fixture in Fixture::all() {
         let (hub, said) = on(&fixture);
-        let (token, cluster) = (|name: &str| said["tokens"][name].as_str().unwrap(), said["cluster"].as_str().unwrap());
+        let (token, cluster) = (
+            |name: &str| said["tokens"][name].as_str().unwrap(),
+            said["cluster"].as_str().unwrap(),
+        );
         let (kube, address) = serve_kube().await;
         kube.ready.store(true, Relaxed);
         let sandbox = Sandbox::new();
@@ -161,12 +183,21 @@ async fn an_agent_goes_on_with_the_state_of_a_version_before() {
         let file = |name: &str| sandbox.read(&format!("/var/lib/pipeops-agent/{name}"));
         let (identity, audit) = (file("identity.json"), file("audit/audit.jsonl"));
         assert!(audit.lines().count() > 2);
-        let verified = |sandbox: &Sandbox| crate::support::said(sandbox.command(&["audit", "verify"]).output().unwrap()).ended(0);
+        let verified = |sandbox: &Sandbox| {
+            crate::support::said(sandbox.command(&["audit", "verify"]).output().unwrap()).ended(0)
+        };
         verified(&sandbox);
         // no token: what it has is enough
         let agent = Agent::start(sandbox, &[("LOG_LEVEL", "debug")]);
         for operation in ["running", "waits"] {
-            comes_to(&hub, cluster, token("runner"), said["operations"][operation].as_str().unwrap(), "succeeded").await;
+            comes_to(
+                &hub,
+                cluster,
+                token("runner"),
+                said["operations"][operation].as_str().unwrap(),
+                "succeeded",
+            )
+            .await;
         }
         assert_eq!(hub.version(cluster).await, 200);
         for who in ["runner", "kubeconfig"] {
@@ -174,7 +205,8 @@ async fn an_agent_goes_on_with_the_state_of_a_version_before() {
             assert_eq!(hub.ask("GET", &path, token(who), json!({})).await.status(), 200, "{who}");
         }
         // the request of then is the operation of then
-        let (status, same) = asks(&hub, cluster, token("runner"), "done", &apply(&[deployment("done")])).await;
+        let (status, same) =
+            asks(&hub, cluster, token("runner"), "done", &apply(&[deployment("done")])).await;
         assert_eq!((status, &same["id"]), (200, &said["operations"]["done"]), "{same}");
         let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
         assert_eq!(clusters["items"].as_array().unwrap().len(), 1, "{clusters}");
@@ -183,9 +215,16 @@ async fn an_agent_goes_on_with_the_state_of_a_version_before() {
         let now = agent.sandbox.read("/var/lib/pipeops-agent/audit/audit.jsonl");
         assert!(now.starts_with(&audit) && now.len() > audit.len());
         verified(&agent.sandbox);
-        let local = async || tokio::task::block_in_place(|| agent.get("/metrics")).split_once("\r\n\r\n").unwrap().1.to_owned();
+        let local = async || {
+            tokio::task::block_in_place(|| agent.get("/metrics"))
+                .split_once("\r\n\r\n")
+                .unwrap()
+                .1
+                .to_owned()
+        };
         until_metrics(&fixture.text("agent.metrics"), "agent", local).await;
-        let remote = async || hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
+        let remote =
+            async || hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
         until_metrics(&fixture.text("control-plane.metrics"), "control plane", remote).await;
     }
 }
@@ -195,16 +234,46 @@ fn machine(program: &Path) -> Sandbox {
     let sandbox = Sandbox::of(program);
     sandbox.put("/etc/rancher/k3s/registries.yaml", "mirrors: {}\n");
     std::fs::create_dir_all(sandbox.root().join("home/ops")).unwrap();
-    sandbox.beside("registries.yaml", "mirrors: {docker.io: {endpoint: [\"https://mirror.invalid\"]}}\n", 0o600);
+    sandbox.beside(
+        "registries.yaml",
+        "mirrors: {docker.io: {endpoint: [\"https://mirror.invalid\"]}}\n",
+        0o600,
+    );
     sandbox
 }
 
 /// With an option of each kind; fixtures were made with these.
 fn install(sandbox: &Sandbox, more: &[&str]) -> Said {
     let (release, registries) = (sandbox.path("release"), sandbox.path("registries.yaml"));
-    let mut args = vec!["install-server", "--offline-dir", &release, "--registries", &registries, "--timeout", "20s"];
-    args.extend(["--tls-san", "api.example.com", "--node-label", "pool=a", "--api-allow", "192.0.2.0/24", "--kubeconfig-for", "ops"]);
-    args.extend(["--components", "metrics,storage", "--cluster-name", "prod eu", "--control-plane-url", "https://cp.invalid", "-o", "json"]);
+    let mut args = vec![
+        "install-server",
+        "--offline-dir",
+        &release,
+        "--registries",
+        &registries,
+        "--timeout",
+        "20s",
+    ];
+    args.extend([
+        "--tls-san",
+        "api.example.com",
+        "--node-label",
+        "pool=a",
+        "--api-allow",
+        "192.0.2.0/24",
+        "--kubeconfig-for",
+        "ops",
+    ]);
+    args.extend([
+        "--components",
+        "metrics,storage",
+        "--cluster-name",
+        "prod eu",
+        "--control-plane-url",
+        "https://cp.invalid",
+        "-o",
+        "json",
+    ]);
     if !more.contains(&"--plan-out") {
         args.push("--yes");
     }
@@ -213,7 +282,8 @@ fn install(sandbox: &Sandbox, more: &[&str]) -> Said {
 }
 
 /// What another program in the place of the former one makes necessary.
-const NEW_PROGRAM: [&str; 3] = ["install pipeops", "mint the agent's credential", "start the agent"];
+const NEW_PROGRAM: [&str; 3] =
+    ["install pipeops", "mint the agent's credential", "start the agent"];
 
 #[test]
 fn a_node_of_a_version_before_is_known_and_can_be_undone() {
@@ -221,7 +291,8 @@ fn a_node_of_a_version_before_is_known_and_can_be_undone() {
         let sandbox = machine(program());
         let untouched = sandbox.tree();
         fixture.put("node", &sandbox, &node_names(&sandbox));
-        *sandbox.api.objects.lock().unwrap() = serde_json::from_str(&fixture.text("node-objects.json")).unwrap();
+        *sandbox.api.objects.lock().unwrap() =
+            serde_json::from_str(&fixture.text("node-objects.json")).unwrap();
         let changes = install(&sandbox, &[]).ended(0).json()["changes"].clone();
         assert_eq!(changes, json!(NEW_PROGRAM));
         assert_eq!(install(&sandbox, &[]).ended(0).json()["result"], "unchanged");
@@ -268,7 +339,10 @@ fn a_node_is_upgraded_and_rolled_back() {
         sandbox.program = next.to_owned();
         assert_eq!(install(&sandbox, &[]).ended(0).json()["changes"], json!(NEW_PROGRAM), "{what}");
         assert_eq!(install(&sandbox, &[]).ended(0).json()["result"], "unchanged", "{what}");
-        assert_eq!(std::fs::read(sandbox.root().join("usr/local/bin/pipeops")).unwrap(), std::fs::read(next).unwrap());
+        assert_eq!(
+            std::fs::read(sandbox.root().join("usr/local/bin/pipeops")).unwrap(),
+            std::fs::read(next).unwrap()
+        );
     }
     assert!(!sandbox.calls().contains("restart --no-block k3s.service"), "{}", sandbox.calls());
     sandbox.run(&["uninstall", "--yes"]).ended(0);
@@ -290,12 +364,29 @@ struct Given {
 impl Given {
     async fn by(hub: &Hub, cluster: String) -> Given {
         let runner = hub.runner("deployer").await["token"].as_str().unwrap().to_owned();
-        let kubeconfig = hub.json("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({})).await;
-        let minted = hub.json("POST", &format!("/api/v1/clusters/{cluster}/token"), &runner, json!({"ttl_s": 300})).await;
-        let (_, operation) = asks(hub, &cluster, &runner, "first", &apply(&[deployment("first")])).await;
+        let kubeconfig = hub
+            .json("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({}))
+            .await;
+        let minted = hub
+            .json(
+                "POST",
+                &format!("/api/v1/clusters/{cluster}/token"),
+                &runner,
+                json!({"ttl_s": 300}),
+            )
+            .await;
+        let (_, operation) =
+            asks(hub, &cluster, &runner, "first", &apply(&[deployment("first")])).await;
         comes_to(hub, &cluster, &runner, operation["id"].as_str().unwrap(), "succeeded").await;
         let kubeconfig = kubeconfig["users"][0]["user"]["token"].as_str().unwrap().to_owned();
-        let mut given = Given { cluster, listed: Value::Null, runner, kubeconfig, minted, operation: operation["id"].clone() };
+        let mut given = Given {
+            cluster,
+            listed: Value::Null,
+            runner,
+            kubeconfig,
+            minted,
+            operation: operation["id"].clone(),
+        };
         given.listed = given.listed(hub).await.0;
         given
     }
@@ -304,13 +395,19 @@ impl Given {
     async fn listed(&self, hub: &Hub) -> (Value, bool) {
         let all = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
         let [cluster] = all["items"].as_array().unwrap().as_slice() else { panic!("{all}") };
-        let stays = ["id", "name", "project", "agent_id", "registered_at", "max_role"].map(|name| cluster[name].clone());
+        let stays = ["id", "name", "project", "agent_id", "registered_at", "max_role"]
+            .map(|name| cluster[name].clone());
         (json!(stays), cluster["state"] == "online" && cluster["tunnel"] == "up")
     }
 
     /// Straight through the tunnel, as a Runner without a gateway goes.
     async fn straight(&self) -> std::io::Result<String> {
-        let endpoint = self.minted["endpoints"].as_array().unwrap().iter().find(|e| e["type"] == "stcp").unwrap();
+        let endpoint = self.minted["endpoints"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|e| e["type"] == "stcp")
+            .unwrap();
         let text = |name: &str| endpoint[name].as_str().unwrap().to_owned();
         let config = pipeops::frp::TunnelConfig {
             server: "127.0.0.1".into(),
@@ -321,12 +418,18 @@ impl Given {
         };
         let mut tasks = tokio::task::JoinSet::new();
         let other = |e: &dyn std::fmt::Debug| std::io::Error::other(format!("{e:?}"));
-        let carrier = pipeops::frp::dial::Target::new(&config, false).unwrap().connect(&mut tasks).await.map_err(|e| other(&e))?;
+        let carrier = pipeops::frp::dial::Target::new(&config, false)
+            .unwrap()
+            .connect(&mut tasks)
+            .await
+            .map_err(|e| other(&e))?;
         let key = pipeops::base::secret::Secret::new(text("secret_key"));
         let io = pipeops::frp::client::visit(&carrier, "", &text("proxy"), &key).await?;
         let mut io = crate::plane::pinned(&text("agent_pin"), Box::new(io), b"http/1.1").await?;
         let token = self.minted["token"].as_str().unwrap();
-        let head = format!("GET /k8s/version HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n");
+        let head = format!(
+            "GET /k8s/version HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"
+        );
         io.write_all(head.as_bytes()).await?;
         io.flush().await?;
         let mut answer = Vec::new();
@@ -344,29 +447,50 @@ impl Given {
             for token in [&hub.admin, &self.runner, &self.kubeconfig] {
                 found.push(hub.ask("GET", &pods, token, json!({})).await.status().as_u16());
             }
-            let straight = self.straight().await.map_or_else(|e| e.to_string(), |text| text.lines().next().unwrap_or_default().to_owned());
+            let straight = self.straight().await.map_or_else(
+                |e| e.to_string(),
+                |text| text.lines().next().unwrap_or_default().to_owned(),
+            );
             let (listed, there) = self.listed(hub).await;
             // never another one, not even for a moment
             assert_eq!(listed, self.listed, "{step}");
             if there && found == [200, 200, 200] && straight == "HTTP/1.1 200 OK" {
                 break;
             }
-            assert!(begun.elapsed() < Duration::from_secs(40), "{step}: {found:?} {straight} {there}");
+            assert!(
+                begun.elapsed() < Duration::from_secs(40),
+                "{step}: {found:?} {straight} {there}"
+            );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        let (status, same) = asks(hub, &self.cluster, &self.runner, "first", &apply(&[deployment("first")])).await;
+        let (status, same) =
+            asks(hub, &self.cluster, &self.runner, "first", &apply(&[deployment("first")])).await;
         assert_eq!((status, &same["id"]), (200, &self.operation), "{step}: {same}");
-        let (status, taken) = asks(hub, &self.cluster, &self.runner, &step.replace(' ', "-"), &apply(&[deployment("next")])).await;
+        let (status, taken) = asks(
+            hub,
+            &self.cluster,
+            &self.runner,
+            &step.replace(' ', "-"),
+            &apply(&[deployment("next")]),
+        )
+        .await;
         assert_eq!(status, 202, "{step}: {taken}");
-        comes_to(hub, &self.cluster, &self.runner, taken["id"].as_str().unwrap(), "succeeded").await;
-        let done = kube.through().iter().filter(|s| s.method == "PATCH" && s.uri.contains("/deployments/first?")).count();
+        comes_to(hub, &self.cluster, &self.runner, taken["id"].as_str().unwrap(), "succeeded")
+            .await;
+        let done = kube
+            .through()
+            .iter()
+            .filter(|s| s.method == "PATCH" && s.uri.contains("/deployments/first?"))
+            .count();
         assert_eq!(done, 1, "{step}: the first operation was carried out again");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_control_plane_and_its_agent_are_upgraded_and_rolled_back_while_tokens_and_tunnel_live() {
-    let Some(before) = before("a control plane and its agent are upgraded and rolled back") else { return };
+    let Some(before) = before("a control plane and its agent are upgraded and rolled back") else {
+        return;
+    };
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut hub = Hub::begin(Sandbox::of(&before), &[]);
     hub.admin = std::fs::read_to_string(hub.sandbox.root().join(DATA).join("admin-token")).unwrap();
@@ -389,7 +513,11 @@ async fn a_control_plane_and_its_agent_are_upgraded_and_rolled_back_while_tokens
             hub.back();
         }
         if let Some(program) = runs {
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
+            nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap()),
+                nix::sys::signal::Signal::SIGTERM,
+            )
+            .unwrap();
             assert_eq!(tokio::task::block_in_place(|| agent.child.wait()).unwrap().code(), Some(0));
             agent.sandbox.program = program.to_owned();
             // without a token to enrol with

@@ -19,7 +19,10 @@ fn leaves(at: &str, value: &Value, found: &mut Vec<(String, Value)>) {
     let step = |key: &str| format!("{at}/{}", key.replace('~', "~0").replace('/', "~1"));
     match value {
         Value::Object(map) => map.iter().for_each(|(key, value)| leaves(&step(key), value, found)),
-        Value::Array(items) => items.iter().enumerate().for_each(|(n, value)| leaves(&step(&n.to_string()), value, found)),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .for_each(|(n, value)| leaves(&step(&n.to_string()), value, found)),
         _ if ["/apiVersion", "/kind", "/metadata/name", "/metadata/namespace"].contains(&at) => {}
         _ => found.push((at.to_owned(), value.clone())),
     }
@@ -34,8 +37,15 @@ fn fields_of(object: &Value) -> Vec<(String, Value)> {
 impl Fields {
     /// Somebody's `kubectl edit`.
     fn set(sandbox: &Sandbox, path: &str, pointer: &str, value: Value, manager: &str) {
-        *sandbox.api.objects.lock().unwrap().get_mut(path).unwrap().pointer_mut(pointer).unwrap() = value;
-        sandbox.api.fields.lock().unwrap().owners.insert((path.into(), pointer.into()), manager.into());
+        *sandbox.api.objects.lock().unwrap().get_mut(path).unwrap().pointer_mut(pointer).unwrap() =
+            value;
+        sandbox
+            .api
+            .fields
+            .lock()
+            .unwrap()
+            .owners
+            .insert((path.into(), pointer.into()), manager.into());
     }
 
     /// As an API server refuses an apply without force (k8s.io/apimachinery, `NewApplyConflict`).
@@ -49,7 +59,8 @@ impl Fields {
                 Some(json!({"reason": "FieldManagerConflict", "message": message, "field": pointer.replace('/', ".")}))
             })
             .collect();
-        let message = format!("Apply failed with {} conflict: planted-value-of-a-field-8315", causes.len());
+        let message =
+            format!("Apply failed with {} conflict: planted-value-of-a-field-8315", causes.len());
         let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "Conflict", "code": 409,
             "message": message, "details": {"causes": causes}});
         (!causes.is_empty()).then_some(status)
@@ -58,7 +69,9 @@ impl Fields {
     /// What others set stays.
     pub(crate) fn keep(&self, path: &str, known: &Value, object: &mut Value) {
         for (_, pointer) in self.owners.keys().filter(|(p, _)| p == path) {
-            if let (Some(theirs), Some(field)) = (known.pointer(pointer), object.pointer_mut(pointer)) {
+            if let (Some(theirs), Some(field)) =
+                (known.pointer(pointer), object.pointer_mut(pointer))
+            {
                 *field = theirs.clone();
             }
         }
@@ -76,7 +89,9 @@ impl Fields {
         };
         let form = if object["kind"] == "LimitRange" { quantity } else { duration };
         for (pointer, value) in fields_of(object) {
-            let Some(kept) = value.as_str().and_then(form).filter(|kept| value != **kept) else { continue };
+            let Some(kept) = value.as_str().and_then(form).filter(|kept| value != **kept) else {
+                continue;
+            };
             *object.pointer_mut(&pointer).unwrap() = json!(kept);
             self.owners.insert((path.to_owned(), pointer), manager.to_owned());
         }
@@ -89,7 +104,9 @@ fn duration(text: &str) -> Option<String> {
     while !rest.is_empty() {
         let unit = rest.trim_start_matches(|c: char| c.is_ascii_digit());
         let number: u64 = rest[..rest.len() - unit.len()].parse().ok()?;
-        let (each, after) = [("ms", 1), ("h", 3_600_000), ("m", 60_000), ("s", 1000)].iter().find_map(|(u, n)| Some((n, unit.strip_prefix(u)?)))?;
+        let (each, after) = [("ms", 1), ("h", 3_600_000), ("m", 60_000), ("s", 1000)]
+            .iter()
+            .find_map(|(u, n)| Some((n, unit.strip_prefix(u)?)))?;
         (ms, rest) = (ms + number * each, after);
     }
     let (hours, minutes, seconds) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60);
@@ -113,7 +130,11 @@ fn quantity(text: &str) -> Option<String> {
         _ => return None,
     };
     if !binary {
-        return Some(if thousandths % 1000.0 == 0.0 { format!("{}", thousandths / 1000.0) } else { format!("{thousandths}m") });
+        return Some(if thousandths % 1000.0 == 0.0 {
+            format!("{}", thousandths / 1000.0)
+        } else {
+            format!("{thousandths}m")
+        });
     }
     let mut at = ["Ki", "Mi", "Gi", "Ti"].iter().position(|u| *u == unit)?;
     while thousandths % 1024.0 == 0.0 && at < 3 {
@@ -124,11 +145,24 @@ fn quantity(text: &str) -> Option<String> {
 
 #[test]
 fn the_forms_are_those_of_go() {
-    for (text, kept) in [("5m", "5m0s"), ("5m0s", "5m0s"), ("87600h", "87600h0m0s"), ("90s", "1m30s"), ("1h30m", "1h30m0s")] {
+    for (text, kept) in [
+        ("5m", "5m0s"),
+        ("5m0s", "5m0s"),
+        ("87600h", "87600h0m0s"),
+        ("90s", "1m30s"),
+        ("1h30m", "1h30m0s"),
+    ] {
         assert_eq!(duration(text).as_deref(), Some(kept));
     }
     assert!(["", "5", "m", "v1.21.1", "abort", "2.6.4"].iter().all(|t| duration(t).is_none()));
-    for (text, kept) in [("1000m", "1"), ("0.5", "500m"), ("50m", "50m"), ("1024Mi", "1Gi"), ("512Mi", "512Mi"), ("64Mi", "64Mi")] {
+    for (text, kept) in [
+        ("1000m", "1"),
+        ("0.5", "500m"),
+        ("50m", "50m"),
+        ("1024Mi", "1Gi"),
+        ("512Mi", "512Mi"),
+        ("64Mi", "64Mi"),
+    ] {
         assert_eq!(quantity(text).as_deref(), Some(kept));
     }
 }
@@ -139,23 +173,43 @@ const CHART: &str = "/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/c
 pub(crate) fn charts_come_up(sandbox: &Sandbox) {
     let mut objects = sandbox.api.objects.lock().unwrap();
     let mut status = |path: String, status: Value| {
-        let object = objects.entry(path).or_insert_with(|| json!({"metadata": {"generation": 1}, "spec": {"replicas": 1}}));
+        let object = objects
+            .entry(path)
+            .or_insert_with(|| json!({"metadata": {"generation": 1}, "spec": {"replicas": 1}}));
         object["status"] = status;
     };
     for chart in ["cert-manager", "nginx-ingress", "traefik", "traefik-crd"] {
         let job = format!("helm-install-{chart}");
-        status(format!("/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/{chart}"), json!({"jobName": job}));
-        status(format!("/apis/batch/v1/namespaces/kube-system/jobs/{job}"), json!({"succeeded": 1}));
+        status(
+            format!("/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/{chart}"),
+            json!({"jobName": job}),
+        );
+        status(
+            format!("/apis/batch/v1/namespaces/kube-system/jobs/{job}"),
+            json!({"succeeded": 1}),
+        );
     }
-    for (namespace, name) in
-        [("cert-manager", "cert-manager"), ("cert-manager", "cert-manager-webhook"), ("nginx-ingress", "nginx-ingress-controller")]
-    {
+    for (namespace, name) in [
+        ("cert-manager", "cert-manager"),
+        ("cert-manager", "cert-manager-webhook"),
+        ("nginx-ingress", "nginx-ingress-controller"),
+    ] {
         let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
-        status(path, json!({"readyReplicas": 1, "updatedReplicas": 1, "availableReplicas": 1, "replicas": 1, "observedGeneration": 1}));
+        status(
+            path,
+            json!({"readyReplicas": 1, "updatedReplicas": 1, "availableReplicas": 1, "replicas": 1, "observedGeneration": 1}),
+        );
     }
 }
 
-const ALL: &[&str] = &["--components", "metrics,storage,cert-manager", "--acme-email", "ops@example.com", "--max-role", "admin"];
+const ALL: &[&str] = &[
+    "--components",
+    "metrics,storage,cert-manager",
+    "--acme-email",
+    "ops@example.com",
+    "--max-role",
+    "admin",
+];
 
 /// Every kind of object that a plan applies is applied twice beside controllers that own what they rewrite.
 #[test]
@@ -164,18 +218,35 @@ fn a_second_run_beside_controllers_that_rewrite_what_they_read_changes_nothing()
     sandbox.api.fields.lock().unwrap().controllers = true;
     charts_come_up(&sandbox);
     sandbox.install(ALL).ended(0);
-    let kinds: std::collections::BTreeSet<String> =
-        sandbox.api.objects.lock().unwrap().values().filter_map(|o| o["kind"].as_str().map(str::to_owned)).collect();
-    for kind in
-        ["Namespace", "LimitRange", "ServiceAccount", "ClusterRole", "ClusterRoleBinding", "RoleBinding", "HelmChart", "ClusterIssuer", "Certificate"]
-    {
+    let kinds: std::collections::BTreeSet<String> = sandbox
+        .api
+        .objects
+        .lock()
+        .unwrap()
+        .values()
+        .filter_map(|o| o["kind"].as_str().map(str::to_owned))
+        .collect();
+    for kind in [
+        "Namespace",
+        "LimitRange",
+        "ServiceAccount",
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "RoleBinding",
+        "HelmChart",
+        "ClusterIssuer",
+        "Certificate",
+    ] {
         assert!(kinds.contains(kind), "{kinds:?}");
     }
     let written = sandbox.api.writes.lock().unwrap().len();
     let again = sandbox.install(ALL).ended(0);
     assert!(again.out.contains("nothing to do"), "{}\n{}", again.out, again.err);
     assert_eq!(sandbox.api.writes.lock().unwrap().len(), written);
-    assert!(sandbox.api.fields.lock().unwrap().owners.is_empty(), "no field is written in another form than its controller's");
+    assert!(
+        sandbox.api.fields.lock().unwrap().owners.is_empty(),
+        "no field is written in another form than its controller's"
+    );
 }
 
 /// The chart of ingress waits for an answer on port 80 of this machine, so its objects are looked at by themselves.
@@ -185,9 +256,15 @@ fn every_object_is_written_in_the_form_in_which_it_is_kept() {
     for component in pipeops::install::components::CATALOGUE {
         for yaml in [component.objects.to_owned(), (component.after)(Some("ops@example.com"))] {
             for object in pipeops::install::plan::documents(&yaml).unwrap() {
-                let (mut fields, mut kept) = (Fields { controllers: true, ..Fields::default() }, object.clone());
+                let (mut fields, mut kept) =
+                    (Fields { controllers: true, ..Fields::default() }, object.clone());
                 fields.rewrite("", &mut kept);
-                assert!(fields.owners.is_empty(), "{}: {:?}", object["metadata"]["name"], fields.owners);
+                assert!(
+                    fields.owners.is_empty(),
+                    "{}: {:?}",
+                    object["metadata"]["name"],
+                    fields.owners
+                );
                 looked += 1;
             }
         }
@@ -211,7 +288,12 @@ fn what_somebody_else_set_is_told_in_words_and_left() {
     for (path, pointer, args, exit) in [
         (CHART, "/spec/version", ALL, 10),
         (CHART, "/spec/valuesContent", ALL, 10),
-        ("/api/v1/namespaces/production", "/metadata/labels/pod-security.kubernetes.io~1enforce", &[][..], 10),
+        (
+            "/api/v1/namespaces/production",
+            "/metadata/labels/pod-security.kubernetes.io~1enforce",
+            &[][..],
+            10,
+        ),
     ] {
         let sandbox = Sandbox::new();
         charts_come_up(&sandbox);
@@ -219,14 +301,28 @@ fn what_somebody_else_set_is_told_in_words_and_left() {
         Fields::set(&sandbox, path, pointer, json!("privileged"), "kubectl-edit");
         // a look says it too, and does not end with an error
         let release = sandbox.path("release");
-        let look = sandbox.run(&[&["install-server", "--offline-dir", &release, "--dry-run"], args].concat()).ended(0);
+        let look = sandbox
+            .run(&[&["install-server", "--offline-dir", &release, "--dry-run"], args].concat())
+            .ended(0);
         assert!(look.err.contains("somebody else has set fields: FIELD_CONFLICT"), "{}", look.err);
         let said = sandbox.install(args).ended(exit);
         let last = pointer.rsplit('/').next().unwrap().replace("~1", "/");
-        for text in ["FIELD_CONFLICT", "belongs to \"kubectl-edit\"", last.split('/').next_back().unwrap(), "--show-managed-fields"] {
+        for text in [
+            "FIELD_CONFLICT",
+            "belongs to \"kubectl-edit\"",
+            last.split('/').next_back().unwrap(),
+            "--show-managed-fields",
+        ] {
             assert!(said.err.contains(text), "{text}: {}", said.err);
         }
-        assert!(!said.err.contains("INTERNAL") && !said.err.contains("planted-value-of-a-field-8315"), "no value of a field: {}", said.err);
-        assert_eq!(sandbox.api.objects.lock().unwrap()[path].pointer(pointer), Some(&json!("privileged")));
+        assert!(
+            !said.err.contains("INTERNAL") && !said.err.contains("planted-value-of-a-field-8315"),
+            "no value of a field: {}",
+            said.err
+        );
+        assert_eq!(
+            sandbox.api.objects.lock().unwrap()[path].pointer(pointer),
+            Some(&json!("privileged"))
+        );
     }
 }

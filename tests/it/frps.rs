@@ -6,7 +6,9 @@ use pipeops::base::secret::Secret;
 use pipeops::frp::codec::{Duplex, encrypted};
 use pipeops::frp::dial::{Carrier, Target};
 use pipeops::frp::server::{Server, ServerConfig};
-use pipeops::frp::wire::{self, Key, Login, LoginResp, Message, NewProxy, NewWorkConn, Ping, StartWorkConn};
+use pipeops::frp::wire::{
+    self, Key, Login, LoginResp, Message, NewProxy, NewWorkConn, Ping, StartWorkConn,
+};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
@@ -27,20 +29,45 @@ struct ByHand {
 impl ByHand {
     async fn login(address: std::net::SocketAddr, pin: &str, run_id: &str) -> ByHand {
         let mut tasks = JoinSet::new();
-        let carrier = Target::new(&settings(address, true, pin), false).unwrap().connect(&mut tasks).await.unwrap();
+        let carrier = Target::new(&settings(address, true, pin), false)
+            .unwrap()
+            .connect(&mut tasks)
+            .await
+            .unwrap();
         let mut control = carrier.open().await.unwrap();
         let token = Secret::new(TOKEN);
-        let login = Login { privilege_key: wire::privilege_key(&token, 7), timestamp: 7, run_id: run_id.into(), ..Login::default() };
+        let login = Login {
+            privilege_key: wire::privilege_key(&token, 7),
+            timestamp: 7,
+            run_id: run_id.into(),
+            ..Login::default()
+        };
         wire::write(&mut control, login).await.unwrap();
-        let Message::LoginResp(LoginResp { error, run_id, .. }) = wire::read(&mut control).await.unwrap() else { panic!("no answer to the login") };
+        let Message::LoginResp(LoginResp { error, run_id, .. }) =
+            wire::read(&mut control).await.unwrap()
+        else {
+            panic!("no answer to the login")
+        };
         assert_eq!(error, "");
-        ByHand { carrier, control: Box::new(encrypted(control, &Key::of(&token))), run_id, _tasks: tasks }
+        ByHand {
+            carrier,
+            control: Box::new(encrypted(control, &Key::of(&token))),
+            run_id,
+            _tasks: tasks,
+        }
     }
 
     async fn open(&mut self, name: &str) {
-        let asked = NewProxy { proxy_name: name.into(), proxy_type: "stcp".into(), sk: "sk".into(), ..NewProxy::default() };
+        let asked = NewProxy {
+            proxy_name: name.into(),
+            proxy_type: "stcp".into(),
+            sk: "sk".into(),
+            ..NewProxy::default()
+        };
         wire::write(&mut self.control, asked).await.unwrap();
-        let Message::NewProxyResp(answer) = wire::read(&mut self.control).await.unwrap() else { panic!("no answer to the proxy") };
+        let Message::NewProxyResp(answer) = wire::read(&mut self.control).await.unwrap() else {
+            panic!("no answer to the proxy")
+        };
         assert_eq!(answer.error, "");
     }
 }
@@ -52,8 +79,14 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     // whoever pings has this long for the next one: any wait at all would end a client that does not
-    let config =
-        ServerConfig { token: Secret::new(TOKEN), tls: Some(tls), tcp_mux: true, tcp_bind: None, heartbeat: Duration::from_millis(1), admit: None };
+    let config = ServerConfig {
+        token: Secret::new(TOKEN),
+        tls: Some(tls),
+        tcp_mux: true,
+        tcp_bind: None,
+        heartbeat: Duration::from_millis(1),
+        admit: None,
+    };
     let server = Server::new(config);
     tokio::spawn({
         let server = server.clone();
@@ -63,23 +96,40 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
     client.open("s").await;
     for _ in 0..20 {
         let users = server.clone();
-        let user = tokio::spawn(async move { round_trip(&mut users.dial("s").await.unwrap(), 1000).await });
+        let user =
+            tokio::spawn(
+                async move { round_trip(&mut users.dial("s").await.unwrap(), 1000).await },
+            );
         assert!(matches!(wire::read(&mut client.control).await.unwrap(), Message::ReqWorkConn(_)));
         let mut work = client.carrier.open().await.unwrap();
-        wire::write(&mut work, NewWorkConn { run_id: client.run_id.clone(), ..NewWorkConn::default() }).await.unwrap();
-        let Message::StartWorkConn(StartWorkConn { error, .. }) = wire::read(&mut work).await.unwrap() else { panic!("no start") };
+        wire::write(
+            &mut work,
+            NewWorkConn { run_id: client.run_id.clone(), ..NewWorkConn::default() },
+        )
+        .await
+        .unwrap();
+        let Message::StartWorkConn(StartWorkConn { error, .. }) =
+            wire::read(&mut work).await.unwrap()
+        else {
+            panic!("no start")
+        };
         assert_eq!(error, "");
         tokio::spawn(echo(work));
         user.await.unwrap();
     }
     // a wrong proof is still one too many
     let mut work = client.carrier.open().await.unwrap();
-    let hello = NewWorkConn { run_id: client.run_id.clone(), privilege_key: "wrong".into(), timestamp: 1 };
+    let hello =
+        NewWorkConn { run_id: client.run_id.clone(), privilege_key: "wrong".into(), timestamp: 1 };
     wire::write(&mut work, hello).await.unwrap();
-    let Message::StartWorkConn(answer) = wire::read(&mut work).await.unwrap() else { panic!("no answer") };
+    let Message::StartWorkConn(answer) = wire::read(&mut work).await.unwrap() else {
+        panic!("no answer")
+    };
     assert!(answer.error.contains("token"), "{}", answer.error);
     wire::write(&mut client.control, Ping::default()).await.unwrap();
-    let Message::Pong(pong) = wire::read(&mut client.control).await.unwrap() else { panic!("no pong") };
+    let Message::Pong(pong) = wire::read(&mut client.control).await.unwrap() else {
+        panic!("no pong")
+    };
     assert_eq!(pong.error, "");
     // who pings and falls silent is gone, and the connection with him
     let Carrier::Mux(mux) = &client.carrier else { unreachable!() };
@@ -134,14 +184,22 @@ async fn whoever_is_refused_has_time_to_read_it() {
     let frps = Frps::with(Some(&tls), true, 0).await;
     let mut tasks = JoinSet::new();
     for again in [false, true] {
-        let carrier = Target::new(&settings(frps.address, true, &pin), false).unwrap().connect(&mut tasks).await.unwrap();
+        let carrier = Target::new(&settings(frps.address, true, &pin), false)
+            .unwrap()
+            .connect(&mut tasks)
+            .await
+            .unwrap();
         let wrong = || Login { privilege_key: "wrong".into(), timestamp: 7, ..Login::default() };
         let mut control = carrier.open().await.unwrap();
         wire::write(&mut control, wrong()).await.unwrap();
-        let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else { panic!("no answer to the login") };
+        let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else {
+            panic!("no answer to the login")
+        };
         assert!(answer.error.contains("token"), "{}", answer.error);
         let Carrier::Mux(mux) = &carrier else { unreachable!() };
-        tokio::time::timeout(Duration::from_millis(500), mux.ended()).await.expect_err("the connection is closed at once");
+        tokio::time::timeout(Duration::from_millis(500), mux.ended())
+            .await
+            .expect_err("the connection is closed at once");
         // nor is that time for another guess
         if again {
             let mut second = carrier.open().await.unwrap();
@@ -158,7 +216,12 @@ async fn a_connection_of_which_nothing_comes_is_closed() {
     let (tls, pin) = identity();
     let frps = Frps::with(Some(&tls), true, 0).await;
     let mut tasks = JoinSet::new();
-    let Carrier::Mux(mux) = Target::new(&settings(frps.address, true, &pin), false).unwrap().connect(&mut tasks).await.unwrap() else {
+    let Carrier::Mux(mux) = Target::new(&settings(frps.address, true, &pin), false)
+        .unwrap()
+        .connect(&mut tasks)
+        .await
+        .unwrap()
+    else {
         unreachable!()
     };
     mux.ended().await;

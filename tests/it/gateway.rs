@@ -16,16 +16,35 @@ async fn status_of(answer: Response, status: u16, code: &str) -> Value {
     assert_eq!(answer.headers()["content-type"], "application/json", "{head}");
     assert_eq!(answer.headers().contains_key("www-authenticate"), status == 401, "{head}");
     let text = answer.text().await.unwrap();
-    let body: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{code}: {head}: {text}"));
-    assert_eq!((&body["kind"], &body["apiVersion"], &body["status"]), (&json!("Status"), &json!("v1"), &json!("Failure")), "{body}");
-    assert_eq!((&body["code"], &body["details"]["causes"][0]["reason"]), (&json!(status), &json!(code)), "{body}");
-    assert!(body["message"].as_str().is_some_and(|m| m.starts_with(body["details"]["causes"][0]["message"].as_str().unwrap())), "{body}");
+    let body: Value =
+        serde_json::from_str(&text).unwrap_or_else(|_| panic!("{code}: {head}: {text}"));
+    assert_eq!(
+        (&body["kind"], &body["apiVersion"], &body["status"]),
+        (&json!("Status"), &json!("v1"), &json!("Failure")),
+        "{body}"
+    );
+    assert_eq!(
+        (&body["code"], &body["details"]["causes"][0]["reason"]),
+        (&json!(status), &json!(code)),
+        "{body}"
+    );
+    assert!(
+        body["message"].as_str().is_some_and(
+            |m| m.starts_with(body["details"]["causes"][0]["message"].as_str().unwrap())
+        ),
+        "{body}"
+    );
     body
 }
 
 fn http1(hub: &Hub) -> Client {
     let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
-    Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().http1_only().build().unwrap()
+    Client::builder()
+        .tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()])
+        .no_proxy()
+        .http1_only()
+        .build()
+        .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -35,7 +54,14 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
     let (agent, cluster) = hub.agent(address).await;
     let runner = hub.runner("operator").await;
     let token = runner["token"].as_str().unwrap();
-    let answer = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({"namespaces": ["beta"]})).await;
+    let answer = hub
+        .ask(
+            "POST",
+            &format!("/api/v1/clusters/{cluster}/kubeconfig"),
+            token,
+            json!({"namespaces": ["beta"]}),
+        )
+        .await;
     let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
     let beta = config["users"][0]["user"]["token"].as_str().unwrap();
     let k8s = format!("/clusters/{cluster}/k8s");
@@ -43,22 +69,140 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
     let long = "x".repeat(20_000);
     let long = [("x-long", long.as_str())];
     // method, path, token, headers of the client; status, code, reason, and a word of the message
-    type Case<'a> = (&'a str, String, &'a str, &'a [(&'a str, &'a str)], u16, &'a str, &'a str, &'a str);
+    type Case<'a> =
+        (&'a str, String, &'a str, &'a [(&'a str, &'a str)], u16, &'a str, &'a str, &'a str);
     let cases: Vec<Case> = vec![
         ("GET", format!("{k8s}/api"), "", &[], 401, "token_needed", "Unauthorized", "bearer token"),
-        ("GET", format!("{k8s}/api"), "por_wrong", &[], 401, "token_unknown", "Unauthorized", "wrong, revoked"),
-        ("GET", format!("{k8s}/api/v1/pods"), &enrolment, &[], 403, "forbidden", "Forbidden", "something else"),
-        ("GET", "/clusters/c-0/k8s/apis".into(), token, &[], 404, "not_found", "NotFound", "no cluster c-0"),
-        ("GET", "/clusters/c-0/k8s".into(), token, &[], 404, "not_found", "NotFound", "no cluster c-0"),
-        ("GET", format!("{k8s}/api/v1/namespaces/production/pods"), beta, &[], 403, "namespace_scope", "Forbidden", "than production: beta"),
-        ("GET", format!("{k8s}/api/v1/pods"), beta, &[], 403, "namespace_scope", "Forbidden", "namespaces alone (beta)"),
-        ("DELETE", format!("{k8s}/api/v1/namespaces/beta"), beta, &[], 403, "namespace_scope", "Forbidden", "namespaces alone (beta)"),
-        ("GET", format!("{k8s}/api/v1/pods"), token, &[("impersonate-user", "root")], 400, "identity_header", "BadRequest", "leave out --as"),
-        ("GET", format!("{k8s}/api"), token, &[("impersonate-group", "system:masters")], 400, "identity_header", "BadRequest", "--as"),
-        ("GET", format!("{k8s}/api/v1/namespaces/beta/services/x/proxy/"), token, &[], 403, "proxy_refused", "Forbidden", "port-forward"),
-        ("GET", format!("{k8s}/api/v1/watch/pods"), token, &[], 400, "bad_path", "BadRequest", "watch=true"),
-        ("GET", format!("{k8s}/api/v1/namespaces/beta/pods/unauthorized"), token, &[], 503, "kubernetes_credential", "ServiceUnavailable", "minted"),
-        ("GET", format!("{k8s}/api/v1/namespaces/beta/pods/redirect"), token, &[], 502, "redirect_refused", "InternalError", "somewhere else"),
+        (
+            "GET",
+            format!("{k8s}/api"),
+            "por_wrong",
+            &[],
+            401,
+            "token_unknown",
+            "Unauthorized",
+            "wrong, revoked",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api/v1/pods"),
+            &enrolment,
+            &[],
+            403,
+            "forbidden",
+            "Forbidden",
+            "something else",
+        ),
+        (
+            "GET",
+            "/clusters/c-0/k8s/apis".into(),
+            token,
+            &[],
+            404,
+            "not_found",
+            "NotFound",
+            "no cluster c-0",
+        ),
+        (
+            "GET",
+            "/clusters/c-0/k8s".into(),
+            token,
+            &[],
+            404,
+            "not_found",
+            "NotFound",
+            "no cluster c-0",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api/v1/namespaces/production/pods"),
+            beta,
+            &[],
+            403,
+            "namespace_scope",
+            "Forbidden",
+            "than production: beta",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api/v1/pods"),
+            beta,
+            &[],
+            403,
+            "namespace_scope",
+            "Forbidden",
+            "namespaces alone (beta)",
+        ),
+        (
+            "DELETE",
+            format!("{k8s}/api/v1/namespaces/beta"),
+            beta,
+            &[],
+            403,
+            "namespace_scope",
+            "Forbidden",
+            "namespaces alone (beta)",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api/v1/pods"),
+            token,
+            &[("impersonate-user", "root")],
+            400,
+            "identity_header",
+            "BadRequest",
+            "leave out --as",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api"),
+            token,
+            &[("impersonate-group", "system:masters")],
+            400,
+            "identity_header",
+            "BadRequest",
+            "--as",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api/v1/namespaces/beta/services/x/proxy/"),
+            token,
+            &[],
+            403,
+            "proxy_refused",
+            "Forbidden",
+            "port-forward",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api/v1/watch/pods"),
+            token,
+            &[],
+            400,
+            "bad_path",
+            "BadRequest",
+            "watch=true",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api/v1/namespaces/beta/pods/unauthorized"),
+            token,
+            &[],
+            503,
+            "kubernetes_credential",
+            "ServiceUnavailable",
+            "minted",
+        ),
+        (
+            "GET",
+            format!("{k8s}/api/v1/namespaces/beta/pods/redirect"),
+            token,
+            &[],
+            502,
+            "redirect_refused",
+            "InternalError",
+            "somewhere else",
+        ),
         ("GET", format!("{k8s}/api"), token, &long, 431, "headers_too_large", "", "16 KiB"),
     ];
     // whatever is asked for, the answer is what every client decodes
@@ -77,42 +221,78 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
     };
     for (method, path, token, headers, status, code, reason, word) in &cases {
         for accept in accepts {
-            let headers: Vec<(&str, &str)> = headers.iter().copied().chain([("accept", accept)]).collect();
-            let body = status_of(ask(method, path, token, &headers).await.unwrap(), *status, code).await;
+            let headers: Vec<(&str, &str)> =
+                headers.iter().copied().chain([("accept", accept)]).collect();
+            let body =
+                status_of(ask(method, path, token, &headers).await.unwrap(), *status, code).await;
             assert_eq!(body["reason"].as_str().unwrap_or_default(), *reason, "{body}");
             assert!(body["message"].as_str().unwrap().contains(word), "{body}");
         }
     }
     // of discovery kubectl reads no body: it shows the warning
     let refused = ask("GET", &format!("{k8s}/api"), "por_wrong", &[]).await.unwrap();
-    assert!(refused.headers()["warning"].to_str().unwrap().starts_with("299 - \"the token is wrong"), "{refused:?}");
+    assert!(
+        refused.headers()["warning"].to_str().unwrap().starts_with("299 - \"the token is wrong"),
+        "{refused:?}"
+    );
     for path in ["/apis", "/api/v1", "/apis/apps/v1", "/openapi/v3", "/version"] {
-        let refused = ask("GET", &format!("{k8s}{path}"), token, &[("impersonate-user", "root")]).await.unwrap();
-        assert!(refused.headers()["warning"].to_str().unwrap().contains("leave out --as"), "{refused:?}");
+        let refused = ask("GET", &format!("{k8s}{path}"), token, &[("impersonate-user", "root")])
+            .await
+            .unwrap();
+        assert!(
+            refused.headers()["warning"].to_str().unwrap().contains("leave out --as"),
+            "{refused:?}"
+        );
     }
-    assert!(!ask("GET", &format!("{k8s}/api/v1/pods"), "por_wrong", &[]).await.unwrap().headers().contains_key("warning"));
+    assert!(
+        !ask("GET", &format!("{k8s}/api/v1/pods"), "por_wrong", &[])
+            .await
+            .unwrap()
+            .headers()
+            .contains_key("warning")
+    );
     // an upgrade that is refused is read as well: exec in both of its protocols
     let exec = format!("{k8s}/api/v1/namespaces/production/pods/p/exec?command=sh");
     let upgrade = |protocol| [("connection", "Upgrade"), ("upgrade", protocol)];
     for protocol in ["SPDY/3.1", "websocket"] {
-        status_of(ask("POST", &exec, beta, &upgrade(protocol)).await.unwrap(), 403, "namespace_scope").await;
-        status_of(ask("POST", &exec, "por_wrong", &upgrade(protocol)).await.unwrap(), 401, "token_unknown").await;
+        status_of(
+            ask("POST", &exec, beta, &upgrade(protocol)).await.unwrap(),
+            403,
+            "namespace_scope",
+        )
+        .await;
+        status_of(
+            ask("POST", &exec, "por_wrong", &upgrade(protocol)).await.unwrap(),
+            401,
+            "token_unknown",
+        )
+        .await;
     }
     status_of(ask("POST", &exec, token, &upgrade("h2c")).await.unwrap(), 400, "bad_upgrade").await;
     // calls of our own say it in their own words
     let own = hub.ask("GET", "/api/v1/clusters/c-0", token, json!({})).await;
     let own: Value = own.json().await.unwrap();
     assert_eq!((&own["code"], own.get("kind")), (&json!("not_found"), None));
-    let own: Value = hub.ask("GET", &format!("/clusters/{cluster}/api/v1/nothing"), token, json!({})).await.json().await.unwrap();
+    let own: Value = hub
+        .ask("GET", &format!("/clusters/{cluster}/api/v1/nothing"), token, json!({}))
+        .await
+        .json()
+        .await
+        .unwrap();
     assert_eq!((&own["code"], own.get("kind")), (&json!("not_found"), None));
     // one whose cluster takes its time is not silent
     let begun = Instant::now();
-    let slow = ask("GET", &format!("{k8s}/api/v1/namespaces/beta/pods/sleeps?for=8"), token, &[]).await.unwrap();
+    let slow = ask("GET", &format!("{k8s}/api/v1/namespaces/beta/pods/sleeps?for=8"), token, &[])
+        .await
+        .unwrap();
     assert!(slow.status() == 200 && begun.elapsed() >= Duration::from_secs(8), "{slow:?}");
     // an agent that is stopped holds its tunnel: that is said soon, and without a Retry-After, with which clients go on in silence
     let pid = nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-    for (method, path, headers) in [("GET", format!("{k8s}/api/v1/pods?watch=1"), vec![]), ("POST", exec.clone(), upgrade("SPDY/3.1").to_vec())] {
+    for (method, path, headers) in [
+        ("GET", format!("{k8s}/api/v1/pods?watch=1"), vec![]),
+        ("POST", exec.clone(), upgrade("SPDY/3.1").to_vec()),
+    ] {
         let begun = Instant::now();
         let answer = ask(method, &path, token, &headers).await.unwrap();
         assert!(begun.elapsed() < Duration::from_secs(9), "{:?}", begun.elapsed());
@@ -124,10 +304,17 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
     drop(agent);
     let begun = Instant::now();
     let answer = ask("GET", &format!("{k8s}/api/v1/pods"), token, &[]).await.unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(9) && !answer.headers().contains_key("retry-after"), "{:?} {answer:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(9) && !answer.headers().contains_key("retry-after"),
+        "{:?} {answer:?}",
+        begun.elapsed()
+    );
     status_of(answer, 503, "agent_offline").await;
-    hub.sandbox.verb(&["control-plane", "runner", "revoke", runner["id"].as_str().unwrap()]).ended(0);
-    status_of(ask("GET", &format!("{k8s}/api"), token, &[]).await.unwrap(), 401, "token_unknown").await;
+    hub.sandbox
+        .verb(&["control-plane", "runner", "revoke", runner["id"].as_str().unwrap()])
+        .ended(0);
+    status_of(ask("GET", &format!("{k8s}/api"), token, &[]).await.unwrap(), 401, "token_unknown")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -135,7 +322,9 @@ async fn a_hundred_and_fifty_watches_leave_their_user_everything_else() {
     let hub = Hub::with(&[]);
     let (_kube, address) = serve_kube().await;
     let (_agent, cluster) = hub.agent(address).await;
-    let answer = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({})).await;
+    let answer = hub
+        .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({}))
+        .await;
     let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
     let token = config["users"][0]["user"]["token"].as_str().unwrap();
     let k8s = format!("/clusters/{cluster}/k8s");
@@ -143,23 +332,31 @@ async fn a_hundred_and_fifty_watches_leave_their_user_everything_else() {
     let client = http1(&hub);
     let mut held = Vec::new();
     for n in 0..150 {
-        let path = format!("{k8s}/apis/group{n}.example/v1/things?allowWatchBookmarks=true&watch=true");
+        let path =
+            format!("{k8s}/apis/group{n}.example/v1/things?allowWatchBookmarks=true&watch=true");
         let client = if n % 3 == 0 { &client } else { &hub.client };
-        let watch = client.get(format!("{}{path}", hub.url)).bearer_auth(token).send().await.unwrap();
+        let watch =
+            client.get(format!("{}{path}", hub.url)).bearer_auth(token).send().await.unwrap();
         assert_eq!(watch.status(), 200, "watch {n}");
         held.push(watch);
     }
     // and logs that are followed
     for _ in 0..20 {
         let path = format!("{k8s}/api/v1/namespaces/beta/pods/p/log?follow=true&watch=1");
-        let log = hub.client.get(format!("{}{path}", hub.url)).bearer_auth(token).send().await.unwrap();
+        let log =
+            hub.client.get(format!("{}{path}", hub.url)).bearer_auth(token).send().await.unwrap();
         assert_eq!(log.status(), 200);
         held.push(log);
     }
     let begun = Instant::now();
     for n in 0..40 {
         let client = if n % 2 == 0 { &client } else { &hub.client };
-        let pods = client.get(format!("{}{k8s}/api/v1/namespaces/beta/pods", hub.url)).bearer_auth(token).send().await.unwrap();
+        let pods = client
+            .get(format!("{}{k8s}/api/v1/namespaces/beta/pods", hub.url))
+            .bearer_auth(token)
+            .send()
+            .await
+            .unwrap();
         assert_eq!(pods.status(), 200, "{n}");
     }
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
@@ -171,14 +368,21 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
     let (kube, address) = serve_kube().await;
     let (_agent, cluster) = hub.agent(address).await;
     let client = Client::builder()
-        .tls_certs_only([reqwest::Certificate::from_pem(Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().as_bytes()).unwrap()])
+        .tls_certs_only([reqwest::Certificate::from_pem(
+            Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().as_bytes(),
+        )
+        .unwrap()])
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
         .build()
         .unwrap();
     let ask = async |method: &str, query: &[(&str, &str)]| {
-        let query: String = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
-        let url = format!("{}/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/answers?{query}", hub.url);
+        let query: String =
+            url::form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
+        let url = format!(
+            "{}/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/answers?{query}",
+            hub.url
+        );
         client.request(method.parse().unwrap(), url).bearer_auth(&hub.admin).send().await.unwrap()
     };
     let here = format!("/clusters/{cluster}/k8s");
@@ -188,13 +392,20 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
         ("http://elsewhere.test/", None),
         ("//elsewhere.test/api", None),
         ("pods/x", None),
-        ("/api/v1/namespaces/beta/pods/x?a=b", Some(format!("{here}/api/v1/namespaces/beta/pods/x?a=b"))),
+        (
+            "/api/v1/namespaces/beta/pods/x?a=b",
+            Some(format!("{here}/api/v1/namespaces/beta/pods/x?a=b")),
+        ),
         ("/api/../../../api/v1/tokens", None),
         ("/api/%2e%2e/tokens", None),
         ("/\\elsewhere.test/", None),
     ] {
         for status in ["200", "201", "202"] {
-            let answer = ask("POST", &[("status", status), ("location", location), ("content-location", location)]).await;
+            let answer = ask(
+                "POST",
+                &[("status", status), ("location", location), ("content-location", location)],
+            )
+            .await;
             assert_eq!(answer.status().as_str(), status, "{location}");
             for name in ["location", "content-location"] {
                 let told = answer.headers().get(name).map(|v| v.to_str().unwrap().to_owned());
@@ -206,7 +417,10 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
         for status in ["301", "302", "303", "307", "308"] {
             let answer = ask("GET", &[("status", status), ("location", location)]).await;
             match &wanted {
-                Some(place) => assert_eq!((answer.status().as_str(), answer.headers()["location"].to_str().unwrap()), (status, place.as_str())),
+                Some(place) => assert_eq!(
+                    (answer.status().as_str(), answer.headers()["location"].to_str().unwrap()),
+                    (status, place.as_str())
+                ),
                 None => drop(status_of(answer, 502, "redirect_refused").await),
             }
         }
@@ -247,17 +461,25 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
     for (name, value) in kept {
         assert_eq!(answer.headers().get_all(name).iter().collect::<Vec<_>>(), [value], "{name}");
     }
-    for (name, value) in [("x-content-type-options", "nosniff"), ("content-security-policy", "sandbox")] {
+    for (name, value) in
+        [("x-content-type-options", "nosniff"), ("content-security-policy", "sandbox")]
+    {
         assert_eq!(answer.headers()[name], value);
     }
     // a length is a length on both ways, for HEAD too; what has no body has none
     assert_eq!(answer.headers()["content-length"], "13");
     let head = ask("HEAD", &[]).await;
-    assert_eq!((head.status().as_u16(), &head.headers()["content-length"]), (200, &"13".parse().unwrap()));
+    assert_eq!(
+        (head.status().as_u16(), &head.headers()["content-length"]),
+        (200, &"13".parse().unwrap())
+    );
     assert!(head.bytes().await.unwrap().is_empty());
     for status in ["204", "304"] {
         let answer = ask("GET", &[("status", status), ("etag", "\"7\""), ("empty", "")]).await;
-        assert_eq!((answer.status().as_str(), &answer.headers()["etag"]), (status, &"\"7\"".parse().unwrap()));
+        assert_eq!(
+            (answer.status().as_str(), &answer.headers()["etag"]),
+            (status, &"\"7\"".parse().unwrap())
+        );
         assert!(answer.bytes().await.unwrap().is_empty());
     }
     // on the way in: whoever passes it on says so, once, and what was meant for the first server stays there
@@ -279,12 +501,23 @@ async fn an_answer_of_the_agent_is_readable_without_a_gateway_too() {
         ("/k8s/api/v1/nodes/n/proxy/logs", token.as_str(), 403, "proxy_refused"),
     ] {
         let (got, body) = world.call("GET", path, token, "", "").await;
-        assert_eq!((got, &body["kind"], &body["details"]["causes"][0]["reason"]), (status, &json!("Status"), &json!(code)), "{path}: {body}");
+        assert_eq!(
+            (got, &body["kind"], &body["details"]["causes"][0]["reason"]),
+            (status, &json!("Status"), &json!(code)),
+            "{path}: {body}"
+        );
     }
     // ours are ours
-    for (path, token, status, code) in [("/api/v1/status", "wrong", 401, "unauthorized"), ("/k8sx", token.as_str(), 404, "not_found")] {
+    for (path, token, status, code) in [
+        ("/api/v1/status", "wrong", 401, "unauthorized"),
+        ("/k8sx", token.as_str(), 404, "not_found"),
+    ] {
         let (got, body) = world.call("GET", path, token, "", "").await;
-        assert_eq!((got, &body["code"], body.get("kind")), (status, &json!(code), None), "{path}: {body}");
+        assert_eq!(
+            (got, &body["code"], body.get("kind")),
+            (status, &json!(code), None),
+            "{path}: {body}"
+        );
     }
 }
 
@@ -293,16 +526,26 @@ async fn an_answer_of_the_agent_is_readable_without_a_gateway_too() {
 async fn what_anybody_may_call_is_told_of_nobody() {
     let hub = Hub::with(&[]);
     let mut routes = 0;
-    for route in pipeops::control_plane::routes::table().iter().filter(|route| route.need == Need::Nobody) {
+    for route in
+        pipeops::control_plane::routes::table().iter().filter(|route| route.need == Need::Nobody)
+    {
         let (method, path) = (route.method, route.path);
         routes += 1;
         let path = path.replace("{secret}", "guessed");
         let mut answers = Vec::new();
         for token in ["", "pom_wrong", hub.admin.as_str()] {
             for cookie in ["", "__Host-pipeops=guessed"] {
-                let request = hub.client.request(method.parse().unwrap(), format!("{}{path}", hub.url)).header("cookie", cookie).json(&json!({}));
-                let answer = if token.is_empty() { request } else { request.bearer_auth(token) }.send().await.unwrap();
-                let (status, cookies) = (answer.status().as_u16(), answer.headers().contains_key("set-cookie"));
+                let request = hub
+                    .client
+                    .request(method.parse().unwrap(), format!("{}{path}", hub.url))
+                    .header("cookie", cookie)
+                    .json(&json!({}));
+                let answer = if token.is_empty() { request } else { request.bearer_auth(token) }
+                    .send()
+                    .await
+                    .unwrap();
+                let (status, cookies) =
+                    (answer.status().as_u16(), answer.headers().contains_key("set-cookie"));
                 answers.push((status, cookies, answer.text().await.unwrap()));
             }
         }
@@ -311,9 +554,17 @@ async fn what_anybody_may_call_is_told_of_nobody() {
             "/frp/handler/guessed" => 404,
             _ => 200,
         };
-        assert!(answers.iter().all(|a| *a == answers[0] && a.0 == wanted && !a.1), "{method} {path}: {answers:?}");
+        assert!(
+            answers.iter().all(|a| *a == answers[0] && a.0 == wanted && !a.1),
+            "{method} {path}: {answers:?}"
+        );
         let text = &answers[0].2;
-        assert!(!text.contains("admin:") && !text.contains("\"admin\":true") && !text.contains(&hub.admin), "{path}: {text}");
+        assert!(
+            !text.contains("admin:")
+                && !text.contains("\"admin\":true")
+                && !text.contains(&hub.admin),
+            "{path}: {text}"
+        );
     }
     assert_eq!(routes, 9);
     // the socket is nobody's namesake: no administrator can be called as it is on record
@@ -332,8 +583,20 @@ async fn what_anybody_may_call_is_told_of_nobody() {
 async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown_harmless() {
     let hub = Hub::with(&[]);
     let (enrolment, _) = hub.enrol();
-    let bad =
-        ["\u{202e}txt.exe", "a\u{200b}b", "   ", " a", "a ", "\u{3164}", "a\u{2028}b", "\u{1b}[2J", "a\rb", "so\u{ad}ft", "\u{2066}x", "\u{e000}"];
+    let bad = [
+        "\u{202e}txt.exe",
+        "a\u{200b}b",
+        "   ",
+        " a",
+        "a ",
+        "\u{3164}",
+        "a\u{2028}b",
+        "\u{1b}[2J",
+        "a\rb",
+        "so\u{ad}ft",
+        "\u{2066}x",
+        "\u{e000}",
+    ];
     for name in bad.iter().copied().chain([&*"x".repeat(64)]) {
         for (path, body) in [
             ("projects", json!({"name": name})),
@@ -344,7 +607,10 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
             let answer = hub.ask("POST", &format!("/api/v1/{path}"), &hub.admin, body).await;
             assert_eq!(answer.status(), 400, "{path} {name:?}");
             let text = answer.text().await.unwrap();
-            assert!(text.contains("bad_name") && !text.contains(pipeops::base::text::unseen), "{text}");
+            assert!(
+                text.contains("bad_name") && !text.contains(pipeops::base::text::unseen),
+                "{text}"
+            );
         }
     }
     for good in ["prod eu-1", "Łódź", "東京", "🚀"] {
@@ -367,8 +633,17 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
     ] {
         for name in ["\u{202e}evil", "   ", "\u{1b}]0;title\u{7}"] {
             let mut body = plain.clone();
-            body.pointer_mut(pointer).unwrap()[field] = if field == "labels" { json!({"zone": name}) } else { name.into() };
-            let answer = crate::hub::Simulated::try_register(&hub.client, &hub.url, &identity, &enrolment, body.to_string()).await.unwrap();
+            body.pointer_mut(pointer).unwrap()[field] =
+                if field == "labels" { json!({"zone": name}) } else { name.into() };
+            let answer = crate::hub::Simulated::try_register(
+                &hub.client,
+                &hub.url,
+                &identity,
+                &enrolment,
+                body.to_string(),
+            )
+            .await
+            .unwrap();
             assert_eq!(answer.status(), 400, "{pointer}/{field} {name:?}");
             assert!(answer.text().await.unwrap().contains("bad_name"));
         }
@@ -377,22 +652,46 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
     // what it reports of others' objects is kept as it is, and shown so that it does nothing
     let report = json!({"at": "", "kubernetes": "connected", "nodes": [{"name": "vm\u{202e}1", "ready": false, "role": "server\nnode          vm2 ready",
         "version": "v1", "address": "10.0.0.5", "note": "\u{1b}[2J\u{9b}31m\u{200b}"}]});
-    let told = hub.ask("POST", &format!("/api/v1/agents/{}/status", agent.id), &agent.credential, report).await;
+    let told = hub
+        .ask("POST", &format!("/api/v1/agents/{}/status", agent.id), &agent.credential, report)
+        .await;
     assert_eq!(told.status(), 200);
-    let cluster = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"].as_str().unwrap().to_owned();
+    let cluster =
+        hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
     let text = hub.sandbox.verb(&["control-plane", "cluster", "show", &cluster]).ended(0).out;
-    assert!(text.contains("vm\\u{202e}1") && text.contains("\\u{1b}[2J\\u{9b}31m\\u{200b}"), "{text}");
+    assert!(
+        text.contains("vm\\u{202e}1") && text.contains("\\u{1b}[2J\\u{9b}31m\\u{200b}"),
+        "{text}"
+    );
     assert_eq!(text.lines().filter(|l| l.starts_with("node ")).count(), 1, "{text}");
-    let json = hub.sandbox.verb(&["control-plane", "cluster", "show", &cluster, "-o", "json"]).ended(0).out;
+    let json = hub
+        .sandbox
+        .verb(&["control-plane", "cluster", "show", &cluster, "-o", "json"])
+        .ended(0)
+        .out;
     let value: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(value["report"]["nodes"][0]["name"], "vm\u{202e}1");
     for shown in [text, json] {
-        assert!(!shown.contains(|c: char| pipeops::base::text::unseen(c) && c != '\n'), "{shown:?}");
+        assert!(
+            !shown.contains(|c: char| pipeops::base::text::unseen(c) && c != '\n'),
+            "{shown:?}"
+        );
     }
     // a cluster is found by its name, blanks and all
     let mut body = plain.clone();
     body["cluster"]["name"] = "prod eu-1 ✓".into();
-    let again = crate::hub::Simulated::try_register(&hub.client, &hub.url, &identity, &agent.credential, body.to_string()).await.unwrap();
+    let again = crate::hub::Simulated::try_register(
+        &hub.client,
+        &hub.url,
+        &identity,
+        &agent.credential,
+        body.to_string(),
+    )
+    .await
+    .unwrap();
     assert_eq!(again.status(), 200);
     let text = hub.sandbox.verb(&["control-plane", "cluster", "show", "prod eu-1 ✓"]).ended(0).out;
     assert!(text.contains(&cluster), "{text}");
@@ -406,7 +705,10 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
 async fn connect_proxy() -> (std::net::SocketAddr, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
     use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (address, seen) = (listener.local_addr().unwrap(), std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default());
+    let (address, seen) = (
+        listener.local_addr().unwrap(),
+        std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default(),
+    );
     let kept = seen.clone();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
@@ -438,14 +740,20 @@ async fn behind_a_proxy_calls_go_through_it_and_a_tunnel_that_cannot_says_so() {
     let (token, pin) = hub.enrol();
     let sandbox = crate::support::Sandbox::new();
     crate::world::credential(&sandbox, kube);
-    let settings = format!("control-plane-url = \"{}\"\ncontrol-plane-pin = [\"{pin}\"]\nhttps-proxy = \"http://{proxy}\"\n", hub.url);
+    let settings = format!(
+        "control-plane-url = \"{}\"\ncontrol-plane-pin = [\"{pin}\"]\nhttps-proxy = \"http://{proxy}\"\n",
+        hub.url
+    );
     sandbox.put("/etc/pipeops/agent.toml", &settings);
     let agent = crate::agent::Agent::start(sandbox, &[("AGENT_TOKEN", &token)]);
     tokio::task::block_in_place(|| agent.until("tunnel up"));
     let asked = seen.lock().unwrap().clone();
     let place = hub.url.trim_start_matches("https://");
     // its calls, and nothing but its calls
-    assert!(!asked.is_empty() && asked.iter().all(|line| *line == format!("CONNECT {place} HTTP/1.1")), "{asked:?}");
+    assert!(
+        !asked.is_empty() && asked.iter().all(|line| *line == format!("CONNECT {place} HTTP/1.1")),
+        "{asked:?}"
+    );
     // where only the proxy leads out, the way out is named
     let world = World::with("https-proxy = \"http://127.0.0.1:1\"\n", |_| {}).await.up().await;
     world.stop_frps.cancel();

@@ -26,9 +26,13 @@ impl Release {
         }
         if let Some(dir) = std::env::var_os("PIPEOPS_TEST_FRP_DIR").map(PathBuf::from) {
             let below = std::fs::read_dir(&dir).unwrap().flatten().map(|e| e.path());
-            let dirs: Vec<PathBuf> = below.chain([dir.clone()]).filter(|d| d.join(program).is_file()).collect();
+            let dirs: Vec<PathBuf> =
+                below.chain([dir.clone()]).filter(|d| d.join(program).is_file()).collect();
             if dirs.is_empty() {
-                println!("NOT RUN: {test}: PIPEOPS_TEST_FRP_DIR={} holds no {program}", dir.display());
+                println!(
+                    "NOT RUN: {test}: PIPEOPS_TEST_FRP_DIR={} holds no {program}",
+                    dir.display()
+                );
             }
             all.extend(dirs.iter().map(|d| Release::of(d, program)));
         }
@@ -53,8 +57,10 @@ impl Release {
     /// Runs one half of it with settings in the form of today, which are translated for old ones.
     pub(crate) fn run(&self, program: &str, dir: &Path, settings: &str) -> Running {
         // from 0.52 on settings are TOML
-        let (kind, text) = if self.before(52) { ("ini", ini(settings)) } else { ("toml", settings.to_owned()) };
-        let (file, said) = (dir.join(format!("{program}.{kind}")), dir.join(format!("{program}.log")));
+        let (kind, text) =
+            if self.before(52) { ("ini", ini(settings)) } else { ("toml", settings.to_owned()) };
+        let (file, said) =
+            (dir.join(format!("{program}.{kind}")), dir.join(format!("{program}.log")));
         std::fs::write(&file, text).unwrap();
         let log = std::fs::File::create(&said).unwrap();
         let mut command = Command::new(self.dir.join(program));
@@ -68,7 +74,10 @@ fn built() -> &'static [Result<PathBuf, String>] {
     static BUILT: OnceLock<Vec<Result<PathBuf, String>>> = OnceLock::new();
     BUILT.get_or_init(|| {
         let here = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/parts/frp");
-        let mut versions: Vec<_> = std::fs::read_dir(here).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut versions: Vec<_> = std::fs::read_dir(here)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         versions.sort();
         versions.iter().map(|version| build(version)).collect()
     })
@@ -76,7 +85,12 @@ fn built() -> &'static [Result<PathBuf, String>] {
 
 fn build(version: &str) -> Result<PathBuf, String> {
     let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/parts"));
-    let mut parts = command.args(["frp", version]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut parts = command
+        .args(["frp", version])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     // a build takes a minute, which is not silent
     let mut last = String::new();
     for line in BufReader::new(parts.stderr.take().unwrap()).lines().map_while(Result::ok) {
@@ -97,8 +111,17 @@ fn ini(settings: &str) -> String {
     let settings: toml::Table = settings.parse().unwrap();
     let mut text = "[common]\n".to_owned();
     lines("", &settings, &mut text);
-    let sections = |key: &str| settings.get(key).and_then(toml::Value::as_array).into_iter().flatten().map(|s| s.as_table().unwrap());
-    for (key, prefix, role) in [("proxies", "", ""), ("visitors", "", "role = visitor\n"), ("httpPlugins", "plugin.", "")] {
+    let sections = |key: &str| {
+        settings
+            .get(key)
+            .and_then(toml::Value::as_array)
+            .into_iter()
+            .flatten()
+            .map(|s| s.as_table().unwrap())
+    };
+    for (key, prefix, role) in
+        [("proxies", "", ""), ("visitors", "", "role = visitor\n"), ("httpPlugins", "plugin.", "")]
+    {
         for section in sections(key) {
             text.push_str(&format!("[{prefix}{}]\n{role}", section["name"].as_str().unwrap()));
             lines("", section, &mut text);
@@ -116,7 +139,9 @@ fn lines(prefix: &str, table: &toml::Table, text: &mut String) {
                 continue;
             }
             toml::Value::Array(array) if array.iter().any(toml::Value::is_table) => continue,
-            toml::Value::Array(array) => array.iter().map(|v| v.as_str().unwrap()).collect::<Vec<_>>().join(","),
+            toml::Value::Array(array) => {
+                array.iter().map(|v| v.as_str().unwrap()).collect::<Vec<_>>().join(",")
+            }
             toml::Value::String(string) => string.clone(),
             other => other.to_string(),
         };
@@ -124,7 +149,10 @@ fn lines(prefix: &str, table: &toml::Table, text: &mut String) {
             "auth.method" | "name" => (),
             "auth.additionalScopes" => {
                 for scope in value.split(',') {
-                    text.push_str(&format!("authenticate_{} = true\n", if scope == "HeartBeats" { "heartbeats" } else { "new_work_conns" }));
+                    text.push_str(&format!(
+                        "authenticate_{} = true\n",
+                        if scope == "HeartBeats" { "heartbeats" } else { "new_work_conns" }
+                    ));
                 }
             }
             key => text.push_str(&format!("{} = {value}\n", former(key))),

@@ -27,9 +27,19 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const PAUSED: u64 = 32_000_000;
 
 /// Settings of an frps.
-fn frps_settings(bind: u16, vhost: u16, tcp_mux: bool, certificate: Option<(&Path, &Path)>) -> String {
-    let tls =
-        certificate.map(|(crt, key)| format!("transport.tls.certFile = \"{}\"\ntransport.tls.keyFile = \"{}\"\n", crt.display(), key.display()));
+fn frps_settings(
+    bind: u16,
+    vhost: u16,
+    tcp_mux: bool,
+    certificate: Option<(&Path, &Path)>,
+) -> String {
+    let tls = certificate.map(|(crt, key)| {
+        format!(
+            "transport.tls.certFile = \"{}\"\ntransport.tls.keyFile = \"{}\"\n",
+            crt.display(),
+            key.display()
+        )
+    });
     format!(
         "bindAddr = \"127.0.0.1\"\nbindPort = {bind}\nvhostHTTPPort = {vhost}\nauth.method = \"token\"\nauth.token = \"{TOKEN}\"\n\
          transport.tcpMux = {tcp_mux}\n{}",
@@ -38,7 +48,12 @@ fn frps_settings(bind: u16, vhost: u16, tcp_mux: bool, certificate: Option<(&Pat
 }
 
 /// Settings of a client with a tcp proxy on `remote`, an stcp proxy `s` and its visitor, before what echoes.
-fn frpc_settings(port: u16, (remote, visitor, echoing): (u16, u16, u16), tcp_mux: bool, with_tls: bool) -> String {
+fn frpc_settings(
+    port: u16,
+    (remote, visitor, echoing): (u16, u16, u16),
+    tcp_mux: bool,
+    with_tls: bool,
+) -> String {
     format!(
         "log.level = \"trace\"\nserverAddr = \"127.0.0.1\"\nserverPort = {port}\nauth.method = \"token\"\nauth.token = \"{TOKEN}\"\n\
          transport.tcpMux = {tcp_mux}\ntransport.tls.enable = {with_tls}\n{}\
@@ -64,8 +79,15 @@ async fn connected(port: u16, what: &str, dir: &Path) -> TcpStream {
         if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)).await {
             return stream;
         }
-        let log = || std::fs::read_dir(dir).unwrap().flatten().filter(|e| e.path().extension().is_some_and(|x| x == "log"));
-        let texts = || log().map(|e| std::fs::read_to_string(e.path()).unwrap_or_default()).collect::<String>();
+        let log = || {
+            std::fs::read_dir(dir)
+                .unwrap()
+                .flatten()
+                .filter(|e| e.path().extension().is_some_and(|x| x == "log"))
+        };
+        let texts = || {
+            log().map(|e| std::fs::read_to_string(e.path()).unwrap_or_default()).collect::<String>()
+        };
         assert!(begun.elapsed() < PATIENCE, "{what} never listens: {}", texts());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -83,7 +105,8 @@ fn serve(mut works: mpsc::Receiver<Work>) {
                 while !head.ends_with(b"\r\n\r\n") && work.io.read_exact(&mut byte).await.is_ok() {
                     head.push(byte[0]);
                 }
-                let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nheard";
+                let answer =
+                    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nheard";
                 let _ = work.io.write_all(answer).await;
                 let _ = work.io.flush().await;
             });
@@ -102,12 +125,21 @@ enum Tls {
 #[tokio::test(flavor = "multi_thread")]
 async fn our_client_behind_somebody_elses_frps() {
     let (pem, key) = certificate(10);
-    let der = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes()).map(|c: rustls_pki_types::CertificateDer<'_>| c.into_owned()).unwrap();
+    let der = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes())
+        .map(|c: rustls_pki_types::CertificateDer<'_>| c.into_owned())
+        .unwrap();
     let pin = Pin::of(&der).unwrap().to_string();
     let all = Release::all("our client behind a genuine frps", "frps");
-    let combinations = |release| [Tls::Pinned, Tls::Unknown, Tls::Off].into_iter().flat_map(move |tls| [(release, true, tls), (release, false, tls)]);
+    let combinations = |release| {
+        [Tls::Pinned, Tls::Unknown, Tls::Off]
+            .into_iter()
+            .flat_map(move |tls| [(release, true, tls), (release, false, tls)])
+    };
     let runs = all.iter().flat_map(combinations).map(|(release, tcp_mux, tls)| {
-        named(format!("{}: tcpMux {tcp_mux}, TLS {tls:?}", release.name), behind(release, tcp_mux, tls, (&pem, &key, &pin)))
+        named(
+            format!("{}: tcpMux {tcp_mux}, TLS {tls:?}", release.name),
+            behind(release, tcp_mux, tls, (&pem, &key, &pin)),
+        )
     });
     futures_util::future::join_all(runs).await;
 }
@@ -122,7 +154,13 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
     let settings = frps_settings(bind, vhost, tcp_mux, pinned.then_some((&crt, &private)));
     let _frps = release.run("frps", dir.path(), &settings);
     drop(connected(bind, "frps", dir.path()).await);
-    let proxy = |name: &str, kind| Proxy { name: name.into(), kind, secret_key: Secret::new("sk"), remote_port: remote, ..Proxy::default() };
+    let proxy = |name: &str, kind| Proxy {
+        name: name.into(),
+        kind,
+        secret_key: Secret::new("sk"),
+        remote_port: remote,
+        ..Proxy::default()
+    };
     let mut web = proxy("h", Kind::Http);
     web.custom_domains = vec!["agent.test".into()];
     for (use_encryption, use_compression) in [(false, false), (true, true)] {
@@ -131,7 +169,11 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
             port: bind,
             tcp_mux,
             pool_count: 1,
-            tls: TunnelTls { enable: tls != Tls::Off, pin: pinned.then(|| pin.to_owned()), ..TunnelTls::default() },
+            tls: TunnelTls {
+                enable: tls != Tls::Off,
+                pin: pinned.then(|| pin.to_owned()),
+                ..TunnelTls::default()
+            },
             auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
             proxies: vec![proxy("s", Kind::Stcp), proxy("t", Kind::Tcp), web.clone()],
         };
@@ -144,7 +186,9 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         let mut tcp = connected(remote, "the tcp proxy", dir.path()).await;
         round_trip(&mut tcp, 10_000_000).await;
         let mut http = connected(vhost, "the http port", dir.path()).await;
-        http.write_all(b"GET / HTTP/1.1\r\nHost: agent.test\r\nConnection: close\r\n\r\n").await.unwrap();
+        http.write_all(b"GET / HTTP/1.1\r\nHost: agent.test\r\nConnection: close\r\n\r\n")
+            .await
+            .unwrap();
         let mut answer = String::new();
         let _ = http.read_to_string(&mut answer).await;
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("heard"), "{answer}");
@@ -161,7 +205,8 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         if !use_encryption {
             let mut tasks = tokio::task::JoinSet::new();
             let carrier = Target::new(&config, !pinned).unwrap().connect(&mut tasks).await.unwrap();
-            round_trip(&mut visit(&carrier, "", "s", &Secret::new("sk")).await.unwrap(), 1_000_000).await;
+            round_trip(&mut visit(&carrier, "", "s", &Secret::new("sk")).await.unwrap(), 1_000_000)
+                .await;
             assert!(visit(&carrier, "", "s", &Secret::new("wrong")).await.is_err());
         }
         if tls == Tls::Unknown && !use_encryption {
@@ -171,17 +216,25 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         let paused = (tls == Tls::Off && !use_encryption).then(async || {
             let (r, mut w) = connected(remote, "the tcp proxy", dir.path()).await.into_split();
             // its half of the stream is kept: the end of one direction is the end of both
-            let writes = tokio::spawn(async move { tokio::io::copy(&mut tokio::io::repeat(7).take(PAUSED), &mut w).await.map(|_| w) });
+            let writes = tokio::spawn(async move {
+                tokio::io::copy(&mut tokio::io::repeat(7).take(PAUSED), &mut w).await.map(|_| w)
+            });
             (r, writes)
         });
         let mut paused = futures_util::future::OptionFuture::from(paused).await;
         // pings are answered for longer than that too
         tokio::time::sleep(Duration::from_secs(if use_encryption { 0 } else { 14 })).await;
         if let Some((paused, _)) = &mut paused {
-            assert_eq!(tokio::io::copy(&mut paused.take(PAUSED), &mut tokio::io::sink()).await.unwrap(), PAUSED);
+            assert_eq!(
+                tokio::io::copy(&mut paused.take(PAUSED), &mut tokio::io::sink()).await.unwrap(),
+                PAUSED
+            );
         }
         assert_eq!(frpc.until(State::Up).await, "");
-        println!("{}: tcpMux {tcp_mux}, TLS {tls:?}, encryption and compression {use_encryption}: tcp, http, stcp carried", release.name);
+        println!(
+            "{}: tcpMux {tcp_mux}, TLS {tls:?}, encryption and compression {use_encryption}: tcp, http, stcp carried",
+            release.name
+        );
     }
 }
 
@@ -193,7 +246,9 @@ async fn user(port: u16, attempts: u32) {
         let mut io = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         match try_round_trip(&mut io, 10_000).await {
             Ok(()) => return,
-            Err(e) if attempt < attempts => println!("a fault of frp 0.34.3 itself, with compression: a user's stream ends: {e}"),
+            Err(e) if attempt < attempts => println!(
+                "a fault of frp 0.34.3 itself, with compression: a user's stream ends: {e}"
+            ),
             Err(e) => panic!("one of many users at once, attempt {attempt}: {e}"),
         }
     }
@@ -212,7 +267,10 @@ async fn its_own_key(release: &Release, config: &TunnelConfig, pem: &str) {
     assert_eq!(release.before(65), reason.contains("makes for itself"), "{reason}");
     let wrong = Some(format!("sha256:{}=", "A".repeat(43)));
     let reason = refused(TunnelTls { pin: wrong, ..config.tls.clone() }).await;
-    let shown = reason.split_whitespace().find(|word| word.starts_with("sha256:")).map(|word| word.trim_end_matches(',').to_owned());
+    let shown = reason
+        .split_whitespace()
+        .find(|word| word.starts_with("sha256:"))
+        .map(|word| word.trim_end_matches(',').to_owned());
     let mut pinned = config.clone();
     pinned.tls.pin = Some(shown.unwrap_or_else(|| panic!("it shows no key: {reason}")));
     // names that are open already are another's; this one only wants to be let in
@@ -222,7 +280,12 @@ async fn its_own_key(release: &Release, config: &TunnelConfig, pem: &str) {
     let weak = release.before(36);
     let reason = frpc.until(if weak { State::Waiting } else { State::Up }).await;
     assert_eq!(weak, reason.starts_with("tls_key"), "{reason}");
-    println!("{}: tcpMux {}: the key that it made for itself, pinned: {}", release.name, config.tcp_mux, if weak { &reason } else { "let in" });
+    println!(
+        "{}: tcpMux {}: the key that it made for itself, pinned: {}",
+        release.name,
+        config.tcp_mux,
+        if weak { &reason } else { "let in" }
+    );
 }
 
 /// What a client is told that opens the tcp proxy `t`.
@@ -242,7 +305,10 @@ fn one_proxy(port: u16, tcp_mux: bool, remote_port: u16) -> TunnelConfig {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_genuine_frps_is_restarted_and_refuses() {
     let all = Release::all("a genuine frps that is restarted and refuses", "frps");
-    futures_util::future::join_all(all.iter().map(|release| named(release.name.clone(), restarted_and_refuses(release)))).await;
+    futures_util::future::join_all(
+        all.iter().map(|release| named(release.name.clone(), restarted_and_refuses(release))),
+    )
+    .await;
 }
 
 async fn restarted_and_refuses(release: &Release) {
@@ -309,13 +375,17 @@ async fn breakable(to: u16, broken: tokio::sync::watch::Receiver<u32>) -> u16 {
 async fn back_at_a_genuine_frps_that_still_believes_in_the_former_session() {
     let all = Release::all("a genuine frps that believes in a dead session", "frps");
     let runs = all.iter().flat_map(|release| [(release, true), (release, false)]);
-    let runs = runs.map(|(release, tcp_mux)| named(format!("{}: tcpMux {tcp_mux}", release.name), believes_in_the_dead(release, tcp_mux)));
+    let runs = runs.map(|(release, tcp_mux)| {
+        named(format!("{}: tcpMux {tcp_mux}", release.name), believes_in_the_dead(release, tcp_mux))
+    });
     futures_util::future::join_all(runs).await;
 }
 
 async fn believes_in_the_dead(release: &Release, tcp_mux: bool) {
     let (bind, remote, dir) = (free_port(), free_port(), tempfile::tempdir().unwrap());
-    let settings = format!("bindAddr = \"127.0.0.1\"\nbindPort = {bind}\nauth.token = \"{TOKEN}\"\ntransport.tcpMux = {tcp_mux}\n");
+    let settings = format!(
+        "bindAddr = \"127.0.0.1\"\nbindPort = {bind}\nauth.token = \"{TOKEN}\"\ntransport.tcpMux = {tcp_mux}\n"
+    );
     let _frps = release.run("frps", dir.path(), &settings);
     drop(connected(bind, "frps", dir.path()).await);
     let (breaks, broken) = tokio::sync::watch::channel(0);
@@ -330,7 +400,11 @@ async fn believes_in_the_dead(release: &Release, tcp_mux: bool) {
     loop {
         // names and ports are free only when the server misses the former session
         assert!(begun.elapsed() < Duration::from_secs(180), "never back: {:?}", frpc.status());
-        if frpc.status().state == State::Up && try_round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 1000).await.is_ok() {
+        if frpc.status().state == State::Up
+            && try_round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 1000)
+                .await
+                .is_ok()
+        {
             break;
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -347,8 +421,16 @@ async fn believes_in_the_dead(release: &Release, tcp_mux: bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn somebody_elses_frpc_before_our_server() {
     let all = Release::all("a genuine frpc before our server", "frpc");
-    let runs = all.iter().flat_map(|release| [(true, true), (false, true), (true, false), (false, false)].map(|(mux, tls)| (release, mux, tls)));
-    let runs = runs.map(|(release, tcp_mux, tls)| named(format!("{}: tcpMux {tcp_mux}, TLS {tls}", release.name), before(release, tcp_mux, tls)));
+    let runs = all.iter().flat_map(|release| {
+        [(true, true), (false, true), (true, false), (false, false)]
+            .map(|(mux, tls)| (release, mux, tls))
+    });
+    let runs = runs.map(|(release, tcp_mux, tls)| {
+        named(
+            format!("{}: tcpMux {tcp_mux}, TLS {tls}", release.name),
+            before(release, tcp_mux, tls),
+        )
+    });
     futures_util::future::join_all(runs).await;
 }
 
@@ -373,7 +455,8 @@ async fn before(release: &Release, tcp_mux: bool, with_tls: bool) {
         }
     });
     let (remote, visitor) = (free_port(), free_port());
-    let settings = frpc_settings(frps.address.port(), (remote, visitor, echoing), tcp_mux, with_tls);
+    let settings =
+        frpc_settings(frps.address.port(), (remote, visitor, echoing), tcp_mux, with_tls);
     let mut frpc = release.run("frpc", dir.path(), &settings);
     carries(remote, dir.path()).await;
     round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 10_000_000).await;
@@ -422,7 +505,8 @@ async fn in_clear(hub: &Hub) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_control_plane_beside_a_genuine_frps() {
     let (pem, key) = certificate(10);
-    let der: rustls_pki_types::CertificateDer<'_> = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes()).unwrap();
+    let der: rustls_pki_types::CertificateDer<'_> =
+        rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes()).unwrap();
     let pin = Pin::of(&der).unwrap().to_string();
     for release in Release::all("a control plane beside a genuine frps", "frps") {
         let dir = tempfile::tempdir().unwrap();
@@ -431,25 +515,40 @@ async fn a_control_plane_beside_a_genuine_frps() {
             std::fs::write(&path, text).unwrap();
             path.to_str().unwrap().to_owned()
         };
-        let (crt, private, token) = (file("tls.crt", &pem), file("tls.key", &key), file("token", TOKEN));
+        let (crt, private, token) =
+            (file("tls.crt", &pem), file("tls.key", &key), file("token", TOKEN));
         let address = format!("127.0.0.1:{}", free_port());
         let hub = Hub::with(&["--frps", &address, "--frps-token-file", &token, "--frps-pin", &pin]);
         // the settings that the verb prints, with what only their owner knows
         let settings = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;
-        let tls = format!("transport.tls.force = true\ntransport.tls.certFile = \"{crt}\"\ntransport.tls.keyFile = \"{private}\"");
+        let tls = format!(
+            "transport.tls.force = true\ntransport.tls.certFile = \"{crt}\"\ntransport.tls.keyFile = \"{private}\""
+        );
         // plugins are called over HTTPS from 0.36 on; an older frps needs something that terminates TLS between
-        let settings = if release.before(36) { settings.replace(&hub.url, &in_clear(&hub).await) } else { settings };
+        let settings = if release.before(36) {
+            settings.replace(&hub.url, &in_clear(&hub).await)
+        } else {
+            settings
+        };
         let settings = format!("bindAddr = \"127.0.0.1\"\n{settings}")
             .replace("the one in --frps-token-file", TOKEN)
             .replace("transport.tls.force = true", &tls);
         let _frps = release.run("frps", dir.path(), &settings);
         let (_kube, kube) = serve_kube().await;
         let (_agent, cluster) = hub.agent(kube).await;
-        let bulk = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=1048576"), &hub.admin, json!({})).await;
+        let bulk = hub
+            .ask(
+                "GET",
+                &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=1048576"),
+                &hub.admin,
+                json!({}),
+            )
+            .await;
         assert_eq!(bulk.bytes().await.unwrap().len(), 1_048_576);
         hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
         assert_eq!(hub.version(&cluster).await, 404);
-        let way = if release.before(36) { " (in clear through a proxy: it knows no https)" } else { "" };
+        let way =
+            if release.before(36) { " (in clear through a proxy: it knows no https)" } else { "" };
         println!("  {}: plugin asked{way}, gateway through it, revoked", release.name);
     }
 }
@@ -461,16 +560,34 @@ async fn a_genuine_frpc_before_a_control_plane() {
         let (hub, dir) = (Hub::with(&[]), tempfile::tempdir().unwrap());
         let (token, _) = hub.enrol();
         let agent = Simulated::new(&hub, dir.path(), &token).await;
-        let config = hub.json("GET", &format!("/api/v1/agents/{}/config", agent.id), &agent.credential, json!({})).await;
+        let config = hub
+            .json(
+                "GET",
+                &format!("/api/v1/agents/{}/config", agent.id),
+                &agent.credential,
+                json!({}),
+            )
+            .await;
         let tunnel: TunnelConfig = serde_json::from_value(config["tunnel"].clone()).unwrap();
         let ca = dir.path().join("ca.pem");
-        std::fs::write(&ca, hub.ask("GET", "/api/v1/ca", "", json!({})).await.bytes().await.unwrap()).unwrap();
+        std::fs::write(
+            &ca,
+            hub.ask("GET", "/api/v1/ca", "", json!({})).await.bytes().await.unwrap(),
+        )
+        .unwrap();
         let behind = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let metas: String = tunnel.auth.metas.iter().map(|(k, v)| format!("metadatas.\"{k}\" = {}\n", json!(v))).collect();
+        let metas: String = tunnel
+            .auth
+            .metas
+            .iter()
+            .map(|(k, v)| format!("metadatas.\"{k}\" = {}\n", json!(v)))
+            .collect();
         let own = &tunnel.proxies[0];
         let proxy = |name: &str| {
             let (key, port) = (json!(own.secret_key.expose()), behind.local_addr().unwrap().port());
-            format!("[[proxies]]\nname = \"{name}\"\ntype = \"stcp\"\nsecretKey = {key}\nlocalIP = \"127.0.0.1\"\nlocalPort = {port}\n")
+            format!(
+                "[[proxies]]\nname = \"{name}\"\ntype = \"stcp\"\nsecretKey = {key}\nlocalIP = \"127.0.0.1\"\nlocalPort = {port}\n"
+            )
         };
         let settings = format!(
             "log.level = \"trace\"\nserverAddr = \"127.0.0.1\"\nserverPort = {}\nauth.token = {}\ntransport.tls.enable = true\ntransport.tls.trustedCaFile = \"{}\"\n\
@@ -507,8 +624,12 @@ async fn a_genuine_frpc_before_a_control_plane() {
             first
         });
         assert_eq!((answer.status().as_u16(), first[0]), (503, 0x16));
-        hub.json("POST", &format!("/api/v1/clusters/{cluster}/revoke"), &hub.admin, json!({})).await;
+        hub.json("POST", &format!("/api/v1/clusters/{cluster}/revoke"), &hub.admin, json!({}))
+            .await;
         said("this agent may not hold a tunnel here").await;
-        println!("  {}: let in by its name alone, reached by the gateway, turned away when it was revoked", release.name);
+        println!(
+            "  {}: let in by its name alone, reached by the gateway, turned away when it was revoked",
+            release.name
+        );
     }
 }

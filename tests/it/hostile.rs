@@ -16,10 +16,13 @@ struct Hostile {
 
 fn corpus(token: &str) -> Vec<Hostile> {
     let mut all = Vec::new();
-    let mut add =
-        |row: &str, n: usize, right: &'static [u16], head: String| all.push(Hostile { name: format!("{row} {n}"), bytes: head.into_bytes(), right });
+    let mut add = |row: &str, n: usize, right: &'static [u16], head: String| {
+        all.push(Hostile { name: format!("{row} {n}"), bytes: head.into_bytes(), right })
+    };
     let auth = format!("Authorization: Bearer {token}");
-    let get = |target: &str, more: &str| format!("GET {target} HTTP/1.1\r\nHost: agent\r\n{auth}\r\n{more}Connection: close\r\n\r\n");
+    let get = |target: &str, more: &str| {
+        format!("GET {target} HTTP/1.1\r\nHost: agent\r\n{auth}\r\n{more}Connection: close\r\n\r\n")
+    };
 
     // target: only a path, only for us
     let targets = [
@@ -38,14 +41,32 @@ fn corpus(token: &str) -> Vec<Hostile> {
     ];
     for (n, target) in targets.iter().enumerate() {
         add("target", n, &[400, 404, 0], get(target, ""));
-        let host = ["evil@agent", "a/b", "a, b", "a b", "a\\b", "a?b", "a#b", "", "a\r\nHost: b", "http://x", "u:p@x", "//x"][n];
-        let head = format!("GET /k8s/api/v1/namespaces/kube-system/secrets HTTP/1.1\r\nHost: {host}\r\n{auth}\r\nConnection: close\r\n\r\n");
+        let host = [
+            "evil@agent",
+            "a/b",
+            "a, b",
+            "a b",
+            "a\\b",
+            "a?b",
+            "a#b",
+            "",
+            "a\r\nHost: b",
+            "http://x",
+            "u:p@x",
+            "//x",
+        ][n];
+        let head = format!(
+            "GET /k8s/api/v1/namespaces/kube-system/secrets HTTP/1.1\r\nHost: {host}\r\n{auth}\r\nConnection: close\r\n\r\n"
+        );
         add("host", n, &[400, 403, 0], head);
         add(
             "connect",
             n,
             &[400, 404, 405, 0],
-            format!("CONNECT {} HTTP/1.1\r\nHost: x\r\n{auth}\r\n\r\n", ["kube-system:443", "127.0.0.1:6443", "evil.test:80"][n % 3]),
+            format!(
+                "CONNECT {} HTTP/1.1\r\nHost: x\r\n{auth}\r\n\r\n",
+                ["kube-system:443", "127.0.0.1:6443", "evil.test:80"][n % 3]
+            ),
         );
     }
 
@@ -70,21 +91,64 @@ fn corpus(token: &str) -> Vec<Hostile> {
         "..%c0%af",
     ];
     for (n, climb) in climbs.iter().enumerate() {
-        add("climb", n, &[400, 403, 0], get(&format!("/k8s/api/v1/namespaces/beta/{climb}/kube-system/secrets"), ""));
-        add("climb in front", n, &[400, 401, 403, 404, 0], get(&format!("/{climb}/k8s/api/v1/namespaces/kube-system/secrets"), ""));
-        add("climb out", n, &[400, 403, 0], get(&format!("/k8s/{climb}/api/v1/namespaces/kube-system/secrets"), ""));
+        add(
+            "climb",
+            n,
+            &[400, 403, 0],
+            get(&format!("/k8s/api/v1/namespaces/beta/{climb}/kube-system/secrets"), ""),
+        );
+        add(
+            "climb in front",
+            n,
+            &[400, 401, 403, 404, 0],
+            get(&format!("/{climb}/k8s/api/v1/namespaces/kube-system/secrets"), ""),
+        );
+        add(
+            "climb out",
+            n,
+            &[400, 403, 0],
+            get(&format!("/k8s/{climb}/api/v1/namespaces/kube-system/secrets"), ""),
+        );
     }
-    let doubles = ["//", "///", "/./", "/%2f", "%2f", "%2F", "%5c", "\\", "/.//", "//./", "/%2e/", "/%2F/"];
+    let doubles =
+        ["//", "///", "/./", "/%2f", "%2f", "%2F", "%5c", "\\", "/.//", "//./", "/%2e/", "/%2F/"];
     for (n, double) in doubles.iter().enumerate() {
-        add("double slash", n, &[400, 403, 0], get(&format!("/k8s/api/v1/namespaces{double}kube-system{double}secrets"), ""));
-        add("prefix", n, &[400, 401, 403, 404, 0], get(&format!("/k8s{double}api{double}v1{double}secrets"), ""));
+        add(
+            "double slash",
+            n,
+            &[400, 403, 0],
+            get(&format!("/k8s/api/v1/namespaces{double}kube-system{double}secrets"), ""),
+        );
+        add(
+            "prefix",
+            n,
+            &[400, 401, 403, 404, 0],
+            get(&format!("/k8s{double}api{double}v1{double}secrets"), ""),
+        );
     }
     for n in 0..12_usize {
         let long = "a".repeat(4100 + n * 100);
-        add("long path", n, &[400, 414, 431], get(&format!("/k8s/api/v1/namespaces/kube-system/{long}"), ""));
-        let sub = ["pods/p/proxy", "services/s/proxy/x", "services/https:s:443/proxy/", "pods/p:80/proxy/run", "pods/p/proxy/exec"][n % 5];
+        add(
+            "long path",
+            n,
+            &[400, 414, 431],
+            get(&format!("/k8s/api/v1/namespaces/kube-system/{long}"), ""),
+        );
+        let sub = [
+            "pods/p/proxy",
+            "services/s/proxy/x",
+            "services/https:s:443/proxy/",
+            "pods/p:80/proxy/run",
+            "pods/p/proxy/exec",
+        ][n % 5];
         add("proxy", n, &[403], get(&format!("/k8s/api/v1/namespaces/beta/{sub}?n={n}"), ""));
-        let node = ["nodes/n/proxy", "nodes/n:10250/proxy/run", "proxy/nodes/n", "watch/namespaces/kube-system/secrets", "watch/secrets"][n % 5];
+        let node = [
+            "nodes/n/proxy",
+            "nodes/n:10250/proxy/run",
+            "proxy/nodes/n",
+            "watch/namespaces/kube-system/secrets",
+            "watch/secrets",
+        ][n % 5];
         add("node proxy", n, &[400, 403], get(&format!("/k8s/api/v1/{node}?n={n}"), ""));
         let outside = [
             "/api/v1/secrets",
@@ -101,7 +165,12 @@ fn corpus(token: &str) -> Vec<Hostile> {
             "/api/v1/namespaces/beta/finalize",
         ][n];
         let method = if outside.starts_with("/api/v1/namespaces/beta") { "PUT" } else { "GET" };
-        add("other namespace", n, &[403], get(&format!("/k8s{outside}"), "").replacen("GET", method, 1));
+        add(
+            "other namespace",
+            n,
+            &[403],
+            get(&format!("/k8s{outside}"), "").replacen("GET", method, 1),
+        );
     }
 
     // framing
@@ -129,9 +198,12 @@ fn corpus(token: &str) -> Vec<Hostile> {
         ": empty\r\n",
     ];
     for (n, framing) in framings.iter().enumerate() {
-        let smuggled =
-            format!("0\r\n\r\nGET /k8s/api/v1/namespaces/{FORBIDDEN}/secrets HTTP/1.1\r\nHost: agent\r\n{auth}\r\nImpersonate-User: {EVIL}\r\n\r\n");
-        let head = format!("POST /k8s/api/v1/namespaces/beta/pods HTTP/1.1\r\nHost: agent\r\n{auth}\r\n{framing}\r\n{smuggled}");
+        let smuggled = format!(
+            "0\r\n\r\nGET /k8s/api/v1/namespaces/{FORBIDDEN}/secrets HTTP/1.1\r\nHost: agent\r\n{auth}\r\nImpersonate-User: {EVIL}\r\n\r\n"
+        );
+        let head = format!(
+            "POST /k8s/api/v1/namespaces/beta/pods HTTP/1.1\r\nHost: agent\r\n{auth}\r\n{framing}\r\n{smuggled}"
+        );
         // length and chunked together: hyper reads it as chunked, as RFC 9112 §6.3 allows, and what goes on is framed anew; the
         // request behind it is judged as one of its own
         add("framing", n, if n < 2 { &[400, 200] } else { &[400, 0] }, head);
@@ -153,17 +225,45 @@ fn corpus(token: &str) -> Vec<Hostile> {
         "Impersonate_Group",
     ];
     for (n, name) in names.iter().enumerate() {
-        add("impersonation", n, &[400], get("/k8s/api/v1/namespaces/beta/pods", &format!("{name}: {EVIL}\r\n")));
+        add(
+            "impersonation",
+            n,
+            &[400],
+            get("/k8s/api/v1/namespaces/beta/pods", &format!("{name}: {EVIL}\r\n")),
+        );
         add("impersonation named by Connection", n, &[400], {
-            format!("GET /k8s/api/v1/namespaces/beta/pods HTTP/1.1\r\nHost: agent\r\n{auth}\r\n{name}: {EVIL}\r\nConnection: close, {name}\r\n\r\n")
+            format!(
+                "GET /k8s/api/v1/namespaces/beta/pods HTTP/1.1\r\nHost: agent\r\n{auth}\r\n{name}: {EVIL}\r\nConnection: close, {name}\r\n\r\n"
+            )
         });
-        add("doubled impersonation", n, &[400], get("/k8s/api/v1/namespaces/beta/pods", &format!("{name}: {EVIL}\r\n{name}: {EVIL}2\r\n")));
-        let named = ["authorization", "Authorization", "impersonate-user", "Impersonate-Group", "AUTHORIZATION", "impersonate-extra-x"][n % 6];
+        add(
+            "doubled impersonation",
+            n,
+            &[400],
+            get(
+                "/k8s/api/v1/namespaces/beta/pods",
+                &format!("{name}: {EVIL}\r\n{name}: {EVIL}2\r\n"),
+            ),
+        );
+        let named = [
+            "authorization",
+            "Authorization",
+            "impersonate-user",
+            "Impersonate-Group",
+            "AUTHORIZATION",
+            "impersonate-extra-x",
+        ][n % 6];
         add("identity named by Connection", n, &[400], {
-            format!("GET /k8s/api/v1/namespaces/beta/pods?n={n} HTTP/1.1\r\nHost: agent\r\n{auth}\r\nConnection: close, {named}\r\n\r\n")
+            format!(
+                "GET /k8s/api/v1/namespaces/beta/pods?n={n} HTTP/1.1\r\nHost: agent\r\n{auth}\r\nConnection: close, {named}\r\n\r\n"
+            )
         });
         let protocol = format!("base64url.bearer.authorization.k8s.io.ZXZpbA{n}");
-        let mixed = if n % 2 == 0 { format!("v4.channel.k8s.io, {protocol}") } else { protocol.replace("bearer", "BEARER") };
+        let mixed = if n % 2 == 0 {
+            format!("v4.channel.k8s.io, {protocol}")
+        } else {
+            protocol.replace("bearer", "BEARER")
+        };
         add("token in a WebSocket protocol", n, &[400], {
             format!(
                 "GET /k8s/api/v1/namespaces/beta/pods/p/exec HTTP/1.1\r\nHost: agent\r\n{auth}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: {mixed}\r\n\r\n"
@@ -206,7 +306,15 @@ fn corpus(token: &str) -> Vec<Hostile> {
             "X_Remote_User",
             "Audit-ID",
         ][n];
-        add("header of a proxy", n, &[200], get(&format!("/k8s/api/v1/namespaces/beta/pods?n={n}"), &format!("{dropped}: {EVIL}\r\n")));
+        add(
+            "header of a proxy",
+            n,
+            &[200],
+            get(
+                &format!("/k8s/api/v1/namespaces/beta/pods?n={n}"),
+                &format!("{dropped}: {EVIL}\r\n"),
+            ),
+        );
         add("named by Connection", n, &[200], {
             format!(
                 "GET /k8s/api/v1/namespaces/beta/pods?n={n} HTTP/1.1\r\nHost: agent\r\n{auth}\r\nX-Own-{n}: {EVIL}\r\nConnection: close, x-own-{n}, te\r\nTE: trailers\r\nTrailer: {EVIL}\r\nKeep-Alive: {EVIL}\r\n\r\n"
@@ -234,7 +342,9 @@ fn corpus(token: &str) -> Vec<Hostile> {
             "token",
             n,
             &[401, 400],
-            format!("GET /k8s/api/v1/namespaces/beta/pods HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {wrong}\r\nConnection: close\r\n\r\n"),
+            format!(
+                "GET /k8s/api/v1/namespaces/beta/pods HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {wrong}\r\nConnection: close\r\n\r\n"
+            ),
         );
         let scheme = ["Basic", "Token", "Digest", "", "Bearer:", "bear"][n % 6];
         add(
@@ -261,13 +371,20 @@ fn check(seen: &Seen) {
     assert_eq!(seen.all("impersonate-user"), ["pipeops:runner"], "{seen:?}");
     assert_eq!(seen.all("impersonate-group"), ["pipeops:deployer"], "{seen:?}");
     assert_eq!(seen.all("impersonate-extra-pipeops.io%2fsubject"), ["runner-1"], "{seen:?}");
-    assert_eq!(seen.all("authorization"), ["Bearer sa-planted-canary-4711-in-plain-text"], "{seen:?}");
+    assert_eq!(
+        seen.all("authorization"),
+        ["Bearer sa-planted-canary-4711-in-plain-text"],
+        "{seen:?}"
+    );
     let own = ["impersonate-user", "impersonate-group", "impersonate-extra-pipeops.io%2fsubject"];
     for (name, value) in &seen.headers {
         assert!(!name.starts_with("impersonate") || own.contains(&name.as_str()), "{seen:?}");
         assert!(!value.contains(EVIL), "{seen:?}");
     }
-    assert!(!seen.uri.contains(FORBIDDEN) && !seen.uri.contains("..") && !seen.uri.contains("//"), "{seen:?}");
+    assert!(
+        !seen.uri.contains(FORBIDDEN) && !seen.uri.contains("..") && !seen.uri.contains("//"),
+        "{seen:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -283,14 +400,18 @@ async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
             let world = &world;
             async move {
                 let answer = world.raw(&hostile.bytes).await;
-                let status = answer.split(' ').nth(1).and_then(|s| s.parse::<u16>().ok()).unwrap_or(0);
+                let status =
+                    answer.split(' ').nth(1).and_then(|s| s.parse::<u16>().ok()).unwrap_or(0);
                 (hostile, status, answer)
             }
         })),
         8,
     );
     while let Some((hostile, status, answer)) = futures_util::StreamExt::next(&mut asks).await {
-        if !hostile.right.contains(&status) || answer.contains("canary-4711-in-plain-text") && !answer.contains("evil-canary-4711-in-plain-text") {
+        if !hostile.right.contains(&status)
+            || answer.contains("canary-4711-in-plain-text")
+                && !answer.contains("evil-canary-4711-in-plain-text")
+        {
             wrong.push(format!(
                 "{}: {status}: {}\n  {}",
                 hostile.name,
@@ -301,7 +422,10 @@ async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
     }
     let through = world.kube.through();
     through.iter().for_each(check);
-    println!("{total} hostile requests, {} reached the API, as the caller that they are", through.len());
+    println!(
+        "{total} hostile requests, {} reached the API, as the caller that they are",
+        through.len()
+    );
     assert!(wrong.is_empty(), "{} of {total}:\n{}", wrong.len(), wrong.join("\n"));
     // 12 of each of the two rows that are cleaned and served, the two that are framed anew, and no more
     assert_eq!(through.len(), 26, "{:?}", through.iter().map(|s| &s.uri).collect::<Vec<_>>());
@@ -316,14 +440,41 @@ async fn a_hundred_odd_and_legitimate_requests_all_pass() {
         let mut get = |path: String| asks.push(("GET".into(), path));
         get(format!("/api/v1/namespaces/beta/configmaps/caf%C3%A9-{n}"));
         get(format!("/api/v1/namespaces/beta/configmaps/a:b-{n}"));
-        get(format!("/api/v1/namespaces/beta/pods?labelSelector={}%20in%20(a,b)", "x".repeat(100 * (n + 1))));
-        get(format!("/api/v1/namespaces/production/pods?fieldSelector=status.phase%3DRunning&limit={n}&continue=a%2Bb%3D%3D"));
+        get(format!(
+            "/api/v1/namespaces/beta/pods?labelSelector={}%20in%20(a,b)",
+            "x".repeat(100 * (n + 1))
+        ));
+        get(format!(
+            "/api/v1/namespaces/production/pods?fieldSelector=status.phase%3DRunning&limit={n}&continue=a%2Bb%3D%3D"
+        ));
         get(format!("/apis/apps/v1/namespaces/beta/deployments/web-{n}/scale"));
-        get(format!("/apis/rbac.authorization.k8s.io/v1/namespaces/beta/rolebindings/system:x:{n}"));
-        get(["/api", "/apis", "/version", "/openapi/v2", "/openapi/v3", "/apis/apps", "/apis/apps/v1", "/api/v1", "/api/", "/apis/"][n].into());
-        asks.push(("PATCH".into(), format!("/apis/apps/v1/namespaces/beta/deployments/d{n}?fieldManager=kubectl&force=false")));
+        get(format!(
+            "/apis/rbac.authorization.k8s.io/v1/namespaces/beta/rolebindings/system:x:{n}"
+        ));
+        get([
+            "/api",
+            "/apis",
+            "/version",
+            "/openapi/v2",
+            "/openapi/v3",
+            "/apis/apps",
+            "/apis/apps/v1",
+            "/api/v1",
+            "/api/",
+            "/apis/",
+        ][n]
+            .into());
+        asks.push((
+            "PATCH".into(),
+            format!(
+                "/apis/apps/v1/namespaces/beta/deployments/d{n}?fieldManager=kubectl&force=false"
+            ),
+        ));
         asks.push(("POST".into(), "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews".into()));
-        asks.push((["PUT", "DELETE"][n % 2].into(), format!("/api/v1/namespaces/beta/pods/p~{n}!$'()*+,;=@")));
+        asks.push((
+            ["PUT", "DELETE"][n % 2].into(),
+            format!("/api/v1/namespaces/beta/pods/p~{n}!$'()*+,;=@"),
+        ));
     }
     assert_eq!(asks.len(), 100);
     for (method, path) in &asks {

@@ -3,7 +3,8 @@
 use crate::support::Sandbox;
 
 /// One distribution: name, os-release, where modules lie, and the files that are special.
-type Distribution = (&'static str, &'static str, &'static str, &'static [(&'static str, &'static str)]);
+type Distribution =
+    (&'static str, &'static str, &'static str, &'static [(&'static str, &'static str)]);
 
 const HOSTS: &[Distribution] = &[
     ("debian-12", "ID=debian\nVERSION_ID=\"12\"\n", "/lib/modules", &[]),
@@ -12,7 +13,10 @@ const HOSTS: &[Distribution] = &[
         "ID=ubuntu\nID_LIKE=debian\nVERSION_ID=\"24.04\"\n",
         "/lib/modules",
         &[
-            ("/etc/resolv.conf", "nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch example.com\n"),
+            (
+                "/etc/resolv.conf",
+                "nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch example.com\n",
+            ),
             ("/run/systemd/resolve/resolv.conf", "nameserver 10.0.0.1\n"),
             ("/etc/ufw/ufw.conf", "ENABLED=no\nLOGLEVEL=low\n"),
         ],
@@ -33,7 +37,10 @@ const HOSTS: &[Distribution] = &[
         "opensuse-leap-15.6",
         "ID=\"opensuse-leap\"\nID_LIKE=\"suse opensuse\"\nVERSION_ID=\"15.6\"\n",
         "/lib/modules",
-        &[("/etc/ssl/ca-bundle.pem", ""), ("/proc/meminfo", "MemTotal:  8000000 kB\nSwapTotal:  2000000 kB\n")],
+        &[
+            ("/etc/ssl/ca-bundle.pem", ""),
+            ("/proc/meminfo", "MemTotal:  8000000 kB\nSwapTotal:  2000000 kB\n"),
+        ],
     ),
     (
         "amazon-2023",
@@ -55,12 +62,23 @@ fn five_healthy_distributions_raise_no_error() {
             sandbox.put(path, text);
         }
         let release = sandbox.path("release");
-        let said = sandbox.run(&["install-server", "--offline-dir", &release, "--dry-run", "-o", "json"]).ended(0);
-        let errors: Vec<String> =
-            said.json()["findings"].as_array().unwrap().iter().filter(|f| f["level"] == "error").map(|f| f["code"].to_string()).collect();
+        let said = sandbox
+            .run(&["install-server", "--offline-dir", &release, "--dry-run", "-o", "json"])
+            .ended(0);
+        let errors: Vec<String> = said.json()["findings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|f| f["level"] == "error")
+            .map(|f| f["code"].to_string())
+            .collect();
         assert!(errors.is_empty(), "{name}: {errors:?}");
         if *name == "rocky-9" {
-            assert!(said.err.contains("FW_FIREWALLD") && said.err.contains("--add-port=6443/tcp"), "{}", said.err);
+            assert!(
+                said.err.contains("FW_FIREWALLD") && said.err.contains("--add-port=6443/tcp"),
+                "{}",
+                said.err
+            );
         }
     }
 }

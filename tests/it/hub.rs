@@ -41,22 +41,49 @@ pub(crate) const DATA: &str = "var/lib/pipeops-control-plane";
 
 #[expect(clippy::zombie_processes, reason = "it fails the test, which ends everything")]
 /// Starts the program and gives the port of its API; what it says goes into `log`.
-fn spawn(sandbox: &Sandbox, ports: (u16, u16), options: &[String], log: &Arc<Mutex<String>>) -> (Child, u16) {
+fn spawn(
+    sandbox: &Sandbox,
+    ports: (u16, u16),
+    options: &[String],
+    log: &Arc<Mutex<String>>,
+) -> (Child, u16) {
     let (https, tunnel) = (format!("127.0.0.1:{}", ports.0), format!("127.0.0.1:{}", ports.1));
-    let mut args = vec!["control-plane", "--listen", &https, "--tunnel-listen", &tunnel, "--public-name", "127.0.0.1"];
+    let mut args = vec![
+        "control-plane",
+        "--listen",
+        &https,
+        "--tunnel-listen",
+        &tunnel,
+        "--public-name",
+        "127.0.0.1",
+    ];
     args.extend(options.iter().map(String::as_str));
     // few descriptors, as a shell may hand them out: it is up to the program to ask for more
     let plain = sandbox.command(&args);
     let mut command = Command::new("/bin/sh");
-    command.args(["-c", "ulimit -S -n 200; exec \"$0\" \"$@\""]).arg(plain.get_program()).args(plain.get_args());
+    command
+        .args(["-c", "ulimit -S -n 200; exec \"$0\" \"$@\""])
+        .arg(plain.get_program())
+        .args(plain.get_args());
     command.env_clear().envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let mut child = command.env("LOG_LEVEL", "debug").stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .env("LOG_LEVEL", "debug")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap());
     loop {
         let mut line = String::new();
-        assert!(said.read_line(&mut line).unwrap() > 0, "it does not serve: {}", log.lock().unwrap());
+        assert!(
+            said.read_line(&mut line).unwrap() > 0,
+            "it does not serve: {}",
+            log.lock().unwrap()
+        );
         log.lock().unwrap().push_str(&line);
-        let port = line.split_once("https=127.0.0.1:").map(|(_, r)| r.chars().take_while(char::is_ascii_digit).collect::<String>());
+        let port = line
+            .split_once("https=127.0.0.1:")
+            .map(|(_, r)| r.chars().take_while(char::is_ascii_digit).collect::<String>());
         if let Some(port) = port.filter(|_| line.contains("serving")) {
             // a log that nobody reads would stop it at its next line
             let log = log.clone();
@@ -79,17 +106,32 @@ impl Hub {
     pub(crate) fn with(options: &[&str]) -> Hub {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut hub = Hub::begin(Sandbox::new(), options);
-        hub.admin = std::fs::read_to_string(hub.sandbox.root().join(DATA).join("admin-token")).unwrap();
+        hub.admin =
+            std::fs::read_to_string(hub.sandbox.root().join(DATA).join("admin-token")).unwrap();
         hub
     }
 
     pub(crate) fn begin(sandbox: Sandbox, options: &[&str]) -> Hub {
         let ports = (free_port(), free_port());
-        let (log, options) = (Arc::default(), options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>());
+        let (log, options) =
+            (Arc::default(), options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>());
         let (child, port) = spawn(&sandbox, ports, &options, &log);
         let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
-        let client = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().build().unwrap();
-        Hub { sandbox, child, url: format!("https://127.0.0.1:{port}"), admin: String::new(), client, log, ports, options }
+        let client = Client::builder()
+            .tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()])
+            .no_proxy()
+            .build()
+            .unwrap();
+        Hub {
+            sandbox,
+            child,
+            url: format!("https://127.0.0.1:{port}"),
+            admin: String::new(),
+            client,
+            log,
+            ports,
+            options,
+        }
     }
 
     /// On what a sandbox already holds; its administrators are those of before.
@@ -122,11 +164,17 @@ impl Hub {
     }
 
     pub(crate) fn stored(sandbox: &Sandbox) -> Value {
-        serde_json::from_str(&std::fs::read_to_string(sandbox.root().join(DATA).join("keys.json")).unwrap()).unwrap()
+        serde_json::from_str(
+            &std::fs::read_to_string(sandbox.root().join(DATA).join("keys.json")).unwrap(),
+        )
+        .unwrap()
     }
 
     pub(crate) async fn ask(&self, method: &str, path: &str, token: &str, body: Value) -> Response {
-        let request = self.client.request(method.parse::<Method>().unwrap(), format!("{}{path}", self.url)).json(&body);
+        let request = self
+            .client
+            .request(method.parse::<Method>().unwrap(), format!("{}{path}", self.url))
+            .json(&body);
         let request = if token.is_empty() { request } else { request.bearer_auth(token) };
         request.send().await.unwrap()
     }
@@ -143,7 +191,9 @@ impl Hub {
     pub(crate) fn enrol(&self) -> (String, String) {
         let line = self.sandbox.verb(&["control-plane", "token", "create"]).ended(0).out;
         let words: Vec<&str> = line.split_whitespace().collect();
-        let after = |name: &str| words.iter().position(|w| *w == name).map(|at| words[at + 1].to_owned()).unwrap();
+        let after = |name: &str| {
+            words.iter().position(|w| *w == name).map(|at| words[at + 1].to_owned()).unwrap()
+        };
         assert_eq!(after("--control-plane-url"), self.url);
         (words[1].to_owned(), after("--control-plane-pin"))
     }
@@ -162,7 +212,11 @@ impl Hub {
         let begun = Instant::now();
         loop {
             let clusters = self.json("GET", "/api/v1/clusters", &self.admin, json!({})).await;
-            let up = clusters["items"].as_array().unwrap().iter().find(|c| c["state"] == "online" && c["tunnel"] == "up");
+            let up = clusters["items"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|c| c["state"] == "online" && c["tunnel"] == "up");
             if let Some(found) = up {
                 let id = found["id"].as_str().unwrap().to_owned();
                 let through = self.version(&id).await;
@@ -170,14 +224,21 @@ impl Hub {
                     return (agent, id);
                 }
             }
-            assert!(begun.elapsed() < Duration::from_secs(40), "never up: {clusters}; {}", tokio::task::block_in_place(|| agent.get("/status")));
+            assert!(
+                begun.elapsed() < Duration::from_secs(40),
+                "never up: {clusters}; {}",
+                tokio::task::block_in_place(|| agent.get("/status"))
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
     /// What the cluster's own API answers through the gateway.
     pub(crate) async fn version(&self, cluster: &str) -> u16 {
-        self.ask("GET", &format!("/clusters/{cluster}/k8s/version"), &self.admin, json!({})).await.status().as_u16()
+        self.ask("GET", &format!("/clusters/{cluster}/k8s/version"), &self.admin, json!({}))
+            .await
+            .status()
+            .as_u16()
     }
 
     pub(crate) async fn runner(&self, role: &str) -> Value {
@@ -194,49 +255,110 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     let token = runner["token"].as_str().unwrap();
     // the API as the Runner, with nothing of his own credential
     let pods = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods?limit=5");
-    assert_eq!(hub.json("GET", &pods, token, json!({})).await["path"], "/api/v1/namespaces/beta/pods");
+    assert_eq!(
+        hub.json("GET", &pods, token, json!({})).await["path"],
+        "/api/v1/namespaces/beta/pods"
+    );
     let seen = kube.through().pop().unwrap();
-    assert_eq!((seen.all("impersonate-group"), seen.uri.as_str()), (vec!["pipeops:deployer"], "/api/v1/namespaces/beta/pods?limit=5"));
+    assert_eq!(
+        (seen.all("impersonate-group"), seen.uri.as_str()),
+        (vec!["pipeops:deployer"], "/api/v1/namespaces/beta/pods?limit=5")
+    );
     assert!(seen.headers.iter().all(|(_, v)| !v.contains(token)), "{seen:?}");
-    assert_eq!(hub.json("GET", &format!("/clusters/{cluster}/api/v1/status"), token, json!({})).await["control"], "online");
+    assert_eq!(
+        hub.json("GET", &format!("/clusters/{cluster}/api/v1/status"), token, json!({})).await["control"],
+        "online"
+    );
     // a body of 32 MiB, both sizes of client connection
-    let bulk = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=33554432"), token, json!({})).await;
+    let bulk = hub
+        .ask(
+            "GET",
+            &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=33554432"),
+            token,
+            json!({}),
+        )
+        .await;
     assert_eq!(bulk.headers()["content-security-policy"], "sandbox");
-    let whole = bulk.bytes().await.unwrap_or_else(|e| panic!("{e:?}\n{}\n{}", hub.log.lock().unwrap(), agent.log()));
+    let whole = bulk
+        .bytes()
+        .await
+        .unwrap_or_else(|e| panic!("{e:?}\n{}\n{}", hub.log.lock().unwrap(), agent.log()));
     assert_eq!(whole.len(), 33_554_432);
     // a kubeconfig carries its own way in
-    let answer = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({"role": "viewer", "namespaces": ["beta"]})).await;
-    assert_eq!((answer.status().as_u16(), answer.headers()["cache-control"].to_str().unwrap()), (201, "no-store"));
+    let answer = hub
+        .ask(
+            "POST",
+            &format!("/api/v1/clusters/{cluster}/kubeconfig"),
+            token,
+            json!({"role": "viewer", "namespaces": ["beta"]}),
+        )
+        .await;
+    assert_eq!(
+        (answer.status().as_u16(), answer.headers()["cache-control"].to_str().unwrap()),
+        (201, "no-store")
+    );
     let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
     let own = config["users"][0]["user"]["token"].as_str().unwrap();
-    assert_eq!(config["clusters"][0]["cluster"]["server"], format!("{}/clusters/{cluster}/k8s", hub.url));
-    hub.json("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"), own, json!({})).await;
+    assert_eq!(
+        config["clusters"][0]["cluster"]["server"],
+        format!("{}/clusters/{cluster}/k8s", hub.url)
+    );
+    hub.json(
+        "GET",
+        &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"),
+        own,
+        json!({}),
+    )
+    .await;
     assert_eq!(kube.through().pop().unwrap().all("impersonate-group"), ["pipeops:viewer"]);
-    let scope = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/production/pods"), own, json!({})).await;
+    let scope = hub
+        .ask(
+            "GET",
+            &format!("/clusters/{cluster}/k8s/api/v1/namespaces/production/pods"),
+            own,
+            json!({}),
+        )
+        .await;
     assert_eq!(scope.status(), 403);
     // it opens the gateway and nothing else
-    assert_eq!(hub.ask("POST", &format!("/api/v1/clusters/{cluster}/token"), own, json!({})).await.status(), 403);
+    assert_eq!(
+        hub.ask("POST", &format!("/api/v1/clusters/{cluster}/token"), own, json!({}))
+            .await
+            .status(),
+        403
+    );
     // a stream that is open ends with the right to it
-    let mut watch = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({})).await;
+    let mut watch = hub
+        .ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({}))
+        .await;
     assert_eq!(watch.status(), 200);
     let id = runner["id"].as_str().unwrap();
     hub.sandbox.verb(&["control-plane", "runner", "revoke", id]).ended(0);
-    let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = watch.chunk().await {} }).await;
+    let ended = tokio::time::timeout(Duration::from_secs(5), async {
+        while let Ok(Some(_)) = watch.chunk().await {}
+    })
+    .await;
     assert!(ended.is_ok(), "the watch goes on");
     assert_eq!(hub.ask("GET", &pods, token, json!({})).await.status(), 401);
     // and what he has made
     assert_eq!(hub.ask("GET", &pods, own, json!({})).await.status(), 401);
     // so does everything of an agent that is revoked
-    let mut watch = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), &hub.admin, json!({})).await;
+    let mut watch = hub
+        .ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), &hub.admin, json!({}))
+        .await;
     hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
-    let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = watch.chunk().await {} }).await;
+    let ended = tokio::time::timeout(Duration::from_secs(5), async {
+        while let Ok(Some(_)) = watch.chunk().await {}
+    })
+    .await;
     assert!(ended.is_ok(), "the watch goes on");
     let show = hub.sandbox.verb(&["control-plane", "cluster", "show", &cluster]).ended(0).out;
     assert!(show.contains("revoked"), "{show}");
     // nothing that opens anything stands in the database
     let mut database = Vec::new();
     for file in ["pipeops.db", "pipeops.db-wal"] {
-        database.extend(std::fs::read(hub.sandbox.root().join(DATA).join(file)).unwrap_or_default());
+        database
+            .extend(std::fs::read(hub.sandbox.root().join(DATA).join(file)).unwrap_or_default());
     }
     let database = String::from_utf8_lossy(&database).into_owned();
     for secret in [token, own, &hub.admin] {
@@ -248,10 +370,14 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
 async fn where_it_keeps_things_may_be_said_before_a_verb_or_behind_it() {
     let hub = Hub::start();
     let data = format!("/{DATA}");
-    for args in [["control-plane", "--data-dir", &data, "cluster", "list"], ["control-plane", "cluster", "--data-dir", &data, "list"]] {
+    for args in [
+        ["control-plane", "--data-dir", &data, "cluster", "list"],
+        ["control-plane", "cluster", "--data-dir", &data, "list"],
+    ] {
         assert_eq!(hub.sandbox.run(&args).ended(0).out.trim(), "none yet");
     }
-    let said = hub.sandbox.run(&["control-plane", "--listen", "127.0.0.1:1", "cluster", "list"]).ended(2);
+    let said =
+        hub.sandbox.run(&["control-plane", "--listen", "127.0.0.1:1", "cluster", "list"]).ended(2);
     assert!(said.err.contains("SERVING_OPTION"), "{}", said.err);
 }
 
@@ -259,23 +385,63 @@ async fn where_it_keeps_things_may_be_said_before_a_verb_or_behind_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn on_a_terminal_it_shows_the_first_token_and_the_line_to_paste() {
     let sandbox = Sandbox::new();
-    let plain = sandbox.command(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0", "--public-name", "127.0.0.1"]);
-    let words = std::iter::once(plain.get_program()).chain(plain.get_args()).map(|w| format!("'{}'", w.to_str().unwrap())).collect::<Vec<_>>();
-    let terminal = Command::new("script").args(["-qfec", &words.join(" "), "/dev/null"]).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
-    let Ok(mut terminal) = terminal else { return println!("NOT RUN: on a terminal: there is no `script` here") };
+    let plain = sandbox.command(&[
+        "control-plane",
+        "--listen",
+        "127.0.0.1:0",
+        "--tunnel-listen",
+        "127.0.0.1:0",
+        "--public-name",
+        "127.0.0.1",
+    ]);
+    let words = std::iter::once(plain.get_program())
+        .chain(plain.get_args())
+        .map(|w| format!("'{}'", w.to_str().unwrap()))
+        .collect::<Vec<_>>();
+    let terminal = Command::new("script")
+        .args(["-qfec", &words.join(" "), "/dev/null"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn();
+    let Ok(mut terminal) = terminal else {
+        return println!("NOT RUN: on a terminal: there is no `script` here");
+    };
     let mut lines = BufReader::new(terminal.stdout.take().unwrap()).lines().map_while(Result::ok);
     let token = lines.find(|l| l.contains("pom_")).unwrap();
     let line = lines.find(|l| l.contains("poe_")).unwrap();
     let token = token.split_whitespace().last().unwrap().to_owned();
     let words: Vec<&str> = line.split_whitespace().collect();
-    assert_eq!(&words[2..8], ["|", "sudo", "pipeops", "install-server", "--yes", "--agent-token-file"], "{line}");
+    assert_eq!(
+        &words[2..8],
+        ["|", "sudo", "pipeops", "install-server", "--yes", "--agent-token-file"],
+        "{line}"
+    );
     let url = words[words.iter().position(|w| *w == "--control-plane-url").unwrap() + 1];
     assert!(lines.any(|l| l.contains("serving")));
     let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
-    let client = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().build().unwrap();
+    let client = Client::builder()
+        .tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()])
+        .no_proxy()
+        .build()
+        .unwrap();
     // the one opens the API, the other lets an agent in: all that is wrong with this one is that it says nothing of itself
-    assert_eq!(client.get(format!("{url}/api/v1/clusters")).bearer_auth(&token).send().await.unwrap().status(), 200);
-    let register = client.post(format!("{url}/api/v1/agents/register")).bearer_auth(words[1]).body("{}").send().await.unwrap();
+    assert_eq!(
+        client
+            .get(format!("{url}/api/v1/clusters"))
+            .bearer_auth(&token)
+            .send()
+            .await
+            .unwrap()
+            .status(),
+        200
+    );
+    let register = client
+        .post(format!("{url}/api/v1/agents/register"))
+        .bearer_auth(words[1])
+        .body("{}")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(register.json::<Value>().await.unwrap()["code"], "bad_signature");
     assert!(!sandbox.root().join(DATA).join("admin-token").exists());
     // `script` passes its end on
@@ -289,18 +455,43 @@ async fn a_kubeconfig_ends_with_whoever_made_it() {
     let (_kube, address) = serve_kube().await;
     let (_agent, cluster) = hub.agent(address).await;
     let made = async |token: &str| {
-        let text = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({})).await.text().await.unwrap();
-        serde_json::from_str::<Value>(&text).unwrap()["users"][0]["user"]["token"].as_str().unwrap().to_owned()
+        let text = hub
+            .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({}))
+            .await
+            .text()
+            .await
+            .unwrap();
+        serde_json::from_str::<Value>(&text).unwrap()["users"][0]["user"]["token"]
+            .as_str()
+            .unwrap()
+            .to_owned()
     };
-    let watch = async |token: &str| hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({})).await;
+    let watch = async |token: &str| {
+        hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({}))
+            .await
+    };
     let ends = async |mut stream: Response| {
-        let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = stream.chunk().await {} }).await;
+        let ended = tokio::time::timeout(Duration::from_secs(5), async {
+            while let Ok(Some(_)) = stream.chunk().await {}
+        })
+        .await;
         assert!(ended.is_ok(), "the watch goes on");
     };
-    let runner = hub.json("POST", "/api/v1/runners", &hub.admin, json!({"name": "ci", "role": "viewer", "ttl_s": 3600})).await;
+    let runner = hub
+        .json(
+            "POST",
+            "/api/v1/runners",
+            &hub.admin,
+            json!({"name": "ci", "role": "viewer", "ttl_s": 3600}),
+        )
+        .await;
     let admin = hub.json("POST", "/api/v1/admins", &hub.admin, json!({"name": "eve"})).await;
     for taken in ["eve", "local"] {
-        assert_eq!(hub.ask("POST", "/api/v1/admins", &hub.admin, json!({"name": taken})).await.status(), 409, "{taken}");
+        assert_eq!(
+            hub.ask("POST", "/api/v1/admins", &hub.admin, json!({"name": taken})).await.status(),
+            409,
+            "{taken}"
+        );
     }
     let others = made(&hub.admin).await;
     for (who, path) in [(&runner, "runners"), (&admin, "admins")] {
@@ -310,19 +501,26 @@ async fn a_kubeconfig_ends_with_whoever_made_it() {
         assert!(streams.iter().all(|s| s.status() == 200));
         // it does not outlive a token that has an end
         let rows = hub.json("GET", "/api/v1/runners", &hub.admin, json!({})).await;
-        let row = rows["items"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|r| r["kind"] == "kubeconfig" && r["maker"].as_str().unwrap().contains(if path == "admins" { "eve" } else { id }));
+        let row = rows["items"].as_array().unwrap().iter().find(|r| {
+            r["kind"] == "kubeconfig"
+                && r["maker"].as_str().unwrap().contains(if path == "admins" { "eve" } else { id })
+        });
         if let Some(end) = who["expires_at"].as_i64() {
             assert_eq!(row.unwrap()["expires_at"], end);
         }
-        assert_eq!(hub.ask("DELETE", &format!("/api/v1/{path}/{id}"), &hub.admin, json!({})).await.status(), 200);
+        assert_eq!(
+            hub.ask("DELETE", &format!("/api/v1/{path}/{id}"), &hub.admin, json!({}))
+                .await
+                .status(),
+            200
+        );
         for stream in streams {
             ends(stream).await;
         }
-        assert_eq!((watch(token).await.status(), watch(&kubeconfig).await.status()), (401.try_into().unwrap(), 401.try_into().unwrap()));
+        assert_eq!(
+            (watch(token).await.status(), watch(&kubeconfig).await.status()),
+            (401.try_into().unwrap(), 401.try_into().unwrap())
+        );
     }
     assert_eq!(watch(&others).await.status(), 200, "another one's goes on");
 }
@@ -339,7 +537,8 @@ async fn after_a_month_the_next_key_signs_and_nobody_notices() {
         if let Some(value) = value {
             stored["signing_since"] = json!(value);
         }
-        std::fs::write(hub.sandbox.root().join(DATA).join("keys.json"), stored.to_string()).unwrap();
+        std::fs::write(hub.sandbox.root().join(DATA).join("keys.json"), stored.to_string())
+            .unwrap();
     };
     let turned = async |hub: &Hub, done: &dyn Fn(&Value) -> bool| {
         let begun = Instant::now();
@@ -353,7 +552,10 @@ async fn after_a_month_the_next_key_signs_and_nobody_notices() {
     since(&hub, Some(1_700_000_000));
     hub.killed_and_back();
     let month = turned(&hub, &|s| s["signing_since"].as_i64() > Some(1_700_000_000)).await;
-    assert_eq!((&month[0], &month[2], month.as_array().unwrap().len()), (&before["signing"][1], &before["signing"][0], 3));
+    assert_eq!(
+        (&month[0], &month[2], month.as_array().unwrap().len()),
+        (&before["signing"][1], &before["signing"][0], 3)
+    );
     // the one before is forgotten when no token of it lives
     since(&hub, Some(jiff::Timestamp::now().as_second() - 1000));
     hub.killed_and_back();
@@ -373,14 +575,22 @@ async fn upgrades_pass_through_the_gateway() {
     let (_agent, cluster) = hub.agent(address).await;
     let answer = hub
         .client
-        .get(format!("{}/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/p/exec?command=sh", hub.url))
+        .get(format!(
+            "{}/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/p/exec?command=sh",
+            hub.url
+        ))
         .version(reqwest::Version::HTTP_11)
         .bearer_auth(&hub.admin)
         .header("connection", "Upgrade")
         .header("upgrade", "SPDY/3.1");
     // over h2 an upgrade has no meaning: a client of its own that speaks HTTP/1.1
     let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
-    let http1 = Client::builder().tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy().http1_only().build().unwrap();
+    let http1 = Client::builder()
+        .tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()])
+        .no_proxy()
+        .http1_only()
+        .build()
+        .unwrap();
     let answer = http1.execute(answer.build().unwrap()).await.unwrap();
     assert_eq!(answer.status(), 101, "{answer:?}");
     let mut io = answer.upgrade().await.unwrap();
@@ -400,16 +610,32 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
     let (_kube, address) = serve_kube().await;
     let (_agent, cluster) = hub.agent(address).await;
     let mut streams = Vec::new();
-    for (who, body) in [("revoked", json!({"name": "a"})), ("stays", json!({"name": "b"})), ("elsewhere", json!({"name": "c", "clusters": ["c-0"]}))]
-    {
+    for (who, body) in [
+        ("revoked", json!({"name": "a"})),
+        ("stays", json!({"name": "b"})),
+        ("elsewhere", json!({"name": "c", "clusters": ["c-0"]})),
+    ] {
         let runner = hub.json("POST", "/api/v1/runners", &hub.admin, body).await;
-        let minted = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/token"), runner["token"].as_str().unwrap(), json!({})).await;
+        let minted = hub
+            .ask(
+                "POST",
+                &format!("/api/v1/clusters/{cluster}/token"),
+                runner["token"].as_str().unwrap(),
+                json!({}),
+            )
+            .await;
         if who == "elsewhere" {
             assert_eq!(minted.status(), 404);
             continue;
         }
         let minted: Value = minted.json().await.unwrap();
-        let endpoint = minted["endpoints"].as_array().unwrap().iter().find(|e| e["type"] == "stcp").unwrap().clone();
+        let endpoint = minted["endpoints"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|e| e["type"] == "stcp")
+            .unwrap()
+            .clone();
         let text = |name: &str| endpoint[name].as_str().unwrap().to_owned();
         let config = pipeops::frp::TunnelConfig {
             server: "127.0.0.1".into(),
@@ -419,18 +645,33 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
             ..Default::default()
         };
         let mut tasks = tokio::task::JoinSet::new();
-        let carrier = pipeops::frp::dial::Target::new(&config, false).unwrap().connect(&mut tasks).await.unwrap();
-        let visit = async |key: String| pipeops::frp::client::visit(&carrier, "", &text("proxy"), &pipeops::base::secret::Secret::new(key)).await;
+        let carrier = pipeops::frp::dial::Target::new(&config, false)
+            .unwrap()
+            .connect(&mut tasks)
+            .await
+            .unwrap();
+        let visit = async |key: String| {
+            pipeops::frp::client::visit(
+                &carrier,
+                "",
+                &text("proxy"),
+                &pipeops::base::secret::Secret::new(key),
+            )
+            .await
+        };
         assert!(visit("guessed".into()).await.is_err());
         // held open as a half-made TLS connection is: the agent waits for its hello
         streams.push((runner["id"].clone(), visit(text("secret_key")).await.unwrap(), tasks));
     }
     assert_ne!(streams[0].0, streams[1].0);
-    hub.sandbox.verb(&["control-plane", "runner", "revoke", streams[0].0.as_str().unwrap()]).ended(0);
+    hub.sandbox
+        .verb(&["control-plane", "runner", "revoke", streams[0].0.as_str().unwrap()])
+        .ended(0);
     let mut byte = [0];
     let ended = tokio::time::timeout(Duration::from_secs(5), streams[0].1.read(&mut byte)).await;
     assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
-    let goes_on = tokio::time::timeout(Duration::from_millis(300), streams[1].1.read(&mut byte)).await;
+    let goes_on =
+        tokio::time::timeout(Duration::from_millis(300), streams[1].1.read(&mut byte)).await;
     assert!(goes_on.is_err(), "{goes_on:?}");
 }
 
@@ -440,13 +681,27 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
     let (_kube, address) = serve_kube().await;
     let (_agent, cluster) = hub.agent(address).await;
     let (enrolment, _) = hub.enrol();
-    let other = hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": "other"})).await["id"].as_str().unwrap().to_owned();
-    let make = async |body: Value| hub.json("POST", "/api/v1/runners", &hub.admin, body).await["token"].as_str().unwrap().to_owned();
+    let other =
+        hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": "other"})).await["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+    let make = async |body: Value| {
+        hub.json("POST", "/api/v1/runners", &hub.admin, body).await["token"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
     let runner = make(json!({"name": "mine"})).await;
     let foreign = make(json!({"name": "foreign", "project": other})).await;
     let elsewhere = make(json!({"name": "elsewhere", "clusters": ["c-0"]})).await;
     let short = make(json!({"name": "short", "ttl_s": 1})).await;
-    let kubeconfig = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({})).await.text().await.unwrap();
+    let kubeconfig = hub
+        .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({}))
+        .await
+        .text()
+        .await
+        .unwrap();
     let kubeconfig: Value = serde_json::from_str(&kubeconfig).unwrap();
     let kubeconfig = kubeconfig["users"][0]["user"]["token"].as_str().unwrap().to_owned();
     // an agent of the test's own, for the tokens of one
@@ -473,7 +728,9 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         Need::Agent => who == "agent",
         Need::Admin => who == "admin",
         Need::Local | Need::Session => false,
-        Need::Runner if matches!(path, "/api/v1/clusters" | "/api/v1/changes") => matches!(who, "runner" | "foreign" | "elsewhere" | "admin"),
+        Need::Runner if matches!(path, "/api/v1/clusters" | "/api/v1/changes") => {
+            matches!(who, "runner" | "foreign" | "elsewhere" | "admin")
+        }
         Need::Runner => matches!(who, "runner" | "admin"),
         Need::Gateway => matches!(who, "runner" | "kubeconfig" | "admin"),
     };
@@ -497,22 +754,37 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
                 .replace("{op}", "o-1")
                 .replace("{what}", "events")
                 .replace('*', "version");
-            let answer = hub.ask(if method == "*" { "GET" } else { method }, &path, token, json!({})).await;
+            let answer =
+                hub.ask(if method == "*" { "GET" } else { method }, &path, token, json!({})).await;
             let status = answer.status().as_u16();
             // after thirty wrong ones an address is not listened to for a while
             let slowed = status == 429 && matches!(who, "wrong" | "expired");
-            let refused = slowed || matches!(status, 401 | 403) || (status == 404 && matches!(who, "foreign" | "elsewhere"));
-            assert_eq!(!refused, may, "{method} {path} with {who}: {status} {}", answer.text().await.unwrap());
+            let refused = slowed
+                || matches!(status, 401 | 403)
+                || (status == 404 && matches!(who, "foreign" | "elsewhere"));
+            assert_eq!(
+                !refused,
+                may,
+                "{method} {path} with {who}: {status} {}",
+                answer.text().await.unwrap()
+            );
             checked += 1;
         }
     }
     assert!(checked > 200, "{checked}");
     // another agent's path is not this agent's
-    assert_eq!(hub.ask("GET", "/api/v1/agents/a-0/config", &agent.credential, json!({})).await.status(), 403);
+    assert_eq!(
+        hub.ask("GET", "/api/v1/agents/a-0/config", &agent.credential, json!({})).await.status(),
+        403
+    );
     // guessing is slowed; what was good before goes on
     let mut last = 0;
     for n in 0..60 {
-        last = hub.ask("GET", "/api/v1/clusters", &format!("por_{n}"), json!({})).await.status().as_u16();
+        last = hub
+            .ask("GET", "/api/v1/clusters", &format!("por_{n}"), json!({}))
+            .await
+            .status()
+            .as_u16();
         if last == 429 {
             break;
         }
@@ -544,19 +816,42 @@ impl Simulated {
         }
     }
 
-    pub(crate) async fn try_register(client: &Client, url: &str, identity: &Identity, token: &str, body: String) -> reqwest::Result<Response> {
+    pub(crate) async fn try_register(
+        client: &Client,
+        url: &str,
+        identity: &Identity,
+        token: &str,
+        body: String,
+    ) -> reqwest::Result<Response> {
         let signature = identity.sign(body.as_bytes()).unwrap();
-        client.post(format!("{url}/api/v1/agents/register")).bearer_auth(token).header("pipeops-signature", signature).body(body).send().await
+        client
+            .post(format!("{url}/api/v1/agents/register"))
+            .bearer_auth(token)
+            .header("pipeops-signature", signature)
+            .body(body)
+            .send()
+            .await
     }
 
     pub(crate) async fn new(hub: &Hub, dir: &std::path::Path, token: &str) -> Simulated {
         let identity = Simulated::identity(dir);
-        let answer = Simulated::try_register(&hub.client, &hub.url, &identity, token, Simulated::body(&identity, "m")).await.unwrap();
+        let answer = Simulated::try_register(
+            &hub.client,
+            &hub.url,
+            &identity,
+            token,
+            Simulated::body(&identity, "m"),
+        )
+        .await
+        .unwrap();
         let status = answer.status();
         let text = answer.text().await.unwrap();
         assert_eq!(status, 200, "{text}");
         let value: Value = serde_json::from_str(&text).unwrap();
-        Simulated { id: identity.id.clone(), credential: value["credential"].as_str().unwrap().to_owned() }
+        Simulated {
+            id: identity.id.clone(),
+            credential: value["credential"].as_str().unwrap().to_owned(),
+        }
     }
 }
 
@@ -567,7 +862,8 @@ async fn an_identity_belongs_to_its_key_and_its_machine() {
     let dir = tempfile::tempdir().unwrap();
     let identity = Simulated::identity(dir.path());
     let register = async |token: &str, body: String| {
-        let answer = Simulated::try_register(&hub.client, &hub.url, &identity, token, body).await.unwrap();
+        let answer =
+            Simulated::try_register(&hub.client, &hub.url, &identity, token, body).await.unwrap();
         (answer.status().as_u16(), answer.json::<Value>().await.unwrap())
     };
     let agent = Simulated::new(&hub, dir.path(), &token).await;
@@ -578,38 +874,76 @@ async fn an_identity_belongs_to_its_key_and_its_machine() {
     let stranger = Simulated::identity(stranger_dir.path());
     let (fresh, _) = hub.enrol();
     let stolen = Simulated::body(&stranger, "m").replace(&stranger.id, &identity.id);
-    let answer = Simulated::try_register(&hub.client, &hub.url, &stranger, &fresh, stolen).await.unwrap();
+    let answer =
+        Simulated::try_register(&hub.client, &hub.url, &stranger, &fresh, stolen).await.unwrap();
     assert_eq!(answer.status(), 400);
     let signature = identity.sign(b"something else").unwrap();
-    let changed = hub.client.post(format!("{}/api/v1/agents/register", hub.url)).bearer_auth(&fresh).header("pipeops-signature", signature);
+    let changed = hub
+        .client
+        .post(format!("{}/api/v1/agents/register", hub.url))
+        .bearer_auth(&fresh)
+        .header("pipeops-signature", signature);
     assert_eq!(changed.body(Simulated::body(&identity, "m")).send().await.unwrap().status(), 400);
     // a token for one server lets one in
-    let answer = Simulated::try_register(&hub.client, &hub.url, &stranger, &token, Simulated::body(&stranger, "m")).await.unwrap();
+    let answer = Simulated::try_register(
+        &hub.client,
+        &hub.url,
+        &stranger,
+        &token,
+        Simulated::body(&stranger, "m"),
+    )
+    .await
+    .unwrap();
     assert_eq!(answer.json::<Value>().await.unwrap()["code"], "token_used_up");
     // the same key on another machine: both are told, neither is believed
-    let (status, problem) = register(&agent.credential, Simulated::body(&identity, "another")).await;
+    let (status, problem) =
+        register(&agent.credential, Simulated::body(&identity, "another")).await;
     assert_eq!((status, &problem["code"]), (409, &json!("duplicate_identity")));
-    let beat = hub.ask("POST", &format!("/api/v1/agents/{}/heartbeat", agent.id), &agent.credential, json!({"seq": 1})).await;
+    let beat = hub
+        .ask(
+            "POST",
+            &format!("/api/v1/agents/{}/heartbeat", agent.id),
+            &agent.credential,
+            json!({"seq": 1}),
+        )
+        .await;
     assert_eq!(beat.status(), 409);
     let list = hub.sandbox.verb(&["control-plane", "cluster", "list"]).ended(0).out;
     assert!(list.contains("duplicate"), "{list}");
     // a removed one needs a token to come back
-    let cluster = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"].as_str().unwrap().to_owned();
+    let cluster =
+        hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
     hub.sandbox.verb(&["control-plane", "cluster", "remove", &cluster]).ended(0);
     assert_eq!(register(&agent.credential, Simulated::body(&identity, "m")).await.0, 401);
     assert_eq!(register(&fresh, Simulated::body(&identity, "m")).await.0, 200);
 }
 
 /// Agents that register until they are answered, as agents do; each gives its id and credential.
-pub(crate) fn storm(hub: &Hub, dir: &std::path::Path, token: &str, count: usize) -> tokio::task::JoinSet<(String, String)> {
+pub(crate) fn storm(
+    hub: &Hub,
+    dir: &std::path::Path,
+    token: &str,
+    count: usize,
+) -> tokio::task::JoinSet<(String, String)> {
     let mut tasks = tokio::task::JoinSet::new();
     for n in 0..count {
-        let (path, url, client, token) = (dir.join(n.to_string()), hub.url.clone(), hub.client.clone(), token.to_owned());
+        let (path, url, client, token) =
+            (dir.join(n.to_string()), hub.url.clone(), hub.client.clone(), token.to_owned());
         tasks.spawn(async move {
             let identity = Simulated::identity(&path);
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(60) {
-                if let Ok(answer) = Simulated::try_register(&client, &url, &identity, &token, Simulated::body(&identity, "m")).await
+                if let Ok(answer) = Simulated::try_register(
+                    &client,
+                    &url,
+                    &identity,
+                    &token,
+                    Simulated::body(&identity, "m"),
+                )
+                .await
                     && answer.status() == 200
                     && let Ok(value) = answer.json::<Value>().await
                 {
@@ -644,7 +978,9 @@ async fn killed_under_registrations_it_knows_whom_it_answered_and_nobody_half() 
     let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 200);
     for (id, credential) in &done {
-        let beat = hub.ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1})).await;
+        let beat = hub
+            .ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1}))
+            .await;
         assert_eq!(beat.status(), 200, "{id} holds a credential that is not known");
     }
 }
@@ -655,13 +991,20 @@ fn what_it_cannot_use_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let serve = |more: &[&str]| {
-        let mut args = vec!["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"];
+        let mut args =
+            vec!["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"];
         args.extend(more);
         sandbox.run(&args)
     };
     let port = serve(&["--listen", &address]);
-    assert!(port.err.contains("the argument '--listen <ADDRESS>' cannot be used multiple times"), "{}", port.err);
-    let port = sandbox.run(&["control-plane", "--listen", &address, "--tunnel-listen", "127.0.0.1:0"]).ended(3);
+    assert!(
+        port.err.contains("the argument '--listen <ADDRESS>' cannot be used multiple times"),
+        "{}",
+        port.err
+    );
+    let port = sandbox
+        .run(&["control-plane", "--listen", &address, "--tunnel-listen", "127.0.0.1:0"])
+        .ended(3);
     assert!(port.err.contains("PORT_TAKEN") && port.err.contains("--listen"), "{}", port.err);
     let name = serve(&["--public-name", "no name"]).ended(2);
     assert!(name.err.contains("NAME_WRONG"), "{}", name.err);
@@ -670,19 +1013,40 @@ fn what_it_cannot_use_is_named() {
     let wrong = serve(&["--database-url-file", &url]);
     assert!(wrong.err.contains("DATABASE_URL_WRONG"), "{}", wrong.err);
     for (option, code, url, why) in [
-        ("--database-url-file", "DATABASE_URL_WRONG", "postgres://u:planted-canary-4711-in-plain-text/x@db.test/cp", "%2F"),
-        ("--database-url-file", "DATABASE_URL_WRONG", "postgres://u:planted-canary-4711-in-plain-text@a.test,b.test/cp", "several hosts"),
+        (
+            "--database-url-file",
+            "DATABASE_URL_WRONG",
+            "postgres://u:planted-canary-4711-in-plain-text/x@db.test/cp",
+            "%2F",
+        ),
+        (
+            "--database-url-file",
+            "DATABASE_URL_WRONG",
+            "postgres://u:planted-canary-4711-in-plain-text@a.test,b.test/cp",
+            "several hosts",
+        ),
         (
             "--database-url-file",
             "DATABASE_URL_WRONG",
             "postgres://u@db.test/cp?passwort=planted-canary-4711-in-plain-text",
             "did you mean `password`?",
         ),
-        ("--amqp-url-file", "AMQP_URL_WRONG", "amqp://u:planted-canary-4711-in-plain-text#x@mq.test/", "%23"),
+        (
+            "--amqp-url-file",
+            "AMQP_URL_WRONG",
+            "amqp://u:planted-canary-4711-in-plain-text#x@mq.test/",
+            "%23",
+        ),
     ] {
         sandbox.put("/url", url);
         let wrong = serve(&[option, &sandbox.path("root/url")]).ended(2);
-        assert!(wrong.err.contains(code) && wrong.err.contains(why) && !wrong.err.contains("canary-4711-in-plain-text"), "{}", wrong.err);
+        assert!(
+            wrong.err.contains(code)
+                && wrong.err.contains(why)
+                && !wrong.err.contains("canary-4711-in-plain-text"),
+            "{}",
+            wrong.err
+        );
     }
     sandbox.put(&format!("/{DATA}/keys.json"), "{\"half\":");
     let keys = serve(&[]).ended(2);
@@ -701,20 +1065,37 @@ struct Plugged {
 
 impl Plugged {
     fn ask(&self, op: &str, content: Value) -> Result<(), String> {
-        let call = self.client.post(format!("{}?op={op}&version=0.1.0", self.url)).json(&json!({"version": "0.1.0", "op": op, "content": content}));
+        let call = self
+            .client
+            .post(format!("{}?op={op}&version=0.1.0", self.url))
+            .json(&json!({"version": "0.1.0", "op": op, "content": content}));
         let answer = tokio::task::block_in_place(|| {
             tokio::runtime::Handle::current().block_on(async {
-                call.send().await.unwrap().error_for_status().map_err(|e| e.to_string())?.json::<Value>().await.map_err(|e| e.to_string())
+                call.send()
+                    .await
+                    .unwrap()
+                    .error_for_status()
+                    .map_err(|e| e.to_string())?
+                    .json::<Value>()
+                    .await
+                    .map_err(|e| e.to_string())
             })
         })?;
         // without it frps takes an empty content for the client's
         assert_eq!(answer["unchange"], true, "{answer}");
-        if answer["reject"] == true { Err(answer["reject_reason"].as_str().unwrap().to_owned()) } else { Ok(()) }
+        if answer["reject"] == true {
+            Err(answer["reject_reason"].as_str().unwrap().to_owned())
+        } else {
+            Ok(())
+        }
     }
 }
 
 impl pipeops::frp::server::Admit for Plugged {
-    fn login(&self, login: &pipeops::frp::wire::Login) -> Result<(String, tokio_util::sync::CancellationToken), String> {
+    fn login(
+        &self,
+        login: &pipeops::frp::wire::Login,
+    ) -> Result<(String, tokio_util::sync::CancellationToken), String> {
         self.ask("Login", json!({"version": "0.58.1", "user": "", "metas": login.metas, "client_address": "127.0.0.1:1"}))?;
         *self.metas.lock().unwrap() = login.metas.clone();
         Ok((login.metas["agent"].clone(), tokio_util::sync::CancellationToken::new()))
@@ -722,12 +1103,18 @@ impl pipeops::frp::server::Admit for Plugged {
 
     fn proxy(&self, _: &str, asked: &pipeops::frp::wire::NewProxy) -> Result<(), String> {
         let user = json!({"user": "", "metas": *self.metas.lock().unwrap(), "run_id": "r"});
-        for wrong in [json!({"proxy_name": "agent-a-0", "proxy_type": "stcp"}), json!({"proxy_name": asked.proxy_name, "proxy_type": "tcp"})] {
+        for wrong in [
+            json!({"proxy_name": "agent-a-0", "proxy_type": "stcp"}),
+            json!({"proxy_name": asked.proxy_name, "proxy_type": "tcp"}),
+        ] {
             let mut content = wrong.clone();
             content["user"] = user.clone();
             assert!(self.ask("NewProxy", content).is_err(), "{wrong}");
         }
-        self.ask("NewProxy", json!({"user": user, "proxy_name": asked.proxy_name, "proxy_type": asked.proxy_type}))
+        self.ask(
+            "NewProxy",
+            json!({"user": user, "proxy_name": asked.proxy_name, "proxy_type": asked.proxy_type}),
+        )
     }
 
     fn visitor(&self, _: &str, _: &str, _: i64) -> Option<pipeops::frp::server::Visitor> {
@@ -756,11 +1143,31 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     let address = listener.local_addr().unwrap().to_string();
     let token = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(token.path(), "frps-planted-canary-4711-in-plain-text").unwrap();
-    let hub = Hub::with(&["--frps", &address, "--frps-token-file", token.path().to_str().unwrap(), "--frps-pin", &pin]);
+    let hub = Hub::with(&[
+        "--frps",
+        &address,
+        "--frps-token-file",
+        token.path().to_str().unwrap(),
+        "--frps-pin",
+        &pin,
+    ]);
     let config = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;
-    let path = config.lines().find_map(|l| l.strip_prefix("path = \"")).unwrap().trim_end_matches('"').to_owned();
-    assert!(config.contains(&format!("addr = \"{}\"", hub.url)) && !config.contains("canary-4711-in-plain-text"), "{config}");
-    let plugged = Arc::new(Plugged { url: format!("{}{path}", hub.url), client: hub.client.clone(), metas: Mutex::default() });
+    let path = config
+        .lines()
+        .find_map(|l| l.strip_prefix("path = \""))
+        .unwrap()
+        .trim_end_matches('"')
+        .to_owned();
+    assert!(
+        config.contains(&format!("addr = \"{}\"", hub.url))
+            && !config.contains("canary-4711-in-plain-text"),
+        "{config}"
+    );
+    let plugged = Arc::new(Plugged {
+        url: format!("{}{path}", hub.url),
+        client: hub.client.clone(),
+        metas: Mutex::default(),
+    });
     let serve = |listener: tokio::net::TcpListener| {
         let frps = Server::new(ServerConfig {
             token: pipeops::base::secret::Secret::new("frps-planted-canary-4711-in-plain-text"),
@@ -779,14 +1186,36 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     };
     let (frps, halt, task) = serve(listener);
     // strangers, and whoever guesses the path, get nothing
-    assert!(plugged.ask("Login", json!({"metas": {"agent": "a-0", "token": "guessed"}})).unwrap_err().contains("may not"));
-    assert!(plugged.ask("Ping", json!({"user": {"user": "", "metas": null, "run_id": "r"}})).is_err());
-    assert!(plugged.ask("Login", json!({"version": "0.58.1", "user": "", "metas": null})).unwrap_err().contains("may not"));
-    assert_eq!(hub.ask("POST", "/frp/handler/guessed?op=Login", "", json!({"content": {}})).await.status(), 404);
+    assert!(
+        plugged
+            .ask("Login", json!({"metas": {"agent": "a-0", "token": "guessed"}}))
+            .unwrap_err()
+            .contains("may not")
+    );
+    assert!(
+        plugged.ask("Ping", json!({"user": {"user": "", "metas": null, "run_id": "r"}})).is_err()
+    );
+    assert!(
+        plugged
+            .ask("Login", json!({"version": "0.58.1", "user": "", "metas": null}))
+            .unwrap_err()
+            .contains("may not")
+    );
+    assert_eq!(
+        hub.ask("POST", "/frp/handler/guessed?op=Login", "", json!({"content": {}})).await.status(),
+        404
+    );
     // the agent holds its tunnel there, and the gateway goes through it
     let (_kube, kube) = serve_kube().await;
     let (_agent, cluster) = hub.agent(kube).await;
-    let bulk = hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=1048576"), &hub.admin, json!({})).await;
+    let bulk = hub
+        .ask(
+            "GET",
+            &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=1048576"),
+            &hub.admin,
+            json!({}),
+        )
+        .await;
     assert_eq!(bulk.bytes().await.unwrap().len(), 1_048_576);
     assert!(
         frps.has(&format!("agent-{}", hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["agent_id"].as_str().unwrap()))
@@ -822,8 +1251,10 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
 pub(crate) fn certificate(days: i64) -> (String, String) {
     let mut params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
     params.subject_alt_names.push(rcgen::SanType::IpAddress("127.0.0.1".parse().unwrap()));
-    let now = time::OffsetDateTime::from_unix_timestamp(jiff::Timestamp::now().as_second()).unwrap();
-    (params.not_before, params.not_after) = (now - time::Duration::days(30), now + time::Duration::days(days));
+    let now =
+        time::OffsetDateTime::from_unix_timestamp(jiff::Timestamp::now().as_second()).unwrap();
+    (params.not_before, params.not_after) =
+        (now - time::Duration::days(30), now + time::Duration::days(days));
     let key = rcgen::KeyPair::generate().unwrap();
     (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
 }
@@ -833,7 +1264,13 @@ async fn a_certificate_of_ones_own_is_checked_shown_and_read_anew() {
     let sandbox = Sandbox::new();
     let (good, key) = certificate(10);
     let (expired, old_key) = certificate(-1);
-    for (name, text) in [("good", &good), ("key", &key), ("expired", &expired), ("old-key", &old_key), ("none", &"nothing".to_owned())] {
+    for (name, text) in [
+        ("good", &good),
+        ("key", &key),
+        ("expired", &expired),
+        ("old-key", &old_key),
+        ("none", &"nothing".to_owned()),
+    ] {
         sandbox.put(&format!("/{name}"), text);
     }
     let path = |name: &str| sandbox.path(&format!("root/{name}"));
@@ -856,14 +1293,32 @@ async fn a_certificate_of_ones_own_is_checked_shown_and_read_anew() {
             &path(key),
         ]);
         let refused = refused.ended(3);
-        assert!(refused.err.contains(code) && refused.err.contains(said), "{chain} {key}: {}", refused.err);
+        assert!(
+            refused.err.contains(code) && refused.err.contains(said),
+            "{chain} {key}: {}",
+            refused.err
+        );
     }
-    let hub = Hub::with(&["--tls-cert", &path("good"), "--tls-key", &path("key"), "--tls-ca", &path("good")]);
+    let hub = Hub::with(&[
+        "--tls-cert",
+        &path("good"),
+        "--tls-key",
+        &path("key"),
+        "--tls-ca",
+        &path("good"),
+    ]);
     let trusting = |pem: &str| {
         let ca = reqwest::Certificate::from_pem(pem.as_bytes()).unwrap();
         Client::builder().tls_certs_only([ca]).no_proxy().pool_max_idle_per_host(0).build().unwrap()
     };
-    let health = async |client: &Client| client.get(format!("{}/api/v1/health", hub.url)).send().await.map(|a| a.status().as_u16()).ok();
+    let health = async |client: &Client| {
+        client
+            .get(format!("{}/api/v1/health", hub.url))
+            .send()
+            .await
+            .map(|a| a.status().as_u16())
+            .ok()
+    };
     assert_eq!(health(&trusting(&good)).await, Some(200));
     // its own CA is the tunnel's; the line pins the one that was given
     assert!(health(&hub.client).await.is_none());
@@ -888,21 +1343,37 @@ async fn a_certificate_of_ones_own_is_checked_shown_and_read_anew() {
 #[tokio::test]
 async fn a_database_that_is_none_or_of_another_time_is_left_alone() {
     let sandbox = Sandbox::new();
-    let serve = || sandbox.run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"]).ended(3);
+    let serve = || {
+        sandbox
+            .run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"])
+            .ended(3)
+    };
     let file = sandbox.root().join(DATA).join("pipeops.db");
     std::fs::create_dir_all(file.parent().unwrap()).unwrap();
     std::fs::write(&file, "something that somebody needs\n".repeat(100)).unwrap();
     let refused = serve();
-    assert!(refused.err.contains("DATABASE_UNUSABLE") && refused.err.contains("not a database"), "{}", refused.err);
+    assert!(
+        refused.err.contains("DATABASE_UNUSABLE") && refused.err.contains("not a database"),
+        "{}",
+        refused.err
+    );
     assert!(std::fs::read_to_string(&file).unwrap().starts_with("something that"));
     std::fs::remove_file(&file).unwrap();
     sqlx::any::install_default_drivers();
-    let pool = sqlx::AnyPool::connect(&format!("sqlite:{}?mode=rwc", file.display())).await.unwrap();
-    sqlx::query("CREATE TABLE pipeops_meta (id TEXT PRIMARY KEY, body TEXT NOT NULL)").execute(&pool).await.unwrap();
+    let pool =
+        sqlx::AnyPool::connect(&format!("sqlite:{}?mode=rwc", file.display())).await.unwrap();
+    sqlx::query("CREATE TABLE pipeops_meta (id TEXT PRIMARY KEY, body TEXT NOT NULL)")
+        .execute(&pool)
+        .await
+        .unwrap();
     sqlx::query("INSERT INTO pipeops_meta VALUES ('schema', '99')").execute(&pool).await.unwrap();
     pool.close().await;
     let refused = serve();
-    assert!(refused.err.contains("DATABASE_VERSION") && refused.err.contains("99"), "{}", refused.err);
+    assert!(
+        refused.err.contains("DATABASE_VERSION") && refused.err.contains("99"),
+        "{}",
+        refused.err
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -913,12 +1384,24 @@ async fn a_database_without_its_keys_is_left_alone() {
     hub.child.kill().unwrap();
     hub.child.wait().unwrap();
     std::fs::rename(&keys, &aside).unwrap();
-    let serve = || hub.sandbox.run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"]).ended(3);
+    let serve = || {
+        hub.sandbox
+            .run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"])
+            .ended(3)
+    };
     let refused = serve();
-    assert!(refused.err.contains("KEYS_FOREIGN") && refused.err.contains("backup"), "{}", refused.err);
+    assert!(
+        refused.err.contains("KEYS_FOREIGN") && refused.err.contains("backup"),
+        "{}",
+        refused.err
+    );
     // nothing was made in their place
     assert!(!keys.exists());
-    std::fs::write(&keys, std::fs::read(Hub::start().sandbox.root().join(DATA).join("keys.json")).unwrap()).unwrap();
+    std::fs::write(
+        &keys,
+        std::fs::read(Hub::start().sandbox.root().join(DATA).join("keys.json")).unwrap(),
+    )
+    .unwrap();
     assert!(serve().err.contains("KEYS_FOREIGN"));
     std::fs::rename(&aside, &keys).unwrap();
     hub.killed_and_back();
@@ -931,10 +1414,18 @@ fn a_config_file_lies_under_the_flags_and_its_mistakes_are_named() {
     let serve = || sandbox.run(&["control-plane", "--tunnel-listen", "127.0.0.1:0"]);
     sandbox.put("/etc/pipeops/control-plane.toml", "lisen = \"127.0.0.1:0\"\n");
     let typo = serve().ended(2);
-    assert!(typo.err.contains("lisen") && typo.err.contains("did you mean `listen`"), "{}", typo.err);
+    assert!(
+        typo.err.contains("lisen") && typo.err.contains("did you mean `listen`"),
+        "{}",
+        typo.err
+    );
     sandbox.put("/etc/pipeops/control-plane.toml", "listen = \"240.0.0.1:1\"\n");
     let elsewhere = serve().ended(3);
-    assert!(elsewhere.err.contains("ADDRESS_WRONG") && elsewhere.err.contains("240.0.0.1:1"), "{}", elsewhere.err);
+    assert!(
+        elsewhere.err.contains("ADDRESS_WRONG") && elsewhere.err.contains("240.0.0.1:1"),
+        "{}",
+        elsewhere.err
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -945,7 +1436,12 @@ async fn what_is_uninstalled_is_listed_no_more() {
         sandbox.install(&["--control-plane-url", &hub.url, "--control-plane-pin", &pin]).ended(0);
         token
     };
-    let clusters = async || hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"].as_array().unwrap().len();
+    let clusters = async || {
+        hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"]
+            .as_array()
+            .unwrap()
+            .len()
+    };
     for away in [false, true] {
         let sandbox = Sandbox::new();
         let token = install(&sandbox);
@@ -955,7 +1451,11 @@ async fn what_is_uninstalled_is_listed_no_more() {
         agent.child.kill().unwrap();
         agent.child.wait().unwrap();
         if away {
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(hub.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGKILL).unwrap();
+            nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(hub.child.id().try_into().unwrap()),
+                nix::sys::signal::Signal::SIGKILL,
+            )
+            .unwrap();
         }
         let answer = agent.sandbox.run(&["uninstall", "--yes"]).ended(0);
         if away {

@@ -12,22 +12,37 @@ fn a_fresh_install_a_second_run_and_an_uninstall() {
     for namespace in ["production", "beta", "pipeops", "monitoring"] {
         assert!(objects.contains(&format!("/api/v1/namespaces/{namespace}")), "{objects:?}");
     }
-    assert_eq!(objects.iter().filter(|o| o.starts_with("/api/v1/namespaces/") && o.split('/').count() == 5).count(), 4);
-    assert!(objects.contains(&"/api/v1/namespaces/pipeops/serviceaccounts/pipeops-agent".to_owned()));
+    assert_eq!(
+        objects
+            .iter()
+            .filter(|o| o.starts_with("/api/v1/namespaces/") && o.split('/').count() == 5)
+            .count(),
+        4
+    );
+    assert!(
+        objects.contains(&"/api/v1/namespaces/pipeops/serviceaccounts/pipeops-agent".to_owned())
+    );
     let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
-    for line in
-        ["secrets-encryption: true", "write-kubeconfig-mode: \"0600\"", "node-ip: \"10.0.0.5\"", "flannel-iface: \"eth0\"", "  - \"10.0.0.5\""]
-    {
+    for line in [
+        "secrets-encryption: true",
+        "write-kubeconfig-mode: \"0600\"",
+        "node-ip: \"10.0.0.5\"",
+        "flannel-iface: \"eth0\"",
+        "  - \"10.0.0.5\"",
+    ] {
         assert!(drop_in.contains(line), "{drop_in}");
     }
 
-    let (tree, calls, writes) = (sandbox.tree(), sandbox.calls(), sandbox.api.writes.lock().unwrap().len());
+    let (tree, calls, writes) =
+        (sandbox.tree(), sandbox.calls(), sandbox.api.writes.lock().unwrap().len());
     let again = sandbox.install(&[]).ended(0);
     assert!(again.out.contains("nothing to do"), "{}\n{}", again.out, again.err);
     same(&sandbox.tree(), &tree, "");
     assert_eq!(sandbox.api.writes.lock().unwrap().len(), writes);
     let new_calls = sandbox.calls()[calls.len()..].to_owned();
-    for verb in ["systemctl start", "systemctl restart", "systemctl enable", "systemctl daemon-reload"] {
+    for verb in
+        ["systemctl start", "systemctl restart", "systemctl enable", "systemctl daemon-reload"]
+    {
         assert!(!new_calls.contains(verb), "{new_calls}");
     }
 
@@ -53,7 +68,9 @@ fn a_dry_run_writes_nothing_and_lists_everything() {
     let sandbox = Sandbox::new();
     let before = sandbox.tree();
     let release = sandbox.path("release");
-    let said = sandbox.run(&["install-server", "--offline-dir", &release, "--dry-run", "-o", "json"]).ended(0);
+    let said = sandbox
+        .run(&["install-server", "--offline-dir", &release, "--dry-run", "-o", "json"])
+        .ended(0);
     let json = said.json();
     assert_eq!(json["result"], "dry_run");
     assert!(json["plan"].as_array().unwrap().len() > 20);
@@ -65,7 +82,10 @@ fn a_dry_run_writes_nothing_and_lists_everything() {
 #[test]
 fn six_planted_faults_are_reported_at_once_and_nothing_is_written() {
     let sandbox = Sandbox::new();
-    sandbox.put("/proc/net/tcp", "  sl  local_address rem_address st\n 0: 00000000:192B 00000000:0000 0A 0 0 0 0 0 4242 1\n");
+    sandbox.put(
+        "/proc/net/tcp",
+        "  sl  local_address rem_address st\n 0: 00000000:192B 00000000:0000 0A 0 0 0 0 0 4242 1\n",
+    );
     sandbox.put("/proc/812/comm", "nginx\n");
     std::fs::create_dir_all(sandbox.root().join("proc/812/fd")).unwrap();
     std::os::unix::fs::symlink("socket:[4242]", sandbox.root().join("proc/812/fd/3")).unwrap();
@@ -77,9 +97,21 @@ fn six_planted_faults_are_reported_at_once_and_nothing_is_written() {
     let before = sandbox.tree();
     let said = sandbox.install(&["-o", "json"]).ended(3);
     let json = said.json();
-    let codes: Vec<&str> =
-        json["findings"].as_array().unwrap().iter().filter(|f| f["level"] == "error").map(|f| f["code"].as_str().unwrap()).collect();
-    for code in ["PORT_IN_USE", "DNS_LOOPBACK", "MEMORY_LOW", "CGROUP_MEMORY_OFF", "CIDR_OVERLAP", "KMOD_MISSING"] {
+    let codes: Vec<&str> = json["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|f| f["level"] == "error")
+        .map(|f| f["code"].as_str().unwrap())
+        .collect();
+    for code in [
+        "PORT_IN_USE",
+        "DNS_LOOPBACK",
+        "MEMORY_LOW",
+        "CGROUP_MEMORY_OFF",
+        "CIDR_OVERLAP",
+        "KMOD_MISSING",
+    ] {
         assert!(codes.contains(&code), "{codes:?}");
     }
     assert!(said.err.contains("`nginx` (pid 812)"), "{}", said.err);
@@ -116,16 +148,24 @@ fn killed_after_every_write_of_the_journal_a_rerun_ends_the_same() {
 }
 
 /// The tree, with the journal's own text left out but for its entries' ids, and the objects.
-fn normal(sandbox: &Sandbox) -> (std::collections::BTreeMap<String, String>, Vec<String>, Vec<String>) {
+fn normal(
+    sandbox: &Sandbox,
+) -> (std::collections::BTreeMap<String, String>, Vec<String>, Vec<String>) {
     let mut tree = sandbox.tree();
     tree.remove("/var/lib/pipeops/journal.json");
     // they name the port of this sandbox's API
     for path in ["/etc/rancher/k3s/k3s.yaml", "/var/lib/rancher/k3s/kubeconfig"] {
         assert!(tree.remove(path).is_some(), "{path}");
     }
-    let journal: serde_json::Value = serde_json::from_str(&sandbox.read("/var/lib/pipeops/journal.json")).unwrap();
+    let journal: serde_json::Value =
+        serde_json::from_str(&sandbox.read("/var/lib/pipeops/journal.json")).unwrap();
     assert_eq!(journal["complete"], true);
-    let ids = journal["entries"].as_array().unwrap().iter().map(|e| format!("{} {}", e["id"], e["state"])).collect();
+    let ids = journal["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| format!("{} {}", e["id"], e["state"]))
+        .collect();
     (tree, ids, sandbox.api.objects.lock().unwrap().keys().cloned().collect())
 }
 
@@ -135,7 +175,8 @@ fn uninstall_can_be_killed_too() {
     let before = sandbox.tree();
     for at in [1, 2, 5, 9, 14, 19] {
         sandbox.install(&[]).ended(0);
-        let killed = sandbox.run_with(&["uninstall", "--yes"], &[("PIPEOPS_KILL_AT", &at.to_string())]);
+        let killed =
+            sandbox.run_with(&["uninstall", "--yes"], &[("PIPEOPS_KILL_AT", &at.to_string())]);
         assert_eq!(killed.code, -1, "{}", killed.err);
         sandbox.run(&["uninstall", "--yes"]).ended(0);
         same(&sandbox.tree(), &before, &format!("killed after write {at}"));
@@ -148,11 +189,27 @@ fn one_more_san_changes_one_file_and_restarts_once() {
     sandbox.install(&["--node-label", "a=b"]).ended(0);
     sandbox.put("/etc/rancher/k3s/config.yaml.d/99-mine.yaml", "debug: true\n");
     let (tree, calls) = (sandbox.tree(), sandbox.calls());
-    let said = sandbox.install(&["--node-label", "a=b", "--tls-san", "api.example.com", "-o", "json"]).ended(0);
-    assert_eq!(said.json()["changes"], serde_json::json!(["write the k3s settings", "start k3s.service"]));
-    let changed: Vec<String> = sandbox.tree().into_iter().filter(|(k, v)| tree.get(k) != Some(v)).map(|(k, _)| k).collect();
-    assert_eq!(changed, ["/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml", "/var/lib/pipeops/journal.json"]);
-    assert_eq!(sandbox.calls()[calls.len()..].matches("systemctl restart --no-block k3s.service").count(), 1);
+    let said = sandbox
+        .install(&["--node-label", "a=b", "--tls-san", "api.example.com", "-o", "json"])
+        .ended(0);
+    assert_eq!(
+        said.json()["changes"],
+        serde_json::json!(["write the k3s settings", "start k3s.service"])
+    );
+    let changed: Vec<String> = sandbox
+        .tree()
+        .into_iter()
+        .filter(|(k, v)| tree.get(k) != Some(v))
+        .map(|(k, _)| k)
+        .collect();
+    assert_eq!(
+        changed,
+        ["/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml", "/var/lib/pipeops/journal.json"]
+    );
+    assert_eq!(
+        sandbox.calls()[calls.len()..].matches("systemctl restart --no-block k3s.service").count(),
+        1
+    );
     assert!(sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("a=b"));
 }
 
@@ -161,21 +218,43 @@ fn another_token_or_control_plane_changes_only_the_agent_and_a_spent_token_nothi
     let sandbox = Sandbox::new();
     let release = sandbox.path("release");
     let install = |token: &str, url: &str| {
-        let args = ["install-server", "--yes", "--offline-dir", &release, "--timeout", "20s", "-o", "json"];
-        sandbox.run_with(&args, &[("AGENT_TOKEN", token), ("PIPEOPS_CONTROL_PLANE_URL", url)]).ended(0).json()["changes"].clone()
+        let args = [
+            "install-server",
+            "--yes",
+            "--offline-dir",
+            &release,
+            "--timeout",
+            "20s",
+            "-o",
+            "json",
+        ];
+        sandbox
+            .run_with(&args, &[("AGENT_TOKEN", token), ("PIPEOPS_CONTROL_PLANE_URL", url)])
+            .ended(0)
+            .json()["changes"]
+            .clone()
     };
     let none: Vec<String> = Vec::new();
     install("first-canary-4711-in-plain-text", "https://one.test");
-    assert_eq!(install("first-canary-4711-in-plain-text", "https://one.test"), serde_json::json!(none));
+    assert_eq!(
+        install("first-canary-4711-in-plain-text", "https://one.test"),
+        serde_json::json!(none)
+    );
     // root's unit empties it once it is used
     sandbox.put("/etc/pipeops/agent-token", "");
-    assert_eq!(install("first-canary-4711-in-plain-text", "https://one.test"), serde_json::json!(none));
+    assert_eq!(
+        install("first-canary-4711-in-plain-text", "https://one.test"),
+        serde_json::json!(none)
+    );
     assert_eq!(
         install("second-canary-4711-in-plain-text", "https://one.test"),
         serde_json::json!(["write the agent's token file", "start the agent"])
     );
     assert_eq!(sandbox.read("/etc/pipeops/agent-token"), "second-canary-4711-in-plain-text");
-    assert_eq!(install("second-canary-4711-in-plain-text", "https://two.test"), serde_json::json!(["write the agent's settings", "start the agent"]));
+    assert_eq!(
+        install("second-canary-4711-in-plain-text", "https://two.test"),
+        serde_json::json!(["write the agent's settings", "start the agent"])
+    );
     assert!(!sandbox.calls().contains("restart --no-block k3s.service"));
 }
 
@@ -185,10 +264,18 @@ fn fewer_options_are_shown_and_asked_about() {
     sandbox.install(&["--tls-san", "api.example.com"]).ended(0);
     let release = sandbox.path("release");
     let said = sandbox.run(&["install-server", "--offline-dir", &release]).ended(11);
-    assert!(said.err.contains("tls-san was `api.example.com` and is not given now"), "{}", said.err);
-    assert!(sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("api.example.com"));
+    assert!(
+        said.err.contains("tls-san was `api.example.com` and is not given now"),
+        "{}",
+        said.err
+    );
+    assert!(
+        sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("api.example.com")
+    );
     sandbox.install(&[]).ended(0);
-    assert!(!sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("api.example.com"));
+    assert!(
+        !sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("api.example.com")
+    );
 }
 
 /// A run that names no k3s keeps the one that is there, and must not say that it goes back.
@@ -197,8 +284,16 @@ fn a_version_that_is_not_named_again_stays_and_is_said_to() {
     let sandbox = Sandbox::new();
     sandbox.install(&["--k3s-version", VERSION]).ended(0);
     let release = sandbox.path("release");
-    let said = sandbox.run(&["install-server", "--offline-dir", &release, "--tls-san", "a.example.com"]).ended(11);
-    assert!(said.err.contains(&format!("k3s-version was `{VERSION}` and is not given now: k3s stays at {VERSION}")), "{}", said.err);
+    let said = sandbox
+        .run(&["install-server", "--offline-dir", &release, "--tls-san", "a.example.com"])
+        .ended(11);
+    assert!(
+        said.err.contains(&format!(
+            "k3s-version was `{VERSION}` and is not given now: k3s stays at {VERSION}"
+        )),
+        "{}",
+        said.err
+    );
     assert!(!said.err.contains("goes back to its default"), "{}", said.err);
 }
 
@@ -211,7 +306,8 @@ fn somebodys_edit_of_an_owned_file_is_reported_and_kept() {
     sandbox.put(path, &edited);
     let said = sandbox.install(&[]).ended(0);
     assert!(said.err.contains("CONFIG_DRIFT"), "{}", said.err);
-    let kept: Vec<_> = std::fs::read_dir(sandbox.root().join("var/log/pipeops/kept")).unwrap().flatten().collect();
+    let kept: Vec<_> =
+        std::fs::read_dir(sandbox.root().join("var/log/pipeops/kept")).unwrap().flatten().collect();
     assert_eq!(std::fs::read_to_string(kept[0].path()).unwrap(), edited);
     assert!(!sandbox.read(path).contains("debug"));
 }
@@ -226,17 +322,37 @@ fn a_saved_plan_is_carried_out_exactly_or_not_at_all() {
 
     let other = Sandbox::new();
     other.put("/etc/machine-id", "ffffffffffffffffffffffffffffffff\n");
-    let said = other.run(&["install-server", "--offline-dir", &release, "--apply-plan", &plan]).ended(3);
+    let said =
+        other.run(&["install-server", "--offline-dir", &release, "--apply-plan", &plan]).ended(3);
     assert!(said.err.contains("PLAN_OTHER_HOST"), "{}", said.err);
 
     sandbox.put("/usr/local/bin/kubectl", "mine");
-    let said = sandbox.run(&["install-server", "--offline-dir", &release, "--apply-plan", &plan]).ended(3);
+    let said =
+        sandbox.run(&["install-server", "--offline-dir", &release, "--apply-plan", &plan]).ended(3);
     assert!(said.err.contains("PLAN_STALE") && said.err.contains("link kubectl"), "{}", said.err);
     std::fs::remove_file(sandbox.root().join("usr/local/bin/kubectl")).unwrap();
 
-    sandbox.run(&["install-server", "--offline-dir", &release, "--apply-plan", &plan, "--timeout", "20s"]).ended(0);
+    sandbox
+        .run(&[
+            "install-server",
+            "--offline-dir",
+            &release,
+            "--apply-plan",
+            &plan,
+            "--timeout",
+            "20s",
+        ])
+        .ended(0);
     sandbox.beside("broken.json", "{", 0o644);
-    sandbox.run(&["install-server", "--apply-plan", &sandbox.path("broken.json"), "--offline-dir", &release]).ended(2);
+    sandbox
+        .run(&[
+            "install-server",
+            "--apply-plan",
+            &sandbox.path("broken.json"),
+            "--offline-dir",
+            &release,
+        ])
+        .ended(2);
 }
 
 #[test]
@@ -272,11 +388,18 @@ fn a_start_that_fails_is_explained_and_stopped() {
 #[test]
 fn a_component_that_cannot_come_leaves_the_base_healthy() {
     let sandbox = Sandbox::new();
-    let said = sandbox.install(&["--components", "metrics,storage,cert-manager", "--timeout", "2s"]).ended(10);
+    let said = sandbox
+        .install(&["--components", "metrics,storage,cert-manager", "--timeout", "2s"])
+        .ended(10);
     assert!(said.err.contains("the base is healthy"), "{}", said.err);
     let info = sandbox.run(&["cluster-info", "-o", "json"]);
     assert_eq!(info.code, 13);
-    let parts: Vec<String> = info.json()["problems"].as_array().unwrap().iter().map(|p| p["part"].as_str().unwrap().to_owned()).collect();
+    let parts: Vec<String> = info.json()["problems"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p["part"].as_str().unwrap().to_owned())
+        .collect();
     assert!(parts.contains(&"component".to_owned()), "{parts:?}");
     // its source comes back
     for (path, object) in [
@@ -284,7 +407,10 @@ fn a_component_that_cannot_come_leaves_the_base_healthy() {
             "/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/cert-manager",
             serde_json::json!({"status": {"jobName": "helm-install-cert-manager"}}),
         ),
-        ("/apis/batch/v1/namespaces/kube-system/jobs/helm-install-cert-manager", serde_json::json!({"status": {"succeeded": 1}})),
+        (
+            "/apis/batch/v1/namespaces/kube-system/jobs/helm-install-cert-manager",
+            serde_json::json!({"status": {"succeeded": 1}}),
+        ),
         (
             "/apis/apps/v1/namespaces/cert-manager/deployments/cert-manager",
             serde_json::json!({"spec": {"replicas": 1}, "status": {"readyReplicas": 1}}),
@@ -302,7 +428,15 @@ fn a_component_that_cannot_come_leaves_the_base_healthy() {
         }
     }
     sandbox.install(&["--components", "metrics,storage,cert-manager"]).ended(0);
-    let issuers: Vec<String> = sandbox.api.objects.lock().unwrap().keys().filter(|k| k.contains("clusterissuers")).cloned().collect();
+    let issuers: Vec<String> = sandbox
+        .api
+        .objects
+        .lock()
+        .unwrap()
+        .keys()
+        .filter(|k| k.contains("clusterissuers"))
+        .cloned()
+        .collect();
     assert_eq!(issuers.len(), 2, "{issuers:?}");
 }
 
@@ -346,14 +480,20 @@ fn an_incomplete_or_damaged_offline_directory_is_refused_before_writing() {
         let before = sandbox.tree();
         match change {
             "list" => std::fs::remove_file(sandbox.path("release/sha256sum-amd64.txt")).unwrap(),
-            "images" => std::fs::remove_file(sandbox.path("release/k3s-airgap-images-amd64.tar")).unwrap(),
+            "images" => {
+                std::fs::remove_file(sandbox.path("release/k3s-airgap-images-amd64.tar")).unwrap()
+            }
             "binary" => sandbox.beside("release/k3s", "#!/bin/sh\nexit 0\n", 0o755),
             _ => {
                 sandbox.beside("release/k3s-airgap-images-amd64.tar", "others", 0o644);
                 let good = std::fs::read(sandbox.path("release/k3s")).unwrap();
                 sandbox.beside(
                     "release/sha256sum-amd64.txt",
-                    &format!("{}  k3s\n{}  k3s-airgap-images-amd64.tar\n", sha256(&good), sha256(b"images")),
+                    &format!(
+                        "{}  k3s\n{}  k3s-airgap-images-amd64.tar\n",
+                        sha256(&good),
+                        sha256(b"images")
+                    ),
                     0o644,
                 );
             }
@@ -373,7 +513,12 @@ fn cluster_info_names_the_part_that_is_down() {
         let said = sandbox.run(args);
         let json = said.json();
         assert_eq!(said.code, 13, "{}", said.out);
-        json["problems"].as_array().unwrap().iter().map(|p| p["part"].as_str().unwrap().to_owned()).collect()
+        json["problems"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|p| p["part"].as_str().unwrap().to_owned())
+            .collect()
     };
     // the agent is not really there in the sandbox: its socket says nothing
     assert_eq!(part(&["cluster-info", "-o", "json"]), ["agent"]);
@@ -389,7 +534,13 @@ fn the_join_line_carries_a_full_token() {
     sandbox.install(&[]).ended(0);
     let said = sandbox.run(&["cluster-info", "--join", "-o", "json"]);
     let line = said.json()["join"].as_str().unwrap().to_owned();
-    assert_eq!(line, format!("sudo pipeops join-worker https://10.0.0.5:6443 K10{}::abcdef.0123456789abcdef", "a".repeat(64)));
+    assert_eq!(
+        line,
+        format!(
+            "sudo pipeops join-worker https://10.0.0.5:6443 K10{}::abcdef.0123456789abcdef",
+            "a".repeat(64)
+        )
+    );
 }
 
 /// k3s has one port for supervisor and API, and a worker must find it.
@@ -402,8 +553,14 @@ fn the_join_line_names_the_port_that_was_chosen_wherever_it_was() {
         let sandbox = Sandbox::new();
         sandbox.put(file, text);
         sandbox.install(&[]).ended(0);
-        let line = sandbox.run(&["cluster-info", "--join", "-o", "json"]).json()["join"].as_str().unwrap().to_owned();
-        assert!(line.starts_with("sudo pipeops join-worker https://10.0.0.5:7443 K10"), "{file}: {line}");
+        let line = sandbox.run(&["cluster-info", "--join", "-o", "json"]).json()["join"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        assert!(
+            line.starts_with("sudo pipeops join-worker https://10.0.0.5:7443 K10"),
+            "{file}: {line}"
+        );
     }
 }
 
@@ -415,20 +572,38 @@ fn secrets_reach_no_text_and_no_world_readable_file() {
     let proxy = "http://user:planted-proxy-canary-4711-in-plain-text@proxy:3128";
     let said = sandbox
         .run_with(
-            &["install-server", "--offline-dir", &release, "--yes", "--timeout", "20s", "-o", "json", "--events", "json"],
+            &[
+                "install-server",
+                "--offline-dir",
+                &release,
+                "--yes",
+                "--timeout",
+                "20s",
+                "-o",
+                "json",
+                "--events",
+                "json",
+            ],
             &[("AGENT_TOKEN", token), ("HTTPS_PROXY", proxy), ("NO_PROXY", "127.0.0.1,localhost")],
         )
         .ended(0);
-    for text in [&said.out, &said.err, &sandbox.calls(), &sandbox.read("/var/lib/pipeops/journal.json")] {
+    for text in
+        [&said.out, &said.err, &sandbox.calls(), &sandbox.read("/var/lib/pipeops/journal.json")]
+    {
         assert!(!text.contains("canary-4711-in-plain-text"), "{text}");
     }
     assert_eq!(sandbox.read("/etc/pipeops/agent-token"), token);
     let env = sandbox.read("/etc/systemd/system/k3s.service.env");
     assert!(env.contains(proxy) && env.contains("10.42.0.0/16") && env.contains(".svc"), "{env}");
     for (path, what) in sandbox.tree() {
-        let Some(mode) = what.strip_prefix("file ").and_then(|w| w.split(' ').next()) else { continue };
+        let Some(mode) = what.strip_prefix("file ").and_then(|w| w.split(' ').next()) else {
+            continue;
+        };
         let text = sandbox.read(&path);
-        assert!(!text.contains("canary-4711-in-plain-text") || mode.ends_with("00"), "{path} has mode {mode}");
+        assert!(
+            !text.contains("canary-4711-in-plain-text") || mode.ends_with("00"),
+            "{path} has mode {mode}"
+        );
     }
     // the agent empties the file once it is registered; a re-run with the same token leaves it so
     sandbox.put("/etc/pipeops/agent-token", "");
@@ -447,7 +622,11 @@ fn what_was_there_before_comes_back() {
     let sandbox = Sandbox::new();
     sandbox.put("/etc/rancher/k3s/registries.yaml", "mirrors: {}\n");
     sandbox.put("/usr/local/bin/kubectl", "mine");
-    sandbox.beside("registries.yaml", "mirrors: {docker.io: {endpoint: [\"https://mirror\"]}}\n", 0o644);
+    sandbox.beside(
+        "registries.yaml",
+        "mirrors: {docker.io: {endpoint: [\"https://mirror\"]}}\n",
+        0o644,
+    );
     let before = sandbox.tree();
     sandbox.install(&["--registries", &sandbox.path("registries.yaml")]).ended(0);
     assert!(sandbox.read("/etc/rancher/k3s/registries.yaml").contains("mirror"));
@@ -479,8 +658,15 @@ fn api_allow_writes_a_table_of_its_own() {
     let before = sandbox.tree();
     sandbox.install(&["--api-allow", "192.0.2.0/24"]).ended(0);
     let rules = sandbox.read("/etc/pipeops/api-allow.nft");
-    assert!(rules.contains("ip saddr 192.0.2.0/24 accept") && rules.contains("table inet pipeops"), "{rules}");
-    assert!(sandbox.read("/etc/systemd/system/k3s.service").contains("ExecStartPre=nft -f /etc/pipeops/api-allow.nft"));
+    assert!(
+        rules.contains("ip saddr 192.0.2.0/24 accept") && rules.contains("table inet pipeops"),
+        "{rules}"
+    );
+    assert!(
+        sandbox
+            .read("/etc/systemd/system/k3s.service")
+            .contains("ExecStartPre=nft -f /etc/pipeops/api-allow.nft")
+    );
     sandbox.run(&["uninstall", "--yes"]).ended(0);
     same(&sandbox.tree(), &before, "");
 }
@@ -504,10 +690,17 @@ fn a_kubeconfig_for_a_user_is_his_alone_and_names_the_node() {
 fn with_json_every_failure_is_one_document() {
     let sandbox = Sandbox::new();
     let release = sandbox.path("release");
-    let declined = sandbox.run(&["install-server", "--offline-dir", &release, "-o", "json"]).ended(11).json();
-    assert_eq!((declined["error"]["code"].as_str(), declined["exit"].as_u64()), (Some("DECLINED"), Some(11)));
+    let declined =
+        sandbox.run(&["install-server", "--offline-dir", &release, "-o", "json"]).ended(11).json();
+    assert_eq!(
+        (declined["error"]["code"].as_str(), declined["exit"].as_u64()),
+        (Some("DECLINED"), Some(11))
+    );
     std::fs::remove_file(sandbox.path("release/sha256sum-amd64.txt")).unwrap();
-    assert_eq!(sandbox.install(&["-o", "json"]).ended(6).json()["error"]["code"], "OFFLINE_INCOMPLETE");
+    assert_eq!(
+        sandbox.install(&["-o", "json"]).ended(6).json()["error"]["code"],
+        "OFFLINE_INCOMPLETE"
+    );
     let events = sandbox.install(&["--events", "json"]).ended(6).err;
     for line in events.lines() {
         assert!(serde_json::from_str::<serde_json::Value>(line).is_ok(), "not an event: {line}");
@@ -526,7 +719,11 @@ fn a_mount_that_answers_nobody_is_bounded_and_loses_nothing() {
     let begin = std::time::Instant::now();
     let said = sandbox.run(&["uninstall", "--yes"]).ended(10);
     assert!(begin.elapsed().as_secs() < 60);
-    assert!(said.out.contains("/var/lib/kubelet/pods/x/volumes/nfs: MOUNT_STILL_BUSY: nfs4"), "{}", said.out);
+    assert!(
+        said.out.contains("/var/lib/kubelet/pods/x/volumes/nfs: MOUNT_STILL_BUSY: nfs4"),
+        "{}",
+        said.out
+    );
     assert_eq!(sandbox.read(file), "precious");
     // it comes back to life: the next run finishes
     sandbox.put("/proc/self/mountinfo", "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n");
@@ -560,10 +757,19 @@ fn a_token_that_k3s_lost_when_it_died_is_restored() {
     sandbox.install(&[]).ended(0);
     let token = sandbox.read("/var/lib/rancher/k3s/server/token");
     sandbox.beside("bad.toml", "[k3s]\nkubelet-arg = [\"planted-broken=1\"]\n", 0o644);
-    sandbox.beside("journal.log", "Incorrect Usage: flag provided but not defined: -planted-broken\n", 0o644);
+    sandbox.beside(
+        "journal.log",
+        "Incorrect Usage: flag provided but not defined: -planted-broken\n",
+        0o644,
+    );
     sandbox.beside("dies-while-it-writes", "", 0o644);
     let said = sandbox.install(&["--config", &sandbox.path("bad.toml")]).ended(9);
-    assert!(said.out.contains("restored from a copy") || said.err.contains("restored from a copy"), "{}{}", said.out, said.err);
+    assert!(
+        said.out.contains("restored from a copy") || said.err.contains("restored from a copy"),
+        "{}{}",
+        said.out,
+        said.err
+    );
     assert_eq!(sandbox.read("/var/lib/rancher/k3s/server/token"), token);
     assert!(!said.out.contains(token.trim()) && !said.err.contains(token.trim()));
     // and without any change of ours: the machine went down while k3s wrote
@@ -581,9 +787,18 @@ fn a_change_that_the_node_does_not_survive_is_taken_back() {
     sandbox.install(&[]).ended(0);
     let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
     sandbox.beside("bad.toml", "[k3s]\nkubelet-arg = [\"planted-broken=1\"]\n", 0o644);
-    sandbox.beside("journal.log", "Incorrect Usage: flag provided but not defined: -planted-broken\n", 0o644);
+    sandbox.beside(
+        "journal.log",
+        "Incorrect Usage: flag provided but not defined: -planted-broken\n",
+        0o644,
+    );
     let said = sandbox.install(&["--config", &sandbox.path("bad.toml")]).ended(9);
-    assert!(said.err.contains("K3S_SETTING_UNKNOWN") && said.err.contains("the former settings are back"), "{}", said.err);
+    assert!(
+        said.err.contains("K3S_SETTING_UNKNOWN")
+            && said.err.contains("the former settings are back"),
+        "{}",
+        said.err
+    );
     assert_eq!(sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml"), drop_in);
     std::fs::remove_file(sandbox.path("journal.log")).unwrap();
     let again = sandbox.install(&[]).ended(0);

@@ -45,23 +45,31 @@ impl Server {
         let (ca, other) = (authority("k3s-server-ca@1"), authority("someone-else"));
         let signer = if mood == Mood::OtherCa { &other } else { &ca };
         let key = KeyPair::generate().unwrap();
-        let cert = CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()]).unwrap().signed_by(&key, signer).unwrap();
+        let cert = CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()])
+            .unwrap()
+            .signed_by(&key, signer)
+            .unwrap();
         let node_key = KeyPair::generate().unwrap();
-        let node = CertificateParams::new(vec!["node".into()]).unwrap().signed_by(&node_key, &ca).unwrap();
+        let node =
+            CertificateParams::new(vec!["node".into()]).unwrap().signed_by(&node_key, &ca).unwrap();
         let kubelet = format!("{}{}", node.pem(), node_key.serialize_pem());
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_no_client_auth()
-            .with_single_cert(vec![cert.der().clone()], rustls_pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into()))
+            .with_single_cert(
+                vec![cert.der().clone()],
+                rustls_pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into()),
+            )
             .unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let expired = Arc::new(std::sync::atomic::AtomicBool::new(mood == Mood::TokenExpired));
         let (pem, log, gone) = (ca.pem(), asked.clone(), expired.clone());
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
                 send.send(listener.local_addr().unwrap().port()).unwrap();
@@ -73,10 +81,18 @@ impl Server {
                         held.push(stream);
                         continue;
                     }
-                    let (acceptor, pem, kubelet, log, gone) = (acceptor.clone(), pem.clone(), kubelet.clone(), log.clone(), gone.clone());
+                    let (acceptor, pem, kubelet, log, gone) =
+                        (acceptor.clone(), pem.clone(), kubelet.clone(), log.clone(), gone.clone());
                     tokio::spawn(async move {
                         let service = hyper::service::service_fn(move |r| {
-                            std::future::ready(answer(mood, gone.load(std::sync::atomic::Ordering::Relaxed), &r, &pem, &kubelet, &log))
+                            std::future::ready(answer(
+                                mood,
+                                gone.load(std::sync::atomic::Ordering::Relaxed),
+                                &r,
+                                &pem,
+                                &kubelet,
+                                &log,
+                            ))
                         });
                         let builder = hyper::server::conn::http1::Builder::new();
                         if mood == Mood::PlainHttp {
@@ -116,16 +132,26 @@ fn answer(
         "/ping" => (200, "pong".to_owned()),
         "/cacerts" => (200, ca.to_owned()),
         path if expired && path.starts_with("/v1-k3s/") => (401, String::new()),
-        "/v1-k3s/config" if request.headers().get("authorization").is_some_and(|a| a == "Bearer abcdef.0123456789abcdef") => (200, "{}".to_owned()),
+        "/v1-k3s/config"
+            if request
+                .headers()
+                .get("authorization")
+                .is_some_and(|a| a == "Bearer abcdef.0123456789abcdef") =>
+        {
+            (200, "{}".to_owned())
+        }
         "/v1-k3s/config" => (401, String::new()),
-        "/v1-k3s/client-kubelet.crt" if mood == Mood::NameTaken => (403, "Node password rejected".to_owned()),
+        "/v1-k3s/client-kubelet.crt" if mood == Mood::NameTaken => {
+            (403, "Node password rejected".to_owned())
+        }
         "/v1-k3s/client-kubelet.crt" => (200, kubelet.to_owned()),
         "/version" => (200, format!("{{\"gitVersion\":\"{VERSION}\"}}")),
         _ => (404, String::new()),
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = StatusCode::from_u16(status).unwrap();
-    let now = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(if mood == Mood::ClockAhead { 300 } else { 0 });
+    let now = jiff::Timestamp::now()
+        + jiff::SignedDuration::from_secs(if mood == Mood::ClockAhead { 300 } else { 0 });
     let date = now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
     response.headers_mut().insert("date", date.parse().unwrap());
     Ok(response)
@@ -133,7 +159,8 @@ fn answer(
 
 pub(crate) fn join(sandbox: &Sandbox, master: &str, token: &str, more: &[&str]) -> Said {
     let release = sandbox.path("release");
-    let mut args = vec!["join-worker", master, token, "--offline-dir", &release, "--yes", "--timeout", "20s"];
+    let mut args =
+        vec!["join-worker", master, token, "--offline-dir", &release, "--yes", "--timeout", "20s"];
     args.extend(more);
     sandbox.run(&args)
 }
@@ -143,10 +170,20 @@ fn a_join_a_second_run_and_an_uninstall() {
     let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
     let before = sandbox.tree();
     let said = join(&sandbox, &server.url, &server.token(), &[]).ended(0);
-    assert!(said.out.contains(&format!("vm1 is a k3s {VERSION} worker of {}, Ready.", server.url)), "{}", said.out);
+    assert!(
+        said.out.contains(&format!("vm1 is a k3s {VERSION} worker of {}, Ready.", server.url)),
+        "{}",
+        said.out
+    );
     let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
-    assert!(drop_in.contains("token-file: \"/etc/rancher/k3s/pipeops-token\"") && !drop_in.contains("abcdef.0123456789abcdef"), "{drop_in}");
-    for server_only in ["flannel-backend", "tls-san", "secrets-encryption", "write-kubeconfig-mode", "disable"] {
+    assert!(
+        drop_in.contains("token-file: \"/etc/rancher/k3s/pipeops-token\"")
+            && !drop_in.contains("abcdef.0123456789abcdef"),
+        "{drop_in}"
+    );
+    for server_only in
+        ["flannel-backend", "tls-san", "secrets-encryption", "write-kubeconfig-mode", "disable"]
+    {
         assert!(!drop_in.contains(server_only), "{drop_in}");
     }
     let tree = sandbox.tree();
@@ -157,7 +194,11 @@ fn a_join_a_second_run_and_an_uninstall() {
     assert!(again.out.contains("nothing to do"), "{}", again.err);
     same(&sandbox.tree(), &tree, "");
     let left = sandbox.run(&["uninstall", "--yes"]).ended(0);
-    assert!(left.out.contains("kubectl delete node vm1") || left.out.contains("everything"), "{}", left.out);
+    assert!(
+        left.out.contains("kubectl delete node vm1") || left.out.contains("everything"),
+        "{}",
+        left.out
+    );
     same(&sandbox.tree(), &before, "");
 }
 
@@ -167,7 +208,12 @@ fn a_wrong_server_or_token_is_refused_before_a_write() {
     let token = good.token();
     let refused = format!("127.0.0.1:{}", crate::plane::free_port());
     let cases: Vec<(String, String, i32, &str)> = vec![
-        (good.url.clone(), format!("K10{}::abcdef.0123456789abcdef", "0".repeat(64)), 7, "JOIN_CA_MISMATCH"),
+        (
+            good.url.clone(),
+            format!("K10{}::abcdef.0123456789abcdef", "0".repeat(64)),
+            7,
+            "JOIN_CA_MISMATCH",
+        ),
         (good.url.clone(), token.replace("abcdef.", "zzzzzz."), 7, "JOIN_TOKEN_EXPIRED"),
         (good.url.clone(), token.replace("::", ":"), 7, "JOIN_TOKEN_MALFORMED"),
         (good.url.clone(), token[..50].to_owned(), 7, "JOIN_TOKEN_MALFORMED"),
@@ -223,7 +269,14 @@ fn a_token_comes_as_argument_input_file_or_variable() {
     dry(&sandbox, &[], &[("K3S_TOKEN", &token)]).ended(0);
     let missing = dry(&sandbox, &[], &[]).ended(2);
     assert!(missing.err.contains("TOKEN_MISSING"), "{}", missing.err);
-    let mut command = sandbox.command(&["join-worker", &server.url, "-", "--offline-dir", &sandbox.path("release"), "--dry-run"]);
+    let mut command = sandbox.command(&[
+        "join-worker",
+        &server.url,
+        "-",
+        "--offline-dir",
+        &sandbox.path("release"),
+        "--dry-run",
+    ]);
     command.stdin(std::fs::File::open(sandbox.path("token")).unwrap());
     crate::support::said(command.output().unwrap()).ended(0);
     assert!(!server.asked("/v1-k3s/client-kubelet.crt"), "a dry run reserves no name");
@@ -249,14 +302,17 @@ fn a_join_that_fails_after_the_name_was_reserved_can_be_repeated() {
 fn without_a_terminal_and_yes_nothing_is_reserved() {
     let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
     let release = sandbox.path("release");
-    sandbox.run(&["join-worker", &server.url, &server.token(), "--offline-dir", &release]).ended(11);
+    sandbox
+        .run(&["join-worker", &server.url, &server.token(), "--offline-dir", &release])
+        .ended(11);
     assert!(!server.asked("/v1-k3s/client-kubelet.crt"));
 }
 
 #[test]
 fn a_worker_is_never_newer_than_its_server() {
     let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
-    let said = join(&sandbox, &server.url, &server.token(), &["--k3s-version", "v1.37.0+k3s1"]).ended(3);
+    let said =
+        join(&sandbox, &server.url, &server.token(), &["--k3s-version", "v1.37.0+k3s1"]).ended(3);
     assert!(said.err.contains("VERSION_SKEW"), "{}", said.err);
 }
 
@@ -264,8 +320,11 @@ fn a_worker_is_never_newer_than_its_server() {
 fn node_type_agent_joins_by_environment() {
     let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
     let release = sandbox.path("release");
-    let env = [("NODE_TYPE", "agent"), ("K3S_URL", server.url.as_str()), ("K3S_TOKEN", &server.token())];
-    sandbox.run_with(&["install-server", "--offline-dir", &release, "--yes", "--timeout", "20s"], &env).ended(0);
+    let env =
+        [("NODE_TYPE", "agent"), ("K3S_URL", server.url.as_str()), ("K3S_TOKEN", &server.token())];
+    sandbox
+        .run_with(&["install-server", "--offline-dir", &release, "--yes", "--timeout", "20s"], &env)
+        .ended(0);
     assert!(sandbox.read("/etc/systemd/system/k3s-agent.service").contains("k3s agent"));
 }
 
@@ -277,14 +336,26 @@ fn killed_after_every_write_of_the_journal_a_join_resumes() {
         let sandbox = Sandbox::new();
         let before = sandbox.tree();
         let (release, token) = (sandbox.path("release"), server.token());
-        let args = ["join-worker", &server.url, &token, "--offline-dir", &release, "--yes", "--timeout", "20s"];
+        let args = [
+            "join-worker",
+            &server.url,
+            &token,
+            "--offline-dir",
+            &release,
+            "--yes",
+            "--timeout",
+            "20s",
+        ];
         if sandbox.run_with(&args, &[("PIPEOPS_KILL_AT", &at.to_string())]).code == 0 {
             break;
         }
         points = at;
         let password = sandbox.read("/etc/rancher/node/password");
         sandbox.run(&args).ended(0);
-        assert!(password.is_empty() || sandbox.read("/etc/rancher/node/password") == password, "killed after write {at}");
+        assert!(
+            password.is_empty() || sandbox.read("/etc/rancher/node/password") == password,
+            "killed after write {at}"
+        );
         sandbox.run(&["uninstall", "--yes"]).ended(0);
         same(&sandbox.tree(), &before, &format!("killed after write {at}"));
     }
@@ -301,7 +372,8 @@ fn what_depends_on_the_version_waits_for_the_servers() {
     assert!(said.err.contains("CGROUP_V1_UNSUPPORTED"), "{}", said.err);
     assert!(server.asked("/version"), "the server was asked first");
     // a version that was named is held against what the directory holds
-    let said = join(&sandbox, &server.url, &server.token(), &["--k3s-version", "v1.34.1+k3s1"]).ended(6);
+    let said =
+        join(&sandbox, &server.url, &server.token(), &["--k3s-version", "v1.34.1+k3s1"]).ended(6);
     assert!(said.err.contains("OFFLINE_VERSION"), "{}", said.err);
 }
 

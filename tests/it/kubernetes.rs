@@ -20,13 +20,22 @@ fn served() -> (String, Arc<rustls::ServerConfig>) {
     let key = KeyPair::generate().unwrap();
     let leaf = params.signed_by(&key, &ca).unwrap();
     let key = rustls_pki_types::PrivatePkcs8KeyDer::from(key.serialize_der()).into();
-    let builder = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
-    let config = builder.with_safe_default_protocol_versions().unwrap().with_no_client_auth().with_single_cert(vec![leaf.der().clone()], key);
+    let builder = rustls::ServerConfig::builder_with_provider(Arc::new(
+        rustls::crypto::ring::default_provider(),
+    ));
+    let config = builder
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![leaf.der().clone()], key);
     (ca.pem(), Arc::new(config.unwrap()))
 }
 
 /// TLS before `kube`; with other settings it begins anew, and every connection ends.
-async fn front(kube: std::net::SocketAddr, mut settings: watch::Receiver<Arc<rustls::ServerConfig>>) -> std::net::SocketAddr {
+async fn front(
+    kube: std::net::SocketAddr,
+    mut settings: watch::Receiver<Arc<rustls::ServerConfig>>,
+) -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -75,15 +84,23 @@ async fn a_rotated_ca_and_token_are_picked_up_while_the_tunnel_stays() {
         let begun = Instant::now();
         loop {
             let (status, body) = world.call("GET", "/k8s/version", &token, "", "").await;
-            let seen = kube.through().pop().map(|s| s.all("authorization").concat()).unwrap_or_default();
+            let seen =
+                kube.through().pop().map(|s| s.all("authorization").concat()).unwrap_or_default();
             if status == wanted && (wanted != 200 || seen == bearer) {
                 return;
             }
-            assert!(begun.elapsed() < Duration::from_secs(60), "{status} {body} as {seen:?}: {}", world.agent.log());
+            assert!(
+                begun.elapsed() < Duration::from_secs(60),
+                "{status} {body} as {seen:?}: {}",
+                world.agent.log()
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    let run_id = || std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id")).unwrap();
+    let run_id = || {
+        std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id"))
+            .unwrap()
+    };
     let before = run_id();
     credential(&first_ca, "one");
     until(200, "Bearer one").await;

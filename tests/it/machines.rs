@@ -13,7 +13,16 @@ fn findings(sandbox: &Sandbox, more: &[&str]) -> Vec<String> {
     assert!(matches!(said.code, 0 | 3), "{}\n{}", said.out, said.err);
     let list = said.json()["findings"].as_array().unwrap().clone();
     list.iter()
-        .map(|f| format!("{} {}: {} | {} | {}", f["code"].as_str().unwrap(), f["level"].as_str().unwrap(), f["what"], f["evidence"], f["fix"]))
+        .map(|f| {
+            format!(
+                "{} {}: {} | {} | {}",
+                f["code"].as_str().unwrap(),
+                f["level"].as_str().unwrap(),
+                f["what"],
+                f["evidence"],
+                f["fix"]
+            )
+        })
         .collect()
 }
 
@@ -24,9 +33,13 @@ fn drop_in(sandbox: &Sandbox, more: &[&str]) -> String {
     let mut args = vec!["install-server", "--offline-dir", &release, "--plan-out", &file];
     args.extend(more);
     sandbox.run(&args).ended(0);
-    let plan: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let plan: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
     let steps = plan["plan"]["steps"].as_array().unwrap().clone();
-    steps.iter().find(|s| s["id"] == "settings").unwrap()["want"].to_string().replace("\\n", "\n").replace("\\\"", "\"")
+    steps.iter().find(|s| s["id"] == "settings").unwrap()["want"]
+        .to_string()
+        .replace("\\n", "\n")
+        .replace("\\\"", "\"")
 }
 
 type Prepare = fn(&Sandbox);
@@ -74,8 +87,15 @@ const ROWS: &[(&str, &str, &str, Prepare, Prepare)] = &[
         "k3s#544",
         "DNS_LIMITS info",
         "5 name servers",
-        |s| s.put("/etc/resolv.conf", "nameserver 10.0.0.1\nnameserver 10.0.0.2\nnameserver 10.0.0.3\nnameserver 10.0.0.4\nnameserver 10.0.0.5\n"),
-        |s| s.put("/etc/resolv.conf", "nameserver 10.0.0.1\nnameserver 10.0.0.2\nnameserver 10.0.0.3\n"),
+        |s| {
+            s.put("/etc/resolv.conf", "nameserver 10.0.0.1\nnameserver 10.0.0.2\nnameserver 10.0.0.3\nnameserver 10.0.0.4\nnameserver 10.0.0.5\n")
+        },
+        |s| {
+            s.put(
+                "/etc/resolv.conf",
+                "nameserver 10.0.0.1\nnameserver 10.0.0.2\nnameserver 10.0.0.3\n",
+            )
+        },
     ),
     (
         "k3s#532",
@@ -109,16 +129,39 @@ const ROWS: &[(&str, &str, &str, Prepare, Prepare)] = &[
         "ip without -j",
         "TOOL_MISSING error",
         "iproute2",
-        |s| s.beside("bin/ip", "#!/bin/sh\necho 'Option \"-j\" is unknown, try \"ip -help\".' >&2\nexit 255\n", 0o755),
+        |s| {
+            s.beside(
+                "bin/ip",
+                "#!/bin/sh\necho 'Option \"-j\" is unknown, try \"ip -help\".' >&2\nexit 255\n",
+                0o755,
+            )
+        },
         |_| {},
     ),
-    ("ip that ignores -j", "TOOL_MISSING error", "does not answer in JSON", |s| routes(s, "default via 10.0.0.1 dev eth0\n"), |_| {}),
-    ("no ip", "TOOL_MISSING error", "`ip` is not on this machine", |s| std::fs::remove_file(s.path("bin/ip")).unwrap(), |_| {}),
+    (
+        "ip that ignores -j",
+        "TOOL_MISSING error",
+        "does not answer in JSON",
+        |s| routes(s, "default via 10.0.0.1 dev eth0\n"),
+        |_| {},
+    ),
+    (
+        "no ip",
+        "TOOL_MISSING error",
+        "`ip` is not on this machine",
+        |s| std::fs::remove_file(s.path("bin/ip")).unwrap(),
+        |_| {},
+    ),
     (
         "static IPv4 beside SLAAC",
         "ADDRESS_DYNAMIC info",
         "10.0.0.5 on eth0",
-        |s| addresses(s, r#"[{"ifname":"eth0","addr_info":[{"local":"10.0.0.5","prefixlen":24,"dynamic":true}]}]"#),
+        |s| {
+            addresses(
+                s,
+                r#"[{"ifname":"eth0","addr_info":[{"local":"10.0.0.5","prefixlen":24,"dynamic":true}]}]"#,
+            )
+        },
         |s| {
             addresses(
                 s,
@@ -162,11 +205,17 @@ const ROWS: &[(&str, &str, &str, Prepare, Prepare)] = &[
         "10.52.0.0/16",
         |s| {
             s.put("/etc/rancher/k3s/config.yaml.d/90-mine.yaml", "cluster-cidr: 10.52.0.0/16\n");
-            routes(s, r#"[{"dst":"default","gateway":"10.0.0.1","dev":"eth0"},{"dst":"10.52.0.0/16","dev":"lan0"}]"#);
+            routes(
+                s,
+                r#"[{"dst":"default","gateway":"10.0.0.1","dev":"eth0"},{"dst":"10.52.0.0/16","dev":"lan0"}]"#,
+            );
         },
         |s| {
             s.put("/etc/rancher/k3s/config.yaml.d/90-mine.yaml", "cluster-cidr: 10.52.0.0/16\n");
-            routes(s, r#"[{"dst":"default","gateway":"10.0.0.1","dev":"eth0"},{"dst":"10.42.0.0/16","dev":"lan0"}]"#);
+            routes(
+                s,
+                r#"[{"dst":"default","gateway":"10.0.0.1","dev":"eth0"},{"dst":"10.42.0.0/16","dev":"lan0"}]"#,
+            );
         },
     ),
     (
@@ -198,27 +247,43 @@ const ROWS: &[(&str, &str, &str, Prepare, Prepare)] = &[
         "SNAPSHOTTER_UNFIT warning",
         "/ is zfs",
         |s| s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - zfs rpool/root rw\n"),
-        |s| s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - zfs rpool/root rw\n2 1 8:1 / /var/lib/rancher rw - ext4 /dev/sdb1 rw\n"),
+        |s| {
+            s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - zfs rpool/root rw\n2 1 8:1 / /var/lib/rancher rw - ext4 /dev/sdb1 rw\n")
+        },
     ),
     (
         "root on overlay",
         "SNAPSHOTTER_UNFIT warning",
         "/ is overlay",
-        |s| s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w\n"),
+        |s| {
+            s.put(
+                "/proc/self/mountinfo",
+                "1 0 0:1 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w\n",
+            )
+        },
         |s| s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - btrfs /dev/sda2 rw\n"),
     ),
     (
         "noexec on /var",
         "MOUNT_NOEXEC error",
         "/var/lib/rancher (mounted on /var)",
-        |s| s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - ext4 /dev/sda1 rw\n2 1 8:2 / /var rw,nosuid,noexec - ext4 /dev/sda2 rw\n"),
-        |s| s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - ext4 /dev/sda1 rw\n2 1 8:2 / /tmp rw,nosuid,noexec - tmpfs t rw\n"),
+        |s| {
+            s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - ext4 /dev/sda1 rw\n2 1 8:2 / /var rw,nosuid,noexec - ext4 /dev/sda2 rw\n")
+        },
+        |s| {
+            s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - ext4 /dev/sda1 rw\n2 1 8:2 / /tmp rw,nosuid,noexec - tmpfs t rw\n")
+        },
     ),
     (
         "a read-only /usr",
         "MOUNT_READ_ONLY error",
         "/usr/local/bin",
-        |s| s.put("/proc/self/mountinfo", "1 0 0:1 / / rw - ext4 /dev/sda1 rw\n2 1 8:2 / /usr ro - erofs /dev/sda2 ro\n"),
+        |s| {
+            s.put(
+                "/proc/self/mountinfo",
+                "1 0 0:1 / / rw - ext4 /dev/sda1 rw\n2 1 8:2 / /usr ro - erofs /dev/sda2 ro\n",
+            )
+        },
         |s| {
             s.put(
                 "/proc/self/mountinfo",
@@ -268,8 +333,12 @@ const ROWS: &[(&str, &str, &str, Prepare, Prepare)] = &[
         "containerd's streams",
         "PORT_IN_USE error",
         "10010/tcp",
-        |s| s.put("/proc/net/tcp", "  sl  local_address rem_address st\n 0: 0100007F:271A 00000000:0000 0A 0 0 0 0 0 4242 1\n"),
-        |s| s.put("/proc/net/tcp", "  sl  local_address rem_address st\n 0: 0100007F:271B 00000000:0000 0A 0 0 0 0 0 4242 1\n"),
+        |s| {
+            s.put("/proc/net/tcp", "  sl  local_address rem_address st\n 0: 0100007F:271A 00000000:0000 0A 0 0 0 0 0 4242 1\n")
+        },
+        |s| {
+            s.put("/proc/net/tcp", "  sl  local_address rem_address st\n 0: 0100007F:271B 00000000:0000 0A 0 0 0 0 0 4242 1\n")
+        },
     ),
 ];
 
@@ -282,9 +351,15 @@ fn each_symptom_is_named_and_a_near_miss_is_not() {
         near(&good);
         let (raised, missed) = (findings(&bad, &[]), findings(&good, &[]));
         let has = |list: &[String]| list.iter().any(|f| f.starts_with(start) && f.contains(words));
-        println!("{start:28} {seen:30} raised {:5} near miss {}", has(&raised), if has(&missed) { "RAISED" } else { "silent" });
+        println!(
+            "{start:28} {seen:30} raised {:5} near miss {}",
+            has(&raised),
+            if has(&missed) { "RAISED" } else { "silent" }
+        );
         if !has(&raised) || has(&missed) {
-            wrong.push(format!("{seen}: {start} with `{words}`\n  raised: {raised:#?}\n  near miss: {missed:#?}"));
+            wrong.push(format!(
+                "{seen}: {start} with `{words}`\n  raised: {raised:#?}\n  near miss: {missed:#?}"
+            ));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -311,11 +386,18 @@ fn addresses_of_a_plan() {
     let ip = "#!/bin/sh\nPATH=/usr/bin:/bin\ncase \"$*\" in *address*) cat \"$PIPEOPS_ROOT/../ip-address.json\" ;; *\"-4 route\"*) cat \"$PIPEOPS_ROOT/../ip-route.json\" ;; *) cat \"$PIPEOPS_ROOT/../ip-route6.json\" ;; esac\n";
     sandbox.beside("bin/ip", ip, 0o755);
     let text = drop_in(&sandbox, &[]);
-    assert!(text.contains("node-ip: \"10.0.0.5\"\n") && text.contains("  - \"10.0.0.5\"\n"), "{text}");
+    assert!(
+        text.contains("node-ip: \"10.0.0.5\"\n") && text.contains("  - \"10.0.0.5\"\n"),
+        "{text}"
+    );
 
     sandbox.put("/etc/pipeops/config.toml", "[k3s]\ncluster-cidr = \"10.42.0.0/16,fd42::/56\"\nservice-cidr = \"10.43.0.0/16,fd43::/112\"\n");
     let text = drop_in(&sandbox, &[]);
-    assert!(text.contains("node-ip: \"10.0.0.5,2001:db8:1::5\"\n") && text.contains("  - \"2001:db8:1::5\"\n"), "{text}");
+    assert!(
+        text.contains("node-ip: \"10.0.0.5,2001:db8:1::5\"\n")
+            && text.contains("  - \"2001:db8:1::5\"\n"),
+        "{text}"
+    );
 
     sandbox.put("/etc/pipeops/config.toml", "");
     routes(&sandbox, "[]");
@@ -326,15 +408,24 @@ fn addresses_of_a_plan() {
 #[test]
 fn a_public_address_needs_the_module_of_its_pod_network() {
     let sandbox = Sandbox::new();
-    addresses(&sandbox, r#"[{"ifname":"eth0","addr_info":[{"local":"198.51.100.7","prefixlen":24}]}]"#);
+    addresses(
+        &sandbox,
+        r#"[{"ifname":"eth0","addr_info":[{"local":"198.51.100.7","prefixlen":24}]}]"#,
+    );
     routes(&sandbox, r#"[{"dst":"default","gateway":"198.51.100.1","dev":"eth0"}]"#);
     let found = findings(&sandbox, &[]);
-    assert!(found.iter().any(|f| f.starts_with("KMOD_MISSING error") && f.contains("wireguard")), "{found:#?}");
+    assert!(
+        found.iter().any(|f| f.starts_with("KMOD_MISSING error") && f.contains("wireguard")),
+        "{found:#?}"
+    );
     wireguard(&sandbox);
     assert!(!findings(&sandbox, &[]).iter().any(|f| f.starts_with("KMOD_MISSING")));
     assert!(drop_in(&sandbox, &[]).contains("flannel-backend: \"wireguard-native\""));
     // what a file before ours chose is not overruled by what we would choose
-    sandbox.put("/etc/rancher/k3s/config.yaml.d/10-mine.yaml", "flannel-backend: host-gw\ntls-san: [a.example.com]\n");
+    sandbox.put(
+        "/etc/rancher/k3s/config.yaml.d/10-mine.yaml",
+        "flannel-backend: host-gw\ntls-san: [a.example.com]\n",
+    );
     let text = drop_in(&sandbox, &[]);
     assert!(!text.contains("flannel-backend") && text.contains("tls-san+:\n"), "{text}");
 }
@@ -344,7 +435,11 @@ fn programs_beside_the_path_are_found() {
     let sandbox = Sandbox::new();
     for name in ["modprobe", "useradd"] {
         std::fs::create_dir_all(sandbox.path("sbin")).unwrap();
-        std::fs::rename(sandbox.path(&format!("bin/{name}")), sandbox.path(&format!("sbin/{name}"))).unwrap();
+        std::fs::rename(
+            sandbox.path(&format!("bin/{name}")),
+            sandbox.path(&format!("sbin/{name}")),
+        )
+        .unwrap();
     }
     assert!(!findings(&sandbox, &[]).iter().any(|f| f.starts_with("TOOL_MISSING")));
     sandbox.install(&[]).ended(0);
@@ -360,16 +455,30 @@ fn a_group_or_user_of_the_agents_name_is_taken_and_stays() {
         sandbox.install(&[]).ended(0);
         for file in ["/etc/passwd", "/etc/group"] {
             let text = sandbox.read(file);
-            assert_eq!(text.lines().filter(|l| l.starts_with("pipeops-agent:")).count(), 1, "{text}");
+            assert_eq!(
+                text.lines().filter(|l| l.starts_with("pipeops-agent:")).count(),
+                1,
+                "{text}"
+            );
         }
         sandbox.run(&["uninstall", "--yes"]).ended(0);
         same(&sandbox.tree(), &before, "");
     };
     installs(&|s| s.put("/etc/group", "root:x:0:\npipeops-agent:x:555:\n"));
-    installs(&|s| s.put("/etc/passwd", "root:x:0:0:root:/root:/bin/bash\npipeops-agent:x:555:100::/nonexistent:/usr/sbin/nologin\n"));
+    installs(&|s| {
+        s.put("/etc/passwd", "root:x:0:0:root:/root:/bin/bash\npipeops-agent:x:555:100::/nonexistent:/usr/sbin/nologin\n")
+    });
     let sandbox = Sandbox::new();
-    sandbox.put("/etc/passwd", "root:x:0:0:root:/root:/bin/bash\npipeops-agent:x:1001:1001::/home/p:/bin/bash\n");
-    assert!(findings(&sandbox, &[]).iter().any(|f| f.starts_with("ACCOUNT_CONFLICT warning") && f.contains("can log in (/bin/bash)")));
+    sandbox.put(
+        "/etc/passwd",
+        "root:x:0:0:root:/root:/bin/bash\npipeops-agent:x:1001:1001::/home/p:/bin/bash\n",
+    );
+    assert!(
+        findings(&sandbox, &[])
+            .iter()
+            .any(|f| f.starts_with("ACCOUNT_CONFLICT warning")
+                && f.contains("can log in (/bin/bash)"))
+    );
 }
 
 /// Real mounts, in a mount namespace of its own: needs root, which CI has.
@@ -395,7 +504,10 @@ fn a_directory_that_is_really_read_only_ends_in_preflight() {
             return;
         };
         let said = said(output);
-        if said.err.contains("unshare failed") || said.err.contains("permission denied") || said.err.contains("must be superuser") {
+        if said.err.contains("unshare failed")
+            || said.err.contains("permission denied")
+            || said.err.contains("must be superuser")
+        {
             println!("NOT RUN: no right to mount here: {}", said.err.trim());
             return;
         }

@@ -1,5 +1,11 @@
 //! The real executable against sandboxes, fake servers and its own documentation.
-#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::unwrap_used, clippy::print_stdout, reason = "tests stand outside the doors")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "tests stand outside the doors"
+)]
 
 mod agent;
 mod architecture;

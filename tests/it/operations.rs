@@ -37,14 +37,22 @@ fn texts(dir: &std::path::Path) -> String {
 
 impl World {
     async fn operate(&self, token: &str, key: &str, body: &Value) -> (u16, Value) {
-        self.call("POST", "/api/v1/operations", token, &format!("Idempotency-Key: {key}\r\n"), &body.to_string()).await
+        self.call(
+            "POST",
+            "/api/v1/operations",
+            token,
+            &format!("Idempotency-Key: {key}\r\n"),
+            &body.to_string(),
+        )
+        .await
     }
 
     /// What an operation came to.
     async fn ended(&self, token: &str, id: &str) -> Value {
         let begun = Instant::now();
         loop {
-            let (status, operation) = self.call("GET", &format!("/api/v1/operations/{id}"), token, "", "").await;
+            let (status, operation) =
+                self.call("GET", &format!("/api/v1/operations/{id}"), token, "", "").await;
             assert_eq!(status, 200, "{operation}");
             if operation["state"] != "running" {
                 return operation;
@@ -67,19 +75,28 @@ impl World {
 }
 
 fn written(kube: &Kube) -> Vec<String> {
-    kube.through().iter().filter(|s| s.method != "GET").map(|s| format!("{} {}", s.method, s.uri)).collect()
+    kube.through()
+        .iter()
+        .filter(|s| s.method != "GET")
+        .map(|s| format!("{} {}", s.method, s.uri))
+        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
     // nobody takes the result the first two times
-    let busy = Scripted { path: "/operations/", status: 503, body: json!({}), headers: vec![], times: 2 };
+    let busy =
+        Scripted { path: "/operations/", status: 503, body: json!({}), headers: vec![], times: 2 };
     let world = World::with("", |plane| plane.script.lock().unwrap().push(busy)).await.up().await;
     world.kube.ready.store(true, Relaxed);
     let token = world.token("deployer");
     let body = apply(&[secret(), deployment("web")]);
     let (status, taken) = world.operate(&token, "k-1", &body).await;
-    assert_eq!((status, &taken["kind"], &taken["subject"]), (202, &json!("apply"), &json!("runner-1")), "{taken}");
+    assert_eq!(
+        (status, &taken["kind"], &taken["subject"]),
+        (202, &json!("apply"), &json!("runner-1")),
+        "{taken}"
+    );
     let id = taken["id"].as_str().unwrap();
     let end = world.ended(&token, id).await;
     assert_eq!((&end["state"], &end["message"]), (&json!("succeeded"), &json!("")), "{end}");
@@ -106,11 +123,22 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
     // nothing of what was asked for stands on the disk or goes to the control plane
     let kept = texts(&world.state());
     assert!(kept.contains("Secret beta/s") && !kept.contains("canary-9911-in-plain-text"));
-    assert!(world.plane.calls("/").iter().all(|c| !c.2.to_string().contains("canary-9911-in-plain-text")));
-    let phases = |path: &str| kept.lines().filter(|l| l.contains("\"phase\"") && l.contains(&format!("\"path\":\"{path}\""))).count();
+    assert!(
+        world
+            .plane
+            .calls("/")
+            .iter()
+            .all(|c| !c.2.to_string().contains("canary-9911-in-plain-text"))
+    );
+    let phases = |path: &str| {
+        kept.lines()
+            .filter(|l| l.contains("\"phase\"") && l.contains(&format!("\"path\":\"{path}\"")))
+            .count()
+    };
     assert_eq!(phases("/api/v1/namespaces/beta/secrets/s"), 2, "start and end of the write");
     // scaled, begun anew, taken away
-    let web = json!({"apiVersion": "apps/v1", "kind": "Deployment", "name": "web", "namespace": "beta"});
+    let web =
+        json!({"apiVersion": "apps/v1", "kind": "Deployment", "name": "web", "namespace": "beta"});
     for (key, body, outcome) in [
         ("k-2", json!({"kind": "scale", "spec": {"object": web, "replicas": 5}}), "ready"),
         ("k-3", json!({"kind": "restart", "spec": {"object": web, "wait": false}}), "restarted"),
@@ -123,16 +151,29 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
         let (status, taken) = world.operate(&token, key, &body).await;
         assert_eq!(status, 202, "{taken}");
         let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
-        assert_eq!((&end["state"], &end["objects"][0]["outcome"]), (&json!("succeeded"), &json!(outcome)), "{end}");
+        assert_eq!(
+            (&end["state"], &end["objects"][0]["outcome"]),
+            (&json!("succeeded"), &json!(outcome)),
+            "{end}"
+        );
     }
     // a node is the agent's own to cordon, for operators
     let cordon = json!({"kind": "cordon", "spec": {"node": "vm1"}});
     assert_eq!(world.operate(&token, "k-5", &cordon).await.0, 403);
     let operator = world.token("operator");
     let (_, taken) = world.operate(&operator, "k-5", &cordon).await;
-    assert_eq!(world.ended(&operator, taken["id"].as_str().unwrap()).await["objects"], json!([{"object": "Node vm1", "outcome": "cordoned"}]));
-    assert_eq!(world.kube.objects.lock().unwrap()["/api/v1/nodes/vm1"], json!({"spec": {"unschedulable": true}}));
-    assert!(!written(&world.kube).iter().any(|w| w.contains("nodes")), "nobody is impersonated for it");
+    assert_eq!(
+        world.ended(&operator, taken["id"].as_str().unwrap()).await["objects"],
+        json!([{"object": "Node vm1", "outcome": "cordoned"}])
+    );
+    assert_eq!(
+        world.kube.objects.lock().unwrap()["/api/v1/nodes/vm1"],
+        json!({"spec": {"unschedulable": true}})
+    );
+    assert!(
+        !written(&world.kube).iter().any(|w| w.contains("nodes")),
+        "nobody is impersonated for it"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -143,7 +184,12 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
     let whole = apply(&[deployment("web")]).to_string();
     for (token, headers, body, wanted) in [
         (&token, "", whole.as_str(), (400, "idempotency_key_needed")),
-        (&token, "Idempotency-Key: a\r\nIdempotency-Key: b\r\n", &whole, (400, "idempotency_key_needed")),
+        (
+            &token,
+            "Idempotency-Key: a\r\nIdempotency-Key: b\r\n",
+            &whole,
+            (400, "idempotency_key_needed"),
+        ),
         (&token, "Idempotency-Key: k\r\n", "{", (400, "bad_operation")),
         (&token, "Idempotency-Key: k\r\n", r#"{"kind":"dance","spec":{}}"#, (400, "bad_operation")),
         (&world.token("viewer"), "Idempotency-Key: k\r\n", &whole, (403, "role_exceeded")),
@@ -154,7 +200,12 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
     let big = format!("{{\"kind\":\"{}\"}}", "x".repeat(1 << 20));
     assert_eq!(world.call("POST", path, &token, "Idempotency-Key: k\r\n", &big).await.0, 413);
     assert_eq!(world.call("PUT", path, &token, "", "").await.0, 405);
-    for gone in ["/api/v1/operations/o-1", "/api/v1/operations/o-1/events", "/api/v1/operations/../x", "/api/v1/operations/"] {
+    for gone in [
+        "/api/v1/operations/o-1",
+        "/api/v1/operations/o-1/events",
+        "/api/v1/operations/../x",
+        "/api/v1/operations/",
+    ] {
         assert!(matches!(world.call("GET", gone, &token, "", "").await.0, 400 | 404), "{gone}");
     }
     assert!(written(&world.kube).is_empty());
@@ -167,27 +218,47 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
         ("e-1", &scoped, elsewhere, "namespace_scope"),
         ("e-2", &token, unknown, "no Dance in none/v1"),
         ("e-3", &token, lost, "names no namespace"),
-        ("e-4", &scoped, json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "beta"}}), "namespace_scope"),
+        (
+            "e-4",
+            &scoped,
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "beta"}}),
+            "namespace_scope",
+        ),
     ] {
         let (_, taken) = world.operate(token, key, &apply(&[deployment("first"), object])).await;
         let end = world.ended(token, taken["id"].as_str().unwrap()).await;
-        assert!(end["state"] == "failed" && end["message"].as_str().unwrap().contains(text), "{end}");
+        assert!(
+            end["state"] == "failed" && end["message"].as_str().unwrap().contains(text),
+            "{end}"
+        );
     }
     assert!(written(&world.kube).is_empty(), "{:?}", written(&world.kube));
     // a field that belongs to somebody else stays his; what is quoted of a Secret goes nowhere
-    for (key, kind, text) in [("f-1", "ConfigMap", "conflict with"), ("f-2", "Secret", "409: Conflict")] {
+    for (key, kind, text) in
+        [("f-1", "ConfigMap", "conflict with"), ("f-2", "Secret", "409: Conflict")]
+    {
         let owned = json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": "owned", "namespace": "beta"}});
         let (_, taken) = world.operate(&token, key, &apply(&[owned])).await;
         let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
-        assert!(end["state"] == "failed" && end["message"].as_str().unwrap().contains(text), "{end}");
-        assert_eq!(kind == "Secret", !end.to_string().contains("canary-9911-in-plain-text"), "{end}");
+        assert!(
+            end["state"] == "failed" && end["message"].as_str().unwrap().contains(text),
+            "{end}"
+        );
+        assert_eq!(
+            kind == "Secret",
+            !end.to_string().contains("canary-9911-in-plain-text"),
+            "{end}"
+        );
     }
     // what never gets ready fails in its time
     let mut never = apply(&[deployment("never")]);
     never["spec"]["timeout_s"] = 1.into();
     let (_, taken) = world.operate(&token, "g-1", &never).await;
     let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
-    assert!(end["message"].as_str().unwrap().contains("not ready after 1 s: 0 of 2 pods available"), "{end}");
+    assert!(
+        end["message"].as_str().unwrap().contains("not ready after 1 s: 0 of 2 pods available"),
+        "{end}"
+    );
     // a dry run waits for nothing
     let mut dry = apply(&[deployment("never")]);
     dry["spec"]["dry_run"] = true.into();
@@ -202,7 +273,9 @@ async fn an_operation_can_be_followed_and_cancelled_and_eight_run_at_once() {
     let token = world.token("deployer");
     let mut ids = Vec::new();
     for n in 0..8 {
-        let (status, taken) = world.operate(&token, &format!("k-{n}"), &apply(&[deployment(&format!("web-{n}"))])).await;
+        let (status, taken) = world
+            .operate(&token, &format!("k-{n}"), &apply(&[deployment(&format!("web-{n}"))]))
+            .await;
         assert_eq!(status, 202, "{taken}");
         ids.push(taken["id"].as_str().unwrap().to_owned());
     }
@@ -210,23 +283,37 @@ async fn an_operation_can_be_followed_and_cancelled_and_eight_run_at_once() {
     assert_eq!((status, &answer["code"]), (429, &json!("too_many_operations")));
     let path = format!("/api/v1/operations/{}", ids[0]);
     let mut io = world.dial(b"http/1.1").await;
-    io.write_all(format!("GET {path}/events HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n").as_bytes()).await.unwrap();
+    io.write_all(
+        format!("GET {path}/events HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n")
+            .as_bytes(),
+    )
+    .await
+    .unwrap();
     io.flush().await.unwrap();
     let mut said = String::new();
     let mut buffer = [0; 4096];
     let mut cancelled = false;
     while !said.contains("event: end") {
-        let n = tokio::time::timeout(Duration::from_secs(20), io.read(&mut buffer)).await.unwrap().unwrap();
+        let n = tokio::time::timeout(Duration::from_secs(20), io.read(&mut buffer))
+            .await
+            .unwrap()
+            .unwrap();
         assert!(n > 0, "{said}");
         said.push_str(&String::from_utf8_lossy(&buffer[..n]));
         if said.contains("0 of 2 pods available") && !std::mem::replace(&mut cancelled, true) {
             assert_eq!(world.call("DELETE", &path, &token, "", "").await.0, 200);
         }
     }
-    assert!(said.contains("text/event-stream") && said.contains("id: 1\nevent: step\ndata: {"), "{said}");
+    assert!(
+        said.contains("text/event-stream") && said.contains("id: 1\nevent: step\ndata: {"),
+        "{said}"
+    );
     assert!(said.contains("\"state\":\"cancelled\""), "{said}");
     let told = world.told(&ids[0]).await;
-    assert_eq!((&told["state"], &told["objects"][0]["outcome"]), (&json!("cancelled"), &json!("created")));
+    assert_eq!(
+        (&told["state"], &told["objects"][0]["outcome"]),
+        (&json!("cancelled"), &json!("created"))
+    );
     // another Runner's eyes and hands
     let foreign = world.plane.token_of(&world.id, "runner-2", "deployer");
     assert_eq!(world.call("GET", &path, &foreign, "", "").await.0, 404);
@@ -247,14 +334,18 @@ async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
     world.plane.until("the write", |_| !written(&kube).is_empty()).await;
     world.agent.again(&[("AGENT_TOKEN", TOKEN)]);
     let told = world.told(&id).await;
-    assert!(told["state"] == "interrupted" && told["message"].as_str().unwrap().contains("may be done"), "{told}");
+    assert!(
+        told["state"] == "interrupted" && told["message"].as_str().unwrap().contains("may be done"),
+        "{told}"
+    );
     assert_eq!(written(&world.kube).len(), 1, "nothing is done again by itself");
     // an orderly end tells it too, before or after the next start
     let frps = world.frps.clone();
     world.plane.until("the tunnel", |_| frps.proxies() == ["agent"]).await;
     let begun = Instant::now();
     let second = loop {
-        let (status, taken) = world.operate(&world.token("deployer"), "k-2", &apply(&[deployment("web")])).await;
+        let (status, taken) =
+            world.operate(&world.token("deployer"), "k-2", &apply(&[deployment("web")])).await;
         if status == 202 {
             break taken["id"].as_str().unwrap().to_owned();
         }
@@ -262,29 +353,56 @@ async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
     let again = json!(id);
-    let (_, same) = world.operate(&world.token("deployer"), "k", &apply(&[deployment("web")])).await;
+    let (_, same) =
+        world.operate(&world.token("deployer"), "k", &apply(&[deployment("web")])).await;
     assert_eq!((&same["id"], &same["state"]), (&again, &json!("interrupted")));
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(world.agent.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(world.agent.child.id().try_into().unwrap()),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
     tokio::task::block_in_place(|| world.agent.child.wait().unwrap());
     world.agent.again(&[("AGENT_TOKEN", TOKEN)]);
     assert_eq!(world.told(&second).await["state"], "interrupted");
 }
 
 /// A Runner who asks the control plane.
-pub(crate) async fn asks(hub: &Hub, cluster: &str, token: &str, key: &str, body: &Value) -> (u16, Value) {
-    let request = hub.client.post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url)).bearer_auth(token).header("idempotency-key", key);
+pub(crate) async fn asks(
+    hub: &Hub,
+    cluster: &str,
+    token: &str,
+    key: &str,
+    body: &Value,
+) -> (u16, Value) {
+    let request = hub
+        .client
+        .post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url))
+        .bearer_auth(token)
+        .header("idempotency-key", key);
     let answer = request.json(body).send().await.unwrap();
     (answer.status().as_u16(), answer.json().await.unwrap_or_default())
 }
 
-pub(crate) async fn comes_to(hub: &Hub, cluster: &str, token: &str, id: &str, state: &str) -> Value {
+pub(crate) async fn comes_to(
+    hub: &Hub,
+    cluster: &str,
+    token: &str,
+    id: &str,
+    state: &str,
+) -> Value {
     let begun = Instant::now();
     loop {
-        let seen = hub.json("GET", &format!("/api/v1/clusters/{cluster}/operations/{id}"), token, json!({})).await;
+        let seen = hub
+            .json("GET", &format!("/api/v1/clusters/{cluster}/operations/{id}"), token, json!({}))
+            .await;
         if seen["state"] == state {
             return seen;
         }
-        assert!(begun.elapsed() < Duration::from_secs(40), "never {state}: {seen}; {}", hub.log.lock().unwrap());
+        assert!(
+            begun.elapsed() < Duration::from_secs(40),
+            "never {state}: {seen}; {}",
+            hub.log.lock().unwrap()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -307,18 +425,39 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
     assert_eq!((status, id(&same)), (200, id(&taken)));
     assert_eq!(asks(&hub, &cluster, &token, "k-1", &apply(&[deployment("other")])).await.0, 409);
     // what the agent refuses is refused in its words
-    let (status, answer) = asks(&hub, &cluster, &token, "k-2", &json!({"kind": "dance", "spec": {}})).await;
+    let (status, answer) =
+        asks(&hub, &cluster, &token, "k-2", &json!({"kind": "dance", "spec": {}})).await;
     assert_eq!((status, &answer["code"]), (400, &json!("bad_operation")));
-    let request = hub.client.post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url)).bearer_auth(&token);
+    let request = hub
+        .client
+        .post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url))
+        .bearer_auth(&token);
     assert_eq!(request.json(&body).send().await.unwrap().status(), 400, "no key");
     let viewer = hub.runner("viewer").await;
     let viewer_token = viewer["token"].as_str().unwrap();
     assert_eq!(asks(&hub, &cluster, viewer_token, "k", &body).await.0, 403);
-    assert_eq!(hub.ask("GET", &format!("/api/v1/clusters/{cluster}/operations/{}", id(&taken)), viewer_token, json!({})).await.status(), 404);
+    assert_eq!(
+        hub.ask(
+            "GET",
+            &format!("/api/v1/clusters/{cluster}/operations/{}", id(&taken)),
+            viewer_token,
+            json!({})
+        )
+        .await
+        .status(),
+        404
+    );
     // one that runs ends with the right to it
     kube.ready.store(false, Relaxed);
     let gone = hub.runner("deployer").await;
-    let (_, running) = asks(&hub, &cluster, gone["token"].as_str().unwrap(), "k", &apply(&[deployment("running")])).await;
+    let (_, running) = asks(
+        &hub,
+        &cluster,
+        gone["token"].as_str().unwrap(),
+        "k",
+        &apply(&[deployment("running")]),
+    )
+    .await;
     let admin = hub.admin.clone();
     comes_to(&hub, &cluster, &admin, &id(&running), "running").await;
     hub.sandbox.verb(&["control-plane", "runner", "revoke", gone["id"].as_str().unwrap()]).ended(0);
@@ -343,20 +482,39 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
     assert_eq!(asks(&hub, &cluster, &token, "k-4", &waits(&[secret()], 0)).await.0, 400);
     let (status, queued) = asks(&hub, &cluster, &token, "k-4", &waits(&[secret()], 600)).await;
     assert_eq!((status, &queued["state"]), (202, &json!("queued")), "{queued}");
-    let (_, second) = asks(&hub, &cluster, &token, "k-5", &waits(&[deployment("second")], 600)).await;
+    let (_, second) =
+        asks(&hub, &cluster, &token, "k-5", &waits(&[deployment("second")], 600)).await;
     let (_, short) = asks(&hub, &cluster, &token, "k-6", &waits(&[deployment("short")], 1)).await;
-    let (_, unwanted) = asks(&hub, &cluster, &token, "k-7", &waits(&[deployment("unwanted")], 600)).await;
+    let (_, unwanted) =
+        asks(&hub, &cluster, &token, "k-7", &waits(&[deployment("unwanted")], 600)).await;
     let leaver = hub.runner("deployer").await;
-    let (_, orphan) = asks(&hub, &cluster, leaver["token"].as_str().unwrap(), "k-8", &waits(&[deployment("orphan")], 600)).await;
+    let (_, orphan) = asks(
+        &hub,
+        &cluster,
+        leaver["token"].as_str().unwrap(),
+        "k-8",
+        &waits(&[deployment("orphan")], 600),
+    )
+    .await;
     for n in 0..12 {
         // 16 wait for one agent: with the one that has expired by now, or not yet
-        asks(&hub, &cluster, &token, &format!("m-{n}"), &waits(&[deployment(&format!("m-{n}"))], 600)).await;
+        asks(
+            &hub,
+            &cluster,
+            &token,
+            &format!("m-{n}"),
+            &waits(&[deployment(&format!("m-{n}"))], 600),
+        )
+        .await;
     }
-    let (status, answer) = asks(&hub, &cluster, &token, "m-13", &waits(&[deployment("m-13")], 600)).await;
+    let (status, answer) =
+        asks(&hub, &cluster, &token, "m-13", &waits(&[deployment("m-13")], 600)).await;
     assert_eq!((status, &answer["code"]), (429, &json!("queue_full")), "{answer}");
     let path = |op: &Value| format!("/api/v1/clusters/{cluster}/operations/{}", id(op));
     assert_eq!(hub.json("DELETE", &path(&unwanted), &token, json!({})).await["state"], "cancelled");
-    hub.sandbox.verb(&["control-plane", "runner", "revoke", leaver["id"].as_str().unwrap()]).ended(0);
+    hub.sandbox
+        .verb(&["control-plane", "runner", "revoke", leaver["id"].as_str().unwrap()])
+        .ended(0);
     comes_to(&hub, &cluster, &token, &id(&short), "expired").await;
     // kill -9, and what waits is still there; nobody can read it in the database
     hub.killed_and_back();
@@ -365,7 +523,10 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
     let before = kube.through().len();
     agent.again(&[]);
     comes_to(&hub, &cluster, &token, &id(&second), "succeeded").await;
-    assert_eq!(comes_to(&hub, &cluster, &token, &id(&queued), "succeeded").await["objects"][0]["object"], "Secret beta/s");
+    assert_eq!(
+        comes_to(&hub, &cluster, &token, &id(&queued), "succeeded").await["objects"][0]["object"],
+        "Secret beta/s"
+    );
     let failed = comes_to(&hub, &cluster, &admin, &id(&orphan), "failed").await;
     assert!(failed["message"].as_str().unwrap().contains("may not any more"), "{failed}");
     // in the order in which they were asked for, and each once
@@ -383,6 +544,15 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
     }
     let order = patched();
     assert_eq!(order[..2], ["s", "second"]);
-    assert!(!order.iter().any(|n| matches!(n.as_str(), "short" | "unwanted" | "orphan")), "{order:?}");
-    assert_eq!(kube.through().iter().filter(|s| s.uri.contains("/deployments/second?") && s.method == "PATCH").count(), 1);
+    assert!(
+        !order.iter().any(|n| matches!(n.as_str(), "short" | "unwanted" | "orphan")),
+        "{order:?}"
+    );
+    assert_eq!(
+        kube.through()
+            .iter()
+            .filter(|s| s.uri.contains("/deployments/second?") && s.method == "PATCH")
+            .count(),
+        1
+    );
 }

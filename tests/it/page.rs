@@ -27,7 +27,10 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
     let (_agent, cluster) = hub.agent(address).await;
     let (cookie, csrf) = session(&hub, &hub.admin).await;
     let ask = async |method: &str, path: &str, headers: &[(&str, &str)]| {
-        let mut request = hub.client.request(method.parse().unwrap(), format!("{}{path}", hub.url)).header("cookie", &cookie);
+        let mut request = hub
+            .client
+            .request(method.parse().unwrap(), format!("{}{path}", hub.url))
+            .header("cookie", &cookie);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
@@ -40,59 +43,135 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
     assert_eq!(ask("GET", "/api/v1/clusters", &[]).await.status(), 200);
     assert_eq!(ask("POST", "/api/v1/tokens", &ours).await.status(), 201);
     // another page has the cookie sent along, and cannot say the word that ours has
-    for headers in [&[][..], &[("x-csrf-token", "guessed")], &[("sec-fetch-site", "same-origin")], &[("sec-fetch-site", "cross-site"), ours[1]]] {
+    for headers in [
+        &[][..],
+        &[("x-csrf-token", "guessed")],
+        &[("sec-fetch-site", "same-origin")],
+        &[("sec-fetch-site", "cross-site"), ours[1]],
+    ] {
         assert_eq!(ask("POST", "/api/v1/tokens", headers).await.status(), 403, "{headers:?}");
     }
-    assert_eq!(ask("GET", "/api/v1/clusters", &[("sec-fetch-site", "same-site")]).await.status(), 403);
+    assert_eq!(
+        ask("GET", "/api/v1/clusters", &[("sec-fetch-site", "same-site")]).await.status(),
+        403
+    );
     // what a cluster serves runs in no session: the gateway takes no cookie, and its answers are sandboxed
     let through = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods");
     let before = kube.through().len();
     let refused = ask("GET", &through, &ours).await;
-    assert_eq!((refused.status().as_u16(), refused.headers()["content-security-policy"].to_str().unwrap()), (401, "sandbox"));
+    assert_eq!(
+        (refused.status().as_u16(), refused.headers()["content-security-policy"].to_str().unwrap()),
+        (401, "sandbox")
+    );
     assert_eq!(kube.through().len(), before);
     // agents' calls and the backup neither
     for path in ["/api/v1/agents/a-0/config", "/api/v1/backup"] {
         assert!(matches!(ask("GET", path, &ours).await.status().as_u16(), 401 | 403), "{path}");
     }
     // what it shows of a cluster it asks as a viewer
-    hub.json("GET", &format!("/api/v1/clusters/{cluster}/inside/events"), &hub.admin, json!({})).await;
+    hub.json("GET", &format!("/api/v1/clusters/{cluster}/inside/events"), &hub.admin, json!({}))
+        .await;
     assert_eq!(kube.through().pop().unwrap().all("impersonate-group"), ["pipeops:viewer"]);
-    let audit = hub.json("GET", &format!("/api/v1/clusters/{cluster}/inside/audit"), &hub.admin, json!({})).await;
+    let audit = hub
+        .json("GET", &format!("/api/v1/clusters/{cluster}/inside/audit"), &hub.admin, json!({}))
+        .await;
     let records = audit["items"].as_array().unwrap();
-    assert!(records.iter().any(|r| r["path"].as_str().unwrap().starts_with("/api/v1/events")), "{audit}");
-    assert_eq!(hub.ask("GET", &format!("/api/v1/clusters/{cluster}/inside/secrets"), &hub.admin, json!({})).await.status(), 404);
+    assert!(
+        records.iter().any(|r| r["path"].as_str().unwrap().starts_with("/api/v1/events")),
+        "{audit}"
+    );
+    assert_eq!(
+        hub.ask(
+            "GET",
+            &format!("/api/v1/clusters/{cluster}/inside/secrets"),
+            &hub.admin,
+            json!({})
+        )
+        .await
+        .status(),
+        404
+    );
     // logged out is logged out
     assert_eq!(ask("DELETE", "/session", &ours).await.status(), 200);
     assert_eq!(ask("GET", "/api/v1/clusters", &ours).await.status(), 401);
     // a Runner's session sees what the Runner sees, as long as he is one
-    let runner = hub.json("POST", "/api/v1/runners", &hub.admin, json!({"name": "ci", "clusters": ["c-0"]})).await;
+    let runner = hub
+        .json("POST", "/api/v1/runners", &hub.admin, json!({"name": "ci", "clusters": ["c-0"]}))
+        .await;
     let (cookie, _) = session(&hub, runner["token"].as_str().unwrap()).await;
-    let list = async || hub.client.get(format!("{}/api/v1/clusters", hub.url)).header("cookie", &cookie).send().await.unwrap();
+    let list = async || {
+        hub.client
+            .get(format!("{}/api/v1/clusters", hub.url))
+            .header("cookie", &cookie)
+            .send()
+            .await
+            .unwrap()
+    };
     assert_eq!(list().await.json::<Value>().await.unwrap()["items"], json!([]));
-    let two = hub.client.get(format!("{}/api/v1/clusters", hub.url)).header("cookie", format!("{cookie}; {cookie}")).send().await.unwrap();
+    let two = hub
+        .client
+        .get(format!("{}/api/v1/clusters", hub.url))
+        .header("cookie", format!("{cookie}; {cookie}"))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(two.status(), 401);
-    let mut live = hub.client.get(format!("{}/api/v1/changes", hub.url)).header("cookie", &cookie).send().await.unwrap();
+    let mut live = hub
+        .client
+        .get(format!("{}/api/v1/changes", hub.url))
+        .header("cookie", &cookie)
+        .send()
+        .await
+        .unwrap();
     assert!(live.chunk().await.unwrap().is_some());
-    hub.json("DELETE", &format!("/api/v1/runners/{}", runner["id"].as_str().unwrap()), &hub.admin, json!({})).await;
+    hub.json(
+        "DELETE",
+        &format!("/api/v1/runners/{}", runner["id"].as_str().unwrap()),
+        &hub.admin,
+        json!({}),
+    )
+    .await;
     assert_eq!(list().await.status(), 401);
-    let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = live.chunk().await {} }).await;
+    let ended = tokio::time::timeout(Duration::from_secs(5), async {
+        while let Ok(Some(_)) = live.chunk().await {}
+    })
+    .await;
     assert!(ended.is_ok(), "the live updates go on");
     // nor is an administrator's worth more than he is
     let other = hub.sandbox.verb(&["control-plane", "admin", "create", "Ada"]).ended(0).out;
     let (cookie, _) = session(&hub, other.trim()).await;
-    let list = async || hub.client.get(format!("{}/api/v1/admins", hub.url)).header("cookie", &cookie).send().await.unwrap();
+    let list = async || {
+        hub.client
+            .get(format!("{}/api/v1/admins", hub.url))
+            .header("cookie", &cookie)
+            .send()
+            .await
+            .unwrap()
+    };
     let admins = list().await.json::<Value>().await.unwrap();
     assert!(!admins.to_string().contains("hash"), "{admins}");
-    let id = |name: &str| admins["items"].as_array().unwrap().iter().find(|a| a["name"] == name).unwrap()["id"].as_str().unwrap().to_owned();
+    let id = |name: &str| {
+        admins["items"].as_array().unwrap().iter().find(|a| a["name"] == name).unwrap()["id"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
     hub.sandbox.verb(&["control-plane", "admin", "revoke", &id("Ada")]).ended(0);
     assert_eq!(list().await.status(), 401);
     assert_eq!(hub.ask("GET", "/api/v1/clusters", other.trim(), json!({})).await.status(), 401);
     let last = hub.sandbox.verb(&["control-plane", "admin", "revoke", &id("first")]).ended(7);
     assert!(last.err.contains("LAST_ADMIN"), "{}", last.err);
     // a kubeconfig is no way to log in
-    let kubeconfig = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({})).await.text().await.unwrap();
+    let kubeconfig = hub
+        .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({}))
+        .await
+        .text()
+        .await
+        .unwrap();
     let kubeconfig: Value = serde_json::from_str(&kubeconfig).unwrap();
-    let answer = hub.ask("POST", "/session", "", json!({"token": kubeconfig["users"][0]["user"]["token"]})).await;
+    let answer = hub
+        .ask("POST", "/session", "", json!({"token": kubeconfig["users"][0]["user"]["token"]}))
+        .await;
     assert_eq!(answer.status(), 403);
 }
 
@@ -137,9 +216,23 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     let other = Simulated::new(&hub, dir.path(), &token).await;
     browser.until("document.querySelectorAll('#rows tr').length === 2");
     let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
-    let theirs = clusters["items"].as_array().unwrap().iter().find(|c| c["agent_id"] == other.id.as_str()).unwrap()["id"].clone();
-    hub.json("POST", &format!("/api/v1/clusters/{}/revoke", theirs.as_str().unwrap()), &hub.admin, json!({})).await;
-    browser.until("[...document.querySelectorAll('#rows .state')].some((s) => s.textContent === 'revoked')");
+    let theirs = clusters["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|c| c["agent_id"] == other.id.as_str())
+        .unwrap()["id"]
+        .clone();
+    hub.json(
+        "POST",
+        &format!("/api/v1/clusters/{}/revoke", theirs.as_str().unwrap()),
+        &hub.admin,
+        json!({}),
+    )
+    .await;
+    browser.until(
+        "[...document.querySelectorAll('#rows .state')].some((s) => s.textContent === 'revoked')",
+    );
     // a server is added without a mouse: tab to the button, Enter, Enter
     browser.value("document.querySelector('.brand').focus()");
     browser.press("Tab");
@@ -150,7 +243,11 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     browser.press("Enter");
     browser.until("document.querySelector('#install').textContent.includes('poe_')");
     let line = browser.text("#install");
-    assert!(line.starts_with("echo poe_") && line.contains(&format!("--control-plane-url {} --control-plane-pin {pin}", hub.url)), "{line}");
+    assert!(
+        line.starts_with("echo poe_")
+            && line.contains(&format!("--control-plane-url {} --control-plane-pin {pin}", hub.url)),
+        "{line}"
+    );
     assert_eq!(browser.value("document.activeElement.id"), "copy");
     browser.picture("add");
     browser.press("Escape");
@@ -173,9 +270,17 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
         browser.size(width, 800, dark);
         for hash in ["#/", &format!("#/c/{cluster}")] {
             browser.value(&format!("location.hash = {hash:?}"));
-            let there = if hash == "#/" { "!document.querySelector('#fleet').hidden" } else { "document.querySelector('#audit table')" };
+            let there = if hash == "#/" {
+                "!document.querySelector('#fleet').hidden"
+            } else {
+                "document.querySelector('#audit table')"
+            };
             browser.until(there);
-            browser.picture(&format!("{}-{width}-{}", if hash == "#/" { "fleet" } else { "cluster" }, if dark { "dark" } else { "light" }));
+            browser.picture(&format!(
+                "{}-{width}-{}",
+                if hash == "#/" { "fleet" } else { "cluster" },
+                if dark { "dark" } else { "light" }
+            ));
             let wide = browser.value("document.documentElement.scrollWidth");
             assert!(wide.as_u64().unwrap() <= u64::from(width), "{hash} at {width}: {wide}");
         }
@@ -203,7 +308,13 @@ async fn a_verdict_of_offline_is_on_the_page_within_seconds() {
     let begun = Instant::now();
     loop {
         let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
-        let state = clusters["items"].as_array().unwrap().iter().find(|c| c["agent_id"] == silent.id.as_str()).unwrap()["state"].clone();
+        let state = clusters["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|c| c["agent_id"] == silent.id.as_str())
+            .unwrap()["state"]
+            .clone();
         if state == "offline" {
             break;
         }
@@ -222,7 +333,15 @@ async fn a_thousand_clusters_are_a_page_like_any_other() {
     let hub = Hub::with(&[]);
     let pin = hub.enrol().1;
     let Some(mut browser) = Browser::start(&pin) else { return };
-    let token = hub.sandbox.verb(&["control-plane", "token", "create", "--uses", "0"]).ended(0).out.split_whitespace().nth(1).unwrap().to_owned();
+    let token = hub
+        .sandbox
+        .verb(&["control-plane", "token", "create", "--uses", "0"])
+        .ended(0)
+        .out
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .to_owned();
     let dir = tempfile::tempdir().unwrap();
     let mut tasks = storm(&hub, dir.path(), &token, 1000);
     while let Some(done) = tasks.join_next().await {
@@ -237,7 +356,10 @@ async fn a_thousand_clusters_are_a_page_like_any_other() {
     browser.until("document.querySelectorAll('#rows tr').length === 1000");
     let usable = begun.elapsed();
     let typed = browser.value("(() => { const t = performance.now(); const f = document.querySelector('#find'); f.value = 'online'; f.dispatchEvent(new Event('input')); document.body.offsetHeight; return performance.now() - t; })()");
-    println!("1,000 clusters: usable after {} ms, a letter in the search takes {typed} ms", usable.as_millis());
+    println!(
+        "1,000 clusters: usable after {} ms, a letter in the search takes {typed} ms",
+        usable.as_millis()
+    );
     browser.content();
 }
 
@@ -246,7 +368,9 @@ async fn a_thousand_clusters_are_a_page_like_any_other() {
 #[ignore = "takes the README's pictures of a control plane that runs, as scripts/try leaves one"]
 fn the_readmes_pictures() {
     let plane = std::env::var("PIPEOPS_PLANE").expect("PIPEOPS_PLANE");
-    let [url, pin, token, cluster] = plane.split_whitespace().collect::<Vec<_>>()[..] else { panic!("URL PIN TOKEN CLUSTER") };
+    let [url, pin, token, cluster] = plane.split_whitespace().collect::<Vec<_>>()[..] else {
+        panic!("URL PIN TOKEN CLUSTER")
+    };
     let mut browser = Browser::start(pin).expect("chromium");
     browser.size(1100, 420, false);
     browser.open(&format!("{url}/"));

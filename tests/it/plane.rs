@@ -38,7 +38,10 @@ pub(crate) fn identity() -> (Arc<rustls::ServerConfig>, String) {
     let made = rcgen::generate_simple_self_signed(vec!["frps.test".into()]).unwrap();
     let key = rustls_pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
     let pin = Pin::of(made.cert.der()).unwrap().to_string();
-    let config = rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![made.cert.der().clone()], key).unwrap();
+    let config = rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
     (Arc::new(config), pin)
 }
 
@@ -73,42 +76,70 @@ async fn plane(State(plane): State<Arc<Plane>>, request: Request) -> Response {
     let method = request.method().to_string();
     let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
     let value: Value = serde_json::from_slice(&body).unwrap_or_default();
-    let bearer = headers.get("authorization").and_then(|v| v.to_str().ok()).unwrap_or_default().trim_start_matches("Bearer ").to_owned();
+    let bearer = headers
+        .get("authorization")
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or_default()
+        .trim_start_matches("Bearer ")
+        .to_owned();
     plane.calls.lock().unwrap().push((format!("{method} {path}"), bearer.clone(), value.clone()));
     let mut answer = respond(&plane, &path, &headers, &body, &value, &bearer);
     let then = jiff::Timestamp::now().as_second() + *plane.clock.lock().unwrap();
-    let date = jiff::fmt::rfc2822::to_string(&jiff::Timestamp::from_second(then).unwrap().to_zoned(jiff::tz::TimeZone::UTC)).unwrap();
+    let date = jiff::fmt::rfc2822::to_string(
+        &jiff::Timestamp::from_second(then).unwrap().to_zoned(jiff::tz::TimeZone::UTC),
+    )
+    .unwrap();
     answer.headers_mut().insert("date", date.parse().unwrap());
     answer
 }
 
-fn respond(plane: &Plane, path: &str, headers: &HeaderMap, body: &Bytes, value: &Value, bearer: &str) -> Response {
+fn respond(
+    plane: &Plane,
+    path: &str,
+    headers: &HeaderMap,
+    body: &Bytes,
+    value: &Value,
+    bearer: &str,
+) -> Response {
     {
         let mut script = plane.script.lock().unwrap();
         if let Some(at) = script.iter().position(|s| path.contains(s.path) && s.times > 0) {
             script[at].times -= 1;
             let s = script[at].clone();
-            let mut answer = (StatusCode::from_u16(s.status).unwrap(), axum::Json(s.body)).into_response();
+            let mut answer =
+                (StatusCode::from_u16(s.status).unwrap(), axum::Json(s.body)).into_response();
             for (name, value) in s.headers {
                 answer.headers_mut().insert(name, value.parse().unwrap());
             }
             return answer;
         }
     }
-    let credential = format!("credential-planted-canary-4711-in-plain-text-{}", plane.credential.lock().unwrap());
-    let refuse =
-        |status: u16, code: &str| (StatusCode::from_u16(status).unwrap(), axum::Json(json!({"code": code, "message": "no"}))).into_response();
+    let credential = format!(
+        "credential-planted-canary-4711-in-plain-text-{}",
+        plane.credential.lock().unwrap()
+    );
+    let refuse = |status: u16, code: &str| {
+        (StatusCode::from_u16(status).unwrap(), axum::Json(json!({"code": code, "message": "no"})))
+            .into_response()
+    };
     let registering = path.ends_with("/register");
     if bearer != credential && !(registering && bearer == TOKEN) {
         return refuse(401, "credential_unknown");
     }
-    let expires = |s: i64| jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() + s).unwrap().to_string();
+    let expires = |s: i64| {
+        jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() + s).unwrap().to_string()
+    };
     if registering {
         let pem = value["agent"]["public_key"].as_str().unwrap();
-        let der = STANDARD.decode(pem.lines().filter(|l| !l.starts_with('-')).collect::<String>()).unwrap();
+        let der = STANDARD
+            .decode(pem.lines().filter(|l| !l.starts_with('-')).collect::<String>())
+            .unwrap();
         let signature = STANDARD.decode(headers["pipeops-signature"].to_str().unwrap()).unwrap();
         // the uncompressed point stands at the end of a P-256 SubjectPublicKeyInfo
-        if UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &der[der.len() - 65..]).verify(body, &signature).is_err() {
+        if UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &der[der.len() - 65..])
+            .verify(body, &signature)
+            .is_err()
+        {
             return refuse(400, "bad_signature");
         }
         *plane.public_key.lock().unwrap() = pem.to_owned();
@@ -128,8 +159,14 @@ fn respond(plane: &Plane, path: &str, headers: &HeaderMap, body: &Bytes, value: 
     }
     if path.ends_with("/credential") {
         *plane.credential.lock().unwrap() += 1;
-        let credential = format!("credential-planted-canary-4711-in-plain-text-{}", plane.credential.lock().unwrap());
-        return axum::Json(json!({"credential": credential, "credential_expires_at": expires(3600)})).into_response();
+        let credential = format!(
+            "credential-planted-canary-4711-in-plain-text-{}",
+            plane.credential.lock().unwrap()
+        );
+        return axum::Json(
+            json!({"credential": credential, "credential_expires_at": expires(3600)}),
+        )
+        .into_response();
     }
     StatusCode::NO_CONTENT.into_response()
 }
@@ -137,13 +174,20 @@ fn respond(plane: &Plane, path: &str, headers: &HeaderMap, body: &Bytes, value: 
 impl Plane {
     /// One whose agents get a tunnel through the FRP server at `frps`.
     pub(crate) fn new(frps: SocketAddr, pin: &str) -> Plane {
-        let key = Ed25519KeyPair::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap().as_ref()).unwrap();
+        let key = Ed25519KeyPair::from_pkcs8(
+            Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap().as_ref(),
+        )
+        .unwrap();
         let jwk = json!({"kid": "k1", "kty": "OKP", "crv": "Ed25519", "x": URL_SAFE_NO_PAD.encode(key.public_key())});
         let config = json!({"config_version": 1, "heartbeat_interval_s": 1, "status_interval_s": 5,
             "tunnel": {"server": frps.ip().to_string(), "port": frps.port(), "tcp_mux": true, "pool_count": 2, "tls": {"pin": pin, "server_name": "frps.test"},
                 "auth": {"token": FRP_TOKEN}, "proxies": [{"name": "agent", "type": "stcp", "secret_key": "sk-planted-canary-4711-in-plain-text"}]},
             "runner_auth": {"issuer": "cp", "audience": "", "jwks": {"keys": [jwk]}}});
-        Plane { key: Mutex::new(Some(Arc::new(key))), config: Mutex::new(config), ..Plane::default() }
+        Plane {
+            key: Mutex::new(Some(Arc::new(key))),
+            config: Mutex::new(config),
+            ..Plane::default()
+        }
     }
 
     pub(crate) async fn serve(self: Arc<Plane>) -> SocketAddr {
@@ -151,16 +195,31 @@ impl Plane {
     }
 
     /// TLS to the agent over a stream of the tunnel, the key pinned that was registered.
-    pub(crate) async fn tls(&self, io: Io, alpn: &[u8]) -> std::io::Result<tokio_rustls::client::TlsStream<Io>> {
+    pub(crate) async fn tls(
+        &self,
+        io: Io,
+        alpn: &[u8],
+    ) -> std::io::Result<tokio_rustls::client::TlsStream<Io>> {
         let pem = self.public_key.lock().unwrap().clone();
-        let der = STANDARD.decode(pem.lines().filter(|l| !l.starts_with('-')).collect::<String>()).unwrap();
-        let pin = format!("sha256:{}", STANDARD.encode(ring::digest::digest(&ring::digest::SHA256, &der)));
+        let der = STANDARD
+            .decode(pem.lines().filter(|l| !l.starts_with('-')).collect::<String>())
+            .unwrap();
+        let pin = format!(
+            "sha256:{}",
+            STANDARD.encode(ring::digest::digest(&ring::digest::SHA256, &der))
+        );
         pinned(&pin, io, alpn).await
     }
 
     /// Calls whose path holds `part`.
     pub(crate) fn calls(&self, part: &str) -> Vec<(String, String, Value)> {
-        self.calls.lock().unwrap().iter().filter(|(path, _, _)| path.contains(part)).cloned().collect()
+        self.calls
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|(path, _, _)| path.contains(part))
+            .cloned()
+            .collect()
     }
 
     pub(crate) async fn until(&self, what: &str, mut met: impl FnMut(&Plane) -> bool) {
@@ -189,7 +248,13 @@ impl Plane {
         self.minted(agent, subject, role, None)
     }
 
-    fn minted(&self, agent: &str, subject: &str, role: &str, namespaces: Option<&[&str]>) -> String {
+    fn minted(
+        &self,
+        agent: &str,
+        subject: &str,
+        role: &str,
+        namespaces: Option<&[&str]>,
+    ) -> String {
         let now = jiff::Timestamp::now().as_second() + *self.clock.lock().unwrap();
         let mut claims = json!({"iss": "cp", "aud": agent, "exp": now + 200, "sub": subject, "role": role, "jti": "t1"});
         if let Some(namespaces) = namespaces {
@@ -203,14 +268,22 @@ impl Plane {
 }
 
 /// TLS to an agent over a stream of a tunnel.
-pub(crate) async fn pinned(pin: &str, io: Io, alpn: &[u8]) -> std::io::Result<tokio_rustls::client::TlsStream<Io>> {
-    let mut client = Trust { pins: vec![Pin::parse(pin).unwrap()], ..Trust::default() }.client().unwrap();
+pub(crate) async fn pinned(
+    pin: &str,
+    io: Io,
+    alpn: &[u8],
+) -> std::io::Result<tokio_rustls::client::TlsStream<Io>> {
+    let mut client =
+        Trust { pins: vec![Pin::parse(pin).unwrap()], ..Trust::default() }.client().unwrap();
     client.alpn_protocols = vec![alpn.to_vec()];
     let name = rustls_pki_types::ServerName::try_from("agent.test").unwrap();
     tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, io).await
 }
 
-pub(crate) async fn listen<S: Clone + Send + Sync + 'static>(router: Router<S>, state: S) -> SocketAddr {
+pub(crate) async fn listen<S: Clone + Send + Sync + 'static>(
+    router: Router<S>,
+    state: S,
+) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let router = router.with_state(state);

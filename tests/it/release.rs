@@ -58,7 +58,11 @@ impl Site {
     }
 }
 
-fn serve(mut stream: TcpStream, files: &Mutex<BTreeMap<String, (Vec<u8>, Mood)>>, log: &Mutex<Vec<String>>) {
+fn serve(
+    mut stream: TcpStream,
+    files: &Mutex<BTreeMap<String, (Vec<u8>, Mood)>>,
+    log: &Mutex<Vec<String>>,
+) {
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n == 1) {
@@ -66,18 +70,29 @@ fn serve(mut stream: TcpStream, files: &Mutex<BTreeMap<String, (Vec<u8>, Mood)>>
     }
     let head = String::from_utf8_lossy(&head).into_owned();
     let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
-    let range = head.lines().find_map(|l| l.to_lowercase().strip_prefix("range: bytes=")?.trim_end_matches('-').parse::<usize>().ok());
+    let range = head.lines().find_map(|l| {
+        l.to_lowercase().strip_prefix("range: bytes=")?.trim_end_matches('-').parse::<usize>().ok()
+    });
     log.lock().unwrap().push(format!("{path} {}", range.unwrap_or(0)));
     let found = files.lock().unwrap().get(&path).cloned();
     let Some((body, mood)) = found else {
-        let _ = stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        let _ = stream
+            .write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         return;
     };
     let from = range.unwrap_or(0).min(body.len());
     let rest = &body[from..];
-    let status =
-        if from > 0 { format!("206 Partial Content\r\nContent-Range: bytes {from}-{}/{}", body.len() - 1, body.len()) } else { "200 OK".into() };
-    let ok = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len());
+    let status = if from > 0 {
+        format!(
+            "206 Partial Content\r\nContent-Range: bytes {from}-{}/{}",
+            body.len() - 1,
+            body.len()
+        )
+    } else {
+        "200 OK".into()
+    };
+    let ok =
+        format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len());
     let _ = match mood {
         Mood::Status(code) => stream.write_all(format!("HTTP/1.1 {code} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes()),
         Mood::To(target) => {
@@ -106,14 +121,21 @@ fn site() -> (Sandbox, Site, Vec<u8>) {
     let (sandbox, site) = (Sandbox::new(), Site::start());
     let k3s = std::fs::read(sandbox.path("release/k3s")).unwrap();
     site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::Good);
-    site.put(&format!("/{ESCAPED}/sha256sum-amd64.txt"), format!("{}  k3s\n", sha256(&k3s)).as_bytes(), Mood::Good);
+    site.put(
+        &format!("/{ESCAPED}/sha256sum-amd64.txt"),
+        format!("{}  k3s\n", sha256(&k3s)).as_bytes(),
+        Mood::Good,
+    );
     (sandbox, site, k3s)
 }
 
 fn install(sandbox: &Sandbox, official: &str, more: &[&str]) -> Said {
     let mut args = vec!["install-server", "--yes", "--components", "none", "--timeout", "20s"];
     args.extend(more);
-    sandbox.run_with(&args, &[("PIPEOPS_TEST_RELEASES", official), ("PIPEOPS_TEST_CHANNELS", official)])
+    sandbox.run_with(
+        &args,
+        &[("PIPEOPS_TEST_RELEASES", official), ("PIPEOPS_TEST_CHANNELS", official)],
+    )
 }
 
 #[test]
@@ -138,7 +160,11 @@ fn a_mirror_is_not_believed_about_itself() {
     let mirror = Site::start();
     let evil = b"#!/bin/sh\necho evil\n";
     mirror.put(&format!("/{ESCAPED}/k3s"), evil, Mood::Good);
-    mirror.put(&format!("/{ESCAPED}/sha256sum-amd64.txt"), format!("{}  k3s\n", sha256(evil)).as_bytes(), Mood::Good);
+    mirror.put(
+        &format!("/{ESCAPED}/sha256sum-amd64.txt"),
+        format!("{}  k3s\n", sha256(evil)).as_bytes(),
+        Mood::Good,
+    );
     let said = install(&sandbox, &official.url, &["--artifact-url", &mirror.url]).ended(6);
     assert!(said.err.contains("DIGEST_MISMATCH"), "{}", said.err);
     assert!(!sandbox.root().join("usr/local/bin/k3s").exists());
@@ -146,10 +172,19 @@ fn a_mirror_is_not_believed_about_itself() {
     let other = Sandbox::new();
     let before = other.tree();
     let said = install(&other, "http://127.0.0.1:9", &["--artifact-url", &mirror.url]).ended(6);
-    assert!(said.err.contains("DIGEST_UNKNOWN") && said.err.contains("--k3s-sha256"), "{}", said.err);
+    assert!(
+        said.err.contains("DIGEST_UNKNOWN") && said.err.contains("--k3s-sha256"),
+        "{}",
+        said.err
+    );
     same(&other.tree(), &before, "");
     // and with a digest by hand the mirror will do
-    install(&other, "http://127.0.0.1:9", &["--artifact-url", &mirror.url, "--k3s-sha256", &sha256(evil)]).ended(0);
+    install(
+        &other,
+        "http://127.0.0.1:9",
+        &["--artifact-url", &mirror.url, "--k3s-sha256", &sha256(evil)],
+    )
+    .ended(0);
 }
 
 #[test]
@@ -163,7 +198,11 @@ fn missing_and_refused_files_have_their_own_words() {
     let said = install(&sandbox, &site.url, &[]).ended(6);
     assert!(said.err.contains("DIGEST_UNKNOWN"), "{}", said.err);
     same(&sandbox.tree(), &before, "");
-    site.put(&format!("/{ESCAPED}/sha256sum-amd64.txt"), format!("{}  k3s\n", sha256(&k3s)).as_bytes(), Mood::Status(500));
+    site.put(
+        &format!("/{ESCAPED}/sha256sum-amd64.txt"),
+        format!("{}  k3s\n", sha256(&k3s)).as_bytes(),
+        Mood::Status(500),
+    );
     let said = install(&sandbox, &site.url, &[]).ended(5);
     assert!(said.err.contains("500"), "{}", said.err);
     same(&sandbox.tree(), &before, "");
@@ -182,10 +221,10 @@ fn a_stalling_server_is_given_up_and_a_rerun_resumes() {
         .unwrap();
     // in the middle of the download: half of it is on disk
     let part = || {
-        std::fs::read_dir(sandbox.root().join("usr/local/bin"))
-            .unwrap()
-            .flatten()
-            .any(|e| e.file_name().to_string_lossy().ends_with(".part") && e.metadata().unwrap().len() == (k3s.len() / 2) as u64)
+        std::fs::read_dir(sandbox.root().join("usr/local/bin")).unwrap().flatten().any(|e| {
+            e.file_name().to_string_lossy().ends_with(".part")
+                && e.metadata().unwrap().len() == (k3s.len() / 2) as u64
+        })
     };
     while !part() {
         assert!(child.try_wait().unwrap().is_none(), "it ended before the download");
@@ -213,7 +252,11 @@ fn a_server_that_always_stalls_ends_the_run() {
 #[test]
 fn a_channel_is_a_redirect_or_an_error() {
     let (sandbox, site, _) = site();
-    site.put("/stable", b"", Mood::To(format!("https://github.com/k3s-io/k3s/releases/tag/{VERSION}")));
+    site.put(
+        "/stable",
+        b"",
+        Mood::To(format!("https://github.com/k3s-io/k3s/releases/tag/{VERSION}")),
+    );
     site.put("/latest", b"stable", Mood::Good);
     let said = install(&sandbox, &site.url, &["--channel", "latest"]).ended(5);
     assert!(said.err.contains("instead of a redirect"), "{}", said.err);
@@ -235,7 +278,11 @@ fn sigint_in_a_download_ends_with_130_and_says_how_to_go_on() {
     while !site.log.lock().unwrap().iter().any(|l| l.contains("/k3s ")) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGINT).unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(child.id().try_into().unwrap()),
+        nix::sys::signal::Signal::SIGINT,
+    )
+    .unwrap();
     let said = crate::support::said(child.wait_with_output().unwrap()).ended(130);
     assert!(said.err.contains("run the same command again"), "{}", said.err);
     site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::Good);

@@ -119,7 +119,8 @@ const ODD: &[&str] = &[
     "/clusters/a%2Fb/k8s/api/v1/pods",
 ];
 
-const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO"];
+const METHODS: &[&str] =
+    &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO"];
 
 const BODIES: &[(&str, &str)] = &[
     ("empty", ""),
@@ -137,16 +138,21 @@ struct Plain(Vec<(String, &'static str)>);
 
 impl Plain {
     fn text(&self, text: &str) -> String {
-        self.0.iter().fold(text.to_owned(), |text, (value, name)| text.replace(value.as_str(), name))
+        self.0
+            .iter()
+            .fold(text.to_owned(), |text, (value, name)| text.replace(value.as_str(), name))
     }
 }
 
 /// The names and types in a value, an object in its order; of a list each that differs from the others, as rows come by a random id.
 fn shape(value: &Value) -> Value {
     match value {
-        Value::Object(fields) => fields.iter().map(|(name, value)| (name.clone(), shape(value))).collect(),
+        Value::Object(fields) => {
+            fields.iter().map(|(name, value)| (name.clone(), shape(value))).collect()
+        }
         Value::Array(items) => {
-            let shapes: BTreeMap<String, Value> = items.iter().map(shape).map(|shape| (shape.to_string(), shape)).collect();
+            let shapes: BTreeMap<String, Value> =
+                items.iter().map(shape).map(|shape| (shape.to_string(), shape)).collect();
             shapes.into_values().collect()
         }
         Value::String(_) => "text".into(),
@@ -170,7 +176,11 @@ async fn heard(mut answer: Response, head: bool, plain: &Plain) -> (String, Stri
         headers.push(format!("{name}: {}", plain.text(value)));
     }
     headers.sort();
-    let kind = answer.headers().get("content-type").map(|v| v.to_str().unwrap().to_owned()).unwrap_or_default();
+    let kind = answer
+        .headers()
+        .get("content-type")
+        .map(|v| v.to_str().unwrap().to_owned())
+        .unwrap_or_default();
     let (code, body) = if head {
         (String::new(), String::new())
     } else if kind == "text/event-stream" {
@@ -178,7 +188,9 @@ async fn heard(mut answer: Response, head: bool, plain: &Plain) -> (String, Stri
         let text = String::from_utf8(first.to_vec()).unwrap();
         // who sees no cluster hears a comment
         let said = match text.split_once("data: ") {
-            Some((event, data)) => format!("{event}data: {}", shape(&serde_json::from_str(data).unwrap())),
+            Some((event, data)) => {
+                format!("{event}data: {}", shape(&serde_json::from_str(data).unwrap()))
+            }
             None => text,
         };
         (String::new(), said)
@@ -186,7 +198,9 @@ async fn heard(mut answer: Response, head: bool, plain: &Plain) -> (String, Stri
         let text = answer.text().await.unwrap();
         match serde_json::from_str::<Value>(&text) {
             Ok(value) if status >= 400 => {
-                let code = [&value["code"], &value["details"]["causes"][0]["reason"]].into_iter().find_map(Value::as_str);
+                let code = [&value["code"], &value["details"]["causes"][0]["reason"]]
+                    .into_iter()
+                    .find_map(Value::as_str);
                 (code.unwrap_or_default().to_owned(), plain.text(&text))
             }
             // a document with a test of its own
@@ -218,7 +232,10 @@ impl Golden {
     }
 
     fn held(self, name: &str) {
-        let mut text = format!("# what was asked, and who was answered how\n\n{}\n\n# all answers, word for word\n\n", self.lines.join("\n"));
+        let mut text = format!(
+            "# what was asked, and who was answered how\n\n{}\n\n# all answers, word for word\n\n",
+            self.lines.join("\n")
+        );
         text += &self.answers.into_iter().collect::<Vec<_>>().join("\n");
         text += "\n";
         let path = format!("{}/tests/it/{name}", env!("CARGO_MANIFEST_DIR"));
@@ -227,16 +244,25 @@ impl Golden {
         }
         let recorded = std::fs::read_to_string(&path).unwrap_or_default();
         if recorded != text {
-            let (was, is): (BTreeSet<&str>, BTreeSet<&str>) = (recorded.lines().collect(), text.lines().collect());
-            let lines = |mark: &str, lines: Vec<&&str>| lines.into_iter().fold(String::new(), |all, line| format!("{all}{mark} {line}\n"));
-            panic!("{name}:\n{}{}", lines("-", was.difference(&is).collect()), lines("+", is.difference(&was).collect()));
+            let (was, is): (BTreeSet<&str>, BTreeSet<&str>) =
+                (recorded.lines().collect(), text.lines().collect());
+            let lines = |mark: &str, lines: Vec<&&str>| {
+                lines.into_iter().fold(String::new(), |all, line| format!("{all}{mark} {line}\n"))
+            };
+            panic!(
+                "{name}:\n{}{}",
+                lines("-", was.difference(&is).collect()),
+                lines("+", is.difference(&was).collect())
+            );
         }
     }
 }
 
 fn client(hub: &Hub, set: impl FnOnce(ClientBuilder) -> ClientBuilder) -> Client {
     let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
-    let builder = Client::builder().tls_certs_only([Certificate::from_pem(ca.as_bytes()).unwrap()]).no_proxy();
+    let builder = Client::builder()
+        .tls_certs_only([Certificate::from_pem(ca.as_bytes()).unwrap()])
+        .no_proxy();
     set(builder.redirect(reqwest::redirect::Policy::none())).build().unwrap()
 }
 
@@ -253,7 +279,8 @@ struct Caller {
 impl Caller {
     fn request(&self, method: &str, path: &str) -> RequestBuilder {
         let request = self.client.request(method.parse().unwrap(), format!("{}{path}", self.url));
-        let request = if self.token.is_empty() { request } else { request.bearer_auth(&self.token) };
+        let request =
+            if self.token.is_empty() { request } else { request.bearer_auth(&self.token) };
         match &self.session {
             Some((cookie, csrf)) => request.header("cookie", cookie).header("x-csrf-token", csrf),
             None => request,
@@ -263,7 +290,8 @@ impl Caller {
 
 async fn session(hub: &Hub) -> (String, String) {
     let answer = hub.ask("POST", "/session", "", json!({"token": hub.admin})).await;
-    let cookie = answer.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned();
+    let cookie =
+        answer.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned();
     (cookie, answer.json::<Value>().await.unwrap()["csrf"].as_str().unwrap().to_owned())
 }
 
@@ -282,13 +310,28 @@ impl World {
         let hub = Hub::with(&[]);
         let dir = tempfile::tempdir().unwrap();
         let agent = Simulated::new(&hub, dir.path(), &hub.enrol().0).await;
-        let cluster = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"].as_str().unwrap().to_owned();
-        let other = hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": "other"})).await["id"].as_str().unwrap().to_owned();
-        let make = async |body: Value| hub.json("POST", "/api/v1/runners", &hub.admin, body).await["token"].as_str().unwrap().to_owned();
+        let cluster = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]
+            ["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        let other =
+            hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": "other"})).await["id"]
+                .as_str()
+                .unwrap()
+                .to_owned();
+        let make = async |body: Value| {
+            hub.json("POST", "/api/v1/runners", &hub.admin, body).await["token"]
+                .as_str()
+                .unwrap()
+                .to_owned()
+        };
         let runner = make(json!({"name": "mine"})).await;
         let viewer = make(json!({"name": "viewer", "role": "viewer"})).await;
         let foreign = make(json!({"name": "foreign", "project": other})).await;
-        let kubeconfig = hub.ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({})).await;
+        let kubeconfig = hub
+            .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({}))
+            .await;
         let kubeconfig: Value = serde_json::from_str(&kubeconfig.text().await.unwrap()).unwrap();
         let kubeconfig = kubeconfig["users"][0]["user"]["token"].as_str().unwrap().to_owned();
         let plain = Plain(vec![
@@ -307,16 +350,41 @@ impl World {
             ("runner", runner),
             ("admin", hub.admin.clone()),
         ];
-        let network = |name, token: String, session| Caller { name, client: hub.client.clone(), url: hub.url.clone(), token, session };
-        let mut callers: Vec<Caller> = tokens.into_iter().map(|(name, token)| network(name, token, None)).collect();
+        let network = |name, token: String, session| Caller {
+            name,
+            client: hub.client.clone(),
+            url: hub.url.clone(),
+            token,
+            session,
+        };
+        let mut callers: Vec<Caller> =
+            tokens.into_iter().map(|(name, token)| network(name, token, None)).collect();
         let (cookie, csrf) = session(&hub).await;
         callers.push(network("cookie", String::new(), Some((cookie.clone(), csrf))));
         callers.push(network("foreign page", String::new(), Some((cookie, "guessed".into()))));
-        callers.push(network("guessed cookie", String::new(), Some(("__Host-pipeops=guessed".into(), "guessed".into()))));
+        callers.push(network(
+            "guessed cookie",
+            String::new(),
+            Some(("__Host-pipeops=guessed".into(), "guessed".into())),
+        ));
         let socket = hub.sandbox.root().join(DATA).join("admin.sock");
         let local = Client::builder().no_proxy().unix_socket(socket.as_path()).build().unwrap();
-        callers.push(Caller { name: "socket", client: local, url: "http://localhost".into(), token: String::new(), session: None });
-        World { hub, callers, agent: agent.id, cluster, plain, golden: Golden::default(), _dir: dir }
+        callers.push(Caller {
+            name: "socket",
+            client: local,
+            url: "http://localhost".into(),
+            token: String::new(),
+            session: None,
+        });
+        World {
+            hub,
+            callers,
+            agent: agent.id,
+            cluster,
+            plain,
+            golden: Golden::default(),
+            _dir: dir,
+        }
     }
 
     fn path(&self, template: &str) -> String {
@@ -331,7 +399,8 @@ impl World {
         for at in 0..self.callers.len() {
             let mut same: Vec<(String, Vec<&str>)> = Vec::new();
             for (kind, body) in bodies {
-                if method == "DELETE" && template == "/session" && self.callers[at].name == "cookie" {
+                if method == "DELETE" && template == "/session" && self.callers[at].name == "cookie"
+                {
                     self.callers[at].session = Some(session(&self.hub).await);
                 }
                 let caller = &self.callers[at];
@@ -355,7 +424,11 @@ impl World {
             }
             let name = self.callers[at].name;
             for (said, kinds) in same {
-                let which = if kinds.len() == bodies.len() { String::new() } else { format!(" ({})", kinds.join(", ")) };
+                let which = if kinds.len() == bodies.len() {
+                    String::new()
+                } else {
+                    format!(" ({})", kinds.join(", "))
+                };
                 cases.entry(said).or_default().push(format!("{name}{which}"));
             }
         }
@@ -381,7 +454,8 @@ impl World {
                 let (client, request) = request(caller).build_split();
                 let request = request.unwrap();
                 let head = request.method() == "HEAD";
-                let (said, all) = heard(client.execute(request).await.unwrap(), head, &self.plain).await;
+                let (said, all) =
+                    heard(client.execute(request).await.unwrap(), head, &self.plain).await;
                 self.golden.answers.insert(all);
                 cases.entry(said).or_default().push(format!("{title} {}", caller.name));
             }
@@ -392,7 +466,11 @@ impl World {
 
 type Request = Box<dyn Fn(&Caller) -> RequestBuilder>;
 
-fn with(method: &'static str, path: String, change: impl Fn(RequestBuilder) -> RequestBuilder + 'static) -> Request {
+fn with(
+    method: &'static str,
+    path: String,
+    change: impl Fn(RequestBuilder) -> RequestBuilder + 'static,
+) -> Request {
     Box::new(move |caller| change(caller.request(method, &path)))
 }
 
@@ -408,14 +486,25 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
     for (template, methods) in PATHS {
         let path = world.path(template);
         // an administrator's DELETE of the cluster would be obeyed
-        let takes = |m: &str| methods.contains(&m) || (m == "DELETE" && *template == "/api/v1/clusters/{cluster}");
+        let takes = |m: &str| {
+            methods.contains(&m) || (m == "DELETE" && *template == "/api/v1/clusters/{cluster}")
+        };
         let others = METHODS.iter().filter(|m| !takes(m) && !template.starts_with("/clusters/"));
         let requests = others.map(|m| ((*m).to_owned(), with(m, path.clone(), |r| r))).collect();
-        world.some(&format!("another method {template}"), &["none", "agent", "admin", "socket"], requests).await;
+        world
+            .some(
+                &format!("another method {template}"),
+                &["none", "agent", "admin", "socket"],
+                requests,
+            )
+            .await;
     }
     for template in ODD {
         let path = world.path(template);
-        let requests = ["GET", "POST", "DELETE", "HEAD"].iter().map(|m| ((*m).to_owned(), with(m, path.clone(), |r| r))).collect();
+        let requests = ["GET", "POST", "DELETE", "HEAD"]
+            .iter()
+            .map(|m| ((*m).to_owned(), with(m, path.clone(), |r| r)))
+            .collect();
         world.some(template, &["none", "agent", "runner", "socket"], requests).await;
     }
     // an unknown token; after thirty of them an address is not listened to for a minute, so each route has its own
@@ -425,7 +514,10 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
         let path = world.path(template);
         let send = move |request: RequestBuilder, client: &Client| {
             let request = request.build().unwrap();
-            client.request(request.method().clone(), request.url().clone()).bearer_auth("por_wrong").body("{}")
+            client
+                .request(request.method().clone(), request.url().clone())
+                .bearer_auth("por_wrong")
+                .body("{}")
         };
         let requests = methods.iter().map(|m| {
             let client = client.clone();
@@ -435,8 +527,12 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
     }
     // a body that is too long; who may not is told that first
     for (template, methods) in PATHS {
-        for (size, length) in [("1 MiB and a byte", (1 << 20) + 1), ("64 KiB and a byte", (64 << 10) + 1)] {
-            if template.starts_with("/clusters/") || (length < 1 << 20 && *template != "/api/v1/agents/register") {
+        for (size, length) in
+            [("1 MiB and a byte", (1 << 20) + 1), ("64 KiB and a byte", (64 << 10) + 1)]
+        {
+            if template.starts_with("/clusters/")
+                || (length < 1 << 20 && *template != "/api/v1/agents/register")
+            {
                 continue;
             }
             let path = world.path(template);
@@ -444,7 +540,13 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
                 let long = move |r: RequestBuilder| r.body(" ".repeat(length));
                 ((*m).to_owned(), with(m, path.clone(), long))
             });
-            world.some(&format!("{size} {template}"), &["none", "enrolment", "agent", "runner", "admin"], requests.collect()).await;
+            world
+                .some(
+                    &format!("{size} {template}"),
+                    &["none", "enrolment", "agent", "runner", "admin"],
+                    requests.collect(),
+                )
+                .await;
         }
     }
     world.headers().await;
@@ -456,7 +558,9 @@ impl World {
     /// Credentials that are odd, and headers that change what a body is worth.
     async fn headers(&mut self) {
         let admin = self.hub.admin.clone();
-        let set = |name: &'static str, value: String| move |r: RequestBuilder| r.header(name, value.clone());
+        let set = |name: &'static str, value: String| {
+            move |r: RequestBuilder| r.header(name, value.clone())
+        };
         let both = {
             let admin = admin.clone();
             move |r: RequestBuilder| r.bearer_auth(&admin).bearer_auth(&admin)
@@ -465,11 +569,25 @@ impl World {
         let requests: Vec<(String, Request)> = vec![
             ("basic".into(), with("GET", list(), set("authorization", "Basic eDp5".into()))),
             ("empty".into(), with("GET", list(), set("authorization", "Bearer ".into()))),
-            ("lower case".into(), with("GET", list(), set("authorization", format!("bearer  {admin} ")))),
-            ("long".into(), with("GET", list(), set("authorization", format!("Bearer {}", "x".repeat(513))))),
+            (
+                "lower case".into(),
+                with("GET", list(), set("authorization", format!("bearer  {admin} "))),
+            ),
+            (
+                "long".into(),
+                with("GET", list(), set("authorization", format!("Bearer {}", "x".repeat(513)))),
+            ),
             ("two".into(), with("GET", list(), both)),
-            ("two cookies".into(), with("GET", list(), set("cookie", "__Host-pipeops=a; __Host-pipeops=b".into()))),
-            ("a form".into(), with("POST", list(), |r| r.header("content-type", "application/x-www-form-urlencoded").body("name=x"))),
+            (
+                "two cookies".into(),
+                with("GET", list(), set("cookie", "__Host-pipeops=a; __Host-pipeops=b".into())),
+            ),
+            (
+                "a form".into(),
+                with("POST", list(), |r| {
+                    r.header("content-type", "application/x-www-form-urlencoded").body("name=x")
+                }),
+            ),
         ];
         self.some("odd credentials", &["none"], requests).await;
         let foreign = |r: RequestBuilder| r.header("sec-fetch-site", "cross-site").body("{}");
@@ -480,9 +598,16 @@ impl World {
         ];
         self.some("from another page", &["cookie", "guessed cookie", "admin"], requests).await;
         let key = |r: RequestBuilder| r.header("idempotency-key", "k").body(BODIES[7].1);
-        let wait = |r: RequestBuilder| r.header("idempotency-key", "k2").body("{\"kind\": \"cordon\", \"spec\": {}, \"ttl_s\": 60}");
-        let other = |r: RequestBuilder| r.header("idempotency-key", "k2").body("{\"kind\": \"drain\", \"spec\": {}, \"ttl_s\": 60}");
-        let long = |r: RequestBuilder| r.header("idempotency-key", "x".repeat(4096)).body(BODIES[7].1);
+        let wait = |r: RequestBuilder| {
+            r.header("idempotency-key", "k2")
+                .body("{\"kind\": \"cordon\", \"spec\": {}, \"ttl_s\": 60}")
+        };
+        let other = |r: RequestBuilder| {
+            r.header("idempotency-key", "k2")
+                .body("{\"kind\": \"drain\", \"spec\": {}, \"ttl_s\": 60}")
+        };
+        let long =
+            |r: RequestBuilder| r.header("idempotency-key", "x".repeat(4096)).body(BODIES[7].1);
         let path = format!("/api/v1/clusters/{}/operations", self.cluster);
         let requests: Vec<(String, Request)> = vec![
             ("at once".into(), with("POST", path.clone(), key)),
@@ -492,10 +617,13 @@ impl World {
             ("long key".into(), with("POST", path.clone(), long)),
             ("list".into(), with("GET", path, |r| r)),
         ];
-        self.some("operations with a key", &["viewer", "runner", "admin", "kubeconfig"], requests).await;
+        self.some("operations with a key", &["viewer", "runner", "admin", "kubeconfig"], requests)
+            .await;
         // a registration that nobody signed, one that is signed by nobody, and one that is too long
         let register = |header: &'static str, body: String| {
-            with("POST", "/api/v1/agents/register".into(), move |r| r.header("pipeops-signature", header).body(body.clone()))
+            with("POST", "/api/v1/agents/register".into(), move |r| {
+                r.header("pipeops-signature", header).body(body.clone())
+            })
         };
         let dir = tempfile::tempdir().unwrap();
         let body = Simulated::body(&Simulated::identity(dir.path()), "m");
@@ -509,18 +637,34 @@ impl World {
 
     /// What is shown at the page's door.
     async fn login(&mut self) {
-        let from = client(&self.hub, |builder| builder.local_address(IpAddr::from(Ipv4Addr::new(127, 0, 2, 1))));
-        let tokens: Vec<(&str, String)> = self.callers.iter().filter(|c| !c.token.is_empty()).map(|c| (c.name, c.token.clone())).collect();
+        let from = client(&self.hub, |builder| {
+            builder.local_address(IpAddr::from(Ipv4Addr::new(127, 0, 2, 1)))
+        });
+        let tokens: Vec<(&str, String)> = self
+            .callers
+            .iter()
+            .filter(|c| !c.token.is_empty())
+            .map(|c| (c.name, c.token.clone()))
+            .collect();
         let mut requests: Vec<(String, Request)> = Vec::new();
-        for (name, token) in tokens.into_iter().chain([("wrong", "por_wrong".into()), ("empty", String::new())]) {
+        for (name, token) in
+            tokens.into_iter().chain([("wrong", "por_wrong".into()), ("empty", String::new())])
+        {
             let (from, url) = (from.clone(), self.hub.url.clone());
             let body = json!({"token": token}).to_string();
-            requests.push((name.into(), Box::new(move |_| from.post(format!("{url}/session")).body(body.clone()))));
+            requests.push((
+                name.into(),
+                Box::new(move |_| from.post(format!("{url}/session")).body(body.clone())),
+            ));
         }
         self.some("log in", &["none"], requests).await;
         let mut tried = BTreeSet::new();
         for _ in 0..100 {
-            let answer = from.get(format!("{}/api/v1/projects", self.hub.url)).bearer_auth("por_wrong").send().await;
+            let answer = from
+                .get(format!("{}/api/v1/projects", self.hub.url))
+                .bearer_auth("por_wrong")
+                .send()
+                .await;
             let (said, all) = heard(answer.unwrap(), false, &self.plain).await;
             self.golden.answers.insert(all);
             if !tried.insert(said) && tried.len() > 1 {
@@ -540,13 +684,17 @@ async fn a_body_that_never_ends_is_given_up_after_fifteen_seconds() {
     });
     let request = hub.client.post(format!("{}/api/v1/projects", hub.url)).bearer_auth(&hub.admin);
     let answer = request.body(reqwest::Body::wrap_stream(endless)).send().await.unwrap();
-    assert_eq!((answer.status().as_u16(), answer.json::<Value>().await.unwrap()["code"].as_str()), (408, Some("too_slow")));
+    assert_eq!(
+        (answer.status().as_u16(), answer.json::<Value>().await.unwrap()["code"].as_str()),
+        (408, Some("too_slow"))
+    );
 }
 
 /// Headers but those that are never the same.
 fn names(answer: &Response) -> Vec<String> {
     let same = answer.headers().iter().filter(|h| !matches!(h.0.as_str(), "date" | "x-request-id"));
-    let mut headers: Vec<String> = same.map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
+    let mut headers: Vec<String> =
+        same.map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
     headers.sort();
     headers
 }
@@ -560,7 +708,9 @@ async fn every_answer_that_is_passed_on_is_the_one_on_record() {
     let plain = Plain(vec![(cluster.clone(), "CLUSTER"), (hub.url.clone(), "URL")]);
     let mut golden = Golden::default();
     let path = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods");
-    for (version, client) in [("h2", client(&hub, |b| b)), ("http/1.1", client(&hub, ClientBuilder::http1_only))] {
+    for (version, client) in
+        [("h2", client(&hub, |b| b)), ("http/1.1", client(&hub, ClientBuilder::http1_only))]
+    {
         let mut cases: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for method in ["GET", "HEAD", "POST", "OPTIONS"] {
             for query in [
@@ -575,27 +725,36 @@ async fn every_answer_that_is_passed_on_is_the_one_on_record() {
                 "status=503&retry-after=3",
                 "status=200&cache-control=private&x-content-type-options=none",
             ] {
-                let answer = client.request(method.parse().unwrap(), format!("{}{path}/answers?{query}", hub.url)).bearer_auth(&hub.admin);
-                let (said, all) = heard(answer.send().await.unwrap(), method == "HEAD", &plain).await;
+                let answer = client
+                    .request(method.parse().unwrap(), format!("{}{path}/answers?{query}", hub.url))
+                    .bearer_auth(&hub.admin);
+                let (said, all) =
+                    heard(answer.send().await.unwrap(), method == "HEAD", &plain).await;
                 golden.answers.insert(format!("{version} {method} {query}: {all}"));
                 cases.entry(said).or_default().push(format!("{method} {query}"));
             }
             // one without a length
-            let answer = client.request(method.parse().unwrap(), format!("{}{path}/bulk/log?n=65536", hub.url)).bearer_auth(&hub.admin);
+            let answer = client
+                .request(method.parse().unwrap(), format!("{}{path}/bulk/log?n=65536", hub.url))
+                .bearer_auth(&hub.admin);
             let mut answer = answer.send().await.unwrap();
             let headers = names(&answer);
             let mut length = 0;
             while let Ok(Some(piece)) = answer.chunk().await {
                 length += piece.len();
             }
-            golden.answers.insert(format!("{version} {method} no length: {} {length} bytes {headers:?}", answer.status()));
+            golden.answers.insert(format!(
+                "{version} {method} no length: {} {length} bytes {headers:?}",
+                answer.status()
+            ));
         }
         golden.put(version, cases);
     }
     // an upgrade
     let client = client(&hub, ClientBuilder::http1_only);
     let exec = client.get(format!("{}{path}/p/exec?command=sh", hub.url)).bearer_auth(&hub.admin);
-    let answer = exec.header("connection", "Upgrade").header("upgrade", "SPDY/3.1").send().await.unwrap();
+    let answer =
+        exec.header("connection", "Upgrade").header("upgrade", "SPDY/3.1").send().await.unwrap();
     let headers = names(&answer);
     golden.answers.insert(format!("upgrade: {} {headers:?}", answer.status()));
     golden.held("passed.golden");

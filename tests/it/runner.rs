@@ -13,39 +13,65 @@ fn status(answer: &str) -> u16 {
 
 fn audit(world: &World) -> Vec<Value> {
     let path = world.agent.sandbox.root().join("var/lib/pipeops-agent/audit/audit.jsonl");
-    std::fs::read_to_string(path).unwrap_or_default().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+    std::fs::read_to_string(path)
+        .unwrap_or_default()
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
     let world = World::new().await.up().await;
-    assert_eq!(status(&world.raw(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await), 200);
+    assert_eq!(
+        status(&world.raw(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await),
+        200
+    );
     // without a token nothing else
-    for path in ["/readyz", "/version", "/metrics", "/api/v1/status", "/k8s/api", "/", "/k8s", "/nothing"] {
-        let answer = world.raw(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).await;
+    for path in
+        ["/readyz", "/version", "/metrics", "/api/v1/status", "/k8s/api", "/", "/k8s", "/nothing"]
+    {
+        let answer = world
+            .raw(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes())
+            .await;
         assert_eq!(status(&answer), 401, "{path}: {answer}");
-        let other = world.ask("GET", path, &world.plane.token("another-agent", "viewer", None)).await;
+        let other =
+            world.ask("GET", path, &world.plane.token("another-agent", "viewer", None)).await;
         assert_eq!(status(&other), 401, "{path}: {other}");
     }
     let token = world.token("deployer");
-    for (path, wanted) in [("/readyz", 200), ("/version", 200), ("/metrics", 200), ("/api/v1/status", 200), ("/api/v1/audit", 403), ("/nothing", 404)]
-    {
+    for (path, wanted) in [
+        ("/readyz", 200),
+        ("/version", 200),
+        ("/metrics", 200),
+        ("/api/v1/status", 200),
+        ("/api/v1/audit", 403),
+        ("/nothing", 404),
+    ] {
         let answer = world.ask("GET", path, &token).await;
         assert_eq!(status(&answer), wanted, "{path}: {answer}");
         assert!(!answer.contains("canary-4711-in-plain-text"), "{answer}");
     }
     assert_eq!(status(&world.ask("POST", "/version", &token).await), 405);
-    let answer = world.ask("GET", "/k8s/api/v1/namespaces/beta/pods/caf%C3%A9?labelSelector=a%3Db", &token).await;
+    let answer = world
+        .ask("GET", "/k8s/api/v1/namespaces/beta/pods/caf%C3%A9?labelSelector=a%3Db", &token)
+        .await;
     assert_eq!(status(&answer), 200, "{answer}");
     let seen = world.kube.through().pop().unwrap();
-    assert_eq!((seen.method.as_str(), seen.uri.as_str()), ("GET", "/api/v1/namespaces/beta/pods/caf%C3%A9?labelSelector=a%3Db"));
+    assert_eq!(
+        (seen.method.as_str(), seen.uri.as_str()),
+        ("GET", "/api/v1/namespaces/beta/pods/caf%C3%A9?labelSelector=a%3Db")
+    );
     assert_eq!(seen.all("impersonate-user"), ["pipeops:runner"]);
     assert_eq!(seen.all("impersonate-group"), ["pipeops:deployer"]);
     assert_eq!(seen.all("impersonate-extra-pipeops.io%2fsubject"), ["runner-1"]);
     assert_eq!(seen.all("authorization"), ["Bearer sa-planted-canary-4711-in-plain-text"]);
     // the registration told what it should, and no more
     let (_, bearer, body) = world.plane.calls("/register")[0].clone();
-    assert_eq!((bearer.as_str(), body["agent"]["id"] == world.id.as_str(), &body["max_role"]), (TOKEN, true, &json!("operator")));
+    assert_eq!(
+        (bearer.as_str(), body["agent"]["id"] == world.id.as_str(), &body["max_role"]),
+        (TOKEN, true, &json!("operator"))
+    );
     assert_eq!(body["cluster"]["name"], "test");
     for (path, _, body) in world.plane.calls("/") {
         assert!(!body.to_string().contains("canary-4711-in-plain-text"), "{path}: {body}");
@@ -53,16 +79,24 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
     let state = world.agent.sandbox.root().join("var/lib/pipeops-agent");
     for file in ["identity.json", "credential.json", "run-id", "audit/audit.jsonl"] {
         use std::os::unix::fs::PermissionsExt as _;
-        let mode = std::fs::metadata(state.join(file)).unwrap_or_else(|e| panic!("{file}: {e}")).permissions().mode();
+        let mode = std::fs::metadata(state.join(file))
+            .unwrap_or_else(|e| panic!("{file}: {e}"))
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600, "{file}");
     }
     let log = audit(&world);
-    let record = log.iter().find(|r| r["path"] == "/api/v1/namespaces/beta/pods/caf%C3%A9").unwrap();
+    let record =
+        log.iter().find(|r| r["path"] == "/api/v1/namespaces/beta/pods/caf%C3%A9").unwrap();
     assert_eq!(
         (&record["subject"], &record["verdict"], &record["status"], &record["phase"]),
         (&json!("runner-1"), &json!("allowed"), &json!(200), &json!("call"))
     );
-    assert!(!std::fs::read_to_string(state.join("audit/audit.jsonl")).unwrap().contains("planted-canary-4711-in-plain-text"));
+    assert!(
+        !std::fs::read_to_string(state.join("audit/audit.jsonl"))
+            .unwrap()
+            .contains("planted-canary-4711-in-plain-text")
+    );
 }
 
 /// On an http proxy whoever runs the FRP server reads along: there it says that it lives, and nothing else.
@@ -75,9 +109,17 @@ async fn on_a_plain_way_nothing_but_healthz_is_served() {
     .await;
     let frps = world.frps.clone();
     world.plane.until("both proxies", |_| frps.proxies() == ["agent", "web"]).await;
-    for (path, wanted) in [("/healthz", "200"), ("/readyz", "403"), ("/k8s/api", "403"), ("/", "403"), ("/api/v1/status", "403")] {
+    for (path, wanted) in [
+        ("/healthz", "200"),
+        ("/readyz", "403"),
+        ("/k8s/api", "403"),
+        ("/", "403"),
+        ("/api/v1/status", "403"),
+    ] {
         let mut io = world.frps.dial("web").await.unwrap();
-        let head = format!("GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer x\r\nConnection: close\r\n\r\n");
+        let head = format!(
+            "GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer x\r\nConnection: close\r\n\r\n"
+        );
         io.write_all(head.as_bytes()).await.unwrap();
         io.flush().await.unwrap();
         let mut answer = String::new();
@@ -91,25 +133,41 @@ async fn on_a_plain_way_nothing_but_healthz_is_served() {
 async fn what_changes_something_is_put_on_record_before_and_after() {
     let world = World::new().await.up().await;
     let token = world.token("deployer");
-    assert_eq!(status(&world.ask("DELETE", "/k8s/api/v1/namespaces/beta/pods/p", &token).await), 200);
+    assert_eq!(
+        status(&world.ask("DELETE", "/k8s/api/v1/namespaces/beta/pods/p", &token).await),
+        200
+    );
     let log = audit(&world);
-    let phases: Vec<&Value> = log.iter().filter(|r| r["method"] == "DELETE").map(|r| &r["phase"]).collect();
+    let phases: Vec<&Value> =
+        log.iter().filter(|r| r["method"] == "DELETE").map(|r| &r["phase"]).collect();
     assert_eq!(phases, [&json!("start"), &json!("end")]);
     // the head of the chain is told in heartbeats, and the log verifies
     let head = world.plane.calls("/heartbeat").len();
     let plane = world.plane.clone();
     world.plane.until("a later heartbeat", |_| plane.calls("/heartbeat").len() > head + 1).await;
     let told = world.plane.calls("/heartbeat").pop().unwrap().2["audit_head"].clone();
-    let answer = crate::support::said(world.agent.sandbox.command(&["audit", "verify", "-o", "json"]).output().unwrap()).ended(0);
+    let answer = crate::support::said(
+        world.agent.sandbox.command(&["audit", "verify", "-o", "json"]).output().unwrap(),
+    )
+    .ended(0);
     let verified: Value = serde_json::from_str(&answer.out).unwrap();
     assert_eq!(verified["head"], told);
     // a record that was changed is found
     let path = world.agent.sandbox.root().join("var/lib/pipeops-agent/audit/audit.jsonl");
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text.replacen("\"status\":200", "\"status\":404", 1)).unwrap();
-    let answer = crate::support::said(world.agent.sandbox.command(&["audit", "verify"]).output().unwrap()).ended(6);
+    let answer =
+        crate::support::said(world.agent.sandbox.command(&["audit", "verify"]).output().unwrap())
+            .ended(6);
     assert!(answer.err.contains("the record was changed"), "{}", answer.err);
-    assert!(crate::support::said(world.agent.sandbox.command(&["audit", "tail", "-n", "1"]).output().unwrap()).ended(0).out.contains("\"seq\":"));
+    assert!(
+        crate::support::said(
+            world.agent.sandbox.command(&["audit", "tail", "-n", "1"]).output().unwrap()
+        )
+        .ended(0)
+        .out
+        .contains("\"seq\":")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -126,15 +184,24 @@ async fn upgrades_pass_after_a_real_101_and_only_then() {
         let mut got = String::new();
         let mut buffer = vec![0; 4096];
         while !got.contains("early") {
-            let n = tokio::time::timeout(Duration::from_secs(10), io.read(&mut buffer)).await.unwrap().unwrap();
+            let n = tokio::time::timeout(Duration::from_secs(10), io.read(&mut buffer))
+                .await
+                .unwrap()
+                .unwrap();
             assert!(n > 0, "closed after {got}");
             got.push_str(&String::from_utf8_lossy(&buffer[..n]));
         }
-        assert!(got.starts_with("HTTP/1.1 101") && got.to_lowercase().contains(&format!("upgrade: {}", protocol.to_lowercase())), "{got}");
+        assert!(
+            got.starts_with("HTTP/1.1 101")
+                && got.to_lowercase().contains(&format!("upgrade: {}", protocol.to_lowercase())),
+            "{got}"
+        );
         io.write_all(b"keys BYE").await.unwrap();
         io.flush().await.unwrap();
         let mut rest = String::new();
-        let _ = tokio::time::timeout(Duration::from_secs(10), io.read_to_string(&mut rest)).await.unwrap();
+        let _ = tokio::time::timeout(Duration::from_secs(10), io.read_to_string(&mut rest))
+            .await
+            .unwrap();
         assert_eq!(rest, "keys BYE");
     }
     let deny = |query: &str| {
@@ -145,7 +212,11 @@ async fn upgrades_pass_after_a_real_101_and_only_then() {
     let answer = world.raw(deny("deny=1").as_bytes()).await;
     assert!(status(&answer) == 403 && answer.contains("no exec for you"), "{answer}");
     let log = audit(&world);
-    let phases: Vec<&str> = log.iter().filter(|r| r["path"].as_str().unwrap().ends_with("/exec")).map(|r| r["phase"].as_str().unwrap()).collect();
+    let phases: Vec<&str> = log
+        .iter()
+        .filter(|r| r["path"].as_str().unwrap().ends_with("/exec"))
+        .map(|r| r["phase"].as_str().unwrap())
+        .collect();
     assert_eq!(phases.iter().filter(|p| **p == "start").count(), 3, "{phases:?}");
     assert!(!log.iter().any(|r| r.to_string().contains("command")));
 }
@@ -155,17 +226,28 @@ async fn answers_of_the_cluster_that_lead_elsewhere_or_blame_the_caller_are_not_
     let world = World::new().await.up().await;
     let token = world.token("viewer");
     let answer = world.ask("GET", "/k8s/api/v1/namespaces/beta/pods/redirect", &token).await;
-    assert!(status(&answer) == 502 && answer.contains("redirect_refused") && !answer.contains("evil"), "{answer}");
+    assert!(
+        status(&answer) == 502 && answer.contains("redirect_refused") && !answer.contains("evil"),
+        "{answer}"
+    );
     // a 401 means the agent's credential, and its caller can do nothing about that
     let answer = world.ask("GET", "/k8s/api/v1/namespaces/beta/pods/unauthorized", &token).await;
-    assert!(status(&answer) == 503 && answer.contains("kubernetes_credential") && answer.to_lowercase().contains("retry-after"), "{answer}");
+    assert!(
+        status(&answer) == 503
+            && answer.contains("kubernetes_credential")
+            && answer.to_lowercase().contains("retry-after"),
+        "{answer}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn too_many_watches_of_a_caller_are_refused_and_nothing_else_is() {
-    let world = World::with("watches-per-caller = 3\nstreams-per-caller = 2\n", |_| {}).await.up().await;
+    let world =
+        World::with("watches-per-caller = 3\nstreams-per-caller = 2\n", |_| {}).await.up().await;
     let token = world.token("viewer");
-    let head = format!("GET /k8s/api/v1/pods?watch=true HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n");
+    let head = format!(
+        "GET /k8s/api/v1/pods?watch=true HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n"
+    );
     let mut held = Vec::new();
     for _ in 0..3 {
         let mut io = world.dial(b"http/1.1").await;
@@ -178,13 +260,30 @@ async fn too_many_watches_of_a_caller_are_refused_and_nothing_else_is() {
     }
     // what is full is named, and kubectl says so at once instead of trying again in silence
     let follow = "/k8s/api/v1/namespaces/beta/pods/p/log?follow=true";
-    for full in ["/k8s/api/v1/pods?watch=1", "/k8s/apis/apps/v1/deployments?allowWatchBookmarks=true&watch=true", follow] {
+    for full in [
+        "/k8s/api/v1/pods?watch=1",
+        "/k8s/apis/apps/v1/deployments?allowWatchBookmarks=true&watch=true",
+        follow,
+    ] {
         let answer = world.ask("GET", full, &token).await;
-        assert!(status(&answer) == 429 && answer.contains("too_many_watches") && answer.contains("3 watches and followed logs open"), "{answer}");
-        assert!(answer.contains("watches-per-caller") && !answer.to_lowercase().contains("retry-after"), "{answer}");
+        assert!(
+            status(&answer) == 429
+                && answer.contains("too_many_watches")
+                && answer.contains("3 watches and followed logs open"),
+            "{answer}"
+        );
+        assert!(
+            answer.contains("watches-per-caller") && !answer.to_lowercase().contains("retry-after"),
+            "{answer}"
+        );
     }
     // the caller goes on with everything else, and others with theirs
-    for open in ["/k8s/api/v1/pods", "/k8s/api/v1/pods?watch=false", "/k8s/api/v1/namespaces/beta/pods/p/log", "/k8s/version"] {
+    for open in [
+        "/k8s/api/v1/pods",
+        "/k8s/api/v1/pods?watch=false",
+        "/k8s/api/v1/namespaces/beta/pods/p/log",
+        "/k8s/version",
+    ] {
         assert_eq!(status(&world.ask("GET", open, &token).await), 200, "{open}");
     }
     // shells are counted by themselves too
@@ -218,7 +317,14 @@ async fn large_bodies_stream_in_little_memory() {
     let pid = world.agent.child.id();
     let rss = || -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        text.lines().find(|l| l.starts_with("VmRSS")).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+        text.lines()
+            .find(|l| l.starts_with("VmRSS"))
+            .unwrap()
+            .split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse()
+            .unwrap()
     };
     let download = async |n: u64| {
         let mut io = world.dial(b"http/1.1").await;
@@ -263,14 +369,24 @@ async fn over_h2_requests_go_together_and_upgrades_are_told_where_to_go() {
     let world = World::new().await.up().await;
     let token = world.token("viewer");
     let io = world.dial(b"h2").await;
-    let (mut sender, connection) =
-        hyper::client::conn::http2::handshake(hyper_util::rt::TokioExecutor::new(), hyper_util::rt::TokioIo::new(io)).await.unwrap();
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(
+        hyper_util::rt::TokioExecutor::new(),
+        hyper_util::rt::TokioIo::new(io),
+    )
+    .await
+    .unwrap();
     tokio::spawn(connection);
     let mut get = |path: &str| {
-        let request = hyper::Request::get(format!("https://agent{path}")).header("authorization", format!("Bearer {token}"));
-        sender.send_request(request.body(http_body_util::Empty::<hyper::body::Bytes>::new()).unwrap())
+        let request = hyper::Request::get(format!("https://agent{path}"))
+            .header("authorization", format!("Bearer {token}"));
+        sender
+            .send_request(request.body(http_body_util::Empty::<hyper::body::Bytes>::new()).unwrap())
     };
-    let (one, two, exec) = tokio::join!(get("/k8s/api/v1/pods"), get("/version"), get("/k8s/api/v1/namespaces/beta/pods/p/exec"));
+    let (one, two, exec) = tokio::join!(
+        get("/k8s/api/v1/pods"),
+        get("/version"),
+        get("/k8s/api/v1/namespaces/beta/pods/p/exec")
+    );
     assert_eq!(
         (one.unwrap().status(), two.unwrap().status(), exec.unwrap().status()),
         (hyper::StatusCode::OK, hyper::StatusCode::OK, hyper::StatusCode::BAD_REQUEST)
@@ -283,8 +399,9 @@ async fn a_stop_is_told_first_finishes_what_is_short_and_refuses_what_is_new() {
     let token = world.token("viewer");
     let slow = {
         let mut io = world.dial(b"http/1.1").await;
-        let head =
-            format!("GET /k8s/api/v1/namespaces/beta/pods/slow HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n");
+        let head = format!(
+            "GET /k8s/api/v1/namespaces/beta/pods/slow HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"
+        );
         io.write_all(head.as_bytes()).await.unwrap();
         io.flush().await.unwrap();
         tokio::spawn(async move {
@@ -294,9 +411,16 @@ async fn a_stop_is_told_first_finishes_what_is_short_and_refuses_what_is_new() {
         })
     };
     let kube = world.kube.clone();
-    world.plane.until("the slow call", |_| kube.through().iter().any(|s| s.uri.ends_with("/slow"))).await;
+    world
+        .plane
+        .until("the slow call", |_| kube.through().iter().any(|s| s.uri.ends_with("/slow")))
+        .await;
     let begun = Instant::now();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(world.agent.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(world.agent.child.id().try_into().unwrap()),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
     let answer = slow.await.unwrap();
     assert!(status(&answer) == 200 && answer.contains("\"slow\":true"), "{answer}");
     let ended = tokio::task::block_in_place(|| world.agent.child.wait().unwrap());
@@ -304,7 +428,10 @@ async fn a_stop_is_told_first_finishes_what_is_short_and_refuses_what_is_new() {
     println!("stopped after {:?}", begun.elapsed());
     assert_eq!(world.plane.calls("/heartbeat").last().unwrap().2["state"], "draining");
     assert!(world.frps.proxies().is_empty());
-    assert_eq!(audit(&world).iter().filter(|r| r["path"].as_str().unwrap().ends_with("/slow")).count(), 1);
+    assert_eq!(
+        audit(&world).iter().filter(|r| r["path"].as_str().unwrap().ends_with("/slow")).count(),
+        1
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -312,9 +439,12 @@ async fn the_identity_outlives_a_restart_and_the_token_is_used_once() {
     let mut world = World::new().await.up().await;
     world.agent.child.kill().unwrap();
     world.agent.child.wait().unwrap();
-    let run_id = std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id")).unwrap();
+    let run_id =
+        std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id"))
+            .unwrap();
     let registrations = world.plane.calls("/register").len();
-    let mut again = world.agent.sandbox.command(&["run"]).env("AGENT_TOKEN", TOKEN).spawn().unwrap();
+    let mut again =
+        world.agent.sandbox.command(&["run"]).env("AGENT_TOKEN", TOKEN).spawn().unwrap();
     let beats = world.plane.calls("/heartbeat").len();
     let plane = world.plane.clone();
     world.plane.until("heartbeats again", |_| plane.calls("/heartbeat").len() > beats).await;
@@ -322,13 +452,21 @@ async fn the_identity_outlives_a_restart_and_the_token_is_used_once() {
     assert!(world.plane.calls("/heartbeat").last().unwrap().0.contains(&world.id));
     let frps = world.frps.clone();
     world.plane.until("the tunnel again", |_| frps.proxies() == ["agent"]).await;
-    assert_eq!(std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id")).unwrap(), run_id);
+    assert_eq!(
+        std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id"))
+            .unwrap(),
+        run_id
+    );
     again.kill().unwrap();
     again.wait().unwrap();
     // the same disk in another machine is another agent
     world.agent.sandbox.put("/etc/machine-id", "ffffffffffffffffffffffffffffffff\n");
-    let mut clone = world.agent.sandbox.command(&["run"]).env("AGENT_TOKEN", TOKEN).spawn().unwrap();
-    world.plane.until("a registration of its own", |_| plane.calls("/register").len() > registrations).await;
+    let mut clone =
+        world.agent.sandbox.command(&["run"]).env("AGENT_TOKEN", TOKEN).spawn().unwrap();
+    world
+        .plane
+        .until("a registration of its own", |_| plane.calls("/register").len() > registrations)
+        .await;
     assert_ne!(world.plane.calls("/register").last().unwrap().2["agent"]["id"], world.id.as_str());
     clone.kill().unwrap();
     clone.wait().unwrap();
@@ -344,12 +482,19 @@ async fn refusals_and_faults_of_the_control_plane_become_states_and_heal() {
         times,
     };
     let begun = Instant::now();
-    let world = World::with("", |plane| plane.script.lock().unwrap().push(busy("/register", 503, 1, &[("retry-after", "3")]))).await.up().await;
+    let world = World::with("", |plane| {
+        plane.script.lock().unwrap().push(busy("/register", 503, 1, &[("retry-after", "3")]))
+    })
+    .await
+    .up()
+    .await;
     assert!(begun.elapsed() >= Duration::from_secs(3), "Retry-After was not obeyed");
     // nonsense, an error of the server, a redirect: nothing of it ends the agent or its tunnel
-    for script in
-        [busy("/heartbeat", 500, 2, &[]), busy("/heartbeat", 302, 1, &[("location", "http://127.0.0.1:1/")]), busy("/heartbeat", 200, 1, &[])]
-    {
+    for script in [
+        busy("/heartbeat", 500, 2, &[]),
+        busy("/heartbeat", 302, 1, &[("location", "http://127.0.0.1:1/")]),
+        busy("/heartbeat", 200, 1, &[]),
+    ] {
         world.plane.script.lock().unwrap().push(script);
         let beats = world.plane.calls("/heartbeat").len();
         let plane = world.plane.clone();
@@ -360,13 +505,19 @@ async fn refusals_and_faults_of_the_control_plane_become_states_and_heal() {
     world.plane.revoke();
     let registrations = world.plane.calls("/register").len();
     let plane = world.plane.clone();
-    world.plane.until("a new registration", |_| plane.calls("/register").len() > registrations + 1).await;
+    world
+        .plane
+        .until("a new registration", |_| plane.calls("/register").len() > registrations + 1)
+        .await;
     assert_eq!(world.plane.calls("/register").last().unwrap().1, TOKEN);
     // asked to rotate
     world.plane.directives.lock().unwrap().push("rotate_credential");
     world.plane.until("a rotation", |_| !plane.calls("/credential").is_empty()).await;
     let beats = world.plane.calls("/heartbeat").len();
-    world.plane.until("heartbeats with the new one", |_| plane.calls("/heartbeat").len() > beats + 1).await;
+    world
+        .plane
+        .until("heartbeats with the new one", |_| plane.calls("/heartbeat").len() > beats + 1)
+        .await;
     // the clock of the control plane jumps by an hour: named, tolerated, and its tokens stay good
     *world.plane.clock.lock().unwrap() = 3600;
     world.agent.until("3600 s behind");
@@ -381,7 +532,13 @@ async fn refusals_and_faults_of_the_control_plane_become_states_and_heal() {
 #[tokio::test(flavor = "multi_thread")]
 async fn status_reports_wait_on_the_disk_while_nobody_takes_them() {
     let world = World::with("", |plane| {
-        plane.script.lock().unwrap().push(Scripted { path: "/status", status: 503, body: json!({}), headers: vec![], times: 2 });
+        plane.script.lock().unwrap().push(Scripted {
+            path: "/status",
+            status: 503,
+            body: json!({}),
+            headers: vec![],
+            times: 2,
+        });
     })
     .await
     .up()
@@ -391,7 +548,10 @@ async fn status_reports_wait_on_the_disk_while_nobody_takes_them() {
     let plane = world.plane.clone();
     world.plane.until("the reports", |_| plane.calls("/status").len() >= 4 && waiting() == 0).await;
     let last = world.plane.calls("/status").pop().unwrap().2;
-    assert_eq!((&last["kubernetes"], &last["nodes"][0]["name"]), (&json!("connected"), &json!("vm1")));
+    assert_eq!(
+        (&last["kubernetes"], &last["nodes"][0]["name"]),
+        (&json!("connected"), &json!("vm1"))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -407,7 +567,12 @@ async fn another_control_plane_gets_nothing_that_was_for_the_former_one() {
         world.agent.again(&[]);
         let plane = world.plane.clone();
         let empty = || std::fs::read_dir(state.join("queue")).is_ok_and(|mut d| d.next().is_none());
-        world.plane.until("it is back and has nothing left to tell", |_| plane.calls("/heartbeat").len() > beats + 1 && empty()).await;
+        world
+            .plane
+            .until("it is back and has nothing left to tell", |_| {
+                plane.calls("/heartbeat").len() > beats + 1 && empty()
+            })
+            .await;
         assert_eq!(!world.plane.calls("/operations/o-1/result").is_empty(), taken, "{url}");
     }
 }

@@ -14,7 +14,12 @@ fn shells() -> Vec<Vec<&'static str>> {
     let all = [vec!["dash"], vec!["bash"], vec!["busybox", "sh"]];
     all.into_iter()
         .filter(|shell| {
-            let there = Command::new(shell[0]).args(&shell[1..]).args(["-c", "true"]).stderr(Stdio::null()).status().is_ok_and(|s| s.success());
+            let there = Command::new(shell[0])
+                .args(&shell[1..])
+                .args(["-c", "true"])
+                .stderr(Stdio::null())
+                .status()
+                .is_ok_and(|s| s.success());
             if !there {
                 println!("NOT RUN: {} is not on this machine", shell.join(" "));
             }
@@ -25,7 +30,9 @@ fn shells() -> Vec<Vec<&'static str>> {
 
 fn site() -> Site {
     let site = Site::start();
-    let list = ["amd64", "arm64", "arm"].map(|a| format!("{}  pipeops-linux-{a}\n", sha256(PROGRAM.as_bytes()))).concat();
+    let list = ["amd64", "arm64", "arm"]
+        .map(|a| format!("{}  pipeops-linux-{a}\n", sha256(PROGRAM.as_bytes())))
+        .concat();
     site.put("/sha256sums.txt", list.as_bytes(), Mood::Good);
     for arch in ["amd64", "arm64", "arm"] {
         site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Mood::Good);
@@ -37,9 +44,13 @@ fn site() -> Site {
 fn programs(uid: u32) -> tempfile::TempDir {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
-    for (name, text) in
-        [("id", format!("#!/bin/sh\necho {uid}\n")), ("sudo", "#!/bin/sh\necho \"sudo: yes\"\nexec env -i PATH=/usr/bin:/bin \"$@\"\n".to_owned())]
-    {
+    for (name, text) in [
+        ("id", format!("#!/bin/sh\necho {uid}\n")),
+        (
+            "sudo",
+            "#!/bin/sh\necho \"sudo: yes\"\nexec env -i PATH=/usr/bin:/bin \"$@\"\n".to_owned(),
+        ),
+    ] {
         let path = dir.path().join(name);
         std::fs::write(&path, text).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -52,12 +63,25 @@ fn by_sudo(shell: &[&str]) -> &'static str {
     if shell[0] == "busybox" && nix::unistd::geteuid().is_root() { "" } else { "sudo: yes\n" }
 }
 
-fn run(shell: &[&str], script: &str, args: &[&str], url: &str, env: &[(&str, &str)], uid: u32) -> Said {
+fn run(
+    shell: &[&str],
+    script: &str,
+    args: &[&str],
+    url: &str,
+    env: &[(&str, &str)],
+    uid: u32,
+) -> Said {
     let programs = programs(uid);
-    let path = format!("{}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", programs.path().display());
+    let path =
+        format!("{}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", programs.path().display());
     let mut command = Command::new(shell[0]);
     command.args(&shell[1..]).arg(format!("{SCRIPTS}/{script}")).args(args);
-    command.env_clear().env("PATH", path).env("PIPEOPS_RELEASE_URL", url).envs(env.iter().copied()).stdin(Stdio::null());
+    command
+        .env_clear()
+        .env("PATH", path)
+        .env("PIPEOPS_RELEASE_URL", url)
+        .envs(env.iter().copied())
+        .stdin(Stdio::null());
     said(command.output().unwrap())
 }
 
@@ -77,11 +101,16 @@ fn a_good_release_is_verified_and_handed_over_to() {
         let server = run(&shell, "install.sh", &[], &site.url, &env, 0).ended(0);
         let wanted = "args: install-server --control-plane-url https://cp --control-plane-pin sha256:x --cluster-name prod --agent-token-file - --yes --log-level debug\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
         assert_eq!(server.out, wanted, "{shell:?}");
-        let env = [("NODE_TYPE", "agent"), ("K3S_URL", "https://m:6443"), ("K3S_TOKEN", "planted-canary-4711-in-plain-text")];
+        let env = [
+            ("NODE_TYPE", "agent"),
+            ("K3S_URL", "https://m:6443"),
+            ("K3S_TOKEN", "planted-canary-4711-in-plain-text"),
+        ];
         let worker = run(&shell, "install.sh", &[], &site.url, &env, 1000).ended(0);
         let wanted = "args: join-worker https://m:6443 --token-file - --yes\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
         assert_eq!(worker.out, format!("{}{wanted}", by_sudo(&shell)), "{shell:?}");
-        let info = run(&shell, "install.sh", &["cluster-info", "--join"], &site.url, &[], 0).ended(0);
+        let info =
+            run(&shell, "install.sh", &["cluster-info", "--join"], &site.url, &[], 0).ended(0);
         assert!(info.out.starts_with("args: cluster-info --join\n"), "{}", info.out);
     }
 }
@@ -101,7 +130,8 @@ fn it_works_through_a_pipe() {
         command.stdin(std::fs::File::open(format!("{SCRIPTS}/install.sh")).unwrap());
         let answer = said(command.output().unwrap()).ended(0);
         assert!(
-            answer.out.starts_with(by_sudo(&shell)) && answer.out.contains("input: planted-canary-4711-in-plain-text"),
+            answer.out.starts_with(by_sudo(&shell))
+                && answer.out.contains("input: planted-canary-4711-in-plain-text"),
             "{shell:?} {}",
             answer.out
         );
@@ -123,8 +153,20 @@ fn it_works_through_a_pipe() {
 #[test]
 fn a_bad_release_is_refused() {
     for (path, body, mood, code, text) in [
-        ("/pipeops-linux-amd64", &PROGRAM.as_bytes()[..40], Mood::Good, 6, "damaged or not genuine"),
-        ("/pipeops-linux-amd64", b"#!/bin/sh\necho evil\n", Mood::Good, 6, "damaged or not genuine"),
+        (
+            "/pipeops-linux-amd64",
+            &PROGRAM.as_bytes()[..40],
+            Mood::Good,
+            6,
+            "damaged or not genuine",
+        ),
+        (
+            "/pipeops-linux-amd64",
+            b"#!/bin/sh\necho evil\n",
+            Mood::Good,
+            6,
+            "damaged or not genuine",
+        ),
         ("/sha256sums.txt", b"nothing\n", Mood::Good, 6, "does not list"),
         ("/sha256sums.txt", b"", Mood::Status(404), 5, "cannot download"),
         ("/pipeops-linux-amd64", b"", Mood::Status(500), 5, "cannot download"),
@@ -138,7 +180,11 @@ fn a_bad_release_is_refused() {
             let answer = run(&shell, "install.sh", &[], &site.url, &[], 0);
             assert_eq!(answer.code, code, "{shell:?} {path} {}", answer.err);
             assert!(answer.err.contains(text), "{shell:?} {}", answer.err);
-            assert!(!answer.out.contains("args:") && !answer.out.contains("evil"), "{}", answer.out);
+            assert!(
+                !answer.out.contains("args:") && !answer.out.contains("evil"),
+                "{}",
+                answer.out
+            );
         }
     }
 }
@@ -151,7 +197,11 @@ fn a_release_site_that_stalls_is_given_up() {
         site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Mood::Stall);
     }
     let answer = run(&["sh"], "install.sh", &[], &site.url, &[], 0).ended(5);
-    assert!(answer.err.contains("cannot download") && !answer.out.contains("args:"), "{}", answer.err);
+    assert!(
+        answer.err.contains("cannot download") && !answer.out.contains("args:"),
+        "{}",
+        answer.err
+    );
 }
 
 #[test]
@@ -163,15 +213,36 @@ fn wrong_variables_and_exit_codes_come_through() {
         run(&shell, "install.sh", &[], &site.url, &[("FAKE_EXIT", "12")], 0).ended(12);
         run(&shell, "join-worker.sh", &[], &site.url, &[], 0).ended(2);
         run(&shell, "join-worker.sh", &["10.0.0.1"], &site.url, &[], 0).ended(2);
-        let swapped = run(&shell, "join-worker.sh", &["K10planted-canary-4711-in-plain-text", "10.0.0.1"], &site.url, &[], 0).ended(2);
-        assert!(swapped.err.contains("MASTER comes first") && !swapped.err.contains("canary-4711-in-plain-text"), "{}", swapped.err);
+        let swapped = run(
+            &shell,
+            "join-worker.sh",
+            &["K10planted-canary-4711-in-plain-text", "10.0.0.1"],
+            &site.url,
+            &[],
+            0,
+        )
+        .ended(2);
+        assert!(
+            swapped.err.contains("MASTER comes first")
+                && !swapped.err.contains("canary-4711-in-plain-text"),
+            "{}",
+            swapped.err
+        );
         for (typed, url) in [
             ("10.0.0.1", "https://10.0.0.1:6443"),
             ("fd00::1", "https://[fd00::1]:6443"),
             ("cp:7443", "https://cp:7443"),
             ("[fd00::1]:7443", "https://[fd00::1]:7443"),
         ] {
-            let answer = run(&shell, "join-worker.sh", &[typed, "planted-canary-4711-in-plain-text"], &site.url, &[], 0).ended(0);
+            let answer = run(
+                &shell,
+                "join-worker.sh",
+                &[typed, "planted-canary-4711-in-plain-text"],
+                &site.url,
+                &[],
+                0,
+            )
+            .ended(0);
             assert!(
                 answer.out.contains(&format!("args: join-worker {url} --token-file - --yes\ninput: planted-canary-4711-in-plain-text")),
                 "{}",
@@ -185,7 +256,8 @@ fn wrong_variables_and_exit_codes_come_through() {
 fn shellcheck_is_content() {
     let mut files = Vec::new();
     for dir in ["scripts", "tests/vm", "tests/vm/scenarios", ".ci"] {
-        let entries = std::fs::read_dir(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(dir)).unwrap();
+        let entries =
+            std::fs::read_dir(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(dir)).unwrap();
         files.extend(entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()));
     }
     assert!(files.len() > 20, "{files:?}");
@@ -229,7 +301,8 @@ fn hostile() -> tempfile::TempDir {
     ];
     for name in names {
         std::fs::write(dir.path().join(name), evil).unwrap();
-        std::fs::set_permissions(dir.path().join(name), std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(dir.path().join(name), std::fs::Permissions::from_mode(0o755))
+            .unwrap();
     }
     dir
 }
@@ -241,7 +314,8 @@ fn laid_out() -> (Site, tempfile::TempDir) {
     std::fs::write(&program, PROGRAM).unwrap();
     let out = dir.path().join("site");
     let programs = ["amd64", "arm64", "arm"].map(|a| format!("{a}={}", program.display()));
-    let status = Command::new(format!("{SCRIPTS}/release-site")).arg(&out).args(programs).status().unwrap();
+    let status =
+        Command::new(format!("{SCRIPTS}/release-site")).arg(&out).args(programs).status().unwrap();
     assert!(status.success());
     for file in std::fs::read_dir(&out).unwrap().flatten() {
         let name = file.file_name().into_string().unwrap();
@@ -251,18 +325,36 @@ fn laid_out() -> (Site, tempfile::TempDir) {
 }
 
 /// `SHELL -s ARGS < script`, as `curl … | SHELL -s ARGS` runs it.
-fn piped(shell: &[&str], script: &[u8], args: &[&str], cwd: &std::path::Path, path: &str, env: &[(&str, &str)]) -> Said {
+fn piped(
+    shell: &[&str],
+    script: &[u8],
+    args: &[&str],
+    cwd: &std::path::Path,
+    path: &str,
+    env: &[(&str, &str)],
+) -> Said {
     use std::io::Write as _;
     let mut command = Command::new(format!("/usr/bin/{}", shell[0]));
-    command.args(&shell[1..]).arg("-s").args(args).current_dir(cwd).env_clear().env("PATH", path).envs(env.iter().copied());
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    command
+        .args(&shell[1..])
+        .arg("-s")
+        .args(args)
+        .current_dir(cwd)
+        .env_clear()
+        .env("PATH", path)
+        .envs(env.iter().copied());
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     child.stdin.take().unwrap().write_all(script).unwrap();
     said(child.wait_with_output().unwrap())
 }
 
 const CANARY: &str = "K10planted-4711-canary-of-a-join-token::server:pw";
-const JOINED: &str =
-    "args: join-worker https://10.0.0.1:6443 --token-file - --yes\ninput: K10planted-4711-canary-of-a-join-token::server:pw\nin env: 0\n";
+const JOINED: &str = "args: join-worker https://10.0.0.1:6443 --token-file - --yes\ninput: K10planted-4711-canary-of-a-join-token::server:pw\nin env: 0\n";
 
 #[test]
 fn the_one_liners_run_nothing_of_the_current_directory() {
@@ -273,22 +365,72 @@ fn the_one_liners_run_nothing_of_the_current_directory() {
         let programs = programs(0);
         let fine = format!("{}:/usr/bin:/bin", programs.path().display());
         let env = |more: &[(&'static str, &'static str)]| {
-            let mut env = vec![("PIPEOPS_RELEASE_URL", site.url.as_str()), ("CDPATH", "."), ("ENV", "./rc"), ("OLDPWD", "/"), ("HOME", ".")];
+            let mut env = vec![
+                ("PIPEOPS_RELEASE_URL", site.url.as_str()),
+                ("CDPATH", "."),
+                ("ENV", "./rc"),
+                ("OLDPWD", "/"),
+                ("HOME", "."),
+            ];
             env.extend(more);
             env
         };
-        for path in [fine.clone(), format!(".:{fine}"), format!(":{fine}:"), format!("{fine}::.:./"), ".".to_owned()] {
-            let answer = piped(&shell, &get("/join-worker"), &["10.0.0.1", CANARY], cwd.path(), &path, &env(&[])).ended(0);
+        for path in [
+            fine.clone(),
+            format!(".:{fine}"),
+            format!(":{fine}:"),
+            format!("{fine}::.:./"),
+            ".".to_owned(),
+        ] {
+            let answer = piped(
+                &shell,
+                &get("/join-worker"),
+                &["10.0.0.1", CANARY],
+                cwd.path(),
+                &path,
+                &env(&[]),
+            )
+            .ended(0);
             assert_eq!(answer.out, JOINED, "{shell:?} {path}\n{}", answer.err);
-            let answer = piped(&shell, &get("/join-worker"), &["10.0.0.1"], cwd.path(), &path, &env(&[("K3S_TOKEN", CANARY)])).ended(0);
+            let answer = piped(
+                &shell,
+                &get("/join-worker"),
+                &["10.0.0.1"],
+                cwd.path(),
+                &path,
+                &env(&[("K3S_TOKEN", CANARY)]),
+            )
+            .ended(0);
             assert_eq!(answer.out, JOINED, "{shell:?} {path}\n{}", answer.err);
-            let answer = piped(&shell, &get("/agent"), &[], cwd.path(), &path, &env(&[("AGENT_TOKEN", CANARY)])).ended(0);
-            assert_eq!(answer.out, format!("args: install-server --agent-token-file - --yes\ninput: {CANARY}\nin env: 0\n"), "{shell:?} {path}");
+            let answer = piped(
+                &shell,
+                &get("/agent"),
+                &[],
+                cwd.path(),
+                &path,
+                &env(&[("AGENT_TOKEN", CANARY)]),
+            )
+            .ended(0);
+            assert_eq!(
+                answer.out,
+                format!(
+                    "args: install-server --agent-token-file - --yes\ninput: {CANARY}\nin env: 0\n"
+                ),
+                "{shell:?} {path}"
+            );
         }
         // a trace of the shell shows no token that came by variable
         let mut traced = shell.clone();
         traced.push("-x");
-        let answer = piped(&traced, &get("/agent"), &[], cwd.path(), &fine, &env(&[("AGENT_TOKEN", CANARY)])).ended(0);
+        let answer = piped(
+            &traced,
+            &get("/agent"),
+            &[],
+            cwd.path(),
+            &fine,
+            &env(&[("AGENT_TOKEN", CANARY)]),
+        )
+        .ended(0);
         assert!(!answer.err.contains("canary"), "{shell:?} {}", answer.err);
     }
 }
@@ -297,7 +439,9 @@ fn the_one_liners_run_nothing_of_the_current_directory() {
 fn a_script_uses_the_one_beside_it_only_where_nobody_else_can_change_it() {
     use std::os::unix::fs::{PermissionsExt, symlink};
     let (site, _dir) = laid_out();
-    let mode = |path: &std::path::Path, mode: u32| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    let mode = |path: &std::path::Path, mode: u32| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap()
+    };
     for shell in shells() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("with blanks");
@@ -305,7 +449,11 @@ fn a_script_uses_the_one_beside_it_only_where_nobody_else_can_change_it() {
         let script = dir.join("join-worker.sh");
         std::fs::write(&script, site.body("/join-worker")).unwrap();
         let beside = dir.join("install.sh");
-        std::fs::write(&beside, "echo \"beside: $NODE_TYPE $K3S_URL $K3S_TOKEN; $(env | grep -c canary)\"\nexit 0\n").unwrap();
+        std::fs::write(
+            &beside,
+            "echo \"beside: $NODE_TYPE $K3S_URL $K3S_TOKEN; $(env | grep -c canary)\"\nexit 0\n",
+        )
+        .unwrap();
         mode(&dir, 0o755);
         mode(&script, 0o755);
         let programs = programs(0);
@@ -313,8 +461,21 @@ fn a_script_uses_the_one_beside_it_only_where_nobody_else_can_change_it() {
         let cwd = hostile();
         let run = |script: &std::path::Path, cwd: &std::path::Path| {
             let mut command = Command::new(format!("/usr/bin/{}", shell[0]));
-            command.args(&shell[1..]).arg(script).args(["10.0.0.1", CANARY]).current_dir(cwd).env_clear().env("PATH", &path);
-            said(command.env("PIPEOPS_RELEASE_URL", &site.url).stdin(Stdio::null()).output().unwrap()).ended(0)
+            command
+                .args(&shell[1..])
+                .arg(script)
+                .args(["10.0.0.1", CANARY])
+                .current_dir(cwd)
+                .env_clear()
+                .env("PATH", &path);
+            said(
+                command
+                    .env("PIPEOPS_RELEASE_URL", &site.url)
+                    .stdin(Stdio::null())
+                    .output()
+                    .unwrap(),
+            )
+            .ended(0)
         };
         let used = format!("beside: agent https://10.0.0.1:6443 {CANARY}; 0\n");
         assert_eq!(run(&script, cwd.path()).out, used, "{shell:?}");
@@ -324,12 +485,23 @@ fn a_script_uses_the_one_beside_it_only_where_nobody_else_can_change_it() {
         symlink(&script, &link).unwrap();
         assert_eq!(run(&link, cwd.path()).out, used, "{shell:?}");
         // others can change it, its directory, or one above
-        for (what, bad) in [(&beside, 0o666), (&beside, 0o664), (&dir, 0o777), (&dir, 0o1777), (&dir, 0o775), (&home.path().to_owned(), 0o777)] {
+        for (what, bad) in [
+            (&beside, 0o666),
+            (&beside, 0o664),
+            (&dir, 0o777),
+            (&dir, 0o1777),
+            (&dir, 0o775),
+            (&home.path().to_owned(), 0o777),
+        ] {
             let good = std::fs::metadata(what).unwrap().permissions().mode();
             mode(what, bad);
             let answer = run(&script, cwd.path());
             assert_eq!(answer.out, JOINED, "{shell:?} {} {bad:o}", what.display());
-            assert!(answer.err.contains("is not used: others than you and root can change it"), "{shell:?} {}", answer.err);
+            assert!(
+                answer.err.contains("is not used: others than you and root can change it"),
+                "{shell:?} {}",
+                answer.err
+            );
             mode(what, good);
         }
         // a link may point anywhere, also where others can write
@@ -345,7 +517,18 @@ fn a_script_uses_the_one_beside_it_only_where_nobody_else_can_change_it() {
             println!("NOT RUN: a file of somebody else's, which only root can make");
         }
         // through a pipe from within that very directory, it is not looked at
-        assert_eq!(piped(&shell, &site.body("/join-worker"), &["10.0.0.1", CANARY], &dir, &path, &[("PIPEOPS_RELEASE_URL", &site.url)]).out, JOINED);
+        assert_eq!(
+            piped(
+                &shell,
+                &site.body("/join-worker"),
+                &["10.0.0.1", CANARY],
+                &dir,
+                &path,
+                &[("PIPEOPS_RELEASE_URL", &site.url)]
+            )
+            .out,
+            JOINED
+        );
     }
 }
 
@@ -359,36 +542,80 @@ fn what_is_installed_is_used_without_a_network() {
         std::fs::set_permissions(&installed, std::fs::Permissions::from_mode(0o755)).unwrap();
         let ask = |script: &str, args: &[&str], url: &str, more: &[(&str, &str)]| {
             let mut command = Command::new(shell[0]);
-            command.args(&shell[1..]).arg(format!("{SCRIPTS}/{script}")).args(args).env_clear().envs(more.iter().copied());
-            command.env("PATH", format!("{}:/usr/bin:/bin", programs.path().display())).env("PIPEOPS_RELEASE_URL", url).stdin(Stdio::null());
+            command
+                .args(&shell[1..])
+                .arg(format!("{SCRIPTS}/{script}"))
+                .args(args)
+                .env_clear()
+                .envs(more.iter().copied());
+            command
+                .env("PATH", format!("{}:/usr/bin:/bin", programs.path().display()))
+                .env("PIPEOPS_RELEASE_URL", url)
+                .stdin(Stdio::null());
             said(command.output().unwrap())
         };
         let nobody = "http://127.0.0.1:9";
-        for args in [&["cluster-info", "--join"][..], &["uninstall", "--purge-data"], &["doctor"], &["--help"]] {
+        for args in [
+            &["cluster-info", "--join"][..],
+            &["uninstall", "--purge-data"],
+            &["doctor"],
+            &["--help"],
+        ] {
             let answer = ask("install.sh", args, nobody, &[]).ended(0);
-            assert!(answer.out.starts_with(&format!("installed: {}\n", args.join(" "))), "{shell:?} {}", answer.out);
+            assert!(
+                answer.out.starts_with(&format!("installed: {}\n", args.join(" "))),
+                "{shell:?} {}",
+                answer.out
+            );
         }
         ask("install.sh", &["cluster-info"], nobody, &[("FAKE_EXIT", "13")]).ended(13);
         let again = ask("install.sh", &[], nobody, &[("AGENT_TOKEN", CANARY)]).ended(0);
-        assert!(again.out.starts_with("installed: install-server --agent-token-file - --yes\n"), "{shell:?} {}", again.out);
+        assert!(
+            again.out.starts_with("installed: install-server --agent-token-file - --yes\n"),
+            "{shell:?} {}",
+            again.out
+        );
         let join = ask("join-worker.sh", &["10.0.0.1", CANARY], nobody, &[]).ended(0);
         assert_eq!(join.out, JOINED.replace("args:", "installed:"), "{shell:?}");
         let (site, _dir) = laid_out();
-        let update = ask("install.sh", &["cluster-info"], &site.url, &[("PIPEOPS_UPDATE", "1")]).ended(0);
+        let update =
+            ask("install.sh", &["cluster-info"], &site.url, &[("PIPEOPS_UPDATE", "1")]).ended(0);
         assert!(update.out.starts_with("args: cluster-info\n"), "{shell:?} {}", update.out);
         // one that cannot run, or that others can change, is passed over
         std::fs::write(&installed, b"\x7fELF of another machine").unwrap();
-        assert!(ask("install.sh", &["cluster-info"], &site.url, &[]).ended(0).out.starts_with("args: cluster-info\n"), "{shell:?}");
+        assert!(
+            ask("install.sh", &["cluster-info"], &site.url, &[])
+                .ended(0)
+                .out
+                .starts_with("args: cluster-info\n"),
+            "{shell:?}"
+        );
         std::fs::write(&installed, PROGRAM.replace("args:", "installed:")).unwrap();
         std::fs::set_permissions(&installed, std::fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(ask("install.sh", &["cluster-info"], &site.url, &[]).ended(0).out.starts_with("args: cluster-info\n"), "{shell:?}");
+        assert!(
+            ask("install.sh", &["cluster-info"], &site.url, &[])
+                .ended(0)
+                .out
+                .starts_with("args: cluster-info\n"),
+            "{shell:?}"
+        );
     }
 }
 
 /// Runs install.sh where `mounts` (shell commands in a mount namespace of its own) have been carried out before; `None`
 /// where this machine lets nobody mount.
-fn on_a_machine_with(mounts: &str, shell: &[&str], url: &str, env: &[(&str, &str)], uid: u32) -> Option<Said> {
-    let can = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status().is_ok_and(|s| s.success());
+fn on_a_machine_with(
+    mounts: &str,
+    shell: &[&str],
+    url: &str,
+    env: &[(&str, &str)],
+    uid: u32,
+) -> Option<Said> {
+    let can = Command::new("unshare")
+        .args(["-m", "true"])
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success());
     if !can || !nix::unistd::geteuid().is_root() {
         println!("NOT RUN: mounts of its own need root");
         return None;
@@ -396,11 +623,18 @@ fn on_a_machine_with(mounts: &str, shell: &[&str], url: &str, env: &[(&str, &str
     // what the test itself needs must not lie below what is mounted over
     let programs = programs(uid);
     let keep = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let status = Command::new("cp").arg("-rT").arg(programs.path()).arg(keep.path()).status().unwrap();
+    let status =
+        Command::new("cp").arg("-rT").arg(programs.path()).arg(keep.path()).status().unwrap();
     assert!(status.success());
     let mut command = Command::new("unshare");
-    command.args(["-m", "/bin/sh", "-c", &format!("set -e\n{mounts}\nexec \"$@\""), "sh"]).args(shell).arg(format!("{SCRIPTS}/install.sh"));
-    command.env_clear().env("PATH", format!("{}:/usr/bin:/bin:/usr/sbin:/sbin", keep.path().display())).env("PIPEOPS_RELEASE_URL", url);
+    command
+        .args(["-m", "/bin/sh", "-c", &format!("set -e\n{mounts}\nexec \"$@\""), "sh"])
+        .args(shell)
+        .arg(format!("{SCRIPTS}/install.sh"));
+    command
+        .env_clear()
+        .env("PATH", format!("{}:/usr/bin:/bin:/usr/sbin:/sbin", keep.path().display()))
+        .env("PIPEOPS_RELEASE_URL", url);
     Some(said(command.envs(env.iter().copied()).stdin(Stdio::null()).output().unwrap()))
 }
 
@@ -411,7 +645,9 @@ fn a_tmp_in_which_nothing_runs_is_passed_over() {
     let (site, _dir) = laid_out();
     // it tells from where it runs
     let program = "#!/bin/sh\necho \"from: $0 $(umask)\"\n";
-    let list = ["amd64", "arm64", "arm"].map(|a| format!("{}  pipeops-linux-{a}\n", sha256(program.as_bytes()))).concat();
+    let list = ["amd64", "arm64", "arm"]
+        .map(|a| format!("{}  pipeops-linux-{a}\n", sha256(program.as_bytes())))
+        .concat();
     site.put("/sha256sums.txt", list.as_bytes(), Mood::Good);
     for arch in ["amd64", "arm64", "arm"] {
         site.put(&format!("/pipeops-linux-{arch}"), program.as_bytes(), Mood::Good);
@@ -427,7 +663,10 @@ fn a_tmp_in_which_nothing_runs_is_passed_over() {
         (format!("{NOEXEC} {mine}"), "from: /tmp/pipeops."),
         (full, "from: /tmp/pipeops."),
         (read_only, "from: /tmp/pipeops."),
-        (format!("{NOEXEC} {mine}; mount -t tmpfs -o mode=1777,size=1m tmpfs /tmp"), "from: /var/tmp/pipeops."),
+        (
+            format!("{NOEXEC} {mine}; mount -t tmpfs -o mode=1777,size=1m tmpfs /tmp"),
+            "from: /var/tmp/pipeops.",
+        ),
         (format!("{without}; rm /usr/bin/mktemp; {NOEXEC} {mine}"), "from: /tmp/pipeops."),
         (format!("{without}; rm /usr/bin/curl"), "from: "),
         ("umask 000".into(), "from: "),
@@ -437,28 +676,58 @@ fn a_tmp_in_which_nothing_runs_is_passed_over() {
     ];
     for shell in shells() {
         for (mounts, wanted) in &cases {
-            let Some(answer) = on_a_machine_with(mounts, &shell, &site.url, &[("TMPDIR", mine)], 0) else { return };
+            let Some(answer) = on_a_machine_with(mounts, &shell, &site.url, &[("TMPDIR", mine)], 0)
+            else {
+                return;
+            };
             if answer.code == 77 {
-                println!("NOT RUN: this machine cannot mount an overlay, so no program can be taken away");
+                println!(
+                    "NOT RUN: this machine cannot mount an overlay, so no program can be taken away"
+                );
                 continue;
             }
             let answer = answer.ended(0);
-            assert!(answer.out.starts_with(wanted) && answer.out.contains(" 0022\n"), "{shell:?} {mounts}\n{}{}", answer.out, answer.err);
+            assert!(
+                answer.out.starts_with(wanted) && answer.out.contains(" 0022\n"),
+                "{shell:?} {mounts}\n{}{}",
+                answer.out,
+                answer.err
+            );
         }
-        let answer = on_a_machine_with(&every, &shell, &site.url, &[("TMPDIR", mine)], 0).unwrap().ended(3);
+        let answer =
+            on_a_machine_with(&every, &shell, &site.url, &[("TMPDIR", mine)], 0).unwrap().ended(3);
         for text in [format!("{mine} (noexec)"), "/var/lib (noexec)".into(), "set TMPDIR".into()] {
             assert!(answer.err.contains(&text), "{shell:?} {}", answer.err);
         }
         for tmpdir in ["", "/nonexistent", ".", "relative/dir", "/dev/null"] {
-            let answer = on_a_machine_with(":", &shell, &site.url, &[("TMPDIR", tmpdir)], 0).unwrap().ended(0);
-            assert!(answer.out.starts_with("from: /tmp/pipeops."), "{shell:?} {tmpdir}: {}", answer.out);
+            let answer = on_a_machine_with(":", &shell, &site.url, &[("TMPDIR", tmpdir)], 0)
+                .unwrap()
+                .ended(0);
+            assert!(
+                answer.out.starts_with("from: /tmp/pipeops."),
+                "{shell:?} {tmpdir}: {}",
+                answer.out
+            );
         }
         // a person whose own directories run nothing: root has one, and nothing is left of it
         if by_sudo(&shell).is_empty() {
             continue;
         }
-        let answer = on_a_machine_with(&format!("{all}; ls /var/lib"), &shell, &site.url, &[("TMPDIR", mine)], 1000).unwrap().ended(0);
-        assert!(answer.out.contains("from: /var/lib/pipeops."), "{shell:?} {}{}", answer.out, answer.err);
+        let answer = on_a_machine_with(
+            &format!("{all}; ls /var/lib"),
+            &shell,
+            &site.url,
+            &[("TMPDIR", mine)],
+            1000,
+        )
+        .unwrap()
+        .ended(0);
+        assert!(
+            answer.out.contains("from: /var/lib/pipeops."),
+            "{shell:?} {}{}",
+            answer.out,
+            answer.err
+        );
     }
     for dir in ["/tmp", "/var/tmp", "/var/lib", "/usr/local/lib", "/root"] {
         let left = std::fs::read_dir(dir).into_iter().flatten().flatten().filter(|e| {
@@ -479,14 +748,29 @@ fn sudo_that_cannot_ask_is_said_before_anything_is_fetched() {
         }
         let programs = programs(1000);
         let sudo = programs.path().join("sudo");
-        std::fs::write(&sudo, "#!/bin/sh\necho 'sudo: a terminal is required to read the password' >&2\nexit 1\n").unwrap();
+        std::fs::write(
+            &sudo,
+            "#!/bin/sh\necho 'sudo: a terminal is required to read the password' >&2\nexit 1\n",
+        )
+        .unwrap();
         std::fs::set_permissions(&sudo, std::fs::Permissions::from_mode(0o755)).unwrap();
         let before = site.log.lock().unwrap().len();
         let mut command = Command::new("setsid");
-        command.arg("-w").args(&shell).arg(format!("{SCRIPTS}/install.sh")).env_clear().env("PIPEOPS_RELEASE_URL", &site.url);
-        command.env("PATH", format!("{}:/usr/bin:/bin", programs.path().display())).stdin(Stdio::null());
+        command
+            .arg("-w")
+            .args(&shell)
+            .arg(format!("{SCRIPTS}/install.sh"))
+            .env_clear()
+            .env("PIPEOPS_RELEASE_URL", &site.url);
+        command
+            .env("PATH", format!("{}:/usr/bin:/bin", programs.path().display()))
+            .stdin(Stdio::null());
         let answer = said(command.output().unwrap()).ended(3);
-        assert!(answer.err.contains("without a terminal to ask on: run it as root"), "{shell:?} {}", answer.err);
+        assert!(
+            answer.err.contains("without a terminal to ask on: run it as root"),
+            "{shell:?} {}",
+            answer.err
+        );
         assert_eq!(site.log.lock().unwrap().len(), before);
     }
 }
@@ -505,7 +789,12 @@ fn an_interrupted_download_leaves_nothing() {
         let mut command = Command::new("env");
         command.arg("--default-signal=INT").args(&shell).arg(format!("{SCRIPTS}/install.sh"));
         command.env_clear().env("PATH", "/usr/bin:/bin").env("TMPDIR", tmp.path());
-        command.env("PIPEOPS_RELEASE_URL", &site.url).process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .env("PIPEOPS_RELEASE_URL", &site.url)
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         if !nix::unistd::geteuid().is_root() {
             println!("NOT RUN: without root and sudo it ends before");
             return;
@@ -517,7 +806,12 @@ fn an_interrupted_download_leaves_nothing() {
         let group = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
         nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGINT).unwrap();
         let answer = said(child.wait_with_output().unwrap());
-        assert!(answer.code == 130 && !answer.out.contains("args:"), "{shell:?} {} {}", answer.code, answer.out);
+        assert!(
+            answer.code == 130 && !answer.out.contains("args:"),
+            "{shell:?} {} {}",
+            answer.code,
+            answer.out
+        );
         assert_eq!(std::fs::read_dir(tmp.path()).unwrap().count(), 0, "{shell:?}");
     }
 }

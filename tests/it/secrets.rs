@@ -48,8 +48,13 @@ fn watched() -> Sandbox {
     sandbox.beside("registries.yaml", REGISTRIES, 0o600);
     for name in ["systemctl", "ip", "journalctl"] {
         let script = fs::read_to_string(sandbox.path(&format!("bin/{name}"))).unwrap();
-        let spy = "(env; tr '\\0' ' ' < /proc/$PPID/cmdline; echo) >> \"$PIPEOPS_ROOT/../seen.log\"\n";
-        sandbox.beside(&format!("bin/{name}"), &script.replacen("case ", &format!("{spy}case "), 1), 0o755);
+        let spy =
+            "(env; tr '\\0' ' ' < /proc/$PPID/cmdline; echo) >> \"$PIPEOPS_ROOT/../seen.log\"\n";
+        sandbox.beside(
+            &format!("bin/{name}"),
+            &script.replacen("case ", &format!("{spy}case "), 1),
+            0o755,
+        );
     }
     let script = fs::read_to_string(sandbox.path("bin/systemctl")).unwrap();
     assert!(script.contains("seen.log"));
@@ -63,13 +68,23 @@ fn planted(text: &str) -> bool {
 /// No output, child or world-readable file holds a secret.
 #[track_caller]
 fn unseen(sandbox: &Sandbox, said: &Said, what: &str) {
-    for (name, text) in [("stdout", said.out.clone()), ("stderr", said.err.clone()), ("argv", sandbox.calls())] {
+    for (name, text) in
+        [("stdout", said.out.clone()), ("stderr", said.err.clone()), ("argv", sandbox.calls())]
+    {
         assert!(!planted(&text), "{what}: {name}: {text}");
     }
     let seen = fs::read_to_string(sandbox.path("seen.log")).unwrap_or_default();
-    assert!(!planted(&seen), "{what}: argv or environment: {}", seen.lines().filter(|l| planted(l)).collect::<Vec<_>>().join("\n"));
+    assert!(
+        !planted(&seen),
+        "{what}: argv or environment: {}",
+        seen.lines().filter(|l| planted(l)).collect::<Vec<_>>().join("\n")
+    );
     let journal = sandbox.read("/var/lib/pipeops/journal.json");
-    assert!(!planted(&journal), "{what}: the journal: {}", journal.lines().filter(|l| planted(l)).collect::<Vec<_>>().join("\n"));
+    assert!(
+        !planted(&journal),
+        "{what}: the journal: {}",
+        journal.lines().filter(|l| planted(l)).collect::<Vec<_>>().join("\n")
+    );
     closed(Path::new(&sandbox.path(".")), what);
 }
 
@@ -82,7 +97,11 @@ fn closed(dir: &Path, what: &str) {
         } else if meta.is_file() {
             let text = String::from_utf8_lossy(&fs::read(entry.path()).unwrap()).into_owned();
             let mode = meta.permissions().mode() & 0o777;
-            assert!(!planted(&text) || mode & 0o077 == 0, "{what}: {} has mode {mode:o}", entry.path().display());
+            assert!(
+                !planted(&text) || mode & 0o077 == 0,
+                "{what}: {} has mode {mode:o}",
+                entry.path().display()
+            );
             let log = entry.path().to_string_lossy().contains("/var/log/pipeops");
             assert!(!log || !planted(&text), "{what}: {}", entry.path().display());
         }
@@ -102,25 +121,36 @@ fn install(sandbox: &Sandbox, more: &[&str]) -> Said {
 #[test]
 fn a_secret_in_every_place_that_takes_one_is_shown_by_none() {
     let sandbox = watched();
-    let (config, registries, plan) = (sandbox.path("mine.toml"), sandbox.path("registries.yaml"), sandbox.path("plan.json"));
+    let (config, registries, plan) =
+        (sandbox.path("mine.toml"), sandbox.path("registries.yaml"), sandbox.path("plan.json"));
     let given = ["--config", &config, "--registries", &registries];
-    let dry = install(&sandbox, &[&given[..], &["--dry-run", "-o", "json", "--events", "json"]].concat()).ended(0);
+    let dry =
+        install(&sandbox, &[&given[..], &["--dry-run", "-o", "json", "--events", "json"]].concat())
+            .ended(0);
     unseen(&sandbox, &dry, "dry run");
     sandbox.beside("plan.json", "an older file that everybody may read", 0o644);
     let out = install(&sandbox, &[&given[..], &["--plan-out", &plan]].concat()).ended(0);
     unseen(&sandbox, &out, "plan");
     let text = fs::read_to_string(&plan).unwrap();
     assert!(!planted(&text), "{text}");
-    assert!(text.contains("postgres://k3s:••••@db.invalid:5432/k3s?sslpassword=••••"), "what may be seen is there to be looked at");
+    assert!(
+        text.contains("postgres://k3s:••••@db.invalid:5432/k3s?sslpassword=••••"),
+        "what may be seen is there to be looked at"
+    );
     assert_eq!(fs::metadata(&plan).unwrap().permissions().mode() & 0o777, 0o600);
     // the plan names the files that the secrets come from
-    let done = install(&sandbox, &["--apply-plan", &plan, "--events", "json", "-o", "json"]).ended(0);
+    let done =
+        install(&sandbox, &["--apply-plan", &plan, "--events", "json", "-o", "json"]).ended(0);
     unseen(&sandbox, &done, "apply");
     let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
     let wanted: toml::Table = TABLE.parse().unwrap();
     for (key, value) in wanted["k3s"].as_table().unwrap() {
         let shown = match value {
-            toml::Value::Array(items) => items.iter().map(|i| format!("  - {}", json!(i.as_str().unwrap()))).collect::<Vec<_>>().join("\n"),
+            toml::Value::Array(items) => items
+                .iter()
+                .map(|i| format!("  - {}", json!(i.as_str().unwrap())))
+                .collect::<Vec<_>>()
+                .join("\n"),
             one => format!("{key}: {}", json!(one.as_str().unwrap())),
         };
         assert!(drop_in.contains(&shown), "{shown}\n{drop_in}");
@@ -131,15 +161,25 @@ fn a_secret_in_every_place_that_takes_one_is_shown_by_none() {
     unseen(&sandbox, &again, "again");
     // k3s may print what it likes when it does not start
     sandbox.beside("broken.toml", &TABLE.replace("[\"v=2\"", "[\"planted-broken=1\""), 0o600);
-    let log = format!("Incorrect Usage: flag provided but not defined: -planted-broken in p/w#d@db-{CANARY}, s3-secret-{CANARY}\n");
+    let log = format!(
+        "Incorrect Usage: flag provided but not defined: -planted-broken in p/w#d@db-{CANARY}, s3-secret-{CANARY}\n"
+    );
     sandbox.beside("journal.log", &log, 0o600);
     let failed = install(&sandbox, &["--config", &sandbox.path("broken.toml"), "--yes"]).ended(9);
     assert!(failed.err.contains("-planted-broken in ••••, ••••"), "{}", failed.err);
     unseen(&sandbox, &failed, "a failed start");
     assert_eq!(sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml"), drop_in);
     let release = sandbox.path("release");
-    let without = sandbox.run(&["install-server", "--offline-dir", &release, "--yes", "--timeout", "20s"]).ended(0);
-    assert!(without.err.contains("! [k3s] datastore-endpoint was `postgres://k3s:••••@db.invalid:5432/k3s"), "{}", without.err);
+    let without = sandbox
+        .run(&["install-server", "--offline-dir", &release, "--yes", "--timeout", "20s"])
+        .ended(0);
+    assert!(
+        without
+            .err
+            .contains("! [k3s] datastore-endpoint was `postgres://k3s:••••@db.invalid:5432/k3s"),
+        "{}",
+        without.err
+    );
     unseen(&sandbox, &without, "not given any more");
     unseen(&sandbox, &sandbox.run(&["uninstall", "--yes"]).ended(0), "uninstall");
 }
@@ -158,7 +198,12 @@ fn what_is_wrong_is_said_without_the_secret() {
         bad("c.toml", format!("tls-san = 'x'\ntimeout = [\"{CANARY}\"]\n")),
         bad("d.toml", format!("[k3s]\ntoken = \"{CANARY}\"\nserver = \"{url}\"\n")),
         bad("e.toml", format!("agent-token = \"{CANARY}\"\n")),
-        bad("f.toml", format!("control-plane-url = \"http://u:{CANARY}@h.invalid\"\nartifact-url = \"ftp://u:{CANARY}@h\"\n")),
+        bad(
+            "f.toml",
+            format!(
+                "control-plane-url = \"http://u:{CANARY}@h.invalid\"\nartifact-url = \"ftp://u:{CANARY}@h\"\n"
+            ),
+        ),
     ];
     for file in &files {
         let said = install(&sandbox, &["--config", file, "--dry-run", "-o", "json"]).ended(2);
@@ -166,7 +211,11 @@ fn what_is_wrong_is_said_without_the_secret() {
         unseen(&sandbox, &said, file);
     }
     let registries = bad("bad.yaml", format!("configs: {{a: {{auth: {{password: \"{CANARY}\n"));
-    unseen(&sandbox, &install(&sandbox, &["--registries", &registries, "--dry-run"]).ended(2), "registries");
+    unseen(
+        &sandbox,
+        &install(&sandbox, &["--registries", &registries, "--dry-run"]).ended(2),
+        "registries",
+    );
     let plan = bad("bad.json", format!("{{\"plan\": \"{CANARY}\"}}"));
     unseen(&sandbox, &install(&sandbox, &["--apply-plan", &plan]).ended(2), "plan");
     let token = format!("K10{}::server:{CANARY}", "a".repeat(64));
@@ -191,7 +240,11 @@ fn a_url_with_a_login_is_in_no_argv() {
     let url = format!("https://u:{CANARY}@mirror.invalid/k3s");
     let said = install(&sandbox, &["--artifact-url", &url, "--yes"]).ended(0);
     unseen(&sandbox, &said, "a mirror");
-    assert!(fs::read_to_string(sandbox.path("seen.log")).unwrap().contains("https://u:••••@mirror.invalid/k3s"));
+    assert!(
+        fs::read_to_string(sandbox.path("seen.log"))
+            .unwrap()
+            .contains("https://u:••••@mirror.invalid/k3s")
+    );
 }
 
 /// What the first pipeops left: a plan for everybody to read, a journal with the table as it was given.
@@ -208,10 +261,16 @@ fn what_an_earlier_pipeops_laid_open_is_closed() {
         let options = value["options"].as_object_mut().unwrap();
         options.retain(|key, _| !key.starts_with("[k3s]"));
         options.insert("k3s".into(), json!(table));
-        let step = value[steps].as_array_mut().unwrap().iter_mut().find(|s| s["id"] == "settings").unwrap();
+        let step = value[steps]
+            .as_array_mut()
+            .unwrap()
+            .iter_mut()
+            .find(|s| s["id"] == "settings")
+            .unwrap();
         step["want"]["content"] = json!({"text": drop_in});
     };
-    let mut journal: Value = serde_json::from_str(&sandbox.read("/var/lib/pipeops/journal.json")).unwrap();
+    let mut journal: Value =
+        serde_json::from_str(&sandbox.read("/var/lib/pipeops/journal.json")).unwrap();
     old(&mut journal, "entries");
     sandbox.beside("root/var/lib/pipeops/journal.json", &format!("{journal:#}"), 0o600);
     let mut saved: Value = serde_json::from_str(&fs::read_to_string(&plan).unwrap()).unwrap();
@@ -222,7 +281,11 @@ fn what_an_earlier_pipeops_laid_open_is_closed() {
     for place in ["root/root/plan.json", "root/home/ops/infra/k3s.plan", "root/tmp/p", "old.json"] {
         sandbox.beside(place, &text, 0o644);
     }
-    sandbox.beside("root/etc/pipeops/config.toml", "[k3s]\nvpn-auth = \"name=tailscale,joinKey=vpn-canary-0123456789-abcdef\"\n", 0o644);
+    sandbox.beside(
+        "root/etc/pipeops/config.toml",
+        "[k3s]\nvpn-auth = \"name=tailscale,joinKey=vpn-canary-0123456789-abcdef\"\n",
+        0o644,
+    );
     sandbox.beside("root/etc/rancher/k3s/config.yaml", "debug: false\n", 0o644);
     // a dry run says so, and changes nothing
     let dry = install(&sandbox, &["--config", &config, "--dry-run"]).ended(0);
@@ -233,12 +296,28 @@ fn what_an_earlier_pipeops_laid_open_is_closed() {
     let stale = install(&sandbox, &["--apply-plan", &sandbox.path("old.json"), "--yes"]).ended(3);
     assert!(stale.err.contains("PLAN_STALE"), "{}", stale.err);
     assert!(!planted(&stale.err) && !planted(&stale.out), "{}", stale.err);
-    for place in ["root/root/plan.json", "root/home/ops/infra/k3s.plan", "root/tmp/p", "old.json", "root/etc/pipeops/config.toml"] {
+    for place in [
+        "root/root/plan.json",
+        "root/home/ops/infra/k3s.plan",
+        "root/tmp/p",
+        "old.json",
+        "root/etc/pipeops/config.toml",
+    ] {
         assert_eq!(mode(place), 0o600, "{place}");
     }
     assert_eq!(stale.err.matches("SECRET_READABLE").count(), 5, "{}", stale.err);
-    assert!(stale.err.contains("postgres://k3s:••••@db.invalid") && stale.err.contains("change that password"), "{}", stale.err);
+    assert!(
+        stale.err.contains("postgres://k3s:••••@db.invalid")
+            && stale.err.contains("change that password"),
+        "{}",
+        stale.err
+    );
     let same = install(&sandbox, &["--config", &config, "--yes"]).ended(0);
-    assert!(same.out.contains("nothing to do") && !same.err.contains("SECRET_READABLE"), "{}\n{}", same.out, same.err);
+    assert!(
+        same.out.contains("nothing to do") && !same.err.contains("SECRET_READABLE"),
+        "{}\n{}",
+        same.out,
+        same.err
+    );
     unseen(&sandbox, &same, "after");
 }

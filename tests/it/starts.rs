@@ -22,13 +22,20 @@ fn play(sandbox: &Sandbox, act: &str, journal: &str) {
          exec \"$PIPEOPS_ROOT/../systemctl-real\" \"$@\"\n"
     );
     sandbox.beside("bin/systemctl", &systemctl, 0o755);
-    sandbox.beside("bin/journalctl", &format!("#!/bin/sh\nPATH=/usr/bin:/bin\n{age}\n{journal}\n"), 0o755);
+    sandbox.beside(
+        "bin/journalctl",
+        &format!("#!/bin/sh\nPATH=/usr/bin:/bin\n{age}\n{journal}\n"),
+        0o755,
+    );
 }
 
 /// Dies every half second; each time it says `line`.
-const DIES: &str = "echo ActiveState=activating; echo SubState=auto-restart; echo NRestarts=$((age / 5))";
+const DIES: &str =
+    "echo ActiveState=activating; echo SubState=auto-restart; echo NRestarts=$((age / 5))";
 fn says(line: &str) -> String {
-    format!("n=0; while [ $n -lt $((age / 5 + 1)) ]; do echo 'time=\"2026-11-27T05:00:0'$((n % 10))'Z\" {line}'; n=$((n + 1)); done")
+    format!(
+        "n=0; while [ $n -lt $((age / 5 + 1)) ]; do echo 'time=\"2026-11-27T05:00:0'$((n % 10))'Z\" {line}'; n=$((n + 1)); done"
+    )
 }
 const UP: &str = "echo ActiveState=active; echo SubState=running; echo NRestarts=0";
 const ACTIVATING: &str = "echo ActiveState=activating; echo SubState=start; echo NRestarts=0";
@@ -45,7 +52,12 @@ fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, one: impl Fn(T) + Sync) 
 #[track_caller]
 fn ended_early(said: &Said, begin: Instant, code: i32, word: &str) {
     assert_eq!(said.code, code, "{}\n{}", said.out, said.err);
-    assert!(begin.elapsed() < Duration::from_secs(30), "it took {} s\n{}", begin.elapsed().as_secs(), said.err);
+    assert!(
+        begin.elapsed() < Duration::from_secs(30),
+        "it took {} s\n{}",
+        begin.elapsed().as_secs(),
+        said.err
+    );
     assert!(said.err.contains(word), "{word}\n{}", said.err);
     for wait in ["--timeout", "longer"] {
         assert!(!said.err.contains(wait), "{wait}\n{}", said.err);
@@ -57,7 +69,13 @@ fn a_unit_that_ends_again_and_again_is_told_soon() {
     let refused = "level=info msg=\"Waiting to retrieve agent configuration; server is not ready: \\\"overlayfs\\\" snapshotter cannot be enabled for \\\"/var/lib/rancher/k3s/agent/containerd\\\", try using \\\"fuse-overlayfs\\\" or \\\"native\\\": failed to mount overlay: invalid argument\"";
     let cases = [
         (DIES, says("level=fatal msg=\"Error: trouble that no table knows 4711\""), "START_LOOP"),
-        (DIES, says("level=fatal msg=\"Error: invalid cluster-cidr 10.42/16: invalid CIDR address: 10.42/16\""), "K3S_SETTING_INVALID"),
+        (
+            DIES,
+            says(
+                "level=fatal msg=\"Error: invalid cluster-cidr 10.42/16: invalid CIDR address: 10.42/16\"",
+            ),
+            "K3S_SETTING_INVALID",
+        ),
         (
             DIES,
             says(
@@ -65,8 +83,18 @@ fn a_unit_that_ends_again_and_again_is_told_soon() {
             ),
             "NODE_LABEL_INVALID",
         ),
-        (DIES, says("level=fatal msg=\"Failed to start networking: listen tcp 0.0.0.0:6444: bind: address already in use\""), "PORT_IN_USE"),
-        (DIES, "echo 'k3s.service: Main process exited, code=exited, status=1/FAILURE'".into(), "START_LOOP"),
+        (
+            DIES,
+            says(
+                "level=fatal msg=\"Failed to start networking: listen tcp 0.0.0.0:6444: bind: address already in use\"",
+            ),
+            "PORT_IN_USE",
+        ),
+        (
+            DIES,
+            "echo 'k3s.service: Main process exited, code=exited, status=1/FAILURE'".into(),
+            "START_LOOP",
+        ),
         (ACTIVATING, format!("echo '{refused}'"), "SNAPSHOTTER_REFUSED"),
         (ACTIVATING, says(refused), "SNAPSHOTTER_REFUSED"),
     ];
@@ -78,7 +106,8 @@ fn a_unit_that_ends_again_and_again_is_told_soon() {
         ended_early(&said, begin, 8, code);
         assert!(sandbox.calls().contains("systemctl stop k3s.service"), "it is not left in a loop");
         // one line each, with its number, whatever the time in front
-        for line in ["4711", "invalid CIDR address", "address already in use", "snapshotter cannot"] {
+        for line in ["4711", "invalid CIDR address", "address already in use", "snapshotter cannot"]
+        {
             assert!(said.err.matches(line).count() <= 1, "{line}\n{}", said.err);
         }
         if act == DIES && code != "START_LOOP" {
@@ -89,12 +118,15 @@ fn a_unit_that_ends_again_and_again_is_told_soon() {
 
 #[test]
 fn a_start_that_takes_its_time_or_heals_is_waited_for() {
-    let up_after = |tenths: u32, before: &str| format!("if [ $age -ge {tenths} ]; then {UP}; else {before}; fi");
+    let up_after = |tenths: u32, before: &str| {
+        format!("if [ $age -ge {tenths} ]; then {UP}; else {before}; fi")
+    };
     let quiet = "echo 'level=info msg=\"Starting k3s v1.36.2+k3s1\"'; echo 'level=info msg=\"Importing images from /var/lib/rancher/k3s/agent/images/a.tar\"'; echo 'level=info msg=\"Waiting for API server to become available\"'; echo '{\"level\":\"warn\",\"msg\":\"apply request took too long\",\"took\":\"9.1s\"}'";
     let twice = "echo ActiveState=activating; echo SubState=auto-restart; n=$((age / 10)); [ $n -lt 2 ] || n=2; echo NRestarts=$n";
     let port = "echo 'level=fatal msg=\"listen tcp :6443: bind: address already in use\"'; echo 'level=fatal msg=\"listen tcp :6443: bind: address already in use\"'";
     let unknown = "echo 'level=fatal msg=\"Error: trouble that no table knows\"'; echo 'level=fatal msg=\"Error: trouble that no table knows\"'";
-    let slow = "for n in 1 2 3 4 5 6; do echo 'level=fatal msg=\"leaderelection lost for k3s\"'; done";
+    let slow =
+        "for n in 1 2 3 4 5 6; do echo 'level=fatal msg=\"leaderelection lost for k3s\"'; done";
     let refused = "echo 'level=info msg=\"Waiting to retrieve agent configuration; server is not ready: \\\"overlayfs\\\" snapshotter cannot be enabled for \\\"/x\\\": failed to mount overlay: no such device\"'; [ $age -lt 40 ] || echo 'level=info msg=\"Running containerd -c /x\"'";
     let cases = [
         (up_after(150, ACTIVATING), quiet),
@@ -116,7 +148,16 @@ fn a_worker_is_told_soon_too_and_waits_for_a_server_that_is_away() {
     let server = Server::start(Mood::Good);
     let join = |sandbox: &Sandbox| {
         let release = sandbox.path("release");
-        sandbox.run(&["join-worker", &server.url, &server.token(), "--offline-dir", &release, "--yes", "--timeout", "120s"])
+        sandbox.run(&[
+            "join-worker",
+            &server.url,
+            &server.token(),
+            "--offline-dir",
+            &release,
+            "--yes",
+            "--timeout",
+            "120s",
+        ])
     };
     let sandbox = Sandbox::new();
     play(&sandbox, DIES, &says("level=fatal msg=\"Error: failed to find cpuset cgroup (v2)\""));
@@ -141,11 +182,24 @@ fn a_warning_is_never_the_code() {
         "/var/lib/rancher/k3s/agent/containerd/containerd.log",
         &format!("time=\"2020-01-01T05:00:00Z\" level=fatal msg=\"no space left on device\"\ntime=\"{}\" level=fatal msg=\"Failed to run CRI service\" error=\"failed to start streaming server: listen tcp 127.0.0.1:10010: bind: address already in use\"\n", at(600)),
     );
-    play(&sandbox, DIES, &format!("{weak}; {}", says("level=error msg=\"Shutdown request received: \\\"containerd exited: exit status 1\\\"\"")));
+    play(
+        &sandbox,
+        DIES,
+        &format!(
+            "{weak}; {}",
+            says(
+                "level=error msg=\"Shutdown request received: \\\"containerd exited: exit status 1\\\"\""
+            )
+        ),
+    );
     let begin = Instant::now();
     let said = sandbox.install(&["--timeout", "120s"]);
     ended_early(&said, begin, 8, "PORT_IN_USE");
-    assert!(said.err.contains("127.0.0.1:10010") && !said.err.contains("[KMOD_MISSING]"), "{}", said.err);
+    assert!(
+        said.err.contains("127.0.0.1:10010") && !said.err.contains("[KMOD_MISSING]"),
+        "{}",
+        said.err
+    );
 }
 
 #[test]
@@ -153,9 +207,21 @@ fn a_change_that_keeps_killing_the_node_is_taken_back_soon() {
     let sandbox = Sandbox::new();
     sandbox.install(&[]).ended(0);
     let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
-    let act = format!("if grep -qs planted-gate \"$PIPEOPS_ROOT/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml\"; then {DIES}; else {UP}; fi");
-    play(&sandbox, &act, &says("level=error msg=\"Shutdown request received: \\\"apiserver exited: something of its own\\\"\""));
-    sandbox.beside("bad.toml", "[k3s]\nkube-apiserver-arg = [\"feature-gates=planted-gate=true\"]\n", 0o644);
+    let act = format!(
+        "if grep -qs planted-gate \"$PIPEOPS_ROOT/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml\"; then {DIES}; else {UP}; fi"
+    );
+    play(
+        &sandbox,
+        &act,
+        &says(
+            "level=error msg=\"Shutdown request received: \\\"apiserver exited: something of its own\\\"\"",
+        ),
+    );
+    sandbox.beside(
+        "bad.toml",
+        "[k3s]\nkube-apiserver-arg = [\"feature-gates=planted-gate=true\"]\n",
+        0o644,
+    );
     let begin = Instant::now();
     let said = sandbox.install(&["--config", &sandbox.path("bad.toml"), "--timeout", "120s"]);
     ended_early(&said, begin, 9, "APISERVER_EXITS");
@@ -200,7 +266,10 @@ fn ready_from_before_the_restart_is_not_ready() {
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 std::thread::sleep(Duration::from_secs(3));
-                objects.lock().unwrap().insert(LEASE.into(), json!({"spec": {"renewTime": at(offset)}}));
+                objects
+                    .lock()
+                    .unwrap()
+                    .insert(LEASE.into(), json!({"spec": {"renewTime": at(offset)}}));
             })
         });
         let begin = Instant::now();
@@ -208,7 +277,11 @@ fn ready_from_before_the_restart_is_not_ready() {
         assert_eq!(said.code, wanted, "{name}\n{}\n{}", said.out, said.err);
         assert!(begin.elapsed() > Duration::from_secs(2), "{name}: it did not wait");
         if wanted != 0 {
-            assert!(said.err.contains("no sign of life since k3s.service was started"), "{name}\n{}", said.err);
+            assert!(
+                said.err.contains("no sign of life since k3s.service was started"),
+                "{name}\n{}",
+                said.err
+            );
         }
         renewal.into_iter().for_each(|r| r.join().unwrap());
     });
@@ -218,9 +291,15 @@ fn ready_from_before_the_restart_is_not_ready() {
 fn after_an_upgrade_the_node_reports_the_new_version_or_is_not_ready() {
     let sandbox = Sandbox::new();
     sandbox.install(&[]).ended(0);
-    let k3s = std::fs::read_to_string(sandbox.path("release/k3s")).unwrap().replace("v1.36.2+k3s1", "v1.36.3+k3s1");
+    let k3s = std::fs::read_to_string(sandbox.path("release/k3s"))
+        .unwrap()
+        .replace("v1.36.2+k3s1", "v1.36.3+k3s1");
     sandbox.beside("release/k3s", &k3s, 0o755);
-    let list = format!("{}  k3s\n{}  k3s-airgap-images-amd64.tar\n", sha256(k3s.as_bytes()), sha256(b"images"));
+    let list = format!(
+        "{}  k3s\n{}  k3s-airgap-images-amd64.tar\n",
+        sha256(k3s.as_bytes()),
+        sha256(b"images")
+    );
     sandbox.beside("release/sha256sum-amd64.txt", &list, 0o644);
     play(&sandbox, UP_SINCE, "");
     let objects = sandbox.api.objects.clone();
@@ -243,21 +322,38 @@ fn a_chart_or_a_deployment_that_fails_says_what_its_pod_says() {
     let job = "/apis/batch/v1/namespaces/kube-system/jobs/helm-install-cert-manager";
     let deployment = "/apis/apps/v1/namespaces/cert-manager/deployments/cert-manager";
     let cases = [
-        (0, "kube-system", crash.clone(), "exit code 1: Error: INSTALLATION FAILED: planted trouble"),
+        (
+            0,
+            "kube-system",
+            crash.clone(),
+            "exit code 1: Error: INSTALLATION FAILED: planted trouble",
+        ),
         (0, "kube-system", pull.clone(), "ImagePullBackOff: Back-off pulling image"),
         (0, "kube-system", nowhere.clone(), "1 Insufficient cpu"),
-        (1, "cert-manager", crash, "0 of 1 pods are ready: web-1 ends again and again (CrashLoopBackOff, restarted 6 times): exit code 1"),
+        (
+            1,
+            "cert-manager",
+            crash,
+            "0 of 1 pods are ready: web-1 ends again and again (CrashLoopBackOff, restarted 6 times): exit code 1",
+        ),
         (1, "cert-manager", pull, "0 of 1 pods are ready: web-1: ImagePullBackOff"),
-        (1, "cert-manager", nowhere, "0 of 1 pods are ready: no node takes web-1: 0/1 nodes are available"),
+        (
+            1,
+            "cert-manager",
+            nowhere,
+            "0 of 1 pods are ready: no node takes web-1: 0/1 nodes are available",
+        ),
     ];
     at_once(cases, |(done, namespace, status, wanted)| {
         let sandbox = Sandbox::new();
         {
             let mut objects = sandbox.api.objects.lock().unwrap();
-            objects.insert(chart.into(), json!({"status": {"jobName": "helm-install-cert-manager"}}));
+            objects
+                .insert(chart.into(), json!({"status": {"jobName": "helm-install-cert-manager"}}));
             objects.insert(job.into(), json!({"status": {"active": 1 - done, "succeeded": done}}));
             let spec = json!({"replicas": 1, "selector": {"matchLabels": {"app": "cert-manager"}}});
-            objects.insert(deployment.into(), json!({"spec": spec, "status": {"readyReplicas": 0}}));
+            objects
+                .insert(deployment.into(), json!({"spec": spec, "status": {"readyReplicas": 0}}));
             objects.insert(format!("/api/v1/namespaces/{namespace}/pods"), pod("web-1", status));
         }
         let said = sandbox.install(&["--components", "cert-manager", "--timeout", "3s"]).ended(10);
@@ -287,10 +383,18 @@ fn an_agent_that_ends_again_and_again_or_for_good_is_told_too() {
             "#!/bin/sh\nPATH=/usr/bin:/bin\nif [ \"$1 $4\" = 'show pipeops-agent.service' ] && [ -e \"$PIPEOPS_ROOT/etc/systemd/system/$4\" ]; then echo LoadState=loaded; echo UnitFileState=enabled; {act}; exit; fi\nexec \"$PIPEOPS_ROOT/../systemctl-real\" \"$@\"\n"
         );
         sandbox.beside("bin/systemctl", &shown, 0o755);
-        sandbox.beside("bin/journalctl", &format!("#!/bin/sh\ncase \"$*\" in *pipeops-agent.service*) echo '{line}' ;; esac\n"), 0o755);
+        sandbox.beside(
+            "bin/journalctl",
+            &format!("#!/bin/sh\ncase \"$*\" in *pipeops-agent.service*) echo '{line}' ;; esac\n"),
+            0o755,
+        );
         let begin = Instant::now();
         let said = sandbox.install(&[]);
         ended_early(&said, begin, 8, "START_LOOP");
-        assert!(said.err.contains(line) && !sandbox.calls().contains("systemctl stop pipeops-agent"), "{}", said.err);
+        assert!(
+            said.err.contains(line) && !sandbox.calls().contains("systemctl stop pipeops-agent"),
+            "{}",
+            said.err
+        );
     });
 }

@@ -121,7 +121,8 @@ pub(crate) struct Said {
 
 impl Said {
     pub(crate) fn json(&self) -> Value {
-        serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("stdout is not JSON ({e}):\n{}\n{}", self.out, self.err))
+        serde_json::from_str(&self.out)
+            .unwrap_or_else(|e| panic!("stdout is not JSON ({e}):\n{}\n{}", self.out, self.err))
     }
 
     #[track_caller]
@@ -137,7 +138,12 @@ pub(crate) fn program() -> &'static Path {
     SLIM.get_or_init(|| {
         let full = Path::new(env!("CARGO_BIN_EXE_pipeops"));
         let slim = full.with_file_name(format!("pipeops-slim-{}", std::process::id()));
-        let stripped = Command::new("strip").arg("-o").arg(&slim).arg(full).status().is_ok_and(|s| s.success());
+        let stripped = Command::new("strip")
+            .arg("-o")
+            .arg(&slim)
+            .arg(full)
+            .status()
+            .is_ok_and(|s| s.success());
         if stripped { slim } else { full.to_owned() }
     })
 }
@@ -148,7 +154,9 @@ impl Sandbox {
         let dir = tempfile::Builder::new().prefix("pipeops-it").tempdir().unwrap();
         let sandbox = Sandbox { dir, api: Api::default(), program: program().to_owned() };
         for (name, script) in PROGRAMS {
-            let text = format!("#!/bin/sh\nPATH=/usr/bin:/bin\necho \"{name} $*\" >> \"$PIPEOPS_ROOT/../calls.log\"\n{script}\n");
+            let text = format!(
+                "#!/bin/sh\nPATH=/usr/bin:/bin\necho \"{name} $*\" >> \"$PIPEOPS_ROOT/../calls.log\"\n{script}\n"
+            );
             sandbox.beside(&format!("bin/{name}"), &text, 0o755);
         }
         for (path, text) in healthy_root() {
@@ -177,7 +185,11 @@ impl Sandbox {
     fn release(&self) {
         self.beside("release/k3s", K3S, 0o755);
         self.beside("release/k3s-airgap-images-amd64.tar", "images", 0o644);
-        let list = format!("{}  k3s\n{}  k3s-airgap-images-amd64.tar\n", sha256(K3S.as_bytes()), sha256(b"images"));
+        let list = format!(
+            "{}  k3s\n{}  k3s-airgap-images-amd64.tar\n",
+            sha256(K3S.as_bytes()),
+            sha256(b"images")
+        );
         self.beside("release/sha256sum-amd64.txt", &list, 0o644);
     }
 
@@ -213,14 +225,23 @@ impl Sandbox {
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command.arg(args[0]).arg("--root").arg(self.root()).args(&args[1..]);
-        command.env_clear().env("PATH", self.dir.path().join("bin")).stdin(std::process::Stdio::null());
+        command
+            .env_clear()
+            .env("PATH", self.dir.path().join("bin"))
+            .stdin(std::process::Stdio::null());
         command
     }
 
     /// The program with `--root` at the end: for verbs below a command.
     pub(crate) fn verb(&self, args: &[&str]) -> Said {
         let mut command = Command::new(&self.program);
-        command.args(args).arg("--root").arg(self.root()).env_clear().env("PATH", self.dir.path().join("bin")).stdin(std::process::Stdio::null());
+        command
+            .args(args)
+            .arg("--root")
+            .arg(self.root())
+            .env_clear()
+            .env("PATH", self.dir.path().join("bin"))
+            .stdin(std::process::Stdio::null());
         said(command.output().unwrap())
     }
 
@@ -247,7 +268,11 @@ impl Sandbox {
     pub(crate) fn tree(&self) -> BTreeMap<String, String> {
         let mut tree = BTreeMap::new();
         walk(&self.root(), &self.root(), &mut tree);
-        tree.retain(|path, _| !["/var/log/pipeops", "/run/fake-", "/var/lib/pipeops/lock"].iter().any(|p| path.starts_with(p)));
+        tree.retain(|path, _| {
+            !["/var/log/pipeops", "/run/fake-", "/var/lib/pipeops/lock"]
+                .iter()
+                .any(|p| path.starts_with(p))
+        });
         tree
     }
 }
@@ -255,8 +280,10 @@ impl Sandbox {
 /// Two trees are the same, or the test fails with what differs.
 #[track_caller]
 pub(crate) fn same(now: &BTreeMap<String, String>, wanted: &BTreeMap<String, String>, what: &str) {
-    let gone = wanted.iter().filter(|(k, v)| now.get(*k) != Some(v)).map(|(k, v)| format!("- {k} {v}"));
-    let new = now.iter().filter(|(k, v)| wanted.get(*k) != Some(v)).map(|(k, v)| format!("+ {k} {v}"));
+    let gone =
+        wanted.iter().filter(|(k, v)| now.get(*k) != Some(v)).map(|(k, v)| format!("- {k} {v}"));
+    let new =
+        now.iter().filter(|(k, v)| wanted.get(*k) != Some(v)).map(|(k, v)| format!("+ {k} {v}"));
     let difference: Vec<String> = gone.chain(new).collect();
     assert!(difference.is_empty(), "{what}: the trees differ:\n{}", difference.join("\n"));
 }
@@ -330,7 +357,13 @@ fn serve(api: Api) -> String {
     receive.recv().unwrap()
 }
 
-async fn answer(State(api): State<Api>, method: Method, uri: Uri, RawQuery(query): RawQuery, body: Bytes) -> Response {
+async fn answer(
+    State(api): State<Api>,
+    method: Method,
+    uri: Uri,
+    RawQuery(query): RawQuery,
+    body: Bytes,
+) -> Response {
     let path = uri.path().to_owned();
     let dry = query.unwrap_or_default().contains("dryRun=All");
     if path != "/readyz" {
@@ -353,17 +386,27 @@ async fn answer(State(api): State<Api>, method: Method, uri: Uri, RawQuery(query
         Method::GET if path == "/readyz" => "ok".into_response(),
         Method::GET if path == "/version" => found(json!({"gitVersion": VERSION})),
         Method::GET if objects.contains_key(&path) => found(objects[&path].clone()),
-        Method::GET if path.starts_with("/api/v1/nodes/") => found(node(path.rsplit('/').next().unwrap())),
-        Method::GET if path == "/api/v1/nodes" => found(json!({"kind": "NodeList", "items": [node("vm1")]})),
-        Method::GET if path.contains("/kube-system/deployments/") => {
-            found(json!({"metadata": {"generation": 1}, "spec": {"replicas": 1}, "status": {"readyReplicas": 1, "observedGeneration": 1}}))
+        Method::GET if path.starts_with("/api/v1/nodes/") => {
+            found(node(path.rsplit('/').next().unwrap()))
         }
+        Method::GET if path == "/api/v1/nodes" => {
+            found(json!({"kind": "NodeList", "items": [node("vm1")]}))
+        }
+        Method::GET if path.contains("/kube-system/deployments/") => found(
+            json!({"metadata": {"generation": 1}, "spec": {"replicas": 1}, "status": {"readyReplicas": 1, "observedGeneration": 1}}),
+        ),
         Method::GET if path.ends_with("/apiservices/v1beta1.metrics.k8s.io") => {
             found(json!({"status": {"conditions": [{"type": "Available", "status": "True"}]}}))
         }
-        Method::GET if path.ends_with("/storageclasses/local-path") => found(json!({"metadata": {"name": "local-path"}})),
+        Method::GET if path.ends_with("/storageclasses/local-path") => {
+            found(json!({"metadata": {"name": "local-path"}}))
+        }
         Method::GET if path.ends_with("/secrets") => {
-            let items: Vec<Value> = objects.iter().filter(|(k, _)| k.contains("/secrets/bootstrap-token-")).map(|(_, v)| v.clone()).collect();
+            let items: Vec<Value> = objects
+                .iter()
+                .filter(|(k, _)| k.contains("/secrets/bootstrap-token-"))
+                .map(|(_, v)| v.clone())
+                .collect();
             found(json!({"kind": "SecretList", "items": items}))
         }
         Method::PATCH => {

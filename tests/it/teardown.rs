@@ -23,7 +23,10 @@ fn filled() -> Sandbox {
     for (name, does) in [
         ("iptables-save", r#"case "$*" in *filter*) /bin/cat "$PIPEOPS_ROOT/../saved" ;; esac"#),
         ("iptables", ":"),
-        ("ipset", r#"case "$*" in "list -name") printf 'KUBE-SRC-AAAA\ninet6:KUBE-DST-BBBB\noffice\nKUBE-SRC-BUSY\n' ;; *BUSY*) exit 1 ;; esac"#),
+        (
+            "ipset",
+            r#"case "$*" in "list -name") printf 'KUBE-SRC-AAAA\ninet6:KUBE-DST-BBBB\noffice\nKUBE-SRC-BUSY\n' ;; *BUSY*) exit 1 ;; esac"#,
+        ),
         (
             "nft",
             r#"case "$*" in "list tables") printf 'table ip filter\ntable ip kube-proxy\ntable inet mine\n' ;; "list table ip filter") printf 'table ip filter {\n\tchain INPUT {\n\t\ttype filter hook input priority filter; policy accept;\n\t}\n}\n' ;; esac"#,
@@ -65,7 +68,11 @@ fn rules_sets_slices_and_sockets_of_pods_go_and_foreign_ones_stay() {
     }
     // sets hang on rules, and tables are empty only without them
     let at = |text: &str| calls.find(text).unwrap();
-    assert!(at("-X KUBE-ROUTER-INPUT") < at("ipset destroy") && at("ipset destroy") < at("nft delete table ip filter"), "{calls}");
+    assert!(
+        at("-X KUBE-ROUTER-INPUT") < at("ipset destroy")
+            && at("ipset destroy") < at("nft delete table ip filter"),
+        "{calls}"
+    );
     for path in ["/run/nri", "/run/k3s", "/run/flannel"] {
         assert!(!sandbox.root().join(path.trim_start_matches('/')).exists(), "{path}");
     }
@@ -89,7 +96,11 @@ fn what_was_never_looked_at_is_not_called_new() {
     kernel.remove("sysctl net.ipv4.conf.all.route_localnet");
     sandbox.put(path, &journal.to_string());
     let said = sandbox.run(&["uninstall", "--yes"]).ended(0);
-    assert!(!said.out.contains("route_localnet") && !said.out.contains("vs.conntrack"), "{}", said.out);
+    assert!(
+        !said.out.contains("route_localnet") && !said.out.contains("vs.conntrack"),
+        "{}",
+        said.out
+    );
 }
 
 #[test]
@@ -121,8 +132,13 @@ fn what_versions_before_the_former_unpacked_goes_once_the_node_is_ready() {
     for name in ["cni/bridge", ".lock", "mine/file"] {
         sandbox.put(&data(name), "");
     }
-    let link = |to: char, name: &str| std::os::unix::fs::symlink(data(&hash(to)), sandbox.root().join(&data(name)[1..])).unwrap();
-    sandbox.put("/proc/4711/cmdline", &format!("{}/bin/containerd-shim-runc-v2\0-namespace\0k8s.io\0", data(&hash('c'))));
+    let link = |to: char, name: &str| {
+        std::os::unix::fs::symlink(data(&hash(to)), sandbox.root().join(&data(name)[1..])).unwrap()
+    };
+    sandbox.put(
+        "/proc/4711/cmdline",
+        &format!("{}/bin/containerd-shim-runc-v2\0-namespace\0k8s.io\0", data(&hash('c'))),
+    );
     let release = sandbox.path("release");
     let look = || sandbox.run(&["install-server", "--offline-dir", &release, "--dry-run"]).ended(0);
     // without a current one nobody can tell
@@ -132,9 +148,24 @@ fn what_versions_before_the_former_unpacked_goes_once_the_node_is_ready() {
     let said = look().err;
     assert_eq!(said.matches("of a former k3s").count(), 2, "{said}");
     sandbox.install(&[]).ended(0);
-    let mut left: Vec<String> =
-        std::fs::read_dir(sandbox.root().join(&data("")[1..])).unwrap().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    let mut left: Vec<String> = std::fs::read_dir(sandbox.root().join(&data("")[1..]))
+        .unwrap()
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
     left.sort();
-    assert_eq!(left, [".lock".to_owned(), hash('a'), hash('b'), hash('c'), "cni".into(), "current".into(), "mine".into(), "previous".into()]);
+    assert_eq!(
+        left,
+        [
+            ".lock".to_owned(),
+            hash('a'),
+            hash('b'),
+            hash('c'),
+            "cni".into(),
+            "current".into(),
+            "mine".into(),
+            "previous".into()
+        ]
+    );
     assert!(sandbox.install(&[]).ended(0).out.contains("nothing to do"));
 }

@@ -31,7 +31,11 @@ impl Frps {
         Frps::with(Some(tls), tcp_mux, port).await
     }
 
-    pub(crate) async fn with(tls: Option<&Arc<rustls::ServerConfig>>, tcp_mux: bool, port: u16) -> Frps {
+    pub(crate) async fn with(
+        tls: Option<&Arc<rustls::ServerConfig>>,
+        tcp_mux: bool,
+        port: u16,
+    ) -> Frps {
         // it may come back where it was
         let port = if port == 0 { free_port() } else { port };
         let listener = loop {
@@ -98,9 +102,17 @@ impl Frpc {
     }
 
     /// One that may believe anybody.
-    pub(crate) fn insecure(config: TunnelConfig, run_id: &str, allow_insecure: bool) -> (Frpc, mpsc::Receiver<Work>) {
+    pub(crate) fn insecure(
+        config: TunnelConfig,
+        run_id: &str,
+        allow_insecure: bool,
+    ) -> (Frpc, mpsc::Receiver<Work>) {
         let (settings, receiver) = watch::channel(Some(config));
-        let (publish, status) = watch::channel(Status { state: State::Off, reason: String::new(), since: tokio::time::Instant::now() });
+        let (publish, status) = watch::channel(Status {
+            state: State::Off,
+            reason: String::new(),
+            since: tokio::time::Instant::now(),
+        });
         let (ids, run_ids) = mpsc::channel(8);
         let (work, works) = mpsc::channel(8);
         let stop = CancellationToken::new();
@@ -144,7 +156,9 @@ impl Frpc {
     }
 
     async fn wait(&mut self, wanted: impl FnMut(&Status) -> bool) -> Status {
-        let found = tokio::time::timeout(Duration::from_secs(40), self.status.wait_for(wanted)).await.map(|s| s.unwrap().clone());
+        let found = tokio::time::timeout(Duration::from_secs(40), self.status.wait_for(wanted))
+            .await
+            .map(|s| s.unwrap().clone());
         found.unwrap_or_else(|_| panic!("it stays {:?}", *self.status.borrow()))
     }
 }
@@ -157,20 +171,32 @@ impl Drop for Frpc {
 }
 
 pub(crate) fn settings(address: SocketAddr, tcp_mux: bool, pin: &str) -> TunnelConfig {
-    let proxy = |name: &str, kind| Proxy { name: name.into(), kind, secret_key: Secret::new("sk"), ..Proxy::default() };
+    let proxy = |name: &str, kind| Proxy {
+        name: name.into(),
+        kind,
+        secret_key: Secret::new("sk"),
+        ..Proxy::default()
+    };
     TunnelConfig {
         server: address.ip().to_string(),
         port: address.port(),
         tcp_mux,
         pool_count: 1,
-        tls: TunnelTls { pin: Some(pin.into()), server_name: Some("frps.test".into()), ..TunnelTls::default() },
+        tls: TunnelTls {
+            pin: Some(pin.into()),
+            server_name: Some("frps.test".into()),
+            ..TunnelTls::default()
+        },
         auth: TunnelAuth { token: Secret::new(TOKEN), user: None, metas: BTreeMap::new() },
         proxies: vec![proxy("s", Kind::Stcp), proxy("t", Kind::Tcp)],
     }
 }
 
 /// Sends bytes through what echoes them, while they come back.
-pub(crate) async fn try_round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), bytes: usize) -> std::io::Result<()> {
+pub(crate) async fn try_round_trip(
+    io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin),
+    bytes: usize,
+) -> std::io::Result<()> {
     let sent: Vec<u8> = (0..bytes).map(|i| u8::try_from(i % 251).unwrap()).collect();
     let (mut r, mut w) = tokio::io::split(io);
     let mut got = vec![0; bytes];
@@ -185,9 +211,16 @@ pub(crate) async fn try_round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::
 }
 
 #[track_caller]
-pub(crate) fn round_trip(io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), bytes: usize) -> impl Future<Output = ()> {
+pub(crate) fn round_trip(
+    io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin),
+    bytes: usize,
+) -> impl Future<Output = ()> {
     let caller = std::panic::Location::caller();
-    async move { try_round_trip(io, bytes).await.unwrap_or_else(|e| panic!("{caller}: of {bytes} bytes: {e}")) }
+    async move {
+        try_round_trip(io, bytes)
+            .await
+            .unwrap_or_else(|e| panic!("{caller}: of {bytes} bytes: {e}"))
+    }
 }
 
 /// Somebody who scrolls back, or a debugger at a stop: every window on the way is closed for longer than a dead peer is waited for.
@@ -205,7 +238,8 @@ async fn a_reader_who_pauses_is_waited_for() {
         tokio::spawn(async move {
             while let Some(mut work) = works.recv().await {
                 tokio::spawn(async move {
-                    let _ = tokio::io::copy(&mut tokio::io::repeat(7).take(BYTES), &mut work.io).await;
+                    let _ =
+                        tokio::io::copy(&mut tokio::io::repeat(7).take(BYTES), &mut work.io).await;
                     let _ = work.io.shutdown().await;
                 });
             }
@@ -213,7 +247,10 @@ async fn a_reader_who_pauses_is_waited_for() {
         let mut user = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         let mut visitor = frps.server.dial("s").await.unwrap();
         tokio::time::sleep(Duration::from_secs(16)).await;
-        for (who, io) in [("at a port", &mut user as &mut (dyn tokio::io::AsyncRead + Unpin + Send)), ("by the gateway", &mut visitor)] {
+        for (who, io) in [
+            ("at a port", &mut user as &mut (dyn tokio::io::AsyncRead + Unpin + Send)),
+            ("by the gateway", &mut visitor),
+        ] {
             let got = tokio::io::copy(io, &mut tokio::io::sink()).await;
             assert!(matches!(got, Ok(BYTES)), "tcpMux {tcp_mux}, {who}: {got:?}");
         }
@@ -225,9 +262,12 @@ async fn a_reader_who_pauses_is_waited_for() {
 async fn every_combination_carries_bytes_both_ways() {
     let (tls, pin) = identity();
     for tcp_mux in [true, false] {
-        for (custom_first_byte, encryption, compression, user) in
-            [(false, false, false, None), (true, true, false, Some("u")), (false, false, true, None), (true, true, true, None)]
-        {
+        for (custom_first_byte, encryption, compression, user) in [
+            (false, false, false, None),
+            (true, true, false, Some("u")),
+            (false, false, true, None),
+            (true, true, true, None),
+        ] {
             let frps = Frps::start(&tls, tcp_mux, 0).await;
             let mut config = settings(frps.address, tcp_mux, &pin);
             config.tls.custom_first_byte = custom_first_byte;
@@ -249,7 +289,9 @@ async fn every_combination_carries_bytes_both_ways() {
             let mut users = tokio::task::JoinSet::new();
             for _ in 0..50 {
                 let server = frps.server.clone();
-                users.spawn(async move { round_trip(&mut server.dial(name).await.unwrap(), 10_000).await });
+                users.spawn(async move {
+                    round_trip(&mut server.dial(name).await.unwrap(), 10_000).await
+                });
             }
             while let Some(done) = users.join_next().await {
                 done.unwrap();
@@ -363,7 +405,9 @@ async fn mute(tls: Option<Arc<rustls::ServerConfig>>) -> SocketAddr {
         let mut held: Vec<Box<dyn Send>> = Vec::new();
         while let Ok((stream, _)) = listener.accept().await {
             match &tls {
-                Some(tls) => held.push(Box::new(tokio_rustls::TlsAcceptor::from(tls.clone()).accept(stream).await)),
+                Some(tls) => held.push(Box::new(
+                    tokio_rustls::TlsAcceptor::from(tls.clone()).accept(stream).await,
+                )),
                 None => held.push(Box::new(stream)),
             }
         }
@@ -384,7 +428,10 @@ async fn a_server_that_accepts_and_never_answers_holds_nobody() {
     at_login.until_reason("does not answer the login").await;
     println!("silent at login: after {:?}", begun.elapsed());
     // twice silent with a run id: a fresh one is tried
-    let fresh = tokio::time::timeout(Duration::from_secs(30), at_login.run_ids.recv()).await.unwrap().unwrap();
+    let fresh = tokio::time::timeout(Duration::from_secs(30), at_login.run_ids.recv())
+        .await
+        .unwrap()
+        .unwrap();
     assert_ne!(fresh, "r");
 }
 
@@ -396,7 +443,11 @@ struct Relay {
 }
 
 async fn relay(to: SocketAddr) -> Relay {
-    async fn pump(mut from: tokio::net::tcp::OwnedReadHalf, mut to: tokio::net::tcp::OwnedWriteHalf, mut open: watch::Receiver<bool>) {
+    async fn pump(
+        mut from: tokio::net::tcp::OwnedReadHalf,
+        mut to: tokio::net::tcp::OwnedWriteHalf,
+        mut open: watch::Receiver<bool>,
+    ) {
         let mut buffer = vec![0; 16 * 1024];
         loop {
             let Ok(n @ 1..) = from.read(&mut buffer).await else { return };
@@ -467,11 +518,13 @@ async fn a_server_that_wants_the_byte_before_tls_gets_it() {
     let (tls, pin) = identity();
     for tcp_mux in [true, false] {
         let frps = Frps::start(&tls, tcp_mux, 0).await;
-        let mut frpc = Frpc::start(settings(choosy(&[0x16], frps.address).await, tcp_mux, &pin), "");
+        let mut frpc =
+            Frpc::start(settings(choosy(&[0x16], frps.address).await, tcp_mux, &pin), "");
         frpc.until(State::Up).await;
         round_trip(&mut frps.server.dial("s").await.unwrap(), 100_000).await;
         // who hangs up either way is told as he is
-        let mut frpc = Frpc::start(settings(choosy(&[0x16, 0x17], frps.address).await, tcp_mux, &pin), "");
+        let mut frpc =
+            Frpc::start(settings(choosy(&[0x16, 0x17], frps.address).await, tcp_mux, &pin), "");
         let reason = frpc.until(State::Waiting).await;
         assert!(reason.starts_with("tls: "), "{reason}");
     }
@@ -500,13 +553,18 @@ async fn a_visitor_with_the_wrong_key_is_refused_and_the_right_one_served() {
     let target = pipeops::frp::dial::Target::new(&config, false).unwrap();
     let mut tasks = tokio::task::JoinSet::new();
     let carrier = target.connect(&mut tasks).await.unwrap();
-    for (name, key, refused) in [("s", "wrong", true), ("nobody", "sk", true), ("t", "sk", true), ("s", "sk", false)] {
+    for (name, key, refused) in
+        [("s", "wrong", true), ("nobody", "sk", true), ("t", "sk", true), ("s", "sk", false)]
+    {
         match pipeops::frp::client::visit(&carrier, "", name, &Secret::new(key)).await {
             Ok(mut io) => {
                 assert!(!refused, "{name} {key}");
                 round_trip(&mut io, 100_000).await;
             }
-            Err(e) => assert!(refused && e.kind() == std::io::ErrorKind::PermissionDenied, "{name} {key}: {e}"),
+            Err(e) => assert!(
+                refused && e.kind() == std::io::ErrorKind::PermissionDenied,
+                "{name} {key}: {e}"
+            ),
         }
     }
 }

@@ -29,13 +29,28 @@ fn a_key_that_k3s_does_not_know_stops_the_run_unless_it_is_overruled() {
         ("disable-apiserver-lb = true", "on workers only"),
     ] {
         let said = with_table(&sandbox, table, &[]).ended(3);
-        assert!(said.err.contains("K3S_SETTING_UNKNOWN") && said.err.contains(says), "{table}: {}", said.err);
+        assert!(
+            said.err.contains("K3S_SETTING_UNKNOWN") && said.err.contains(says),
+            "{table}: {}",
+            said.err
+        );
         let said = with_table(&sandbox, table, &["--ignore", "K3S_SETTING_UNKNOWN"]).ended(0);
         assert!(said.err.contains("ignored K3S_SETTING_UNKNOWN"), "{}", said.err);
     }
-    with_table(&sandbox, "kubelet-arg = [\"v=2\"]\nsupervisor-metrics = true\nflannel-ipv6-masq = true", &[]).ended(0);
+    with_table(
+        &sandbox,
+        "kubelet-arg = [\"v=2\"]\nsupervisor-metrics = true\nflannel-ipv6-masq = true",
+        &[],
+    )
+    .ended(0);
     // one that came later than the line is only warned of: patch releases got some
-    sandbox.beside("release/k3s", &std::fs::read_to_string(sandbox.path("release/k3s")).unwrap().replace("v1.36.2", "v1.30.4"), 0o755);
+    sandbox.beside(
+        "release/k3s",
+        &std::fs::read_to_string(sandbox.path("release/k3s"))
+            .unwrap()
+            .replace("v1.36.2", "v1.30.4"),
+        0o755,
+    );
     let list = format!(
         "{}  k3s\n{}  k3s-airgap-images-amd64.tar\n",
         crate::support::sha256(&std::fs::read(sandbox.path("release/k3s")).unwrap()),
@@ -43,7 +58,12 @@ fn a_key_that_k3s_does_not_know_stops_the_run_unless_it_is_overruled() {
     );
     sandbox.beside("release/sha256sum-amd64.txt", &list, 0o644);
     let said = with_table(&sandbox, "nonroot-devices = true", &[]).ended(0);
-    assert!(said.err.contains("warning K3S_SETTING_UNKNOWN") && said.err.contains("it came with k3s 1.31"), "{}", said.err);
+    assert!(
+        said.err.contains("warning K3S_SETTING_UNKNOWN")
+            && said.err.contains("it came with k3s 1.31"),
+        "{}",
+        said.err
+    );
 }
 
 #[test]
@@ -61,10 +81,23 @@ fn values_that_k3s_cannot_read_are_refused() {
         ("[k3s.kubelet-arg]\nmax-pods = 200", "not a table"),
     ] {
         let said = with_table(&sandbox, table, &[]).ended(2);
-        assert!(said.err.contains("SETTINGS_INVALID") && said.err.contains(says) && !said.err.contains("planted"), "{table}: {}", said.err);
+        assert!(
+            said.err.contains("SETTINGS_INVALID")
+                && said.err.contains(says)
+                && !said.err.contains("planted"),
+            "{table}: {}",
+            said.err
+        );
     }
-    let odd = with_table(&sandbox, "cluster-cidr = \"10.52.7.0/16\"", &["--tls-san", "*.example.com"]).ended(0);
-    assert!(odd.err.contains("k3s takes it as 10.52.0.0/16") && odd.err.contains("*.example.com has no effect"), "{}", odd.err);
+    let odd =
+        with_table(&sandbox, "cluster-cidr = \"10.52.7.0/16\"", &["--tls-san", "*.example.com"])
+            .ended(0);
+    assert!(
+        odd.err.contains("k3s takes it as 10.52.0.0/16")
+            && odd.err.contains("*.example.com has no effect"),
+        "{}",
+        odd.err
+    );
 }
 
 #[test]
@@ -88,8 +121,16 @@ fn labels_taints_names_and_interfaces_are_judged_as_the_node_will() {
         assert!(said.err.contains(says), "{args:?}: {}", said.err);
     }
     same(&sandbox.tree(), &before, "");
-    let sans = ["--tls-san", "API.Example.COM", "--tls-san", "a.example.com, b.example.com ,k3s_master"];
-    let good = ["--node-label", "topology.kubernetes.io/zone=a", "--node-taint", "a:NoExecute", "--flannel-iface", "eth0"];
+    let sans =
+        ["--tls-san", "API.Example.COM", "--tls-san", "a.example.com, b.example.com ,k3s_master"];
+    let good = [
+        "--node-label",
+        "topology.kubernetes.io/zone=a",
+        "--node-taint",
+        "a:NoExecute",
+        "--flannel-iface",
+        "eth0",
+    ];
     sandbox.install(&[&sans[..], &good].concat()).ended(0);
     let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
     for name in ["api.example.com", "a.example.com", "b.example.com", "k3s_master"] {
@@ -101,19 +142,34 @@ fn labels_taints_names_and_interfaces_are_judged_as_the_node_will() {
 fn a_registries_file_that_has_no_effect_is_refused() {
     let sandbox = Sandbox::new();
     for (text, says) in [
-        ("mirrros:\n  docker.io:\n    endpoint: [\"https://m\"]\n", "mirrros (line 1): there is no such key; did you mean `mirrors`?"),
-        ("mirrors:\n  docker.io:\n    endpoints: [\"https://m\"]\n", "(line 3): there is no such key; did you mean `endpoint`?"),
+        (
+            "mirrros:\n  docker.io:\n    endpoint: [\"https://m\"]\n",
+            "mirrros (line 1): there is no such key; did you mean `mirrors`?",
+        ),
+        (
+            "mirrors:\n  docker.io:\n    endpoints: [\"https://m\"]\n",
+            "(line 3): there is no such key; did you mean `endpoint`?",
+        ),
         ("mirrors:\n  docker.io:\n    endpoint: https://m\n", "it is text, where a list belongs"),
         ("mirrors:\n  docker.io:\n    rewrite: {\"(rancher\": x}\n", "not a regular expression"),
         ("- docker.io\n", "it is a list"),
         ("docker.io\n", "it is text"),
         ("", "it is empty"),
         ("configs: {m: {tls: {ca_file: /etc/ssl/mine.pem}}}\n", "/etc/ssl/mine.pem is not there"),
-        ("configs: {m: {auth: {pasword: planted-password-0123456789}}}\n", "did you mean `password`?"),
+        (
+            "configs: {m: {auth: {pasword: planted-password-0123456789}}}\n",
+            "did you mean `password`?",
+        ),
     ] {
         sandbox.beside("registries.yaml", text, 0o600);
         let said = plan(&sandbox, &["--registries", &sandbox.path("registries.yaml")]).ended(2);
-        assert!(said.err.contains("REGISTRIES_INVALID") && said.err.contains(says) && !said.err.contains("planted"), "{text}: {}", said.err);
+        assert!(
+            said.err.contains("REGISTRIES_INVALID")
+                && said.err.contains(says)
+                && !said.err.contains("planted"),
+            "{text}: {}",
+            said.err
+        );
     }
     sandbox.put("/etc/ssl/mine.pem", "");
     sandbox.beside("registries.yaml", "configs: {m: {tls: {ca_file: /etc/ssl/mine.pem}}}\n", 0o600);
@@ -127,25 +183,40 @@ fn a_machine_that_was_renamed_keeps_its_node() {
     sandbox.put("/proc/sys/kernel/hostname", "vm2\n");
     let again = sandbox.install(&[]).ended(0);
     assert!(
-        again.out.contains("nothing to do") && again.err.contains("NODE_RENAMED this machine is called vm2 now; its node stays vm1"),
+        again.out.contains("nothing to do")
+            && again
+                .err
+                .contains("NODE_RENAMED this machine is called vm2 now; its node stays vm1"),
         "{}",
         again.err
     );
-    assert!(sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("node-name: \"vm1\""));
+    assert!(
+        sandbox
+            .read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml")
+            .contains("node-name: \"vm1\"")
+    );
     let refused = sandbox.install(&["--node-name", "vm2"]).ended(3);
     assert!(refused.err.contains("kubectl delete node vm1"), "{}", refused.err);
     // one that was named once keeps that name without being told again
     let named = Sandbox::new();
     named.install(&["--node-name", "db1"]).ended(0);
     let again = named.install(&[]).ended(0);
-    assert!(named.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("node-name: \"db1\""), "{}", again.err);
+    assert!(
+        named.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("node-name: \"db1\""),
+        "{}",
+        again.err
+    );
     assert!(!again.err.contains("goes back to its default"), "{}", again.err);
 }
 
 #[test]
 fn a_master_by_name_takes_the_route_that_its_address_takes() {
     let server = Server::start(Mood::Good);
-    for master in [server.url.clone(), server.url.replace("127.0.0.1", "localhost"), server.url.replace("https", "HTTPS")] {
+    for master in [
+        server.url.clone(),
+        server.url.replace("127.0.0.1", "localhost"),
+        server.url.replace("https", "HTTPS"),
+    ] {
         let sandbox = Sandbox::new();
         let address = r#"[{"ifname":"eth0","addr_info":[{"family":"inet","local":"198.51.100.7","prefixlen":24}]},{"ifname":"eth1","addr_info":[{"family":"inet","local":"10.9.0.5","prefixlen":24}]}]"#;
         sandbox.beside("ip-address.json", address, 0o644);
@@ -153,7 +224,11 @@ fn a_master_by_name_takes_the_route_that_its_address_takes() {
         sandbox.beside("ip-route.json", route, 0o644);
         join(&sandbox, &master, &server.token(), &[]).ended(0);
         let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
-        assert!(drop_in.contains("node-ip: \"10.9.0.5\"") && drop_in.contains("flannel-iface: \"eth1\""), "{master}: {drop_in}");
+        assert!(
+            drop_in.contains("node-ip: \"10.9.0.5\"")
+                && drop_in.contains("flannel-iface: \"eth1\""),
+            "{master}: {drop_in}"
+        );
     }
 }
 
@@ -171,10 +246,19 @@ fn a_master_that_is_none_is_told_by_its_fault() {
         ("10.0.0.1, 10.0.0.2", "a blank"),
     ] {
         let said = join(&sandbox, master, "K10x::node:planted-password-0123456789", &[]).ended(2);
-        assert!(said.err.contains("MASTER_INVALID") && said.err.contains(says), "{master}: {}", said.err);
+        assert!(
+            said.err.contains("MASTER_INVALID") && said.err.contains(says),
+            "{master}: {}",
+            said.err
+        );
     }
-    let swapped = join(&sandbox, "K10x::node:planted-password-0123456789", "10.0.0.1", &[]).ended(2);
-    assert!(swapped.err.contains("MASTER comes first") && !swapped.err.contains("planted"), "{}", swapped.err);
+    let swapped =
+        join(&sandbox, "K10x::node:planted-password-0123456789", "10.0.0.1", &[]).ended(2);
+    assert!(
+        swapped.err.contains("MASTER comes first") && !swapped.err.contains("planted"),
+        "{}",
+        swapped.err
+    );
     same(&sandbox.tree(), &before, "");
     // names that DNS and /etc/hosts may have are asked for, not judged
     let asked = join(&sandbox, "https://k3s_master.invalid:16443", "K10x::node:y", &[]);
@@ -190,7 +274,17 @@ fn a_token_with_what_pasting_leaves_around_it_is_taken() {
         sandbox.beside("token", &around.replace('_', &token), 0o600);
         let release = sandbox.path("release");
         let file = sandbox.path("token");
-        let args = ["join-worker", &server.url, "--token-file", &file, "--offline-dir", &release, "--yes", "--timeout", "20s"];
+        let args = [
+            "join-worker",
+            &server.url,
+            "--token-file",
+            &file,
+            "--offline-dir",
+            &release,
+            "--yes",
+            "--timeout",
+            "20s",
+        ];
         sandbox.run(&args).ended(0);
         assert_eq!(sandbox.read("/etc/rancher/k3s/pipeops-token").trim(), token, "{around}");
     }
@@ -202,7 +296,11 @@ fn a_token_with_what_pasting_leaves_around_it_is_taken() {
         (token.replace("::", "\u{200b}::"), "U+200B"),
     ] {
         let said = join(&sandbox, &server.url, &typed, &[]).ended(7);
-        assert!(said.err.contains("JOIN_TOKEN_MALFORMED") && said.err.contains(says), "{}", said.err);
+        assert!(
+            said.err.contains("JOIN_TOKEN_MALFORMED") && said.err.contains(says),
+            "{}",
+            said.err
+        );
         assert!(!said.err.contains("0123456789abcdef"), "{}", said.err);
     }
 }

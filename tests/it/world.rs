@@ -49,26 +49,37 @@ pub(crate) struct Kube {
 }
 
 /// Paths below which objects are kept.
-const KEPT: [&str; 4] =
-    ["/apis/apps/v1/namespaces/beta/deployments/", "/api/v1/namespaces/beta/configmaps/", "/api/v1/namespaces/beta/secrets/", "/api/v1/nodes/"];
+const KEPT: [&str; 4] = [
+    "/apis/apps/v1/namespaces/beta/deployments/",
+    "/api/v1/namespaces/beta/configmaps/",
+    "/api/v1/namespaces/beta/secrets/",
+    "/api/v1/nodes/",
+];
 
 impl Kube {
     /// As a real one answers about single objects; a field of `owned` belongs to somebody else.
     fn object(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
         let mut objects = self.objects.lock().unwrap();
-        let absent = || (404, json!({"kind": "Status", "reason": "NotFound", "message": format!("{path} not found")}));
+        let absent = || {
+            (
+                404,
+                json!({"kind": "Status", "reason": "NotFound", "message": format!("{path} not found")}),
+            )
+        };
         match method {
             "PATCH" if path.ends_with("/owned") => {
                 let planted = "Apply failed with 1 conflict: conflict with \"kubectl\": .data.password planted-canary-9911-in-plain-text";
                 (409, json!({"kind": "Status", "reason": "Conflict", "message": planted}))
             }
-            "PATCH" if path.ends_with("/scale") => match objects.get_mut(path.trim_end_matches("/scale")) {
-                Some(object) => {
-                    object["spec"]["replicas"] = body["spec"]["replicas"].clone();
-                    (200, body.clone())
+            "PATCH" if path.ends_with("/scale") => {
+                match objects.get_mut(path.trim_end_matches("/scale")) {
+                    Some(object) => {
+                        object["spec"]["replicas"] = body["spec"]["replicas"].clone();
+                        (200, body.clone())
+                    }
+                    None => absent(),
                 }
-                None => absent(),
-            },
+            }
             "PATCH" => {
                 let first = objects.insert(path.into(), body.clone()).is_none();
                 (if first && !path.contains("/nodes/") { 201 } else { 200 }, body.clone())
@@ -89,7 +100,13 @@ impl Kube {
 
     /// What came through the tunnel: the agent's own questions carry no impersonation.
     pub(crate) fn through(&self) -> Vec<Seen> {
-        self.seen.lock().unwrap().iter().filter(|s| !s.all("impersonate-user").is_empty()).cloned().collect()
+        self.seen
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|s| !s.all("impersonate-user").is_empty())
+            .cloned()
+            .collect()
     }
 }
 
@@ -100,7 +117,8 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         uri: request.uri().to_string(),
         headers: request.headers().iter().map(|(n, v)| (n.to_string(), text(v))).collect(),
     });
-    let (path, query) = (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
+    let (path, query) =
+        (request.uri().path().to_owned(), request.uri().query().unwrap_or_default().to_owned());
     let yes = |body: Value| axum::Json(body).into_response();
     if let Some(protocol) = request.headers().get("upgrade").cloned() {
         if query.contains("deny") {
@@ -117,7 +135,13 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
             }
             let _ = io.shutdown().await;
         });
-        return (StatusCode::SWITCHING_PROTOCOLS, [("connection", axum::http::HeaderValue::from_static("Upgrade")), ("upgrade", protocol)])
+        return (
+            StatusCode::SWITCHING_PROTOCOLS,
+            [
+                ("connection", axum::http::HeaderValue::from_static("Upgrade")),
+                ("upgrade", protocol),
+            ],
+        )
             .into_response();
     }
     let kept = KEPT.iter().any(|kept| path.starts_with(kept));
@@ -127,32 +151,46 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         let method = request.method().to_string();
         kube.touched.lock().unwrap().insert(path.clone());
         let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
-        let (status, answer) = kube.object(&method, &path, &serde_json::from_slice(&body).unwrap_or_default());
+        let (status, answer) =
+            kube.object(&method, &path, &serde_json::from_slice(&body).unwrap_or_default());
         return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();
     }
     match path.as_str() {
-        "/api/v1" => yes(json!({"items": [], "path": path, "resources": [{"name": "configmaps", "kind": "ConfigMap", "namespaced": true},
-            {"name": "secrets", "kind": "Secret", "namespaced": true}, {"name": "namespaces", "kind": "Namespace", "namespaced": false}]})),
-        "/apis/apps/v1" => yes(json!({"items": [], "path": path, "resources": [{"name": "deployments", "kind": "Deployment", "namespaced": true},
-            {"name": "deployments/scale", "kind": "Scale", "namespaced": true}]})),
+        "/api/v1" => yes(
+            json!({"items": [], "path": path, "resources": [{"name": "configmaps", "kind": "ConfigMap", "namespaced": true},
+            {"name": "secrets", "kind": "Secret", "namespaced": true}, {"name": "namespaces", "kind": "Namespace", "namespaced": false}]}),
+        ),
+        "/apis/apps/v1" => yes(
+            json!({"items": [], "path": path, "resources": [{"name": "deployments", "kind": "Deployment", "namespaced": true},
+            {"name": "deployments/scale", "kind": "Scale", "namespaced": true}]}),
+        ),
         "/apis/none/v1" => StatusCode::NOT_FOUND.into_response(),
         "/version" => yes(json!({"gitVersion": "v1.36.2+k3s1"})),
         _ if query.contains("watch=") => {
-            let first = futures_util::stream::once(async { Ok::<_, std::io::Error>(Bytes::from_static(b"")) });
-            Response::new(Body::from_stream(futures_util::StreamExt::chain(first, futures_util::stream::pending())))
+            let first = futures_util::stream::once(async {
+                Ok::<_, std::io::Error>(Bytes::from_static(b""))
+            });
+            Response::new(Body::from_stream(futures_util::StreamExt::chain(
+                first,
+                futures_util::stream::pending(),
+            )))
         }
         "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews" => {
             let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
             let asked: Value = serde_json::from_slice(&body).unwrap();
             let a = &asked["spec"]["resourceAttributes"];
-            let allowed =
-                (a["verb"] == "impersonate" && a["name"] != "") || (a["resource"] == "pods" && (a["verb"] == "list" || a["verb"] == "watch"));
+            let allowed = (a["verb"] == "impersonate" && a["name"] != "")
+                || (a["resource"] == "pods" && (a["verb"] == "list" || a["verb"] == "watch"));
             yes(json!({"status": {"allowed": allowed}}))
         }
-        "/api/v1/nodes" => yes(json!({"metadata": {"resourceVersion": "7"}, "items": [{"metadata": {"name": "vm1", "uid": "n"},
-            "status": {"conditions": [{"type": "Ready", "status": "True"}], "nodeInfo": {"kubeletVersion": "v1.36.2+k3s1"}}}]})),
+        "/api/v1/nodes" => yes(
+            json!({"metadata": {"resourceVersion": "7"}, "items": [{"metadata": {"name": "vm1", "uid": "n"},
+            "status": {"conditions": [{"type": "Ready", "status": "True"}], "nodeInfo": {"kubeletVersion": "v1.36.2+k3s1"}}}]}),
+        ),
         "/apis/helm.cattle.io/v1/helmcharts" => StatusCode::NOT_FOUND.into_response(),
-        "/api/v1/namespaces/beta/pods/redirect" => (StatusCode::FOUND, [("location", "https://evil.test/")]).into_response(),
+        "/api/v1/namespaces/beta/pods/redirect" => {
+            (StatusCode::FOUND, [("location", "https://evil.test/")]).into_response()
+        }
         "/api/v1/namespaces/beta/pods/unauthorized" => StatusCode::UNAUTHORIZED.into_response(),
         // an answer as the query writes it
         "/api/v1/namespaces/beta/pods/answers" => {
@@ -171,7 +209,10 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
             answer.body(Body::from(body)).unwrap()
         }
         "/api/v1/namespaces/beta/pods/sleeps" => {
-            tokio::time::sleep(Duration::from_secs(query.trim_start_matches("for=").parse().unwrap())).await;
+            tokio::time::sleep(Duration::from_secs(
+                query.trim_start_matches("for=").parse().unwrap(),
+            ))
+            .await;
             yes(json!({}))
         }
         "/api/v1/namespaces/beta/pods/slow" => {
@@ -183,7 +224,9 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
             let _ = axum::body::to_bytes(request.into_body(), 1 << 20).await;
             let n: u64 = query.trim_start_matches("n=").parse().unwrap_or(0);
             let piece = Bytes::from(vec![b'x'; 64 * 1024]);
-            let stream = futures_util::stream::iter((0..n / (64 * 1024)).map(move |_| Ok::<_, std::io::Error>(piece.clone())));
+            let stream = futures_util::stream::iter(
+                (0..n / (64 * 1024)).map(move |_| Ok::<_, std::io::Error>(piece.clone())),
+            );
             Response::new(Body::from_stream(stream))
         }
         _ if path.ends_with("/upload") => {
@@ -252,7 +295,12 @@ impl World {
         let plane_address = plane_state.clone().serve().await;
         let sandbox = Sandbox::new();
         sandbox.put("/etc/machine-id", "0123456789abcdef0123456789abcdef\n");
-        sandbox.put("/etc/pipeops/agent.toml", &format!("control-plane-url = \"http://{plane_address}\"\ncluster-name = \"test\"\n{toml}"));
+        sandbox.put(
+            "/etc/pipeops/agent.toml",
+            &format!(
+                "control-plane-url = \"http://{plane_address}\"\ncluster-name = \"test\"\n{toml}"
+            ),
+        );
         credential(&sandbox, kube_address);
         let agent = Agent::start(sandbox, &[("AGENT_TOKEN", TOKEN), ("LOG_LEVEL", "debug")]);
         World { plane: plane_state, kube: kube_state, frps, agent, id: String::new(), stop_frps }
@@ -263,10 +311,15 @@ impl World {
         let frps = self.frps.clone();
         self.plane.until("the tunnel", |_| frps.proxies() == ["agent"]).await;
         let plane = self.plane.clone();
-        self.plane.until("a heartbeat that says so", |_| plane.calls("/heartbeat").last().is_some_and(|c| c.2["tunnel"]["state"] == "up")).await;
+        self.plane
+            .until("a heartbeat that says so", |_| {
+                plane.calls("/heartbeat").last().is_some_and(|c| c.2["tunnel"]["state"] == "up")
+            })
+            .await;
         self.id = self.plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
         for _ in 0..500 {
-            if tokio::task::block_in_place(|| self.agent.get("/readyz")).starts_with("HTTP/1.1 200") {
+            if tokio::task::block_in_place(|| self.agent.get("/readyz")).starts_with("HTTP/1.1 200")
+            {
                 return self;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -286,8 +339,11 @@ impl World {
         io.flush().await.unwrap();
         let mut answer = Vec::new();
         let mut buffer = vec![0; 16 * 1024];
-        while let Ok(Ok(n @ 1..)) =
-            tokio::time::timeout(Duration::from_millis(if answer.is_empty() { 5000 } else { 150 }), io.read(&mut buffer)).await
+        while let Ok(Ok(n @ 1..)) = tokio::time::timeout(
+            Duration::from_millis(if answer.is_empty() { 5000 } else { 150 }),
+            io.read(&mut buffer),
+        )
+        .await
         {
             answer.extend_from_slice(&buffer[..n]);
         }
@@ -300,14 +356,27 @@ impl World {
     }
 
     /// One request of a Runner with a body; gives status and answer.
-    pub(crate) async fn call(&self, method: &str, path: &str, token: &str, headers: &str, body: &str) -> (u16, Value) {
+    pub(crate) async fn call(
+        &self,
+        method: &str,
+        path: &str,
+        token: &str,
+        headers: &str,
+        body: &str,
+    ) -> (u16, Value) {
         let length = body.len();
         let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\n{headers}Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
         );
         let answer = self.raw(head.as_bytes()).await;
         let status = answer.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
-        (status, answer.split_once("\r\n\r\n").and_then(|(_, body)| serde_json::from_str(body).ok()).unwrap_or_default())
+        (
+            status,
+            answer
+                .split_once("\r\n\r\n")
+                .and_then(|(_, body)| serde_json::from_str(body).ok())
+                .unwrap_or_default(),
+        )
     }
 
     pub(crate) fn token(&self, role: &str) -> String {

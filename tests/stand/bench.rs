@@ -76,7 +76,9 @@ impl Agent {
     /// Tasks that live in it, as its metrics say.
     fn tasks(&self) -> usize {
         use std::io::{Read as _, Write as _};
-        let mut stream = std::os::unix::net::UnixStream::connect(self.dir.path().join("run/pipeops/agent.sock")).unwrap();
+        let mut stream =
+            std::os::unix::net::UnixStream::connect(self.dir.path().join("run/pipeops/agent.sock"))
+                .unwrap();
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
@@ -90,12 +92,19 @@ pub(crate) async fn kube(request: Request) -> Response {
     if let Some(n) = query.strip_prefix("bulk=") {
         let piece = Bytes::from(vec![b'x'; 64 * 1024]);
         let pieces = n.parse::<u64>().unwrap() / (64 * 1024);
-        return Response::new(Body::from_stream(futures_util::stream::iter((0..pieces).map(move |_| Ok::<_, std::io::Error>(piece.clone())))));
+        return Response::new(Body::from_stream(futures_util::stream::iter(
+            (0..pieces).map(move |_| Ok::<_, std::io::Error>(piece.clone())),
+        )));
     }
     if query.contains("watch=") {
-        return Response::new(Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>()));
+        return Response::new(Body::from_stream(futures_util::stream::pending::<
+            Result<Bytes, std::io::Error>,
+        >()));
     }
-    axum::Json(json!({"gitVersion": "v1.36.2+k3s1", "metadata": {"resourceVersion": "7"}, "items": []})).into_response()
+    axum::Json(
+        json!({"gitVersion": "v1.36.2+k3s1", "metadata": {"resourceVersion": "7"}, "items": []}),
+    )
+    .into_response()
 }
 
 impl Rig {
@@ -136,7 +145,15 @@ impl Rig {
 
     fn proc(&self, pid: u32) -> (u64, f64, usize) {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let rss = status.lines().find(|l| l.starts_with("VmRSS")).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap();
+        let rss = status
+            .lines()
+            .find(|l| l.starts_with("VmRSS"))
+            .unwrap()
+            .split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse()
+            .unwrap();
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
@@ -144,9 +161,12 @@ impl Rig {
     }
 
     /// One keep-alive HTTP/1.1 connection through the tunnel.
-    async fn client(&self) -> hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>> {
+    async fn client(
+        &self,
+    ) -> hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>> {
         let io = self.plane.tls(self.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
-        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
+        let (sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
         tokio::spawn(connection);
         sender
     }
@@ -176,7 +196,14 @@ pub(crate) fn median(mut all: Vec<f64>) -> f64 {
 }
 
 /// `clients` keep-alive callers for `length`.
-pub(crate) async fn load<F, R>(clients: usize, length: Duration, connect: F, host: &str, path: &str, token: &str) -> Load
+pub(crate) async fn load<F, R>(
+    clients: usize,
+    length: Duration,
+    connect: F,
+    host: &str,
+    path: &str,
+    token: &str,
+) -> Load
 where
     F: Fn() -> R,
     R: Future<Output = hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>>>,
@@ -190,9 +217,14 @@ where
             let mut times = Vec::new();
             while Instant::now() < end {
                 let begun = Instant::now();
-                let request = hyper::Request::get(&path).header("host", &host).header("authorization", format!("Bearer {token}"));
+                let request = hyper::Request::get(&path)
+                    .header("host", &host)
+                    .header("authorization", format!("Bearer {token}"));
                 sender.ready().await.unwrap();
-                let answer = sender.send_request(request.body(http_body_util::Empty::new()).unwrap()).await.unwrap();
+                let answer = sender
+                    .send_request(request.body(http_body_util::Empty::new()).unwrap())
+                    .await
+                    .unwrap();
                 assert!(answer.status().is_success(), "{}", answer.status());
                 http_body_util::BodyExt::collect(answer.into_body()).await.unwrap();
                 times.push(begun.elapsed());
@@ -207,7 +239,12 @@ where
     }
     let seconds = begun.elapsed().as_secs_f64();
     times.sort();
-    Load { requests: times.len() as u64, seconds, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
+    Load {
+        requests: times.len() as u64,
+        seconds,
+        p50: times[times.len() / 2],
+        p99: times[times.len() * 99 / 100],
+    }
 }
 
 /// Bytes a second of one download.
@@ -219,7 +256,13 @@ async fn bulk(rig: &Rig, bytes: u64, token: &str) -> f64 {
 pub(crate) const BULK: &str = "/k8s/api/v1/namespaces/beta/pods/p/log";
 
 /// Bytes a second of one download, its connection included.
-pub(crate) async fn download<F, R>(connect: F, host: &str, path: &str, bytes: u64, token: &str) -> f64
+pub(crate) async fn download<F, R>(
+    connect: F,
+    host: &str,
+    path: &str,
+    bytes: u64,
+    token: &str,
+) -> f64
 where
     F: Fn() -> R,
     R: Future<Output = hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>>>,
@@ -227,9 +270,16 @@ where
     let begun = Instant::now();
     let mut sender = connect().await;
     let request = hyper::Request::get(format!("{path}?bulk={bytes}")).header("host", host);
-    let request = request.header("authorization", format!("Bearer {token}")).body(http_body_util::Empty::new()).unwrap();
+    let request = request
+        .header("authorization", format!("Bearer {token}"))
+        .body(http_body_util::Empty::new())
+        .unwrap();
     let answer = sender.send_request(request).await.unwrap();
-    assert!(answer.status().is_success(), "{host}: {:?}", http_body_util::BodyExt::collect(answer.into_body()).await.unwrap().to_bytes());
+    assert!(
+        answer.status().is_success(),
+        "{host}: {:?}",
+        http_body_util::BodyExt::collect(answer.into_body()).await.unwrap().to_bytes()
+    );
     let mut body = answer.into_body();
     let mut got = 0_u64;
     while let Some(frame) = http_body_util::BodyExt::frame(&mut body).await {
@@ -262,7 +312,10 @@ async fn idle(rig: &Rig) {
     let (rss, cpu, _) = rig.proc(pid);
     tokio::time::sleep(Duration::from_secs(10)).await;
     let idle = rig.proc(pid).1 - cpu;
-    println!("idle                     RSS {rss} kB, {:.2} % of a core (budgets 12288 kB, 0.1 %)", idle * 10.0);
+    println!(
+        "idle                     RSS {rss} kB, {:.2} % of a core (budgets 12288 kB, 0.1 %)",
+        idle * 10.0
+    );
 }
 
 async fn requests(rig: &Rig, token: &str) {
@@ -274,7 +327,13 @@ async fn requests(rig: &Rig, token: &str) {
     let socket = rig.agent.dir.path().join("kubectl.sock");
     let kubeconfig = rig.agent.dir.path().join("run/pipeops-credential/kubeconfig");
     let mut proxy = Command::new("kubectl")
-        .args(["proxy", "--kubeconfig", kubeconfig.to_str().unwrap(), "--unix-socket", socket.to_str().unwrap()])
+        .args([
+            "proxy",
+            "--kubeconfig",
+            kubeconfig.to_str().unwrap(),
+            "--unix-socket",
+            socket.to_str().unwrap(),
+        ])
         .stdout(Stdio::null())
         .spawn()
         .ok();
@@ -289,10 +348,23 @@ async fn requests(rig: &Rig, token: &str) {
     }
     for round in 0..6 {
         let before = rig.proc(pid).1;
-        let run = load(50, 3 * second, || rig.client(), "localhost", "/k8s/api/v1/namespaces/beta/pods", token).await;
+        let run = load(
+            50,
+            3 * second,
+            || rig.client(),
+            "localhost",
+            "/k8s/api/v1/namespaces/beta/pods",
+            token,
+        )
+        .await;
         let cost = rig.proc(pid).1 - before;
         if round > 0 {
-            ours.push((run.requests as f64 / run.seconds, run.requests as f64 / cost, run.p50, run.p99));
+            ours.push((
+                run.requests as f64 / run.seconds,
+                run.requests as f64 / cost,
+                run.p50,
+                run.p99,
+            ));
         }
         if let (Some(proxy), true) = (&proxy, socket.exists()) {
             // the program may hand over to another: its children count
@@ -300,18 +372,29 @@ async fn requests(rig: &Rig, token: &str) {
             let before = rig.proc(worker).1;
             let connect = || async {
                 let stream = tokio::net::UnixStream::connect(&socket).await.unwrap();
-                let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+                let (sender, connection) =
+                    hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
                 tokio::spawn(connection);
                 sender
             };
-            let run = load(50, 3 * second, connect, "localhost", "/api/v1/namespaces/beta/pods", token).await;
+            let run =
+                load(50, 3 * second, connect, "localhost", "/api/v1/namespaces/beta/pods", token)
+                    .await;
             let cost = rig.proc(worker).1 - before;
             if round > 0 {
-                theirs.push((run.requests as f64 / run.seconds, run.requests as f64 / cost, run.p50, run.p99));
+                theirs.push((
+                    run.requests as f64 / run.seconds,
+                    run.requests as f64 / cost,
+                    run.p50,
+                    run.p99,
+                ));
             }
         }
     }
-    let median = |list: &[(f64, f64, Duration, Duration)], of: fn(&(f64, f64, Duration, Duration)) -> f64| median(list.iter().map(of).collect());
+    let median = |list: &[(f64, f64, Duration, Duration)],
+                  of: fn(&(f64, f64, Duration, Duration)) -> f64| {
+        median(list.iter().map(of).collect())
+    };
     println!("raw: ours {ours:?}\nraw: kubectl proxy {theirs:?}");
     println!(
         "50 callers, through FRP server half, TLS twice, JWT, audit: {:.0} requests/s, p99 {:.1} ms, {:.0} requests a CPU second of the agent",
@@ -337,7 +420,10 @@ async fn requests(rig: &Rig, token: &str) {
         let before = rig.proc(pid).1;
         let run = load(50, 3 * second, || rig.client(), "localhost", path, token).await;
         let cost = (rig.proc(pid).1 - before) * 1e6 / run.requests as f64;
-        println!("  {path}: {cost:.0} us of CPU a request, {:.0} more than the line above: {what}", cost - former);
+        println!(
+            "  {path}: {cost:.0} us of CPU a request, {:.0} more than the line above: {what}",
+            cost - former
+        );
         former = cost;
     }
     if let Some(proxy) = &mut proxy {
@@ -349,15 +435,32 @@ async fn requests(rig: &Rig, token: &str) {
 async fn mixed(rig: &Rig, token: &str) {
     let pid = rig.agent.child.id();
     let second = Duration::from_secs(1);
-    let quiet = load(50, 3 * second, || rig.client(), "localhost", "/k8s/api/v1/namespaces/beta/pods", token).await;
+    let quiet = load(
+        50,
+        3 * second,
+        || rig.client(),
+        "localhost",
+        "/k8s/api/v1/namespaces/beta/pods",
+        token,
+    )
+    .await;
     let before = rig.proc(pid).0;
     let mut rates = Vec::new();
     for _ in 0..5 {
         rates.push(bulk(rig, 256 << 20, token).await);
     }
     println!("one bulk stream: {:.0} MB/s", median(rates) / 1e6);
-    let (_, small) =
-        tokio::join!(bulk(rig, 1 << 30, token), load(50, 3 * second, || rig.client(), "localhost", "/k8s/api/v1/namespaces/beta/pods", token));
+    let (_, small) = tokio::join!(
+        bulk(rig, 1 << 30, token),
+        load(
+            50,
+            3 * second,
+            || rig.client(),
+            "localhost",
+            "/k8s/api/v1/namespaces/beta/pods",
+            token
+        )
+    );
     println!(
         "50 callers beside 1 GiB: p99 {:.1} ms, alone {:.1} ms, ratio {:.1} (budget 2); memory {} kB more (budget 8192)",
         small.p99.as_secs_f64() * 1000.0,
@@ -387,7 +490,12 @@ async fn held(rig: &Rig, token: &str) {
 }
 
 fn child_of(pid: u32) -> Option<u32> {
-    std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?.split_whitespace().next()?.parse().ok()
+    std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+        .ok()?
+        .split_whitespace()
+        .next()?
+        .parse()
+        .ok()
 }
 
 /// Exit code: 0 when memory and descriptors are where they were.
@@ -395,18 +503,24 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     let rig = Rig::new(pipeops).await;
     let pid = rig.agent.child.id();
     let mut wrong = 0;
-    let mut verdict = |what: &str, before: (u64, f64, usize), after: (u64, f64, usize), tasks: (usize, usize)| {
-        let fine = after.0 <= before.0 + 2048 && after.2 <= before.2 && tasks.1 <= tasks.0;
-        let word = if fine { "ok    " } else { "WRONG " };
-        println!("{word} {what}: RSS {} → {} kB, descriptors {} → {}, tasks at most {} → {}", before.0, after.0, before.2, after.2, tasks.0, tasks.1);
-        wrong += i32::from(!fine);
-    };
+    let mut verdict =
+        |what: &str, before: (u64, f64, usize), after: (u64, f64, usize), tasks: (usize, usize)| {
+            let fine = after.0 <= before.0 + 2048 && after.2 <= before.2 && tasks.1 <= tasks.0;
+            let word = if fine { "ok    " } else { "WRONG " };
+            println!(
+                "{word} {what}: RSS {} → {} kB, descriptors {} → {}, tasks at most {} → {}",
+                before.0, after.0, before.2, after.2, tasks.0, tasks.1
+            );
+            wrong += i32::from(!fine);
+        };
     let aborted = async |n: u32| {
         for _ in 0..n {
             let token = rig.plane.token(&rig.id, "deployer", None);
-            let mut io = rig.plane.tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
-            let head =
-                format!("GET /k8s/api/v1/namespaces/beta/pods/p/log?bulk=104857600 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n");
+            let mut io =
+                rig.plane.tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
+            let head = format!(
+                "GET /k8s/api/v1/namespaces/beta/pods/p/log?bulk=104857600 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n"
+            );
             io.write_all(head.as_bytes()).await.unwrap();
             io.flush().await.unwrap();
             io.read_exact(&mut [0; 1000]).await.unwrap();
@@ -436,7 +550,10 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     let begun = Instant::now();
     reconnects(few).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let what = format!("{few} sessions ended by the server in {:.0} s", begun.elapsed().as_secs_f64() - 10.0);
+    let what = format!(
+        "{few} sessions ended by the server in {:.0} s",
+        begun.elapsed().as_secs_f64() - 10.0
+    );
     verdict(&what, before, rig.proc(pid), (tasks, rig.agent.tasks()));
     let here = std::process::id();
     let client = Reconnecting::new(&rig);
@@ -447,7 +564,10 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     let begun = Instant::now();
     client.change(n).await;
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let what = format!("{n} reconnects of client and server in this process in {:.0} s", begun.elapsed().as_secs_f64() - 10.0);
+    let what = format!(
+        "{n} reconnects of client and server in this process in {:.0} s",
+        begun.elapsed().as_secs_f64() - 10.0
+    );
     // connections of the rig's own servers come and go here too; a leak would be one a round
     let some = usize::try_from(n / 100).unwrap();
     verdict(&what, before, rig.proc(here), (tasks + some, alive()));
@@ -465,10 +585,15 @@ impl Reconnecting {
     fn new(rig: &Rig) -> Reconnecting {
         use pipeops::frp::client::Client;
         use pipeops::frp::{State, Status, TunnelConfig};
-        let mut base: TunnelConfig = serde_json::from_value(rig.plane.config.lock().unwrap()["tunnel"].clone()).unwrap();
+        let mut base: TunnelConfig =
+            serde_json::from_value(rig.plane.config.lock().unwrap()["tunnel"].clone()).unwrap();
         base.proxies[0].name = "here".into();
         let (settings, receiver) = tokio::sync::watch::channel(Some(base.clone()));
-        let (publish, status) = tokio::sync::watch::channel(Status { state: State::Off, reason: String::new(), since: tokio::time::Instant::now() });
+        let (publish, status) = tokio::sync::watch::channel(Status {
+            state: State::Off,
+            reason: String::new(),
+            since: tokio::time::Instant::now(),
+        });
         let (run_ids, mut kept) = tokio::sync::mpsc::channel(4);
         let (work, mut works) = tokio::sync::mpsc::channel(4);
         tokio::spawn(async move { while kept.recv().await.is_some() {} });
@@ -493,7 +618,10 @@ impl Reconnecting {
         for round in 0..n {
             let up = |s: &pipeops::frp::Status| s.state == pipeops::frp::State::Up;
             let since = status.wait_for(up).await.unwrap().since;
-            self.settings.send_replace(Some(pipeops::frp::TunnelConfig { pool_count: u16::try_from(round % 3).unwrap(), ..self.base.clone() }));
+            self.settings.send_replace(Some(pipeops::frp::TunnelConfig {
+                pool_count: u16::try_from(round % 3).unwrap(),
+                ..self.base.clone()
+            }));
             status.wait_for(|s| up(s) && s.since > since).await.unwrap();
         }
     }

@@ -30,7 +30,12 @@ pub(crate) enum Mode {
     Slow,
 }
 
-pub(crate) async fn front(address: SocketAddr, back: SocketAddr, tls: Arc<rustls::ServerConfig>, mut mode: watch::Receiver<Mode>) {
+pub(crate) async fn front(
+    address: SocketAddr,
+    back: SocketAddr,
+    tls: Arc<rustls::ServerConfig>,
+    mut mode: watch::Receiver<Mode>,
+) {
     loop {
         let now = *mode.borrow_and_update();
         let flows = |m: Mode| matches!(m, Mode::Pass | Mode::Slow);
@@ -79,7 +84,11 @@ pub(crate) async fn front(address: SocketAddr, back: SocketAddr, tls: Arc<rustls
     }
 }
 
-async fn pump(mut from: tokio::net::tcp::OwnedReadHalf, mut to: tokio::net::tcp::OwnedWriteHalf, mut mode: watch::Receiver<Mode>) {
+async fn pump(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    mut mode: watch::Receiver<Mode>,
+) {
     let mut buffer = vec![0; 32 * 1024];
     while let Ok(n @ 1..) = from.read(&mut buffer).await {
         let mut rest = &buffer[..n];
@@ -105,7 +114,14 @@ async fn names(socket: UdpSocket, answer: Arc<Mutex<Ipv4Addr>>) {
     let mut packet = [0; 512];
     while let Ok((n, from)) = socket.recv_from(&mut packet).await {
         // RFC 1035 4.1: a header of 12 bytes, then the question up to its type and class
-        let Some(end) = packet[12..n].iter().position(|b| *b == 0).map(|at| 12 + at + 5).filter(|end| *end <= n) else { continue };
+        let Some(end) = packet[12..n]
+            .iter()
+            .position(|b| *b == 0)
+            .map(|at| 12 + at + 5)
+            .filter(|end| *end <= n)
+        else {
+            continue;
+        };
         let wanted = packet[end - 3] == 1;
         let mut reply = packet[..end].to_vec();
         (reply[2], reply[3]) = (0x84, 0x00);
@@ -130,17 +146,27 @@ pub(crate) struct Sample {
 
 impl Sample {
     fn up(&self) -> Vec<&'static str> {
-        [("readyz", self.ready), ("metrics", self.metric), ("cluster-info", self.info), ("heartbeat", self.beat)]
-            .into_iter()
-            .filter(|(_, up)| *up == Some(true))
-            .map(|(name, _)| name)
-            .collect()
+        [
+            ("readyz", self.ready),
+            ("metrics", self.metric),
+            ("cluster-info", self.info),
+            ("heartbeat", self.beat),
+        ]
+        .into_iter()
+        .filter(|(_, up)| *up == Some(true))
+        .map(|(name, _)| name)
+        .collect()
     }
 }
 
 async fn ask(path: &str) -> Option<String> {
     let mut stream = UnixStream::connect("/run/pipeops/agent.sock").await.ok()?;
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").as_bytes()).await.ok()?;
+    stream
+        .write_all(
+            format!("GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").as_bytes(),
+        )
+        .await
+        .ok()?;
     let mut text = String::new();
     stream.read_to_string(&mut text).await.ok()?;
     Some(text)
@@ -148,7 +174,9 @@ async fn ask(path: &str) -> Option<String> {
 
 async fn status() -> Value {
     let text = ask("/status").await.unwrap_or_default();
-    text.split_once("\r\n\r\n").and_then(|(_, body)| serde_json::from_str(body).ok()).unwrap_or_default()
+    text.split_once("\r\n\r\n")
+        .and_then(|(_, body)| serde_json::from_str(body).ok())
+        .unwrap_or_default()
 }
 
 async fn sample(plane: Arc<Plane>, samples: Arc<Mutex<Vec<Sample>>>) {
@@ -160,16 +188,28 @@ async fn sample(plane: Arc<Plane>, samples: Arc<Mutex<Vec<Sample>>>) {
         let metric = ask("/metrics").await.map(|t| t.contains("\npipeops_tunnel_connected 1\n"));
         let reason = status().await["tunnel_reason"].as_str().unwrap_or_default().to_owned();
         let info = if turn % 4 == 0 {
-            let out = tokio::process::Command::new("pipeops").args(["cluster-info", "-o", "json"]).output().await.unwrap();
+            let out = tokio::process::Command::new("pipeops")
+                .args(["cluster-info", "-o", "json"])
+                .output()
+                .await
+                .unwrap();
             let info: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
             info["agent"]["tunnel"].as_str().map(|t| t == "up")
         } else {
             None
         };
         let all = plane.calls("/heartbeat");
-        let beat = (all.len() > beats).then(|| all.last().is_some_and(|c| c.2["tunnel"]["state"] == "up"));
+        let beat =
+            (all.len() > beats).then(|| all.last().is_some_and(|c| c.2["tunnel"]["state"] == "up"));
         beats = all.len();
-        samples.lock().unwrap().push(Sample { at: Instant::now(), ready, metric, info, beat, reason });
+        samples.lock().unwrap().push(Sample {
+            at: Instant::now(),
+            ready,
+            metric,
+            info,
+            beat,
+            reason,
+        });
     }
 }
 
@@ -206,7 +246,8 @@ impl Faults {
     async fn request(&self, method: &str, path: &str, body: &str) -> Option<String> {
         let token = self.plane.token(&self.agent(), "deployer", None);
         let go = async {
-            let mut io = self.plane.tls(self.frps.dial("agent").await.ok()?, b"http/1.1").await.ok()?;
+            let mut io =
+                self.plane.tls(self.frps.dial("agent").await.ok()?, b"http/1.1").await.ok()?;
             let head = format!(
                 "{method} {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
                 body.len()
@@ -236,7 +277,14 @@ impl Faults {
     }
 
     /// A fault of the link: begins, holds, ends; when it was noticed, when a request came through again, and whether anything lied.
-    async fn link(&self, name: &str, hold: u64, budget: f64, begin: impl FnOnce(), end: impl FnOnce()) {
+    async fn link(
+        &self,
+        name: &str,
+        hold: u64,
+        budget: f64,
+        begin: impl FnOnce(),
+        end: impl FnOnce(),
+    ) {
         if !name.contains(&self.only.lock().unwrap()[..]) {
             return;
         }
@@ -250,8 +298,12 @@ impl Faults {
         let (noticed, reasons, lies) = {
             let samples = self.samples.lock().unwrap();
             let during: Vec<&Sample> = samples.iter().filter(|s| s.at > from).collect();
-            let noticed = during.iter().find(|s| s.metric == Some(false)).map(|s| (s.at - from).as_secs_f64());
-            let mut reasons: Vec<String> = during.iter().map(|s| s.reason.clone()).filter(|r| !r.is_empty()).collect();
+            let noticed = during
+                .iter()
+                .find(|s| s.metric == Some(false))
+                .map(|s| (s.at - from).as_secs_f64());
+            let mut reasons: Vec<String> =
+                during.iter().map(|s| s.reason.clone()).filter(|r| !r.is_empty()).collect();
             reasons.dedup();
             // a second for the sampler's own way
             let lies: Vec<String> = during
@@ -268,7 +320,11 @@ impl Faults {
             noticed.map_or("-".into(), |n| format!("{n:.1} s")),
             back.map_or("never".into(), |b| format!("{b:.2} s")),
             reasons.last().map_or(String::new(), |r| format!("; said: {r}")),
-            if lies.is_empty() { String::new() } else { format!("; CALLED UP {} times, first at {}", lies.len(), lies[0]) },
+            if lies.is_empty() {
+                String::new()
+            } else {
+                format!("; CALLED UP {} times, first at {}", lies.len(), lies[0])
+            },
         );
         self.say(lies.is_empty() && back.is_some_and(|b| b <= budget), &text);
     }
@@ -283,7 +339,8 @@ impl Faults {
         let through = self.through().await;
         end();
         let healed = self.until(120, async || control("online").await).await;
-        let time = |d: Option<Duration>| d.map_or("never".into(), |d| format!("{:.1} s", d.as_secs_f64()));
+        let time =
+            |d: Option<Duration>| d.map_or("never".into(), |d| format!("{:.1} s", d.as_secs_f64()));
         self.say(
             named.is_some() && through && healed.is_some(),
             &format!(
@@ -299,11 +356,28 @@ impl Faults {
         let _ = self.until(60, async || status().await["control"] == "online").await;
         let headers = vec![("retry-after", "6".to_owned())];
         let body = json!({"code": "busy", "message": "later"});
-        self.plane.script.lock().unwrap().push(Scripted { path: "/heartbeat", status: code, body, headers, times: 1 });
-        let _ = self.until(20, async || self.plane.script.lock().unwrap().last().is_some_and(|s| s.times == 0)).await;
+        self.plane.script.lock().unwrap().push(Scripted {
+            path: "/heartbeat",
+            status: code,
+            body,
+            headers,
+            times: 1,
+        });
+        let _ = self
+            .until(20, async || {
+                self.plane.script.lock().unwrap().last().is_some_and(|s| s.times == 0)
+            })
+            .await;
         let calls = self.plane.calls("/heartbeat").len();
-        let quiet = self.until(30, async || self.plane.calls("/heartbeat").len() > calls).await.unwrap_or_default().as_secs_f64();
-        self.say(quiet >= 5.9, &format!("{code} with Retry-After 6: the next heartbeat after {quiet:.1} s"));
+        let quiet = self
+            .until(30, async || self.plane.calls("/heartbeat").len() > calls)
+            .await
+            .unwrap_or_default()
+            .as_secs_f64();
+        self.say(
+            quiet >= 5.9,
+            &format!("{code} with Retry-After 6: the next heartbeat after {quiet:.1} s"),
+        );
     }
 
     pub(crate) async fn all(self: Arc<Self>, only: &str) -> String {
@@ -317,18 +391,31 @@ impl Faults {
         };
 
         let (out, back) = (format!("tcp dport {port} drop"), format!("tcp sport {port} drop"));
-        self.link("server killed", 3, 1.0, || set(&self.mode, Mode::Gone), || set(&self.mode, Mode::Pass)).await;
-        for (name, rules) in
-            [("no packets either way", format!("{out}\n{back}")), ("no packets to the server", out), ("no packets from the server", back)]
-        {
+        self.link(
+            "server killed",
+            3,
+            1.0,
+            || set(&self.mode, Mode::Gone),
+            || set(&self.mode, Mode::Pass),
+        )
+        .await;
+        for (name, rules) in [
+            ("no packets either way", format!("{out}\n{back}")),
+            ("no packets to the server", out),
+            ("no packets from the server", back),
+        ] {
             for hold in [10, 120] {
                 // what is not noticed yet goes on; what is has to come back
                 self.link(name, hold, 5.0, || drop(&rules), heal).await;
             }
         }
-        for (name, mode) in [("server mute at TLS", Mode::MuteAtTls), ("server mute at login", Mode::MuteAtLogin), ("one byte a second", Mode::Slow)]
-        {
-            self.link(name, 60, 35.0, || set(&self.mode, mode), || set(&self.mode, Mode::Pass)).await;
+        for (name, mode) in [
+            ("server mute at TLS", Mode::MuteAtTls),
+            ("server mute at login", Mode::MuteAtLogin),
+            ("one byte a second", Mode::Slow),
+        ] {
+            self.link(name, 60, 35.0, || set(&self.mode, mode), || set(&self.mode, Mode::Pass))
+                .await;
         }
         // a part of them by its name; `states` is all but the link
         if only.is_empty() || only == "states" {
@@ -348,7 +435,13 @@ impl Faults {
         self.retry_after(429).await;
         self.retry_after(503).await;
         let plane = &self.plane;
-        self.state("clock an hour off", "skewed", || *plane.clock.lock().unwrap() = 3600, || *plane.clock.lock().unwrap() = 0).await;
+        self.state(
+            "clock an hour off",
+            "skewed",
+            || *plane.clock.lock().unwrap() = 3600,
+            || *plane.clock.lock().unwrap() = 0,
+        )
+        .await;
         let conflict = Scripted {
             path: "/heartbeat",
             status: 409,
@@ -359,22 +452,34 @@ impl Faults {
         self.state("409", "conflict", || plane.script.lock().unwrap().push(conflict), || {}).await;
         // the agent still holds the token that let it in: that is refused as well, until a person sees to it
         let body = json!({"code": "token_unknown", "message": "revoked"});
-        let refused = Scripted { path: "/register", status: 401, body, headers: vec![], times: usize::MAX };
+        let refused =
+            Scripted { path: "/register", status: 401, body, headers: vec![], times: usize::MAX };
         let revoke = || {
             plane.script.lock().unwrap().push(refused);
             plane.revoke();
         };
         let again = || {
             plane.script.lock().unwrap().clear();
-            sh(&format!("printf %s '{}' > /etc/pipeops/agent-token; systemctl restart pipeops-agent", crate::plane::TOKEN));
+            sh(&format!(
+                "printf %s '{}' > /etc/pipeops/agent-token; systemctl restart pipeops-agent",
+                crate::plane::TOKEN
+            ));
         };
-        self.state("token revoked (healed by another one and a restart)", "unauthorized", revoke, again).await;
+        self.state(
+            "token revoked (healed by another one and a restart)",
+            "unauthorized",
+            revoke,
+            again,
+        )
+        .await;
     }
 
     /// The server moves, and its name with it.
     async fn names(&self) {
         let answer = Arc::new(Mutex::new(Ipv4Addr::new(127, 0, 0, 1)));
-        let Ok(socket) = UdpSocket::bind("127.0.0.1:53").await else { return self.say(false, "DNS that changes: port 53 is taken") };
+        let Ok(socket) = UdpSocket::bind("127.0.0.1:53").await else {
+            return self.say(false, "DNS that changes: port 53 is taken");
+        };
         let server = tokio::spawn(names(socket, answer.clone()));
         sh("cp /etc/resolv.conf /tmp/resolv.faults; echo nameserver 127.0.0.1 > /etc/resolv.conf");
         let tell = |server: &str| {
@@ -386,14 +491,22 @@ impl Faults {
         tokio::time::sleep(Duration::from_secs(5)).await;
         let elsewhere = Ipv4Addr::new(127, 0, 0, 7);
         // the old address is gone for good; a relay at the new one
-        let (moved, at) = (watch::Sender::new(Mode::Gone), SocketAddr::from((elsewhere, self.port)));
+        let (moved, at) =
+            (watch::Sender::new(Mode::Gone), SocketAddr::from((elsewhere, self.port)));
         let (tls, _) = crate::plane::identity();
         let relay = tokio::spawn(front(at, self.back, tls, moved.subscribe()));
         let change = || {
             *answer.lock().unwrap() = elsewhere;
             moved.send_replace(Mode::Pass);
         };
-        self.link("DNS that changes, the old address dead", 3, 5.0, || set(&self.mode, Mode::Gone), change).await;
+        self.link(
+            "DNS that changes, the old address dead",
+            3,
+            5.0,
+            || set(&self.mode, Mode::Gone),
+            change,
+        )
+        .await;
         // no name server at all, and a connection that has to be made anew
         server.abort();
         let _ = server.await;
@@ -405,7 +518,9 @@ impl Faults {
             || set(&moved, Mode::Gone),
             || {
                 moved.send_replace(Mode::Pass);
-                tokio::spawn(async move { names(UdpSocket::bind("127.0.0.1:53").await.unwrap(), answer_again).await });
+                tokio::spawn(async move {
+                    names(UdpSocket::bind("127.0.0.1:53").await.unwrap(), answer_again).await
+                });
             },
         )
         .await;
@@ -422,10 +537,18 @@ impl Faults {
         sh("systemctl stop k3s");
         let named = self.until(40, async || waiting().await).await;
         let answer = self.request("GET", "/k8s/version", "").await.unwrap_or_default();
-        let told = answer.starts_with("HTTP/1.1 503") && answer.to_ascii_lowercase().contains("retry-after:");
+        let told = answer.starts_with("HTTP/1.1 503")
+            && answer.to_ascii_lowercase().contains("retry-after:");
         sh("systemctl start k3s");
-        let back = self.until(90, async || self.request("GET", "/k8s/version", "").await.is_some_and(|a| a.starts_with("HTTP/1.1 200"))).await;
-        let time = |d: Option<Duration>| d.map_or("never".into(), |d| format!("{:.1} s", d.as_secs_f64()));
+        let back = self
+            .until(90, async || {
+                self.request("GET", "/k8s/version", "")
+                    .await
+                    .is_some_and(|a| a.starts_with("HTTP/1.1 200"))
+            })
+            .await;
+        let time =
+            |d: Option<Duration>| d.map_or("never".into(), |d| format!("{:.1} s", d.as_secs_f64()));
         self.say(
             named.is_some() && told && back.is_some(),
             &format!("API server stopped: waiting after {}, 503 with Retry-After: {told}, back {} after its start", time(named), time(back)),
@@ -440,21 +563,36 @@ impl Faults {
         ));
         let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"generateName": "fault-"}}).to_string();
         let create = async || {
-            let answer = self.request("POST", "/k8s/api/v1/namespaces/beta/configmaps", &map).await.unwrap_or_default();
+            let answer = self
+                .request("POST", "/k8s/api/v1/namespaces/beta/configmaps", &map)
+                .await
+                .unwrap_or_default();
             answer.split(' ').nth(1).unwrap_or("-").to_owned()
         };
         let before = self.until(60, async || create().await == "201").await.is_some();
         sh(&format!("dd if=/dev/zero of={state}/filler bs=1k 2>&1; sync"));
         // records that still fit in the last block
         let full = self.until(30, async || create().await == "507").await.is_some();
-        let read = self.request("GET", "/k8s/version", "").await.is_some_and(|a| a.starts_with("HTTP/1.1 200"));
-        self.plane.script.lock().unwrap().push(Scripted { path: "/status", status: 503, body: json!({}), headers: vec![], times: 8 });
+        let read = self
+            .request("GET", "/k8s/version", "")
+            .await
+            .is_some_and(|a| a.starts_with("HTTP/1.1 200"));
+        self.plane.script.lock().unwrap().push(Scripted {
+            path: "/status",
+            status: 503,
+            body: json!({}),
+            headers: vec![],
+            times: 8,
+        });
         tokio::time::sleep(Duration::from_secs(15)).await;
         let alive = status().await["control"] == "online";
         sh(&format!("rm {state}/filler"));
         let after = self.until(60, async || create().await == "201").await;
         let reports = self.plane.calls("/status").len();
-        let flowing = self.until(60, async || self.plane.calls("/status").len() > reports + 1).await.is_some();
+        let flowing = self
+            .until(60, async || self.plane.calls("/status").len() > reports + 1)
+            .await
+            .is_some();
         self.say(
             before && full && read && alive && after.is_some() && flowing,
             &format!(

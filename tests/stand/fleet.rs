@@ -16,15 +16,38 @@ struct Agent {
 
 fn spawn(pipeops: &str, root: &str, port: u16) -> Child {
     let address = format!("127.0.0.1:{port}");
-    let args = ["control-plane", "--root", root, "--listen", &address, "--tunnel-listen", "127.0.0.1:0", "--public-name", "127.0.0.1"];
+    let args = [
+        "control-plane",
+        "--root",
+        root,
+        "--listen",
+        &address,
+        "--tunnel-listen",
+        "127.0.0.1:0",
+        "--public-name",
+        "127.0.0.1",
+    ];
     // another database than a file of its own, where one is named
     let database = std::env::var("PIPEOPS_BENCH_DATABASE").ok();
-    Command::new(pipeops).args(args).envs(database.map(|url| ("PIPEOPS_DATABASE_URL", url))).stderr(Stdio::null()).spawn().unwrap()
+    Command::new(pipeops)
+        .args(args)
+        .envs(database.map(|url| ("PIPEOPS_DATABASE_URL", url)))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 fn rss(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    status.lines().find(|l| l.starts_with("VmRSS")).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+    status
+        .lines()
+        .find(|l| l.starts_with("VmRSS"))
+        .unwrap()
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap()
 }
 
 fn percentile(times: &mut [Duration], part: usize) -> f64 {
@@ -33,7 +56,12 @@ fn percentile(times: &mut [Duration], part: usize) -> f64 {
 }
 
 fn client(ca: &reqwest::Certificate) -> reqwest::Client {
-    reqwest::Client::builder().tls_certs_only([ca.clone()]).no_proxy().timeout(Duration::from_secs(20)).build().unwrap()
+    reqwest::Client::builder()
+        .tls_certs_only([ca.clone()])
+        .no_proxy()
+        .timeout(Duration::from_secs(20))
+        .build()
+        .unwrap()
 }
 
 pub(crate) async fn fleet(pipeops: &str, agents: usize) {
@@ -45,7 +73,10 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
     let mut plane = spawn(pipeops, &root, port);
     let mut line = String::new();
     for _ in 0..200 {
-        let made = Command::new(pipeops).args(["control-plane", "token", "create", "--uses", "0", "--root", &root]).output().unwrap();
+        let made = Command::new(pipeops)
+            .args(["control-plane", "token", "create", "--uses", "0", "--root", &root])
+            .output()
+            .unwrap();
         line = String::from_utf8_lossy(&made.stdout).into_owned();
         if !line.is_empty() {
             break;
@@ -53,8 +84,13 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let token = line.split_whitespace().nth(1).unwrap().to_owned();
-    let keys: Value = serde_json::from_str(&std::fs::read_to_string(dir.path().join("var/lib/pipeops-control-plane/keys.json")).unwrap()).unwrap();
-    let ca = reqwest::Certificate::from_pem(keys["ca_certificate"].as_str().unwrap().as_bytes()).unwrap();
+    let keys: Value = serde_json::from_str(
+        &std::fs::read_to_string(dir.path().join("var/lib/pipeops-control-plane/keys.json"))
+            .unwrap(),
+    )
+    .unwrap();
+    let ca = reqwest::Certificate::from_pem(keys["ca_certificate"].as_str().unwrap().as_bytes())
+        .unwrap();
     let bodies: Vec<(String, String, String)> = (0..agents)
         .map(|n| {
             let state = Host::new(dir.path().join(format!("agents/{n}")), None).state_dir("/s").unwrap();
@@ -78,9 +114,28 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
             let (url, token, client) = (url.clone(), token.clone(), client(&ca));
             tasks.spawn(async move {
                 let begun = Instant::now();
-                let request = client.post(format!("{url}/api/v1/agents/register")).bearer_auth(token).header("pipeops-signature", signature);
-                let answer: Value = request.body(body).send().await.unwrap().error_for_status().unwrap().json().await.unwrap();
-                (Agent { id, credential: answer["credential"].as_str().unwrap().to_owned(), client }, begun.elapsed())
+                let request = client
+                    .post(format!("{url}/api/v1/agents/register"))
+                    .bearer_auth(token)
+                    .header("pipeops-signature", signature);
+                let answer: Value = request
+                    .body(body)
+                    .send()
+                    .await
+                    .unwrap()
+                    .error_for_status()
+                    .unwrap()
+                    .json()
+                    .await
+                    .unwrap();
+                (
+                    Agent {
+                        id,
+                        credential: answer["credential"].as_str().unwrap().to_owned(),
+                        client,
+                    },
+                    begun.elapsed(),
+                )
             });
         }
         let Some(done) = tasks.join_next().await else { break };
@@ -137,13 +192,20 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
     let mut plane = spawn(pipeops, &root, port);
     let mut tasks = JoinSet::new();
     for agent in fleet {
-        let request =
-            agent.client.post(format!("{url}/api/v1/agents/{}/heartbeat", agent.id)).bearer_auth(&agent.credential).json(&json!({"seq": 2}));
+        let request = agent
+            .client
+            .post(format!("{url}/api/v1/agents/{}/heartbeat", agent.id))
+            .bearer_auth(&agent.credential)
+            .json(&json!({"seq": 2}));
         let request = request.build().unwrap();
         tasks.spawn(async move {
             loop {
                 // as an agent does: 0.2 to 1 s at first
-                tokio::time::sleep(Duration::from_millis(200) + Duration::from_secs_f64(0.8 * pipeops::base::backoff::random())).await;
+                tokio::time::sleep(
+                    Duration::from_millis(200)
+                        + Duration::from_secs_f64(0.8 * pipeops::base::backoff::random()),
+                )
+                .await;
                 if let Ok(answer) = agent.client.execute(request.try_clone().unwrap()).await
                     && answer.status() == 200
                 {
@@ -155,7 +217,10 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
     while let Some(done) = tasks.join_next().await {
         done.unwrap();
     }
-    println!("killed and started again: all {agents} agents back after {:.1} s (budget 60 s for 1,000)", begun.elapsed().as_secs_f64());
+    println!(
+        "killed and started again: all {agents} agents back after {:.1} s (budget 60 s for 1,000)",
+        begun.elapsed().as_secs_f64()
+    );
     plane.kill().unwrap();
     plane.wait().unwrap();
 }

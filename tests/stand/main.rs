@@ -99,16 +99,26 @@ async fn serve(dir: &str) {
         "/token",
         get(async move |Query(asked): Query<Vec<(String, String)>>| {
             let value = |name: &str| asked.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone());
-            let agent = tokens.calls("/register").last().map(|c| c.2["agent"]["id"].as_str().unwrap_or_default().to_owned()).unwrap_or_default();
+            let agent = tokens
+                .calls("/register")
+                .last()
+                .map(|c| c.2["agent"]["id"].as_str().unwrap_or_default().to_owned())
+                .unwrap_or_default();
             let namespaces = value("namespaces");
-            let namespaces: Option<Vec<&str>> = namespaces.as_deref().map(|n| n.split(',').collect());
-            tokens.token(&agent, &value("role").unwrap_or_else(|| "viewer".into()), namespaces.as_deref())
+            let namespaces: Option<Vec<&str>> =
+                namespaces.as_deref().map(|n| n.split(',').collect());
+            tokens.token(
+                &agent,
+                &value("role").unwrap_or_else(|| "viewer".into()),
+                namespaces.as_deref(),
+            )
         }),
     );
     let router = router.route(
         "/faults",
         get(async move |Query(asked): Query<Vec<(String, String)>>| {
-            let only = asked.into_iter().find(|(n, _)| n == "only").map(|(_, v)| v).unwrap_or_default();
+            let only =
+                asked.into_iter().find(|(n, _)| n == "only").map(|(_, v)| v).unwrap_or_default();
             let faults = faults.clone();
             let here = tokio::runtime::Handle::current();
             tokio::task::spawn_blocking(move || here.block_on(faults.all(&only))).await.unwrap()
@@ -118,15 +128,23 @@ async fn serve(dir: &str) {
     let gateway = TcpListener::bind("0.0.0.0:0").await.unwrap();
     let port = gateway.local_addr().unwrap().port();
     std::fs::create_dir_all(dir).unwrap();
-    std::fs::write(format!("{dir}/env.new"), format!("PLANE=http://{address}\nTOKENS=http://{tokens}\nGATEWAY={port}\nENROL={}\n", plane::TOKEN))
-        .unwrap();
+    std::fs::write(
+        format!("{dir}/env.new"),
+        format!(
+            "PLANE=http://{address}\nTOKENS=http://{tokens}\nGATEWAY={port}\nENROL={}\n",
+            plane::TOKEN
+        ),
+    )
+    .unwrap();
     std::fs::rename(format!("{dir}/env.new"), format!("{dir}/env")).unwrap();
     loop {
         let Ok((user, _)) = gateway.accept().await else { continue };
         let (frps, state, tls) = (frps.clone(), state.clone(), tls.clone());
         tokio::spawn(async move {
             // kubectl sends no token without TLS
-            let Ok(mut user) = tokio_rustls::TlsAcceptor::from(tls).accept(user).await else { return };
+            let Ok(mut user) = tokio_rustls::TlsAcceptor::from(tls).accept(user).await else {
+                return;
+            };
             let Ok(io) = frps.dial("agent").await else { return };
             let Ok(mut agent) = state.tls(io, b"http/1.1").await else { return };
             let _ = tokio::io::copy_bidirectional(&mut user, &mut agent).await;

@@ -28,17 +28,20 @@ const VERBS: &[&str] = &[
     "proxy",
 ];
 const READ: &[&str] = &["get", "list", "watch"];
-const WRITE: &[&str] = &["get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"];
+const WRITE: &[&str] =
+    &["get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"];
 const ROLES: &[&str] = &["viewer", "deployer", "operator"];
 /// Empty: the whole cluster.
-const NAMESPACES: &[&str] = &["", "production", "beta", "monitoring", "pipeops", "kube-system", "default"];
+const NAMESPACES: &[&str] =
+    &["", "production", "beta", "monitoring", "pipeops", "kube-system", "default"];
 
 /// What everybody who is authenticated may do in any cluster: ask about themselves (`system:basic-user`).
 fn own(group: &str, resource: &str, verb: &str) -> bool {
     verb == "create"
         && matches!(
             (group, resource),
-            ("authorization.k8s.io", "selfsubjectaccessreviews" | "selfsubjectrulesreviews") | ("authentication.k8s.io", "selfsubjectreviews")
+            ("authorization.k8s.io", "selfsubjectaccessreviews" | "selfsubjectrulesreviews")
+                | ("authentication.k8s.io", "selfsubjectreviews")
         )
 }
 
@@ -85,19 +88,38 @@ const READABLE: &[(&str, &[&str])] = &[
     ("networking.k8s.io", &["ingresses", "ingressclasses", "networkpolicies"]),
     ("discovery.k8s.io", &["endpointslices"]),
     ("events.k8s.io", &["events"]),
-    ("storage.k8s.io", &["storageclasses", "csidrivers", "csinodes", "volumeattachments", "csistoragecapacities"]),
+    (
+        "storage.k8s.io",
+        &["storageclasses", "csidrivers", "csinodes", "volumeattachments", "csistoragecapacities"],
+    ),
     ("scheduling.k8s.io", &["priorityclasses"]),
     ("node.k8s.io", &["runtimeclasses"]),
     ("coordination.k8s.io", &["leases"]),
-    ("rbac.authorization.k8s.io", &["clusterroles", "clusterrolebindings", "roles", "rolebindings"]),
+    (
+        "rbac.authorization.k8s.io",
+        &["clusterroles", "clusterrolebindings", "roles", "rolebindings"],
+    ),
     ("apiextensions.k8s.io", &["customresourcedefinitions"]),
     ("apiregistration.k8s.io", &["apiservices"]),
-    ("admissionregistration.k8s.io", &["mutatingwebhookconfigurations", "validatingwebhookconfigurations"]),
+    (
+        "admissionregistration.k8s.io",
+        &["mutatingwebhookconfigurations", "validatingwebhookconfigurations"],
+    ),
 ];
 
 /// Written by a deployer in his namespaces.
 const DEPLOYABLE: &[(&str, &[&str])] = &[
-    ("", &["pods", "services", "configmaps", "persistentvolumeclaims", "serviceaccounts", "replicationcontrollers"]),
+    (
+        "",
+        &[
+            "pods",
+            "services",
+            "configmaps",
+            "persistentvolumeclaims",
+            "serviceaccounts",
+            "replicationcontrollers",
+        ],
+    ),
     ("apps", &["deployments", "statefulsets", "daemonsets", "replicasets"]),
     ("batch", &["jobs", "cronjobs"]),
     ("autoscaling", &["horizontalpodautoscalers"]),
@@ -118,7 +140,10 @@ fn expected(role: &str, verb: &str, group: &str, resource: &str, namespace: &str
     if matches!((verb, group, resource), ("get" | "list", "metrics.k8s.io", "nodes" | "pods")) {
         return true;
     }
-    if role == "operator" && namespace.is_empty() && (verb, group, resource) == ("create", "", "namespaces") {
+    if role == "operator"
+        && namespace.is_empty()
+        && (verb, group, resource) == ("create", "", "namespaces")
+    {
         return true;
     }
     let mine = match role {
@@ -133,7 +158,9 @@ fn expected(role: &str, verb: &str, group: &str, resource: &str, namespace: &str
         ("", "secrets") => matches!(verb, "create" | "update" | "patch" | "delete"),
         ("", "pods/exec" | "pods/attach" | "pods/portforward") => matches!(verb, "create" | "get"),
         ("", "pods/eviction") => role == "operator" && verb == "create",
-        ("apps", "deployments/scale" | "statefulsets/scale" | "replicasets/scale") => matches!(verb, "get" | "update" | "patch"),
+        ("apps", "deployments/scale" | "statefulsets/scale" | "replicasets/scale") => {
+            matches!(verb, "get" | "update" | "patch")
+        }
         _ => WRITE.contains(&verb) && listed(DEPLOYABLE, group, resource),
     }
 }
@@ -148,7 +175,9 @@ fn escalations() -> Vec<(&'static str, &'static str, String, Value)> {
             "a pod with our ServiceAccount",
             "POST",
             "/api/v1/namespaces/pipeops/pods".into(),
-            pod(json!({"serviceAccountName": "pipeops-agent", "containers": [{"name": "x", "image": "x"}]})),
+            pod(
+                json!({"serviceAccountName": "pipeops-agent", "containers": [{"name": "x", "image": "x"}]}),
+            ),
         ),
         (
             "a HelmChart",
@@ -194,7 +223,12 @@ fn escalations() -> Vec<(&'static str, &'static str, String, Value)> {
             format!("{rbac}/clusterroles/pipeops:deployer"),
             json!({"rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]}),
         ),
-        ("the kubelet through nodes/proxy", "GET", "/api/v1/nodes/x/proxy/pods".into(), Value::Null),
+        (
+            "the kubelet through nodes/proxy",
+            "GET",
+            "/api/v1/nodes/x/proxy/pods".into(),
+            Value::Null,
+        ),
         ("listing secrets", "GET", "/api/v1/namespaces/beta/secrets".into(), Value::Null),
         (
             "a webhook",
@@ -202,7 +236,12 @@ fn escalations() -> Vec<(&'static str, &'static str, String, Value)> {
             "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations".into(),
             json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration", "metadata": {"name": "x"}}),
         ),
-        ("a privileged pod elsewhere", "POST", "/api/v1/namespaces/kube-system/pods".into(), pod(json!({"containers": container}))),
+        (
+            "a privileged pod elsewhere",
+            "POST",
+            "/api/v1/namespaces/kube-system/pods".into(),
+            pod(json!({"containers": container})),
+        ),
     ]
 }
 
@@ -211,18 +250,33 @@ fn client(kubeconfig: &str) -> Upstream {
     Upstream::open(&Host::new(Path::new("/"), None), kubeconfig).unwrap()
 }
 
-async fn ask(client: &Upstream, role: &str, method: &str, path: &str, body: &Value) -> Result<Value, u16> {
+async fn ask(
+    client: &Upstream,
+    role: &str,
+    method: &str,
+    path: &str,
+    body: &Value,
+) -> Result<Value, u16> {
     let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
     let mut request = Request::builder().method(method).uri(path).header("Content-Type", kind);
     if !role.is_empty() {
-        request = request.header("Impersonate-User", "pipeops:runner").header("Impersonate-Group", format!("pipeops:{role}"));
+        request = request
+            .header("Impersonate-User", "pipeops:runner")
+            .header("Impersonate-Group", format!("pipeops:{role}"));
     }
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
-    let answer = client.send(request.body(body).unwrap(), false).await.unwrap_or_else(|e| panic!("{method} {path}: {e}"));
+    let answer = client
+        .send(request.body(body).unwrap(), false)
+        .await
+        .unwrap_or_else(|e| panic!("{method} {path}: {e}"));
     let status = answer.status();
     let bytes = answer.into_body().collect().await.unwrap().to_bytes();
-    if status.is_success() { Ok(serde_json::from_slice(&bytes).unwrap()) } else { Err(status.as_u16()) }
+    if status.is_success() {
+        Ok(serde_json::from_slice(&bytes).unwrap())
+    } else {
+        Err(status.as_u16())
+    }
 }
 
 async fn resources(client: &Upstream) -> BTreeSet<(String, String)> {
@@ -230,7 +284,10 @@ async fn resources(client: &Upstream) -> BTreeSet<(String, String)> {
     let groups = ask(client, "", "GET", "/apis", &Value::Null).await.unwrap();
     for group in groups["groups"].as_array().unwrap() {
         for version in group["versions"].as_array().unwrap() {
-            versions.push((group["name"].as_str().unwrap().to_owned(), format!("/apis/{}", version["groupVersion"].as_str().unwrap())));
+            versions.push((
+                group["name"].as_str().unwrap().to_owned(),
+                format!("/apis/{}", version["groupVersion"].as_str().unwrap()),
+            ));
         }
     }
     let mut found = BTreeSet::new();
@@ -284,7 +341,9 @@ pub(crate) async fn check(kubeconfig: &str) -> i32 {
             match ask(&client, role, method, &path, &body).await {
                 // a kind that this server does not have is refused by authorization all the same, or not there
                 Err(403) => println!("refused to {role}: {title}"),
-                Err(404) if path.contains("helm.cattle.io") => println!("NOT RUN {role}: {title}: this server has no such kind"),
+                Err(404) if path.contains("helm.cattle.io") => {
+                    println!("NOT RUN {role}: {title}: this server has no such kind")
+                }
                 other => {
                     failed += 1;
                     println!("WRONG {role}: {title}: {other:?}");

@@ -29,29 +29,53 @@ enum Way {
 impl Way {
     async fn call(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
         let text = body.map(Value::to_string).unwrap_or_default();
-        let kind = if method == "PATCH" { "application/apply-patch+yaml" } else { "application/json" };
+        let kind =
+            if method == "PATCH" { "application/apply-patch+yaml" } else { "application/json" };
         match self {
             Way::Gateway { client, base, token } => {
-                let request = client.request(method.parse().unwrap(), format!("{base}{path}")).bearer_auth(token).header("content-type", kind);
+                let request = client
+                    .request(method.parse().unwrap(), format!("{base}{path}"))
+                    .bearer_auth(token)
+                    .header("content-type", kind);
                 let answer = request.body(text).send().await.unwrap();
                 let status = answer.status().as_u16();
                 (status, serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or_default())
             }
             Way::Direct { config, proxy, key, agent, token } => {
                 let mut tasks = tokio::task::JoinSet::new();
-                let carrier = pipeops::frp::dial::Target::new(config, false).unwrap().connect(&mut tasks).await.unwrap();
+                let carrier = pipeops::frp::dial::Target::new(config, false)
+                    .unwrap()
+                    .connect(&mut tasks)
+                    .await
+                    .unwrap();
                 let io = pipeops::frp::client::visit(&carrier, "", proxy, key).await.unwrap();
                 // whoever runs the FRP server sees nothing: TLS to the agent's own key inside
                 let tls = Trust { pins: vec![agent.clone()], ..Trust::default() }.client().unwrap();
-                let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal").unwrap();
-                let io = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, io).await.unwrap();
-                let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
+                let name =
+                    rustls_pki_types::ServerName::try_from("agent.pipeops.internal").unwrap();
+                let io = tokio_rustls::TlsConnector::from(Arc::new(tls))
+                    .connect(name, io)
+                    .await
+                    .unwrap();
+                let (mut sender, connection) =
+                    hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
                 tasks.spawn(async move { drop(connection.await) });
-                let request = http::Request::builder().method(method).uri(path).header("host", "agent").header("content-type", kind);
-                let request = request.header("authorization", format!("Bearer {token}")).body(Full::new(Bytes::from(text))).unwrap();
+                let request = http::Request::builder()
+                    .method(method)
+                    .uri(path)
+                    .header("host", "agent")
+                    .header("content-type", kind);
+                let request = request
+                    .header("authorization", format!("Bearer {token}"))
+                    .body(Full::new(Bytes::from(text)))
+                    .unwrap();
                 let answer = sender.send_request(request).await.unwrap();
                 let status = answer.status().as_u16();
-                (status, serde_json::from_slice(&answer.into_body().collect().await.unwrap().to_bytes()).unwrap_or_default())
+                (
+                    status,
+                    serde_json::from_slice(&answer.into_body().collect().await.unwrap().to_bytes())
+                        .unwrap_or_default(),
+                )
             }
         }
     }
@@ -61,7 +85,8 @@ impl Way {
         let path = format!("/k8s/apis/apps/v1/namespaces/production/deployments/{name}");
         let object = deployment(name, image);
         let begun = Instant::now();
-        let (status, answer) = self.call("PATCH", &format!("{path}?fieldManager=pipeops-runner"), Some(&object)).await;
+        let (status, answer) =
+            self.call("PATCH", &format!("{path}?fieldManager=pipeops-runner"), Some(&object)).await;
         if !matches!(status, 200 | 201) {
             return Err(format!("apply: {status} {answer}"));
         }
@@ -77,7 +102,8 @@ impl Way {
         }
         let ready = begun.elapsed();
         // what a deployer may not, he may not
-        let (refused, _) = self.call("GET", "/k8s/api/v1/namespaces/production/secrets", None).await;
+        let (refused, _) =
+            self.call("GET", "/k8s/api/v1/namespaces/production/secrets", None).await;
         if refused != 403 {
             return Err(format!("secrets: {refused}"));
         }
@@ -95,10 +121,19 @@ async fn hear(url: &str, mut wanted: impl FnMut(&Value) -> bool) -> Option<Value
     let channel = connection.create_channel().await.unwrap();
     let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
     channel.queue_declare("pipeops.runners".into(), durable, FieldTable::default()).await.unwrap();
-    let mut consumer =
-        channel.basic_consume("pipeops.runners".into(), "runner".into(), BasicConsumeOptions::default(), FieldTable::default()).await.unwrap();
+    let mut consumer = channel
+        .basic_consume(
+            "pipeops.runners".into(),
+            "runner".into(),
+            BasicConsumeOptions::default(),
+            FieldTable::default(),
+        )
+        .await
+        .unwrap();
     let mut seen = HashSet::new();
-    while let Ok(Some(Ok(delivery))) = tokio::time::timeout(Duration::from_secs(120), consumer.next()).await {
+    while let Ok(Some(Ok(delivery))) =
+        tokio::time::timeout(Duration::from_secs(120), consumer.next()).await
+    {
         let body: Value = serde_json::from_slice(&delivery.data).unwrap();
         delivery.ack(BasicAckOptions::default()).await.unwrap();
         // a copy of what was heard already
@@ -129,19 +164,39 @@ async fn announced(url: &str) -> Value {
 }
 
 /// The same deployment as an operation: nobody holds a connection, the broker says when it is done.
-async fn operate(client: &reqwest::Client, operations: &str, token: &str, amqp: &str, image: &str) -> Result<String, String> {
+async fn operate(
+    client: &reqwest::Client,
+    operations: &str,
+    token: &str,
+    amqp: &str,
+    image: &str,
+) -> Result<String, String> {
     let begun = Instant::now();
     let named = json!({"apiVersion": "apps/v1", "kind": "Deployment", "name": "operated", "namespace": "production"});
     for (key, body) in [
-        ("deploy-1", json!({"kind": "apply", "ttl_s": 300, "spec": {"objects": [deployment("operated", image)]}})),
+        (
+            "deploy-1",
+            json!({"kind": "apply", "ttl_s": 300, "spec": {"objects": [deployment("operated", image)]}}),
+        ),
         ("remove-1", json!({"kind": "delete", "ttl_s": 300, "spec": {"objects": [named]}})),
     ] {
-        let answer = client.post(operations).bearer_auth(token).header("idempotency-key", key).json(&body).send().await.unwrap();
-        let (status, taken) = (answer.status().as_u16(), answer.json::<Value>().await.unwrap_or_default());
+        let answer = client
+            .post(operations)
+            .bearer_auth(token)
+            .header("idempotency-key", key)
+            .json(&body)
+            .send()
+            .await
+            .unwrap();
+        let (status, taken) =
+            (answer.status().as_u16(), answer.json::<Value>().await.unwrap_or_default());
         if status != 202 {
             return Err(format!("{key}: {status} {taken}"));
         }
-        let ended = hear(amqp, |event| event["type"] == "operation.finished" && event["operation"]["id"] == taken["id"]).await;
+        let ended = hear(amqp, |event| {
+            event["type"] == "operation.finished" && event["operation"]["id"] == taken["id"]
+        })
+        .await;
         let Some(ended) = ended else { return Err(format!("{key}: its end was not heard")) };
         if ended["operation"]["state"] != "succeeded" {
             return Err(format!("{key}: {}", ended["operation"]));
@@ -164,7 +219,8 @@ fn deployment(name: &str, image: &str) -> Value {
 /// Exit code of the run: 0 when all ways deployed.
 pub(crate) async fn runner(dir: &str, image: &str) -> i32 {
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let read = |name: &str| std::fs::read_to_string(Path::new(dir).join(name)).unwrap().trim().to_owned();
+    let read =
+        |name: &str| std::fs::read_to_string(Path::new(dir).join(name)).unwrap().trim().to_owned();
     let (url, token) = (read("control-plane"), read("token"));
     let event = announced(&read("amqp-url")).await;
     let Some(base) = event["endpoint"].as_str() else {
@@ -176,13 +232,20 @@ pub(crate) async fn runner(dir: &str, image: &str) -> i32 {
     let cluster = event["cluster_id"].as_str().unwrap();
     // the first tunnel is up a moment after the registration
     let begun = Instant::now();
-    let gateway = Way::Gateway { client: client.clone(), base: base.to_owned(), token: token.clone() };
-    while gateway.call("GET", "/k8s/version", None).await.0 != 200 && begun.elapsed() < Duration::from_secs(60) {
+    let gateway =
+        Way::Gateway { client: client.clone(), base: base.to_owned(), token: token.clone() };
+    while gateway.call("GET", "/k8s/version", None).await.0 != 200
+        && begun.elapsed() < Duration::from_secs(60)
+    {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    let asked = client.post(format!("{url}/api/v1/clusters/{cluster}/token")).bearer_auth(&token).json(&json!({"namespaces": ["production"]}));
+    let asked = client
+        .post(format!("{url}/api/v1/clusters/{cluster}/token"))
+        .bearer_auth(&token)
+        .json(&json!({"namespaces": ["production"]}));
     let minted: Value = asked.send().await.unwrap().json().await.unwrap();
-    let endpoint = minted["endpoints"].as_array().unwrap().iter().find(|e| e["type"] == "stcp").unwrap();
+    let endpoint =
+        minted["endpoints"].as_array().unwrap().iter().find(|e| e["type"] == "stcp").unwrap();
     let text = |name: &str| endpoint[name].as_str().unwrap_or_default().to_owned();
     let address = text("address");
     let (host, port) = address.rsplit_once(':').unwrap();
@@ -200,7 +263,8 @@ pub(crate) async fn runner(dir: &str, image: &str) -> i32 {
         token: minted["token"].as_str().unwrap().to_owned(),
     };
     let mut code = 0;
-    for (name, way) in [("through the gateway", &gateway), ("straight through the tunnel", &direct)] {
+    for (name, way) in [("through the gateway", &gateway), ("straight through the tunnel", &direct)]
+    {
         match way.deploy(if code == 0 { "by-runner" } else { "again" }, image).await {
             Ok(text) => println!("ok a deployment {name}: {text}"),
             Err(text) => {
@@ -209,7 +273,15 @@ pub(crate) async fn runner(dir: &str, image: &str) -> i32 {
             }
         }
     }
-    match operate(&client, &format!("{url}/api/v1/clusters/{cluster}/operations"), &token, &read("amqp-url"), image).await {
+    match operate(
+        &client,
+        &format!("{url}/api/v1/clusters/{cluster}/operations"),
+        &token,
+        &read("amqp-url"),
+        image,
+    )
+    .await
+    {
         Ok(text) => println!("ok a deployment as an operation: {text}"),
         Err(text) => {
             println!("WRONG a deployment as an operation: {text}");

@@ -34,7 +34,8 @@ impl Drop for Running {
 }
 
 async fn sender(io: Io) -> Sender {
-    let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
+    let (sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
     tokio::spawn(connection);
     sender
 }
@@ -54,7 +55,9 @@ async fn targets() -> (SocketAddr, SocketAddr, String) {
             tokio::spawn(async move {
                 let Ok(stream) = acceptor.accept(stream).await else { return };
                 let service = TowerToHyperService::new(router);
-                let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+                let _ = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
             });
         }
     });
@@ -95,7 +98,10 @@ impl Site {
 
     /// Paths of certificate and key of the servers in the middle.
     fn identity(&self) -> (String, String) {
-        (self.put("server.crt", &self.made.cert.pem()), self.put("server.key", &self.made.signing_key.serialize_pem()))
+        (
+            self.put("server.crt", &self.made.cert.pem()),
+            self.put("server.key", &self.made.signing_key.serialize_pem()),
+        )
     }
 
     /// A caller of the TLS target through whatever listens on a port.
@@ -117,7 +123,13 @@ impl Site {
                 dir.display()
             );
             let config = self.put(&format!("{name}.conf"), &text);
-            Running(Command::new(program).args(["-e", "stderr", "-c", &config]).stdout(Stdio::null()).spawn().unwrap())
+            Running(
+                Command::new(program)
+                    .args(["-e", "stderr", "-c", &config])
+                    .stdout(Stdio::null())
+                    .spawn()
+                    .unwrap(),
+            )
         };
         let server = format!(
             "listen 127.0.0.1:{far} ssl; ssl_protocols TLSv1.3; ssl_certificate {certificate}; ssl_certificate_key {key}; proxy_pass {};",
@@ -125,8 +137,12 @@ impl Site {
         );
         let behind = start("far", &server);
         answers(far).await;
-        let tls = format!("proxy_ssl on; proxy_ssl_verify on; proxy_ssl_trusted_certificate {certificate}; proxy_ssl_name frps.test;");
-        let server = format!("listen 127.0.0.1:{near}; proxy_pass 127.0.0.1:{far}; {tls} proxy_ssl_protocols TLSv1.3;");
+        let tls = format!(
+            "proxy_ssl on; proxy_ssl_verify on; proxy_ssl_trusted_certificate {certificate}; proxy_ssl_name frps.test;"
+        );
+        let server = format!(
+            "listen 127.0.0.1:{near}; proxy_pass 127.0.0.1:{far}; {tls} proxy_ssl_protocols TLSv1.3;"
+        );
         let before = start("near", &server);
         answers(near).await;
         (near, [before, behind])
@@ -137,7 +153,18 @@ impl Site {
         let (bind, exposed, target) = (free_port(), free_port(), self.tls_target);
         let (certificate, key) = self.identity();
         let identity = self.dir.path().join("rathole.pfx").to_str().unwrap().to_owned();
-        let export = ["pkcs12", "-export", "-in", &certificate, "-inkey", &key, "-out", &identity, "-passout", "pass:p"];
+        let export = [
+            "pkcs12",
+            "-export",
+            "-in",
+            &certificate,
+            "-inkey",
+            &key,
+            "-out",
+            &identity,
+            "-passout",
+            "pass:p",
+        ];
         assert!(Command::new("openssl").args(export).status().unwrap().success());
         let server = format!(
             "[server]\nbind_addr = \"127.0.0.1:{bind}\"\ndefault_token = \"t\"\n[server.transport]\ntype = \"tls\"\n[server.transport.tls]\n\
@@ -148,7 +175,15 @@ impl Site {
              trusted_root = \"{certificate}\"\nhostname = \"frps.test\"\n[client.services.s]\nlocal_addr = \"{target}\"\n"
         );
         let start = |kind: &str, config: &str| {
-            Running(Command::new(program).args([kind, config]).env("RUST_LOG", "error").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+            Running(
+                Command::new(program)
+                    .args([kind, config])
+                    .env("RUST_LOG", "error")
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null())
+                    .spawn()
+                    .unwrap(),
+            )
         };
         let server = start("--server", &self.put("rathole-server.toml", &server));
         answers(bind).await;
@@ -160,7 +195,14 @@ impl Site {
     /// frps, and frpc before both targets, its tcp proxy on `peer_tcp`.
     async fn frp(&self, dir: &Path, bind: u16, vhost: u16, peer_tcp: u16) -> [Running; 2] {
         let start = |program: &str, config: &str| {
-            Running(Command::new(dir.join(program)).args(["-c", config]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+            Running(
+                Command::new(dir.join(program))
+                    .args(["-c", config])
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null())
+                    .spawn()
+                    .unwrap(),
+            )
         };
         let (certificate, key) = self.identity();
         let config = format!(
@@ -228,7 +270,9 @@ pub(crate) async fn tunnel(pipeops: &str) {
     let site = Site::new().await;
     match std::env::var_os("PIPEOPS_BENCH_FRP").map(PathBuf::from) {
         Some(dir) => behind_frps(&site, pipeops, &dir).await,
-        None => println!("NOT RUN: beside frpc behind a genuine frps (PIPEOPS_BENCH_FRP names none)"),
+        None => {
+            println!("NOT RUN: beside frpc behind a genuine frps (PIPEOPS_BENCH_FRP names none)")
+        }
     }
     both_halves(&site, pipeops).await;
 }
@@ -241,7 +285,9 @@ async fn behind_frps(site: &Site, pipeops: &str, dir: &Path) {
     let agent = Ours::start(site, pipeops, bind).await;
     let token = agent.token.as_str();
     let (ours, peer) = (|| agent.caller(), || site.through(peer_tcp));
-    let plain = || async { sender(Box::new(TcpStream::connect(("127.0.0.1", vhost)).await.unwrap())).await };
+    let plain = || async {
+        sender(Box::new(TcpStream::connect(("127.0.0.1", vhost)).await.unwrap())).await
+    };
     let (mut a, mut b, mut c, mut d) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..6 {
         a.push(load(CALLERS, LENGTH, ours, "localhost", "/healthz", token).await);
@@ -259,7 +305,10 @@ async fn behind_frps(site: &Site, pipeops: &str, dir: &Path) {
     }
     println!("raw: one bulk stream, tcp: MB/s, ours {ours_bulk:.0?}, frpc {peer_bulk:.0?}");
     let (quick, theirs) = (median(ours_bulk), median(peer_bulk));
-    println!("one bulk stream, tcp: ours {quick:.0} MB/s, frpc {theirs:.0} MB/s; ratio {:.2} (budget 1.3)", quick / theirs);
+    println!(
+        "one bulk stream, tcp: ours {quick:.0} MB/s, frpc {theirs:.0} MB/s; ratio {:.2} (budget 1.3)",
+        quick / theirs
+    );
     let mut beside = Vec::new();
     for _ in 0..5 {
         let bulk = async {
@@ -272,15 +321,23 @@ async fn behind_frps(site: &Site, pipeops: &str, dir: &Path) {
             small = load(CALLERS, LENGTH, ours, "localhost", "/healthz", token) => beside.push(small),
         }
     }
-    let ((_, idle), (_, busy)) = (said("callers alone, ours", &a[1..]), said("callers beside a bulk stream, ours", &beside));
-    println!("p99 of {CALLERS} callers: alone {idle:.1} ms, beside a bulk stream {busy:.1} ms; ratio {:.2} (budget 2, or less)", busy / idle);
+    let ((_, idle), (_, busy)) =
+        (said("callers alone, ours", &a[1..]), said("callers beside a bulk stream, ours", &beside));
+    println!(
+        "p99 of {CALLERS} callers: alone {idle:.1} ms, beside a bulk stream {busy:.1} ms; ratio {:.2} (budget 2, or less)",
+        busy / idle
+    );
     drop(running);
 }
 
 async fn both_halves(site: &Site, pipeops: &str) {
     let bind = free_port();
-    let key = rustls_pki_types::PrivateKeyDer::try_from(site.made.signing_key.serialize_der()).unwrap();
-    let tls = rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![site.made.cert.der().clone()], key).unwrap();
+    let key =
+        rustls_pki_types::PrivateKeyDer::try_from(site.made.signing_key.serialize_der()).unwrap();
+    let tls = rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(vec![site.made.cert.der().clone()], key)
+        .unwrap();
     let config = ServerConfig {
         token: Secret::new(FRP_TOKEN),
         tls: Some(Arc::new(tls)),
@@ -290,26 +347,42 @@ async fn both_halves(site: &Site, pipeops: &str) {
         admit: None,
     };
     let listener = TcpListener::bind(("127.0.0.1", bind)).await.unwrap();
-    tokio::spawn(async move { Server::new(config).serve(listener, CancellationToken::new()).await });
+    tokio::spawn(
+        async move { Server::new(config).serve(listener, CancellationToken::new()).await },
+    );
     let agent = Ours::start(site, pipeops, bind).await;
-    let nginx = match (std::env::var("PIPEOPS_BENCH_NGINX"), std::env::var("PIPEOPS_BENCH_NGINX_STREAM")) {
-        (Ok(program), Ok(module)) => Some(site.nginx(&program, &module).await),
-        _ => None,
-    };
+    let nginx =
+        match (std::env::var("PIPEOPS_BENCH_NGINX"), std::env::var("PIPEOPS_BENCH_NGINX_STREAM")) {
+            (Ok(program), Ok(module)) => Some(site.nginx(&program, &module).await),
+            _ => None,
+        };
     let rathole = match std::env::var("PIPEOPS_TEST_RATHOLE") {
         Ok(program) => Some(site.rathole(&program).await),
         Err(_) => None,
     };
     let (mut ours, mut proxied, mut holed) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..6 {
-        ours.push(load(CALLERS, LENGTH, || agent.caller(), "localhost", "/healthz", &agent.token).await);
-        for (port, runs) in [(nginx.as_ref().map(|n| n.0), &mut proxied), (rathole.as_ref().map(|r| r.0), &mut holed)] {
+        ours.push(
+            load(CALLERS, LENGTH, || agent.caller(), "localhost", "/healthz", &agent.token).await,
+        );
+        for (port, runs) in [
+            (nginx.as_ref().map(|n| n.0), &mut proxied),
+            (rathole.as_ref().map(|r| r.0), &mut holed),
+        ] {
             let Some(port) = port else { continue };
-            runs.push(load(CALLERS, LENGTH, || site.through(port), "localhost", "/healthz", &agent.token).await);
+            runs.push(
+                load(CALLERS, LENGTH, || site.through(port), "localhost", "/healthz", &agent.token)
+                    .await,
+            );
         }
     }
     if nginx.is_some() {
-        compared("both halves", ("ours", &ours[1..]), ("two nginx stream proxies, TLS between", &proxied[1..]), 1.2);
+        compared(
+            "both halves",
+            ("ours", &ours[1..]),
+            ("two nginx stream proxies, TLS between", &proxied[1..]),
+            1.2,
+        );
     } else {
         println!("NOT RUN: two nginx stream proxies (nginx with its stream module is not here)");
     }

@@ -96,7 +96,10 @@ impl Audit {
             found => found,
         };
         if let Some(line) = newest {
-            let seq = serde_json::from_str::<Value>(&line).ok().and_then(|v| v["seq"].as_u64()).unwrap_or(0);
+            let seq = serde_json::from_str::<Value>(&line)
+                .ok()
+                .and_then(|v| v["seq"].as_u64())
+                .unwrap_or(0);
             // one that was tampered with is no reason to stop recording: `verify` will name it
             head = AuditHead { seq, hash: unsealed(&line).unwrap_or_else(|| digest(&line)) };
         }
@@ -113,7 +116,12 @@ impl Audit {
             self.turn().map_err(|e| io::Error::other(format!("{e:#}")))?;
         }
         let seq = self.head.seq + 1;
-        let line = Line { seq, at: jiff::Timestamp::now().to_string(), prev: self.head.hash.clone(), record };
+        let line = Line {
+            seq,
+            at: jiff::Timestamp::now().to_string(),
+            prev: self.head.hash.clone(),
+            record,
+        };
         let (text, hash) = sealed(&serde_json::to_string(&line)?);
         self.file.line(&text)?;
         self.head = AuditHead { seq, hash };
@@ -162,10 +170,12 @@ pub struct Verified {
 /// # Errors
 /// The file and line where the chain breaks, and how.
 pub fn verify(dir: &StateDir) -> Result<Verified, String> {
-    let mut found = Verified { records: 0, first: 0, head: AuditHead { seq: 0, hash: GENESIS.into() } };
+    let mut found =
+        Verified { records: 0, first: 0, head: AuditHead { seq: 0, hash: GENESIS.into() } };
     for (n, name, line) in lines(dir)? {
         let broken = |why: &str| format!("{name}, line {n}: {why}");
-        let parsed: Line = serde_json::from_str(&line).map_err(|e| broken(&format!("no record: {e}")))?;
+        let parsed: Line =
+            serde_json::from_str(&line).map_err(|e| broken(&format!("no record: {e}")))?;
         if found.records == 0 {
             found.first = parsed.seq;
             if parsed.seq == 1 && parsed.prev != GENESIS {
@@ -196,7 +206,9 @@ fn lines(dir: &StateDir) -> Result<Vec<(usize, String, String)>, String> {
     let mut all = Vec::new();
     for name in aside(dir).into_iter().chain([CURRENT.to_owned()]) {
         let text = dir.read(&name).map_err(|e| format!("{e:#}"))?.unwrap_or_default();
-        all.extend(text.lines().enumerate().map(|(n, line)| (n + 1, name.clone(), line.to_owned())));
+        all.extend(
+            text.lines().enumerate().map(|(n, line)| (n + 1, name.clone(), line.to_owned())),
+        );
     }
     Ok(all)
 }
@@ -245,7 +257,8 @@ mod tests {
         bytes[at] = b'8';
         dir.write(CURRENT, &String::from_utf8(bytes).unwrap()).unwrap();
         assert!(verify(&dir).unwrap_err().contains("line 8: the record was changed"));
-        let without: Vec<&str> = good.lines().enumerate().filter(|(n, _)| *n != 4).map(|(_, l)| l).collect();
+        let without: Vec<&str> =
+            good.lines().enumerate().filter(|(n, _)| *n != 4).map(|(_, l)| l).collect();
         dir.write(CURRENT, &(without.join("\n") + "\n")).unwrap();
         assert!(verify(&dir).is_err());
     }

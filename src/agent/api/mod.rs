@@ -145,7 +145,12 @@ impl Api {
         });
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
         builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(64 * 1024);
-        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS).max_header_list_size(16 * 1024).initial_stream_window_size(1 << 20);
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS)
+            .max_header_list_size(16 * 1024)
+            .initial_stream_window_size(1 << 20);
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
         let mut connection = std::pin::pin!(connection);
         let parts = &self.inner.parts;
@@ -165,11 +170,19 @@ impl Api {
     }
 
     fn route_plain(request: &Request<Incoming>) -> Response<Body> {
-        if request.uri().path() == "/healthz" && matches!(*request.method(), Method::GET | Method::HEAD) {
+        if request.uri().path() == "/healthz"
+            && matches!(*request.method(), Method::GET | Method::HEAD)
+        {
             return plain(200, "text/plain", "ok\n".into());
         }
         let hint = Some("use the agent's stcp or tcp proxy, with TLS to the agent");
-        Problem::new(403, "plain_transport", "this way is read by whoever runs the FRP server", hint).plain()
+        Problem::new(
+            403,
+            "plain_transport",
+            "this way is read by whoever runs the FRP server",
+            hint,
+        )
+        .plain()
     }
 
     async fn route(self, request: Request<Incoming>) -> Response<Body> {
@@ -186,7 +199,9 @@ impl Api {
         if let Err(refused) = header_policy::form(&parts) {
             let mut answer = refusal(&refused.into());
             if parts.version != http::Version::HTTP_2 {
-                answer.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+                answer
+                    .headers_mut()
+                    .insert(header::CONNECTION, header::HeaderValue::from_static("close"));
             }
             return answer;
         }
@@ -196,7 +211,8 @@ impl Api {
         let caller = match self.authenticate(&parts.headers) {
             Ok(caller) => caller,
             Err(why) => {
-                let hint = Some("get a token from the control plane: POST /api/v1/clusters/ID/token");
+                let hint =
+                    Some("get a token from the control plane: POST /api/v1/clusters/ID/token");
                 return refusal(&Problem::new(401, "unauthorized", why, hint));
             }
         };
@@ -204,7 +220,10 @@ impl Api {
         if below_k8s {
             return self.kubernetes(parts, body, caller).await;
         }
-        if let Some(rest) = path.strip_prefix("/api/v1/operations").filter(|rest| rest.is_empty() || rest.starts_with('/')) {
+        if let Some(rest) = path
+            .strip_prefix("/api/v1/operations")
+            .filter(|rest| rest.is_empty() || rest.starts_with('/'))
+        {
             let answer = self.operation(&parts, body, &caller, rest).await;
             // one that was taken is on record by itself, from its beginning to its end
             if answer.status() != 202 {
@@ -214,30 +233,56 @@ impl Api {
         }
         let account = || self.inner.parts.account.borrow().clone();
         let answer = match (path, &parts.method) {
-            ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method) if !matches!(*method, Method::GET | Method::HEAD) => {
+            ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method)
+                if !matches!(*method, Method::GET | Method::HEAD) =>
+            {
                 Problem::new(405, "method_not_allowed", "only GET is served here", None).plain()
             }
             ("/readyz", _) => match account().ready() {
                 Ok(()) => plain(200, "text/plain", "ok\n".into()),
                 Err(why) => Problem::new(503, "not_ready", why, None).again_after(5).plain(),
             },
-            ("/version", _) => {
-                plain(200, "application/json", json!({"version": env!("CARGO_PKG_VERSION"), "agent": self.inner.parts.id}).to_string())
+            ("/version", _) => plain(
+                200,
+                "application/json",
+                json!({"version": env!("CARGO_PKG_VERSION"), "agent": self.inner.parts.id})
+                    .to_string(),
+            ),
+            ("/metrics", _) => {
+                plain(200, "text/plain; version=0.0.4", account().metrics() + &self.metrics())
             }
-            ("/metrics", _) => plain(200, "text/plain; version=0.0.4", account().metrics() + &self.metrics()),
-            ("/api/v1/status", _) => plain(200, "application/json", serde_json::to_string(&account()).unwrap_or_default()),
+            ("/api/v1/status", _) => plain(
+                200,
+                "application/json",
+                serde_json::to_string(&account()).unwrap_or_default(),
+            ),
             // who did what is not for everybody
             ("/api/v1/audit", _) if caller.role < Role::Operator || caller.namespaces.is_some() => {
-                Problem::new(403, "role_exceeded", "the audit log is for operators of the whole cluster", None).plain()
+                Problem::new(
+                    403,
+                    "role_exceeded",
+                    "the audit log is for operators of the whole cluster",
+                    None,
+                )
+                .plain()
             }
             ("/api/v1/audit", _) => match lock(&self.inner.audit).recent(RECENT) {
-                Ok(lines) => plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(","))),
+                Ok(lines) => {
+                    plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(",")))
+                }
                 Err(error) => {
                     tracing::warn!(error = format!("{error:#}"), "the audit log cannot be read");
-                    Problem::new(500, "audit_unreadable", "the audit log cannot be read", None).plain()
+                    Problem::new(500, "audit_unreadable", "the audit log cannot be read", None)
+                        .plain()
                 }
             },
-            _ => Problem::new(404, "not_found", "there is no such path", Some("the Kubernetes API is below /k8s")).plain(),
+            _ => Problem::new(
+                404,
+                "not_found",
+                "there is no such path",
+                Some("the Kubernetes API is below /k8s"),
+            )
+            .plain(),
         };
         self.account(&caller, &parts.method, path, answer.status().as_u16());
         answer
@@ -245,7 +290,8 @@ impl Api {
 
     fn account(&self, caller: &Caller, method: &Method, path: &str, status: u16) {
         let record = self.record(caller, &crate::frp::wire::fresh_run_id(), method, path);
-        let _ = self.write(Record { phase: Phase::Call, verdict: "served".into(), status, ..record });
+        let _ =
+            self.write(Record { phase: Phase::Call, verdict: "served".into(), status, ..record });
     }
 
     /// Prometheus text of what this API did.
@@ -267,7 +313,8 @@ impl Api {
             get(&c.bytes_in),
             get(&c.bytes_out),
             self.open(),
-            tokio::runtime::Handle::try_current().map_or(0, |runtime| runtime.metrics().num_alive_tasks()),
+            tokio::runtime::Handle::try_current()
+                .map_or(0, |runtime| runtime.metrics().num_alive_tasks()),
             self.inner.parts.operations.running(),
             get(&c.audit_failed),
         )
@@ -306,13 +353,26 @@ impl Api {
     /// What is full: streams, or the disk that takes the record.
     fn open_call(&self, record: Record, stream: Stream, changes: bool) -> Result<Call, Problem> {
         let permit = self.permit(&record.subject, stream)?;
-        let mut call = Call { api: self.clone(), record, begun: Instant::now(), counted: Arc::default(), _permit: permit };
+        let mut call = Call {
+            api: self.clone(),
+            record,
+            begun: Instant::now(),
+            counted: Arc::default(),
+            _permit: permit,
+        };
         if changes {
-            let start = Record { phase: Phase::Start, verdict: "allowed".into(), ..call.record.clone() };
+            let start =
+                Record { phase: Phase::Start, verdict: "allowed".into(), ..call.record.clone() };
             if self.write(start).is_err() {
                 call.status(507, "audit_full");
-                let message = "what changes something must be put on record, and the disk takes no record";
-                return Err(Problem::new(507, "audit_full", message, Some("free space on the node")));
+                let message =
+                    "what changes something must be put on record, and the disk takes no record";
+                return Err(Problem::new(
+                    507,
+                    "audit_full",
+                    message,
+                    Some("free space on the node"),
+                ));
             }
             call.record.phase = Phase::End;
         }

@@ -27,7 +27,12 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { per_caller: PER_CALLER, in_all: IN_ALL, watches_per_caller: WATCHES_PER_CALLER, watches_in_all: WATCHES_IN_ALL }
+        Limits {
+            per_caller: PER_CALLER,
+            in_all: IN_ALL,
+            watches_per_caller: WATCHES_PER_CALLER,
+            watches_in_all: WATCHES_IN_ALL,
+        }
     }
 }
 
@@ -62,7 +67,11 @@ impl Stream {
             value.is_some_and(|value| !value.eq_ignore_ascii_case("false") && value != "0")
         };
         let log = target.subresource.as_deref() == Some("log");
-        if (log && asked("follow")) || (!log && asked("watch")) { Stream::Watch } else { Stream::Short }
+        if (log && asked("follow")) || (!log && asked("watch")) {
+            Stream::Watch
+        } else {
+            Stream::Short
+        }
     }
 
     fn index(self) -> usize {
@@ -109,10 +118,15 @@ fn full(stream: Stream, whose: &str, most: usize, key: &str) -> Problem {
         Stream::Upgrade => "exec, attach and port-forward streams",
         Stream::Watch => "watches and followed logs",
     };
-    let message = format!("{whose} {most} {what} open, and more are not served at a time ({key} in the agent's agent.toml)");
+    let message = format!(
+        "{whose} {most} {what} open, and more are not served at a time ({key} in the agent's agent.toml)"
+    );
     match stream {
         // the others end by themselves
-        Stream::Short => Problem::new(429, "too_many_streams", message, Some("try again in a moment")).again_after(1),
+        Stream::Short => {
+            Problem::new(429, "too_many_streams", message, Some("try again in a moment"))
+                .again_after(1)
+        }
         Stream::Upgrade => Problem::new(429, "too_many_streams", message, Some("close some")),
         Stream::Watch => Problem::new(429, "too_many_watches", message, Some("close some")),
     }
@@ -124,8 +138,14 @@ impl Api {
     pub(crate) fn permit(&self, subject: &str, stream: Stream) -> Result<Permit, Problem> {
         let limits = &self.inner.parts.limits;
         let (each, all, keys) = match stream {
-            Stream::Short | Stream::Upgrade => (limits.per_caller, limits.in_all, ["streams-per-caller", "streams"]),
-            Stream::Watch => (limits.watches_per_caller, limits.watches_in_all, ["watches-per-caller", "watches"]),
+            Stream::Short | Stream::Upgrade => {
+                (limits.per_caller, limits.in_all, ["streams-per-caller", "streams"])
+            }
+            Stream::Watch => (
+                limits.watches_per_caller,
+                limits.watches_in_all,
+                ["watches-per-caller", "watches"],
+            ),
         };
         let at = stream.index();
         let mut open = lock(&self.inner.open);
@@ -157,7 +177,8 @@ mod tests {
     #[test]
     fn what_stays_open_is_known_by_its_request() {
         let of = |method: &str, uri: &str| {
-            let (parts, ()) = http::Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
+            let (parts, ()) =
+                http::Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
             let target = target(parts.uri.path()).unwrap();
             Stream::of(&parts, &target, false)
         };

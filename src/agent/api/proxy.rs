@@ -30,14 +30,28 @@ const UPGRADING: &[&str] = &["exec", "attach", "portforward"];
 fn outside(target: &Target, namespaces: &[String]) -> Problem {
     let own = namespaces.join(", ");
     let message = match &target.namespace {
-        Some(asked) if !namespaces.contains(asked) => format!("the token is for other namespaces than {asked}: {own}"),
-        _ => format!("the token is for namespaces alone ({own}), and this is not inside one of them"),
+        Some(asked) if !namespaces.contains(asked) => {
+            format!("the token is for other namespaces than {asked}: {own}")
+        }
+        _ => {
+            format!("the token is for namespaces alone ({own}), and this is not inside one of them")
+        }
     };
-    Problem::new(403, "namespace_scope", message, Some("name a namespace of the token with -n, or ask for another token"))
+    Problem::new(
+        403,
+        "namespace_scope",
+        message,
+        Some("name a namespace of the token with -n, or ask for another token"),
+    )
 }
 
 impl Api {
-    pub(crate) async fn kubernetes(&self, parts: Parts, body: Incoming, caller: Caller) -> Response<Body> {
+    pub(crate) async fn kubernetes(
+        &self,
+        parts: Parts,
+        body: Incoming,
+        caller: Caller,
+    ) -> Response<Body> {
         let id = crate::frp::wire::fresh_run_id();
         let raw = parts.uri.path().strip_prefix("/k8s").unwrap_or_default();
         let record = self.record(&caller, &id, &parts.method, raw);
@@ -54,7 +68,11 @@ impl Api {
         };
         let mutating = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
         let stream = Stream::of(&parts, &target, upgrade);
-        let mut call = match self.open_call(super::Record { path: target.path.clone(), ..record }, stream, mutating || upgrade) {
+        let mut call = match self.open_call(
+            super::Record { path: target.path.clone(), ..record },
+            stream,
+            mutating || upgrade,
+        ) {
             Ok(call) => call,
             Err(problem) => return problem.status(discovery(raw)),
         };
@@ -62,11 +80,18 @@ impl Api {
         let Some(upstream) = upstream else {
             call.status(503, "kubernetes_waiting");
             let hint = Some("the tunnel stays up; try again soon");
-            return Problem::new(503, "kubernetes_waiting", "the agent has no way to the Kubernetes API at the moment", hint)
-                .again_after(1)
-                .status(discovery(raw));
+            return Problem::new(
+                503,
+                "kubernetes_waiting",
+                "the agent has no way to the Kubernetes API at the moment",
+                hint,
+            )
+            .again_after(1)
+            .status(discovery(raw));
         };
-        let mut answer = self.forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call).await;
+        let mut answer = self
+            .forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call)
+            .await;
         if let Ok(id) = id.parse() {
             answer.headers_mut().insert("x-request-id", id);
         }
@@ -74,23 +99,45 @@ impl Api {
     }
 
     /// Everything that can refuse a request before it costs anything.
-    fn judge(&self, parts: &Parts, caller: &Caller, raw: &str, id: &str) -> Result<(Target, HeaderMap, bool), Problem> {
+    fn judge(
+        &self,
+        parts: &Parts,
+        caller: &Caller,
+        raw: &str,
+        id: &str,
+    ) -> Result<(Target, HeaderMap, bool), Problem> {
         if self.draining() {
-            return Err(Problem::new(503, "draining", "the agent takes nothing new", Some("it is being stopped or restarted")).again_after(1));
+            return Err(Problem::new(
+                503,
+                "draining",
+                "the agent takes nothing new",
+                Some("it is being stopped or restarted"),
+            )
+            .again_after(1));
         }
         let target = target(raw).map_err(|refusal| match refusal {
             Refusal::Path(why) => Problem::new(400, "bad_path", why, None),
-            Refusal::Proxy => Problem::new(403, "proxy_refused", "proxying through the API server is refused", Some("use port-forward")),
-            Refusal::Scope => Problem::new(403, "namespace_scope", "the token is for other namespaces", None),
+            Refusal::Proxy => Problem::new(
+                403,
+                "proxy_refused",
+                "proxying through the API server is refused",
+                Some("use port-forward"),
+            ),
+            Refusal::Scope => {
+                Problem::new(403, "namespace_scope", "the token is for other namespaces", None)
+            }
         })?;
-        if parts.uri.query().is_some_and(|q| q.bytes().any(|b| b < 0x21 || b == 0x7f || b == b'#')) {
+        if parts.uri.query().is_some_and(|q| q.bytes().any(|b| b < 0x21 || b == 0x7f || b == b'#'))
+        {
             return Err(Problem::new(400, "bad_path", "the query holds a control character", None));
         }
         if let Some(namespaces) = &caller.namespaces {
             target.within(&parts.method, namespaces).map_err(|_| outside(&target, namespaces))?;
         }
         let upgrade = header_policy::upgrade(parts)?;
-        if parts.version == Version::HTTP_2 && target.subresource.as_deref().is_some_and(|s| UPGRADING.contains(&s)) {
+        if parts.version == Version::HTTP_2
+            && target.subresource.as_deref().is_some_and(|s| UPGRADING.contains(&s))
+        {
             return Err(Problem::new(400, "use_http1", "upgrades need HTTP/1.1", None));
         }
         let upgrading = upgrade.is_some();
@@ -114,24 +161,40 @@ impl Api {
         };
         let Ok(uri) = uri.parse::<Uri>() else {
             call.status(400, "bad_path");
-            return Problem::new(400, "bad_path", "the query cannot be read", None).status(discovery);
+            return Problem::new(400, "bad_path", "the query cannot be read", None)
+                .status(discovery);
         };
         let theirs = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
         let body: Body = if upgrade {
             Empty::new().map_err(|never| match never {}).boxed_unsync()
         } else {
-            Counting { inner: request.into_body(), counted: Arc::clone(&call.counted), inward: true, call: None, cut: None }.boxed_unsync()
+            Counting {
+                inner: request.into_body(),
+                counted: Arc::clone(&call.counted),
+                inward: true,
+                call: None,
+                cut: None,
+            }
+            .boxed_unsync()
         };
         let mut outward = Request::new(body);
-        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) = (method, uri, headers);
+        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) =
+            (method, uri, headers);
         let answer = match upstream.send(outward, upgrade).await {
             Ok(answer) => answer,
             Err(error) => {
                 tracing::debug!(error, "the Kubernetes API did not answer");
                 call.status(503, "kubernetes_unavailable");
                 let hint = Some("the tunnel stays up; try again soon");
-                return Problem::new(503, "kubernetes_unavailable", "the Kubernetes API does not answer", hint).again_after(1).status(discovery);
+                return Problem::new(
+                    503,
+                    "kubernetes_unavailable",
+                    "the Kubernetes API does not answer",
+                    hint,
+                )
+                .again_after(1)
+                .status(discovery);
             }
         };
         let status = answer.status();
@@ -139,32 +202,61 @@ impl Api {
             // it is the agent's credential that was refused, not the caller's token
             call.status(503, "kubernetes_credential");
             let hint = Some("a fresh one is minted within a minute");
-            return Problem::new(503, "kubernetes_credential", "the Kubernetes API refuses the agent's credential", hint)
-                .again_after(1)
-                .status(discovery);
+            return Problem::new(
+                503,
+                "kubernetes_credential",
+                "the Kubernetes API refuses the agent's credential",
+                hint,
+            )
+            .again_after(1)
+            .status(discovery);
         }
         let Some(headers) = header_policy::inward(status, answer.headers(), "/k8s") else {
             call.status(502, "redirect_refused");
-            return Problem::new(502, "redirect_refused", "the Kubernetes API answers with a redirect to somewhere else", None).status(discovery);
+            return Problem::new(
+                502,
+                "redirect_refused",
+                "the Kubernetes API answers with a redirect to somewhere else",
+                None,
+            )
+            .status(discovery);
         };
         call.status(status.as_u16(), "allowed");
         if status == StatusCode::SWITCHING_PROTOCOLS {
             return if upgrade {
                 self.switch(theirs, answer, headers, call)
             } else {
-                Problem::new(502, "bad_upgrade", "the Kubernetes API switches protocols unasked", None).status(discovery)
+                Problem::new(
+                    502,
+                    "bad_upgrade",
+                    "the Kubernetes API switches protocols unasked",
+                    None,
+                )
+                .status(discovery)
             };
         }
         let cut = self.inner.parts.cut.clone();
         let counted = Arc::clone(&call.counted);
-        let body = Counting { inner: answer.into_body(), counted, inward: false, call: Some(call), cut: Some(Box::pin(cut.cancelled_owned())) };
+        let body = Counting {
+            inner: answer.into_body(),
+            counted,
+            inward: false,
+            call: Some(call),
+            cut: Some(Box::pin(cut.cancelled_owned())),
+        };
         let mut response = Response::new(body.boxed_unsync());
         (*response.status_mut(), *response.headers_mut()) = (status, headers);
         response
     }
 
     /// Bytes are passed only after a real 101 of the API server.
-    fn switch(&self, theirs: OnUpgrade, mut answer: Response<Incoming>, mut headers: HeaderMap, call: Call) -> Response<Body> {
+    fn switch(
+        &self,
+        theirs: OnUpgrade,
+        mut answer: Response<Incoming>,
+        mut headers: HeaderMap,
+        call: Call,
+    ) -> Response<Body> {
         self.counts().upgrades.fetch_add(1, Ordering::Relaxed);
         for name in [http::header::CONNECTION, http::header::UPGRADE] {
             if let Some(value) = answer.headers().get(&name) {
@@ -189,13 +281,19 @@ impl Api {
                 () = cut.cancelled() => call.status(101, "drained"),
             }
         });
-        let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
-        (*response.status_mut(), *response.headers_mut()) = (StatusCode::SWITCHING_PROTOCOLS, headers);
+        let mut response =
+            Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
+        (*response.status_mut(), *response.headers_mut()) =
+            (StatusCode::SWITCHING_PROTOCOLS, headers);
         response
     }
 }
 
-async fn copy(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, count: &AtomicU64) {
+async fn copy(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    count: &AtomicU64,
+) {
     let mut buffer = vec![0; 16 * 1024];
     while let Ok(n @ 1..) = from.read(&mut buffer).await {
         count.fetch_add(n as u64, Ordering::Relaxed);
@@ -219,7 +317,10 @@ impl hyper::body::Body for Counting {
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = &mut *self;
         if let Some(cut) = &mut this.cut
             && cut.as_mut().poll(cx).is_ready()
@@ -233,7 +334,8 @@ impl hyper::body::Body for Counting {
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
                 let n = frame.data_ref().map_or(0, Bytes::len) as u64;
-                let count = if this.inward { &this.counted.bytes_in } else { &this.counted.bytes_out };
+                let count =
+                    if this.inward { &this.counted.bytes_in } else { &this.counted.bytes_out };
                 count.fetch_add(n, Ordering::Relaxed);
             }
             // accounted for when the last byte is known, not when the connection lets go of it

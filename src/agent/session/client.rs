@@ -17,8 +17,8 @@ use crate::base::resolve::Resolver;
 use crate::base::secret::Secret;
 use crate::base::trust::{Trust, explain};
 use crate::contract::types::{
-    AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, Problem, Register, Registered, SIGNATURE, StatusReport,
-    TunnelReport,
+    AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, Problem,
+    Register, Registered, SIGNATURE, StatusReport, TunnelReport,
 };
 use crate::frp;
 use crate::host::state::StateDir;
@@ -89,7 +89,9 @@ pub fn check_url(text: &str) -> Result<(), String> {
     match url.scheme() {
         "https" => Ok(()),
         "http" if loopback => Ok(()),
-        "http" => Err(format!("`{text}` would send the token in clear: use https (http is for loopback only)")),
+        "http" => Err(format!(
+            "`{text}` would send the token in clear: use https (http is for loopback only)"
+        )),
         other => Err(format!("`{other}` is no scheme for a control plane: use https")),
     }
 }
@@ -107,7 +109,10 @@ impl Caller {
         check_url(url)?;
         let mut client = Client::builder();
         if let Some(proxy) = proxy {
-            client = client.proxy(reqwest::Proxy::https(proxy).map_err(|_| "https-proxy is no URL of a proxy".to_owned())?);
+            client = client.proxy(
+                reqwest::Proxy::https(proxy)
+                    .map_err(|_| "https-proxy is no URL of a proxy".to_owned())?,
+            );
         }
         let client = client
             .tls_backend_preconfigured(trust.client()?)
@@ -123,7 +128,10 @@ impl Caller {
     }
 
     fn request(&self, method: Method, path: &str, bearer: &Secret) -> RequestBuilder {
-        self.client.request(method, format!("{}{path}", self.base)).bearer_auth(bearer.expose()).header("Content-Type", "application/json")
+        self.client
+            .request(method, format!("{}{path}", self.base))
+            .bearer_auth(bearer.expose())
+            .header("Content-Type", "application/json")
     }
 
     /// Sends, and judges what comes back.
@@ -144,21 +152,44 @@ impl Caller {
         let mut body = Vec::new();
         loop {
             match answer.chunk().await {
-                Ok(Some(chunk)) if body.len() + chunk.len() <= ANSWER => body.extend_from_slice(&chunk),
-                Ok(Some(_)) => return (Err(Outcome::Unreachable("the answer is longer than 1 MiB".into())), offset),
+                Ok(Some(chunk)) if body.len() + chunk.len() <= ANSWER => {
+                    body.extend_from_slice(&chunk)
+                }
+                Ok(Some(_)) => {
+                    return (
+                        Err(Outcome::Unreachable("the answer is longer than 1 MiB".into())),
+                        offset,
+                    );
+                }
                 Ok(None) => break,
                 Err(e) => return (Err(unreachable(&e)), offset),
             }
         }
         if !status.is_success() {
             let problem: Problem = serde_json::from_slice(&body).unwrap_or_default();
-            let message = if problem.message.is_empty() { status.canonical_reason().unwrap_or("refused").to_owned() } else { problem.message };
+            let message = if problem.message.is_empty() {
+                status.canonical_reason().unwrap_or("refused").to_owned()
+            } else {
+                problem.message
+            };
             let message = crate::base::text::shown(&message).chars().take(200).collect();
-            return (Err(Outcome::Refused { status: status.as_u16(), code: problem.code, message, retry_after }), offset);
+            return (
+                Err(Outcome::Refused {
+                    status: status.as_u16(),
+                    code: problem.code,
+                    message,
+                    retry_after,
+                }),
+                offset,
+            );
         }
-        let text: &[u8] = if body.is_empty() || status == StatusCode::NO_CONTENT { b"null" } else { &body };
-        let parsed =
-            serde_json::from_slice(text).map_err(|e| Outcome::Unreachable(format!("the answer cannot be read: {e}; is this a control plane?")));
+        let text: &[u8] =
+            if body.is_empty() || status == StatusCode::NO_CONTENT { b"null" } else { &body };
+        let parsed = serde_json::from_slice(text).map_err(|e| {
+            Outcome::Unreachable(format!(
+                "the answer cannot be read: {e}; is this a control plane?"
+            ))
+        });
         (parsed, offset)
     }
 }
@@ -167,11 +198,26 @@ impl Caller {
 ///
 /// # Errors
 /// Why it still lists the agent, in one line.
-pub async fn deregister(trust: &Trust, proxy: Option<&str>, kept: &Kept, id: &str) -> Result<(), String> {
+pub async fn deregister(
+    trust: &Trust,
+    proxy: Option<&str>,
+    kept: &Kept,
+    id: &str,
+) -> Result<(), String> {
     let caller = Caller::new(&kept.url, trust, proxy)?;
-    match caller.send::<serde_json::Value>(caller.request(Method::DELETE, &format!("/{id}"), &kept.credential)).await.0 {
+    match caller
+        .send::<serde_json::Value>(caller.request(
+            Method::DELETE,
+            &format!("/{id}"),
+            &kept.credential,
+        ))
+        .await
+        .0
+    {
         Ok(_) | Err(Outcome::Refused { status: 404 | 410, .. }) => Ok(()),
-        Err(Outcome::Refused { status, code, message, .. }) => Err(format!("HTTP {status} {code}: {message}")),
+        Err(Outcome::Refused { status, code, message, .. }) => {
+            Err(format!("HTTP {status} {code}: {message}"))
+        }
         Err(Outcome::Unreachable(why)) => Err(why),
         Err(_) => Err("no answer that can be read".into()),
     }
@@ -184,8 +230,17 @@ fn retry_after(answer: &Response) -> Option<Duration> {
         Ok(seconds) => seconds,
         Err(_) => {
             let then = jiff::fmt::rfc2822::parse(text).ok()?.timestamp().as_second();
-            let now = answer.headers().get(reqwest::header::DATE).and_then(|d| jiff::fmt::rfc2822::parse(d.to_str().ok()?).ok());
-            u64::try_from(then - now.map_or_else(|| jiff::Timestamp::now().as_second(), |n| n.timestamp().as_second())).unwrap_or(0)
+            let now = answer
+                .headers()
+                .get(reqwest::header::DATE)
+                .and_then(|d| jiff::fmt::rfc2822::parse(d.to_str().ok()?).ok());
+            u64::try_from(
+                then - now.map_or_else(
+                    || jiff::Timestamp::now().as_second(),
+                    |n| n.timestamp().as_second(),
+                ),
+            )
+            .unwrap_or(0)
         }
     };
     Some(Duration::from_secs(seconds.min(3600)))
@@ -211,7 +266,8 @@ impl ControlPlane {
         let mut shown = None;
         loop {
             let mut call = None;
-            let mut actions = std::collections::VecDeque::from(session.on(event, Instant::now(), random()));
+            let mut actions =
+                std::collections::VecDeque::from(session.on(event, Instant::now(), random()));
             while let Some(action) = actions.pop_front() {
                 if action == Action::Report {
                     let body = {
@@ -220,8 +276,13 @@ impl ControlPlane {
                         serde_json::to_string(&*report)?
                     };
                     match known.queue.push(&What::Status, &body) {
-                        Ok(()) => actions.extend(session.on(Event::Queued, Instant::now(), random())),
-                        Err(error) => tracing::warn!(error = format!("{error:#}"), "a status report was dropped"),
+                        Ok(()) => {
+                            actions.extend(session.on(Event::Queued, Instant::now(), random()))
+                        }
+                        Err(error) => tracing::warn!(
+                            error = format!("{error:#}"),
+                            "a status report was dropped"
+                        ),
                     }
                 } else {
                     call = Some(action);
@@ -290,10 +351,17 @@ impl ControlPlane {
         {
             tracing::warn!(error = format!("{error:#}"), "whom the queue is for is not kept");
         }
-        let mut known =
-            Known { caller: Caller::new(&self.url, &self.trust, self.proxy.as_deref()), kept: Kept::load(&self.state, &self.url), queue, seq: 0 };
+        let mut known = Known {
+            caller: Caller::new(&self.url, &self.trust, self.proxy.as_deref()),
+            kept: Kept::load(&self.state, &self.url),
+            queue,
+            seq: 0,
+        };
         let event = if self.identity.is_some() {
-            Event::Start { token, credential: known.kept.as_ref().map(|k| k.lives(jiff::Timestamp::now())) }
+            Event::Start {
+                token,
+                credential: known.kept.as_ref().map(|k| k.lives(jiff::Timestamp::now())),
+            }
         } else {
             known.kept = None;
             Event::Cloned
@@ -324,62 +392,104 @@ impl ControlPlane {
         let (caller, identity) = match (&known.caller, &self.identity) {
             (Ok(caller), Some(identity)) => (caller, identity),
             (Err(why), _) => return (Err(Outcome::Unreachable(why.clone())), None),
-            (_, None) => return (Err(Outcome::Unreachable("this agent has no identity".into())), None),
+            (_, None) => {
+                return (Err(Outcome::Unreachable("this agent has no identity".into())), None);
+            }
         };
         let credential = known.kept.as_ref().map(|k| k.credential.clone()).unwrap_or_default();
         let id = &identity.id;
         match action {
             Action::Register(with) => {
-                let bearer = if with == With::Token { self.token.clone().unwrap_or_default() } else { credential };
+                let bearer = if with == With::Token {
+                    self.token.clone().unwrap_or_default()
+                } else {
+                    credential
+                };
                 let body = serde_json::to_string(&self.registration(identity)).unwrap_or_default();
                 let signature = match identity.sign(body.as_bytes()) {
                     Ok(signature) => signature,
                     Err(e) => return (Err(Outcome::Unreachable(format!("{e:#}"))), None),
                 };
-                let request = caller.request(Method::POST, "/register", &bearer).header(SIGNATURE, signature).body(body);
+                let request = caller
+                    .request(Method::POST, "/register", &bearer)
+                    .header(SIGNATURE, signature)
+                    .body(body);
                 let (answer, offset) = caller.send::<Registered>(request).await;
                 let outcome = answer.and_then(|r| {
-                    let config = (r.config != Config::default()).then(|| Box::new(r.config.clone()));
-                    let given = Credential { credential: r.credential, credential_expires_at: r.credential_expires_at };
+                    let config =
+                        (r.config != Config::default()).then(|| Box::new(r.config.clone()));
+                    let given = Credential {
+                        credential: r.credential,
+                        credential_expires_at: r.credential_expires_at,
+                    };
                     let outcome = self.keep(&mut known.kept, given, Some(r.cluster_id), config)?;
                     Ok(outcome)
                 });
                 (outcome.inspect(|o| self.hand_on(o)), offset)
             }
             Action::FetchConfig => {
-                let (answer, offset) = caller.send::<Config>(caller.request(Method::GET, &format!("/{id}/config"), &credential)).await;
+                let (answer, offset) = caller
+                    .send::<Config>(caller.request(
+                        Method::GET,
+                        &format!("/{id}/config"),
+                        &credential,
+                    ))
+                    .await;
                 if let (Ok(config), Some(kept)) = (&answer, &mut known.kept)
                     && kept.config.as_ref() != Some(config)
                 {
                     kept.config = Some(config.clone());
                     if let Err(error) = kept.store(&self.state) {
-                        tracing::warn!(error = format!("{error:#}"), "the settings are not kept over a restart");
+                        tracing::warn!(
+                            error = format!("{error:#}"),
+                            "the settings are not kept over a restart"
+                        );
                     }
                 }
                 (answer.map(|c| Outcome::Config(Box::new(c))).inspect(|o| self.hand_on(o)), offset)
             }
             Action::Heartbeat => {
                 known.seq += 1;
-                let body = serde_json::to_string(&self.heartbeat(known.seq, status)).unwrap_or_default();
-                let request = caller.request(Method::POST, &format!("/{id}/heartbeat"), &credential).body(body);
+                let body =
+                    serde_json::to_string(&self.heartbeat(known.seq, status)).unwrap_or_default();
+                let request = caller
+                    .request(Method::POST, &format!("/{id}/heartbeat"), &credential)
+                    .body(body);
                 let (answer, offset) = caller.send::<HeartbeatAnswer>(request).await;
                 (answer.map(Outcome::Heartbeat), offset)
             }
             Action::Rotate => {
-                let (answer, offset) = caller.send::<Credential>(caller.request(Method::POST, &format!("/{id}/credential"), &credential)).await;
+                let (answer, offset) = caller
+                    .send::<Credential>(caller.request(
+                        Method::POST,
+                        &format!("/{id}/credential"),
+                        &credential,
+                    ))
+                    .await;
                 (answer.and_then(|given| self.keep(&mut known.kept, given, None, None)), offset)
             }
             Action::Deliver | Action::Report => {
-                let Some((name, what, body)) = known.queue.oldest() else { return (Ok(Outcome::Idle), None) };
+                let Some((name, what, body)) = known.queue.oldest() else {
+                    return (Ok(Outcome::Idle), None);
+                };
                 let path = match &what {
                     What::Status => format!("/{id}/status"),
                     What::Result { operation } => format!("/{id}/operations/{operation}/result"),
                 };
-                let (answer, offset) = caller.send::<serde_json::Value>(caller.request(Method::POST, &path, &credential).body(body)).await;
+                let (answer, offset) = caller
+                    .send::<serde_json::Value>(
+                        caller.request(Method::POST, &path, &credential).body(body),
+                    )
+                    .await;
                 if let Err(Outcome::Refused { status, message, .. }) = &answer
                     && for_ever(*status)
                 {
-                    tracing::warn!(?what, status, message, "the control plane will not take it: dropped");
+                    tracing::warn!(
+                        ?what,
+                        status,
+                        message,
+                        "the control plane will not take it: dropped"
+                    );
                     known.queue.remove(&name);
                 } else if answer.is_ok() {
                     known.queue.remove(&name);
@@ -390,23 +500,43 @@ impl ControlPlane {
     }
 
     /// Keeps a credential before it is used: after a crash it must be there.
-    fn keep(&self, kept: &mut Option<Kept>, given: Credential, cluster_id: Option<String>, config: Option<Box<Config>>) -> Result<Outcome, Outcome> {
+    fn keep(
+        &self,
+        kept: &mut Option<Kept>,
+        given: Credential,
+        cluster_id: Option<String>,
+        config: Option<Box<Config>>,
+    ) -> Result<Outcome, Outcome> {
         if given.credential.is_empty() {
-            return Err(Outcome::Unreachable("the answer holds no credential; is this a control plane?".into()));
+            return Err(Outcome::Unreachable(
+                "the answer holds no credential; is this a control plane?".into(),
+            ));
         }
-        let cluster_id = cluster_id.or_else(|| kept.as_ref().map(|k| k.cluster_id.clone())).unwrap_or_default();
-        let last = config.as_deref().cloned().or_else(|| kept.as_ref().and_then(|k| k.config.clone()));
-        let new = Kept { url: self.url.clone(), credential: given.credential, expires_at: given.credential_expires_at, cluster_id, config: last };
+        let cluster_id =
+            cluster_id.or_else(|| kept.as_ref().map(|k| k.cluster_id.clone())).unwrap_or_default();
+        let last =
+            config.as_deref().cloned().or_else(|| kept.as_ref().and_then(|k| k.config.clone()));
+        let new = Kept {
+            url: self.url.clone(),
+            credential: given.credential,
+            expires_at: given.credential_expires_at,
+            cluster_id,
+            config: last,
+        };
         let lives = new.lives(jiff::Timestamp::now());
         if let Err(error) = new.store(&self.state) {
-            tracing::error!(error = format!("{error:#}"), "the credential could not be kept: it is lost with this process");
+            tracing::error!(
+                error = format!("{error:#}"),
+                "the credential could not be kept: it is lost with this process"
+            );
         }
         *kept = Some(new);
         Ok(Outcome::Credential { lives, config })
     }
 
     fn hand_on(&self, outcome: &Outcome) {
-        if let Outcome::Config(config) | Outcome::Credential { config: Some(config), .. } = outcome {
+        if let Outcome::Config(config) | Outcome::Credential { config: Some(config), .. } = outcome
+        {
             self.config.send_if_modified(|now| {
                 let news = now.as_ref() != Some(&**config);
                 if news {
@@ -431,7 +561,15 @@ impl ControlPlane {
                 ..AgentInfo::default()
             },
             cluster: self.told.cluster.borrow().clone(),
-            capabilities: ["kubernetes-proxy", "upgrade-websocket", "upgrade-spdy", "audit", "operations"].map(String::from).to_vec(),
+            capabilities: [
+                "kubernetes-proxy",
+                "upgrade-websocket",
+                "upgrade-spdy",
+                "audit",
+                "operations",
+            ]
+            .map(String::from)
+            .to_vec(),
             max_role: self.told.max_role.clone(),
             ..Register::default()
         }
@@ -442,7 +580,9 @@ impl ControlPlane {
         // told in the control plane's time, as this clock may be wrong
         let at = |ago: Duration| {
             let now = jiff::Timestamp::now().as_second() - status.offset;
-            jiff::Timestamp::from_second(now - i64::try_from(ago.as_secs()).unwrap_or(0)).unwrap_or_default().to_string()
+            jiff::Timestamp::from_second(now - i64::try_from(ago.as_secs()).unwrap_or(0))
+                .unwrap_or_default()
+                .to_string()
         };
         Heartbeat {
             seq,

@@ -60,7 +60,9 @@ impl Identity {
     /// # Errors
     /// Exit 2 when the file is damaged: a person must decide, for to make another is to be another.
     pub fn load(state: &StateDir, machine: &str) -> anyhow::Result<Found> {
-        let Some(text) = state.read(FILE)? else { return Identity::make(state, machine).map(|made| Found::Ours(Box::new(made))) };
+        let Some(text) = state.read(FILE)? else {
+            return Identity::make(state, machine).map(|made| Found::Ours(Box::new(made)));
+        };
         let damaged = |why: String| {
             Failure::new(Exit::Usage, "IDENTITY_DAMAGED", "the agent's identity cannot be read")
                 .why(format!("{FILE}: {why}"))
@@ -70,7 +72,8 @@ impl Identity {
         if stored.machine != machine {
             return Ok(Found::Cloned);
         }
-        let ours = Identity::of(stored.key.expose(), stored.machine).map_err(|e| damaged(format!("{e:#}")))?;
+        let ours = Identity::of(stored.key.expose(), stored.machine)
+            .map_err(|e| damaged(format!("{e:#}")))?;
         Ok(Found::Ours(Box::new(ours)))
     }
 
@@ -100,9 +103,19 @@ impl Identity {
     fn of(pem: &str, machine: String) -> anyhow::Result<Identity> {
         let key = rcgen::KeyPair::from_pem(pem).context("the key")?;
         let der = key.serialize_der();
-        let signer = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der, &ring::rand::SystemRandom::new())
-            .map_err(|e| anyhow::anyhow!("the key is not P-256: {e}"))?;
-        Ok(Identity { id: id_of(&key.subject_public_key_info()), public_key: key.public_key_pem(), machine, key, signer })
+        let signer = EcdsaKeyPair::from_pkcs8(
+            &ECDSA_P256_SHA256_ASN1_SIGNING,
+            &der,
+            &ring::rand::SystemRandom::new(),
+        )
+        .map_err(|e| anyhow::anyhow!("the key is not P-256: {e}"))?;
+        Ok(Identity {
+            id: id_of(&key.subject_public_key_info()),
+            public_key: key.public_key_pem(),
+            machine,
+            key,
+            signer,
+        })
     }
 
     /// Base64 of the signature over `body`.
@@ -110,7 +123,10 @@ impl Identity {
     /// # Errors
     /// When the system gives no random numbers.
     pub fn sign(&self, body: &[u8]) -> anyhow::Result<String> {
-        let signature = self.signer.sign(&ring::rand::SystemRandom::new(), body).map_err(|_| anyhow::anyhow!("signing"))?;
+        let signature = self
+            .signer
+            .sign(&ring::rand::SystemRandom::new(), body)
+            .map_err(|_| anyhow::anyhow!("signing"))?;
         Ok(base64::engine::general_purpose::STANDARD.encode(signature))
     }
 

@@ -181,7 +181,14 @@ pub struct Session {
 
 impl Session {
     pub fn new(now: Instant) -> Session {
-        let status = Status { state: State::Unenrolled, reason: "no AGENT_TOKEN".into(), since: now, heard: None, offset: 0, drain: false };
+        let status = Status {
+            state: State::Unenrolled,
+            reason: "no AGENT_TOKEN".into(),
+            since: now,
+            heard: None,
+            offset: 0,
+            drain: false,
+        };
         Session {
             status,
             token: false,
@@ -218,7 +225,8 @@ impl Session {
         let d = &self.due;
         let retry = d.retry.filter(|_| self.status.state != State::Draining);
         // the others wait until there is somebody to talk to
-        let online = [d.heartbeat, d.rotate, d.deliver].into_iter().flatten().filter(|_| self.online());
+        let online =
+            [d.heartbeat, d.rotate, d.deliver].into_iter().flatten().filter(|_| self.online());
         online.chain(d.report).chain(retry).min()
     }
 
@@ -328,12 +336,20 @@ impl Session {
     }
 
     fn heartbeat(&self) -> Duration {
-        if self.config.heartbeat_interval_s == 0 { HEARTBEAT } else { Duration::from_secs(self.config.heartbeat_interval_s.clamp(1, 3600)) }
+        if self.config.heartbeat_interval_s == 0 {
+            HEARTBEAT
+        } else {
+            Duration::from_secs(self.config.heartbeat_interval_s.clamp(1, 3600))
+        }
     }
 
     /// Between status reports.
     fn every(&self) -> Duration {
-        if self.config.status_interval_s == 0 { STATUS } else { Duration::from_secs(self.config.status_interval_s.max(5)) }
+        if self.config.status_interval_s == 0 {
+            STATUS
+        } else {
+            Duration::from_secs(self.config.status_interval_s.max(5))
+        }
     }
 
     /// Whether and how to register now: the credential first, the token when that was refused.
@@ -357,7 +373,8 @@ impl Session {
             Outcome::Credential { lives, config } => {
                 (self.credential, self.tried, self.want_register) = (true, None, false);
                 self.expires = Some(now + Duration::from_secs(lives));
-                self.due.rotate = Some(now + Duration::from_secs(lives).mul_f64(0.6 + random * 0.1));
+                self.due.rotate =
+                    Some(now + Duration::from_secs(lives).mul_f64(0.6 + random * 0.1));
                 match config {
                     Some(config) => self.configured(*config, now),
                     None if call == Call::Register => self.want_config = true,
@@ -382,13 +399,17 @@ impl Session {
                 self.deliver_backoff.reset();
                 self.due.deliver = Some(now);
             }
-            Outcome::Refused { status, code, message, retry_after } => self.refused(&call, status, &code, message, retry_after, now, random),
+            Outcome::Refused { status, code, message, retry_after } => {
+                self.refused(&call, status, &code, message, retry_after, now, random)
+            }
             Outcome::Unreachable(why) => {
                 let wait = self.backoff.next(random);
                 match call {
                     // the working credential stays; the next try comes soon enough
                     Call::Rotate => self.due.rotate = Some(now + wait.max(Duration::from_secs(30))),
-                    Call::Deliver => self.due.deliver = Some(now + self.deliver_backoff.next(random)),
+                    Call::Deliver => {
+                        self.due.deliver = Some(now + self.deliver_backoff.next(random))
+                    }
                     Call::Register | Call::Config | Call::Heartbeat => {}
                 }
                 self.want_config |= call == Call::Config;
@@ -417,7 +438,8 @@ impl Session {
         self.due.heartbeat = Some(now);
         if self.due.rotate.is_none() {
             // a credential from the disk: two thirds of what is left
-            self.due.rotate = self.expires.map(|at| now + at.saturating_duration_since(now).mul_f64(0.66));
+            self.due.rotate =
+                self.expires.map(|at| now + at.saturating_duration_since(now).mul_f64(0.66));
         }
         if self.due.deliver.is_none() {
             self.due.deliver = Some(now);
@@ -428,21 +450,40 @@ impl Session {
         let offset = self.status.offset;
         if offset.abs() > LEEWAY {
             let side = if offset > 0 { "ahead of" } else { "behind" };
-            self.say(State::Skewed, format!("this clock is {} s {side} the control plane's", offset.abs()), now);
+            self.say(
+                State::Skewed,
+                format!("this clock is {} s {side} the control plane's", offset.abs()),
+                now,
+            );
         } else {
             self.say(State::Online, "", now);
         }
     }
 
     #[expect(clippy::too_many_arguments, reason = "the parts of one answer")]
-    fn refused(&mut self, call: &Call, status: u16, code: &str, message: String, retry_after: Option<Duration>, now: Instant, random: f64) {
-        let why = if code.is_empty() { format!("HTTP {status}: {message}") } else { format!("{code}: {message}") };
+    fn refused(
+        &mut self,
+        call: &Call,
+        status: u16,
+        code: &str,
+        message: String,
+        retry_after: Option<Duration>,
+        now: Instant,
+        random: f64,
+    ) {
+        let why = if code.is_empty() {
+            format!("HTTP {status}: {message}")
+        } else {
+            format!("{code}: {message}")
+        };
         let quick = self.backoff.next(random);
-        let slow = |base: Duration| retry_after.unwrap_or_default().max(base.mul_f64(0.8 + random * 0.4));
+        let slow =
+            |base: Duration| retry_after.unwrap_or_default().max(base.mul_f64(0.8 + random * 0.4));
         match status {
             401 | 403 => {
                 self.refusals += 1;
-                let expired = code == "credential_expired" || self.expires.is_some_and(|at| at <= now);
+                let expired =
+                    code == "credential_expired" || self.expires.is_some_and(|at| at <= now);
                 let other = match call {
                     Call::Register => self.tried == Some(With::Credential) && self.token,
                     _ => true,
@@ -476,7 +517,9 @@ impl Session {
             _ => {
                 let wait = retry_after.unwrap_or_default().max(quick);
                 match call {
-                    Call::Deliver => self.due.deliver = Some(now + wait.max(self.deliver_backoff.next(random))),
+                    Call::Deliver => {
+                        self.due.deliver = Some(now + wait.max(self.deliver_backoff.next(random)))
+                    }
                     Call::Rotate => self.due.rotate = Some(now + wait.max(Duration::from_secs(30))),
                     Call::Register | Call::Config | Call::Heartbeat => {
                         self.due.retry = Some(now + wait);

@@ -22,7 +22,11 @@ pub enum What {
 
 impl Queue {
     pub fn open(dir: StateDir) -> Queue {
-        let next = dir.list().last().and_then(|n| n.split('-').next()?.parse::<u64>().ok()).map_or(1, |n| n + 1);
+        let next = dir
+            .list()
+            .last()
+            .and_then(|n| n.split('-').next()?.parse::<u64>().ok())
+            .map_or(1, |n| n + 1);
         Queue { dir, next, dropped: 0 }
     }
 
@@ -66,10 +70,15 @@ impl Queue {
     /// The oldest entry: its name, kind and body. One that cannot be read is removed and passed over.
     pub fn oldest(&self) -> Option<(String, What, String)> {
         for name in self.dir.list() {
-            let stem = name.strip_suffix(".json").and_then(|n| n.split_once('-')).map(|(_, kind)| kind.to_owned());
+            let stem = name
+                .strip_suffix(".json")
+                .and_then(|n| n.split_once('-'))
+                .map(|(_, kind)| kind.to_owned());
             let what = match stem.as_deref() {
                 Some("status") => What::Status,
-                Some(kind) if kind.starts_with("result-") => What::Result { operation: kind["result-".len()..].to_owned() },
+                Some(kind) if kind.starts_with("result-") => {
+                    What::Result { operation: kind["result-".len()..].to_owned() }
+                }
                 _ => continue,
             };
             match self.dir.read(&name) {

@@ -74,7 +74,12 @@ fn a_change_of_the_cluster_is_reported_soon_and_one_that_flaps_not_at_each_turn(
 }
 
 fn config(version: u64) -> Config {
-    Config { config_version: version, heartbeat_interval_s: 10, status_interval_s: 100_000, ..Config::default() }
+    Config {
+        config_version: version,
+        heartbeat_interval_s: 10,
+        status_interval_s: 100_000,
+        ..Config::default()
+    }
 }
 
 fn beat(config_version: u64, directives: &[Directive]) -> Outcome {
@@ -115,13 +120,19 @@ fn heartbeats_come_at_the_interval_and_a_new_configuration_at_once() {
 fn directives_are_followed() {
     let mut b = Bench::online();
     b.tick();
-    assert_eq!(b.done(Call::Heartbeat, beat(1, &[Directive::RotateCredential, Directive::Unknown])), [Action::Rotate]);
+    assert_eq!(
+        b.done(Call::Heartbeat, beat(1, &[Directive::RotateCredential, Directive::Unknown])),
+        [Action::Rotate]
+    );
     b.done(Call::Rotate, Outcome::Credential { lives: 3600, config: None });
     b.tick();
     b.done(Call::Heartbeat, beat(1, &[Directive::Drain]));
     assert!(b.session.status().drain);
     b.tick();
-    assert_eq!(b.done(Call::Heartbeat, beat(1, &[Directive::Register])), [Action::Register(With::Credential)]);
+    assert_eq!(
+        b.done(Call::Heartbeat, beat(1, &[Directive::Register])),
+        [Action::Register(With::Credential)]
+    );
     assert!(!b.session.status().drain);
 }
 
@@ -177,7 +188,15 @@ fn retry_after_is_obeyed() {
     for status in [429, 503] {
         let (mut b, _) = Bench::start(true, None);
         let wait = Duration::from_secs(77);
-        b.done(Call::Register, Outcome::Refused { status, code: String::new(), message: String::new(), retry_after: Some(wait) });
+        b.done(
+            Call::Register,
+            Outcome::Refused {
+                status,
+                code: String::new(),
+                message: String::new(),
+                retry_after: Some(wait),
+            },
+        );
         assert_eq!(b.state(), State::Connecting);
         assert!(b.tick().0 >= wait);
     }
@@ -188,7 +207,10 @@ fn a_control_plane_that_is_away_is_asked_again_and_again() {
     let mut b = Bench::online();
     b.tick();
     b.done(Call::Heartbeat, Outcome::Unreachable("tcp: refused".into()));
-    assert_eq!((b.state(), b.session.status().reason.as_str()), (State::Connecting, "tcp: refused"));
+    assert_eq!(
+        (b.state(), b.session.status().reason.as_str()),
+        (State::Connecting, "tcp: refused")
+    );
     for _ in 0..50 {
         let (after, actions) = b.tick();
         assert!(after <= Duration::from_secs(30));
@@ -257,7 +279,8 @@ fn outcomes() -> impl Strategy<Value = Outcome> {
     prop_oneof![
         Just(Outcome::Credential { lives: 100, config: None }),
         Just(Outcome::Config(Box::new(config(1)))),
-        prop::sample::select(vec![400_u16, 401, 403, 404, 409, 410, 429, 500, 503]).prop_map(|s| refused(s, "")),
+        prop::sample::select(vec![400_u16, 401, 403, 404, 409, 410, 429, 500, 503])
+            .prop_map(|s| refused(s, "")),
         Just(beat(2, &[Directive::Register, Directive::RotateCredential])),
         Just(beat(1, &[])),
         Just(Outcome::Delivered),

@@ -12,7 +12,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{
+    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions,
+    QueueDeclareOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, ExchangeKind};
 use serde_json::Value;
@@ -65,7 +68,9 @@ impl Way {
         match (&why, down.as_ref()) {
             (None, None) => {}
             (None, Some(_)) => tracing::info!("the message broker is reached"),
-            (Some(why), former) if former != Some(why) && !why.is_empty() => tracing::warn!(why, "no message broker: events wait in the database"),
+            (Some(why), former) if former != Some(why) && !why.is_empty() => {
+                tracing::warn!(why, "no message broker: events wait in the database")
+            }
             _ => {}
         }
         *down = why;
@@ -78,7 +83,9 @@ impl Way {
 /// Exit 2.
 pub fn check(url: &Secret) -> anyhow::Result<Secret> {
     Ok(super::dsn::broker(url).map_err(|why| {
-        Failure::usage("AMQP_URL_WRONG", "the message broker's URL cannot be used").why(why).hint("amqp[s]://USER:PASSWORD@HOST:PORT/VHOST")
+        Failure::usage("AMQP_URL_WRONG", "the message broker's URL cannot be used")
+            .why(why)
+            .hint("amqp[s]://USER:PASSWORD@HOST:PORT/VHOST")
     })?)
 }
 
@@ -106,9 +113,15 @@ pub async fn run(store: Store, broker: Broker, way: Arc<Way>, halt: Cancellation
                 Ok(0) => {}
                 Ok(dropped) => {
                     way.dropped.fetch_add(dropped, Ordering::Relaxed);
-                    tracing::error!(dropped, "events that no broker took were dropped: they were older than 7 days, or over 1 GiB waited");
+                    tracing::error!(
+                        dropped,
+                        "events that no broker took were dropped: they were older than 7 days, or over 1 GiB waited"
+                    );
                 }
-                Err(error) => tracing::warn!(error = format!("{error:#}"), "waiting events are not looked through"),
+                Err(error) => tracing::warn!(
+                    error = format!("{error:#}"),
+                    "waiting events are not looked through"
+                ),
             }
             if let Ok((count, _)) = store.backlog().await {
                 way.waiting.store(count, Ordering::Relaxed);
@@ -123,8 +136,14 @@ pub async fn run(store: Store, broker: Broker, way: Arc<Way>, halt: Cancellation
     }
 }
 
-async fn within<T>(what: &'static str, future: impl Future<Output = lapin::Result<T>>) -> anyhow::Result<T> {
-    timeout(PATIENCE, future).await.map_err(|_| anyhow::anyhow!("{what}: no answer for {} s", PATIENCE.as_secs()))?.context(what)
+async fn within<T>(
+    what: &'static str,
+    future: impl Future<Output = lapin::Result<T>>,
+) -> anyhow::Result<T> {
+    timeout(PATIENCE, future)
+        .await
+        .map_err(|_| anyhow::anyhow!("{what}: no answer for {} s", PATIENCE.as_secs()))?
+        .context(what)
 }
 
 async fn declare(channel: &Channel) -> anyhow::Result<()> {
@@ -133,21 +152,42 @@ async fn declare(channel: &Channel) -> anyhow::Result<()> {
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
     let kept = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
     let table = FieldTable::default;
-    for (exchange, kind, arguments, queue, key) in
-        [(UNROUTED, ExchangeKind::Fanout, table(), UNROUTED, ""), (EXCHANGE, ExchangeKind::Topic, routed, QUEUE, "#")]
-    {
-        within("declaring an exchange", channel.exchange_declare(exchange.into(), kind, durable, arguments)).await?;
+    for (exchange, kind, arguments, queue, key) in [
+        (UNROUTED, ExchangeKind::Fanout, table(), UNROUTED, ""),
+        (EXCHANGE, ExchangeKind::Topic, routed, QUEUE, "#"),
+    ] {
+        within(
+            "declaring an exchange",
+            channel.exchange_declare(exchange.into(), kind, durable, arguments),
+        )
+        .await?;
         within("declaring a queue", channel.queue_declare(queue.into(), kept, table())).await?;
-        within("binding a queue", channel.queue_bind(queue.into(), exchange.into(), key.into(), QueueBindOptions::default(), table())).await?;
+        within(
+            "binding a queue",
+            channel.queue_bind(
+                queue.into(),
+                exchange.into(),
+                key.into(),
+                QueueBindOptions::default(),
+                table(),
+            ),
+        )
+        .await?;
     }
     Ok(())
 }
 
 /// One connection, as long as it holds.
-async fn send(store: &Store, broker: &Broker, way: &Way) -> anyhow::Result<std::convert::Infallible> {
-    let connection = within("connecting", transport::connect(broker.url.expose(), broker.ca.clone())).await?;
+async fn send(
+    store: &Store,
+    broker: &Broker,
+    way: &Way,
+) -> anyhow::Result<std::convert::Infallible> {
+    let connection =
+        within("connecting", transport::connect(broker.url.expose(), broker.ca.clone())).await?;
     let channel = within("opening a channel", connection.create_channel()).await?;
-    within("asking for confirmations", channel.confirm_select(ConfirmSelectOptions::default())).await?;
+    within("asking for confirmations", channel.confirm_select(ConfirmSelectOptions::default()))
+        .await?;
     declare(&channel).await?;
     way.set(None);
     loop {
@@ -172,10 +212,16 @@ fn first_of_each(waiting: &[Waiting]) -> &[Waiting] {
     &waiting[..upto]
 }
 
-async fn batch(store: &Store, channel: &Channel, waiting: &[Waiting], way: &Way) -> anyhow::Result<()> {
+async fn batch(
+    store: &Store,
+    channel: &Channel,
+    waiting: &[Waiting],
+    way: &Way,
+) -> anyhow::Result<()> {
     let mut confirmations = Vec::new();
     for event in first_of_each(waiting) {
-        let mut body: Value = serde_json::from_str(&event.body).context("an event in the database")?;
+        let mut body: Value =
+            serde_json::from_str(&event.body).context("an event in the database")?;
         body["agent_seq"] = event.seq.into();
         let mut headers = FieldTable::default();
         headers.insert("agent_seq".into(), AMQPValue::LongLongInt(event.seq));
@@ -187,8 +233,13 @@ async fn batch(store: &Store, channel: &Channel, waiting: &[Waiting], way: &Way)
             .with_type(event.topic.as_str().into())
             .with_headers(headers);
         let payload = body.to_string();
-        let publish =
-            channel.basic_publish(EXCHANGE.into(), event.topic.as_str().into(), BasicPublishOptions::default(), payload.as_bytes(), properties);
+        let publish = channel.basic_publish(
+            EXCHANGE.into(),
+            event.topic.as_str().into(),
+            BasicPublishOptions::default(),
+            payload.as_bytes(),
+            properties,
+        );
         confirmations.push((event.seq, within("publishing", publish).await?));
     }
     let mut delivered = Vec::new();
@@ -215,7 +266,12 @@ mod tests {
 
     #[test]
     fn an_agents_events_go_out_one_after_the_other() {
-        let event = |seq: i64, agent: &str| Waiting { seq, agent: agent.into(), topic: String::new(), body: String::new() };
+        let event = |seq: i64, agent: &str| Waiting {
+            seq,
+            agent: agent.into(),
+            topic: String::new(),
+            body: String::new(),
+        };
         let all = [event(1, "a"), event(2, "b"), event(3, "a"), event(4, "c")];
         assert_eq!(first_of_each(&all).iter().map(|w| w.seq).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(first_of_each(&all[1..]).len(), 3);
@@ -224,7 +280,13 @@ mod tests {
 
     #[test]
     fn a_wrong_url_is_refused_without_being_shown() {
-        for wrong in ["", "amqp://", "http://u:planted-canary-4711-in-plain-text@h/", "postgres://h", "amqp:planted-canary-4711-in-plain-text"] {
+        for wrong in [
+            "",
+            "amqp://",
+            "http://u:planted-canary-4711-in-plain-text@h/",
+            "postgres://h",
+            "amqp:planted-canary-4711-in-plain-text",
+        ] {
             let failure = check(&Secret::new(wrong)).unwrap_err();
             assert!(!format!("{failure:?}").contains("canary-4711-in-plain-text"), "{failure:?}");
         }
@@ -246,7 +308,15 @@ mod tests {
                 body,
             })
         };
-        store.write((0..300).map(|at| event(at, false)).chain([event(300, true), event(301, true)]).collect()).await.unwrap();
+        store
+            .write(
+                (0..300)
+                    .map(|at| event(at, false))
+                    .chain([event(300, true), event(301, true)])
+                    .collect(),
+            )
+            .await
+            .unwrap();
         // of the latest only the latest waits
         assert_eq!(store.backlog().await.unwrap().0, 301);
         assert_eq!(store.trim(50, i64::MAX).await.unwrap(), 50);

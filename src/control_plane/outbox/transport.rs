@@ -32,11 +32,17 @@ impl Executor for Kit {
         self.0.block_on(f)
     }
 
-    fn spawn<T: Send + 'static, F: Future<Output = T> + Send + 'static>(&self, f: F) -> Task<Self::Task<T>> {
+    fn spawn<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
+        &self,
+        f: F,
+    ) -> Task<Self::Task<T>> {
         self.0.spawn(f)
     }
 
-    fn spawn_blocking<T: Send + 'static, F: FnOnce() -> T + Send + 'static>(&self, f: F) -> Task<Self::Task<T>> {
+    fn spawn_blocking<T: Send + 'static, F: FnOnce() -> T + Send + 'static>(
+        &self,
+        f: F,
+    ) -> Task<Self::Task<T>> {
         self.0.spawn_blocking(f)
     }
 }
@@ -46,8 +52,14 @@ impl Reactor for Kit {
     type Sleep = <Tokio as Reactor>::Sleep;
 
     // bounds are fewer than the trait's: one of them has no name outside its crate
-    fn register<H: Read + Write + Send + 'static>(&self, _: H) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
-        Err::<Compat<Io>, _>(io::Error::new(io::ErrorKind::Unsupported, "connections are made here, not given"))
+    fn register<H: Read + Write + Send + 'static>(
+        &self,
+        _: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        Err::<Compat<Io>, _>(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "connections are made here, not given",
+        ))
     }
 
     fn sleep(&self, duration: Duration) -> Self::Sleep {
@@ -58,8 +70,14 @@ impl Reactor for Kit {
         self.0.interval(duration)
     }
 
-    #[expect(clippy::manual_async_fn, reason = "the future outlives `self`, which an async fn would keep")]
-    fn tcp_connect_addr(&self, address: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+    #[expect(
+        clippy::manual_async_fn,
+        reason = "the future outlives `self`, which an async fn would keep"
+    )]
+    fn tcp_connect_addr(
+        &self,
+        address: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         async move { Ok((Box::new(TcpStream::connect(address).await?) as Io).compat()) }
     }
 }
@@ -71,8 +89,11 @@ async fn wire(uri: &AMQPUri, ca: Option<&str>) -> io::Result<Io> {
     if uri.scheme == AMQPScheme::AMQP {
         return Ok(Box::new(stream));
     }
-    let tls = Trust { ca_pem: ca.map(str::to_owned), ..Trust::default() }.client().map_err(io::Error::other)?;
-    let name = rustls_pki_types::ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).map_err(io::Error::other)?;
+    let tls = Trust { ca_pem: ca.map(str::to_owned), ..Trust::default() }
+        .client()
+        .map_err(io::Error::other)?;
+    let name = rustls_pki_types::ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
+        .map_err(io::Error::other)?;
     Ok(Box::new(tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await?))
 }
 
@@ -81,8 +102,13 @@ async fn wire(uri: &AMQPUri, ca: Option<&str>) -> io::Result<Io> {
 /// # Errors
 /// What the network, TLS or the broker says; never the URL.
 pub(super) async fn connect(url: &str, ca: Option<String>) -> lapin::Result<Connection> {
-    let uri: AMQPUri = url.parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the URL cannot be read"))?;
-    let properties = ConnectionProperties::default().with_connection_name("pipeops control plane".into());
-    let dial = async move |uri: AMQPUri, _: Runtime<Kit>| Ok(AsyncTcpStream::Plain(wire(&uri, ca.as_deref()).await?.compat()));
+    let uri: AMQPUri = url
+        .parse()
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the URL cannot be read"))?;
+    let properties =
+        ConnectionProperties::default().with_connection_name("pipeops control plane".into());
+    let dial = async move |uri: AMQPUri, _: Runtime<Kit>| {
+        Ok(AsyncTcpStream::Plain(wire(&uri, ca.as_deref()).await?.compat()))
+    };
     Connection::connector(uri, Runtime::new(Kit(Tokio::current())), dial, properties).await
 }

@@ -18,12 +18,18 @@ impl Registry {
         let project = Project { id: self.fresh_id("p")?, name: name.into(), created_at: now };
         let change = |inner: &mut Inner| {
             if inner.projects.values().any(|p| p.name == name) {
-                return Err(refused(409, "name_taken", format!("there is a project {name} already"), None));
+                return Err(refused(
+                    409,
+                    "name_taken",
+                    format!("there is a project {name} already"),
+                    None,
+                ));
             }
             inner.projects.insert(project.id.clone(), project.clone());
             Ok((vec![Change::put(Kind::Project, &project.id, &project)?], ()))
         };
-        self.transact(change, |inner, ()| drop(inner.projects.remove(&project.id)), |_, ()| ()).await?;
+        self.transact(change, |inner, ()| drop(inner.projects.remove(&project.id)), |_, ()| ())
+            .await?;
         Ok(project)
     }
 
@@ -44,7 +50,13 @@ impl Registry {
     fn fresh_id(&self, kind: &str) -> Result<String, Refused> {
         Ok(format!(
             "{kind}-{}",
-            fresh().map_err(|e| unwritten(&e))?.chars().filter(char::is_ascii_alphanumeric).take(12).collect::<String>().to_lowercase()
+            fresh()
+                .map_err(|e| unwritten(&e))?
+                .chars()
+                .filter(char::is_ascii_alphanumeric)
+                .take(12)
+                .collect::<String>()
+                .to_lowercase()
         ))
     }
 
@@ -106,7 +118,11 @@ impl Registry {
     ///
     /// # Errors
     /// A bad name or project, or no database.
-    pub async fn add_access(&self, keys: &Keys, mut row: Access) -> Result<(Access, Secret), Refused> {
+    pub async fn add_access(
+        &self,
+        keys: &Keys,
+        mut row: Access,
+    ) -> Result<(Access, Secret), Refused> {
         check_name(&row.name)?;
         row.project = self.project(&row.project)?.id;
         let prefix = if row.kind == AccessKind::Runner { "por" } else { "pok" };
@@ -114,7 +130,11 @@ impl Registry {
         (row.id, row.hash) = (self.fresh_id("r")?, hash);
         let change = |inner: &mut Inner| {
             // whoever makes it may have been revoked meanwhile, with all that he had made by then
-            if row.maker.as_deref().is_some_and(|maker| inner.still(maker, row.created_at).is_none()) {
+            if row
+                .maker
+                .as_deref()
+                .is_some_and(|maker| inner.still(maker, row.created_at).is_none())
+            {
                 return Err(refused(401, "token_unknown", "the token was revoked", None));
             }
             inner.know_access(row.clone());
@@ -152,8 +172,12 @@ impl Registry {
     /// No database: they are forgotten next time.
     pub async fn tidy_accesses(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
-            let over = |row: &Access| row.kind == AccessKind::Kubeconfig && row.expires_at.is_some_and(|at| at + KEPT <= now);
-            let ids: Vec<String> = inner.accesses.values().filter(|a| over(&a.0)).map(|a| a.0.id.clone()).collect();
+            let over = |row: &Access| {
+                row.kind == AccessKind::Kubeconfig
+                    && row.expires_at.is_some_and(|at| at + KEPT <= now)
+            };
+            let ids: Vec<String> =
+                inner.accesses.values().filter(|a| over(&a.0)).map(|a| a.0.id.clone()).collect();
             let changes = ids.iter().map(|id| Change::remove(Kind::Access, id)).collect();
             Ok((changes, ids))
         };
@@ -201,7 +225,12 @@ impl Registry {
 
     /// # Errors
     /// A name that is taken or cannot be one, or no database.
-    pub async fn add_admin(&self, keys: &Keys, name: &str, now: i64) -> Result<(Admin, Secret), Refused> {
+    pub async fn add_admin(
+        &self,
+        keys: &Keys,
+        name: &str,
+        now: i64,
+    ) -> Result<(Admin, Secret), Refused> {
         check_name(name)?;
         let (token, hash) = mint(keys, "pom")?;
         let row = Admin { id: self.fresh_id("m")?, name: name.into(), hash, created_at: now };
@@ -209,7 +238,12 @@ impl Registry {
             // what an administrator makes and does is his by his name; `local` is whoever can open the socket
             let subject = Who::Admin(name.into()).subject();
             if subject == Who::Local.subject() || inner.still(&subject, now).is_some() {
-                return Err(refused(409, "name_taken", format!("there is an administrator {name} already"), Some("choose another name")));
+                return Err(refused(
+                    409,
+                    "name_taken",
+                    format!("there is an administrator {name} already"),
+                    Some("choose another name"),
+                ));
             }
             inner.know_admin(row.clone());
             Ok((vec![Change::put(Kind::Admin, &row.id, &row)?], ()))
@@ -229,11 +263,17 @@ impl Registry {
     pub async fn remove_admin(&self, id: &str) -> Result<(), Refused> {
         let change = |inner: &mut Inner| {
             if inner.admins.len() == 1 && inner.admins.contains_key(id) {
-                return Err(refused(409, "last_admin", "this is the last administrator", Some("make another one first")));
+                return Err(refused(
+                    409,
+                    "last_admin",
+                    "this is the last administrator",
+                    Some("make another one first"),
+                ));
             }
             let admin = inner.admins.remove(id).ok_or_else(|| no_such("administrator", id))?;
             let subject = Who::Admin(admin.0.name.clone()).subject();
-            let (mut changes, made) = inner.revoke_accesses(|row| row.maker.as_ref() == Some(&subject))?;
+            let (mut changes, made) =
+                inner.revoke_accesses(|row| row.maker.as_ref() == Some(&subject))?;
             changes.push(Change::remove(Kind::Admin, id));
             Ok((changes, (admin, made)))
         };
@@ -259,7 +299,10 @@ type Kept<T> = (T, CancellationToken);
 
 impl Inner {
     /// Takes accesses back; gives what to write, and their ids.
-    fn revoke_accesses(&mut self, which: impl Fn(&Access) -> bool) -> Result<(Vec<Change>, Vec<String>), Refused> {
+    fn revoke_accesses(
+        &mut self,
+        which: impl Fn(&Access) -> bool,
+    ) -> Result<(Vec<Change>, Vec<String>), Refused> {
         let (mut changes, mut ids) = (Vec::new(), Vec::new());
         for (row, _) in self.accesses.values_mut().filter(|(row, _)| !row.revoked && which(row)) {
             row.revoked = true;
@@ -289,10 +332,16 @@ impl Inner {
             return Some(Who::Local);
         }
         if subject.starts_with("admin:") {
-            return self.admins.values().map(|a| Who::Admin(a.0.name.clone())).find(|who| who.subject() == subject);
+            return self
+                .admins
+                .values()
+                .map(|a| Who::Admin(a.0.name.clone()))
+                .find(|who| who.subject() == subject);
         }
         let access = self.accesses.get(subject).map(|a| &a.0);
-        access.filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now)).map(|a| Who::Access(Box::new(a.clone())))
+        access
+            .filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now))
+            .map(|a| Who::Access(Box::new(a.clone())))
     }
 }
 
@@ -329,11 +378,22 @@ mod tests {
             maker,
         };
         let (access, _) = registry.add_access(&keys, row(Some(who.subject()))).await.unwrap();
-        let (enrolment, _) = registry.add_enrolment(&keys, "default", "t", 60, None, 1).await.unwrap();
-        let streams = [registry.until_revoked(&who), registry.until_revoked(&Who::Access(Box::new(access.clone())))];
+        let (enrolment, _) =
+            registry.add_enrolment(&keys, "default", "t", 60, None, 1).await.unwrap();
+        let streams = [
+            registry.until_revoked(&who),
+            registry.until_revoked(&Who::Access(Box::new(access.clone()))),
+        ];
         let known = || {
-            let revoked = registry.accesses().iter().filter(|a| a.revoked).count() + registry.enrolments().iter().filter(|e| e.revoked).count();
-            (registry.projects().len(), registry.admins().len(), registry.accesses().len(), registry.enrolments().len(), revoked)
+            let revoked = registry.accesses().iter().filter(|a| a.revoked).count()
+                + registry.enrolments().iter().filter(|e| e.revoked).count();
+            (
+                registry.projects().len(),
+                registry.admins().len(),
+                registry.accesses().len(),
+                registry.enrolments().len(),
+                revoked,
+            )
         };
         assert_eq!(known(), (1, 2, 1, 1, 0));
         // the database takes nothing any more
@@ -356,10 +416,16 @@ mod tests {
         // and with one that does
         let store = Store::open(&url, "i").await.unwrap();
         let registry = Registry::load(store, None, 0).await.unwrap();
-        let streams = [registry.until_revoked(&who), registry.until_revoked(&Who::Access(Box::new(access)))];
+        let streams =
+            [registry.until_revoked(&who), registry.until_revoked(&Who::Access(Box::new(access)))];
         registry.remove_admin(&admin.id).await.unwrap();
-        assert!(streams.iter().all(CancellationToken::is_cancelled) && registry.accesses()[0].revoked);
+        assert!(
+            streams.iter().all(CancellationToken::is_cancelled) && registry.accesses()[0].revoked
+        );
         assert!(registry.who(&keys.hashed(token.expose()), 2).is_err());
-        assert_eq!(registry.add_access(&keys, row(Some(who.subject()))).await.unwrap_err().code, "token_unknown");
+        assert_eq!(
+            registry.add_access(&keys, row(Some(who.subject()))).await.unwrap_err().code,
+            "token_unknown"
+        );
     }
 }

@@ -5,7 +5,10 @@ use base64::engine::general_purpose::STANDARD;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
 use super::events::Topic;
-use super::{Entry, Inner, Refused, Registry, Who, check_facts, check_name, duplicate, mint, no_such, refused};
+use super::{
+    Entry, Inner, Refused, Registry, Who, check_facts, check_name, duplicate, mint, no_such,
+    refused,
+};
 use crate::base::secret::Secret;
 use crate::contract::types::{AgentInfo, Register, id_of};
 use crate::control_plane::keys::Keys;
@@ -29,18 +32,23 @@ pub struct Enrolled {
 /// The key of a registration, held against its id and its signature over the exact body.
 fn proven(info: &AgentInfo, body: &[u8], signature: &str) -> Result<(), Refused> {
     let wrong = |message: &str| refused(400, "bad_signature", message, Some("update the agent"));
-    let der = spki(&info.public_key).ok_or_else(|| wrong("the public key is no P-256 key in PEM"))?;
+    let der =
+        spki(&info.public_key).ok_or_else(|| wrong("the public key is no P-256 key in PEM"))?;
     if info.id != id_of(&der) {
         return Err(wrong("the id does not belong to the key"));
     }
     let signature = STANDARD.decode(signature).map_err(|_| wrong("there is no signature"))?;
     // the uncompressed point is the end of a P-256 SubjectPublicKeyInfo
-    UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &der[der.len() - 65..]).verify(body, &signature).map_err(|_| wrong("the signature is wrong"))
+    UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &der[der.len() - 65..])
+        .verify(body, &signature)
+        .map_err(|_| wrong("the signature is wrong"))
 }
 
 /// DER of a P-256 SubjectPublicKeyInfo in PEM: 91 bytes, RFC 5480.
 pub fn spki(pem: &str) -> Option<Vec<u8>> {
-    let der = STANDARD.decode(pem.lines().filter(|l| !l.starts_with('-')).map(str::trim).collect::<String>()).ok()?;
+    let der = STANDARD
+        .decode(pem.lines().filter(|l| !l.starts_with('-')).map(str::trim).collect::<String>())
+        .ok()?;
     (der.len() == 91).then_some(der)
 }
 
@@ -49,7 +57,15 @@ impl Registry {
     ///
     /// # Errors
     /// Wrong signature, foreign token, no use left, another machine with the same key, no database.
-    pub async fn register(&self, keys: &Keys, who: &Who, mut asked: Register, body: &[u8], signature: &str, now: i64) -> Result<Enrolled, Refused> {
+    pub async fn register(
+        &self,
+        keys: &Keys,
+        who: &Who,
+        mut asked: Register,
+        body: &[u8],
+        signature: &str,
+        now: i64,
+    ) -> Result<Enrolled, Refused> {
         proven(&asked.agent, body, signature)?;
         // an agent that does not say how its cluster is called is called after itself
         if asked.cluster.name.is_empty() {
@@ -86,7 +102,8 @@ impl Registry {
             let row = &inner.agents.get(id).ok_or_else(|| no_such("agent", id))?.row;
             Ok::<_, Refused>((vec![Change::put(Kind::Agent, id, row)?], ()))
         };
-        self.transact(change, |inner, ()| inner.forget_credential(id, &held.hash), |_, ()| ()).await?;
+        self.transact(change, |inner, ()| inner.forget_credential(id, &held.hash), |_, ()| ())
+            .await?;
         Ok((credential, held.expires_at))
     }
 }
@@ -112,19 +129,37 @@ impl Undo {
 }
 
 impl Inner {
-    fn register(&mut self, who: &Who, asked: Register, held: Held, now: i64) -> Result<(Vec<Change>, String, Undo), Refused> {
+    fn register(
+        &mut self,
+        who: &Who,
+        asked: Register,
+        held: Held,
+        now: i64,
+    ) -> Result<(Vec<Change>, String, Undo), Refused> {
         let id = asked.agent.id.clone();
         if let Some(entry) = self.agents.get_mut(&id) {
             let fits = match who {
                 Who::Agent(own) => *own == id,
-                Who::Enrolment(token) => self.enrolments.get(token).is_some_and(|t| t.project == entry.row.project),
+                Who::Enrolment(token) => {
+                    self.enrolments.get(token).is_some_and(|t| t.project == entry.row.project)
+                }
                 Who::Access(_) | Who::Admin(_) | Who::Local => false,
             };
             if !fits {
-                return Err(refused(403, "foreign_token", "the token is of another project or agent", None));
+                return Err(refused(
+                    403,
+                    "foreign_token",
+                    "the token is of another project or agent",
+                    None,
+                ));
             }
             if entry.row.revoked {
-                return Err(refused(403, "agent_revoked", "this agent was revoked", Some("remove it at the control plane, then enrol it again")));
+                return Err(refused(
+                    403,
+                    "agent_revoked",
+                    "this agent was revoked",
+                    Some("remove it at the control plane, then enrol it again"),
+                ));
             }
             if entry.row.info.machine != asked.agent.machine {
                 entry.duel_until = now + DUEL;
@@ -134,8 +169,10 @@ impl Inner {
                 return Err(duplicate());
             }
             let row = &entry.row;
-            let same =
-                row.info == asked.agent && row.cluster == asked.cluster && row.capabilities == asked.capabilities && row.max_role == asked.max_role;
+            let same = row.info == asked.agent
+                && row.cluster == asked.cluster
+                && row.capabilities == asked.capabilities
+                && row.max_role == asked.max_role;
             (entry.row.info, entry.row.cluster, entry.row.capabilities, entry.row.max_role) =
                 (asked.agent, asked.cluster, asked.capabilities, asked.max_role);
             (entry.seen_at, entry.row.seen_at, entry.draining) = (now, now, false);
@@ -155,7 +192,12 @@ impl Inner {
         };
         let enrolment = self.enrolments.get_mut(token).ok_or_else(|| no_such("token", token))?;
         if enrolment.uses_left == Some(0) {
-            return Err(refused(403, "token_used_up", "the enrolment token has let in as many agents as it may", Some("make another one")));
+            return Err(refused(
+                403,
+                "token_used_up",
+                "the enrolment token has let in as many agents as it may",
+                Some("make another one"),
+            ));
         }
         enrolment.uses_left = enrolment.uses_left.map(|n| n - 1);
         let cluster_id = format!("c-{}", &id[2..18]);
@@ -173,7 +215,10 @@ impl Inner {
             revoked: false,
             online: false,
         };
-        let changes = vec![Change::put(Kind::Agent, &id, &row)?, Change::put(Kind::Enrolment, token, enrolment)?];
+        let changes = vec![
+            Change::put(Kind::Agent, &id, &row)?,
+            Change::put(Kind::Enrolment, token, enrolment)?,
+        ];
         self.know(Entry::new(row));
         Ok((changes, cluster_id, Undo::New { id, enrolment: token.clone() }))
     }
@@ -197,7 +242,8 @@ impl Inner {
         for former in &mut entry.row.credentials {
             former.expires_at = former.expires_at.min(now + OVERLAP);
         }
-        let (alive, over): (Vec<Held>, Vec<Held>) = entry.row.credentials.drain(..).partition(|c| c.expires_at > now);
+        let (alive, over): (Vec<Held>, Vec<Held>) =
+            entry.row.credentials.drain(..).partition(|c| c.expires_at > now);
         entry.row.credentials = alive;
         // a client that asks in a loop does not fill the row
         while entry.row.credentials.len() > 3 {

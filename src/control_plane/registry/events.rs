@@ -63,7 +63,9 @@ impl Registry {
                 ("registered_at", json!(rfc3339(row.registered_at))),
             ],
             Topic::Online => vec![("endpoint", json!(endpoint))],
-            Topic::Offline(state, reason) => vec![("state", json!(state)), ("reason", json!(reason))],
+            Topic::Offline(state, reason) => {
+                vec![("state", json!(state)), ("reason", json!(reason))]
+            }
             Topic::Deregistered => Vec::new(),
             Topic::Status(report) => vec![("status", json!(report?))],
             Topic::Finished(operation) => vec![("operation", json!(operation))],
@@ -72,7 +74,13 @@ impl Registry {
             body[name] = value;
         }
         let latest = matches!(topic, Topic::Status(_));
-        Some(Change::Told(Event { agent: row.id.clone(), topic: topic.name(), at: now, latest, body: body.to_string() }))
+        Some(Change::Told(Event {
+            agent: row.id.clone(),
+            topic: topic.name(),
+            at: now,
+            latest,
+            body: body.to_string(),
+        }))
     }
 
     /// Tells of agents that have come or gone since the last look.
@@ -84,14 +92,19 @@ impl Registry {
             let (mut changes, mut turned) = (Vec::new(), Vec::new());
             for entry in inner.agents.values_mut() {
                 let (state, reason) = entry.liveness(now, self.started);
-                let there = !matches!(state, Liveness::Offline | Liveness::Expired | Liveness::Revoked);
+                let there =
+                    !matches!(state, Liveness::Offline | Liveness::Expired | Liveness::Revoked);
                 // what an agent was before this start is not known again before it had time to speak
                 if there == entry.row.online || (there && entry.seen_at < self.started) {
                     continue;
                 }
                 entry.row.online = there;
                 changes.push(Change::put(Kind::Agent, &entry.row.id, &entry.row)?);
-                changes.extend(self.told(&entry.row, if there { Topic::Online } else { Topic::Offline(state, &reason) }, now));
+                changes.extend(self.told(
+                    &entry.row,
+                    if there { Topic::Online } else { Topic::Offline(state, &reason) },
+                    now,
+                ));
                 turned.push(entry.row.id.clone());
             }
             Ok((changes, turned))

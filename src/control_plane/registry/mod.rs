@@ -40,7 +40,12 @@ pub struct Refused {
     pub hint: Option<&'static str>,
 }
 
-pub(super) fn refused(status: u16, code: &'static str, message: impl Into<String>, hint: Option<&'static str>) -> Refused {
+pub(super) fn refused(
+    status: u16,
+    code: &'static str,
+    message: impl Into<String>,
+    hint: Option<&'static str>,
+) -> Refused {
     Refused { status, code, message: message.into(), hint }
 }
 
@@ -60,7 +65,9 @@ impl Who {
     pub fn subject(&self) -> String {
         match self {
             Who::Access(access) => access.id.clone(),
-            Who::Admin(name) => format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_")),
+            Who::Admin(name) => {
+                format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_"))
+            }
             Who::Local => LOCAL.into(),
             Who::Agent(id) | Who::Enrolment(id) => id.clone(),
         }
@@ -158,7 +165,12 @@ fn no_such(what: &str, id: &str) -> Refused {
 
 pub(super) fn unwritten(error: &anyhow::Error) -> Refused {
     tracing::error!(error = format!("{error:#}"), "the database does not take a change");
-    refused(503, "database_unavailable", "the control plane cannot write its database", Some("try again soon; its log says more"))
+    refused(
+        503,
+        "database_unavailable",
+        "the control plane cannot write its database",
+        Some("try again soon; its log says more"),
+    )
 }
 
 /// A fresh token of a kind, and its hash.
@@ -192,10 +204,19 @@ impl Entry {
             return (Liveness::Revoked, "revoked by an administrator".into());
         }
         if self.duel_until > now {
-            return (Liveness::Duplicate, "two machines show this identity: remove the copied disk's /var/lib/pipeops-agent".into());
+            return (
+                Liveness::Duplicate,
+                "two machines show this identity: remove the copied disk's /var/lib/pipeops-agent"
+                    .into(),
+            );
         }
         if judged > OFFLINE && self.row.credentials.iter().all(|c| c.expires_at <= now) {
-            return (Liveness::Expired, format!("silent for {silent} s, and its credential's time is over: enrol it again with a token"));
+            return (
+                Liveness::Expired,
+                format!(
+                    "silent for {silent} s, and its credential's time is over: enrol it again with a token"
+                ),
+            );
         }
         if self.draining {
             let state = if judged <= OFFLINE { Liveness::Draining } else { Liveness::Offline };
@@ -227,7 +248,9 @@ impl Entry {
             version: reported.unwrap_or_else(|| row.cluster.version.clone()),
             agent_version: row.info.version.clone(),
             provider: row.cluster.provider.clone(),
-            nodes: self.report.as_ref().map_or(row.cluster.node_count, |r| u32::try_from(r.nodes.len()).unwrap_or(u32::MAX)),
+            nodes: self.report.as_ref().map_or(row.cluster.node_count, |r| {
+                u32::try_from(r.nodes.len()).unwrap_or(u32::MAX)
+            }),
             max_role: row.max_role.clone(),
             tunnel: if state == Liveness::Online { self.tunnel.clone() } else { String::new() },
             seen_at: self.seen_at,
@@ -276,31 +299,76 @@ impl Registry {
     /// # Errors
     /// 401, with no hint at whether it was ever known, but for its own time being over.
     pub fn who(&self, hash: &str, now: i64) -> Result<Who, Refused> {
-        let unknown = || refused(401, "token_unknown", "the token is wrong, revoked, or of another control plane", None);
-        let expired = || refused(401, "token_expired", "the token's time is over", Some("get another one"));
+        let unknown = || {
+            refused(
+                401,
+                "token_unknown",
+                "the token is wrong, revoked, or of another control plane",
+                None,
+            )
+        };
+        let expired =
+            || refused(401, "token_expired", "the token's time is over", Some("get another one"));
         let inner = self.inner();
         let (kind, id) = inner.tokens.get(hash).ok_or_else(unknown)?;
         match kind {
             Kind::Enrolment => {
-                let row = inner.enrolments.get(id).filter(|e| !e.revoked && same(&e.hash, hash)).ok_or_else(unknown)?;
+                let row = inner
+                    .enrolments
+                    .get(id)
+                    .filter(|e| !e.revoked && same(&e.hash, hash))
+                    .ok_or_else(unknown)?;
                 if row.expires_at <= now { Err(expired()) } else { Ok(Who::Enrolment(id.clone())) }
             }
             Kind::Agent => {
                 let entry = inner.agents.get(id).ok_or_else(unknown)?;
-                let held = entry.row.credentials.iter().find(|c| same(&c.hash, hash)).ok_or_else(unknown)?;
+                let held = entry
+                    .row
+                    .credentials
+                    .iter()
+                    .find(|c| same(&c.hash, hash))
+                    .ok_or_else(unknown)?;
                 if entry.row.revoked {
-                    return Err(refused(403, "agent_revoked", "this agent was revoked", Some("remove it and enrol it again with a fresh token")));
+                    return Err(refused(
+                        403,
+                        "agent_revoked",
+                        "this agent was revoked",
+                        Some("remove it and enrol it again with a fresh token"),
+                    ));
                 }
                 if held.expires_at <= now {
-                    return Err(refused(401, "credential_expired", "the credential's time is over", Some("enrol again with a token")));
+                    return Err(refused(
+                        401,
+                        "credential_expired",
+                        "the credential's time is over",
+                        Some("enrol again with a token"),
+                    ));
                 }
                 Ok(Who::Agent(id.clone()))
             }
             Kind::Access => {
-                let row = inner.accesses.get(id).map(|a| &a.0).filter(|a| !a.revoked && same(&a.hash, hash)).ok_or_else(unknown)?;
-                if row.expires_at.is_some_and(|at| at <= now) { Err(expired()) } else { Ok(Who::Access(Box::new(row.clone()))) }
+                let row = inner
+                    .accesses
+                    .get(id)
+                    .map(|a| &a.0)
+                    .filter(|a| !a.revoked && same(&a.hash, hash))
+                    .ok_or_else(unknown)?;
+                if row.expires_at.is_some_and(|at| at <= now) {
+                    Err(expired())
+                } else {
+                    Ok(Who::Access(Box::new(row.clone())))
+                }
             }
-            Kind::Admin => Ok(Who::Admin(inner.admins.get(id).map(|a| &a.0).filter(|a| same(&a.hash, hash)).ok_or_else(unknown)?.name.clone())),
+            Kind::Admin => Ok(Who::Admin(
+                inner
+                    .admins
+                    .get(id)
+                    .map(|a| &a.0)
+                    .filter(|a| same(&a.hash, hash))
+                    .ok_or_else(unknown)?
+                    .name
+                    .clone(),
+            )),
             Kind::Project | Kind::Operation => Err(unknown()),
         }
     }
@@ -309,7 +377,12 @@ impl Registry {
     ///
     /// # Errors
     /// 404 for one that is not known, 409 while two machines show its identity.
-    pub fn heartbeat(&self, id: &str, beat: &Heartbeat, now: i64) -> Result<Vec<Directive>, Refused> {
+    pub fn heartbeat(
+        &self,
+        id: &str,
+        beat: &Heartbeat,
+        now: i64,
+    ) -> Result<Vec<Directive>, Refused> {
         let mut inner = self.inner();
         let entry = inner.agents.get_mut(id).ok_or_else(|| no_such("agent", id))?;
         if entry.duel_until > now {
@@ -318,7 +391,10 @@ impl Registry {
         entry.seen_at = now;
         entry.dirty = true;
         entry.draining = beat.state == "draining";
-        entry.tunnel = serde_json::to_value(beat.tunnel.state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+        entry.tunnel = serde_json::to_value(beat.tunnel.state)
+            .ok()
+            .and_then(|v| v.as_str().map(str::to_owned))
+            .unwrap_or_default();
         entry.uptime_s = beat.uptime_s;
         Ok(Vec::new())
     }
@@ -344,7 +420,11 @@ impl Registry {
                 entry.row.seen_at = entry.seen_at;
                 changes.push(Change::put(Kind::Agent, &entry.row.id, &entry.row)?);
                 if entry.untold {
-                    changes.extend(self.told(&entry.row, Topic::Status(entry.report.as_ref()), entry.seen_at));
+                    changes.extend(self.told(
+                        &entry.row,
+                        Topic::Status(entry.report.as_ref()),
+                        entry.seen_at,
+                    ));
                 }
                 (entry.dirty, entry.untold) = (false, false);
                 ids.push(entry.row.id.clone());
@@ -354,7 +434,8 @@ impl Registry {
         let undo = |inner: &mut Inner, ids: Vec<String>| {
             for id in ids {
                 if let Some(entry) = inner.agents.get_mut(&id) {
-                    (entry.dirty, entry.untold) = (true, entry.untold || entry.report.is_some() && self.tells.is_some());
+                    (entry.dirty, entry.untold) =
+                        (true, entry.untold || entry.report.is_some() && self.tells.is_some());
                 }
             }
         };
@@ -372,7 +453,12 @@ impl Registry {
     ///
     /// # Errors
     /// 404; 409 for a name that several have.
-    pub fn cluster(&self, id: &str, project: Option<&str>, now: i64) -> Result<ClusterView, Refused> {
+    pub fn cluster(
+        &self,
+        id: &str,
+        project: Option<&str>,
+        now: i64,
+    ) -> Result<ClusterView, Refused> {
         Ok(self.inner().find(id, project)?.view(now, self.started, true))
     }
 
@@ -412,7 +498,11 @@ impl Registry {
 
     /// The key that an agent registered with, in PEM.
     pub fn public_key(&self, agent: &str) -> Option<String> {
-        self.inner().agents.get(agent).filter(|e| !e.row.revoked).map(|e| e.row.info.public_key.clone())
+        self.inner()
+            .agents
+            .get(agent)
+            .filter(|e| !e.row.revoked)
+            .map(|e| e.row.info.public_key.clone())
     }
 
     /// Whether an agent may hold a tunnel, and what ends it.
@@ -461,7 +551,9 @@ impl Registry {
         };
         let undo = |inner: &mut Inner, (entry, jobs): (Entry, Vec<Job>)| {
             inner.agents.entry(id.to_owned()).or_insert(entry);
-            inner.jobs.extend(jobs.into_iter().map(|job| ((job.agent.clone(), job.operation.id.clone()), job)));
+            inner.jobs.extend(
+                jobs.into_iter().map(|job| ((job.agent.clone(), job.operation.id.clone()), job)),
+            );
         };
         let done = |inner: &mut Inner, (entry, _): (Entry, Vec<Job>)| {
             entry.over.cancel();
@@ -496,7 +588,9 @@ fn duplicate() -> Refused {
         409,
         "duplicate_identity",
         "another machine shows the same identity",
-        Some("on the copied disk: stop pipeops-agent, remove /var/lib/pipeops-agent, enrol it anew"),
+        Some(
+            "on the copied disk: stop pipeops-agent, remove /var/lib/pipeops-agent, enrol it anew",
+        ),
     )
 }
 
@@ -511,7 +605,12 @@ impl Inner {
         match named[..] {
             [entry] => Ok(entry),
             [] => Err(no_such("cluster", id)),
-            _ => Err(refused(409, "name_ambiguous", format!("{} clusters are called {id}", named.len()), Some("use the id"))),
+            _ => Err(refused(
+                409,
+                "name_ambiguous",
+                format!("{} clusters are called {id}", named.len()),
+                Some("use the id"),
+            )),
         }
     }
 

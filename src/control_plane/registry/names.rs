@@ -10,7 +10,9 @@ const FACT: usize = 253;
 
 /// A name that people give: seen, short, no markup of any kind is special in it.
 pub(super) fn check_name(name: &str) -> Result<(), Refused> {
-    let hint = Some("take letters, digits and punctuation that can be seen, without a blank at either end");
+    let hint = Some(
+        "take letters, digits and punctuation that can be seen, without a blank at either end",
+    );
     text::name(name, NAME).map_err(|why| refused(400, "bad_name", format!("a name {why}"), hint))
 }
 
@@ -27,11 +29,17 @@ pub(super) fn check_facts(asked: &Register) -> Result<(), Refused> {
         ("cluster's version", &cluster.version),
         ("cluster's region", cluster.region.as_deref().unwrap_or_default()),
     ];
-    let labels = [&agent.labels, &cluster.labels].into_iter().flatten().flat_map(|(key, value)| [("label", key.as_str()), ("label", value)]);
+    let labels = [&agent.labels, &cluster.labels]
+        .into_iter()
+        .flatten()
+        .flat_map(|(key, value)| [("label", key.as_str()), ("label", value)]);
     let more = asked.capabilities.iter().map(|c| ("capability", c.as_str()));
-    for (what, text) in plain.into_iter().chain(labels).chain(more).filter(|(_, text)| !text.is_empty()) {
+    for (what, text) in
+        plain.into_iter().chain(labels).chain(more).filter(|(_, text)| !text.is_empty())
+    {
         let hint = Some("correct it on the node, then restart pipeops-agent");
-        text::name(text, FACT).map_err(|why| refused(400, "bad_name", format!("the agent's {what} {why}"), hint))?;
+        text::name(text, FACT)
+            .map_err(|why| refused(400, "bad_name", format!("the agent's {what} {why}"), hint))?;
     }
     Ok(())
 }

@@ -35,7 +35,8 @@ fn put(job: &Job) -> Result<Change, Refused> {
 impl Job {
     /// It comes to its end here, not at the agent.
     fn end(&mut self, state: OperationState, message: &str, now: i64) {
-        (self.operation.state, self.operation.message, self.operation.finished_at) = (state, message.into(), rfc3339(now));
+        (self.operation.state, self.operation.message, self.operation.finished_at) =
+            (state, message.into(), rfc3339(now));
         (self.sealed, self.changed_at) = (None, now);
     }
 }
@@ -50,7 +51,12 @@ impl Registry {
     pub fn jobs(&self, agent: &str) -> Vec<Job> {
         let inner = self.inner();
         let mut found: Vec<Job> = inner.jobs_of(agent).cloned().collect();
-        found.sort_by(|a, b| b.operation.created_at.cmp(&a.operation.created_at).then(a.operation.id.cmp(&b.operation.id)));
+        found.sort_by(|a, b| {
+            b.operation
+                .created_at
+                .cmp(&a.operation.created_at)
+                .then(a.operation.id.cmp(&b.operation.id))
+        });
         found
     }
 
@@ -70,8 +76,16 @@ impl Registry {
     /// Those that run for somebody who was revoked meanwhile.
     pub fn disowned(&self) -> Vec<Job> {
         let inner = self.inner();
-        let revoked = |subject: &str| inner.accesses.get(subject).is_some_and(|(access, _)| access.revoked);
-        inner.jobs.values().filter(|j| j.operation.state == OperationState::Running && revoked(&j.operation.subject)).cloned().collect()
+        let revoked =
+            |subject: &str| inner.accesses.get(subject).is_some_and(|(access, _)| access.revoked);
+        inner
+            .jobs
+            .values()
+            .filter(|j| {
+                j.operation.state == OperationState::Running && revoked(&j.operation.subject)
+            })
+            .cloned()
+            .collect()
     }
 
     /// Whether something waits for an agent already.
@@ -83,7 +97,8 @@ impl Registry {
     pub fn hand(&self, job: &Job) -> bool {
         let mut inner = self.inner();
         let at = at(job);
-        let waits = inner.jobs.get(&at).is_some_and(|j| j.operation.state == OperationState::Queued);
+        let waits =
+            inner.jobs.get(&at).is_some_and(|j| j.operation.state == OperationState::Queued);
         waits && inner.handing.insert(at)
     }
 
@@ -104,12 +119,19 @@ impl Registry {
         let at = at(&job);
         let change = |inner: &mut Inner| {
             if unless_handed && inner.handing.contains(&at) {
-                return Err(refused(409, "operation_underway", "it is being handed to the agent", Some("try again in a moment")));
+                return Err(refused(
+                    409,
+                    "operation_underway",
+                    "it is being handed to the agent",
+                    Some("try again in a moment"),
+                ));
             }
             let agent = inner.agents.get(&job.agent).ok_or_else(|| no_such("agent", &job.agent))?;
             let former = inner.jobs.get(&at).cloned();
             let news = |f: &Job| {
-                f.operation.state == OperationState::Expired && job.operation.state.ended() && job.operation.state != OperationState::Expired
+                f.operation.state == OperationState::Expired
+                    && job.operation.state.ended()
+                    && job.operation.state != OperationState::Expired
             };
             // an agent may have had what was given up: then its word is the truth
             if former.as_ref().is_some_and(|f| f.operation.state.ended() && !news(f)) {
@@ -138,10 +160,21 @@ impl Registry {
     ///
     /// # Errors
     /// One that is no end, or no database.
-    pub async fn finish_job(&self, agent: &str, id: &str, told: Operation, now: i64) -> Result<(), Refused> {
+    pub async fn finish_job(
+        &self,
+        agent: &str,
+        id: &str,
+        told: Operation,
+        now: i64,
+    ) -> Result<(), Refused> {
         let hex = |rest: &str| rest.len() == 32 && rest.bytes().all(|b| b.is_ascii_hexdigit());
         if told.id != id || !id.strip_prefix("o-").is_some_and(hex) || !told.state.ended() {
-            return Err(refused(400, "bad_operation", "this is not the end of that operation", None));
+            return Err(refused(
+                400,
+                "bad_operation",
+                "this is not the end of that operation",
+                None,
+            ));
         }
         let known = self.job(agent, id);
         let mut job = known.unwrap_or_else(|| Job {
@@ -162,7 +195,13 @@ impl Registry {
     ///
     /// # Errors
     /// 409 while it is on its way; no database.
-    pub async fn call_off(&self, mut job: Job, state: OperationState, message: &str, now: i64) -> Result<(), Refused> {
+    pub async fn call_off(
+        &self,
+        mut job: Job,
+        state: OperationState,
+        message: &str,
+        now: i64,
+    ) -> Result<(), Refused> {
         job.end(state, message, now);
         self.write_job(job, true, now).await
     }
@@ -171,7 +210,13 @@ impl Registry {
     ///
     /// # Errors
     /// No database.
-    pub async fn end_job(&self, mut job: Job, state: OperationState, message: &str, now: i64) -> Result<(), Refused> {
+    pub async fn end_job(
+        &self,
+        mut job: Job,
+        state: OperationState,
+        message: &str,
+        now: i64,
+    ) -> Result<(), Refused> {
         job.end(state, message, now);
         self.put_job(job, now).await
     }
@@ -183,22 +228,34 @@ impl Registry {
     pub async fn tidy_jobs(&self, now: i64) -> anyhow::Result<()> {
         let (late, old) = {
             let inner = self.inner();
-            let late: Vec<Job> = inner.jobs.values().filter(|j| j.late(now) && !inner.handing.contains(&at(j))).cloned().collect();
+            let late: Vec<Job> = inner
+                .jobs
+                .values()
+                .filter(|j| j.late(now) && !inner.handing.contains(&at(j)))
+                .cloned()
+                .collect();
             (late, inner.old_jobs(now))
         };
         for job in late {
             let (state, message) = match job.operation.state {
-                OperationState::Queued => (OperationState::Expired, "the agent was not there in time"),
+                OperationState::Queued => {
+                    (OperationState::Expired, "the agent was not there in time")
+                }
                 _ => (OperationState::Interrupted, "the agent has told nothing of it for 7 days"),
             };
-            self.call_off(job, state, message, now).await.map_err(|e| anyhow::anyhow!(e.message))?;
+            self.call_off(job, state, message, now)
+                .await
+                .map_err(|e| anyhow::anyhow!(e.message))?;
         }
         let change = |inner: &mut Inner| {
             let gone: Vec<Job> = old.iter().filter_map(|at| inner.jobs.remove(at)).collect();
-            let changes = gone.iter().map(|job| Change::remove(Kind::Operation, &row(job))).collect();
+            let changes =
+                gone.iter().map(|job| Change::remove(Kind::Operation, &row(job))).collect();
             Ok((changes, gone))
         };
-        let undo = |inner: &mut Inner, gone: Vec<Job>| inner.jobs.extend(gone.into_iter().map(|job| (at(&job), job)));
+        let undo = |inner: &mut Inner, gone: Vec<Job>| {
+            inner.jobs.extend(gone.into_iter().map(|job| (at(&job), job)))
+        };
         self.transact(change, undo, |_, _| ()).await
     }
 }
@@ -216,7 +273,10 @@ impl Job {
 impl Inner {
     fn jobs_of(&self, agent: &str) -> impl Iterator<Item = &Job> {
         let owner = agent.to_owned();
-        self.jobs.range((owner.clone(), String::new())..).take_while(move |((a, _), _)| *a == owner).map(|(_, job)| job)
+        self.jobs
+            .range((owner.clone(), String::new())..)
+            .take_while(move |((a, _), _)| *a == owner)
+            .map(|(_, job)| job)
     }
 
     fn room_for(&self, job: &Job) -> Result<(), Refused> {
@@ -224,7 +284,12 @@ impl Inner {
         let mine = self.jobs_of(&job.agent).filter(|j| j.sealed.is_some()).count();
         let all: usize = self.jobs.values().map(size).sum();
         if mine >= WAITING || all + size(job) > BYTES {
-            return Err(refused(429, "queue_full", "too many operations wait already", Some("wait until the agent is back, or cancel some")));
+            return Err(refused(
+                429,
+                "queue_full",
+                "too many operations wait already",
+                Some("wait until the agent is back, or cancel some"),
+            ));
         }
         Ok(())
     }
@@ -238,7 +303,13 @@ impl Inner {
         for mut of_agent in ended.into_values() {
             of_agent.sort_unstable();
             of_agent.reverse();
-            old.extend(of_agent.iter().enumerate().filter(|(n, (changed, _))| *n >= KEPT || changed + DAYS <= now).map(|(_, (_, at))| (*at).clone()));
+            old.extend(
+                of_agent
+                    .iter()
+                    .enumerate()
+                    .filter(|(n, (changed, _))| *n >= KEPT || changed + DAYS <= now)
+                    .map(|(_, (_, at))| (*at).clone()),
+            );
         }
         old
     }

@@ -6,7 +6,9 @@ use http::HeaderMap;
 use serde_json::json;
 
 use super::Routes;
-use crate::contract::types::{Heartbeat, HeartbeatAnswer, Operation, Register, SIGNATURE, StatusReport};
+use crate::contract::types::{
+    Heartbeat, HeartbeatAnswer, Operation, Register, SIGNATURE, StatusReport,
+};
 use crate::control_plane::Hub;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::{AgentCaller, EnrolmentCaller};
@@ -30,13 +32,21 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .delete("/api/v1/agents/register", deregister)
 }
 
-async fn register(caller: EnrolmentCaller, State(hub): State<Hub>, headers: HeaderMap, Whole(bytes): Whole) -> Result<Response, Refused> {
+async fn register(
+    caller: EnrolmentCaller,
+    State(hub): State<Hub>,
+    headers: HeaderMap,
+    Whole(bytes): Whole,
+) -> Result<Response, Refused> {
     if bytes.len() > REGISTRATION {
         return Err(refused(413, "too_large", "a registration is at most 64 KiB long", None));
     }
     let asked: Register = parsed(&bytes)?;
     let signature = headers.get(SIGNATURE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let done = hub.registry().register(hub.keys(), &caller.who, asked, &bytes, signature, crate::control_plane::now()).await?;
+    let done = hub
+        .registry()
+        .register(hub.keys(), &caller.who, asked, &bytes, signature, crate::control_plane::now())
+        .await?;
     let config = hub.config(&done.agent_id);
     Ok(answer(
         200,
@@ -49,13 +59,22 @@ async fn config(agent: AgentCaller, State(hub): State<Hub>) -> Response {
     answer(200, &hub.config(&agent.id))
 }
 
-async fn heartbeat(agent: AgentCaller, State(hub): State<Hub>, Json(beat): Json<Heartbeat>) -> Result<Response, Refused> {
+async fn heartbeat(
+    agent: AgentCaller,
+    State(hub): State<Hub>,
+    Json(beat): Json<Heartbeat>,
+) -> Result<Response, Refused> {
     let directives = hub.registry().heartbeat(&agent.id, &beat, crate::control_plane::now())?;
-    let reply = HeartbeatAnswer { config_version: hub.config(&agent.id).config_version, directives };
+    let reply =
+        HeartbeatAnswer { config_version: hub.config(&agent.id).config_version, directives };
     Ok(answer(200, &reply))
 }
 
-async fn status(agent: AgentCaller, State(hub): State<Hub>, Json(report): Json<StatusReport>) -> Result<Response, Refused> {
+async fn status(
+    agent: AgentCaller,
+    State(hub): State<Hub>,
+    Json(report): Json<StatusReport>,
+) -> Result<Response, Refused> {
     hub.registry().report(&agent.id, report)?;
     Ok(answer(200, &json!({})))
 }
@@ -70,12 +89,24 @@ async fn result(
     Ok(answer(200, &json!({})))
 }
 
-async fn credential(agent: AgentCaller, State(hub): State<Hub>, _: Whole) -> Result<Response, Refused> {
-    let (credential, expires_at) = hub.registry().rotate(hub.keys(), &agent.id, crate::control_plane::now()).await?;
-    Ok(answer(200, &json!({"credential": credential.expose(), "credential_expires_at": rfc3339(expires_at)})))
+async fn credential(
+    agent: AgentCaller,
+    State(hub): State<Hub>,
+    _: Whole,
+) -> Result<Response, Refused> {
+    let (credential, expires_at) =
+        hub.registry().rotate(hub.keys(), &agent.id, crate::control_plane::now()).await?;
+    Ok(answer(
+        200,
+        &json!({"credential": credential.expose(), "credential_expires_at": rfc3339(expires_at)}),
+    ))
 }
 
-async fn deregister(agent: AgentCaller, State(hub): State<Hub>, _: Whole) -> Result<Response, Refused> {
+async fn deregister(
+    agent: AgentCaller,
+    State(hub): State<Hub>,
+    _: Whole,
+) -> Result<Response, Refused> {
     hub.registry().remove_agent(&agent.id, crate::control_plane::now()).await?;
     Ok(answer(200, &json!({})))
 }

@@ -44,8 +44,15 @@ impl Listener {
     fn enter(all: &Listeners, subject: String) -> Result<Listener, Refused> {
         let mut open = lock(&all.0);
         let full = |whose: &str, most: usize| {
-            let message = format!("{whose} {most} streams of changes open, and more are not served at a time");
-            Err(refused(503, "too_many_listeners", message, Some("close some: a page that is open holds one")))
+            let message = format!(
+                "{whose} {most} streams of changes open, and more are not served at a time"
+            );
+            Err(refused(
+                503,
+                "too_many_listeners",
+                message,
+                Some("close some: a page that is open holds one"),
+            ))
         };
         if open.values().sum::<usize>() >= LISTENERS {
             return full("all callers together have", LISTENERS);
@@ -75,9 +82,13 @@ impl Drop for Listener {
 async fn changes(caller: RunnerCaller, State(hub): State<Hub>) -> Result<Response, Refused> {
     let place = Listener::enter(&hub.inner.listeners, caller.who.subject())?;
     let stream = Changes { hub, caller, known: HashMap::new(), first: true, _place: place };
-    let events = stream::unfold(stream, async |mut stream| Some((Ok::<_, Infallible>(stream.next().await?), stream)));
+    let events = stream::unfold(stream, async |mut stream| {
+        Some((Ok::<_, Infallible>(stream.next().await?), stream))
+    });
     let mut response = Response::new(Body::from_stream(events));
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     Ok(response)
 }
 
@@ -121,7 +132,11 @@ impl Changes {
 }
 
 /// One event with the clusters that are not as they were, and those that are gone.
-fn difference(items: &[ClusterView], known: &mut HashMap<String, String>, now: i64) -> Option<String> {
+fn difference(
+    items: &[ClusterView],
+    known: &mut HashMap<String, String>,
+    now: i64,
+) -> Option<String> {
     let mut changed = Vec::new();
     let first = known.is_empty();
     for item in items {

@@ -38,29 +38,51 @@ async fn list(caller: RunnerCaller, State(hub): State<Hub>) -> Response {
     answer(200, &json!({"items": hub.visible(&caller.who, crate::control_plane::now())}))
 }
 
-async fn show(caller: RunnerCaller, State(hub): State<Hub>, Segments([id]): Segments<1>) -> Result<Response, Refused> {
+async fn show(
+    caller: RunnerCaller,
+    State(hub): State<Hub>,
+    Segments([id]): Segments<1>,
+) -> Result<Response, Refused> {
     let cluster = hub.registry().cluster(&id, caller.who.project(), crate::control_plane::now())?;
     Ok(answer(200, &hub.seen(cluster)))
 }
 
-async fn remove(_: AdminCaller, State(hub): State<Hub>, Segments([id]): Segments<1>, _: Whole) -> Result<Response, Refused> {
+async fn remove(
+    _: AdminCaller,
+    State(hub): State<Hub>,
+    Segments([id]): Segments<1>,
+    _: Whole,
+) -> Result<Response, Refused> {
     let now = crate::control_plane::now();
     let agent = hub.registry().cluster(&id, None, now)?.agent_id;
     hub.registry().remove_agent(&agent, now).await?;
     Ok(answer(200, &json!({})))
 }
 
-async fn revoke(_: AdminCaller, State(hub): State<Hub>, Segments([id]): Segments<1>, _: Whole) -> Result<Response, Refused> {
+async fn revoke(
+    _: AdminCaller,
+    State(hub): State<Hub>,
+    Segments([id]): Segments<1>,
+    _: Whole,
+) -> Result<Response, Refused> {
     hub.registry().revoke_agent(&id).await?;
     Ok(answer(200, &json!({})))
 }
 
 /// A JWT with which the agent itself is reached.
-async fn token(caller: RunnerCaller, State(hub): State<Hub>, Segments([id]): Segments<1>, Json(asked): Json<Wanted>) -> Result<Response, Refused> {
+async fn token(
+    caller: RunnerCaller,
+    State(hub): State<Hub>,
+    Segments([id]): Segments<1>,
+    Json(asked): Json<Wanted>,
+) -> Result<Response, Refused> {
     let ttl = life(asked.ttl_s, LIFE, LIFE)?;
     let (role, namespaces) = narrowed(&caller.who, &asked)?;
     let route = hub.registry().route(&id, caller.who.project())?;
-    Ok(answer(200, &hub.runner_token(&caller.who, &route, role, namespaces, ttl, crate::control_plane::now())))
+    Ok(answer(
+        200,
+        &hub.runner_token(&caller.who, &route, role, namespaces, ttl, crate::control_plane::now()),
+    ))
 }
 
 async fn kubeconfig(
@@ -94,20 +116,32 @@ async fn kubeconfig(
 }
 
 /// What goes on in a cluster, as its own API tells the caller.
-async fn look_inside(caller: RunnerCaller, State(hub): State<Hub>, Segments([id, what]): Segments<2>) -> Result<Response, Refused> {
+async fn look_inside(
+    caller: RunnerCaller,
+    State(hub): State<Hub>,
+    Segments([id, what]): Segments<2>,
+) -> Result<Response, Refused> {
     let found = INSIDE.iter().find(|i| i.0 == what);
-    let (_, path, audit) = found.ok_or_else(|| refused(404, "not_found", format!("there is no view {what}"), None))?;
+    let (_, path, audit) =
+        found.ok_or_else(|| refused(404, "not_found", format!("there is no view {what}"), None))?;
     let value = hub.look_into(&caller.who, &id, path, *audit, crate::control_plane::now()).await?;
     let items = value["items"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let rows: Vec<Value> = if *audit { items.to_vec() } else { items.iter().map(|item| row(&what, item)).collect() };
+    let rows: Vec<Value> =
+        if *audit { items.to_vec() } else { items.iter().map(|item| row(&what, item)).collect() };
     Ok(answer(200, &json!({"items": rows})))
 }
 
 impl Hub {
     /// The clusters that somebody sees.
     pub(in crate::control_plane) fn visible(&self, who: &Who, now: i64) -> Vec<ClusterView> {
-        let reached = |c: &ClusterView| !matches!(who, Who::Access(access) if !access.includes(&c.id));
-        self.registry().clusters(who.project(), now).into_iter().filter(reached).map(|c| self.seen(c)).collect()
+        let reached =
+            |c: &ClusterView| !matches!(who, Who::Access(access) if !access.includes(&c.id));
+        self.registry()
+            .clusters(who.project(), now)
+            .into_iter()
+            .filter(reached)
+            .map(|c| self.seen(c))
+            .collect()
     }
 
     /// With the tunnel as this end of it knows, not as the agent said at its last heartbeat.
@@ -139,7 +173,12 @@ fn row(what: &str, item: &Value) -> Value {
             } else {
                 (spec["replicas"].as_i64().unwrap_or(1), number(&status["readyReplicas"]))
             };
-            let images: Vec<&Value> = spec["template"]["spec"]["containers"].as_array().into_iter().flatten().map(|c| &c["image"]).collect();
+            let images: Vec<&Value> = spec["template"]["spec"]["containers"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(|c| &c["image"])
+                .collect();
             json!({"namespace": meta["namespace"], "name": meta["name"], "wanted": wanted, "ready": ready, "images": images, "created": meta["creationTimestamp"]})
         }
     }

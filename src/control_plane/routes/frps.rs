@@ -18,9 +18,17 @@ pub(super) fn routes(routes: Routes) -> Routes {
 }
 
 /// What frps asks before it lets somebody in. Every answer says `unchange`: without it frps would take our `content` for the client's.
-async fn handler(_: FrpsCaller, State(hub): State<Hub>, uri: Uri, Json(asked): Json<Asked>) -> Response {
+async fn handler(
+    _: FrpsCaller,
+    State(hub): State<Hub>,
+    uri: Uri,
+    Json(asked): Json<Asked>,
+) -> Response {
     let query = uri.query().unwrap_or_default();
-    let op = url::form_urlencoded::parse(query.as_bytes()).find(|(k, _)| k == "op").map(|(_, v)| v.into_owned()).unwrap_or_default();
+    let op = url::form_urlencoded::parse(query.as_bytes())
+        .find(|(k, _)| k == "op")
+        .map(|(_, v)| v.into_owned())
+        .unwrap_or_default();
     let verdict = hub.plugin(&op, asked.content);
     let reason = verdict.as_ref().err().cloned().unwrap_or_default();
     answer(200, &json!({"reject": verdict.is_err(), "reject_reason": reason, "unchange": true}))

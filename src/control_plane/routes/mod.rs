@@ -77,24 +77,40 @@ struct Routes {
 impl Routes {
     fn get<H: Handler<T, Hub>, T: Asks + 'static>(self, path: &'static str, handler: H) -> Routes {
         // axum would answer HEAD with it too
-        self.on("GET", MethodFilter::GET, path, handler).change(path, |methods| methods.head(wrong_method))
+        self.on("GET", MethodFilter::GET, path, handler)
+            .change(path, |methods| methods.head(wrong_method))
     }
 
     fn post<H: Handler<T, Hub>, T: Asks + 'static>(self, path: &'static str, handler: H) -> Routes {
         self.on("POST", MethodFilter::POST, path, handler)
     }
 
-    fn delete<H: Handler<T, Hub>, T: Asks + 'static>(self, path: &'static str, handler: H) -> Routes {
+    fn delete<H: Handler<T, Hub>, T: Asks + 'static>(
+        self,
+        path: &'static str,
+        handler: H,
+    ) -> Routes {
         self.on("DELETE", MethodFilter::DELETE, path, handler)
     }
 
-    fn on<H: Handler<T, Hub>, T: Asks + 'static>(mut self, method: &'static str, filter: MethodFilter, path: &'static str, handler: H) -> Routes {
+    fn on<H: Handler<T, Hub>, T: Asks + 'static>(
+        mut self,
+        method: &'static str,
+        filter: MethodFilter,
+        path: &'static str,
+        handler: H,
+    ) -> Routes {
         self.table.push(Route { method, path, need: T::NEED });
         self.change(path, |methods| methods.on(filter, handler))
     }
 
     /// Every method of a path, of the same path with a slash, and of all below; `shown` is how the table shows the three.
-    fn below<H: Handler<T, Hub>, T: Asks + 'static>(mut self, shown: &'static str, paths: [&'static str; 3], handler: H) -> Routes {
+    fn below<H: Handler<T, Hub>, T: Asks + 'static>(
+        mut self,
+        shown: &'static str,
+        paths: [&'static str; 3],
+        handler: H,
+    ) -> Routes {
         self.table.push(Route { method: "*", path: shown, need: T::NEED });
         for path in paths {
             self.paths.insert(path, any(handler.clone()));
@@ -102,7 +118,11 @@ impl Routes {
         self
     }
 
-    fn change(mut self, path: &'static str, change: impl FnOnce(MethodRouter<Hub>) -> MethodRouter<Hub>) -> Routes {
+    fn change(
+        mut self,
+        path: &'static str,
+        change: impl FnOnce(MethodRouter<Hub>) -> MethodRouter<Hub>,
+    ) -> Routes {
         let methods = self.paths.remove(path).unwrap_or_else(|| any(wrong_method));
         self.paths.insert(path, change(methods));
         self
@@ -136,7 +156,10 @@ pub fn table() -> Vec<Route> {
 /// The router of a control plane.
 pub(super) fn router(hub: Hub) -> Router {
     let paths = Routes::all().paths.into_iter();
-    paths.fold(Router::new(), |router, (path, methods)| router.route(path, methods)).fallback(no_such_path).with_state(hub)
+    paths
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
+        .fallback(no_such_path)
+        .with_state(hub)
 }
 
 /// What is made here by its name alone.
@@ -173,12 +196,20 @@ async fn no_such_path(uri: Uri) -> Response {
 }
 
 /// Answers one request. Nothing that a client sends ends more than its own connection.
-pub(super) async fn respond(mut router: Router, origin: Origin, request: http::Request<hyper::body::Incoming>) -> Result<Response, Infallible> {
+pub(super) async fn respond(
+    mut router: Router,
+    origin: Origin,
+    request: http::Request<hyper::body::Incoming>,
+) -> Result<Response, Infallible> {
     let mut request: Request = request.map(axum::body::Body::new);
     request.extensions_mut().insert(origin);
     let mut response = router.call(request).await?;
     let headers = response.headers_mut();
-    for (name, value) in [("cache-control", "no-store"), ("x-content-type-options", "nosniff"), ("content-security-policy", "sandbox")] {
+    for (name, value) in [
+        ("cache-control", "no-store"),
+        ("x-content-type-options", "nosniff"),
+        ("content-security-policy", "sandbox"),
+    ] {
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
     Ok(response)

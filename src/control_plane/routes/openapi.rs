@@ -26,7 +26,8 @@ mod tests {
 
     use super::super::{Named, clusters, page, runners, table, tokens};
     use crate::contract::types::{
-        Config, Credential, Heartbeat, HeartbeatAnswer, IDEMPOTENCY_KEY, Operation, Problem, Register, Registered, SIGNATURE, StatusReport,
+        Config, Credential, Heartbeat, HeartbeatAnswer, IDEMPOTENCY_KEY, Operation, Problem,
+        Register, Registered, SIGNATURE, StatusReport,
     };
     use crate::control_plane::auth::Need;
     use crate::control_plane::gateway::RunnerToken;
@@ -36,8 +37,13 @@ mod tests {
     use crate::control_plane::scope::Wanted;
 
     /// Routes that are no calls: the files of the page, and one that only says that no agent is called `register`.
-    const LEFT_OUT: &[(&str, &str)] =
-        &[("GET", "/"), ("GET", "/page.css"), ("GET", "/page.js"), ("GET", "/icon.svg"), ("DELETE", "/api/v1/agents/register")];
+    const LEFT_OUT: &[(&str, &str)] = &[
+        ("GET", "/"),
+        ("GET", "/page.css"),
+        ("GET", "/page.js"),
+        ("GET", "/icon.svg"),
+        ("DELETE", "/api/v1/agents/register"),
+    ];
 
     /// What a path of the document may have; the gateway passes on these and every other.
     const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
@@ -94,7 +100,10 @@ mod tests {
     }
 
     fn items(of: Value) -> Value {
-        typed("application/json", json!({"type": "object", "properties": {"items": {"type": "array", "items": of}}, "required": ["items"]}))
+        typed(
+            "application/json",
+            json!({"type": "object", "properties": {"items": {"type": "array", "items": of}}, "required": ["items"]}),
+        )
     }
 
     struct Schemas(SchemaGenerator);
@@ -111,16 +120,26 @@ mod tests {
         /// A row with more beside it: names and what they are.
         fn with<T: JsonSchema>(&mut self, more: &[(&str, &str)]) -> Value {
             let row = self.0.subschema_for::<T>();
-            let more: Map<String, Value> =
-                more.iter().map(|(name, what)| ((*name).to_owned(), json!({"type": "string", "description": what}))).collect();
-            typed("application/json", json!({"allOf": [row, {"type": "object", "properties": more}]}))
+            let more: Map<String, Value> = more
+                .iter()
+                .map(|(name, what)| {
+                    ((*name).to_owned(), json!({"type": "string", "description": what}))
+                })
+                .collect();
+            typed(
+                "application/json",
+                json!({"allOf": [row, {"type": "object", "properties": more}]}),
+            )
         }
     }
 
     fn of_the_control_plane(s: &mut Schemas) -> Vec<Call> {
-        let health = object(json!({"status": {"type": "string", "const": "ok"}, "version": {"type": "string"}}));
-        let verdict =
-            object(json!({"reject": {"type": "boolean"}, "reject_reason": {"type": "string"}, "unchange": {"type": "boolean", "const": true}}));
+        let health = object(
+            json!({"status": {"type": "string", "const": "ok"}, "version": {"type": "string"}}),
+        );
+        let verdict = object(
+            json!({"reject": {"type": "boolean"}, "reject_reason": {"type": "string"}, "unchange": {"type": "boolean", "const": true}}),
+        );
         let cookie = "the cookie of a session is set";
         vec![
             call("GET", "/api/v1/health", "Whether the control plane is up").gives("200", "up", health),
@@ -158,15 +177,33 @@ mod tests {
     fn of_agents(s: &mut Schemas) -> Vec<Call> {
         let signature = "base64 of the ECDSA P-256 SHA-256 signature (ASN.1) over the exact body";
         vec![
-            call("POST", "/api/v1/agents/register", "Register, or register again with the same key")
-                .header(SIGNATURE, signature)
-                .takes(s.of::<Register>())
-                .gives("200", "registered", s.of::<Registered>()),
-            call("GET", "/api/v1/agents/{id}/config", "Settings of an agent").gives("200", "settings", s.of::<Config>()),
-            call("POST", "/api/v1/agents/{id}/heartbeat", "Sign of life").takes(s.of::<Heartbeat>()).gives("200", "heard", s.of::<HeartbeatAnswer>()),
-            call("POST", "/api/v1/agents/{id}/status", "Status of the cluster").takes(s.of::<StatusReport>()).done(),
-            call("POST", "/api/v1/agents/{id}/operations/{op}/result", "Result of an operation").takes(s.of::<Operation>()).done(),
-            call("POST", "/api/v1/agents/{id}/credential", "Next credential").gives("200", "the next one", s.of::<Credential>()),
+            call(
+                "POST",
+                "/api/v1/agents/register",
+                "Register, or register again with the same key",
+            )
+            .header(SIGNATURE, signature)
+            .takes(s.of::<Register>())
+            .gives("200", "registered", s.of::<Registered>()),
+            call("GET", "/api/v1/agents/{id}/config", "Settings of an agent").gives(
+                "200",
+                "settings",
+                s.of::<Config>(),
+            ),
+            call("POST", "/api/v1/agents/{id}/heartbeat", "Sign of life")
+                .takes(s.of::<Heartbeat>())
+                .gives("200", "heard", s.of::<HeartbeatAnswer>()),
+            call("POST", "/api/v1/agents/{id}/status", "Status of the cluster")
+                .takes(s.of::<StatusReport>())
+                .done(),
+            call("POST", "/api/v1/agents/{id}/operations/{op}/result", "Result of an operation")
+                .takes(s.of::<Operation>())
+                .done(),
+            call("POST", "/api/v1/agents/{id}/credential", "Next credential").gives(
+                "200",
+                "the next one",
+                s.of::<Credential>(),
+            ),
             call("DELETE", "/api/v1/agents/{id}", "Deregister").done(),
         ]
     }
@@ -175,21 +212,51 @@ mod tests {
         let token = ("token", "shown this once");
         let install = ("install", "the line that installs an agent with it");
         vec![
-            call("GET", "/api/v1/projects", "Projects").gives("200", "all of them", s.list::<Project>()),
-            call("POST", "/api/v1/projects", "Make a project").takes(s.of::<Named>()).gives("201", "made", s.of::<Project>()),
-            call("GET", "/api/v1/tokens", "Enrolment tokens").gives("200", "all of them", s.list::<Enrolment>()),
-            call("POST", "/api/v1/tokens", "Make an enrolment token").takes(s.of::<tokens::AddToken>()).gives(
+            call("GET", "/api/v1/projects", "Projects").gives(
+                "200",
+                "all of them",
+                s.list::<Project>(),
+            ),
+            call("POST", "/api/v1/projects", "Make a project").takes(s.of::<Named>()).gives(
                 "201",
                 "made",
-                s.with::<Enrolment>(&[token, install]),
+                s.of::<Project>(),
             ),
+            call("GET", "/api/v1/tokens", "Enrolment tokens").gives(
+                "200",
+                "all of them",
+                s.list::<Enrolment>(),
+            ),
+            call("POST", "/api/v1/tokens", "Make an enrolment token")
+                .takes(s.of::<tokens::AddToken>())
+                .gives("201", "made", s.with::<Enrolment>(&[token, install])),
             call("DELETE", "/api/v1/tokens/{id}", "Revoke an enrolment token").done(),
-            call("GET", "/api/v1/runners", "Tokens of Runners, and those in kubeconfigs").gives("200", "all of them", s.list::<Access>()),
-            call("POST", "/api/v1/runners", "Make a Runner").takes(s.of::<runners::AddRunner>()).gives("201", "made", s.with::<Access>(&[token])),
-            call("DELETE", "/api/v1/runners/{id}", "Revoke a Runner with the kubeconfigs that it made, or one kubeconfig").done(),
-            call("GET", "/api/v1/admins", "Administrators").gives("200", "all of them", s.list::<Admin>()),
-            call("POST", "/api/v1/admins", "Make an administrator").takes(s.of::<Named>()).gives("201", "made", s.with::<Admin>(&[token])),
-            call("DELETE", "/api/v1/admins/{id}", "Remove an administrator, but not the last one").done(),
+            call("GET", "/api/v1/runners", "Tokens of Runners, and those in kubeconfigs").gives(
+                "200",
+                "all of them",
+                s.list::<Access>(),
+            ),
+            call("POST", "/api/v1/runners", "Make a Runner")
+                .takes(s.of::<runners::AddRunner>())
+                .gives("201", "made", s.with::<Access>(&[token])),
+            call(
+                "DELETE",
+                "/api/v1/runners/{id}",
+                "Revoke a Runner with the kubeconfigs that it made, or one kubeconfig",
+            )
+            .done(),
+            call("GET", "/api/v1/admins", "Administrators").gives(
+                "200",
+                "all of them",
+                s.list::<Admin>(),
+            ),
+            call("POST", "/api/v1/admins", "Make an administrator").takes(s.of::<Named>()).gives(
+                "201",
+                "made",
+                s.with::<Admin>(&[token]),
+            ),
+            call("DELETE", "/api/v1/admins/{id}", "Remove an administrator, but not the last one")
+                .done(),
         ]
     }
 
@@ -202,7 +269,8 @@ mod tests {
         let what = clusters::INSIDE.iter().map(|(what, ..)| *what).collect::<Vec<_>>();
         let one_operation = "/api/v1/clusters/{id}/operations/{op}";
         let passed = |path, summary| {
-            call("*", path, summary).parameter(json!({"name": "path", "in": "path", "required": true,
+            call("*", path, summary)
+                .parameter(json!({"name": "path", "in": "path", "required": true,
             "description": "all that follows, with its slashes", "schema": {"type": "string"}}))
         };
         vec![
@@ -243,7 +311,8 @@ mod tests {
 
     /// A row of what goes on in a cluster.
     fn inside() -> Value {
-        let (text, number) = (json!({"type": ["string", "null"]}), json!({"type": ["integer", "null"]}));
+        let (text, number) =
+            (json!({"type": ["string", "null"]}), json!({"type": ["integer", "null"]}));
         json!({"anyOf": [
             {"title": "Workload", "type": "object", "properties": {"namespace": text, "name": text, "wanted": number, "ready": number,
                 "images": {"type": "array", "items": text}, "created": text}},
@@ -256,15 +325,30 @@ mod tests {
     /// Who may call, in words and as the document's kinds of credentials.
     fn who(need: Need, method: &str) -> (&'static str, Value) {
         let bearer = json!({"bearer": []});
-        let session = if method == "GET" { json!({"session": []}) } else { json!({"session": [], "csrf": []}) };
+        let session = if method == "GET" {
+            json!({"session": []})
+        } else {
+            json!({"session": [], "csrf": []})
+        };
         match need {
             Need::Nobody => ("Needs no credential in a header.", json!([])),
             Need::Local => ("Only the socket in the data directory answers it.", json!([])),
-            Need::Enrol => ("With an enrolment token, or the credential of the agent that registers again.", json!([bearer])),
-            Need::Agent => ("With the credential of the agent that the path names.", json!([bearer])),
+            Need::Enrol => (
+                "With an enrolment token, or the credential of the agent that registers again.",
+                json!([bearer]),
+            ),
+            Need::Agent => {
+                ("With the credential of the agent that the path names.", json!([bearer]))
+            }
             Need::Admin => ("For administrators.", json!([bearer, session])),
-            Need::Runner => ("For administrators, and for Runners within their reach.", json!([bearer, session])),
-            Need::Gateway => ("For administrators, for Runners within their reach, and for kubeconfigs.", json!([bearer])),
+            Need::Runner => (
+                "For administrators, and for Runners within their reach.",
+                json!([bearer, session]),
+            ),
+            Need::Gateway => (
+                "For administrators, for Runners within their reach, and for kubeconfigs.",
+                json!([bearer]),
+            ),
             Need::Session => ("For whoever has logged in.", json!([session])),
         }
     }
@@ -281,21 +365,35 @@ mod tests {
         let mut settings = SchemaSettings::draft2020_12();
         settings.definitions_path = "/components/schemas".into();
         let s = &mut Schemas(settings.into_generator());
-        let problem = json!({"description": "refused, with a stable code", "content": s.of::<Problem>()});
+        let problem =
+            json!({"description": "refused, with a stable code", "content": s.of::<Problem>()});
         let passed = json!({"description": "As it was answered in the cluster. The control plane itself refuses with a `Status` of \
             Kubernetes below `/k8s`, and with a `Problem` elsewhere."});
         let mut paths = json!({});
         for part in [of_the_control_plane(s), of_agents(s), of_administrators(s), of_clusters(s)] {
             for Call { method, path, shown } in part {
-                let route = table().into_iter().find(|route| (route.method, route.path) == (method, path));
-                let need = route.unwrap_or_else(|| panic!("there is no route {method} {path}")).need;
+                let route =
+                    table().into_iter().find(|route| (route.method, route.path) == (method, path));
+                let need =
+                    route.unwrap_or_else(|| panic!("there is no route {method} {path}")).need;
                 let (methods, path) = named(method, path);
                 // a segment that no call describes is a name or an id
-                for name in path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}')) {
-                    let described = shown["parameters"].as_array().into_iter().flatten().any(|p| p["name"] == name);
-                    let known = paths[&path]["parameters"].as_array().into_iter().flatten().any(|p| p["name"] == name);
+                for name in
+                    path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
+                {
+                    let described = shown["parameters"]
+                        .as_array()
+                        .into_iter()
+                        .flatten()
+                        .any(|p| p["name"] == name);
+                    let known = paths[&path]["parameters"]
+                        .as_array()
+                        .into_iter()
+                        .flatten()
+                        .any(|p| p["name"] == name);
                     if !described && !known {
-                        let mut all = paths[&path]["parameters"].as_array().cloned().unwrap_or_default();
+                        let mut all =
+                            paths[&path]["parameters"].as_array().cloned().unwrap_or_default();
                         all.push(json!({"name": name, "in": "path", "required": true, "schema": {"type": "string"}}));
                         paths[&path]["parameters"] = all.into();
                     }
@@ -304,7 +402,8 @@ mod tests {
                     let (description, security) = who(need, method);
                     let mut shown = shown.clone();
                     (shown["description"], shown["security"]) = (description.into(), security);
-                    shown["responses"]["default"] = if need == Need::Gateway { passed.clone() } else { problem.clone() };
+                    shown["responses"]["default"] =
+                        if need == Need::Gateway { passed.clone() } else { problem.clone() };
                     paths[&path][method.to_lowercase()] = shown;
                 }
             }
@@ -334,7 +433,10 @@ mod tests {
             std::fs::write(path, &fresh).unwrap();
         }
         let committed = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(committed == fresh, "deployments/openapi.json is stale: PIPEOPS_UPDATE=1 cargo test --lib openapi");
+        assert!(
+            committed == fresh,
+            "deployments/openapi.json is stale: PIPEOPS_UPDATE=1 cargo test --lib openapi"
+        );
     }
 
     #[test]
@@ -345,7 +447,8 @@ mod tests {
             let methods = calls.as_object().unwrap().keys().filter(|key| *key != "parameters");
             described.extend(methods.map(|method| format!("{} {path}", method.to_uppercase())));
         }
-        let (left_out, routes): (Vec<_>, Vec<_>) = table().into_iter().partition(|route| LEFT_OUT.contains(&(route.method, route.path)));
+        let (left_out, routes): (Vec<_>, Vec<_>) =
+            table().into_iter().partition(|route| LEFT_OUT.contains(&(route.method, route.path)));
         assert_eq!(left_out.len(), LEFT_OUT.len(), "what is left out is there: {left_out:?}");
         let mut there = BTreeSet::new();
         for route in routes {
@@ -359,9 +462,11 @@ mod tests {
     fn a_schema_that_the_document_names_is_in_it() {
         let document = whole();
         let text = document.to_string();
-        let named: BTreeSet<&str> = text.split("\"#").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+        let named: BTreeSet<&str> =
+            text.split("\"#").skip(1).filter_map(|rest| rest.split('"').next()).collect();
         assert!(named.len() > 30, "{named:?}");
-        let missing: Vec<_> = named.into_iter().filter(|name| document.pointer(name).is_none()).collect();
+        let missing: Vec<_> =
+            named.into_iter().filter(|name| document.pointer(name).is_none()).collect();
         assert!(missing.is_empty(), "{missing:?}");
     }
 }

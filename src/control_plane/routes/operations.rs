@@ -24,10 +24,15 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .delete("/api/v1/clusters/{id}/operations/{op}", cancel)
 }
 
-async fn list(caller: RunnerCaller, State(hub): State<Hub>, Segments([id]): Segments<1>) -> Result<Response, Refused> {
+async fn list(
+    caller: RunnerCaller,
+    State(hub): State<Hub>,
+    Segments([id]): Segments<1>,
+) -> Result<Response, Refused> {
     let route = hub.registry().route(&id, caller.who.project())?;
     let jobs = hub.registry().jobs(&route.agent).into_iter();
-    let items: Vec<Operation> = jobs.filter(|job| sees(&caller.who, job)).map(|job| job.operation).collect();
+    let items: Vec<Operation> =
+        jobs.filter(|job| sees(&caller.who, job)).map(|job| job.operation).collect();
     Ok(answer(200, &json!({"items": items})))
 }
 
@@ -48,11 +53,16 @@ async fn ask(
     }
 }
 
-async fn show(caller: RunnerCaller, State(hub): State<Hub>, Segments([id, op]): Segments<2>) -> Result<Response, Refused> {
+async fn show(
+    caller: RunnerCaller,
+    State(hub): State<Hub>,
+    Segments([id, op]): Segments<2>,
+) -> Result<Response, Refused> {
     let route = hub.registry().route(&id, caller.who.project())?;
     let mut job = found(&hub, &caller.who, &route, &op)?;
     if job.operation.state == OperationState::Running
-        && let Ok((StatusCode::OK, value)) = hub.at_agent(Method::GET, &caller.who, &route, &op, crate::control_plane::now()).await
+        && let Ok((StatusCode::OK, value)) =
+            hub.at_agent(Method::GET, &caller.who, &route, &op, crate::control_plane::now()).await
         && let Ok(fresh) = serde_json::from_value(value)
     {
         job.operation = fresh;
@@ -60,16 +70,24 @@ async fn show(caller: RunnerCaller, State(hub): State<Hub>, Segments([id, op]): 
     Ok(shown(200, &job, &route.cluster))
 }
 
-async fn cancel(caller: RunnerCaller, State(hub): State<Hub>, Segments([id, op]): Segments<2>, _: Whole) -> Result<Response, Refused> {
+async fn cancel(
+    caller: RunnerCaller,
+    State(hub): State<Hub>,
+    Segments([id, op]): Segments<2>,
+    _: Whole,
+) -> Result<Response, Refused> {
     let now = crate::control_plane::now();
     let route = hub.registry().route(&id, caller.who.project())?;
     let job = found(&hub, &caller.who, &route, &op)?;
     match job.operation.state {
         OperationState::Queued => {
-            hub.registry().call_off(job, OperationState::Cancelled, "cancelled before the agent had it", now).await?;
+            hub.registry()
+                .call_off(job, OperationState::Cancelled, "cancelled before the agent had it", now)
+                .await?;
         }
         OperationState::Running => {
-            let (status, value) = hub.at_agent(Method::DELETE, &caller.who, &route, &op, now).await?;
+            let (status, value) =
+                hub.at_agent(Method::DELETE, &caller.who, &route, &op, now).await?;
             return Ok(answer(status.as_u16(), &value));
         }
         _ => {}
@@ -95,7 +113,10 @@ fn shown(status: u16, job: &Job, cluster: &str) -> Response {
 fn sees(who: &Who, job: &Job) -> bool {
     match who {
         Who::Admin(_) | Who::Local => true,
-        Who::Access(access) => access.id == job.operation.subject || (access.role >= Role::Operator && access.namespaces.is_none()),
+        Who::Access(access) => {
+            access.id == job.operation.subject
+                || (access.role >= Role::Operator && access.namespaces.is_none())
+        }
         Who::Agent(_) | Who::Enrolment(_) => false,
     }
 }

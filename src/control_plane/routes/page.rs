@@ -40,23 +40,39 @@ pub(super) struct About<'a> {
 
 pub(super) fn routes(routes: Routes) -> Routes {
     let routes = routes
-        .get("/", async |_: Anonymous| file("text/html; charset=utf-8", include_str!("../page/index.html")))
-        .get("/page.css", async |_: Anonymous| file("text/css; charset=utf-8", include_str!("../page/page.css")))
-        .get("/page.js", async |_: Anonymous| file("text/javascript; charset=utf-8", include_str!("../page/page.js")))
-        .get("/icon.svg", async |_: Anonymous| file("image/svg+xml", include_str!("../page/icon.svg")));
+        .get("/", async |_: Anonymous| {
+            file("text/html; charset=utf-8", include_str!("../page/index.html"))
+        })
+        .get("/page.css", async |_: Anonymous| {
+            file("text/css; charset=utf-8", include_str!("../page/page.css"))
+        })
+        .get("/page.js", async |_: Anonymous| {
+            file("text/javascript; charset=utf-8", include_str!("../page/page.js"))
+        })
+        .get("/icon.svg", async |_: Anonymous| {
+            file("image/svg+xml", include_str!("../page/icon.svg"))
+        });
     routes.post("/session", login).get("/session", session).delete("/session", logout)
 }
 
 fn file(kind: &'static str, text: &'static str) -> Response {
     let mut file = plain(200, kind, text);
-    for (name, value) in [("content-security-policy", POLICY), ("referrer-policy", "no-referrer"), ("cross-origin-opener-policy", "same-origin")] {
+    for (name, value) in [
+        ("content-security-policy", POLICY),
+        ("referrer-policy", "no-referrer"),
+        ("cross-origin-opener-policy", "same-origin"),
+    ] {
         file.headers_mut().insert(name, HeaderValue::from_static(value));
     }
     file
 }
 
 /// A session for whoever shows an administrator's or a Runner's token.
-async fn login(peer: AnonymousPeer, State(hub): State<Hub>, Json(asked): Json<Login>) -> Result<Response, Refused> {
+async fn login(
+    peer: AnonymousPeer,
+    State(hub): State<Hub>,
+    Json(asked): Json<Login>,
+) -> Result<Response, Refused> {
     let done = hub.login(peer.address, &asked.token, crate::control_plane::now())?;
     with_cookie(answer(200, &about(&done.who, &done.csrf)), &done.cookie)
 }
@@ -66,12 +82,20 @@ async fn session(caller: SessionCaller, State(hub): State<Hub>, headers: HeaderM
     answer(200, &about(&caller.who, &hub.csrf(&headers)))
 }
 
-async fn logout(_: SessionCaller, State(hub): State<Hub>, headers: HeaderMap, _: Whole) -> Result<Response, Refused> {
+async fn logout(
+    _: SessionCaller,
+    State(hub): State<Hub>,
+    headers: HeaderMap,
+    _: Whole,
+) -> Result<Response, Refused> {
     with_cookie(answer(200, &json!({})), &hub.logout(&headers))
 }
 
 fn with_cookie(mut answer: Response, cookie: &str) -> Result<Response, Refused> {
-    answer.headers_mut().insert(header::SET_COOKIE, HeaderValue::try_from(cookie).map_err(|e| unwritten(&e.into()))?);
+    answer.headers_mut().insert(
+        header::SET_COOKIE,
+        HeaderValue::try_from(cookie).map_err(|e| unwritten(&e.into()))?,
+    );
     Ok(answer)
 }
 

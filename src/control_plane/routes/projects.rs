@@ -19,6 +19,10 @@ async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
     answer(200, &json!({"items": hub.registry().projects()}))
 }
 
-async fn add(_: AdminCaller, State(hub): State<Hub>, Json(asked): Json<Named>) -> Result<Response, Refused> {
+async fn add(
+    _: AdminCaller,
+    State(hub): State<Hub>,
+    Json(asked): Json<Named>,
+) -> Result<Response, Refused> {
     Ok(answer(201, &hub.registry().add_project(&asked.name, crate::control_plane::now()).await?))
 }

@@ -29,7 +29,10 @@ pub(super) struct AddRunner {
 }
 
 pub(super) fn routes(routes: Routes) -> Routes {
-    routes.get("/api/v1/runners", list).post("/api/v1/runners", add).delete("/api/v1/runners/{id}", revoke)
+    routes
+        .get("/api/v1/runners", list)
+        .post("/api/v1/runners", add)
+        .delete("/api/v1/runners/{id}", revoke)
 }
 
 async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
@@ -37,9 +40,14 @@ async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
     answer(200, &json!({"items": items}))
 }
 
-async fn add(_: AdminCaller, State(hub): State<Hub>, Json(asked): Json<AddRunner>) -> Result<Response, Refused> {
+async fn add(
+    _: AdminCaller,
+    State(hub): State<Hub>,
+    Json(asked): Json<AddRunner>,
+) -> Result<Response, Refused> {
     let now = crate::control_plane::now();
-    let expires_at = asked.ttl_s.map(|ttl| life(Some(ttl), DAY, YEAR)).transpose()?.map(|ttl| now + ttl);
+    let expires_at =
+        asked.ttl_s.map(|ttl| life(Some(ttl), DAY, YEAR)).transpose()?.map(|ttl| now + ttl);
     let row = Access {
         id: String::new(),
         project: asked.project.unwrap_or_else(|| "default".into()),
@@ -58,7 +66,12 @@ async fn add(_: AdminCaller, State(hub): State<Hub>, Json(asked): Json<AddRunner
     Ok(answer(201, &with_token(&row, &token)))
 }
 
-async fn revoke(_: AdminCaller, State(hub): State<Hub>, Segments([id]): Segments<1>, _: Whole) -> Result<Response, Refused> {
+async fn revoke(
+    _: AdminCaller,
+    State(hub): State<Hub>,
+    Segments([id]): Segments<1>,
+    _: Whole,
+) -> Result<Response, Refused> {
     hub.registry().revoke_access(&id).await?;
     Ok(answer(200, &json!({})))
 }

@@ -25,7 +25,10 @@ pub(super) struct AddToken {
 }
 
 pub(super) fn routes(routes: Routes) -> Routes {
-    routes.get("/api/v1/tokens", list).post("/api/v1/tokens", add).delete("/api/v1/tokens/{id}", revoke)
+    routes
+        .get("/api/v1/tokens", list)
+        .post("/api/v1/tokens", add)
+        .delete("/api/v1/tokens/{id}", revoke)
 }
 
 async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
@@ -33,17 +36,32 @@ async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
     answer(200, &json!({"items": items}))
 }
 
-async fn add(_: AdminCaller, State(hub): State<Hub>, Json(asked): Json<AddToken>) -> Result<Response, Refused> {
+async fn add(
+    _: AdminCaller,
+    State(hub): State<Hub>,
+    Json(asked): Json<AddToken>,
+) -> Result<Response, Refused> {
     let ttl = life(asked.ttl_s, DAY, YEAR)?;
-    let (name, project) = (asked.name.unwrap_or_else(|| "token".into()), asked.project.unwrap_or_else(|| "default".into()));
+    let (name, project) = (
+        asked.name.unwrap_or_else(|| "token".into()),
+        asked.project.unwrap_or_else(|| "default".into()),
+    );
     let uses = asked.uses.or(Some(1)).filter(|n| *n > 0);
-    let (row, token) = hub.registry().add_enrolment(hub.keys(), &project, &name, ttl, uses, crate::control_plane::now()).await?;
+    let (row, token) = hub
+        .registry()
+        .add_enrolment(hub.keys(), &project, &name, ttl, uses, crate::control_plane::now())
+        .await?;
     let mut shown = with_token(&row, &token);
     shown["install"] = hub.install_line(&token).into();
     Ok(answer(201, &shown))
 }
 
-async fn revoke(_: AdminCaller, State(hub): State<Hub>, Segments([id]): Segments<1>, _: Whole) -> Result<Response, Refused> {
+async fn revoke(
+    _: AdminCaller,
+    State(hub): State<Hub>,
+    Segments([id]): Segments<1>,
+    _: Whole,
+) -> Result<Response, Refused> {
     hub.registry().revoke_enrolment(&id).await?;
     Ok(answer(200, &json!({})))
 }

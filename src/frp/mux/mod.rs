@@ -122,7 +122,11 @@ impl Shared {
 
 impl Mux {
     /// A session over `io`. Nothing moves until the driver is polled.
-    pub fn new<T: AsyncRead + AsyncWrite + Unpin>(io: T, side: Side, limits: Limits) -> (Mux, Driver<T>) {
+    pub fn new<T: AsyncRead + AsyncWrite + Unpin>(
+        io: T,
+        side: Side,
+        limits: Limits,
+    ) -> (Mux, Driver<T>) {
         let limits = Limits { window: limits.window.max(FIRST_WINDOW), ..limits };
         let table = Table {
             streams: HashMap::new(),
@@ -138,7 +142,12 @@ impl Mux {
             tell: watch::Sender::new(None),
             limits,
         };
-        let mux = Mux { shared: Arc::new(Shared { table: Mutex::new(table), backlog: Arc::new(Semaphore::new(UNACKNOWLEDGED)) }) };
+        let mux = Mux {
+            shared: Arc::new(Shared {
+                table: Mutex::new(table),
+                backlog: Arc::new(Semaphore::new(UNACKNOWLEDGED)),
+            }),
+        };
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let driver = Driver {
@@ -169,7 +178,9 @@ impl Mux {
             return Err(gone(end));
         }
         let id = table.next;
-        table.next = id.checked_add(2).ok_or_else(|| io::Error::other("this connection has used up its stream numbers"))?;
+        table.next = id
+            .checked_add(2)
+            .ok_or_else(|| io::Error::other("this connection has used up its stream numbers"))?;
         table.add(id, Some(permit));
         let more = table.limits.window - FIRST_WINDOW;
         table.say(frame(WINDOW, SYN, id, more));

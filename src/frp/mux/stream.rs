@@ -53,11 +53,17 @@ impl Drop for Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let mut table = self.shared.table();
         let ended = table.ended.clone();
         let whole = table.limits.window;
-        let Some(half) = table.streams.get_mut(&self.id) else { return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())) };
+        let Some(half) = table.streams.get_mut(&self.id) else {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+        };
         if half.reset {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
@@ -88,12 +94,18 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let mut table = self.shared.table();
         if let Some(end) = &table.ended {
             return Poll::Ready(Err(gone(end)));
         }
-        let Some(half) = table.streams.get_mut(&self.id) else { return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())) };
+        let Some(half) = table.streams.get_mut(&self.id) else {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+        };
         if half.reset {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }

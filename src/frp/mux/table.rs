@@ -8,8 +8,8 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
 use super::{
-    ACK, BATCH, CONTROL, DATA, DEAD, End, FIN, FIRST_WINDOW, FRAME, GO_AWAY, HEADER, KEPT, LINGER, Limits, OUTBOX, PING, QUIET, RST, STUCK, SYN,
-    Side, UNACKNOWLEDGED, WINDOW,
+    ACK, BATCH, CONTROL, DATA, DEAD, End, FIN, FIRST_WINDOW, FRAME, GO_AWAY, HEADER, KEPT, LINGER,
+    Limits, OUTBOX, PING, QUIET, RST, STUCK, SYN, Side, UNACKNOWLEDGED, WINDOW,
 };
 
 pub(super) struct Table {
@@ -93,13 +93,18 @@ impl Table {
     }
 
     pub(super) fn add(&mut self, id: u32, permit: Option<OwnedSemaphorePermit>) {
-        let half = Half { granted: self.limits.window, window: FIRST_WINDOW, permit, ..Half::default() };
+        let half =
+            Half { granted: self.limits.window, window: FIRST_WINDOW, permit, ..Half::default() };
         self.streams.insert(id, half);
     }
 
     /// Forgets a stream that both sides have closed.
     pub(super) fn settle(&mut self, id: u32) {
-        if self.streams.get(&id).is_some_and(|h| h.dropped.is_some() && (h.reset || (h.fin_sent && h.remote_fin))) {
+        if self
+            .streams
+            .get(&id)
+            .is_some_and(|h| h.dropped.is_some() && (h.reset || (h.fin_sent && h.remote_fin)))
+        {
             self.streams.remove(&id);
         }
     }
@@ -167,7 +172,11 @@ impl Table {
     /// A header has come; gives the stream and number of payload bytes that follow.
     pub(super) fn header(&mut self, head: [u8; HEADER], side: Side) -> Result<(u32, usize), End> {
         let [version, kind, f0, f1, s0, s1, s2, s3, l0, l1, l2, l3] = head;
-        let (flags, id, length) = (u16::from_be_bytes([f0, f1]), u32::from_be_bytes([s0, s1, s2, s3]), u32::from_be_bytes([l0, l1, l2, l3]));
+        let (flags, id, length) = (
+            u16::from_be_bytes([f0, f1]),
+            u32::from_be_bytes([s0, s1, s2, s3]),
+            u32::from_be_bytes([l0, l1, l2, l3]),
+        );
         if version != 0 {
             return Err(End::Protocol("version of a frame is not 0; is tcpMux on at both ends?"));
         }
@@ -190,7 +199,10 @@ impl Table {
             if id == 0 || !theirs || self.streams.contains_key(&id) {
                 return Err(End::Protocol("a stream is opened with a number that is not free"));
             }
-            if self.closing || self.incoming.len() >= UNACKNOWLEDGED || self.streams.len() >= self.limits.streams {
+            if self.closing
+                || self.incoming.len() >= UNACKNOWLEDGED
+                || self.streams.len() >= self.limits.streams
+            {
                 self.say(frame(WINDOW, RST, id, 0));
             } else {
                 self.add(id, None);
@@ -263,8 +275,12 @@ impl Table {
         if silence >= QUIET {
             self.say(frame(PING, SYN, 0, 0));
         }
-        let over = |h: &Half| h.dropped.is_some_and(|at| at.elapsed() > if h.outbox.is_empty() { LINGER } else { STUCK });
-        let old: Vec<u32> = self.streams.iter().filter(|(_, h)| over(h)).map(|(id, _)| *id).collect();
+        let over = |h: &Half| {
+            h.dropped
+                .is_some_and(|at| at.elapsed() > if h.outbox.is_empty() { LINGER } else { STUCK })
+        };
+        let old: Vec<u32> =
+            self.streams.iter().filter(|(_, h)| over(h)).map(|(id, _)| *id).collect();
         for id in old {
             self.streams.remove(&id);
             self.say(frame(WINDOW, RST, id, 0));

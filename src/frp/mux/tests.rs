@@ -6,7 +6,10 @@ use super::*;
 
 fn bytes(text: &str) -> Vec<u8> {
     let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
-    digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+    digits
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect()
 }
 
 /// A session with a raw peer at the other end.
@@ -28,7 +31,10 @@ fn pair() -> (Mux, Mux) {
 async fn expect(peer: &mut DuplexStream, text: &str) {
     let wanted = bytes(text);
     let mut got = vec![0; wanted.len()];
-    tokio::time::timeout(Duration::from_secs(5), peer.read_exact(&mut got)).await.expect("frames in time").unwrap();
+    tokio::time::timeout(Duration::from_secs(5), peer.read_exact(&mut got))
+        .await
+        .expect("frames in time")
+        .unwrap();
     assert_eq!(got, wanted, "got {got:02x?}");
 }
 
@@ -68,7 +74,9 @@ async fn pings_are_answered_and_fin_is_sent_once() {
     stream.shutdown().await.unwrap();
     drop(stream);
     expect(&mut peer, "00 00 0000 00000001 00000003 616263 00 01 0004 00000001 00000000").await;
-    peer.write_all(&bytes("00 01 0004 00000001 00000000 00 02 0001 00000000 00000007")).await.unwrap();
+    peer.write_all(&bytes("00 01 0004 00000001 00000000 00 02 0001 00000000 00000007"))
+        .await
+        .unwrap();
     // nothing between: no second FIN, no reset
     expect(&mut peer, "00 02 0002 00000000 00000007").await;
     assert_eq!(mux.open_streams(), 0);
@@ -195,7 +203,8 @@ async fn two_thousand_streams_echo_at_once_and_none_is_left() {
         let client = client.clone();
         users.spawn(async move {
             let mut stream = client.open().await.unwrap();
-            let sent: Vec<u8> = (0..5000_u32).map(|i| u8::try_from((i + n) % 251).unwrap()).collect();
+            let sent: Vec<u8> =
+                (0..5000_u32).map(|i| u8::try_from((i + n) % 251).unwrap()).collect();
             for half in sent.chunks(2500) {
                 stream.write_all(half).await.unwrap();
                 let mut got = vec![0; half.len()];
@@ -262,7 +271,11 @@ async fn what_nobody_reads_is_not_kept_when_both_ends_are_gone() {
         let mut stream = client.open().await.unwrap();
         let mut other = server.accept().await.unwrap();
         // more than the window: the rest waits in the stream
-        let filled = tokio::time::timeout(Duration::from_millis(200), stream.write_all(&vec![0; 8 * 1024 * 1024])).await;
+        let filled = tokio::time::timeout(
+            Duration::from_millis(200),
+            stream.write_all(&vec![0; 8 * 1024 * 1024]),
+        )
+        .await;
         assert!(filled.is_err());
         other.read_exact(&mut [0; 10]).await.unwrap();
         if ours_first {
@@ -281,6 +294,8 @@ async fn what_nobody_reads_is_not_kept_when_both_ends_are_gone() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(5), gone).await.expect("both ends forget the stream");
+        tokio::time::timeout(Duration::from_secs(5), gone)
+            .await
+            .expect("both ends forget the stream");
     }
 }

@@ -171,7 +171,9 @@ impl Registry {
 
 impl Server {
     pub fn new(config: ServerConfig) -> Server {
-        Server { shared: Arc::new(Shared { config, door: Door::default(), registry: Mutex::default() }) }
+        Server {
+            shared: Arc::new(Shared { config, door: Door::default(), registry: Mutex::default() }),
+        }
     }
 
     /// Serves connections until `stop`.
@@ -220,10 +222,15 @@ impl Server {
     }
 
     async fn connection(&self, stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
-        let Some(pass) = self.shared.door.enter(peer.ip()).await else { return Err(io::Error::other("too many of this address wait")) };
+        let Some(pass) = self.shared.door.enter(peer.ip()).await else {
+            return Err(io::Error::other("too many of this address wait"));
+        };
         let io = timeout(FIRST, self.secured(stream)).await??;
         if !self.shared.config.tcp_mux {
-            return self.first_message(io, Stranger { opening: None, pass: Some(pass) }).await.map(drop);
+            return self
+                .first_message(io, Stranger { opening: None, pass: Some(pass) })
+                .await
+                .map(drop);
         }
         let (mux, driver) = Mux::new(io, Side::Server, Limits::default());
         let mut driving = JoinSet::new();
@@ -298,7 +305,12 @@ impl Server {
                 drop(pass);
                 self.visitor(io, hello).await?;
             }
-            other => return Err(io::Error::other(format!("a connection began with `{}`", char::from(other.kind())))),
+            other => {
+                return Err(io::Error::other(format!(
+                    "a connection began with `{}`",
+                    char::from(other.kind())
+                )));
+            }
         }
         Ok(false)
     }
@@ -336,7 +348,11 @@ impl Server {
             // its names are free by now; a task that hangs in a dead connection does not hold the login
             let _ = timeout(Duration::from_secs(1), former.gone.cancelled()).await;
         }
-        wire::write(&mut io, LoginResp { version: wire::VERSION.into(), run_id, error: String::new() }).await?;
+        wire::write(
+            &mut io,
+            LoginResp { version: wire::VERSION.into(), run_id, error: String::new() },
+        )
+        .await?;
         let (mut reader, mut writer) = tokio::io::split(encrypted(io, &Key::of(&config.token)));
         for _ in 0..pool {
             wire::write(&mut writer, ReqWorkConn {}).await?;
@@ -360,19 +376,30 @@ impl Server {
             };
             pings |= matches!(message, Message::Ping(_));
             let answer: Option<Message> = match message {
-                Message::Ping(ping) if self.proven(&ping.privilege_key, ping.timestamp) => Some(Pong::default().into()),
-                Message::Ping(_) => Some(Pong { error: "token in heartbeat doesn't match token from configuration".into() }.into()),
+                Message::Ping(ping) if self.proven(&ping.privilege_key, ping.timestamp) => {
+                    Some(Pong::default().into())
+                }
+                Message::Ping(_) => Some(
+                    Pong {
+                        error: "token in heartbeat doesn't match token from configuration".into(),
+                    }
+                    .into(),
+                ),
                 Message::NewProxy(asked) => {
                     let name = asked.proxy_name.clone();
-                    let (remote_addr, error) = match self.open(&control, asked, &mut listeners).await {
-                        Ok(address) => (address, String::new()),
-                        Err(error) => (String::new(), error),
-                    };
+                    let (remote_addr, error) =
+                        match self.open(&control, asked, &mut listeners).await {
+                            Ok(address) => (address, String::new()),
+                            Err(error) => (String::new(), error),
+                        };
                     Some(NewProxyResp { proxy_name: name, remote_addr, error }.into())
                 }
                 Message::CloseProxy(close) => {
                     let mut registry = lock(&self.shared.registry);
-                    if registry.proxies.get(&close.proxy_name).is_some_and(|o| Arc::ptr_eq(&o.control, &control))
+                    if registry
+                        .proxies
+                        .get(&close.proxy_name)
+                        .is_some_and(|o| Arc::ptr_eq(&o.control, &control))
                         && let Some(open) = registry.proxies.remove(&close.proxy_name)
                     {
                         open.closed.cancel();
@@ -382,7 +409,11 @@ impl Server {
                 _ => None,
             };
             if let Some(answer) = answer {
-                control.orders.send(answer).await.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+                control
+                    .orders
+                    .send(answer)
+                    .await
+                    .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
             }
         }
     }
@@ -390,7 +421,8 @@ impl Server {
     /// Whether a message after the login may be believed. frpc proves the token again only where its `additionalScopes` say so: a
     /// ping stands on the session, a work connection on the run id.
     fn proven(&self, privilege_key: &str, timestamp: i64) -> bool {
-        privilege_key.is_empty() || same(privilege_key, &wire::privilege_key(&self.shared.config.token, timestamp))
+        privilege_key.is_empty()
+            || same(privilege_key, &wire::privilege_key(&self.shared.config.token, timestamp))
     }
 
     /// The session that `control` takes the place of; an error when that is somebody else's.
@@ -407,8 +439,17 @@ impl Server {
         Ok(former)
     }
 
-    async fn open(&self, control: &Arc<Control>, asked: NewProxy, listeners: &mut JoinSet<()>) -> Result<String, String> {
-        let open = Arc::new(Open { control: control.clone(), asked: asked.clone(), closed: CancellationToken::new() });
+    async fn open(
+        &self,
+        control: &Arc<Control>,
+        asked: NewProxy,
+        listeners: &mut JoinSet<()>,
+    ) -> Result<String, String> {
+        let open = Arc::new(Open {
+            control: control.clone(),
+            asked: asked.clone(),
+            closed: CancellationToken::new(),
+        });
         let name = asked.proxy_name.clone();
         if let Some(admit) = &self.shared.config.admit {
             admit.proxy(&control.owner, &asked)?;
@@ -416,9 +457,11 @@ impl Server {
         let listener = match (asked.proxy_type.as_str(), self.shared.config.tcp_bind) {
             // users of an http proxy come through this process, too: there is no vhost port
             ("stcp" | "http", _) => None,
-            ("tcp" | "", Some(bind)) => {
-                Some(TcpListener::bind(SocketAddr::new(bind, asked.remote_port)).await.map_err(|e| format!("port unavailable: {e}"))?)
-            }
+            ("tcp" | "", Some(bind)) => Some(
+                TcpListener::bind(SocketAddr::new(bind, asked.remote_port))
+                    .await
+                    .map_err(|e| format!("port unavailable: {e}"))?,
+            ),
             ("tcp" | "", None) => return Err("port not allowed".into()),
             (other, _) => return Err(format!("unknown proxy type: {other}")),
         };
@@ -461,7 +504,11 @@ impl Server {
 /// Of an answer and a hang-up that come together hashicorp/yamux may give its reader only the latter (`stream.go`, Read): the
 /// client is the one who hangs up.
 async fn refuse(mut io: Io, error: &str) -> io::Result<()> {
-    wire::write(&mut io, LoginResp { version: wire::VERSION.into(), error: error.into(), ..LoginResp::default() }).await?;
+    wire::write(
+        &mut io,
+        LoginResp { version: wire::VERSION.into(), error: error.into(), ..LoginResp::default() },
+    )
+    .await?;
     let _ = timeout(FAREWELL, io.read(&mut [0])).await;
     Ok(())
 }

@@ -17,10 +17,17 @@ use crate::frp::wire::{self, Key, NewVisitorConnResp, ReqWorkConn, StartWorkConn
 impl Server {
     pub(super) async fn work(&self, mut io: Io, hello: &wire::NewWorkConn) -> io::Result<()> {
         let control = lock(&self.shared.registry).sessions.get(&hello.run_id).cloned();
-        let refuse = |error: &str| StartWorkConn { error: error.into(), ..StartWorkConn::default() };
-        let Some(control) = control else { return wire::write(&mut io, refuse("no client control found for run id")).await };
+        let refuse =
+            |error: &str| StartWorkConn { error: error.into(), ..StartWorkConn::default() };
+        let Some(control) = control else {
+            return wire::write(&mut io, refuse("no client control found for run id")).await;
+        };
         if !self.proven(&hello.privilege_key, hello.timestamp) {
-            return wire::write(&mut io, refuse("token in NewWorkConn doesn't match token from configuration")).await;
+            return wire::write(
+                &mut io,
+                refuse("token in NewWorkConn doesn't match token from configuration"),
+            )
+            .await;
         }
         let surplus = {
             let mut pool = lock(&control.pool);
@@ -39,7 +46,9 @@ impl Server {
             io
         };
         match surplus {
-            Some(mut io) => wire::write(&mut io, refuse("work connection pool is full, discarding")).await,
+            Some(mut io) => {
+                wire::write(&mut io, refuse("work connection pool is full, discarding")).await
+            }
             None => Ok(()),
         }
     }
@@ -52,7 +61,9 @@ impl Server {
         let open = lock(&self.shared.registry).proxies.get(name).cloned();
         match open {
             Some(open) => self.join(&open, None).await,
-            None => Err(io::Error::new(io::ErrorKind::NotFound, format!("nobody has opened {name}"))),
+            None => {
+                Err(io::Error::new(io::ErrorKind::NotFound, format!("nobody has opened {name}")))
+            }
         }
     }
 
@@ -75,7 +86,9 @@ impl Server {
             }
         })
         .await
-        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the client gave no work connection"))?
+        .map_err(|_| {
+            io::Error::new(io::ErrorKind::TimedOut, "the client gave no work connection")
+        })?
     }
 
     /// A work connection, and an order for the next one.
@@ -98,13 +111,21 @@ impl Server {
 
     pub(super) async fn visitor(&self, mut io: Io, hello: wire::NewVisitorConn) -> io::Result<()> {
         let name = hello.proxy_name.clone();
-        let find = |name: &str| lock(&self.shared.registry).proxies.get(name).cloned().filter(|o| o.asked.proxy_type == "stcp");
+        let find = |name: &str| {
+            lock(&self.shared.registry)
+                .proxies
+                .get(name)
+                .cloned()
+                .filter(|o| o.asked.proxy_type == "stcp")
+        };
         let open = find(&name);
         let found = match (&open, &self.shared.config.admit) {
             (Some(open), _) => Some((Secret::new(open.asked.sk.clone()), CancellationToken::new()))
                 .filter(|(key, _)| signed(key, &hello.sign_key, hello.timestamp))
                 .map(|(key, over)| (open.clone(), key, over)),
-            (None, Some(admit)) => admit.visitor(&name, &hello.sign_key, hello.timestamp).and_then(|v| Some((find(&v.proxy)?, v.key, v.over))),
+            (None, Some(admit)) => admit
+                .visitor(&name, &hello.sign_key, hello.timestamp)
+                .and_then(|v| Some((find(&v.proxy)?, v.key, v.over))),
             (None, None) => None,
         };
         let error = match (&open, &found) {
@@ -114,7 +135,11 @@ impl Server {
         };
         wire::write(&mut io, NewVisitorConnResp { proxy_name: name, error }).await?;
         let Some((open, key, over)) = found else { return Ok(()) };
-        let mut user = layered(io, hello.use_encryption.then(|| Key::of(&key)).as_ref(), hello.use_compression);
+        let mut user = layered(
+            io,
+            hello.use_encryption.then(|| Key::of(&key)).as_ref(),
+            hello.use_compression,
+        );
         let mut work = self.join(&open, None).await?;
         tokio::select! {
             () = splice(&mut user, &mut work) => {}
@@ -145,7 +170,10 @@ where
     .await;
 }
 
-async fn copy<R: tokio::io::AsyncRead + Unpin, W: tokio::io::AsyncWrite + Unpin>(from: &mut R, to: &mut W) -> io::Result<()> {
+async fn copy<R: tokio::io::AsyncRead + Unpin, W: tokio::io::AsyncWrite + Unpin>(
+    from: &mut R,
+    to: &mut W,
+) -> io::Result<()> {
     let mut buffer = vec![0; 32 * 1024];
     loop {
         let n = from.read(&mut buffer).await?;

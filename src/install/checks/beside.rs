@@ -73,8 +73,13 @@ pub(super) fn unreadable(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     let broken = facts.k3s.files.iter().filter_map(|f| Some((f, f.fault.as_deref()?)));
     broken
         .map(|(file, why)| {
-            Finding::new("K3S_CONFIG_INVALID", Level::Error, format!("k3s cannot read {}, and would not start", file.path), why)
-                .fix(format!("correct {} or move it away", file.path))
+            Finding::new(
+                "K3S_CONFIG_INVALID",
+                Level::Error,
+                format!("k3s cannot read {}, and would not start", file.path),
+                why,
+            )
+            .fix(format!("correct {} or move it away", file.path))
         })
         .collect()
 }
@@ -90,21 +95,37 @@ pub(super) fn clash(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     found
 }
 
-fn entry(facts: &Facts, target: &Target<'_>, file: &SettingsFile, key: &str, value: &serde_json::Value) -> Option<Finding> {
+fn entry(
+    facts: &Facts,
+    target: &Target<'_>,
+    file: &SettingsFile,
+    key: &str,
+    value: &serde_json::Value,
+) -> Option<Finding> {
     let (name, appends) = (key.trim_end_matches('+'), key.ends_with('+'));
     let options = &target.settings.options;
     let said = value.as_str().unwrap_or_default().trim();
-    let finding = |level, what: String| Finding::new("K3S_CONFIG_CLASH", level, what, format!("{}: {key}", file.path));
+    let finding = |level, what: String| {
+        Finding::new("K3S_CONFIG_CLASH", level, what, format!("{}: {key}", file.path))
+    };
     if name == "data-dir" {
         // nobody but the user's file sets it, so that it holds wherever it stands
         let same = said.trim_end_matches('/') == DATA_DIR;
-        let what = format!("k3s is told to keep its data elsewhere, and pipeops looks in {DATA_DIR}");
-        let fix = format!("take it out of {}; to use another disk mount it on {DATA_DIR}, or make that a link", file.path);
+        let what =
+            format!("k3s is told to keep its data elsewhere, and pipeops looks in {DATA_DIR}");
+        let fix = format!(
+            "take it out of {}; to use another disk mount it on {DATA_DIR}, or make that a link",
+            file.path
+        );
         return (!same).then(|| finding(Level::Error, what).fix(fix));
     }
     if !target.server() && server_only(name) && !file.path.ends_with(".env") {
-        let what = format!("`{name}` is a setting of servers, and a worker's k3s ends at once over it");
-        return Some(finding(Level::Error, what).fix(format!("take it out of {}; it belongs on the server", file.path)));
+        let what =
+            format!("`{name}` is a setting of servers, and a worker's k3s ends at once over it");
+        return Some(
+            finding(Level::Error, what)
+                .fix(format!("take it out of {}; it belongs on the server", file.path)),
+        );
     }
     let lists = match name {
         // these follow the file
@@ -138,7 +159,11 @@ fn entry(facts: &Facts, target: &Target<'_>, file: &SettingsFile, key: &str, val
         finding(Level::Error, format!("`{name}` of a later file overrules what pipeops sets, and later runs would not find the node")).fix(fix)
     } else {
         let ours = DROP_IN.rsplit('/').next().unwrap_or_default();
-        finding(Level::Warning, format!("`{name}` has no effect there: {ours} comes later and sets it")).fix(fix)
+        finding(
+            Level::Warning,
+            format!("`{name}` has no effect there: {ours} comes later and sets it"),
+        )
+        .fix(fix)
     })
 }
 

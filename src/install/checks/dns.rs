@@ -42,7 +42,9 @@ fn flaw(server: &str) -> Option<&'static str> {
 
 /// One bad server makes k3s refuse the whole file.
 fn valid(file: Option<&ResolvConf>) -> bool {
-    file.is_some_and(|f| !f.nameservers.is_empty() && f.nameservers.iter().all(|s| flaw(s).is_none()))
+    file.is_some_and(|f| {
+        !f.nameservers.is_empty() && f.nameservers.iter().all(|s| flaw(s).is_none())
+    })
 }
 
 /// The file that pods get their servers from, and its path; `None` where k3s writes one with 8.8.8.8.
@@ -51,7 +53,10 @@ fn used(facts: &Facts) -> Option<(&str, &ResolvConf)> {
     if let Some((path, file)) = &resolver.chosen {
         return Some((path, file.as_ref()?));
     }
-    [(ETC, &resolver.etc), (SYSTEMD, &resolver.systemd)].into_iter().find(|(_, f)| valid(f.as_ref())).and_then(|(p, f)| Some((p, f.as_ref()?)))
+    [(ETC, &resolver.etc), (SYSTEMD, &resolver.systemd)]
+        .into_iter()
+        .find(|(_, f)| valid(f.as_ref()))
+        .and_then(|(p, f)| Some((p, f.as_ref()?)))
 }
 
 /// A file that is to be used without systemd-resolved's or with nothing in it.
@@ -61,26 +66,48 @@ pub(super) fn none(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         return match file {
             Some(file) if !file.handed.is_empty() => Vec::new(),
             there => {
-                let evidence = if there.is_some() { format!("{path} names none") } else { format!("{path} is not there") };
-                let finding = Finding::new("DNS_NONE", Level::Error, "the file of name servers that was chosen for pods has none", evidence);
-                vec![finding.fix(format!("write `nameserver ADDRESS` into {path}, or leave the setting resolv-conf out"))]
+                let evidence = if there.is_some() {
+                    format!("{path} names none")
+                } else {
+                    format!("{path} is not there")
+                };
+                let finding = Finding::new(
+                    "DNS_NONE",
+                    Level::Error,
+                    "the file of name servers that was chosen for pods has none",
+                    evidence,
+                );
+                vec![finding.fix(format!(
+                    "write `nameserver ADDRESS` into {path}, or leave the setting resolv-conf out"
+                ))]
             }
         };
     }
-    let named = |file: &Option<ResolvConf>| file.as_ref().is_some_and(|f| !f.nameservers.is_empty());
+    let named =
+        |file: &Option<ResolvConf>| file.as_ref().is_some_and(|f| !f.nameservers.is_empty());
     if named(&resolver.etc) || named(&resolver.systemd) {
         return Vec::new();
     }
     vec![
-        Finding::new("DNS_NONE", Level::Warning, "no name server is configured", format!("{ETC} names none; k3s would use 8.8.8.8 for pods"))
-            .fix(format!("set your name servers in {ETC}")),
+        Finding::new(
+            "DNS_NONE",
+            Level::Warning,
+            "no name server is configured",
+            format!("{ETC} names none; k3s would use 8.8.8.8 for pods"),
+        )
+        .fix(format!("set your name servers in {ETC}")),
     ]
 }
 
 pub(super) fn refused(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     let resolver = &facts.resolver;
     let flaws = |path: &str, file: &ResolvConf| -> Vec<String> {
-        file.nameservers.iter().filter_map(|s| Some(format!("{path}: {} {}", if s.is_empty() { "a server" } else { s }, flaw(s)?))).collect()
+        file.nameservers
+            .iter()
+            .filter_map(|s| {
+                Some(format!("{path}: {} {}", if s.is_empty() { "a server" } else { s }, flaw(s)?))
+            })
+            .collect()
     };
     if let Some((path, Some(file))) = &resolver.chosen {
         // k3s takes it as it is; CoreDNS would ask itself
@@ -98,7 +125,8 @@ pub(super) fn refused(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     let files = [(ETC, &resolver.etc), (SYSTEMD, &resolver.systemd)];
-    let evidence: Vec<String> = files.iter().filter_map(|(p, f)| Some(flaws(p, f.as_ref()?))).flatten().collect();
+    let evidence: Vec<String> =
+        files.iter().filter_map(|(p, f)| Some(flaws(p, f.as_ref()?))).flatten().collect();
     if evidence.is_empty() {
         return Vec::new();
     }
@@ -113,7 +141,11 @@ pub(super) fn refused(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     } else {
         "k3s refuses a file with one server that pods cannot reach, and gives them 8.8.8.8 instead of all"
     };
-    let lines: String = if good.is_empty() { "nameserver ADDRESS\\n".into() } else { good.iter().map(|s| format!("nameserver {s}\\n")).collect() };
+    let lines: String = if good.is_empty() {
+        "nameserver ADDRESS\\n".into()
+    } else {
+        good.iter().map(|s| format!("nameserver {s}\\n")).collect()
+    };
     vec![
         Finding::new("DNS_LOOPBACK", Level::Error, what, evidence.join("; "))
             .fix(format!("write a file for pods: printf '{lines}' > /etc/resolv.pods.conf"))
@@ -122,14 +154,27 @@ pub(super) fn refused(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn wildcard(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
-    let Some((path, file)) = used(facts).or_else(|| Some((ETC, facts.resolver.etc.as_ref()?))) else { return Vec::new() };
-    let wild: Vec<&str> = file.search.iter().map(String::as_str).filter(|s| *s == "." || s.starts_with('*')).collect();
+    let Some((path, file)) = used(facts).or_else(|| Some((ETC, facts.resolver.etc.as_ref()?)))
+    else {
+        return Vec::new();
+    };
+    let wild: Vec<&str> = file
+        .search
+        .iter()
+        .map(String::as_str)
+        .filter(|s| *s == "." || s.starts_with('*'))
+        .collect();
     if wild.is_empty() {
         return Vec::new();
     }
     vec![
-        Finding::new("DNS_WILDCARD", Level::Warning, "the search list of the resolver has a wildcard", format!("search {}", wild.join(" ")))
-            .fix(format!("remove it from {path}: every name that pods ask for would match it")),
+        Finding::new(
+            "DNS_WILDCARD",
+            Level::Warning,
+            "the search list of the resolver has a wildcard",
+            format!("search {}", wild.join(" ")),
+        )
+        .fix(format!("remove it from {path}: every name that pods ask for would match it")),
     ]
 }
 
@@ -137,14 +182,25 @@ pub(super) fn limits(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     let Some((path, file)) = used(facts) else { return Vec::new() };
     let mut over = Vec::new();
     if file.handed.len() > MOST_SERVERS {
-        over.push(format!("{} name servers, pods get the first {MOST_SERVERS}: {}", file.handed.len(), file.handed[..MOST_SERVERS].join(", ")));
+        over.push(format!(
+            "{} name servers, pods get the first {MOST_SERVERS}: {}",
+            file.handed.len(),
+            file.handed[..MOST_SERVERS].join(", ")
+        ));
     }
     let (own, characters) = CLUSTER_DOMAINS;
     let length: usize = file.search.iter().map(|s| s.len() + 1).sum();
     if file.search.len() + own > MOST_DOMAINS {
-        over.push(format!("{} search domains, pods get the first {} beside the cluster's {own}", file.search.len(), MOST_DOMAINS - own));
+        over.push(format!(
+            "{} search domains, pods get the first {} beside the cluster's {own}",
+            file.search.len(),
+            MOST_DOMAINS - own
+        ));
     } else if length + characters > MOST_CHARACTERS {
-        over.push(format!("a search list of {length} characters, pods get as many domains as fit into {}", MOST_CHARACTERS - characters));
+        over.push(format!(
+            "a search list of {length} characters, pods get as many domains as fit into {}",
+            MOST_CHARACTERS - characters
+        ));
     }
     if over.is_empty() {
         return Vec::new();

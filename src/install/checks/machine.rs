@@ -19,7 +19,15 @@ pub(super) fn not_root(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     if facts.uid == 0 {
         return Vec::new();
     }
-    vec![Finding::new("NOT_ROOT", Level::Error, "this needs root", format!("running as uid {}", facts.uid)).fix("run the same command with sudo")]
+    vec![
+        Finding::new(
+            "NOT_ROOT",
+            Level::Error,
+            "this needs root",
+            format!("running as uid {}", facts.uid),
+        )
+        .fix("run the same command with sudo"),
+    ]
 }
 
 pub(super) fn no_systemd(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
@@ -27,8 +35,13 @@ pub(super) fn no_systemd(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("NO_SYSTEMD", Level::Error, "systemd is not the init system", format!("process 1 is `{}`", facts.init))
-            .fix("use a distribution that boots with systemd"),
+        Finding::new(
+            "NO_SYSTEMD",
+            Level::Error,
+            "systemd is not the init system",
+            format!("process 1 is `{}`", facts.init),
+        )
+        .fix("use a distribution that boots with systemd"),
     ]
 }
 
@@ -37,8 +50,13 @@ pub(super) fn arch(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("ARCH_UNSUPPORTED", Level::Error, "k3s has no build for this processor", format!("uname -m says `{}`", facts.machine))
-            .fix("use an x86_64, aarch64 or armv7l machine"),
+        Finding::new(
+            "ARCH_UNSUPPORTED",
+            Level::Error,
+            "k3s has no build for this processor",
+            format!("uname -m says `{}`", facts.machine),
+        )
+        .fix("use an x86_64, aarch64 or armv7l machine"),
     ]
 }
 
@@ -47,14 +65,20 @@ pub(super) fn cpu(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("CPU_LOW", Level::Warning, "a server should have 2 processors", format!("{} found", facts.cpus))
-            .fix("expect slow starts, or give the machine a second processor"),
+        Finding::new(
+            "CPU_LOW",
+            Level::Warning,
+            "a server should have 2 processors",
+            format!("{} found", facts.cpus),
+        )
+        .fix("expect slow starts, or give the machine a second processor"),
     ]
 }
 
 pub(super) fn memory(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     // machines sold as "2 GB" report some 100 MB less
-    let (least, good) = if target.server() { (900 * MIB, 1700 * MIB) } else { (420 * MIB, 420 * MIB) };
+    let (least, good) =
+        if target.server() { (900 * MIB, 1700 * MIB) } else { (420 * MIB, 420 * MIB) };
     let level = match facts.memory_bytes {
         have if have < least => Level::Error,
         have if have < good => Level::Warning,
@@ -62,8 +86,13 @@ pub(super) fn memory(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     };
     let role = if target.server() { "server" } else { "worker" };
     vec![
-        Finding::new("MEMORY_LOW", level, format!("little memory for a k3s {role}"), format!("{} in all", size(facts.memory_bytes)))
-            .fix("k3s asks for 2 GB on a server and 512 MB on a worker; use a larger machine"),
+        Finding::new(
+            "MEMORY_LOW",
+            level,
+            format!("little memory for a k3s {role}"),
+            format!("{} in all", size(facts.memory_bytes)),
+        )
+        .fix("k3s asks for 2 GB on a server and 512 MB on a worker; use a larger machine"),
     ]
 }
 
@@ -71,7 +100,8 @@ pub(super) fn components_fit(facts: &Facts, target: &Target<'_>) -> Vec<Finding>
     if !target.server() || target.components.iter().all(|c| c.memory_mib == 0) {
         return Vec::new();
     }
-    let sum: u64 = components::SERVER_MIB + target.components.iter().map(|c| c.memory_mib).sum::<u64>();
+    let sum: u64 =
+        components::SERVER_MIB + target.components.iter().map(|c| c.memory_mib).sum::<u64>();
     let have = facts.memory_bytes / MIB;
     if have >= sum {
         return Vec::new();
@@ -96,8 +126,15 @@ pub(super) fn swap(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("SWAP_ON", Level::Info, "swap is on", format!("{} of swap", size(facts.swap_bytes)))
-            .fix("k3s tolerates it; pods may get slow instead of being ended. `swapoff -a` turns it off"),
+        Finding::new(
+            "SWAP_ON",
+            Level::Info,
+            "swap is on",
+            format!("{} of swap", size(facts.swap_bytes)),
+        )
+        .fix(
+            "k3s tolerates it; pods may get slow instead of being ended. `swapoff -a` turns it off",
+        ),
     ]
 }
 
@@ -137,8 +174,11 @@ pub(super) fn disk(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let mut sums = by_disk(facts, target);
     if facts.k3s.ours.is_some() {
         // what would fill the disk is there already, and the kubelet watches the rest; a new version is unpacked beside the old one
-        let same = target.version.is_none_or(|v| facts.k3s.version.as_deref() == Some(&v.to_string()));
-        sums.retain(|(paths, ..)| !same && (paths.contains("/var/lib/rancher") || paths.contains("/usr/local/bin")));
+        let same =
+            target.version.is_none_or(|v| facts.k3s.version.as_deref() == Some(&v.to_string()));
+        sums.retain(|(paths, ..)| {
+            !same && (paths.contains("/var/lib/rancher") || paths.contains("/usr/local/bin"))
+        });
         sums.iter_mut().for_each(|sum| sum.1 = UPGRADE);
     }
     sums.into_iter()
@@ -160,8 +200,13 @@ pub(super) fn inodes(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         .into_iter()
         .filter(|(_, _, need, disk)| disk.inodes_total > 0 && disk.inodes_free < *need)
         .map(|(paths, _, need, disk)| {
-            Finding::new("INODES_LOW", Level::Error, format!("too few free inodes for {paths}"), format!("{} free, {need} needed", disk.inodes_free))
-                .fix("remove small files there (`df -i` shows where), then run again")
+            Finding::new(
+                "INODES_LOW",
+                Level::Error,
+                format!("too few free inodes for {paths}"),
+                format!("{} free, {need} needed", disk.inodes_free),
+            )
+            .fix("remove small files there (`df -i` shows where), then run again")
         })
         .collect()
 }
@@ -191,18 +236,35 @@ pub(super) fn clock(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     {
         let direction = if *offset > 0 { "ahead of" } else { "behind" };
         return vec![
-            Finding::new("CLOCK_SKEW", Level::Error, "this machine's clock is wrong", format!("{} s {direction} {source}", offset.abs())).fix(sync),
+            Finding::new(
+                "CLOCK_SKEW",
+                Level::Error,
+                "this machine's clock is wrong",
+                format!("{} s {direction} {source}", offset.abs()),
+            )
+            .fix(sync),
         ];
     }
     if facts.clock.now < EARLIEST {
         return vec![
-            Finding::new("CLOCK_SKEW", Level::Error, "this machine's clock is wrong", "it shows a date before this program was written").fix(sync),
+            Finding::new(
+                "CLOCK_SKEW",
+                Level::Error,
+                "this machine's clock is wrong",
+                "it shows a date before this program was written",
+            )
+            .fix(sync),
         ];
     }
     if facts.clock.synchronized == Some(false) {
         return vec![
-            Finding::new("CLOCK_SKEW", Level::Warning, "no time service keeps this clock in sync", "the time service reports unsynchronized")
-                .fix(sync),
+            Finding::new(
+                "CLOCK_SKEW",
+                Level::Warning,
+                "no time service keeps this clock in sync",
+                "the time service reports unsynchronized",
+            )
+            .fix(sync),
         ];
     }
     Vec::new()
@@ -226,13 +288,21 @@ fn cmdline_file(facts: &Facts) -> String {
 }
 
 pub(super) fn controllers(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
-    let missing: Vec<&str> = ["cpu", "cpuset", "pids"].into_iter().filter(|c| !facts.cgroup.controllers.contains(*c)).collect();
+    let missing: Vec<&str> = ["cpu", "cpuset", "pids"]
+        .into_iter()
+        .filter(|c| !facts.cgroup.controllers.contains(*c))
+        .collect();
     if missing.is_empty() {
         return Vec::new();
     }
     vec![
-        Finding::new("CGROUP_CONTROLLERS", Level::Error, "cgroup controllers are missing", format!("not enabled: {}", missing.join(", ")))
-            .fix(format!("remove `cgroup_disable=` from {}, reboot, run again", cmdline_file(facts))),
+        Finding::new(
+            "CGROUP_CONTROLLERS",
+            Level::Error,
+            "cgroup controllers are missing",
+            format!("not enabled: {}", missing.join(", ")),
+        )
+        .fix(format!("remove `cgroup_disable=` from {}, reboot, run again", cmdline_file(facts))),
     ]
 }
 
@@ -241,13 +311,24 @@ pub(super) fn cgroup_memory(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("CGROUP_MEMORY_OFF", Level::Error, "the memory cgroup controller is off", "`memory` is not among the enabled controllers")
-            .fix(format!("append `cgroup_memory=1 cgroup_enable=memory` to {}, reboot, run again", cmdline_file(facts))),
+        Finding::new(
+            "CGROUP_MEMORY_OFF",
+            Level::Error,
+            "the memory cgroup controller is off",
+            "`memory` is not among the enabled controllers",
+        )
+        .fix(format!(
+            "append `cgroup_memory=1 cgroup_enable=memory` to {}, reboot, run again",
+            cmdline_file(facts)
+        )),
     ]
 }
 
 pub(super) fn cgroup_v1(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let Some(version) = target.version.filter(|v| facts.cgroup.version == 1 && v.minor >= 35) else { return Vec::new() };
+    let Some(version) = target.version.filter(|v| facts.cgroup.version == 1 && v.minor >= 35)
+    else {
+        return Vec::new();
+    };
     vec![
         Finding::new(
             "CGROUP_V1_UNSUPPORTED",
@@ -280,7 +361,8 @@ pub(super) fn modules(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     if !facts.modules.known {
         return Vec::new();
     }
-    let missing: Vec<&str> = needed_modules(facts, target).into_iter().filter(|m| !facts.has(m)).collect();
+    let missing: Vec<&str> =
+        needed_modules(facts, target).into_iter().filter(|m| !facts.has(m)).collect();
     if missing.is_empty() {
         return Vec::new();
     }
@@ -288,20 +370,29 @@ pub(super) fn modules(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let unsure = !target.server() && missing == ["wireguard"];
     let package = match facts.os.id.as_str() {
         "ubuntu" => "apt install linux-modules-extra-$(uname -r)",
-        "rhel" | "rocky" | "almalinux" | "centos" | "fedora" | "ol" => "dnf install kernel-modules-extra",
-        "debian" => "install the full kernel: apt install linux-image-amd64 (not the cloud flavour)",
+        "rhel" | "rocky" | "almalinux" | "centos" | "fedora" | "ol" => {
+            "dnf install kernel-modules-extra"
+        }
+        "debian" => {
+            "install the full kernel: apt install linux-image-amd64 (not the cloud flavour)"
+        }
         _ => "install your distribution's package of extra kernel modules",
     };
     let level = if unsure { Level::Warning } else { Level::Error };
-    let mut finding =
-        Finding::new("KMOD_MISSING", level, "kernel modules are missing", format!("neither built in nor installed: {}", missing.join(", ")));
+    let mut finding = Finding::new(
+        "KMOD_MISSING",
+        level,
+        "kernel modules are missing",
+        format!("neither built in nor installed: {}", missing.join(", ")),
+    );
     if missing.contains(&"wireguard") {
         // Linux has it since 5.6
-        let package = if matches!(facts.os.id.as_str(), "rhel" | "rocky" | "almalinux" | "centos" | "ol") {
-            "dnf install kmod-wireguard (from ELRepo)"
-        } else {
-            package
-        };
+        let package =
+            if matches!(facts.os.id.as_str(), "rhel" | "rocky" | "almalinux" | "centos" | "ol") {
+                "dnf install kmod-wireguard (from ELRepo)"
+            } else {
+                package
+            };
         finding = finding
             .fix(format!("{package}: the address is public, so the pod network is encrypted"))
             .fix("or use a private address: --node-ip; or, where others cannot listen, set in the [k3s] table: flannel-backend = \"vxlan\"");

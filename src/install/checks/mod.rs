@@ -119,7 +119,10 @@ pub fn run(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     for (code, ignore, rule) in RULES {
         for mut finding in rule(facts, target) {
             debug_assert_eq!(&finding.code, code, "a rule speaks only for its own code");
-            if finding.level == Level::Error && *ignore == Ignore::Allowed && target.settings.options.ignore.iter().any(|c| c == code) {
+            if finding.level == Level::Error
+                && *ignore == Ignore::Allowed
+                && target.settings.options.ignore.iter().any(|c| c == code)
+            {
                 finding.level = Level::Warning;
                 finding.ignored = true;
             }

@@ -14,7 +14,10 @@ fn own_name(name: &str) -> bool {
     let mut labels = name.trim_end_matches('.').split('.');
     let first = labels.next().unwrap_or_default();
     let rest: Vec<&str> = labels.collect();
-    let local = matches!(first, "localhost" | "localhost4" | "localhost6" | "ip6-localhost" | "ip6-loopback");
+    let local = matches!(
+        first,
+        "localhost" | "localhost4" | "localhost6" | "ip6-localhost" | "ip6-loopback"
+    );
     // as in /etc/hosts of distributions; `localhost.example.com` is somebody's choice
     local && matches!(rest.as_slice(), [] | ["localdomain" | "localdomain4" | "localdomain6"])
 }
@@ -33,8 +36,13 @@ pub(super) fn hostname(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         _ => "a node's name has letters, digits, `-` and `.` only",
     };
     vec![
-        Finding::new("HOSTNAME_BAD", Level::Error, "the host name cannot name a node", format!("`{name}`: {why}"))
-            .fix("set one with `hostnamectl set-hostname NAME` or pass --node-name"),
+        Finding::new(
+            "HOSTNAME_BAD",
+            Level::Error,
+            "the host name cannot name a node",
+            format!("`{name}`: {why}"),
+        )
+        .fix("set one with `hostnamectl set-hostname NAME` or pass --node-name"),
     ]
 }
 
@@ -90,17 +98,28 @@ pub(super) fn no_route(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 
 pub(super) fn ambiguous(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let chosen = Chosen::of(facts, target.settings);
-    if !chosen.list("node-ip").is_empty() || chosen.text("flannel-iface").is_some() || facts.toward.is_some() {
+    if !chosen.list("node-ip").is_empty()
+        || chosen.text("flannel-iface").is_some()
+        || facts.toward.is_some()
+    {
         return Vec::new();
     }
     let routes = facts.deciding_routes();
     let Some(best) = routes.first() else { return Vec::new() };
-    let same = |r: &Route| (&r.to, r.metric, r.preference, r.down) == (&best.to, best.metric, best.preference, best.down);
-    let rivals: Vec<&str> = routes.iter().filter(|r| same(r) && r.device != best.device).map(|r| r.device.as_str()).collect();
+    let same = |r: &Route| {
+        (&r.to, r.metric, r.preference, r.down)
+            == (&best.to, best.metric, best.preference, best.down)
+    };
+    let rivals: Vec<&str> = routes
+        .iter()
+        .filter(|r| same(r) && r.device != best.device)
+        .map(|r| r.device.as_str())
+        .collect();
     if rivals.is_empty() {
         return Vec::new();
     }
-    let listed = |i: &Interface| i.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let listed =
+        |i: &Interface| i.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     let table: Vec<String> = facts
         .interfaces
         .iter()
@@ -118,22 +137,40 @@ pub(super) fn address_unknown(facts: &Facts, target: &Target<'_>) -> Vec<Finding
         return Vec::new();
     }
     let chosen = Chosen::of(facts, target.settings);
-    let have: Vec<String> = facts.interfaces.iter().flat_map(|i| i.addresses.iter().map(ToString::to_string)).collect();
-    let absent = chosen.list("node-ip").into_iter().filter_map(|text| text.parse::<IpAddr>().ok()).filter(|ip| facts.interface_of(*ip).is_none());
+    let have: Vec<String> =
+        facts.interfaces.iter().flat_map(|i| i.addresses.iter().map(ToString::to_string)).collect();
+    let absent = chosen
+        .list("node-ip")
+        .into_iter()
+        .filter_map(|text| text.parse::<IpAddr>().ok())
+        .filter(|ip| facts.interface_of(*ip).is_none());
     let mut found: Vec<Finding> = absent
         .map(|ip| {
             let what = format!("no interface has the address {ip}");
-            Finding::new("ADDRESS_UNKNOWN", Level::Error, what, format!("addresses here: {}", have.join(", ")))
-                .fix("give one of these with --node-ip, or configure the address first")
+            Finding::new(
+                "ADDRESS_UNKNOWN",
+                Level::Error,
+                what,
+                format!("addresses here: {}", have.join(", ")),
+            )
+            .fix("give one of these with --node-ip, or configure the address first")
         })
         .collect();
-    if let Some(name) = chosen.text("flannel-iface").filter(|name| facts.interfaces.iter().all(|i| i.name != *name)) {
+    if let Some(name) =
+        chosen.text("flannel-iface").filter(|name| facts.interfaces.iter().all(|i| i.name != *name))
+    {
         let names: Vec<&str> = facts.interfaces.iter().map(|i| i.name.as_str()).collect();
-        let finding =
-            Finding::new("ADDRESS_UNKNOWN", Level::Error, format!("there is no interface {name}"), format!("interfaces here: {}", names.join(", ")));
+        let finding = Finding::new(
+            "ADDRESS_UNKNOWN",
+            Level::Error,
+            format!("there is no interface {name}"),
+            format!("interfaces here: {}", names.join(", ")),
+        );
         found.push(match facts.interface(&name) {
             // k3s looks for the first name only
-            Some(same) => finding.fix(format!("that is another name of {0}: --flannel-iface {0}", same.name)),
+            Some(same) => {
+                finding.fix(format!("that is another name of {0}: --flannel-iface {0}", same.name))
+            }
             None => finding.fix("give one of these with --flannel-iface"),
         });
     }
@@ -154,7 +191,12 @@ pub(super) fn dynamic(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("ADDRESS_DYNAMIC", Level::Info, "the node's address comes by DHCP or from a router", dynamic.join("; "))
-            .fix("reserve it in your DHCP server: certificates and workers are tied to it"),
+        Finding::new(
+            "ADDRESS_DYNAMIC",
+            Level::Info,
+            "the node's address comes by DHCP or from a router",
+            dynamic.join("; "),
+        )
+        .fix("reserve it in your DHCP server: certificates and workers are tied to it"),
     ]
 }

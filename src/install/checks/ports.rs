@@ -31,7 +31,11 @@ impl Port {
     fn meets(&self, listener: &Listener) -> bool {
         let address = listener.address.parse::<IpAddr>().ok();
         let apart = self.loopback
-            && address.is_some_and(|a| !a.is_unspecified() && a != IpAddr::from([127, 0, 0, 1]) && a != IpAddr::V6(std::net::Ipv6Addr::LOCALHOST));
+            && address.is_some_and(|a| {
+                !a.is_unspecified()
+                    && a != IpAddr::from([127, 0, 0, 1])
+                    && a != IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)
+            });
         listener.protocol == self.protocol && listener.port == self.number && !apart
     }
 }
@@ -45,7 +49,9 @@ fn port_of(address: Option<String>, default: u16) -> u16 {
 /// pkg/daemons/config/types.go StreamServerPort, pkg/etcd/etcd.go, pkg/spegel/spegel.go).
 pub(crate) fn needed_ports(facts: &Facts, target: &Target<'_>) -> Vec<Port> {
     let chosen = Chosen::of(facts, target.settings);
-    let argument = |key: &str, name: &str, default: u16| chosen.argument(key, name).map_or(default, |p| p.parse().unwrap_or(default));
+    let argument = |key: &str, name: &str, default: u16| {
+        chosen.argument(key, name).map_or(default, |p| p.parse().unwrap_or(default))
+    };
     let mut ports = Vec::new();
     if target.server() {
         let api = chosen.api_port();
@@ -53,8 +59,14 @@ pub(crate) fn needed_ports(facts: &Facts, target: &Target<'_>) -> Vec<Port> {
         if let Some(supervisor) = chosen.port("supervisor-port").filter(|p| *p != api) {
             ports.push(Port::tcp(supervisor, "k3s supervisor"));
         }
-        ports.push(Port::local(chosen.port("apiserver-port").unwrap_or(api.saturating_add(1)), "API server"));
-        ports.push(Port::local(argument("kube-controller-manager-arg", "secure-port", 10257), "controller manager"));
+        ports.push(Port::local(
+            chosen.port("apiserver-port").unwrap_or(api.saturating_add(1)),
+            "API server",
+        ));
+        ports.push(Port::local(
+            argument("kube-controller-manager-arg", "secure-port", 10257),
+            "controller manager",
+        ));
         if !chosen.flag("disable-cloud-controller") {
             ports.push(Port::local(10258, "cloud controller"));
         }
@@ -77,14 +89,25 @@ pub(crate) fn needed_ports(facts: &Facts, target: &Target<'_>) -> Vec<Port> {
         ports.push(Port::tcp(argument("kubelet-arg", "port", 10250), "kubelet"));
         ports.push(Port::local(argument("kubelet-arg", "healthz-port", 10248), "kubelet health"));
         if !chosen.flag("disable-kube-proxy") {
-            ports.push(Port::local(port_of(chosen.argument("kube-proxy-arg", "metrics-bind-address"), 10249), "kube-proxy metrics"));
-            ports.push(Port::local(port_of(chosen.argument("kube-proxy-arg", "healthz-bind-address"), 10256), "kube-proxy health"));
+            ports.push(Port::local(
+                port_of(chosen.argument("kube-proxy-arg", "metrics-bind-address"), 10249),
+                "kube-proxy metrics",
+            ));
+            ports.push(Port::local(
+                port_of(chosen.argument("kube-proxy-arg", "healthz-bind-address"), 10256),
+                "kube-proxy health",
+            ));
         }
         if chosen.own_containerd() || chosen.flag("docker") {
             ports.push(Port::local(10010, "containerd streams"));
         }
         let overlay = network::overlay_ports(facts, target.settings);
-        ports.extend(overlay.into_iter().map(|(number, purpose)| Port { protocol: "udp", number, purpose, loopback: false }));
+        ports.extend(overlay.into_iter().map(|(number, purpose)| Port {
+            protocol: "udp",
+            number,
+            purpose,
+            loopback: false,
+        }));
     }
     // 0 is how one says that nothing shall listen
     ports.retain(|p| p.number != 0);
@@ -113,7 +136,10 @@ pub(super) fn ports(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     }
     holders(facts, &needed_ports(facts, target))
         .into_iter()
-        .map(|(what, evidence)| Finding::new("PORT_IN_USE", Level::Error, what, evidence).fix("stop that program, then run again"))
+        .map(|(what, evidence)| {
+            Finding::new("PORT_IN_USE", Level::Error, what, evidence)
+                .fix("stop that program, then run again")
+        })
         .collect()
 }
 
@@ -132,7 +158,11 @@ pub(super) fn ingress_ports(facts: &Facts, target: &Target<'_>) -> Vec<Finding> 
 
 fn openings(target: &Target<'_>, facts: &Facts) -> Vec<String> {
     let mut list = vec!["10250/tcp".to_owned()];
-    list.extend(network::overlay_ports(facts, target.settings).iter().map(|(port, _)| format!("{port}/udp")));
+    list.extend(
+        network::overlay_ports(facts, target.settings)
+            .iter()
+            .map(|(port, _)| format!("{port}/udp")),
+    );
     if target.server() {
         list.insert(0, format!("{}/tcp", Chosen::of(facts, target.settings).api_port()));
         if target.ingress() {
@@ -146,9 +176,12 @@ pub(super) fn firewalld(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     if !facts.firewalld_active {
         return Vec::new();
     }
-    let ports: Vec<String> = openings(target, facts).iter().map(|p| format!("--add-port={p}")).collect();
-    let ranges: Vec<String> =
-        network::ranges(facts, target.settings).iter().map(|(_, r)| format!("--add-source={}/{}", r.address, r.prefix)).collect();
+    let ports: Vec<String> =
+        openings(target, facts).iter().map(|p| format!("--add-port={p}")).collect();
+    let ranges: Vec<String> = network::ranges(facts, target.settings)
+        .iter()
+        .map(|(_, r)| format!("--add-source={}/{}", r.address, r.prefix))
+        .collect();
     vec![
         Finding::new(
             "FW_FIREWALLD",
@@ -166,7 +199,12 @@ pub(super) fn ufw(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     if !facts.ufw_active {
         return Vec::new();
     }
-    let mut finding = Finding::new("FW_UFW", Level::Warning, "ufw is active and drops pod traffic unless told otherwise", "ufw is enabled");
+    let mut finding = Finding::new(
+        "FW_UFW",
+        Level::Warning,
+        "ufw is active and drops pod traffic unless told otherwise",
+        "ufw is enabled",
+    );
     for port in openings(target, facts) {
         finding = finding.fix(format!("ufw allow {port}"));
     }
@@ -181,8 +219,10 @@ pub(super) fn proxy(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     let given = facts.proxy.get("NO_PROXY").cloned().unwrap_or_default();
-    let missing: Vec<String> =
-        network::no_proxy(facts, target.settings).into_iter().filter(|entry| !given.split(',').any(|g| g.trim() == entry)).collect();
+    let missing: Vec<String> = network::no_proxy(facts, target.settings)
+        .into_iter()
+        .filter(|entry| !given.split(',').any(|g| g.trim() == entry))
+        .collect();
     if missing.is_empty() {
         return Vec::new();
     }
@@ -199,12 +239,16 @@ pub(super) fn proxy(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 
 /// The agent's calls go through a proxy, its tunnel does not.
 pub(super) fn proxy_tunnel(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let Some(host) = target.settings.control_plane_host().filter(|_| target.server()) else { return Vec::new() };
+    let Some(host) = target.settings.control_plane_host().filter(|_| target.server()) else {
+        return Vec::new();
+    };
     let Some(proxy) = network::https_proxy(facts, &host) else { return Vec::new() };
     let calls = match plain_proxy(proxy) {
         Some(_) => format!("the agent asks {host} through the proxy of HTTPS_PROXY"),
         // a file that the agent reads is everybody's to read
-        None => format!("HTTPS_PROXY holds a user and password, or is no http:// address, and is not handed to the agent: it asks {host} directly"),
+        None => format!(
+            "HTTPS_PROXY holds a user and password, or is no http:// address, and is not handed to the agent: it asks {host} directly"
+        ),
     };
     vec![
         Finding::new(
@@ -222,11 +266,18 @@ pub(super) fn public(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     if !target.settings.options.api_allow.is_empty() {
         return Vec::new();
     }
-    let Some(address) = network::node_address(facts, target.settings).filter(|a| globally_routable(*a)) else { return Vec::new() };
+    let Some(address) =
+        network::node_address(facts, target.settings).filter(|a| globally_routable(*a))
+    else {
+        return Vec::new();
+    };
     let mut ports: Vec<u16> = facts
         .listeners
         .iter()
-        .filter(|l| l.protocol == "tcp" && l.address.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified() || ip == address))
+        .filter(|l| {
+            l.protocol == "tcp"
+                && l.address.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified() || ip == address)
+        })
         .map(|l| l.port)
         .collect();
     ports.push(10250);

@@ -12,12 +12,24 @@ use crate::install::network;
 /// Interfaces that k3s makes (flannel, the bridge plugin, kube-router, kube-proxy).
 const OURS: &[&str] = &["cni0", "flannel", "veth", "kube-bridge", "kube-ipvs0", "kube-dummy-if"];
 /// Those of other pod networks, which run where flannel is off.
-const OTHERS: &[&str] = &["cali", "tunl0", "vxlan.calico", "vxlan-v6.calico", "wireguard.cali", "cilium", "lxc", "weave", "antrea", "nodelocaldns"];
+const OTHERS: &[&str] = &[
+    "cali",
+    "tunl0",
+    "vxlan.calico",
+    "vxlan-v6.calico",
+    "wireguard.cali",
+    "cilium",
+    "lxc",
+    "weave",
+    "antrea",
+    "nodelocaldns",
+];
 
 /// Whether an interface is made by the k3s that we installed. Before there is one, nothing of that name is its.
 fn own(facts: &Facts, chosen: &Chosen, device: &str) -> bool {
     let any = |list: &[&str]| list.iter().any(|prefix| device.starts_with(prefix));
-    facts.k3s.ours.is_some() && (any(OURS) || chosen.backend().as_deref() == Some("none") && any(OTHERS))
+    facts.k3s.ours.is_some()
+        && (any(OURS) || chosen.backend().as_deref() == Some("none") && any(OTHERS))
 }
 
 fn text(range: &Cidr) -> String {
@@ -33,15 +45,24 @@ pub(super) fn overlap(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         if hits.is_empty() {
             continue;
         }
-        let mut finding = Finding::new("CIDR_OVERLAP", Level::Error, format!("the {name} range {} is in use here", text(range)), hits.join("; "));
-        let left = facts.k3s.ours.is_none() && OURS.iter().any(|o| hits.iter().any(|h| h.contains(&format!(" {o}"))));
+        let mut finding = Finding::new(
+            "CIDR_OVERLAP",
+            Level::Error,
+            format!("the {name} range {} is in use here", text(range)),
+            hits.join("; "),
+        );
+        let left = facts.k3s.ours.is_none()
+            && OURS.iter().any(|o| hits.iter().any(|h| h.contains(&format!(" {o}"))));
         if left {
             finding = finding.fix("left over from a former cluster: `ip link delete cni0; ip link delete flannel.1`, or reboot");
         }
         let free = free(facts, &chosen, &ranges, range.address.is_ipv6());
-        found.push(finding.fix(format!("choose another in the [k3s] table of the config: {name}-cidr = \"{free}\"")));
+        found.push(finding.fix(format!(
+            "choose another in the [k3s] table of the config: {name}-cidr = \"{free}\""
+        )));
     }
-    let pairs = ranges.iter().enumerate().flat_map(|(n, a)| ranges[n + 1..].iter().map(move |b| (a, b)));
+    let pairs =
+        ranges.iter().enumerate().flat_map(|(n, a)| ranges[n + 1..].iter().map(move |b| (a, b)));
     for ((name, range), (other, second)) in pairs.filter(|(a, b)| a.1.overlaps(&b.1)) {
         let free = free(facts, &chosen, &ranges, second.address.is_ipv6());
         found.push(
@@ -51,7 +72,9 @@ pub(super) fn overlap(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
                 format!("the {name} range and the {other} range share addresses"),
                 format!("{name} {}; {other} {}", text(range), text(second)),
             )
-            .fix(format!("choose another in the [k3s] table of the config: {other}-cidr = \"{free}\"")),
+            .fix(format!(
+                "choose another in the [k3s] table of the config: {other}-cidr = \"{free}\""
+            )),
         );
     }
     found
@@ -60,27 +83,42 @@ pub(super) fn overlap(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 /// What of this machine lies in a range.
 fn hits(facts: &Facts, chosen: &Chosen, name: &str, range: &Cidr) -> Vec<String> {
     // with host-gw a node's pods are a route through that node
-    let through_nodes = facts.k3s.ours.is_some() && name == "cluster" && chosen.backend().as_deref() == Some("host-gw");
+    let through_nodes = facts.k3s.ours.is_some()
+        && name == "cluster"
+        && chosen.backend().as_deref() == Some("host-gw");
     let routes = facts
         .routes
         .iter()
-        .filter(|r| !(r.general() || own(facts, chosen, &r.device) || through_nodes && r.gateway.is_some()))
+        .filter(|r| {
+            !(r.general() || own(facts, chosen, &r.device) || through_nodes && r.gateway.is_some())
+        })
         .filter(|r| Cidr::parse(&r.to).is_some_and(|c| c.overlaps(range)))
-        .map(|r| if r.device.is_empty() { format!("route {} {}", r.kind, r.to) } else { format!("route {} dev {}", r.to, r.device) });
-    let addresses = facts.interfaces.iter().filter(|i| !own(facts, chosen, &i.name)).flat_map(|i| {
-        let inside = i.addresses.iter().filter(|a| range.contains(a.ip));
-        inside.map(|a| format!("address {a} on {}", i.name)).collect::<Vec<_>>()
-    });
+        .map(|r| {
+            if r.device.is_empty() {
+                format!("route {} {}", r.kind, r.to)
+            } else {
+                format!("route {} dev {}", r.to, r.device)
+            }
+        });
+    let addresses =
+        facts.interfaces.iter().filter(|i| !own(facts, chosen, &i.name)).flat_map(|i| {
+            let inside = i.addresses.iter().filter(|a| range.contains(a.ip));
+            inside.map(|a| format!("address {a} on {}", i.name)).collect::<Vec<_>>()
+        });
     routes.chain(addresses).collect()
 }
 
 /// A range of the family that nothing here uses.
 fn free(facts: &Facts, chosen: &Chosen, taken: &[(&str, Cidr)], v6: bool) -> String {
-    let tries: &[&str] =
-        if v6 { &["fd00:96::/112", "fd00:97::/112", "fd00:98::/112"] } else { &["10.96.0.0/16", "10.97.0.0/16", "172.22.0.0/16", "192.168.0.0/16"] };
+    let tries: &[&str] = if v6 {
+        &["fd00:96::/112", "fd00:97::/112", "fd00:98::/112"]
+    } else {
+        &["10.96.0.0/16", "10.97.0.0/16", "172.22.0.0/16", "192.168.0.0/16"]
+    };
     let usable = |t: &&&str| {
         let Some(range) = Cidr::parse(t) else { return false };
-        hits(facts, chosen, "", &range).is_empty() && taken.iter().all(|(_, other)| !other.overlaps(&range))
+        hits(facts, chosen, "", &range).is_empty()
+            && taken.iter().all(|(_, other)| !other.overlaps(&range))
     };
     (*tries.iter().find(usable).unwrap_or(&tries[0])).to_owned()
 }
@@ -92,11 +130,16 @@ pub(super) fn misfit(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     }
     let chosen = Chosen::of(facts, target.settings);
     let ranges = network::ranges(facts, target.settings);
-    let of = |name: &str| -> Vec<Cidr> { ranges.iter().filter(|(n, _)| *n == name).map(|(_, r)| *r).collect() };
+    let of = |name: &str| -> Vec<Cidr> {
+        ranges.iter().filter(|(n, _)| *n == name).map(|(_, r)| *r).collect()
+    };
     let (pods, services) = (of("cluster"), of("service"));
     let mut found = Vec::new();
-    let mut say = |what: &str, evidence: String, fix: &str| found.push(Finding::new("CIDR_MISFIT", Level::Error, what, evidence).fix(fix));
-    let families = |list: &[Cidr]| -> Vec<bool> { list.iter().map(|c| c.address.is_ipv6()).collect() };
+    let mut say = |what: &str, evidence: String, fix: &str| {
+        found.push(Finding::new("CIDR_MISFIT", Level::Error, what, evidence).fix(fix))
+    };
+    let families =
+        |list: &[Cidr]| -> Vec<bool> { list.iter().map(|c| c.address.is_ipv6()).collect() };
     let list = |ranges: &[Cidr]| ranges.iter().map(text).collect::<Vec<_>>().join(",");
     for (key, ranges) in [("cluster-cidr", &pods), ("service-cidr", &services)] {
         let kinds = families(ranges);
@@ -119,23 +162,35 @@ pub(super) fn misfit(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let addresses = network::node_addresses(facts, target.settings);
     let lacking: Vec<&str> = [(false, "IPv4"), (true, "IPv6")]
         .into_iter()
-        .filter(|(v6, _)| families(&pods).contains(v6) && !addresses.iter().any(|a| a.is_ipv6() == *v6))
+        .filter(|(v6, _)| {
+            families(&pods).contains(v6) && !addresses.iter().any(|a| a.is_ipv6() == *v6)
+        })
         .map(|f| f.1)
         .collect();
     if !addresses.is_empty() && !lacking.is_empty() {
         let have: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         say(
             "the node has no address of a family that the ranges have",
-            format!("cluster-cidr {}; node addresses {}; lacking: {}", list(&pods), have.join(", "), lacking.join(", ")),
+            format!(
+                "cluster-cidr {}; node addresses {}; lacking: {}",
+                list(&pods),
+                have.join(", "),
+                lacking.join(", ")
+            ),
             "give this machine such an address and a default route for it, name it with --node-ip, or take that range out",
         );
     }
     for range in &services {
         // k8s.io/kubernetes, cmd/kube-apiserver/app/options/validation.go: 20 bits at most
         let least = if range.address.is_ipv6() { 108 } else { 12 };
-        let (room, bits) = (u32::from(range.prefix), if range.address.is_ipv6() { 128 } else { 32 });
+        let (room, bits) =
+            (u32::from(range.prefix), if range.address.is_ipv6() { 128 } else { 32 });
         if room < least || bits - room < 3 {
-            say("the range of services has an impossible size", format!("service-cidr {}", text(range)), "use /16 for IPv4, /112 for IPv6");
+            say(
+                "the range of services has an impossible size",
+                format!("service-cidr {}", text(range)),
+                "use /16 for IPv4, /112 for IPv6",
+            );
         }
     }
     for range in &pods {

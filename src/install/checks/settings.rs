@@ -12,8 +12,12 @@ pub(super) fn renamed(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let wanted = target.settings.node_name(node);
     if wanted == *node {
         let what = format!("this machine is called {now} now; its node stays {node}");
-        let finding = Finding::new("NODE_RENAMED", Level::Info, what, format!("it was installed as {node}"));
-        return vec![finding.fix("nothing to do; for the new name: uninstall, delete the Node, install again")];
+        let finding =
+            Finding::new("NODE_RENAMED", Level::Info, what, format!("it was installed as {node}"));
+        return vec![
+            finding
+                .fix("nothing to do; for the new name: uninstall, delete the Node, install again"),
+        ];
     }
     vec![
         Finding::new(
@@ -32,24 +36,38 @@ pub(super) fn unknown(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
         .into_iter()
         .map(|key| {
             let level = if key.perhaps { Level::Warning } else { Level::Error };
-            Finding::new("K3S_SETTING_UNKNOWN", level, format!("k3s does not know the setting `{}`", key.key), key.why).fix(key.fix)
+            Finding::new(
+                "K3S_SETTING_UNKNOWN",
+                level,
+                format!("k3s does not know the setting `{}`", key.key),
+                key.why,
+            )
+            .fix(key.fix)
         })
         .collect()
 }
 
 pub(super) fn odd(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let stars = target.settings.options.tls_san.iter().filter(|name| name.starts_with("*.")).map(|name| {
-        Finding::new(
-            "K3S_SETTING_ODD",
-            Level::Warning,
-            format!("--tls-san {name} has no effect"),
-            "k3s leaves names with a `*` out of its certificate, with one line in its log",
-        )
-        .fix("give the names themselves")
-    });
-    let ranges = values::host_bits(&target.settings.options.k3s).into_iter().map(|(key, given, taken)| {
-        let what = format!("[k3s] {key}: {given} has bits beyond its length");
-        Finding::new("K3S_SETTING_ODD", Level::Warning, what, format!("k3s takes it as {taken}")).fix(format!("write {taken}, if that is meant"))
-    });
+    let stars =
+        target.settings.options.tls_san.iter().filter(|name| name.starts_with("*.")).map(|name| {
+            Finding::new(
+                "K3S_SETTING_ODD",
+                Level::Warning,
+                format!("--tls-san {name} has no effect"),
+                "k3s leaves names with a `*` out of its certificate, with one line in its log",
+            )
+            .fix("give the names themselves")
+        });
+    let ranges =
+        values::host_bits(&target.settings.options.k3s).into_iter().map(|(key, given, taken)| {
+            let what = format!("[k3s] {key}: {given} has bits beyond its length");
+            Finding::new(
+                "K3S_SETTING_ODD",
+                Level::Warning,
+                what,
+                format!("k3s takes it as {taken}"),
+            )
+            .fix(format!("write {taken}, if that is meant"))
+        });
     stars.chain(ranges).collect()
 }

@@ -12,8 +12,13 @@ pub(super) fn foreign(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     if let Some(role) = facts.k3s.ours.filter(|role| *role != target.settings.role) {
         let is = if role == Role::Server { "server" } else { "worker" };
         return vec![
-            Finding::new("K3S_FOREIGN", Level::Error, format!("this machine is a k3s {is} already"), "our journal records it")
-                .fix("`pipeops uninstall` first, then run this again"),
+            Finding::new(
+                "K3S_FOREIGN",
+                Level::Error,
+                format!("this machine is a k3s {is} already"),
+                "our journal records it",
+            )
+            .fix("`pipeops uninstall` first, then run this again"),
         ];
     }
     if facts.k3s.ours.is_some() || facts.k3s.foreign.is_empty() {
@@ -39,13 +44,24 @@ pub(super) fn foreign(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 pub(super) fn too_old(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let Some(version) = target.version.filter(|v| v.too_old()) else { return Vec::new() };
     vec![
-        Finding::new("K3S_TOO_OLD", Level::Error, format!("{version} is too old"), format!("the oldest supported line is v1.{OLDEST_MINOR}"))
-            .fix("choose a newer version with --k3s-version or --channel"),
+        Finding::new(
+            "K3S_TOO_OLD",
+            Level::Error,
+            format!("{version} is too old"),
+            format!("the oldest supported line is v1.{OLDEST_MINOR}"),
+        )
+        .fix("choose a newer version with --k3s-version or --channel"),
     ]
 }
 
 pub(super) fn downgrade(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let Some(have) = facts.k3s.version.as_deref().and_then(|v| v.parse::<Version>().ok()).filter(|_| facts.k3s.ours.is_some()) else {
+    let Some(have) = facts
+        .k3s
+        .version
+        .as_deref()
+        .and_then(|v| v.parse::<Version>().ok())
+        .filter(|_| facts.k3s.ours.is_some())
+    else {
         return Vec::new();
     };
     let Some(version) = target.version.filter(|v| **v < have) else { return Vec::new() };
@@ -80,8 +96,13 @@ pub(super) fn other_kubernetes(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("OTHER_KUBERNETES", Level::Error, "another Kubernetes lives here", facts.other_kubernetes.join("; "))
-            .fix("use a machine of its own, or remove the other one first"),
+        Finding::new(
+            "OTHER_KUBERNETES",
+            Level::Error,
+            "another Kubernetes lives here",
+            facts.other_kubernetes.join("; "),
+        )
+        .fix("use a machine of its own, or remove the other one first"),
     ]
 }
 
@@ -101,7 +122,9 @@ pub(super) fn selinux(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn iptables(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
-    let Some(tool) = facts.iptables.as_ref().filter(|_| iptables_bad(facts)) else { return Vec::new() };
+    let Some(tool) = facts.iptables.as_ref().filter(|_| iptables_bad(facts)) else {
+        return Vec::new();
+    };
     vec![
         Finding::new(
             "IPTABLES_BAD",
@@ -119,8 +142,9 @@ pub(super) fn tools(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let firewall = !options.api_allow.is_empty();
     let agent = target.server() && facts.account.user.is_none() && facts.k3s.ours.is_none();
     let fuse = chosen.own_containerd() && chosen.snapshotter() == "fuse-overlayfs";
-    let red_hat =
-        ["rhel", "fedora", "centos", "rocky", "almalinux", "ol", "amzn"].iter().any(|id| facts.os.id == *id || facts.os.id_like.contains(id));
+    let red_hat = ["rhel", "fedora", "centos", "rocky", "almalinux", "ol", "amzn"]
+        .iter()
+        .any(|id| facts.os.id == *id || facts.os.id_like.contains(id));
     let iproute = if red_hat { "iproute" } else { "iproute2" };
     let wanted = [
         ("modprobe", true, "kmod"),
@@ -131,23 +155,37 @@ pub(super) fn tools(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         ("useradd", agent, if red_hat { "shadow-utils" } else { "passwd" }),
         ("fuse-overlayfs", fuse, "fuse-overlayfs"),
     ];
-    let missing: Vec<_> = wanted.iter().filter(|(name, needed, _)| *needed && !facts.programs.contains_key(*name)).collect();
+    let missing: Vec<_> = wanted
+        .iter()
+        .filter(|(name, needed, _)| *needed && !facts.programs.contains_key(*name))
+        .collect();
     let mut evidence: Vec<String> = Vec::new();
     let mut packages: Vec<&str> = missing.iter().map(|m| m.2).collect();
     if !missing.is_empty() {
-        evidence.push(format!("not found: {}", missing.iter().map(|m| m.0).collect::<Vec<_>>().join(", ")));
+        evidence.push(format!(
+            "not found: {}",
+            missing.iter().map(|m| m.0).collect::<Vec<_>>().join(", ")
+        ));
     }
     if let Some(fault) = &facts.ip_fault {
-        evidence.push(format!("{fault}; addresses and routes are read by `ip -j`, of iproute2 4.17 or newer"));
+        evidence.push(format!(
+            "{fault}; addresses and routes are read by `ip -j`, of iproute2 4.17 or newer"
+        ));
         packages.push(iproute);
     }
     if evidence.is_empty() {
         return Vec::new();
     }
     packages.dedup();
-    let mut finding = Finding::new("TOOL_MISSING", Level::Error, "programs that the node needs are missing", evidence.join("; "));
+    let mut finding = Finding::new(
+        "TOOL_MISSING",
+        Level::Error,
+        "programs that the node needs are missing",
+        evidence.join("; "),
+    );
     if missing.iter().any(|m| m.0 == "apparmor_parser") {
-        finding = finding.fix("AppArmor is on in the kernel: without its parser no container starts");
+        finding =
+            finding.fix("AppArmor is on in the kernel: without its parser no container starts");
     }
     vec![finding.fix(format!("install them (packages {}), then run again", packages.join(", ")))]
 }
@@ -166,11 +204,16 @@ pub(super) fn account(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         }
         if user.directory {
             level = Level::Error;
-            evidence.push("a directory such as LDAP has it, and the agent reads /etc/passwd alone".to_owned());
+            evidence.push(
+                "a directory such as LDAP has it, and the agent reads /etc/passwd alone".to_owned(),
+            );
         }
         let shell = user.shell.rsplit('/').next().unwrap_or_default();
         if !matches!(shell, "nologin" | "false" | "sync") {
-            evidence.push(format!("it can log in ({})", if user.shell.is_empty() { "the default shell" } else { &user.shell }));
+            evidence.push(format!(
+                "it can log in ({})",
+                if user.shell.is_empty() { "the default shell" } else { &user.shell }
+            ));
         }
         if facts.account.gid.is_some_and(|gid| gid != user.gid) {
             evidence.push(format!("its group is {}, not the one of the same name", user.gid));

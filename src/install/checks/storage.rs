@@ -6,7 +6,8 @@ use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
 
 pub(super) fn read_only(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
-    let shut: Vec<&str> = facts.mounts.iter().filter(|m| m.read_only).map(|m| m.path.as_str()).collect();
+    let shut: Vec<&str> =
+        facts.mounts.iter().filter(|m| m.read_only).map(|m| m.path.as_str()).collect();
     if shut.is_empty() {
         return Vec::new();
     }
@@ -40,22 +41,53 @@ pub(super) fn no_exec(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 }
 
 /// File systems that overlayfs cannot keep its upper layer on, or only from some version on (Linux, Documentation/filesystems/overlayfs.rst).
-const NO_UPPER: &[&str] =
-    &["overlay", "zfs", "nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "ecryptfs", "vfat", "exfat", "ntfs", "ntfs3", "fuseblk", "aufs"];
+const NO_UPPER: &[&str] = &[
+    "overlay",
+    "zfs",
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "9p",
+    "ceph",
+    "glusterfs",
+    "ecryptfs",
+    "vfat",
+    "exfat",
+    "ntfs",
+    "ntfs3",
+    "fuseblk",
+    "aufs",
+];
 
 pub(super) fn snapshotter(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let chosen = Chosen::of(facts, target.settings);
-    let Some(mount) = facts.mounts.iter().find(|m| m.path == "/var/lib/rancher").filter(|_| chosen.own_containerd()) else { return Vec::new() };
+    let Some(mount) = facts
+        .mounts
+        .iter()
+        .find(|m| m.path == "/var/lib/rancher")
+        .filter(|_| chosen.own_containerd())
+    else {
+        return Vec::new();
+    };
     let (snapshotter, kind) = (chosen.snapshotter(), mount.kind.as_str());
     let alike = NO_UPPER.contains(&kind) || kind.starts_with("fuse.");
     let why = match snapshotter.as_str() {
-        "overlayfs" | "stargz" if alike => format!("{} is {kind}", if mount.at.is_empty() { "/" } else { &mount.at }),
-        "overlayfs" | "stargz" if mount.entry_types == Some(false) => format!("the {kind} on {} was made with ftype=0", mount.at),
-        "btrfs" | "zfs" if kind != snapshotter && !kind.is_empty() => format!("{} is {kind}", mount.at),
+        "overlayfs" | "stargz" if alike => {
+            format!("{} is {kind}", if mount.at.is_empty() { "/" } else { &mount.at })
+        }
+        "overlayfs" | "stargz" if mount.entry_types == Some(false) => {
+            format!("the {kind} on {} was made with ftype=0", mount.at)
+        }
+        "btrfs" | "zfs" if kind != snapshotter && !kind.is_empty() => {
+            format!("{} is {kind}", mount.at)
+        }
         _ => return Vec::new(),
     };
     let instead = match (kind, snapshotter.as_str()) {
-        ("zfs", "overlayfs") => "\"zfs\" (with a dataset on /var/lib/rancher/k3s/agent/containerd), or \"native\", which needs more space",
+        ("zfs", "overlayfs") => {
+            "\"zfs\" (with a dataset on /var/lib/rancher/k3s/agent/containerd), or \"native\", which needs more space"
+        }
         (_, "overlayfs" | "stargz") => "\"native\", which needs more space, or \"fuse-overlayfs\"",
         _ => "\"overlayfs\", or \"native\"",
     };

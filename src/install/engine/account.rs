@@ -15,14 +15,21 @@ pub(super) fn check(host: &Host, name: &str) -> Check {
     match (host.id_of("/etc/passwd", name), host.id_of("/etc/group", name)) {
         (Some(_), Some(_)) => Check::Done,
         (None, None) => Check::todo(format!("create the system user and group {name}")),
-        (None, Some(_)) => Check::todo(format!("create the system user {name} in the group of that name, which is there")),
-        (Some(_), None) => Check::todo(format!("create the group {name} for the user of that name, which is there")),
+        (None, Some(_)) => Check::todo(format!(
+            "create the system user {name} in the group of that name, which is there"
+        )),
+        (Some(_), None) => Check::todo(format!(
+            "create the group {name} for the user of that name, which is there"
+        )),
     }
 }
 
 pub(super) fn before(host: &Host, name: &str) -> Before {
     let lacks = |file: &str| host.id_of(file, name).is_none();
-    let made = [(USER, "/etc/passwd"), (GROUP, "/etc/group")].into_iter().filter(|(_, file)| lacks(file)).map(|(what, _)| what.to_owned());
+    let made = [(USER, "/etc/passwd"), (GROUP, "/etc/group")]
+        .into_iter()
+        .filter(|(_, file)| lacks(file))
+        .map(|(what, _)| what.to_owned());
     Before::Absent { made: made.collect() }
 }
 
@@ -35,7 +42,8 @@ pub(super) async fn make(hands: &Hands, name: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     let home = format!("/var/lib/{name}");
-    let nologin = if hands.exists("/usr/sbin/nologin") { "/usr/sbin/nologin" } else { "/sbin/nologin" };
+    let nologin =
+        if hands.exists("/usr/sbin/nologin") { "/usr/sbin/nologin" } else { "/sbin/nologin" };
     let mut args = vec!["--system"];
     // useradd does not take over a group of the same name unless it is told so
     if group {
@@ -60,7 +68,10 @@ pub(super) async fn undo(hands: &Hands, name: &str, before: &Before) -> anyhow::
     match (made(GROUP), gid, hands.id_of("/etc/group", name)) {
         (true, _, Some(_)) => hands.run("groupdel", &[name], QUICK).await.map(drop),
         // userdel takes the user's own group with it (login.defs, USERGROUPS_ENAB); this one is not ours
-        (false, Some(gid), None) => hands.run("groupadd", &["--system", "--gid", &gid.to_string(), name], QUICK).await.map(drop),
+        (false, Some(gid), None) => hands
+            .run("groupadd", &["--system", "--gid", &gid.to_string(), name], QUICK)
+            .await
+            .map(drop),
         _ => Ok(()),
     }
 }

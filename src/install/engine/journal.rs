@@ -109,15 +109,22 @@ impl Journal {
                 .why(why)
                 .hint("keep a copy of it and ask for help; without it nothing can be undone safely")
         };
-        let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        let value: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
         let version = value.get("version").and_then(serde_json::Value::as_u64).unwrap_or(0);
         if version > u64::from(VERSION) {
-            return Err(damaged(format!("it was written by a newer pipeops (format {version}, this one knows {VERSION})")).into());
+            return Err(damaged(format!(
+                "it was written by a newer pipeops (format {version}, this one knows {VERSION})"
+            ))
+            .into());
         }
-        let mut journal: Journal = serde_json::from_value(value).map_err(|e| damaged(unquoted(&e.to_string())))?;
+        let mut journal: Journal =
+            serde_json::from_value(value).map_err(|e| damaged(unquoted(&e.to_string())))?;
         // the first pipeops kept the [k3s] table as one text, with the secrets in it
         if let Some(table) = journal.options.remove("k3s") {
-            journal.options.extend(recorded_extra(&serde_json::from_str(&table).unwrap_or_default()));
+            journal
+                .options
+                .extend(recorded_extra(&serde_json::from_str(&table).unwrap_or_default()));
             journal.scrubbed = true;
         }
         Ok(Some(journal))

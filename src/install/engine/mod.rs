@@ -18,7 +18,9 @@ use tokio_util::sync::CancellationToken;
 use crate::base::error::{Exit, Failure};
 use crate::host::{Hands, Host};
 use crate::install::finding::Finding;
-use crate::install::plan::{Check, Checked, Content, Event, Plan, Ready, Resource, SecretName, Step};
+use crate::install::plan::{
+    Check, Checked, Content, Event, Plan, Ready, Resource, SecretName, Step,
+};
 use journal::{Entry, Journal, State};
 use work::Work;
 
@@ -40,13 +42,30 @@ pub struct Outcome {
 ///
 /// # Errors
 /// When a check itself fails, with the step's title.
-pub async fn check(host: &Host, plan: Plan, journal: Option<&Journal>, secrets: &Secrets, findings: Vec<Finding>) -> anyhow::Result<Checked> {
+pub async fn check(
+    host: &Host,
+    plan: Plan,
+    journal: Option<&Journal>,
+    secrets: &Secrets,
+    findings: Vec<Finding>,
+) -> anyhow::Result<Checked> {
     let mut checks = Vec::new();
     for step in &plan.steps {
-        checks.push(resource::check(host, journal, secrets, step).await.map_err(|e| e.context(format!("checking: {}", step.title)))?);
+        checks.push(
+            resource::check(host, journal, secrets, step)
+                .await
+                .map_err(|e| e.context(format!("checking: {}", step.title)))?,
+        );
     }
-    let remove =
-        journal.map(|j| j.entries.iter().filter(|e| !plan.steps.iter().any(|s| s.id == e.id)).map(|e| e.id.clone()).collect()).unwrap_or_default();
+    let remove = journal
+        .map(|j| {
+            j.entries
+                .iter()
+                .filter(|e| !plan.steps.iter().any(|s| s.id == e.id))
+                .map(|e| e.id.clone())
+                .collect()
+        })
+        .unwrap_or_default();
     let drift = journal.map(|j| resource::drift(host, j)).transpose()?.unwrap_or_default();
     Ok(Checked { plan, checks, remove, drift, findings })
 }
@@ -68,11 +87,19 @@ pub async fn apply(
     let mut former = (journal.complete && journal.k3s_version == plan.k3s_version).then(Vec::new);
     journal.complete = false;
     journal.k3s_version.clone_from(&plan.k3s_version);
-    let stale: Vec<Entry> = journal.entries.iter().rev().filter(|e| !plan.steps.iter().any(|s| s.id == e.id)).cloned().collect();
+    let stale: Vec<Entry> = journal
+        .entries
+        .iter()
+        .rev()
+        .filter(|e| !plan.steps.iter().any(|s| s.id == e.id))
+        .cloned()
+        .collect();
     let mut work = Work { hands, secrets, stop, tell };
     for entry in stale {
         interrupted(stop)?;
-        resource::undo(&mut work, journal, &entry, false, false).await.map_err(|e| e.context(format!("taking back: {}", entry.title)))?;
+        resource::undo(&mut work, journal, &entry, false, false)
+            .await
+            .map_err(|e| e.context(format!("taking back: {}", entry.title)))?;
         journal.forget(&entry.id);
         save(journal, hands)?;
         (work.tell)(Event::Undone { id: entry.id, title: entry.title.clone() });
@@ -83,11 +110,17 @@ pub async fn apply(
     for (number, step) in plan.steps.iter().enumerate() {
         interrupted(stop)?;
         // the parts of one component stand on each other: when the first fails, the rest is not tried
-        let family = step.id.rsplit_once('-').map(|(head, _)| head.to_owned()).filter(|_| step.optional);
+        let family =
+            step.id.rsplit_once('-').map(|(head, _)| head.to_owned()).filter(|_| step.optional);
         if family.is_some() && family == broken {
             continue;
         }
-        (work.tell)(Event::Started { id: step.id.clone(), title: step.title.clone(), number: number + 1, of });
+        (work.tell)(Event::Started {
+            id: step.id.clone(),
+            title: step.title.clone(),
+            number: number + 1,
+            of,
+        });
         let begin = Instant::now();
         if let Some(former) = &mut former {
             former.extend(resource::former(hands, step, secrets)?);
@@ -103,24 +136,39 @@ pub async fn apply(
             }
             Err(error) if step.optional && Failure::of(&error).exit != Exit::Interrupted => {
                 let what = Failure::of(&error).line();
-                (work.tell)(Event::Failed { id: step.id.clone(), what: what.clone(), optional: true });
+                (work.tell)(Event::Failed {
+                    id: step.id.clone(),
+                    what: what.clone(),
+                    optional: true,
+                });
                 outcome.failed.push((step.title.clone(), what));
                 broken = family;
             }
             Err(error) => {
-                (work.tell)(Event::Failed { id: step.id.clone(), what: format!("{error:#}"), optional: false });
+                (work.tell)(Event::Failed {
+                    id: step.id.clone(),
+                    what: format!("{error:#}"),
+                    optional: false,
+                });
                 if let (Some(former), Resource::Ready { what, .. }) = (&former, &step.want)
                     && Failure::of(&error).exit == Exit::TimedOut
                 {
                     return Err(roll_back(&mut work, journal, plan, former, what, &error).await);
                 }
-                return Err(if error.downcast_ref::<Failure>().is_some() { error } else { error.context(step.title.clone()) });
+                return Err(if error.downcast_ref::<Failure>().is_some() {
+                    error
+                } else {
+                    error.context(step.title.clone())
+                });
             }
         }
     }
     let complete = outcome.failed.is_empty();
     // a run that changed nothing writes nothing
-    if journal.complete != complete || journal.options != plan.options || !outcome.changed.is_empty() {
+    if journal.complete != complete
+        || journal.options != plan.options
+        || !outcome.changed.is_empty()
+    {
         journal.options.clone_from(&plan.options);
         journal.complete = complete;
         save(journal, hands)?;
@@ -150,18 +198,25 @@ async fn roll_back(
     if former.is_empty() {
         return failure.into();
     }
-    (work.tell)(Event::Note { text: "the node does not come back with the change: going back to the former settings".into() });
+    (work.tell)(Event::Note {
+        text: "the node does not come back with the change: going back to the former settings"
+            .into(),
+    });
     let inputs = plan.steps.iter().find_map(|s| match &s.want {
         Resource::Unit { name, inputs } if *name == unit => Some(inputs.as_slice()),
         _ => None,
     });
-    match resource::put_back(work, journal, former, &unit, inputs.unwrap_or_default(), what, BACK).await {
+    match resource::put_back(work, journal, former, &unit, inputs.unwrap_or_default(), what, BACK)
+        .await
+    {
         Ok(()) => {
             journal.complete = true;
             if let Err(error) = save(journal, work.hands) {
                 return error;
             }
-            failure.why.push("the former settings are back, and the node is Ready with them".into());
+            failure
+                .why
+                .push("the former settings are back, and the node is Ready with them".into());
             failure.exit = Exit::RolledBack;
             failure.hint = Some("correct the option that was new, then run again".into());
         }
@@ -181,7 +236,8 @@ async fn one(work: &mut Work<'_>, journal: &mut Journal, step: &Step) -> anyhow:
     let state = resource::check(work.hands, Some(journal), work.secrets, step).await?;
     if state == Check::Done {
         // a step that was done but not noted as such before a crash
-        if journal.entry(&step.id).is_some_and(|e| e.state == State::Intent || e.want != step.want) {
+        if journal.entry(&step.id).is_some_and(|e| e.state == State::Intent || e.want != step.want)
+        {
             settle(journal, work.hands, step)?;
         }
         return Ok(false);
@@ -192,7 +248,14 @@ async fn one(work: &mut Work<'_>, journal: &mut Journal, step: &Step) -> anyhow:
             Some(known) => known.before.clone(),
             None => resource::before(work.hands, step).await?,
         };
-        journal.intend(Entry { id: step.id.clone(), title: step.title.clone(), want: step.want.clone(), before, state: State::Intent, digest: None });
+        journal.intend(Entry {
+            id: step.id.clone(),
+            title: step.title.clone(),
+            want: step.want.clone(),
+            before,
+            state: State::Intent,
+            digest: None,
+        });
         save(journal, work.hands)?;
     }
     let digest = resource::apply(work, journal, step).await?;
@@ -205,10 +268,13 @@ async fn one(work: &mut Work<'_>, journal: &mut Journal, step: &Step) -> anyhow:
 
 fn settle(journal: &mut Journal, hands: &Hands, step: &Step) -> anyhow::Result<()> {
     let digest = match &step.want {
-        Resource::File { path, content: Content::Text(_) | Content::Filled { .. }, .. } | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => {
+        Resource::File { path, content: Content::Text(_) | Content::Filled { .. }, .. }
+        | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => hands.sha256(path)?,
+        Resource::File { path, content: Content::Secret(name), .. }
+            if *name != SecretName::AgentToken =>
+        {
             hands.sha256(path)?
         }
-        Resource::File { path, content: Content::Secret(name), .. } if *name != SecretName::AgentToken => hands.sha256(path)?,
         _ => None,
     };
     if let Some(entry) = journal.entries.iter_mut().find(|e| e.id == step.id) {
@@ -236,11 +302,19 @@ pub async fn undo_all(
     journal.complete = false;
     save(journal, hands)?;
     let (mut number, of) = (0, journal.entries.len());
-    while let Some(entry) = journal.entries.iter().rev().find(|e| !outcome.failed.iter().any(|(title, _)| *title == e.title)).cloned() {
+    while let Some(entry) = journal
+        .entries
+        .iter()
+        .rev()
+        .find(|e| !outcome.failed.iter().any(|(title, _)| *title == e.title))
+        .cloned()
+    {
         interrupted(stop)?;
         number += 1;
         // while something could not be undone, the program stays to try again
-        if !outcome.failed.is_empty() && matches!(entry.want, Resource::Program { .. } | Resource::Dir { .. }) {
+        if !outcome.failed.is_empty()
+            && matches!(entry.want, Resource::Program { .. } | Resource::Dir { .. })
+        {
             outcome.failed.push((entry.title.clone(), "kept until the rest is gone".into()));
             continue;
         }
@@ -263,19 +337,29 @@ pub async fn undo_all(
             }
             Err(error) => {
                 let what = format!("{error:#}");
-                (work.tell)(Event::Failed { id: entry.id.clone(), what: what.clone(), optional: true });
+                (work.tell)(Event::Failed {
+                    id: entry.id.clone(),
+                    what: what.clone(),
+                    optional: true,
+                });
                 outcome.failed.push((entry.title.clone(), what));
             }
         }
     }
     hands.daemon_reload().await.ok();
-    outcome.left.extend(teardown::kernel_changes(hands, &kernel).into_iter().map(|c| format!("kernel: {c}")));
+    outcome.left.extend(
+        teardown::kernel_changes(hands, &kernel).into_iter().map(|c| format!("kernel: {c}")),
+    );
     Ok(outcome)
 }
 
 fn interrupted(stop: &CancellationToken) -> Result<(), Failure> {
     if stop.is_cancelled() {
-        return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted between two steps"));
+        return Err(Failure::new(
+            Exit::Interrupted,
+            "INTERRUPTED",
+            "interrupted between two steps",
+        ));
     }
     Ok(())
 }

@@ -17,7 +17,10 @@ pub(super) async fn check(cluster: &Cluster, yaml: &str) -> anyhow::Result<Check
             Err(e) if e.downcast_ref::<kube::Error>().and_then(status) == Some(404) => None,
             // it is told when the step has its turn: one object of a component must not end the look at all the others
             Err(e) if contested(&e) => {
-                changes.push(format!("change {}, where somebody else has set fields: {CONFLICT}", title_of(&object)));
+                changes.push(format!(
+                    "change {}, where somebody else has set fields: {CONFLICT}",
+                    title_of(&object)
+                ));
                 continue;
             }
             Err(e) => return Err(e),
@@ -45,7 +48,10 @@ pub(super) async fn apply(cluster: &Cluster, yaml: &str) -> anyhow::Result<()> {
 /// Last first, so that a namespace goes after what is in it.
 pub(super) async fn remove(cluster: &Cluster, yaml: &str) -> anyhow::Result<()> {
     for object in documents(yaml)?.iter().rev() {
-        cluster.delete(&path_of(object)?).await.with_context(|| format!("deleting {}", title_of(object)))?;
+        cluster
+            .delete(&path_of(object)?)
+            .await
+            .with_context(|| format!("deleting {}", title_of(object)))?;
     }
     Ok(())
 }

@@ -11,13 +11,18 @@ const DATA: &str = "/var/lib/rancher/k3s/data";
 
 /// Directories that nobody needs any more. None while k3s has not named a current one.
 pub(super) fn removable(host: &Host) -> Vec<String> {
-    let linked = |name: &str| host.link_target(&format!("{DATA}/{name}")).and_then(|t| Some(t.rsplit_once('/')?.1.to_owned()));
+    let linked = |name: &str| {
+        host.link_target(&format!("{DATA}/{name}"))
+            .and_then(|t| Some(t.rsplit_once('/')?.1.to_owned()))
+    };
     let Some(current) = linked("current") else { return Vec::new() };
     let mut kept: BTreeSet<String> = linked("previous").into_iter().chain([current]).collect();
     for pid in host.list("/proc").into_iter().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) {
         let program = host.link_target(&format!("/proc/{pid}/exe")).unwrap_or_default();
         let words = format!("{program}\0{}", host.text(&format!("/proc/{pid}/cmdline")));
-        kept.extend(words.split(DATA).skip(1).filter_map(|rest| Some(rest.strip_prefix('/')?.split(['/', '\0', ' ']).next()?.to_owned())));
+        kept.extend(words.split(DATA).skip(1).filter_map(|rest| {
+            Some(rest.strip_prefix('/')?.split(['/', '\0', ' ']).next()?.to_owned())
+        }));
     }
     let unpacked = |name: &String| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
     host.list(DATA)

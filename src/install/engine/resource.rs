@@ -30,11 +30,19 @@ fn secret_digest(secret: &Secret) -> String {
 }
 
 /// What a file shall hold; `None` means: whatever it holds already.
-fn content(path: &str, content: &Content, secrets: &Secrets, host: &Host) -> anyhow::Result<Option<Vec<u8>>> {
+fn content(
+    path: &str,
+    content: &Content,
+    secrets: &Secrets,
+    host: &Host,
+) -> anyhow::Result<Option<Vec<u8>>> {
     let missing = |name: SecretName| {
-        Failure::usage("PLAN_SECRET_MISSING", format!("what goes into {path} is a secret, and this run was not given it"))
-            .why("a plan names its secrets and holds none of them")
-            .hint(format!("give it as when the plan was made: {}", name.comes_from()))
+        Failure::usage(
+            "PLAN_SECRET_MISSING",
+            format!("what goes into {path} is a secret, and this run was not given it"),
+        )
+        .why("a plan names its secrets and holds none of them")
+        .hint(format!("give it as when the plan was made: {}", name.comes_from()))
     };
     let name = match content {
         Content::Text(text) => return Ok(Some(text.clone().into_bytes())),
@@ -54,7 +62,11 @@ fn content(path: &str, content: &Content, secrets: &Secrets, host: &Host) -> any
 
 /// The login for a mirror, and for nothing else.
 fn login<'a>(want: &crate::host::fetch::Fetch, secrets: &'a Secrets) -> Option<&'a Secret> {
-    let (crate::host::fetch::Source::Url(url), login) = (&want.source, secrets.get(&SecretName::ArtifactLogin)?) else { return None };
+    let (crate::host::fetch::Source::Url(url), login) =
+        (&want.source, secrets.get(&SecretName::ArtifactLogin)?)
+    else {
+        return None;
+    };
     let base = fetch::without_login(login.expose());
     url.starts_with(&format!("{}/", base.trim_end_matches('/'))).then_some(login)
 }
@@ -69,13 +81,21 @@ fn away(error: &anyhow::Error) -> bool {
 }
 
 /// Looks, never writes.
-pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secrets, step: &Step) -> anyhow::Result<Check> {
+pub(super) async fn check(
+    host: &Host,
+    journal: Option<&Journal>,
+    secrets: &Secrets,
+    step: &Step,
+) -> anyhow::Result<Check> {
     let known = journal.and_then(|j| j.entry(&step.id));
     Ok(match &step.want {
         Resource::Dir { path, mode } => match host.mode(path) {
             None => Check::todo(format!("create {path}")),
             // a directory that was there before keeps its mode
-            Some(have) if have != *mode && known.is_some_and(|e| matches!(e.before, Before::Absent { .. })) => {
+            Some(have)
+                if have != *mode
+                    && known.is_some_and(|e| matches!(e.before, Before::Absent { .. })) =>
+            {
                 Check::todo(format!("set the mode of {path} to {mode:o}"))
             }
             Some(_) => Check::Done,
@@ -84,13 +104,24 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
             let Some(bytes) = content(path, wanted, secrets, host)? else { return Ok(Check::Done) };
             if *wanted == Content::Secret(SecretName::AgentToken) {
                 let delivered = known.and_then(|e| e.digest.clone());
-                let same = host.exists(path) && delivered == secrets.get(&SecretName::AgentToken).map(secret_digest).or(delivered.clone());
-                return Ok(if same && known.is_some() { Check::Done } else { Check::todo(format!("write {path}")) });
+                let same = host.exists(path)
+                    && delivered
+                        == secrets
+                            .get(&SecretName::AgentToken)
+                            .map(secret_digest)
+                            .or(delivered.clone());
+                return Ok(if same && known.is_some() {
+                    Check::Done
+                } else {
+                    Check::todo(format!("write {path}"))
+                });
             }
             match host.read_bytes(path)? {
                 None => Check::todo(format!("create {path}")),
                 Some(have) if have != bytes => Check::todo(format!("change {path}")),
-                Some(_) if host.mode(path) != Some(*mode) => Check::todo(format!("set the mode of {path} to {mode:o}")),
+                Some(_) if host.mode(path) != Some(*mode) => {
+                    Check::todo(format!("set the mode of {path} to {mode:o}"))
+                }
                 Some(_) => Check::Done,
             }
         }
@@ -106,7 +137,11 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
         },
         Resource::Link { path, target } => {
             let name = path.rsplit('/').next().unwrap_or_default();
-            if host.exists(path) || host.which(name).is_some() { Check::Done } else { Check::todo(format!("link {path} to {target}")) }
+            if host.exists(path) || host.which(name).is_some() {
+                Check::Done
+            } else {
+                Check::todo(format!("link {path} to {target}"))
+            }
         }
         Resource::User { name } => account::check(host, name),
         Resource::Node { .. } => match known {
@@ -115,13 +150,17 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
         },
         Resource::OldData => match old_data::removable(host) {
             dirs if dirs.is_empty() => Check::Done,
-            dirs => Check::Todo { changes: dirs.iter().map(|d| format!("remove {d}, of a former k3s")).collect() },
+            dirs => Check::Todo {
+                changes: dirs.iter().map(|d| format!("remove {d}, of a former k3s")).collect(),
+            },
         },
         Resource::Unit { name, inputs } => {
             let unit = host.unit(name).await?;
             let started = journal.and_then(|j| j.units.get(name));
             let oneshot = unit.service_type == "oneshot";
-            let up = unit.running() || unit.active == "activating" || oneshot && unit.result == "success";
+            let up = unit.running()
+                || unit.active == "activating"
+                || oneshot && unit.result == "success";
             if !unit.loaded {
                 Check::todo(format!("enable and start {name}"))
             } else if started != Some(&inputs_digest(host, journal, inputs)?) {
@@ -134,9 +173,16 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
             }
         }
         Resource::Firewall { path, table } => {
-            let loaded = host.ask("nft", &["list", "table", "inet", table], QUICK).await.is_ok_and(|o| o.ok());
+            let loaded = host
+                .ask("nft", &["list", "table", "inet", table], QUICK)
+                .await
+                .is_ok_and(|o| o.ok());
             let same = journal.and_then(|j| j.units.get("firewall")) == host.sha256(path)?.as_ref();
-            if loaded && same { Check::Done } else { Check::todo(format!("load the nftables table {table}")) }
+            if loaded && same {
+                Check::Done
+            } else {
+                Check::todo(format!("load the nftables table {table}"))
+            }
         }
         Resource::Objects { yaml } => match cluster(host) {
             Ok(cluster) if cluster.ready().await => match objects::check(&cluster, yaml).await {
@@ -160,7 +206,10 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
             let path = kubeconfig_path(host, user)?;
             match host.read(ADMIN_KUBECONFIG)? {
                 None => Check::Later { until: format!("{ADMIN_KUBECONFIG} is there") },
-                Some(admin) if host.read(&path)?.as_deref() == Some(for_user(&admin, server).as_str()) && host.mode(&path) == Some(0o600) => {
+                Some(admin)
+                    if host.read(&path)?.as_deref() == Some(for_user(&admin, server).as_str())
+                        && host.mode(&path) == Some(0o600) =>
+                {
                     Check::Done
                 }
                 Some(_) => Check::todo(format!("write {path}")),
@@ -172,7 +221,9 @@ pub(super) async fn check(host: &Host, journal: Option<&Journal>, secrets: &Secr
 /// What there is now, in the form that undoing needs. Only called right before the first change of a step.
 pub(super) async fn before(hands: &Hands, step: &Step) -> anyhow::Result<Before> {
     let file = |path: &str| -> anyhow::Result<Before> {
-        let Some(bytes) = hands.read_bytes(path)? else { return Ok(Before::Absent { made: missing_parents(hands, path) }) };
+        let Some(bytes) = hands.read_bytes(path)? else {
+            return Ok(Before::Absent { made: missing_parents(hands, path) });
+        };
         let (backup, mode) = (backup_path(&step.id), hands.mode(path).unwrap_or(0o600));
         hands.mkdir(backup.rsplit_once('/').map_or("/", |(d, _)| d), 0o700)?;
         hands.write(&backup, &bytes, 0o600, Owner::default())?;
@@ -180,19 +231,25 @@ pub(super) async fn before(hands: &Hands, step: &Step) -> anyhow::Result<Before>
     };
     Ok(match &step.want {
         Resource::File { path, .. } => file(path)?,
-        Resource::Program { path } | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => file(path)?,
+        Resource::Program { path } | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => {
+            file(path)?
+        }
         Resource::Kubeconfig { user, .. } => file(&kubeconfig_path(hands, user)?)?,
         Resource::Dir { path, .. } if hands.exists(path) => Before::Present,
         Resource::Dir { path, .. } => Before::Absent { made: missing_parents(hands, path) },
-        Resource::Node { dirs, .. } => Before::Absent { made: dirs.iter().filter(|d| !hands.exists(d)).cloned().collect() },
+        Resource::Node { dirs, .. } => {
+            Before::Absent { made: dirs.iter().filter(|d| !hands.exists(d)).cloned().collect() }
+        }
         Resource::Unit { name, .. } => {
             let unit = hands.unit(name).await?;
             Before::Unit { enabled: unit.enabled, active: unit.running() }
         }
         Resource::User { name } => account::before(hands, name),
-        Resource::Link { .. } | Resource::Firewall { .. } | Resource::Objects { .. } | Resource::Ready { .. } | Resource::OldData => {
-            Before::Absent { made: Vec::new() }
-        }
+        Resource::Link { .. }
+        | Resource::Firewall { .. }
+        | Resource::Objects { .. }
+        | Resource::Ready { .. }
+        | Resource::OldData => Before::Absent { made: Vec::new() },
     })
 }
 
@@ -219,11 +276,17 @@ pub(super) struct Former {
 }
 
 /// What a file step is about to replace; nothing for other steps.
-pub(super) fn former(host: &Host, step: &Step, secrets: &Secrets) -> anyhow::Result<Option<Former>> {
+pub(super) fn former(
+    host: &Host,
+    step: &Step,
+    secrets: &Secrets,
+) -> anyhow::Result<Option<Former>> {
     let Resource::File { path, mode, content: wanted, .. } = &step.want else { return Ok(None) };
     let settings = match wanted {
         Content::Text(_) | Content::Filled { .. } => true,
-        Content::Secret(name) => matches!(name, SecretName::Registries | SecretName::ProxyEnvironment),
+        Content::Secret(name) => {
+            matches!(name, SecretName::Registries | SecretName::ProxyEnvironment)
+        }
     };
     if !settings {
         return Ok(None);
@@ -232,7 +295,12 @@ pub(super) fn former(host: &Host, step: &Step, secrets: &Secrets) -> anyhow::Res
     if wanted.is_none() || bytes == wanted {
         return Ok(None);
     }
-    Ok(Some(Former { id: step.id.clone(), path: path.clone(), mode: host.mode(path).unwrap_or(*mode), bytes }))
+    Ok(Some(Former {
+        id: step.id.clone(),
+        path: path.clone(),
+        mode: host.mode(path).unwrap_or(*mode),
+        bytes,
+    }))
 }
 
 /// Former files back in place, the unit started with them, and the wait for what they made true.
@@ -268,7 +336,11 @@ pub(super) async fn put_back(
 }
 
 /// Makes it so. Gives the digest of what was written, for telling edits later.
-pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Step) -> anyhow::Result<Option<String>> {
+pub(super) async fn apply(
+    work: &mut Work<'_>,
+    journal: &mut Journal,
+    step: &Step,
+) -> anyhow::Result<Option<String>> {
     let hands = work.hands;
     let make_parent = |path: &str| -> anyhow::Result<()> {
         let parent = path.rsplit_once('/').map_or("/", |(d, _)| d);
@@ -287,7 +359,10 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             keep_aside(work, journal, step, path)?;
             hands.write(path, &bytes, *mode, Owner { user: None, group: group.as_deref() })?;
             Ok(Some(match wanted {
-                Content::Secret(SecretName::AgentToken) => work.secrets.get(&SecretName::AgentToken).map_or_else(|| digest(b""), secret_digest),
+                Content::Secret(SecretName::AgentToken) => work
+                    .secrets
+                    .get(&SecretName::AgentToken)
+                    .map_or_else(|| digest(b""), secret_digest),
                 _ => digest(&bytes),
             }))
         }
@@ -301,7 +376,8 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             make_parent(&want.path)?;
             keep_aside(work, journal, step, &want.path)?;
             let (id, tell, stop) = (step.id.clone(), &mut *work.tell, work.stop);
-            let progress = |done, total| tell(Event::Progress { id: id.clone(), done, total, note: None });
+            let progress =
+                |done, total| tell(Event::Progress { id: id.clone(), done, total, note: None });
             tokio::select! {
                 result = fetch::fetch(hands, want, want.mode == 0o755, login(want, work.secrets), progress) => result?,
                 // what has come stays, and the next run resumes there
@@ -334,7 +410,9 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             keep_server_token(work)?;
             if journal.units.get(name) != Some(&inputs) && unit.running() {
                 hands.restart(name).await?;
-            } else if !unit.running() && unit.active != "activating" || unit.service_type == "oneshot" {
+            } else if !unit.running() && unit.active != "activating"
+                || unit.service_type == "oneshot"
+            {
                 hands.start(name).await?;
             }
             journal.units.insert(name.clone(), inputs);
@@ -357,17 +435,33 @@ pub(super) async fn apply(work: &mut Work<'_>, journal: &mut Journal, step: &Ste
             let progress = |note: String| {
                 if note != last {
                     last.clone_from(&note);
-                    tell(Event::Progress { id: id.clone(), done: 0, total: None, note: Some(note) });
+                    tell(Event::Progress {
+                        id: id.clone(),
+                        done: 0,
+                        total: None,
+                        note: Some(note),
+                    });
                 }
             };
             let secrets: Vec<Secret> = work.secrets.values().cloned().collect();
-            wait::until(hands, what, Duration::from_secs(*within_s), step.optional, work.stop, &secrets, progress).await?;
+            wait::until(
+                hands,
+                what,
+                Duration::from_secs(*within_s),
+                step.optional,
+                work.stop,
+                &secrets,
+                progress,
+            )
+            .await?;
             keep_server_token(work)?;
             Ok(None)
         }
         Resource::Kubeconfig { user, server } => {
             let path = kubeconfig_path(hands, user)?;
-            let admin = hands.read(ADMIN_KUBECONFIG)?.with_context(|| format!("{ADMIN_KUBECONFIG} is not there"))?;
+            let admin = hands
+                .read(ADMIN_KUBECONFIG)?
+                .with_context(|| format!("{ADMIN_KUBECONFIG} is not there"))?;
             make_parent(&path)?;
             let owner = Owner { user: Some(user), group: None };
             if let Some((dir, _)) = path.rsplit_once('/') {
@@ -388,11 +482,22 @@ fn keep_server_token(work: &mut Work<'_>) -> anyhow::Result<()> {
 }
 
 /// Undoes one entry of the journal. `whole` says that the node itself goes, and its cluster objects with it.
-pub(super) async fn undo(work: &mut Work<'_>, journal: &Journal, entry: &Entry, whole: bool, purge: bool) -> anyhow::Result<Vec<String>> {
+pub(super) async fn undo(
+    work: &mut Work<'_>,
+    journal: &Journal,
+    entry: &Entry,
+    whole: bool,
+    purge: bool,
+) -> anyhow::Result<Vec<String>> {
     let hands = work.hands;
     match &entry.want {
-        Resource::File { path, .. } | Resource::Program { path } | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => {
-            let mine = matches!(&entry.want, Resource::File { content: Content::Secret(SecretName::AgentToken), .. });
+        Resource::File { path, .. }
+        | Resource::Program { path }
+        | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => {
+            let mine = matches!(
+                &entry.want,
+                Resource::File { content: Content::Secret(SecretName::AgentToken), .. }
+            );
             if !mine && let Some(note) = aside(hands, path, entry.digest.as_deref())? {
                 (work.tell)(Event::Note { text: note });
             }
@@ -400,11 +505,15 @@ pub(super) async fn undo(work: &mut Work<'_>, journal: &Journal, entry: &Entry, 
             hands.remove(&format!("{path}.old"))?;
             fetch::clear_parts(hands, path)?;
         }
-        Resource::Kubeconfig { user, .. } => restore(hands, &kubeconfig_path(hands, user)?, &entry.before)?,
+        Resource::Kubeconfig { user, .. } => {
+            restore(hands, &kubeconfig_path(hands, user)?, &entry.before)?
+        }
         Resource::Dir { path, .. } => {
             if let Before::Absent { made } = &entry.before {
                 if !hands.remove_empty(path) {
-                    return Ok(vec![format!("{path}: not empty, it holds files that pipeops did not write")]);
+                    return Ok(vec![format!(
+                        "{path}: not empty, it holds files that pipeops did not write"
+                    )]);
                 }
                 remove_made(hands, made);
             }
@@ -422,7 +531,11 @@ pub(super) async fn undo(work: &mut Work<'_>, journal: &Journal, entry: &Entry, 
             }
         }
         Resource::Firewall { table, .. } => {
-            if hands.ask("nft", &["list", "table", "inet", table], QUICK).await.is_ok_and(|o| o.ok()) {
+            if hands
+                .ask("nft", &["list", "table", "inet", table], QUICK)
+                .await
+                .is_ok_and(|o| o.ok())
+            {
                 hands.run("nft", &["delete", "table", "inet", table], QUICK).await?;
             }
         }
@@ -461,8 +574,15 @@ fn restore(hands: &Hands, path: &str, before: &Before) -> anyhow::Result<()> {
 }
 
 /// Before an owned file is overwritten: somebody's edit is kept.
-fn keep_aside(work: &mut Work<'_>, journal: &Journal, step: &Step, path: &str) -> anyhow::Result<()> {
-    let Some(written) = journal.entry(&step.id).and_then(|e| e.digest.clone()) else { return Ok(()) };
+fn keep_aside(
+    work: &mut Work<'_>,
+    journal: &Journal,
+    step: &Step,
+    path: &str,
+) -> anyhow::Result<()> {
+    let Some(written) = journal.entry(&step.id).and_then(|e| e.digest.clone()) else {
+        return Ok(());
+    };
     if let Some(note) = aside(work.hands, path, Some(&written))? {
         (work.tell)(Event::Note { text: note });
     }
@@ -478,7 +598,9 @@ fn aside(hands: &Hands, path: &str, written: Option<&str>) -> anyhow::Result<Opt
     hands.mkdir(&dir, 0o700)?;
     let kept = format!("{dir}/{}.{}", path.trim_start_matches('/').replace('/', "_"), &now[..12]);
     hands.copy(&hands.at(path), &kept, 0o600, false)?;
-    Ok(Some(format!("CONFIG_DRIFT: {path} was edited by somebody else; that version is kept as {kept}")))
+    Ok(Some(format!(
+        "CONFIG_DRIFT: {path} was edited by somebody else; that version is kept as {kept}"
+    )))
 }
 
 /// Owned files that are not as we left them.
@@ -500,11 +622,17 @@ pub(super) fn drift(host: &Host, journal: &Journal) -> anyhow::Result<Vec<String
 
 /// Digest over what a unit reads at start.
 /// What a unit was started with. A token is emptied once it is used up: what was delivered counts, not what is left.
-fn inputs_digest(host: &Host, journal: Option<&Journal>, inputs: &[String]) -> anyhow::Result<String> {
+fn inputs_digest(
+    host: &Host,
+    journal: Option<&Journal>,
+    inputs: &[String],
+) -> anyhow::Result<String> {
     let mut all = Sha256::new();
     for path in inputs {
         all.update(path.as_bytes());
-        let delivered = journal.filter(|_| path == AGENT_TOKEN).and_then(|j| j.entry("agent-token")?.digest.clone());
+        let delivered = journal
+            .filter(|_| path == AGENT_TOKEN)
+            .and_then(|j| j.entry("agent-token")?.digest.clone());
         let now = if path == AGENT_TOKEN { delivered } else { host.sha256(path)? };
         all.update(now.unwrap_or_default().as_bytes());
     }
@@ -517,7 +645,8 @@ fn own_digest(host: &Host) -> anyhow::Result<String> {
 
 fn kubeconfig_path(host: &Host, user: &str) -> anyhow::Result<String> {
     let home = host.home_of(user).ok_or_else(|| {
-        Failure::usage("USER_UNKNOWN", format!("there is no local user `{user}`")).hint("create it first, or leave --kubeconfig-for out")
+        Failure::usage("USER_UNKNOWN", format!("there is no local user `{user}`"))
+            .hint("create it first, or leave --kubeconfig-for out")
     })?;
     Ok(format!("{}/.kube/pipeops.yaml", home.trim_end_matches('/')))
 }
@@ -526,5 +655,7 @@ fn kubeconfig_path(host: &Host, user: &str) -> anyhow::Result<String> {
 fn for_user(admin: &str, server: &str) -> String {
     // one that listens on another port or has no IPv4 says so there
     let port = server.rsplit_once(':').map_or("6443", |(_, port)| port);
-    ["127.0.0.1", "[::1]"].iter().fold(admin.to_owned(), |text, host| text.replace(&format!("https://{host}:{port}"), server))
+    ["127.0.0.1", "[::1]"].iter().fold(admin.to_owned(), |text, host| {
+        text.replace(&format!("https://{host}:{port}"), server)
+    })
 }

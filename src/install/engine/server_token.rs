@@ -15,7 +15,9 @@ pub(super) fn keep(hands: &Hands) -> anyhow::Result<Option<String>> {
     if token.trim().is_empty() {
         let Some(copy) = copy else { return Ok(None) };
         hands.write(SERVER_TOKEN, copy.as_bytes(), 0o600, Owner::default())?;
-        return Ok(Some(format!("k3s had emptied {SERVER_TOKEN} when it ended: restored from a copy")));
+        return Ok(Some(format!(
+            "k3s had emptied {SERVER_TOKEN} when it ended: restored from a copy"
+        )));
     }
     if copy.as_ref() != Some(&token) {
         hands.mkdir(path.rsplit_once('/').map_or("/", |(dir, _)| dir), 0o700)?;

@@ -38,7 +38,17 @@ impl<'a> Start<'a> {
     pub(super) async fn begin(hands: &'a Hands, unit: &'a str, secrets: &'a [Secret]) -> Start<'a> {
         let before = hands.unit(unit).await.ok().map(|u| u.restarts);
         let mark = hands.journal_mark(unit).await;
-        Start { hands, unit, secrets, begin: Instant::now(), wall: jiff::Timestamp::now(), mark, before, looked: None, shown: None }
+        Start {
+            hands,
+            unit,
+            secrets,
+            begin: Instant::now(),
+            wall: jiff::Timestamp::now(),
+            mark,
+            before,
+            looked: None,
+            shown: None,
+        }
     }
 
     async fn journal(&self) -> String {
@@ -47,12 +57,18 @@ impl<'a> Start<'a> {
 
     /// The journal, and what containerd wrote since the wait began where it is containerd that ends.
     fn with_containerd(&self, journal: &str) -> String {
-        if !["containerd exited", "failed to start container runtime"].iter().any(|m| journal.contains(m)) {
+        if !["containerd exited", "failed to start container runtime"]
+            .iter()
+            .any(|m| journal.contains(m))
+        {
             return journal.to_owned();
         }
         let tail = self.hands.tail(CONTAINERD_LOG, CONTAINERD_TAIL).unwrap_or_default();
-        let time = |line: &str| line.strip_prefix("time=\"")?.split_once('"')?.0.parse::<jiff::Timestamp>().ok();
-        let now: Vec<&str> = tail.lines().skip_while(|l| time(l).is_none_or(|t| t < self.wall)).collect();
+        let time = |line: &str| {
+            line.strip_prefix("time=\"")?.split_once('"')?.0.parse::<jiff::Timestamp>().ok()
+        };
+        let now: Vec<&str> =
+            tail.lines().skip_while(|l| time(l).is_none_or(|t| t < self.wall)).collect();
         format!("{journal}\n{}", now.join("\n"))
     }
 
@@ -74,11 +90,21 @@ impl<'a> Start<'a> {
         let held = self.shown.map(|(_, since)| since.elapsed()).unwrap_or_default();
         // the count starts again at 0 when somebody starts the unit by hand
         let failed = unit.active == "failed";
-        let pulse = Pulse { running: unit.running(), failed, restarts: unit.restarts, since: unit.restarts.saturating_sub(before), held };
+        let pulse = Pulse {
+            running: unit.running(),
+            failed,
+            restarts: unit.restarts,
+            since: unit.restarts.saturating_sub(before),
+            held,
+        };
         let died = logs::deaths(&journal, pulse);
         let seen = logs::hopeless(&log, died, pulse)?;
         self.stop().await;
-        let mut failure = Failure::new(Exit::TimedOut, seen.cause.code, format!("{} does not start: {}", self.unit, seen.cause.what));
+        let mut failure = Failure::new(
+            Exit::TimedOut,
+            seen.cause.code,
+            format!("{} does not start: {}", self.unit, seen.cause.what),
+        );
         if died > 0 {
             failure = failure.why(format!(
                 "it ended {} within {} s",
@@ -90,7 +116,11 @@ impl<'a> Start<'a> {
     }
 
     fn hint(&self, seen: &Seen) -> String {
-        let more = if seen.cause.code == logs::LOOP { format!(" (`journalctl -u {}` has all of them)", self.unit) } else { String::new() };
+        let more = if seen.cause.code == logs::LOOP {
+            format!(" (`journalctl -u {}` has all of them)", self.unit)
+        } else {
+            String::new()
+        };
         format!("{}{more}, then run the same command again", seen.cause.fix)
     }
 
@@ -115,13 +145,18 @@ impl<'a> Start<'a> {
     pub(super) async fn late(&mut self, failure: Failure, optional: bool) -> Failure {
         let log = self.with_containerd(&self.journal().await);
         let seen = logs::classify(&log);
-        let died = self.hands.unit(self.unit).await.is_ok_and(|u| u.restarts > self.before.unwrap_or(0));
+        let died =
+            self.hands.unit(self.unit).await.is_ok_and(|u| u.restarts > self.before.unwrap_or(0));
         let mut failure = failure;
         if let Some(seen) = &seen {
             seen.cause.code.clone_into(&mut failure.code);
             failure = failure.why(seen.cause.what).hint(self.hint(seen));
         } else if died {
-            failure = failure.hint(format!("{}, then run the same command again; `journalctl -u {}` has all of it", logs::LOOK, self.unit));
+            failure = failure.hint(format!(
+                "{}, then run the same command again; `journalctl -u {}` has all of it",
+                logs::LOOK,
+                self.unit
+            ));
         }
         if !optional {
             self.stop().await;

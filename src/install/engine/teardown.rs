@@ -50,7 +50,8 @@ const SYSCTLS: &[&str] = &[
     "kernel/keys/root_maxbytes",
 ];
 /// Where k3s and the kubelet mount, beside the data directories.
-const MOUNT_ROOTS: &[&str] = &["/run/k3s", "/var/lib/rancher/k3s", "/var/lib/kubelet", "/run/netns/cni-"];
+const MOUNT_ROOTS: &[&str] =
+    &["/run/k3s", "/var/lib/rancher/k3s", "/var/lib/kubelet", "/run/netns/cni-"];
 /// Programs that k3s carries for machines that lack them.
 const AUX: &str = "/var/lib/rancher/k3s/data/current/bin/aux";
 /// Key of the tables that were there before, in the journal's account of the kernel.
@@ -59,7 +60,15 @@ const TABLES: &str = "nft tables";
 const LOOKED: &str = "sysctls";
 /// Slice of all pods where the kubelet uses systemd's cgroup driver.
 const SLICE: &str = "kubepods.slice";
-const INTERFACES: &[&str] = &["cni0", "flannel.1", "flannel-v6.1", "kube-ipvs0", "flannel-wg", "flannel-wg-v6", "kube-bridge"];
+const INTERFACES: &[&str] = &[
+    "cni0",
+    "flannel.1",
+    "flannel-v6.1",
+    "kube-ipvs0",
+    "flannel-wg",
+    "flannel-wg-v6",
+    "kube-bridge",
+];
 
 /// Kernel settings and loaded modules, for telling at the end what k3s changed.
 pub(super) async fn kernel_state(host: &Host) -> BTreeMap<String, String> {
@@ -71,8 +80,12 @@ pub(super) async fn kernel_state(host: &Host) -> BTreeMap<String, String> {
 
 /// nftables tables, as `FAMILY/NAME`.
 async fn tables(host: &Host) -> Vec<String> {
-    let said = host.ask("nft", &["list", "tables"], QUICK).await.map(|o| o.stdout).unwrap_or_default();
-    said.lines().filter_map(|l| l.strip_prefix("table ")).map(|l| l.trim().replace(' ', "/")).collect()
+    let said =
+        host.ask("nft", &["list", "tables"], QUICK).await.map(|o| o.stdout).unwrap_or_default();
+    said.lines()
+        .filter_map(|l| l.strip_prefix("table "))
+        .map(|l| l.trim().replace(' ', "/"))
+        .collect()
 }
 
 fn sysctls_and_modules(host: &Host) -> BTreeMap<String, String> {
@@ -98,7 +111,8 @@ pub(super) fn kernel_changes(host: &Host, then: &BTreeMap<String, String>) -> Ve
         match then.get(&key) {
             Some(before) if key == "modules" => {
                 let known: Vec<&str> = before.split(' ').collect();
-                let new: Vec<&str> = now.split(' ').filter(|m| !m.is_empty() && !known.contains(m)).collect();
+                let new: Vec<&str> =
+                    now.split(' ').filter(|m| !m.is_empty() && !known.contains(m)).collect();
                 if !new.is_empty() {
                     changes.push(format!("kernel modules loaded since: {}", new.join(" ")));
                 }
@@ -114,7 +128,13 @@ pub(super) fn kernel_changes(host: &Host, then: &BTreeMap<String, String>) -> Ve
 /// Takes the node down and removes what k3s filled. Gives what is left, each with its reason.
 ///
 /// `made` are the directories that were not there before us; others keep their own content.
-pub(super) async fn node(work: &mut Work<'_>, journal: &Journal, dirs: &[String], made: &[String], purge: bool) -> anyhow::Result<Vec<String>> {
+pub(super) async fn node(
+    work: &mut Work<'_>,
+    journal: &Journal,
+    dirs: &[String],
+    made: &[String],
+    purge: bool,
+) -> anyhow::Result<Vec<String>> {
     let hands = work.hands;
     hands.disable(journal.role.unit()).await?;
     if hands.is_machine() {
@@ -137,7 +157,9 @@ pub(super) async fn node(work: &mut Work<'_>, journal: &Journal, dirs: &[String]
     let mut keep = Vec::new();
     if !purge && !hands.list(VOLUMES).is_empty() {
         keep.push(VOLUMES.to_owned());
-        (work.tell)(Event::Note { text: format!("volumes are kept in {VOLUMES}; --purge-data removes them") });
+        (work.tell)(Event::Note {
+            text: format!("volumes are kept in {VOLUMES}; --purge-data removes them"),
+        });
     }
     for dir in dirs {
         if !made.contains(dir) {
@@ -168,7 +190,10 @@ async fn kill_pods(hands: &Hands) {
             break;
         }
         let alive = |pids: &[(String, bool)], shims: bool| -> Vec<String> {
-            pids.iter().filter(|(pid, shim)| (shims || !shim) && hands.exists(&format!("/proc/{pid}"))).map(|(pid, _)| pid.clone()).collect()
+            pids.iter()
+                .filter(|(pid, shim)| (shims || !shim) && hands.exists(&format!("/proc/{pid}")))
+                .map(|(pid, _)| pid.clone())
+                .collect()
         };
         signal(Signal::SIGTERM, &alive(&all, false));
         let until = Instant::now() + Duration::from_secs(3);
@@ -195,16 +220,30 @@ fn pod_processes(host: &Host) -> Vec<(String, bool)> {
     let mut parents: Vec<(String, String, bool)> = Vec::new();
     for pid in host.list("/proc").into_iter().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) {
         let command = host.text(&format!("/proc/{pid}/cmdline"));
-        let shim = command.contains("containerd-shim") && (command.contains("/run/k3s/") || command.contains("/var/lib/rancher/k3s/"));
+        let shim = command.contains("containerd-shim")
+            && (command.contains("/run/k3s/") || command.contains("/var/lib/rancher/k3s/"));
         // "pid (name) state ppid": the name may hold anything, so count from the last bracket
         let stat = host.text(&format!("/proc/{pid}/stat"));
-        let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)).unwrap_or_default().to_owned();
+        let parent = stat
+            .rsplit(')')
+            .next()
+            .and_then(|rest| rest.split_whitespace().nth(1))
+            .unwrap_or_default()
+            .to_owned();
         parents.push((pid, parent, shim));
     }
-    let mut doomed: Vec<(String, bool)> = parents.iter().filter(|(_, _, shim)| *shim).map(|(pid, _, _)| (pid.clone(), true)).collect();
+    let mut doomed: Vec<(String, bool)> = parents
+        .iter()
+        .filter(|(_, _, shim)| *shim)
+        .map(|(pid, _, _)| (pid.clone(), true))
+        .collect();
     let mut at = 0;
     while at < doomed.len() {
-        let below: Vec<String> = parents.iter().filter(|(_, parent, _)| *parent == doomed[at].0).map(|(pid, _, _)| pid.clone()).collect();
+        let below: Vec<String> = parents
+            .iter()
+            .filter(|(_, parent, _)| *parent == doomed[at].0)
+            .map(|(pid, _, _)| pid.clone())
+            .collect();
         for pid in below {
             if !doomed.iter().any(|(known, _)| *known == pid) {
                 doomed.push((pid, false));
@@ -219,9 +258,15 @@ fn pod_processes(host: &Host) -> Vec<(String, bool)> {
 async fn unmount(hands: &Hands) -> Vec<String> {
     let mut left = Vec::new();
     for root in MOUNT_ROOTS {
-        let (dir, prefix) = root.rsplit_once('/').filter(|(_, last)| last.ends_with('-')).map_or((*root, None), |(d, p)| (d, Some(p)));
+        let (dir, prefix) = root
+            .rsplit_once('/')
+            .filter(|(_, last)| last.ends_with('-'))
+            .map_or((*root, None), |(d, p)| (d, Some(p)));
         for (path, kind) in hands.mounts_under(dir) {
-            let wanted = prefix.is_none_or(|p| path.strip_prefix(dir).is_some_and(|rest| rest.trim_start_matches('/').starts_with(p)));
+            let wanted = prefix.is_none_or(|p| {
+                path.strip_prefix(dir)
+                    .is_some_and(|rest| rest.trim_start_matches('/').starts_with(p))
+            });
             if !wanted {
                 continue;
             }
@@ -248,7 +293,9 @@ async fn network(hands: &Hands) -> Vec<String> {
     let links = hands.list("/sys/class/net");
     let (pods, own): (Vec<&String>, Vec<&String>) = links
         .iter()
-        .filter(|n| INTERFACES.contains(&n.as_str()) || n.starts_with("veth") && on_bridge(hands, n, "cni0"))
+        .filter(|n| {
+            INTERFACES.contains(&n.as_str()) || n.starts_with("veth") && on_bridge(hands, n, "cni0")
+        })
         .partition(|n| n.starts_with("veth"));
     // pods' ends first: without the bridge they could not be told from somebody else's
     for name in pods.into_iter().chain(own) {
@@ -257,9 +304,12 @@ async fn network(hands: &Hands) -> Vec<String> {
     for tool in ["iptables", "ip6tables"] {
         let Some(tool) = program(hands, tool) else { continue };
         for table in ["mangle", "nat", "filter"] {
-            let Ok(saved) = hands.ask(&format!("{tool}-save"), &["-t", table], QUICK).await else { continue };
+            let Ok(saved) = hands.ask(&format!("{tool}-save"), &["-t", table], QUICK).await else {
+                continue;
+            };
             for args in removals(&saved.stdout, table) {
-                let args: Vec<&str> = std::iter::once("-w").chain(args.iter().map(String::as_str)).collect();
+                let args: Vec<&str> =
+                    std::iter::once("-w").chain(args.iter().map(String::as_str)).collect();
                 let _ = hands.ask(&tool, &args, QUICK).await;
             }
         }
@@ -272,7 +322,9 @@ async fn remove_sets(hands: &Hands) -> Vec<String> {
     let Some(ipset) = program(hands, "ipset") else { return Vec::new() };
     let Ok(listed) = hands.ask(&ipset, &["list", "-name"], QUICK).await else { return Vec::new() };
     let mut left = Vec::new();
-    for name in listed.stdout.lines().map(str::trim).filter(|n| ours(n.trim_start_matches("inet6:"))) {
+    for name in
+        listed.stdout.lines().map(str::trim).filter(|n| ours(n.trim_start_matches("inet6:")))
+    {
         if !hands.ask(&ipset, &["destroy", name], QUICK).await.is_ok_and(|o| o.ok()) {
             left.push(format!("ipset {name}: a rule of somebody else uses it (`ipset destroy {name}` once it is gone)"));
         }
@@ -285,8 +337,10 @@ async fn remove_sets(hands: &Hands) -> Vec<String> {
 async fn drop_tables(hands: &Hands, before: &str) {
     for table in tables(hands).await {
         let Some((family, name)) = table.split_once('/') else { continue };
-        let shared = matches!(family, "ip" | "ip6") && ["filter", "nat", "mangle", "raw"].contains(&name);
-        let alone = matches!(family, "ip" | "ip6") && ["kube-proxy", "flannel-ipv4", "flannel-ipv6"].contains(&name);
+        let shared =
+            matches!(family, "ip" | "ip6") && ["filter", "nat", "mangle", "raw"].contains(&name);
+        let alone = matches!(family, "ip" | "ip6")
+            && ["kube-proxy", "flannel-ipv4", "flannel-ipv6"].contains(&name);
         if !(shared || alone) || before.split(' ').any(|b| b == table) {
             continue;
         }
@@ -294,7 +348,9 @@ async fn drop_tables(hands: &Hands, before: &str) {
             let _ = hands.ask("nft", &["delete", "table", family, name], QUICK).await;
             continue;
         }
-        let Ok(listing) = hands.ask("nft", &["list", "table", family, name], QUICK).await else { continue };
+        let Ok(listing) = hands.ask("nft", &["list", "table", family, name], QUICK).await else {
+            continue;
+        };
         let built_in = |line: &str| {
             let chain = line.strip_prefix("chain ").and_then(|l| l.strip_suffix(" {"));
             line.is_empty()
@@ -348,17 +404,22 @@ fn removals(saved: &str, table: &str) -> Vec<Vec<String>> {
     let mut commands = Vec::new();
     let mut chains = Vec::new();
     for line in saved.lines() {
-        if let Some(chain) = line.strip_prefix(':').and_then(|l| l.split_whitespace().next()).filter(|c| ours(c)) {
+        if let Some(chain) =
+            line.strip_prefix(':').and_then(|l| l.split_whitespace().next()).filter(|c| ours(c))
+        {
             chains.push(chain.to_owned());
         }
         let Some(rule) = line.strip_prefix("-A ") else { continue };
         let words = shell_words(rule);
-        let target = words.iter().position(|w| w == "-j" || w == "-g").and_then(|at| words.get(at + 1));
+        let target =
+            words.iter().position(|w| w == "-j" || w == "-g").and_then(|at| words.get(at + 1));
         let from_ours = words.first().is_some_and(|c| ours(c));
         // rules with a target of the kernel's own are known by their words: flannel and kube-router put ACCEPT and MASQUERADE into
         // chains that are not theirs
         let marked = words.windows(2).any(|w| match w[0].as_str() {
-            "--comment" => ["flanneld", "KUBE-ROUTER ", "kube-router netpol"].iter().any(|c| w[1].starts_with(c)),
+            "--comment" => ["flanneld", "KUBE-ROUTER ", "kube-router netpol"]
+                .iter()
+                .any(|c| w[1].starts_with(c)),
             "--match-set" => ours(&w[1]),
             _ => false,
         });
@@ -368,7 +429,12 @@ fn removals(saved: &str, table: &str) -> Vec<Vec<String>> {
             commands.push(args);
         }
     }
-    let each = |flag: &str| chains.iter().map(|c| ["-t", table, flag, c].map(str::to_owned).to_vec()).collect::<Vec<_>>();
+    let each = |flag: &str| {
+        chains
+            .iter()
+            .map(|c| ["-t", table, flag, c].map(str::to_owned).to_vec())
+            .collect::<Vec<_>>()
+    };
     commands.extend(each("-F"));
     commands.extend(each("-X"));
     commands
@@ -400,7 +466,8 @@ mod tests {
     /// As kube-router 2.6 leaves them in the kernel's own chains (cloudnativelabs/kube-router `pkg/controllers/netpol`).
     #[test]
     fn rules_that_accept_for_a_network_policy_go_too() {
-        let comment = "KUBE-ROUTER rule to explicitly ACCEPT traffic that comply to network policies";
+        let comment =
+            "KUBE-ROUTER rule to explicitly ACCEPT traffic that comply to network policies";
         let saved = format!(
             "*filter\n:INPUT ACCEPT [0:0]\n:KUBE-ROUTER-INPUT - [0:0]\n\
              -A INPUT -m comment --comment \"kube-router netpol - 4IA2OSFRMVNDXBVV\" -j KUBE-ROUTER-INPUT\n\
@@ -408,7 +475,8 @@ mod tests {
              -A INPUT -m comment --comment \"ssh from the office, not KUBE-ROUTER\" -p tcp -m tcp --dport 22 -j ACCEPT\n\
              -A OUTPUT -m set --match-set KUBE-DST-ABC dst -j ACCEPT\n-A OUTPUT -m set --match-set office dst -j ACCEPT\nCOMMIT\n"
         );
-        let commands: Vec<String> = removals(&saved, "filter").iter().map(|c| c.join(" ")).collect();
+        let commands: Vec<String> =
+            removals(&saved, "filter").iter().map(|c| c.join(" ")).collect();
         assert_eq!(
             commands,
             [

@@ -28,7 +28,9 @@ pub async fn missing(host: &Host, what: &Ready) -> Option<String> {
 /// The same, with the node's signs of life as they were when the wait began.
 async fn look(host: &Host, what: &Ready, first: &mut Option<readiness::Beats>) -> Option<String> {
     match what {
-        Ready::Node { name, kubeconfig, unit, version } => node(host, [name, kubeconfig, unit, version], first).await,
+        Ready::Node { name, kubeconfig, unit, version } => {
+            node(host, [name, kubeconfig, unit, version], first).await
+        }
         Ready::Deployment { namespace, name } => {
             let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
             match object(host, &path).await {
@@ -37,32 +39,49 @@ async fn look(host: &Host, what: &Ready, first: &mut Option<readiness::Beats>) -
             }
         }
         Ready::ApiService { name } => {
-            in_cluster(host, &format!("/apis/apiregistration.k8s.io/v1/apiservices/{name}"), |object| match condition(object, "Available") {
-                Some((state, _)) if state == "True" => None,
-                Some((_, message)) => Some(message),
-                None => Some("not reported yet".into()),
-            })
+            in_cluster(
+                host,
+                &format!("/apis/apiregistration.k8s.io/v1/apiservices/{name}"),
+                |object| match condition(object, "Available") {
+                    Some((state, _)) if state == "True" => None,
+                    Some((_, message)) => Some(message),
+                    None => Some("not reported yet".into()),
+                },
+            )
             .await
         }
-        Ready::StorageClass { name } => in_cluster(host, &format!("/apis/storage.k8s.io/v1/storageclasses/{name}"), |_| None).await,
+        Ready::StorageClass { name } => {
+            in_cluster(host, &format!("/apis/storage.k8s.io/v1/storageclasses/{name}"), |_| None)
+                .await
+        }
         Ready::Chart { namespace, name } => chart(host, namespace, name).await.err(),
         Ready::Accepts { yaml } => {
-            let Ok(Some(object)) = documents(yaml).map(|mut d| d.pop()) else { return Some("nothing to try".into()) };
+            let Ok(Some(object)) = documents(yaml).map(|mut d| d.pop()) else {
+                return Some("nothing to try".into());
+            };
             match Cluster::open(host, ADMIN_KUBECONFIG) {
                 Ok(cluster) => cluster.apply(&object, true).await.err().map(|e| format!("{e:#}")),
                 Err(e) => Some(e.to_string()),
             }
         }
         Ready::Http { port } => {
-            let client = reqwest::Client::builder().timeout(Duration::from_secs(3)).no_proxy().build();
+            let client =
+                reqwest::Client::builder().timeout(Duration::from_secs(3)).no_proxy().build();
             match client {
-                Ok(client) => client.get(format!("http://127.0.0.1:{port}/")).send().await.err().map(|e| explain(&e)),
+                Ok(client) => client
+                    .get(format!("http://127.0.0.1:{port}/"))
+                    .send()
+                    .await
+                    .err()
+                    .map(|e| explain(&e)),
                 Err(e) => Some(e.to_string()),
             }
         }
         Ready::Credential => match host.modified(CREDENTIAL) {
             None => Some("not minted yet".into()),
-            Some(then) if jiff::Timestamp::now().as_second() - then > CREDENTIAL_LIFE => Some("it is older than its token's life".into()),
+            Some(then) if jiff::Timestamp::now().as_second() - then > CREDENTIAL_LIFE => {
+                Some("it is older than its token's life".into())
+            }
             Some(_) => None,
         },
         Ready::Agent => match host.unit(AGENT_UNIT).await {
@@ -85,12 +104,20 @@ fn short(error: &kube::Error) -> String {
 }
 
 /// The Node, as the kubelet that this start of the unit brought reports it.
-async fn node(host: &Host, [name, kubeconfig, unit, version]: [&String; 4], first: &mut Option<readiness::Beats>) -> Option<String> {
+async fn node(
+    host: &Host,
+    [name, kubeconfig, unit, version]: [&String; 4],
+    first: &mut Option<readiness::Beats>,
+) -> Option<String> {
     // the Node object outlives a stopped kubelet by 40 seconds: the unit is asked first
     let mut started = None;
     match host.unit(unit).await {
         Ok(state) if !state.running() => {
-            let again = if state.restarts > 0 { format!(", restarted {} times", state.restarts) } else { String::new() };
+            let again = if state.restarts > 0 {
+                format!(", restarted {} times", state.restarts)
+            } else {
+                String::new()
+            };
             return Some(format!("{unit} is {}{again}", state.how()));
         }
         Ok(state) => started = state.started_at(),
@@ -108,7 +135,11 @@ async fn node(host: &Host, [name, kubeconfig, unit, version]: [&String; 4], firs
     if let Some(why) = readiness::node(&node).or_else(|| readiness::node_version(&node, version)) {
         return Some(why);
     }
-    let lease = cluster.get(&format!("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}")).await.ok().flatten();
+    let lease = cluster
+        .get(&format!("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}"))
+        .await
+        .ok()
+        .flatten();
     let beats = readiness::heartbeats(&node, lease.as_ref());
     // one that came while we looked is of this start, whatever the clocks say
     let came = *first.get_or_insert(beats) != beats;
@@ -119,7 +150,9 @@ async fn node(host: &Host, [name, kubeconfig, unit, version]: [&String; 4], firs
 /// # Errors
 /// Why the chart is not installed yet: its job restarts a container that fails, and counts no failure for that.
 async fn chart(host: &Host, namespace: &str, name: &str) -> Result<(), String> {
-    let (cluster, chart) = object(host, &format!("/apis/helm.cattle.io/v1/namespaces/{namespace}/helmcharts/{name}")).await?;
+    let (cluster, chart) =
+        object(host, &format!("/apis/helm.cattle.io/v1/namespaces/{namespace}/helmcharts/{name}"))
+            .await?;
     if let Some((state, message)) = condition(&chart, "Failed")
         && state == "True"
     {
@@ -127,7 +160,11 @@ async fn chart(host: &Host, namespace: &str, name: &str) -> Result<(), String> {
     }
     let job = chart["status"]["jobName"].as_str().ok_or("its job has not been made yet")?;
     let path = format!("/apis/batch/v1/namespaces/{namespace}/jobs/{job}");
-    let state = cluster.get(&path).await.map_err(|e| format!("the API server does not answer ({})", short(&e)))?.ok_or("it is not there yet")?;
+    let state = cluster
+        .get(&path)
+        .await
+        .map_err(|e| format!("the API server does not answer ({})", short(&e)))?
+        .ok_or("it is not there yet")?;
     if state["status"]["succeeded"].as_i64().unwrap_or(0) > 0 {
         return Ok(());
     }
@@ -151,7 +188,11 @@ async fn object(host: &Host, path: &str) -> Result<(Cluster, serde_json::Value),
     }
 }
 
-async fn in_cluster(host: &Host, path: &str, wrong: impl FnOnce(&serde_json::Value) -> Option<String>) -> Option<String> {
+async fn in_cluster(
+    host: &Host,
+    path: &str,
+    wrong: impl FnOnce(&serde_json::Value) -> Option<String>,
+) -> Option<String> {
     match object(host, path).await {
         Ok((_, object)) => wrong(&object),
         Err(why) => Some(why),
@@ -215,9 +256,21 @@ fn unit_of(item: &Ready) -> Option<&str> {
 }
 
 /// At the deadline. A unit explains what it should have brought; what runs on a node that is there explains itself.
-async fn late(item: &Ready, why: String, within: Duration, start: Option<&mut Start<'_>>, optional: bool) -> Failure {
-    let pods = ["BackOff", "Err", "no node takes", " ended", "Config"].iter().any(|w| why.contains(w));
-    let failure = Failure::new(Exit::TimedOut, "START_TIMEOUT", format!("{} did not come within {} s", item.title(), within.as_secs())).why(why);
+async fn late(
+    item: &Ready,
+    why: String,
+    within: Duration,
+    start: Option<&mut Start<'_>>,
+    optional: bool,
+) -> Failure {
+    let pods =
+        ["BackOff", "Err", "no node takes", " ended", "Config"].iter().any(|w| why.contains(w));
+    let failure = Failure::new(
+        Exit::TimedOut,
+        "START_TIMEOUT",
+        format!("{} did not come within {} s", item.title(), within.as_secs()),
+    )
+    .why(why);
     match (start, item) {
         (_, Ready::Deployment { namespace, .. } | Ready::Chart { namespace, .. }) if pods => {
             failure.hint(format!("correct what its pod says (`kubectl -n {namespace} get events`), then run the same command again"))

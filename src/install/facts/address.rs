@@ -31,7 +31,10 @@ impl Route {
     /// `0.0.0.0/1` and `128.0.0.0/1` (k8s.io/apimachinery, pkg/util/net/interface.go, getIPv4DefaultRoutes).
     fn default_of(&self, v6: bool) -> bool {
         let forwards = self.kind.is_empty() || self.kind == "unicast";
-        forwards && Cidr::parse(&self.to).is_some_and(|c| c.address.is_unspecified() && c.address.is_ipv6() == v6 && c.prefix <= 1)
+        forwards
+            && Cidr::parse(&self.to).is_some_and(|c| {
+                c.address.is_unspecified() && c.address.is_ipv6() == v6 && c.prefix <= 1
+            })
     }
 
     /// Leads to everything or to so much that it says nothing about any one network.
@@ -59,7 +62,14 @@ impl Address {
     /// `10.0.0.5/24`, with nothing special about it.
     pub fn parse(text: &str) -> Option<Address> {
         let Cidr { address, prefix } = Cidr::parse(text)?;
-        Some(Address { ip: address, prefix, dynamic: false, secondary: false, temporary: false, unfit: false })
+        Some(Address {
+            ip: address,
+            prefix,
+            dynamic: false,
+            secondary: false,
+            temporary: false,
+            unfit: false,
+        })
     }
 
     pub fn range(&self) -> Cidr {
@@ -74,7 +84,11 @@ impl Address {
     /// Lower is better as the node's address; the order of the kernel decides between equals.
     fn rank(&self, gateway: Option<IpAddr>) -> u8 {
         let reaches = gateway.is_some_and(|g| !self.alone() && self.range().contains(g));
-        u8::from(self.unfit) * 32 + u8::from(self.temporary) * 16 + u8::from(!reaches) * 8 + u8::from(self.secondary) * 4 + u8::from(self.alone()) * 2
+        u8::from(self.unfit) * 32
+            + u8::from(self.temporary) * 16
+            + u8::from(!reaches) * 8
+            + u8::from(self.secondary) * 4
+            + u8::from(self.alone()) * 2
     }
 }
 
@@ -95,12 +109,21 @@ pub struct Interface {
 
 impl Interface {
     pub fn new(name: &str, addresses: &[&str]) -> Interface {
-        Interface { name: name.to_owned(), names: Vec::new(), addresses: addresses.iter().filter_map(|a| Address::parse(a)).collect() }
+        Interface {
+            name: name.to_owned(),
+            names: Vec::new(),
+            addresses: addresses.iter().filter_map(|a| Address::parse(a)).collect(),
+        }
     }
 
     /// The best address of a family that others can reach.
     pub fn best(&self, v6: bool, gateway: Option<IpAddr>) -> Option<IpAddr> {
-        let usable = |a: &&Address| a.ip.is_ipv6() == v6 && !link_local(a.ip) && !a.ip.is_loopback() && !a.ip.is_unspecified();
+        let usable = |a: &&Address| {
+            a.ip.is_ipv6() == v6
+                && !link_local(a.ip)
+                && !a.ip.is_loopback()
+                && !a.ip.is_unspecified()
+        };
         self.addresses.iter().filter(usable).min_by_key(|a| a.rank(gateway)).map(|a| a.ip)
     }
 
@@ -126,12 +149,21 @@ impl Facts {
 
     /// Interface and address of a family: those of the route to the server, else of the best default route.
     pub fn address_of_family(&self, v6: bool) -> Option<(String, IpAddr)> {
-        let toward = self.toward.iter().filter(|r| Cidr::parse(&r.to).is_some_and(|c| c.address.is_ipv6() == v6));
-        toward.chain(self.default_routes(v6)).find_map(|route| Some((route.device.clone(), self.source(route, v6)?)))
+        let toward = self
+            .toward
+            .iter()
+            .filter(|r| Cidr::parse(&r.to).is_some_and(|c| c.address.is_ipv6() == v6));
+        toward
+            .chain(self.default_routes(v6))
+            .find_map(|route| Some((route.device.clone(), self.source(route, v6)?)))
     }
 
     fn source(&self, route: &Route, v6: bool) -> Option<IpAddr> {
-        let named = route.source.as_deref().and_then(|s| s.parse().ok()).filter(|ip| self.interface_of(*ip).is_some());
+        let named = route
+            .source
+            .as_deref()
+            .and_then(|s| s.parse().ok())
+            .filter(|ip| self.interface_of(*ip).is_some());
         let gateway = route.gateway.as_deref().and_then(|g| g.parse().ok());
         let of_interface = || self.interface(&route.device)?.best(v6, gateway);
         // a router without addresses on its lines has one on loopback (RFC 5549; also in ChooseHostInterface of apimachinery)
@@ -141,7 +173,11 @@ impl Facts {
 
     /// Interface and address that the best route uses.
     pub fn primary(&self) -> Option<(String, IpAddr)> {
-        let v6_first = self.toward.as_ref().and_then(|r| Cidr::parse(&r.to)).is_some_and(|c| c.address.is_ipv6());
+        let v6_first = self
+            .toward
+            .as_ref()
+            .and_then(|r| Cidr::parse(&r.to))
+            .is_some_and(|c| c.address.is_ipv6());
         self.address_of_family(v6_first).or_else(|| self.address_of_family(!v6_first))
     }
 

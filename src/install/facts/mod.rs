@@ -267,6 +267,8 @@ impl Facts {
 pub fn iptables_bad(facts: &Facts) -> bool {
     facts.iptables.as_ref().is_some_and(|tool| {
         let numbers = parse::numbers(&tool.version);
-        numbers.starts_with(&[1, 8]) && numbers.get(2).is_some_and(|patch| *patch <= 4) && tool.backend == "nft"
+        numbers.starts_with(&[1, 8])
+            && numbers.get(2).is_some_and(|patch| *patch <= 4)
+            && tool.backend == "nft"
     })
 }

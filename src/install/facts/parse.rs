@@ -25,7 +25,14 @@ pub fn os_release(text: &str) -> Os {
 /// A field of `/proc/meminfo`, in bytes.
 pub fn meminfo(text: &str, field: &str) -> u64 {
     text.lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.split_whitespace().next()?.parse::<u64>().ok())
+        .find_map(|line| {
+            line.strip_prefix(field)?
+                .strip_prefix(':')?
+                .split_whitespace()
+                .next()?
+                .parse::<u64>()
+                .ok()
+        })
         .map_or(0, |kib| kib.saturating_mul(1024))
 }
 
@@ -40,22 +47,40 @@ pub fn sockets(text: &str, protocol: &str) -> Vec<(Listener, u64)> {
     let mut found = Vec::new();
     for line in text.lines().skip(1) {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let (Some(local), Some(state), Some(inode)) = (words.get(1), words.get(3), words.get(9)) else { continue };
+        let (Some(local), Some(state), Some(inode)) = (words.get(1), words.get(3), words.get(9))
+        else {
+            continue;
+        };
         // 0A is LISTEN; a bound UDP socket is 07 (include/net/tcp_states.h)
         let wanted = if protocol == "tcp" { "0A" } else { "07" };
         if *state != wanted {
             continue;
         }
         let Some((address, port)) = local.split_once(':') else { continue };
-        let (Some(address), Ok(port), Ok(inode)) = (kernel_address(address), u16::from_str_radix(port, 16), inode.parse()) else { continue };
-        found.push((Listener { protocol: protocol.into(), address: address.to_string(), port, pid: None, process: None }, inode));
+        let (Some(address), Ok(port), Ok(inode)) =
+            (kernel_address(address), u16::from_str_radix(port, 16), inode.parse())
+        else {
+            continue;
+        };
+        found.push((
+            Listener {
+                protocol: protocol.into(),
+                address: address.to_string(),
+                port,
+                pid: None,
+                process: None,
+            },
+            inode,
+        ));
     }
     found
 }
 
 /// The kernel prints addresses as native-endian 32-bit words in hexadecimal.
 fn kernel_address(hex: &str) -> Option<IpAddr> {
-    let word = |at: usize| hex.get(at..at + 8).and_then(|w| u32::from_str_radix(w, 16).ok()).map(u32::to_le_bytes);
+    let word = |at: usize| {
+        hex.get(at..at + 8).and_then(|w| u32::from_str_radix(w, 16).ok()).map(u32::to_le_bytes)
+    };
     match hex.len() {
         8 => word(0).map(|b| IpAddr::V4(Ipv4Addr::from(b))),
         32 => {
@@ -84,7 +109,11 @@ pub fn resolv_conf(text: &str) -> ResolvConf {
                 }
                 found.handed.extend((!server.is_empty()).then_some(server));
             }
-            Some("search") => found.search = words.map(|w| if w == "." { w } else { w.strip_suffix('.').unwrap_or(w) }.to_owned()).collect(),
+            Some("search") => {
+                found.search = words
+                    .map(|w| if w == "." { w } else { w.strip_suffix('.').unwrap_or(w) }.to_owned())
+                    .collect()
+            }
             _ => {}
         }
     }
@@ -113,9 +142,17 @@ fn route(row: &serde_json::Value, v6: bool) -> Vec<Route> {
         "default" => "0.0.0.0/0",
         other => other,
     };
-    let text = |from: &serde_json::Value, key: &str| from.get(key).and_then(|v| v.as_str()).map(str::to_owned);
-    let flag = |from: &serde_json::Value, name: &str| from.get("flags").and_then(|f| f.as_array()).is_some_and(|f| f.iter().any(|v| v == name));
-    let metric = row.get("metric").and_then(serde_json::Value::as_u64).and_then(|m| u32::try_from(m).ok()).unwrap_or(0);
+    let text = |from: &serde_json::Value, key: &str| {
+        from.get(key).and_then(|v| v.as_str()).map(str::to_owned)
+    };
+    let flag = |from: &serde_json::Value, name: &str| {
+        from.get("flags").and_then(|f| f.as_array()).is_some_and(|f| f.iter().any(|v| v == name))
+    };
+    let metric = row
+        .get("metric")
+        .and_then(serde_json::Value::as_u64)
+        .and_then(|m| u32::try_from(m).ok())
+        .unwrap_or(0);
     let preference = match text(row, "pref").as_deref() {
         Some("high") => 0,
         Some("low") => 2,
@@ -125,16 +162,29 @@ fn route(row: &serde_json::Value, v6: bool) -> Vec<Route> {
     if !matches!(kind.as_str(), "unicast" | "blackhole" | "unreachable" | "prohibit") {
         return Vec::new();
     }
-    let base = Route { to: to.to_owned(), metric, source: text(row, "prefsrc"), kind, preference, ..Route::default() };
+    let base = Route {
+        to: to.to_owned(),
+        metric,
+        source: text(row, "prefsrc"),
+        kind,
+        preference,
+        ..Route::default()
+    };
     let hops = row.get("nexthops").and_then(|h| h.as_array());
-    let hops: Vec<&serde_json::Value> = hops.map_or_else(|| vec![row], |hops| hops.iter().collect());
+    let hops: Vec<&serde_json::Value> =
+        hops.map_or_else(|| vec![row], |hops| hops.iter().collect());
     hops.into_iter()
         .filter(|hop| !flag(hop, "dead"))
         .filter_map(|hop| {
             let device = text(hop, "dev").or_else(|| text(row, "dev")).unwrap_or_default();
             let gateway = text(hop, "gateway").or_else(|| text(row, "gateway"));
             // one that throws away has no device, any other has
-            (!device.is_empty() || base.kind != "unicast").then(|| Route { device, gateway, down: flag(hop, "linkdown"), ..base.clone() })
+            (!device.is_empty() || base.kind != "unicast").then(|| Route {
+                device,
+                gateway,
+                down: flag(hop, "linkdown"),
+                ..base.clone()
+            })
         })
         .collect()
 }
@@ -145,11 +195,24 @@ pub fn ip_addresses(json: &str) -> Option<Vec<Interface>> {
 }
 
 fn interface(row: &serde_json::Value) -> Option<Interface> {
-    let names = row.get("altnames").and_then(|a| a.as_array()).into_iter().flatten().filter_map(|n| n.as_str()).map(str::to_owned).collect();
-    let mut interface = Interface { name: row.get("ifname")?.as_str()?.to_owned(), names, addresses: Vec::new() };
+    let names = row
+        .get("altnames")
+        .and_then(|a| a.as_array())
+        .into_iter()
+        .flatten()
+        .filter_map(|n| n.as_str())
+        .map(str::to_owned)
+        .collect();
+    let mut interface =
+        Interface { name: row.get("ifname")?.as_str()?.to_owned(), names, addresses: Vec::new() };
     for info in row.get("addr_info").and_then(|a| a.as_array()).into_iter().flatten() {
-        let (Some(local), Some(prefix)) = (info.get("local").and_then(|l| l.as_str()), info.get("prefixlen")) else { continue };
-        let flag = |name: &str| info.get(name).and_then(serde_json::Value::as_bool).unwrap_or(false);
+        let (Some(local), Some(prefix)) =
+            (info.get("local").and_then(|l| l.as_str()), info.get("prefixlen"))
+        else {
+            continue;
+        };
+        let flag =
+            |name: &str| info.get(name).and_then(serde_json::Value::as_bool).unwrap_or(false);
         if let Some(address) = Address::parse(&format!("{local}/{prefix}")) {
             interface.addresses.push(Address {
                 dynamic: flag("dynamic"),
@@ -178,7 +241,10 @@ pub fn module_names(text: &str) -> BTreeSet<String> {
 /// Enabled controllers: `cgroup.controllers` of v2, or `/proc/cgroups` of v1.
 pub fn cgroups(unified: Option<&str>, proc_cgroups: &str) -> Cgroup {
     if let Some(text) = unified {
-        return Cgroup { version: 2, controllers: text.split_whitespace().map(str::to_owned).collect() };
+        return Cgroup {
+            version: 2,
+            controllers: text.split_whitespace().map(str::to_owned).collect(),
+        };
     }
     let controllers = proc_cgroups
         .lines()
@@ -200,7 +266,12 @@ pub fn iptables(text: &str) -> Option<Iptables> {
 
 /// Dotted version numbers, up to the first thing that is not one.
 pub fn numbers(version: &str) -> Vec<u32> {
-    version.split('.').map_while(|part| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()).collect()
+    version
+        .split('.')
+        .map_while(|part| {
+            part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()
+        })
+        .collect()
 }
 
 /// The value that a variable has after `sh` has sourced this text; `None` when it is never set. No expansion is done.
@@ -209,7 +280,8 @@ pub fn shell_variable(text: &str, name: &str) -> Option<String> {
     for command in shell_commands(text) {
         let mut words = command.iter().map(String::as_str).peekable();
         // a variable before a command holds for that command only
-        let kept = matches!(words.peek(), Some(&"export" | &"readonly")) && words.next().is_some() || command.iter().all(|w| w.contains('='));
+        let kept = matches!(words.peek(), Some(&"export" | &"readonly")) && words.next().is_some()
+            || command.iter().all(|w| w.contains('='));
         if kept {
             let set = words.filter_map(|w| w.split_once('=')).rfind(|(key, _)| *key == name);
             value = set.map(|(_, v)| v.to_owned()).or(value);
@@ -265,7 +337,10 @@ mod tests {
                     1: 0100007F:192C 00000000:0000 01 00000000:00000000 00:00000000 00000000     0        0 1235 1\n";
         let found = sockets(text, "tcp");
         assert_eq!(found.len(), 1);
-        assert_eq!((found[0].0.address.as_str(), found[0].0.port, found[0].1), ("127.0.0.1", 6443, 1234));
+        assert_eq!(
+            (found[0].0.address.as_str(), found[0].0.port, found[0].1),
+            ("127.0.0.1", 6443, 1234)
+        );
         let v6 = "h\n 0: 00000000000000000000000001000000:0016 0:0 0A 0 0 0 0 0 77 1\n";
         assert_eq!(sockets(v6, "tcp")[0].0.address, "::1");
     }
@@ -280,9 +355,23 @@ mod tests {
             {"family":"inet6","local":"2001:db8::7","prefixlen":64,"deprecated":true,"dynamic":true},
             {"family":"inet6","local":"2001:db8::8","prefixlen":64,"tentative":true}]},{}]"#;
         let found = ip_addresses(text).unwrap();
-        let flags: Vec<_> = found[0].addresses.iter().map(|a| (a.dynamic, a.secondary, a.temporary, a.unfit)).collect();
+        let flags: Vec<_> = found[0]
+            .addresses
+            .iter()
+            .map(|a| (a.dynamic, a.secondary, a.temporary, a.unfit))
+            .collect();
         let (no, yes) = (false, true);
-        assert_eq!(flags, [(no, no, no, no), (no, yes, no, no), (yes, no, no, no), (yes, no, yes, no), (yes, no, no, yes), (no, no, no, yes)]);
+        assert_eq!(
+            flags,
+            [
+                (no, no, no, no),
+                (no, yes, no, no),
+                (yes, no, no, no),
+                (yes, no, yes, no),
+                (yes, no, no, yes),
+                (no, no, no, yes)
+            ]
+        );
         assert_eq!(found[0].names, ["enp0s3"]);
     }
 
@@ -294,7 +383,10 @@ mod tests {
             {"type":"blackhole","dst":"10.8.0.0/16","flags":[]},{"type":"multicast","dst":"ff00::/8","dev":"eth0"},
             {"dst":"default","via":{"family":"inet6","host":"fe80::1"},"dev":"eth3","flags":[]},{"dst":"10.7.0.0/16"}]"#;
         let found = ip_routes(text, false).unwrap();
-        let seen: Vec<_> = found.iter().map(|r| (r.to.as_str(), r.device.as_str(), r.gateway.as_deref(), r.down)).collect();
+        let seen: Vec<_> = found
+            .iter()
+            .map(|r| (r.to.as_str(), r.device.as_str(), r.gateway.as_deref(), r.down))
+            .collect();
         assert_eq!(
             seen,
             [
@@ -305,7 +397,11 @@ mod tests {
             ]
         );
         assert_eq!(
-            (ip_routes("", false), ip_routes("[ ]\n", false), ip_routes("default via 10.0.0.1 dev eth0\n", false)),
+            (
+                ip_routes("", false),
+                ip_routes("[ ]\n", false),
+                ip_routes("default via 10.0.0.1 dev eth0\n", false)
+            ),
             (Some(vec![]), Some(vec![]), None)
         );
     }
@@ -332,7 +428,8 @@ mod tests {
 
     #[test]
     fn hybrid_hierarchies_count_as_version_one() {
-        let text = "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpuset\t3\t1\t1\nmemory\t0\t1\t0\n";
+        let text =
+            "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpuset\t3\t1\t1\nmemory\t0\t1\t0\n";
         let cgroup = cgroups(None, text);
         assert_eq!(cgroup.version, 1);
         assert!(cgroup.controllers.contains("cpuset") && !cgroup.controllers.contains("memory"));
@@ -340,7 +437,9 @@ mod tests {
 
     #[test]
     fn module_lists_of_three_kinds_give_names() {
-        let names = module_names("br_netfilter 32768 0 - Live 0x0\nkernel/net/ipv4/vxlan-x.ko.xz: a b\nkernel/fs/overlayfs/overlay.ko\n");
+        let names = module_names(
+            "br_netfilter 32768 0 - Live 0x0\nkernel/net/ipv4/vxlan-x.ko.xz: a b\nkernel/fs/overlayfs/overlay.ko\n",
+        );
         assert_eq!(names.into_iter().collect::<Vec<_>>(), ["br_netfilter", "overlay", "vxlan_x"]);
     }
 

@@ -16,7 +16,10 @@ pub(super) async fn network(host: &Host) -> (Vec<Interface>, Vec<Route>, Option<
     match (interfaces, routes) {
         (Ok(interfaces), Ok(mut routes)) => {
             // a kernel without IPv6 answers with an error: there are no such routes then
-            routes.extend(answer("ip -j -6 route show", routes6, |text| parse::ip_routes(text, true)).unwrap_or_default());
+            routes.extend(
+                answer("ip -j -6 route show", routes6, |text| parse::ip_routes(text, true))
+                    .unwrap_or_default(),
+            );
             (interfaces, routes, None)
         }
         (interfaces, routes) => {
@@ -27,11 +30,17 @@ pub(super) async fn network(host: &Host) -> (Vec<Interface>, Vec<Route>, Option<
 }
 
 /// What a program said as `read` reads it, or why not. Versions before 4.17 ignore `-j` here and there, and succeed.
-fn answer<T>(line: &str, said: anyhow::Result<Output>, read: impl Fn(&str) -> Option<T>) -> Result<T, String> {
+fn answer<T>(
+    line: &str,
+    said: anyhow::Result<Output>,
+    read: impl Fn(&str) -> Option<T>,
+) -> Result<T, String> {
     let said = said.map_err(|error| format!("{error:#}"))?;
     if !said.ok() {
         let why = said.stderr.lines().next().unwrap_or_default().trim().to_owned();
-        return Err(format!("`{line}` ended with {}: {why}", said.status).trim_end_matches([':', ' ']).to_owned());
+        return Err(format!("`{line}` ended with {}: {why}", said.status)
+            .trim_end_matches([':', ' '])
+            .to_owned());
     }
     read(&said.stdout).ok_or_else(|| format!("`{line}` does not answer in JSON"))
 }

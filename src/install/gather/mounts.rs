@@ -29,12 +29,16 @@ pub(super) fn gather(host: &Host) -> Vec<Mount> {
 
 fn mount(host: &Host, mountinfo: &str, path: &str) -> Mount {
     let there = super::existing(host, path);
-    let rest = host.at(path).strip_prefix(&there).map(std::path::Path::to_owned).unwrap_or_default();
+    let rest =
+        host.at(path).strip_prefix(&there).map(std::path::Path::to_owned).unwrap_or_default();
     // a link may lead to another disk
     let real = std::fs::canonicalize(&there).unwrap_or(there);
     let root = std::fs::canonicalize(host.at("/")).unwrap_or_else(|_| host.at("/"));
-    let named = real.strip_prefix(&root).map_or_else(|_| path.to_owned(), |p| format!("/{}", p.join(rest).display()));
-    let (at, kind, options) = crate::host::mountinfo::mount_of(mountinfo, &named).unwrap_or_default();
+    let named = real
+        .strip_prefix(&root)
+        .map_or_else(|_| path.to_owned(), |p| format!("/{}", p.join(rest).display()));
+    let (at, kind, options) =
+        crate::host::mountinfo::mount_of(mountinfo, &named).unwrap_or_default();
     let flags = statvfs(&real).map(|s| s.flags()).unwrap_or(FsFlags::empty());
     let has = |option: &str| options.iter().any(|o| o == option);
     Mount {
@@ -50,13 +54,18 @@ fn mount(host: &Host, mountinfo: &str, path: &str) -> Mount {
 /// Refused to root too: the file system is read-only, or the directory has the immutable attribute.
 fn immutable(dir: &std::path::Path) -> bool {
     use nix::errno::Errno;
-    matches!(nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK), Err(Errno::EROFS | Errno::EPERM))
+    matches!(
+        nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK),
+        Err(Errno::EROFS | Errno::EPERM)
+    )
 }
 
 /// XFS made with ftype=0 tells no types, and overlayfs above it does not work.
 fn entry_types(dir: &std::path::Path) -> Option<bool> {
-    let mut opened = nix::dir::Dir::open(dir, OFlag::O_RDONLY | OFlag::O_DIRECTORY, Mode::empty()).ok()?;
-    let mut told = opened.iter().filter_map(Result::ok).map(|entry| entry.file_type().is_some()).peekable();
+    let mut opened =
+        nix::dir::Dir::open(dir, OFlag::O_RDONLY | OFlag::O_DIRECTORY, Mode::empty()).ok()?;
+    let mut told =
+        opened.iter().filter_map(Result::ok).map(|entry| entry.file_type().is_some()).peekable();
     told.peek()?;
     Some(told.all(|t| t))
 }

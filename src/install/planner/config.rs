@@ -27,7 +27,8 @@ fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<Str
     let options = &settings.options;
     let mut map = BTreeMap::new();
     map.insert("node-name".into(), json!(settings.node_name(&facts.hostname)));
-    let addresses: Vec<String> = network::node_addresses(facts, settings).iter().map(ToString::to_string).collect();
+    let addresses: Vec<String> =
+        network::node_addresses(facts, settings).iter().map(ToString::to_string).collect();
     if !addresses.is_empty() {
         map.insert("node-ip".into(), json!(addresses.join(",")));
     }
@@ -67,7 +68,9 @@ fn pass_through(map: &mut BTreeMap<String, Value>, extra: &BTreeMap<String, Valu
                     }
                 }
             }
-            (Some(Value::Array(ours)), Value::String(one)) => ours.extend(one.split(',').map(|s| json!(s.trim()))),
+            (Some(Value::Array(ours)), Value::String(one)) => {
+                ours.extend(one.split(',').map(|s| json!(s.trim())))
+            }
             _ => {
                 map.insert(key.clone(), value.clone());
             }
@@ -77,9 +80,19 @@ fn pass_through(map: &mut BTreeMap<String, Value>, extra: &BTreeMap<String, Valu
 
 /// A list that a file before ours has too is appended to it: a plain key would throw the user's items away without a word.
 fn join_lists(map: &mut BTreeMap<String, Value>, facts: &Facts) {
-    let before = facts.k3s.files.iter().filter(|f| !f.after).flat_map(|f| &f.entries).map(|(key, _)| key.trim_end_matches('+'));
+    let before = facts
+        .k3s
+        .files
+        .iter()
+        .filter(|f| !f.after)
+        .flat_map(|f| &f.entries)
+        .map(|(key, _)| key.trim_end_matches('+'));
     let known: std::collections::BTreeSet<&str> = before.collect();
-    let lists: Vec<String> = map.iter().filter(|(key, value)| value.is_array() && known.contains(key.as_str())).map(|(key, _)| key.clone()).collect();
+    let lists: Vec<String> = map
+        .iter()
+        .filter(|(key, value)| value.is_array() && known.contains(key.as_str()))
+        .map(|(key, _)| key.clone())
+        .collect();
     for key in lists {
         if let Some(value) = map.remove(&key) {
             map.insert(format!("{key}+"), value);
@@ -107,7 +120,12 @@ fn yaml(map: &BTreeMap<String, Value>) -> String {
 }
 
 /// `50-pipeops.yaml` of a server.
-pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, components: &[&'static Component]) -> String {
+pub fn server_drop_in(
+    facts: &Facts,
+    settings: &Settings,
+    version: &Version,
+    components: &[&'static Component],
+) -> String {
     let mut map = common(facts, settings, version);
     map.insert("write-kubeconfig-mode".into(), json!("0600"));
     map.insert("secrets-encryption".into(), json!(true));
@@ -129,7 +147,12 @@ pub fn server_drop_in(facts: &Facts, settings: &Settings, version: &Version, com
 }
 
 /// `50-pipeops.yaml` of a worker. Server-only settings stop an agent at once, so none is ever written here.
-pub fn worker_drop_in(facts: &Facts, settings: &Settings, version: &Version, master: &Master) -> String {
+pub fn worker_drop_in(
+    facts: &Facts,
+    settings: &Settings,
+    version: &Version,
+    master: &Master,
+) -> String {
     let mut map = common(facts, settings, version);
     map.insert("server".into(), json!(master.url));
     map.insert("token-file".into(), json!(crate::host::paths::JOIN_TOKEN));
@@ -141,11 +164,15 @@ pub fn worker_drop_in(facts: &Facts, settings: &Settings, version: &Version, mas
 /// Deployments that k3s itself brings, less what the user disabled.
 pub fn system_deployments(facts: &Facts, settings: &Settings) -> Vec<String> {
     let disabled = Chosen::of(facts, settings).list("disable");
-    [("coredns", "coredns"), ("local-path-provisioner", "local-storage"), ("metrics-server", "metrics-server")]
-        .into_iter()
-        .filter(|(_, switch)| !disabled.iter().any(|d| d == switch))
-        .map(|(name, _)| name.to_owned())
-        .collect()
+    [
+        ("coredns", "coredns"),
+        ("local-path-provisioner", "local-storage"),
+        ("metrics-server", "metrics-server"),
+    ]
+    .into_iter()
+    .filter(|(_, switch)| !disabled.iter().any(|d| d == switch))
+    .map(|(name, _)| name.to_owned())
+    .collect()
 }
 
 /// What k3s and its pods fill, directories for the most part. `/var/lib/rancher/k3s/storage` inside them holds volumes.
@@ -181,8 +208,11 @@ pub fn unit(settings: &Settings) -> String {
         Role::Server => include_str!("../../../systemd/k3s.service"),
         Role::Worker => include_str!("../../../systemd/k3s-agent.service"),
     };
-    let firewall =
-        if settings.options.api_allow.is_empty() { String::new() } else { format!("ExecStartPre=nft -f {}\n", crate::host::paths::FIREWALL) };
+    let firewall = if settings.options.api_allow.is_empty() {
+        String::new()
+    } else {
+        format!("ExecStartPre=nft -f {}\n", crate::host::paths::FIREWALL)
+    };
     template.replace("# FIREWALL\n", &firewall)
 }
 
@@ -195,15 +225,21 @@ pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String 
          iif \"lo\" accept\n    ct state established,related accept\n    iifname {{ \"cni0\", \"flannel*\", \"veth*\" }} accept\n",
         t = crate::host::paths::FIREWALL_TABLE
     );
-    let ranges = network::ranges(facts, settings).into_iter().map(|(_, r)| format!("{}/{}", r.address, r.prefix));
+    let ranges = network::ranges(facts, settings)
+        .into_iter()
+        .map(|(_, r)| format!("{}/{}", r.address, r.prefix));
     let own = network::node_addresses(facts, settings).into_iter().map(|a| a.to_string());
     let api = Chosen::of(facts, settings).api_port();
-    let api = if api == 6443 { String::new() } else { format!("{api}, {}, ", api.saturating_add(1)) };
+    let api =
+        if api == 6443 { String::new() } else { format!("{api}, {}, ", api.saturating_add(1)) };
     for source in ranges.chain(own).chain(allow.iter().cloned()) {
         let family = if source.contains(':') { "ip6" } else { "ip" };
         let _ = writeln!(text, "    {family} saddr {source} accept");
     }
-    let _ = writeln!(text, "    tcp dport {{ {api}6443, 6444, 10250, 10256, 2379-2381, 5001, 30000-32767 }} drop");
+    let _ = writeln!(
+        text,
+        "    tcp dport {{ {api}6443, 6444, 10250, 10256, 2379-2381, 5001, 30000-32767 }} drop"
+    );
     text.push_str("    udp dport { 8472, 51820, 51821, 30000-32767 } drop\n  }\n}\n");
     text
 }
@@ -215,7 +251,8 @@ pub fn proxy_environment(facts: &Facts, settings: &Settings) -> String {
         let _ = writeln!(text, "{key}={value}");
     }
     let given = facts.proxy.get("NO_PROXY").cloned().unwrap_or_default();
-    let mut list: Vec<String> = given.split(',').map(|s| s.trim().to_owned()).filter(|s| !s.is_empty()).collect();
+    let mut list: Vec<String> =
+        given.split(',').map(|s| s.trim().to_owned()).filter(|s| !s.is_empty()).collect();
     for entry in network::no_proxy(facts, settings) {
         if !list.contains(&entry) {
             list.push(entry);
@@ -236,7 +273,11 @@ pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
     if let Some(name) = &options.cluster_name {
         let _ = writeln!(text, "cluster-name = {}", json!(name));
     }
-    if let Some(proxy) = settings.control_plane_host().and_then(|host| network::https_proxy(facts, &host)).and_then(plain_proxy) {
+    if let Some(proxy) = settings
+        .control_plane_host()
+        .and_then(|host| network::https_proxy(facts, &host))
+        .and_then(plain_proxy)
+    {
         let _ = writeln!(text, "https-proxy = {}", json!(proxy));
     }
     let _ = writeln!(text, "max-role = {}", json!(settings.max_role.name()));
@@ -247,8 +288,13 @@ pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
 
 /// The right to impersonate exactly the groups up to `max_role`, and nobody else.
 pub fn impersonation(max_role: MaxRole) -> String {
-    let groups: Vec<String> = MaxRole::ALL.into_iter().filter(|r| *r <= max_role).map(|r| format!("pipeops:{}", r.name())).collect();
-    include_str!("../../../deployments/rbac-impersonate.yaml").replace("[GROUPS]", &json!(groups).to_string())
+    let groups: Vec<String> = MaxRole::ALL
+        .into_iter()
+        .filter(|r| *r <= max_role)
+        .map(|r| format!("pipeops:{}", r.name()))
+        .collect();
+    include_str!("../../../deployments/rbac-impersonate.yaml")
+        .replace("[GROUPS]", &json!(groups).to_string())
 }
 
 #[cfg(test)]
@@ -257,8 +303,14 @@ mod tests {
 
     #[test]
     fn the_users_lists_join_ours_and_his_scalars_win() {
-        let mut map = BTreeMap::from([("disable".to_owned(), json!(["traefik"])), ("flannel-backend".to_owned(), json!("vxlan"))]);
-        let extra = BTreeMap::from([("disable".to_owned(), json!(["servicelb", "traefik"])), ("flannel-backend".to_owned(), json!("host-gw"))]);
+        let mut map = BTreeMap::from([
+            ("disable".to_owned(), json!(["traefik"])),
+            ("flannel-backend".to_owned(), json!("vxlan")),
+        ]);
+        let extra = BTreeMap::from([
+            ("disable".to_owned(), json!(["servicelb", "traefik"])),
+            ("flannel-backend".to_owned(), json!("host-gw")),
+        ]);
         pass_through(&mut map, &extra);
         assert_eq!(map["disable"], json!(["traefik", "servicelb"]));
         assert_eq!(map["flannel-backend"], "host-gw");

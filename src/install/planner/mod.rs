@@ -4,7 +4,9 @@ pub mod config;
 
 use crate::base::cidr::host_in_url;
 use crate::host::fetch::Fetch;
-use crate::host::paths::{AGENT_CONFIG, AGENT_TOKEN, AGENT_USER, DROP_IN, FIREWALL, FIREWALL_TABLE, JOIN_TOKEN, PIPEOPS};
+use crate::host::paths::{
+    AGENT_CONFIG, AGENT_TOKEN, AGENT_USER, DROP_IN, FIREWALL, FIREWALL_TABLE, JOIN_TOKEN, PIPEOPS,
+};
 use crate::install::chosen::Chosen;
 use crate::install::components::{self, Component};
 use crate::install::facts::Facts;
@@ -56,10 +58,30 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
         ));
     }
     steps.extend([
-        step("dir-etc", "create /etc/pipeops", "configuration of pipeops", dir("/etc/pipeops", 0o755)),
-        step("program", "install pipeops", "the agent and later runs", Resource::Program { path: PIPEOPS.into() }),
-        step("dir-k3s", "create /etc/rancher/k3s", "k3s reads its settings there", dir("/etc/rancher/k3s", 0o755)),
-        step("dir-drop-in", "create config.yaml.d", "k3s reads its settings there", dir("/etc/rancher/k3s/config.yaml.d", 0o700)),
+        step(
+            "dir-etc",
+            "create /etc/pipeops",
+            "configuration of pipeops",
+            dir("/etc/pipeops", 0o755),
+        ),
+        step(
+            "program",
+            "install pipeops",
+            "the agent and later runs",
+            Resource::Program { path: PIPEOPS.into() },
+        ),
+        step(
+            "dir-k3s",
+            "create /etc/rancher/k3s",
+            "k3s reads its settings there",
+            dir("/etc/rancher/k3s", 0o755),
+        ),
+        step(
+            "dir-drop-in",
+            "create config.yaml.d",
+            "k3s reads its settings there",
+            dir("/etc/rancher/k3s/config.yaml.d", 0o700),
+        ),
     ]);
     if worker {
         steps.push(step(
@@ -76,7 +98,9 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
         Resource::Node { role: settings.role, dirs: config::state_dirs(settings.role) },
     ));
     let why = match settings.role {
-        Role::Server if drop_in.contains("traefik") => "every setting that we own, in one file; traefik is off: --components traefik asks for it",
+        Role::Server if drop_in.contains("traefik") => {
+            "every setting that we own, in one file; traefik is off: --components traefik asks for it"
+        }
         _ => "every setting that we own, in one file",
     };
     let content = match settings.options.k3s.fill() {
@@ -86,7 +110,12 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
     let want = Resource::File { path: DROP_IN.into(), content, mode: 0o600, group: None };
     steps.push(step("settings", "write the k3s settings", why, want));
     if settings.options.registries.is_some() {
-        steps.push(step("registries", "write registries.yaml", "asked for by --registries", secret(REGISTRIES, SecretName::Registries)));
+        steps.push(step(
+            "registries",
+            "write registries.yaml",
+            "asked for by --registries",
+            secret(REGISTRIES, SecretName::Registries),
+        ));
     }
     steps.push(step(
         "k3s",
@@ -105,64 +134,154 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
     }
     for name in ["kubectl", "crictl", "ctr"] {
         let path = format!("/usr/local/bin/{name}");
-        steps.push(step(&format!("link-{name}"), format!("link {name}"), "k3s carries it", Resource::Link { path, target: "k3s".into() }));
+        steps.push(step(
+            &format!("link-{name}"),
+            format!("link {name}"),
+            "k3s carries it",
+            Resource::Link { path, target: "k3s".into() },
+        ));
     }
     let env = format!("{UNITS}/{unit}.env");
-    let mut inputs = vec![BINARY.to_owned(), DROP_IN.into(), format!("{UNITS}/{unit}"), REGISTRIES.into(), env.clone()];
+    let mut inputs = vec![
+        BINARY.to_owned(),
+        DROP_IN.into(),
+        format!("{UNITS}/{unit}"),
+        REGISTRIES.into(),
+        env.clone(),
+    ];
     if !facts.proxy.is_empty() {
-        steps.push(step("proxy", "write the proxy environment", "a proxy is set here", secret(&env, SecretName::ProxyEnvironment)));
+        steps.push(step(
+            "proxy",
+            "write the proxy environment",
+            "a proxy is set here",
+            secret(&env, SecretName::ProxyEnvironment),
+        ));
     }
     if !settings.options.api_allow.is_empty() {
         let rules = config::firewall(&settings.options.api_allow, settings, facts);
-        steps.push(step("firewall-file", "write the firewall table", "asked for by --api-allow", text(FIREWALL, rules, 0o600)));
+        steps.push(step(
+            "firewall-file",
+            "write the firewall table",
+            "asked for by --api-allow",
+            text(FIREWALL, rules, 0o600),
+        ));
         let load = Resource::Firewall { path: FIREWALL.into(), table: FIREWALL_TABLE.into() };
         steps.push(step("firewall", "load the firewall table", "before anything listens", load));
     }
-    steps.push(step("k3s-unit", format!("write {unit}"), "k3s under systemd", text(&format!("{UNITS}/{unit}"), config::unit(settings), 0o644)));
+    steps.push(step(
+        "k3s-unit",
+        format!("write {unit}"),
+        "k3s under systemd",
+        text(&format!("{UNITS}/{unit}"), config::unit(settings), 0o644),
+    ));
     if settings.role == Role::Worker {
         inputs.push(JOIN_TOKEN.into());
     }
-    steps.push(step("k3s-start", format!("start {unit}"), "enabled for the next boot too", Resource::Unit { name: unit.into(), inputs }));
+    steps.push(step(
+        "k3s-start",
+        format!("start {unit}"),
+        "enabled for the next boot too",
+        Resource::Unit { name: unit.into(), inputs },
+    ));
     steps
 }
 
 fn node_ready(name: String, kubeconfig: &str, settings: &Settings, release: &Release) -> Ready {
-    Ready::Node { name, kubeconfig: kubeconfig.into(), unit: settings.role.unit().into(), version: release.version.to_string() }
+    Ready::Node {
+        name,
+        kubeconfig: kubeconfig.into(),
+        unit: settings.role.unit().into(),
+        version: release.version.to_string(),
+    }
 }
 
 /// After the node is Ready with what it runs now.
 fn old_data() -> Step {
-    step("old-data", "remove what former versions of k3s unpacked", "it keeps every one; the current and the former stay", Resource::OldData)
+    step(
+        "old-data",
+        "remove what former versions of k3s unpacked",
+        "it keeps every one; the current and the former stay",
+        Resource::OldData,
+    )
 }
 
 /// The plan that makes this machine a server.
-pub fn server_plan(facts: &Facts, settings: &Settings, release: &Release, components: &[&'static Component]) -> Plan {
+pub fn server_plan(
+    facts: &Facts,
+    settings: &Settings,
+    release: &Release,
+    components: &[&'static Component],
+) -> Plan {
     let node = settings.node_name(&facts.hostname);
     let within_s = settings.timeout.as_secs();
-    let mut steps = base(facts, settings, release, config::server_drop_in(facts, settings, &release.version, components));
+    let mut steps = base(
+        facts,
+        settings,
+        release,
+        config::server_drop_in(facts, settings, &release.version, components),
+    );
     let mut system = vec![node_ready(node, ADMIN_KUBECONFIG, settings, release)];
-    system.extend(config::system_deployments(facts, settings).into_iter().map(|name| Ready::Deployment { namespace: "kube-system".into(), name }));
-    steps.push(step("node-ready", "wait for the node", "Ready, and the system deployments answer", Resource::Ready { what: system, within_s }));
+    system.extend(
+        config::system_deployments(facts, settings)
+            .into_iter()
+            .map(|name| Ready::Deployment { namespace: "kube-system".into(), name }),
+    );
+    steps.push(step(
+        "node-ready",
+        "wait for the node",
+        "Ready, and the system deployments answer",
+        Resource::Ready { what: system, within_s },
+    ));
     steps.push(old_data());
     steps.extend(agent(facts, settings));
     if let Some(user) = &settings.options.kubeconfig_for {
-        let host = network::node_address(facts, settings).map_or_else(|| "127.0.0.1".to_owned(), |a| host_in_url(&a.to_string()));
-        let want = Resource::Kubeconfig { user: user.clone(), server: format!("https://{host}:{}", Chosen::of(facts, settings).api_port()) };
-        steps.push(step("kubeconfig", format!("write a kubeconfig for {user}"), "asked for by --kubeconfig-for", want));
+        let host = network::node_address(facts, settings)
+            .map_or_else(|| "127.0.0.1".to_owned(), |a| host_in_url(&a.to_string()));
+        let want = Resource::Kubeconfig {
+            user: user.clone(),
+            server: format!("https://{host}:{}", Chosen::of(facts, settings).api_port()),
+        };
+        steps.push(step(
+            "kubeconfig",
+            format!("write a kubeconfig for {user}"),
+            "asked for by --kubeconfig-for",
+            want,
+        ));
     }
     for component in components {
         let mut parts = Vec::new();
         if !component.objects.is_empty() {
-            parts.push(("objects", format!("apply {}", component.name), Resource::Objects { yaml: component.objects.into() }));
+            parts.push((
+                "objects",
+                format!("apply {}", component.name),
+                Resource::Objects { yaml: component.objects.into() },
+            ));
         }
-        parts.push(("ready", format!("wait for {}", component.name), Resource::Ready { what: (component.ready)(), within_s }));
+        parts.push((
+            "ready",
+            format!("wait for {}", component.name),
+            Resource::Ready { what: (component.ready)(), within_s },
+        ));
         let class = components::ingress_class(components).unwrap_or("nginx");
-        let after = (component.after)(settings.options.acme_email.as_deref()).replace("ACME_CLASS", class);
+        let after =
+            (component.after)(settings.options.acme_email.as_deref()).replace("ACME_CLASS", class);
         if !after.is_empty() {
-            parts.push(("after", format!("configure {}", component.name), Resource::Objects { yaml: after }));
+            parts.push((
+                "after",
+                format!("configure {}", component.name),
+                Resource::Objects { yaml: after },
+            ));
         }
         for (part, title, want) in parts {
-            steps.push(Step { optional: true, ..step(&format!("component-{}-{part}", component.name), title, component.summary, want) });
+            steps.push(Step {
+                optional: true,
+                ..step(
+                    &format!("component-{}-{part}", component.name),
+                    title,
+                    component.summary,
+                    want,
+                )
+            });
         }
     }
     plan("install-server", facts, settings, release, steps)
@@ -180,22 +299,73 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
     let objects = |yaml: &str| Resource::Objects { yaml: yaml.into() };
     let unit = |name: &str| format!("{UNITS}/{name}");
     let mut steps = vec![
-        step("namespaces", "create the namespaces", "where PipeOps runs applications", objects(include_str!("../../../deployments/namespaces.yaml"))),
-        step("rights", "create the access rights", "what the agent may do, enforced by Kubernetes", objects(&rbac)),
-        step("user", format!("create the user {AGENT_USER}"), "the agent runs without root", Resource::User { name: AGENT_USER.into() }),
-        step("agent-config", "write the agent's settings", "control plane and names", text(AGENT_CONFIG, config::agent_toml(facts, settings), 0o644)),
-        step("agent-token", "write the agent's token file", "read by its unit only", secret(AGENT_TOKEN, SecretName::AgentToken)),
+        step(
+            "namespaces",
+            "create the namespaces",
+            "where PipeOps runs applications",
+            objects(include_str!("../../../deployments/namespaces.yaml")),
+        ),
+        step(
+            "rights",
+            "create the access rights",
+            "what the agent may do, enforced by Kubernetes",
+            objects(&rbac),
+        ),
+        step(
+            "user",
+            format!("create the user {AGENT_USER}"),
+            "the agent runs without root",
+            Resource::User { name: AGENT_USER.into() },
+        ),
+        step(
+            "agent-config",
+            "write the agent's settings",
+            "control plane and names",
+            text(AGENT_CONFIG, config::agent_toml(facts, settings), 0o644),
+        ),
+        step(
+            "agent-token",
+            "write the agent's token file",
+            "read by its unit only",
+            secret(AGENT_TOKEN, SecretName::AgentToken),
+        ),
     ];
     for (id, name, content) in [
-        ("agent-unit", "pipeops-agent.service", include_str!("../../../systemd/pipeops-agent.service")),
-        ("credential-unit", "pipeops-agent-credential.service", include_str!("../../../systemd/pipeops-agent-credential.service")),
-        ("credential-path-unit", "pipeops-agent-credential.path", include_str!("../../../systemd/pipeops-agent-credential.path")),
-        ("credential-timer-unit", "pipeops-agent-credential.timer", include_str!("../../../systemd/pipeops-agent-credential.timer")),
+        (
+            "agent-unit",
+            "pipeops-agent.service",
+            include_str!("../../../systemd/pipeops-agent.service"),
+        ),
+        (
+            "credential-unit",
+            "pipeops-agent-credential.service",
+            include_str!("../../../systemd/pipeops-agent-credential.service"),
+        ),
+        (
+            "credential-path-unit",
+            "pipeops-agent-credential.path",
+            include_str!("../../../systemd/pipeops-agent-credential.path"),
+        ),
+        (
+            "credential-timer-unit",
+            "pipeops-agent-credential.timer",
+            include_str!("../../../systemd/pipeops-agent-credential.timer"),
+        ),
     ] {
-        steps.push(step(id, format!("write {name}"), "the agent under systemd", text(&unit(name), content, 0o644)));
+        steps.push(step(
+            id,
+            format!("write {name}"),
+            "the agent under systemd",
+            text(&unit(name), content, 0o644),
+        ));
     }
     let credential_inputs = vec![unit("pipeops-agent-credential.service"), PIPEOPS.to_owned()];
-    let agent_inputs = vec![unit("pipeops-agent.service"), PIPEOPS.to_owned(), AGENT_CONFIG.into(), AGENT_TOKEN.into()];
+    let agent_inputs = vec![
+        unit("pipeops-agent.service"),
+        PIPEOPS.to_owned(),
+        AGENT_CONFIG.into(),
+        AGENT_TOKEN.into(),
+    ];
     let start = |name: &str, inputs: Vec<String>| Resource::Unit { name: name.into(), inputs };
     steps.push(step(
         "credential-start",
@@ -215,7 +385,12 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
         "its enrolment token is emptied then",
         start("pipeops-agent-credential.path", vec![unit("pipeops-agent-credential.path")]),
     ));
-    steps.push(step("agent-start", "start the agent", "enabled for the next boot too", start("pipeops-agent.service", agent_inputs)));
+    steps.push(step(
+        "agent-start",
+        "start the agent",
+        "enabled for the next boot too",
+        start("pipeops-agent.service", agent_inputs),
+    ));
     let ready = Resource::Ready { what: vec![Ready::Credential, Ready::Agent], within_s: 60 };
     steps.push(step("agent-ready", "wait for the agent", "it answers on its socket", ready));
     steps
@@ -224,7 +399,12 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
 /// The plan that makes this machine a worker of `master`.
 pub fn worker_plan(facts: &Facts, settings: &Settings, release: &Release, master: &Master) -> Plan {
     let node = settings.node_name(&facts.hostname);
-    let mut steps = base(facts, settings, release, config::worker_drop_in(facts, settings, &release.version, master));
+    let mut steps = base(
+        facts,
+        settings,
+        release,
+        config::worker_drop_in(facts, settings, &release.version, master),
+    );
     let what = vec![node_ready(node, KUBELET_KUBECONFIG, settings, release)];
     steps.push(step(
         "node-ready",
@@ -238,7 +418,13 @@ pub fn worker_plan(facts: &Facts, settings: &Settings, release: &Release, master
     plan
 }
 
-fn plan(command: &str, facts: &Facts, settings: &Settings, release: &Release, steps: Vec<Step>) -> Plan {
+fn plan(
+    command: &str,
+    facts: &Facts,
+    settings: &Settings,
+    release: &Release,
+    steps: Vec<Step>,
+) -> Plan {
     Plan {
         schema: SCHEMA.into(),
         command: command.into(),

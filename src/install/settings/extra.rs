@@ -72,7 +72,13 @@ impl Extra {
 
     /// For the file that k3s reads: each secret value is a hole that [`filled`] fills.
     pub fn sealed(&self) -> BTreeMap<String, Value> {
-        self.each(|name, value| json!(if secrets(name, value).is_empty() { value.clone() } else { hole(value_name(name)) }))
+        self.each(|name, value| {
+            json!(if secrets(name, value).is_empty() {
+                value.clone()
+            } else {
+                hole(value_name(name))
+            })
+        })
     }
 
     /// For people: secret parts are dots.
@@ -111,22 +117,28 @@ impl Extra {
 
     /// The table with each string replaced: `change` gets its name, `KEY` or `KEY.NUMBER` in a list, and the string.
     fn each(&self, mut change: impl FnMut(Name<'_>, &String) -> Value) -> BTreeMap<String, Value> {
-        let one = |key: &str, value: &Value, change: &mut dyn FnMut(Name<'_>, &String) -> Value| match value {
-            Value::String(text) => change(Name { key, full: key }, text),
-            Value::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(number, item)| match item {
-                    Value::String(text) => change(Name { key, full: &format!("{key}.{number}") }, text),
-                    // no k3s setting is deeper than a list of strings
-                    Value::Array(_) | Value::Object(_) => json!(DOTS),
-                    plain => plain.clone(),
-                })
-                .collect(),
-            Value::Object(_) => json!(DOTS),
-            // `token = 1234567890` is a secret too
-            plain if whole(key) && plain.is_number() => change(Name { key, full: key }, &plain.to_string()),
-            plain => plain.clone(),
+        let one = |key: &str, value: &Value, change: &mut dyn FnMut(Name<'_>, &String) -> Value| {
+            match value {
+                Value::String(text) => change(Name { key, full: key }, text),
+                Value::Array(items) => items
+                    .iter()
+                    .enumerate()
+                    .map(|(number, item)| match item {
+                        Value::String(text) => {
+                            change(Name { key, full: &format!("{key}.{number}") }, text)
+                        }
+                        // no k3s setting is deeper than a list of strings
+                        Value::Array(_) | Value::Object(_) => json!(DOTS),
+                        plain => plain.clone(),
+                    })
+                    .collect(),
+                Value::Object(_) => json!(DOTS),
+                // `token = 1234567890` is a secret too
+                plain if whole(key) && plain.is_number() => {
+                    change(Name { key, full: key }, &plain.to_string())
+                }
+                plain => plain.clone(),
+            }
         };
         self.0.iter().map(|(key, value)| (key.clone(), one(key, value, &mut change))).collect()
     }
@@ -156,7 +168,11 @@ fn secrets(name: Name<'_>, value: &str) -> Vec<String> {
     let key = keys::meant(name.key);
     if key == "vpn-auth" {
         // name=tailscale,joinKey=…,controlServerURL=…
-        let parts = value.split(',').filter_map(|p| p.split_once('=')).filter(|(n, _)| secret_name(n)).map(|(_, v)| v.to_owned());
+        let parts = value
+            .split(',')
+            .filter_map(|p| p.split_once('='))
+            .filter(|(n, _)| secret_name(n))
+            .map(|(_, v)| v.to_owned());
         return parts.chain([value.to_owned()]).collect();
     }
     if whole(&key) {
@@ -197,10 +213,22 @@ mod tests {
 
     fn table() -> Extra {
         Extra::from([
-            ("datastore-endpoint".to_owned(), json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db")),
-            ("vpn-auth".to_owned(), json!("name=tailscale,joinKey=planted-join-key-canary-4711-in-plain-text")),
-            ("etcd-s3-secret-key".to_owned(), json!("planted-s3-secret-key-canary-4711-in-plain-text")),
-            ("etcd_s3_access_key".to_owned(), json!("planted-s3-access-key-canary-4711-in-plain-text")),
+            (
+                "datastore-endpoint".to_owned(),
+                json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db"),
+            ),
+            (
+                "vpn-auth".to_owned(),
+                json!("name=tailscale,joinKey=planted-join-key-canary-4711-in-plain-text"),
+            ),
+            (
+                "etcd-s3-secret-key".to_owned(),
+                json!("planted-s3-secret-key-canary-4711-in-plain-text"),
+            ),
+            (
+                "etcd_s3_access_key".to_owned(),
+                json!("planted-s3-access-key-canary-4711-in-plain-text"),
+            ),
             (
                 "kube-apiserver-arg".to_owned(),
                 json!([
@@ -219,24 +247,44 @@ mod tests {
     #[test]
     fn nothing_that_shows_the_table_shows_a_secret() {
         let table = table();
-        for text in [format!("{table:?}"), serde_json::to_string(&table).unwrap(), json!(table.sealed()).to_string()] {
-            assert!(!text.contains("canary-4711-in-plain-text") && !text.contains("12345678901234567890"), "{text}");
+        for text in [
+            format!("{table:?}"),
+            serde_json::to_string(&table).unwrap(),
+            json!(table.sealed()).to_string(),
+        ] {
+            assert!(
+                !text.contains("canary-4711-in-plain-text")
+                    && !text.contains("12345678901234567890"),
+                "{text}"
+            );
             assert!(text.contains("vxlan") && text.contains("v=2"), "{text}");
         }
         assert_eq!(table.shown()["datastore-endpoint"], "postgres://u:••••@h/db");
         assert_eq!(table.shown()["kube-apiserver-arg"][1], "oidc-client-secret=••••");
         assert_eq!(table.secret_keys().len(), 7);
-        assert_eq!(table.words().iter().filter(|w| w.contains("canary-4711-in-plain-text")).count(), 7);
+        assert_eq!(
+            table.words().iter().filter(|w| w.contains("canary-4711-in-plain-text")).count(),
+            7
+        );
     }
 
     #[test]
     fn holes_are_filled_with_what_was_there() {
         let table = Extra::from([
-            ("kubelet-arg".to_owned(), json!(["v=2", "x-password=planted \"quoted\" secret canary-4711-in-plain-text"])),
-            ("datastore-endpoint".to_owned(), json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db")),
+            (
+                "kubelet-arg".to_owned(),
+                json!(["v=2", "x-password=planted \"quoted\" secret canary-4711-in-plain-text"]),
+            ),
+            (
+                "datastore-endpoint".to_owned(),
+                json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db"),
+            ),
         ]);
         let sealed = table.sealed();
-        let text = format!("kubelet-arg:\n  - {}\n  - {}\nd: {}\n", sealed["kubelet-arg"][0], sealed["kubelet-arg"][1], sealed["datastore-endpoint"]);
+        let text = format!(
+            "kubelet-arg:\n  - {}\n  - {}\nd: {}\n",
+            sealed["kubelet-arg"][0], sealed["kubelet-arg"][1], sealed["datastore-endpoint"]
+        );
         let full = filled(&text, &table.fill().unwrap()).unwrap();
         assert_eq!(
             full,

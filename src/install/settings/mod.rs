@@ -103,15 +103,34 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout: Option<String>,
     /// Control plane that the agent registers with
-    #[arg(long, env = "PIPEOPS_CONTROL_PLANE_URL", hide_env_values = true, value_name = "URL", help_heading = "Agent")]
+    #[arg(
+        long,
+        env = "PIPEOPS_CONTROL_PLANE_URL",
+        hide_env_values = true,
+        value_name = "URL",
+        help_heading = "Agent"
+    )]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub control_plane_url: Option<String>,
     /// sha256:BASE64 of a public key in the control plane's certificate chain; two allowed
-    #[arg(long, env = "PIPEOPS_CONTROL_PLANE_PIN", hide_env_values = true, value_name = "PIN", value_delimiter = ',', help_heading = "Agent")]
+    #[arg(
+        long,
+        env = "PIPEOPS_CONTROL_PLANE_PIN",
+        hide_env_values = true,
+        value_name = "PIN",
+        value_delimiter = ',',
+        help_heading = "Agent"
+    )]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub control_plane_pin: Vec<String>,
     /// Name of the cluster for people
-    #[arg(long, env = "CLUSTER_NAME", hide_env_values = true, value_name = "NAME", help_heading = "Agent")]
+    #[arg(
+        long,
+        env = "CLUSTER_NAME",
+        hide_env_values = true,
+        value_name = "NAME",
+        help_heading = "Agent"
+    )]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_name: Option<String>,
     /// File with the enrolment token, - for standard input [env: AGENT_TOKEN holds the token itself]
@@ -161,9 +180,23 @@ impl Options {
 
     /// The options that shape the installation and so are compared between runs, as key and text without secrets.
     pub fn recorded(&self) -> BTreeMap<String, String> {
-        let transient = ["ignore", "timeout", "offline-dir", "artifact-url", "k3s-sha256", "registries", "agent-token-file", "k3s"];
-        let Ok(serde_json::Value::Object(map)) = serde_json::to_value(self) else { return BTreeMap::new() };
-        let plain = map.iter().filter(|(key, _)| !transient.contains(&key.as_str())).map(|(key, value)| (key.clone(), mask(&text_of(value), &[])));
+        let transient = [
+            "ignore",
+            "timeout",
+            "offline-dir",
+            "artifact-url",
+            "k3s-sha256",
+            "registries",
+            "agent-token-file",
+            "k3s",
+        ];
+        let Ok(serde_json::Value::Object(map)) = serde_json::to_value(self) else {
+            return BTreeMap::new();
+        };
+        let plain = map
+            .iter()
+            .filter(|(key, _)| !transient.contains(&key.as_str()))
+            .map(|(key, value)| (key.clone(), mask(&text_of(value), &[])));
         plain.chain(recorded_extra(&self.k3s)).collect()
     }
 }
@@ -209,7 +242,8 @@ pub enum MaxRole {
 }
 
 impl MaxRole {
-    pub const ALL: [MaxRole; 4] = [MaxRole::Viewer, MaxRole::Deployer, MaxRole::Operator, MaxRole::Admin];
+    pub const ALL: [MaxRole; 4] =
+        [MaxRole::Viewer, MaxRole::Deployer, MaxRole::Operator, MaxRole::Admin];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -244,11 +278,18 @@ impl Settings {
     ///
     /// # Errors
     /// A [`Failure`] with exit 2, one line of evidence for each fault.
-    pub fn resolve(mut options: Options, role: Role, codes: &[&str], components: &[&str]) -> Result<Settings, Failure> {
+    pub fn resolve(
+        mut options: Options,
+        role: Role,
+        codes: &[&str],
+        components: &[&str],
+    ) -> Result<Settings, Failure> {
         let mut faults = Vec::new();
         for code in &options.ignore {
             if !codes.contains(&code.as_str()) {
-                let near = nearest(code, codes.iter().copied()).map(|n| format!("; did you mean {n}?")).unwrap_or_default();
+                let near = nearest(code, codes.iter().copied())
+                    .map(|n| format!("; did you mean {n}?"))
+                    .unwrap_or_default();
                 faults.push(format!("--ignore: unknown finding code `{code}`{near}"));
             }
         }
@@ -263,9 +304,12 @@ impl Settings {
             faults.push("--k3s-version and --channel exclude each other".into());
         }
         if let Some(channel) = &options.channel
-            && (channel.is_empty() || !channel.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-')))
+            && (channel.is_empty()
+                || !channel.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-')))
         {
-            faults.push(format!("--channel: `{channel}` is not a channel name such as stable or v1.36"));
+            faults.push(format!(
+                "--channel: `{channel}` is not a channel name such as stable or v1.36"
+            ));
         }
         if let Some(hex) = &options.k3s_sha256
             && (hex.len() != 64 || !hex.chars().all(|c| c.is_ascii_hexdigit()))
@@ -279,7 +323,8 @@ impl Settings {
         }
         for cidr in &options.api_allow {
             if Cidr::parse(cidr).is_none() {
-                faults.push(format!("--api-allow: `{cidr}` is not a network such as 203.0.113.0/24"));
+                faults
+                    .push(format!("--api-allow: `{cidr}` is not a network such as 203.0.113.0/24"));
             }
         }
         if let Some(name) = &options.node_name
@@ -287,12 +332,30 @@ impl Settings {
         {
             faults.push(format!("--node-name: `{name}` is not a lower-case DNS name"));
         }
-        faults.extend(options.node_label.iter().filter_map(|l| values::label(l).err()).map(|why| format!("--node-label: {why}")));
-        faults.extend(values::taints(&options.node_taint).into_iter().map(|why| format!("--node-taint: {why}")));
+        faults.extend(
+            options
+                .node_label
+                .iter()
+                .filter_map(|l| values::label(l).err())
+                .map(|why| format!("--node-label: {why}")),
+        );
+        faults.extend(
+            values::taints(&options.node_taint)
+                .into_iter()
+                .map(|why| format!("--node-taint: {why}")),
+        );
         options.tls_san = values::sans(&options.tls_san);
-        faults.extend(options.tls_san.iter().filter_map(|s| values::bad_san(s)).map(|why| format!("--tls-san: {why}")));
+        faults.extend(
+            options
+                .tls_san
+                .iter()
+                .filter_map(|s| values::bad_san(s))
+                .map(|why| format!("--tls-san: {why}")),
+        );
         if let Some(mail) = &options.acme_email
-            && !(mail.split('@').count() == 2 && mail.split('@').all(|part| !part.is_empty()) && !mail.contains(char::is_whitespace))
+            && !(mail.split('@').count() == 2
+                && mail.split('@').all(|part| !part.is_empty())
+                && !mail.contains(char::is_whitespace))
         {
             faults.push(format!("--acme-email: `{mail}` is not a mail address"));
         }
@@ -302,7 +365,9 @@ impl Settings {
             list => {
                 for name in list {
                     if !components.contains(&name.as_str()) {
-                        let near = nearest(name, components.iter().copied()).map(|n| format!("; did you mean {n}?")).unwrap_or_default();
+                        let near = nearest(name, components.iter().copied())
+                            .map(|n| format!("; did you mean {n}?"))
+                            .unwrap_or_default();
                         faults.push(format!("--components: unknown component `{name}`{near} (known: {}, or none alone)", components.join(", ")));
                     }
                 }
@@ -315,10 +380,14 @@ impl Settings {
         };
         let max_role = match options.max_role.as_deref() {
             None => MaxRole::Operator,
-            Some(text) => MaxRole::ALL.into_iter().find(|r| r.name() == text).unwrap_or_else(|| {
-                faults.push(format!("--max-role: `{text}` is none of viewer, deployer, operator, admin"));
-                MaxRole::Operator
-            }),
+            Some(text) => {
+                MaxRole::ALL.into_iter().find(|r| r.name() == text).unwrap_or_else(|| {
+                    faults.push(format!(
+                        "--max-role: `{text}` is none of viewer, deployer, operator, admin"
+                    ));
+                    MaxRole::Operator
+                })
+            }
         };
         let timeout = match options.timeout.as_deref().map(parse_time) {
             None => Duration::from_secs(300),
@@ -329,11 +398,16 @@ impl Settings {
             }
         };
         if let Some(url) = &options.artifact_url
-            && !url::Url::parse(url).is_ok_and(|u| matches!(u.scheme(), "http" | "https") && u.query().or(u.fragment()).is_none())
+            && !url::Url::parse(url).is_ok_and(|u| {
+                matches!(u.scheme(), "http" | "https") && u.query().or(u.fragment()).is_none()
+            })
         {
-            faults.push(format!("--artifact-url: `{url}` is not an http or https URL without `?` and `#`"));
+            faults.push(format!(
+                "--artifact-url: `{url}` is not an http or https URL without `?` and `#`"
+            ));
         }
-        let control_plane_url = options.control_plane_url.clone().unwrap_or_else(|| DEFAULT_CONTROL_PLANE.into());
+        let control_plane_url =
+            options.control_plane_url.clone().unwrap_or_else(|| DEFAULT_CONTROL_PLANE.into());
         if let Err(why) = check_control_plane(&control_plane_url) {
             faults.push(why);
         }
@@ -344,7 +418,9 @@ impl Settings {
                 .and_then(|b| base64::engine::general_purpose::STANDARD.decode(b).ok())
                 .is_some_and(|bytes| bytes.len() == 32);
             if !ok {
-                faults.push("--control-plane-pin: a pin is sha256: and the base64 of 32 bytes".into());
+                faults.push(
+                    "--control-plane-pin: a pin is sha256: and the base64 of 32 bytes".into(),
+                );
             }
         }
         if options.control_plane_pin.len() > 2 {
@@ -358,10 +434,24 @@ impl Settings {
         faults.extend(values::faults(&options.k3s));
         if faults.is_empty() {
             let channel = options.channel.clone();
-            return Ok(Settings { role, version, channel, components: chosen, max_role, timeout, control_plane_url, options });
+            return Ok(Settings {
+                role,
+                version,
+                channel,
+                components: chosen,
+                max_role,
+                timeout,
+                control_plane_url,
+                options,
+            });
         }
-        let what = if faults.len() == 1 { faults.remove(0) } else { format!("{} settings are wrong", faults.len()) };
-        let mut failure = Failure::usage("SETTINGS_INVALID", what).hint("see `pipeops install-server --help`");
+        let what = if faults.len() == 1 {
+            faults.remove(0)
+        } else {
+            format!("{} settings are wrong", faults.len())
+        };
+        let mut failure =
+            Failure::usage("SETTINGS_INVALID", what).hint("see `pipeops install-server --help`");
         failure.why = faults;
         Err(failure)
     }
@@ -374,7 +464,8 @@ impl Settings {
 
 /// https anywhere, plain http only to this machine itself.
 fn check_control_plane(text: &str) -> Result<(), String> {
-    let url = url::Url::parse(text).map_err(|e| format!("--control-plane-url: `{text}` is not a URL ({e})"))?;
+    let url = url::Url::parse(text)
+        .map_err(|e| format!("--control-plane-url: `{text}` is not a URL ({e})"))?;
     if !url.username().is_empty() || url.password().is_some() {
         return Err("--control-plane-url: it has a login in it; the agent proves itself by its token (--agent-token-file)".into());
     }
@@ -387,7 +478,9 @@ fn check_control_plane(text: &str) -> Result<(), String> {
     match url.scheme() {
         "https" => Ok(()),
         "http" if loopback => Ok(()),
-        "http" => Err(format!("--control-plane-url: `{text}` must be https (http is allowed only to this machine itself)")),
+        "http" => Err(format!(
+            "--control-plane-url: `{text}` must be https (http is allowed only to this machine itself)"
+        )),
         other => Err(format!("--control-plane-url: scheme `{other}` is not https")),
     }
 }
@@ -431,12 +524,18 @@ mod tests {
     use super::*;
 
     fn resolve(options: Options) -> Result<Settings, Failure> {
-        Settings::resolve(options, Role::Server, &["SWAP_ON", "CLOCK_SKEW"], &["ingress", "cert-manager"])
+        Settings::resolve(
+            options,
+            Role::Server,
+            &["SWAP_ON", "CLOCK_SKEW"],
+            &["ingress", "cert-manager"],
+        )
     }
 
     #[test]
     fn a_typo_in_a_key_is_named_with_the_nearest_key() {
-        let failure = parse_file("# mine\ntls-sn = [\"a\"]\n", "/etc/pipeops/config.toml").unwrap_err();
+        let failure =
+            parse_file("# mine\ntls-sn = [\"a\"]\n", "/etc/pipeops/config.toml").unwrap_err();
         assert_eq!(failure.what, "unknown key `tls-sn` in /etc/pipeops/config.toml, line 2");
         assert!(failure.hint.unwrap().contains("`tls-san`"));
     }
@@ -465,7 +564,11 @@ mod tests {
     #[test]
     fn upper_layers_win_key_by_key() {
         let upper = Options { tls_san: vec!["a".into()], ..Options::default() };
-        let lower = parse_file("tls-san = [\"b\"]\nnode-name = \"n\"\n[k3s]\nkubelet-arg = [\"x=y\"]\n", "f").unwrap();
+        let lower = parse_file(
+            "tls-san = [\"b\"]\nnode-name = \"n\"\n[k3s]\nkubelet-arg = [\"x=y\"]\n",
+            "f",
+        )
+        .unwrap();
         let merged = upper.over(lower);
         assert_eq!(merged.tls_san, ["a"]);
         assert_eq!(merged.node_name.as_deref(), Some("n"));

@@ -74,15 +74,26 @@ pub const LOOK: &str = "the lines above name the cause: correct it";
 pub fn hopeless(log: &str, died: u32, pulse: Pulse) -> Option<Seen> {
     let Some(seen) = classify(log) else {
         let (line, count) = last_words(log)?;
-        let what = if pulse.failed { "it ended, and systemd starts it no more" } else { "it ends again and again" };
+        let what = if pulse.failed {
+            "it ended, and systemd starts it no more"
+        } else {
+            "it ends again and again"
+        };
         let why = Cause { code: LOOP, what, fix: LOOK, weight: Weight::Part };
-        return (pulse.failed || died >= DEATHS && !transient(&line)).then_some(Seen { cause: why, line, count });
+        return (pulse.failed || died >= DEATHS && !transient(&line)).then_some(Seen {
+            cause: why,
+            line,
+            count,
+        });
     };
     let again = pulse.since.max(if pulse.running { 0 } else { pulse.restarts });
     let stuck = !pulse.running && !went_on(log, &seen.line);
     let end = match seen.cause.weight {
         Weight::Certain => again >= 2 || stuck && pulse.held >= HELD,
-        Weight::Fatal => died >= DEATHS || stuck && pulse.held >= HELD_LONG && seen.count >= 4 && waits(&seen.line),
+        Weight::Fatal => {
+            died >= DEATHS
+                || stuck && pulse.held >= HELD_LONG && seen.count >= 4 && waits(&seen.line)
+        }
         Weight::Part => died >= DEATHS && !transient(&seen.line),
         Weight::Passing | Weight::Weak => false,
     };
@@ -92,8 +103,16 @@ pub fn hopeless(log: &str, died: u32, pulse: Pulse) -> Option<Seen> {
 /// How often the unit ended since the wait began: as systemd counts, or by its last words where that count is from before.
 pub fn deaths(log: &str, pulse: Pulse) -> u32 {
     let lines = |mark: &str| log.lines().filter(|l| l.contains(mark)).count();
-    let said = ["level=fatal", "level=panic", "Shutdown request received: ", "Main process exited"].map(lines).into_iter().max().unwrap_or(0);
-    pulse.since.max(if pulse.running { 0 } else { u32::try_from(said).unwrap_or(u32::MAX).min(pulse.restarts) })
+    let said = ["level=fatal", "level=panic", "Shutdown request received: ", "Main process exited"]
+        .map(lines)
+        .into_iter()
+        .max()
+        .unwrap_or(0);
+    pulse.since.max(if pulse.running {
+        0
+    } else {
+        u32::try_from(said).unwrap_or(u32::MAX).min(pulse.restarts)
+    })
 }
 
 /// The cause that `log` shows; the most telling first, and what a process said as it ended before everything else.
@@ -112,13 +131,21 @@ pub fn beside(log: &str) -> Option<Seen> {
     find(log.lines(), |c| c.weight == Weight::Weak)
 }
 
-fn find<'a>(lines: impl DoubleEndedIterator<Item = &'a str>, wanted: impl Fn(&Cause) -> bool) -> Option<Seen> {
+fn find<'a>(
+    lines: impl DoubleEndedIterator<Item = &'a str>,
+    wanted: impl Fn(&Cause) -> bool,
+) -> Option<Seen> {
     let lower: Vec<(&str, String)> = lines.map(|l| (l, l.to_lowercase())).collect();
-    settings::TABLE.iter().chain(machine::TABLE).filter(|(_, cause)| wanted(cause)).find_map(|(fragments, cause)| {
-        let mut hits = lower.iter().rev().filter(|(_, lower)| fragments.iter().all(|f| lower.contains(&f.to_lowercase())));
-        let (line, _) = hits.next()?;
-        Some(Seen { cause: *cause, line: timeless(line).to_owned(), count: 1 + hits.count() })
-    })
+    settings::TABLE.iter().chain(machine::TABLE).filter(|(_, cause)| wanted(cause)).find_map(
+        |(fragments, cause)| {
+            let mut hits = lower
+                .iter()
+                .rev()
+                .filter(|(_, lower)| fragments.iter().all(|f| lower.contains(&f.to_lowercase())));
+            let (line, _) = hits.next()?;
+            Some(Seen { cause: *cause, line: timeless(line).to_owned(), count: 1 + hits.count() })
+        },
+    )
 }
 
 /// Said by a process as it ends, or by systemd of one that ended.
@@ -133,26 +160,40 @@ fn dying(line: &str) -> bool {
         "killed by the OOM killer",
         "Failed to locate executable",
     ];
-    MARKS.iter().any(|m| line.contains(m)) || ["panic: ", "Error: ", "error: ", "containerd: "].iter().any(|m| line.starts_with(m))
+    MARKS.iter().any(|m| line.contains(m))
+        || ["panic: ", "Error: ", "error: ", "containerd: "].iter().any(|m| line.starts_with(m))
 }
 
 /// Not a warning or chatter: what k3s waits for is at level info, and counts.
 fn serious(line: &str) -> bool {
-    let (weak, info) = (["level=warning", "level=debug", "\"level\":\"warn\"", "\"level\":\"info\""], line.contains("level=info"));
+    let (weak, info) = (
+        ["level=warning", "level=debug", "\"level\":\"warn\"", "\"level\":\"info\""],
+        line.contains("level=info"),
+    );
     let klog = line.as_bytes();
-    let klog = matches!(klog.first(), Some(b'W' | b'I')) && klog.get(1..5).is_some_and(|d| d.iter().all(u8::is_ascii_digit));
+    let klog = matches!(klog.first(), Some(b'W' | b'I'))
+        && klog.get(1..5).is_some_and(|d| d.iter().all(u8::is_ascii_digit));
     !klog && !weak.iter().any(|w| line.contains(w)) && (!info || line.contains("msg=\"Waiting "))
 }
 
 /// Said by a k3s that stays alive and asks again every few seconds (pkg/agent/config/config.go, pkg/agent/run.go).
 fn waits(line: &str) -> bool {
-    ["Waiting to retrieve agent configuration", "Failed to validate connection to cluster"].iter().any(|w| line.contains(w))
+    ["Waiting to retrieve agent configuration", "Failed to validate connection to cluster"]
+        .iter()
+        .any(|w| line.contains(w))
 }
 
 /// Words of what passes: an unknown last line with them is no proof that the next start ends alike.
 fn transient(line: &str) -> bool {
-    const WORDS: [&str; 7] =
-        ["connection refused", "deadline exceeded", "i/o timeout", "timed out", "no route to host", "connection reset", "leaderelection lost"];
+    const WORDS: [&str; 7] = [
+        "connection refused",
+        "deadline exceeded",
+        "i/o timeout",
+        "timed out",
+        "no route to host",
+        "connection reset",
+        "leaderelection lost",
+    ];
     WORDS.iter().any(|w| line.contains(w))
 }
 
@@ -161,13 +202,24 @@ fn went_on(log: &str, line: &str) -> bool {
     let after = log.lines().rev().take_while(|l| timeless(l) != line);
     let mut after = after.filter(|l| l.contains("level=info"));
     after.any(|l| {
-        ["msg=\"Running containerd", "msg=\"Running kubelet", "is up and running", "msg=\"Connecting to proxy"].iter().any(|m| l.contains(m))
+        [
+            "msg=\"Running containerd",
+            "msg=\"Running kubelet",
+            "is up and running",
+            "msg=\"Connecting to proxy",
+        ]
+        .iter()
+        .any(|m| l.contains(m))
     })
 }
 
 /// The last line with which the unit ended, and how often it stands there.
 fn last_words(log: &str) -> Option<(String, usize)> {
-    let line = log.lines().rev().find(|l| dying(l) && !l.contains("Main process exited")).or_else(|| log.lines().rev().find(|l| dying(l)))?;
+    let line = log
+        .lines()
+        .rev()
+        .find(|l| dying(l) && !l.contains("Main process exited"))
+        .or_else(|| log.lines().rev().find(|l| dying(l)))?;
     let (key, count) = (alike(line), |key: &str| log.lines().filter(|l| alike(l) == key).count());
     Some((timeless(line).to_owned(), count(&key)))
 }
@@ -175,7 +227,9 @@ fn last_words(log: &str) -> Option<(String, usize)> {
 /// A line without the time that logrus puts in front.
 fn timeless(line: &str) -> &str {
     let line = line.trim();
-    line.strip_prefix("time=\"").and_then(|rest| rest.split_once("\" ")).map_or(line, |(_, rest)| rest)
+    line.strip_prefix("time=\"")
+        .and_then(|rest| rest.split_once("\" "))
+        .map_or(line, |(_, rest)| rest)
 }
 
 /// The same for lines that differ in times, ports and process numbers only.
@@ -199,7 +253,18 @@ pub fn times(text: &str, count: usize) -> String {
 
 /// The last lines worth showing, errors and warnings before chatter; those that are alike once, with their number.
 pub fn telling(log: &str, most: usize) -> Vec<String> {
-    let marks = ["level=error", "level=fatal", "level=warning", "level=panic", "Error:", "error:", "failed", "Failed", "msg=\"Waiting ", "panic:"];
+    let marks = [
+        "level=error",
+        "level=fatal",
+        "level=warning",
+        "level=panic",
+        "Error:",
+        "error:",
+        "failed",
+        "Failed",
+        "msg=\"Waiting ",
+        "panic:",
+    ];
     let marked: Vec<&str> = log.lines().filter(|l| marks.iter().any(|m| l.contains(m))).collect();
     let from = if marked.is_empty() { log.lines().collect() } else { marked };
     let mut shown: Vec<(String, &str, usize)> = Vec::new();

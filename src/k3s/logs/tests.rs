@@ -167,7 +167,8 @@ const HARMLESS: &[&str] = &[
     r#"level=info msg="k3s is up and running""#,
 ];
 
-const BOOT: &str = "time=\"2026-11-27T05:00:00Z\" level=info msg=\"Starting k3s v1.36.2+k3s1 (0000000)\"\n";
+const BOOT: &str =
+    "time=\"2026-11-27T05:00:00Z\" level=info msg=\"Starting k3s v1.36.2+k3s1 (0000000)\"\n";
 
 fn code(log: &str) -> Option<&'static str> {
     classify(log).map(|s| s.cause.code)
@@ -176,10 +177,16 @@ fn code(log: &str) -> Option<&'static str> {
 #[test]
 fn every_fixture_gets_its_code_also_among_warnings() {
     for (wanted, line) in FIXTURES {
-        let log = format!("{BOOT}time=\"2026-11-27T05:00:01Z\" {line}\nlevel=info msg=\"later chatter\"\n");
+        let log = format!(
+            "{BOOT}time=\"2026-11-27T05:00:01Z\" {line}\nlevel=info msg=\"later chatter\"\n"
+        );
         assert_eq!(code(&log), Some(*wanted), "{line}");
         for (_, weak) in WEAK {
-            assert_eq!(code(&format!("{weak}\n{log}{weak}\n")), Some(*wanted), "{line} beside {weak}");
+            assert_eq!(
+                code(&format!("{weak}\n{log}{weak}\n")),
+                Some(*wanted),
+                "{line} beside {weak}"
+            );
         }
     }
 }
@@ -211,7 +218,13 @@ fn warnings_and_chatter_have_no_code() {
         assert_eq!(classify(line), None, "{line}");
         all.push_str(&format!("{line}\n"));
     }
-    let dead = Pulse { restarts: 9, since: 9, held: Duration::from_secs(300), running: false, failed: false };
+    let dead = Pulse {
+        restarts: 9,
+        since: 9,
+        held: Duration::from_secs(300),
+        running: false,
+        failed: false,
+    };
     assert_eq!((classify(&all), hopeless(&all, 0, dead)), (None, None));
 }
 
@@ -229,58 +242,160 @@ fn what_the_process_said_as_it_ended_comes_before_what_it_said_beside() {
 
 #[test]
 fn when_a_wait_ends_and_when_it_does_not() {
-    let pulse = |restarts, since, held| Pulse { running: false, failed: false, restarts, since, held: Duration::from_secs(held) };
-    let fatal = |what: &str, times: usize| format!("{BOOT}level=fatal msg=\"Error: {what}\"\n").repeat(times);
-    let wait =
-        |what: &str, times: usize| format!("level=info msg=\"Waiting to retrieve agent configuration; server is not ready: {what}\"\n").repeat(times);
+    let pulse = |restarts, since, held| Pulse {
+        running: false,
+        failed: false,
+        restarts,
+        since,
+        held: Duration::from_secs(held),
+    };
+    let fatal = |what: &str, times: usize| {
+        format!("{BOOT}level=fatal msg=\"Error: {what}\"\n").repeat(times)
+    };
+    let wait = |what: &str, times: usize| {
+        format!("level=info msg=\"Waiting to retrieve agent configuration; server is not ready: {what}\"\n").repeat(times)
+    };
     let refused = "\\\"overlayfs\\\" snapshotter cannot be enabled for \\\"/x\\\": failed to mount overlay: invalid argument";
     let cases = [
-        ("a setting that is wrong, the second time", fatal("invalid cluster-cidr x", 2), pulse(2, 2, 6), Some("K3S_SETTING_INVALID")),
+        (
+            "a setting that is wrong, the second time",
+            fatal("invalid cluster-cidr x", 2),
+            pulse(2, 2, 6),
+            Some("K3S_SETTING_INVALID"),
+        ),
         ("the same after one death", fatal("invalid cluster-cidr x", 1), pulse(1, 1, 3), None),
         ("a port, after one death", fatal("address already in use", 1), pulse(1, 1, 30), None),
         ("a port, after two deaths", fatal("address already in use", 2), pulse(2, 2, 30), None),
-        ("a port, after three", fatal("address already in use", 3), pulse(3, 3, 16), Some("PORT_IN_USE")),
-        ("deaths that systemd counted before this wait", fatal("address already in use", 1), pulse(40, 0, 3), None),
-        ("the same, and three more", fatal("address already in use", 3), pulse(43, 0, 16), Some("PORT_IN_USE")),
+        (
+            "a port, after three",
+            fatal("address already in use", 3),
+            pulse(3, 3, 16),
+            Some("PORT_IN_USE"),
+        ),
+        (
+            "deaths that systemd counted before this wait",
+            fatal("address already in use", 1),
+            pulse(40, 0, 3),
+            None,
+        ),
+        (
+            "the same, and three more",
+            fatal("address already in use", 3),
+            pulse(43, 0, 16),
+            Some("PORT_IN_USE"),
+        ),
         ("an unknown cause, after two", fatal("planted trouble 4711", 2), pulse(2, 2, 10), None),
-        ("an unknown cause, after three", fatal("planted trouble 4711", 3), pulse(3, 3, 16), Some(LOOP)),
-        ("systemd's word alone", "k3s.service: Main process exited, code=exited, status=1/FAILURE\n".repeat(3), pulse(3, 3, 0), Some(LOOP)),
+        (
+            "an unknown cause, after three",
+            fatal("planted trouble 4711", 3),
+            pulse(3, 3, 16),
+            Some(LOOP),
+        ),
+        (
+            "systemd's word alone",
+            "k3s.service: Main process exited, code=exited, status=1/FAILURE\n".repeat(3),
+            pulse(3, 3, 0),
+            Some(LOOP),
+        ),
         ("nothing said at all", BOOT.repeat(9), pulse(9, 9, 0), None),
-        ("refused by the snapshotter, alive", wait(refused, 1), pulse(0, 0, 10), Some("SNAPSHOTTER_REFUSED")),
+        (
+            "refused by the snapshotter, alive",
+            wait(refused, 1),
+            pulse(0, 0, 10),
+            Some("SNAPSHOTTER_REFUSED"),
+        ),
         ("only just", wait(refused, 1), pulse(0, 0, 3), None),
-        ("it went on", wait(refused, 1) + "level=info msg=\"Running containerd -c x\"\n", pulse(0, 0, 60), None),
-        ("a token refused for a moment", wait("https://127.0.0.1:6444/v1-k3s/x: 401 Unauthorized", 3), pulse(0, 0, 15), None),
-        ("and for good", wait("https://127.0.0.1:6444/v1-k3s/x: 401 Unauthorized", 5), pulse(0, 0, 25), Some("JOIN_TOKEN_REJECTED")),
+        (
+            "it went on",
+            wait(refused, 1) + "level=info msg=\"Running containerd -c x\"\n",
+            pulse(0, 0, 60),
+            None,
+        ),
+        (
+            "a token refused for a moment",
+            wait("https://127.0.0.1:6444/v1-k3s/x: 401 Unauthorized", 3),
+            pulse(0, 0, 15),
+            None,
+        ),
+        (
+            "and for good",
+            wait("https://127.0.0.1:6444/v1-k3s/x: 401 Unauthorized", 5),
+            pulse(0, 0, 25),
+            Some("JOIN_TOKEN_REJECTED"),
+        ),
         (
             "a datastore that is no database, asked again and again",
-            "level=error msg=\"Failed to ping database connection: file is not a database\"\n".repeat(12),
+            "level=error msg=\"Failed to ping database connection: file is not a database\"\n"
+                .repeat(12),
             pulse(0, 0, 11),
             Some("DATASTORE_DAMAGED"),
         ),
-        ("one that is away", "level=error msg=\"Failed to ping database connection: connection refused\"\n".repeat(99), pulse(0, 0, 99), None),
-        ("a server that is away", wait("failed to get CA certs: Get \\\"https://x/cacerts\\\": EOF", 50), pulse(0, 0, 280), None),
-        ("also where k3s dies of it", fatal("failed to get CA certs: Get \\\"https://x/cacerts\\\": EOF", 50), pulse(50, 50, 280), None),
+        (
+            "one that is away",
+            "level=error msg=\"Failed to ping database connection: connection refused\"\n"
+                .repeat(99),
+            pulse(0, 0, 99),
+            None,
+        ),
+        (
+            "a server that is away",
+            wait("failed to get CA certs: Get \\\"https://x/cacerts\\\": EOF", 50),
+            pulse(0, 0, 280),
+            None,
+        ),
+        (
+            "also where k3s dies of it",
+            fatal("failed to get CA certs: Get \\\"https://x/cacerts\\\": EOF", 50),
+            pulse(50, 50, 280),
+            None,
+        ),
         ("a datastore that is slow", fatal("leaderelection lost", 9), pulse(9, 9, 280), None),
-        ("a kubelet that ends with a time-out", fatal("kubelet exited: x: context deadline exceeded", 9), pulse(9, 9, 280), None),
+        (
+            "a kubelet that ends with a time-out",
+            fatal("kubelet exited: x: context deadline exceeded", 9),
+            pulse(9, 9, 280),
+            None,
+        ),
     ];
     for (name, log, pulse, wanted) in cases {
-        assert_eq!(hopeless(&log, deaths(&log, pulse), pulse).map(|s| s.cause.code), wanted, "{name}");
+        assert_eq!(
+            hopeless(&log, deaths(&log, pulse), pulse).map(|s| s.cause.code),
+            wanted,
+            "{name}"
+        );
     }
     // what runs again is not judged by what it said before
-    let up = Pulse { running: true, failed: false, restarts: 5, since: 2, held: Duration::from_secs(60) };
+    let up = Pulse {
+        running: true,
+        failed: false,
+        restarts: 5,
+        since: 2,
+        held: Duration::from_secs(60),
+    };
     assert_eq!(hopeless(&fatal("address already in use", 5), 2, up), None);
     // what systemd gives up is over at once
     let given_up = Pulse { failed: true, ..pulse(0, 0, 0) };
-    assert_eq!(hopeless("error: agent.toml: unknown key `x` [CONFIG_INVALID]\n", 0, given_up).map(|s| s.cause.code), Some(LOOP));
-    assert_eq!(hopeless(&fatal("leaderelection lost", 1), 0, given_up).map(|s| s.cause.code), Some("DISK_FSYNC_SLOW"));
+    assert_eq!(
+        hopeless("error: agent.toml: unknown key `x` [CONFIG_INVALID]\n", 0, given_up)
+            .map(|s| s.cause.code),
+        Some(LOOP)
+    );
+    assert_eq!(
+        hopeless(&fatal("leaderelection lost", 1), 0, given_up).map(|s| s.cause.code),
+        Some("DISK_FSYNC_SLOW")
+    );
 }
 
 #[test]
 fn alike_lines_stand_once_with_their_number() {
     let mut log = String::new();
     for n in 0..20 {
-        log.push_str(&format!("time=\"2026-11-27T05:00:{n:02}Z\" level=fatal msg=\"Error: pid {n} planted trouble\"\n"));
-        log.push_str(&format!("E1127 05:00:{n:02}.000{n:03}    12{n:02} server.go:9] failed to do it\n"));
+        log.push_str(&format!(
+            "time=\"2026-11-27T05:00:{n:02}Z\" level=fatal msg=\"Error: pid {n} planted trouble\"\n"
+        ));
+        log.push_str(&format!(
+            "E1127 05:00:{n:02}.000{n:03}    12{n:02} server.go:9] failed to do it\n"
+        ));
     }
     let told = telling(&log, 20);
     assert_eq!(told.len(), 2, "{told:#?}");

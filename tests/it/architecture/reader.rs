@@ -19,8 +19,12 @@ enum Token {
 
 /// Where a string, a character or a comment that begins at `at` ends, if one does.
 fn skipped(text: &[char], at: usize) -> Option<usize> {
-    let is = |from: usize, what: &str| what.chars().enumerate().all(|(n, c)| text.get(from + n) == Some(&c));
-    let find = |from: usize, what: &str| (from..text.len()).find(|n| is(*n, what)).map_or(text.len(), |n| n + what.len());
+    let is = |from: usize, what: &str| {
+        what.chars().enumerate().all(|(n, c)| text.get(from + n) == Some(&c))
+    };
+    let find = |from: usize, what: &str| {
+        (from..text.len()).find(|n| is(*n, what)).map_or(text.len(), |n| n + what.len())
+    };
     match text[at] {
         '/' if is(at, "//") => Some(find(at, "\n")),
         '/' if is(at, "/*") => {
@@ -63,10 +67,13 @@ fn tokens(text: &str) -> Vec<Token> {
         if let Some(end) = skipped(&text, at) {
             at = end;
         } else if text[at].is_alphanumeric() || text[at] == '_' {
-            let word: String = text[at..].iter().take_while(|c| c.is_alphanumeric() || **c == '_').collect();
+            let word: String =
+                text[at..].iter().take_while(|c| c.is_alphanumeric() || **c == '_').collect();
             at += word.chars().count();
             // b"…", c"…", br"…": the letters belong to the string
-            if !(["b", "c", "br", "cr"].contains(&word.as_str()) && matches!(text.get(at), Some('"' | '\'' | '#'))) {
+            if !(["b", "c", "br", "cr"].contains(&word.as_str())
+                && matches!(text.get(at), Some('"' | '\'' | '#')))
+            {
                 found.push(Token::Word(word));
             } else if text[at - 1] == 'r' {
                 at -= 1;
@@ -135,7 +142,9 @@ fn tree(tokens: &[Token], mut at: usize, before: &[String], found: &mut Vec<Impo
             _ => return at,
         }
         at += 1;
-        if matches!(tokens.get(at - 1), Some(Token::Word(_))) && tokens.get(at) != Some(&Token::Into) {
+        if matches!(tokens.get(at - 1), Some(Token::Word(_)))
+            && tokens.get(at) != Some(&Token::Into)
+        {
             let alias = matches!(tokens.get(at), Some(Token::Word(word)) if word == "as");
             let name = match tokens.get(at + 1) {
                 Some(Token::Word(name)) if alias => name.clone(),
@@ -154,10 +163,14 @@ fn paths(tokens: &[Token]) -> (Vec<Import>, Vec<Module>) {
     while at < tokens.len() {
         match &tokens[at] {
             // `impl Trait + use<'a>` is no use
-            Token::Word(word) if word == "use" && tokens.get(at + 1) != Some(&Token::Sign('<')) => at = tree(tokens, at + 1, &[], &mut uses),
+            Token::Word(word) if word == "use" && tokens.get(at + 1) != Some(&Token::Sign('<')) => {
+                at = tree(tokens, at + 1, &[], &mut uses)
+            }
             Token::Word(word) if at == 0 || tokens[at - 1] != Token::Into => {
                 let mut path = vec![word.clone()];
-                while let (Some(Token::Into), Some(Token::Word(next))) = (tokens.get(at + 1), tokens.get(at + 2)) {
+                while let (Some(Token::Into), Some(Token::Word(next))) =
+                    (tokens.get(at + 1), tokens.get(at + 2))
+                {
                     path.push(next.clone());
                     at += 2;
                 }
@@ -192,7 +205,9 @@ pub(super) fn used(module: &Module, text: &str, modules: &BTreeSet<Module>) -> B
     for path in uses.iter().map(|(path, _)| path).chain(&others) {
         let full = match names.get(path[0].as_str()) {
             // a name that a use brought in; in the use itself nothing stands before it
-            Some(before) if before.len() > 1 && **before != *path => [before.as_slice(), &path[1..]].concat(),
+            Some(before) if before.len() > 1 && **before != *path => {
+                [before.as_slice(), &path[1..]].concat()
+            }
             _ => path.clone(),
         };
         let mut at = module.clone();
@@ -234,18 +249,33 @@ mod tests {
 
     #[test]
     fn use_trees_are_read_whole() {
-        assert_eq!(of("g.rs", "use crate::{a::{b::{c::X, d}, Y}, e::f as z};"), ["a", "a/b/c", "a/b/d", "e/f"]);
+        assert_eq!(
+            of("g.rs", "use crate::{a::{b::{c::X, d}, Y}, e::f as z};"),
+            ["a", "a/b/c", "a/b/d", "e/f"]
+        );
         assert_eq!(of("g.rs", "pub use crate::e::{self, f::*};"), ["e", "e/f"]);
-        assert_eq!(of("a/b.rs", "use c::X; use self::d::Y; use super::Z; use std::a::b;"), ["a", "a/b/c", "a/b/d"]);
+        assert_eq!(
+            of("a/b.rs", "use c::X; use self::d::Y; use super::Z; use std::a::b;"),
+            ["a", "a/b/c", "a/b/d"]
+        );
         assert_eq!(of("e/f.rs", "use super::super::a::b; use g::other;"), ["a/b"]);
         assert_eq!(of("a/b/c.rs", "use super::super::Z;"), ["a"]);
     }
 
     #[test]
     fn paths_in_expressions_and_types_count_too() {
-        assert_eq!(of("g.rs", "fn f(x: crate::e::Thing) -> [u8; 2] { <crate::a::b::X as Y>::of(&x) }"), ["a/b", "e"]);
-        assert_eq!(of("a/b/d.rs", "const X: u8 = super::super::super::g::Y; fn f() { super::c::run() }"), ["a/b/c", "g"]);
-        assert_eq!(of("g.rs", "use crate::a; use crate::e as other; fn f() { a::b::run(other::f::X) }"), ["a", "a/b", "e", "e/f"]);
+        assert_eq!(
+            of("g.rs", "fn f(x: crate::e::Thing) -> [u8; 2] { <crate::a::b::X as Y>::of(&x) }"),
+            ["a/b", "e"]
+        );
+        assert_eq!(
+            of("a/b/d.rs", "const X: u8 = super::super::super::g::Y; fn f() { super::c::run() }"),
+            ["a/b/c", "g"]
+        );
+        assert_eq!(
+            of("g.rs", "use crate::a; use crate::e as other; fn f() { a::b::run(other::f::X) }"),
+            ["a", "a/b", "e", "e/f"]
+        );
         assert_eq!(of("e/mod.rs", "mod f; fn g() { f::run() }"), ["e/f"]);
     }
 

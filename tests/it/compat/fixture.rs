@@ -30,7 +30,10 @@ pub(super) struct Fixture {
 impl Fixture {
     /// Those of all versions.
     pub(super) fn all() -> Vec<Fixture> {
-        let dirs = fs::read_dir(DIR).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+        let dirs = fs::read_dir(DIR)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.is_dir());
         let mut all: Vec<Fixture> = dirs.map(|dir| Fixture { dir }).collect();
         all.sort_by(|a, b| a.dir.cmp(&b.dir));
         assert!(!all.is_empty(), "there are no fixtures");
@@ -67,7 +70,8 @@ impl Fixture {
         let mut dirs = Vec::new();
         for line in modes.lines() {
             let mut words = line.splitn(3, ' ');
-            let (mode, kind, name) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+            let (mode, kind, name) =
+                (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
             let mode = fs::Permissions::from_mode(u32::from_str_radix(mode, 8).unwrap());
             match kind {
                 "link" => {
@@ -80,7 +84,10 @@ impl Fixture {
                 }
                 _ => {
                     let bytes = fs::read(from.join(name)).unwrap();
-                    let bytes = String::from_utf8(bytes).map_or_else(|e| e.into_bytes(), |text| renamed(&text, names, true).into_bytes());
+                    let bytes = String::from_utf8(bytes).map_or_else(
+                        |e| e.into_bytes(),
+                        |text| renamed(&text, names, true).into_bytes(),
+                    );
                     // a new file each time: one that was there may be linked to elsewhere
                     let _ = fs::remove_file(root.join(name));
                     fs::write(root.join(name), bytes).unwrap();
@@ -110,7 +117,12 @@ impl Fixture {
             let meta = fs::symlink_metadata(&path).unwrap();
             let (mode, shown) = (meta.permissions().mode() & 0o7777, name.display());
             if meta.is_symlink() {
-                writeln!(modes, "{mode:o} link {shown} -> {}", fs::read_link(&path).unwrap().display()).unwrap();
+                writeln!(
+                    modes,
+                    "{mode:o} link {shown} -> {}",
+                    fs::read_link(&path).unwrap().display()
+                )
+                .unwrap();
             } else if meta.is_dir() {
                 writeln!(modes, "{mode:o} dir {shown}").unwrap();
             } else if meta.is_file() {
@@ -118,7 +130,10 @@ impl Fixture {
                 if fs::read(fresh.root().join(name)).is_ok_and(|known| known == bytes) {
                     continue;
                 }
-                let bytes = String::from_utf8(bytes).map_or_else(|e| e.into_bytes(), |text| renamed(&text, &names, false).into_bytes());
+                let bytes = String::from_utf8(bytes).map_or_else(
+                    |e| e.into_bytes(),
+                    |text| renamed(&text, &names, false).into_bytes(),
+                );
                 fs::create_dir_all(to.join(name).parent().unwrap()).unwrap();
                 fs::write(to.join(name), bytes).unwrap();
                 writeln!(modes, "{mode:o} file {shown}").unwrap();
@@ -129,7 +144,9 @@ impl Fixture {
 }
 
 pub(super) fn renamed(text: &str, names: &Names, back: bool) -> String {
-    names.iter().fold(text.to_owned(), |text, (here, kept)| if back { text.replace(kept, here) } else { text.replace(here, kept) })
+    names.iter().fold(text.to_owned(), |text, (here, kept)| {
+        if back { text.replace(kept, here) } else { text.replace(here, kept) }
+    })
 }
 
 fn large(path: &Path) -> bool {
@@ -149,18 +166,29 @@ fn below(path: &Path, found: &mut BTreeSet<PathBuf>) {
 /// Name, type and label names of everything in a text of Prometheus, a line each.
 pub(super) fn metrics(text: &str) -> String {
     let mut rows = BTreeSet::new();
-    let types: Vec<(&str, &str)> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).map(|line| line.split_once(' ').unwrap()).collect();
+    let types: Vec<(&str, &str)> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+        .map(|line| line.split_once(' ').unwrap())
+        .collect();
     for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
         let end = line.find(['{', ' ']).unwrap();
-        let kind = types.iter().find(|(name, _)| *name == &line[..end]).map_or("untyped", |(_, kind)| *kind);
-        let (mut labels, mut rest) = (BTreeSet::new(), line[end..].strip_prefix('{').unwrap_or_default());
+        let kind = types
+            .iter()
+            .find(|(name, _)| *name == &line[..end])
+            .map_or("untyped", |(_, kind)| *kind);
+        let (mut labels, mut rest) =
+            (BTreeSet::new(), line[end..].strip_prefix('{').unwrap_or_default());
         while let Some((label, value)) = rest.split_once("=\"") {
             labels.insert(label.trim_start_matches(','));
-            let closing = value.match_indices('"').find(|(at, _)| !value[..*at].ends_with('\\')).unwrap().0;
+            let closing =
+                value.match_indices('"').find(|(at, _)| !value[..*at].ends_with('\\')).unwrap().0;
             rest = &value[closing + 1..];
         }
         let labels: Vec<&str> = labels.into_iter().collect();
-        rows.insert(format!("{} {kind} {}", &line[..end], labels.join(",")).trim_end().to_owned() + "\n");
+        rows.insert(
+            format!("{} {kind} {}", &line[..end], labels.join(",")).trim_end().to_owned() + "\n",
+        );
     }
     rows.into_iter().collect()
 }

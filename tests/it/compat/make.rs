@@ -8,7 +8,10 @@ use serde_json::{Value, json};
 use sqlx::Row as _;
 
 use super::fixture::{DIR, Fixture, metrics};
-use super::{PLAN_CASES, agent_names, before, events_waiting, hub_names, install, lists, machine, node_names, plan_case, telling};
+use super::{
+    PLAN_CASES, agent_names, before, events_waiting, hub_names, install, lists, machine,
+    node_names, plan_case, telling,
+};
 use crate::hub::DATA;
 use crate::operations::{apply, asks, comes_to, deployment};
 use crate::support::Sandbox;
@@ -39,7 +42,8 @@ fn stretch(value: &mut Value) {
 async fn stretch_database(file: &Path) {
     sqlx::any::install_default_drivers();
     let pool = sqlx::AnyPool::connect(&format!("sqlite:{}?mode=rw", file.display())).await.unwrap();
-    for row in sqlx::query("SELECT kind, id, body FROM pipeops_row").fetch_all(&pool).await.unwrap() {
+    for row in sqlx::query("SELECT kind, id, body FROM pipeops_row").fetch_all(&pool).await.unwrap()
+    {
         let (kind, id, body): (String, String, String) = (row.get(0), row.get(1), row.get(2));
         let mut value: Value = serde_json::from_str(&body).unwrap();
         stretch(&mut value);
@@ -62,36 +66,81 @@ async fn both(fixture: &Fixture, program: &Path) {
     let (kube, address) = serve_kube().await;
     kube.ready.store(true, Relaxed);
     let (mut agent, cluster) = hub.agent(address).await;
-    let other = hub.json("POST", "/api/v1/projects", &first, json!({"name": "other"})).await["id"].as_str().unwrap().to_owned();
-    let make = async |what: &str, body: Value| hub.json("POST", &format!("/api/v1/{what}"), &first, body).await;
+    let other = hub.json("POST", "/api/v1/projects", &first, json!({"name": "other"})).await["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let make = async |what: &str, body: Value| {
+        hub.json("POST", &format!("/api/v1/{what}"), &first, body).await
+    };
     let admin = make("admins", json!({"name": "second"})).await;
-    let runner = make("runners", json!({"name": "deployer", "role": "deployer", "namespaces": ["beta", "production"]})).await;
-    let elsewhere = make("runners", json!({"name": "elsewhere", "project": other, "ttl_s": 3600})).await;
+    let runner = make(
+        "runners",
+        json!({"name": "deployer", "role": "deployer", "namespaces": ["beta", "production"]}),
+    )
+    .await;
+    let elsewhere =
+        make("runners", json!({"name": "elsewhere", "project": other, "ttl_s": 3600})).await;
     let revoked = make("runners", json!({"name": "revoked"})).await;
-    hub.json("DELETE", &format!("/api/v1/runners/{}", revoked["id"].as_str().unwrap()), &first, json!({})).await;
+    hub.json(
+        "DELETE",
+        &format!("/api/v1/runners/{}", revoked["id"].as_str().unwrap()),
+        &first,
+        json!({}),
+    )
+    .await;
     let enrolment = make("tokens", json!({"name": "for two", "uses": 2})).await;
     let token = runner["token"].as_str().unwrap().to_owned();
-    let kubeconfig = hub.json("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &token, json!({"namespaces": ["beta"]})).await;
+    let kubeconfig = hub
+        .json(
+            "POST",
+            &format!("/api/v1/clusters/{cluster}/kubeconfig"),
+            &token,
+            json!({"namespaces": ["beta"]}),
+        )
+        .await;
     // one that is done, one that runs
     let (_, done) = asks(&hub, &cluster, &token, "done", &apply(&[deployment("done")])).await;
     let id = |operation: &Value| operation["id"].as_str().unwrap().to_owned();
     comes_to(&hub, &cluster, &token, &id(&done), "succeeded").await;
     kube.ready.store(false, Relaxed);
-    let (_, running) = asks(&hub, &cluster, &token, "running", &apply(&[deployment("running")])).await;
+    let (_, running) =
+        asks(&hub, &cluster, &token, "running", &apply(&[deployment("running")])).await;
     comes_to(&hub, &cluster, &token, &id(&running), "running").await;
-    hub.json("GET", &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"), &token, json!({})).await;
-    fixture.write("control-plane.metrics", &metrics(&hub.ask("GET", "/metrics", &first, json!({})).await.text().await.unwrap()));
-    fixture.write("agent.metrics", &metrics(tokio::task::block_in_place(|| agent.get("/metrics")).split_once("\r\n\r\n").unwrap().1));
+    hub.json(
+        "GET",
+        &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"),
+        &token,
+        json!({}),
+    )
+    .await;
+    fixture.write(
+        "control-plane.metrics",
+        &metrics(&hub.ask("GET", "/metrics", &first, json!({})).await.text().await.unwrap()),
+    );
+    fixture.write(
+        "agent.metrics",
+        &metrics(
+            tokio::task::block_in_place(|| agent.get("/metrics")).split_once("\r\n\r\n").unwrap().1,
+        ),
+    );
     // the end of the one that runs has nobody to hear it
     hub.stop();
     kube.ready.store(true, Relaxed);
     let begun = Instant::now();
     let queue = agent.sandbox.root().join("var/lib/pipeops-agent/queue");
-    while !std::fs::read_dir(&queue).unwrap().any(|entry| entry.unwrap().file_name().to_string_lossy().contains("-result-")) {
+    while !std::fs::read_dir(&queue)
+        .unwrap()
+        .any(|entry| entry.unwrap().file_name().to_string_lossy().contains("-result-"))
+    {
         assert!(begun.elapsed() < Duration::from_secs(40), "no result in {}", queue.display());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap()), nix::sys::signal::Signal::SIGTERM).unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap()),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
     tokio::task::block_in_place(|| agent.child.wait().unwrap());
     // and one waits for the agent
     hub.back();
@@ -103,7 +152,8 @@ async fn both(fixture: &Fixture, program: &Path) {
 
     stretch_database(&hub.sandbox.root().join(DATA).join("pipeops.db")).await;
     let kept = agent.sandbox.root().join("var/lib/pipeops-agent/credential.json");
-    let mut credential: Value = serde_json::from_str(&std::fs::read_to_string(&kept).unwrap()).unwrap();
+    let mut credential: Value =
+        serde_json::from_str(&std::fs::read_to_string(&kept).unwrap()).unwrap();
     stretch(&mut credential);
     std::fs::write(&kept, credential.to_string()).unwrap();
     hub.back();
@@ -115,23 +165,43 @@ async fn both(fixture: &Fixture, program: &Path) {
     hub.stop();
     fixture.write_json("control-plane.json", &said);
     fixture.keep("control-plane", &hub.sandbox, &[DATA], &hub_names(&hub));
-    fixture.keep("agent", &agent.sandbox, &["etc/pipeops", "var/lib/pipeops-agent"], &agent_names(&hub, &agent.sandbox));
+    fixture.keep(
+        "agent",
+        &agent.sandbox,
+        &["etc/pipeops", "var/lib/pipeops-agent"],
+        &agent_names(&hub, &agent.sandbox),
+    );
 }
 
 /// What an install leaves, and a plan with what became of it.
 fn node(fixture: &Fixture, program: &Path) {
     let sandbox = machine(program);
     install(&sandbox, &[]).ended(0);
-    let places = ["etc", "home", "run/fake-nft", "run/fake-systemd", "run/pipeops-credential", "usr", "var/lib"];
+    let places = [
+        "etc",
+        "home",
+        "run/fake-nft",
+        "run/fake-systemd",
+        "run/pipeops-credential",
+        "usr",
+        "var/lib",
+    ];
     fixture.keep("node", &sandbox, &places, &node_names(&sandbox));
     fixture.write_json("node-objects.json", &json!(*sandbox.api.objects.lock().unwrap()));
 
     let sandbox = machine(program);
     let plan = sandbox.path("plan.json");
     install(&sandbox, &["--plan-out", &plan]).ended(0);
-    let text = super::fixture::renamed(&std::fs::read_to_string(&plan).unwrap(), &node_names(&sandbox), false);
+    let text = super::fixture::renamed(
+        &std::fs::read_to_string(&plan).unwrap(),
+        &node_names(&sandbox),
+        false,
+    );
     fixture.write("plan.json", &text);
-    let outcomes: serde_json::Map<String, Value> = PLAN_CASES.iter().map(|case| ((*case).to_owned(), plan_case(case, program, fixture))).collect();
+    let outcomes: serde_json::Map<String, Value> = PLAN_CASES
+        .iter()
+        .map(|case| ((*case).to_owned(), plan_case(case, program, fixture)))
+        .collect();
     fixture.write_json("plan-outcomes.json", &outcomes.into());
 }
 
@@ -139,7 +209,8 @@ fn node(fixture: &Fixture, program: &Path) {
 #[ignore = "makes the fixtures of the version that PIPEOPS_TEST_BEFORE names"]
 async fn makes_the_fixtures_of_a_version() {
     let Some(program) = before("the fixtures of a version") else { return };
-    let name = std::env::var("PIPEOPS_TEST_FIXTURE").expect("PIPEOPS_TEST_FIXTURE names the directory below tests/it/fixtures");
+    let name = std::env::var("PIPEOPS_TEST_FIXTURE")
+        .expect("PIPEOPS_TEST_FIXTURE names the directory below tests/it/fixtures");
     let fixture = Fixture { dir: Path::new(DIR).join(name) };
     let _ = std::fs::remove_dir_all(&fixture.dir);
     both(&fixture, &program).await;

@@ -28,7 +28,9 @@ use crate::agent::session::client::Finished;
 use crate::base::encoding::hex;
 use crate::contract::operation::Wanted;
 use crate::contract::token::{Caller, Role};
-use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState, Touched, check_key, operation_id};
+use crate::contract::types::{
+    IDEMPOTENCY_KEY, Operation, OperationState, Touched, check_key, operation_id,
+};
 use crate::host::state::StateDir;
 use crate::kubernetes::answer::{Problem, plain};
 use crate::kubernetes::upstream::{Body, Upstream};
@@ -67,7 +69,12 @@ struct Live {
 
 impl Live {
     fn new(stored: Stored) -> Live {
-        Live { stored, events: Vec::new(), news: watch::Sender::new(()), cancel: CancellationToken::new() }
+        Live {
+            stored,
+            events: Vec::new(),
+            news: watch::Sender::new(()),
+            cancel: CancellationToken::new(),
+        }
     }
 }
 
@@ -91,7 +98,8 @@ impl Operations {
     pub fn open(dir: StateDir, results: mpsc::Sender<Finished>) -> Operations {
         let mut all = BTreeMap::new();
         for name in dir.list() {
-            let stored: Option<Stored> = dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
+            let stored: Option<Stored> =
+                dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
             let Some(mut stored) = stored.filter(|s| file(&s.operation.id) == name) else {
                 // cut by no crash, as files are replaced whole: somebody else's
                 dir.remove(&name);
@@ -115,10 +123,15 @@ impl Operations {
 
     /// What is too old or too much, the oldest first; never one whose end is not told.
     fn tidy(&self, all: &mut BTreeMap<String, Live>) {
-        let mut done: Vec<(String, String)> =
-            all.values().filter(|l| l.stored.told).map(|l| (l.stored.operation.finished_at.clone(), l.stored.operation.id.clone())).collect();
+        let mut done: Vec<(String, String)> = all
+            .values()
+            .filter(|l| l.stored.told)
+            .map(|l| (l.stored.operation.finished_at.clone(), l.stored.operation.id.clone()))
+            .collect();
         done.sort();
-        let oldest = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - DAYS).unwrap_or_default().to_string();
+        let oldest = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - DAYS)
+            .unwrap_or_default()
+            .to_string();
         let excess = done.len().saturating_sub(KEPT);
         for (n, (at, id)) in done.into_iter().enumerate() {
             if n < excess || at < oldest {
@@ -164,7 +177,8 @@ impl Progress {
                 Some(touched) => touched.outcome = outcome.into(),
                 None => objects.push(Touched { object: object.into(), outcome: outcome.into() }),
             }
-            live.events.push(json!({"at": now(), "object": object, "outcome": outcome}).to_string());
+            live.events
+                .push(json!({"at": now(), "object": object, "outcome": outcome}).to_string());
         });
     }
 }
@@ -180,22 +194,32 @@ impl Api {
 
     /// Tells the ends that an earlier run of the agent could not tell.
     pub(super) fn tell_the_rest(&self) {
-        let untold: Vec<Stored> =
-            lock(&self.operations().all).values().filter(|l| l.stored.operation.state.ended() && !l.stored.told).map(|l| l.stored.clone()).collect();
+        let untold: Vec<Stored> = lock(&self.operations().all)
+            .values()
+            .filter(|l| l.stored.operation.state.ended() && !l.stored.told)
+            .map(|l| l.stored.clone())
+            .collect();
         for stored in untold {
             tokio::spawn(self.clone().tell(stored));
         }
     }
 
     /// `/api/v1/operations` and what is below it. `rest` is empty, or begins with a slash.
-    pub(super) async fn operation(&self, parts: &Parts, body: Incoming, caller: &Caller, rest: &str) -> Response<Body> {
+    pub(super) async fn operation(
+        &self,
+        parts: &Parts,
+        body: Incoming,
+        caller: &Caller,
+        rest: &str,
+    ) -> Response<Body> {
         let mut segments = rest.split('/').skip(1);
         let (id, what, end) = (segments.next(), segments.next(), segments.next());
         match (&parts.method, id, what, end) {
             (&Method::POST, None, ..) => self.begin(parts, body, caller).await,
             (&Method::GET, None, ..) => {
                 let all = lock(&self.operations().all);
-                let mut mine: Vec<&Operation> = all.values().map(|l| &l.stored.operation).filter(|o| sees(caller, o)).collect();
+                let mut mine: Vec<&Operation> =
+                    all.values().map(|l| &l.stored.operation).filter(|o| sees(caller, o)).collect();
                 mine.sort_by(|a, b| b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id)));
                 plain(200, "application/json", json!({"items": mine}).to_string())
             }
@@ -214,13 +238,18 @@ impl Api {
                 }
                 None => gone(),
             },
-            (_, _, None | Some("events"), None) => problem(405, "method_not_allowed", "this path takes another method", None),
+            (_, _, None | Some("events"), None) => {
+                problem(405, "method_not_allowed", "this path takes another method", None)
+            }
             _ => gone(),
         }
     }
 
     fn found(&self, caller: &Caller, id: &str) -> Option<Operation> {
-        lock(&self.operations().all).get(id).map(|l| l.stored.operation.clone()).filter(|o| sees(caller, o))
+        lock(&self.operations().all)
+            .get(id)
+            .map(|l| l.stored.operation.clone())
+            .filter(|o| sees(caller, o))
     }
 
     async fn begin(&self, parts: &Parts, body: Incoming, caller: &Caller) -> Response<Body> {
@@ -241,7 +270,9 @@ impl Api {
         };
         let bytes = match timeout(PATIENCE, Limited::new(body, BODY).collect()).await {
             Ok(Ok(body)) => body.to_bytes(),
-            Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => return problem(413, "too_large", "an operation is larger than 1 MiB", None),
+            Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
+                return problem(413, "too_large", "an operation is larger than 1 MiB", None);
+            }
             Ok(Err(_)) => return problem(400, "bad_body", "the body broke off", None),
             Err(_) => return problem(408, "too_slow", "the body took longer than 15 s", None),
         };
@@ -263,12 +294,21 @@ impl Api {
                 Some("the tunnel stays up; try again soon"),
             );
         };
-        let call = match self.open_call(self.record(caller, &id, &parts.method, "/api/v1/operations"), Stream::Short, true) {
+        let call = match self.open_call(
+            self.record(caller, &id, &parts.method, "/api/v1/operations"),
+            Stream::Short,
+            true,
+        ) {
             Ok(call) => call,
             Err(problem) => return problem.plain(),
         };
-        let operation =
-            Operation { id: id.clone(), kind: wanted.kind().into(), subject: caller.subject.clone(), created_at: now(), ..Operation::default() };
+        let operation = Operation {
+            id: id.clone(),
+            kind: wanted.kind().into(),
+            subject: caller.subject.clone(),
+            created_at: now(),
+            ..Operation::default()
+        };
         let stored = Stored { operation, request, told: false };
         let cancel = match self.admit(&stored) {
             Ok(cancel) => cancel,
@@ -278,7 +318,14 @@ impl Api {
                 return *refused;
             }
         };
-        tokio::spawn(self.clone().carry_out(id.clone(), wanted, upstream, caller.clone(), cancel, call));
+        tokio::spawn(self.clone().carry_out(
+            id.clone(),
+            wanted,
+            upstream,
+            caller.clone(),
+            cancel,
+            call,
+        ));
         let mut answer = shown(202, &stored.operation);
         if let Ok(location) = HeaderValue::try_from(format!("/api/v1/operations/{id}")) {
             answer.headers_mut().insert(header::LOCATION, location);
@@ -296,11 +343,23 @@ impl Api {
             return Err(again(&known.stored, &stored.request).into());
         }
         if all.values().filter(|l| !l.stored.operation.state.ended()).count() >= AT_ONCE {
-            return Err(problem(429, "too_many_operations", format!("{AT_ONCE} operations run already"), Some("wait for one of them to end")).into());
+            return Err(problem(
+                429,
+                "too_many_operations",
+                format!("{AT_ONCE} operations run already"),
+                Some("wait for one of them to end"),
+            )
+            .into());
         }
         if let Err(error) = operations.store(stored) {
             tracing::warn!(error = format!("{error:#}"), "an operation cannot be kept");
-            return Err(problem(507, "disk_full", "the agent cannot write the operation down", Some("free space on the node")).into());
+            return Err(problem(
+                507,
+                "disk_full",
+                "the agent cannot write the operation down",
+                Some("free space on the node"),
+            )
+            .into());
         }
         let live = Live::new(stored.clone());
         let cancel = live.cancel.clone();
@@ -308,14 +367,30 @@ impl Api {
         Ok(cancel)
     }
 
-    async fn carry_out(self, id: String, wanted: Wanted, upstream: Upstream, caller: Caller, cancel: CancellationToken, mut call: Call) {
+    async fn carry_out(
+        self,
+        id: String,
+        wanted: Wanted,
+        upstream: Upstream,
+        caller: Caller,
+        cancel: CancellationToken,
+        mut call: Call,
+    ) {
         let progress = Progress { api: self.clone(), id: id.clone() };
         let end = work::run(&wanted, &self, upstream, &caller, &progress, cancel).await;
         let (state, message, status) = match end {
             Ok(()) => (OperationState::Succeeded, String::new(), 200),
             Err(End::Failed(why)) => (OperationState::Failed, why, 422),
-            Err(End::Cancelled) => (OperationState::Cancelled, "cancelled; what stands in objects was done".into(), 499),
-            Err(End::Interrupted) => (OperationState::Interrupted, "the agent stopped while it ran; what stands in objects was done".into(), 503),
+            Err(End::Cancelled) => (
+                OperationState::Cancelled,
+                "cancelled; what stands in objects was done".into(),
+                499,
+            ),
+            Err(End::Interrupted) => (
+                OperationState::Interrupted,
+                "the agent stopped while it ran; what stands in objects was done".into(),
+                503,
+            ),
         };
         call.status(status, state.name());
         let ended = self.operations().change(&id, |live| {
@@ -326,7 +401,11 @@ impl Api {
         loop {
             match self.operations().store(&ended) {
                 Ok(()) => break,
-                Err(error) => tracing::error!(error = format!("{error:#}"), id, "the end of an operation cannot be written yet"),
+                Err(error) => tracing::error!(
+                    error = format!("{error:#}"),
+                    id,
+                    "the end of an operation cannot be written yet"
+                ),
             }
             tokio::select! {
                 () = sleep(AGAIN) => {}
@@ -344,7 +423,13 @@ impl Api {
         loop {
             let Ok(body) = serde_json::to_string(&stored.operation) else { return };
             let (kept, is_kept) = oneshot::channel();
-            if self.operations().results.send(Finished { operation: id.clone(), body, kept }).await.is_err() {
+            if self
+                .operations()
+                .results
+                .send(Finished { operation: id.clone(), body, kept })
+                .await
+                .is_err()
+            {
                 // the agent stops: the next start tells it
                 return;
             }
@@ -355,7 +440,11 @@ impl Api {
         }
         stored.told = true;
         if let Err(error) = self.operations().store(&stored) {
-            tracing::warn!(error = format!("{error:#}"), id, "an end that was told will be told again");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                id,
+                "an end that was told will be told again"
+            );
         }
         self.operations().change(&id, |live| live.stored.told = true);
     }
@@ -367,16 +456,31 @@ impl Api {
             Ok(permit) => permit,
             Err(problem) => return problem.plain(),
         };
-        let Some(mut news) = lock(&self.operations().all).get(&id).map(|l| l.news.subscribe()) else { return gone() };
+        let Some(mut news) = lock(&self.operations().all).get(&id).map(|l| l.news.subscribe())
+        else {
+            return gone();
+        };
         news.mark_changed();
-        let last = headers.get("last-event-id").and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok());
-        let begin = Listener { api: self.clone(), id, news, next: last.unwrap_or(0), over: false, _permit: permit };
+        let last = headers
+            .get("last-event-id")
+            .and_then(|v| v.to_str().ok())
+            .and_then(|v| v.parse::<usize>().ok());
+        let begin = Listener {
+            api: self.clone(),
+            id,
+            news,
+            next: last.unwrap_or(0),
+            over: false,
+            _permit: permit,
+        };
         let events = stream::unfold(begin, |mut listener| async move {
             let text = listener.next().await?;
             Some((Ok::<_, tower::BoxError>(Frame::data(Bytes::from(text))), listener))
         });
         let mut response = Response::new(StreamBody::new(events).boxed_unsync());
-        for (name, value) in [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")] {
+        for (name, value) in
+            [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")]
+        {
             response.headers_mut().insert(name, HeaderValue::from_static(value));
         }
         response
@@ -414,7 +518,10 @@ impl Listener {
             }
             if live.stored.operation.state.ended() {
                 self.over = true;
-                text.push_str(&format!("event: end\ndata: {}\n\n", serde_json::to_string(&live.stored.operation).unwrap_or_default()));
+                text.push_str(&format!(
+                    "event: end\ndata: {}\n\n",
+                    serde_json::to_string(&live.stored.operation).unwrap_or_default()
+                ));
             }
             if !text.is_empty() {
                 return Some(text);
@@ -423,7 +530,12 @@ impl Listener {
     }
 }
 
-fn problem(status: u16, code: &'static str, message: impl Into<Cow<'static, str>>, hint: Option<&'static str>) -> Response<Body> {
+fn problem(
+    status: u16,
+    code: &'static str,
+    message: impl Into<Cow<'static, str>>,
+    hint: Option<&'static str>,
+) -> Response<Body> {
     let problem = Problem::new(status, code, message, hint);
     match status {
         429 => problem.again_after(1).plain(),
@@ -434,7 +546,8 @@ fn problem(status: u16, code: &'static str, message: impl Into<Cow<'static, str>
 
 /// His own, or all of them as an operator of the whole cluster.
 fn sees(caller: &Caller, operation: &Operation) -> bool {
-    operation.subject == caller.subject || (caller.role >= Role::Operator && caller.namespaces.is_none())
+    operation.subject == caller.subject
+        || (caller.role >= Role::Operator && caller.namespaces.is_none())
 }
 
 fn gone() -> Response<Body> {
@@ -446,7 +559,12 @@ fn again(known: &Stored, request: &str) -> Response<Body> {
     if known.request == request {
         return shown(200, &known.operation);
     }
-    problem(409, "idempotency_mismatch", "this Idempotency-Key was used for something else", Some("use a fresh key for each thing that is asked for"))
+    problem(
+        409,
+        "idempotency_mismatch",
+        "this Idempotency-Key was used for something else",
+        Some("use a fresh key for each thing that is asked for"),
+    )
 }
 
 /// What Kubernetes says went wrong, less what it may quote of a Secret.
@@ -454,5 +572,8 @@ fn said(kind: &str, status: u16, answer: &Value) -> String {
     let reason = answer["reason"].as_str().unwrap_or_default();
     let message = answer["message"].as_str().filter(|_| kind != "Secret").unwrap_or(reason);
     let text: String = crate::base::text::shown(message).chars().take(500).collect();
-    format!("Kubernetes answers {status}: {}", if text.is_empty() { "no reason given" } else { &text })
+    format!(
+        "Kubernetes answers {status}: {}",
+        if text.is_empty() { "no reason given" } else { &text }
+    )
 }

@@ -53,8 +53,11 @@ enum Ready {
 fn ready(object: &Value) -> Ready {
     let (spec, status) = (&object["spec"], &object["status"]);
     let number = |v: &Value| v.as_u64().unwrap_or(0);
-    let condition = |kind: &str| status["conditions"].as_array().into_iter().flatten().find(|c| c["type"] == kind);
-    let seen = object["metadata"]["generation"].is_null() || number(&status["observedGeneration"]) >= number(&object["metadata"]["generation"]);
+    let condition = |kind: &str| {
+        status["conditions"].as_array().into_iter().flatten().find(|c| c["type"] == kind)
+    };
+    let seen = object["metadata"]["generation"].is_null()
+        || number(&status["observedGeneration"]) >= number(&object["metadata"]["generation"]);
     let counted = |done: u64, wanted: u64, what: &str| {
         if !seen {
             Ready::Not("its controller has not seen it yet".into())
@@ -67,12 +70,21 @@ fn ready(object: &Value) -> Ready {
     let replicas = spec["replicas"].as_u64().unwrap_or(1);
     match object["kind"].as_str().unwrap_or_default() {
         "Deployment" => {
-            if seen && condition("Progressing").is_some_and(|c| c["reason"] == "ProgressDeadlineExceeded") {
-                return Ready::Never("it made no progress within its progressDeadlineSeconds".into());
+            if seen
+                && condition("Progressing")
+                    .is_some_and(|c| c["reason"] == "ProgressDeadlineExceeded")
+            {
+                return Ready::Never(
+                    "it made no progress within its progressDeadlineSeconds".into(),
+                );
             }
             match counted(number(&status["updatedReplicas"]), replicas, "pods updated") {
-                Ready::Yes if number(&status["replicas"]) > number(&status["updatedReplicas"]) => Ready::Not("former pods are still ending".into()),
-                Ready::Yes => counted(number(&status["availableReplicas"]), replicas, "pods available"),
+                Ready::Yes if number(&status["replicas"]) > number(&status["updatedReplicas"]) => {
+                    Ready::Not("former pods are still ending".into())
+                }
+                Ready::Yes => {
+                    counted(number(&status["availableReplicas"]), replicas, "pods available")
+                }
                 not => not,
             }
         }
@@ -152,7 +164,8 @@ pub(super) async fn run(
     cancel: CancellationToken,
 ) -> Result<(), End> {
     let cut = api.inner.parts.cut.clone();
-    let mut work = Work { api, upstream, caller, progress, cancel, cut, calls: 0, kinds: HashMap::new() };
+    let mut work =
+        Work { api, upstream, caller, progress, cancel, cut, calls: 0, kinds: HashMap::new() };
     match wanted {
         Wanted::Apply(apply) => work.apply(apply).await,
         Wanted::Delete(delete) => work.delete(delete).await,
@@ -165,10 +178,15 @@ pub(super) async fn run(
             let at = jiff::Timestamp::now().to_string();
             let patch = json!({"spec": {"template": {"metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": at}}}}});
             let path = work.patched(&restart.object, "", &patch, "restarted").await?;
-            work.until_ready(&[(restart.object.clone(), path)], restart.wait, restart.timeout_s).await
+            work.until_ready(&[(restart.object.clone(), path)], restart.wait, restart.timeout_s)
+                .await
         }
-        Wanted::Cordon(node) => work.cordon(&node.node, &json!({"spec": {"unschedulable": true}}), "cordoned").await,
-        Wanted::Uncordon(node) => work.cordon(&node.node, &json!({"spec": {"unschedulable": null}}), "uncordoned").await,
+        Wanted::Cordon(node) => {
+            work.cordon(&node.node, &json!({"spec": {"unschedulable": true}}), "cordoned").await
+        }
+        Wanted::Uncordon(node) => {
+            work.cordon(&node.node, &json!({"spec": {"unschedulable": null}}), "uncordoned").await
+        }
     }
 }
 
@@ -186,13 +204,22 @@ impl Work<'_> {
         let id = format!("{}-{}", self.progress.id, self.calls);
         let mutating = ask.method != Method::GET;
         let record = self.api.record(self.caller, &id, &ask.method, &path);
-        if mutating && self.api.write(Record { phase: Phase::Start, verdict: "allowed".into(), ..record.clone() }).is_err() {
-            return failed("what changes something must be put on record, and the disk takes no record");
+        if mutating
+            && self
+                .api
+                .write(Record { phase: Phase::Start, verdict: "allowed".into(), ..record.clone() })
+                .is_err()
+        {
+            return failed(
+                "what changes something must be put on record, and the disk takes no record",
+            );
         }
         let begun = Instant::now();
         let sent = ask.body.map_or(0, |(_, body)| body.to_string().len() as u64);
         let recorded = ask.recorded;
-        let answer = timeout(PATIENCE, self.send(&path, &id, ask)).await.unwrap_or_else(|_| Err("no answer for 30 s".into()));
+        let answer = timeout(PATIENCE, self.send(&path, &id, ask))
+            .await
+            .unwrap_or_else(|_| Err("no answer for 30 s".into()));
         if mutating || recorded {
             let (status, verdict, bytes) = match &answer {
                 Ok((status, bytes)) => (*status, "allowed", bytes.len() as u64),
@@ -200,10 +227,20 @@ impl Work<'_> {
             };
             let phase = if mutating { Phase::End } else { Phase::Call };
             let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-            let _ = self.api.write(Record { phase, verdict: verdict.into(), status, duration_ms, bytes_in: sent, bytes_out: bytes, ..record });
+            let _ = self.api.write(Record {
+                phase,
+                verdict: verdict.into(),
+                status,
+                duration_ms,
+                bytes_in: sent,
+                bytes_out: bytes,
+                ..record
+            });
         }
         match answer {
-            Ok((401, _)) => failed("the Kubernetes API refuses the agent's credential: a fresh one is minted within a minute"),
+            Ok((401, _)) => failed(
+                "the Kubernetes API refuses the agent's credential: a fresh one is minted within a minute",
+            ),
             Ok((status, bytes)) => Ok((status, serde_json::from_slice(&bytes).unwrap_or_default())),
             Err(why) => {
                 tracing::debug!(why, "an operation's request");
@@ -217,21 +254,33 @@ impl Work<'_> {
         let mut headers = if ask.own {
             HeaderMap::new()
         } else {
-            header_policy::outward(&HeaderMap::new(), self.caller, id, None).map_err(|(_, _, why)| why.to_owned())?
+            header_policy::outward(&HeaderMap::new(), self.caller, id, None)
+                .map_err(|(_, _, why)| why.to_owned())?
         };
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
-        headers.insert(HeaderName::from_static("audit-id"), HeaderValue::try_from(id).map_err(|e| text(&e))?);
+        headers.insert(
+            HeaderName::from_static("audit-id"),
+            HeaderValue::try_from(id).map_err(|e| text(&e))?,
+        );
         if let Some((kind, _)) = ask.body {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
         }
         let body = ask.body.map(|(_, body)| body.to_string()).unwrap_or_default();
-        let mut request = Request::new(Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync());
+        let mut request = Request::new(
+            Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync(),
+        );
         *request.method_mut() = ask.method;
-        *request.uri_mut() = if ask.query.is_empty() { path.parse() } else { format!("{path}?{}", ask.query).parse() }.map_err(|e| text(&e))?;
+        *request.uri_mut() = if ask.query.is_empty() {
+            path.parse()
+        } else {
+            format!("{path}?{}", ask.query).parse()
+        }
+        .map_err(|e| text(&e))?;
         *request.headers_mut() = headers;
         let answer = self.upstream.send(request, false).await.map_err(|e| text(&e))?;
         let status = answer.status().as_u16();
-        let body = Limited::new(answer.into_body(), ANSWER).collect().await.map_err(|e| text(&e))?;
+        let body =
+            Limited::new(answer.into_body(), ANSWER).collect().await.map_err(|e| text(&e))?;
         Ok((status, body.to_bytes()))
     }
 
@@ -251,7 +300,11 @@ impl Work<'_> {
         if !self.kinds.contains_key(&reference.api_version) {
             let (status, list) = self.ask(&reference.base(), GET).await?;
             if status != 200 && status != 404 {
-                return failed(format!("discovery of {}: {}", reference.api_version, said("", status, &list)));
+                return failed(format!(
+                    "discovery of {}: {}",
+                    reference.api_version,
+                    said("", status, &list)
+                ));
             }
             let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
             let kinds = list["resources"].as_array().into_iter().flatten().map(|r| Kind {
@@ -263,16 +316,31 @@ impl Work<'_> {
             let kinds: Vec<Kind> = kinds.filter(|k| plain(&k.plural)).collect();
             self.kinds.insert(reference.api_version.clone(), kinds);
         }
-        let kind = self.kinds.get(&reference.api_version).and_then(|kinds| kinds.iter().find(|k| k.kind == reference.kind)).cloned();
+        let kind = self
+            .kinds
+            .get(&reference.api_version)
+            .and_then(|kinds| kinds.iter().find(|k| k.kind == reference.kind))
+            .cloned();
         let Some(kind) = kind else {
             self.kinds.remove(&reference.api_version);
             return Ok(None);
         };
         let path = match (&reference.namespace, kind.namespaced) {
-            (Some(namespace), true) => format!("{}/namespaces/{namespace}/{}/{}", reference.base(), kind.plural, reference.name),
+            (Some(namespace), true) => format!(
+                "{}/namespaces/{namespace}/{}/{}",
+                reference.base(),
+                kind.plural,
+                reference.name
+            ),
             (None, false) => format!("{}/{}/{}", reference.base(), kind.plural, reference.name),
             (None, true) => return failed(format!("{} names no namespace", reference.title())),
-            (Some(_), false) => return failed(format!("{}: a {} is in no namespace", reference.title(), reference.kind)),
+            (Some(_), false) => {
+                return failed(format!(
+                    "{}: a {} is in no namespace",
+                    reference.title(),
+                    reference.kind
+                ));
+            }
         };
         self.allowed(&Method::PATCH, &path)?;
         Ok(Some(path))
@@ -281,20 +349,31 @@ impl Work<'_> {
     async fn known_path_of(&mut self, reference: &Reference) -> Result<String, End> {
         match self.path_of(reference).await? {
             Some(path) => Ok(path),
-            None => failed(format!("this cluster has no {} in {}", reference.kind, reference.api_version)),
+            None => failed(format!(
+                "this cluster has no {} in {}",
+                reference.kind, reference.api_version
+            )),
         }
     }
 
     async fn apply(&mut self, apply: &Apply) -> Result<(), End> {
-        let references: Vec<Reference> = apply.objects.iter().filter_map(|o| Reference::of(o).ok()).collect();
+        let references: Vec<Reference> =
+            apply.objects.iter().filter_map(|o| Reference::of(o).ok()).collect();
         let defines = references.iter().any(|r| r.kind == "CustomResourceDefinition");
         // what cannot be done is found before anything is
         let mut paths = Vec::new();
         for reference in &references {
-            let path = if defines { self.path_of(reference).await? } else { Some(self.known_path_of(reference).await?) };
+            let path = if defines {
+                self.path_of(reference).await?
+            } else {
+                Some(self.known_path_of(reference).await?)
+            };
             paths.push(path);
         }
-        let query = format!("fieldManager={MANAGER}&force=false{}", if apply.dry_run { "&dryRun=All" } else { "" });
+        let query = format!(
+            "fieldManager={MANAGER}&force=false{}",
+            if apply.dry_run { "&dryRun=All" } else { "" }
+        );
         let mut done = Vec::new();
         for ((reference, object), path) in references.into_iter().zip(&apply.objects).zip(paths) {
             let path = match path {
@@ -302,11 +381,18 @@ impl Work<'_> {
                 None => self.defined(&reference).await?,
             };
             let body = Some(("application/apply-patch+yaml", object));
-            let (status, answer) = self.ask(&path, Ask { method: Method::PATCH, query: &query, body, ..GET }).await?;
+            let (status, answer) =
+                self.ask(&path, Ask { method: Method::PATCH, query: &query, body, ..GET }).await?;
             match status {
                 200 => self.progress.touched(&reference.title(), "applied"),
                 201 => self.progress.touched(&reference.title(), "created"),
-                _ => return failed(format!("{}: {}", reference.title(), said(&reference.kind, status, &answer))),
+                _ => {
+                    return failed(format!(
+                        "{}: {}",
+                        reference.title(),
+                        said(&reference.kind, status, &answer)
+                    ));
+                }
             }
             done.push((reference, path));
         }
@@ -333,14 +419,25 @@ impl Work<'_> {
         let body = json!({"propagationPolicy": "Background"});
         let mut going = Vec::new();
         for (reference, path) in delete.objects.iter().zip(paths) {
-            let (status, answer) = self.ask(&path, Ask { method: Method::DELETE, body: Some(("application/json", &body)), ..GET }).await?;
+            let (status, answer) = self
+                .ask(
+                    &path,
+                    Ask { method: Method::DELETE, body: Some(("application/json", &body)), ..GET },
+                )
+                .await?;
             match status {
                 200 | 202 => {
                     self.progress.touched(&reference.title(), "deleted");
                     going.push((reference, path));
                 }
                 404 => self.progress.touched(&reference.title(), "absent"),
-                _ => return failed(format!("{}: {}", reference.title(), said(&reference.kind, status, &answer))),
+                _ => {
+                    return failed(format!(
+                        "{}: {}",
+                        reference.title(),
+                        said(&reference.kind, status, &answer)
+                    ));
+                }
             }
         }
         if !delete.wait {
@@ -349,9 +446,17 @@ impl Work<'_> {
         let end = Instant::now() + Duration::from_secs(delete.timeout_s);
         for (reference, path) in going {
             let mut first = true;
-            while self.look(&path, std::mem::take(&mut first)).await?.is_none_or(|(status, _)| status != 404) {
+            while self
+                .look(&path, std::mem::take(&mut first))
+                .await?
+                .is_none_or(|(status, _)| status != 404)
+            {
                 if Instant::now() > end {
-                    return failed(format!("{} is still there after {} s", reference.title(), delete.timeout_s));
+                    return failed(format!(
+                        "{} is still there after {} s",
+                        reference.title(),
+                        delete.timeout_s
+                    ));
                 }
                 self.pause().await?;
             }
@@ -360,13 +465,27 @@ impl Work<'_> {
         Ok(())
     }
 
-    async fn patched(&mut self, reference: &Reference, below: &str, patch: &Value, outcome: &str) -> Result<String, End> {
+    async fn patched(
+        &mut self,
+        reference: &Reference,
+        below: &str,
+        patch: &Value,
+        outcome: &str,
+    ) -> Result<String, End> {
         let path = self.known_path_of(reference).await?;
         let query = format!("fieldManager={MANAGER}");
-        let (status, answer) =
-            self.ask(&format!("{path}{below}"), Ask { method: Method::PATCH, query: &query, body: Some((MERGE, patch)), ..GET }).await?;
+        let (status, answer) = self
+            .ask(
+                &format!("{path}{below}"),
+                Ask { method: Method::PATCH, query: &query, body: Some((MERGE, patch)), ..GET },
+            )
+            .await?;
         if status != 200 {
-            return failed(format!("{}: {}", reference.title(), said(&reference.kind, status, &answer)));
+            return failed(format!(
+                "{}: {}",
+                reference.title(),
+                said(&reference.kind, status, &answer)
+            ));
         }
         self.progress.touched(&reference.title(), outcome);
         Ok(path)
@@ -374,7 +493,13 @@ impl Work<'_> {
 
     async fn cordon(&mut self, node: &str, patch: &Value, outcome: &str) -> Result<(), End> {
         let query = format!("fieldManager={MANAGER}");
-        let ask = Ask { method: Method::PATCH, query: &query, body: Some((MERGE, patch)), own: true, recorded: true };
+        let ask = Ask {
+            method: Method::PATCH,
+            query: &query,
+            body: Some((MERGE, patch)),
+            own: true,
+            recorded: true,
+        };
         let (status, answer) = self.ask(&format!("/api/v1/nodes/{node}"), ask).await?;
         if status != 200 {
             return failed(format!("Node {node}: {}", said("Node", status, &answer)));
@@ -401,23 +526,40 @@ impl Work<'_> {
         }
     }
 
-    async fn until_ready(&mut self, objects: &[(Reference, String)], wait: bool, timeout_s: u64) -> Result<(), End> {
+    async fn until_ready(
+        &mut self,
+        objects: &[(Reference, String)],
+        wait: bool,
+        timeout_s: u64,
+    ) -> Result<(), End> {
         let end = Instant::now() + Duration::from_secs(timeout_s);
-        for (reference, path) in objects.iter().filter(|(r, _)| wait && matches!(r.kind.as_str(), "Deployment" | "StatefulSet" | "DaemonSet" | "Job"))
-        {
+        for (reference, path) in objects.iter().filter(|(r, _)| {
+            wait && matches!(r.kind.as_str(), "Deployment" | "StatefulSet" | "DaemonSet" | "Job")
+        }) {
             let (mut first, mut last) = (true, String::new());
             loop {
                 let missing = match self.look(path, std::mem::take(&mut first)).await? {
                     Some((200, object)) => match ready(&object) {
                         Ready::Yes => break,
                         Ready::Not(why) => why,
-                        Ready::Never(why) => return failed(format!("{}: {why}", reference.title())),
+                        Ready::Never(why) => {
+                            return failed(format!("{}: {why}", reference.title()));
+                        }
                     },
-                    Some((status, answer)) => return failed(format!("{}: {}", reference.title(), said(&reference.kind, status, &answer))),
+                    Some((status, answer)) => {
+                        return failed(format!(
+                            "{}: {}",
+                            reference.title(),
+                            said(&reference.kind, status, &answer)
+                        ));
+                    }
                     None => "the Kubernetes API does not answer".into(),
                 };
                 if Instant::now() > end {
-                    return failed(format!("{} is not ready after {timeout_s} s: {missing}", reference.title()));
+                    return failed(format!(
+                        "{} is not ready after {timeout_s} s: {missing}",
+                        reference.title()
+                    ));
                 }
                 if missing != last {
                     self.progress.say(format!("{}: {missing}", reference.title()));
@@ -444,16 +586,33 @@ mod tests {
         };
         for (status, wanted) in [
             (json!({}), "not seen"),
-            (json!({"observedGeneration": 1, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 2}), "not seen"),
-            (json!({"observedGeneration": 2, "updatedReplicas": 1, "replicas": 2}), "1 of 2 pods updated"),
-            (json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 3, "availableReplicas": 3}), "former pods"),
-            (json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 1}), "1 of 2 pods available"),
-            (json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 2}), "ready"),
+            (
+                json!({"observedGeneration": 1, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 2}),
+                "not seen",
+            ),
+            (
+                json!({"observedGeneration": 2, "updatedReplicas": 1, "replicas": 2}),
+                "1 of 2 pods updated",
+            ),
+            (
+                json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 3, "availableReplicas": 3}),
+                "former pods",
+            ),
+            (
+                json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 1}),
+                "1 of 2 pods available",
+            ),
+            (
+                json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 2}),
+                "ready",
+            ),
         ] {
             let said = missing(&deployment(status));
             assert!(said.contains(wanted), "{said}");
         }
-        let stuck = deployment(json!({"observedGeneration": 2, "conditions": [{"type": "Progressing", "reason": "ProgressDeadlineExceeded"}]}));
+        let stuck = deployment(
+            json!({"observedGeneration": 2, "conditions": [{"type": "Progressing", "reason": "ProgressDeadlineExceeded"}]}),
+        );
         assert!(matches!(ready(&stuck), Ready::Never(_)));
         let set = json!({"kind": "StatefulSet", "metadata": {"generation": 1}, "spec": {"replicas": 3, "updateStrategy": {"rollingUpdate": {"partition": 2}}},
             "status": {"observedGeneration": 1, "readyReplicas": 3, "updatedReplicas": 1, "currentRevision": "a", "updateRevision": "b"}});

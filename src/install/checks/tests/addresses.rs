@@ -19,15 +19,24 @@ pub(super) fn dual(case: &mut Case) {
 fn chosen_addresses(change: Change) -> Vec<String> {
     let mut case = case();
     change(&mut case);
-    let settings = Settings::resolve(case.options.clone(), case.role, &codes(), &components::names()).unwrap();
+    let settings =
+        Settings::resolve(case.options.clone(), case.role, &codes(), &components::names()).unwrap();
     network::node_addresses(&case.facts, &settings).iter().map(ToString::to_string).collect()
 }
 
 #[test]
 fn one_choice_of_address() {
     let rows: &[(&str, Change, &[&str])] = &[
-        ("openelb#384: a virtual address listed first", |c| addresses(c, &["10.0.0.100/32", "10.0.0.5/24"]), &["10.0.0.5"]),
-        ("the gateway's network", |c| addresses(c, &["192.168.7.5/24", "10.0.0.5/24"]), &["10.0.0.5"]),
+        (
+            "openelb#384: a virtual address listed first",
+            |c| addresses(c, &["10.0.0.100/32", "10.0.0.5/24"]),
+            &["10.0.0.5"],
+        ),
+        (
+            "the gateway's network",
+            |c| addresses(c, &["192.168.7.5/24", "10.0.0.5/24"]),
+            &["10.0.0.5"],
+        ),
         (
             "a secondary one listed first",
             |c| {
@@ -91,14 +100,23 @@ fn one_choice_of_address() {
             "a machine with IPv6 alone",
             |c| {
                 addresses(c, &["fe80::5/64", "2001:db8:1::5/64"]);
-                c.facts.routes = vec![Route { gateway: Some("fe80::1".into()), ..route("::/0", "eth0") }];
+                c.facts.routes =
+                    vec![Route { gateway: Some("fe80::1".into()), ..route("::/0", "eth0") }];
             },
             &["2001:db8:1::5"],
         ),
         (
             "temporary, deprecated and tentative ones",
             |c| {
-                addresses(c, &["2001:db8:1::a/64", "2001:db8:1::b/64", "2001:db8:1::c/64", "2001:db8:1::5/64"]);
+                addresses(
+                    c,
+                    &[
+                        "2001:db8:1::a/64",
+                        "2001:db8:1::b/64",
+                        "2001:db8:1::c/64",
+                        "2001:db8:1::5/64",
+                    ],
+                );
                 let list = &mut c.facts.interfaces[0].addresses;
                 (list[0].temporary, list[1].unfit, list[2].unfit) = (true, true, true);
                 c.facts.routes = vec![route("::/0", "eth0")];
@@ -110,7 +128,8 @@ fn one_choice_of_address() {
             |c| {
                 addresses(c, &["2001:db8:1::5/64"]);
                 c.facts.interfaces.push(Interface::new("eth1", &["2001:db8:2::5/64"]));
-                c.facts.routes = vec![route("::/0", "eth0"), Route { preference: 0, ..route("::/0", "eth1") }];
+                c.facts.routes =
+                    vec![route("::/0", "eth0"), Route { preference: 0, ..route("::/0", "eth1") }];
             },
             &["2001:db8:2::5"],
         ),
@@ -159,8 +178,12 @@ fn a_machine_with_ipv6_alone_gets_the_ranges_of_k3s() {
     let mut case = case();
     addresses(&mut case, &["2001:db8:1::5/64"]);
     case.facts.routes = vec![route("::/0", "eth0")];
-    let settings = Settings::resolve(case.options.clone(), case.role, &codes(), &components::names()).unwrap();
-    let ranges: Vec<String> = network::ranges(&case.facts, &settings).iter().map(|(_, r)| format!("{}/{}", r.address, r.prefix)).collect();
+    let settings =
+        Settings::resolve(case.options.clone(), case.role, &codes(), &components::names()).unwrap();
+    let ranges: Vec<String> = network::ranges(&case.facts, &settings)
+        .iter()
+        .map(|(_, r)| format!("{}/{}", r.address, r.prefix))
+        .collect();
     assert_eq!(ranges, ["fd00:42::/56", "fd00:43::/112"]);
     assert!(!found(&case).iter().any(|f| f.level == Level::Error), "{:?}", found(&case));
 }

@@ -26,23 +26,48 @@ fn held(case: &mut Case, protocol: &str, port: u16, address: &str) {
 
 const ROWS: &[Row] = &[
     // name servers
-    ("k3s#4087", "DNS_LOOPBACK", |c| etc(c, "nameserver 127.0.0.1\nnameserver 10.0.0.1\n"), |c| etc(c, "nameserver 10.0.0.1\nnameserver 10.0.0.2\n")),
+    (
+        "k3s#4087",
+        "DNS_LOOPBACK",
+        |c| etc(c, "nameserver 127.0.0.1\nnameserver 10.0.0.1\n"),
+        |c| etc(c, "nameserver 10.0.0.1\nnameserver 10.0.0.2\n"),
+    ),
     (
         "k3s#14184",
         "DNS_LOOPBACK",
         |c| etc(c, "nameserver 10.0.0.1\nnameserver fe80::1%eth0\n"),
         |c| etc(c, "nameserver 10.0.0.1\nnameserver fd00::1\n"),
     ),
-    ("link-local without a zone", "DNS_LOOPBACK", |c| etc(c, "nameserver fe80::1\n"), |c| etc(c, "nameserver 169.254.169.254\n")),
-    ("multicast", "DNS_LOOPBACK", |c| etc(c, "nameserver 224.0.0.251\n"), |c| etc(c, "nameserver 223.0.0.251\n")),
+    (
+        "link-local without a zone",
+        "DNS_LOOPBACK",
+        |c| etc(c, "nameserver fe80::1\n"),
+        |c| etc(c, "nameserver 169.254.169.254\n"),
+    ),
+    (
+        "multicast",
+        "DNS_LOOPBACK",
+        |c| etc(c, "nameserver 224.0.0.251\n"),
+        |c| etc(c, "nameserver 223.0.0.251\n"),
+    ),
     (
         "a name for a server",
         "DNS_LOOPBACK",
         |c| etc(c, "nameserver dns.example.com\n"),
         |c| etc(c, "# nameserver dns.example.com\nnameserver 10.0.0.1\n"),
     ),
-    ("trailing text", "DNS_LOOPBACK", |c| etc(c, "nameserver 10.0.0.1;\n"), |c| etc(c, "nameserver 10.0.0.1 ; main\n")),
-    ("mapped loopback", "DNS_LOOPBACK", |c| etc(c, "nameserver ::ffff:127.0.0.1\n"), |c| etc(c, "nameserver ::ffff:10.0.0.1\n")),
+    (
+        "trailing text",
+        "DNS_LOOPBACK",
+        |c| etc(c, "nameserver 10.0.0.1;\n"),
+        |c| etc(c, "nameserver 10.0.0.1 ; main\n"),
+    ),
+    (
+        "mapped loopback",
+        "DNS_LOOPBACK",
+        |c| etc(c, "nameserver ::ffff:127.0.0.1\n"),
+        |c| etc(c, "nameserver ::ffff:10.0.0.1\n"),
+    ),
     (
         "both files refused",
         "DNS_LOOPBACK",
@@ -79,14 +104,43 @@ const ROWS: &[Row] = &[
     (
         "kubernetes#9079: characters",
         "DNS_LIMITS",
-        |c| etc(c, &format!("nameserver 10.0.0.1\nsearch {} {}\n", "a.".repeat(600) + "example", "b.".repeat(600) + "example")),
+        |c| {
+            etc(
+                c,
+                &format!(
+                    "nameserver 10.0.0.1\nsearch {} {}\n",
+                    "a.".repeat(600) + "example",
+                    "b.".repeat(600) + "example"
+                ),
+            )
+        },
         |c| etc(c, &format!("nameserver 10.0.0.1\nsearch {}\n", "a.".repeat(600) + "example")),
     ),
     // names
-    ("k3s#532", "HOSTNAME_BAD", |c| c.facts.hostname = "localhost.localdomain".into(), |c| c.facts.hostname = "localhost.example.com".into()),
-    ("Fedora's second line", "HOSTNAME_BAD", |c| c.facts.hostname = "localhost6.localdomain6".into(), |c| c.facts.hostname = "local".into()),
-    ("trailing dot", "HOSTNAME_BAD", |c| c.facts.hostname = "vm1.example.com.".into(), |c| c.facts.hostname = "VM1.Example.com".into()),
-    ("64 letters", "HOSTNAME_BAD", |c| c.facts.hostname = "a".repeat(64), |c| c.facts.hostname = "a".repeat(63)),
+    (
+        "k3s#532",
+        "HOSTNAME_BAD",
+        |c| c.facts.hostname = "localhost.localdomain".into(),
+        |c| c.facts.hostname = "localhost.example.com".into(),
+    ),
+    (
+        "Fedora's second line",
+        "HOSTNAME_BAD",
+        |c| c.facts.hostname = "localhost6.localdomain6".into(),
+        |c| c.facts.hostname = "local".into(),
+    ),
+    (
+        "trailing dot",
+        "HOSTNAME_BAD",
+        |c| c.facts.hostname = "vm1.example.com.".into(),
+        |c| c.facts.hostname = "VM1.Example.com".into(),
+    ),
+    (
+        "64 letters",
+        "HOSTNAME_BAD",
+        |c| c.facts.hostname = "a".repeat(64),
+        |c| c.facts.hostname = "a".repeat(63),
+    ),
     (
         "k3sup#233",
         "HOSTNAME_DEFAULT",
@@ -110,7 +164,13 @@ const ROWS: &[Row] = &[
     (
         "a way that throws away",
         "ROUTE_NONE",
-        |c| c.facts.routes = parse::ip_routes(r#"[{"type":"unreachable","dst":"default","metric":4278198272}]"#, false).unwrap(),
+        |c| {
+            c.facts.routes = parse::ip_routes(
+                r#"[{"type":"unreachable","dst":"default","metric":4278198272}]"#,
+                false,
+            )
+            .unwrap()
+        },
         |c| {
             c.facts.routes = parse::ip_routes(
                 r#"[{"dst":"0.0.0.0/1","gateway":"10.8.0.1","dev":"eth0"},{"dst":"128.0.0.0/1","gateway":"10.8.0.1","dev":"eth0"}]"#,
@@ -123,7 +183,8 @@ const ROWS: &[Row] = &[
         "an old ip knows no -j",
         "TOOL_MISSING",
         |c| {
-            c.facts.ip_fault = Some("`ip -j address show` ended with 255: Option \"-j\" is unknown".into());
+            c.facts.ip_fault =
+                Some("`ip -j address show` ended with 255: Option \"-j\" is unknown".into());
             c.facts.routes.clear();
         },
         |c| c.facts.routes.clear(),
@@ -192,21 +253,45 @@ const ROWS: &[Row] = &[
     (
         "a range that is thrown away",
         "CIDR_OVERLAP",
-        |c| c.facts.routes.extend(parse::ip_routes(r#"[{"type":"blackhole","dst":"10.43.0.0/16"}]"#, false).unwrap()),
-        |c| c.facts.routes.extend(parse::ip_routes(r#"[{"type":"blackhole","dst":"10.99.0.0/16"}]"#, false).unwrap()),
+        |c| {
+            c.facts.routes.extend(
+                parse::ip_routes(r#"[{"type":"blackhole","dst":"10.43.0.0/16"}]"#, false).unwrap(),
+            )
+        },
+        |c| {
+            c.facts.routes.extend(
+                parse::ip_routes(r#"[{"type":"blackhole","dst":"10.99.0.0/16"}]"#, false).unwrap(),
+            )
+        },
     ),
     (
         "pods behind other nodes, host-gw",
         "CIDR_OVERLAP",
-        |c| c.facts.routes.push(Route { gateway: Some("10.0.0.6".into()), ..route("10.42.1.0/24", "eth0") }),
         |c| {
-            c.facts.routes.push(Route { gateway: Some("10.0.0.6".into()), ..route("10.42.1.0/24", "eth0") });
+            c.facts
+                .routes
+                .push(Route { gateway: Some("10.0.0.6".into()), ..route("10.42.1.0/24", "eth0") })
+        },
+        |c| {
+            c.facts
+                .routes
+                .push(Route { gateway: Some("10.0.0.6".into()), ..route("10.42.1.0/24", "eth0") });
             k3s(c, "flannel-backend", "host-gw");
             ours(c);
         },
     ),
-    ("coredns#3704", "CIDR_OVERLAP", |c| k3s(c, "cluster-cidr", "10.43.0.0/16"), |c| k3s(c, "cluster-cidr", "10.44.0.0/16")),
-    ("one range in the other", "CIDR_OVERLAP", |c| k3s(c, "cluster-cidr", "10.32.0.0/11"), |c| k3s(c, "cluster-cidr", "10.64.0.0/11")),
+    (
+        "coredns#3704",
+        "CIDR_OVERLAP",
+        |c| k3s(c, "cluster-cidr", "10.43.0.0/16"),
+        |c| k3s(c, "cluster-cidr", "10.44.0.0/16"),
+    ),
+    (
+        "one range in the other",
+        "CIDR_OVERLAP",
+        |c| k3s(c, "cluster-cidr", "10.32.0.0/11"),
+        |c| k3s(c, "cluster-cidr", "10.64.0.0/11"),
+    ),
     (
         "a file beside ours",
         "CIDR_OVERLAP",
@@ -254,7 +339,12 @@ const ROWS: &[Row] = &[
         },
         |c| k3s(c, "cluster-cidr", "10.44.0.0/16"),
     ),
-    ("pods narrower than a node's network", "CIDR_MISFIT", |c| k3s(c, "cluster-cidr", "10.44.0.0/25"), |c| k3s(c, "cluster-cidr", "10.44.0.0/24")),
+    (
+        "pods narrower than a node's network",
+        "CIDR_MISFIT",
+        |c| k3s(c, "cluster-cidr", "10.44.0.0/25"),
+        |c| k3s(c, "cluster-cidr", "10.44.0.0/24"),
+    ),
     (
         "node-cidr-mask-size",
         "CIDR_MISFIT",
@@ -265,7 +355,12 @@ const ROWS: &[Row] = &[
             k3s(c, "kube-controller-manager-arg", serde_json::json!(["node-cidr-mask-size=22"]));
         },
     ),
-    ("services too wide", "CIDR_MISFIT", |c| k3s(c, "service-cidr", "172.0.0.0/8"), |c| k3s(c, "service-cidr", "172.16.0.0/12")),
+    (
+        "services too wide",
+        "CIDR_MISFIT",
+        |c| k3s(c, "service-cidr", "172.0.0.0/8"),
+        |c| k3s(c, "service-cidr", "172.16.0.0/12"),
+    ),
     // kernel
     (
         "k3s#11166",
@@ -328,18 +423,41 @@ const ROWS: &[Row] = &[
     (
         "root under our name",
         "ACCOUNT_CONFLICT",
-        |c| c.facts.account.user = Some(User { uid: 0, gid: 0, shell: "/usr/sbin/nologin".into(), ..User::default() }),
+        |c| {
+            c.facts.account.user =
+                Some(User { uid: 0, gid: 0, shell: "/usr/sbin/nologin".into(), ..User::default() })
+        },
         |c| c.facts.account.gid = Some(997),
     ),
     (
         "a user of LDAP",
         "ACCOUNT_CONFLICT",
-        |c| c.facts.account.user = Some(User { uid: 997, gid: 997, shell: "/usr/sbin/nologin".into(), directory: true }),
-        |c| c.facts.account.user = Some(User { uid: 997, gid: 997, shell: "/bin/false".into(), ..User::default() }),
+        |c| {
+            c.facts.account.user = Some(User {
+                uid: 997,
+                gid: 997,
+                shell: "/usr/sbin/nologin".into(),
+                directory: true,
+            })
+        },
+        |c| {
+            c.facts.account.user =
+                Some(User { uid: 997, gid: 997, shell: "/bin/false".into(), ..User::default() })
+        },
     ),
     // file systems
-    ("k3s#3266", "SNAPSHOTTER_UNFIT", |c| c.facts.mounts[0].kind = "nfs4".into(), |c| c.facts.mounts[0].kind = "btrfs".into()),
-    ("k3s-ansible#230", "SNAPSHOTTER_UNFIT", |c| c.facts.mounts[0].kind = "overlay".into(), |c| c.facts.mounts[1].kind = "overlay".into()),
+    (
+        "k3s#3266",
+        "SNAPSHOTTER_UNFIT",
+        |c| c.facts.mounts[0].kind = "nfs4".into(),
+        |c| c.facts.mounts[0].kind = "btrfs".into(),
+    ),
+    (
+        "k3s-ansible#230",
+        "SNAPSHOTTER_UNFIT",
+        |c| c.facts.mounts[0].kind = "overlay".into(),
+        |c| c.facts.mounts[1].kind = "overlay".into(),
+    ),
     (
         "XFS of old",
         "SNAPSHOTTER_UNFIT",
@@ -355,9 +473,19 @@ const ROWS: &[Row] = &[
             c.facts.mounts[0].kind = "btrfs".into();
         },
     ),
-    ("noexec for our own program", "MOUNT_NOEXEC", |c| c.facts.mounts[1].no_exec = true, |c| c.facts.mounts[2].no_exec = true),
+    (
+        "noexec for our own program",
+        "MOUNT_NOEXEC",
+        |c| c.facts.mounts[1].no_exec = true,
+        |c| c.facts.mounts[2].no_exec = true,
+    ),
     // ports
-    ("containerd's streams", "PORT_IN_USE", |c| held(c, "tcp", 10010, "127.0.0.1"), |c| held(c, "tcp", 10010, "10.0.0.5")),
+    (
+        "containerd's streams",
+        "PORT_IN_USE",
+        |c| held(c, "tcp", 10010, "127.0.0.1"),
+        |c| held(c, "tcp", 10010, "10.0.0.5"),
+    ),
     (
         "containerd elsewhere",
         "PORT_IN_USE",
@@ -469,11 +597,22 @@ fn each_symptom_is_found_and_its_near_miss_is_not() {
         near(&mut good);
         let has = |case: &Case| found(case).iter().any(|f| f.code == *code);
         let (raised, missed) = (has(&bad), !has(&good));
-        println!("{code:20} {seen:45} raised {raised:5}  near miss {}", if missed { "silent" } else { "RAISED" });
+        println!(
+            "{code:20} {seen:45} raised {raised:5}  near miss {}",
+            if missed { "silent" } else { "RAISED" }
+        );
         if !raised || !missed {
-            wrong.push(format!("{code} ({seen}): raised {raised}, near miss silent {missed}: {:?} / {:?}", found(&bad), found(&good)));
+            wrong.push(format!(
+                "{code} ({seen}): raised {raised}, near miss silent {missed}: {:?} / {:?}",
+                found(&bad),
+                found(&good)
+            ));
         }
-        assert!(found(&bad).iter().all(|f| !f.fix.is_empty() && !f.evidence.is_empty()), "{seen}: {:?}", found(&bad));
+        assert!(
+            found(&bad).iter().all(|f| !f.fix.is_empty() && !f.evidence.is_empty()),
+            "{seen}: {:?}",
+            found(&bad)
+        );
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use super::*;
 use crate::install::chosen::read_file;
 use crate::install::components;
-use crate::install::facts::{Clock, Disk, Interface, Iptables, Listener, Mount, ResolvConf, Route, SettingsFile, User, parse};
+use crate::install::facts::{
+    Clock, Disk, Interface, Iptables, Listener, Mount, ResolvConf, Route, SettingsFile, User, parse,
+};
 use crate::install::finding::{Finding, blocked};
 use crate::install::settings::Options;
 
@@ -16,7 +18,13 @@ fn set(names: &[&str]) -> BTreeSet<String> {
 }
 
 fn route(to: &str, device: &str) -> Route {
-    Route { to: to.into(), device: device.into(), kind: "unicast".into(), preference: 1, ..Route::default() }
+    Route {
+        to: to.into(),
+        device: device.into(),
+        kind: "unicast".into(),
+        preference: 1,
+        ..Route::default()
+    }
 }
 
 fn resolv(text: &str) -> Option<ResolvConf> {
@@ -26,12 +34,19 @@ fn resolv(text: &str) -> Option<ResolvConf> {
 /// A file of k3s' settings beside ours; by its name it is read before or after.
 fn beside(case: &mut Case, name: &str, text: &str) {
     let after = name > "50-pipeops.yaml" && name != "config.yaml";
-    case.facts.k3s.files.push(SettingsFile { path: name.into(), after, entries: read_file(text).unwrap(), fault: None });
+    case.facts.k3s.files.push(SettingsFile {
+        path: name.into(),
+        after,
+        entries: read_file(text).unwrap(),
+        fault: None,
+    });
 }
 
 fn k3s(case: &mut Case, key: &str, value: impl Into<serde_json::Value>) {
-    case.options.k3s =
-        [(key.to_owned(), value.into())].into_iter().collect::<crate::install::settings::extra::Extra>().over(case.options.k3s.clone());
+    case.options.k3s = [(key.to_owned(), value.into())]
+        .into_iter()
+        .collect::<crate::install::settings::extra::Extra>()
+        .over(case.options.k3s.clone());
 }
 
 /// Debian 12 with two processors and 4 GiB.
@@ -50,10 +65,19 @@ fn healthy() -> Facts {
         hostname: "vm1".into(),
         cpus: 2,
         memory_bytes: 4 * GIB,
-        disks: ["/var/lib/rancher", "/var/lib/kubelet", "/usr/local/bin", "/var/log"].map(disk).to_vec(),
+        disks: ["/var/lib/rancher", "/var/lib/kubelet", "/usr/local/bin", "/var/log"]
+            .map(disk)
+            .to_vec(),
         fsync_p99_us: Some(4_000),
-        clock: Clock { now: 1_800_000_000, synchronized: Some(true), offset: Some((2, "x".into())) },
-        routes: vec![Route { metric: 100, source: Some("10.0.0.5".into()), ..route("0.0.0.0/0", "eth0") }, route("10.0.0.0/24", "eth0")],
+        clock: Clock {
+            now: 1_800_000_000,
+            synchronized: Some(true),
+            offset: Some((2, "x".into())),
+        },
+        routes: vec![
+            Route { metric: 100, source: Some("10.0.0.5".into()), ..route("0.0.0.0/0", "eth0") },
+            route("10.0.0.0/24", "eth0"),
+        ],
         interfaces: vec![Interface::new("eth0", &["10.0.0.5/24"])],
         iptables: Some(Iptables { version: "1.8.9".into(), backend: "nft".into() }),
         kmsg: true,
@@ -63,13 +87,23 @@ fn healthy() -> Facts {
     facts.os.id = "debian".into();
     facts.resolver.etc = resolv("nameserver 10.0.0.1\n");
     facts.modules.known = true;
-    facts.modules.available = set(&["br_netfilter", "overlay", "nf_conntrack", "vxlan", "wireguard"]);
-    let mount = |path: &str| Mount { path: path.into(), at: "/".into(), kind: "ext4".into(), entry_types: Some(true), ..Mount::default() };
+    facts.modules.available =
+        set(&["br_netfilter", "overlay", "nf_conntrack", "vxlan", "wireguard"]);
+    let mount = |path: &str| Mount {
+        path: path.into(),
+        at: "/".into(),
+        kind: "ext4".into(),
+        entry_types: Some(true),
+        ..Mount::default()
+    };
     facts.mounts = ["/var/lib/rancher", "/usr/local/bin", "/etc", "/run"].map(mount).to_vec();
     facts.cgroup.version = 2;
     facts.cgroup.controllers = set(&["cpu", "cpuset", "io", "memory", "pids"]);
     facts.selinux.mode = "disabled".into();
-    facts.programs = ["modprobe", "mount", "umount", "useradd", "ip"].iter().map(|p| ((*p).to_owned(), format!("/sbin/{p}"))).collect();
+    facts.programs = ["modprobe", "mount", "umount", "useradd", "ip"]
+        .iter()
+        .map(|p| ((*p).to_owned(), format!("/sbin/{p}")))
+        .collect();
     facts
 }
 
@@ -82,17 +116,40 @@ struct Case {
 }
 
 fn case() -> Case {
-    Case { facts: healthy(), options: Options::default(), role: Role::Server, version: "v1.36.2+k3s1" }
+    Case {
+        facts: healthy(),
+        options: Options::default(),
+        role: Role::Server,
+        version: "v1.36.2+k3s1",
+    }
 }
 
 fn found(case: &Case) -> Vec<Finding> {
-    let settings = Settings::resolve(case.options.clone(), case.role, &codes(), &components::names()).unwrap();
-    let chosen = if case.role == Role::Server { components::chosen(settings.components.as_deref(), false) } else { Vec::new() };
-    run(&case.facts, &Target { settings: &settings, version: Some(&case.version.parse().unwrap()), components: &chosen })
+    let settings =
+        Settings::resolve(case.options.clone(), case.role, &codes(), &components::names()).unwrap();
+    let chosen = if case.role == Role::Server {
+        components::chosen(settings.components.as_deref(), false)
+    } else {
+        Vec::new()
+    };
+    run(
+        &case.facts,
+        &Target {
+            settings: &settings,
+            version: Some(&case.version.parse().unwrap()),
+            components: &chosen,
+        },
+    )
 }
 
 fn listener(port: u16, address: &str) -> Listener {
-    Listener { protocol: "tcp".into(), address: address.into(), port, pid: Some(812), process: Some("nginx".into()) }
+    Listener {
+        protocol: "tcp".into(),
+        address: address.into(),
+        port,
+        pid: Some(812),
+        process: Some("nginx".into()),
+    }
 }
 
 type Change = fn(&mut Case);
@@ -101,7 +158,11 @@ type Change = fn(&mut Case);
 const ROWS: &[(&str, Change, Change)] = &[
     ("NOT_ROOT", |c| c.facts.uid = 1000, |c| c.facts.uid = 0),
     ("NO_SYSTEMD", |c| c.facts.init = "init".into(), |c| c.facts.systemd = 0),
-    ("ARCH_UNSUPPORTED", |c| c.facts.machine = "riscv64".into(), |c| c.facts.machine = "aarch64".into()),
+    (
+        "ARCH_UNSUPPORTED",
+        |c| c.facts.machine = "riscv64".into(),
+        |c| c.facts.machine = "aarch64".into(),
+    ),
     (
         "K3S_FOREIGN",
         |c| c.facts.k3s.foreign = vec!["unit k3s.service".into()],
@@ -112,10 +173,19 @@ const ROWS: &[(&str, Change, Change)] = &[
     ),
     (
         "K3S_CONFIG_INVALID",
-        |c| c.facts.k3s.files.push(SettingsFile { fault: Some("it is not valid YAML".into()), ..SettingsFile::default() }),
+        |c| {
+            c.facts.k3s.files.push(SettingsFile {
+                fault: Some("it is not valid YAML".into()),
+                ..SettingsFile::default()
+            })
+        },
         |c| beside(c, "90-mine.yaml", "# nothing yet\n"),
     ),
-    ("K3S_CONFIG_CLASH", |c| beside(c, "90-mine.yaml", "node-name: other\n"), |c| beside(c, "90-mine.yaml", "node-name: VM1\nkubelet-arg: [a=b]\n")),
+    (
+        "K3S_CONFIG_CLASH",
+        |c| beside(c, "90-mine.yaml", "node-name: other\n"),
+        |c| beside(c, "90-mine.yaml", "node-name: VM1\nkubelet-arg: [a=b]\n"),
+    ),
     ("K3S_ENVIRONMENT", |c| c.facts.k3s.environment = vec!["K3S_DATA_DIR".into()], |_| {}),
     ("K3S_TOO_OLD", |c| c.version = "v1.27.9+k3s1", |c| c.version = "v1.28.0+k3s1"),
     (
@@ -163,7 +233,11 @@ const ROWS: &[(&str, Change, Change)] = &[
         },
     ),
     ("SWAP_ON", |c| c.facts.swap_bytes = GIB, |c| c.facts.swap_bytes = 0),
-    ("MOUNT_READ_ONLY", |c| c.facts.mounts[2].read_only = true, |c| c.facts.mounts.iter_mut().for_each(|m| m.at = "/ro".into())),
+    (
+        "MOUNT_READ_ONLY",
+        |c| c.facts.mounts[2].read_only = true,
+        |c| c.facts.mounts.iter_mut().for_each(|m| m.at = "/ro".into()),
+    ),
     ("MOUNT_NOEXEC", |c| c.facts.mounts[0].no_exec = true, |c| c.facts.mounts[3].no_exec = true),
     (
         "SNAPSHOTTER_UNFIT",
@@ -188,8 +262,16 @@ const ROWS: &[(&str, Change, Change)] = &[
             c.facts.disks.iter_mut().for_each(|d| (d.inodes_free, d.inodes_total) = (0, 0));
         },
     ),
-    ("DISK_FSYNC_SLOW", |c| c.facts.fsync_p99_us = Some(80_000), |c| c.facts.fsync_p99_us = Some(20_000)),
-    ("CLOCK_SKEW", |c| c.facts.clock.offset = Some((-31, "the server".into())), |c| c.facts.clock.offset = Some((30, "the server".into()))),
+    (
+        "DISK_FSYNC_SLOW",
+        |c| c.facts.fsync_p99_us = Some(80_000),
+        |c| c.facts.fsync_p99_us = Some(20_000),
+    ),
+    (
+        "CLOCK_SKEW",
+        |c| c.facts.clock.offset = Some((-31, "the server".into())),
+        |c| c.facts.clock.offset = Some((30, "the server".into())),
+    ),
     (
         "CGROUP_CONTROLLERS",
         |c| {
@@ -252,9 +334,17 @@ const ROWS: &[(&str, Change, Change)] = &[
     ),
     (
         "ACCOUNT_CONFLICT",
-        |c| c.facts.account.user = Some(User { uid: 1001, gid: 1001, shell: "/bin/bash".into(), ..User::default() }),
         |c| {
-            c.facts.account.user = Some(User { uid: 997, gid: 997, shell: "/usr/sbin/nologin".into(), ..User::default() });
+            c.facts.account.user =
+                Some(User { uid: 1001, gid: 1001, shell: "/bin/bash".into(), ..User::default() })
+        },
+        |c| {
+            c.facts.account.user = Some(User {
+                uid: 997,
+                gid: 997,
+                shell: "/usr/sbin/nologin".into(),
+                ..User::default()
+            });
             c.facts.account.gid = Some(997);
         },
     ),
@@ -266,7 +356,11 @@ const ROWS: &[(&str, Change, Change)] = &[
             c.options.offline_dir = Some("/media/k3s".into());
         },
     ),
-    ("INGRESS_NGINX_RETIRED", |c| c.facts.retired_ingress = Some(0), |c| c.facts.retired_ingress = None),
+    (
+        "INGRESS_NGINX_RETIRED",
+        |c| c.facts.retired_ingress = Some(0),
+        |c| c.facts.retired_ingress = None,
+    ),
     (
         "TRAEFIK_GOES",
         |c| c.facts.traefik = true,
@@ -275,15 +369,27 @@ const ROWS: &[(&str, Change, Change)] = &[
             c.options.components = vec!["traefik".into()];
         },
     ),
-    ("HOSTNAME_BAD", |c| c.facts.hostname = "my_vm".into(), |c| c.facts.hostname = "My-VM.example.com".into()),
-    ("HOSTNAME_DEFAULT", |c| c.facts.hostname = "raspberrypi".into(), |c| c.facts.hostname = "raspberrypi-7".into()),
+    (
+        "HOSTNAME_BAD",
+        |c| c.facts.hostname = "my_vm".into(),
+        |c| c.facts.hostname = "My-VM.example.com".into(),
+    ),
+    (
+        "HOSTNAME_DEFAULT",
+        |c| c.facts.hostname = "raspberrypi".into(),
+        |c| c.facts.hostname = "raspberrypi-7".into(),
+    ),
     ("ROUTE_NONE", |c| c.facts.routes.clear(), |c| c.facts.routes.truncate(1)),
     (
         "NIC_AMBIGUOUS",
         |c| c.facts.routes.push(Route { metric: 100, ..route("0.0.0.0/0", "eth1") }),
         |c| c.facts.routes.push(Route { metric: 200, ..route("0.0.0.0/0", "eth1") }),
     ),
-    ("ADDRESS_UNKNOWN", |c| c.options.node_ip = vec!["10.0.0.6".into()], |c| c.options.node_ip = vec!["10.0.0.5".into()]),
+    (
+        "ADDRESS_UNKNOWN",
+        |c| c.options.node_ip = vec!["10.0.0.6".into()],
+        |c| c.options.node_ip = vec!["10.0.0.5".into()],
+    ),
     (
         "ADDRESS_DYNAMIC",
         |c| c.facts.interfaces[0].addresses[0].dynamic = true,
@@ -301,7 +407,11 @@ const ROWS: &[(&str, Change, Change)] = &[
             c.facts.routes.push(route("10.42.0.0/24", "cni0"));
         },
     ),
-    ("CIDR_MISFIT", |c| k3s(c, "cluster-dns", "10.44.0.10"), |c| k3s(c, "cluster-dns", "10.43.0.53")),
+    (
+        "CIDR_MISFIT",
+        |c| k3s(c, "cluster-dns", "10.44.0.10"),
+        |c| k3s(c, "cluster-dns", "10.43.0.53"),
+    ),
     (
         "DNS_NONE",
         |c| c.facts.resolver.etc = resolv("search example.com\n"),
@@ -325,10 +435,20 @@ const ROWS: &[(&str, Change, Change)] = &[
     ),
     (
         "DNS_LIMITS",
-        |c| c.facts.resolver.etc = resolv(&(1..=4).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>()),
-        |c| c.facts.resolver.etc = resolv(&(1..=3).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>()),
+        |c| {
+            c.facts.resolver.etc =
+                resolv(&(1..=4).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>())
+        },
+        |c| {
+            c.facts.resolver.etc =
+                resolv(&(1..=3).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>())
+        },
     ),
-    ("PORT_IN_USE", |c| c.facts.listeners = vec![listener(10250, "0.0.0.0")], |c| c.facts.listeners = vec![listener(10251, "0.0.0.0")]),
+    (
+        "PORT_IN_USE",
+        |c| c.facts.listeners = vec![listener(10250, "0.0.0.0")],
+        |c| c.facts.listeners = vec![listener(10251, "0.0.0.0")],
+    ),
     (
         "INGRESS_PORT_IN_USE",
         |c| c.facts.listeners = vec![listener(80, "0.0.0.0")],
@@ -369,7 +489,11 @@ const ROWS: &[(&str, Change, Change)] = &[
             c.options.api_allow = vec!["10.0.0.0/8".into()];
         },
     ),
-    ("NODE_RENAMED", |c| c.facts.renamed = Some("vm2".into()), |c| c.options.node_name = Some("vm2".into())),
+    (
+        "NODE_RENAMED",
+        |c| c.facts.renamed = Some("vm2".into()),
+        |c| c.options.node_name = Some("vm2".into()),
+    ),
     (
         "K3S_SETTING_UNKNOWN",
         |c| c.options.k3s = [("cluster-cird".to_owned(), serde_json::json!("10.52.0.0/16"))].into(),
@@ -384,7 +508,12 @@ const ROWS: &[(&str, Change, Change)] = &[
         "SECRET_READABLE",
         |c| {
             let holds = vec!["[k3s] datastore-endpoint = postgres://u:••••@h/db".into()];
-            c.facts.readable.push(crate::install::facts::Readable { path: "/root/plan.json".into(), mode: 0o644, holds, closed: true });
+            c.facts.readable.push(crate::install::facts::Readable {
+                path: "/root/plan.json".into(),
+                mode: 0o644,
+                holds,
+                closed: true,
+            });
         },
         |_| {},
     ),
@@ -404,10 +533,17 @@ fn every_code_is_raised_by_its_fault_and_not_by_the_near_miss() {
         let (mut bad, mut good) = (case(), case());
         fault(&mut bad);
         near(&mut good);
-        assert!(found(&bad).iter().any(|f| f.code == *code), "{code} is not raised: {:?}", found(&bad));
+        assert!(
+            found(&bad).iter().any(|f| f.code == *code),
+            "{code} is not raised: {:?}",
+            found(&bad)
+        );
         assert!(!found(&good).iter().any(|f| f.code == *code), "{code} is raised by its near miss");
         for finding in found(&bad) {
-            assert!(!finding.fix.is_empty() && !finding.evidence.is_empty(), "{code} says what to do");
+            assert!(
+                !finding.fix.is_empty() && !finding.evidence.is_empty(),
+                "{code} says what to do"
+            );
         }
     }
 }
@@ -444,7 +580,10 @@ fn a_public_address_lists_exactly_what_will_answer() {
     case.facts.listeners = vec![listener(22, "0.0.0.0"), listener(5432, "127.0.0.1")];
     let findings = found(&case);
     let finding = findings.iter().find(|f| f.code == "API_PUBLIC").unwrap();
-    assert_eq!(finding.evidence, "will answer from outside: 22/tcp, 80/tcp, 443/tcp, 6443/tcp, 10250/tcp");
+    assert_eq!(
+        finding.evidence,
+        "will answer from outside: 22/tcp, 80/tcp, 443/tcp, 6443/tcp, 10250/tcp"
+    );
 }
 
 #[test]
@@ -463,26 +602,42 @@ fn traefik_opens_what_ingress_opens() {
         facts.interfaces[0] = Interface::new("eth0", &["8.8.4.4/24"]);
         facts.routes[0].source = Some("8.8.4.4".into());
         let options = Options { components: vec![components.into()], ..Options::default() };
-        let settings = Settings::resolve(options, Role::Server, &codes(), &components::names()).unwrap();
+        let settings =
+            Settings::resolve(options, Role::Server, &codes(), &components::names()).unwrap();
         let chosen = components::chosen(settings.components.as_deref(), false);
-        let found = run(&facts, &Target { settings: &settings, version: None, components: &chosen });
+        let found =
+            run(&facts, &Target { settings: &settings, version: None, components: &chosen });
         let of = |code: &str| found.iter().find(|f| f.code == code);
         assert_eq!(of("INGRESS_PORT_IN_USE").is_some(), counted, "{components}");
-        assert_eq!(of("API_PUBLIC").unwrap().evidence.contains("80/tcp"), counted, "{components}: {}", of("API_PUBLIC").unwrap().evidence);
+        assert_eq!(
+            of("API_PUBLIC").unwrap().evidence.contains("80/tcp"),
+            counted,
+            "{components}: {}",
+            of("API_PUBLIC").unwrap().evidence
+        );
     }
 }
 
 /// An upgrade unpacks a whole k3s beside the old one; a re-run needs nothing.
 #[test]
 fn an_upgrade_asks_for_its_own_room() {
-    for (installed, free, found) in [("v1.36.2+k3s1", GIB / 2, false), ("v1.35.0+k3s1", GIB / 2, true), ("v1.35.0+k3s1", 2 * GIB, false)] {
+    for (installed, free, found) in [
+        ("v1.36.2+k3s1", GIB / 2, false),
+        ("v1.35.0+k3s1", GIB / 2, true),
+        ("v1.35.0+k3s1", 2 * GIB, false),
+    ] {
         let mut facts = healthy();
         facts.k3s.ours = Some(Role::Server);
         facts.k3s.version = Some(installed.into());
         facts.disks.iter_mut().for_each(|d| d.available_bytes = free);
-        let settings = Settings::resolve(Options::default(), Role::Server, &codes(), &components::names()).unwrap();
+        let settings =
+            Settings::resolve(Options::default(), Role::Server, &codes(), &components::names())
+                .unwrap();
         let version = "v1.36.2+k3s1".parse().unwrap();
-        let low = run(&facts, &Target { settings: &settings, version: Some(&version), components: &[] }).iter().any(|f| f.code == "DISK_LOW");
+        let low =
+            run(&facts, &Target { settings: &settings, version: Some(&version), components: &[] })
+                .iter()
+                .any(|f| f.code == "DISK_LOW");
         assert_eq!(low, found, "{installed} with {free} bytes free");
     }
 }
