@@ -10,7 +10,7 @@ scenario_workers() {
     # wrong tokens and servers, before anything is written
     exits 7 "a token of another cluster" join a2 "${line% *} K10$(printf '0%.0s' $(seq 64))::abcdef.0123456789abcdef"
     exits 7 "a mangled token" join a2 "${line% *} ${line#* }x"
-    exits 5 "a MASTER that is not there" join a2 "10.89.0.250 ${line#* }"
+    exits 5 "a MASTER that is not there" join a2 "$(vm ip a1 | sed 's/[0-9]*$/250/') ${line#* }"
     exits 5 "a MASTER that refuses" join a2 "${line% *}1 ${line#* }"
     if in_vm a2 sh -c '[ -e /usr/local/bin/k3s ] || [ -e /etc/rancher ] || [ -e /var/lib/pipeops ] || [ -e /usr/local/bin/pipeops ]'; then bad "a refused join wrote something"; else ok "none of them wrote anything"; fi
     exits 0 "a join" join a2 "$line"
