@@ -348,6 +348,21 @@ fn every_room_says_what_it_is_and_stays_small() {
     }
 }
 
+/// A name there that no longer fits costs the agent memory, and nobody would see it.
+#[test]
+fn what_the_linker_sets_apart_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let layout = fs::read_to_string(root.join(".cargo/layout.ld")).unwrap();
+    let mut seen = 0;
+    for rest in layout.split("_$LT$pipeops..").skip(1) {
+        let path = rest.split("..*").next().unwrap().replace("..", "/");
+        let there = root.join("src").join(&path);
+        assert!(there.is_dir() || there.with_extension("rs").is_file(), "{path} is not in src");
+        seen += 1;
+    }
+    assert!(seen > 4, "only {seen} rooms are set apart");
+}
+
 /// Four digits stand in some random hash of every 25th run; a planted secret that is looked for afterwards is 20 characters or more.
 #[test]
 fn a_planted_secret_is_too_long_to_be_found_by_chance() {
