@@ -91,9 +91,14 @@ pub struct Chosen {
 impl Chosen {
     /// What a machine was told: our file, and those beside it before and after.
     pub fn on_machine(beside: &[SettingsFile], ours: &SettingsFile) -> Chosen {
+        Chosen::merged(beside, |chosen| chosen.read(ours))
+    }
+
+    /// Files before ours, ours, files after it.
+    fn merged(beside: &[SettingsFile], ours: impl FnOnce(&mut Chosen)) -> Chosen {
         let mut chosen = Chosen::default();
         beside.iter().filter(|f| !f.after).for_each(|f| chosen.read(f));
-        chosen.read(ours);
+        ours(&mut chosen);
         beside.iter().filter(|f| f.after).for_each(|f| chosen.read(f));
         chosen
     }
@@ -101,21 +106,18 @@ impl Chosen {
     /// Merges in the order of k3s: the unit's environment, `config.yaml`, then `config.yaml.d` by name with our file in its place
     /// (k3s-io/k3s, pkg/configfilearg/parser.go, readConfigFile).
     pub fn of(facts: &Facts, settings: &Settings) -> Chosen {
-        let mut chosen = Chosen::default();
-        let files = &facts.k3s.files;
-        files.iter().filter(|f| !f.after).for_each(|f| chosen.read(f));
         let options = &settings.options;
-        for (key, value) in options.k3s.iter() {
-            chosen.set(key, value);
-        }
-        if !options.node_ip.is_empty() {
-            chosen.set("node-ip", &json!(options.node_ip.join(",")));
-        }
-        if let Some(interface) = &options.flannel_iface {
-            chosen.set("flannel-iface", &json!(interface));
-        }
-        files.iter().filter(|f| f.after).for_each(|f| chosen.read(f));
-        chosen
+        Chosen::merged(&facts.k3s.files, |chosen| {
+            for (key, value) in options.k3s.iter() {
+                chosen.set(key, value);
+            }
+            if !options.node_ip.is_empty() {
+                chosen.set("node-ip", &json!(options.node_ip.join(",")));
+            }
+            if let Some(interface) = &options.flannel_iface {
+                chosen.set("flannel-iface", &json!(interface));
+            }
+        })
     }
 
     fn read(&mut self, file: &SettingsFile) {
