@@ -168,3 +168,14 @@ impl Journal {
 pub fn backup_path(id: &str) -> String {
     format!("{STATE}/backup/{id}")
 }
+
+/// Keeps it there, for root alone. Gives the path.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn back_up(hands: &Hands, id: &str, bytes: &[u8]) -> anyhow::Result<String> {
+    let path = backup_path(id);
+    hands.mkdir(path.rsplit_once('/').map_or("/", |(dir, _)| dir), 0o700)?;
+    hands.write(&path, bytes, 0o600, Owner::default())?;
+    Ok(path)
+}

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use sha2::{Digest as _, Sha256};
 
-use super::journal::{Before, Entry, Journal, backup_path};
+use super::journal::{Before, Entry, Journal, back_up};
 use super::work::{Secrets, Work};
 use super::{account, objects, old_data, server_token, teardown, wait};
 use crate::base::encoding::hex;
@@ -224,10 +224,8 @@ pub(super) async fn before(hands: &Hands, step: &Step) -> anyhow::Result<Before>
         let Some(bytes) = hands.read_bytes(path)? else {
             return Ok(Before::Absent { made: missing_parents(hands, path) });
         };
-        let (backup, mode) = (backup_path(&step.id), hands.mode(path).unwrap_or(0o600));
-        hands.mkdir(backup.rsplit_once('/').map_or("/", |(d, _)| d), 0o700)?;
-        hands.write(&backup, &bytes, 0o600, Owner::default())?;
-        Ok(Before::File { backup, mode })
+        let mode = hands.mode(path).unwrap_or(0o600);
+        Ok(Before::File { backup: back_up(hands, &step.id, &bytes)?, mode })
     };
     Ok(match &step.want {
         Resource::File { path, .. } => file(path)?,

@@ -1,17 +1,19 @@
 //! The server's token. k3s writes it again at each start, and empties the file first: a process that dies, a full disk or a power cut
 //! in between loses it, and no later start succeeds (k3s-io/k3s `pkg/server/handlers/token.go`, `WriteToken`; seen with v1.33.1).
 
-use super::journal::backup_path;
+use super::journal::{back_up, backup_path};
 use crate::host::{Hands, Owner};
 use crate::k3s::paths::SERVER_TOKEN;
+
+/// Its name among the backups.
+const COPY: &str = "server-token";
 
 /// Keeps a copy of the token, or restores an emptied one from it. Called right before k3s is started, and once its node is Ready.
 /// Gives a sentence when it restored one.
 pub(super) fn keep(hands: &Hands) -> anyhow::Result<Option<String>> {
     // no file: a worker, or a server before its first start
     let Some(token) = hands.read(SERVER_TOKEN)? else { return Ok(None) };
-    let path = backup_path("server-token");
-    let copy = hands.read(&path)?.filter(|copy| !copy.trim().is_empty());
+    let copy = hands.read(&backup_path(COPY))?.filter(|copy| !copy.trim().is_empty());
     if token.trim().is_empty() {
         let Some(copy) = copy else { return Ok(None) };
         hands.write(SERVER_TOKEN, copy.as_bytes(), 0o600, Owner::default())?;
@@ -20,8 +22,7 @@ pub(super) fn keep(hands: &Hands) -> anyhow::Result<Option<String>> {
         )));
     }
     if copy.as_ref() != Some(&token) {
-        hands.mkdir(path.rsplit_once('/').map_or("/", |(dir, _)| dir), 0o700)?;
-        hands.write(&path, token.as_bytes(), 0o600, Owner::default())?;
+        back_up(hands, COPY, token.as_bytes())?;
     }
     Ok(None)
 }
