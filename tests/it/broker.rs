@@ -12,6 +12,7 @@ use lapin::{Connection, ConnectionProperties};
 use serde_json::{Value, json};
 
 use crate::hub::{DATA, Hub, Simulated, certificate, storm};
+use crate::plane::free_port;
 use crate::support::Sandbox;
 
 /// One of Debian's services on ports of its own, ended with the test.
@@ -33,6 +34,9 @@ impl Service {
         for (file, text) in files {
             std::fs::write(service.dir.path().join(file), text).unwrap();
         }
+        // nobody else is given these while it starts, or while it is down
+        let ports: Vec<_> = (0..4).map(|_| free_port().to_string()).collect();
+        std::fs::write(service.dir.path().join("ports"), ports.join(" ") + "\n").unwrap();
         let (code, said) = service.script("start");
         if code == 3 {
             println!(
