@@ -132,19 +132,28 @@ impl Said {
     }
 }
 
-/// The program under test without its debug information: it is copied and hashed many times.
+/// The program under test without its debug information: it is copied and hashed many times. Made once for each build, and
+/// put in place by a rename, because several runs may want it at the same time.
 pub(crate) fn program() -> &'static Path {
     static SLIM: OnceLock<PathBuf> = OnceLock::new();
     SLIM.get_or_init(|| {
         let full = Path::new(env!("CARGO_BIN_EXE_pipeops"));
-        let slim = full.with_file_name(format!("pipeops-slim-{}", std::process::id()));
-        let stripped = Command::new("strip")
-            .arg("-o")
-            .arg(&slim)
-            .arg(full)
-            .status()
-            .is_ok_and(|s| s.success());
-        if stripped { slim } else { full.to_owned() }
+        let built = fs::metadata(full).unwrap();
+        let slim = full.with_file_name("pipeops-slim");
+        let current = |slim: &Path| {
+            fs::metadata(slim)
+                .is_ok_and(|made| made.modified().unwrap() >= built.modified().unwrap())
+        };
+        if current(&slim) {
+            return slim;
+        }
+        let fresh = full.with_file_name(format!("pipeops-slim-{}", std::process::id()));
+        let stripped = Command::new("strip").arg("-o").arg(&fresh).arg(full).status();
+        if !stripped.is_ok_and(|s| s.success()) {
+            return full.to_owned();
+        }
+        fs::rename(&fresh, &slim).unwrap();
+        slim
     })
 }
 

@@ -197,7 +197,9 @@ pub(crate) async fn try_round_trip(
     io: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin),
     bytes: usize,
 ) -> std::io::Result<()> {
-    let sent: Vec<u8> = (0..bytes).map(|i| u8::try_from(i % 251).unwrap()).collect();
+    let period: Vec<u8> = (0..251).collect();
+    let mut sent = period.repeat(bytes / period.len() + 1);
+    sent.truncate(bytes);
     let (mut r, mut w) = tokio::io::split(io);
     let mut got = vec![0; bytes];
     let write = async {
