@@ -460,7 +460,8 @@ impl Host {
     /// # Errors
     /// Names the file.
     pub fn users_sha256(&self, path: &str) -> anyhow::Result<String> {
-        Host::new("/", None).sha256(path)?.with_context(|| format!("{path} is not there"))
+        let machine = Host { root: "/".into(), ..self.clone() };
+        machine.sha256(path)?.with_context(|| format!("{path} is not there"))
     }
 
     /// Writes a file for the user, for example a saved plan: mode 0600, also where one of another mode was there.

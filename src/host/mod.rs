@@ -5,6 +5,7 @@
     reason = "this is the door that the lint guards"
 )]
 
+mod digests;
 pub mod fetch;
 pub mod mountinfo;
 pub mod paths;
@@ -14,7 +15,7 @@ pub mod systemd;
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -22,11 +23,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use nix::fcntl::{Flock, FlockArg};
-use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncReadExt as _;
 
-use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
+use crate::host::digests::Digests;
 use crate::host::paths::STATE;
 
 /// Most bytes kept of a program's output.
@@ -41,6 +41,7 @@ const PASSED_ON: [&str; 6] =
 pub struct Host {
     root: PathBuf,
     path: OsString,
+    digests: Digests,
 }
 
 /// What a program said.
@@ -99,7 +100,7 @@ impl Host {
         } else {
             path.push(root.join("usr/local/bin"));
         }
-        Host { root, path }
+        Host { root, path, digests: Digests::default() }
     }
 
     /// Whether this is the running machine itself.
@@ -193,21 +194,15 @@ impl Host {
         names
     }
 
-    /// sha256 of a file, streamed; `None` when it is not there.
+    /// sha256 of a file, streamed; `None` when it is not there. A large file that has not changed
+    /// since is not read again.
     pub fn sha256(&self, path: &str) -> anyhow::Result<Option<String>> {
-        let mut file = match File::open(self.at(path)) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e).with_context(|| format!("reading {path}")),
+        let digest = match File::open(self.at(path)) {
+            Ok(file) => self.digests.of(file).map(Some),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
         };
-        let mut digest = Sha256::new();
-        let mut buffer = vec![0; 1 << 16];
-        loop {
-            match file.read(&mut buffer).with_context(|| format!("reading {path}"))? {
-                0 => return Ok(Some(hex(&digest.finalize()))),
-                n => digest.update(&buffer[..n]),
-            }
-        }
+        digest.with_context(|| format!("reading {path}"))
     }
 
     /// Where a program is, by the path that this host was given.

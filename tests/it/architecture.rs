@@ -36,7 +36,10 @@ const INSIDE: &[(&str, Rows)] = &[
             &["values"],
         ],
     ),
-    ("host", &[&["mountinfo", "paths"], &["mod"], &["fetch", "plans", "state", "systemd"]]),
+    (
+        "host",
+        &[&["digests", "mountinfo", "paths"], &["mod"], &["fetch", "plans", "state", "systemd"]],
+    ),
     ("contract", &[&["types"], &["token"], &["operation"]]),
     (
         "kubernetes",
@@ -139,7 +142,7 @@ const TO_SPLIT: &[(&str, usize)] = &[
     ("frp/client.rs", 502),
     ("frp/mod.rs", 526),
     ("frp/server/mod.rs", 514),
-    ("host/mod.rs", 644),
+    ("host/mod.rs", 640),
     ("install/checks/tests/cases.rs", 618),
     ("install/checks/tests/mod.rs", 643),
     ("install/engine/resource.rs", 661),
