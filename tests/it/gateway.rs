@@ -289,6 +289,10 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
     // an agent that is stopped holds its tunnel: that is said soon, and without a Retry-After, with which clients go on in silence
     let pid = nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    // its threads stop one after the other: on a busy machine the last of them could still answer
+    let stopped =
+        nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WUNTRACED)).unwrap();
+    assert!(matches!(stopped, nix::sys::wait::WaitStatus::Stopped(..)), "{stopped:?}");
     for (method, path, headers) in [
         ("GET", format!("{k8s}/api/v1/pods?watch=1"), vec![]),
         ("POST", exec.clone(), upgrade("SPDY/3.1").to_vec()),
