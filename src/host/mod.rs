@@ -10,6 +10,7 @@ pub mod fetch;
 pub mod mountinfo;
 pub mod paths;
 pub mod plans;
+pub mod program;
 pub mod state;
 pub mod systemd;
 
@@ -18,23 +19,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
-use tokio::io::AsyncReadExt as _;
 
 use crate::base::error::{Exit, Failure};
 use crate::host::digests::Digests;
 use crate::host::paths::STATE;
-
-/// Most bytes kept of a program's output.
-const MOST_OUTPUT: u64 = 4 << 20;
-
-/// Variables that a child process gets from ours.
-const PASSED_ON: [&str; 6] =
-    ["HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SYSTEM_BUS_ADDRESS", "LD_LIBRARY_PATH"];
 
 /// A machine, or a directory that stands for one; can only be read.
 #[derive(Clone, Debug)]
@@ -42,20 +33,6 @@ pub struct Host {
     root: PathBuf,
     path: OsString,
     digests: Digests,
-}
-
-/// What a program said.
-#[derive(Clone, Debug, Default)]
-pub struct Output {
-    pub status: i32,
-    pub stdout: String,
-    pub stderr: String,
-}
-
-impl Output {
-    pub fn ok(&self) -> bool {
-        self.status == 0
-    }
 }
 
 /// Owner of a file by name, looked up in the machine's own `passwd` and `group`: a static program has no NSS.
@@ -236,63 +213,6 @@ impl Host {
     /// Mount points at or below `dir`, deepest first, with their types.
     pub fn mounts_under(&self, dir: &str) -> Vec<(String, String)> {
         crate::host::mountinfo::mounts_under(&self.text("/proc/self/mountinfo"), dir)
-    }
-
-    /// Runs a program that only reports. By convention: nothing that is asked this way changes the machine.
-    ///
-    /// # Errors
-    /// When it is not there, cannot be started, or does not end in time.
-    pub async fn ask(
-        &self,
-        program: &str,
-        args: &[&str],
-        within: Duration,
-    ) -> anyhow::Result<Output> {
-        let Some(file) = self.which(program) else {
-            bail!("the program `{program}` is not on this machine")
-        };
-        let line = format!("`{program} {}`", args.join(" "));
-        let mut child = tokio::process::Command::new(file)
-            .args(args)
-            // tokens and passwords stand in our environment (proxies, object stores, databases): none of them goes further
-            .env_clear()
-            .envs(std::env::vars_os().filter(|(name, _)| PASSED_ON.iter().any(|n| name == n)))
-            .env("PATH", &self.path)
-            .env("LC_ALL", "C")
-            .env("PIPEOPS_ROOT", &self.root)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("starting {line}"))?;
-        let (mut out, mut err) = (Vec::new(), Vec::new());
-        let streams = (child.stdout.take(), child.stderr.take());
-        let work = async {
-            let (stdout, stderr) = streams;
-            let read_out = async {
-                if let Some(s) = stdout {
-                    let _ = s.take(MOST_OUTPUT).read_to_end(&mut out).await;
-                }
-            };
-            let read_err = async {
-                if let Some(s) = stderr {
-                    let _ = s.take(MOST_OUTPUT).read_to_end(&mut err).await;
-                }
-            };
-            tokio::join!(read_out, read_err);
-            child.wait().await
-        };
-        let status = tokio::time::timeout(within, work)
-            .await
-            .map_err(|_| anyhow::anyhow!("{line} did not end within {} s", within.as_secs()))?
-            .with_context(|| format!("waiting for {line}"))?;
-        Ok(Output {
-            status: status.code().unwrap_or(-1),
-            stdout: String::from_utf8_lossy(&out).into_owned(),
-            stderr: String::from_utf8_lossy(&err).into_owned(),
-        })
     }
 
     fn write_whole(
@@ -604,25 +524,6 @@ impl Hands {
             .open(self.at(path))
             .with_context(|| format!("opening {path}"))?;
         file.write_all(text.as_bytes()).with_context(|| format!("writing {path}"))
-    }
-
-    /// Runs a program that changes the machine.
-    ///
-    /// # Errors
-    /// Also when its status is not 0: the command, the status, the last lines that it said.
-    pub async fn run(
-        &self,
-        program: &str,
-        args: &[&str],
-        within: Duration,
-    ) -> anyhow::Result<String> {
-        let output = self.ask(program, args, within).await?;
-        if output.ok() {
-            return Ok(output.stdout);
-        }
-        let said: Vec<&str> = output.stderr.lines().chain(output.stdout.lines()).collect();
-        let last = said.iter().rev().take(5).rev().copied().collect::<Vec<_>>().join("\n");
-        bail!("`{program} {}` ended with status {}\n{last}", args.join(" "), output.status)
     }
 }
 

@@ -68,12 +68,18 @@ async fn offline_version(host: &Host, dir: &str, arch: Arch) -> anyhow::Result<V
     offline_digest(host, dir, arch, arch.binary)?;
     let asked =
         Host::new("/", None).ask(&path, &["--version"], std::time::Duration::from_secs(20)).await;
-    let said = asked.map(|o| o.stdout).unwrap_or_default();
-    let version = said.split_whitespace().nth(2).unwrap_or_default().parse();
-    version.map_err(|_| {
+    let unknown = |why: String| {
         Failure::usage("K3S_VERSION_UNKNOWN", format!("{path} does not tell its version"))
+            .why(why)
             .hint("name it with --k3s-version")
-            .into()
+    };
+    let output = asked.map_err(|error| unknown(format!("{error:#}")))?;
+    let version = output.stdout.split_whitespace().nth(2).unwrap_or_default().parse();
+    version.map_err(|_| {
+        let said = format!("{}\n{}", output.stdout, output.stderr);
+        let said = said.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("nothing");
+        let status = output.status;
+        unknown(format!("`{path} --version` ended with status {status} and said: {said}")).into()
     })
 }
 

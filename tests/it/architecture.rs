@@ -38,7 +38,11 @@ const INSIDE: &[(&str, Rows)] = &[
     ),
     (
         "host",
-        &[&["digests", "mountinfo", "paths"], &["mod"], &["fetch", "plans", "state", "systemd"]],
+        &[
+            &["digests", "mountinfo", "paths"],
+            &["mod"],
+            &["fetch", "plans", "program", "state", "systemd"],
+        ],
     ),
     ("contract", &[&["types"], &["token"], &["operation"]]),
     (
@@ -142,7 +146,7 @@ const TO_SPLIT: &[(&str, usize)] = &[
     ("frp/client.rs", 502),
     ("frp/mod.rs", 526),
     ("frp/server/mod.rs", 514),
-    ("host/mod.rs", 640),
+    ("host/mod.rs", 540),
     ("install/checks/tests/cases.rs", 618),
     ("install/checks/tests/mod.rs", 643),
     ("install/engine/resource.rs", 661),

@@ -188,6 +188,29 @@ fn a_mirror_is_not_believed_about_itself() {
 }
 
 #[test]
+fn a_k3s_of_the_offline_directory_that_does_not_tell_its_version_says_why() {
+    let sandbox = Sandbox::new();
+    let before = sandbox.tree();
+    for (program, why) in [
+        (
+            "#!/bin/sh\necho 'k3s: out of memory' >&2; exit 3\n",
+            "status 3 and said: k3s: out of memory",
+        ),
+        ("#!/bin/sh\n", "status 0 and said: nothing"),
+        ("#!/there/is/no/shell\n", "No such file or directory"),
+    ] {
+        sandbox.release_of(program);
+        let said = sandbox.install(&[]).ended(2);
+        assert!(
+            said.err.contains("K3S_VERSION_UNKNOWN") && said.err.contains(why),
+            "{why}: {}",
+            said.err
+        );
+        same(&sandbox.tree(), &before, why);
+    }
+}
+
+#[test]
 fn missing_and_refused_files_have_their_own_words() {
     let (sandbox, site, k3s) = site();
     let before = sandbox.tree();

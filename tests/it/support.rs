@@ -192,11 +192,16 @@ impl Sandbox {
 
     /// An offline directory laid out like a release.
     fn release(&self) {
-        self.beside("release/k3s", K3S, 0o755);
+        self.release_of(K3S);
+    }
+
+    /// An offline directory with this program as k3s.
+    pub(crate) fn release_of(&self, k3s: &str) {
+        self.beside("release/k3s", k3s, 0o755);
         self.beside("release/k3s-airgap-images-amd64.tar", "images", 0o644);
         let list = format!(
             "{}  k3s\n{}  k3s-airgap-images-amd64.tar\n",
-            sha256(K3S.as_bytes()),
+            sha256(k3s.as_bytes()),
             sha256(b"images")
         );
         self.beside("release/sha256sum-amd64.txt", &list, 0o644);

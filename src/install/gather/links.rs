@@ -1,7 +1,7 @@
 //! Addresses and routes, as `ip` tells them.
 
 use super::ASK;
-use crate::host::{Host, Output};
+use crate::host::{Host, program::Output};
 use crate::install::facts::{Interface, Route, parse};
 
 /// Interfaces and routes, and why they are not known where they are not.

@@ -15,7 +15,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::time::{Duration, Instant};
 
 use crate::host::paths::AGENT_USER;
-use crate::host::{Host, Output};
+use crate::host::{Host, program::Output};
 use crate::install::chosen::{Chosen, flag_of_variable, read_file};
 use crate::install::facts::{
     Account, Clock, Disk, Facts, K3s, Listener, Modules, Resolver, Selinux, SettingsFile, User,
