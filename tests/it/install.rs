@@ -1,6 +1,6 @@
 //! `install-server`, `cluster-info` and `uninstall` in a sandbox.
 
-use crate::support::{Said, Sandbox, VERSION, same, sha256};
+use crate::support::{Said, Sandbox, VERSION, each_kill_point, same, sha256};
 
 #[test]
 fn a_fresh_install_a_second_run_and_an_uninstall() {
@@ -123,18 +123,16 @@ fn killed_after_every_write_of_the_journal_a_rerun_ends_the_same() {
     let whole = Sandbox::new();
     whole.install(&[]).ended(0);
     let wanted = normal(&whole);
-    let mut points = 0;
-    for at in 1..200 {
+    let points = each_kill_point(|at| {
         let sandbox = Sandbox::new();
         let before = sandbox.tree();
         let release = sandbox.path("release");
         let args = ["install-server", "--offline-dir", &release, "--yes", "--timeout", "20s"];
         let said = sandbox.run_with(&args, &[("PIPEOPS_KILL_AT", &at.to_string())]);
         if said.code == 0 {
-            break;
+            return false;
         }
         assert_eq!(said.code, -1, "killed by a signal\n{}", said.err);
-        points = at;
         sandbox.install(&[]).ended(0);
         let now = normal(&sandbox);
         same(&now.0, &wanted.0, &format!("killed after write {at}"));
@@ -143,7 +141,8 @@ fn killed_after_every_write_of_the_journal_a_rerun_ends_the_same() {
             sandbox.run(&["uninstall", "--yes"]).ended(0);
             same(&sandbox.tree(), &before, &format!("killed after write {at}, then uninstalled"));
         }
-    }
+        true
+    });
     assert!(points > 40, "the run was killed at {points} points");
 }
 

@@ -9,7 +9,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
-use crate::support::{Said, Sandbox, VERSION, same, sha256};
+use crate::support::{Said, Sandbox, VERSION, each_kill_point, same, sha256};
 
 /// How the server behaves.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -331,8 +331,7 @@ fn node_type_agent_joins_by_environment() {
 #[test]
 fn killed_after_every_write_of_the_journal_a_join_resumes() {
     let server = Server::start(Mood::Good);
-    let mut points = 0;
-    for at in 1..100 {
+    let points = each_kill_point(|at| {
         let sandbox = Sandbox::new();
         let before = sandbox.tree();
         let (release, token) = (sandbox.path("release"), server.token());
@@ -347,9 +346,8 @@ fn killed_after_every_write_of_the_journal_a_join_resumes() {
             "20s",
         ];
         if sandbox.run_with(&args, &[("PIPEOPS_KILL_AT", &at.to_string())]).code == 0 {
-            break;
+            return false;
         }
-        points = at;
         let password = sandbox.read("/etc/rancher/node/password");
         sandbox.run(&args).ended(0);
         assert!(
@@ -358,7 +356,8 @@ fn killed_after_every_write_of_the_journal_a_join_resumes() {
         );
         sandbox.run(&["uninstall", "--yes"]).ended(0);
         same(&sandbox.tree(), &before, &format!("killed after write {at}"));
-    }
+        true
+    });
     assert!(points > 20, "the run was killed at {points} points");
 }
 

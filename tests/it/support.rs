@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use axum::Router;
@@ -289,6 +290,27 @@ impl Sandbox {
         });
         tree
     }
+}
+
+/// Calls `try_at` with 1, 2, 3… until it says that nothing was killed any more, four at a time; how many points there were.
+pub(crate) fn each_kill_point(try_at: impl Fn(u32) -> bool + Sync) -> u32 {
+    let (next, end) = (AtomicU32::new(1), AtomicU32::new(200));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    if at >= end.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    if !try_at(at) {
+                        end.fetch_min(at, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    end.into_inner() - 1
 }
 
 /// Two trees are the same, or the test fails with what differs.
