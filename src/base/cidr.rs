@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 /// An address range, v4 or v6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cidr {
@@ -25,39 +27,25 @@ impl Cidr {
         (prefix <= most).then_some(Cidr { address, prefix })
     }
 
-    fn bits(address: IpAddr) -> (u128, u8) {
-        match address {
-            IpAddr::V4(v4) => (u128::from(u32::from(v4)) << 96, 32),
-            IpAddr::V6(v6) => (u128::from(v6), 128),
-        }
+    fn net(&self) -> IpNet {
+        let most = if self.address.is_ipv4() { 32 } else { 128 };
+        IpNet::new_assert(self.address, self.prefix.min(most))
     }
 
     /// Whether the two ranges share an address.
     pub fn overlaps(&self, other: &Cidr) -> bool {
-        let ((a, family), (b, other_family)) =
-            (Cidr::bits(self.address), Cidr::bits(other.address));
-        let prefix = u32::from(self.prefix.min(other.prefix));
-        family == other_family && (prefix == 0 || a >> (128 - prefix) == b >> (128 - prefix))
+        let (a, b) = (self.net(), other.net());
+        a.contains(&b.network()) || b.contains(&a.network())
     }
 
     pub fn contains(&self, address: IpAddr) -> bool {
-        let one = Cidr { address, prefix: if address.is_ipv4() { 32 } else { 128 } };
-        self.prefix <= one.prefix && self.overlaps(&one)
+        self.net().contains(&address)
     }
 }
 
 /// The first address of a range.
 pub fn masked(range: Cidr) -> IpAddr {
-    match range.address {
-        IpAddr::V4(v4) => IpAddr::V4(
-            (u32::from(v4) & u32::MAX.checked_shl(32 - u32::from(range.prefix)).unwrap_or(0))
-                .into(),
-        ),
-        IpAddr::V6(v6) => IpAddr::V6(
-            (u128::from(v6) & u128::MAX.checked_shl(128 - u32::from(range.prefix)).unwrap_or(0))
-                .into(),
-        ),
-    }
+    range.net().network()
 }
 
 /// Whether anybody on the internet could route to this address.

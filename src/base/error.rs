@@ -142,7 +142,7 @@ pub fn nearest<'a>(wrong: &str, names: impl IntoIterator<Item = &'a str>) -> Opt
     let names: Vec<&str> = names.into_iter().collect();
     let near = names
         .iter()
-        .map(|name| (distance(&wrong, &name.to_ascii_lowercase()), *name))
+        .map(|name| (strsim::levenshtein(&wrong, &name.to_ascii_lowercase()), *name))
         .min_by_key(|(far, _)| *far);
     // or the beginning of a long one
     let begins = || {
@@ -152,22 +152,6 @@ pub fn nearest<'a>(wrong: &str, names: impl IntoIterator<Item = &'a str>) -> Opt
             .copied()
     };
     near.filter(|(far, name)| *far <= name.len().max(3) / 2).map(|(_, name)| name).or_else(begins)
-}
-
-/// Levenshtein distance; the words are short option names.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let above = row[j + 1];
-            row[j + 1] = (diagonal + usize::from(x != *y)).min(above + 1).min(row[j] + 1);
-            diagonal = above;
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! A string that must not be seen: prints as dots, is wiped when dropped.
 
+use parking_lot::Mutex;
+use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
 /// A token or key. `Debug` shows dots; there is no `Display` and no `Serialize`, so it cannot slip into text or JSON.
@@ -32,9 +34,9 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// Equal, in a time that does not depend on where they differ.
-pub fn same(a: &str, b: &str) -> bool {
-    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |diff, (x, y)| diff | (x ^ y)) == 0
+/// Whether two texts are equal, in a time that does not depend on where they differ. The length may show.
+pub fn constant_time_eq(a: &str, b: &str) -> bool {
+    a.as_bytes().ct_eq(b.as_bytes()).into()
 }
 
 /// What stands in a secret's place.
@@ -45,7 +47,7 @@ const SHORTEST: usize = 6;
 
 /// Secrets of this run. Whatever is printed or logged goes through [`masked`], so that no text of another program, of a library or
 /// of ours can show one of them.
-static KNOWN: std::sync::Mutex<Vec<Secret>> = std::sync::Mutex::new(Vec::new());
+static KNOWN: Mutex<Vec<Secret>> = Mutex::new(Vec::new());
 
 /// Takes note of a secret that no output may show.
 pub fn remember(text: &str) {
@@ -53,7 +55,7 @@ pub fn remember(text: &str) {
     if text.len() < SHORTEST {
         return;
     }
-    let mut known = KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut known = KNOWN.lock();
     // the longest first: a secret inside another leaves no rest of it
     if !known.iter().any(|k| k.expose() == text) {
         let at = known.partition_point(|k| k.expose().len() >= text.len());
@@ -63,7 +65,7 @@ pub fn remember(text: &str) {
 
 /// `text` without the secrets of this run, passwords in URLs, and anything shaped like a k3s token.
 pub fn masked(text: &str) -> String {
-    let known = KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let known = KNOWN.lock();
     mask(text, &known)
 }
 

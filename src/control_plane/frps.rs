@@ -11,7 +11,7 @@ use super::Hub;
 use super::gateway::proxy_name;
 use super::registry::{Refused, refused};
 use crate::base::error::Failure;
-use crate::base::secret::{Secret, same};
+use crate::base::secret::{Secret, constant_time_eq};
 use crate::frp::client::visit;
 use crate::frp::codec::Io;
 use crate::frp::dial::{Carrier, Target};
@@ -171,7 +171,8 @@ pub(super) struct Asked {
 impl Hub {
     /// Whether this is the secret of the path at which somebody's frps asks us.
     pub(super) fn is_frps(&self, secret: &str) -> bool {
-        matches!(self.inner.frps, Frps::External(_)) && same(secret, self.frp_secret().expose())
+        matches!(self.inner.frps, Frps::External(_))
+            && constant_time_eq(secret, self.frp_secret().expose())
     }
 
     /// Whether frps is to let somebody in, or why not.

@@ -33,7 +33,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::error::{Exit, Failure};
-use crate::base::secret::{Secret, same};
+use crate::base::secret::{Secret, constant_time_eq};
 use crate::contract::types::{Config, RunnerAuth};
 use crate::frp::server::{Admit, Server, ServerConfig, Visitor, signed};
 use crate::frp::wire::{Login, NewProxy};
@@ -132,8 +132,11 @@ impl Gate {
         let agent = metas.get("agent").cloned().unwrap_or_default();
         let shown = metas.get("token").map(String::as_str).unwrap_or_default();
         let proof = self.keys.derived(TUNNEL, &agent);
-        let over =
-            if same(shown, proof.expose()) { self.registry.tunnel(&agent, now()) } else { None };
+        let over = if constant_time_eq(shown, proof.expose()) {
+            self.registry.tunnel(&agent, now())
+        } else {
+            None
+        };
         over.map(|over| (agent, over))
             .ok_or_else(|| "this agent may not hold a tunnel here".to_owned())
     }

@@ -10,7 +10,7 @@ use super::Hub;
 use super::keys::fresh;
 use super::model::AccessKind;
 use super::registry::{Refused, Who, refused, unwritten};
-use crate::base::secret::{Secret, same};
+use crate::base::secret::{Secret, constant_time_eq};
 
 /// Name of the session's cookie. The prefix makes browsers refuse one that is not Secure, or is set for other hosts or paths.
 const COOKIE: &str = "__Host-pipeops";
@@ -145,7 +145,9 @@ impl Hub {
         // browsers say where a request comes from, and a page cannot change what they say
         let foreign = text("sec-fetch-site").is_some_and(|site| site != "same-origin");
         let safe = matches!(*method, Method::GET | Method::HEAD);
-        if foreign || (!safe && !text(CSRF).is_some_and(|shown| same(shown, &session.csrf))) {
+        if foreign
+            || (!safe && !text(CSRF).is_some_and(|shown| constant_time_eq(shown, &session.csrf)))
+        {
             return Err(refused(
                 403,
                 "foreign_request",

@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use crate::base::encoding::hex;
@@ -80,11 +81,11 @@ impl Digests {
     }
 
     fn get(&self, seen: &Seen) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(seen).cloned()
+        self.0.lock().get(seen).cloned()
     }
 
     fn put(&self, seen: Seen, digest: String) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(seen, digest);
+        self.0.lock().insert(seen, digest);
     }
 }
 

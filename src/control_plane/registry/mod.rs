@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use crate::base::secret::{Secret, same};
+use crate::base::secret::{Secret, constant_time_eq};
 use crate::contract::token::Role;
 use crate::contract::types::{Directive, Heartbeat, StatusReport};
 use crate::control_plane::keys::{Keys, fresh};
@@ -316,7 +316,7 @@ impl Registry {
                 let row = inner
                     .enrolments
                     .get(id)
-                    .filter(|e| !e.revoked && same(&e.hash, hash))
+                    .filter(|e| !e.revoked && constant_time_eq(&e.hash, hash))
                     .ok_or_else(unknown)?;
                 if row.expires_at <= now { Err(expired()) } else { Ok(Who::Enrolment(id.clone())) }
             }
@@ -326,7 +326,7 @@ impl Registry {
                     .row
                     .credentials
                     .iter()
-                    .find(|c| same(&c.hash, hash))
+                    .find(|c| constant_time_eq(&c.hash, hash))
                     .ok_or_else(unknown)?;
                 if entry.row.revoked {
                     return Err(refused(
@@ -351,7 +351,7 @@ impl Registry {
                     .accesses
                     .get(id)
                     .map(|a| &a.0)
-                    .filter(|a| !a.revoked && same(&a.hash, hash))
+                    .filter(|a| !a.revoked && constant_time_eq(&a.hash, hash))
                     .ok_or_else(unknown)?;
                 if row.expires_at.is_some_and(|at| at <= now) {
                     Err(expired())
@@ -364,7 +364,7 @@ impl Registry {
                     .admins
                     .get(id)
                     .map(|a| &a.0)
-                    .filter(|a| same(&a.hash, hash))
+                    .filter(|a| constant_time_eq(&a.hash, hash))
                     .ok_or_else(unknown)?
                     .name
                     .clone(),

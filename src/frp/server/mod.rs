@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::base::secret::{Secret, same};
+use crate::base::secret::{Secret, constant_time_eq};
 use crate::frp::admission::{Door, Pass};
 use crate::frp::codec::{Io, encrypted};
 use crate::frp::dial::tune;
@@ -65,7 +65,7 @@ pub struct Visitor {
 
 /// Whether a visitor's proof was made with `key`.
 pub fn signed(key: &Secret, sign_key: &str, timestamp: i64) -> bool {
-    same(sign_key, &wire::privilege_key(key, timestamp))
+    constant_time_eq(sign_key, &wire::privilege_key(key, timestamp))
 }
 
 /// How the server is run.
@@ -317,7 +317,10 @@ impl Server {
 
     async fn login(&self, mut io: Io, login: wire::Login, stranger: Pass) -> io::Result<()> {
         let config = &self.shared.config;
-        if !same(&login.privilege_key, &wire::privilege_key(&config.token, login.timestamp)) {
+        if !constant_time_eq(
+            &login.privilege_key,
+            &wire::privilege_key(&config.token, login.timestamp),
+        ) {
             return refuse(io, "token in login doesn't match token from configuration").await;
         }
         let admitted = self.shared.config.admit.as_ref().map(|a| a.login(&login)).transpose();
@@ -422,7 +425,10 @@ impl Server {
     /// ping stands on the session, a work connection on the run id.
     fn proven(&self, privilege_key: &str, timestamp: i64) -> bool {
         privilege_key.is_empty()
-            || same(privilege_key, &wire::privilege_key(&self.shared.config.token, timestamp))
+            || constant_time_eq(
+                privilege_key,
+                &wire::privilege_key(&self.shared.config.token, timestamp),
+            )
     }
 
     /// The session that `control` takes the place of; an error when that is somebody else's.
