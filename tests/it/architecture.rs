@@ -153,8 +153,6 @@ const TO_SPLIT: &[(&str, usize)] = &[
     ("install/engine/teardown.rs", 509),
     ("install/gather/mod.rs", 516),
     ("install/settings/mod.rs", 585),
-    ("k3s/logs/machine.rs", 694),
-    ("k3s/logs/settings.rs", 586),
 ];
 
 fn sources(dir: &Path, found: &mut Vec<(String, String)>) {

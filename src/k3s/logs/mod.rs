@@ -1,5 +1,10 @@
 //! What a unit's journal says when a start goes wrong: known messages, their cause, and the next step.
 
+mod components;
+mod datastore;
+mod join;
+mod kernel;
+mod kubelet;
 mod machine;
 mod settings;
 #[cfg(test)]
@@ -34,6 +39,26 @@ pub struct Cause {
 const fn cause(code: &'static str, weight: Weight, what: &'static str, fix: &'static str) -> Cause {
     Cause { code, what, fix, weight }
 }
+
+const SETTING: &str =
+    "correct it in the [k3s] table, or in /etc/rancher/k3s/config.yaml.d where it came from there";
+const MODULES: &str = "install your distribution's extra kernel modules, or a kernel that has it";
+
+/// Message fragments, all of which must stand in one line, in any case, and what they mean. The first
+/// match wins.
+///
+/// Messages are quoted from k3s 1.33 to 1.36, without what differs from run to run and without quotes,
+/// which logrus escapes. The file of k3s-io/k3s, kubernetes, kine, flannel, etcd or containerd stands
+/// beside each group.
+const TABLES: [&[(&[&str], Cause)]; 7] = [
+    join::TABLE,
+    settings::TABLE,
+    kubelet::TABLE,
+    kernel::TABLE,
+    datastore::TABLE,
+    machine::TABLE,
+    components::TABLE,
+];
 
 /// What a journal shows: the cause, the latest line of it without its time, and how often it stands there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,7 +161,7 @@ fn find<'a>(
     wanted: impl Fn(&Cause) -> bool,
 ) -> Option<Seen> {
     let lower: Vec<(&str, String)> = lines.map(|l| (l, l.to_lowercase())).collect();
-    settings::TABLE.iter().chain(machine::TABLE).filter(|(_, cause)| wanted(cause)).find_map(
+    TABLES.into_iter().flatten().filter(|(_, cause)| wanted(cause)).find_map(
         |(fragments, cause)| {
             let mut hits = lower
                 .iter()

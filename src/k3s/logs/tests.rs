@@ -194,7 +194,7 @@ fn every_fixture_gets_its_code_also_among_warnings() {
 #[test]
 fn the_readme_names_every_code_and_every_entry_has_a_next_step() {
     let readme = include_str!("../../../README.md");
-    for (_, cause) in settings::TABLE.iter().chain(machine::TABLE) {
+    for (_, cause) in TABLES.into_iter().flatten() {
         assert!(readme.contains(cause.code), "{}", cause.code);
         for wait in ["longer", "--timeout"] {
             assert!(!cause.fix.contains(wait), "{}", cause.fix);
