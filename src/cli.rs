@@ -60,11 +60,11 @@ pub enum Command {
     Man,
     /// Mint the agent's Kubernetes credential; run by its unit
     #[command(hide = true)]
-    MintCredential(Rooted),
+    MintCredential(RootArgs),
 }
 
 #[derive(Debug, Args)]
-pub struct Rooted {
+pub struct RootArgs {
     /// Work in a directory that stands for the machine
     #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true)]
     pub root: String,
@@ -87,10 +87,10 @@ pub struct RunFlags {
     pub yes: bool,
     /// Format of the result on standard output
     #[arg(long, short, value_name = "FORMAT", default_value = "text", help_heading = "Run")]
-    pub output: Format,
+    pub output: OutputFormat,
     /// Also write one JSON object per event to standard error
     #[arg(long, value_name = "FORMAT", help_heading = "Run")]
-    pub events: Option<Events>,
+    pub events: Option<EventFormat>,
     /// Read this config file as well, over those in /etc/pipeops
     #[arg(long, value_name = "FILE", help_heading = "Run")]
     pub config: Option<String>,
@@ -106,13 +106,13 @@ pub struct RunFlags {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub enum OutputFormat {
     Text,
     Json,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Events {
+pub enum EventFormat {
     Json,
 }
 
@@ -171,9 +171,9 @@ pub struct ClusterInfo {
     pub join: bool,
     /// Format on standard output
     #[arg(long, short, value_name = "FORMAT", default_value = "text")]
-    pub output: Format,
+    pub output: OutputFormat,
     #[command(flatten)]
-    pub rooted: Rooted,
+    pub rooted: RootArgs,
 }
 
 #[derive(Debug, Args)]
@@ -185,7 +185,7 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<String>,
     #[command(flatten)]
-    pub rooted: Rooted,
+    pub rooted: RootArgs,
 }
 
 #[derive(Debug, Args)]
@@ -201,12 +201,12 @@ pub struct Uninstall {
     pub purge_data: bool,
     /// Format of the result on standard output
     #[arg(long, short, value_name = "FORMAT", default_value = "text")]
-    pub output: Format,
+    pub output: OutputFormat,
     /// Also write one JSON object per event to standard error
     #[arg(long, value_name = "FORMAT")]
-    pub events: Option<Events>,
+    pub events: Option<EventFormat>,
     #[command(flatten)]
-    pub rooted: Rooted,
+    pub rooted: RootArgs,
 }
 
 #[derive(Debug, Args)]
@@ -214,7 +214,7 @@ pub struct AuditArgs {
     #[command(subcommand)]
     pub command: AuditCommand,
     #[command(flatten)]
-    pub rooted: Rooted,
+    pub rooted: RootArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -223,7 +223,7 @@ pub enum AuditCommand {
     Verify {
         /// Format on standard output
         #[arg(long, short, value_name = "FORMAT", default_value = "text")]
-        output: Format,
+        output: OutputFormat,
     },
     /// Show the last records, as JSON lines
     Tail {
@@ -251,12 +251,12 @@ pub struct Serve {
     #[arg(long, value_name = "FILE")]
     pub config: Option<String>,
     #[command(flatten)]
-    pub place: Place,
+    pub place: DataDirArgs,
 }
 
 /// Which control plane: before a verb or behind it.
 #[derive(Debug, Args)]
-pub struct Place {
+pub struct DataDirArgs {
     /// Directory with its keys and database
     #[arg(long, value_name = "DIR", default_value = crate::control_plane::STATE, global = true)]
     pub data_dir: String,
@@ -266,10 +266,10 @@ pub struct Place {
 }
 
 #[derive(Debug, Args)]
-pub struct Verb {
+pub struct OutputArgs {
     /// Format on standard output
     #[arg(long, short, value_name = "FORMAT", default_value = "text")]
-    pub output: Format,
+    pub output: OutputFormat,
 }
 
 #[derive(Debug, Subcommand)]
@@ -296,19 +296,19 @@ pub enum PlaneCommand {
         /// A new file
         file: String,
         #[command(flatten)]
-        stored: Stored,
+        stored: DatabaseArgs,
     },
     /// Make what a backup holds of an empty data directory and database
     Restore {
         file: String,
         #[command(flatten)]
-        stored: Stored,
+        stored: DatabaseArgs,
     },
 }
 
 /// Where a control plane keeps what it knows.
 #[derive(Debug, Args)]
-pub struct Stored {
+pub struct DatabaseArgs {
     /// File with the URL of its PostgreSQL database, where it has one
     #[arg(long, value_name = "FILE")]
     pub database_url_file: Option<String>,
@@ -331,18 +331,18 @@ pub enum TokenCommand {
         #[arg(long, value_name = "NUMBER", default_value_t = 1)]
         uses: u32,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Show all; never the tokens themselves
     List {
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Let nobody in with it from now on
     Revoke {
         id: String,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
 }
 
@@ -351,14 +351,14 @@ pub enum ClusterCommand {
     /// Show all with their state
     List {
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Show one, with what its agent sees
     Show {
         /// Id or name
         cluster: String,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Print a kubeconfig with which kubectl reaches it for a day
     Kubeconfig {
@@ -371,21 +371,21 @@ pub enum ClusterCommand {
         #[arg(long, value_name = "NAMES", value_delimiter = ',')]
         namespaces: Option<Vec<String>>,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Refuse its agent from now on and end its streams
     Revoke {
         /// Id or name
         cluster: String,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Forget it; its agent needs a token to come back
     Remove {
         /// Id or name
         cluster: String,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
 }
 
@@ -409,18 +409,18 @@ pub enum RunnerCommand {
         #[arg(long, value_name = "SECONDS")]
         ttl: Option<i64>,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Show all, kubeconfigs too
     List {
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Refuse it from now on and end its streams
     Revoke {
         id: String,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
 }
 
@@ -430,18 +430,18 @@ pub enum AdminCommand {
     Create {
         name: String,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Show all
     List {
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Refuse the token from now on and end its sessions
     Revoke {
         id: String,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
 }
 
@@ -451,12 +451,12 @@ pub enum ProjectCommand {
     Create {
         name: String,
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
     /// Show all
     List {
         #[command(flatten)]
-        verb: Verb,
+        verb: OutputArgs,
     },
 }
 

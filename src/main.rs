@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 use pipeops::agent::{self, config, credential};
 use pipeops::base::error::{Exit, Failure};
-use pipeops::base::secret::{Secret, masked, remember};
+use pipeops::base::secret::{Secret, masked, register_secret};
 use pipeops::cli::{self, Cli, Command};
 use pipeops::cmd::{self, Context};
 use pipeops::{host, output};
@@ -53,7 +53,10 @@ fn main() -> ExitCode {
         Ok(secrets) => secrets,
         Err(error) => return end(&Failure::of(&error), false),
     };
-    secrets.iter().filter(|(name, _)| *name != ARGUMENTS).for_each(|(_, secret)| remember(secret));
+    secrets
+        .iter()
+        .filter(|(name, _)| *name != ARGUMENTS)
+        .for_each(|(_, secret)| register_secret(secret));
     let _ = rustls::crypto::ring::default_provider().install_default();
     let level = format!("{:?}", parsed.log_level).to_lowercase();
     output::logging(&level, std::env::var_os("JOURNAL_STREAM").is_some());

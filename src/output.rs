@@ -12,9 +12,9 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::base::error::Failure;
 use crate::base::secret::{masked, masked_json};
-use crate::base::text::{shown, shown_json, shown_lines};
+use crate::base::text::{printable, printable_json, printable_lines};
 use crate::install::finding::{Finding, Level};
-use crate::install::plan::{Check, Checked, Event};
+use crate::install::plan::{CheckedPlan, ProgressEvent, StepStatus};
 
 /// Where a run's words go.
 pub struct Printer {
@@ -57,13 +57,13 @@ impl Printer {
 
     /// A line of conversation. Whatever it quotes does nothing to the terminal.
     pub fn say(&mut self, line: &str) {
-        self.told("", "", line);
+        self.styled("", "", line);
     }
 
     /// A line that begins with a word in colour.
-    fn told(&mut self, colour: &str, word: &str, line: &str) {
+    fn styled(&mut self, colour: &str, word: &str, line: &str) {
         let line = masked(line);
-        let line = shown_lines(&line);
+        let line = printable_lines(&line);
         self.log.push_str(word);
         self.log.push_str(&line);
         self.log.push('\n');
@@ -82,20 +82,20 @@ impl Printer {
 
     /// A line that is shown elsewhere and belongs into the log as well.
     pub fn log_only(&mut self, line: &str) {
-        self.log.push_str(&shown_lines(line));
+        self.log.push_str(&printable_lines(line));
         self.log.push('\n');
     }
 
     /// A line of the result.
     pub fn data(&self, line: &str) {
-        self.hand_out(&masked(line));
+        self.data_with_secrets(&masked(line));
     }
 
     /// A line of the result whose purpose is to give a secret to whoever asked for it.
-    pub fn hand_out(&self, line: &str) {
+    pub fn data_with_secrets(&self, line: &str) {
         if !self.json {
             // a closed pipe is the reader's choice
-            let _ = writeln!(std::io::stdout(), "{}", shown_lines(line));
+            let _ = writeln!(std::io::stdout(), "{}", printable_lines(line));
         }
     }
 
@@ -103,17 +103,17 @@ impl Printer {
     pub fn document(&self, value: &impl Serialize) {
         if let Ok(mut value) = serde_json::to_value(value) {
             masked_json(&mut value);
-            self.hand_out_document(&value);
+            self.document_with_secrets(&value);
         }
     }
 
     /// The result as one JSON document whose purpose is to give a secret to whoever asked for it; the first one counts.
-    pub fn hand_out_document(&self, value: &impl Serialize) {
+    pub fn document_with_secrets(&self, value: &impl Serialize) {
         if self.json
             && !self.documented.replace(true)
             && let Ok(text) = serde_json::to_string_pretty(value)
         {
-            let _ = writeln!(std::io::stdout(), "{}", shown_json(&text));
+            let _ = writeln!(std::io::stdout(), "{}", printable_json(&text));
         }
     }
 
@@ -127,7 +127,7 @@ impl Printer {
                     Level::Warning => ("warning", "33"),
                     Level::Info => ("note   ", "2"),
                 };
-                self.told(colour, word, &format!(" {} {}", finding.code, finding.what));
+                self.styled(colour, word, &format!(" {} {}", finding.code, finding.what));
                 self.say(&format!("        {}", finding.evidence));
                 for step in &finding.fix {
                     self.say(&format!("        → {step}"));
@@ -137,14 +137,16 @@ impl Printer {
     }
 
     /// The plan with what its check said.
-    pub fn plan(&mut self, checked: &Checked) {
+    pub fn plan(&mut self, checked: &CheckedPlan) {
         for (step, check) in checked.plan.steps.iter().zip(&checked.checks) {
             match check {
-                Check::Done => {}
-                Check::Todo { changes } => {
+                StepStatus::Done => {}
+                StepStatus::Todo { changes } => {
                     changes.iter().for_each(|c| self.say(&format!("  + {c}")))
                 }
-                Check::Later { until } => self.say(&format!("  … {} (once {until})", step.title)),
+                StepStatus::Later { until } => {
+                    self.say(&format!("  … {} (once {until})", step.title))
+                }
             }
         }
         for id in &checked.remove {
@@ -156,16 +158,16 @@ impl Printer {
     }
 
     /// One event of the engine.
-    pub fn event(&mut self, event: &Event) {
+    pub fn event(&mut self, event: &ProgressEvent) {
         if self.events
             && let Ok(mut event) = serde_json::to_value(event)
         {
             masked_json(&mut event);
-            eprintln!("{}", shown_json(&event.to_string()));
+            eprintln!("{}", printable_json(&event.to_string()));
         }
         match event {
-            Event::Started { title, number, of, .. } => {
-                self.title = format!("[{number}/{of}] {}", shown(title));
+            ProgressEvent::Started { title, number, of, .. } => {
+                self.title = format!("[{number}/{of}] {}", printable(title));
                 if self.terminal && !self.events {
                     let bar = ProgressBar::new_spinner().with_message(masked(&self.title));
                     bar.set_style(style("{spinner} {msg} {elapsed}"));
@@ -173,12 +175,14 @@ impl Printer {
                     self.bar = Some(bar);
                 }
             }
-            Event::Progress { done, total, note, .. } => {
+            ProgressEvent::Progress { done, total, note, .. } => {
                 if let Some(bar) = &self.bar {
                     match (note, total) {
-                        (Some(note), _) => {
-                            bar.set_message(masked(&format!("{} – {}", self.title, shown(note))))
-                        }
+                        (Some(note), _) => bar.set_message(masked(&format!(
+                            "{} – {}",
+                            self.title,
+                            printable(note)
+                        ))),
                         (None, Some(total)) => {
                             if bar.length() != Some(*total) {
                                 bar.set_length(*total);
@@ -192,7 +196,7 @@ impl Printer {
                     self.say(&format!("      … {note}"));
                 }
             }
-            Event::Finished { changed, duration_ms, .. } => {
+            ProgressEvent::Finished { changed, duration_ms, .. } => {
                 self.end();
                 let time = if *duration_ms >= 100 {
                     format!(" ({:.1} s)", *duration_ms as f64 / 1000.0)
@@ -200,19 +204,19 @@ impl Printer {
                     String::new()
                 };
                 if *changed {
-                    self.told("32", "ok", &format!(" {}{time}", self.title));
+                    self.styled("32", "ok", &format!(" {}{time}", self.title));
                 }
             }
-            Event::Failed { what, optional, .. } => {
+            ProgressEvent::Failed { what, optional, .. } => {
                 self.end();
                 let (colour, word) = if *optional { ("33", "left") } else { ("31", "failed") };
-                self.told(colour, word, &format!(" {} – {what}", self.title));
+                self.styled(colour, word, &format!(" {} – {what}", self.title));
             }
-            Event::Undone { title, .. } => {
+            ProgressEvent::Undone { title, .. } => {
                 self.end();
                 self.say(&format!("took back: {title}"));
             }
-            Event::Note { text } => self.say(&format!("note: {text}")),
+            ProgressEvent::Note { text } => self.say(&format!("note: {text}")),
         }
     }
 
@@ -243,7 +247,7 @@ fn style(template: &str) -> ProgressStyle {
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     // a cell comes from somebody else: a line of the table stays one line, and shows what it holds
     let rows: Vec<Vec<String>> =
-        rows.iter().map(|row| row.iter().map(|c| shown(c).into_owned()).collect()).collect();
+        rows.iter().map(|row| row.iter().map(|c| printable(c).into_owned()).collect()).collect();
     let mut widths: Vec<usize> = head.iter().map(|h| h.chars().count()).collect();
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -272,7 +276,7 @@ impl std::io::Write for Masked {
     // the layer writes each event whole, its end of line included
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let event = masked(&String::from_utf8_lossy(bytes));
-        std::io::stderr().write_all(shown_lines(&event).as_bytes())?;
+        std::io::stderr().write_all(printable_lines(&event).as_bytes())?;
         Ok(bytes.len())
     }
 
@@ -310,7 +314,7 @@ pub fn raw(bytes: &[u8]) {
 
 /// A text for people that stands outside of a run.
 pub fn note(text: &str) {
-    eprint!("{}", shown_lines(&masked(text)));
+    eprint!("{}", printable_lines(&masked(text)));
 }
 
 /// The failure that ends a run: text for people, or one more event where events were asked for.
@@ -318,8 +322,8 @@ pub fn fatal(failure: &Failure, events: bool) {
     if events {
         let mut event = serde_json::json!({"event": "error", "error": failure});
         masked_json(&mut event);
-        eprintln!("{}", shown_json(&event.to_string()));
+        eprintln!("{}", printable_json(&event.to_string()));
     } else {
-        eprint!("{}", shown_lines(&masked(&failure.render())));
+        eprint!("{}", printable_lines(&masked(&failure.render())));
     }
 }

@@ -157,7 +157,7 @@ impl AgentConfig {
             ),
             None => None,
         };
-        Ok(Trust { ca_pem, pins, anybody: false })
+        Ok(Trust { ca_pem, pins, accept_any: false })
     }
 }
 

@@ -119,7 +119,7 @@ impl Observer {
         view: &mut Option<View>,
         followers: &mut JoinSet<()>,
     ) -> anyhow::Result<String> {
-        let Some(written) = self.host.stamp(&self.credential) else {
+        let Some(written) = self.host.revision(&self.credential) else {
             *view = None;
             anyhow::bail!("{} is not there yet", self.credential);
         };

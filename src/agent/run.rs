@@ -49,7 +49,7 @@ pub async fn run(
     state: &str,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    host::all_descriptors();
+    host::raise_descriptor_limit();
     let state = host.state_dir(state)?;
     let started = Instant::now();
     let socket = host.at(config.socket.as_deref().unwrap_or(AGENT_SOCKET));

@@ -44,7 +44,7 @@ impl Cidr {
 }
 
 /// The first address of a range.
-pub fn masked(range: Cidr) -> IpAddr {
+pub fn network_address(range: Cidr) -> IpAddr {
     range.net().network()
 }
 

@@ -106,7 +106,7 @@ pub fn values<T: DeserializeOwned>(
 
 /// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown keys and wrong types are named with
 /// the nearest key and the line.
-pub fn checked<T: DeserializeOwned>(
+pub fn parse_checked<T: DeserializeOwned>(
     text: &str,
     origin: &str,
     known: &[String],
@@ -146,7 +146,7 @@ pub fn unquoted(message: &str) -> String {
     out
 }
 
-pub fn longs<T: clap::Args>() -> Vec<String> {
+pub fn long_flags<T: clap::Args>() -> Vec<String> {
     let command = T::augment_args(clap::Command::new("keys"));
     command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect()
 }

@@ -20,25 +20,25 @@ const AGAIN: Duration = Duration::from_millis(1500);
 
 /// Why a name has no address; begins with `dns:`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NoAddress {
+pub struct LookupError {
     pub why: String,
     /// No name server answered at all.
     pub silent: bool,
 }
 
-impl fmt::Display for NoAddress {
+impl fmt::Display for LookupError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "dns: {}", self.why)
     }
 }
 
-impl std::error::Error for NoAddress {}
+impl std::error::Error for LookupError {}
 
 /// The addresses of a name, or the address itself; with the resolver configuration of this moment.
 ///
 /// # Errors
 /// Why there is none.
-pub async fn lookup(host: &str) -> Result<Vec<IpAddr>, NoAddress> {
+pub async fn lookup(host: &str) -> Result<Vec<IpAddr>, LookupError> {
     if let Ok(address) = host.trim_matches(['[', ']']).parse() {
         return Ok(vec![address]);
     }
@@ -53,8 +53,8 @@ async fn ask(
     host: &str,
     config: &ResolverConfig,
     options: &ResolverOpts,
-) -> Result<Vec<IpAddr>, NoAddress> {
-    let no = |why: String, silent| NoAddress { why: format!("{host}: {why}"), silent };
+) -> Result<Vec<IpAddr>, LookupError> {
+    let no = |why: String, silent| LookupError { why: format!("{host}: {why}"), silent };
     // relaxed: DNS and /etc/hosts know names with `_`, and so does getaddrinfo
     let name =
         Name::from_str_relaxed(host).map_err(|e| no(format!("it cannot be a name: {e}"), false))?;

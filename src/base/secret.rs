@@ -30,7 +30,7 @@ impl Secret {
 
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(DOTS)
+        f.write_str(MASK)
     }
 }
 
@@ -40,7 +40,7 @@ pub fn constant_time_eq(a: &str, b: &str) -> bool {
 }
 
 /// What stands in a secret's place.
-pub const DOTS: &str = "••••";
+pub const MASK: &str = "••••";
 
 /// Shortest secret that is looked for in other text: dots in place of shorter ones would hide half of the words.
 const SHORTEST: usize = 6;
@@ -50,7 +50,7 @@ const SHORTEST: usize = 6;
 static KNOWN: Mutex<Vec<Secret>> = Mutex::new(Vec::new());
 
 /// Takes note of a secret that no output may show.
-pub fn remember(text: &str) {
+pub fn register_secret(text: &str) {
     let text = text.trim();
     if text.len() < SHORTEST {
         return;
@@ -83,7 +83,7 @@ pub fn masked_json(value: &mut serde_json::Value) {
 pub fn mask(text: &str, secrets: &[Secret]) -> String {
     let mut out = text.to_owned();
     for secret in secrets.iter().filter(|s| s.expose().len() >= SHORTEST) {
-        out = out.replace(secret.expose(), DOTS);
+        out = out.replace(secret.expose(), MASK);
     }
     tokens(&urls(&out, &mut Vec::new()))
 }
@@ -135,14 +135,14 @@ fn urls(text: &str, found: &mut Vec<String>) -> String {
                     Some((user, password)) if !user.contains('/') => (Some(user), password),
                     _ => (None, login),
                 };
-                if password.is_empty() || password == DOTS {
+                if password.is_empty() || password == MASK {
                     out.push_str(login);
                 } else {
                     note(password, found);
                     out.extend([
                         user.unwrap_or_default(),
                         if user.is_some() { ":" } else { "" },
-                        DOTS,
+                        MASK,
                     ]);
                 }
                 out.push('@');
@@ -164,9 +164,9 @@ fn query(place: &str, out: &mut String, found: &mut Vec<String>) {
     for (number, pair) in query.split('&').enumerate() {
         out.push(if number == 0 { '?' } else { '&' });
         match pair.split_once('=') {
-            Some((name, value)) if !value.is_empty() && value != DOTS && secret_name(name) => {
+            Some((name, value)) if !value.is_empty() && value != MASK && is_secret_name(name) => {
                 note(value, found);
-                out.extend([name, "=", DOTS]);
+                out.extend([name, "=", MASK]);
             }
             _ => out.push_str(pair),
         }
@@ -183,7 +183,7 @@ fn note(secret: &str, found: &mut Vec<String>) {
 
 /// Whether something of this name is a secret itself: `oidc-client-secret` is, `token-auth-file` and `enable-bootstrap-token-auth`
 /// are not.
-pub fn secret_name(name: &str) -> bool {
+pub fn is_secret_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase().replace(['_', '.'], "-");
     let words: Vec<&str> = name.split('-').collect();
     let last = words.last().copied().unwrap_or_default();
@@ -275,7 +275,7 @@ mod tests {
             "token",
             "identity_token",
         ] {
-            assert!(secret_name(name), "{name}");
+            assert!(is_secret_name(name), "{name}");
         }
         for name in [
             "token-auth-file",
@@ -285,17 +285,17 @@ mod tests {
             "key",
             "node-name",
         ] {
-            assert!(!secret_name(name), "{name}");
+            assert!(!is_secret_name(name), "{name}");
         }
     }
 
     #[test]
     fn what_is_remembered_is_shown_nowhere() {
-        remember("a-remembered-secret-0123456789");
+        register_secret("a-remembered-secret-0123456789");
         let mut value = serde_json::json!({"a": ["x a-remembered-secret-0123456789 y"]});
         masked_json(&mut value);
         assert_eq!(value, serde_json::json!({"a": ["x •••• y"]}));
-        remember("short");
+        register_secret("short");
         assert_eq!(masked("short"), "short");
     }
 }

@@ -39,7 +39,7 @@ const UNSEEN: &[(u32, u32)] = &[
 
 /// Whether a character cannot be shown as it is: a control, one that is not seen or turns its neighbours around, one for private use,
 /// or none at all.
-pub fn unseen(c: char) -> bool {
+pub fn is_unprintable(c: char) -> bool {
     let n = u32::from(c);
     if c.is_ascii() {
         return c.is_ascii_control();
@@ -54,7 +54,7 @@ fn escaped<'a>(
     stays: impl Fn(char) -> bool,
     escape: impl Fn(&mut String, char),
 ) -> Cow<'a, str> {
-    let hurts = |c: char| unseen(c) && !stays(c);
+    let hurts = |c: char| is_unprintable(c) && !stays(c);
     if !text.contains(hurts) {
         return Cow::Borrowed(text);
     }
@@ -70,17 +70,17 @@ fn named(out: &mut String, c: char) {
 }
 
 /// Text as it may stand in one line of a terminal: what cannot be shown is named, as `\u{202e}`.
-pub fn shown(text: &str) -> Cow<'_, str> {
+pub fn printable(text: &str) -> Cow<'_, str> {
     escaped(text, |_| false, named)
 }
 
 /// The same for text of several lines.
-pub fn shown_lines(text: &str) -> Cow<'_, str> {
+pub fn printable_lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| matches!(c, '\n' | '\t'), named)
 }
 
 /// JSON that says the same with nothing in it that a terminal obeys: such characters stand in strings alone (RFC 8259 §7).
-pub fn shown_json(json: &str) -> Cow<'_, str> {
+pub fn printable_json(json: &str) -> Cow<'_, str> {
     escaped(
         json,
         |c| matches!(c, '\n' | '\t' | '\r'),
@@ -98,7 +98,7 @@ pub fn shown_json(json: &str) -> Cow<'_, str> {
 /// What is wrong with it, as the end of a sentence that begins with what the name is of.
 pub fn name(text: &str, most: usize) -> Result<(), String> {
     let long = text.chars().count();
-    if let Some(c) = text.chars().find(|c| unseen(*c)) {
+    if let Some(c) = text.chars().find(|c| is_unprintable(*c)) {
         return Err(format!(
             "holds U+{:04X}, which cannot be seen or turns text around",
             u32::from(c)
@@ -149,15 +149,15 @@ mod tests {
             ("private\u{e000}\u{10fffd}", "private\\u{e000}\\u{10fffd}"),
             ("🚀 – „quoted“ ½", "🚀 – „quoted“ ½"),
         ] {
-            assert_eq!(shown(given), wanted);
+            assert_eq!(printable(given), wanted);
         }
-        assert_eq!(shown_lines("a\n\tb\u{1b}c\r"), "a\n\tb\\u{1b}c\\u{d}");
+        assert_eq!(printable_lines("a\n\tb\u{1b}c\r"), "a\n\tb\\u{1b}c\\u{d}");
         let json = serde_json::to_string_pretty(
             &serde_json::json!({"a": "x\u{202e}\u{9b}\u{e0041}\u{1b}\u{7f}"}),
         )
         .unwrap();
-        let safe = shown_json(&json);
-        assert!(!safe.contains(|c| unseen(c) && c != '\n'), "{safe}");
+        let safe = printable_json(&json);
+        assert!(!safe.contains(|c| is_unprintable(c) && c != '\n'), "{safe}");
         assert_eq!(
             serde_json::from_str::<serde_json::Value>(&safe).unwrap(),
             serde_json::from_str::<serde_json::Value>(&json).unwrap()

@@ -57,7 +57,7 @@ pub struct Trust {
     /// One of these keys must be in the chain: the server's own, or one that signed it.
     pub pins: Vec<Pin>,
     /// Accept anything.
-    pub anybody: bool,
+    pub accept_any: bool,
 }
 
 impl Trust {
@@ -79,7 +79,7 @@ impl Trust {
             .map_err(text)?;
         let base: Option<Arc<dyn ServerCertVerifier>> = match &self.ca_pem {
             Some(pem) => Some(anchored(&certificates(pem)?, &provider)?),
-            None if self.anybody || !self.pins.is_empty() => None,
+            None if self.accept_any || !self.pins.is_empty() => None,
             None => {
                 let verifier = rustls_platform_verifier::Verifier::new(provider.clone())
                     .map_err(|e| format!("no system certificates: {e}; install ca-certificates, or give a CA or a pin"))?;
@@ -304,7 +304,7 @@ mod tests {
         let both = |pin: &CertificateDer<'_>| Trust {
             ca_pem: Some(pem.clone()),
             pins: vec![Pin::of(pin).unwrap()],
-            anybody: false,
+            accept_any: false,
         };
         assert!(verdict(&both(&c.leaf), &c.leaf, &[], "cp.test").is_ok());
         assert!(verdict(&both(&c.stranger), &c.leaf, &[], "cp.test").is_err());

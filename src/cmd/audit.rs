@@ -3,7 +3,7 @@
 use crate::agent::api::audit;
 use crate::agent::config::STATE;
 use crate::base::error::{Exit, Failure};
-use crate::cli::{AuditArgs, AuditCommand, Format};
+use crate::cli::{AuditArgs, AuditCommand, OutputFormat};
 use crate::cmd::Context;
 use crate::output::Printer;
 
@@ -19,7 +19,7 @@ pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
     };
     match &args.command {
         AuditCommand::Verify { output } => {
-            let printer = Printer::new(*output == Format::Json, false, context.no_color());
+            let printer = Printer::new(*output == OutputFormat::Json, false, context.no_color());
             let found = audit::verify(&dir).map_err(|broken| {
                 if broken.contains("reading ") {
                     unreadable(broken)

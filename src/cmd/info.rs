@@ -11,16 +11,16 @@ use crate::agent::session;
 use crate::agent::status::{Agent, Kubernetes, Node, Notice};
 use crate::base::cidr::host_in_url;
 use crate::base::error::{Exit, Failure};
-use crate::base::text::shown;
-use crate::cli::{ClusterInfo, Format};
+use crate::base::text::printable;
+use crate::cli::{ClusterInfo, OutputFormat};
 use crate::frp;
 use crate::host::Host;
 use crate::host::paths::AGENT_SOCKET;
 use crate::install::components::{self, CATALOGUE};
 use crate::install::engine::journal::Journal;
-use crate::install::engine::missing;
+use crate::install::engine::unmet;
 use crate::k3s::paths::{ADMIN_KUBECONFIG, KUBELET_KUBECONFIG, SERVER_TOKEN};
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 use crate::kubernetes::client::Cluster;
 use crate::output::{Printer, table};
 
@@ -34,7 +34,7 @@ const TOKEN_NOTE: &str = "pipeops join line";
 struct Info {
     schema: &'static str,
     node: String,
-    role: Option<Role>,
+    role: Option<NodeRole>,
     k3s_version: String,
     k3s: String,
     api: String,
@@ -75,7 +75,7 @@ struct Problem {
 /// Only for wrong usage; a part that is down is a line, and exit 13.
 pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> {
     let host = context.host(&args.rooted.root);
-    let printer = Printer::new(args.output == Format::Json, false, context.no_color());
+    let printer = Printer::new(args.output == OutputFormat::Json, false, context.no_color());
     // the journal's directory is root's alone: nobody else could tell an empty machine from a hidden journal
     if host.is_machine() && !nix::unistd::geteuid().is_root() {
         return Err(Failure::new(
@@ -96,9 +96,10 @@ pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> 
         .into());
     };
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
-    let info = collect(&host, &journal, args.join || terminal && args.output == Format::Text).await;
-    printer.hand_out_document(&info);
-    printer.hand_out(render(&info).trim_end());
+    let info =
+        collect(&host, &journal, args.join || terminal && args.output == OutputFormat::Text).await;
+    printer.document_with_secrets(&info);
+    printer.data_with_secrets(render(&info).trim_end());
     Ok(if info.problems.is_empty() { Exit::Done } else { Exit::Problems })
 }
 
@@ -138,13 +139,13 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
         }
     }
     let kubeconfig =
-        if journal.role == Role::Server { ADMIN_KUBECONFIG } else { KUBELET_KUBECONFIG };
+        if journal.role == NodeRole::Server { ADMIN_KUBECONFIG } else { KUBELET_KUBECONFIG };
     let cluster = match host.read(kubeconfig) {
         Ok(Some(_)) => Cluster::open(host, kubeconfig).map_err(|e| e.context("it is not valid")),
         Ok(None) => Err(anyhow::anyhow!("it is not there")),
         Err(error) => Err(error),
     };
-    let server = journal.role == Role::Server;
+    let server = journal.role == NodeRole::Server;
     let (nodes, components, agent) = tokio::join!(
         async {
             match &cluster {
@@ -279,14 +280,14 @@ async fn nodes(cluster: &Cluster, server: bool, own: &str) -> anyhow::Result<Vec
 }
 
 async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
-    let chosen = CATALOGUE.iter().filter(|c| {
+    let selected = CATALOGUE.iter().filter(|c| {
         journal.entries.iter().any(|e| e.id.starts_with(&format!("component-{}-", c.name)))
             || wanted(journal, c)
     });
-    let looks = chosen.map(|component| async move {
+    let looks = selected.map(|component| async move {
         let look = async {
             for item in (component.ready)() {
-                if let Some(why) = missing(host, &item).await {
+                if let Some(why) = unmet(host, &item).await {
                     return Some(format!("{}: {why}", item.title()));
                 }
             }
@@ -419,7 +420,7 @@ async fn live_token(host: &Host, cluster: &Cluster) -> anyhow::Result<Option<Str
 
 fn render(info: &Info) -> String {
     let role = match info.role {
-        Some(Role::Server) => "server",
+        Some(NodeRole::Server) => "server",
         _ => "worker",
     };
     let mut text = format!(
@@ -458,7 +459,7 @@ fn render(info: &Info) -> String {
         ));
     }
     if let Some(agent) = &info.agent {
-        text.push_str(&format!("\nagent {}: {}\n", agent.unit, shown(&agent.note)));
+        text.push_str(&format!("\nagent {}: {}\n", agent.unit, printable(&agent.note)));
     }
     if let Some(join) = &info.join {
         text.push_str(&format!(
@@ -471,8 +472,8 @@ fn render(info: &Info) -> String {
             text.push_str(&format!(
                 "  {} – {}\n      → {}\n",
                 problem.part,
-                shown(&problem.what),
-                shown(&problem.next)
+                printable(&problem.what),
+                printable(&problem.next)
             ));
         }
     }

@@ -1,11 +1,11 @@
 //! `install-server`: facts, checks, plan, confirmation, engine, verification; `NODE_TYPE=agent` hands over to `join-worker`.
 
 use super::Context;
-use super::job::Job;
+use super::installer::Installer;
 use crate::base::error::{Exit, Failure};
 use crate::cli::{InstallServer, JoinWorker};
 use crate::install::{components, planner, release};
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 
 /// # Errors
 /// As in the table of exit codes.
@@ -21,10 +21,11 @@ pub async fn server(context: &Context, args: InstallServer) -> anyhow::Result<Ex
             .into());
         }
     }
-    let mut job =
-        Job::begin(context, "install-server", args.options, args.run, Role::Server).await?;
-    let result = server_job(&mut job).await;
-    job.end(result)
+    let mut installer =
+        Installer::begin(context, "install-server", args.options, args.run, NodeRole::Server)
+            .await?;
+    let result = run_install(&mut installer).await;
+    installer.end(result)
 }
 
 async fn worker_by_environment(context: &Context, args: InstallServer) -> anyhow::Result<Exit> {
@@ -55,32 +56,50 @@ async fn worker_by_environment(context: &Context, args: InstallServer) -> anyhow
     super::join::worker(context, join).await
 }
 
-async fn server_job(job: &mut Job<'_>) -> anyhow::Result<Exit> {
-    let version =
-        release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
-    let offline = job.settings.options.offline_dir.is_some();
-    let chosen = components::chosen(
-        job.settings.components.as_deref(),
-        offline && job.settings.components.is_none(),
+async fn run_install(installer: &mut Installer<'_>) -> anyhow::Result<Exit> {
+    let version = release::version(
+        &installer.host,
+        &installer.settings,
+        &installer.facts,
+        installer.journal.as_ref(),
+        None,
+    )
+    .await?;
+    let offline = installer.settings.options.offline_dir.is_some();
+    let selected = components::selected(
+        installer.settings.components.as_deref(),
+        offline && installer.settings.components.is_none(),
     );
-    let findings = job.check(Some(&version), &chosen)?;
-    if offline && job.settings.components.is_none() {
-        job.printer.say("note: no components: the offline directory has no chart archives (--components names what to try anyway)");
+    let findings = installer.check(Some(&version), &selected)?;
+    if offline && installer.settings.components.is_none() {
+        installer.printer.say("note: no components: the offline directory has no chart archives (--components names what to try anyway)");
     }
-    let resolved =
-        release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version)
-            .await?;
-    resolved.notes.iter().for_each(|n| job.printer.say(&format!("note: {n}")));
-    let plan = planner::server_plan(&job.facts, &job.settings, &resolved.release, &chosen);
-    let Some(outcome) = job.carry_out(plan, findings).await? else { return Ok(Exit::Done) };
-    let name = job.settings.node_name(&job.facts.hostname);
-    if !job.printer.json() {
-        job.printer.data(&format!("{name} is a k3s {} server, Ready.", resolved.release.version));
-        job.printer
+    let resolved = release::resolve(
+        &installer.host,
+        &installer.settings,
+        &installer.facts,
+        installer.journal.as_ref(),
+        version,
+    )
+    .await?;
+    resolved.notes.iter().for_each(|n| installer.printer.say(&format!("note: {n}")));
+    let plan =
+        planner::server_plan(&installer.facts, &installer.settings, &resolved.release, &selected);
+    let Some(outcome) = installer.carry_out(plan, findings).await? else { return Ok(Exit::Done) };
+    let name = installer.settings.node_name(&installer.facts.hostname);
+    if !installer.printer.json() {
+        installer
+            .printer
+            .data(&format!("{name} is a k3s {} server, Ready.", resolved.release.version));
+        installer
+            .printer
             .data("  kubectl get nodes                  (as root; or --kubeconfig-for USER)");
-        job.printer.data("  pipeops cluster-info --join        the line that adds a worker");
-        if job.context.agent_token.is_none() && job.settings.options.agent_token_file.is_none() {
-            job.printer
+        installer.printer.data("  pipeops cluster-info --join        the line that adds a worker");
+        if installer.context.agent_token.is_none()
+            && installer.settings.options.agent_token_file.is_none()
+        {
+            installer
+                .printer
                 .data("  the agent waits, unenrolled: run again with AGENT_TOKEN to register it");
         }
     }

@@ -3,56 +3,61 @@
 use std::io::Read as _;
 
 use super::Context;
-use super::job::Job;
+use super::installer::Installer;
 use crate::base::cidr::Cidr;
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::resolve::lookup;
-use crate::base::secret::{Secret, remember};
+use crate::base::secret::{Secret, register_secret};
 use crate::cli::JoinWorker;
 use crate::host::paths::JOIN_TOKEN;
-use crate::install::checks::Target;
+use crate::install::checks::InstallTarget;
 use crate::install::engine::journal::Journal;
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
 use crate::install::join::{self, Server};
-use crate::install::plan::{Content, Plan, Resource, SCHEMA, SecretName, Step};
-use crate::install::planner::config::Master;
+use crate::install::plan::{FileContent, Plan, Resource, SCHEMA, SecretName, Step};
+use crate::install::planner::config::JoinServer;
 use crate::install::{planner, release};
 use crate::k3s::paths::NODE_PASSWORD;
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 use crate::k3s::token::{Token, cleaned};
-use crate::k3s::typed;
+use crate::k3s::user_input;
 use crate::k3s::version::Version;
 
 /// # Errors
 /// As in the table of exit codes.
 pub async fn worker(context: &Context, args: JoinWorker) -> anyhow::Result<Exit> {
-    let url =
-        typed::master_url(&args.master).map_err(|why| Failure::usage("MASTER_INVALID", why))?;
+    let url = user_input::server_url(&args.master)
+        .map_err(|why| Failure::usage("MASTER_INVALID", why))?;
     let insecure = args.insecure_token;
-    let mut job = Job::begin(context, "join-worker", args.options, args.run, Role::Worker).await?;
+    let mut installer =
+        Installer::begin(context, "join-worker", args.options, args.run, NodeRole::Worker).await?;
     let result = async {
-        let token = token(&job, args.token.as_deref(), args.token_file.as_deref())?;
-        join(&mut job, &url, token, insecure).await
+        let token = token(&installer, args.token.as_deref(), args.token_file.as_deref())?;
+        join(&mut installer, &url, token, insecure).await
     }
     .await;
-    job.end(result)
+    installer.end(result)
 }
 
 /// Where the token comes from: the argument or `-`, a file, the environment; on a re-run the one that is there.
-fn token(job: &Job<'_>, argument: Option<&str>, file: Option<&str>) -> anyhow::Result<Secret> {
+fn token(
+    installer: &Installer<'_>,
+    argument: Option<&str>,
+    file: Option<&str>,
+) -> anyhow::Result<Secret> {
     // main has put a token typed as argument, or K3S_TOKEN, out of sight already
     if let Some(path) = file {
-        return job.context.token_file(&job.host, path);
+        return installer.context.token_file(&installer.host, path);
     }
-    if let Some(secret) = &job.context.k3s_token {
+    if let Some(secret) = &installer.context.k3s_token {
         return Ok(secret.clone());
     }
     if argument == Some("-") {
-        return job.context.token_file(&job.host, "-");
+        return installer.context.token_file(&installer.host, "-");
     }
-    match job.host.read(JOIN_TOKEN) {
+    match installer.host.read(JOIN_TOKEN) {
         Ok(Some(text)) => Ok(Secret::new(text.trim())),
         _ => Err(Failure::usage("TOKEN_MISSING", "a join token is needed")
             .hint("give it as second argument, as - on standard input, with --token-file, or in K3S_TOKEN; `pipeops cluster-info --join` on the server prints it")
@@ -61,87 +66,104 @@ fn token(job: &Job<'_>, argument: Option<&str>, file: Option<&str>) -> anyhow::R
 }
 
 async fn join(
-    job: &mut Job<'_>,
+    installer: &mut Installer<'_>,
     url: &str,
     secret: Secret,
     insecure: bool,
 ) -> anyhow::Result<Exit> {
     // what goes into k3s' token file is the token alone
     let secret = Secret::new(cleaned(secret.expose()));
-    remember(secret.expose());
+    register_secret(secret.expose());
     let token = Token::parse(secret.expose()).map_err(|why| {
         Failure::new(Exit::Refused, "JOIN_TOKEN_MALFORMED", "this is not a k3s join token")
             .why(why)
             .hint("get a fresh line on the server with `pipeops cluster-info --join`")
     })?;
-    job.secrets.insert(SecretName::K3sToken, secret);
-    choose_route(&mut job.facts, url).await;
+    installer.secrets.insert(SecretName::K3sToken, secret);
+    choose_route(&mut installer.facts, url).await;
     // local checks that need no version come first: they cost the server nothing
-    let provisional =
-        release::version(&job.host, &job.settings, &job.facts, job.journal.as_ref(), None).await?;
-    let joined = job.journal.is_some() && job.host.exists(JOIN_TOKEN) && job.facts.k3s.active;
+    let provisional = release::version(
+        &installer.host,
+        &installer.settings,
+        &installer.facts,
+        installer.journal.as_ref(),
+        None,
+    )
+    .await?;
+    let joined = installer.journal.is_some()
+        && installer.host.exists(JOIN_TOKEN)
+        && installer.facts.k3s.active;
     let server = match join::connect(url, token, insecure).await {
         // a worker that is up already can be checked and changed while its server is away
         Err(failure) if joined && failure.exit == Exit::Network => {
-            job.printer.say(&format!("note: {} – going on with what is known", failure.what));
-            return install(job, url, provisional, None, joined).await;
+            installer.printer.say(&format!("note: {} – going on with what is known", failure.what));
+            return install(installer, url, provisional, None, joined).await;
         }
         other => other?,
     };
-    job.facts.clock.offset = server.clock_offset.map(|offset| (offset, url.to_owned()));
+    installer.facts.clock.offset = server.clock_offset.map(|offset| (offset, url.to_owned()));
     if !joined {
         server.authorize().await?;
     }
-    install(job, url, provisional, Some(&server), joined).await
+    install(installer, url, provisional, Some(&server), joined).await
 }
 
 async fn install(
-    job: &mut Job<'_>,
+    installer: &mut Installer<'_>,
     url: &str,
     provisional: Version,
     server: Option<&Server>,
     joined: bool,
 ) -> anyhow::Result<Exit> {
     // what needs no version stops the run before the name is reserved; the version is the server's, unless said
-    let known =
-        job.journal.is_some() || job.settings.version.is_some() || job.settings.channel.is_some();
-    let mut findings = job.check(known.then_some(&provisional), &[])?;
-    let Some(server) = server else { return finish(job, url, provisional, &mut findings).await };
-    let node = job.settings.node_name(&job.facts.hostname);
-    job.secrets.insert(SecretName::NodePassword, node_password(job)?);
-    if job.run.read_only() {
+    let known = installer.journal.is_some()
+        || installer.settings.version.is_some()
+        || installer.settings.channel.is_some();
+    let mut findings = installer.check(known.then_some(&provisional), &[])?;
+    let Some(server) = server else {
+        return finish(installer, url, provisional, &mut findings).await;
+    };
+    let node = installer.settings.node_name(&installer.facts.hostname);
+    installer.secrets.insert(SecretName::NodePassword, node_password(installer)?);
+    if installer.run.read_only() {
         if !known {
-            job.printer.say("note: a dry run does not reserve the name, so it cannot ask for the server's version; the default is shown");
+            installer.printer.say("note: a dry run does not reserve the name, so it cannot ask for the server's version; the default is shown");
         }
-        return finish(job, url, provisional, &mut findings).await;
+        return finish(installer, url, provisional, &mut findings).await;
     }
-    if !job.run.yes && job.run.apply_plan.is_none() && job.journal.is_none() {
-        ask_first(job, url, &node)?;
+    if !installer.run.yes && installer.run.apply_plan.is_none() && installer.journal.is_none() {
+        ask_first(installer, url, &node)?;
     }
-    let result = match reserve(job, server, &node).await {
-        Ok(version) => finish(job, url, version, &mut findings).await,
+    let result = match reserve(installer, server, &node).await {
+        Ok(version) => finish(installer, url, version, &mut findings).await,
         // a worker that is up needs its token no more: it may have expired since
         Err(error) if joined && Failure::of(&error).code != "VERSION_SKEW" => {
-            job.printer.say(&format!("note: the server's version was not asked for: {error}"));
-            finish(job, url, provisional, &mut findings).await
+            installer
+                .printer
+                .say(&format!("note: the server's version was not asked for: {error}"));
+            finish(installer, url, provisional, &mut findings).await
         }
         Err(error) => Err(error),
     };
     let refused = |error: &anyhow::Error| Failure::of(error).code == "NODE_NAME_TAKEN";
-    if job.journal.is_none() && result.as_ref().is_err_and(|e| !refused(e)) {
+    if installer.journal.is_none() && result.as_ref().is_err_and(|e| !refused(e)) {
         // the name is ours on the server: keep the password, or this machine could not come back under it
-        keep_password(job, url).await;
+        keep_password(installer, url).await;
     }
     result
 }
 
 /// Ties the name to this machine on the server, and settles the version.
-async fn reserve(job: &mut Job<'_>, server: &Server, node: &str) -> anyhow::Result<Version> {
-    let Some(password) = job.secrets.get(&SecretName::NodePassword).cloned() else {
+async fn reserve(
+    installer: &mut Installer<'_>,
+    server: &Server,
+    node: &str,
+) -> anyhow::Result<Version> {
+    let Some(password) = installer.secrets.get(&SecretName::NodePassword).cloned() else {
         anyhow::bail!("no node password")
     };
     let theirs = server.reserve(node, &password).await?;
-    if job
+    if installer
         .settings
         .version
         .as_ref()
@@ -154,53 +176,61 @@ async fn reserve(job: &mut Job<'_>, server: &Server, node: &str) -> anyhow::Resu
         )
         .why(format!(
             "asked for {}",
-            job.settings.version.as_ref().map(ToString::to_string).unwrap_or_default()
+            installer.settings.version.as_ref().map(ToString::to_string).unwrap_or_default()
         ))
         .hint("leave --k3s-version out: the server's version is taken")
         .into());
     }
-    job.printer.say(&format!(
+    installer.printer.say(&format!(
         "the server has reserved the name {node} for this machine; it runs k3s {theirs}"
     ));
-    release::version(&job.host, &job.settings, &job.facts, None, Some(&theirs)).await
+    release::version(&installer.host, &installer.settings, &installer.facts, None, Some(&theirs))
+        .await
 }
 
 async fn finish(
-    job: &mut Job<'_>,
+    installer: &mut Installer<'_>,
     url: &str,
     version: Version,
     findings: &mut Vec<Finding>,
 ) -> anyhow::Result<Exit> {
     let late: Vec<Finding> = crate::install::checks::run(
-        &job.facts,
-        &Target { settings: &job.settings, version: Some(&version), components: &[] },
+        &installer.facts,
+        &InstallTarget { settings: &installer.settings, version: Some(&version), components: &[] },
     )
     .into_iter()
     .filter(|f| f.level == Level::Error && !findings.contains(f))
     .collect();
     if !late.is_empty() {
-        *findings = job.check(Some(&version), &[])?;
+        *findings = installer.check(Some(&version), &[])?;
     }
-    let resolved =
-        release::resolve(&job.host, &job.settings, &job.facts, job.journal.as_ref(), version)
-            .await?;
-    resolved.notes.iter().for_each(|n| job.printer.say(&format!("note: {n}")));
+    let resolved = release::resolve(
+        &installer.host,
+        &installer.settings,
+        &installer.facts,
+        installer.journal.as_ref(),
+        version,
+    )
+    .await?;
+    resolved.notes.iter().for_each(|n| installer.printer.say(&format!("note: {n}")));
     let plan = planner::worker_plan(
-        &job.facts,
-        &job.settings,
+        &installer.facts,
+        &installer.settings,
         &resolved.release,
-        &Master { url: url.to_owned() },
+        &JoinServer { url: url.to_owned() },
     );
-    let Some(_) = job.carry_out(plan, findings.clone()).await? else { return Ok(Exit::Done) };
-    let name = job.settings.node_name(&job.facts.hostname);
-    job.printer
+    let Some(_) = installer.carry_out(plan, findings.clone()).await? else { return Ok(Exit::Done) };
+    let name = installer.settings.node_name(&installer.facts.hostname);
+    installer
+        .printer
         .data(&format!("{name} is a k3s {} worker of {url}, Ready.", resolved.release.version));
     Ok(Exit::Done)
 }
 
 /// Without a terminal and `--yes` nothing is reserved either.
-fn ask_first(job: &mut Job<'_>, url: &str, node: &str) -> anyhow::Result<()> {
-    match job.printer.confirm(&format!("reserve the name {node} at {url} and plan the join?")) {
+fn ask_first(installer: &mut Installer<'_>, url: &str, node: &str) -> anyhow::Result<()> {
+    match installer.printer.confirm(&format!("reserve the name {node} at {url} and plan the join?"))
+    {
         Some(true) => Ok(()),
         answer => {
             let what = if answer.is_some() { "declined" } else { "there is no terminal to ask on" };
@@ -213,8 +243,8 @@ fn ask_first(job: &mut Job<'_>, url: &str, node: &str) -> anyhow::Result<()> {
 }
 
 /// The password that ties the name to this machine: the one that is there, or a new one (format as in k3s, pkg/agent/config).
-fn node_password(job: &Job<'_>) -> anyhow::Result<Secret> {
-    if let Some(text) = job.host.read(NODE_PASSWORD)? {
+fn node_password(installer: &Installer<'_>) -> anyhow::Result<Secret> {
+    if let Some(text) = installer.host.read(NODE_PASSWORD)? {
         return Ok(Secret::new(text));
     }
     Ok(Secret::new(format!("{}\n", hex(&random()?))))
@@ -228,11 +258,11 @@ fn random() -> anyhow::Result<[u8; 16]> {
 }
 
 /// Writes the node password, and nothing else, through the engine, so that uninstall knows of it.
-async fn keep_password(job: &mut Job<'_>, url: &str) {
-    let Some(hands) = &job.hands else { return };
+async fn keep_password(installer: &mut Installer<'_>, url: &str) {
+    let Some(writer) = &installer.writer else { return };
     let want = Resource::File {
         path: NODE_PASSWORD.into(),
-        content: Content::Secret(SecretName::NodePassword),
+        content: FileContent::Secret(SecretName::NodePassword),
         mode: 0o600,
         group: None,
     };
@@ -246,22 +276,28 @@ async fn keep_password(job: &mut Job<'_>, url: &str) {
     let plan = Plan {
         schema: SCHEMA.into(),
         command: "join-worker".into(),
-        role: Role::Worker,
-        node: job.settings.node_name(&job.facts.hostname),
+        role: NodeRole::Worker,
+        node: installer.settings.node_name(&installer.facts.hostname),
         k3s_version: String::new(),
-        machine_id: job.facts.machine_id.clone(),
+        machine_id: installer.facts.machine_id.clone(),
         options: std::iter::once(("server".to_owned(), url.to_owned())).collect(),
         inputs: std::collections::BTreeMap::new(),
         steps: vec![step],
     };
-    let mut journal = Journal::new(Role::Worker, &plan.node, "");
+    let mut journal = Journal::new(NodeRole::Worker, &plan.node, "");
     let stop = tokio_util::sync::CancellationToken::new();
-    let done =
-        crate::install::engine::apply(hands, &plan, &job.secrets, &mut journal, &stop, &mut |_| {})
-            .await;
+    let done = crate::install::engine::apply(
+        writer,
+        &plan,
+        &installer.secrets,
+        &mut journal,
+        &stop,
+        &mut |_| {},
+    )
+    .await;
     match done {
-        Ok(_) => job.printer.say(&format!("note: the name stays reserved; its password is kept in {NODE_PASSWORD} (`pipeops uninstall` removes it)")),
-        Err(error) => job.printer.say(&format!(
+        Ok(_) => installer.printer.say(&format!("note: the name stays reserved; its password is kept in {NODE_PASSWORD} (`pipeops uninstall` removes it)")),
+        Err(error) => installer.printer.say(&format!(
             "note: the name stays reserved, and its password could not be kept: {error:#}; before a new try, on the server: kubectl delete node {}",
             plan.node
         )),
@@ -284,5 +320,5 @@ async fn choose_route(facts: &mut Facts, url: &str) {
         .cloned()
     };
     // what leads there decides about address and interface before the default route does
-    facts.toward = lookup(&host).await.unwrap_or_default().into_iter().find_map(leads);
+    facts.route_to_server = lookup(&host).await.unwrap_or_default().into_iter().find_map(leads);
 }

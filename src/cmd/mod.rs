@@ -3,7 +3,7 @@
 pub mod audit;
 pub mod info;
 pub mod install;
-mod job;
+mod installer;
 pub mod join;
 pub mod plane;
 mod secrets;
@@ -65,7 +65,11 @@ pub(crate) fn unreadable(path: &str, error: &anyhow::Error) -> Failure {
 }
 
 /// Options of the files, lowest layer first, under those of the command line.
-pub(crate) fn layers(host: &Host, flags: Options, config: Option<&str>) -> anyhow::Result<Options> {
+pub(crate) fn merged_options(
+    host: &Host,
+    flags: Options,
+    config: Option<&str>,
+) -> anyhow::Result<Options> {
     let mut files =
         vec!["/usr/lib/pipeops/config.toml".to_owned(), "/etc/pipeops/config.toml".into()];
     files.extend(
@@ -77,14 +81,14 @@ pub(crate) fn layers(host: &Host, flags: Options, config: Option<&str>) -> anyho
     let mut lower = Options::default();
     for path in &files {
         if let Some(text) = host.read(path)? {
-            lower = parse_file(&text, path)?.over(lower);
+            lower = parse_file(&text, path)?.layered_over(lower);
         }
     }
     if let Some(path) = config {
         let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
-        lower = parse_file(&text, path)?.over(lower);
+        lower = parse_file(&text, path)?.layered_over(lower);
     }
-    Ok(flags.over(lower))
+    Ok(flags.layered_over(lower))
 }
 
 /// The exit of a failure, with SIGTERM told from SIGINT.

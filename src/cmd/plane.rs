@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::cli::{
-    AdminCommand, ClusterCommand, ControlPlane, Format, Place, PlaneCommand, ProjectCommand,
-    RunnerCommand, Serve, Stored, TokenCommand, Verb,
+    AdminCommand, ClusterCommand, ControlPlane, DataDirArgs, DatabaseArgs, OutputArgs,
+    OutputFormat, PlaneCommand, ProjectCommand, RunnerCommand, Serve, TokenCommand,
 };
 use crate::cmd::{Context, unreadable};
 use crate::control_plane::frps::ExternalFrps;
@@ -40,7 +40,7 @@ fn layered(host: &Host, flags: PlaneOptions, config: Option<&str>) -> anyhow::Re
         None => host.read(CONFIG).map_err(|e| unreadable(CONFIG, &e))?,
     };
     Ok(match text {
-        Some(text) => flags.over(parse_file(&text, config.unwrap_or(CONFIG))?),
+        Some(text) => flags.layered_over(parse_file(&text, config.unwrap_or(CONFIG))?),
         None => flags,
     })
 }
@@ -142,8 +142,8 @@ fn show(token: &str, line: &str) {
 struct Asked<'a> {
     context: &'a Context,
     host: Host,
-    place: &'a Place,
-    verb: Verb,
+    place: &'a DataDirArgs,
+    verb: OutputArgs,
 }
 
 impl Asked<'_> {
@@ -157,17 +157,17 @@ impl Asked<'_> {
     }
 
     fn printer(&self) -> Printer {
-        Printer::new(self.verb.output == Format::Json, false, self.context.no_color())
+        Printer::new(self.verb.output == OutputFormat::Json, false, self.context.no_color())
     }
 
     /// The answer as JSON where that was asked for, else what `text` makes of it.
     fn show(&self, answer: &str, text: impl FnOnce(&Value) -> String) -> anyhow::Result<Exit> {
         let value: Value = serde_json::from_str(answer)?;
-        if self.verb.output == Format::Json {
-            self.printer().hand_out_document(&value);
+        if self.verb.output == OutputFormat::Json {
+            self.printer().document_with_secrets(&value);
         } else {
             for line in text(&value).lines() {
-                self.printer().hand_out(line);
+                self.printer().data_with_secrets(line);
             }
         }
         Ok(Exit::Done)
@@ -196,7 +196,7 @@ impl Asked<'_> {
 fn text(value: &Value) -> String {
     match value {
         // a line of ours stays one line, whatever an agent said
-        Value::String(text) => crate::base::text::shown(text).into_owned(),
+        Value::String(text) => crate::base::text::printable(text).into_owned(),
         Value::Null => "-".into(),
         Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(","),
         other => other.to_string(),
@@ -222,8 +222,8 @@ fn segment(text: &str) -> anyhow::Result<String> {
 
 fn stored(
     context: &Context,
-    stored: &Stored,
-    place: &Place,
+    stored: &DatabaseArgs,
+    place: &DataDirArgs,
 ) -> anyhow::Result<(Host, Option<Secret>)> {
     let host = context.host(&place.root);
     let database = url(
@@ -236,8 +236,12 @@ fn stored(
     Ok((host, database))
 }
 
-async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow::Result<Exit> {
-    let asked = |verb: Verb| Asked { context, host: context.host(&place.root), place, verb };
+async fn verb(
+    context: &Context,
+    command: PlaneCommand,
+    place: &DataDirArgs,
+) -> anyhow::Result<Exit> {
+    let asked = |verb: OutputArgs| Asked { context, host: context.host(&place.root), place, verb };
     match command {
         PlaneCommand::Token(TokenCommand::Create { project, name, ttl, uses, verb }) => {
             let asked = asked(verb);
@@ -421,7 +425,7 @@ async fn verb(context: &Context, command: PlaneCommand, place: &Place) -> anyhow
             )
             .await?;
             for line in text.lines() {
-                Printer::new(false, false, context.no_color()).hand_out(line);
+                Printer::new(false, false, context.no_color()).data_with_secrets(line);
             }
             Ok(Exit::Done)
         }

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use super::{Context, unreadable};
 use crate::base::config_file::unquoted;
 use crate::base::error::Failure;
-use crate::base::secret::{DOTS, Secret, in_urls, mask, remember, secret_name};
+use crate::base::secret::{MASK, Secret, in_urls, is_secret_name, mask, register_secret};
 use crate::cli::RunFlags;
-use crate::host::{Hands, Host};
+use crate::host::{Host, HostWriter};
 use crate::install::engine::Secrets;
-use crate::install::facts::{Facts, Readable};
-use crate::install::plan::{Checked, SCHEMA, SecretName};
+use crate::install::facts::{Facts, ReadableSecret};
+use crate::install::plan::{CheckedPlan, SCHEMA, SecretName};
 use crate::install::planner::config;
-use crate::install::settings::extra::Extra;
+use crate::install::settings::k3s_table::K3sTable;
 use crate::install::settings::{Options, Settings, parse_file};
 use crate::k3s::paths::REGISTRIES;
 use crate::k3s::registries;
@@ -26,7 +26,7 @@ const CONFIG: &str = "/etc/pipeops";
 ///
 /// # Errors
 /// Exit 2 when it is none.
-pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<Checked> {
+pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<CheckedPlan> {
     let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
     let bad = |why: String| {
         Failure::usage("PLAN_INVALID", format!("{path} is not a plan of this pipeops"))
@@ -34,7 +34,7 @@ pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<Checked> {
             .hint("make a new one with --plan-out")
     };
     // the parser quotes what it does not expect, and that may be anything
-    let then: Checked = serde_json::from_str(&text)
+    let then: CheckedPlan = serde_json::from_str(&text)
         .map_err(|e| bad(unquoted(&e.to_string().replace('`', "\""))))?;
     if then.plan.schema != SCHEMA {
         return Err(
@@ -45,25 +45,25 @@ pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<Checked> {
 }
 
 /// Whether a plan holds secrets in plain text, as the first pipeops wrote it.
-pub(super) fn in_plain(then: &Checked) -> bool {
+pub(super) fn in_plain(then: &CheckedPlan) -> bool {
     then.plan.options.contains_key("k3s") && !held(&then.plan.options).is_empty()
 }
 
 /// Secret settings that a plan or journal of the first pipeops has among its options.
 fn held(options: &BTreeMap<String, String>) -> Vec<String> {
-    let extra = options
+    let table = options
         .get("k3s")
-        .and_then(|text| serde_json::from_str::<Extra>(text).ok())
+        .and_then(|text| serde_json::from_str::<K3sTable>(text).ok())
         .unwrap_or_default();
-    names(&extra, "[k3s] ")
+    names(&table, "[k3s] ")
 }
 
-fn names(extra: &Extra, of: &str) -> Vec<String> {
-    extra.secret_keys().into_iter().map(|(key, shown)| format!("{of}{key} = {shown}")).collect()
+fn names(table: &K3sTable, of: &str) -> Vec<String> {
+    table.secret_keys().into_iter().map(|(key, shown)| format!("{of}{key} = {shown}")).collect()
 }
 
 /// The options that name a file of secrets, as a saved plan has them, where this run does not say.
-pub(super) fn from_plan(options: &mut Options, saved: Option<&Checked>) {
+pub(super) fn from_plan(options: &mut Options, saved: Option<&CheckedPlan>) {
     let Some(inputs) = saved.map(|s| &s.plan.inputs) else { return };
     options.registries = options.registries.take().or_else(|| inputs.get("registries").cloned());
     options.agent_token_file =
@@ -85,12 +85,12 @@ pub(super) fn inputs(host: &Host, run: &RunFlags, options: &Options) -> BTreeMap
 
 /// Takes note of every secret in the options before anything is said about them.
 pub(super) fn note(options: &Options, env: &BTreeMap<String, String>) {
-    options.k3s.words().iter().for_each(|word| remember(word));
+    options.k3s.secret_words().iter().for_each(|word| register_secret(word));
     let urls = [&options.artifact_url, &options.control_plane_url]
         .into_iter()
         .flatten()
         .chain(env.values().filter(|v| v.contains("://")));
-    urls.flat_map(|text| in_urls(text)).for_each(|word| remember(&word));
+    urls.flat_map(|text| in_urls(text)).for_each(|word| register_secret(&word));
 }
 
 /// The contents of the files that hold secrets, each under its name.
@@ -107,7 +107,7 @@ pub(super) fn known(
         None => context.agent_token.clone(),
     };
     if let Some(token) = agent {
-        remember(token.expose());
+        register_secret(token.expose());
         secrets.insert(SecretName::AgentToken, token);
     }
     if !facts.proxy.is_empty() {
@@ -116,7 +116,7 @@ pub(super) fn known(
             Secret::new(config::proxy_environment(facts, settings)),
         );
     }
-    if let Some(fill) = options.k3s.fill() {
+    if let Some(fill) = options.k3s.secret_values() {
         secrets.insert(SecretName::K3sSettings, fill);
     }
     if let Some(url) = options.artifact_url.as_ref().filter(|url| !in_urls(url).is_empty()) {
@@ -124,7 +124,7 @@ pub(super) fn known(
     }
     if let Some(path) = &options.registries {
         let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
-        let parsed = registries::judge(&text, &|file| host.exists(file)).map_err(|faults| {
+        let parsed = registries::validate(&text, &|file| host.exists(file)).map_err(|faults| {
             let mut failure = Failure::usage(
                 "REGISTRIES_INVALID",
                 format!("{path} is not a registries.yaml that k3s can use"),
@@ -132,7 +132,7 @@ pub(super) fn known(
             failure.why = faults;
             failure.hint("see https://docs.k3s.io/installation/private-registry")
         })?;
-        logins("", &parsed).iter().for_each(|(_, secret)| remember(secret));
+        logins("", &parsed).iter().for_each(|(_, secret)| register_secret(secret));
         secrets.insert(SecretName::Registries, Secret::new(text));
     }
     Ok(secrets)
@@ -141,24 +141,29 @@ pub(super) fn known(
 /// Finds the files that show a secret to everybody, and closes those that pipeops wrote or has for its own.
 pub(super) fn readable(
     host: &Host,
-    hands: Option<&Hands>,
+    writer: Option<&HostWriter>,
     run: &RunFlags,
     options: &Options,
     secrets: &Secrets,
-) -> anyhow::Result<Vec<Readable>> {
+) -> anyhow::Result<Vec<ReadableSecret>> {
     let mut readable = Vec::new();
     let named: Vec<&str> =
         [&run.apply_plan, &run.plan_out].into_iter().flatten().map(String::as_str).collect();
     for plan in host.open_plans(&named) {
-        let holds = serde_json::from_str::<Checked>(&plan.text)
+        let holds = serde_json::from_str::<CheckedPlan>(&plan.text)
             .map(|c| held(&c.plan.options))
             .unwrap_or_default();
-        if let Some(hands) = hands {
-            hands.close_file(&plan.path)?;
+        if let Some(writer) = writer {
+            writer.close_file(&plan.path)?;
         }
         if !holds.is_empty() {
             let path = plan.path.display().to_string();
-            readable.push(Readable { path, mode: plan.mode, holds, closed: hands.is_some() });
+            readable.push(ReadableSecret {
+                path,
+                mode: plan.mode,
+                holds,
+                closed: writer.is_some(),
+            });
         }
     }
     for (path, holds) in machine_files(host) {
@@ -167,11 +172,11 @@ pub(super) fn readable(
         else {
             continue;
         };
-        let hands = hands.filter(|_| path.starts_with(CONFIG));
-        if let Some(hands) = hands {
-            hands.chmod(&path, 0o600)?;
+        let writer = writer.filter(|_| path.starts_with(CONFIG));
+        if let Some(writer) = writer {
+            writer.chmod(&path, 0o600)?;
         }
-        readable.push(Readable { path, mode, holds, closed: hands.is_some() });
+        readable.push(ReadableSecret { path, mode, holds, closed: writer.is_some() });
     }
     // the user's own files, which may lie anywhere
     let outside = Host::new("/", None);
@@ -192,7 +197,7 @@ pub(super) fn readable(
             .mode(&path)
             .filter(|_| !holds.is_empty() && !passing && shown_to_all(&outside, &path))
         {
-            readable.push(Readable { path, mode, holds, closed: false });
+            readable.push(ReadableSecret { path, mode, holds, closed: false });
         }
     }
     Ok(readable)
@@ -216,7 +221,7 @@ fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
     let yaml = |path: &str| {
         let map: BTreeMap<String, serde_json::Value> =
             serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
-        names(&map.into_iter().collect::<Extra>(), "")
+        names(&map.into_iter().collect::<K3sTable>(), "")
     };
     let ours = ours.into_iter().map(|p| (in_config(&host.text(&p)), p));
     let theirs = theirs.into_iter().map(|p| (yaml(&p), p));
@@ -244,7 +249,7 @@ fn in_config(text: &str) -> Vec<String> {
 
 fn in_registries(text: &str) -> Vec<String> {
     let parsed: serde_json::Value = serde_saphyr::from_str(text).unwrap_or_default();
-    logins("", &parsed).into_iter().map(|(name, _)| format!("{name} = {DOTS}")).collect()
+    logins("", &parsed).into_iter().map(|(name, _)| format!("{name} = {MASK}")).collect()
 }
 
 /// Passwords and tokens anywhere in a registries.yaml, with the names under which they stand.
@@ -254,7 +259,7 @@ fn logins(name: &str, value: &serde_json::Value) -> Vec<(String, String)> {
             .iter()
             .flat_map(|(key, inner)| match inner {
                 serde_json::Value::String(text)
-                    if (secret_name(key) || key == "auth") && !text.is_empty() =>
+                    if (is_secret_name(key) || key == "auth") && !text.is_empty() =>
                 {
                     vec![(format!("{name}{key}"), text.clone())]
                 }

@@ -3,16 +3,16 @@
 use serde_json::json;
 
 use super::Context;
-use super::job::plural;
+use super::installer::plural;
 use crate::base::error::{Exit, Failure};
-use crate::cli::{Format, Uninstall};
+use crate::cli::{OutputFormat, Uninstall};
 use crate::host::paths::{JOIN_TOKEN, LOGS, STATE};
-use crate::host::{Hands, Host, Owner};
+use crate::host::{Host, HostWriter, Owner};
 use crate::install::engine;
 use crate::install::engine::journal::{Journal, PATH};
-use crate::install::plan::{Event, Resource};
+use crate::install::plan::{ProgressEvent, Resource};
 use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD};
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 use crate::kubernetes::client::Cluster;
 use crate::output::Printer;
 
@@ -26,7 +26,7 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
             .into());
     }
     let mut printer =
-        Printer::new(args.output == Format::Json, args.events.is_some(), context.no_color());
+        Printer::new(args.output == OutputFormat::Json, args.events.is_some(), context.no_color());
     let Some(mut journal) = Journal::load(&host)? else {
         printer.data("nothing to do: pipeops has not installed anything here");
         printer.document(
@@ -51,7 +51,7 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         printer.document(&json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": "dry_run", "steps": journal.entries.iter().rev().map(|e| &e.title).collect::<Vec<_>>()}));
         return Ok(Exit::Done);
     }
-    let hands = host.lock()?;
+    let writer = host.lock()?;
     if !args.yes {
         match printer.confirm("this takes the node down and removes it; go on?") {
             Some(true) => {}
@@ -65,11 +65,12 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
             }
         }
     }
-    let farewell = leave_cluster(&hands, &journal).await;
-    let agent = crate::agent::config::Leave::read(&hands);
-    let mut tell = |event: Event| printer.event(&event);
+    let farewell = leave_cluster(&writer, &journal).await;
+    let agent = crate::agent::config::Leave::read(&writer);
+    let mut on_event = |event: ProgressEvent| printer.event(&event);
     let outcome =
-        engine::undo_all(&hands, &mut journal, args.purge_data, &context.stop, &mut tell).await?;
+        engine::undo_all(&writer, &mut journal, args.purge_data, &context.stop, &mut on_event)
+            .await?;
     let mut left = outcome.left.clone();
     // after the agent has ended: one that lives would register again
     if let Some(agent) = agent {
@@ -86,10 +87,10 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
             .map(|(title, why)| format!("{title}: {why}")),
     );
     if outcome.failed.is_empty() {
-        hands.remove(PATH)?;
-        hands.remove_tree(&format!("{STATE}/backup"), &[])?;
+        writer.remove(PATH)?;
+        writer.remove_tree(&format!("{STATE}/backup"), &[])?;
     }
-    left.extend(residue(&hands, &left));
+    left.extend(residue(&writer, &left));
     if let Some(line) = &farewell {
         left.push(line.clone());
     }
@@ -107,22 +108,22 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
     printer.data(&format!("  {LOGS}: logs of what was done here"));
     printer.document(&json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": if done { "done" } else { "partial" }, "undone": outcome.changed, "left": left}));
     let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
-    hands.mkdir(LOGS, 0o700)?;
-    hands.write(
+    writer.mkdir(LOGS, 0o700)?;
+    writer.write(
         &format!("{LOGS}/{stamp}-uninstall.log"),
         printer.take_log().as_bytes(),
         0o600,
         Owner::default(),
     )?;
     if done {
-        hands.forget_state();
+        writer.forget_state();
     }
     Ok(if done { Exit::Done } else { Exit::Partial })
 }
 
 /// A worker takes its Node and node password off the server; when it cannot, the line to do it there.
-async fn leave_cluster(hands: &Hands, journal: &Journal) -> Option<String> {
-    if journal.role == Role::Server || journal.node.is_empty() {
+async fn leave_cluster(writer: &HostWriter, journal: &Journal) -> Option<String> {
+    if journal.role == NodeRole::Server || journal.node.is_empty() {
         return None;
     }
     let name = &journal.node;
@@ -131,13 +132,13 @@ async fn leave_cluster(hands: &Hands, journal: &Journal) -> Option<String> {
         "on the server: kubectl delete node {name}; kubectl -n kube-system delete secret {name}.node-password.k3s --ignore-not-found"
     );
     if journal.entry("node-ready").is_none()
-        && !hands.exists(KUBELET_KUBECONFIG)
-        && !hands.exists(JOIN_TOKEN)
-        && !hands.exists(NODE_PASSWORD)
+        && !writer.exists(KUBELET_KUBECONFIG)
+        && !writer.exists(JOIN_TOKEN)
+        && !writer.exists(NODE_PASSWORD)
     {
         return None;
     }
-    let cluster = Cluster::open(hands, KUBELET_KUBECONFIG).ok();
+    let cluster = Cluster::open(writer, KUBELET_KUBECONFIG).ok();
     let deleted = match cluster {
         Some(cluster) => cluster.delete(&format!("/api/v1/nodes/{name}")).await.is_ok(),
         None => false,

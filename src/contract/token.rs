@@ -29,11 +29,11 @@ pub enum Role {
 }
 
 impl Role {
+    pub const ALL: [Role; 4] = [Role::Viewer, Role::Deployer, Role::Operator, Role::Admin];
+
     /// The role of that name.
     pub fn of(name: &str) -> Option<Role> {
-        [Role::Viewer, Role::Deployer, Role::Operator, Role::Admin]
-            .into_iter()
-            .find(|r| r.name() == name)
+        Role::ALL.into_iter().find(|r| r.name() == name)
     }
 
     pub fn name(self) -> &'static str {

@@ -94,7 +94,7 @@ fn host(host: &str) -> Result<(), String> {
             let (address, port) =
                 v6.split_once(']').ok_or("its host begins with [ and has no ]")?;
             address.parse::<std::net::Ipv6Addr>().map_err(|_| {
-                format!("`{}` is no IPv6 address", crate::base::text::shown(address))
+                format!("`{}` is no IPv6 address", crate::base::text::printable(address))
             })?;
             if !port.is_empty() && !port.starts_with(':') {
                 return Err("something stands between ] and the port".into());
@@ -148,7 +148,7 @@ pub(super) fn database(url: &Secret) -> Result<Secret, String> {
                 .unwrap_or_default();
             return Err(format!(
                 "`{}` is no parameter of it{near}",
-                crate::base::text::shown(&key).chars().take(40).collect::<String>()
+                crate::base::text::printable(&key).chars().take(40).collect::<String>()
             ));
         }
         match &*key {

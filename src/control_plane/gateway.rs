@@ -105,7 +105,7 @@ async fn mistrusted(answer: Response<Incoming>) -> Refused {
         .into_iter()
         .find_map(Value::as_str)
         .unwrap_or("no reason given");
-    let said: String = crate::base::text::shown(said).chars().take(200).collect();
+    let said: String = crate::base::text::printable(said).chars().take(200).collect();
     let hint = "compare the clocks of the node and of the control plane; the agent fetches fresh keys within seconds";
     refused(
         502,

@@ -196,7 +196,7 @@ pub async fn run(
     stop: CancellationToken,
     ready: impl FnOnce(SocketAddr, Option<SocketAddr>),
 ) -> anyhow::Result<()> {
-    host::all_descriptors();
+    host::raise_descriptor_limit();
     let state = usable(host.state_dir(&config.data_dir))?;
     // a second one on the same data would undo what the first one writes
     let _only = usable(state.lock())?;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use serde::Deserialize;
 
-use crate::base::config_file::{checked, longs};
+use crate::base::config_file::{long_flags, parse_checked};
 use crate::base::error::Failure;
 
 /// Where settings stand when no other file is named.
@@ -67,7 +67,7 @@ pub struct PlaneOptions {
 impl PlaneOptions {
     /// These, and below them `lower`.
     #[must_use]
-    pub fn over(self, lower: PlaneOptions) -> PlaneOptions {
+    pub fn layered_over(self, lower: PlaneOptions) -> PlaneOptions {
         // one flag says where a URL stands: the other way to say it, in the file, is not asked any more
         let (database, amqp) = (self.database_url.is_some(), self.amqp_url.is_some());
         PlaneOptions {
@@ -100,9 +100,11 @@ impl PlaneOptions {
 /// A [`Failure`] with exit 2 that names `origin`.
 pub fn parse_file(text: &str, origin: &str) -> Result<PlaneOptions, Failure> {
     let secret = ["database-url", "amqp-url"];
-    let known: Vec<String> =
-        longs::<PlaneOptions>().into_iter().filter(|k| !secret.contains(&k.as_str())).collect();
-    checked(text, origin, &known, &[], "pipeops control-plane")
+    let known: Vec<String> = long_flags::<PlaneOptions>()
+        .into_iter()
+        .filter(|k| !secret.contains(&k.as_str()))
+        .collect();
+    parse_checked(text, origin, &known, &[], "pipeops control-plane")
 }
 
 #[cfg(test)]
@@ -121,7 +123,7 @@ mod tests {
             amqp_url: Some("amqp://h".into()),
             ..PlaneOptions::default()
         };
-        let both = flags.over(file);
+        let both = flags.layered_over(file);
         assert_eq!(
             (both.listen.unwrap().port(), both.public_name[0].as_str(), both.amqp_url_file),
             (2, "a", None)

@@ -76,14 +76,14 @@ impl Target {
         if !tls.enable && !allow_insecure {
             return Err("the tunnel is to go without TLS: anybody on the way reads and changes it; enable TLS at the control plane, or set allow-insecure-tunnel here".into());
         }
-        let anybody = tls.ca_pem.is_none() && pins.is_empty();
-        if anybody && !allow_insecure {
+        let accept_any = tls.ca_pem.is_none() && pins.is_empty();
+        if accept_any && !allow_insecure {
             return Err(
                 "the tunnel has neither CA nor pin: anybody could stand in between; set one at the control plane, or allow-insecure-tunnel here"
                     .into(),
             );
         }
-        let client = Trust { ca_pem: tls.ca_pem.clone(), pins, anybody }.client()?;
+        let client = Trust { ca_pem: tls.ca_pem.clone(), pins, accept_any }.client()?;
         let name = tls
             .server_name
             .as_deref()

@@ -24,7 +24,7 @@ const SETTLED_COARSE: Duration = Duration::from_secs(4);
 
 /// A file as it was when it was opened. Whoever changes it changes its ctime, which no program can set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Seen {
+struct FileIdentity {
     device: u64,
     inode: u64,
     size: u64,
@@ -32,9 +32,9 @@ struct Seen {
     ctime_ns: (i64, i64),
 }
 
-impl Seen {
+impl FileIdentity {
     /// `None` for a file that is small, or changed so lately that the next change could look the same.
-    fn of(file: &File, now: SystemTime) -> io::Result<Option<Seen>> {
+    fn of(file: &File, now: SystemTime) -> io::Result<Option<FileIdentity>> {
         let metadata = file.metadata()?;
         let changed = Duration::new(
             u64::try_from(metadata.ctime()).unwrap_or_default(),
@@ -44,7 +44,7 @@ impl Seen {
         let age = now.saturating_sub(changed);
         let coarse = metadata.ctime_nsec() == 0;
         let settled = age > if coarse { SETTLED_COARSE } else { SETTLED };
-        Ok((metadata.is_file() && metadata.len() >= LARGE && settled).then(|| Seen {
+        Ok((metadata.is_file() && metadata.len() >= LARGE && settled).then(|| FileIdentity {
             device: metadata.dev(),
             inode: metadata.ino(),
             size: metadata.size(),
@@ -56,13 +56,13 @@ impl Seen {
 
 /// What is known of the files of one run.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Digests(Arc<Mutex<HashMap<Seen, String>>>);
+pub(super) struct Digests(Arc<Mutex<HashMap<FileIdentity, String>>>);
 
 impl Digests {
     /// sha256 of the whole file, in hexadecimal.
     pub(super) fn of(&self, mut file: File) -> io::Result<String> {
-        let seen = Seen::of(&file, SystemTime::now())?;
-        if let Some(known) = seen.as_ref().and_then(|seen| self.get(seen)) {
+        let identity = FileIdentity::of(&file, SystemTime::now())?;
+        if let Some(known) = identity.as_ref().and_then(|identity| self.get(identity)) {
             return Ok(known);
         }
         let mut digest = Sha256::new();
@@ -74,18 +74,18 @@ impl Digests {
             }
         }
         let digest = hex(&digest.finalize());
-        if let Some(seen) = seen {
-            self.put(seen, digest.clone());
+        if let Some(identity) = identity {
+            self.put(identity, digest.clone());
         }
         Ok(digest)
     }
 
-    fn get(&self, seen: &Seen) -> Option<String> {
-        self.0.lock().get(seen).cloned()
+    fn get(&self, identity: &FileIdentity) -> Option<String> {
+        self.0.lock().get(identity).cloned()
     }
 
-    fn put(&self, seen: Seen, digest: String) {
-        self.0.lock().insert(seen, digest);
+    fn put(&self, identity: FileIdentity, digest: String) {
+        self.0.lock().insert(identity, digest);
     }
 }
 
@@ -100,21 +100,28 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![1; 1 << 20]).unwrap();
         let later = SystemTime::now() + Duration::from_secs(60);
-        assert_eq!(Seen::of(&file, SystemTime::now()).unwrap(), None, "it has just been written");
         assert_eq!(
-            Seen::of(&file, SystemTime::UNIX_EPOCH).unwrap(),
+            FileIdentity::of(&file, SystemTime::now()).unwrap(),
+            None,
+            "it has just been written"
+        );
+        assert_eq!(
+            FileIdentity::of(&file, SystemTime::UNIX_EPOCH).unwrap(),
             None,
             "the clock was set back"
         );
-        let before = Seen::of(&file, later).unwrap().unwrap();
+        let before = FileIdentity::of(&file, later).unwrap().unwrap();
         let digests = Digests::default();
         digests.put(before.clone(), "one".into());
-        assert_eq!(digests.get(&Seen::of(&file, later).unwrap().unwrap()), Some("one".into()));
+        assert_eq!(
+            digests.get(&FileIdentity::of(&file, later).unwrap().unwrap()),
+            Some("one".into())
+        );
         // of the same size, with the old time set again; the kernel's clock may tick only every 10 ms
         let modified = file.metadata().unwrap().modified().unwrap();
         let after = loop {
             file.set_modified(modified).unwrap();
-            let now = Seen::of(&file, later).unwrap().unwrap();
+            let now = FileIdentity::of(&file, later).unwrap().unwrap();
             if now.ctime_ns != before.ctime_ns {
                 break now;
             }
@@ -124,6 +131,6 @@ mod tests {
 
         let mut small = tempfile::tempfile().unwrap();
         small.write_all(b"small").unwrap();
-        assert_eq!(Seen::of(&small, later).unwrap(), None);
+        assert_eq!(FileIdentity::of(&small, later).unwrap(), None);
     }
 }

@@ -15,7 +15,7 @@ use reqwest::header::{CONTENT_RANGE, RANGE, RETRY_AFTER};
 use reqwest::{Client, StatusCode};
 use sha2::{Digest as _, Sha256};
 
-use super::{Hands, Host};
+use super::{Host, HostWriter};
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::http::explain;
@@ -33,10 +33,10 @@ const MOST_LIST: usize = 1 << 20;
 
 /// A verified file from a release, a mirror or a directory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Fetch {
+pub struct Artifact {
     pub path: String,
     pub mode: u32,
-    pub source: Source,
+    pub source: ArtifactSource,
     /// sha256, hexadecimal.
     pub sha256: String,
     /// Who vouches for the digest, for people.
@@ -45,7 +45,7 @@ pub struct Fetch {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Source {
+pub enum ArtifactSource {
     Url(String),
     File(String),
 }
@@ -183,8 +183,8 @@ fn with_login(request: reqwest::RequestBuilder, login: Option<&Secret>) -> reqwe
 /// # Errors
 /// Exit 5 for the network, 6 for a wrong digest; a full disk leaves nothing behind but the journal.
 pub async fn fetch(
-    hands: &Hands,
-    want: &Fetch,
+    writer: &HostWriter,
+    want: &Artifact,
     keep: bool,
     login: Option<&Secret>,
     mut progress: impl FnMut(u64, Option<u64>),
@@ -193,10 +193,10 @@ pub async fn fetch(
     let dir = want.path.rsplit_once('/').map_or("/", |(dir, _)| dir);
     // named by digest: a half file of another version is never resumed
     let part = format!("{dir}/.{name}.{}.part", &want.sha256[..want.sha256.len().min(12)]);
-    let real = hands.at(&part);
+    let real = writer.at(&part);
     let result = match &want.source {
-        Source::File(from) => copy(from, &real, &mut progress),
-        Source::Url(url) => download(url, login, &real, &mut progress).await,
+        ArtifactSource::File(from) => copy(from, &real, &mut progress),
+        ArtifactSource::Url(url) => download(url, login, &real, &mut progress).await,
     };
     let digest = match result {
         Ok(digest) => digest,
@@ -205,7 +205,7 @@ pub async fn fetch(
                 c.downcast_ref::<std::io::Error>()
                     .is_some_and(|io| io.kind() == std::io::ErrorKind::StorageFull)
             });
-            if full || matches!(want.source, Source::File(_)) {
+            if full || matches!(want.source, ArtifactSource::File(_)) {
                 let _ = fs::remove_file(&real);
             }
             return Err(error);
@@ -214,8 +214,8 @@ pub async fn fetch(
     if digest != want.sha256 {
         let _ = fs::remove_file(&real);
         let from = match &want.source {
-            Source::Url(url) => url,
-            Source::File(file) => file,
+            ArtifactSource::Url(url) => url,
+            ArtifactSource::File(file) => file,
         };
         return Err(Failure::new(
             Exit::Verification,
@@ -229,15 +229,15 @@ pub async fn fetch(
         )
         .into());
     }
-    hands.place(&real, &want.path, want.mode, keep)
+    writer.place(&real, &want.path, want.mode, keep)
 }
 
 /// Removes half downloads of `path`, whatever version they were of.
-pub fn clear_parts(hands: &Hands, path: &str) -> anyhow::Result<()> {
+pub fn clear_parts(writer: &HostWriter, path: &str) -> anyhow::Result<()> {
     let (dir, name) = path.rsplit_once('/').unwrap_or(("/", path));
     let prefix = format!(".{name}.");
-    for file in hands.list(dir).iter().filter(|f| f.starts_with(&prefix) && f.ends_with(".part")) {
-        hands.remove(&format!("{dir}/{file}"))?;
+    for file in writer.list(dir).iter().filter(|f| f.starts_with(&prefix) && f.ends_with(".part")) {
+        writer.remove(&format!("{dir}/{file}"))?;
     }
     Ok(())
 }

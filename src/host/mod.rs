@@ -43,7 +43,7 @@ pub struct Owner<'a> {
 }
 
 /// As many descriptors as the system allows: shells and units hand out 1,024 of many more, and every connection is one.
-pub fn all_descriptors() {
+pub fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         // what is refused leaves things as they are
@@ -146,7 +146,7 @@ impl Host {
     }
 
     /// Differs when a file was replaced or written again, also within one second.
-    pub fn stamp(&self, path: &str) -> Option<(u64, i64, i64)> {
+    pub fn revision(&self, path: &str) -> Option<(u64, i64, i64)> {
         fs::metadata(self.at(path)).ok().map(|m| (m.ino(), m.mtime(), m.mtime_nsec()))
     }
 
@@ -282,7 +282,7 @@ impl Host {
     ///
     /// # Errors
     /// Exit 12 when another run holds it.
-    pub fn lock(&self) -> anyhow::Result<Hands> {
+    pub fn lock(&self) -> anyhow::Result<HostWriter> {
         let made = !self.exists(STATE);
         let state = self.at(STATE);
         let fresh = || -> io::Result<File> {
@@ -309,7 +309,7 @@ impl Host {
             _ => anyhow::Error::from(error).context(format!("opening {STATE}/lock")),
         })?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Hands { host: self.clone(), _lock: lock, made_state: made }),
+            Ok(lock) => Ok(HostWriter { host: self.clone(), _lock: lock, made_state: made }),
             Err(_) => Err(Failure::new(
                 Exit::Locked,
                 "LOCKED",
@@ -324,20 +324,20 @@ impl Host {
 
 /// The right to change the machine: one holder at a time.
 #[derive(Debug)]
-pub struct Hands {
+pub struct HostWriter {
     host: Host,
     _lock: Flock<File>,
     made_state: bool,
 }
 
-impl std::ops::Deref for Hands {
+impl std::ops::Deref for HostWriter {
     type Target = Host;
     fn deref(&self) -> &Host {
         &self.host
     }
 }
 
-impl Hands {
+impl HostWriter {
     /// Gives the lock back; a run that wrote no journal leaves not even its directory behind.
     pub fn release(self) {
         if self.made_state && !self.exists(&format!("{STATE}/journal.json")) {

@@ -10,7 +10,7 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use super::{Hands, Host};
+use super::{Host, HostWriter};
 
 /// Stands at the beginning of every plan, see `install::plan::SCHEMA`.
 const MARK: &str = "\"schema\": \"pipeops.plan/";
@@ -77,7 +77,7 @@ impl Host {
     }
 }
 
-impl Hands {
+impl HostWriter {
     /// Makes a file of this user's readable for its owner only. What somebody put in its place meanwhile is left alone.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use tokio::io::AsyncReadExt as _;
 
-use crate::host::{Hands, Host};
+use crate::host::{Host, HostWriter};
 
 /// Most bytes kept of a program's output.
 const MOST_OUTPUT: u64 = 4 << 20;
@@ -95,7 +95,7 @@ impl Host {
     }
 }
 
-impl Hands {
+impl HostWriter {
     /// Runs a program that changes the machine.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Hands, Host};
+use super::{Host, HostWriter};
 use std::collections::BTreeMap;
 
 /// What systemd says of a unit.
@@ -39,7 +39,7 @@ impl Unit {
     }
 
     /// How it does, for people: `activating (auto-restart)`.
-    pub fn how(&self) -> String {
+    pub fn state_text(&self) -> String {
         if self.sub.is_empty() || self.sub == self.active {
             self.active.clone()
         } else {
@@ -50,7 +50,7 @@ impl Unit {
 
 /// A place in the journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Mark {
+pub enum JournalPosition {
     /// A cursor: no step of the clock moves it.
     Cursor(String),
     /// Seconds since 1970, where there is no cursor to be had.
@@ -86,7 +86,7 @@ impl Host {
     }
 
     /// Where the unit's journal ends now.
-    pub async fn journal_mark(&self, name: &str) -> Mark {
+    pub async fn journal_position(&self, name: &str) -> JournalPosition {
         let args = [
             "--unit",
             name,
@@ -100,18 +100,18 @@ impl Host {
         ];
         let said = self.ask("journalctl", &args, ASK).await.map(|o| o.stdout).unwrap_or_default();
         match said.lines().rev().find_map(|l| l.trim().strip_prefix("-- cursor: ")) {
-            Some(cursor) => Mark::Cursor(cursor.to_owned()),
+            Some(cursor) => JournalPosition::Cursor(cursor.to_owned()),
             // from the next second on: what it said before it was started again is not its word now
-            None => Mark::Since(jiff::Timestamp::now().as_second() + 1),
+            None => JournalPosition::Since(jiff::Timestamp::now().as_second() + 1),
         }
     }
 
     /// The unit's journal since a mark, newest last; empty when it cannot be read.
-    pub async fn unit_log(&self, name: &str, since: &Mark, lines: usize) -> String {
+    pub async fn unit_log(&self, name: &str, since: &JournalPosition, lines: usize) -> String {
         let lines = lines.to_string();
         let (how, from) = match since {
-            Mark::Cursor(cursor) => ("--after-cursor", cursor.clone()),
-            Mark::Since(second) => ("--since", format!("@{second}")),
+            JournalPosition::Cursor(cursor) => ("--after-cursor", cursor.clone()),
+            JournalPosition::Since(second) => ("--since", format!("@{second}")),
         };
         let args = [
             "--unit",
@@ -129,7 +129,7 @@ impl Host {
     }
 }
 
-impl Hands {
+impl HostWriter {
     pub async fn daemon_reload(&self) -> anyhow::Result<()> {
         self.run("systemctl", &["daemon-reload"], ACT).await.map(drop)
     }

@@ -4,7 +4,7 @@
 
 use serde::Serialize;
 
-use crate::install::plan::Ready;
+use crate::install::plan::WaitCondition;
 
 /// Memory of a k3s server with SQLite, coredns, metrics-server and local-path, MiB (k3s documentation, resource profiling).
 pub const SERVER_MIB: u64 = 770;
@@ -25,7 +25,7 @@ pub struct Component {
     pub objects: &'static str,
     /// Proof that the controller itself works.
     #[serde(skip)]
-    pub ready: fn() -> Vec<Ready>,
+    pub ready: fn() -> Vec<WaitCondition>,
     /// Objects that need the controller to be working.
     #[serde(skip)]
     pub after: fn(acme_email: Option<&str>) -> String,
@@ -42,11 +42,11 @@ pub const CATALOGUE: &[Component] = &[
         objects: "",
         ready: || {
             vec![
-                Ready::Deployment {
+                WaitCondition::Deployment {
                     namespace: "kube-system".into(),
                     name: "metrics-server".into(),
                 },
-                Ready::ApiService { name: "v1beta1.metrics.k8s.io".into() },
+                WaitCondition::ApiService { name: "v1beta1.metrics.k8s.io".into() },
             ]
         },
         after: |_| String::new(),
@@ -60,11 +60,11 @@ pub const CATALOGUE: &[Component] = &[
         objects: "",
         ready: || {
             vec![
-                Ready::Deployment {
+                WaitCondition::Deployment {
                     namespace: "kube-system".into(),
                     name: "local-path-provisioner".into(),
                 },
-                Ready::StorageClass { name: "local-path".into() },
+                WaitCondition::StorageClass { name: "local-path".into() },
             ]
         },
         after: |_| String::new(),
@@ -78,13 +78,19 @@ pub const CATALOGUE: &[Component] = &[
         objects: include_str!("../../deployments/components/cert-manager.yaml"),
         ready: || {
             vec![
-                Ready::Chart { namespace: "kube-system".into(), name: "cert-manager".into() },
-                Ready::Deployment { namespace: "cert-manager".into(), name: "cert-manager".into() },
-                Ready::Deployment {
+                WaitCondition::Chart {
+                    namespace: "kube-system".into(),
+                    name: "cert-manager".into(),
+                },
+                WaitCondition::Deployment {
+                    namespace: "cert-manager".into(),
+                    name: "cert-manager".into(),
+                },
+                WaitCondition::Deployment {
                     namespace: "cert-manager".into(),
                     name: "cert-manager-webhook".into(),
                 },
-                Ready::Accepts {
+                WaitCondition::Accepts {
                     yaml: include_str!("../../deployments/components/cert-manager-probe.yaml")
                         .into(),
                 },
@@ -111,12 +117,15 @@ pub const CATALOGUE: &[Component] = &[
         objects: include_str!("../../deployments/components/ingress.yaml"),
         ready: || {
             vec![
-                Ready::Chart { namespace: "kube-system".into(), name: "nginx-ingress".into() },
-                Ready::Deployment {
+                WaitCondition::Chart {
+                    namespace: "kube-system".into(),
+                    name: "nginx-ingress".into(),
+                },
+                WaitCondition::Deployment {
                     namespace: "nginx-ingress".into(),
                     name: "nginx-ingress-controller".into(),
                 },
-                Ready::Http { port: 80 },
+                WaitCondition::Http { port: 80 },
             ]
         },
         after: |_| String::new(),
@@ -130,9 +139,12 @@ pub const CATALOGUE: &[Component] = &[
         objects: "",
         ready: || {
             vec![
-                Ready::Chart { namespace: "kube-system".into(), name: "traefik".into() },
-                Ready::Deployment { namespace: "kube-system".into(), name: "traefik".into() },
-                Ready::Http { port: 80 },
+                WaitCondition::Chart { namespace: "kube-system".into(), name: "traefik".into() },
+                WaitCondition::Deployment {
+                    namespace: "kube-system".into(),
+                    name: "traefik".into(),
+                },
+                WaitCondition::Http { port: 80 },
             ]
         },
         after: |_| String::new(),
@@ -154,7 +166,7 @@ pub fn names() -> Vec<&'static str> {
 }
 
 /// The chosen components in catalogue order. Nothing chosen means those that come by default, or, offline, none.
-pub fn chosen(names: Option<&[String]>, offline: bool) -> Vec<&'static Component> {
+pub fn selected(names: Option<&[String]>, offline: bool) -> Vec<&'static Component> {
     CATALOGUE
         .iter()
         .filter(|c| match names {
@@ -219,16 +231,16 @@ mod tests {
 
     #[test]
     fn offline_brings_nothing_that_needs_a_chart_server() {
-        assert!(chosen(None, true).is_empty());
+        assert!(selected(None, true).is_empty());
         assert_eq!(
-            chosen(None, false).iter().map(|c| c.name).collect::<Vec<_>>(),
+            selected(None, false).iter().map(|c| c.name).collect::<Vec<_>>(),
             ["metrics", "storage", "cert-manager", "ingress"]
         );
-        assert_eq!(ingress_class(&chosen(None, false)), Some("nginx"));
-        assert_eq!(ingress_class(&chosen(Some(&["traefik".to_owned()]), true)), Some("traefik"));
-        assert_eq!(ingress_class(&chosen(Some(&["metrics".to_owned()]), true)), None);
+        assert_eq!(ingress_class(&selected(None, false)), Some("nginx"));
+        assert_eq!(ingress_class(&selected(Some(&["traefik".to_owned()]), true)), Some("traefik"));
+        assert_eq!(ingress_class(&selected(Some(&["metrics".to_owned()]), true)), None);
         assert_eq!(
-            chosen(Some(&["ingress".to_owned(), "metrics".to_owned()]), false)
+            selected(Some(&["ingress".to_owned(), "metrics".to_owned()]), false)
                 .iter()
                 .map(|c| c.name)
                 .collect::<Vec<_>>(),

@@ -1,8 +1,8 @@
 //! From a bare machine to a node of k3s and back: settings and facts, checks, a plan as data, and the engine that carries it out.
 
 pub mod checks;
-pub mod chosen;
 pub mod components;
+pub mod effective_settings;
 pub mod engine;
 pub mod facts;
 pub mod finding;

@@ -2,23 +2,23 @@
 
 use std::net::IpAddr;
 
-use super::chosen::Chosen;
-use crate::base::cidr::{Cidr, globally_routable, masked};
+use super::effective_settings::EffectiveSettings;
+use crate::base::cidr::{Cidr, globally_routable, network_address};
 use crate::install::facts::{Address, Facts};
 use crate::install::settings::Settings;
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 
 /// Pod and service ranges: those chosen, else the defaults of k3s for the family of the node's first address (k3s-io/k3s,
 /// pkg/util/net.go, GetDefaultAddresses).
 pub fn ranges(facts: &Facts, settings: &Settings) -> Vec<(&'static str, Cidr)> {
-    let chosen = Chosen::of(facts, settings);
+    let effective = EffectiveSettings::of(facts, settings);
     let v6 = node_address(facts, settings).is_some_and(|a| a.is_ipv6());
     let mut found = Vec::new();
     for (name, key, v4_default, v6_default) in [
         ("cluster", "cluster-cidr", "10.42.0.0/16", "fd00:42::/56"),
         ("service", "service-cidr", "10.43.0.0/16", "fd00:43::/112"),
     ] {
-        let mut list = chosen.list(key);
+        let mut list = effective.list(key);
         if list.is_empty() {
             list.push(if v6 { v6_default } else { v4_default }.to_owned());
         }
@@ -28,9 +28,9 @@ pub fn ranges(facts: &Facts, settings: &Settings) -> Vec<(&'static str, Cidr)> {
 }
 
 /// Families that the node needs an address of, first one first; empty where nobody says so. `true` is IPv6.
-fn families(chosen: &Chosen) -> Vec<bool> {
+fn families(effective: &EffectiveSettings) -> Vec<bool> {
     let mut found = Vec::new();
-    for range in chosen.list("cluster-cidr").iter().filter_map(|part| Cidr::parse(part)) {
+    for range in effective.list("cluster-cidr").iter().filter_map(|part| Cidr::parse(part)) {
         if !found.contains(&range.address.is_ipv6()) {
             found.push(range.address.is_ipv6());
         }
@@ -41,14 +41,14 @@ fn families(chosen: &Chosen) -> Vec<bool> {
 /// The node's addresses, the main one first: what was chosen, else one of each family that is needed. This is the one choice that
 /// node-ip, certificates, NO_PROXY and checks follow.
 pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
-    let chosen = Chosen::of(facts, settings);
+    let effective = EffectiveSettings::of(facts, settings);
     let named: Vec<IpAddr> =
-        chosen.list("node-ip").iter().filter_map(|ip| ip.parse().ok()).collect();
+        effective.list("node-ip").iter().filter_map(|ip| ip.parse().ok()).collect();
     if !named.is_empty() {
         return named;
     }
     // k3s takes the address from the interface that it is told to use (pkg/cli/server/server.go)
-    let interface = chosen.text("flannel-iface").and_then(|name| facts.interface(&name));
+    let interface = effective.text("flannel-iface").and_then(|name| facts.interface(&name));
     let of = |v6: bool| match interface {
         Some(interface) => interface.best(v6, None),
         None => facts.address_of_family(v6).map(|(_, address)| address),
@@ -57,9 +57,11 @@ pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
         Some(interface) => interface.best(false, None).is_none(),
         None => facts.primary().is_some_and(|(_, address)| address.is_ipv6()),
     };
-    match families(&chosen).as_slice() {
+    match families(&effective).as_slice() {
         // a worker is not told the ranges of its cluster: with both families it fits any, as k3s' own choice does
-        [] if settings.role == Role::Worker => [main, !main].into_iter().filter_map(of).collect(),
+        [] if settings.role == NodeRole::Worker => {
+            [main, !main].into_iter().filter_map(of).collect()
+        }
         [] => of(main).into_iter().collect(),
         wanted => wanted.iter().filter_map(|v6| of(*v6)).collect(),
     }
@@ -72,7 +74,7 @@ pub fn node_address(facts: &Facts, settings: &Settings) -> Option<IpAddr> {
 
 /// The interface of the pod network: `--flannel-iface`, else the one that has the node's address.
 pub fn flannel_iface(facts: &Facts, settings: &Settings) -> Option<String> {
-    Chosen::of(facts, settings).text("flannel-iface").or_else(|| {
+    EffectiveSettings::of(facts, settings).text("flannel-iface").or_else(|| {
         let address = node_address(facts, settings)?;
         facts
             .interface_of(address)
@@ -83,7 +85,7 @@ pub fn flannel_iface(facts: &Facts, settings: &Settings) -> Option<String> {
 
 /// How pods of different nodes reach each other. A public address gets an encrypted way, for VXLAN would be readable on the way.
 pub fn backend(facts: &Facts, settings: &Settings) -> String {
-    Chosen::of(facts, settings).backend().unwrap_or_else(|| {
+    EffectiveSettings::of(facts, settings).backend().unwrap_or_else(|| {
         let public = node_address(facts, settings).is_some_and(globally_routable);
         if public { "wireguard-native" } else { "vxlan" }.into()
     })
@@ -124,9 +126,10 @@ pub fn no_proxy(facts: &Facts, settings: &Settings) -> Vec<String> {
             .address(address)
             .map(Address::range)
             .filter(|c| c.prefix < if address.is_ipv4() { 32 } else { 128 });
-        list.push(
-            network.map_or_else(|| address.to_string(), |c| format!("{}/{}", masked(c), c.prefix)),
-        );
+        list.push(network.map_or_else(
+            || address.to_string(),
+            |c| format!("{}/{}", network_address(c), c.prefix),
+        ));
     }
     list
 }

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::host::fetch::Fetch;
+use crate::host::fetch::Artifact;
 use crate::install::finding::Finding;
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 
 /// Format of plans and their checks; raised when a field changes its meaning.
 pub const SCHEMA: &str = "pipeops.plan/v1";
@@ -16,7 +16,7 @@ pub const SCHEMA: &str = "pipeops.plan/v1";
 pub struct Plan {
     pub schema: String,
     pub command: String,
-    pub role: Role,
+    pub role: NodeRole,
     pub node: String,
     pub k3s_version: String,
     /// machine-id of the host it was made for.
@@ -51,7 +51,7 @@ pub enum Resource {
     },
     File {
         path: String,
-        content: Content,
+        content: FileContent,
         mode: u32,
         #[serde(default)]
         group: Option<String>,
@@ -60,7 +60,7 @@ pub enum Resource {
     Program {
         path: String,
     },
-    Fetch(Fetch),
+    Fetch(Artifact),
     /// Only where nothing of that name is on the path already.
     Link {
         path: String,
@@ -72,7 +72,7 @@ pub enum Resource {
     },
     /// From here on k3s fills these directories; undoing it takes the node down and removes them.
     Node {
-        role: Role,
+        role: NodeRole,
         dirs: Vec<String>,
     },
     /// What k3s unpacked for versions before the former one is gone.
@@ -91,7 +91,7 @@ pub enum Resource {
         yaml: String,
     },
     Ready {
-        what: Vec<Ready>,
+        what: Vec<WaitCondition>,
         within_s: u64,
     },
     /// A copy of the admin kubeconfig for a local user.
@@ -103,7 +103,7 @@ pub enum Resource {
 
 impl Resource {
     /// Whether it leaves something that undoing would take away.
-    pub(super) fn lasts(&self) -> bool {
+    pub(super) fn leaves_state(&self) -> bool {
         !matches!(self, Resource::Ready { .. } | Resource::OldData)
     }
 }
@@ -111,7 +111,7 @@ impl Resource {
 /// What a file holds. Secrets are named, never in the plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Content {
+pub enum FileContent {
     Text(String),
     Secret(SecretName),
     /// Text with a hole for each secret value in it.
@@ -160,7 +160,7 @@ impl SecretName {
 /// Something to wait for, checked at the source each time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
-pub enum Ready {
+pub enum WaitCondition {
     /// The Node object is Ready, asked with this kubeconfig, by word of the kubelet that this start of the unit brought.
     Node {
         name: String,
@@ -199,19 +199,21 @@ pub enum Ready {
     Agent,
 }
 
-impl Ready {
+impl WaitCondition {
     /// What is waited for, for people.
     pub fn title(&self) -> String {
         match self {
-            Ready::Node { name, .. } => format!("node {name} Ready"),
-            Ready::Deployment { namespace, name } => format!("deployment {namespace}/{name}"),
-            Ready::ApiService { name } => format!("API {name}"),
-            Ready::StorageClass { name } => format!("storage class {name}"),
-            Ready::Chart { name, .. } => format!("chart {name}"),
-            Ready::Accepts { .. } => "the webhook".into(),
-            Ready::Http { port } => format!("an answer on port {port}"),
-            Ready::Credential => "the agent's credential".into(),
-            Ready::Agent => "the agent".into(),
+            WaitCondition::Node { name, .. } => format!("node {name} Ready"),
+            WaitCondition::Deployment { namespace, name } => {
+                format!("deployment {namespace}/{name}")
+            }
+            WaitCondition::ApiService { name } => format!("API {name}"),
+            WaitCondition::StorageClass { name } => format!("storage class {name}"),
+            WaitCondition::Chart { name, .. } => format!("chart {name}"),
+            WaitCondition::Accepts { .. } => "the webhook".into(),
+            WaitCondition::Http { port } => format!("an answer on port {port}"),
+            WaitCondition::Credential => "the agent's credential".into(),
+            WaitCondition::Agent => "the agent".into(),
         }
     }
 }
@@ -219,7 +221,7 @@ impl Ready {
 /// What a check says of one step on this machine now.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
-pub enum Check {
+pub enum StepStatus {
     Done,
     Todo {
         changes: Vec<String>,
@@ -230,17 +232,17 @@ pub enum Check {
     },
 }
 
-impl Check {
-    pub fn todo(change: impl Into<String>) -> Check {
-        Check::Todo { changes: vec![change.into()] }
+impl StepStatus {
+    pub fn todo(change: impl Into<String>) -> StepStatus {
+        StepStatus::Todo { changes: vec![change.into()] }
     }
 }
 
 /// A plan together with what its check said, as `--plan-out` writes it and `--apply-plan` holds against the host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Checked {
+pub struct CheckedPlan {
     pub plan: Plan,
-    pub checks: Vec<Check>,
+    pub checks: Vec<StepStatus>,
     /// Ids of journal entries that the plan no longer wants.
     pub remove: Vec<String>,
     /// Owned files that somebody else edited.
@@ -248,22 +250,23 @@ pub struct Checked {
     pub findings: Vec<Finding>,
 }
 
-impl Checked {
+impl CheckedPlan {
     /// Steps that would change something.
     pub fn changes(&self) -> usize {
-        self.checks.iter().filter(|c| matches!(c, Check::Todo { .. })).count() + self.remove.len()
+        self.checks.iter().filter(|c| matches!(c, StepStatus::Todo { .. })).count()
+            + self.remove.len()
     }
 
     /// Nothing to do, as far as can be known.
     pub fn done(&self) -> bool {
-        self.remove.is_empty() && self.checks.iter().all(|c| *c == Check::Done)
+        self.remove.is_empty() && self.checks.iter().all(|c| *c == StepStatus::Done)
     }
 }
 
 /// What the engine tells the world while it works; bars, plain lines and JSON lines are made of these.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-pub enum Event {
+pub enum ProgressEvent {
     Started {
         id: String,
         title: String,

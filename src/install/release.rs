@@ -2,7 +2,7 @@
 
 use crate::base::error::{Exit, Failure};
 use crate::host::Host;
-use crate::host::fetch::{self, Fetch, Source};
+use crate::host::fetch::{self, Artifact, ArtifactSource};
 use crate::install::engine::journal::Journal;
 use crate::install::facts::Facts;
 use crate::install::plan::Resource;
@@ -12,7 +12,7 @@ use crate::k3s::paths::{BINARY, IMAGES_DIR};
 use crate::k3s::version::{Arch, CHANNELS, DEFAULT, RELEASES, Version, arch, known_digest, listed};
 
 /// What was found out, and what the user should know about it.
-pub struct Resolved {
+pub struct ResolvedRelease {
     pub release: Release,
     pub notes: Vec<String>,
 }
@@ -119,7 +119,7 @@ pub async fn resolve(
     facts: &Facts,
     journal: Option<&Journal>,
     version: Version,
-) -> anyhow::Result<Resolved> {
+) -> anyhow::Result<ResolvedRelease> {
     let arch = arch(&facts.machine).ok_or_else(|| {
         Failure::new(
             Exit::Preflight,
@@ -135,9 +135,9 @@ pub async fn resolve(
         })
         .and_then(|j| recorded(j, &version))
     {
-        return Ok(Resolved { release, notes });
+        return Ok(ResolvedRelease { release, notes });
     }
-    let binary = |source: Source, sha256: String, trust: &str| Fetch {
+    let binary = |source: ArtifactSource, sha256: String, trust: &str| Artifact {
         path: BINARY.into(),
         mode: 0o755,
         source,
@@ -189,15 +189,15 @@ pub async fn resolve(
                 .into());
         };
         let sha256 = offline_digest(host, dir, arch, archive)?;
-        images.push(Fetch {
+        images.push(Artifact {
             path: format!("{IMAGES_DIR}/{archive}"),
             mode: 0o644,
-            source: Source::File(format!("{dir}/{archive}")),
+            source: ArtifactSource::File(format!("{dir}/{archive}")),
             sha256,
             trust: "the list in the offline directory".into(),
         });
-        let source = Source::File(format!("{dir}/{}", arch.binary));
-        return Ok(Resolved {
+        let source = ArtifactSource::File(format!("{dir}/{}", arch.binary));
+        return Ok(ResolvedRelease {
             release: Release { binary: binary(source, digest, trust), images, version },
             notes,
         });
@@ -207,7 +207,7 @@ pub async fn resolve(
     let base =
         options.artifact_url.as_deref().map_or_else(|| official.clone(), fetch::without_login);
     let base = base.trim_end_matches('/');
-    let source = Source::Url(format!("{base}/{}/{}", version.in_url(), arch.binary));
+    let source = ArtifactSource::Url(format!("{base}/{}/{}", version.in_url(), arch.binary));
     let (digest, trust) = match (&options.k3s_sha256, known_digest(&version, arch.binary)) {
         (Some(given), _) => (given.to_ascii_lowercase(), "--k3s-sha256"),
         (None, Some(known)) => (known.to_owned(), "the table in this program"),
@@ -256,7 +256,7 @@ pub async fn resolve(
             (digest, "the release's own list")
         }
     };
-    Ok(Resolved {
+    Ok(ResolvedRelease {
         release: Release { binary: binary(source, digest, trust), images: Vec::new(), version },
         notes,
     })
@@ -264,7 +264,7 @@ pub async fn resolve(
 
 /// The files of the installed version, as a journal that was closed has them: a re-run needs no network.
 fn recorded(journal: &Journal, version: &Version) -> Option<Release> {
-    let fetches: Vec<Fetch> = journal
+    let fetches: Vec<Artifact> = journal
         .entries
         .iter()
         .filter_map(|e| match &e.want {

@@ -6,11 +6,11 @@ use serde_json::Value;
 
 use super::version::Version;
 use crate::base::error::nearest;
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 
 /// What a value must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ValueType {
     Bool,
     Int,
     Text,
@@ -18,14 +18,14 @@ pub enum Kind {
     /// As Go writes durations: `5m0s`.
     Time,
 }
-use Kind::{Bool, Int, List, Text, Time};
+use ValueType::{Bool, Int, List, Text, Time};
 
 /// Key, kind, and the minor since which servers and workers know it; 28 stands for 1.28 and before.
 ///
 /// Made of the flags in k3s-io/k3s, `pkg/cli/cmds/{root,log,config,server,agent}.go`, as they stood where the main branch moved to each
 /// of Kubernetes 1.28 to 1.36, and at its head.
 #[rustfmt::skip]
-const KEYS: &[(&str, Kind, Option<u32>, Option<u32>)] = &[
+const KEYS: &[(&str, ValueType, Option<u32>, Option<u32>)] = &[
     ("advertise-address", Text, Some(28), None),
     ("advertise-port", Int, Some(28), None),
     ("agent-token", Text, Some(28), None),
@@ -181,7 +181,7 @@ const GONE: &[(&str, &str)] = &[
 ];
 
 /// The key as somebody may have meant it: `--Node_IP+` is `node-ip`, `t` is `token`.
-pub fn meant(key: &str) -> String {
+pub fn canonical_key(key: &str) -> String {
     let key = key
         .trim()
         .trim_start_matches('-')
@@ -192,68 +192,69 @@ pub fn meant(key: &str) -> String {
 }
 
 /// What the value of a key must be; `None` for keys that nobody knows.
-pub fn kind(key: &str) -> Option<Kind> {
-    let key = meant(key);
+pub fn value_type(key: &str) -> Option<ValueType> {
+    let key = canonical_key(key);
     KEYS.iter().find(|row| row.0 == key).map(|row| row.1)
 }
 
 /// A key that this k3s does not know.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unknown {
+pub struct UnknownKey {
     pub key: String,
     pub why: String,
     pub fix: String,
     /// It may be there after all: in a patch release, or in a line newer than the table.
-    pub perhaps: bool,
+    pub uncertain: bool,
 }
 
 /// The keys that a node of this role and version does not know. Without a version only what no line knows is named.
-pub fn unknown<'a>(
+pub fn unknown_keys<'a>(
     keys: impl IntoIterator<Item = &'a str>,
-    role: Role,
+    role: NodeRole,
     version: Option<&Version>,
-) -> Vec<Unknown> {
-    keys.into_iter().filter_map(|key| one(key, role, version)).collect()
+) -> Vec<UnknownKey> {
+    keys.into_iter().filter_map(|key| check_key(key, role, version)).collect()
 }
 
-fn one(key: &str, role: Role, version: Option<&Version>) -> Option<Unknown> {
+fn check_key(key: &str, role: NodeRole, version: Option<&Version>) -> Option<UnknownKey> {
     // k3s takes KEY+ for "and these too"
     let plain = key.strip_suffix('+').unwrap_or(key);
     let long = SHORT.iter().find(|(short, _)| *short == plain).map_or(plain, |(_, long)| long);
-    let of =
-        |why: String, fix: String| Some(Unknown { key: key.to_owned(), why, fix, perhaps: false });
+    let of = |why: String, fix: String| {
+        Some(UnknownKey { key: key.to_owned(), why, fix, uncertain: false })
+    };
     let Some((name, _, server, agent)) = KEYS.iter().find(|row| row.0 == long) else {
         let newer = version.filter(|v| v.minor > NEWEST);
         let why = match newer {
             Some(version) => format!("{version} is newer than what is known here (1.{NEWEST})"),
             None => match role {
-                Role::Server => "a k3s server skips it with one line in its log".to_owned(),
-                Role::Worker => "a k3s agent ends with it".to_owned(),
+                NodeRole::Server => "a k3s server skips it with one line in its log".to_owned(),
+                NodeRole::Worker => "a k3s agent ends with it".to_owned(),
             },
         };
         let fix = match (
-            GONE.iter().find(|(old, _)| *old == meant(key)),
-            KEYS.iter().find(|row| row.0 == meant(key)),
+            GONE.iter().find(|(old, _)| *old == canonical_key(key)),
+            KEYS.iter().find(|row| row.0 == canonical_key(key)),
         ) {
             (Some((_, now)), _) => format!("k3s has no such setting any more; use {now}"),
             (None, Some((name, ..))) => format!("write it `{name}`"),
-            (None, None) => match nearest(&meant(key), KEYS.iter().map(|row| row.0)) {
+            (None, None) => match nearest(&canonical_key(key), KEYS.iter().map(|row| row.0)) {
                 Some(near) => format!("did you mean `{near}`?"),
                 None => "the settings are the flags of `k3s server --help` and `k3s agent --help`"
                     .to_owned(),
             },
         };
-        return Some(Unknown { key: key.to_owned(), why, fix, perhaps: newer.is_some() });
+        return Some(UnknownKey { key: key.to_owned(), why, fix, uncertain: newer.is_some() });
     };
     let since = match role {
-        Role::Server => *server,
-        Role::Worker => *agent,
+        NodeRole::Server => *server,
+        NodeRole::Worker => *agent,
     };
     match (since, version) {
         (None, _) => {
             let (other, end) = match role {
-                Role::Server => ("workers", "a server skips it"),
-                Role::Worker => ("servers", "an agent ends with it"),
+                NodeRole::Server => ("workers", "a server skips it"),
+                NodeRole::Worker => ("servers", "an agent ends with it"),
             };
             of(
                 format!("it is a setting of {other}: {end}"),
@@ -261,13 +262,13 @@ fn one(key: &str, role: Role, version: Option<&Version>) -> Option<Unknown> {
             )
         }
         (Some(since), Some(version)) if version.major == 1 && version.minor < since => {
-            Some(Unknown {
+            Some(UnknownKey {
                 key: key.to_owned(),
                 why: format!(
                     "it came with k3s 1.{since}; this is {version}, which may have got it in a patch release"
                 ),
                 fix: "install a newer k3s, or leave the setting out".to_owned(),
-                perhaps: true,
+                uncertain: true,
             })
         }
         _ => None,
@@ -275,7 +276,7 @@ fn one(key: &str, role: Role, version: Option<&Version>) -> Option<Unknown> {
 }
 
 /// Why k3s could not read a value; `None` when it can.
-pub fn bad_value(key: &str, value: &Value) -> Option<String> {
+pub fn value_fault(key: &str, value: &Value) -> Option<String> {
     let list = matches!(value, Value::Array(_));
     if value.is_object()
         || value
@@ -284,13 +285,13 @@ pub fn bad_value(key: &str, value: &Value) -> Option<String> {
     {
         return Some("it must be a value or a list of values, not a table".into());
     }
-    let kind = kind(key)?;
-    if list && kind != List {
+    let value_type = value_type(key)?;
+    if list && value_type != List {
         return Some("it takes one value, not a list: k3s would take the last one".into());
     }
     // a value may be a secret: it is not quoted
     let text = value.as_str();
-    match kind {
+    match value_type {
         Bool => {
             let go = |t: &str| {
                 ["1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"]
@@ -304,15 +305,15 @@ pub fn bad_value(key: &str, value: &Value) -> Option<String> {
             (!(value.is_i64() || value.is_u64() || text.is_some_and(|t| t.parse::<i64>().is_ok())))
                 .then(|| "it is a whole number".into())
         }
-        Time => (!text.is_some_and(duration))
+        Time => (!text.is_some_and(is_go_duration))
             .then(|| "it is a time with its unit, such as 30s, 5m or 1h30m".into()),
         Text | List => None,
     }
-    .or_else(|| one_of(&meant(key), text?))
+    .or_else(|| choice_fault(&canonical_key(key), text?))
 }
 
 /// Settings with a closed set of values (`pkg/agent/flannel/setup.go`, `pkg/cli/server/server.go`, `pkg/secretsencrypt`).
-fn one_of(key: &str, text: &str) -> Option<String> {
+fn choice_fault(key: &str, text: &str) -> Option<String> {
     let values: &[&str] = match key {
         "flannel-backend" => &["vxlan", "host-gw", "wireguard-native", "none", "tailscale"],
         "egress-selector-mode" => &["agent", "cluster", "pod", "disabled"],
@@ -330,7 +331,7 @@ fn one_of(key: &str, text: &str) -> Option<String> {
 }
 
 /// Go's `time.ParseDuration`.
-fn duration(text: &str) -> bool {
+fn is_go_duration(text: &str) -> bool {
     let mut rest = text.strip_prefix(['+', '-']).unwrap_or(text);
     if rest == "0" {
         return true;
@@ -368,7 +369,7 @@ mod tests {
         assert!(KEYS.windows(2).all(|pair| pair[0].0 < pair[1].0));
         for (key, ..) in KEYS {
             assert!(
-                one(key, Role::Server, Some(&at("v1.36.2+k3s1"))).is_none()
+                check_key(key, NodeRole::Server, Some(&at("v1.36.2+k3s1"))).is_none()
                     || *key == "disable-apiserver-lb",
                 "{key}"
             );
@@ -378,58 +379,70 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_named_with_what_was_meant() {
-        for (key, role, version, fix, perhaps) in [
-            ("cluster-cird", Role::Server, "v1.36.2+k3s1", "did you mean `cluster-cidr`?", false),
-            ("kubelet_arg", Role::Server, "v1.36.2+k3s1", "write it `kubelet-arg`", false),
-            ("--disable", Role::Server, "v1.36.2+k3s1", "write it `disable`", false),
-            ("Flannel-Backend", Role::Server, "v1.36.2+k3s1", "write it `flannel-backend`", false),
+        for (key, role, version, fix, uncertain) in [
+            (
+                "cluster-cird",
+                NodeRole::Server,
+                "v1.36.2+k3s1",
+                "did you mean `cluster-cidr`?",
+                false,
+            ),
+            ("kubelet_arg", NodeRole::Server, "v1.36.2+k3s1", "write it `kubelet-arg`", false),
+            ("--disable", NodeRole::Server, "v1.36.2+k3s1", "write it `disable`", false),
+            (
+                "Flannel-Backend",
+                NodeRole::Server,
+                "v1.36.2+k3s1",
+                "write it `flannel-backend`",
+                false,
+            ),
             (
                 "etcd-s3-buckt",
-                Role::Server,
+                NodeRole::Server,
                 "v1.36.2+k3s1",
                 "did you mean `etcd-s3-bucket`?",
                 false,
             ),
             (
                 "datastoreendpoint",
-                Role::Server,
+                NodeRole::Server,
                 "v1.36.2+k3s1",
                 "did you mean `datastore-endpoint`?",
                 false,
             ),
             (
                 "no-deploy",
-                Role::Server,
+                NodeRole::Server,
                 "v1.36.2+k3s1",
                 "k3s has no such setting any more; use disable",
                 false,
             ),
             (
                 "multi-cluster-cidr",
-                Role::Server,
+                NodeRole::Server,
                 "v1.34.1+k3s1",
                 "use nothing: it went with 1.30",
                 false,
             ),
-            ("zzzzzzzzzzzz", Role::Server, "v1.36.2+k3s1", "k3s server --help", false),
-            ("zzzzzzzzzzzz", Role::Server, "v1.37.0+k3s1", "k3s server --help", true),
-            ("disable-apiserver-lb", Role::Server, "v1.36.2+k3s1", "on workers only", false),
-            ("cluster-cidr", Role::Worker, "v1.36.2+k3s1", "on servers only", false),
-            ("nonroot-devices", Role::Worker, "v1.30.4+k3s1", "install a newer k3s", true),
-            ("supervisor-metrics", Role::Server, "v1.29.1+k3s1", "install a newer k3s", true),
+            ("zzzzzzzzzzzz", NodeRole::Server, "v1.36.2+k3s1", "k3s server --help", false),
+            ("zzzzzzzzzzzz", NodeRole::Server, "v1.37.0+k3s1", "k3s server --help", true),
+            ("disable-apiserver-lb", NodeRole::Server, "v1.36.2+k3s1", "on workers only", false),
+            ("cluster-cidr", NodeRole::Worker, "v1.36.2+k3s1", "on servers only", false),
+            ("nonroot-devices", NodeRole::Worker, "v1.30.4+k3s1", "install a newer k3s", true),
+            ("supervisor-metrics", NodeRole::Server, "v1.29.1+k3s1", "install a newer k3s", true),
         ] {
-            let found = one(key, role, Some(&at(version))).unwrap_or_else(|| panic!("{key}"));
-            assert!(found.fix.contains(fix) && found.perhaps == perhaps, "{key}: {found:?}");
+            let found = check_key(key, role, Some(&at(version))).unwrap_or_else(|| panic!("{key}"));
+            assert!(found.fix.contains(fix) && found.uncertain == uncertain, "{key}: {found:?}");
         }
         for (key, role) in [
-            ("cluster-cidr", Role::Server),
-            ("kubelet-arg+", Role::Worker),
-            ("v", Role::Worker),
-            ("supervisor-port", Role::Server),
+            ("cluster-cidr", NodeRole::Server),
+            ("kubelet-arg+", NodeRole::Worker),
+            ("v", NodeRole::Worker),
+            ("supervisor-port", NodeRole::Server),
         ] {
-            assert_eq!(one(key, role, Some(&at("v1.34.1+k3s1"))), None, "{key}");
+            assert_eq!(check_key(key, role, Some(&at("v1.34.1+k3s1"))), None, "{key}");
         }
-        assert_eq!(one("nonroot-devices", Role::Server, None), None);
+        assert_eq!(check_key("nonroot-devices", NodeRole::Server, None), None);
     }
 
     #[test]
@@ -446,7 +459,7 @@ mod tests {
             ("flannel-backend", json!("host-gw")),
             ("nobody-knows", json!("x")),
         ] {
-            assert_eq!(bad_value(key, &value), None, "{key} {value}");
+            assert_eq!(value_fault(key, &value), None, "{key} {value}");
         }
         for (key, value, why) in [
             ("debug", json!("yes"), "true or false"),
@@ -464,9 +477,9 @@ mod tests {
             ("egress-selector-mode", json!("pods"), "did you mean `pod`"),
         ] {
             assert!(
-                bad_value(key, &value).is_some_and(|w| w.contains(why)),
+                value_fault(key, &value).is_some_and(|w| w.contains(why)),
                 "{key} {value}: {:?}",
-                bad_value(key, &value)
+                value_fault(key, &value)
             );
         }
     }

@@ -6,6 +6,6 @@ pub mod paths;
 pub mod registries;
 pub mod role;
 pub mod token;
-pub mod typed;
+pub mod user_input;
 pub mod values;
 pub mod version;

@@ -10,7 +10,7 @@ use crate::base::error::nearest;
 ///
 /// # Errors
 /// What is wrong, and in which line.
-pub fn judge(text: &str, exists: &dyn Fn(&str) -> bool) -> Result<Value, Vec<String>> {
+pub fn validate(text: &str, exists: &dyn Fn(&str) -> bool) -> Result<Value, Vec<String>> {
     let text = text.trim_start_matches('\u{feff}');
     if text.lines().all(|l| l.trim().is_empty() || l.trim().starts_with('#') || l.trim() == "---") {
         return Err(vec!["it is empty; it has `mirrors:` or `configs:`".into()]);
@@ -19,18 +19,18 @@ pub fn judge(text: &str, exists: &dyn Fn(&str) -> bool) -> Result<Value, Vec<Str
         let line = e.location().map(|l| format!(", line {}", l.line())).unwrap_or_default();
         vec![format!("it is not valid YAML{line}")]
     })?;
-    let mut judge = Judge { text, exists, faults: Vec::new() };
+    let mut judge = Validator { text, exists, faults: Vec::new() };
     judge.whole(&parsed);
     if judge.faults.is_empty() { Ok(parsed) } else { Err(judge.faults) }
 }
 
-struct Judge<'a> {
+struct Validator<'a> {
     text: &'a str,
     exists: &'a dyn Fn(&str) -> bool,
     faults: Vec<String>,
 }
 
-impl Judge<'_> {
+impl Validator<'_> {
     fn fault(&mut self, path: &[&str], why: &str) {
         let line = self.line(path).map(|n| format!(" (line {n})")).unwrap_or_default();
         let name = path.join(".");
@@ -248,7 +248,7 @@ mod tests {
     use super::*;
 
     fn faults(text: &str) -> Vec<String> {
-        judge(text, &|path| path == "/etc/ssl/mirror.pem").err().unwrap_or_default()
+        validate(text, &|path| path == "/etc/ssl/mirror.pem").err().unwrap_or_default()
     }
 
     #[test]

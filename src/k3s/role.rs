@@ -5,17 +5,17 @@ use serde::{Deserialize, Serialize};
 /// What a node becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Role {
+pub enum NodeRole {
     Server,
     Worker,
 }
 
-impl Role {
+impl NodeRole {
     /// The systemd unit of k3s in this role.
     pub fn unit(self) -> &'static str {
         match self {
-            Role::Server => "k3s.service",
-            Role::Worker => "k3s-agent.service",
+            NodeRole::Server => "k3s.service",
+            NodeRole::Worker => "k3s-agent.service",
         }
     }
 }

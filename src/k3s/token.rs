@@ -5,7 +5,7 @@
 use base64::Engine as _;
 use sha2::{Digest, Sha256};
 
-use super::typed::{invisible, quote};
+use super::user_input::{invisible, quote};
 use crate::base::encoding::hex;
 use crate::base::secret::Secret;
 

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::keys;
-use crate::base::cidr::{Cidr, masked};
+use crate::base::cidr::{Cidr, network_address};
 use crate::base::error::nearest;
 use crate::base::text::is_dns_name;
 
@@ -15,11 +15,11 @@ pub fn faults(table: &BTreeMap<String, Value>) -> Vec<String> {
     let mut found: Vec<String> = table
         .iter()
         .filter_map(|(key, value)| {
-            keys::bad_value(key, value).map(|why| format!("[k3s] {key}: {why}"))
+            keys::value_fault(key, value).map(|why| format!("[k3s] {key}: {why}"))
         })
         .collect();
     let known: BTreeMap<String, &Value> =
-        table.iter().map(|(key, value)| (keys::meant(key), value)).collect();
+        table.iter().map(|(key, value)| (keys::canonical_key(key), value)).collect();
     let list = |key: &str| known.get(key).map(|value| words(value));
     // how ranges fit together and to the node is CIDR_MISFIT
     for key in ["cluster-cidr", "service-cidr"] {
@@ -124,15 +124,14 @@ fn range(text: &str) -> Result<Cidr, String> {
 /// Ranges with bits beyond their length, with the range that k3s makes of them.
 pub fn host_bits(table: &BTreeMap<String, Value>) -> Vec<(String, String, String)> {
     let mut found = Vec::new();
-    for (key, value) in table
-        .iter()
-        .filter(|(key, _)| ["cluster-cidr", "service-cidr"].contains(&keys::meant(key).as_str()))
-    {
+    for (key, value) in table.iter().filter(|(key, _)| {
+        ["cluster-cidr", "service-cidr"].contains(&keys::canonical_key(key).as_str())
+    }) {
         for text in words(value) {
             if let Ok(c) = range(&text)
-                && masked(c) != c.address
+                && network_address(c) != c.address
             {
-                found.push((key.clone(), text, format!("{}/{}", masked(c), c.prefix)));
+                found.push((key.clone(), text, format!("{}/{}", network_address(c), c.prefix)));
             }
         }
     }
@@ -265,7 +264,7 @@ pub fn taints(list: &[String]) -> Vec<String> {
 }
 
 /// Names and addresses for a certificate as somebody types them: commas, blanks, upper case, a dot at the end.
-pub fn sans(list: &[String]) -> Vec<String> {
+pub fn normalized_sans(list: &[String]) -> Vec<String> {
     let mut out: Vec<String> = Vec::new();
     for part in list.iter().flat_map(|text| text.split(',')) {
         let mut name =
@@ -281,7 +280,7 @@ pub fn sans(list: &[String]) -> Vec<String> {
 }
 
 /// Why this cannot stand in a certificate; `None` when it can.
-pub fn bad_san(name: &str) -> Option<String> {
+pub fn san_fault(name: &str) -> Option<String> {
     if name.parse::<IpAddr>().is_ok() {
         return None;
     }
@@ -420,11 +419,14 @@ mod tests {
     fn names_for_a_certificate_are_taken_as_people_type_them() {
         let typed =
             ["API.Example.COM", "a, b ,b", " [fd00::1] ", "c.example.com."].map(str::to_owned);
-        assert_eq!(sans(&typed), ["api.example.com", "a", "b", "fd00::1", "c.example.com"]);
+        assert_eq!(
+            normalized_sans(&typed),
+            ["api.example.com", "a", "b", "fd00::1", "c.example.com"]
+        );
         for good in
             ["*.example.com", "a", "10.0.0.1", "fd00::1", "xn--bcher-kva.example", "k3s_master"]
         {
-            assert_eq!(bad_san(good), None, "{good}");
+            assert_eq!(san_fault(good), None, "{good}");
         }
         for (bad, why) in [
             ("https://a", "scheme"),
@@ -438,7 +440,7 @@ mod tests {
             ("10.0.0.256", "all digits"),
             ("a b", "letters"),
         ] {
-            assert!(bad_san(bad).is_some_and(|w| w.contains(why)), "{bad}: {:?}", bad_san(bad));
+            assert!(san_fault(bad).is_some_and(|w| w.contains(why)), "{bad}: {:?}", san_fault(bad));
         }
     }
 }

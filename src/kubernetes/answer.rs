@@ -8,7 +8,7 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::body::Bytes;
 use serde_json::json;
 
-use crate::base::text::shown;
+use crate::base::text::printable;
 use crate::kubernetes::header_policy::Refused;
 use crate::kubernetes::upstream::Body;
 
@@ -71,7 +71,7 @@ impl Problem {
         let mut answer = self.answer(body.to_string());
         if discovery {
             let message: String =
-                shown(&message).chars().map(|c| if c.is_ascii() { c } else { '?' }).collect();
+                printable(&message).chars().map(|c| if c.is_ascii() { c } else { '?' }).collect();
             let quoted = message.replace('\\', "\\\\").replace('"', "\\\"");
             if let Ok(warning) = HeaderValue::try_from(format!("299 - \"{quoted}\"")) {
                 answer.headers_mut().insert(header::WARNING, warning);

@@ -16,7 +16,7 @@ use pipeops::install::facts::parse;
 use pipeops::install::settings::{parse_file, parse_time};
 use pipeops::k3s::token::{Token, ca_hash};
 use pipeops::k3s::version::{Version, from_redirect, listed};
-use pipeops::k3s::{logs, typed};
+use pipeops::k3s::{logs, user_input};
 
 /// xorshift64*: the same seed gives the same run.
 struct Random(u64);
@@ -127,9 +127,9 @@ fn url() {
         "url",
         &["10.0.0.1", "https://[fd00::1]:6443/", "cp.example.com:443", "10.0.0.0/8", "fd00::/8"],
         |text| {
-            if let Ok(url) = typed::master_url(text) {
+            if let Ok(url) = user_input::server_url(text) {
                 assert!(url::Url::parse(&url).is_ok(), "{text:?} -> {url}");
-                assert_eq!(typed::master_url(&url).as_deref(), Ok(url.as_str()), "stable");
+                assert_eq!(user_input::server_url(&url).as_deref(), Ok(url.as_str()), "stable");
             }
             if let Some(cidr) = Cidr::parse(text) {
                 assert!(cidr.overlaps(&cidr) && cidr.contains(cidr.address));
@@ -200,6 +200,10 @@ fn proc() {
             parse::numbers(text),
             pipeops::host::mountinfo::mounts_under(text, "/var"),
         );
-        let _ = (pipeops::host::systemd::pairs(text), logs::classify(text), logs::telling(text, 5));
+        let _ = (
+            pipeops::host::systemd::pairs(text),
+            logs::classify(text),
+            logs::notable_lines(text, 5),
+        );
     });
 }

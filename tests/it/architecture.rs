@@ -31,7 +31,7 @@ const INSIDE: &[(&str, Rows)] = &[
     (
         "k3s",
         &[
-            &["logs", "paths", "role", "typed", "version"],
+            &["logs", "paths", "role", "user_input", "version"],
             &["keys", "registries", "token"],
             &["values"],
         ],
@@ -58,7 +58,7 @@ const INSIDE: &[(&str, Rows)] = &[
         "install",
         &[
             &["settings", "facts", "finding", "join"],
-            &["chosen", "plan"],
+            &["effective_settings", "plan"],
             &["network", "gather", "components"],
             &["checks", "planner", "engine"],
             &["release"],
@@ -93,7 +93,7 @@ const INSIDE: &[(&str, Rows)] = &[
         &[
             &["mod"],
             &["audit", "info", "plane", "secrets"],
-            &["job"],
+            &["installer"],
             &["join", "uninstall"],
             &["install"],
         ],
@@ -148,9 +148,9 @@ const TO_SPLIT: &[(&str, usize)] = &[
     ("frp/server/mod.rs", 514),
     ("host/mod.rs", 540),
     ("install/checks/tests/cases.rs", 618),
-    ("install/checks/tests/mod.rs", 643),
-    ("install/engine/resource.rs", 661),
-    ("install/engine/teardown.rs", 509),
+    ("install/checks/tests/mod.rs", 647),
+    ("install/engine/resource.rs", 674),
+    ("install/engine/teardown.rs", 510),
     ("install/gather/mod.rs", 516),
     ("install/settings/mod.rs", 585),
 ];

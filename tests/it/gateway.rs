@@ -612,7 +612,7 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
             assert_eq!(answer.status(), 400, "{path} {name:?}");
             let text = answer.text().await.unwrap();
             assert!(
-                text.contains("bad_name") && !text.contains(pipeops::base::text::unseen),
+                text.contains("bad_name") && !text.contains(pipeops::base::text::is_unprintable),
                 "{text}"
             );
         }
@@ -680,7 +680,7 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
     assert_eq!(value["report"]["nodes"][0]["name"], "vm\u{202e}1");
     for shown in [text, json] {
         assert!(
-            !shown.contains(|c: char| pipeops::base::text::unseen(c) && c != '\n'),
+            !shown.contains(|c: char| pipeops::base::text::is_unprintable(c) && c != '\n'),
             "{shown:?}"
         );
     }

@@ -172,7 +172,7 @@ impl Caller {
             } else {
                 problem.message
             };
-            let message = crate::base::text::shown(&message).chars().take(200).collect();
+            let message = crate::base::text::printable(&message).chars().take(200).collect();
             return (
                 Err(Outcome::Refused {
                     status: status.as_u16(),

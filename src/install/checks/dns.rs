@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::Target;
+use super::InstallTarget;
 use crate::base::cidr::link_local;
 use crate::install::facts::{Facts, ResolvConf};
 use crate::install::finding::{Finding, Level};
@@ -60,11 +60,11 @@ fn used(facts: &Facts) -> Option<(&str, &ResolvConf)> {
 }
 
 /// A file that is to be used without systemd-resolved's or with nothing in it.
-pub(super) fn none(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn none(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let resolver = &facts.resolver;
     if let Some((path, file)) = &resolver.chosen {
         return match file {
-            Some(file) if !file.handed.is_empty() => Vec::new(),
+            Some(file) if !file.pod_nameservers.is_empty() => Vec::new(),
             there => {
                 let evidence = if there.is_some() {
                     format!("{path} names none")
@@ -99,7 +99,7 @@ pub(super) fn none(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn refused(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn refused(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let resolver = &facts.resolver;
     let flaws = |path: &str, file: &ResolvConf| -> Vec<String> {
         file.nameservers
@@ -111,7 +111,7 @@ pub(super) fn refused(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     };
     if let Some((path, Some(file))) = &resolver.chosen {
         // k3s takes it as it is; CoreDNS would ask itself
-        let loops = file.handed.iter().any(|s| flaw(s) == Some("is loopback"));
+        let loops = file.pod_nameservers.iter().any(|s| flaw(s) == Some("is loopback"));
         if !loops {
             return Vec::new();
         }
@@ -153,7 +153,7 @@ pub(super) fn refused(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn wildcard(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn wildcard(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let Some((path, file)) = used(facts).or_else(|| Some((ETC, facts.resolver.etc.as_ref()?)))
     else {
         return Vec::new();
@@ -178,14 +178,14 @@ pub(super) fn wildcard(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn limits(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn limits(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let Some((path, file)) = used(facts) else { return Vec::new() };
     let mut over = Vec::new();
-    if file.handed.len() > MOST_SERVERS {
+    if file.pod_nameservers.len() > MOST_SERVERS {
         over.push(format!(
             "{} name servers, pods get the first {MOST_SERVERS}: {}",
-            file.handed.len(),
-            file.handed[..MOST_SERVERS].join(", ")
+            file.pod_nameservers.len(),
+            file.pod_nameservers[..MOST_SERVERS].join(", ")
         ));
     }
     let (own, characters) = CLUSTER_DOMAINS;

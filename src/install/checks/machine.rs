@@ -1,8 +1,8 @@
 //! Rules about the machine itself: processor, memory, disks, clock, kernel.
 
-use super::Target;
+use super::InstallTarget;
 use super::size;
-use crate::install::chosen::Chosen;
+use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::{Disk, Facts};
 use crate::install::finding::{Finding, Level};
 use crate::install::{components, network};
@@ -15,7 +15,7 @@ const EARLIEST: i64 = 1_793_491_200;
 /// Longest offset that certificates made now survive on the other side, seconds.
 pub(crate) const CLOCK_LEEWAY: i64 = 30;
 
-pub(super) fn not_root(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn not_root(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.uid == 0 {
         return Vec::new();
     }
@@ -30,7 +30,7 @@ pub(super) fn not_root(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn no_systemd(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn no_systemd(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.init == "systemd" {
         return Vec::new();
     }
@@ -45,7 +45,7 @@ pub(super) fn no_systemd(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn arch(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn arch(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if version::arch(&facts.machine).is_some() {
         return Vec::new();
     }
@@ -60,7 +60,7 @@ pub(super) fn arch(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn cpu(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn cpu(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.cpus >= 2 || !target.server() {
         return Vec::new();
     }
@@ -75,7 +75,7 @@ pub(super) fn cpu(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn memory(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn memory(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     // machines sold as "2 GB" report some 100 MB less
     let (least, good) =
         if target.server() { (900 * MIB, 1700 * MIB) } else { (420 * MIB, 420 * MIB) };
@@ -96,7 +96,7 @@ pub(super) fn memory(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn components_fit(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn components_fit(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !target.server() || target.components.iter().all(|c| c.memory_mib == 0) {
         return Vec::new();
     }
@@ -121,7 +121,7 @@ pub(super) fn components_fit(facts: &Facts, target: &Target<'_>) -> Vec<Finding>
     ]
 }
 
-pub(super) fn swap(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn swap(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.swap_bytes == 0 {
         return Vec::new();
     }
@@ -142,9 +142,9 @@ pub(super) fn swap(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 const UPGRADE: u64 = GIB;
 
 /// What is put where: path, bytes for a fresh node, inodes.
-fn needs(facts: &Facts, target: &Target<'_>) -> [(String, u64, u64); 4] {
+fn needs(facts: &Facts, target: &InstallTarget<'_>) -> [(String, u64, u64); 4] {
     let data = if target.server() { 3 * GIB } else { 2 * GIB };
-    let kubelet = Chosen::of(facts, target.settings).kubelet_dir();
+    let kubelet = EffectiveSettings::of(facts, target.settings).kubelet_dir();
     [
         ("/var/lib/rancher".into(), data, 40_000),
         (kubelet, 100 * MIB, 2_000),
@@ -154,7 +154,7 @@ fn needs(facts: &Facts, target: &Target<'_>) -> [(String, u64, u64); 4] {
 }
 
 /// Sums needs by file system, so that one disk is asked once; gives `(paths, need bytes, need inodes, disk)`.
-fn by_disk<'a>(facts: &'a Facts, target: &Target<'_>) -> Vec<(String, u64, u64, &'a Disk)> {
+fn by_disk<'a>(facts: &'a Facts, target: &InstallTarget<'_>) -> Vec<(String, u64, u64, &'a Disk)> {
     let mut sums: Vec<(String, u64, u64, &Disk)> = Vec::new();
     for (path, bytes, inodes) in needs(facts, target) {
         let Some(disk) = facts.disks.iter().find(|d| d.path == path) else { continue };
@@ -170,7 +170,7 @@ fn by_disk<'a>(facts: &'a Facts, target: &Target<'_>) -> Vec<(String, u64, u64, 
     sums
 }
 
-pub(super) fn disk(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn disk(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let mut sums = by_disk(facts, target);
     if facts.k3s.ours.is_some() {
         // what would fill the disk is there already, and the kubelet watches the rest; a new version is unpacked beside the old one
@@ -195,7 +195,7 @@ pub(super) fn disk(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         .collect()
 }
 
-pub(super) fn inodes(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn inodes(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     by_disk(facts, target)
         .into_iter()
         .filter(|(_, _, need, disk)| disk.inodes_total > 0 && disk.inodes_free < *need)
@@ -211,7 +211,7 @@ pub(super) fn inodes(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         .collect()
 }
 
-pub(super) fn fsync(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn fsync(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(micros) = facts.fsync_p99_us.filter(|_| target.server()) else { return Vec::new() };
     let level = match micros {
         slow if slow > 500_000 => Level::Error,
@@ -229,7 +229,7 @@ pub(super) fn fsync(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn clock(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn clock(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let sync = "set the clock: `timedatectl set-ntp true`, wait until `timedatectl` says synchronized, then run again";
     if let Some((offset, source)) = &facts.clock.offset
         && offset.abs() > CLOCK_LEEWAY
@@ -272,7 +272,7 @@ pub(super) fn clock(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 
 /// Where the kernel's command line is set on this machine, and what makes a change there take effect.
 fn cmdline_file(facts: &Facts) -> String {
-    match facts.boot.as_deref() {
+    match facts.cmdline_source.as_deref() {
         Some(file @ ("/boot/firmware/cmdline.txt" | "/boot/cmdline.txt")) => format!("the one line of {file}"),
         Some("/etc/default/grub") => {
             "GRUB_CMDLINE_LINUX in /etc/default/grub, run `update-grub` (`grub2-mkconfig -o /boot/grub2/grub.cfg` where that is absent)".into()
@@ -287,7 +287,7 @@ fn cmdline_file(facts: &Facts) -> String {
     }
 }
 
-pub(super) fn controllers(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn controllers(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let missing: Vec<&str> = ["cpu", "cpuset", "pids"]
         .into_iter()
         .filter(|c| !facts.cgroup.controllers.contains(*c))
@@ -306,7 +306,7 @@ pub(super) fn controllers(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn cgroup_memory(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn cgroup_memory(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.cgroup.controllers.contains("memory") {
         return Vec::new();
     }
@@ -324,7 +324,7 @@ pub(super) fn cgroup_memory(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn cgroup_v1(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn cgroup_v1(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(version) = target.version.filter(|v| facts.cgroup.version == 1 && v.minor >= 35)
     else {
         return Vec::new();
@@ -343,10 +343,10 @@ pub(super) fn cgroup_v1(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 }
 
 /// What k3s loads or needs, with the pod network that was chosen.
-pub(crate) fn needed_modules(facts: &Facts, target: &Target<'_>) -> Vec<&'static str> {
-    let chosen = Chosen::of(facts, target.settings);
+pub(crate) fn needed_modules(facts: &Facts, target: &InstallTarget<'_>) -> Vec<&'static str> {
+    let effective = EffectiveSettings::of(facts, target.settings);
     let mut wanted = vec!["br_netfilter", "nf_conntrack"];
-    if chosen.own_containerd() && chosen.snapshotter() == "overlayfs" {
+    if effective.own_containerd() && effective.snapshotter() == "overlayfs" {
         wanted.push("overlay");
     }
     match network::backend(facts, target.settings).as_str() {
@@ -357,7 +357,7 @@ pub(crate) fn needed_modules(facts: &Facts, target: &Target<'_>) -> Vec<&'static
     wanted
 }
 
-pub(super) fn modules(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn modules(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !facts.modules.known {
         return Vec::new();
     }
@@ -403,7 +403,7 @@ pub(super) fn modules(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     vec![finding]
 }
 
-pub(super) fn container(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn container(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(kind) = &facts.container else { return Vec::new() };
     let mut finding = Finding::new(
         "LXC_FEATURES",

@@ -1,6 +1,6 @@
 //! Facts in, findings out: the rules of preflight, each a pure function with a stable code.
 
-mod beside;
+mod config_files;
 mod dns;
 mod machine;
 mod network;
@@ -15,11 +15,11 @@ use crate::install::components::Component;
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
 use crate::install::settings::Settings;
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 use crate::k3s::version::Version;
 
 /// What is to be put on the machine that the facts describe.
-pub struct Target<'a> {
+pub struct InstallTarget<'a> {
     pub settings: &'a Settings,
     /// `None` while it is not known yet: rules about versions then say nothing.
     pub version: Option<&'a Version>,
@@ -27,9 +27,9 @@ pub struct Target<'a> {
     pub components: &'a [&'static Component],
 }
 
-impl Target<'_> {
+impl InstallTarget<'_> {
     fn server(&self) -> bool {
-        self.settings.role == Role::Server
+        self.settings.role == NodeRole::Server
     }
 
     /// Whether a component answers on ports 80 and 443.
@@ -45,7 +45,7 @@ enum Ignore {
     Never,
 }
 
-type Rule = fn(&Facts, &Target<'_>) -> Vec<Finding>;
+type Rule = fn(&Facts, &InstallTarget<'_>) -> Vec<Finding>;
 
 /// Every code, in the order of output. A code that the join adds over the wire is a `Failure`, not a row here.
 const RULES: &[(&str, Ignore, Rule)] = &[
@@ -53,9 +53,9 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("NO_SYSTEMD", Ignore::Never, machine::no_systemd),
     ("ARCH_UNSUPPORTED", Ignore::Never, machine::arch),
     ("K3S_FOREIGN", Ignore::Never, software::foreign),
-    ("K3S_CONFIG_INVALID", Ignore::Allowed, beside::unreadable),
-    ("K3S_CONFIG_CLASH", Ignore::Allowed, beside::clash),
-    ("K3S_ENVIRONMENT", Ignore::Allowed, beside::environment),
+    ("K3S_CONFIG_INVALID", Ignore::Allowed, config_files::unreadable),
+    ("K3S_CONFIG_CLASH", Ignore::Allowed, config_files::clash),
+    ("K3S_ENVIRONMENT", Ignore::Allowed, config_files::environment),
     ("K3S_TOO_OLD", Ignore::Allowed, software::too_old),
     ("K3S_DOWNGRADE", Ignore::Never, software::downgrade),
     ("DATA_TOKEN_CONFLICT", Ignore::Never, software::token_conflict),
@@ -114,7 +114,7 @@ pub fn codes() -> Vec<&'static str> {
 }
 
 /// Runs every rule; `--ignore` is applied here.
-pub fn run(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub fn run(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let mut found = Vec::new();
     for (code, ignore, rule) in RULES {
         for mut finding in rule(facts, target) {

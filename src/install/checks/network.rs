@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::Target;
+use super::InstallTarget;
 use crate::base::text::is_dns_name;
-use crate::install::chosen::Chosen;
+use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::{Facts, Interface, Route};
 use crate::install::finding::{Finding, Level};
 use crate::install::network;
@@ -22,7 +22,7 @@ fn own_name(name: &str) -> bool {
     local && matches!(rest.as_slice(), [] | ["localdomain" | "localdomain4" | "localdomain6"])
 }
 
-pub(super) fn hostname(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn hostname(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let name = target.settings.node_name(&facts.hostname);
     if is_dns_name(&name) && !own_name(&name) && name.len() <= 63 {
         return Vec::new();
@@ -64,7 +64,7 @@ const IMAGE_NAMES: &[&str] = &[
     "ubuntu",
 ];
 
-pub(super) fn image_name(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn image_name(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let name = target.settings.node_name(&facts.hostname);
     // somebody who says it, means it
     if target.settings.options.node_name.is_some() || facts.k3s.ours.is_some() {
@@ -85,9 +85,12 @@ pub(super) fn image_name(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn no_route(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn no_route(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     // what `ip` could not tell is unknown, not absent
-    if facts.ip_fault.is_some() || facts.toward.is_some() || !facts.deciding_routes().is_empty() {
+    if facts.ip_fault.is_some()
+        || facts.route_to_server.is_some()
+        || !facts.deciding_routes().is_empty()
+    {
         return Vec::new();
     }
     vec![
@@ -96,11 +99,11 @@ pub(super) fn no_route(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn ambiguous(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let chosen = Chosen::of(facts, target.settings);
-    if !chosen.list("node-ip").is_empty()
-        || chosen.text("flannel-iface").is_some()
-        || facts.toward.is_some()
+pub(super) fn ambiguous(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
+    let effective = EffectiveSettings::of(facts, target.settings);
+    if !effective.list("node-ip").is_empty()
+        || effective.text("flannel-iface").is_some()
+        || facts.route_to_server.is_some()
     {
         return Vec::new();
     }
@@ -132,14 +135,14 @@ pub(super) fn ambiguous(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn address_unknown(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn address_unknown(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.ip_fault.is_some() {
         return Vec::new();
     }
-    let chosen = Chosen::of(facts, target.settings);
+    let effective = EffectiveSettings::of(facts, target.settings);
     let have: Vec<String> =
         facts.interfaces.iter().flat_map(|i| i.addresses.iter().map(ToString::to_string)).collect();
-    let absent = chosen
+    let absent = effective
         .list("node-ip")
         .into_iter()
         .filter_map(|text| text.parse::<IpAddr>().ok())
@@ -156,8 +159,9 @@ pub(super) fn address_unknown(facts: &Facts, target: &Target<'_>) -> Vec<Finding
             .fix("give one of these with --node-ip, or configure the address first")
         })
         .collect();
-    if let Some(name) =
-        chosen.text("flannel-iface").filter(|name| facts.interfaces.iter().all(|i| i.name != *name))
+    if let Some(name) = effective
+        .text("flannel-iface")
+        .filter(|name| facts.interfaces.iter().all(|i| i.name != *name))
     {
         let names: Vec<&str> = facts.interfaces.iter().map(|i| i.name.as_str()).collect();
         let finding = Finding::new(
@@ -177,7 +181,7 @@ pub(super) fn address_unknown(facts: &Facts, target: &Target<'_>) -> Vec<Finding
     found
 }
 
-pub(super) fn dynamic(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn dynamic(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !target.server() {
         return Vec::new();
     }

@@ -2,10 +2,10 @@
 
 use std::net::IpAddr;
 
-use super::Target;
+use super::InstallTarget;
 use crate::base::cidr::globally_routable;
 use crate::base::http::plain_proxy;
-use crate::install::chosen::Chosen;
+use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::{Facts, Listener};
 use crate::install::finding::{Finding, Level};
 use crate::install::network;
@@ -47,31 +47,31 @@ fn port_of(address: Option<String>, default: u16) -> u16 {
 
 /// Ports that are bound with the chosen settings (k3s documentation, "Networking"; the others in k3s-io/k3s: pkg/daemons/control/server.go,
 /// pkg/daemons/config/types.go StreamServerPort, pkg/etcd/etcd.go, pkg/spegel/spegel.go).
-pub(crate) fn needed_ports(facts: &Facts, target: &Target<'_>) -> Vec<Port> {
-    let chosen = Chosen::of(facts, target.settings);
+pub(crate) fn needed_ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Port> {
+    let effective = EffectiveSettings::of(facts, target.settings);
     let argument = |key: &str, name: &str, default: u16| {
-        chosen.argument(key, name).map_or(default, |p| p.parse().unwrap_or(default))
+        effective.argument(key, name).map_or(default, |p| p.parse().unwrap_or(default))
     };
     let mut ports = Vec::new();
     if target.server() {
-        let api = chosen.api_port();
+        let api = effective.api_port();
         ports.push(Port::tcp(api, "Kubernetes API"));
-        if let Some(supervisor) = chosen.port("supervisor-port").filter(|p| *p != api) {
+        if let Some(supervisor) = effective.port("supervisor-port").filter(|p| *p != api) {
             ports.push(Port::tcp(supervisor, "k3s supervisor"));
         }
         ports.push(Port::local(
-            chosen.port("apiserver-port").unwrap_or(api.saturating_add(1)),
+            effective.port("apiserver-port").unwrap_or(api.saturating_add(1)),
             "API server",
         ));
         ports.push(Port::local(
             argument("kube-controller-manager-arg", "secure-port", 10257),
             "controller manager",
         ));
-        if !chosen.flag("disable-cloud-controller") {
+        if !effective.flag("disable-cloud-controller") {
             ports.push(Port::local(10258, "cloud controller"));
         }
         ports.push(Port::local(argument("kube-scheduler-arg", "secure-port", 10259), "scheduler"));
-        if chosen.flag("cluster-init") && !chosen.has("datastore-endpoint") {
+        if effective.flag("cluster-init") && !effective.has("datastore-endpoint") {
             ports.extend([
                 Port::tcp(2379, "etcd"),
                 Port::tcp(2380, "etcd peers"),
@@ -79,26 +79,29 @@ pub(crate) fn needed_ports(facts: &Facts, target: &Target<'_>) -> Vec<Port> {
                 Port::local(2382, "etcd over HTTP"),
             ]);
         }
-        if chosen.flag("embedded-registry") {
+        if effective.flag("embedded-registry") {
             ports.push(Port::tcp(5001, "embedded registry"));
         }
     } else {
-        ports.push(Port::local(chosen.port("lb-server-port").unwrap_or(6444), "API load balancer"));
+        ports.push(Port::local(
+            effective.port("lb-server-port").unwrap_or(6444),
+            "API load balancer",
+        ));
     }
-    if !target.server() || !chosen.flag("disable-agent") {
+    if !target.server() || !effective.flag("disable-agent") {
         ports.push(Port::tcp(argument("kubelet-arg", "port", 10250), "kubelet"));
         ports.push(Port::local(argument("kubelet-arg", "healthz-port", 10248), "kubelet health"));
-        if !chosen.flag("disable-kube-proxy") {
+        if !effective.flag("disable-kube-proxy") {
             ports.push(Port::local(
-                port_of(chosen.argument("kube-proxy-arg", "metrics-bind-address"), 10249),
+                port_of(effective.argument("kube-proxy-arg", "metrics-bind-address"), 10249),
                 "kube-proxy metrics",
             ));
             ports.push(Port::local(
-                port_of(chosen.argument("kube-proxy-arg", "healthz-bind-address"), 10256),
+                port_of(effective.argument("kube-proxy-arg", "healthz-bind-address"), 10256),
                 "kube-proxy health",
             ));
         }
-        if chosen.own_containerd() || chosen.flag("docker") {
+        if effective.own_containerd() || effective.flag("docker") {
             ports.push(Port::local(10010, "containerd streams"));
         }
         let overlay = network::overlay_ports(facts, target.settings);
@@ -130,7 +133,7 @@ fn holders(facts: &Facts, wanted: &[Port]) -> Vec<(String, String)> {
         .collect()
 }
 
-pub(super) fn ports(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.k3s.ours.is_some() && facts.k3s.active {
         return Vec::new();
     }
@@ -143,7 +146,7 @@ pub(super) fn ports(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         .collect()
 }
 
-pub(super) fn ingress_ports(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn ingress_ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.k3s.ours.is_some() && facts.k3s.active || !target.ingress() {
         return Vec::new();
     }
@@ -156,7 +159,7 @@ pub(super) fn ingress_ports(facts: &Facts, target: &Target<'_>) -> Vec<Finding> 
         .collect()
 }
 
-fn openings(target: &Target<'_>, facts: &Facts) -> Vec<String> {
+fn openings(target: &InstallTarget<'_>, facts: &Facts) -> Vec<String> {
     let mut list = vec!["10250/tcp".to_owned()];
     list.extend(
         network::overlay_ports(facts, target.settings)
@@ -164,7 +167,7 @@ fn openings(target: &Target<'_>, facts: &Facts) -> Vec<String> {
             .map(|(port, _)| format!("{port}/udp")),
     );
     if target.server() {
-        list.insert(0, format!("{}/tcp", Chosen::of(facts, target.settings).api_port()));
+        list.insert(0, format!("{}/tcp", EffectiveSettings::of(facts, target.settings).api_port()));
         if target.ingress() {
             list.extend(["80/tcp".into(), "443/tcp".into()]);
         }
@@ -172,7 +175,7 @@ fn openings(target: &Target<'_>, facts: &Facts) -> Vec<String> {
     list
 }
 
-pub(super) fn firewalld(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn firewalld(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !facts.firewalld_active {
         return Vec::new();
     }
@@ -195,7 +198,7 @@ pub(super) fn firewalld(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn ufw(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn ufw(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !facts.ufw_active {
         return Vec::new();
     }
@@ -214,7 +217,7 @@ pub(super) fn ufw(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     vec![finding]
 }
 
-pub(super) fn proxy(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn proxy(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !facts.proxy.contains_key("HTTP_PROXY") && !facts.proxy.contains_key("HTTPS_PROXY") {
         return Vec::new();
     }
@@ -238,7 +241,7 @@ pub(super) fn proxy(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 }
 
 /// The agent's calls go through a proxy, its tunnel does not.
-pub(super) fn proxy_tunnel(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn proxy_tunnel(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(host) = target.settings.control_plane_host().filter(|_| target.server()) else {
         return Vec::new();
     };
@@ -262,7 +265,7 @@ pub(super) fn proxy_tunnel(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn public(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn public(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !target.settings.options.api_allow.is_empty() {
         return Vec::new();
     }
@@ -282,7 +285,7 @@ pub(super) fn public(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         .collect();
     ports.push(10250);
     if target.server() {
-        ports.push(Chosen::of(facts, target.settings).api_port());
+        ports.push(EffectiveSettings::of(facts, target.settings).api_port());
         if target.ingress() {
             ports.extend([80, 443]);
         }

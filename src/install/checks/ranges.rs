@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::Target;
+use super::InstallTarget;
 use crate::base::cidr::Cidr;
-use crate::install::chosen::Chosen;
+use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
 use crate::install::network;
@@ -26,22 +26,22 @@ const OTHERS: &[&str] = &[
 ];
 
 /// Whether an interface is made by the k3s that we installed. Before there is one, nothing of that name is its.
-fn own(facts: &Facts, chosen: &Chosen, device: &str) -> bool {
+fn own(facts: &Facts, effective: &EffectiveSettings, device: &str) -> bool {
     let any = |list: &[&str]| list.iter().any(|prefix| device.starts_with(prefix));
     facts.k3s.ours.is_some()
-        && (any(OURS) || chosen.backend().as_deref() == Some("none") && any(OTHERS))
+        && (any(OURS) || effective.backend().as_deref() == Some("none") && any(OTHERS))
 }
 
 fn text(range: &Cidr) -> String {
     format!("{}/{}", range.address, range.prefix)
 }
 
-pub(super) fn overlap(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let chosen = Chosen::of(facts, target.settings);
+pub(super) fn overlap(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
+    let effective = EffectiveSettings::of(facts, target.settings);
     let ranges = network::ranges(facts, target.settings);
     let mut found = Vec::new();
     for (name, range) in &ranges {
-        let hits = hits(facts, &chosen, name, range);
+        let hits = hits(facts, &effective, name, range);
         if hits.is_empty() {
             continue;
         }
@@ -56,7 +56,7 @@ pub(super) fn overlap(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         if left {
             finding = finding.fix("left over from a former cluster: `ip link delete cni0; ip link delete flannel.1`, or reboot");
         }
-        let free = free(facts, &chosen, &ranges, range.address.is_ipv6());
+        let free = free(facts, &effective, &ranges, range.address.is_ipv6());
         found.push(finding.fix(format!(
             "choose another in the [k3s] table of the config: {name}-cidr = \"{free}\""
         )));
@@ -64,7 +64,7 @@ pub(super) fn overlap(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     let pairs =
         ranges.iter().enumerate().flat_map(|(n, a)| ranges[n + 1..].iter().map(move |b| (a, b)));
     for ((name, range), (other, second)) in pairs.filter(|(a, b)| a.1.overlaps(&b.1)) {
-        let free = free(facts, &chosen, &ranges, second.address.is_ipv6());
+        let free = free(facts, &effective, &ranges, second.address.is_ipv6());
         found.push(
             Finding::new(
                 "CIDR_OVERLAP",
@@ -81,16 +81,18 @@ pub(super) fn overlap(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 }
 
 /// What of this machine lies in a range.
-fn hits(facts: &Facts, chosen: &Chosen, name: &str, range: &Cidr) -> Vec<String> {
+fn hits(facts: &Facts, effective: &EffectiveSettings, name: &str, range: &Cidr) -> Vec<String> {
     // with host-gw a node's pods are a route through that node
     let through_nodes = facts.k3s.ours.is_some()
         && name == "cluster"
-        && chosen.backend().as_deref() == Some("host-gw");
+        && effective.backend().as_deref() == Some("host-gw");
     let routes = facts
         .routes
         .iter()
         .filter(|r| {
-            !(r.general() || own(facts, chosen, &r.device) || through_nodes && r.gateway.is_some())
+            !(r.general()
+                || own(facts, effective, &r.device)
+                || through_nodes && r.gateway.is_some())
         })
         .filter(|r| Cidr::parse(&r.to).is_some_and(|c| c.overlaps(range)))
         .map(|r| {
@@ -101,7 +103,7 @@ fn hits(facts: &Facts, chosen: &Chosen, name: &str, range: &Cidr) -> Vec<String>
             }
         });
     let addresses =
-        facts.interfaces.iter().filter(|i| !own(facts, chosen, &i.name)).flat_map(|i| {
+        facts.interfaces.iter().filter(|i| !own(facts, effective, &i.name)).flat_map(|i| {
             let inside = i.addresses.iter().filter(|a| range.contains(a.ip));
             inside.map(|a| format!("address {a} on {}", i.name)).collect::<Vec<_>>()
         });
@@ -109,7 +111,7 @@ fn hits(facts: &Facts, chosen: &Chosen, name: &str, range: &Cidr) -> Vec<String>
 }
 
 /// A range of the family that nothing here uses.
-fn free(facts: &Facts, chosen: &Chosen, taken: &[(&str, Cidr)], v6: bool) -> String {
+fn free(facts: &Facts, effective: &EffectiveSettings, taken: &[(&str, Cidr)], v6: bool) -> String {
     let tries: &[&str] = if v6 {
         &["fd00:96::/112", "fd00:97::/112", "fd00:98::/112"]
     } else {
@@ -117,18 +119,18 @@ fn free(facts: &Facts, chosen: &Chosen, taken: &[(&str, Cidr)], v6: bool) -> Str
     };
     let usable = |t: &&&str| {
         let Some(range) = Cidr::parse(t) else { return false };
-        hits(facts, chosen, "", &range).is_empty()
+        hits(facts, effective, "", &range).is_empty()
             && taken.iter().all(|(_, other)| !other.overlaps(&range))
     };
     (*tries.iter().find(usable).unwrap_or(&tries[0])).to_owned()
 }
 
 /// What k3s or the controller manager refuses at its start, so that the node never comes up.
-pub(super) fn misfit(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn misfit(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !target.server() {
         return Vec::new();
     }
-    let chosen = Chosen::of(facts, target.settings);
+    let effective = EffectiveSettings::of(facts, target.settings);
     let ranges = network::ranges(facts, target.settings);
     let of = |name: &str| -> Vec<Cidr> {
         ranges.iter().filter(|(n, _)| *n == name).map(|(_, r)| *r).collect()
@@ -194,7 +196,7 @@ pub(super) fn misfit(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         }
     }
     for range in &pods {
-        let (mask, key) = node_mask(&chosen, range.address.is_ipv6(), pods.len() > 1);
+        let (mask, key) = node_mask(&effective, range.address.is_ipv6(), pods.len() > 1);
         // k8s.io/kubernetes, pkg/controller/nodeipam/ipam/cidrset: 16 bits at most
         if range.prefix > mask || mask - range.prefix > 16 {
             say(
@@ -204,7 +206,7 @@ pub(super) fn misfit(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
             );
         }
     }
-    for server in chosen.list("cluster-dns") {
+    for server in effective.list("cluster-dns") {
         if server.parse::<IpAddr>().is_ok_and(|ip| !services.iter().any(|r| r.contains(ip))) {
             say(
                 "the cluster's name server is outside the range of services",
@@ -216,12 +218,12 @@ pub(super) fn misfit(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     found
 }
 
-fn node_mask(chosen: &Chosen, v6: bool, dual: bool) -> (u8, &'static str) {
+fn node_mask(effective: &EffectiveSettings, v6: bool, dual: bool) -> (u8, &'static str) {
     let key = match (v6, dual) {
         (true, true) => "node-cidr-mask-size-ipv6",
         (false, true) => "node-cidr-mask-size-ipv4",
         _ => "node-cidr-mask-size",
     };
-    let set = chosen.argument("kube-controller-manager-arg", key).and_then(|m| m.parse().ok());
+    let set = effective.argument("kube-controller-manager-arg", key).and_then(|m| m.parse().ok());
     (set.unwrap_or(if v6 { 64 } else { 24 }), key)
 }

@@ -1,10 +1,10 @@
 //! Rules about files that show a secret to everybody on the machine.
 
-use super::Target;
+use super::InstallTarget;
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
 
-pub(super) fn readable(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn readable(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     facts
         .readable
         .iter()

@@ -1,13 +1,13 @@
 //! Rules about settings of k3s: those that this line does not know, and those that it takes in another way than they look.
 
-use super::Target;
+use super::InstallTarget;
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
 use crate::k3s::{keys, values};
 
 /// A node keeps the name that it was installed with: under another one it would be a second Node, and the first one an orphan.
-pub(super) fn renamed(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let Some(now) = &facts.renamed else { return Vec::new() };
+pub(super) fn renamed(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
+    let Some(now) = &facts.current_hostname else { return Vec::new() };
     let node = &facts.hostname;
     let wanted = target.settings.node_name(node);
     if wanted == *node {
@@ -30,12 +30,12 @@ pub(super) fn renamed(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn unknown(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn unknown(_: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let table = &target.settings.options.k3s;
-    keys::unknown(table.keys().map(String::as_str), target.settings.role, target.version)
+    keys::unknown_keys(table.keys().map(String::as_str), target.settings.role, target.version)
         .into_iter()
         .map(|key| {
-            let level = if key.perhaps { Level::Warning } else { Level::Error };
+            let level = if key.uncertain { Level::Warning } else { Level::Error };
             Finding::new(
                 "K3S_SETTING_UNKNOWN",
                 level,
@@ -47,7 +47,7 @@ pub(super) fn unknown(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
         .collect()
 }
 
-pub(super) fn odd(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn odd(_: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let stars =
         target.settings.options.tls_san.iter().filter(|name| name.starts_with("*.")).map(|name| {
             Finding::new(

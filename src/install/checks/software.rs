@@ -1,16 +1,16 @@
 //! Rules about what is installed already: k3s, other Kubernetes, SELinux, iptables, certificates.
 
-use super::Target;
+use super::InstallTarget;
 use crate::host::paths::AGENT_USER;
-use crate::install::chosen::Chosen;
+use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::{Facts, iptables_bad};
 use crate::install::finding::{Finding, Level};
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 use crate::k3s::version::{OLDEST_MINOR, Version};
 
-pub(super) fn foreign(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn foreign(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if let Some(role) = facts.k3s.ours.filter(|role| *role != target.settings.role) {
-        let is = if role == Role::Server { "server" } else { "worker" };
+        let is = if role == NodeRole::Server { "server" } else { "worker" };
         return vec![
             Finding::new(
                 "K3S_FOREIGN",
@@ -41,7 +41,7 @@ pub(super) fn foreign(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn too_old(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn too_old(_: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(version) = target.version.filter(|v| v.too_old()) else { return Vec::new() };
     vec![
         Finding::new(
@@ -54,7 +54,7 @@ pub(super) fn too_old(_: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn downgrade(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn downgrade(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(have) = facts
         .k3s
         .version
@@ -76,7 +76,7 @@ pub(super) fn downgrade(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn token_conflict(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn token_conflict(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !target.server() || facts.k3s.ours.is_some() || !facts.k3s.server_data {
         return Vec::new();
     }
@@ -91,7 +91,7 @@ pub(super) fn token_conflict(facts: &Facts, target: &Target<'_>) -> Vec<Finding>
     ]
 }
 
-pub(super) fn other_kubernetes(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn other_kubernetes(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.other_kubernetes.is_empty() {
         return Vec::new();
     }
@@ -106,7 +106,7 @@ pub(super) fn other_kubernetes(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn selinux(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn selinux(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.selinux.mode != "enforcing" || facts.selinux.k3s_policy {
         return Vec::new();
     }
@@ -121,7 +121,7 @@ pub(super) fn selinux(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn iptables(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn iptables(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(tool) = facts.iptables.as_ref().filter(|_| iptables_bad(facts)) else {
         return Vec::new();
     };
@@ -136,12 +136,12 @@ pub(super) fn iptables(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn tools(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn tools(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let options = &target.settings.options;
-    let chosen = Chosen::of(facts, target.settings);
+    let effective = EffectiveSettings::of(facts, target.settings);
     let firewall = !options.api_allow.is_empty();
     let agent = target.server() && facts.account.user.is_none() && facts.k3s.ours.is_none();
-    let fuse = chosen.own_containerd() && chosen.snapshotter() == "fuse-overlayfs";
+    let fuse = effective.own_containerd() && effective.snapshotter() == "fuse-overlayfs";
     let red_hat = ["rhel", "fedora", "centos", "rocky", "almalinux", "ol", "amzn"]
         .iter()
         .any(|id| facts.os.id == *id || facts.os.id_like.contains(id));
@@ -151,7 +151,7 @@ pub(super) fn tools(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
         ("mount", true, "mount"),
         ("umount", true, "mount"),
         ("nft", firewall, "nftables"),
-        ("apparmor_parser", facts.apparmor && chosen.own_containerd(), "apparmor"),
+        ("apparmor_parser", facts.apparmor && effective.own_containerd(), "apparmor"),
         ("useradd", agent, if red_hat { "shadow-utils" } else { "passwd" }),
         ("fuse-overlayfs", fuse, "fuse-overlayfs"),
     ];
@@ -191,7 +191,7 @@ pub(super) fn tools(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 }
 
 /// The agent's user or group is somebody else's, so that the agent would run with that one's rights or not at all.
-pub(super) fn account(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn account(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     // what an earlier run made is as it should be
     if !target.server() || facts.k3s.ours.is_some() {
         return Vec::new();
@@ -237,7 +237,7 @@ pub(super) fn account(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn trust_store(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn trust_store(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.trust_store || target.settings.options.offline_dir.is_some() {
         return Vec::new();
     }
@@ -252,7 +252,7 @@ pub(super) fn trust_store(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn retired_ingress(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn retired_ingress(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(annotated) = facts.retired_ingress else { return Vec::new() };
     vec![
         Finding::new(
@@ -265,7 +265,7 @@ pub(super) fn retired_ingress(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn traefik_goes(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn traefik_goes(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if !facts.traefik || !target.server() || target.components.iter().any(|c| c.name == "traefik") {
         return Vec::new();
     }

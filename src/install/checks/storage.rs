@@ -1,11 +1,11 @@
 //! Rules about how the places are mounted that we and k3s write to.
 
-use super::Target;
-use crate::install::chosen::Chosen;
+use super::InstallTarget;
+use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
 
-pub(super) fn read_only(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn read_only(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let shut: Vec<&str> =
         facts.mounts.iter().filter(|m| m.read_only).map(|m| m.path.as_str()).collect();
     if shut.is_empty() {
@@ -23,7 +23,7 @@ pub(super) fn read_only(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
     ]
 }
 
-pub(super) fn no_exec(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn no_exec(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     // k3s unpacks its programs below its data directory
     let shut: Vec<String> = facts
         .mounts
@@ -60,17 +60,17 @@ const NO_UPPER: &[&str] = &[
     "aufs",
 ];
 
-pub(super) fn snapshotter(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
-    let chosen = Chosen::of(facts, target.settings);
+pub(super) fn snapshotter(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
+    let effective = EffectiveSettings::of(facts, target.settings);
     let Some(mount) = facts
         .mounts
         .iter()
         .find(|m| m.path == "/var/lib/rancher")
-        .filter(|_| chosen.own_containerd())
+        .filter(|_| effective.own_containerd())
     else {
         return Vec::new();
     };
-    let (snapshotter, kind) = (chosen.snapshotter(), mount.kind.as_str());
+    let (snapshotter, kind) = (effective.snapshotter(), mount.kind.as_str());
     let alike = NO_UPPER.contains(&kind) || kind.starts_with("fuse.");
     let why = match snapshotter.as_str() {
         "overlayfs" | "stargz" if alike => {

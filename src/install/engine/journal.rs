@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use crate::base::config_file::unquoted;
 use crate::base::error::{Exit, Failure};
 use crate::host::paths::STATE;
-use crate::host::{Hands, Host, Owner};
+use crate::host::{Host, HostWriter, Owner};
 use crate::install::plan::Resource;
-use crate::install::settings::recorded_extra;
-use crate::k3s::role::Role;
+use crate::install::settings::recorded_k3s_table;
+use crate::k3s::role::NodeRole;
 
 pub const PATH: &str = "/var/lib/pipeops/journal.json";
 /// Raised when the meaning of a field changes; every version ever written must still load.
@@ -19,7 +19,7 @@ const VERSION: u32 = 1;
 /// What stood in a thing's place before we came.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "was", rename_all = "snake_case")]
-pub enum Before {
+pub enum PriorState {
     /// Nothing; undoing removes it. `made` are the parent directories that came with it, outermost first.
     Absent {
         #[serde(default)]
@@ -40,7 +40,7 @@ pub enum Before {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum State {
+pub enum EntryState {
     /// Written before the change: it may or may not have happened.
     Intent,
     Done,
@@ -48,12 +48,12 @@ pub enum State {
 
 /// One step that was begun.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct JournalEntry {
     pub id: String,
     pub title: String,
     pub want: Resource,
-    pub before: Before,
-    pub state: State,
+    pub before: PriorState,
+    pub state: EntryState,
     /// sha256 of what we wrote, to tell our text from somebody's edit.
     #[serde(default)]
     pub digest: Option<String>,
@@ -62,12 +62,12 @@ pub struct Entry {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Journal {
     pub version: u32,
-    pub role: Role,
+    pub role: NodeRole,
     pub node: String,
     pub k3s_version: String,
     /// Options of the last run, without secrets.
     pub options: BTreeMap<String, String>,
-    pub entries: Vec<Entry>,
+    pub entries: Vec<JournalEntry>,
     /// Digest of the inputs that each unit was last started with.
     #[serde(default)]
     pub units: BTreeMap<String, String>,
@@ -83,7 +83,7 @@ pub struct Journal {
 }
 
 impl Journal {
-    pub fn new(role: Role, node: &str, k3s_version: &str) -> Journal {
+    pub fn new(role: NodeRole, node: &str, k3s_version: &str) -> Journal {
         Journal {
             version: VERSION,
             role,
@@ -124,29 +124,29 @@ impl Journal {
         if let Some(table) = journal.options.remove("k3s") {
             journal
                 .options
-                .extend(recorded_extra(&serde_json::from_str(&table).unwrap_or_default()));
+                .extend(recorded_k3s_table(&serde_json::from_str(&table).unwrap_or_default()));
             journal.scrubbed = true;
         }
         Ok(Some(journal))
     }
 
     /// Durable before it returns.
-    pub fn save(&self, hands: &Hands) -> anyhow::Result<()> {
+    pub fn save(&self, writer: &HostWriter) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(self)?;
-        hands.write(PATH, text.as_bytes(), 0o600, Owner::default())
+        writer.write(PATH, text.as_bytes(), 0o600, Owner::default())
     }
 
-    pub fn entry(&self, id: &str) -> Option<&Entry> {
+    pub fn entry(&self, id: &str) -> Option<&JournalEntry> {
         self.entries.iter().find(|e| e.id == id)
     }
 
     /// Notes that a step begins. What was there before is recorded once and never overwritten by a later run.
-    pub fn intend(&mut self, entry: Entry) {
+    pub fn intend(&mut self, entry: JournalEntry) {
         match self.entries.iter_mut().find(|e| e.id == entry.id) {
             Some(known) => {
                 known.title = entry.title;
                 known.want = entry.want;
-                known.state = State::Intent;
+                known.state = EntryState::Intent;
             }
             None => self.entries.push(entry),
         }
@@ -154,7 +154,7 @@ impl Journal {
 
     pub fn finish(&mut self, id: &str, digest: Option<String>) {
         if let Some(entry) = self.entries.iter_mut().find(|e| e.id == id) {
-            entry.state = State::Done;
+            entry.state = EntryState::Done;
             entry.digest = digest.or(entry.digest.take());
         }
     }
@@ -173,9 +173,9 @@ pub fn backup_path(id: &str) -> String {
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn back_up(hands: &Hands, id: &str, bytes: &[u8]) -> anyhow::Result<String> {
+pub fn back_up(writer: &HostWriter, id: &str, bytes: &[u8]) -> anyhow::Result<String> {
     let path = backup_path(id);
-    hands.mkdir(path.rsplit_once('/').map_or("/", |(dir, _)| dir), 0o700)?;
-    hands.write(&path, bytes, 0o600, Owner::default())?;
+    writer.mkdir(path.rsplit_once('/').map_or("/", |(dir, _)| dir), 0o700)?;
+    writer.write(&path, bytes, 0o600, Owner::default())?;
     Ok(path)
 }

@@ -1,6 +1,7 @@
 //! One engine for every plan: check, apply, undo; the journal is written before and after each step.
 
 mod account;
+mod context;
 pub mod journal;
 mod objects;
 mod old_data;
@@ -9,23 +10,23 @@ mod server_token;
 mod start;
 mod teardown;
 mod wait;
-mod work;
 
 use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
 use crate::base::error::{Exit, Failure};
-use crate::host::{Hands, Host};
+use crate::host::{Host, HostWriter};
 use crate::install::finding::Finding;
 use crate::install::plan::{
-    Check, Checked, Content, Event, Plan, Ready, Resource, SecretName, Step,
+    CheckedPlan, FileContent, Plan, ProgressEvent, Resource, SecretName, Step, StepStatus,
+    WaitCondition,
 };
-use journal::{Entry, Journal, State};
-use work::Work;
+use context::StepContext;
+use journal::{EntryState, Journal, JournalEntry};
 
-pub use wait::missing;
-pub use work::Secrets;
+pub use context::Secrets;
+pub use wait::unmet;
 
 /// How a run of the engine ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,7 +49,7 @@ pub async fn check(
     journal: Option<&Journal>,
     secrets: &Secrets,
     findings: Vec<Finding>,
-) -> anyhow::Result<Checked> {
+) -> anyhow::Result<CheckedPlan> {
     let mut checks = Vec::new();
     for step in &plan.steps {
         checks.push(
@@ -67,7 +68,7 @@ pub async fn check(
         })
         .unwrap_or_default();
     let drift = journal.map(|j| resource::drift(host, j)).transpose()?.unwrap_or_default();
-    Ok(Checked { plan, checks, remove, drift, findings })
+    Ok(CheckedPlan { plan, checks, remove, drift, findings })
 }
 
 /// Makes the machine as the plan wants it. Run again after any interruption: the machine is asked what is done, not the journal.
@@ -75,34 +76,34 @@ pub async fn check(
 /// # Errors
 /// The first step that is not optional and fails ends the run; what was done is in the journal.
 pub async fn apply(
-    hands: &Hands,
+    writer: &HostWriter,
     plan: &Plan,
     secrets: &Secrets,
     journal: &mut Journal,
     stop: &CancellationToken,
-    tell: &mut dyn FnMut(Event),
+    on_event: &mut dyn FnMut(ProgressEvent),
 ) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
     // a change to a node that was healthy can be taken back; a new k3s cannot, for its datastore may have moved on
-    let mut former = (journal.complete && journal.k3s_version == plan.k3s_version).then(Vec::new);
+    let mut previous = (journal.complete && journal.k3s_version == plan.k3s_version).then(Vec::new);
     journal.complete = false;
     journal.k3s_version.clone_from(&plan.k3s_version);
-    let stale: Vec<Entry> = journal
+    let stale: Vec<JournalEntry> = journal
         .entries
         .iter()
         .rev()
         .filter(|e| !plan.steps.iter().any(|s| s.id == e.id))
         .cloned()
         .collect();
-    let mut work = Work { hands, secrets, stop, tell };
+    let mut context = StepContext { writer, secrets, stop, on_event };
     for entry in stale {
         interrupted(stop)?;
-        resource::undo(&mut work, journal, &entry, false, false)
+        resource::undo(&mut context, journal, &entry, false, false)
             .await
             .map_err(|e| e.context(format!("taking back: {}", entry.title)))?;
         journal.forget(&entry.id);
-        save(journal, hands)?;
-        (work.tell)(Event::Undone { id: entry.id, title: entry.title.clone() });
+        save(journal, writer)?;
+        (context.on_event)(ProgressEvent::Undone { id: entry.id, title: entry.title.clone() });
         outcome.changed.push(entry.title);
     }
     let of = plan.steps.len();
@@ -115,28 +116,32 @@ pub async fn apply(
         if family.is_some() && family == broken {
             continue;
         }
-        (work.tell)(Event::Started {
+        (context.on_event)(ProgressEvent::Started {
             id: step.id.clone(),
             title: step.title.clone(),
             number: number + 1,
             of,
         });
         let begin = Instant::now();
-        if let Some(former) = &mut former {
-            former.extend(resource::former(hands, step, secrets)?);
+        if let Some(previous) = &mut previous {
+            previous.extend(resource::previous_file(writer, step, secrets)?);
         }
-        let result = one(&mut work, journal, step).await;
+        let result = run_step(&mut context, journal, step).await;
         let duration_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
         match result {
             Ok(changed) => {
                 if changed && !matches!(step.want, Resource::Ready { .. }) {
                     outcome.changed.push(step.title.clone());
                 }
-                (work.tell)(Event::Finished { id: step.id.clone(), changed, duration_ms });
+                (context.on_event)(ProgressEvent::Finished {
+                    id: step.id.clone(),
+                    changed,
+                    duration_ms,
+                });
             }
             Err(error) if step.optional && Failure::of(&error).exit != Exit::Interrupted => {
                 let what = Failure::of(&error).line();
-                (work.tell)(Event::Failed {
+                (context.on_event)(ProgressEvent::Failed {
                     id: step.id.clone(),
                     what: what.clone(),
                     optional: true,
@@ -145,15 +150,17 @@ pub async fn apply(
                 broken = family;
             }
             Err(error) => {
-                (work.tell)(Event::Failed {
+                (context.on_event)(ProgressEvent::Failed {
                     id: step.id.clone(),
                     what: format!("{error:#}"),
                     optional: false,
                 });
-                if let (Some(former), Resource::Ready { what, .. }) = (&former, &step.want)
+                if let (Some(previous), Resource::Ready { what, .. }) = (&previous, &step.want)
                     && Failure::of(&error).exit == Exit::TimedOut
                 {
-                    return Err(roll_back(&mut work, journal, plan, former, what, &error).await);
+                    return Err(
+                        roll_back(&mut context, journal, plan, previous, what, &error).await
+                    );
                 }
                 return Err(if error.downcast_ref::<Failure>().is_some() {
                     error
@@ -171,34 +178,34 @@ pub async fn apply(
     {
         journal.options.clone_from(&plan.options);
         journal.complete = complete;
-        save(journal, hands)?;
+        save(journal, writer)?;
     }
     Ok(outcome)
 }
 
 /// Longest wait for the former state to come back.
-const BACK: std::time::Duration = std::time::Duration::from_secs(180);
+const ROLLBACK_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(180);
 
 /// Puts the former files back, restarts the unit with them, and waits until the node is as it was.
 async fn roll_back(
-    work: &mut Work<'_>,
+    context: &mut StepContext<'_>,
     journal: &mut Journal,
     plan: &Plan,
-    former: &[resource::Former],
-    what: &[Ready],
+    previous: &[resource::PreviousFile],
+    what: &[WaitCondition],
     error: &anyhow::Error,
 ) -> anyhow::Error {
     let mut failure = Failure::of(error);
     let Some(unit) = what.iter().find_map(|r| match r {
-        Ready::Node { unit, .. } => Some(unit.clone()),
+        WaitCondition::Node { unit, .. } => Some(unit.clone()),
         _ => None,
     }) else {
         return failure.into();
     };
-    if former.is_empty() {
+    if previous.is_empty() {
         return failure.into();
     }
-    (work.tell)(Event::Note {
+    (context.on_event)(ProgressEvent::Note {
         text: "the node does not come back with the change: going back to the former settings"
             .into(),
     });
@@ -206,12 +213,20 @@ async fn roll_back(
         Resource::Unit { name, inputs } if *name == unit => Some(inputs.as_slice()),
         _ => None,
     });
-    match resource::put_back(work, journal, former, &unit, inputs.unwrap_or_default(), what, BACK)
-        .await
+    match resource::restore_previous(
+        context,
+        journal,
+        previous,
+        &unit,
+        inputs.unwrap_or_default(),
+        what,
+        ROLLBACK_TIMEOUT,
+    )
+    .await
     {
         Ok(()) => {
             journal.complete = true;
-            if let Err(error) = save(journal, work.hands) {
+            if let Err(error) = save(journal, context.writer) {
                 return error;
             }
             failure
@@ -223,7 +238,7 @@ async fn roll_back(
         Err(error) => {
             failure.why.push(format!("going back did not work either: {error:#}"));
             // the files are back: the next run must not take them for somebody's edit
-            if let Err(error) = save(journal, work.hands) {
+            if let Err(error) = save(journal, context.writer) {
                 failure.why.push(format!("{error:#}"));
             }
         }
@@ -232,48 +247,56 @@ async fn roll_back(
 }
 
 /// One step: look; note the intent; do; note that it is done.
-async fn one(work: &mut Work<'_>, journal: &mut Journal, step: &Step) -> anyhow::Result<bool> {
-    let state = resource::check(work.hands, Some(journal), work.secrets, step).await?;
-    if state == Check::Done {
+async fn run_step(
+    context: &mut StepContext<'_>,
+    journal: &mut Journal,
+    step: &Step,
+) -> anyhow::Result<bool> {
+    let state = resource::check(context.writer, Some(journal), context.secrets, step).await?;
+    if state == StepStatus::Done {
         // a step that was done but not noted as such before a crash
-        if journal.entry(&step.id).is_some_and(|e| e.state == State::Intent || e.want != step.want)
+        if journal
+            .entry(&step.id)
+            .is_some_and(|e| e.state == EntryState::Intent || e.want != step.want)
         {
-            settle(journal, work.hands, step)?;
+            mark_done(journal, context.writer, step)?;
         }
         return Ok(false);
     }
-    let lasting = step.want.lasts();
+    let lasting = step.want.leaves_state();
     if lasting {
         let before = match journal.entry(&step.id) {
             Some(known) => known.before.clone(),
-            None => resource::before(work.hands, step).await?,
+            None => resource::before(context.writer, step).await?,
         };
-        journal.intend(Entry {
+        journal.intend(JournalEntry {
             id: step.id.clone(),
             title: step.title.clone(),
             want: step.want.clone(),
             before,
-            state: State::Intent,
+            state: EntryState::Intent,
             digest: None,
         });
-        save(journal, work.hands)?;
+        save(journal, context.writer)?;
     }
-    let digest = resource::apply(work, journal, step).await?;
+    let digest = resource::apply(context, journal, step).await?;
     if lasting {
         journal.finish(&step.id, digest);
-        save(journal, work.hands)?;
+        save(journal, context.writer)?;
     }
     Ok(true)
 }
 
-fn settle(journal: &mut Journal, hands: &Hands, step: &Step) -> anyhow::Result<()> {
+fn mark_done(journal: &mut Journal, writer: &HostWriter, step: &Step) -> anyhow::Result<()> {
     let digest = match &step.want {
-        Resource::File { path, content: Content::Text(_) | Content::Filled { .. }, .. }
-        | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => hands.sha256(path)?,
-        Resource::File { path, content: Content::Secret(name), .. }
+        Resource::File {
+            path, content: FileContent::Text(_) | FileContent::Filled { .. }, ..
+        }
+        | Resource::Fetch(crate::host::fetch::Artifact { path, .. }) => writer.sha256(path)?,
+        Resource::File { path, content: FileContent::Secret(name), .. }
             if *name != SecretName::AgentToken =>
         {
-            hands.sha256(path)?
+            writer.sha256(path)?
         }
         _ => None,
     };
@@ -281,7 +304,7 @@ fn settle(journal: &mut Journal, hands: &Hands, step: &Step) -> anyhow::Result<(
         entry.want = step.want.clone();
     }
     journal.finish(&step.id, digest);
-    save(journal, hands)
+    save(journal, writer)
 }
 
 /// Undoes the whole journal, last entry first. What cannot be undone is named and does not stop the rest.
@@ -289,18 +312,18 @@ fn settle(journal: &mut Journal, hands: &Hands, step: &Step) -> anyhow::Result<(
 /// # Errors
 /// When interrupted, or the journal cannot be written.
 pub async fn undo_all(
-    hands: &Hands,
+    writer: &HostWriter,
     journal: &mut Journal,
     purge: bool,
     stop: &CancellationToken,
-    tell: &mut dyn FnMut(Event),
+    on_event: &mut dyn FnMut(ProgressEvent),
 ) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
     let secrets = Secrets::new();
-    let mut work = Work { hands, secrets: &secrets, stop, tell };
+    let mut context = StepContext { writer, secrets: &secrets, stop, on_event };
     let kernel = journal.kernel.clone();
     journal.complete = false;
-    save(journal, hands)?;
+    save(journal, writer)?;
     let (mut number, of) = (0, journal.entries.len());
     while let Some(entry) = journal
         .entries
@@ -319,25 +342,29 @@ pub async fn undo_all(
             continue;
         }
         let title = format!("undo: {}", entry.title);
-        (work.tell)(Event::Started { id: entry.id.clone(), title, number, of });
+        (context.on_event)(ProgressEvent::Started { id: entry.id.clone(), title, number, of });
         let begin = Instant::now();
-        match resource::undo(&mut work, journal, &entry, true, purge).await {
+        match resource::undo(&mut context, journal, &entry, true, purge).await {
             Ok(left) => {
                 let busy = left.iter().any(|l| l.contains("MOUNT_STILL_BUSY"));
                 outcome.left.extend(left.clone());
                 let duration_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-                (work.tell)(Event::Finished { id: entry.id.clone(), changed: true, duration_ms });
+                (context.on_event)(ProgressEvent::Finished {
+                    id: entry.id.clone(),
+                    changed: true,
+                    duration_ms,
+                });
                 if busy {
                     outcome.failed.push((entry.title.clone(), left.join("; ")));
                 } else {
                     outcome.changed.push(entry.title.clone());
                     journal.forget(&entry.id);
-                    save(journal, hands)?;
+                    save(journal, writer)?;
                 }
             }
             Err(error) => {
                 let what = format!("{error:#}");
-                (work.tell)(Event::Failed {
+                (context.on_event)(ProgressEvent::Failed {
                     id: entry.id.clone(),
                     what: what.clone(),
                     optional: true,
@@ -346,9 +373,9 @@ pub async fn undo_all(
             }
         }
     }
-    hands.daemon_reload().await.ok();
+    writer.daemon_reload().await.ok();
     outcome.left.extend(
-        teardown::kernel_changes(hands, &kernel).into_iter().map(|c| format!("kernel: {c}")),
+        teardown::kernel_changes(writer, &kernel).into_iter().map(|c| format!("kernel: {c}")),
     );
     Ok(outcome)
 }
@@ -364,8 +391,8 @@ fn interrupted(stop: &CancellationToken) -> Result<(), Failure> {
     Ok(())
 }
 
-fn save(journal: &Journal, hands: &Hands) -> anyhow::Result<()> {
-    journal.save(hands)?;
+fn save(journal: &Journal, writer: &HostWriter) -> anyhow::Result<()> {
+    journal.save(writer)?;
     #[cfg(debug_assertions)]
     failpoint();
     Ok(())

@@ -3,12 +3,12 @@
 use anyhow::Context as _;
 
 use crate::base::error::Failure;
-use crate::install::plan::{Check, documents};
+use crate::install::plan::{StepStatus, documents};
 use crate::kubernetes::client::{CONFLICT, Cluster, path_of, status, title_of};
 
 /// # Errors
 /// When the API server refuses something other than by absence.
-pub(super) async fn check(cluster: &Cluster, yaml: &str) -> anyhow::Result<Check> {
+pub(super) async fn check(cluster: &Cluster, yaml: &str) -> anyhow::Result<StepStatus> {
     let mut changes = Vec::new();
     for object in documents(yaml)? {
         let state = match cluster.stands(&object).await {
@@ -31,7 +31,7 @@ pub(super) async fn check(cluster: &Cluster, yaml: &str) -> anyhow::Result<Check
             None => changes.push(format!("create {}", title_of(&object))),
         }
     }
-    Ok(if changes.is_empty() { Check::Done } else { Check::Todo { changes } })
+    Ok(if changes.is_empty() { StepStatus::Done } else { StepStatus::Todo { changes } })
 }
 
 fn contested(error: &anyhow::Error) -> bool {

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::host::{Hands, Host};
+use crate::host::{Host, HostWriter};
 
 const DATA: &str = "/var/lib/rancher/k3s/data";
 
@@ -33,9 +33,9 @@ pub(super) fn removable(host: &Host) -> Vec<String> {
         .collect()
 }
 
-pub(super) fn remove(hands: &Hands) -> anyhow::Result<()> {
-    for dir in removable(hands) {
-        hands.remove_tree(&dir, &[])?;
+pub(super) fn remove(writer: &HostWriter) -> anyhow::Result<()> {
+    for dir in removable(writer) {
+        writer.remove_tree(&dir, &[])?;
     }
     Ok(())
 }

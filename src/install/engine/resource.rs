@@ -5,16 +5,18 @@ use std::time::Duration;
 use anyhow::Context as _;
 use sha2::{Digest as _, Sha256};
 
-use super::journal::{Before, Entry, Journal, back_up};
-use super::work::{Secrets, Work};
+use super::context::{Secrets, StepContext};
+use super::journal::{Journal, JournalEntry, PriorState, back_up};
 use super::{account, objects, old_data, server_token, teardown, wait};
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::host::paths::{AGENT_TOKEN, LOGS};
-use crate::host::{Hands, Host, Owner, fetch};
-use crate::install::plan::{Check, Content, Event, Ready, Resource, SecretName, Step};
-use crate::install::settings::extra::filled;
+use crate::host::{Host, HostWriter, Owner, fetch};
+use crate::install::plan::{
+    FileContent, ProgressEvent, Resource, SecretName, Step, StepStatus, WaitCondition,
+};
+use crate::install::settings::k3s_table::fill_placeholders;
 use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::kubernetes::client::{Cluster, passing, status};
 
@@ -32,7 +34,7 @@ fn secret_digest(secret: &Secret) -> String {
 /// What a file shall hold; `None` means: whatever it holds already.
 fn content(
     path: &str,
-    content: &Content,
+    content: &FileContent,
     secrets: &Secrets,
     host: &Host,
 ) -> anyhow::Result<Option<Vec<u8>>> {
@@ -45,12 +47,12 @@ fn content(
         .hint(format!("give it as when the plan was made: {}", name.comes_from()))
     };
     let name = match content {
-        Content::Text(text) => return Ok(Some(text.clone().into_bytes())),
-        Content::Filled { text, from } => {
-            let full = secrets.get(from).and_then(|fill| filled(text, fill));
+        FileContent::Text(text) => return Ok(Some(text.clone().into_bytes())),
+        FileContent::Filled { text, from } => {
+            let full = secrets.get(from).and_then(|fill| fill_placeholders(text, fill));
             return Ok(Some(full.ok_or_else(|| missing(*from))?.into_bytes()));
         }
-        Content::Secret(name) => name,
+        FileContent::Secret(name) => name,
     };
     match (secrets.get(name), name) {
         (Some(secret), _) => Ok(Some(secret.expose().as_bytes().to_vec())),
@@ -61,8 +63,8 @@ fn content(
 }
 
 /// The login for a mirror, and for nothing else.
-fn login<'a>(want: &crate::host::fetch::Fetch, secrets: &'a Secrets) -> Option<&'a Secret> {
-    let (crate::host::fetch::Source::Url(url), login) =
+fn login<'a>(want: &crate::host::fetch::Artifact, secrets: &'a Secrets) -> Option<&'a Secret> {
+    let (crate::host::fetch::ArtifactSource::Url(url), login) =
         (&want.source, secrets.get(&SecretName::ArtifactLogin)?)
     else {
         return None;
@@ -86,23 +88,25 @@ pub(super) async fn check(
     journal: Option<&Journal>,
     secrets: &Secrets,
     step: &Step,
-) -> anyhow::Result<Check> {
+) -> anyhow::Result<StepStatus> {
     let known = journal.and_then(|j| j.entry(&step.id));
     Ok(match &step.want {
         Resource::Dir { path, mode } => match host.mode(path) {
-            None => Check::todo(format!("create {path}")),
+            None => StepStatus::todo(format!("create {path}")),
             // a directory that was there before keeps its mode
             Some(have)
                 if have != *mode
-                    && known.is_some_and(|e| matches!(e.before, Before::Absent { .. })) =>
+                    && known.is_some_and(|e| matches!(e.before, PriorState::Absent { .. })) =>
             {
-                Check::todo(format!("set the mode of {path} to {mode:o}"))
+                StepStatus::todo(format!("set the mode of {path} to {mode:o}"))
             }
-            Some(_) => Check::Done,
+            Some(_) => StepStatus::Done,
         },
         Resource::File { path, content: wanted, mode, .. } => {
-            let Some(bytes) = content(path, wanted, secrets, host)? else { return Ok(Check::Done) };
-            if *wanted == Content::Secret(SecretName::AgentToken) {
+            let Some(bytes) = content(path, wanted, secrets, host)? else {
+                return Ok(StepStatus::Done);
+            };
+            if *wanted == FileContent::Secret(SecretName::AgentToken) {
                 let delivered = known.and_then(|e| e.digest.clone());
                 let same = host.exists(path)
                     && delivered
@@ -111,46 +115,50 @@ pub(super) async fn check(
                             .map(secret_digest)
                             .or(delivered.clone());
                 return Ok(if same && known.is_some() {
-                    Check::Done
+                    StepStatus::Done
                 } else {
-                    Check::todo(format!("write {path}"))
+                    StepStatus::todo(format!("write {path}"))
                 });
             }
             match host.read_bytes(path)? {
-                None => Check::todo(format!("create {path}")),
-                Some(have) if have != bytes => Check::todo(format!("change {path}")),
+                None => StepStatus::todo(format!("create {path}")),
+                Some(have) if have != bytes => StepStatus::todo(format!("change {path}")),
                 Some(_) if host.mode(path) != Some(*mode) => {
-                    Check::todo(format!("set the mode of {path} to {mode:o}"))
+                    StepStatus::todo(format!("set the mode of {path} to {mode:o}"))
                 }
-                Some(_) => Check::Done,
+                Some(_) => StepStatus::Done,
             }
         }
         Resource::Program { path } => match host.sha256(path)? {
-            Some(have) if have == own_digest(host)? => Check::Done,
-            Some(_) => Check::todo(format!("replace {path}, keep the former one as {path}.old")),
-            None => Check::todo(format!("create {path}")),
+            Some(have) if have == own_digest(host)? => StepStatus::Done,
+            Some(_) => {
+                StepStatus::todo(format!("replace {path}, keep the former one as {path}.old"))
+            }
+            None => StepStatus::todo(format!("create {path}")),
         },
         Resource::Fetch(want) => match host.sha256(&want.path)? {
-            Some(have) if have == want.sha256 => Check::Done,
-            Some(_) => Check::todo(format!("replace {}, verified by {}", want.path, want.trust)),
-            None => Check::todo(format!("create {}, verified by {}", want.path, want.trust)),
+            Some(have) if have == want.sha256 => StepStatus::Done,
+            Some(_) => {
+                StepStatus::todo(format!("replace {}, verified by {}", want.path, want.trust))
+            }
+            None => StepStatus::todo(format!("create {}, verified by {}", want.path, want.trust)),
         },
         Resource::Link { path, target } => {
             let name = path.rsplit('/').next().unwrap_or_default();
             if host.exists(path) || host.which(name).is_some() {
-                Check::Done
+                StepStatus::Done
             } else {
-                Check::todo(format!("link {path} to {target}"))
+                StepStatus::todo(format!("link {path} to {target}"))
             }
         }
         Resource::User { name } => account::check(host, name),
         Resource::Node { .. } => match known {
-            Some(_) => Check::Done,
-            None => Check::todo("let k3s fill its directories"),
+            Some(_) => StepStatus::Done,
+            None => StepStatus::todo("let k3s fill its directories"),
         },
         Resource::OldData => match old_data::removable(host) {
-            dirs if dirs.is_empty() => Check::Done,
-            dirs => Check::Todo {
+            dirs if dirs.is_empty() => StepStatus::Done,
+            dirs => StepStatus::Todo {
                 changes: dirs.iter().map(|d| format!("remove {d}, of a former k3s")).collect(),
             },
         },
@@ -162,14 +170,14 @@ pub(super) async fn check(
                 || unit.active == "activating"
                 || oneshot && unit.result == "success";
             if !unit.loaded {
-                Check::todo(format!("enable and start {name}"))
+                StepStatus::todo(format!("enable and start {name}"))
             } else if started != Some(&inputs_digest(host, journal, inputs)?) {
                 let verb = if started.is_some() && unit.running() { "restart" } else { "start" };
-                Check::todo(format!("{verb} {name}"))
+                StepStatus::todo(format!("{verb} {name}"))
             } else if !unit.enabled || !up {
-                Check::todo(format!("enable and start {name}"))
+                StepStatus::todo(format!("enable and start {name}"))
             } else {
-                Check::Done
+                StepStatus::Done
             }
         }
         Resource::Firewall { path, table } => {
@@ -179,75 +187,79 @@ pub(super) async fn check(
                 .is_ok_and(|o| o.ok());
             let same = journal.and_then(|j| j.units.get("firewall")) == host.sha256(path)?.as_ref();
             if loaded && same {
-                Check::Done
+                StepStatus::Done
             } else {
-                Check::todo(format!("load the nftables table {table}"))
+                StepStatus::todo(format!("load the nftables table {table}"))
             }
         }
         Resource::Objects { yaml } => match cluster(host) {
             Ok(cluster) if cluster.ready().await => match objects::check(&cluster, yaml).await {
                 // it was ready a moment ago, and is on its way up or down: looked at again when its turn comes
-                Err(e) if away(&e) => Check::Later { until: "the API server answers".into() },
+                Err(e) if away(&e) => StepStatus::Later { until: "the API server answers".into() },
                 checked => checked?,
             },
-            _ => Check::Later { until: "the API server answers".into() },
+            _ => StepStatus::Later { until: "the API server answers".into() },
         },
         Resource::Ready { what, .. } => {
             let mut open = Vec::new();
             for item in what {
-                if let Some(why) = wait::missing(host, item).await {
+                if let Some(why) = wait::unmet(host, item).await {
                     open.push(format!("{}: {why}", item.title()));
                     break;
                 }
             }
-            if open.is_empty() { Check::Done } else { Check::Later { until: open.join("; ") } }
+            if open.is_empty() {
+                StepStatus::Done
+            } else {
+                StepStatus::Later { until: open.join("; ") }
+            }
         }
         Resource::Kubeconfig { user, server } => {
             let path = kubeconfig_path(host, user)?;
             match host.read(ADMIN_KUBECONFIG)? {
-                None => Check::Later { until: format!("{ADMIN_KUBECONFIG} is there") },
+                None => StepStatus::Later { until: format!("{ADMIN_KUBECONFIG} is there") },
                 Some(admin)
                     if host.read(&path)?.as_deref() == Some(for_user(&admin, server).as_str())
                         && host.mode(&path) == Some(0o600) =>
                 {
-                    Check::Done
+                    StepStatus::Done
                 }
-                Some(_) => Check::todo(format!("write {path}")),
+                Some(_) => StepStatus::todo(format!("write {path}")),
             }
         }
     })
 }
 
 /// What there is now, in the form that undoing needs. Only called right before the first change of a step.
-pub(super) async fn before(hands: &Hands, step: &Step) -> anyhow::Result<Before> {
-    let file = |path: &str| -> anyhow::Result<Before> {
-        let Some(bytes) = hands.read_bytes(path)? else {
-            return Ok(Before::Absent { made: missing_parents(hands, path) });
+pub(super) async fn before(writer: &HostWriter, step: &Step) -> anyhow::Result<PriorState> {
+    let file = |path: &str| -> anyhow::Result<PriorState> {
+        let Some(bytes) = writer.read_bytes(path)? else {
+            return Ok(PriorState::Absent { made: missing_parents(writer, path) });
         };
-        let mode = hands.mode(path).unwrap_or(0o600);
-        Ok(Before::File { backup: back_up(hands, &step.id, &bytes)?, mode })
+        let mode = writer.mode(path).unwrap_or(0o600);
+        Ok(PriorState::File { backup: back_up(writer, &step.id, &bytes)?, mode })
     };
     Ok(match &step.want {
         Resource::File { path, .. } => file(path)?,
-        Resource::Program { path } | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => {
+        Resource::Program { path } | Resource::Fetch(crate::host::fetch::Artifact { path, .. }) => {
             file(path)?
         }
-        Resource::Kubeconfig { user, .. } => file(&kubeconfig_path(hands, user)?)?,
-        Resource::Dir { path, .. } if hands.exists(path) => Before::Present,
-        Resource::Dir { path, .. } => Before::Absent { made: missing_parents(hands, path) },
-        Resource::Node { dirs, .. } => {
-            Before::Absent { made: dirs.iter().filter(|d| !hands.exists(d)).cloned().collect() }
-        }
+        Resource::Kubeconfig { user, .. } => file(&kubeconfig_path(writer, user)?)?,
+        Resource::Dir { path, .. } if writer.exists(path) => PriorState::Present,
+        Resource::Dir { path, .. } => PriorState::Absent { made: missing_parents(writer, path) },
+        Resource::Node { dirs, .. } => PriorState::Absent {
+            made: dirs.iter().filter(|d| !writer.exists(d)).cloned().collect(),
+        },
         Resource::Unit { name, .. } => {
-            let unit = hands.unit(name).await?;
-            Before::Unit { enabled: unit.enabled, active: unit.running() }
+            let unit = writer.unit(name).await?;
+            PriorState::Unit { enabled: unit.enabled, active: unit.running() }
         }
-        Resource::User { name } => account::before(hands, name),
+        Resource::User { name } => account::before(writer, name),
         Resource::Link { .. }
         | Resource::Firewall { .. }
         | Resource::Objects { .. }
         | Resource::Ready { .. }
-        | Resource::OldData => Before::Absent { made: Vec::new() },
+        | Resource::OldData => PriorState::Absent { made: Vec::new() },
     })
 }
 
@@ -265,7 +277,7 @@ fn missing_parents(host: &Host, path: &str) -> Vec<String> {
 }
 
 /// A file as it was before this run changed it.
-pub(super) struct Former {
+pub(super) struct PreviousFile {
     id: String,
     path: String,
     /// `None`: it was not there.
@@ -274,15 +286,15 @@ pub(super) struct Former {
 }
 
 /// What a file step is about to replace; nothing for other steps.
-pub(super) fn former(
+pub(super) fn previous_file(
     host: &Host,
     step: &Step,
     secrets: &Secrets,
-) -> anyhow::Result<Option<Former>> {
+) -> anyhow::Result<Option<PreviousFile>> {
     let Resource::File { path, mode, content: wanted, .. } = &step.want else { return Ok(None) };
     let settings = match wanted {
-        Content::Text(_) | Content::Filled { .. } => true,
-        Content::Secret(name) => {
+        FileContent::Text(_) | FileContent::Filled { .. } => true,
+        FileContent::Secret(name) => {
             matches!(name, SecretName::Registries | SecretName::ProxyEnvironment)
         }
     };
@@ -293,7 +305,7 @@ pub(super) fn former(
     if wanted.is_none() || bytes == wanted {
         return Ok(None);
     }
-    Ok(Some(Former {
+    Ok(Some(PreviousFile {
         id: step.id.clone(),
         path: path.clone(),
         mode: host.mode(path).unwrap_or(*mode),
@@ -302,62 +314,64 @@ pub(super) fn former(
 }
 
 /// Former files back in place, the unit started with them, and the wait for what they made true.
-pub(super) async fn put_back(
-    work: &mut Work<'_>,
+pub(super) async fn restore_previous(
+    context: &mut StepContext<'_>,
     journal: &mut Journal,
-    former: &[Former],
+    previous: &[PreviousFile],
     unit: &str,
     inputs: &[String],
-    what: &[Ready],
+    what: &[WaitCondition],
     within: Duration,
 ) -> anyhow::Result<()> {
-    let hands = work.hands;
-    for file in former {
+    let writer = context.writer;
+    for file in previous {
         match &file.bytes {
             Some(bytes) => {
-                hands.write(&file.path, bytes, file.mode, Owner::default())?;
+                writer.write(&file.path, bytes, file.mode, Owner::default())?;
                 journal.finish(&file.id, Some(digest(bytes)));
             }
-            None => hands.remove(&file.path)?,
+            None => writer.remove(&file.path)?,
         }
     }
-    hands.daemon_reload().await?;
-    keep_server_token(work)?;
+    writer.daemon_reload().await?;
+    keep_server_token(context)?;
     // the wait that failed has stopped it, as a rule
-    if hands.unit(unit).await?.main_pid == 0 {
-        hands.start(unit).await?;
+    if writer.unit(unit).await?.main_pid == 0 {
+        writer.start(unit).await?;
     } else {
-        hands.restart(unit).await?;
+        writer.restart(unit).await?;
     }
-    journal.units.insert(unit.to_owned(), inputs_digest(hands, Some(&*journal), inputs)?);
-    wait::until(hands, what, within, true, work.stop, &[], |_| {}).await
+    journal.units.insert(unit.to_owned(), inputs_digest(writer, Some(&*journal), inputs)?);
+    wait::wait_until(writer, what, within, true, context.stop, &[], |_| {}).await
 }
 
 /// Makes it so. Gives the digest of what was written, for telling edits later.
 pub(super) async fn apply(
-    work: &mut Work<'_>,
+    context: &mut StepContext<'_>,
     journal: &mut Journal,
     step: &Step,
 ) -> anyhow::Result<Option<String>> {
-    let hands = work.hands;
+    let writer = context.writer;
     let make_parent = |path: &str| -> anyhow::Result<()> {
         let parent = path.rsplit_once('/').map_or("/", |(d, _)| d);
-        hands.mkdir(if parent.is_empty() { "/" } else { parent }, 0o755).map(drop)
+        writer.mkdir(if parent.is_empty() { "/" } else { parent }, 0o755).map(drop)
     };
     match &step.want {
         Resource::Dir { path, mode } => {
-            if hands.mkdir(path, *mode)?.is_empty() {
-                hands.chmod(path, *mode)?;
+            if writer.mkdir(path, *mode)?.is_empty() {
+                writer.chmod(path, *mode)?;
             }
             Ok(None)
         }
         Resource::File { path, content: wanted, mode, group } => {
-            let Some(bytes) = content(path, wanted, work.secrets, hands)? else { return Ok(None) };
+            let Some(bytes) = content(path, wanted, context.secrets, writer)? else {
+                return Ok(None);
+            };
             make_parent(path)?;
-            keep_aside(work, journal, step, path)?;
-            hands.write(path, &bytes, *mode, Owner { user: None, group: group.as_deref() })?;
+            keep_aside(context, journal, step, path)?;
+            writer.write(path, &bytes, *mode, Owner { user: None, group: group.as_deref() })?;
             Ok(Some(match wanted {
-                Content::Secret(SecretName::AgentToken) => work
+                FileContent::Secret(SecretName::AgentToken) => context
                     .secrets
                     .get(&SecretName::AgentToken)
                     .map_or_else(|| digest(b""), secret_digest),
@@ -367,17 +381,18 @@ pub(super) async fn apply(
         Resource::Program { path } => {
             make_parent(path)?;
             let own = std::path::PathBuf::from("/proc/self/exe");
-            hands.copy(&own, path, 0o755, true)?;
-            Ok(Some(own_digest(hands)?))
+            writer.copy(&own, path, 0o755, true)?;
+            Ok(Some(own_digest(writer)?))
         }
         Resource::Fetch(want) => {
             make_parent(&want.path)?;
-            keep_aside(work, journal, step, &want.path)?;
-            let (id, tell, stop) = (step.id.clone(), &mut *work.tell, work.stop);
-            let progress =
-                |done, total| tell(Event::Progress { id: id.clone(), done, total, note: None });
+            keep_aside(context, journal, step, &want.path)?;
+            let (id, on_event, stop) = (step.id.clone(), &mut *context.on_event, context.stop);
+            let progress = |done, total| {
+                on_event(ProgressEvent::Progress { id: id.clone(), done, total, note: None })
+            };
             tokio::select! {
-                result = fetch::fetch(hands, want, want.mode == 0o755, login(want, work.secrets), progress) => result?,
+                result = fetch::fetch(writer, want, want.mode == 0o755, login(want, context.secrets), progress) => result?,
                 // what has come stays, and the next run resumes there
                 () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted while downloading").into()),
             }
@@ -385,55 +400,55 @@ pub(super) async fn apply(
         }
         Resource::Link { path, target } => {
             make_parent(path)?;
-            hands.link(path, target)?;
+            writer.link(path, target)?;
             Ok(None)
         }
         Resource::User { name } => {
-            account::make(hands, name).await?;
+            account::make(writer, name).await?;
             Ok(None)
         }
         Resource::Node { .. } => {
-            journal.kernel = teardown::kernel_state(hands).await;
+            journal.kernel = teardown::kernel_state(writer).await;
             Ok(None)
         }
         Resource::OldData => {
-            old_data::remove(hands)?;
+            old_data::remove(writer)?;
             Ok(None)
         }
         Resource::Unit { name, inputs } => {
-            hands.daemon_reload().await?;
-            hands.enable(name).await?;
-            let unit = hands.unit(name).await?;
-            let inputs = inputs_digest(hands, Some(&*journal), inputs)?;
-            keep_server_token(work)?;
+            writer.daemon_reload().await?;
+            writer.enable(name).await?;
+            let unit = writer.unit(name).await?;
+            let inputs = inputs_digest(writer, Some(&*journal), inputs)?;
+            keep_server_token(context)?;
             if journal.units.get(name) != Some(&inputs) && unit.running() {
-                hands.restart(name).await?;
+                writer.restart(name).await?;
             } else if !unit.running() && unit.active != "activating"
                 || unit.service_type == "oneshot"
             {
-                hands.start(name).await?;
+                writer.start(name).await?;
             }
             journal.units.insert(name.clone(), inputs);
             Ok(None)
         }
         Resource::Firewall { path, .. } => {
-            hands.run("nft", &["-f", &hands.at(path).display().to_string()], QUICK).await?;
-            if let Some(digest) = hands.sha256(path)? {
+            writer.run("nft", &["-f", &writer.at(path).display().to_string()], QUICK).await?;
+            if let Some(digest) = writer.sha256(path)? {
                 journal.units.insert("firewall".into(), digest);
             }
             Ok(None)
         }
         Resource::Objects { yaml } => {
-            objects::apply(&cluster(hands)?, yaml).await?;
+            objects::apply(&cluster(writer)?, yaml).await?;
             Ok(None)
         }
         Resource::Ready { what, within_s } => {
-            let (id, tell) = (step.id.clone(), &mut *work.tell);
+            let (id, on_event) = (step.id.clone(), &mut *context.on_event);
             let mut last = String::new();
             let progress = |note: String| {
                 if note != last {
                     last.clone_from(&note);
-                    tell(Event::Progress {
+                    on_event(ProgressEvent::Progress {
                         id: id.clone(),
                         done: 0,
                         total: None,
@@ -441,106 +456,106 @@ pub(super) async fn apply(
                     });
                 }
             };
-            let secrets: Vec<Secret> = work.secrets.values().cloned().collect();
-            wait::until(
-                hands,
+            let secrets: Vec<Secret> = context.secrets.values().cloned().collect();
+            wait::wait_until(
+                writer,
                 what,
                 Duration::from_secs(*within_s),
                 step.optional,
-                work.stop,
+                context.stop,
                 &secrets,
                 progress,
             )
             .await?;
-            keep_server_token(work)?;
+            keep_server_token(context)?;
             Ok(None)
         }
         Resource::Kubeconfig { user, server } => {
-            let path = kubeconfig_path(hands, user)?;
-            let admin = hands
+            let path = kubeconfig_path(writer, user)?;
+            let admin = writer
                 .read(ADMIN_KUBECONFIG)?
                 .with_context(|| format!("{ADMIN_KUBECONFIG} is not there"))?;
             make_parent(&path)?;
             let owner = Owner { user: Some(user), group: None };
             if let Some((dir, _)) = path.rsplit_once('/') {
-                hands.own(dir, owner)?;
+                writer.own(dir, owner)?;
             }
             let text = for_user(&admin, server);
-            hands.write(&path, text.as_bytes(), 0o600, owner)?;
+            writer.write(&path, text.as_bytes(), 0o600, owner)?;
             Ok(Some(digest(text.as_bytes())))
         }
     }
 }
 
-fn keep_server_token(work: &mut Work<'_>) -> anyhow::Result<()> {
-    if let Some(text) = server_token::keep(work.hands)? {
-        (work.tell)(Event::Note { text });
+fn keep_server_token(context: &mut StepContext<'_>) -> anyhow::Result<()> {
+    if let Some(text) = server_token::keep(context.writer)? {
+        (context.on_event)(ProgressEvent::Note { text });
     }
     Ok(())
 }
 
 /// Undoes one entry of the journal. `whole` says that the node itself goes, and its cluster objects with it.
 pub(super) async fn undo(
-    work: &mut Work<'_>,
+    context: &mut StepContext<'_>,
     journal: &Journal,
-    entry: &Entry,
+    entry: &JournalEntry,
     whole: bool,
     purge: bool,
 ) -> anyhow::Result<Vec<String>> {
-    let hands = work.hands;
+    let writer = context.writer;
     match &entry.want {
         Resource::File { path, .. }
         | Resource::Program { path }
-        | Resource::Fetch(crate::host::fetch::Fetch { path, .. }) => {
+        | Resource::Fetch(crate::host::fetch::Artifact { path, .. }) => {
             let mine = matches!(
                 &entry.want,
-                Resource::File { content: Content::Secret(SecretName::AgentToken), .. }
+                Resource::File { content: FileContent::Secret(SecretName::AgentToken), .. }
             );
-            if !mine && let Some(note) = aside(hands, path, entry.digest.as_deref())? {
-                (work.tell)(Event::Note { text: note });
+            if !mine && let Some(note) = aside(writer, path, entry.digest.as_deref())? {
+                (context.on_event)(ProgressEvent::Note { text: note });
             }
-            restore(hands, path, &entry.before)?;
-            hands.remove(&format!("{path}.old"))?;
-            fetch::clear_parts(hands, path)?;
+            restore(writer, path, &entry.before)?;
+            writer.remove(&format!("{path}.old"))?;
+            fetch::clear_parts(writer, path)?;
         }
         Resource::Kubeconfig { user, .. } => {
-            restore(hands, &kubeconfig_path(hands, user)?, &entry.before)?
+            restore(writer, &kubeconfig_path(writer, user)?, &entry.before)?
         }
         Resource::Dir { path, .. } => {
-            if let Before::Absent { made } = &entry.before {
-                if !hands.remove_empty(path) {
+            if let PriorState::Absent { made } = &entry.before {
+                if !writer.remove_empty(path) {
                     return Ok(vec![format!(
                         "{path}: not empty, it holds files that pipeops did not write"
                     )]);
                 }
-                remove_made(hands, made);
+                remove_made(writer, made);
             }
         }
         Resource::Link { path, target } => {
-            if hands.link_target(path).as_ref() == Some(target) {
-                hands.remove(path)?;
+            if writer.link_target(path).as_ref() == Some(target) {
+                writer.remove(path)?;
             }
         }
-        Resource::User { name } => account::undo(hands, name, &entry.before).await?,
+        Resource::User { name } => account::undo(writer, name, &entry.before).await?,
         Resource::Unit { name, .. } => {
-            let Before::Unit { enabled, active } = entry.before else { return Ok(Vec::new()) };
+            let PriorState::Unit { enabled, active } = entry.before else { return Ok(Vec::new()) };
             if !enabled && !active {
-                hands.disable(name).await?;
+                writer.disable(name).await?;
             }
         }
         Resource::Firewall { table, .. } => {
-            if hands
+            if writer
                 .ask("nft", &["list", "table", "inet", table], QUICK)
                 .await
                 .is_ok_and(|o| o.ok())
             {
-                hands.run("nft", &["delete", "table", "inet", table], QUICK).await?;
+                writer.run("nft", &["delete", "table", "inet", table], QUICK).await?;
             }
         }
-        Resource::Objects { yaml } if !whole => objects::remove(&cluster(hands)?, yaml).await?,
+        Resource::Objects { yaml } if !whole => objects::remove(&cluster(writer)?, yaml).await?,
         Resource::Node { dirs, .. } => {
-            let Before::Absent { made } = &entry.before else { return Ok(Vec::new()) };
-            return teardown::node(work, journal, dirs, made, purge).await;
+            let PriorState::Absent { made } = &entry.before else { return Ok(Vec::new()) };
+            return teardown::node(context, journal, dirs, made, purge).await;
         }
         Resource::Objects { .. } | Resource::Ready { .. } | Resource::OldData => {}
     }
@@ -548,32 +563,32 @@ pub(super) async fn undo(
 }
 
 /// Parent directories that came with a file go when nothing else is in them.
-fn remove_made(hands: &Hands, made: &[String]) {
+fn remove_made(writer: &HostWriter, made: &[String]) {
     for dir in made.iter().rev() {
-        hands.remove_empty(dir);
+        writer.remove_empty(dir);
     }
 }
 
 /// Puts back what was there, or nothing.
-fn restore(hands: &Hands, path: &str, before: &Before) -> anyhow::Result<()> {
+fn restore(writer: &HostWriter, path: &str, before: &PriorState) -> anyhow::Result<()> {
     match before {
-        Before::File { backup, mode } => {
-            if let Some(bytes) = hands.read_bytes(backup)? {
-                hands.write(path, &bytes, *mode, Owner::default())?;
+        PriorState::File { backup, mode } => {
+            if let Some(bytes) = writer.read_bytes(backup)? {
+                writer.write(path, &bytes, *mode, Owner::default())?;
             }
         }
-        Before::Absent { made } => {
-            hands.remove(path)?;
-            remove_made(hands, made);
+        PriorState::Absent { made } => {
+            writer.remove(path)?;
+            remove_made(writer, made);
         }
-        Before::Present | Before::Unit { .. } => {}
+        PriorState::Present | PriorState::Unit { .. } => {}
     }
     Ok(())
 }
 
 /// Before an owned file is overwritten: somebody's edit is kept.
 fn keep_aside(
-    work: &mut Work<'_>,
+    context: &mut StepContext<'_>,
     journal: &Journal,
     step: &Step,
     path: &str,
@@ -581,21 +596,21 @@ fn keep_aside(
     let Some(written) = journal.entry(&step.id).and_then(|e| e.digest.clone()) else {
         return Ok(());
     };
-    if let Some(note) = aside(work.hands, path, Some(&written))? {
-        (work.tell)(Event::Note { text: note });
+    if let Some(note) = aside(context.writer, path, Some(&written))? {
+        (context.on_event)(ProgressEvent::Note { text: note });
     }
     Ok(())
 }
 
-fn aside(hands: &Hands, path: &str, written: Option<&str>) -> anyhow::Result<Option<String>> {
-    let (Some(written), Some(now)) = (written, hands.sha256(path)?) else { return Ok(None) };
+fn aside(writer: &HostWriter, path: &str, written: Option<&str>) -> anyhow::Result<Option<String>> {
+    let (Some(written), Some(now)) = (written, writer.sha256(path)?) else { return Ok(None) };
     if now == written {
         return Ok(None);
     }
     let dir = format!("{LOGS}/kept");
-    hands.mkdir(&dir, 0o700)?;
+    writer.mkdir(&dir, 0o700)?;
     let kept = format!("{dir}/{}.{}", path.trim_start_matches('/').replace('/', "_"), &now[..12]);
-    hands.copy(&hands.at(path), &kept, 0o600, false)?;
+    writer.copy(&writer.at(path), &kept, 0o600, false)?;
     Ok(Some(format!(
         "CONFIG_DRIFT: {path} was edited by somebody else; that version is kept as {kept}"
     )))
@@ -606,7 +621,7 @@ pub(super) fn drift(host: &Host, journal: &Journal) -> anyhow::Result<Vec<String
     let mut found = Vec::new();
     for entry in &journal.entries {
         let Resource::File { path, content, .. } = &entry.want else { continue };
-        if *content == Content::Secret(SecretName::AgentToken) {
+        if *content == FileContent::Secret(SecretName::AgentToken) {
             continue;
         }
         if let (Some(written), Some(now)) = (&entry.digest, host.sha256(path)?)

@@ -2,7 +2,7 @@
 //! in between loses it, and no later start succeeds (k3s-io/k3s `pkg/server/handlers/token.go`, `WriteToken`; seen with v1.33.1).
 
 use super::journal::{back_up, backup_path};
-use crate::host::{Hands, Owner};
+use crate::host::{HostWriter, Owner};
 use crate::k3s::paths::SERVER_TOKEN;
 
 /// Its name among the backups.
@@ -10,19 +10,19 @@ const COPY: &str = "server-token";
 
 /// Keeps a copy of the token, or restores an emptied one from it. Called right before k3s is started, and once its node is Ready.
 /// Gives a sentence when it restored one.
-pub(super) fn keep(hands: &Hands) -> anyhow::Result<Option<String>> {
+pub(super) fn keep(writer: &HostWriter) -> anyhow::Result<Option<String>> {
     // no file: a worker, or a server before its first start
-    let Some(token) = hands.read(SERVER_TOKEN)? else { return Ok(None) };
-    let copy = hands.read(&backup_path(COPY))?.filter(|copy| !copy.trim().is_empty());
+    let Some(token) = writer.read(SERVER_TOKEN)? else { return Ok(None) };
+    let copy = writer.read(&backup_path(COPY))?.filter(|copy| !copy.trim().is_empty());
     if token.trim().is_empty() {
         let Some(copy) = copy else { return Ok(None) };
-        hands.write(SERVER_TOKEN, copy.as_bytes(), 0o600, Owner::default())?;
+        writer.write(SERVER_TOKEN, copy.as_bytes(), 0o600, Owner::default())?;
         return Ok(Some(format!(
             "k3s had emptied {SERVER_TOKEN} when it ended: restored from a copy"
         )));
     }
     if copy.as_ref() != Some(&token) {
-        back_up(hands, COPY, token.as_bytes())?;
+        back_up(writer, COPY, token.as_bytes())?;
     }
     Ok(None)
 }

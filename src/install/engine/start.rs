@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::{Secret, mask};
-use crate::host::Hands;
-use crate::host::systemd::Mark;
-use crate::k3s::logs::{self, Pulse, Seen};
+use crate::host::HostWriter;
+use crate::host::systemd::JournalPosition;
+use crate::k3s::logs::{self, Diagnosis, UnitHealth};
 
 /// Between two looks at the journal.
 const LOOK: Duration = Duration::from_secs(3);
@@ -18,15 +18,15 @@ const CONTAINERD_LOG: &str = "/var/lib/rancher/k3s/agent/containerd/containerd.l
 const CONTAINERD_TAIL: u64 = 64 * 1024;
 
 /// A unit that is being waited for.
-pub(super) struct Start<'a> {
-    hands: &'a Hands,
+pub(super) struct UnitStart<'a> {
+    writer: &'a HostWriter,
     pub(super) unit: &'a str,
     secrets: &'a [Secret],
     begin: Instant,
     /// The same by the wall clock, for logs that have no other.
     wall: jiff::Timestamp,
     /// Where the journal stood when the wait began: what the unit said before is not its word now.
-    mark: Mark,
+    mark: JournalPosition,
     /// Restarts that systemd had counted by then.
     before: Option<u32>,
     looked: Option<Instant>,
@@ -34,12 +34,16 @@ pub(super) struct Start<'a> {
     shown: Option<(&'static str, Instant)>,
 }
 
-impl<'a> Start<'a> {
-    pub(super) async fn begin(hands: &'a Hands, unit: &'a str, secrets: &'a [Secret]) -> Start<'a> {
-        let before = hands.unit(unit).await.ok().map(|u| u.restarts);
-        let mark = hands.journal_mark(unit).await;
-        Start {
-            hands,
+impl<'a> UnitStart<'a> {
+    pub(super) async fn begin(
+        writer: &'a HostWriter,
+        unit: &'a str,
+        secrets: &'a [Secret],
+    ) -> UnitStart<'a> {
+        let before = writer.unit(unit).await.ok().map(|u| u.restarts);
+        let mark = writer.journal_position(unit).await;
+        UnitStart {
+            writer,
             unit,
             secrets,
             begin: Instant::now(),
@@ -52,7 +56,7 @@ impl<'a> Start<'a> {
     }
 
     async fn journal(&self) -> String {
-        self.hands.unit_log(self.unit, &self.mark, LINES).await
+        self.writer.unit_log(self.unit, &self.mark, LINES).await
     }
 
     /// The journal, and what containerd wrote since the wait began where it is containerd that ends.
@@ -63,7 +67,7 @@ impl<'a> Start<'a> {
         {
             return journal.to_owned();
         }
-        let tail = self.hands.tail(CONTAINERD_LOG, CONTAINERD_TAIL).unwrap_or_default();
+        let tail = self.writer.tail(CONTAINERD_LOG, CONTAINERD_TAIL).unwrap_or_default();
         let time = |line: &str| {
             line.strip_prefix("time=\"")?.split_once('"')?.0.parse::<jiff::Timestamp>().ok()
         };
@@ -79,7 +83,7 @@ impl<'a> Start<'a> {
             return None;
         }
         self.looked = Some(Instant::now());
-        let unit = self.hands.unit(self.unit).await.ok()?;
+        let unit = self.writer.unit(self.unit).await.ok()?;
         let before = *self.before.get_or_insert(unit.restarts);
         let journal = self.journal().await;
         let log = self.with_containerd(&journal);
@@ -90,84 +94,90 @@ impl<'a> Start<'a> {
         let held = self.shown.map(|(_, since)| since.elapsed()).unwrap_or_default();
         // the count starts again at 0 when somebody starts the unit by hand
         let failed = unit.active == "failed";
-        let pulse = Pulse {
+        let health = UnitHealth {
             running: unit.running(),
             failed,
             restarts: unit.restarts,
-            since: unit.restarts.saturating_sub(before),
+            restarts_during_wait: unit.restarts.saturating_sub(before),
             held,
         };
-        let died = logs::deaths(&journal, pulse);
-        let seen = logs::hopeless(&log, died, pulse)?;
+        let exits = logs::exit_count(&journal, health);
+        let diagnosis = logs::final_failure(&log, exits, health)?;
         self.stop().await;
         let mut failure = Failure::new(
             Exit::TimedOut,
-            seen.cause.code,
-            format!("{} does not start: {}", self.unit, seen.cause.what),
+            diagnosis.cause.code,
+            format!("{} does not start: {}", self.unit, diagnosis.cause.what),
         );
-        if died > 0 {
+        if exits > 0 {
             failure = failure.why(format!(
                 "it ended {} within {} s",
-                if died == 1 { "once".into() } else { format!("{died} times") },
+                if exits == 1 { "once".into() } else { format!("{exits} times") },
                 self.begin.elapsed().as_secs()
             ));
         }
-        Some(self.told(failure, &log, Some(&seen)).hint(self.hint(&seen)))
+        Some(self.with_evidence(failure, &log, Some(&diagnosis)).hint(self.hint(&diagnosis)))
     }
 
-    fn hint(&self, seen: &Seen) -> String {
-        let more = if seen.cause.code == logs::LOOP {
+    fn hint(&self, diagnosis: &Diagnosis) -> String {
+        let more = if diagnosis.cause.code == logs::START_LOOP {
             format!(" (`journalctl -u {}` has all of them)", self.unit)
         } else {
             String::new()
         };
-        format!("{}{more}, then run the same command again", seen.cause.fix)
+        format!("{}{more}, then run the same command again", diagnosis.cause.fix)
     }
 
     /// The line that decides, what else is telling, and a warning beside it; each once.
-    fn told(&self, mut failure: Failure, log: &str, seen: Option<&Seen>) -> Failure {
-        let deciding = seen.map(|s| s.line.as_str());
-        if let Some(seen) = seen {
-            failure = failure.why(mask(&logs::times(&seen.line, seen.count), self.secrets));
+    fn with_evidence(
+        &self,
+        mut failure: Failure,
+        log: &str,
+        diagnosis: Option<&Diagnosis>,
+    ) -> Failure {
+        let deciding = diagnosis.map(|s| s.line.as_str());
+        if let Some(diagnosis) = diagnosis {
+            failure = failure
+                .why(mask(&logs::with_count(&diagnosis.line, diagnosis.count), self.secrets));
         }
-        for line in logs::telling(log, 12) {
+        for line in logs::notable_lines(log, 12) {
             if deciding.is_none_or(|d| !line.starts_with(d)) {
                 failure = failure.why(mask(&line, self.secrets));
             }
         }
-        match logs::beside(log).filter(|_| seen.is_none()) {
+        match logs::related_warning(log).filter(|_| diagnosis.is_none()) {
             Some(weak) => failure.why(format!("perhaps: {} ({})", weak.cause.what, weak.cause.fix)),
             None => failure,
         }
     }
 
     /// At the deadline: what the journal has to say to it.
-    pub(super) async fn late(&mut self, failure: Failure, optional: bool) -> Failure {
+    pub(super) async fn at_deadline(&mut self, failure: Failure, optional: bool) -> Failure {
         let log = self.with_containerd(&self.journal().await);
-        let seen = logs::classify(&log);
-        let died =
-            self.hands.unit(self.unit).await.is_ok_and(|u| u.restarts > self.before.unwrap_or(0));
+        let diagnosis = logs::classify(&log);
+        let exits =
+            self.writer.unit(self.unit).await.is_ok_and(|u| u.restarts > self.before.unwrap_or(0));
         let mut failure = failure;
-        if let Some(seen) = &seen {
-            seen.cause.code.clone_into(&mut failure.code);
-            failure = failure.why(seen.cause.what).hint(self.hint(seen));
-        } else if died {
+        if let Some(diagnosis) = &diagnosis {
+            diagnosis.cause.code.clone_into(&mut failure.code);
+            failure = failure.why(diagnosis.cause.what).hint(self.hint(diagnosis));
+        } else if exits {
             failure = failure.hint(format!(
                 "{}, then run the same command again; `journalctl -u {}` has all of it",
-                logs::LOOK,
+                logs::UNKNOWN_CAUSE_FIX,
                 self.unit
             ));
         }
         if !optional {
             self.stop().await;
         }
-        self.told(failure, &log, seen.as_ref())
+        self.with_evidence(failure, &log, diagnosis.as_ref())
     }
 
     /// k3s is not left in a restart loop; the agent goes on trying by itself.
     async fn stop(&self) {
         if self.unit.starts_with("k3s")
-            && let Err(error) = self.hands.stop(self.unit).await
+            && let Err(error) = self.writer.stop(self.unit).await
         {
             tracing::warn!(unit = self.unit, error = %error, "cannot stop the unit");
         }

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use super::context::StepContext;
 use super::journal::Journal;
-use super::work::Work;
-use crate::host::{Hands, Host};
-use crate::install::plan::Event;
+use crate::host::{Host, HostWriter};
+use crate::install::plan::ProgressEvent;
 
 const QUICK: Duration = Duration::from_secs(10);
 /// Hundreds of slices end in this time.
@@ -129,35 +129,35 @@ pub(super) fn kernel_changes(host: &Host, then: &BTreeMap<String, String>) -> Ve
 ///
 /// `made` are the directories that were not there before us; others keep their own content.
 pub(super) async fn node(
-    work: &mut Work<'_>,
+    context: &mut StepContext<'_>,
     journal: &Journal,
     dirs: &[String],
     made: &[String],
     purge: bool,
 ) -> anyhow::Result<Vec<String>> {
-    let hands = work.hands;
-    hands.disable(journal.role.unit()).await?;
-    if hands.is_machine() {
-        kill_pods(hands).await;
+    let writer = context.writer;
+    writer.disable(journal.role.unit()).await?;
+    if writer.is_machine() {
+        kill_pods(writer).await;
     }
-    let mut left = unmount(hands).await;
-    left.extend(network(hands).await);
+    let mut left = unmount(writer).await;
+    left.extend(network(writer).await);
     if let Some(before) = journal.kernel.get(TABLES) {
-        drop_tables(hands, before).await;
+        drop_tables(writer, before).await;
     }
     // with systemd's cgroup driver each pod has a transient unit below this one; an error says that there is none
-    let _ = hands.ask("systemctl", &["stop", SLICE], STOP).await;
+    let _ = writer.ask("systemctl", &["stop", SLICE], STOP).await;
     // processes that were killed take a moment to be gone, and their cgroups are busy until then
     for _ in 0..50 {
-        if remove_cgroups(hands) {
+        if remove_cgroups(writer) {
             break;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let mut keep = Vec::new();
-    if !purge && !hands.list(VOLUMES).is_empty() {
+    if !purge && !writer.list(VOLUMES).is_empty() {
         keep.push(VOLUMES.to_owned());
-        (work.tell)(Event::Note {
+        (context.on_event)(ProgressEvent::Note {
             text: format!("volumes are kept in {VOLUMES}; --purge-data removes them"),
         });
     }
@@ -165,7 +165,7 @@ pub(super) async fn node(
         if !made.contains(dir) {
             continue;
         }
-        for path in hands.remove_tree(dir, &keep)? {
+        for path in writer.remove_tree(dir, &keep)? {
             let why = if keep.contains(&path) {
                 "volumes, kept without --purge-data"
             } else {
@@ -183,15 +183,15 @@ pub(super) async fn node(
 /// Ends every process in a pod: k3s starts a containerd-shim for each, and each shim is the head of its pod's tree.
 ///
 /// The tree is taken down once as a list: with its shim gone a process would belong to init, and nobody could tell whose it was.
-async fn kill_pods(hands: &Hands) {
+async fn kill_pods(writer: &HostWriter) {
     for _ in 0..5 {
-        let all = pod_processes(hands);
+        let all = pod_processes(writer);
         if all.is_empty() {
             break;
         }
         let alive = |pids: &[(String, bool)], shims: bool| -> Vec<String> {
             pids.iter()
-                .filter(|(pid, shim)| (shims || !shim) && hands.exists(&format!("/proc/{pid}")))
+                .filter(|(pid, shim)| (shims || !shim) && writer.exists(&format!("/proc/{pid}")))
                 .map(|(pid, _)| pid.clone())
                 .collect()
         };
@@ -255,14 +255,14 @@ fn pod_processes(host: &Host) -> Vec<(String, bool)> {
 }
 
 /// Unmounts what k3s and the kubelet mounted, deepest first. A mount that is busy or dead stays and is named.
-async fn unmount(hands: &Hands) -> Vec<String> {
+async fn unmount(writer: &HostWriter) -> Vec<String> {
     let mut left = Vec::new();
     for root in MOUNT_ROOTS {
         let (dir, prefix) = root
             .rsplit_once('/')
             .filter(|(_, last)| last.ends_with('-'))
             .map_or((*root, None), |(d, p)| (d, Some(p)));
-        for (path, kind) in hands.mounts_under(dir) {
+        for (path, kind) in writer.mounts_under(dir) {
             let wanted = prefix.is_none_or(|p| {
                 path.strip_prefix(dir)
                     .is_some_and(|rest| rest.trim_start_matches('/').starts_with(p))
@@ -270,7 +270,7 @@ async fn unmount(hands: &Hands) -> Vec<String> {
             if !wanted {
                 continue;
             }
-            if let Err(e) = hands.run("umount", &[&path], UNMOUNT).await {
+            if let Err(e) = writer.run("umount", &[&path], UNMOUNT).await {
                 let reason = e.to_string().lines().last().unwrap_or_default().to_owned();
                 left.push(format!("{path}: MOUNT_STILL_BUSY: {kind} mount, {reason}"));
             }
@@ -280,52 +280,53 @@ async fn unmount(hands: &Hands) -> Vec<String> {
 }
 
 /// A program of this machine, or the one that k3s brought where there is none: it is still there, for the directories go last.
-fn program(hands: &Hands, name: &str) -> Option<String> {
-    let own = hands.at(&format!("{AUX}/{name}")).display().to_string();
-    [name.to_owned(), own].into_iter().find(|p| hands.which(p).is_some())
+fn program(writer: &HostWriter, name: &str) -> Option<String> {
+    let own = writer.at(&format!("{AUX}/{name}")).display().to_string();
+    [name.to_owned(), own].into_iter().find(|p| writer.which(p).is_some())
 }
 
 /// Interfaces, network namespaces, rules and sets of pods. Foreign rules, tables and sets are not touched. Gives what did not go.
-async fn network(hands: &Hands) -> Vec<String> {
-    for name in hands.list("/run/netns").iter().filter(|n| n.starts_with("cni-")) {
-        let _ = hands.ask("ip", &["netns", "delete", name], QUICK).await;
+async fn network(writer: &HostWriter) -> Vec<String> {
+    for name in writer.list("/run/netns").iter().filter(|n| n.starts_with("cni-")) {
+        let _ = writer.ask("ip", &["netns", "delete", name], QUICK).await;
     }
-    let links = hands.list("/sys/class/net");
+    let links = writer.list("/sys/class/net");
     let (pods, own): (Vec<&String>, Vec<&String>) = links
         .iter()
         .filter(|n| {
-            INTERFACES.contains(&n.as_str()) || n.starts_with("veth") && on_bridge(hands, n, "cni0")
+            INTERFACES.contains(&n.as_str())
+                || n.starts_with("veth") && on_bridge(writer, n, "cni0")
         })
         .partition(|n| n.starts_with("veth"));
     // pods' ends first: without the bridge they could not be told from somebody else's
     for name in pods.into_iter().chain(own) {
-        let _ = hands.ask("ip", &["link", "delete", name], QUICK).await;
+        let _ = writer.ask("ip", &["link", "delete", name], QUICK).await;
     }
     for tool in ["iptables", "ip6tables"] {
-        let Some(tool) = program(hands, tool) else { continue };
+        let Some(tool) = program(writer, tool) else { continue };
         for table in ["mangle", "nat", "filter"] {
-            let Ok(saved) = hands.ask(&format!("{tool}-save"), &["-t", table], QUICK).await else {
+            let Ok(saved) = writer.ask(&format!("{tool}-save"), &["-t", table], QUICK).await else {
                 continue;
             };
             for args in removals(&saved.stdout, table) {
                 let args: Vec<&str> =
                     std::iter::once("-w").chain(args.iter().map(String::as_str)).collect();
-                let _ = hands.ask(&tool, &args, QUICK).await;
+                let _ = writer.ask(&tool, &args, QUICK).await;
             }
         }
     }
-    remove_sets(hands).await
+    remove_sets(writer).await
 }
 
 /// Address sets of network policies and of kube-proxy: after the rules that use them. Those that are still in use are named.
-async fn remove_sets(hands: &Hands) -> Vec<String> {
-    let Some(ipset) = program(hands, "ipset") else { return Vec::new() };
-    let Ok(listed) = hands.ask(&ipset, &["list", "-name"], QUICK).await else { return Vec::new() };
+async fn remove_sets(writer: &HostWriter) -> Vec<String> {
+    let Some(ipset) = program(writer, "ipset") else { return Vec::new() };
+    let Ok(listed) = writer.ask(&ipset, &["list", "-name"], QUICK).await else { return Vec::new() };
     let mut left = Vec::new();
     for name in
         listed.stdout.lines().map(str::trim).filter(|n| ours(n.trim_start_matches("inet6:")))
     {
-        if !hands.ask(&ipset, &["destroy", name], QUICK).await.is_ok_and(|o| o.ok()) {
+        if !writer.ask(&ipset, &["destroy", name], QUICK).await.is_ok_and(|o| o.ok()) {
             left.push(format!("ipset {name}: a rule of somebody else uses it (`ipset destroy {name}` once it is gone)"));
         }
     }
@@ -334,8 +335,8 @@ async fn remove_sets(hands: &Hands) -> Vec<String> {
 
 /// Tables that came with us. iptables over nftables makes its own at first use: those go when they hold no rule and no foreign chain.
 /// What kube-proxy and flannel make in their nftables modes is theirs alone.
-async fn drop_tables(hands: &Hands, before: &str) {
-    for table in tables(hands).await {
+async fn drop_tables(writer: &HostWriter, before: &str) {
+    for table in tables(writer).await {
         let Some((family, name)) = table.split_once('/') else { continue };
         let shared =
             matches!(family, "ip" | "ip6") && ["filter", "nat", "mangle", "raw"].contains(&name);
@@ -345,10 +346,10 @@ async fn drop_tables(hands: &Hands, before: &str) {
             continue;
         }
         if alone {
-            let _ = hands.ask("nft", &["delete", "table", family, name], QUICK).await;
+            let _ = writer.ask("nft", &["delete", "table", family, name], QUICK).await;
             continue;
         }
-        let Ok(listing) = hands.ask("nft", &["list", "table", family, name], QUICK).await else {
+        let Ok(listing) = writer.ask("nft", &["list", "table", family, name], QUICK).await else {
             continue;
         };
         let built_in = |line: &str| {
@@ -360,34 +361,34 @@ async fn drop_tables(hands: &Hands, before: &str) {
                 || chain.is_some_and(|c| c.chars().all(|c| c.is_ascii_uppercase()))
         };
         if listing.ok() && listing.stdout.lines().all(|l| built_in(l.trim())) {
-            let _ = hands.ask("nft", &["delete", "table", family, name], QUICK).await;
+            let _ = writer.ask("nft", &["delete", "table", family, name], QUICK).await;
         }
     }
 }
 
 /// The kubelet's cgroups: empty by now, and left by nobody else. Says whether all are gone.
-fn remove_cgroups(hands: &Hands) -> bool {
+fn remove_cgroups(writer: &HostWriter) -> bool {
     let mut gone = true;
     let mut roots = vec!["/sys/fs/cgroup".to_owned()];
-    roots.extend(hands.list("/sys/fs/cgroup").into_iter().map(|n| format!("/sys/fs/cgroup/{n}")));
+    roots.extend(writer.list("/sys/fs/cgroup").into_iter().map(|n| format!("/sys/fs/cgroup/{n}")));
     for root in roots {
         for name in ["kubepods", SLICE, "k8s.io"] {
             let path = format!("{root}/{name}");
-            remove_cgroup(hands, &path);
-            gone &= !hands.exists(&path);
+            remove_cgroup(writer, &path);
+            gone &= !writer.exists(&path);
         }
     }
     gone
 }
 
-fn remove_cgroup(hands: &Hands, path: &str) {
-    for name in hands.list(path) {
+fn remove_cgroup(writer: &HostWriter, path: &str) {
+    for name in writer.list(path) {
         let below = format!("{path}/{name}");
-        if hands.is_dir(&below) {
-            remove_cgroup(hands, &below);
+        if writer.is_dir(&below) {
+            remove_cgroup(writer, &below);
         }
     }
-    hands.remove_empty(path);
+    writer.remove_empty(path);
 }
 
 fn on_bridge(host: &Host, link: &str, bridge: &str) -> bool {

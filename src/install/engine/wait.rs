@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use super::start::Start;
+use super::start::UnitStart;
 use crate::base::error::{Exit, Failure};
 use crate::base::http::explain;
 use crate::base::secret::{Secret, mask};
 use crate::host::paths::CREDENTIAL;
-use crate::host::{Hands, Host};
-use crate::install::plan::{Ready, documents};
+use crate::host::{Host, HostWriter};
+use crate::install::plan::{WaitCondition, documents};
 use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::kubernetes::client::Cluster;
 use crate::kubernetes::readiness::{self, condition};
@@ -21,24 +21,28 @@ const AGENT_UNIT: &str = "pipeops-agent.service";
 const CREDENTIAL_LIFE: i64 = 24 * 3600;
 
 /// `None` when it is so, else why not yet.
-pub async fn missing(host: &Host, what: &Ready) -> Option<String> {
-    look(host, what, &mut None).await
+pub async fn unmet(host: &Host, what: &WaitCondition) -> Option<String> {
+    check_condition(host, what, &mut None).await
 }
 
 /// The same, with the node's signs of life as they were when the wait began.
-async fn look(host: &Host, what: &Ready, first: &mut Option<readiness::Beats>) -> Option<String> {
+async fn check_condition(
+    host: &Host,
+    what: &WaitCondition,
+    first: &mut Option<readiness::Beats>,
+) -> Option<String> {
     match what {
-        Ready::Node { name, kubeconfig, unit, version } => {
+        WaitCondition::Node { name, kubeconfig, unit, version } => {
             node(host, [name, kubeconfig, unit, version], first).await
         }
-        Ready::Deployment { namespace, name } => {
+        WaitCondition::Deployment { namespace, name } => {
             let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
             match object(host, &path).await {
                 Ok((cluster, object)) => cluster.replicas_trouble(namespace, &object).await,
                 Err(why) => Some(why),
             }
         }
-        Ready::ApiService { name } => {
+        WaitCondition::ApiService { name } => {
             in_cluster(
                 host,
                 &format!("/apis/apiregistration.k8s.io/v1/apiservices/{name}"),
@@ -50,12 +54,12 @@ async fn look(host: &Host, what: &Ready, first: &mut Option<readiness::Beats>) -
             )
             .await
         }
-        Ready::StorageClass { name } => {
+        WaitCondition::StorageClass { name } => {
             in_cluster(host, &format!("/apis/storage.k8s.io/v1/storageclasses/{name}"), |_| None)
                 .await
         }
-        Ready::Chart { namespace, name } => chart(host, namespace, name).await.err(),
-        Ready::Accepts { yaml } => {
+        WaitCondition::Chart { namespace, name } => chart(host, namespace, name).await.err(),
+        WaitCondition::Accepts { yaml } => {
             let Ok(Some(object)) = documents(yaml).map(|mut d| d.pop()) else {
                 return Some("nothing to try".into());
             };
@@ -64,7 +68,7 @@ async fn look(host: &Host, what: &Ready, first: &mut Option<readiness::Beats>) -
                 Err(e) => Some(e.to_string()),
             }
         }
-        Ready::Http { port } => {
+        WaitCondition::Http { port } => {
             let client =
                 reqwest::Client::builder().timeout(Duration::from_secs(3)).no_proxy().build();
             match client {
@@ -77,14 +81,14 @@ async fn look(host: &Host, what: &Ready, first: &mut Option<readiness::Beats>) -
                 Err(e) => Some(e.to_string()),
             }
         }
-        Ready::Credential => match host.modified(CREDENTIAL) {
+        WaitCondition::Credential => match host.modified(CREDENTIAL) {
             None => Some("not minted yet".into()),
             Some(then) if jiff::Timestamp::now().as_second() - then > CREDENTIAL_LIFE => {
                 Some("it is older than its token's life".into())
             }
             Some(_) => None,
         },
-        Ready::Agent => match host.unit(AGENT_UNIT).await {
+        WaitCondition::Agent => match host.unit(AGENT_UNIT).await {
             Ok(unit) if unit.running() => None,
             Ok(unit) => Some(format!("its unit is {} ({})", unit.active, unit.sub)),
             Err(e) => Some(e.to_string()),
@@ -118,7 +122,7 @@ async fn node(
             } else {
                 String::new()
             };
-            return Some(format!("{unit} is {}{again}", state.how()));
+            return Some(format!("{unit} is {}{again}", state.state_text()));
         }
         Ok(state) => started = state.started_at(),
         Err(_) => {}
@@ -204,9 +208,9 @@ async fn in_cluster(
 /// # Errors
 /// Exit 8 at the deadline, or earlier when the unit ends again and again or its journal shows a cause that waiting cannot mend. The
 /// unit is then stopped, so that it is not left in a restart loop; the next run starts it again.
-pub(super) async fn until(
-    hands: &Hands,
-    what: &[Ready],
+pub(super) async fn wait_until(
+    writer: &HostWriter,
+    what: &[WaitCondition],
     within: Duration,
     optional: bool,
     stop: &CancellationToken,
@@ -214,27 +218,30 @@ pub(super) async fn until(
     mut progress: impl FnMut(String),
 ) -> anyhow::Result<()> {
     let begin = Instant::now();
-    let mut start: Option<Start> = None;
+    let mut start: Option<UnitStart> = None;
     let mut first = None;
     for item in what {
         // what runs on a node is waited for with an eye on the node's unit
         if let Some(unit) = unit_of(item)
             && start.as_ref().is_none_or(|s| s.unit != unit)
         {
-            start = Some(Start::begin(hands, unit, secrets).await);
+            start = Some(UnitStart::begin(writer, unit, secrets).await);
         }
         loop {
-            let Some(why) = look(hands, item, &mut first).await else { break };
+            let Some(why) = check_condition(writer, item, &mut first).await else { break };
             let why = mask(&why, secrets);
             progress(format!("{}: {why}", item.title()));
             // minting is tried again by its own timer and after each start of k3s
-            if let Some(start) = start.as_mut().filter(|_| !matches!(item, Ready::Credential))
+            if let Some(start) =
+                start.as_mut().filter(|_| !matches!(item, WaitCondition::Credential))
                 && let Some(failure) = start.look().await
             {
                 return Err(failure.into());
             }
             if begin.elapsed() >= within {
-                return Err(late(item, why, within, start.as_mut(), optional).await.into());
+                return Err(timeout_failure(item, why, within, start.as_mut(), optional)
+                    .await
+                    .into());
             }
             tokio::select! {
                 () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted while waiting").into()),
@@ -246,21 +253,21 @@ pub(super) async fn until(
 }
 
 /// The unit whose start an item waits for.
-fn unit_of(item: &Ready) -> Option<&str> {
+fn unit_of(item: &WaitCondition) -> Option<&str> {
     match item {
-        Ready::Node { unit, .. } => Some(unit),
-        Ready::Credential => Some("pipeops-agent-credential.service"),
-        Ready::Agent => Some(AGENT_UNIT),
+        WaitCondition::Node { unit, .. } => Some(unit),
+        WaitCondition::Credential => Some("pipeops-agent-credential.service"),
+        WaitCondition::Agent => Some(AGENT_UNIT),
         _ => None,
     }
 }
 
 /// At the deadline. A unit explains what it should have brought; what runs on a node that is there explains itself.
-async fn late(
-    item: &Ready,
+async fn timeout_failure(
+    item: &WaitCondition,
     why: String,
     within: Duration,
-    start: Option<&mut Start<'_>>,
+    start: Option<&mut UnitStart<'_>>,
     optional: bool,
 ) -> Failure {
     let pods =
@@ -272,11 +279,11 @@ async fn late(
     )
     .why(why);
     match (start, item) {
-        (_, Ready::Deployment { namespace, .. } | Ready::Chart { namespace, .. }) if pods => {
+        (_, WaitCondition::Deployment { namespace, .. } | WaitCondition::Chart { namespace, .. }) if pods => {
             failure.hint(format!("correct what its pod says (`kubectl -n {namespace} get events`), then run the same command again"))
         }
         (Some(start), item) if unit_of(item).is_some() => {
-            start.late(failure.hint("run the same command again; --timeout gives it longer"), optional).await
+            start.at_deadline(failure.hint("run the same command again; --timeout gives it longer"), optional).await
         }
         _ => failure.hint("run the same command again; --timeout gives it longer"),
     }

@@ -149,11 +149,11 @@ impl Facts {
 
     /// Interface and address of a family: those of the route to the server, else of the best default route.
     pub fn address_of_family(&self, v6: bool) -> Option<(String, IpAddr)> {
-        let toward = self
-            .toward
+        let route_to_server = self
+            .route_to_server
             .iter()
             .filter(|r| Cidr::parse(&r.to).is_some_and(|c| c.address.is_ipv6() == v6));
-        toward
+        route_to_server
             .chain(self.default_routes(v6))
             .find_map(|route| Some((route.device.clone(), self.source(route, v6)?)))
     }
@@ -174,7 +174,7 @@ impl Facts {
     /// Interface and address that the best route uses.
     pub fn primary(&self) -> Option<(String, IpAddr)> {
         let v6_first = self
-            .toward
+            .route_to_server
             .as_ref()
             .and_then(|r| Cidr::parse(&r.to))
             .is_some_and(|c| c.address.is_ipv6());

@@ -36,7 +36,7 @@ pub struct Facts {
     pub routes: Vec<Route>,
     pub interfaces: Vec<Interface>,
     /// The route that leads to the server of a worker: it decides before the default route does.
-    pub toward: Option<Route>,
+    pub route_to_server: Option<Route>,
     /// Why `ip` could not tell of addresses and routes; both are unknown then, not absent.
     pub ip_fault: Option<String>,
     pub modules: Modules,
@@ -49,7 +49,7 @@ pub struct Facts {
     /// Whether containers get an AppArmor profile loaded.
     pub apparmor: bool,
     /// The file that the kernel's command line comes from, where one of the known ones is there.
-    pub boot: Option<String>,
+    pub cmdline_source: Option<String>,
     pub account: Account,
     pub selinux: Selinux,
     pub iptables: Option<Iptables>,
@@ -66,14 +66,14 @@ pub struct Facts {
     /// A k3s of ours runs its own traefik, which its settings do not turn off yet.
     pub traefik: bool,
     /// The name that the machine has now, where its node was installed under another one.
-    pub renamed: Option<String>,
+    pub current_hostname: Option<String>,
     /// Files with secrets that every user may read.
-    pub readable: Vec<Readable>,
+    pub readable: Vec<ReadableSecret>,
 }
 
 /// A file that lays secrets open.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
-pub struct Readable {
+pub struct ReadableSecret {
     pub path: String,
     /// Permission bits as they were found.
     pub mode: u32,
@@ -172,7 +172,7 @@ pub struct ResolvConf {
     /// Search list that the kubelet hands to pods.
     pub search: Vec<String>,
     /// Servers that the kubelet hands to pods: also those whose line is indented.
-    pub handed: Vec<String>,
+    pub pod_nameservers: Vec<String>,
 }
 
 /// The files of name servers that k3s looks at, in its order; `None` for one that is not there.
@@ -229,7 +229,7 @@ pub struct K3s {
     /// Evidence of a k3s that our journal does not know: units, programs; of its settings only where there is nothing else.
     pub foreign: Vec<String>,
     /// Whether our journal records an installation, and in which role.
-    pub ours: Option<crate::k3s::role::Role>,
+    pub ours: Option<crate::k3s::role::NodeRole>,
     pub active: bool,
     /// `server/db` exists under the data directory.
     pub server_data: bool,

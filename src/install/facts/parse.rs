@@ -107,7 +107,7 @@ pub fn resolv_conf(text: &str) -> ResolvConf {
                     // k3s takes everything up to the next space, and a line without any as an invalid one
                     found.nameservers.push(server.clone());
                 }
-                found.handed.extend((!server.is_empty()).then_some(server));
+                found.pod_nameservers.extend((!server.is_empty()).then_some(server));
             }
             Some("search") => {
                 found.search = words

@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 
 use crate::host::paths::AGENT_USER;
 use crate::host::{Host, program::Output};
-use crate::install::chosen::{Chosen, flag_of_variable, read_file};
+use crate::install::effective_settings::{EffectiveSettings, flag_of_variable, read_file};
 use crate::install::facts::{
     Account, Clock, Disk, Facts, K3s, Listener, Modules, Resolver, Selinux, SettingsFile, User,
     parse,
 };
 use crate::install::settings::Settings;
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 
 const ASK: Duration = Duration::from_secs(5);
 
@@ -38,7 +38,7 @@ pub enum Probe {
 /// Reads everything that checks and plans look at. `ours` is what the journal records.
 pub async fn gather(
     host: &Host,
-    ours: Option<Role>,
+    ours: Option<NodeRole>,
     env: &BTreeMap<String, String>,
     probe: Probe,
 ) -> Facts {
@@ -98,7 +98,7 @@ pub async fn gather(
         resolver,
         routes,
         interfaces,
-        toward: None,
+        route_to_server: None,
         ip_fault,
         modules: modules(host, &kernel),
         cgroup: parse::cgroups(unified.as_deref(), &text("/proc/cgroups")),
@@ -109,7 +109,7 @@ pub async fn gather(
         ufw_active: parse::shell_variable(&text("/etc/ufw/ufw.conf"), "ENABLED")
             .is_some_and(|v| v.eq_ignore_ascii_case("yes")),
         apparmor: apparmor(host),
-        boot: boot(host),
+        cmdline_source: boot(host),
         account,
         selinux: Selinux {
             mode: selinux.into(),
@@ -146,7 +146,7 @@ pub async fn gather(
         .iter()
         .filter_map(|p| Some(((*p).to_owned(), host.which(p)?.to_string_lossy().into_owned())))
         .collect(),
-        renamed: None,
+        current_hostname: None,
         readable: Vec::new(),
         retired_ingress: None,
         traefik: false,
@@ -364,12 +364,12 @@ pub fn api_port(host: &Host) -> u16 {
     let entries =
         host.read(path).ok().flatten().and_then(|text| read_file(&text).ok()).unwrap_or_default();
     let ours = SettingsFile { path: path.into(), entries, ..SettingsFile::default() };
-    Chosen::on_machine(&settings_files(host, None), &ours).api_port()
+    EffectiveSettings::on_machine(&settings_files(host, None), &ours).api_port()
 }
 
 /// What k3s reads beside our own file, in its order: variables of the unit, `config.yaml`, `config.yaml.d` by name.
-fn settings_files(host: &Host, ours: Option<Role>) -> Vec<SettingsFile> {
-    let unit = ours.unwrap_or(Role::Server).unit();
+fn settings_files(host: &Host, ours: Option<NodeRole>) -> Vec<SettingsFile> {
+    let unit = ours.unwrap_or(NodeRole::Server).unit();
     let variables = format!("/etc/systemd/system/{unit}.env");
     let text = host.text(&variables);
     let entries: Vec<(String, serde_json::Value)> = [
@@ -418,19 +418,19 @@ fn settings_files(host: &Host, ours: Option<Role>) -> Vec<SettingsFile> {
 }
 
 /// The second look, once it is known what was chosen: the file of name servers and directories elsewhere.
-pub fn look_again(host: &Host, facts: &mut Facts, settings: &Settings) {
-    let chosen = Chosen::of(facts, settings);
-    facts.resolver.chosen = chosen.resolv_conf().map(|path| {
+pub fn gather_configured(host: &Host, facts: &mut Facts, settings: &Settings) {
+    let effective = EffectiveSettings::of(facts, settings);
+    facts.resolver.chosen = effective.resolv_conf().map(|path| {
         let read = host.read(&path).ok().flatten().map(|text| parse::resolv_conf(&text));
         (path, read)
     });
-    let kubelet = chosen.kubelet_dir();
+    let kubelet = effective.kubelet_dir();
     if facts.disks.iter().all(|d| d.path != kubelet) {
         facts.disks.extend(disk(host, &kubelet));
     }
 }
 
-async fn k3s_facts(host: &Host, ours: Option<Role>, env: &BTreeMap<String, String>) -> K3s {
+async fn k3s_facts(host: &Host, ours: Option<NodeRole>, env: &BTreeMap<String, String>) -> K3s {
     let version = match host.which("k3s").is_some() && host.exists(crate::k3s::paths::BINARY) {
         true => host
             .ask("k3s", &["--version"], ASK)
@@ -465,7 +465,7 @@ async fn k3s_facts(host: &Host, ours: Option<Role>, env: &BTreeMap<String, Strin
             foreign.push("/etc/rancher/k3s/config.yaml exists".into());
         }
     }
-    let unit = ours.unwrap_or(Role::Server).unit();
+    let unit = ours.unwrap_or(NodeRole::Server).unit();
     K3s {
         version,
         // on its way up or down counts: the ports are its own then too

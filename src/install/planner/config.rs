@@ -6,19 +6,20 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use crate::base::http::plain_proxy;
+use crate::contract::token::Role;
 use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
-use crate::install::chosen::Chosen;
 use crate::install::components::Component;
+use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::{Facts, iptables_bad};
 use crate::install::network;
-use crate::install::settings::{MaxRole, Settings};
-use crate::k3s::role::Role;
+use crate::install::settings::Settings;
+use crate::k3s::role::NodeRole;
 use crate::k3s::version::Version;
 
 const HEADER: &str = "# Written by pipeops; change it by running pipeops again. Further settings go into files of other names beside it.\n";
 
 /// A worker's server.
-pub struct Master {
+pub struct JoinServer {
     pub url: String,
 }
 
@@ -58,8 +59,8 @@ fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<Str
 }
 
 /// Adds the `[k3s]` table, with holes for its secrets: lists of the same key are joined, everything else is the user's word.
-fn pass_through(map: &mut BTreeMap<String, Value>, extra: &BTreeMap<String, Value>) {
-    for (key, value) in extra {
+fn pass_through(map: &mut BTreeMap<String, Value>, table: &BTreeMap<String, Value>) {
+    for (key, value) in table {
         match (map.get_mut(key), value) {
             (Some(Value::Array(ours)), Value::Array(theirs)) => {
                 for item in theirs {
@@ -141,7 +142,7 @@ pub fn server_drop_in(
     if network::wireguard(facts, settings) {
         map.insert("flannel-backend".into(), json!("wireguard-native"));
     }
-    pass_through(&mut map, &settings.options.k3s.sealed());
+    pass_through(&mut map, &settings.options.k3s.with_placeholders());
     join_lists(&mut map, facts);
     yaml(&map)
 }
@@ -151,19 +152,19 @@ pub fn worker_drop_in(
     facts: &Facts,
     settings: &Settings,
     version: &Version,
-    master: &Master,
+    master: &JoinServer,
 ) -> String {
     let mut map = common(facts, settings, version);
     map.insert("server".into(), json!(master.url));
     map.insert("token-file".into(), json!(crate::host::paths::JOIN_TOKEN));
-    pass_through(&mut map, &settings.options.k3s.sealed());
+    pass_through(&mut map, &settings.options.k3s.with_placeholders());
     join_lists(&mut map, facts);
     yaml(&map)
 }
 
 /// Deployments that k3s itself brings, less what the user disabled.
 pub fn system_deployments(facts: &Facts, settings: &Settings) -> Vec<String> {
-    let disabled = Chosen::of(facts, settings).list("disable");
+    let disabled = EffectiveSettings::of(facts, settings).list("disable");
     [
         ("coredns", "coredns"),
         ("local-path-provisioner", "local-storage"),
@@ -176,7 +177,7 @@ pub fn system_deployments(facts: &Facts, settings: &Settings) -> Vec<String> {
 }
 
 /// What k3s and its pods fill, directories for the most part. `/var/lib/rancher/k3s/storage` inside them holds volumes.
-pub fn state_dirs(role: Role) -> Vec<String> {
+pub fn state_dirs(role: NodeRole) -> Vec<String> {
     let mut dirs = vec![
         "/run/k3s",
         "/run/flannel",
@@ -196,7 +197,7 @@ pub fn state_dirs(role: Role) -> Vec<String> {
         "/run/nri",
         "/run/netns",
     ];
-    if role == Role::Server {
+    if role == NodeRole::Server {
         dirs.extend(["/run/pipeops-credential", "/run/pipeops", "/var/lib/pipeops-agent"]);
     }
     dirs.into_iter().map(str::to_owned).collect()
@@ -205,8 +206,8 @@ pub fn state_dirs(role: Role) -> Vec<String> {
 /// The unit of k3s; `systemd/` holds the templates. The firewall table is loaded before anything listens, or k3s stays down.
 pub fn unit(settings: &Settings) -> String {
     let template = match settings.role {
-        Role::Server => include_str!("../../../systemd/k3s.service"),
-        Role::Worker => include_str!("../../../systemd/k3s-agent.service"),
+        NodeRole::Server => include_str!("../../../systemd/k3s.service"),
+        NodeRole::Worker => include_str!("../../../systemd/k3s-agent.service"),
     };
     let firewall = if settings.options.api_allow.is_empty() {
         String::new()
@@ -229,7 +230,7 @@ pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String 
         .into_iter()
         .map(|(_, r)| format!("{}/{}", r.address, r.prefix));
     let own = network::node_addresses(facts, settings).into_iter().map(|a| a.to_string());
-    let api = Chosen::of(facts, settings).api_port();
+    let api = EffectiveSettings::of(facts, settings).api_port();
     let api =
         if api == 6443 { String::new() } else { format!("{api}, {}, ", api.saturating_add(1)) };
     for source in ranges.chain(own).chain(allow.iter().cloned()) {
@@ -287,8 +288,8 @@ pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
 }
 
 /// The right to impersonate exactly the groups up to `max_role`, and nobody else.
-pub fn impersonation(max_role: MaxRole) -> String {
-    let groups: Vec<String> = MaxRole::ALL
+pub fn impersonation(max_role: Role) -> String {
+    let groups: Vec<String> = Role::ALL
         .into_iter()
         .filter(|r| *r <= max_role)
         .map(|r| format!("pipeops:{}", r.name()))
@@ -307,19 +308,19 @@ mod tests {
             ("disable".to_owned(), json!(["traefik"])),
             ("flannel-backend".to_owned(), json!("vxlan")),
         ]);
-        let extra = BTreeMap::from([
+        let table = BTreeMap::from([
             ("disable".to_owned(), json!(["servicelb", "traefik"])),
             ("flannel-backend".to_owned(), json!("host-gw")),
         ]);
-        pass_through(&mut map, &extra);
+        pass_through(&mut map, &table);
         assert_eq!(map["disable"], json!(["traefik", "servicelb"]));
         assert_eq!(map["flannel-backend"], "host-gw");
     }
 
     #[test]
     fn admin_may_be_impersonated_only_when_asked_for() {
-        assert!(!impersonation(MaxRole::Operator).contains("pipeops:admin"));
-        assert!(impersonation(MaxRole::Admin).contains("pipeops:admin"));
-        assert!(!impersonation(MaxRole::Viewer).contains("pipeops:deployer"));
+        assert!(!impersonation(Role::Operator).contains("pipeops:admin"));
+        assert!(impersonation(Role::Admin).contains("pipeops:admin"));
+        assert!(!impersonation(Role::Viewer).contains("pipeops:deployer"));
     }
 }

@@ -3,19 +3,20 @@
 pub mod config;
 
 use crate::base::cidr::host_in_url;
-use crate::host::fetch::Fetch;
+use crate::contract::token::Role;
+use crate::host::fetch::Artifact;
 use crate::host::paths::{
     AGENT_CONFIG, AGENT_TOKEN, AGENT_USER, DROP_IN, FIREWALL, FIREWALL_TABLE, JOIN_TOKEN, PIPEOPS,
 };
-use crate::install::chosen::Chosen;
 use crate::install::components::{self, Component};
+use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::Facts;
 use crate::install::network;
-use crate::install::plan::{Content, Plan, Ready, Resource, SCHEMA, SecretName, Step};
-use crate::install::planner::config::Master;
-use crate::install::settings::{MaxRole, Settings};
+use crate::install::plan::{FileContent, Plan, Resource, SCHEMA, SecretName, Step, WaitCondition};
+use crate::install::planner::config::JoinServer;
+use crate::install::settings::Settings;
 use crate::k3s::paths::{ADMIN_KUBECONFIG, BINARY, KUBELET_KUBECONFIG, NODE_PASSWORD, REGISTRIES};
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 use crate::k3s::version::Version;
 
 const UNITS: &str = "/etc/systemd/system";
@@ -23,8 +24,8 @@ const UNITS: &str = "/etc/systemd/system";
 /// What the plan needs to know beyond facts and settings: what was resolved over the network or from a directory.
 pub struct Release {
     pub version: Version,
-    pub binary: Fetch,
-    pub images: Vec<Fetch>,
+    pub binary: Artifact,
+    pub images: Vec<Artifact>,
 }
 
 fn step(id: &str, title: impl Into<String>, why: &str, want: Resource) -> Step {
@@ -32,11 +33,21 @@ fn step(id: &str, title: impl Into<String>, why: &str, want: Resource) -> Step {
 }
 
 fn text(path: &str, content: impl Into<String>, mode: u32) -> Resource {
-    Resource::File { path: path.into(), content: Content::Text(content.into()), mode, group: None }
+    Resource::File {
+        path: path.into(),
+        content: FileContent::Text(content.into()),
+        mode,
+        group: None,
+    }
 }
 
 fn secret(path: &str, name: SecretName) -> Resource {
-    Resource::File { path: path.into(), content: Content::Secret(name), mode: 0o600, group: None }
+    Resource::File {
+        path: path.into(),
+        content: FileContent::Secret(name),
+        mode: 0o600,
+        group: None,
+    }
 }
 
 fn dir(path: &str, mode: u32) -> Resource {
@@ -46,7 +57,7 @@ fn dir(path: &str, mode: u32) -> Resource {
 /// Steps that put k3s on the machine, in either role.
 fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) -> Vec<Step> {
     let unit = settings.role.unit();
-    let worker = settings.role == Role::Worker;
+    let worker = settings.role == NodeRole::Worker;
     let mut steps = Vec::new();
     if worker {
         // First of all: the server has tied our name to this password already, so it must survive an aborted join.
@@ -98,14 +109,14 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
         Resource::Node { role: settings.role, dirs: config::state_dirs(settings.role) },
     ));
     let why = match settings.role {
-        Role::Server if drop_in.contains("traefik") => {
+        NodeRole::Server if drop_in.contains("traefik") => {
             "every setting that we own, in one file; traefik is off: --components traefik asks for it"
         }
         _ => "every setting that we own, in one file",
     };
-    let content = match settings.options.k3s.fill() {
-        Some(_) => Content::Filled { text: drop_in, from: SecretName::K3sSettings },
-        None => Content::Text(drop_in),
+    let content = match settings.options.k3s.secret_values() {
+        Some(_) => FileContent::Filled { text: drop_in, from: SecretName::K3sSettings },
+        None => FileContent::Text(drop_in),
     };
     let want = Resource::File { path: DROP_IN.into(), content, mode: 0o600, group: None };
     steps.push(step("settings", "write the k3s settings", why, want));
@@ -174,7 +185,7 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
         "k3s under systemd",
         text(&format!("{UNITS}/{unit}"), config::unit(settings), 0o644),
     ));
-    if settings.role == Role::Worker {
+    if settings.role == NodeRole::Worker {
         inputs.push(JOIN_TOKEN.into());
     }
     steps.push(step(
@@ -186,8 +197,13 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
     steps
 }
 
-fn node_ready(name: String, kubeconfig: &str, settings: &Settings, release: &Release) -> Ready {
-    Ready::Node {
+fn node_ready(
+    name: String,
+    kubeconfig: &str,
+    settings: &Settings,
+    release: &Release,
+) -> WaitCondition {
+    WaitCondition::Node {
         name,
         kubeconfig: kubeconfig.into(),
         unit: settings.role.unit().into(),
@@ -224,7 +240,7 @@ pub fn server_plan(
     system.extend(
         config::system_deployments(facts, settings)
             .into_iter()
-            .map(|name| Ready::Deployment { namespace: "kube-system".into(), name }),
+            .map(|name| WaitCondition::Deployment { namespace: "kube-system".into(), name }),
     );
     steps.push(step(
         "node-ready",
@@ -239,7 +255,7 @@ pub fn server_plan(
             .map_or_else(|| "127.0.0.1".to_owned(), |a| host_in_url(&a.to_string()));
         let want = Resource::Kubeconfig {
             user: user.clone(),
-            server: format!("https://{host}:{}", Chosen::of(facts, settings).api_port()),
+            server: format!("https://{host}:{}", EffectiveSettings::of(facts, settings).api_port()),
         };
         steps.push(step(
             "kubeconfig",
@@ -292,7 +308,7 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
     let mut rbac = include_str!("../../../deployments/rbac.yaml").to_owned();
     rbac.push_str("\n---\n");
     rbac.push_str(&config::impersonation(settings.max_role));
-    if settings.max_role == MaxRole::Admin {
+    if settings.max_role == Role::Admin {
         rbac.push_str("\n---\n");
         rbac.push_str(include_str!("../../../deployments/rbac-admin.yaml"));
     }
@@ -391,13 +407,21 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
         "enabled for the next boot too",
         start("pipeops-agent.service", agent_inputs),
     ));
-    let ready = Resource::Ready { what: vec![Ready::Credential, Ready::Agent], within_s: 60 };
+    let ready = Resource::Ready {
+        what: vec![WaitCondition::Credential, WaitCondition::Agent],
+        within_s: 60,
+    };
     steps.push(step("agent-ready", "wait for the agent", "it answers on its socket", ready));
     steps
 }
 
 /// The plan that makes this machine a worker of `master`.
-pub fn worker_plan(facts: &Facts, settings: &Settings, release: &Release, master: &Master) -> Plan {
+pub fn worker_plan(
+    facts: &Facts,
+    settings: &Settings,
+    release: &Release,
+    master: &JoinServer,
+) -> Plan {
     let node = settings.node_name(&facts.hostname);
     let mut steps = base(
         facts,

@@ -1,6 +1,6 @@
 //! What the user asked for: options from flags, environment and files, merged and validated in one place.
 
-pub mod extra;
+pub mod k3s_table;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,15 +10,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::cidr::Cidr;
 pub use crate::base::config_file::{Fault, table, unquoted, values};
-use crate::base::config_file::{checked, longs};
+use crate::base::config_file::{long_flags, parse_checked};
 use crate::base::error::{Failure, nearest};
 use crate::base::secret::mask;
 use crate::base::text::is_dns_name;
+use crate::contract::token::Role;
 use crate::contract::types::DEFAULT_CONTROL_PLANE;
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 use crate::k3s::version::Version;
 use crate::k3s::{keys, values};
-use extra::Extra;
+use k3s_table::K3sTable;
 
 /// Every setting that may come from a flag, the environment or a config file; all optional, so that layers can be merged.
 ///
@@ -139,14 +140,14 @@ pub struct Options {
     pub agent_token_file: Option<String>,
     /// Any other k3s setting, as in its config.yaml (config file only)
     #[arg(skip)]
-    #[serde(skip_serializing_if = "no_extra")]
-    pub k3s: Extra,
+    #[serde(skip_serializing_if = "is_empty_table")]
+    pub k3s: K3sTable,
 }
 
 impl Options {
     /// `self` where it says something, else `lower`.
     #[must_use]
-    pub fn over(self, lower: Options) -> Options {
+    pub fn layered_over(self, lower: Options) -> Options {
         fn list<T>(upper: Vec<T>, lower: Vec<T>) -> Vec<T> {
             if upper.is_empty() { lower } else { upper }
         }
@@ -174,7 +175,7 @@ impl Options {
             control_plane_pin: list(self.control_plane_pin, lower.control_plane_pin),
             cluster_name: self.cluster_name.or(lower.cluster_name),
             agent_token_file: self.agent_token_file.or(lower.agent_token_file),
-            k3s: self.k3s.over(lower.k3s),
+            k3s: self.k3s.layered_over(lower.k3s),
         }
     }
 
@@ -197,17 +198,17 @@ impl Options {
             .iter()
             .filter(|(key, _)| !transient.contains(&key.as_str()))
             .map(|(key, value)| (key.clone(), mask(&text_of(value), &[])));
-        plain.chain(recorded_extra(&self.k3s)).collect()
+        plain.chain(recorded_k3s_table(&self.k3s)).collect()
     }
 }
 
-fn no_extra(extra: &Extra) -> bool {
-    extra.is_empty()
+fn is_empty_table(table: &K3sTable) -> bool {
+    table.is_empty()
 }
 
 /// The `[k3s]` table as it is compared between runs.
-pub fn recorded_extra(extra: &Extra) -> BTreeMap<String, String> {
-    extra.shown().iter().map(|(key, value)| (format!("[k3s] {key}"), text_of(value))).collect()
+pub fn recorded_k3s_table(table: &K3sTable) -> BTreeMap<String, String> {
+    table.redacted().iter().map(|(key, value)| (format!("[k3s] {key}"), text_of(value))).collect()
 }
 
 fn text_of(value: &serde_json::Value) -> String {
@@ -223,47 +224,24 @@ fn text_of(value: &serde_json::Value) -> String {
 /// # Errors
 /// A [`Failure`] with exit 2 that names `origin`.
 pub fn parse_file(text: &str, origin: &str) -> Result<Options, Failure> {
-    checked(text, origin, &keys(), &["k3s"], "pipeops install-server")
+    parse_checked(text, origin, &keys(), &["k3s"], "pipeops install-server")
 }
 
 /// The names of all config keys: the long flags of [`Options`].
 pub fn keys() -> Vec<String> {
-    longs::<Options>()
-}
-
-/// The highest role that the agent may impersonate; see `deployments/rbac.yaml`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MaxRole {
-    Viewer,
-    Deployer,
-    Operator,
-    Admin,
-}
-
-impl MaxRole {
-    pub const ALL: [MaxRole; 4] =
-        [MaxRole::Viewer, MaxRole::Deployer, MaxRole::Operator, MaxRole::Admin];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            MaxRole::Viewer => "viewer",
-            MaxRole::Deployer => "deployer",
-            MaxRole::Operator => "operator",
-            MaxRole::Admin => "admin",
-        }
-    }
+    long_flags::<Options>()
 }
 
 /// Validated settings; nothing else is passed around.
 #[derive(Clone, Debug, Serialize)]
 pub struct Settings {
-    pub role: Role,
+    pub role: NodeRole,
     pub options: Options,
     pub version: Option<Version>,
     pub channel: Option<String>,
     pub components: Option<Vec<String>>,
-    pub max_role: MaxRole,
+    /// The highest role that the agent may impersonate; see `deployments/rbac.yaml`.
+    pub max_role: Role,
     pub timeout: Duration,
     pub control_plane_url: String,
 }
@@ -280,7 +258,7 @@ impl Settings {
     /// A [`Failure`] with exit 2, one line of evidence for each fault.
     pub fn resolve(
         mut options: Options,
-        role: Role,
+        role: NodeRole,
         codes: &[&str],
         components: &[&str],
     ) -> Result<Settings, Failure> {
@@ -344,12 +322,12 @@ impl Settings {
                 .into_iter()
                 .map(|why| format!("--node-taint: {why}")),
         );
-        options.tls_san = values::sans(&options.tls_san);
+        options.tls_san = values::normalized_sans(&options.tls_san);
         faults.extend(
             options
                 .tls_san
                 .iter()
-                .filter_map(|s| values::bad_san(s))
+                .filter_map(|s| values::san_fault(s))
                 .map(|why| format!("--tls-san: {why}")),
         );
         if let Some(mail) = &options.acme_email
@@ -359,7 +337,7 @@ impl Settings {
         {
             faults.push(format!("--acme-email: `{mail}` is not a mail address"));
         }
-        let chosen = match options.components.as_slice() {
+        let selected = match options.components.as_slice() {
             [] => None,
             [only] if only == "none" => Some(Vec::new()),
             list => {
@@ -379,15 +357,13 @@ impl Settings {
             }
         };
         let max_role = match options.max_role.as_deref() {
-            None => MaxRole::Operator,
-            Some(text) => {
-                MaxRole::ALL.into_iter().find(|r| r.name() == text).unwrap_or_else(|| {
-                    faults.push(format!(
-                        "--max-role: `{text}` is none of viewer, deployer, operator, admin"
-                    ));
-                    MaxRole::Operator
-                })
-            }
+            None => Role::Operator,
+            Some(text) => Role::of(text).unwrap_or_else(|| {
+                faults.push(format!(
+                    "--max-role: `{text}` is none of viewer, deployer, operator, admin"
+                ));
+                Role::Operator
+            }),
         };
         let timeout = match options.timeout.as_deref().map(parse_time) {
             None => Duration::from_secs(300),
@@ -438,7 +414,7 @@ impl Settings {
                 role,
                 version,
                 channel,
-                components: chosen,
+                components: selected,
                 max_role,
                 timeout,
                 control_plane_url,
@@ -487,7 +463,7 @@ fn check_control_plane(text: &str) -> Result<(), String> {
 
 /// Our flag for a k3s setting that the drop-in owns, `None` for settings that pass through.
 pub fn owned_k3s_key(key: &str) -> Option<&'static str> {
-    Some(match keys::meant(key).as_str() {
+    Some(match keys::canonical_key(key).as_str() {
         "tls-san" => "--tls-san",
         "node-name" => "--node-name",
         "node-ip" => "--node-ip",
@@ -526,7 +502,7 @@ mod tests {
     fn resolve(options: Options) -> Result<Settings, Failure> {
         Settings::resolve(
             options,
-            Role::Server,
+            NodeRole::Server,
             &["SWAP_ON", "CLOCK_SKEW"],
             &["ingress", "cert-manager"],
         )
@@ -569,7 +545,7 @@ mod tests {
             "f",
         )
         .unwrap();
-        let merged = upper.over(lower);
+        let merged = upper.layered_over(lower);
         assert_eq!(merged.tls_san, ["a"]);
         assert_eq!(merged.node_name.as_deref(), Some("n"));
         assert!(merged.k3s.contains_key("kubelet-arg"));

@@ -1,15 +1,15 @@
 //! Which component of k3s ended, where nothing says why; what may pass by itself; warnings.
 
-use super::Weight::{Part, Passing, Weak};
-use super::{Cause, MODULES, cause};
+use super::Severity::{Component, Transient, Warning};
+use super::{KnownCause, MODULES, cause};
 
-pub(super) const TABLE: &[(&[&str], Cause)] = &[
+pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // pkg/agent/containerd/containerd.go, pkg/executor/embed/embed.go, pkg/agent/run.go: which part it was
     (
         &["containerd exited"],
         cause(
             "CONTAINERD_EXITS",
-            Part,
+            Component,
             "containerd ends again and again",
             "look at /var/lib/rancher/k3s/agent/containerd/containerd.log",
         ),
@@ -18,7 +18,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to start container runtime"],
         cause(
             "CONTAINERD_EXITS",
-            Part,
+            Component,
             "containerd does not start",
             "look at /var/lib/rancher/k3s/agent/containerd/containerd.log",
         ),
@@ -27,7 +27,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["kubelet exited"],
         cause(
             "KUBELET_EXITS",
-            Part,
+            Component,
             "the kubelet ends again and again",
             "correct what the line names",
         ),
@@ -36,7 +36,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["kube-proxy exited"],
         cause(
             "KUBE_PROXY_EXITS",
-            Part,
+            Component,
             "kube-proxy ends again and again",
             "correct what the line names",
         ),
@@ -45,7 +45,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["flannel exited"],
         cause(
             "FLANNEL_EXITS",
-            Part,
+            Component,
             "the pod network does not come up",
             "correct what the line names",
         ),
@@ -54,7 +54,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to start networking"],
         cause(
             "FLANNEL_EXITS",
-            Part,
+            Component,
             "the pod network does not come up",
             "correct what the line names",
         ),
@@ -63,7 +63,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["controller-manager exited"],
         cause(
             "CONTROLLER_EXITS",
-            Part,
+            Component,
             "a controller ends again and again",
             "correct what the line names",
         ),
@@ -72,7 +72,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["scheduler exited"],
         cause(
             "CONTROLLER_EXITS",
-            Part,
+            Component,
             "the scheduler ends again and again",
             "correct what the line names",
         ),
@@ -81,7 +81,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["apiserver exited"],
         cause(
             "APISERVER_EXITS",
-            Part,
+            Component,
             "the API server ends again and again",
             "correct what the line names",
         ),
@@ -90,20 +90,25 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["creating storage endpoint"],
         cause(
             "DATASTORE_UNOPENED",
-            Part,
+            Component,
             "the datastore cannot be opened",
             "correct what the line names",
         ),
     ),
     (
         &["start managed database"],
-        cause("DATASTORE_UNOPENED", Part, "etcd does not start", "correct what the line names"),
+        cause(
+            "DATASTORE_UNOPENED",
+            Component,
+            "etcd does not start",
+            "correct what the line names",
+        ),
     ),
     (
         &["extracting data"],
         cause(
             "K3S_UNPACKED",
-            Part,
+            Component,
             "k3s cannot unpack itself into /var/lib/rancher/k3s/data",
             "check space, mount and mode of /var/lib/rancher",
         ),
@@ -112,7 +117,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["panic: "],
         cause(
             "K3S_PANIC",
-            Part,
+            Component,
             "k3s breaks off with a fault of its own",
             "try another --k3s-version, and report the lines to k3s-io/k3s",
         ),
@@ -122,7 +127,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["connection refused", "/cacerts"],
         cause(
             "SERVER_UNREACHABLE",
-            Passing,
+            Transient,
             "the server refuses connections",
             "check that k3s runs there and the port is 6443",
         ),
@@ -131,7 +136,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["context deadline exceeded", "/cacerts"],
         cause(
             "SERVER_UNREACHABLE",
-            Passing,
+            Transient,
             "the server does not answer",
             "check the address and firewalls for 6443/tcp",
         ),
@@ -140,7 +145,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["no route to host", "/cacerts"],
         cause(
             "SERVER_UNREACHABLE",
-            Passing,
+            Transient,
             "there is no way to the server",
             "check the address, routes and firewalls for 6443/tcp",
         ),
@@ -149,7 +154,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to get CA certs"],
         cause(
             "SERVER_UNREACHABLE",
-            Passing,
+            Transient,
             "the server does not answer",
             "check that k3s runs there, the address, and firewalls for 6443/tcp",
         ),
@@ -158,7 +163,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to ping database connection"],
         cause(
             "DATASTORE_UNREACHABLE",
-            Passing,
+            Transient,
             "the database does not answer",
             "check that it runs, and datastore-endpoint",
         ),
@@ -166,13 +171,13 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
     // worth saying beside a cause, and none of itself
     (
         &["failed to load kernel module"],
-        cause("KMOD_MISSING", Weak, "a kernel module could not be loaded", MODULES),
+        cause("KMOD_MISSING", Warning, "a kernel module could not be loaded", MODULES),
     ),
     (
         &["toomanyrequests"],
         cause(
             "REGISTRY_RATE_LIMIT",
-            Weak,
+            Warning,
             "the image registry limits downloads",
             "wait, or use --registries with a mirror",
         ),
@@ -181,7 +186,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to pull", "no such host"],
         cause(
             "DNS_BROKEN",
-            Weak,
+            Warning,
             "names cannot be resolved, so images cannot be pulled",
             "check /etc/resolv.conf, or use --offline-dir",
         ),
@@ -190,7 +195,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to pull image"],
         cause(
             "IMAGE_PULL_FAILED",
-            Weak,
+            Warning,
             "an image cannot be pulled",
             "check the way to the registry, or use --offline-dir",
         ),
@@ -199,7 +204,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["apply request took too long"],
         cause(
             "DISK_FSYNC_SLOW",
-            Weak,
+            Warning,
             "the data disk is slow",
             "use a local SSD for /var/lib/rancher",
         ),
@@ -208,7 +213,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["Slow SQL"],
         cause(
             "DISK_FSYNC_SLOW",
-            Weak,
+            Warning,
             "the data disk is slow",
             "use a local SSD for /var/lib/rancher",
         ),

@@ -1,18 +1,18 @@
 //! Known failures of the datastore: SQLite, an external database, etcd.
 
-use super::Weight::{Certain, Fatal, Passing};
-use super::{Cause, cause};
+use super::Severity::{Fatal, Permanent, Transient};
+use super::{KnownCause, cause};
 
 const RESTORE: &str = "restore /var/lib/rancher/k3s/server/db from a copy";
 const DATABASE: &str = "correct datastore-endpoint in the [k3s] table; what stands in it for a password is percent-encoded";
 
-pub(super) const TABLE: &[(&[&str], Cause)] = &[
+pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // kine pkg/drivers, pkg/util/url.go
     (
         &["invalid datastore endpoint"],
         cause(
             "DATASTORE_URL_INVALID",
-            Certain,
+            Permanent,
             "datastore-endpoint is no URL of a datastore",
             DATABASE,
         ),
@@ -21,7 +21,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to parse datastore DSN URL"],
         cause(
             "DATASTORE_URL_INVALID",
-            Certain,
+            Permanent,
             "datastore-endpoint is no URL of a datastore",
             DATABASE,
         ),
@@ -30,18 +30,18 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["creating storage endpoint", "unknown driver"],
         cause(
             "DATASTORE_URL_INVALID",
-            Certain,
+            Permanent,
             "datastore-endpoint names a kind of datastore that k3s does not have",
             DATABASE,
         ),
     ),
     (
         &["password authentication failed for user"],
-        cause("DATASTORE_REFUSED", Certain, "the database refuses user or password", DATABASE),
+        cause("DATASTORE_REFUSED", Permanent, "the database refuses user or password", DATABASE),
     ),
     (
         &["Error 1045", "Access denied for user"],
-        cause("DATASTORE_REFUSED", Certain, "the database refuses user or password", DATABASE),
+        cause("DATASTORE_REFUSED", Permanent, "the database refuses user or password", DATABASE),
     ),
     (
         &["no pg_hba.conf entry for host"],
@@ -81,11 +81,11 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
     ),
     (
         &["database disk image is malformed"],
-        cause("DATASTORE_DAMAGED", Certain, "the datastore is damaged", RESTORE),
+        cause("DATASTORE_DAMAGED", Permanent, "the datastore is damaged", RESTORE),
     ),
     (
         &["file is not a database"],
-        cause("DATASTORE_DAMAGED", Certain, "the datastore is damaged", RESTORE),
+        cause("DATASTORE_DAMAGED", Permanent, "the datastore is damaged", RESTORE),
     ),
     (
         &["database is locked"],
@@ -101,7 +101,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["duplicate node name found"],
         cause(
             "NODE_NAME_TAKEN",
-            Certain,
+            Permanent,
             "the cluster has another server of this name",
             "choose another --node-name, or remove the former member",
         ),
@@ -110,7 +110,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["tombstone file has been detected"],
         cause(
             "ETCD_MEMBER_REMOVED",
-            Certain,
+            Permanent,
             "this server was removed from its cluster",
             "move /var/lib/rancher/k3s/server/db away, then join again",
         ),
@@ -119,7 +119,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["permanently removed from the cluster"],
         cause(
             "ETCD_MEMBER_REMOVED",
-            Certain,
+            Permanent,
             "this server was removed from its cluster",
             "move /var/lib/rancher/k3s/server/db away, then join again",
         ),
@@ -128,7 +128,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["has already been bootstrapped"],
         cause(
             "ETCD_MEMBER_STALE",
-            Certain,
+            Permanent,
             "etcd knows this member, but its data is not here",
             "remove the member on another server, then join again",
         ),
@@ -137,7 +137,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["etcd cluster membership was previously reset"],
         cause(
             "ETCD_RESET_DONE",
-            Certain,
+            Permanent,
             "cluster-reset is still set",
             "take cluster-reset out of the settings",
         ),
@@ -146,20 +146,20 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["etcd: snapshot path"],
         cause(
             "ETCD_SNAPSHOT_UNREADABLE",
-            Certain,
+            Permanent,
             "the snapshot to restore is not a file",
             "correct cluster-reset-restore-path",
         ),
     ),
     (
         &["failed to read WAL, cannot be repaired"],
-        cause("DATASTORE_DAMAGED", Certain, "etcd's log is damaged", RESTORE),
+        cause("DATASTORE_DAMAGED", Permanent, "etcd's log is damaged", RESTORE),
     ),
     (
         &["found data inconsistency with peers"],
         cause(
             "DATASTORE_DAMAGED",
-            Certain,
+            Permanent,
             "etcd's data differs from the other servers'",
             "remove this member, move its data away, then join again",
         ),
@@ -186,20 +186,25 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["too many learner members"],
         cause(
             "ETCD_BUSY",
-            Passing,
+            Transient,
             "another server is still joining etcd",
             "wait until it is done",
         ),
     ),
     (
         &["etcdserver: unhealthy cluster"],
-        cause("ETCD_BUSY", Passing, "etcd's members do not all answer", "check the other servers"),
+        cause(
+            "ETCD_BUSY",
+            Transient,
+            "etcd's members do not all answer",
+            "check the other servers",
+        ),
     ),
     (
         &["leaderelection lost"],
         cause(
             "DISK_FSYNC_SLOW",
-            Passing,
+            Transient,
             "the datastore answered too late",
             "use a local SSD for /var/lib/rancher",
         ),

@@ -1,18 +1,18 @@
 //! Known failures of joining: datastore and token that do not belong together, certificates, clocks.
 
-use super::Weight::{Certain, Fatal};
-use super::{Cause, cause};
+use super::Severity::{Fatal, Permanent};
+use super::{KnownCause, cause};
 
 const TOKEN: &str = "get a fresh line with `pipeops cluster-info --join` on the server";
 const SERVER_TOKEN: &str = "put the cluster's token back into /var/lib/rancher/k3s/server/token, or correct `token` in the [k3s] table";
 
-pub(super) const TABLE: &[(&[&str], Cause)] = &[
+pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // pkg/cluster/storage.go, bootstrap.go
     (
         &["bootstrap data", "different token"],
         cause(
             "DATA_TOKEN_CONFLICT",
-            Certain,
+            Permanent,
             "the datastore was made with another token",
             "restore the former token, or move /var/lib/rancher/k3s away",
         ),
@@ -21,7 +21,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["newer than datastore and could cause a cluster outage"],
         cause(
             "BOOTSTRAP_CONFLICT",
-            Certain,
+            Permanent,
             "certificates on this disk are newer than those in the datastore",
             "move the named files away; k3s makes them again from the datastore",
         ),
@@ -30,7 +30,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["no bootstrap data found in datastore"],
         cause(
             "DATA_TOKEN_CONFLICT",
-            Certain,
+            Permanent,
             "the datastore holds nothing that this token opens",
             "give the cluster's own token, or check the datastore",
         ),
@@ -39,7 +39,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["critical configuration value mismatch"],
         cause(
             "SERVER_CONFIG_MISMATCH",
-            Certain,
+            Permanent,
             "this server's settings differ from the other servers'",
             "give it the same cluster-cidr, service-cidr and disable settings",
         ),
@@ -49,42 +49,42 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["Node password rejected"],
         cause(
             "NODE_NAME_TAKEN",
-            Certain,
+            Permanent,
             "the server knows another machine of this name",
             "on the server: kubectl delete node NAME, or choose another --node-name",
         ),
     ),
     (
         &["token CA hash does not match"],
-        cause("JOIN_CA_MISMATCH", Certain, "the token belongs to another cluster", TOKEN),
+        cause("JOIN_CA_MISMATCH", Permanent, "the token belongs to another cluster", TOKEN),
     ),
     (
         &["failed to normalize server token"],
         cause(
             "JOIN_TOKEN_MALFORMED",
-            Certain,
+            Permanent,
             "the server's token is empty or not one of k3s",
             SERVER_TOKEN,
         ),
     ),
     (
         &["invalid token format"],
-        cause("JOIN_TOKEN_MALFORMED", Certain, "the token is not one of k3s", TOKEN),
+        cause("JOIN_TOKEN_MALFORMED", Permanent, "the token is not one of k3s", TOKEN),
     ),
     (
         &["invalid token CA hash length"],
-        cause("JOIN_TOKEN_MALFORMED", Certain, "the token was cut off or mixed up", TOKEN),
+        cause("JOIN_TOKEN_MALFORMED", Permanent, "the token was cut off or mixed up", TOKEN),
     ),
     (
         &["token must not be empty"],
-        cause("TOKEN_MISSING", Certain, "the token file is empty", TOKEN),
+        cause("TOKEN_MISSING", Permanent, "the token file is empty", TOKEN),
     ),
-    (&["--token is required"], cause("TOKEN_MISSING", Certain, "there is no token", TOKEN)),
+    (&["--token is required"], cause("TOKEN_MISSING", Permanent, "there is no token", TOKEN)),
     (
         &["only https:// URLs are supported"],
         cause(
             "MASTER_INVALID",
-            Certain,
+            Permanent,
             "the server's address is not an https URL",
             "join with https://SERVER:6443",
         ),
@@ -93,7 +93,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["incompatible down-level server detected"],
         cause(
             "VERSION_SKEW",
-            Certain,
+            Permanent,
             "the server runs an older k3s than this node",
             "upgrade the server first, or give --k3s-version with the server's",
         ),

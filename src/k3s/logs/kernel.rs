@@ -1,22 +1,22 @@
 //! Known failures that come from the kernel, or from the container that k3s runs in.
 
-use super::Weight::{Certain, Fatal};
-use super::{Cause, MODULES, SETTING, cause};
+use super::Severity::{Fatal, Permanent};
+use super::{KnownCause, MODULES, SETTING, cause};
 
 const CMDLINE: &str =
     "append `cgroup_memory=1 cgroup_enable=memory` to the kernel command line and reboot";
 
-pub(super) const TABLE: &[(&[&str], Cause)] = &[
+pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // pkg/cgroups/cgroups_linux.go, pkg/daemons/agent/agent_linux.go
     (
         &["failed to find memory cgroup"],
-        cause("CGROUP_MEMORY_OFF", Certain, "the memory cgroup controller is off", CMDLINE),
+        cause("CGROUP_MEMORY_OFF", Permanent, "the memory cgroup controller is off", CMDLINE),
     ),
     (
         &["failed to find cpu", "cgroup (v2)"],
         cause(
             "CGROUP_CONTROLLERS",
-            Certain,
+            Permanent,
             "a cgroup controller is off",
             "let the host delegate cpu, cpuset and memory; in a container, update its host",
         ),
@@ -25,7 +25,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["pids cgroup controller not found"],
         cause(
             "CGROUP_CONTROLLERS",
-            Certain,
+            Permanent,
             "the pids cgroup controller is off",
             "boot a kernel that has it",
         ),
@@ -34,7 +34,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["Following Cgroup subsystem not mounted"],
         cause(
             "CGROUP_CONTROLLERS",
-            Certain,
+            Permanent,
             "a cgroup subsystem is not mounted",
             "boot with systemd.unified_cgroup_hierarchy=1",
         ),
@@ -53,20 +53,20 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["snapshotter cannot be enabled", "operation not permitted"],
         cause(
             "LXC_FEATURES",
-            Certain,
+            Permanent,
             "the host does not allow overlay mounts in this container",
             "turn nesting on for it",
         ),
     ),
     (
         &["snapshotter cannot be enabled", "no such device"],
-        cause("KMOD_MISSING", Certain, "the kernel has no overlayfs", MODULES),
+        cause("KMOD_MISSING", Permanent, "the kernel has no overlayfs", MODULES),
     ),
     (
         &["snapshotter cannot be enabled", "d_type"],
         cause(
             "SNAPSHOTTER_REFUSED",
-            Certain,
+            Permanent,
             "the file system below /var/lib/rancher was made without d_type",
             "make it again with `mkfs.xfs -n ftype=1`, or use ext4",
         ),
@@ -75,7 +75,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["snapshotter cannot be enabled"],
         cause(
             "SNAPSHOTTER_REFUSED",
-            Certain,
+            Permanent,
             "the file system below /var/lib/rancher does not carry the snapshotter",
             "put /var/lib/rancher on ext4 or xfs, or set snapshotter = \"native\" in the [k3s] table",
         ),
@@ -84,7 +84,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to create overlay", "operation not permitted"],
         cause(
             "LXC_FEATURES",
-            Certain,
+            Permanent,
             "the host does not allow overlay mounts in this container",
             "turn nesting on for it",
         ),
@@ -93,7 +93,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["default runtime", "was not found"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "default-runtime names one that is not installed",
             SETTING,
         ),
@@ -102,7 +102,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["/dev/kmsg", "no such file"],
         cause(
             "LXC_FEATURES",
-            Certain,
+            Permanent,
             "/dev/kmsg is missing in this container",
             "let the host bind /dev/kmsg into it",
         ),
@@ -111,7 +111,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["/dev/kmsg", "operation not permitted"],
         cause(
             "LXC_FEATURES",
-            Certain,
+            Permanent,
             "/dev/kmsg is closed in this container",
             "let the host give it to the container",
         ),

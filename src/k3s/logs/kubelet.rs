@@ -1,15 +1,15 @@
 //! Known failures that come from what the kubelet was told: labels, taints, its own settings and state.
 
-use super::Weight::{Certain, Fatal};
-use super::{Cause, SETTING, cause};
+use super::Severity::{Fatal, Permanent};
+use super::{KnownCause, SETTING, cause};
 
-pub(super) const TABLE: &[(&[&str], Cause)] = &[
+pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // kubernetes cmd/kubelet/app/options/options.go, pkg/daemons/agent/agent.go
     (
         &["labels specified with --node-labels"],
         cause(
             "NODE_LABEL_INVALID",
-            Certain,
+            Permanent,
             "the kubelet may not give itself one of the labels",
             "take it out of --node-label and set it with `kubectl label node`",
         ),
@@ -18,7 +18,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["invalid node labels"],
         cause(
             "NODE_LABEL_INVALID",
-            Certain,
+            Permanent,
             "one of the labels is not valid",
             "correct --node-label: NAME=VALUE",
         ),
@@ -27,7 +27,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to parse node taints"],
         cause(
             "NODE_TAINT_INVALID",
-            Certain,
+            Permanent,
             "one of the taints is not valid",
             "correct --node-taint: NAME=VALUE:EFFECT",
         ),
@@ -36,7 +36,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["invalid taint"],
         cause(
             "NODE_TAINT_INVALID",
-            Certain,
+            Permanent,
             "one of the taints is not valid",
             "correct --node-taint: NAME=VALUE:EFFECT",
         ),
@@ -46,7 +46,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to load kubelet", "file, path"],
         cause(
             "KUBELET_CONFIG_INVALID",
-            Certain,
+            Permanent,
             "a file of kubelet settings cannot be read",
             "correct it, or take it away",
         ),
@@ -55,20 +55,25 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["copy config", "into managed drop-in dir"],
         cause(
             "KUBELET_CONFIG_INVALID",
-            Certain,
+            Permanent,
             "a file of kubelet settings is not there",
             SETTING,
         ),
     ),
     (
         &["--kube-reserved value failed to parse"],
-        cause("KUBELET_CONFIG_INVALID", Certain, "kube-reserved is not a list of amounts", SETTING),
+        cause(
+            "KUBELET_CONFIG_INVALID",
+            Permanent,
+            "kube-reserved is not a list of amounts",
+            SETTING,
+        ),
     ),
     (
         &["--system-reserved value failed to parse"],
         cause(
             "KUBELET_CONFIG_INVALID",
-            Certain,
+            Permanent,
             "system-reserved is not a list of amounts",
             SETTING,
         ),
@@ -95,7 +100,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["running with swap on is not supported"],
         cause(
             "SWAP_ON",
-            Certain,
+            Permanent,
             "swap is on, and the kubelet is told to refuse it",
             "turn it off (`swapoff -a`), or take fail-swap-on out of the settings",
         ),
@@ -104,7 +109,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["cgroup v1", "unsupported"],
         cause(
             "CGROUP_V1_UNSUPPORTED",
-            Certain,
+            Permanent,
             "this Kubernetes does not start on cgroup v1",
             "boot with systemd.unified_cgroup_hierarchy=1, or use --channel v1.34",
         ),
@@ -113,7 +118,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["kubelet is configured to not run on a host using cgroup v1"],
         cause(
             "CGROUP_V1_UNSUPPORTED",
-            Certain,
+            Permanent,
             "this Kubernetes does not start on cgroup v1",
             "boot with systemd.unified_cgroup_hierarchy=1, or use --channel v1.34",
         ),
@@ -121,6 +126,6 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
     // what stands in front of several of the above comes last
     (
         &["failed to validate kubelet configuration"],
-        cause("KUBELET_CONFIG_INVALID", Certain, "the kubelet's settings are not valid", SETTING),
+        cause("KUBELET_CONFIG_INVALID", Permanent, "the kubelet's settings are not valid", SETTING),
     ),
 ];

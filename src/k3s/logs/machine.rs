@@ -1,9 +1,9 @@
 //! Known failures that come from the machine: ports, disks, memory, and programs that cannot run.
 
-use super::Weight::{Certain, Fatal};
-use super::{Cause, cause};
+use super::Severity::{Fatal, Permanent};
+use super::{KnownCause, cause};
 
-pub(super) const TABLE: &[(&[&str], Cause)] = &[
+pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // the machine
     (
         &["address already in use"],
@@ -62,7 +62,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["status=4/ILL"],
         cause(
             "CPU_UNSUPPORTED",
-            Certain,
+            Permanent,
             "this processor lacks an instruction",
             "install the build for this machine's architecture",
         ),
@@ -72,7 +72,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["Failed at step EXEC", "Exec format error"],
         cause(
             "K3S_NOT_RUNNABLE",
-            Certain,
+            Permanent,
             "/usr/local/bin/k3s is built for another machine",
             "install the build for this machine's architecture",
         ),
@@ -81,7 +81,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["/usr/local/bin/k3s", "Exec format error"],
         cause(
             "K3S_NOT_RUNNABLE",
-            Certain,
+            Permanent,
             "/usr/local/bin/k3s is built for another machine",
             "install the build for this machine's architecture",
         ),
@@ -90,7 +90,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["/usr/local/bin/k3s", "Permission denied"],
         cause(
             "K3S_NOT_RUNNABLE",
-            Certain,
+            Permanent,
             "/usr/local/bin/k3s may not be run",
             "mount /usr/local without noexec; with SELinux: restorecon /usr/local/bin/k3s",
         ),
@@ -99,7 +99,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["/usr/local/bin/k3s", "No such file or directory"],
         cause(
             "K3S_NOT_RUNNABLE",
-            Certain,
+            Permanent,
             "/usr/local/bin/k3s is not there",
             "look at what takes it away",
         ),
@@ -108,7 +108,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["k3s-server", "executable file not found"],
         cause(
             "DATA_NOEXEC",
-            Certain,
+            Permanent,
             "no program runs below /var/lib/rancher",
             "mount it without noexec; with SELinux: install k3s-selinux",
         ),
@@ -117,7 +117,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["exec /var/lib/rancher", "permission denied"],
         cause(
             "DATA_NOEXEC",
-            Certain,
+            Permanent,
             "no program runs below /var/lib/rancher",
             "mount it without noexec; with SELinux: install k3s-selinux",
         ),

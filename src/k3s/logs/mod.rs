@@ -14,30 +14,35 @@ use std::time::Duration;
 
 /// How much a message proves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Weight {
+pub enum Severity {
     /// Nobody changes this by waiting: said twice, it is the end.
-    Certain,
+    Permanent,
     /// May come right once or twice (a port that is just being let go); the third death is the end.
     Fatal,
     /// Names the part of k3s that ended, where nothing more telling was said.
-    Part,
+    Component,
     /// May come right at any time: names the cause when time is up, never ends a wait.
-    Passing,
+    Transient,
     /// A warning beside other things: told, but never an error's code.
-    Weak,
+    Warning,
 }
 
 /// A known cause of a failed start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cause {
+pub struct KnownCause {
     pub code: &'static str,
     pub what: &'static str,
     pub fix: &'static str,
-    pub weight: Weight,
+    pub severity: Severity,
 }
 
-const fn cause(code: &'static str, weight: Weight, what: &'static str, fix: &'static str) -> Cause {
-    Cause { code, what, fix, weight }
+const fn cause(
+    code: &'static str,
+    severity: Severity,
+    what: &'static str,
+    fix: &'static str,
+) -> KnownCause {
+    KnownCause { code, what, fix, severity }
 }
 
 const SETTING: &str =
@@ -50,7 +55,7 @@ const MODULES: &str = "install your distribution's extra kernel modules, or a ke
 /// Messages are quoted from k3s 1.33 to 1.36, without what differs from run to run and without quotes,
 /// which logrus escapes. The file of k3s-io/k3s, kubernetes, kine, flannel, etcd or containerd stands
 /// beside each group.
-const TABLES: [&[(&[&str], Cause)]; 7] = [
+const TABLES: [&[(&[&str], KnownCause)]; 7] = [
     join::TABLE,
     settings::TABLE,
     kubelet::TABLE,
@@ -62,104 +67,111 @@ const TABLES: [&[(&[&str], Cause)]; 7] = [
 
 /// What a journal shows: the cause, the latest line of it without its time, and how often it stands there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
-    pub cause: Cause,
+pub struct Diagnosis {
+    pub cause: KnownCause,
     pub line: String,
     pub count: usize,
 }
 
-/// Deaths of a unit after which a cause that may heal is believed.
-const DEATHS: u32 = 3;
+/// Exits of a unit after which a cause that may pass is believed.
+const MAX_EXITS: u32 = 3;
 /// How long a refusal that cannot change stands before the wait ends, where the unit stays alive with it.
 const HELD: Duration = Duration::from_secs(10);
 /// The same for one that may.
 const HELD_LONG: Duration = Duration::from_secs(20);
 
-/// How a unit does while it is waited for.
+/// The state of a unit that is waited for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Pulse {
+pub struct UnitHealth {
     /// `active` at this moment.
     pub running: bool,
     /// `failed`: systemd starts it no more.
     pub failed: bool,
-    /// Restarts by systemd as it counts them, and how many of them since the wait began.
+    /// Restarts by systemd as it counts them.
     pub restarts: u32,
-    pub since: u32,
+    /// Those of them since the wait began.
+    pub restarts_during_wait: u32,
     /// How long the journal has been showing this very cause.
     pub held: Duration,
 }
 
 /// Code of a unit that ends again and again for a reason that is not in the table.
-pub const LOOP: &str = "START_LOOP";
+pub const START_LOOP: &str = "START_LOOP";
 
 /// What to do about a cause that the table does not know.
-pub const LOOK: &str = "the lines above name the cause: correct it";
+pub const UNKNOWN_CAUSE_FIX: &str = "the lines above name the cause: correct it";
 
-/// Whether waiting longer is pointless, and why. `None`: it may still come. `died` is what `deaths` says of the unit's own journal.
-pub fn hopeless(log: &str, died: u32, pulse: Pulse) -> Option<Seen> {
-    let Some(seen) = classify(log) else {
-        let (line, count) = last_words(log)?;
-        let what = if pulse.failed {
+/// Whether waiting longer is pointless, and why. `None`: it may still come. `exits` is what [`exit_count`] says of the unit's
+/// own journal.
+pub fn final_failure(log: &str, exits: u32, health: UnitHealth) -> Option<Diagnosis> {
+    let Some(diagnosis) = classify(log) else {
+        let (line, count) = last_exit_line(log)?;
+        let what = if health.failed {
             "it ended, and systemd starts it no more"
         } else {
             "it ends again and again"
         };
-        let why = Cause { code: LOOP, what, fix: LOOK, weight: Weight::Part };
-        return (pulse.failed || died >= DEATHS && !transient(&line)).then_some(Seen {
-            cause: why,
-            line,
-            count,
-        });
+        let why = KnownCause {
+            code: START_LOOP,
+            what,
+            fix: UNKNOWN_CAUSE_FIX,
+            severity: Severity::Component,
+        };
+        return (health.failed || exits >= MAX_EXITS && !is_transient_line(&line))
+            .then_some(Diagnosis { cause: why, line, count });
     };
-    let again = pulse.since.max(if pulse.running { 0 } else { pulse.restarts });
-    let stuck = !pulse.running && !went_on(log, &seen.line);
-    let end = match seen.cause.weight {
-        Weight::Certain => again >= 2 || stuck && pulse.held >= HELD,
-        Weight::Fatal => {
-            died >= DEATHS
-                || stuck && pulse.held >= HELD_LONG && seen.count >= 4 && waits(&seen.line)
+    let again = health.restarts_during_wait.max(if health.running { 0 } else { health.restarts });
+    let stuck = !health.running && !progressed_after(log, &diagnosis.line);
+    let end = match diagnosis.cause.severity {
+        Severity::Permanent => again >= 2 || stuck && health.held >= HELD,
+        Severity::Fatal => {
+            exits >= MAX_EXITS
+                || stuck
+                    && health.held >= HELD_LONG
+                    && diagnosis.count >= 4
+                    && is_retry_line(&diagnosis.line)
         }
-        Weight::Part => died >= DEATHS && !transient(&seen.line),
-        Weight::Passing | Weight::Weak => false,
+        Severity::Component => exits >= MAX_EXITS && !is_transient_line(&diagnosis.line),
+        Severity::Transient | Severity::Warning => false,
     };
-    (end || pulse.failed).then_some(seen)
+    (end || health.failed).then_some(diagnosis)
 }
 
 /// How often the unit ended since the wait began: as systemd counts, or by its last words where that count is from before.
-pub fn deaths(log: &str, pulse: Pulse) -> u32 {
+pub fn exit_count(log: &str, health: UnitHealth) -> u32 {
     let lines = |mark: &str| log.lines().filter(|l| l.contains(mark)).count();
     let said = ["level=fatal", "level=panic", "Shutdown request received: ", "Main process exited"]
         .map(lines)
         .into_iter()
         .max()
         .unwrap_or(0);
-    pulse.since.max(if pulse.running {
+    health.restarts_during_wait.max(if health.running {
         0
     } else {
-        u32::try_from(said).unwrap_or(u32::MAX).min(pulse.restarts)
+        u32::try_from(said).unwrap_or(u32::MAX).min(health.restarts)
     })
 }
 
 /// The cause that `log` shows; the most telling first, and what a process said as it ended before everything else.
-pub fn classify(log: &str) -> Option<Seen> {
-    let ended = log.lines().filter(|l| dying(l));
-    let of = |at_most: Weight| move |c: &Cause| c.weight <= at_most;
-    find(ended.clone(), of(Weight::Fatal))
+pub fn classify(log: &str) -> Option<Diagnosis> {
+    let ended = log.lines().filter(|l| is_exit_line(l));
+    let of = |at_most: Severity| move |c: &KnownCause| c.severity <= at_most;
+    find(ended.clone(), of(Severity::Fatal))
         // the part that ended tells more than what others said meanwhile
-        .or_else(|| find(ended, of(Weight::Part)))
-        .or_else(|| find(log.lines().filter(|l| serious(l)), of(Weight::Part)))
-        .or_else(|| find(log.lines(), |c| c.weight == Weight::Passing))
+        .or_else(|| find(ended, of(Severity::Component)))
+        .or_else(|| find(log.lines().filter(|l| is_error_line(l)), of(Severity::Component)))
+        .or_else(|| find(log.lines(), |c| c.severity == Severity::Transient))
 }
 
 /// A warning that may have to do with it.
-pub fn beside(log: &str) -> Option<Seen> {
-    find(log.lines(), |c| c.weight == Weight::Weak)
+pub fn related_warning(log: &str) -> Option<Diagnosis> {
+    find(log.lines(), |c| c.severity == Severity::Warning)
 }
 
 fn find<'a>(
     lines: impl DoubleEndedIterator<Item = &'a str>,
-    wanted: impl Fn(&Cause) -> bool,
-) -> Option<Seen> {
+    wanted: impl Fn(&KnownCause) -> bool,
+) -> Option<Diagnosis> {
     let lower: Vec<(&str, String)> = lines.map(|l| (l, l.to_lowercase())).collect();
     TABLES.into_iter().flatten().filter(|(_, cause)| wanted(cause)).find_map(
         |(fragments, cause)| {
@@ -168,13 +180,17 @@ fn find<'a>(
                 .rev()
                 .filter(|(_, lower)| fragments.iter().all(|f| lower.contains(&f.to_lowercase())));
             let (line, _) = hits.next()?;
-            Some(Seen { cause: *cause, line: timeless(line).to_owned(), count: 1 + hits.count() })
+            Some(Diagnosis {
+                cause: *cause,
+                line: without_time(line).to_owned(),
+                count: 1 + hits.count(),
+            })
         },
     )
 }
 
 /// Said by a process as it ends, or by systemd of one that ended.
-fn dying(line: &str) -> bool {
+fn is_exit_line(line: &str) -> bool {
     const MARKS: [&str; 8] = [
         "level=fatal",
         "level=panic",
@@ -190,7 +206,7 @@ fn dying(line: &str) -> bool {
 }
 
 /// Not a warning or chatter: what k3s waits for is at level info, and counts.
-fn serious(line: &str) -> bool {
+fn is_error_line(line: &str) -> bool {
     let (weak, info) = (
         ["level=warning", "level=debug", "\"level\":\"warn\"", "\"level\":\"info\""],
         line.contains("level=info"),
@@ -202,14 +218,14 @@ fn serious(line: &str) -> bool {
 }
 
 /// Said by a k3s that stays alive and asks again every few seconds (pkg/agent/config/config.go, pkg/agent/run.go).
-fn waits(line: &str) -> bool {
+fn is_retry_line(line: &str) -> bool {
     ["Waiting to retrieve agent configuration", "Failed to validate connection to cluster"]
         .iter()
         .any(|w| line.contains(w))
 }
 
 /// Words of what passes: an unknown last line with them is no proof that the next start ends alike.
-fn transient(line: &str) -> bool {
+fn is_transient_line(line: &str) -> bool {
     const WORDS: [&str; 7] = [
         "connection refused",
         "deadline exceeded",
@@ -223,8 +239,8 @@ fn transient(line: &str) -> bool {
 }
 
 /// Whether k3s went on after it said `line`: the node's settings came, so what kept it from them is over.
-fn went_on(log: &str, line: &str) -> bool {
-    let after = log.lines().rev().take_while(|l| timeless(l) != line);
+fn progressed_after(log: &str, line: &str) -> bool {
+    let after = log.lines().rev().take_while(|l| without_time(l) != line);
     let mut after = after.filter(|l| l.contains("level=info"));
     after.any(|l| {
         [
@@ -239,18 +255,19 @@ fn went_on(log: &str, line: &str) -> bool {
 }
 
 /// The last line with which the unit ended, and how often it stands there.
-fn last_words(log: &str) -> Option<(String, usize)> {
+fn last_exit_line(log: &str) -> Option<(String, usize)> {
     let line = log
         .lines()
         .rev()
-        .find(|l| dying(l) && !l.contains("Main process exited"))
-        .or_else(|| log.lines().rev().find(|l| dying(l)))?;
-    let (key, count) = (alike(line), |key: &str| log.lines().filter(|l| alike(l) == key).count());
-    Some((timeless(line).to_owned(), count(&key)))
+        .find(|l| is_exit_line(l) && !l.contains("Main process exited"))
+        .or_else(|| log.lines().rev().find(|l| is_exit_line(l)))?;
+    let (key, count) =
+        (normalized(line), |key: &str| log.lines().filter(|l| normalized(l) == key).count());
+    Some((without_time(line).to_owned(), count(&key)))
 }
 
 /// A line without the time that logrus puts in front.
-fn timeless(line: &str) -> &str {
+fn without_time(line: &str) -> &str {
     let line = line.trim();
     line.strip_prefix("time=\"")
         .and_then(|rest| rest.split_once("\" "))
@@ -258,9 +275,9 @@ fn timeless(line: &str) -> &str {
 }
 
 /// The same for lines that differ in times, ports and process numbers only.
-fn alike(line: &str) -> String {
+fn normalized(line: &str) -> String {
     let mut key = String::new();
-    for c in timeless(line).chars() {
+    for c in without_time(line).chars() {
         match c {
             '0'..='9' if key.ends_with('#') => {}
             '0'..='9' => key.push('#'),
@@ -272,12 +289,12 @@ fn alike(line: &str) -> String {
 }
 
 /// `text`, said so many times.
-pub fn times(text: &str, count: usize) -> String {
+pub fn with_count(text: &str, count: usize) -> String {
     if count > 1 { format!("{text} ({count} times)") } else { text.to_owned() }
 }
 
 /// The last lines worth showing, errors and warnings before chatter; those that are alike once, with their number.
-pub fn telling(log: &str, most: usize) -> Vec<String> {
+pub fn notable_lines(log: &str, most: usize) -> Vec<String> {
     let marks = [
         "level=error",
         "level=fatal",
@@ -294,12 +311,12 @@ pub fn telling(log: &str, most: usize) -> Vec<String> {
     let from = if marked.is_empty() { log.lines().collect() } else { marked };
     let mut shown: Vec<(String, &str, usize)> = Vec::new();
     for line in from.into_iter().filter(|l| !l.trim().is_empty()).rev() {
-        let key = alike(line);
+        let key = normalized(line);
         match shown.iter_mut().find(|(known, _, _)| *known == key) {
             Some((_, _, count)) => *count += 1,
             None => shown.push((key, line, 1)),
         }
     }
     shown.truncate(most);
-    shown.iter().rev().map(|(_, line, count)| times(timeless(line), *count)).collect()
+    shown.iter().rev().map(|(_, line, count)| with_count(without_time(line), *count)).collect()
 }

@@ -1,17 +1,17 @@
 //! Known failures that come from a setting of k3s: unknown ones, values, address ranges, interfaces.
 
-use super::Weight::{Certain, Fatal};
-use super::{Cause, MODULES, SETTING, cause};
+use super::Severity::{Fatal, Permanent};
+use super::{KnownCause, MODULES, SETTING, cause};
 
 const UNKNOWN: &str = "remove it from the [k3s] table or from /etc/rancher/k3s/config.yaml.d";
 
-pub(super) const TABLE: &[(&[&str], Cause)] = &[
+pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // urfave/cli and spf13/pflag: k3s itself, and what it hands to the kubelet and others
     (
         &["flag provided but not defined"],
         cause(
             "K3S_SETTING_UNKNOWN",
-            Certain,
+            Permanent,
             "this k3s does not know one of the settings",
             UNKNOWN,
         ),
@@ -20,7 +20,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["unknown flag: --"],
         cause(
             "K3S_SETTING_UNKNOWN",
-            Certain,
+            Permanent,
             "this k3s does not know one of the settings",
             UNKNOWN,
         ),
@@ -29,7 +29,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["unrecognized feature gate"],
         cause(
             "K3S_SETTING_UNKNOWN",
-            Certain,
+            Permanent,
             "this Kubernetes does not know a feature gate that is set",
             UNKNOWN,
         ),
@@ -38,7 +38,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["cannot set feature gate"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "a feature gate can no longer be set that way",
             UNKNOWN,
         ),
@@ -47,26 +47,26 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["admission-plugins plugin", "is unknown"],
         cause(
             "K3S_SETTING_UNKNOWN",
-            Certain,
+            Permanent,
             "this Kubernetes does not know an admission plugin that is set",
             UNKNOWN,
         ),
     ),
     (
         &["value required for kubelet-arg"],
-        cause("K3S_SETTING_INVALID", Certain, "a kubelet-arg has no value", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "a kubelet-arg has no value", SETTING),
     ),
     // component-base: pflag's own words for a value of the wrong kind
     (
         &["invalid argument", "for", "flag: "],
-        cause("K3S_SETTING_INVALID", Certain, "a setting has a value of the wrong kind", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "a setting has a value of the wrong kind", SETTING),
     ),
     // pkg/configfilearg/parser.go, gopkg.in/yaml
     (
         &["level=fatal", "yaml: "],
         cause(
             "K3S_CONFIG_INVALID",
-            Certain,
+            Permanent,
             "a file of settings is not valid YAML",
             "correct the file in /etc/rancher/k3s, or take it away",
         ),
@@ -75,7 +75,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to parse config location"],
         cause(
             "K3S_CONFIG_INVALID",
-            Certain,
+            Permanent,
             "the place of the settings is not valid",
             "take `config` out of the environment of k3s",
         ),
@@ -83,21 +83,21 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
     // pkg/cli/server/server.go
     (
         &["invalid cluster-cidr"],
-        cause("K3S_SETTING_INVALID", Certain, "cluster-cidr is no network range", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "cluster-cidr is no network range", SETTING),
     ),
     (
         &["invalid service-cidr"],
-        cause("K3S_SETTING_INVALID", Certain, "service-cidr is no network range", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "service-cidr is no network range", SETTING),
     ),
     (
         &["invalid cluster-dns address"],
-        cause("K3S_SETTING_INVALID", Certain, "cluster-dns is no address", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "cluster-dns is no address", SETTING),
     ),
     (
         &["cannot configure default cluster-dns address"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "service-cidr is too small to hold the DNS address",
             SETTING,
         ),
@@ -106,69 +106,79 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["invalid port range"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "service-node-port-range is no range of ports",
             SETTING,
         ),
     ),
     (
         &["invalid tls-min-version"],
-        cause("K3S_SETTING_INVALID", Certain, "tls-min-version is not a TLS version", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "tls-min-version is not a TLS version", SETTING),
     ),
     (
         &["invalid tls-cipher-suites"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "tls-cipher-suites names one that does not exist",
             SETTING,
         ),
     ),
     (
         &["invalid egress-selector-mode"],
-        cause("K3S_SETTING_INVALID", Certain, "egress-selector-mode has an unknown value", SETTING),
+        cause(
+            "K3S_SETTING_INVALID",
+            Permanent,
+            "egress-selector-mode has an unknown value",
+            SETTING,
+        ),
     ),
     (
         &["invalid flag use;"],
-        cause("K3S_SETTING_INVALID", Certain, "two settings exclude each other", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "two settings exclude each other", SETTING),
     ),
     (
         &["etcd-snapshot-reconcile-interval must be greater"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "etcd-snapshot-reconcile-interval must be above zero",
             SETTING,
         ),
     ),
     (
         &["cannot perform cluster-reset while server URL is set"],
-        cause("K3S_SETTING_INVALID", Certain, "cluster-reset and server are set together", SETTING),
+        cause(
+            "K3S_SETTING_INVALID",
+            Permanent,
+            "cluster-reset and server are set together",
+            SETTING,
+        ),
     ),
     // pkg/daemons/control/deps/deps.go
     (
         &["unsupported secrets-encryption-provider"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "secrets-encryption-provider has an unknown value",
             SETTING,
         ),
     ),
     (
         &["the service cluster IP range must be at least"],
-        cause("K3S_SETTING_INVALID", Certain, "service-cidr is too small", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "service-cidr is too small", SETTING),
     ),
     (
         &["too large; for", "the mask must be >="],
-        cause("K3S_SETTING_INVALID", Certain, "service-cidr is too large", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "service-cidr is too large", SETTING),
     ),
     // pkg/server/auth/auth.go, kubernetes pkg/server/options/audit.go
     (
         &["loading audit policy file"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "the audit policy cannot be read",
             "put the file where audit-policy-file says, or take the setting out",
         ),
@@ -177,7 +187,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["Failed to apply authentication configuration"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "the settings of authentication are not valid",
             SETTING,
         ),
@@ -187,7 +197,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["must share the same IP version"],
         cause(
             "ADDRESS_FAMILY",
-            Certain,
+            Permanent,
             "the ranges and the node's address are of different IP versions",
             "give cluster-cidr, service-cidr and --node-ip the same versions, in the same order",
         ),
@@ -196,7 +206,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["failed to validate kube-proxy conntrack"],
         cause(
             "K3S_SETTING_INVALID",
-            Certain,
+            Permanent,
             "a conntrack setting of kube-proxy is not valid",
             SETTING,
         ),
@@ -206,20 +216,20 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["invalid node-ip"],
         cause(
             "ADDRESS_UNKNOWN",
-            Certain,
+            Permanent,
             "node-ip is no address",
             "give --node-ip an address of this machine",
         ),
     ),
     (
         &["invalid node-external-ip"],
-        cause("ADDRESS_UNKNOWN", Certain, "node-external-ip is no address", SETTING),
+        cause("ADDRESS_UNKNOWN", Permanent, "node-external-ip is no address", SETTING),
     ),
     (
         &["bad --node-ip"],
         cause(
             "ADDRESS_UNKNOWN",
-            Certain,
+            Permanent,
             "node-ip is not an address that the kubelet takes",
             "give --node-ip an address of this machine",
         ),
@@ -228,7 +238,7 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
         &["multiple global unicast addresses defined"],
         cause(
             "NIC_AMBIGUOUS",
-            Certain,
+            Permanent,
             "the interface has several addresses",
             "choose one with --node-ip",
         ),
@@ -294,13 +304,13 @@ pub(super) const TABLE: &[(&[&str], Cause)] = &[
     // pkg/agent/flannel/setup.go, flannel pkg/backend
     (
         &["Cannot configure unknown flannel backend"],
-        cause("K3S_SETTING_INVALID", Certain, "flannel-backend has an unknown value", SETTING),
+        cause("K3S_SETTING_INVALID", Permanent, "flannel-backend has an unknown value", SETTING),
     ),
     (
         &["ipv4 mode requested but no ipv4 network provided"],
         cause(
             "ADDRESS_FAMILY",
-            Certain,
+            Permanent,
             "flannel has no IPv4 range",
             "give cluster-cidr an IPv4 range",
         ),

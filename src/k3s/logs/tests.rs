@@ -201,7 +201,7 @@ fn the_readme_names_every_code_and_every_entry_has_a_next_step() {
         }
         assert!(!cause.fix.is_empty() && !cause.fix.ends_with('.') && !cause.what.ends_with('.'));
     }
-    for word in [LOOP, "START_TIMEOUT"] {
+    for word in [START_LOOP, "START_TIMEOUT"] {
         assert!(readme.contains(word), "{word}");
     }
 }
@@ -211,21 +211,21 @@ fn warnings_and_chatter_have_no_code() {
     let mut all = BOOT.to_owned();
     for (wanted, line) in WEAK {
         assert_eq!(classify(line), None, "{line}");
-        assert_eq!(beside(line).map(|s| s.cause.code), Some(*wanted), "{line}");
+        assert_eq!(related_warning(line).map(|s| s.cause.code), Some(*wanted), "{line}");
         all.push_str(&format!("{line}\n"));
     }
     for line in HARMLESS {
         assert_eq!(classify(line), None, "{line}");
         all.push_str(&format!("{line}\n"));
     }
-    let dead = Pulse {
+    let dead = UnitHealth {
         restarts: 9,
-        since: 9,
+        restarts_during_wait: 9,
         held: Duration::from_secs(300),
         running: false,
         failed: false,
     };
-    assert_eq!((classify(&all), hopeless(&all, 0, dead)), (None, None));
+    assert_eq!((classify(&all), final_failure(&all, 0, dead)), (None, None));
 }
 
 #[test]
@@ -242,11 +242,11 @@ fn what_the_process_said_as_it_ended_comes_before_what_it_said_beside() {
 
 #[test]
 fn when_a_wait_ends_and_when_it_does_not() {
-    let pulse = |restarts, since, held| Pulse {
+    let health = |restarts, restarts_during_wait, held| UnitHealth {
         running: false,
         failed: false,
         restarts,
-        since,
+        restarts_during_wait,
         held: Duration::from_secs(held),
     };
     let fatal = |what: &str, times: usize| {
@@ -260,128 +260,128 @@ fn when_a_wait_ends_and_when_it_does_not() {
         (
             "a setting that is wrong, the second time",
             fatal("invalid cluster-cidr x", 2),
-            pulse(2, 2, 6),
+            health(2, 2, 6),
             Some("K3S_SETTING_INVALID"),
         ),
-        ("the same after one death", fatal("invalid cluster-cidr x", 1), pulse(1, 1, 3), None),
-        ("a port, after one death", fatal("address already in use", 1), pulse(1, 1, 30), None),
-        ("a port, after two deaths", fatal("address already in use", 2), pulse(2, 2, 30), None),
+        ("the same after one death", fatal("invalid cluster-cidr x", 1), health(1, 1, 3), None),
+        ("a port, after one death", fatal("address already in use", 1), health(1, 1, 30), None),
+        ("a port, after two deaths", fatal("address already in use", 2), health(2, 2, 30), None),
         (
             "a port, after three",
             fatal("address already in use", 3),
-            pulse(3, 3, 16),
+            health(3, 3, 16),
             Some("PORT_IN_USE"),
         ),
         (
             "deaths that systemd counted before this wait",
             fatal("address already in use", 1),
-            pulse(40, 0, 3),
+            health(40, 0, 3),
             None,
         ),
         (
             "the same, and three more",
             fatal("address already in use", 3),
-            pulse(43, 0, 16),
+            health(43, 0, 16),
             Some("PORT_IN_USE"),
         ),
-        ("an unknown cause, after two", fatal("planted trouble 4711", 2), pulse(2, 2, 10), None),
+        ("an unknown cause, after two", fatal("planted trouble 4711", 2), health(2, 2, 10), None),
         (
             "an unknown cause, after three",
             fatal("planted trouble 4711", 3),
-            pulse(3, 3, 16),
-            Some(LOOP),
+            health(3, 3, 16),
+            Some(START_LOOP),
         ),
         (
             "systemd's word alone",
             "k3s.service: Main process exited, code=exited, status=1/FAILURE\n".repeat(3),
-            pulse(3, 3, 0),
-            Some(LOOP),
+            health(3, 3, 0),
+            Some(START_LOOP),
         ),
-        ("nothing said at all", BOOT.repeat(9), pulse(9, 9, 0), None),
+        ("nothing said at all", BOOT.repeat(9), health(9, 9, 0), None),
         (
             "refused by the snapshotter, alive",
             wait(refused, 1),
-            pulse(0, 0, 10),
+            health(0, 0, 10),
             Some("SNAPSHOTTER_REFUSED"),
         ),
-        ("only just", wait(refused, 1), pulse(0, 0, 3), None),
+        ("only just", wait(refused, 1), health(0, 0, 3), None),
         (
             "it went on",
             wait(refused, 1) + "level=info msg=\"Running containerd -c x\"\n",
-            pulse(0, 0, 60),
+            health(0, 0, 60),
             None,
         ),
         (
             "a token refused for a moment",
             wait("https://127.0.0.1:6444/v1-k3s/x: 401 Unauthorized", 3),
-            pulse(0, 0, 15),
+            health(0, 0, 15),
             None,
         ),
         (
             "and for good",
             wait("https://127.0.0.1:6444/v1-k3s/x: 401 Unauthorized", 5),
-            pulse(0, 0, 25),
+            health(0, 0, 25),
             Some("JOIN_TOKEN_REJECTED"),
         ),
         (
             "a datastore that is no database, asked again and again",
             "level=error msg=\"Failed to ping database connection: file is not a database\"\n"
                 .repeat(12),
-            pulse(0, 0, 11),
+            health(0, 0, 11),
             Some("DATASTORE_DAMAGED"),
         ),
         (
             "one that is away",
             "level=error msg=\"Failed to ping database connection: connection refused\"\n"
                 .repeat(99),
-            pulse(0, 0, 99),
+            health(0, 0, 99),
             None,
         ),
         (
             "a server that is away",
             wait("failed to get CA certs: Get \\\"https://x/cacerts\\\": EOF", 50),
-            pulse(0, 0, 280),
+            health(0, 0, 280),
             None,
         ),
         (
             "also where k3s dies of it",
             fatal("failed to get CA certs: Get \\\"https://x/cacerts\\\": EOF", 50),
-            pulse(50, 50, 280),
+            health(50, 50, 280),
             None,
         ),
-        ("a datastore that is slow", fatal("leaderelection lost", 9), pulse(9, 9, 280), None),
+        ("a datastore that is slow", fatal("leaderelection lost", 9), health(9, 9, 280), None),
         (
             "a kubelet that ends with a time-out",
             fatal("kubelet exited: x: context deadline exceeded", 9),
-            pulse(9, 9, 280),
+            health(9, 9, 280),
             None,
         ),
     ];
-    for (name, log, pulse, wanted) in cases {
+    for (name, log, health, wanted) in cases {
         assert_eq!(
-            hopeless(&log, deaths(&log, pulse), pulse).map(|s| s.cause.code),
+            final_failure(&log, exit_count(&log, health), health).map(|s| s.cause.code),
             wanted,
             "{name}"
         );
     }
     // what runs again is not judged by what it said before
-    let up = Pulse {
+    let up = UnitHealth {
         running: true,
         failed: false,
         restarts: 5,
-        since: 2,
+        restarts_during_wait: 2,
         held: Duration::from_secs(60),
     };
-    assert_eq!(hopeless(&fatal("address already in use", 5), 2, up), None);
+    assert_eq!(final_failure(&fatal("address already in use", 5), 2, up), None);
     // what systemd gives up is over at once
-    let given_up = Pulse { failed: true, ..pulse(0, 0, 0) };
+    let given_up = UnitHealth { failed: true, ..health(0, 0, 0) };
     assert_eq!(
-        hopeless("error: agent.toml: unknown key `x` [CONFIG_INVALID]\n", 0, given_up)
+        final_failure("error: agent.toml: unknown key `x` [CONFIG_INVALID]\n", 0, given_up)
             .map(|s| s.cause.code),
-        Some(LOOP)
+        Some(START_LOOP)
     );
     assert_eq!(
-        hopeless(&fatal("leaderelection lost", 1), 0, given_up).map(|s| s.cause.code),
+        final_failure(&fatal("leaderelection lost", 1), 0, given_up).map(|s| s.cause.code),
         Some("DISK_FSYNC_SLOW")
     );
 }
@@ -397,9 +397,9 @@ fn alike_lines_stand_once_with_their_number() {
             "E1127 05:00:{n:02}.000{n:03}    12{n:02} server.go:9] failed to do it\n"
         ));
     }
-    let told = telling(&log, 20);
+    let told = notable_lines(&log, 20);
     assert_eq!(told.len(), 2, "{told:#?}");
     assert_eq!(told[0], "level=fatal msg=\"Error: pid 19 planted trouble\" (20 times)");
     assert!(told[1].ends_with("failed to do it (20 times)"), "{told:?}");
-    assert_eq!(telling("level=info msg=\"Starting\"\n", 20), ["level=info msg=\"Starting\""]);
+    assert_eq!(notable_lines("level=info msg=\"Starting\"\n", 20), ["level=info msg=\"Starting\""]);
 }

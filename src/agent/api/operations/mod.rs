@@ -571,7 +571,7 @@ fn again(known: &Stored, request: &str) -> Response<Body> {
 fn said(kind: &str, status: u16, answer: &Value) -> String {
     let reason = answer["reason"].as_str().unwrap_or_default();
     let message = answer["message"].as_str().filter(|_| kind != "Secret").unwrap_or(reason);
-    let text: String = crate::base::text::shown(message).chars().take(500).collect();
+    let text: String = crate::base::text::printable(message).chars().take(500).collect();
     format!(
         "Kubernetes answers {status}: {}",
         if text.is_empty() { "no reason given" } else { &text }

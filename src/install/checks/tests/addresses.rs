@@ -92,7 +92,7 @@ fn one_choice_of_address() {
             "a worker with both",
             |c| {
                 dual(c);
-                c.role = Role::Worker;
+                c.role = NodeRole::Worker;
             },
             &["10.0.0.5", "2001:db8:1::5"],
         ),
@@ -161,9 +161,9 @@ fn one_choice_of_address() {
         (
             "the way to a worker's server",
             |c| {
-                c.role = Role::Worker;
+                c.role = NodeRole::Worker;
                 c.facts.interfaces.push(Interface::new("eth1", &["10.1.0.5/24"]));
-                c.facts.toward = Some(route("10.1.0.0/24", "eth1"));
+                c.facts.route_to_server = Some(route("10.1.0.0/24", "eth1"));
             },
             &["10.1.0.5"],
         ),
@@ -200,7 +200,7 @@ fn the_file_of_the_kernels_command_line_is_the_one_that_is_there() {
         (None, "boot loader"),
     ] {
         let mut case = case();
-        case.facts.boot = file.map(str::to_owned);
+        case.facts.cmdline_source = file.map(str::to_owned);
         case.facts.cgroup.controllers.remove("memory");
         let findings = found(&case);
         let finding = findings.iter().find(|f| f.code == "CGROUP_MEMORY_OFF").unwrap();

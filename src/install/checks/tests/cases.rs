@@ -17,7 +17,7 @@ fn public_address(case: &mut Case) {
 }
 
 fn ours(case: &mut Case) {
-    case.facts.k3s.ours = Some(Role::Server);
+    case.facts.k3s.ours = Some(NodeRole::Server);
 }
 
 fn held(case: &mut Case, protocol: &str, port: u16, address: &str) {
@@ -417,7 +417,7 @@ const ROWS: &[Row] = &[
         },
         |c| {
             c.facts.programs.remove("useradd");
-            c.role = Role::Worker;
+            c.role = NodeRole::Worker;
         },
     ),
     (
@@ -521,11 +521,11 @@ const ROWS: &[Row] = &[
         "PORT_IN_USE",
         |c| {
             held(c, "tcp", 6444, "127.0.0.1");
-            c.role = Role::Worker;
+            c.role = NodeRole::Worker;
         },
         |c| {
             held(c, "tcp", 6443, "127.0.0.1");
-            c.role = Role::Worker;
+            c.role = NodeRole::Worker;
         },
     ),
     (
@@ -552,11 +552,11 @@ const ROWS: &[Row] = &[
         "K3S_CONFIG_CLASH",
         |c| {
             beside(c, "90-mine.yaml", "cluster-cidr: 10.52.0.0/16\n");
-            c.role = Role::Worker;
+            c.role = NodeRole::Worker;
         },
         |c| {
             beside(c, "90-mine.yaml", "snapshotter: native\nresolv-conf: /etc/resolv.pods.conf\n");
-            c.role = Role::Worker;
+            c.role = NodeRole::Worker;
         },
     ),
     (
@@ -564,7 +564,7 @@ const ROWS: &[Row] = &[
         "K3S_CONFIG_CLASH",
         |c| {
             beside(c, "10-mine.yaml", "etcd-expose-metrics: true\n");
-            c.role = Role::Worker;
+            c.role = NodeRole::Worker;
         },
         |c| beside(c, "10-mine.yaml", "etcd-expose-metrics: true\n"),
     ),

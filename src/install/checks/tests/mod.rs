@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::install::chosen::read_file;
 use crate::install::components;
+use crate::install::effective_settings::read_file;
 use crate::install::facts::{
     Clock, Disk, Interface, Iptables, Listener, Mount, ResolvConf, Route, SettingsFile, User, parse,
 };
@@ -45,8 +45,8 @@ fn beside(case: &mut Case, name: &str, text: &str) {
 fn k3s(case: &mut Case, key: &str, value: impl Into<serde_json::Value>) {
     case.options.k3s = [(key.to_owned(), value.into())]
         .into_iter()
-        .collect::<crate::install::settings::extra::Extra>()
-        .over(case.options.k3s.clone());
+        .collect::<crate::install::settings::k3s_table::K3sTable>()
+        .layered_over(case.options.k3s.clone());
 }
 
 /// Debian 12 with two processors and 4 GiB.
@@ -111,7 +111,7 @@ fn healthy() -> Facts {
 struct Case {
     facts: Facts,
     options: Options,
-    role: Role,
+    role: NodeRole,
     version: &'static str,
 }
 
@@ -119,7 +119,7 @@ fn case() -> Case {
     Case {
         facts: healthy(),
         options: Options::default(),
-        role: Role::Server,
+        role: NodeRole::Server,
         version: "v1.36.2+k3s1",
     }
 }
@@ -127,17 +127,17 @@ fn case() -> Case {
 fn found(case: &Case) -> Vec<Finding> {
     let settings =
         Settings::resolve(case.options.clone(), case.role, &codes(), &components::names()).unwrap();
-    let chosen = if case.role == Role::Server {
-        components::chosen(settings.components.as_deref(), false)
+    let selected = if case.role == NodeRole::Server {
+        components::selected(settings.components.as_deref(), false)
     } else {
         Vec::new()
     };
     run(
         &case.facts,
-        &Target {
+        &InstallTarget {
             settings: &settings,
             version: Some(&case.version.parse().unwrap()),
-            components: &chosen,
+            components: &selected,
         },
     )
 }
@@ -168,7 +168,7 @@ const ROWS: &[(&str, Change, Change)] = &[
         |c| c.facts.k3s.foreign = vec!["unit k3s.service".into()],
         |c| {
             c.facts.k3s.foreign = vec!["unit k3s.service".into()];
-            c.facts.k3s.ours = Some(Role::Server);
+            c.facts.k3s.ours = Some(NodeRole::Server);
         },
     ),
     (
@@ -192,11 +192,11 @@ const ROWS: &[(&str, Change, Change)] = &[
         "K3S_DOWNGRADE",
         |c| {
             c.facts.k3s.version = Some("v1.36.3+k3s1".into());
-            c.facts.k3s.ours = Some(Role::Server);
+            c.facts.k3s.ours = Some(NodeRole::Server);
         },
         |c| {
             c.facts.k3s.version = Some("v1.36.2+k3s1".into());
-            c.facts.k3s.ours = Some(Role::Server);
+            c.facts.k3s.ours = Some(NodeRole::Server);
         },
     ),
     (
@@ -213,7 +213,7 @@ const ROWS: &[(&str, Change, Change)] = &[
         |c| c.facts.cpus = 1,
         |c| {
             c.facts.cpus = 1;
-            c.role = Role::Worker;
+            c.role = NodeRole::Worker;
         },
     ),
     (
@@ -221,7 +221,7 @@ const ROWS: &[(&str, Change, Change)] = &[
         |c| c.facts.memory_bytes = GIB,
         |c| {
             c.facts.memory_bytes = GIB / 2;
-            c.role = Role::Worker;
+            c.role = NodeRole::Worker;
         },
     ),
     (
@@ -403,7 +403,7 @@ const ROWS: &[(&str, Change, Change)] = &[
         |c| c.facts.routes.push(route("10.43.1.0/24", "vpn0")),
         |c| {
             // k3s' own
-            c.facts.k3s.ours = Some(Role::Server);
+            c.facts.k3s.ours = Some(NodeRole::Server);
             c.facts.routes.push(route("10.42.0.0/24", "cni0"));
         },
     ),
@@ -491,7 +491,7 @@ const ROWS: &[(&str, Change, Change)] = &[
     ),
     (
         "NODE_RENAMED",
-        |c| c.facts.renamed = Some("vm2".into()),
+        |c| c.facts.current_hostname = Some("vm2".into()),
         |c| c.options.node_name = Some("vm2".into()),
     ),
     (
@@ -508,7 +508,7 @@ const ROWS: &[(&str, Change, Change)] = &[
         "SECRET_READABLE",
         |c| {
             let holds = vec!["[k3s] datastore-endpoint = postgres://u:••••@h/db".into()];
-            c.facts.readable.push(crate::install::facts::Readable {
+            c.facts.readable.push(crate::install::facts::ReadableSecret {
                 path: "/root/plan.json".into(),
                 mode: 0o644,
                 holds,
@@ -557,7 +557,7 @@ fn every_code_has_a_row() {
 #[test]
 fn a_healthy_machine_raises_nothing() {
     assert_eq!(found(&case()), []);
-    assert_eq!(found(&Case { role: Role::Worker, ..case() }), []);
+    assert_eq!(found(&Case { role: NodeRole::Worker, ..case() }), []);
 }
 
 #[test]
@@ -603,10 +603,12 @@ fn traefik_opens_what_ingress_opens() {
         facts.routes[0].source = Some("8.8.4.4".into());
         let options = Options { components: vec![components.into()], ..Options::default() };
         let settings =
-            Settings::resolve(options, Role::Server, &codes(), &components::names()).unwrap();
-        let chosen = components::chosen(settings.components.as_deref(), false);
-        let found =
-            run(&facts, &Target { settings: &settings, version: None, components: &chosen });
+            Settings::resolve(options, NodeRole::Server, &codes(), &components::names()).unwrap();
+        let selected = components::selected(settings.components.as_deref(), false);
+        let found = run(
+            &facts,
+            &InstallTarget { settings: &settings, version: None, components: &selected },
+        );
         let of = |code: &str| found.iter().find(|f| f.code == code);
         assert_eq!(of("INGRESS_PORT_IN_USE").is_some(), counted, "{components}");
         assert_eq!(
@@ -627,17 +629,19 @@ fn an_upgrade_asks_for_its_own_room() {
         ("v1.35.0+k3s1", 2 * GIB, false),
     ] {
         let mut facts = healthy();
-        facts.k3s.ours = Some(Role::Server);
+        facts.k3s.ours = Some(NodeRole::Server);
         facts.k3s.version = Some(installed.into());
         facts.disks.iter_mut().for_each(|d| d.available_bytes = free);
         let settings =
-            Settings::resolve(Options::default(), Role::Server, &codes(), &components::names())
+            Settings::resolve(Options::default(), NodeRole::Server, &codes(), &components::names())
                 .unwrap();
         let version = "v1.36.2+k3s1".parse().unwrap();
-        let low =
-            run(&facts, &Target { settings: &settings, version: Some(&version), components: &[] })
-                .iter()
-                .any(|f| f.code == "DISK_LOW");
+        let low = run(
+            &facts,
+            &InstallTarget { settings: &settings, version: Some(&version), components: &[] },
+        )
+        .iter()
+        .any(|f| f.code == "DISK_LOW");
         assert_eq!(low, found, "{installed} with {free} bytes free");
     }
 }

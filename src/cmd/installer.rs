@@ -2,28 +2,28 @@
 
 use serde_json::json;
 
-use super::{Context, layers, secrets};
+use super::{Context, merged_options, secrets};
 use crate::base::error::{Exit, Failure};
-use crate::cli::{Format, RunFlags};
+use crate::cli::{OutputFormat, RunFlags};
 use crate::host::paths::LOGS;
-use crate::host::{Hands, Host, Owner};
-use crate::install::checks::{self, Target};
+use crate::host::{Host, HostWriter, Owner};
+use crate::install::checks::{self, InstallTarget};
 use crate::install::components::{self, Component};
 use crate::install::engine::journal::Journal;
 use crate::install::engine::{self, Outcome, Secrets};
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level, blocked};
-use crate::install::gather::{Probe, gather, look_again};
-use crate::install::plan::{Checked, Event, Plan};
+use crate::install::gather::{Probe, gather, gather_configured};
+use crate::install::plan::{CheckedPlan, Plan, ProgressEvent};
 use crate::install::settings::Settings;
 use crate::k3s;
 use crate::k3s::paths::ADMIN_KUBECONFIG;
-use crate::k3s::role::Role;
+use crate::k3s::role::NodeRole;
 use crate::kubernetes::client::Cluster;
 use crate::output::Printer;
 
 /// Everything that both installers hold on to from their beginning to their end.
-pub(super) struct Job<'a> {
+pub(super) struct Installer<'a> {
     pub(super) context: &'a Context,
     pub(super) command: &'static str,
     pub(super) host: Host,
@@ -34,9 +34,9 @@ pub(super) struct Job<'a> {
     pub(super) secrets: Secrets,
     pub(super) facts: Facts,
     /// The lock; none in a run that writes nothing.
-    pub(super) hands: Option<Hands>,
+    pub(super) writer: Option<HostWriter>,
     /// What `--apply-plan` names.
-    pub(super) saved: Option<Checked>,
+    pub(super) saved: Option<CheckedPlan>,
     pub(super) started: std::time::Instant,
 }
 
@@ -46,15 +46,15 @@ impl RunFlags {
     }
 }
 
-impl<'a> Job<'a> {
+impl<'a> Installer<'a> {
     /// Reads settings, takes the lock, gathers the facts.
     pub(super) async fn begin(
         context: &'a Context,
         command: &'static str,
         flags: crate::install::settings::Options,
         run: RunFlags,
-        role: Role,
-    ) -> anyhow::Result<Job<'a>> {
+        role: NodeRole,
+    ) -> anyhow::Result<Installer<'a>> {
         let host = context.host(&run.root);
         if !host.is_dir("/") {
             return Err(Failure::usage(
@@ -68,15 +68,15 @@ impl<'a> Job<'a> {
         let mut run = run;
         run.config = run.config.or_else(|| saved.as_ref()?.plan.inputs.get("config").cloned());
         secrets::note(&flags, &context.env);
-        let mut options = layers(&host, flags, run.config.as_deref())?;
+        let mut options = merged_options(&host, flags, run.config.as_deref())?;
         secrets::from_plan(&mut options, saved.as_ref());
         secrets::note(&options, &context.env);
         let settings = Settings::resolve(options, role, &checks::codes(), &components::names())?;
         let root = !host.is_machine() || nix::unistd::geteuid().is_root();
-        let hands = if run.read_only() || !root { None } else { Some(host.lock()?) };
+        let writer = if run.read_only() || !root { None } else { Some(host.lock()?) };
         let journal = if root { Journal::load(&host)? } else { None };
         let ours = journal.as_ref().map(|j| j.role);
-        let probe = if hands.is_some() { Probe::Disk } else { Probe::ReadOnly };
+        let probe = if writer.is_some() { Probe::Disk } else { Probe::ReadOnly };
         let mut facts = gather(&host, ours, &context.env, probe).await;
         // a node keeps its name, whatever the machine is called today or is asked to be
         if let Some(node) = journal
@@ -84,12 +84,15 @@ impl<'a> Job<'a> {
             .map(|j| j.node.clone())
             .filter(|node| !node.is_empty() && settings.node_name(&facts.hostname) != *node)
         {
-            facts.renamed = Some(std::mem::replace(&mut facts.hostname, node));
+            facts.current_hostname = Some(std::mem::replace(&mut facts.hostname, node));
         }
-        look_again(&host, &mut facts, &settings);
-        let printer =
-            Printer::new(run.output == Format::Json, run.events.is_some(), context.no_color());
-        let mut job = Job {
+        gather_configured(&host, &mut facts, &settings);
+        let printer = Printer::new(
+            run.output == OutputFormat::Json,
+            run.events.is_some(),
+            context.no_color(),
+        );
+        let mut installer = Installer {
             context,
             command,
             host,
@@ -99,24 +102,25 @@ impl<'a> Job<'a> {
             printer,
             secrets: Secrets::new(),
             facts,
-            hands,
+            writer,
             saved,
             started: std::time::Instant::now(),
         };
-        job.secrets = secrets::known(context, &job.host, &job.settings, &job.facts)?;
+        installer.secrets =
+            secrets::known(context, &installer.host, &installer.settings, &installer.facts)?;
         let readable = secrets::readable(
-            &job.host,
-            job.hands.as_ref(),
-            &job.run,
-            &job.settings.options,
-            &job.secrets,
+            &installer.host,
+            installer.writer.as_ref(),
+            &installer.run,
+            &installer.settings.options,
+            &installer.secrets,
         )?;
-        job.facts.readable.extend(readable);
-        if ours == Some(Role::Server) && job.facts.k3s.active {
-            job.facts.retired_ingress = retired_ingress(&job.host).await;
-            job.facts.traefik = traefik(&job.host).await;
+        installer.facts.readable.extend(readable);
+        if ours == Some(NodeRole::Server) && installer.facts.k3s.active {
+            installer.facts.retired_ingress = retired_ingress(&installer.host).await;
+            installer.facts.traefik = traefik(&installer.host).await;
         }
-        Ok(job)
+        Ok(installer)
     }
 
     /// Runs the checks, shows what they found, and stops when one says so.
@@ -125,7 +129,7 @@ impl<'a> Job<'a> {
         version: Option<&k3s::version::Version>,
         components: &[&'static Component],
     ) -> anyhow::Result<Vec<Finding>> {
-        let target = Target { settings: &self.settings, version, components };
+        let target = InstallTarget { settings: &self.settings, version, components };
         let findings = checks::run(&self.facts, &target);
         self.printer.findings(&findings);
         if !blocked(&findings) {
@@ -181,19 +185,19 @@ impl<'a> Job<'a> {
             return Ok(None);
         }
         self.ask(&checked)?;
-        let Some(hands) = &self.hands else { anyhow::bail!("no lock is held") };
+        let Some(writer) = &self.writer else { anyhow::bail!("no lock is held") };
         let mut journal = self.journal.take().unwrap_or_else(|| {
             Journal::new(self.settings.role, &checked.plan.node, &checked.plan.k3s_version)
         });
         let printer = &mut self.printer;
-        let mut tell = |event: Event| printer.event(&event);
+        let mut on_event = |event: ProgressEvent| printer.event(&event);
         let result = engine::apply(
-            hands,
+            writer,
             &checked.plan,
             &self.secrets,
             &mut journal,
             &self.context.stop,
-            &mut tell,
+            &mut on_event,
         )
         .await;
         self.journal = Some(journal);
@@ -218,8 +222,8 @@ impl<'a> Job<'a> {
     }
 
     /// A finished plan whose journal was not closed, for example after a crash at the very end.
-    fn settle(&mut self, checked: &Checked) -> anyhow::Result<()> {
-        let (Some(hands), Some(journal)) = (&self.hands, self.journal.as_mut()) else {
+    fn settle(&mut self, checked: &CheckedPlan) -> anyhow::Result<()> {
+        let (Some(writer), Some(journal)) = (&self.writer, self.journal.as_mut()) else {
             return Ok(());
         };
         // an earlier pipeops may have put it another way, with secrets in it
@@ -236,7 +240,7 @@ impl<'a> Job<'a> {
         if changed {
             journal.complete = true;
             journal.options.clone_from(&checked.plan.options);
-            journal.save(hands)?;
+            journal.save(writer)?;
         }
         Ok(())
     }
@@ -261,7 +265,7 @@ impl<'a> Job<'a> {
     }
 
     /// A saved plan is carried out only where and when it was made for.
-    async fn saved(&self, then: Checked, now: Checked) -> anyhow::Result<Checked> {
+    async fn saved(&self, then: CheckedPlan, now: CheckedPlan) -> anyhow::Result<CheckedPlan> {
         let stale = |code: &str, what: &str, why: String| {
             Failure::new(Exit::Preflight, code, what)
                 .why(why)
@@ -314,7 +318,7 @@ impl<'a> Job<'a> {
     }
 
     /// Shows options that are about to go, then asks once.
-    fn ask(&mut self, checked: &Checked) -> anyhow::Result<()> {
+    fn ask(&mut self, checked: &CheckedPlan) -> anyhow::Result<()> {
         if let Some(journal) = &self.journal {
             for (key, was) in &journal.options {
                 match checked.plan.options.get(key) {
@@ -356,7 +360,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn report(&self, checked: &Checked, result: &str, outcome: &Outcome) {
+    fn report(&self, checked: &CheckedPlan, result: &str, outcome: &Outcome) {
         let failed: Vec<_> =
             outcome.failed.iter().map(|(step, why)| json!({"step": step, "why": why})).collect();
         self.printer.document(&json!({
@@ -376,13 +380,13 @@ impl<'a> Job<'a> {
 
     /// What was said goes into a log that uninstall leaves.
     fn write_log(&mut self) {
-        let Some(hands) = &self.hands else { return };
+        let Some(writer) = &self.writer else { return };
         let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
         let text = crate::base::secret::masked(&self.printer.take_log());
         let path = format!("{LOGS}/{stamp}-{}.log", self.command);
-        if let Err(error) = hands
+        if let Err(error) = writer
             .mkdir(LOGS, 0o700)
-            .and_then(|_| hands.write(&path, text.as_bytes(), 0o600, Owner::default()))
+            .and_then(|_| writer.write(&path, text.as_bytes(), 0o600, Owner::default()))
         {
             self.printer.say(&format!("note: the log could not be written: {error:#}"));
         }
@@ -395,8 +399,8 @@ impl<'a> Job<'a> {
             let (command, exit) = (self.command, failure.exit.number());
             self.printer.document(&json!({"schema": "pipeops.result/v1", "command": command, "result": "failed", "exit": exit, "error": failure}));
         }
-        if let Some(hands) = self.hands {
-            hands.release();
+        if let Some(writer) = self.writer {
+            writer.release();
         }
         result
     }

@@ -1,6 +1,6 @@
 //! Rules about settings of k3s that stand beside ours: files in its directory, variables of the environment.
 
-use super::Target;
+use super::InstallTarget;
 use crate::host::paths::DROP_IN;
 use crate::install::facts::{Facts, SettingsFile};
 use crate::install::finding::{Finding, Level};
@@ -69,7 +69,7 @@ fn server_only(key: &str) -> bool {
     SERVER_ONLY.contains(&key) || key.starts_with("etcd-")
 }
 
-pub(super) fn unreadable(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn unreadable(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let broken = facts.k3s.files.iter().filter_map(|f| Some((f, f.fault.as_deref()?)));
     broken
         .map(|(file, why)| {
@@ -85,7 +85,7 @@ pub(super) fn unreadable(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
 }
 
 /// Settings that plans, checks and later runs count on.
-pub(super) fn clash(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
+pub(super) fn clash(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let mut found = Vec::new();
     for file in &facts.k3s.files {
         for (key, value) in &file.entries {
@@ -97,7 +97,7 @@ pub(super) fn clash(facts: &Facts, target: &Target<'_>) -> Vec<Finding> {
 
 fn entry(
     facts: &Facts,
-    target: &Target<'_>,
+    target: &InstallTarget<'_>,
     file: &SettingsFile,
     key: &str,
     value: &serde_json::Value,
@@ -167,7 +167,7 @@ fn entry(
     })
 }
 
-pub(super) fn environment(facts: &Facts, _: &Target<'_>) -> Vec<Finding> {
+pub(super) fn environment(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if facts.k3s.environment.is_empty() {
         return Vec::new();
     }

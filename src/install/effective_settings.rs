@@ -84,38 +84,41 @@ pub fn flag_of_variable(name: &str) -> Option<&'static str> {
 
 /// What was chosen, wherever it was.
 #[derive(Clone, Debug, Default)]
-pub struct Chosen {
+pub struct EffectiveSettings {
     values: BTreeMap<String, Value>,
 }
 
-impl Chosen {
+impl EffectiveSettings {
     /// What a machine was told: our file, and those beside it before and after.
-    pub fn on_machine(beside: &[SettingsFile], ours: &SettingsFile) -> Chosen {
-        Chosen::merged(beside, |chosen| chosen.read(ours))
+    pub fn on_machine(beside: &[SettingsFile], ours: &SettingsFile) -> EffectiveSettings {
+        EffectiveSettings::merged(beside, |effective| effective.read(ours))
     }
 
     /// Files before ours, ours, files after it.
-    fn merged(beside: &[SettingsFile], ours: impl FnOnce(&mut Chosen)) -> Chosen {
-        let mut chosen = Chosen::default();
-        beside.iter().filter(|f| !f.after).for_each(|f| chosen.read(f));
-        ours(&mut chosen);
-        beside.iter().filter(|f| f.after).for_each(|f| chosen.read(f));
-        chosen
+    fn merged(
+        beside: &[SettingsFile],
+        ours: impl FnOnce(&mut EffectiveSettings),
+    ) -> EffectiveSettings {
+        let mut effective = EffectiveSettings::default();
+        beside.iter().filter(|f| !f.after).for_each(|f| effective.read(f));
+        ours(&mut effective);
+        beside.iter().filter(|f| f.after).for_each(|f| effective.read(f));
+        effective
     }
 
     /// Merges in the order of k3s: the unit's environment, `config.yaml`, then `config.yaml.d` by name with our file in its place
     /// (k3s-io/k3s, pkg/configfilearg/parser.go, readConfigFile).
-    pub fn of(facts: &Facts, settings: &Settings) -> Chosen {
+    pub fn of(facts: &Facts, settings: &Settings) -> EffectiveSettings {
         let options = &settings.options;
-        Chosen::merged(&facts.k3s.files, |chosen| {
+        EffectiveSettings::merged(&facts.k3s.files, |effective| {
             for (key, value) in options.k3s.iter() {
-                chosen.set(key, value);
+                effective.set(key, value);
             }
             if !options.node_ip.is_empty() {
-                chosen.set("node-ip", &json!(options.node_ip.join(",")));
+                effective.set("node-ip", &json!(options.node_ip.join(",")));
             }
             if let Some(interface) = &options.flannel_iface {
-                chosen.set("flannel-iface", &json!(interface));
+                effective.set("flannel-iface", &json!(interface));
             }
         })
     }
@@ -235,9 +238,9 @@ impl Chosen {
 mod tests {
     use super::*;
     use crate::install::settings::Options;
-    use crate::k3s::role::Role;
+    use crate::k3s::role::NodeRole;
 
-    fn chosen(files: &[(&str, bool)], ours: &[(&str, Value)]) -> Chosen {
+    fn effective(files: &[(&str, bool)], ours: &[(&str, Value)]) -> EffectiveSettings {
         let mut facts = Facts::default();
         for (text, after) in files {
             facts.k3s.files.push(SettingsFile {
@@ -248,19 +251,22 @@ mod tests {
         }
         let k3s = ours.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
         let options = Options { k3s, ..Options::default() };
-        Chosen::of(&facts, &Settings::resolve(options, Role::Server, &[], &[]).unwrap())
+        EffectiveSettings::of(
+            &facts,
+            &Settings::resolve(options, NodeRole::Server, &[], &[]).unwrap(),
+        )
     }
 
     #[test]
     fn the_last_file_has_the_word_and_a_plus_appends() {
-        let c = chosen(
+        let c = effective(
             &[("cluster-cidr: 10.50.0.0/16\n", false), ("cluster-cidr: 10.52.0.0/16\n", true)],
             &[("cluster-cidr", json!("10.51.0.0/16"))],
         );
         assert_eq!(c.list("cluster-cidr"), ["10.52.0.0/16"]);
-        let c = chosen(&[("disable: [traefik]\n", false), ("disable+: servicelb\n", true)], &[]);
+        let c = effective(&[("disable: [traefik]\n", false), ("disable+: servicelb\n", true)], &[]);
         assert_eq!(c.list("disable"), ["traefik", "servicelb"]);
-        let c = chosen(
+        let c = effective(
             &[
                 ("kubelet-arg:\n  - root-dir=/a\n", false),
                 ("kubelet-arg+:\n- --root-dir=/b\n", true),
@@ -269,7 +275,7 @@ mod tests {
         );
         assert_eq!(c.kubelet_dir(), "/b");
         // nothing to append to: it is the value
-        assert_eq!(chosen(&[("https-listen-port+: 7443", true)], &[]).api_port(), 7443);
+        assert_eq!(effective(&[("https-listen-port+: 7443", true)], &[]).api_port(), 7443);
     }
 
     #[test]
@@ -280,10 +286,10 @@ mod tests {
                 && read_file("- a\n- b\n").is_err()
                 && read_file("a: [").is_err()
         );
-        assert!(chosen(&[("embedded-registry: yes\n", true)], &[]).flag("embedded-registry"));
-        assert!(chosen(&[("docker: false\ndocker: true\n", true)], &[]).flag("docker"));
+        assert!(effective(&[("embedded-registry: yes\n", true)], &[]).flag("embedded-registry"));
+        assert!(effective(&[("docker: false\ndocker: true\n", true)], &[]).flag("docker"));
         assert_eq!(
-            chosen(&[("cluster-cidr: \"10.52.0.0/16, fd42::/56\"\n", true)], &[])
+            effective(&[("cluster-cidr: \"10.52.0.0/16, fd42::/56\"\n", true)], &[])
                 .list("cluster-cidr")
                 .len(),
             2

@@ -19,7 +19,7 @@ pub fn quote(c: char) -> bool {
 ///
 /// # Errors
 /// A sentence that quotes the text, unless it may hold a secret.
-pub fn master_url(text: &str) -> Result<String, String> {
+pub fn server_url(text: &str) -> Result<String, String> {
     let text = text.trim();
     if text.starts_with("K10") || text.contains("::server:") || text.contains("::node:") {
         return Err(
@@ -193,7 +193,7 @@ mod tests {
             ("https://[fd00::1]/", "https://[fd00::1]:6443"),
             ("\r\n10.0.0.1\r\n", "https://10.0.0.1:6443"),
         ] {
-            assert_eq!(master_url(typed).as_deref(), Ok(url), "{typed}");
+            assert_eq!(server_url(typed).as_deref(), Ok(url), "{typed}");
         }
     }
 
@@ -237,9 +237,9 @@ mod tests {
             ("10.0.0.\u{ff10}\u{ff11}", "is 10.0.0.1 meant?"),
         ] {
             assert!(
-                master_url(bad).is_err_and(|w| w.contains(why)),
+                server_url(bad).is_err_and(|w| w.contains(why)),
                 "{bad}: {:?}",
-                master_url(bad)
+                server_url(bad)
             );
         }
         for secret in [
@@ -248,7 +248,7 @@ mod tests {
             "K10aa::server:planted-password-4711",
         ] {
             assert!(
-                master_url(secret).is_err_and(|w| !w.contains("planted-password-4711")),
+                server_url(secret).is_err_and(|w| !w.contains("planted-password-4711")),
                 "{secret}"
             );
         }
@@ -257,9 +257,9 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_panics_and_what_passes_is_a_url(text in "\\PC{0,40}") {
-            if let Ok(url) = master_url(&text) {
+            if let Ok(url) = server_url(&text) {
                 prop_assert!(url::Url::parse(&url).is_ok());
-                let again = master_url(&url);
+                let again = server_url(&url);
                 prop_assert_eq!(again, Ok(url));
             }
         }

@@ -7,87 +7,87 @@ use std::ops::Deref;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 
-use crate::base::secret::{DOTS, Secret, in_urls, mask, secret_name};
+use crate::base::secret::{MASK, Secret, in_urls, is_secret_name, mask};
 use crate::k3s::keys;
 
 /// Settings by their k3s name. Reads like a map; `Debug` and `Serialize` show dots where a value is secret.
 #[derive(Clone, Default, PartialEq, Deserialize)]
 #[serde(transparent)]
-pub struct Extra(BTreeMap<String, Value>);
+pub struct K3sTable(BTreeMap<String, Value>);
 
-impl Deref for Extra {
+impl Deref for K3sTable {
     type Target = BTreeMap<String, Value>;
     fn deref(&self) -> &Self::Target {
         &self.0
     }
 }
 
-impl<const N: usize> From<[(String, Value); N]> for Extra {
-    fn from(pairs: [(String, Value); N]) -> Extra {
-        Extra(pairs.into())
+impl<const N: usize> From<[(String, Value); N]> for K3sTable {
+    fn from(pairs: [(String, Value); N]) -> K3sTable {
+        K3sTable(pairs.into())
     }
 }
 
-impl FromIterator<(String, Value)> for Extra {
-    fn from_iter<I: IntoIterator<Item = (String, Value)>>(pairs: I) -> Extra {
-        Extra(pairs.into_iter().collect())
+impl FromIterator<(String, Value)> for K3sTable {
+    fn from_iter<I: IntoIterator<Item = (String, Value)>>(pairs: I) -> K3sTable {
+        K3sTable(pairs.into_iter().collect())
     }
 }
 
-impl fmt::Debug for Extra {
+impl fmt::Debug for K3sTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.shown().fmt(f)
+        self.redacted().fmt(f)
     }
 }
 
-impl Serialize for Extra {
+impl Serialize for K3sTable {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.shown().serialize(serializer)
+        self.redacted().serialize(serializer)
     }
 }
 
 /// The name of what fills a hole, as it stands in a plan.
-fn hole(name: &str) -> String {
+fn placeholder(name: &str) -> String {
     format!("${{secret:{name}}}")
 }
 
-/// `text` with its holes filled; `fill` is what [`Extra::fill`] gave. `None` when one of them has nothing.
-pub fn filled(text: &str, fill: &Secret) -> Option<String> {
+/// `text` with its holes filled; `secret_values` is what [`K3sTable::fill`] gave. `None` when one of them has nothing.
+pub fn fill_placeholders(text: &str, fill: &Secret) -> Option<String> {
     let values: BTreeMap<String, Value> = serde_json::from_str(fill.expose()).ok()?;
     let mut out = text.to_owned();
     for (name, value) in &values {
-        out = out.replace(&json!(hole(name)).to_string(), &value.to_string());
+        out = out.replace(&json!(placeholder(name)).to_string(), &value.to_string());
     }
     (!out.contains("\"${secret:")).then_some(out)
 }
 
-impl Extra {
+impl K3sTable {
     /// These, and below them `lower`.
     #[must_use]
-    pub fn over(self, lower: Extra) -> Extra {
+    pub fn layered_over(self, lower: K3sTable) -> K3sTable {
         let mut map = lower.0;
         map.extend(self.0);
-        Extra(map)
+        K3sTable(map)
     }
 
-    /// For the file that k3s reads: each secret value is a hole that [`filled`] fills.
-    pub fn sealed(&self) -> BTreeMap<String, Value> {
+    /// For the file that k3s reads: each secret value is a hole that [`fill_placeholders`] fills.
+    pub fn with_placeholders(&self) -> BTreeMap<String, Value> {
         self.each(|name, value| {
             json!(if secrets(name, value).is_empty() {
                 value.clone()
             } else {
-                hole(value_name(name))
+                placeholder(value_name(name))
             })
         })
     }
 
     /// For people: secret parts are dots.
-    pub fn shown(&self) -> BTreeMap<String, Value> {
+    pub fn redacted(&self) -> BTreeMap<String, Value> {
         self.each(|name, value| json!(hidden(name, value)))
     }
 
     /// What fills the holes, by name; `None` when there are none.
-    pub fn fill(&self) -> Option<Secret> {
+    pub fn secret_values(&self) -> Option<Secret> {
         let mut values = BTreeMap::new();
         self.each(|name, value| {
             if !secrets(name, value).is_empty() {
@@ -99,7 +99,7 @@ impl Extra {
     }
 
     /// Every secret word in it.
-    pub fn words(&self) -> Vec<String> {
+    pub fn secret_words(&self) -> Vec<String> {
         let mut words = Vec::new();
         self.each(|name, value| {
             words.extend(secrets(name, value));
@@ -110,7 +110,7 @@ impl Extra {
 
     /// Keys that hold a secret, with what may be shown of it.
     pub fn secret_keys(&self) -> Vec<(String, Value)> {
-        let mut shown = self.shown();
+        let mut shown = self.redacted();
         shown.retain(|key, value| self.0.get(key) != Some(value));
         shown.into_iter().collect()
     }
@@ -128,11 +128,11 @@ impl Extra {
                             change(Name { key, full: &format!("{key}.{number}") }, text)
                         }
                         // no k3s setting is deeper than a list of strings
-                        Value::Array(_) | Value::Object(_) => json!(DOTS),
+                        Value::Array(_) | Value::Object(_) => json!(MASK),
                         plain => plain.clone(),
                     })
                     .collect(),
-                Value::Object(_) => json!(DOTS),
+                Value::Object(_) => json!(MASK),
                 // `token = 1234567890` is a secret too
                 plain if whole(key) && plain.is_number() => {
                     change(Name { key, full: key }, &plain.to_string())
@@ -156,22 +156,22 @@ fn value_name(name: Name<'_>) -> &str {
 
 /// Whether the whole value of this setting is secret. What nobody knows may be.
 fn whole(key: &str) -> bool {
-    let key = keys::meant(key);
-    key == "vpn-auth" || secret_name(&key) || keys::kind(&key).is_none()
+    let key = keys::canonical_key(key);
+    key == "vpn-auth" || is_secret_name(&key) || keys::value_type(&key).is_none()
 }
 
 /// The secret words in a value: all of it, the passwords of its URLs, the value of `oidc-client-secret=…`.
 fn secrets(name: Name<'_>, value: &str) -> Vec<String> {
-    if value.is_empty() || value == DOTS {
+    if value.is_empty() || value == MASK {
         return Vec::new();
     }
-    let key = keys::meant(name.key);
+    let key = keys::canonical_key(name.key);
     if key == "vpn-auth" {
         // name=tailscale,joinKey=…,controlServerURL=…
         let parts = value
             .split(',')
             .filter_map(|p| p.split_once('='))
-            .filter(|(n, _)| secret_name(n))
+            .filter(|(n, _)| is_secret_name(n))
             .map(|(_, v)| v.to_owned());
         return parts.chain([value.to_owned()]).collect();
     }
@@ -184,9 +184,9 @@ fn secrets(name: Name<'_>, value: &str) -> Vec<String> {
     }
     let mut found = in_urls(value);
     if let Some((flag, text)) = value.split_once('=')
-        && secret_name(flag.trim_start_matches('-'))
+        && is_secret_name(flag.trim_start_matches('-'))
         && !text.is_empty()
-        && text != DOTS
+        && text != MASK
         && !matches!(text, "true" | "false")
     {
         found.push(text.to_owned());
@@ -198,11 +198,11 @@ fn secrets(name: Name<'_>, value: &str) -> Vec<String> {
 fn hidden(name: Name<'_>, value: &str) -> String {
     let found = secrets(name, value);
     if found.iter().any(|s| s == value) {
-        return DOTS.to_owned();
+        return MASK.to_owned();
     }
     let mut text = mask(value, &[]);
     for secret in found {
-        text = text.replace(&secret, DOTS);
+        text = text.replace(&secret, MASK);
     }
     text
 }
@@ -211,8 +211,8 @@ fn hidden(name: Name<'_>, value: &str) -> String {
 mod tests {
     use super::*;
 
-    fn table() -> Extra {
-        Extra::from([
+    fn table() -> K3sTable {
+        K3sTable::from([
             (
                 "datastore-endpoint".to_owned(),
                 json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db"),
@@ -250,7 +250,7 @@ mod tests {
         for text in [
             format!("{table:?}"),
             serde_json::to_string(&table).unwrap(),
-            json!(table.sealed()).to_string(),
+            json!(table.with_placeholders()).to_string(),
         ] {
             assert!(
                 !text.contains("canary-4711-in-plain-text")
@@ -259,18 +259,18 @@ mod tests {
             );
             assert!(text.contains("vxlan") && text.contains("v=2"), "{text}");
         }
-        assert_eq!(table.shown()["datastore-endpoint"], "postgres://u:••••@h/db");
-        assert_eq!(table.shown()["kube-apiserver-arg"][1], "oidc-client-secret=••••");
+        assert_eq!(table.redacted()["datastore-endpoint"], "postgres://u:••••@h/db");
+        assert_eq!(table.redacted()["kube-apiserver-arg"][1], "oidc-client-secret=••••");
         assert_eq!(table.secret_keys().len(), 7);
         assert_eq!(
-            table.words().iter().filter(|w| w.contains("canary-4711-in-plain-text")).count(),
+            table.secret_words().iter().filter(|w| w.contains("canary-4711-in-plain-text")).count(),
             7
         );
     }
 
     #[test]
     fn holes_are_filled_with_what_was_there() {
-        let table = Extra::from([
+        let table = K3sTable::from([
             (
                 "kubelet-arg".to_owned(),
                 json!(["v=2", "x-password=planted \"quoted\" secret canary-4711-in-plain-text"]),
@@ -280,17 +280,23 @@ mod tests {
                 json!("postgres://u:planted-db-password-canary-4711-in-plain-text@h/db"),
             ),
         ]);
-        let sealed = table.sealed();
+        let with_placeholders = table.with_placeholders();
         let text = format!(
             "kubelet-arg:\n  - {}\n  - {}\nd: {}\n",
-            sealed["kubelet-arg"][0], sealed["kubelet-arg"][1], sealed["datastore-endpoint"]
+            with_placeholders["kubelet-arg"][0],
+            with_placeholders["kubelet-arg"][1],
+            with_placeholders["datastore-endpoint"]
         );
-        let full = filled(&text, &table.fill().unwrap()).unwrap();
+        let full = fill_placeholders(&text, &table.secret_values().unwrap()).unwrap();
         assert_eq!(
             full,
             "kubelet-arg:\n  - \"v=2\"\n  - \"x-password=planted \\\"quoted\\\" secret canary-4711-in-plain-text\"\nd: \"postgres://u:planted-db-password-canary-4711-in-plain-text@h/db\"\n"
         );
-        assert!(filled(&text, &Secret::new("{}")).is_none());
-        assert!(Extra::from([("flannel-backend".to_owned(), json!("vxlan"))]).fill().is_none());
+        assert!(fill_placeholders(&text, &Secret::new("{}")).is_none());
+        assert!(
+            K3sTable::from([("flannel-backend".to_owned(), json!("vxlan"))])
+                .secret_values()
+                .is_none()
+        );
     }
 }
