@@ -164,7 +164,7 @@ async fn run(
             let state = context
                 .env
                 .get("STATE_DIRECTORY")
-                .map_or(config::STATE, |d| d.split(':').next().unwrap_or(config::STATE))
+                .map_or(config::STATE_DIR, |d| d.split(':').next().unwrap_or(config::STATE_DIR))
                 .to_owned();
             agent::run::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)

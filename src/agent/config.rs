@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::agent::session::client::{self, check_url};
-use crate::agent::session::identity::{Identity, Kept};
+use crate::agent::session::identity::{Identity, StoredCredential};
 use crate::base::error::Failure;
 use crate::base::http::plain_proxy;
 use crate::base::secret::Secret;
@@ -16,7 +16,7 @@ use crate::host::Host;
 use crate::host::paths::AGENT_CONFIG;
 
 /// Where the agent keeps what must outlive it, unless systemd says otherwise.
-pub const STATE: &str = "/var/lib/pipeops-agent";
+pub const STATE_DIR: &str = "/var/lib/pipeops-agent";
 
 /// `/etc/pipeops/agent.toml`, as `install-server` writes it.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -36,7 +36,7 @@ pub struct AgentConfig {
     pub https_proxy: Option<String>,
     /// The environment names a proxy.
     #[serde(skip)]
-    pub(super) proxy_around: bool,
+    pub(super) proxy_in_environment: bool,
     /// Use a tunnel that has neither CA nor pin.
     pub allow_insecure_tunnel: bool,
     /// Requests that end by themselves, and upgrades, of one caller and of all together.
@@ -94,7 +94,7 @@ impl AgentConfig {
         if let Some(pins) = var("PIPEOPS_CONTROL_PLANE_PIN") {
             config.control_plane_pin = pins.split(',').map(|p| p.trim().to_owned()).collect();
         }
-        config.proxy_around = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
+        config.proxy_in_environment = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
             .into_iter()
             .any(|name| var(name).is_some());
         let invalid =
@@ -117,7 +117,7 @@ impl AgentConfig {
 
     /// The proxy that is named here, where the environment names none.
     pub(super) fn proxy(&self) -> Option<String> {
-        self.https_proxy.clone().filter(|_| !self.proxy_around)
+        self.https_proxy.clone().filter(|_| !self.proxy_in_environment)
     }
 
     pub(super) fn url(&self) -> &str {
@@ -162,22 +162,22 @@ impl AgentConfig {
 }
 
 /// What takes this machine's agent off its control plane, read while its files are still there.
-pub struct Leave {
+pub struct Deregistration {
     id: String,
-    kept: Kept,
+    stored: StoredCredential,
     trust: Trust,
     proxy: Option<String>,
 }
 
-impl Leave {
+impl Deregistration {
     /// None when there is no agent, or it never registered.
-    pub fn read(host: &Host) -> Option<Leave> {
+    pub fn read(host: &Host) -> Option<Deregistration> {
         let config = AgentConfig::load(host, AGENT_CONFIG, &BTreeMap::new()).ok()?;
-        let state = host.peek_dir(STATE);
-        let kept = Kept::load(&state, config.url())?;
-        Some(Leave {
-            id: Identity::id_in(&state)?,
-            kept,
+        let state = host.peek_dir(STATE_DIR);
+        let stored = StoredCredential::load(&state, config.url())?;
+        Some(Deregistration {
+            id: Identity::stored_id(&state)?,
+            stored,
             trust: config.trust(host).ok()?,
             proxy: config.proxy(),
         })
@@ -187,13 +187,13 @@ impl Leave {
     ///
     /// # Errors
     /// What is left to do by hand, and why.
-    pub async fn say(self) -> Result<String, String> {
-        let url = self.kept.url.clone();
-        match client::deregister(&self.trust, self.proxy.as_deref(), &self.kept, &self.id).await {
+    pub async fn send(self) -> Result<String, String> {
+        let url = self.stored.url.clone();
+        match client::deregister(&self.trust, self.proxy.as_deref(), &self.stored, &self.id).await {
             Ok(()) => Ok(url),
             Err(why) => Err(format!(
                 "{url} still lists cluster {} ({why}): remove it there",
-                self.kept.cluster_id
+                self.stored.cluster_id
             )),
         }
     }

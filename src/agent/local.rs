@@ -16,24 +16,24 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::status::Agent;
+use crate::agent::status::AgentStatus;
 
 /// Longest time for open answers after a stop.
-const DRAIN: Duration = Duration::from_secs(2);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// More lines for `/metrics` than the account gives.
-pub(super) type Extra = Arc<dyn Fn() -> String + Send + Sync>;
+pub(super) type ExtraMetrics = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// When the observer last came round, for the watchdog: a hung look must not be covered by a healthy timer.
 #[derive(Clone, Default)]
-pub(crate) struct Beat(Arc<AtomicI64>);
+pub(crate) struct ObserverLiveness(Arc<AtomicI64>);
 
-impl Beat {
+impl ObserverLiveness {
     pub(super) fn touch(&self) {
         self.0.store(jiff::Timestamp::now().as_second(), Ordering::Relaxed);
     }
 
-    pub(super) fn fresh(&self) -> bool {
+    pub(super) fn is_fresh(&self) -> bool {
         let age = jiff::Timestamp::now().as_second() - self.0.load(Ordering::Relaxed);
         age.abs() < 120
     }
@@ -65,39 +65,39 @@ pub(super) fn unlink(path: &Path) {
 
 /// READY once, STATUS on change, WATCHDOG while the observer comes round.
 pub(super) async fn notify(
-    systemd: Systemd,
-    mut state: watch::Receiver<Agent>,
-    beat: &Beat,
+    systemd: SystemdNotifier,
+    mut state: watch::Receiver<AgentStatus>,
+    liveness: &ObserverLiveness,
     drain: &CancellationToken,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let every = sd_notify::watchdog_enabled().map_or(Duration::from_secs(20), |w| w / 3);
-    let mut said = state.borrow_and_update().line();
-    systemd.tell(Some(NotifyState::Ready), Some(&said));
-    tracing::info!(status = said, "ready");
+    let mut last_status = state.borrow_and_update().summary();
+    systemd.send(Some(NotifyState::Ready), Some(&last_status));
+    tracing::info!(status = last_status, "ready");
     let mut tick = tokio::time::interval(every);
     loop {
         tokio::select! {
             biased;
             () = drain.cancelled() => {
-                systemd.tell(Some(NotifyState::Stopping), Some("stopping: finishing what is under way"));
+                systemd.send(Some(NotifyState::Stopping), Some("stopping: finishing what is under way"));
                 stop.cancelled().await;
                 return Ok(());
             }
             _ = tick.tick() => {
-                if beat.fresh() {
-                    systemd.tell(Some(NotifyState::Watchdog), None);
+                if liveness.is_fresh() {
+                    systemd.send(Some(NotifyState::Watchdog), None);
                 }
             }
             changed = state.changed() => {
                 if changed.is_err() {
                     return Ok(());
                 }
-                let line = state.borrow_and_update().line();
-                if line != said {
-                    systemd.tell(None, Some(&line));
+                let line = state.borrow_and_update().summary();
+                if line != last_status {
+                    systemd.send(None, Some(&line));
                     tracing::info!(status = line, "state");
-                    said = line;
+                    last_status = line;
                 }
             }
         }
@@ -106,12 +106,12 @@ pub(super) async fn notify(
 
 /// What systemd is told, from a thread of its own: a manager that does not read must stop nothing here.
 #[derive(Clone)]
-pub(super) struct Systemd(
+pub(super) struct SystemdNotifier(
     std::sync::mpsc::SyncSender<(Option<NotifyState<'static>>, Option<String>)>,
 );
 
-impl Systemd {
-    pub(super) fn new() -> Systemd {
+impl SystemdNotifier {
+    pub(super) fn new() -> SystemdNotifier {
         let (sender, notes) =
             std::sync::mpsc::sync_channel::<(Option<NotifyState<'static>>, Option<String>)>(32);
         std::thread::spawn(move || {
@@ -124,10 +124,10 @@ impl Systemd {
                 }
             }
         });
-        Systemd(sender)
+        SystemdNotifier(sender)
     }
 
-    fn tell(&self, state: Option<NotifyState<'static>>, status: Option<&str>) {
+    fn send(&self, state: Option<NotifyState<'static>>, status: Option<&str>) {
         let _ = self.0.try_send((state, status.map(str::to_owned)));
     }
 }
@@ -136,8 +136,8 @@ impl Systemd {
 pub(super) async fn serve(
     listener: UnixListener,
     port: Option<TcpListener>,
-    state: watch::Receiver<Agent>,
-    extra: Extra,
+    state: watch::Receiver<AgentStatus>,
+    extra: ExtraMetrics,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut open = JoinSet::new();
@@ -161,15 +161,17 @@ pub(super) async fn serve(
             Some(_) = open.join_next() => {}
         }
     }
-    let _ = tokio::time::timeout(DRAIN, async { while open.join_next().await.is_some() {} }).await;
+    let _ =
+        tokio::time::timeout(DRAIN_TIMEOUT, async { while open.join_next().await.is_some() {} })
+            .await;
     Ok(())
 }
 
 /// A client that never speaks is let go.
 async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-    state: watch::Receiver<Agent>,
-    extra: Extra,
+    state: watch::Receiver<AgentStatus>,
+    extra: ExtraMetrics,
     metrics_only: bool,
 ) {
     let service = hyper::service::service_fn(move |request| {
@@ -182,8 +184,8 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
 
 fn answer(
     request: &Request<Incoming>,
-    state: &watch::Receiver<Agent>,
-    extra: &Extra,
+    state: &watch::Receiver<AgentStatus>,
+    extra: &ExtraMetrics,
     metrics_only: bool,
 ) -> Result<Response<Full<Bytes>>, std::convert::Infallible> {
     let agent = state.borrow().clone();

@@ -10,8 +10,8 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::local::Beat;
-use crate::agent::status::{Agent, Kubernetes, Node, Notice};
+use crate::agent::local::ObserverLiveness;
+use crate::agent::status::{AgentStatus, KubernetesState, NodeStatus, Notice};
 use crate::host::Host;
 use crate::kubernetes::client::{Cluster, status};
 use crate::kubernetes::readiness;
@@ -19,23 +19,23 @@ use crate::kubernetes::upstream::Upstream;
 use crate::kubernetes::watch::{Change, follow};
 
 /// How often the API server is asked whether it is there; sooner while it is not.
-const LOOK: Duration = Duration::from_secs(10);
-const SOON: Duration = Duration::from_secs(3);
+const POLL_INTERVAL: Duration = Duration::from_secs(10);
+const POLL_WAITING: Duration = Duration::from_secs(3);
 /// For one look.
-const ANSWER: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) struct Observer {
     pub host: Host,
     pub credential: String,
     pub max_role: String,
-    pub account: watch::Sender<Agent>,
+    pub account: watch::Sender<AgentStatus>,
     pub upstream: watch::Sender<Option<Upstream>>,
-    pub beat: Beat,
+    pub liveness: ObserverLiveness,
     pub stop: CancellationToken,
 }
 
 /// What one credential opens.
-struct View {
+struct ClusterConnection {
     written: (u64, i64, i64),
     cluster: Cluster,
     upstream: Upstream,
@@ -45,11 +45,11 @@ impl Observer {
     /// Looks at the cluster for ever; every failure is a state, none ends the task.
     pub(super) async fn run(self) -> anyhow::Result<()> {
         let mut machine = sysinfo::System::new().context("reading this machine")?;
-        let mut view: Option<View> = None;
+        let mut view: Option<ClusterConnection> = None;
         let mut followers = JoinSet::new();
         let trouble = Arc::new(Notify::new());
         loop {
-            self.beat.touch();
+            self.liveness.touch();
             machine.refresh_memory();
             let looked = self.look(&mut view, &mut followers).await;
             let connected = looked.is_ok();
@@ -58,7 +58,7 @@ impl Observer {
                 agent.memory_total = machine.total_memory();
                 match &looked {
                     Ok(version) => {
-                        agent.kubernetes = Kubernetes::Connected;
+                        agent.kubernetes = KubernetesState::Connected;
                         agent.reason.clear();
                         agent.seen_at = jiff::Timestamp::now().as_second();
                         agent.api_version.clone_from(version);
@@ -68,8 +68,11 @@ impl Observer {
                             .downcast_ref::<kube::Error>()
                             .and_then(status)
                             .is_some_and(|code| code == 401 || code == 403);
-                        agent.kubernetes =
-                            if refused { Kubernetes::Refused } else { Kubernetes::Waiting };
+                        agent.kubernetes = if refused {
+                            KubernetesState::Refused
+                        } else {
+                            KubernetesState::Waiting
+                        };
                         agent.reason = error
                             .root_cause()
                             .to_string()
@@ -99,7 +102,7 @@ impl Observer {
                     followers = JoinSet::new();
                 }
             }
-            let pause = if connected { LOOK } else { SOON };
+            let pause = if connected { POLL_INTERVAL } else { POLL_WAITING };
             tokio::select! {
                 () = self.stop.cancelled() => return Ok(()),
                 () = tokio::time::sleep(pause) => {}
@@ -116,7 +119,7 @@ impl Observer {
     /// The version of the API server. The credential is read again when its file was replaced.
     async fn look(
         &self,
-        view: &mut Option<View>,
+        view: &mut Option<ClusterConnection>,
         followers: &mut JoinSet<()>,
     ) -> anyhow::Result<String> {
         let Some(written) = self.host.revision(&self.credential) else {
@@ -126,7 +129,7 @@ impl Observer {
         let current = match view {
             Some(current) if current.written == written => current,
             _ => {
-                let opened = View {
+                let opened = ClusterConnection {
                     written,
                     cluster: Cluster::open(&self.host, &self.credential)?,
                     upstream: Upstream::open(&self.host, &self.credential)?,
@@ -138,13 +141,18 @@ impl Observer {
                 view.insert(opened)
             }
         };
-        let version = tokio::time::timeout(ANSWER, current.cluster.version())
+        let version = tokio::time::timeout(REQUEST_TIMEOUT, current.cluster.version())
             .await
             .context("the API server does not answer")??;
         Ok(version)
     }
 
-    fn follow_all(&self, view: &View, followers: &mut JoinSet<()>, trouble: &Arc<Notify>) {
+    fn follow_all(
+        &self,
+        view: &ClusterConnection,
+        followers: &mut JoinSet<()>,
+        trouble: &Arc<Notify>,
+    ) {
         let mut spawn = |path: &'static str, mut on: Box<dyn FnMut(Change) + Send>| {
             let (cluster, trouble, stop) =
                 (view.cluster.clone(), trouble.clone(), self.stop.clone());
@@ -166,14 +174,14 @@ impl Observer {
             Box::new(move |change| {
                 let key = |v: &Value| v["metadata"]["name"].as_str().unwrap_or_default().to_owned();
                 match change {
-                    Change::Begin => nodes.clear(),
-                    Change::Put(v) => drop(nodes.insert(key(&v), Node::of(&v))),
-                    Change::Gone(v) => drop(nodes.remove(&key(&v))),
-                    Change::Listed => {}
+                    Change::Reset => nodes.clear(),
+                    Change::Applied(v) => drop(nodes.insert(key(&v), NodeStatus::from_object(&v))),
+                    Change::Deleted(v) => drop(nodes.remove(&key(&v))),
+                    Change::Synced => {}
                 }
-                let list: Vec<Node> = nodes.values().cloned().collect();
+                let list: Vec<NodeStatus> = nodes.values().cloned().collect();
                 account.send_if_modified(|a| {
-                    let news = a.nodes != list && a.kubernetes == Kubernetes::Connected;
+                    let news = a.nodes != list && a.kubernetes == KubernetesState::Connected;
                     if news {
                         a.nodes = list;
                     }
@@ -188,15 +196,15 @@ impl Observer {
             Box::new(move |change| {
                 let key = |v: &Value| v["metadata"]["name"].as_str().unwrap_or_default().to_owned();
                 match change {
-                    Change::Begin => names.clear(),
-                    Change::Put(v) => drop(names.insert(key(&v))),
-                    Change::Gone(v) => drop(names.remove(&key(&v))),
-                    Change::Listed => {}
+                    Change::Reset => names.clear(),
+                    Change::Applied(v) => drop(names.insert(key(&v))),
+                    Change::Deleted(v) => drop(names.remove(&key(&v))),
+                    Change::Synced => {}
                 }
                 account.send_modify(|a| a.namespaces = names.iter().cloned().collect());
             }),
         );
-        for (path, good, store) in COUNTED {
+        for (path, good, store) in WORKLOAD_COUNTERS {
             let account = self.account.clone();
             // what is known of each object: whether it is as it should be
             let mut known: HashMap<String, bool> = HashMap::new();
@@ -207,13 +215,13 @@ impl Observer {
                     let key =
                         |v: &Value| v["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
                     match change {
-                        Change::Begin => {
+                        Change::Reset => {
                             listed = false;
                             known.clear();
                         }
-                        Change::Put(v) => drop(known.insert(key(&v), good(&v))),
-                        Change::Gone(v) => drop(known.remove(&key(&v))),
-                        Change::Listed => listed = true,
+                        Change::Applied(v) => drop(known.insert(key(&v), good(&v))),
+                        Change::Deleted(v) => drop(known.remove(&key(&v))),
+                        Change::Synced => listed = true,
                     }
                     if listed {
                         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
@@ -244,11 +252,11 @@ impl Observer {
     }
 }
 
-type Good = fn(&Value) -> bool;
-type Store = fn(&mut Agent, u32, u32) -> bool;
+type IsHealthy = fn(&Value) -> bool;
+type SetCounts = fn(&mut AgentStatus, u32, u32) -> bool;
 
 /// Puts a count where it belongs; says whether it is news.
-fn put(place: &mut u32, value: u32) -> bool {
+fn set_count(place: &mut u32, value: u32) -> bool {
     std::mem::replace(place, value) != value
 }
 
@@ -256,24 +264,27 @@ fn has_replicas(v: &Value) -> bool {
     readiness::replicas(v).is_none()
 }
 
-const COUNTED: [(&str, Good, Store); 6] = [
+const WORKLOAD_COUNTERS: [(&str, IsHealthy, SetCounts); 6] = [
     (
         "/api/v1/pods",
         |v| v["status"]["phase"] == "Running",
-        |a, all, good| put(&mut a.workloads.pods, all) | put(&mut a.workloads.pods_running, good),
+        |a, all, good| {
+            set_count(&mut a.workloads.pods, all) | set_count(&mut a.workloads.pods_running, good)
+        },
     ),
     ("/apis/apps/v1/deployments", has_replicas, |a, all, good| {
-        put(&mut a.workloads.deployments, all) | put(&mut a.workloads.deployments_ready, good)
+        set_count(&mut a.workloads.deployments, all)
+            | set_count(&mut a.workloads.deployments_ready, good)
     }),
     ("/apis/apps/v1/statefulsets", has_replicas, |a, all, _| {
-        put(&mut a.workloads.statefulsets, all)
+        set_count(&mut a.workloads.statefulsets, all)
     }),
-    ("/apis/apps/v1/daemonsets", |_| true, |a, all, _| put(&mut a.workloads.daemonsets, all)),
-    ("/api/v1/services", |_| true, |a, all, _| put(&mut a.workloads.services, all)),
+    ("/apis/apps/v1/daemonsets", |_| true, |a, all, _| set_count(&mut a.workloads.daemonsets, all)),
+    ("/api/v1/services", |_| true, |a, all, _| set_count(&mut a.workloads.services, all)),
     (
         "/apis/networking.k8s.io/v1/ingresses",
         |_| true,
-        |a, all, _| put(&mut a.workloads.ingresses, all),
+        |a, all, _| set_count(&mut a.workloads.ingresses, all),
     ),
 ];
 
@@ -281,7 +292,7 @@ const COUNTED: [(&str, Good, Store); 6] = [
 const NAMESPACES: &[&str] = &["production", "beta", "pipeops", "monitoring"];
 
 /// Rights that the agent's own identity should not have: verb, group, resource, namespace.
-const EXCESS: &[(&str, &str, &str, &str)] = &[
+const EXCESSIVE_RIGHTS: &[(&str, &str, &str, &str)] = &[
     ("*", "*", "*", ""),
     ("list", "", "secrets", ""),
     ("create", "", "pods", "kube-system"),
@@ -296,7 +307,7 @@ const EXCESS: &[(&str, &str, &str, &str)] = &[
 async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice>> {
     let mut found = Vec::new();
     let notice = |code: &str, text: String| Notice { code: code.into(), text };
-    for (verb, group, resource, namespace) in EXCESS {
+    for (verb, group, resource, namespace) in EXCESSIVE_RIGHTS {
         if allowed(cluster, verb, group, resource, namespace, "").await? {
             found.push(notice(
                 "RIGHTS_EXCESS",

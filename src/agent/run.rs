@@ -10,32 +10,32 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::api::audit::Audit;
+use crate::agent::api::audit::AuditLog;
 use crate::agent::api::operations::Operations;
-use crate::agent::api::permits::{self, Limits};
+use crate::agent::api::permits::{self, StreamLimits};
 use crate::agent::api::{self, Api};
 use crate::agent::config::AgentConfig;
-use crate::agent::local::{self, Beat};
+use crate::agent::local::{self, ObserverLiveness};
 use crate::agent::observer::Observer;
 use crate::agent::session;
-use crate::agent::session::client::{ControlPlane, Told};
-use crate::agent::session::identity::{self, Found, Identity};
-use crate::agent::status::{Agent, Kubernetes};
+use crate::agent::session::client::{ControlPlaneClient, ReportedState};
+use crate::agent::session::identity::{self, Identity, LoadedIdentity};
+use crate::agent::status::{AgentStatus, KubernetesState};
 use crate::base::secret::Secret;
 use crate::contract::types::{
     AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads,
 };
-use crate::frp::client::{Client, Work};
-use crate::frp::{self, Kind, TunnelConfig};
+use crate::frp::client::{Client, WorkConnection};
+use crate::frp::{self, ProxyKind, TunnelConfig};
 use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
 use crate::host::state::StateDir;
 use crate::host::{self, Host};
 use crate::kubernetes::upstream::Upstream;
 
 /// How long the control plane may take to hear that the agent stops.
-const FAREWELL: Duration = Duration::from_secs(3);
+const DRAIN_REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long calls that are under way may take after that; the unit kills at 30 s.
-const GRACE: Duration = Duration::from_secs(20);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Runs until `stop`, then drains. READY means: configuration valid, socket open, tasks started; not that any server answered.
 ///
@@ -61,41 +61,42 @@ pub async fn run(
         ),
         None => None,
     };
-    let machine = identity::machine(&host);
+    let machine = identity::machine_digest(&host);
     // the key also serves TLS inside the tunnel; a copied one serves nobody
     let identity = match (Identity::load(&state, &machine)?, &token) {
-        (Found::Ours(found), _) => Some(found),
-        (Found::Cloned, Some(_)) => {
+        (LoadedIdentity::Ours(found), _) => Some(found),
+        (LoadedIdentity::Cloned, Some(_)) => {
             tracing::warn!("this disk was copied from another machine: enrolling as a new agent");
-            Some(Box::new(Identity::renew(&state, &machine)?))
+            Some(Box::new(Identity::replace_copied(&state, &machine)?))
         }
-        (Found::Cloned, None) => None,
+        (LoadedIdentity::Cloned, None) => None,
     };
     let id = identity.as_ref().map(|i| i.id.clone()).unwrap_or_default();
-    let first = Agent {
+    let first = AgentStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         id: id.clone(),
         control_reason: "starting".into(),
         reason: "not looked yet".into(),
         started_at: jiff::Timestamp::now().as_second(),
-        ..Agent::default()
+        ..AgentStatus::default()
     };
     let (cluster, clusters) = watch::channel(cluster_info(&first, &config));
     let account = watch::Sender::new(first);
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
     let (control_status, control) =
-        watch::channel(session::Session::new(Instant::now()).status().clone());
-    let (tunnel_status, tunnel) =
-        watch::channel(frp::Machine::new(String::new(), Instant::now()).status().clone());
+        watch::channel(session::ControlPlaneSession::new(Instant::now()).status().clone());
+    let (tunnel_status, tunnel) = watch::channel(
+        frp::TunnelStateMachine::new(String::new(), Instant::now()).status().clone(),
+    );
     let (audit_head, audit_heads) = watch::channel(AuditHead::default());
     let (tunnel_settings, tunnel_config) = watch::channel::<Option<TunnelConfig>>(None);
     let (run_ids, kept_run_ids) = mpsc::channel(4);
-    let (work, works) = mpsc::channel::<Work>(64);
+    let (work_connections, accepted) = mpsc::channel::<WorkConnection>(64);
     let (ends, results) = mpsc::channel(16);
     let (report, reports) = watch::channel(StatusReport::default());
     // three steps of the end: nothing new, nothing at all, everything gone
-    let (drain, cut, halt, farewell) = (
+    let (drain, cut, halt, drain_reported) = (
         CancellationToken::new(),
         CancellationToken::new(),
         CancellationToken::new(),
@@ -103,27 +104,27 @@ pub async fn run(
     );
 
     let mut tasks: JoinSet<(&'static str, anyhow::Result<()>)> = JoinSet::new();
-    let beat = Beat::default();
+    let liveness = ObserverLiveness::default();
     let observer = Observer {
         host: host.clone(),
         credential: kubeconfig.or(config.kubeconfig.clone()).unwrap_or_else(|| CREDENTIAL.into()),
         max_role: config.role()?.name().into(),
         account: account.clone(),
         upstream,
-        beat: beat.clone(),
+        liveness: liveness.clone(),
         stop: halt.clone(),
     };
     tasks.spawn(async move { ("observer", observer.run().await) });
     let hostname = hostname();
-    let tls = identity.as_ref().map(|i| i.tls()).transpose()?;
-    let plane = ControlPlane {
+    let tls = identity.as_ref().map(|i| i.tls_config()).transpose()?;
+    let plane = ControlPlaneClient {
         url: config.url().to_owned(),
         trust: config.trust(&host)?,
         proxy: config.proxy(),
         token,
         state: state.clone(),
         identity,
-        told: Told {
+        reported: ReportedState {
             name: config.cluster_name.clone().unwrap_or_else(|| hostname.clone()),
             hostname: hostname.clone(),
             max_role: config.role()?.name().into(),
@@ -137,44 +138,44 @@ pub async fn run(
         config: settings,
         results,
         drain: drain.clone(),
-        farewell: farewell.clone(),
+        drain_reported: drain_reported.clone(),
         stop: halt.clone(),
     };
     tasks.spawn(async move { ("control plane", plane.run().await) });
     let api = match tls {
         Some(tls) => {
-            let parts = api::Parts {
+            let context = api::ApiContext {
                 id,
-                most: config.role()?,
+                max_role: config.role()?,
                 config: configs.clone(),
                 control: control.clone(),
                 upstream: upstreams,
                 account: account.subscribe(),
                 audit_head,
-                limits: Limits {
+                limits: StreamLimits {
                     per_caller: config.streams_per_caller.unwrap_or(permits::PER_CALLER),
-                    in_all: config.streams.unwrap_or(permits::IN_ALL),
+                    total: config.streams.unwrap_or(permits::TOTAL),
                     watches_per_caller: config
                         .watches_per_caller
                         .unwrap_or(permits::WATCHES_PER_CALLER),
-                    watches_in_all: config.watches.unwrap_or(permits::WATCHES_IN_ALL),
+                    watches_total: config.watches.unwrap_or(permits::WATCHES_TOTAL),
                 },
                 operations: Operations::open(state.sub("operations")?, ends),
                 drain: drain.clone(),
                 cut: cut.clone(),
             };
-            Some(Api::new(parts, tls, Audit::open(state.sub("audit")?)?))
+            Some(Api::new(context, tls, AuditLog::open(state.sub("audit")?)?))
         }
         None => None,
     };
     let client = Client {
         hostname,
         allow_insecure: config.allow_insecure_tunnel,
-        proxied: config.proxy_around || config.https_proxy.is_some(),
+        proxied: config.proxy_in_environment || config.https_proxy.is_some(),
         settings: tunnel_config,
         publish: tunnel_status,
         run_ids,
-        work,
+        work_connections,
         drain: drain.clone(),
         stop: halt.clone(),
     };
@@ -184,7 +185,7 @@ pub async fn run(
         ("tunnel", Ok(()))
     });
     tasks.spawn(keep_run_ids(state, kept_run_ids, halt.clone()));
-    tasks.spawn(accept(works, api.clone(), halt.clone()));
+    tasks.spawn(accept(accepted, api.clone(), halt.clone()));
     tasks.spawn(merge(
         account.clone(),
         control,
@@ -196,7 +197,7 @@ pub async fn run(
         config.clone(),
         halt.clone(),
     ));
-    let extra: local::Extra = match api.clone() {
+    let extra: local::ExtraMetrics = match api.clone() {
         Some(api) => Arc::new(move || api.metrics()),
         None => Arc::new(String::new),
     };
@@ -209,7 +210,10 @@ pub async fn run(
     {
         let (state, stop, drain) = (account.subscribe(), halt.clone(), drain.clone());
         tasks.spawn(async move {
-            ("notifier", local::notify(local::Systemd::new(), state, &beat, &drain, &stop).await)
+            (
+                "notifier",
+                local::notify(local::SystemdNotifier::new(), state, &liveness, &drain, &stop).await,
+            )
         });
     }
     let mut result = Ok(());
@@ -225,7 +229,7 @@ pub async fn run(
     }
     drain.cancel();
     // the control plane hears of it before anything closes
-    let _ = timeout(FAREWELL, farewell.cancelled()).await;
+    let _ = timeout(DRAIN_REPORT_TIMEOUT, drain_reported.cancelled()).await;
     if let Some(api) = &api
         && result.is_ok()
     {
@@ -234,7 +238,7 @@ pub async fn run(
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        if timeout(GRACE, idle).await.is_err() {
+        if timeout(DRAIN_TIMEOUT, idle).await.is_err() {
             tracing::info!(
                 open = api.open(),
                 "ending the streams that are still open: their time is over"
@@ -272,7 +276,7 @@ async fn keep_run_ids(
 
 /// Hands each stream of the tunnel to the API.
 async fn accept(
-    mut works: mpsc::Receiver<Work>,
+    mut connections: mpsc::Receiver<WorkConnection>,
     api: Option<Api>,
     stop: CancellationToken,
 ) -> (&'static str, anyhow::Result<()>) {
@@ -281,12 +285,12 @@ async fn accept(
         tokio::select! {
             () = stop.cancelled() => return ("API", Ok(())),
             Some(_) = open.join_next() => {}
-            Some(work) = works.recv() => {
+            Some(connection) = connections.recv() => {
                 let Some(api) = api.clone() else { continue };
                 open.spawn(async move {
-                    match work.kind {
-                        Kind::Stcp | Kind::Tcp => api.serve(work.io).await,
-                        Kind::Http => api.serve_plain(work.io).await,
+                    match connection.kind {
+                        ProxyKind::Stcp | ProxyKind::Tcp => api.serve(connection.io).await,
+                        ProxyKind::Http => api.serve_plain(connection.io).await,
                     }
                 });
             }
@@ -297,9 +301,9 @@ async fn accept(
 /// One account out of what the tasks tell.
 #[expect(clippy::too_many_arguments, reason = "it joins what all the tasks tell")]
 async fn merge(
-    account: watch::Sender<Agent>,
-    mut control: watch::Receiver<session::Status>,
-    mut tunnel: watch::Receiver<frp::Status>,
+    account: watch::Sender<AgentStatus>,
+    mut control: watch::Receiver<session::ControlPlaneStatus>,
+    mut tunnel: watch::Receiver<frp::TunnelStatus>,
     mut configs: watch::Receiver<Option<Config>>,
     tunnel_settings: watch::Sender<Option<TunnelConfig>>,
     cluster: watch::Sender<ClusterInfo>,
@@ -368,7 +372,7 @@ fn hostname() -> String {
     nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default()
 }
 
-fn cluster_info(a: &Agent, config: &AgentConfig) -> ClusterInfo {
+fn cluster_info(a: &AgentStatus, config: &AgentConfig) -> ClusterInfo {
     ClusterInfo {
         name: config.cluster_name.clone().unwrap_or_else(hostname),
         provider: if a.api_version.contains("+k3s") { "k3s" } else { "kubernetes" }.into(),
@@ -378,8 +382,8 @@ fn cluster_info(a: &Agent, config: &AgentConfig) -> ClusterInfo {
     }
 }
 
-fn status_report(a: &Agent) -> StatusReport {
-    let node = |n: &crate::agent::status::Node| NodeReport {
+fn status_report(a: &AgentStatus) -> StatusReport {
+    let node = |n: &crate::agent::status::NodeStatus| NodeReport {
         name: n.name.clone(),
         ready: n.ready,
         role: n.role.clone(),
@@ -393,9 +397,9 @@ fn status_report(a: &Agent) -> StatusReport {
             .unwrap_or_default()
             .to_string(),
         kubernetes: match a.kubernetes {
-            Kubernetes::Connected => "connected",
-            Kubernetes::Waiting => "waiting",
-            Kubernetes::Refused => "refused",
+            KubernetesState::Connected => "connected",
+            KubernetesState::Waiting => "waiting",
+            KubernetesState::Refused => "refused",
         }
         .into(),
         reason: a.reason.clone(),

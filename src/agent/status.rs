@@ -3,13 +3,13 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::agent::session;
+use crate::agent::session::ControlPlaneState;
 use crate::frp;
 use crate::kubernetes::readiness;
 
 /// A node of the cluster as people ask about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Node {
+pub struct NodeStatus {
     pub name: String,
     pub ready: bool,
     pub role: String,
@@ -19,8 +19,8 @@ pub struct Node {
     pub note: String,
 }
 
-impl Node {
-    pub fn of(object: &Value) -> Node {
+impl NodeStatus {
+    pub fn from_object(object: &Value) -> NodeStatus {
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
         let why = readiness::node(object);
         let labels = &object["metadata"]["labels"];
@@ -38,7 +38,7 @@ impl Node {
         if object["spec"]["unschedulable"] == true {
             note = if note.is_empty() { "cordoned".into() } else { format!("cordoned; {note}") };
         }
-        Node {
+        NodeStatus {
             name: text(&object["metadata"]["name"]),
             ready,
             role: if server { "server" } else { "worker" }.into(),
@@ -52,7 +52,7 @@ impl Node {
 /// State of the agent's Kubernetes side.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kubernetes {
+pub enum KubernetesState {
     /// No credential yet, or the API server is away.
     #[default]
     Waiting,
@@ -85,21 +85,21 @@ pub struct Workloads {
 /// The agent's own account: one structure for its socket, the tunnel's API, heartbeats, metrics and `cluster-info`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Agent {
+pub struct AgentStatus {
     pub version: String,
     pub id: String,
-    pub control: session::State,
+    pub control: ControlPlaneState,
     /// Why the control plane is not reached, or what is odd about it.
     pub control_reason: String,
     /// This clock minus the control plane's, seconds.
     pub clock_offset: i64,
-    pub tunnel: frp::State,
+    pub tunnel: frp::TunnelState,
     pub tunnel_reason: String,
-    pub kubernetes: Kubernetes,
+    pub kubernetes: KubernetesState,
     /// Why the Kubernetes side is not connected.
     pub reason: String,
     pub api_version: String,
-    pub nodes: Vec<Node>,
+    pub nodes: Vec<NodeStatus>,
     pub namespaces: Vec<String>,
     pub workloads: Workloads,
     pub notices: Vec<Notice>,
@@ -111,21 +111,21 @@ pub struct Agent {
     pub memory_total: u64,
 }
 
-impl Agent {
+impl AgentStatus {
     /// Whether everything that a Runner needs is there.
     ///
     /// # Errors
     /// What is not, and why.
     pub fn ready(&self) -> Result<(), String> {
         let mut missing = Vec::new();
-        if self.kubernetes != Kubernetes::Connected {
+        if self.kubernetes != KubernetesState::Connected {
             missing.push(self.kubernetes_line());
         }
-        if self.control != session::State::Unenrolled {
-            if !matches!(self.control, session::State::Online | session::State::Skewed) {
+        if self.control != ControlPlaneState::Unenrolled {
+            if !matches!(self.control, ControlPlaneState::Online | ControlPlaneState::Skewed) {
                 missing.push(self.control_line());
             }
-            if self.tunnel != frp::State::Up {
+            if self.tunnel != frp::TunnelState::Up {
                 missing.push(self.tunnel_line());
             }
         }
@@ -137,16 +137,19 @@ impl Agent {
     }
 
     fn control_line(&self) -> String {
-        Agent::with_reason(self.control.name().to_owned(), &self.control_reason)
+        AgentStatus::with_reason(self.control.name().to_owned(), &self.control_reason)
     }
 
     fn tunnel_line(&self) -> String {
-        Agent::with_reason(format!("tunnel {}", tunnel_name(self.tunnel)), &self.tunnel_reason)
+        AgentStatus::with_reason(
+            format!("tunnel {}", tunnel_name(self.tunnel)),
+            &self.tunnel_reason,
+        )
     }
 
     fn kubernetes_line(&self) -> String {
         match self.kubernetes {
-            Kubernetes::Connected => {
+            KubernetesState::Connected => {
                 format!(
                     "kubernetes {}: {} of {} nodes ready",
                     self.api_version,
@@ -154,15 +157,15 @@ impl Agent {
                     self.nodes.len()
                 )
             }
-            Kubernetes::Waiting => format!("kubernetes: waiting ({})", self.reason),
-            Kubernetes::Refused => format!("kubernetes: refused ({})", self.reason),
+            KubernetesState::Waiting => format!("kubernetes: waiting ({})", self.reason),
+            KubernetesState::Refused => format!("kubernetes: refused ({})", self.reason),
         }
     }
 
     /// One line for `systemctl status`.
-    pub fn line(&self) -> String {
+    pub fn summary(&self) -> String {
         let mut parts = vec![self.control_line()];
-        if self.control != session::State::Unenrolled {
+        if self.control != ControlPlaneState::Unenrolled {
             parts.push(self.tunnel_line());
         }
         parts.push(self.kubernetes_line());
@@ -174,7 +177,7 @@ impl Agent {
         use std::fmt::Write as _;
         let mut text = String::with_capacity(2048);
         let flag = u8::from;
-        let control = matches!(self.control, session::State::Online | session::State::Skewed);
+        let control = matches!(self.control, ControlPlaneState::Online | ControlPlaneState::Skewed);
         let mut gauge = |name: &str, labels: &str, value: &dyn std::fmt::Display| {
             let known = text.contains(&format!("# TYPE {name} "));
             if !known {
@@ -192,9 +195,13 @@ impl Agent {
         gauge("pipeops_control_plane_connected", "", &flag(control));
         gauge("pipeops_control_plane_state", &format!("{{state=\"{}\"}}", self.control.name()), &1);
         gauge("pipeops_clock_offset_seconds", "", &self.clock_offset);
-        gauge("pipeops_tunnel_connected", "", &flag(self.tunnel == frp::State::Up));
+        gauge("pipeops_tunnel_connected", "", &flag(self.tunnel == frp::TunnelState::Up));
         gauge("pipeops_tunnel_state", &format!("{{state=\"{}\"}}", tunnel_name(self.tunnel)), &1);
-        gauge("pipeops_kubernetes_connected", "", &flag(self.kubernetes == Kubernetes::Connected));
+        gauge(
+            "pipeops_kubernetes_connected",
+            "",
+            &flag(self.kubernetes == KubernetesState::Connected),
+        );
         gauge("pipeops_kubernetes_last_seen_seconds", "", &self.seen_at);
         gauge("pipeops_nodes", "{ready=\"true\"}", &self.nodes.iter().filter(|n| n.ready).count());
         gauge(
@@ -228,15 +235,15 @@ impl Agent {
 }
 
 /// A tunnel state as it is written in texts.
-pub fn tunnel_name(state: frp::State) -> &'static str {
+pub fn tunnel_name(state: frp::TunnelState) -> &'static str {
     match state {
-        frp::State::Off => "off",
-        frp::State::Connecting => "connecting",
-        frp::State::Opening => "opening",
-        frp::State::Up => "up",
-        frp::State::Waiting => "waiting",
-        frp::State::Refused => "refused",
-        frp::State::Unauthorized => "unauthorized",
-        frp::State::Conflict => "conflict",
+        frp::TunnelState::Off => "off",
+        frp::TunnelState::Connecting => "connecting",
+        frp::TunnelState::Opening => "opening",
+        frp::TunnelState::Up => "up",
+        frp::TunnelState::Waiting => "waiting",
+        frp::TunnelState::Refused => "refused",
+        frp::TunnelState::Unauthorized => "unauthorized",
+        frp::TunnelState::Conflict => "conflict",
     }
 }

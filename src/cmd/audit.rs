@@ -1,7 +1,7 @@
 //! `audit verify` and `audit tail`: the log of who did what through the tunnel.
 
 use crate::agent::api::audit;
-use crate::agent::config::STATE;
+use crate::agent::config::STATE_DIR;
 use crate::base::error::{Exit, Failure};
 use crate::cli::{AuditArgs, AuditCommand, OutputFormat};
 use crate::cmd::Context;
@@ -11,7 +11,7 @@ use crate::output::Printer;
 /// Exit 6 when the chain is broken, 1 when the log cannot be read.
 pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
     let host = context.host(&args.rooted.root);
-    let dir = host.peek_dir(&format!("{STATE}/audit"));
+    let dir = host.peek_dir(&format!("{STATE_DIR}/audit"));
     let unreadable = |why: String| {
         Failure::new(Exit::Internal, "AUDIT_UNREADABLE", "the audit log cannot be read")
             .why(why)

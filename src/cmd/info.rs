@@ -7,8 +7,8 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::Context;
-use crate::agent::session;
-use crate::agent::status::{Agent, Kubernetes, Node, Notice};
+use crate::agent::session::ControlPlaneState;
+use crate::agent::status::{AgentStatus, KubernetesState, NodeStatus, Notice};
 use crate::base::cidr::host_in_url;
 use crate::base::error::{Exit, Failure};
 use crate::base::text::printable;
@@ -38,7 +38,7 @@ struct Info {
     k3s_version: String,
     k3s: String,
     api: String,
-    nodes: Vec<Node>,
+    nodes: Vec<NodeStatus>,
     components: Vec<Component>,
     agent: Option<AgentInfo>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -56,10 +56,10 @@ struct Component {
 #[derive(Debug, Serialize)]
 struct AgentInfo {
     unit: String,
-    control: Option<session::State>,
-    tunnel: Option<frp::State>,
+    control: Option<ControlPlaneState>,
+    tunnel: Option<frp::TunnelState>,
     notices: Vec<Notice>,
-    kubernetes: Option<Kubernetes>,
+    kubernetes: Option<KubernetesState>,
     note: String,
 }
 
@@ -205,7 +205,7 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
                 format!("pipeops-agent.service is {}", agent.unit),
                 "journalctl -u pipeops-agent -n 50; systemctl start pipeops-agent",
             ));
-        } else if agent.kubernetes != Some(Kubernetes::Connected) {
+        } else if agent.kubernetes != Some(KubernetesState::Connected) {
             info.problems.push(problem(
                 "agent",
                 format!("the agent has no view of the cluster: {}", agent.note),
@@ -213,13 +213,17 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
             ));
         } else if !matches!(
             agent.control,
-            Some(session::State::Unenrolled | session::State::Online | session::State::Skewed)
+            Some(
+                ControlPlaneState::Unenrolled
+                    | ControlPlaneState::Online
+                    | ControlPlaneState::Skewed
+            )
         ) {
             let next = match agent.control {
-                Some(session::State::Unauthorized | session::State::Expired) => {
+                Some(ControlPlaneState::Unauthorized | ControlPlaneState::Expired) => {
                     "run install-server again with a fresh AGENT_TOKEN"
                 }
-                Some(session::State::Conflict) => {
+                Some(ControlPlaneState::Conflict) => {
                     "on a copied machine: run install-server again with an AGENT_TOKEN of its own"
                 }
                 _ => {
@@ -231,8 +235,8 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
                 format!("the control plane is not reached: {}", agent.note),
                 next,
             ));
-        } else if agent.control != Some(session::State::Unenrolled)
-            && agent.tunnel != Some(frp::State::Up)
+        } else if agent.control != Some(ControlPlaneState::Unenrolled)
+            && agent.tunnel != Some(frp::TunnelState::Up)
         {
             info.problems.push(problem(
                 "agent",
@@ -271,12 +275,22 @@ async fn within<T>(part: impl Future<Output = anyhow::Result<T>>) -> Result<T, S
     }
 }
 
-async fn nodes(cluster: &Cluster, server: bool, own: &str) -> anyhow::Result<Vec<Node>> {
+async fn nodes(cluster: &Cluster, server: bool, own: &str) -> anyhow::Result<Vec<NodeStatus>> {
     if server {
-        return Ok(cluster.list("/api/v1/nodes").await?.iter().map(Node::of).collect());
+        return Ok(cluster
+            .list("/api/v1/nodes")
+            .await?
+            .iter()
+            .map(NodeStatus::from_object)
+            .collect());
     }
     // a kubelet may read its own node
-    Ok(cluster.get(&format!("/api/v1/nodes/{own}")).await?.iter().map(Node::of).collect())
+    Ok(cluster
+        .get(&format!("/api/v1/nodes/{own}"))
+        .await?
+        .iter()
+        .map(NodeStatus::from_object)
+        .collect())
 }
 
 async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
@@ -326,7 +340,7 @@ async fn agent(host: &Host) -> AgentInfo {
             control: Some(agent.control),
             tunnel: Some(agent.tunnel),
             kubernetes: Some(agent.kubernetes),
-            note: agent.line(),
+            note: agent.summary(),
             notices: agent.notices,
         },
         Err(error) => AgentInfo {
@@ -341,7 +355,7 @@ async fn agent(host: &Host) -> AgentInfo {
 }
 
 /// The agent's account of itself, over its socket.
-async fn ask_agent(host: &Host) -> anyhow::Result<Agent> {
+async fn ask_agent(host: &Host) -> anyhow::Result<AgentStatus> {
     let mut stream = tokio::net::UnixStream::connect(host.at(AGENT_SOCKET)).await?;
     stream.write_all(b"GET /status HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").await?;
     let mut answer = Vec::new();
@@ -428,7 +442,7 @@ fn render(info: &Info) -> String {
         info.node, info.k3s_version, info.k3s, info.api
     );
     if !info.nodes.is_empty() {
-        let row = |n: &Node| {
+        let row = |n: &NodeStatus| {
             vec![
                 n.name.clone(),
                 if n.ready { "Ready".into() } else { "NotReady".into() },

@@ -66,7 +66,7 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         }
     }
     let farewell = leave_cluster(&writer, &journal).await;
-    let agent = crate::agent::config::Leave::read(&writer);
+    let agent = crate::agent::config::Deregistration::read(&writer);
     let mut on_event = |event: ProgressEvent| printer.event(&event);
     let outcome =
         engine::undo_all(&writer, &mut journal, args.purge_data, &context.stop, &mut on_event)
@@ -74,7 +74,7 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
     let mut left = outcome.left.clone();
     // after the agent has ended: one that lives would register again
     if let Some(agent) = agent {
-        match agent.say().await {
+        match agent.send().await {
             Ok(url) => printer.say(&format!("taken off {url}")),
             Err(why) => left.push(why),
         }

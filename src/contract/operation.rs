@@ -5,13 +5,13 @@ use serde_json::Value;
 
 use crate::contract::token::{Caller, Role};
 
-const MOST_OBJECTS: usize = 200;
-const LONGEST_WAIT: u64 = 3600;
+const MAX_OBJECTS: usize = 200;
+const MAX_TIMEOUT_S: u64 = 3600;
 
 /// A request, by kind.
 #[derive(Deserialize)]
 #[serde(tag = "kind", content = "spec", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Wanted {
+pub enum OperationRequest {
     /// Server-side apply of objects, in their order.
     Apply(Apply),
     Delete(Delete),
@@ -20,15 +20,15 @@ pub enum Wanted {
     /// A workload's pods anew, as `kubectl rollout restart` does it.
     Restart(Restart),
     /// No new pods on a node.
-    Cordon(Node),
-    Uncordon(Node),
+    Cordon(NodeSpec),
+    Uncordon(NodeSpec),
 }
 
-fn yes() -> bool {
+fn default_wait() -> bool {
     true
 }
 
-fn five_minutes() -> u64 {
+fn default_timeout_s() -> u64 {
     300
 }
 
@@ -39,9 +39,9 @@ pub struct Apply {
     /// Nothing is written: Kubernetes says what it would do.
     #[serde(default)]
     pub dry_run: bool,
-    #[serde(default = "yes")]
+    #[serde(default = "default_wait")]
     pub wait: bool,
-    #[serde(default = "five_minutes")]
+    #[serde(default = "default_timeout_s")]
     pub timeout_s: u64,
 }
 
@@ -49,9 +49,9 @@ pub struct Apply {
 #[serde(deny_unknown_fields)]
 pub struct Delete {
     pub objects: Vec<Reference>,
-    #[serde(default = "yes")]
+    #[serde(default = "default_wait")]
     pub wait: bool,
-    #[serde(default = "five_minutes")]
+    #[serde(default = "default_timeout_s")]
     pub timeout_s: u64,
 }
 
@@ -60,9 +60,9 @@ pub struct Delete {
 pub struct Scale {
     pub object: Reference,
     pub replicas: u32,
-    #[serde(default = "yes")]
+    #[serde(default = "default_wait")]
     pub wait: bool,
-    #[serde(default = "five_minutes")]
+    #[serde(default = "default_timeout_s")]
     pub timeout_s: u64,
 }
 
@@ -70,15 +70,15 @@ pub struct Scale {
 #[serde(deny_unknown_fields)]
 pub struct Restart {
     pub object: Reference,
-    #[serde(default = "yes")]
+    #[serde(default = "default_wait")]
     pub wait: bool,
-    #[serde(default = "five_minutes")]
+    #[serde(default = "default_timeout_s")]
     pub timeout_s: u64,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Node {
+pub struct NodeSpec {
     pub node: String,
 }
 
@@ -93,7 +93,7 @@ pub struct Reference {
 }
 
 /// What may stand in a path unencoded and mean itself.
-pub fn plain(text: &str) -> bool {
+pub fn is_path_safe(text: &str) -> bool {
     !text.is_empty()
         && text.len() <= 253
         && !matches!(text, "." | "..")
@@ -111,19 +111,19 @@ impl Reference {
             name: text(&object["metadata"]["name"], "metadata.name")?,
             namespace: object["metadata"]["namespace"].as_str().map(str::to_owned),
         };
-        reference.checked()?;
+        reference.check()?;
         Ok(reference)
     }
 
-    fn checked(&self) -> Result<(), String> {
+    fn check(&self) -> Result<(), String> {
         let version = match self.api_version.split_once('/') {
-            Some((group, version)) => plain(group) && plain(version),
-            None => plain(&self.api_version),
+            Some((group, version)) => is_path_safe(group) && is_path_safe(version),
+            None => is_path_safe(&self.api_version),
         };
         if version
-            && plain(&self.kind)
-            && plain(&self.name)
-            && self.namespace.as_deref().is_none_or(plain)
+            && is_path_safe(&self.kind)
+            && is_path_safe(&self.name)
+            && self.namespace.as_deref().is_none_or(is_path_safe)
         {
             Ok(())
         } else {
@@ -149,47 +149,50 @@ impl Reference {
     }
 }
 
-impl Wanted {
+impl OperationRequest {
     /// Reads and checks a request, and whether this caller may ask for it at all; Kubernetes decides on the rest.
     ///
     /// # Errors
     /// Status, code and message of the refusal.
-    pub fn parse(bytes: &[u8], caller: &Caller) -> Result<Wanted, (u16, &'static str, String)> {
+    pub fn parse(
+        bytes: &[u8],
+        caller: &Caller,
+    ) -> Result<OperationRequest, (u16, &'static str, String)> {
         let bad = |why: String| (400, "bad_operation", why);
-        let wanted: Wanted =
+        let request: OperationRequest =
             serde_json::from_slice(bytes).map_err(|e| bad(format!("this is no operation: {e}")))?;
         let objects = |n: usize| {
-            if (1..=MOST_OBJECTS).contains(&n) {
+            if (1..=MAX_OBJECTS).contains(&n) {
                 Ok(())
             } else {
-                Err(bad(format!("objects are 1 to {MOST_OBJECTS}")))
+                Err(bad(format!("objects are 1 to {MAX_OBJECTS}")))
             }
         };
         let wait = |s: u64| {
-            if (1..=LONGEST_WAIT).contains(&s) {
+            if (1..=MAX_TIMEOUT_S).contains(&s) {
                 Ok(())
             } else {
-                Err(bad(format!("timeout_s is 1 to {LONGEST_WAIT}")))
+                Err(bad(format!("timeout_s is 1 to {MAX_TIMEOUT_S}")))
             }
         };
-        match &wanted {
-            Wanted::Apply(apply) => {
+        match &request {
+            OperationRequest::Apply(apply) => {
                 objects(apply.objects.len())?;
                 wait(apply.timeout_s)?;
                 apply.objects.iter().try_for_each(|o| Reference::of(o).map(drop)).map_err(bad)?;
             }
-            Wanted::Delete(delete) => {
+            OperationRequest::Delete(delete) => {
                 objects(delete.objects.len())?;
                 wait(delete.timeout_s)?;
-                delete.objects.iter().try_for_each(Reference::checked).map_err(bad)?;
+                delete.objects.iter().try_for_each(Reference::check).map_err(bad)?;
             }
-            Wanted::Scale(scale) => {
+            OperationRequest::Scale(scale) => {
                 wait(scale.timeout_s)?;
-                scale.object.checked().map_err(bad)?;
+                scale.object.check().map_err(bad)?;
             }
-            Wanted::Restart(restart) => {
+            OperationRequest::Restart(restart) => {
                 wait(restart.timeout_s)?;
-                restart.object.checked().map_err(bad)?;
+                restart.object.check().map_err(bad)?;
                 if !matches!(
                     restart.object.kind.as_str(),
                     "Deployment" | "StatefulSet" | "DaemonSet"
@@ -199,8 +202,8 @@ impl Wanted {
                     ));
                 }
             }
-            Wanted::Cordon(node) | Wanted::Uncordon(node) => {
-                if !plain(&node.node) {
+            OperationRequest::Cordon(node) | OperationRequest::Uncordon(node) => {
+                if !is_path_safe(&node.node) {
                     return Err(bad("that is no name of a node".into()));
                 }
                 // the one thing that is done with the agent's own rights: nobody is impersonated for it
@@ -213,18 +216,18 @@ impl Wanted {
                 }
             }
         }
-        Ok(wanted)
+        Ok(request)
     }
 
     /// Its name on the wire.
     pub fn kind(&self) -> &'static str {
         match self {
-            Wanted::Apply(_) => "apply",
-            Wanted::Delete(_) => "delete",
-            Wanted::Scale(_) => "scale",
-            Wanted::Restart(_) => "restart",
-            Wanted::Cordon(_) => "cordon",
-            Wanted::Uncordon(_) => "uncordon",
+            OperationRequest::Apply(_) => "apply",
+            OperationRequest::Delete(_) => "delete",
+            OperationRequest::Scale(_) => "scale",
+            OperationRequest::Restart(_) => "restart",
+            OperationRequest::Cordon(_) => "cordon",
+            OperationRequest::Uncordon(_) => "uncordon",
         }
     }
 }
@@ -235,11 +238,11 @@ mod tests {
 
     fn caller(role: Role, namespaces: Option<&[&str]>) -> Caller {
         let namespaces = namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect());
-        Caller { subject: "r-1".into(), role, namespaces, token: "t".into() }
+        Caller { subject: "r-1".into(), role, namespaces, token_id: "t".into() }
     }
 
     fn verdict(text: &str) -> Result<&'static str, String> {
-        Wanted::parse(text.as_bytes(), &caller(Role::Operator, None))
+        OperationRequest::parse(text.as_bytes(), &caller(Role::Operator, None))
             .map(|w| w.kind())
             .map_err(|(_, code, why)| format!("{code}: {why}"))
     }
@@ -288,7 +291,7 @@ mod tests {
         let long = format!(r#"{{"kind":"restart","spec":{{"object":{web},"timeout_s":0}}}}"#);
         assert!(verdict(&long).unwrap_err().contains("1 to 3600"));
         for (role, namespaces) in [(Role::Deployer, None), (Role::Operator, Some(&["beta"][..]))] {
-            let refused = Wanted::parse(
+            let refused = OperationRequest::parse(
                 br#"{"kind":"cordon","spec":{"node":"n"}}"#,
                 &caller(role, namespaces),
             )

@@ -14,8 +14,8 @@ use sha2::{Digest as _, Sha256};
 use crate::contract::types::{Jwks, LEEWAY, RunnerAuth};
 
 /// Longest life of a token, seconds.
-pub const LIFE: i64 = 300;
-const LONGEST: usize = 8192;
+pub const TOKEN_LIFETIME: i64 = 300;
+const MAX_LENGTH: usize = 8192;
 
 /// What a caller may do at most; Kubernetes enforces what it means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -54,11 +54,11 @@ pub struct Caller {
     /// With it, only these.
     pub namespaces: Option<Vec<String>>,
     /// Id of the token, for the audit log.
-    pub token: String,
+    pub token_id: String,
 }
 
 #[derive(Deserialize)]
-struct Head {
+struct Header {
     alg: String,
     #[serde(default)]
     kid: Option<String>,
@@ -89,25 +89,25 @@ struct Claims {
     jti: String,
 }
 
-/// Tokens whose signature was found good, and what they claim: a caller that keeps its token pays for that once. Every claim is judged
-/// again each time.
+/// Tokens whose signature was verified, with their claims: the signature of a token is verified once.
+/// Its claims are checked on every request.
 #[derive(Default)]
-pub struct Known {
+pub struct VerifiedTokens {
     /// The keys that it holds for; with others nothing of it does.
     keys: Jwks,
     claims: HashMap<[u8; 32], Arc<Claims>>,
 }
 
-/// Tokens remembered at most; a token lives 300 s.
-const REMEMBERED: usize = 1024;
+/// Most tokens that are remembered; a token lives 300 s.
+const MAX_VERIFIED: usize = 1024;
 
-impl Known {
-    fn of(&self, digest: &[u8; 32], keys: &Jwks) -> Option<Arc<Claims>> {
+impl VerifiedTokens {
+    fn get(&self, digest: &[u8; 32], keys: &Jwks) -> Option<Arc<Claims>> {
         self.claims.get(digest).filter(|_| self.keys == *keys).cloned()
     }
 
-    fn add(&mut self, digest: [u8; 32], keys: &Jwks, claims: Arc<Claims>) {
-        if self.keys != *keys || self.claims.len() >= REMEMBERED {
+    fn insert(&mut self, digest: [u8; 32], keys: &Jwks, claims: Arc<Claims>) {
+        if self.keys != *keys || self.claims.len() >= MAX_VERIFIED {
             self.keys.clone_from(keys);
             self.claims.clear();
         }
@@ -119,36 +119,36 @@ impl Known {
 ///
 /// # Errors
 /// Why it is refused, in words that hold nothing of it.
-pub fn check(
+pub fn verify(
     token: &str,
     auth: &RunnerAuth,
     agent: &str,
-    most: Role,
+    max_role: Role,
     now: i64,
-    known: &Mutex<Known>,
+    verified: &Mutex<VerifiedTokens>,
 ) -> Result<Caller, &'static str> {
     if auth.jwks.keys.is_empty() {
         return Err("this agent has no keys of a control plane yet");
     }
-    if token.len() > LONGEST {
+    if token.len() > MAX_LENGTH {
         return Err("the token is too long");
     }
     let digest: [u8; 32] = Sha256::digest(token).into();
-    let memory = || known.lock().unwrap_or_else(PoisonError::into_inner);
-    let remembered = memory().of(&digest, &auth.jwks);
-    let claims = match remembered {
+    let memory = || verified.lock().unwrap_or_else(PoisonError::into_inner);
+    let known_claims = memory().get(&digest, &auth.jwks);
+    let claims = match known_claims {
         Some(claims) => claims,
         None => {
-            let claims = Arc::new(signed(token, auth)?);
-            memory().add(digest, &auth.jwks, claims.clone());
+            let claims = Arc::new(verify_signature(token, auth)?);
+            memory().insert(digest, &auth.jwks, claims.clone());
             claims
         }
     };
-    judged(&claims, auth, agent, most, now)
+    check_claims(&claims, auth, agent, max_role, now)
 }
 
 /// The claims of a token whose signature is that of one of the keys.
-fn signed(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
+fn verify_signature(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
     let mut parts = token.split('.');
     let (Some(head), Some(claims), Some(signature), None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
@@ -156,7 +156,8 @@ fn signed(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
         return Err("the token is no JWT");
     };
     let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| "the token is no JWT");
-    let parsed: Head = serde_json::from_slice(&decode(head)?).map_err(|_| "the token is no JWT")?;
+    let parsed: Header =
+        serde_json::from_slice(&decode(head)?).map_err(|_| "the token is no JWT")?;
     if parsed.alg != "EdDSA" || parsed.crit.is_some() {
         return Err("the token is not signed with EdDSA");
     }
@@ -174,11 +175,11 @@ fn signed(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
     serde_json::from_slice(&decode(claims)?).map_err(|_| "a claim is missing or has the wrong type")
 }
 
-fn judged(
+fn check_claims(
     claims: &Claims,
     auth: &RunnerAuth,
     agent: &str,
-    most: Role,
+    max_role: Role,
     now: i64,
 ) -> Result<Caller, &'static str> {
     let audience = if auth.audience.is_empty() { agent } else { &auth.audience };
@@ -195,8 +196,8 @@ fn judged(
     if claims.exp.saturating_add(LEEWAY) <= now {
         return Err("the token has expired");
     }
-    if claims.exp > now.saturating_add(LIFE + LEEWAY)
-        || claims.iat.is_some_and(|iat| claims.exp.saturating_sub(iat) > LIFE)
+    if claims.exp > now.saturating_add(TOKEN_LIFETIME + LEEWAY)
+        || claims.iat.is_some_and(|iat| claims.exp.saturating_sub(iat) > TOKEN_LIFETIME)
     {
         return Err("the token lives longer than 300 s");
     }
@@ -209,14 +210,14 @@ fn judged(
     if !plain(&claims.sub, 253) || !plain(&claims.jti, 128) {
         return Err("subject or id of the token cannot be used");
     }
-    if claims.role > most {
+    if claims.role > max_role {
         return Err("the token's role is more than this agent was given");
     }
     Ok(Caller {
         subject: claims.sub.clone(),
         role: claims.role,
         namespaces: claims.namespaces.clone(),
-        token: claims.jti.clone(),
+        token_id: claims.jti.clone(),
     })
 }
 
@@ -261,7 +262,7 @@ mod tests {
             let mut head = json!({"alg": "EdDSA", "kid": "k1"});
             let mut claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "runner-1", "role": "deployer", "jti": "t1"});
             change(&mut head, &mut claims);
-            check(
+            verify(
                 &self.sign(&head, &claims),
                 &self.auth,
                 "a-1",
@@ -318,16 +319,16 @@ mod tests {
         let good =
             issuer.sign(&json!({"alg": "EdDSA"}), &json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"}));
         let other = self::issuer();
-        assert!(check(&good, &other.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
+        assert!(verify(&good, &other.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
         assert!(
-            check(&good, &RunnerAuth::default(), "a-1", Role::Admin, NOW, &Mutex::default())
+            verify(&good, &RunnerAuth::default(), "a-1", Role::Admin, NOW, &Mutex::default())
                 .is_err()
         );
         for broken in
             ["", "a.b", "a.b.c.d", &good[1..], &good[..good.len() - 2], &"x".repeat(10_000)]
         {
             assert!(
-                check(broken, &issuer.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err()
+                verify(broken, &issuer.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err()
             );
         }
     }
@@ -337,22 +338,22 @@ mod tests {
         let (mut issuer, known) = (issuer(), Mutex::default());
         let claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"});
         let token = issuer.sign(&json!({"alg": "EdDSA", "kid": "k1"}), &claims);
-        let check = |token: &str, auth: &RunnerAuth, now| {
-            check(token, auth, "a-1", Role::Admin, now, &known)
+        let verify = |token: &str, auth: &RunnerAuth, now| {
+            verify(token, auth, "a-1", Role::Admin, now, &known)
         };
         assert!(
-            check(&token, &issuer.auth, NOW).is_ok() && check(&token, &issuer.auth, NOW).is_ok()
+            verify(&token, &issuer.auth, NOW).is_ok() && verify(&token, &issuer.auth, NOW).is_ok()
         );
         // time, another text with its head, and other keys
-        assert_eq!(check(&token, &issuer.auth, NOW + 400), Err("the token has expired"));
+        assert_eq!(verify(&token, &issuer.auth, NOW + 400), Err("the token has expired"));
         let (signed, signature) = token.rsplit_once('.').unwrap();
         let forged = format!(
             "{signed}.{}{}",
             if signature.starts_with('A') { 'B' } else { 'A' },
             &signature[1..]
         );
-        assert_eq!(check(&forged, &issuer.auth, NOW), Err("the token's signature is wrong"));
+        assert_eq!(verify(&forged, &issuer.auth, NOW), Err("the token's signature is wrong"));
         issuer.auth.jwks = self::issuer().auth.jwks;
-        assert_eq!(check(&token, &issuer.auth, NOW), Err("the token's signature is wrong"));
+        assert_eq!(verify(&token, &issuer.auth, NOW), Err("the token's signature is wrong"));
     }
 }

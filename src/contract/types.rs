@@ -7,17 +7,17 @@ use sha2::{Digest as _, Sha256};
 
 use crate::base::encoding::hex;
 use crate::base::secret::Secret;
-use crate::frp::{State as TunnelState, TunnelConfig};
+use crate::frp::{TunnelConfig, TunnelState};
 
 /// Header that carries the base64 of an ECDSA P-256 signature (ASN.1) over the exact bytes of the body of a registration.
 pub const SIGNATURE: &str = "pipeops-signature";
 
 macro_rules! wire {
     ($($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident : $type:ty),* $(,)? })*) => {
-        $($(#[$meta])*
-        #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+        $(#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
         #[cfg_attr(test, derive(schemars::JsonSchema))]
         #[serde(default)]
+        $(#[$meta])*
         pub struct $name { $($(#[$field_meta])* pub $field: $type,)* })*
     };
 }
@@ -134,10 +134,11 @@ wire! {
         created_at: String,
         /// Empty while it runs.
         finished_at: String,
-        objects: Vec<Touched>,
+        objects: Vec<ObjectOutcome>,
     }
     /// An object that an operation has dealt with.
-    Touched {
+    #[cfg_attr(test, schemars(rename = "Touched"))]
+    ObjectOutcome {
         /// `Deployment production/web`.
         object: String,
         /// `applied`, `created`, `deleted`, `absent`, `scaled`, `restarted`, `cordoned`, `uncordoned`; then `ready`.
@@ -202,7 +203,7 @@ pub fn operation_id(subject: &str, key: &str) -> String {
 }
 
 /// A key that an operation may be asked for under: 1 to 128 printable characters.
-pub fn check_key(key: Option<&str>) -> Result<&str, &'static str> {
+pub fn check_idempotency_key(key: Option<&str>) -> Result<&str, &'static str> {
     let wrong = "an operation needs a header Idempotency-Key of 1 to 128 printable characters: the same for each try of the same thing";
     key.filter(|k| (1..=128).contains(&k.len()) && k.bytes().all(|b| b.is_ascii_graphic()))
         .ok_or(wrong)
@@ -225,7 +226,7 @@ pub enum Directive {
 pub const LEEWAY: i64 = 30;
 
 /// The id that follows from a public key, DER of its SubjectPublicKeyInfo: `a-` and 32 hex digits of its SHA-256.
-pub fn id_of(spki: &[u8]) -> String {
+pub fn agent_id_of(spki: &[u8]) -> String {
     format!("a-{}", &hex(&Sha256::digest(spki))[..32])
 }
 

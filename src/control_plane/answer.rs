@@ -6,7 +6,7 @@ use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
 
 use super::registry::Refused;
-use crate::kubernetes::answer::{Problem, discovery};
+use crate::kubernetes::answer::{ApiError, is_discovery};
 
 pub(super) fn answer(status: u16, body: &impl Serialize) -> Response {
     plain(status, "application/json", serde_json::to_vec(body).unwrap_or_default())
@@ -26,15 +26,15 @@ pub(super) fn plain(status: u16, kind: &'static str, body: impl Into<Body>) -> R
 /// `Retry-After` it would try in silence for most of a minute. Another caller is told when to come again.
 pub(super) fn problem(refused: Refused, path: &str) -> Response {
     let Some(discovery) = below_k8s(path) else { return refused.into_response() };
-    let problem = Problem::new(refused.status, refused.code, refused.message, refused.hint);
+    let problem = ApiError::new(refused.status, refused.code, refused.message, refused.hint);
     problem.status(discovery).map(Body::new)
 }
 
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
         let status = self.status;
-        let problem = Problem::new(status, self.code, self.message, self.hint);
-        let problem = if matches!(status, 429 | 503) { problem.again_after(5) } else { problem };
+        let problem = ApiError::new(status, self.code, self.message, self.hint);
+        let problem = if matches!(status, 429 | 503) { problem.retry_after_s(5) } else { problem };
         problem.plain().map(Body::new)
     }
 }
@@ -44,5 +44,5 @@ fn below_k8s(path: &str) -> Option<bool> {
     let (_, rest) = path.strip_prefix("/clusters/")?.split_once('/')?;
     let below =
         rest.strip_prefix("k8s").filter(|below| below.is_empty() || below.starts_with('/'))?;
-    Some(discovery(below))
+    Some(is_discovery(below))
 }

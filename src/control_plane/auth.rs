@@ -14,7 +14,7 @@ use super::answer::problem;
 use super::body::{named, not_here, segments};
 use super::model::AccessKind;
 use super::registry::{Refused, Who, refused};
-use crate::frp::admission::household;
+use crate::frp::admission::rate_limit_key;
 use crate::kubernetes::header_policy;
 
 /// Wrong tokens from one address within a minute, after which unknown ones are not looked at for the rest of it.
@@ -238,7 +238,7 @@ impl Hub {
     /// # Errors
     /// 429 for an unknown token from an address that has shown many wrong ones.
     pub(super) fn guard(&self, address: IpAddr, hash: &str, now: i64) -> Result<(), Refused> {
-        let address = household(address);
+        let address = rate_limit_key(address);
         let mut failures = self.failures();
         if failures.minute != now / 60 {
             failures.minute = now / 60;
@@ -258,7 +258,7 @@ impl Hub {
     }
 
     pub(super) fn failed(&self, address: IpAddr, now: i64) {
-        let address = household(address);
+        let address = rate_limit_key(address);
         let mut failures = self.failures();
         if failures.by.len() < REMEMBERED || failures.by.contains_key(&address) {
             *failures.by.entry(address).or_default() += 1;

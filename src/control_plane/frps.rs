@@ -14,7 +14,7 @@ use crate::base::error::Failure;
 use crate::base::secret::{Secret, constant_time_eq};
 use crate::frp::client::visit;
 use crate::frp::codec::Io;
-use crate::frp::dial::{Carrier, Target};
+use crate::frp::dial::{Carrier, Dialer};
 use crate::frp::server::Server;
 use crate::frp::wire::NewProxy;
 use crate::frp::{TunnelAuth, TunnelConfig, TunnelTls};
@@ -32,7 +32,7 @@ pub struct ExternalFrps {
 /// The way to it.
 pub(super) struct External {
     pub(super) config: TunnelConfig,
-    target: Target,
+    target: Dialer,
     /// One session carries all streams; what runs for it ends with it.
     session: tokio::sync::Mutex<Session>,
 }
@@ -72,7 +72,7 @@ impl External {
             auth: TunnelAuth { token: asked.token, ..TunnelAuth::default() },
             proxies: Vec::new(),
         };
-        let target = Target::new(&config, false).map_err(wrong)?;
+        let target = Dialer::new(&config, false).map_err(wrong)?;
         Ok(External { config, target, session: tokio::sync::Mutex::default() })
     }
 
@@ -121,7 +121,7 @@ impl Frps {
     /// Whether an agent's proxy is there, as far as this end knows.
     pub(super) fn has(&self, agent: &str) -> Option<bool> {
         match self {
-            Frps::Own(server) => Some(server.has(&proxy_name(agent))),
+            Frps::Own(server) => Some(server.has_proxy(&proxy_name(agent))),
             Frps::External(_) => None,
         }
     }

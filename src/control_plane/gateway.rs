@@ -20,7 +20,7 @@ use tower::{BoxError, Service};
 
 use crate::base::secret::Secret;
 use crate::base::trust::{self, Trust};
-use crate::contract::token::{LIFE, Role};
+use crate::contract::token::{Role, TOKEN_LIFETIME};
 use crate::control_plane::Hub;
 use crate::control_plane::frps::Frps;
 use crate::control_plane::keys::Keys;
@@ -292,7 +292,7 @@ impl Hub {
     ) -> Result<Response<Body>, Refused> {
         let route = self.registry().route(id, who.project())?;
         let (role, namespaces) = narrowed(who, &Wanted::default())?;
-        let token = self.jwt(who, &route, role, namespaces, LIFE, now).0;
+        let token = self.jwt(who, &route, role, namespaces, TOKEN_LIFETIME, now).0;
         // the rest of the path as it came: what is odd in it is the agent's to refuse
         let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
         let mut segments = target.splitn(4, '/').skip(1);
@@ -331,8 +331,8 @@ impl Hub {
         if status == StatusCode::UNAUTHORIZED {
             return Err(mistrusted(answer).await);
         }
-        let mut headers =
-            header_policy::inward(status, answer.headers(), &here).ok_or_else(|| {
+        let mut headers = header_policy::response_headers(status, answer.headers(), &here)
+            .ok_or_else(|| {
                 refused(
                     502,
                     "redirect_refused",
@@ -432,9 +432,8 @@ impl Hub {
     ) -> Result<Value, Refused> {
         let route = self.registry().route(id, who.project())?;
         let (most, namespaces) = narrowed(who, &Wanted::default())?;
-        let token = self
-            .jwt(who, &route, if own_role { most } else { Role::Viewer }, namespaces, LIFE, now)
-            .0;
+        let role = if own_role { most } else { Role::Viewer };
+        let token = self.jwt(who, &route, role, namespaces, TOKEN_LIFETIME, now).0;
         let (status, value) =
             self.ask_agent(Request::builder(), path, &route, &token, Bytes::new()).await?;
         if status.is_success() {

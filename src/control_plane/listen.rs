@@ -18,7 +18,7 @@ use super::auth::Origin;
 use super::routes::respond;
 use super::{Hub, Inner, SOCKET};
 use crate::base::error::{Exit, Failure};
-use crate::frp::admission::Door;
+use crate::frp::admission::AdmissionLimiter;
 use crate::host::Host;
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -82,7 +82,7 @@ impl Hub {
         halt: CancellationToken,
     ) {
         let acceptor = tokio_rustls::TlsAcceptor::from(tls);
-        let door = Door::default();
+        let admission = AdmissionLimiter::default();
         let mut open = JoinSet::new();
         loop {
             tokio::select! {
@@ -91,9 +91,9 @@ impl Hub {
                 accepted = listener.accept(), if !stop.is_cancelled() => match accepted {
                     Ok((stream, peer)) => {
                         let (hub, router) = (self.clone(), router.clone());
-                        let (acceptor, door, stop) = (acceptor.clone(), door.clone(), stop.clone());
+                        let (acceptor, admission, stop) = (acceptor.clone(), admission.clone(), stop.clone());
                         open.spawn(async move {
-                            let Some(pass) = door.enter(peer.ip()).await else { return };
+                            let Some(pass) = admission.acquire(peer.ip()).await else { return };
                             if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(tuned(stream))).await {
                                 drop(pass);
                                 hub.serve(router, stream, Origin::Network(peer.ip().to_canonical()), stop).await;

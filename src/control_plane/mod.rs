@@ -35,9 +35,9 @@ use tokio_util::sync::CancellationToken;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::{Secret, constant_time_eq};
 use crate::contract::types::{Config, RunnerAuth};
-use crate::frp::server::{Admit, Server, ServerConfig, Visitor, signed};
+use crate::frp::server::{Server, ServerConfig, TunnelAuthorizer, Visitor, signed_by};
 use crate::frp::wire::{Login, NewProxy};
-use crate::frp::{Kind, Proxy, TunnelAuth, TunnelConfig, TunnelTls};
+use crate::frp::{Proxy, ProxyKind, TunnelAuth, TunnelConfig, TunnelTls};
 use crate::host::state::StateDir;
 use crate::host::{self, Host};
 use auth::Failures;
@@ -151,7 +151,7 @@ fn may_open(owner: &str, asked: &NewProxy) -> Result<(), String> {
     }
 }
 
-impl Admit for Gate {
+impl TunnelAuthorizer for Gate {
     fn login(&self, login: &Login) -> Result<(String, CancellationToken), String> {
         self.admitted(&login.metas)
     }
@@ -164,9 +164,9 @@ impl Admit for Gate {
         // each Runner has a name and a key of his own, so that his streams end with his right to them
         let (proxy, runner) = name.split_once('.')?;
         let agent = proxy.strip_prefix(&proxy_name(""))?;
-        let over = self.registry.runner_of(agent, runner, now())?;
+        let revoked = self.registry.runner_of(agent, runner, now())?;
         let key = self.keys.stcp(agent, Some(runner));
-        signed(&key, sign_key, timestamp).then(|| Visitor { proxy: proxy.into(), key, over })
+        signed_by(&key, sign_key, timestamp).then(|| Visitor { proxy: proxy.into(), key, revoked })
     }
 }
 
@@ -238,7 +238,7 @@ pub async fn run(
         tcp_mux: true,
         tcp_bind: None,
         heartbeat: HEARTBEAT,
-        admit: Some(gate.clone()),
+        authorizer: Some(gate.clone()),
     });
     let frps = external.map_or_else(|| Frps::Own(own.clone()), Frps::External);
     let hub = Hub {
@@ -471,7 +471,7 @@ impl Hub {
         tunnel.auth.metas = metas.into();
         tunnel.proxies = vec![Proxy {
             name: proxy_name(agent),
-            kind: Kind::Stcp,
+            kind: ProxyKind::Stcp,
             secret_key: self.inner.keys.stcp(agent, None),
             ..Proxy::default()
         }];

@@ -14,8 +14,10 @@ use super::model::{Job, rfc3339};
 use super::registry::{Refused, Route, Who, refused, unwritten};
 use super::scope::{Wanted, life, narrowed};
 use crate::base::encoding::hex;
-use crate::contract::token::{LIFE, Role};
-use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState, check_key, operation_id};
+use crate::contract::token::{Role, TOKEN_LIFETIME};
+use crate::contract::types::{
+    IDEMPOTENCY_KEY, Operation, OperationState, check_idempotency_key, operation_id,
+};
 
 /// Longest time that an operation waits for its agent, seconds.
 const LONGEST: i64 = 7 * 86_400;
@@ -54,7 +56,7 @@ impl Hub {
         now: i64,
     ) -> Result<(StatusCode, Value), Refused> {
         let (role, namespaces) = narrowed(who, &Wanted::default())?;
-        let token = self.jwt(who, route, role, namespaces, LIFE, now).0;
+        let token = self.jwt(who, route, role, namespaces, TOKEN_LIFETIME, now).0;
         self.ask_agent(
             Request::builder().method(method),
             &format!("api/v1/operations/{op}"),
@@ -79,8 +81,8 @@ impl Hub {
         if role < Role::Deployer {
             return Err(refused(403, "role_exceeded", "a viewer changes nothing", None));
         }
-        let key =
-            check_key(key).map_err(|why| refused(400, "idempotency_key_needed", why, None))?;
+        let key = check_idempotency_key(key)
+            .map_err(|why| refused(400, "idempotency_key_needed", why, None))?;
         let body = json!({"kind": asked.kind, "spec": asked.spec}).to_string();
         let (subject, request) = (who.subject(), hex(&Sha256::digest(&body)));
         let id = operation_id(&subject, key);
@@ -143,7 +145,7 @@ impl Hub {
         now: i64,
     ) -> Result<(StatusCode, Value), Refused> {
         let (role, namespaces) = narrowed(who, &Wanted::default())?;
-        let token = self.jwt(who, route, role, namespaces, LIFE, now).0;
+        let token = self.jwt(who, route, role, namespaces, TOKEN_LIFETIME, now).0;
         let request = Request::builder()
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/json")

@@ -1,5 +1,5 @@
-//! The door of a listener: strangers come in a few at a time, each address in its own queue, so that a storm from one of them
-//! makes nobody else wait.
+//! Limits how many connections of a listener are being admitted at a time. Each address has its own
+//! queue, so that a burst from one of them makes no other wait.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -8,43 +8,43 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Strangers inside at once: enough for every agent to come back within seconds, few enough for the memory of their handshakes.
-const INSIDE: usize = 256;
+const MAX_ADMITTED: usize = 256;
 /// Of these, from one address.
-const EACH: usize = 64;
-/// Before the door and inside, from one address: a fleet behind one router fits, what is beyond is hung up on.
-const QUEUE: usize = 4096;
+const MAX_PER_ADDRESS: usize = 64;
+/// Before the limiter and inside, from one address: a fleet behind one router fits, what is beyond is hung up on.
+const MAX_WAITING: usize = 4096;
 
-/// Clones are the same door.
+/// Clones are the same limiter.
 #[derive(Clone)]
-pub struct Door {
+pub struct AdmissionLimiter {
     all: Arc<Semaphore>,
-    queues: Arc<Mutex<HashMap<IpAddr, Queue>>>,
+    queues: Arc<Mutex<HashMap<IpAddr, AddressQueue>>>,
 }
 
-struct Queue {
-    turns: Arc<Semaphore>,
-    people: usize,
+struct AddressQueue {
+    permits: Arc<Semaphore>,
+    admitted: usize,
 }
 
 /// The right to be inside, until it is dropped.
-pub struct Pass {
+pub struct AdmissionPermit {
     _all: OwnedSemaphorePermit,
-    _turn: OwnedSemaphorePermit,
-    _place: Place,
+    _permit: OwnedSemaphorePermit,
+    _slot: QueueSlot,
 }
 
-/// A place before the door or inside.
-struct Place {
-    door: Door,
+/// A place before the limiter or inside.
+struct QueueSlot {
+    limiter: AdmissionLimiter,
     from: IpAddr,
 }
 
-impl Drop for Place {
+impl Drop for QueueSlot {
     fn drop(&mut self) {
-        let mut queues = self.door.queues();
+        let mut queues = self.limiter.queues();
         if let Some(queue) = queues.get_mut(&self.from) {
-            queue.people -= 1;
-            if queue.people == 0 {
+            queue.admitted -= 1;
+            if queue.admitted == 0 {
                 queues.remove(&self.from);
             }
         }
@@ -52,43 +52,44 @@ impl Drop for Place {
 }
 
 /// Whom an address stands for: with IPv6 a network of its own.
-pub fn household(from: IpAddr) -> IpAddr {
+pub fn rate_limit_key(from: IpAddr) -> IpAddr {
     match from.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
         v4 @ IpAddr::V4(_) => v4,
     }
 }
 
-impl Default for Door {
-    fn default() -> Door {
-        Door { all: Arc::new(Semaphore::new(INSIDE)), queues: Arc::default() }
+impl Default for AdmissionLimiter {
+    fn default() -> AdmissionLimiter {
+        AdmissionLimiter { all: Arc::new(Semaphore::new(MAX_ADMITTED)), queues: Arc::default() }
     }
 }
 
-impl Door {
-    fn queues(&self) -> MutexGuard<'_, HashMap<IpAddr, Queue>> {
+impl AdmissionLimiter {
+    fn queues(&self) -> MutexGuard<'_, HashMap<IpAddr, AddressQueue>> {
         // a panic inside leaves plain data behind
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for its turn; `None` when too many of the same address wait already.
-    pub async fn enter(&self, from: IpAddr) -> Option<Pass> {
-        let from = household(from);
-        let turns = {
+    pub async fn acquire(&self, from: IpAddr) -> Option<AdmissionPermit> {
+        let from = rate_limit_key(from);
+        let permits = {
             let mut queues = self.queues();
-            let queue = queues
-                .entry(from)
-                .or_insert_with(|| Queue { turns: Arc::new(Semaphore::new(EACH)), people: 0 });
-            if queue.people >= QUEUE {
+            let queue = queues.entry(from).or_insert_with(|| AddressQueue {
+                permits: Arc::new(Semaphore::new(MAX_PER_ADDRESS)),
+                admitted: 0,
+            });
+            if queue.admitted >= MAX_WAITING {
                 return None;
             }
-            queue.people += 1;
-            queue.turns.clone()
+            queue.admitted += 1;
+            queue.permits.clone()
         };
-        let place = Place { door: self.clone(), from };
-        let turn = turns.acquire_owned().await.ok()?;
+        let slot = QueueSlot { limiter: self.clone(), from };
+        let permit = permits.acquire_owned().await.ok()?;
         let all = self.all.clone().acquire_owned().await.ok()?;
-        Some(Pass { _all: all, _turn: turn, _place: place })
+        Some(AdmissionPermit { _all: all, _permit: permit, _slot: slot })
     }
 }
 
@@ -106,15 +107,17 @@ mod tests {
 
     #[test]
     fn one_address_fills_its_own_part_only_and_what_leaves_makes_room() {
-        let door = Door::default();
-        let mut inside: Vec<Pass> =
-            (0..EACH).map(|_| door.enter(address(1)).now_or_never().unwrap().unwrap()).collect();
-        let mut waiting: Vec<_> =
-            (0..QUEUE - EACH).map(|_| Box::pin(door.enter(address(1)))).collect();
+        let limiter = AdmissionLimiter::default();
+        let mut inside: Vec<AdmissionPermit> = (0..MAX_PER_ADDRESS)
+            .map(|_| limiter.acquire(address(1)).now_or_never().unwrap().unwrap())
+            .collect();
+        let mut waiting: Vec<_> = (0..MAX_WAITING - MAX_PER_ADDRESS)
+            .map(|_| Box::pin(limiter.acquire(address(1))))
+            .collect();
         assert!(waiting.iter_mut().all(|w| w.now_or_never().is_none()), "they wait");
-        assert!(door.enter(address(1)).now_or_never().unwrap().is_none(), "the queue is full");
+        assert!(limiter.acquire(address(1)).now_or_never().unwrap().is_none(), "the queue is full");
         assert!(
-            door.enter(address(2)).now_or_never().unwrap().is_some(),
+            limiter.acquire(address(2)).now_or_never().unwrap().is_some(),
             "another address does not wait"
         );
         inside.pop();
@@ -122,12 +125,12 @@ mod tests {
         assert!(rest[0].as_mut().now_or_never().is_none(), "in turn");
         assert!(first.now_or_never().unwrap().is_some());
         drop((inside, waiting));
-        assert!(door.queues().is_empty(), "nobody is remembered");
+        assert!(limiter.queues().is_empty(), "nobody is remembered");
     }
 
     #[test]
-    fn an_ipv6_network_is_one_household() {
-        let text = |t: &str| household(t.parse().unwrap());
+    fn an_ipv6_network_is_rate_limited_as_one() {
+        let text = |t: &str| rate_limit_key(t.parse().unwrap());
         assert_eq!(text("2001:db8:1:2:3::4"), text("2001:db8:1:2::9"));
         assert_ne!(text("2001:db8:1:2::1"), text("2001:db8:1:3::1"));
         assert_eq!(text("::ffff:192.0.2.1"), text("192.0.2.1"));

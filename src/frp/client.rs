@@ -13,16 +13,18 @@ use tokio_util::sync::CancellationToken;
 use crate::base::backoff::random;
 use crate::base::secret::Secret;
 use crate::frp::codec::{Duplex, Io, encrypted, layered};
-use crate::frp::dial::{Carrier, STAGE, Target};
+use crate::frp::dial::{Carrier, Dialer, STAGE_TIMEOUT};
 use crate::frp::wire::{
     self, CloseProxy, Key, Login, Message, NewProxy, NewWorkConn, Ping, StartWorkConn,
 };
-use crate::frp::{Action, Event, Kind, Machine, Proxy, Status, TunnelConfig};
+use crate::frp::{
+    Proxy, ProxyKind, TunnelAction, TunnelConfig, TunnelEvent, TunnelStateMachine, TunnelStatus,
+};
 
 /// A stream of a user, handed over by the server.
-pub struct Work {
+pub struct WorkConnection {
     pub proxy: String,
-    pub kind: Kind,
+    pub kind: ProxyKind,
     /// Address of the user as the server saw it; empty where it does not say.
     pub from: String,
     pub io: Io,
@@ -36,17 +38,17 @@ pub struct Client {
     pub proxied: bool,
     /// Settings as they come and change.
     pub settings: watch::Receiver<Option<TunnelConfig>>,
-    pub publish: watch::Sender<Status>,
+    pub publish: watch::Sender<TunnelStatus>,
     /// A new run id, to be kept over restarts.
     pub run_ids: mpsc::Sender<String>,
-    pub work: mpsc::Sender<Work>,
+    pub work_connections: mpsc::Sender<WorkConnection>,
     /// Takes nothing new; what is open goes on.
     pub drain: CancellationToken,
     pub stop: CancellationToken,
 }
 
 /// Why a server is not reached; where a proxy was named, with the way out.
-fn behind(proxied: bool, target: &Target, why: String) -> String {
+fn explain_unreachable(proxied: bool, target: &Dialer, why: String) -> String {
     if !proxied || !(why.starts_with("dns: ") || why.starts_with("tcp: ")) {
         return why;
     }
@@ -55,31 +57,32 @@ fn behind(proxied: bool, target: &Target, why: String) -> String {
     )
 }
 
-/// News of the tasks of one session.
-enum News {
-    Event(Event),
+/// What the tasks of one connection tell the driver.
+enum ConnectionEvent {
+    Event(TunnelEvent),
     Carrier(Carrier),
     Control(mpsc::Sender<Message>),
 }
 
 /// Orders waiting for the control channel, and news waiting for the driver.
 const QUEUE: usize = 64;
-/// Work connections being opened at once.
-const OPENING: usize = 64;
+/// Work connections that are being opened at the same time.
+const MAX_OPENING: usize = 64;
 
-struct Session {
+struct Connection {
     number: u64,
     tasks: JoinSet<()>,
     carrier: Option<Carrier>,
-    orders: Option<mpsc::Sender<Message>>,
+    control_sender: Option<mpsc::Sender<Message>>,
 }
 
 impl Client {
     /// Runs until `stop`. Nothing that a server does or does not do ends it.
     pub async fn run(mut self, run_id: String) {
-        let mut machine = Machine::new(run_id, Instant::now());
-        let (news, mut incoming) = mpsc::channel::<(u64, News)>(QUEUE);
-        let mut session = Session { number: 0, tasks: JoinSet::new(), carrier: None, orders: None };
+        let mut machine = TunnelStateMachine::new(run_id, Instant::now());
+        let (news, mut incoming) = mpsc::channel::<(u64, ConnectionEvent)>(QUEUE);
+        let mut connection =
+            Connection { number: 0, tasks: JoinSet::new(), carrier: None, control_sender: None };
         let mut config = Arc::new(TunnelConfig::default());
         let mut target = None;
         let mut drained = false;
@@ -97,7 +100,7 @@ impl Client {
                 () = self.drain.cancelled(), if !drained => {
                     drained = true;
                     for proxy in &config.proxies {
-                        session.order(CloseProxy { proxy_name: wire_name(&config, &proxy.name) });
+                        connection.send_control(CloseProxy { proxy_name: wire_name(&config, &proxy.name) });
                     }
                     continue;
                 }
@@ -107,80 +110,79 @@ impl Client {
                     }
                     let latest = self.settings.borrow_and_update().clone();
                     match latest {
-                        None => Event::Settings(None),
-                        Some(latest) => match Target::new(&latest, self.allow_insecure) {
+                        None => TunnelEvent::Settings(None),
+                        Some(latest) => match Dialer::new(&latest, self.allow_insecure) {
                             Ok(usable) => {
                                 target = Some(usable);
                                 config = Arc::new(latest.clone());
-                                Event::Settings(Some(Box::new(latest)))
+                                TunnelEvent::Settings(Some(Box::new(latest)))
                             }
-                            Err(why) => Event::Unusable(why),
+                            Err(why) => TunnelEvent::Unusable(why),
                         },
                     }
                 }
                 Some((number, news)) = incoming.recv() => {
-                    if number != session.number {
+                    if number != connection.number {
                         continue;
                     }
                     match news {
-                        News::Event(event) => event,
-                        News::Carrier(carrier) => {
-                            session.carrier = Some(carrier);
-                            Event::Connected
+                        ConnectionEvent::Event(event) => event,
+                        ConnectionEvent::Carrier(carrier) => {
+                            connection.carrier = Some(carrier);
+                            TunnelEvent::Connected
                         }
-                        News::Control(orders) => {
-                            session.orders = Some(orders);
+                        ConnectionEvent::Control(control_sender) => {
+                            connection.control_sender = Some(control_sender);
                             continue;
                         }
                     }
                 }
                 () = timer => {
                     // any byte on the shared connection is a sign of life, not only a pong
-                    if let Some(silence) = session.carrier.as_ref().and_then(Carrier::silence)
+                    if let Some(silence) = connection.carrier.as_ref().and_then(Carrier::silence)
                         && let Some(heard) = Instant::now().checked_sub(silence)
                     {
-                        machine.on(Event::Heard, heard, 0.5);
+                        machine.on(TunnelEvent::Heard, heard, 0.5);
                     }
-                    Event::Tick
+                    TunnelEvent::Tick
                 }
             };
             for action in machine.on(event, Instant::now(), random()) {
                 match action {
-                    Action::FreshRunId => {
+                    TunnelAction::FreshRunId => {
                         let fresh = wire::fresh_run_id();
                         machine.use_run_id(fresh.clone());
                         let _ = self.run_ids.send(fresh).await;
                     }
-                    Action::Disconnect => session.end(),
-                    Action::Connect => {
-                        session.begin();
+                    TunnelAction::Disconnect => connection.end(),
+                    TunnelAction::Connect => {
+                        connection.begin();
                         if let Some(target) = target.clone() {
-                            session.connect(target, self.proxied, news.clone());
+                            connection.connect(target, self.proxied, news.clone());
                         }
                     }
-                    Action::Login { run_id } => {
+                    TunnelAction::Login { run_id } => {
                         let run_id =
                             if run_id.is_empty() { machine.run_id.clone() } else { run_id };
-                        session.login(
+                        connection.login(
                             self.login(&config, run_id),
                             config.clone(),
-                            self.work.clone(),
+                            self.work_connections.clone(),
                             news.clone(),
                         );
                     }
-                    Action::Open { name } => {
+                    TunnelAction::Open { name } => {
                         if let Some(proxy) =
                             config.proxies.iter().find(|p| p.name == name).filter(|_| !drained)
                         {
-                            session.order(new_proxy(&config, proxy));
+                            connection.send_control(new_proxy(&config, proxy));
                         }
                     }
-                    Action::Close { name } => {
-                        session.order(CloseProxy { proxy_name: wire_name(&config, &name) })
-                    }
-                    Action::Ping => {
+                    TunnelAction::Close { name } => connection
+                        .send_control(CloseProxy { proxy_name: wire_name(&config, &name) }),
+                    TunnelAction::Ping => {
                         let timestamp = now();
-                        session.order(Ping {
+                        connection.send_control(Ping {
                             privilege_key: wire::privilege_key(&config.auth.token, timestamp),
                             timestamp,
                         });
@@ -196,7 +198,7 @@ impl Client {
                 news
             });
         }
-        session.end();
+        connection.end();
     }
 
     fn login(&self, config: &TunnelConfig, run_id: String) -> Login {
@@ -258,7 +260,7 @@ fn new_proxy(config: &TunnelConfig, proxy: &Proxy) -> NewProxy {
     }
 }
 
-impl Session {
+impl Connection {
     fn begin(&mut self) {
         self.end();
         self.number += 1;
@@ -269,26 +271,33 @@ impl Session {
         self.tasks.abort_all();
         self.tasks = JoinSet::new();
         self.carrier = None;
-        self.orders = None;
+        self.control_sender = None;
     }
 
-    fn order(&self, message: impl Into<Message>) {
+    fn send_control(&self, message: impl Into<Message>) {
         // a full queue means that the server does not read: the missing pong will tell
-        if let Some(orders) = &self.orders {
-            let _ = orders.try_send(message.into());
+        if let Some(control_sender) = &self.control_sender {
+            let _ = control_sender.try_send(message.into());
         }
     }
 
-    fn connect(&mut self, target: Target, proxied: bool, news: mpsc::Sender<(u64, News)>) {
+    fn connect(
+        &mut self,
+        target: Dialer,
+        proxied: bool,
+        news: mpsc::Sender<(u64, ConnectionEvent)>,
+    ) {
         let number = self.number;
         self.tasks.spawn(async move {
             let mut tasks = JoinSet::new();
             let told = match target.connect(&mut tasks).await {
-                Ok(carrier) => News::Carrier(carrier),
-                Err(no) if no.unanswered => {
-                    News::Event(Event::Unanswered(behind(proxied, &target, no.why)))
-                }
-                Err(no) => News::Event(Event::ConnectFailed(behind(proxied, &target, no.why))),
+                Ok(carrier) => ConnectionEvent::Carrier(carrier),
+                Err(error) if error.unanswered => ConnectionEvent::Event(TunnelEvent::Unanswered(
+                    explain_unreachable(proxied, &target, error.why),
+                )),
+                Err(error) => ConnectionEvent::Event(TunnelEvent::ConnectFailed(
+                    explain_unreachable(proxied, &target, error.why),
+                )),
             };
             let _ = news.send((number, told)).await;
             // the connection lives as long as this task
@@ -300,43 +309,43 @@ impl Session {
         &mut self,
         login: Login,
         config: Arc<TunnelConfig>,
-        work: mpsc::Sender<Work>,
-        news: mpsc::Sender<(u64, News)>,
+        work: mpsc::Sender<WorkConnection>,
+        news: mpsc::Sender<(u64, ConnectionEvent)>,
     ) {
         let Some(carrier) = self.carrier.clone() else { return };
         let number = self.number;
         self.tasks.spawn(async move {
-            let end = control(number, carrier, login, config, work, news.clone()).await;
-            let _ = news.send((number, News::Event(end))).await;
+            let end = run_control_channel(number, carrier, login, config, work, news.clone()).await;
+            let _ = news.send((number, ConnectionEvent::Event(end))).await;
         });
     }
 }
 
 /// The control channel from login to its end; gives the event that ends it.
-async fn control(
+async fn run_control_channel(
     number: u64,
     carrier: Carrier,
     login: Login,
     config: Arc<TunnelConfig>,
-    work: mpsc::Sender<Work>,
-    news: mpsc::Sender<(u64, News)>,
-) -> Event {
-    let begun = timeout(STAGE, async {
+    work: mpsc::Sender<WorkConnection>,
+    news: mpsc::Sender<(u64, ConnectionEvent)>,
+) -> TunnelEvent {
+    let begun = timeout(STAGE_TIMEOUT, async {
         let mut stream = carrier.open().await?;
         wire::write(&mut stream, login).await?;
         let answer = wire::read(&mut stream).await?;
         Ok::<_, std::io::Error>((stream, answer))
     });
     let (stream, answer) = match begun.await {
-        Err(_) => return Event::LoginSilent,
-        Ok(Err(e)) => return Event::Lost(e.to_string()),
+        Err(_) => return TunnelEvent::LoginSilent,
+        Ok(Err(e)) => return TunnelEvent::Lost(e.to_string()),
         Ok(Ok(both)) => both,
     };
     let run_id = match answer {
         Message::LoginResp(r) if r.error.is_empty() => r.run_id,
-        Message::LoginResp(r) => return Event::LoginRefused(r.error),
+        Message::LoginResp(r) => return TunnelEvent::LoginRefused(r.error),
         other => {
-            return Event::Lost(format!(
+            return TunnelEvent::Lost(format!(
                 "the login was answered with `{}`",
                 char::from(other.kind())
             ));
@@ -344,7 +353,7 @@ async fn control(
     };
     let key = Key::of(&config.auth.token);
     let (mut reader, mut writer) = tokio::io::split(encrypted(stream, &key));
-    let (orders, mut queue) = mpsc::channel::<Message>(QUEUE);
+    let (control_sender, mut queue) = mpsc::channel::<Message>(QUEUE);
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         while let Some(message) = queue.recv().await {
@@ -358,20 +367,22 @@ async fn control(
         }
         let _ = writer.shutdown().await;
     });
-    let _ = news.send((number, News::Control(orders))).await;
-    let _ = news.send((number, News::Event(Event::LoggedIn { run_id: run_id.clone() }))).await;
+    let _ = news.send((number, ConnectionEvent::Control(control_sender))).await;
+    let _ = news
+        .send((number, ConnectionEvent::Event(TunnelEvent::LoggedIn { run_id: run_id.clone() })))
+        .await;
     let kinds: Arc<HashMap<String, Proxy>> =
         Arc::new(config.proxies.iter().map(|p| (p.name.clone(), p.clone())).collect());
-    let opening = Arc::new(Semaphore::new(OPENING));
+    let opening = Arc::new(Semaphore::new(MAX_OPENING));
     loop {
         let message = match wire::read(&mut reader).await {
             Ok(message) => message,
             Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
-                return Event::Lost(format!(
+                return TunnelEvent::Lost(format!(
                     "unreadable message (do both ends have the same token?): {e}"
                 ));
             }
-            Err(e) => return Event::Lost(e.to_string()),
+            Err(e) => return TunnelEvent::Lost(e.to_string()),
         };
         let event = match message {
             Message::ReqWorkConn(_) => {
@@ -392,19 +403,19 @@ async fn control(
                         tracing::debug!(error = %e, "work connection");
                     }
                 });
-                Event::Heard
+                TunnelEvent::Heard
             }
-            Message::NewProxyResp(r) => Event::ProxyAnswer {
+            Message::NewProxyResp(r) => TunnelEvent::ProxyAnswer {
                 name: own_name(&config, &r.proxy_name).to_owned(),
                 error: r.error,
             },
-            Message::Pong(p) if p.error.is_empty() => Event::Heard,
-            Message::Pong(p) => Event::PongRefused(p.error),
+            Message::Pong(p) if p.error.is_empty() => TunnelEvent::Heard,
+            Message::Pong(p) => TunnelEvent::PongRefused(p.error),
             // known, and not for a client: passed over, as the original does
-            _ => Event::Heard,
+            _ => TunnelEvent::Heard,
         };
-        if news.send((number, News::Event(event))).await.is_err() {
-            return Event::Lost("stopped".into());
+        if news.send((number, ConnectionEvent::Event(event))).await.is_err() {
+            return TunnelEvent::Lost("stopped".into());
         }
     }
 }
@@ -416,7 +427,7 @@ async fn work_connection(
     kinds: &HashMap<String, Proxy>,
     opening: &Semaphore,
     run_id: String,
-    work: mpsc::Sender<Work>,
+    work: mpsc::Sender<WorkConnection>,
 ) -> std::io::Result<()> {
     let timestamp = now();
     let hello = NewWorkConn {
@@ -426,7 +437,7 @@ async fn work_connection(
     };
     let mut stream = {
         let _permit = opening.acquire().await.map_err(std::io::Error::other)?;
-        timeout(STAGE * 2, async {
+        timeout(STAGE_TIMEOUT * 2, async {
             let mut stream = carrier.open().await?;
             wire::write(&mut stream, hello).await?;
             Ok::<_, std::io::Error>(stream)
@@ -451,7 +462,8 @@ async fn work_connection(
     };
     let key = proxy.use_encryption.then(|| Key::of(&config.auth.token));
     let io = layered(stream, key.as_ref(), proxy.use_compression);
-    let handed = Work { proxy: proxy.name.clone(), kind: proxy.kind, from: peer(&start), io };
+    let handed =
+        WorkConnection { proxy: proxy.name.clone(), kind: proxy.kind, from: peer(&start), io };
     // nobody takes it within the time that a user waits anyway: closed, so that the user hears of it
     timeout(Duration::from_secs(10), work.send(handed))
         .await
@@ -487,7 +499,7 @@ pub async fn visit(
         ..wire::NewVisitorConn::default()
     };
     wire::write(&mut stream, hello).await?;
-    match timeout(STAGE * 2, wire::read(&mut stream))
+    match timeout(STAGE_TIMEOUT * 2, wire::read(&mut stream))
         .await
         .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??
     {

@@ -16,20 +16,20 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 pub type Io = Box<dyn Duplex>;
 
 /// Taken in one write; bounds what a layer holds.
-const PIECE: usize = 16 * 1024;
+const MAX_WRITE: usize = 16 * 1024;
 
 /// How a layer turns bytes into others.
-trait Code: Unpin {
+trait Codec: Unpin {
     /// Appends the coded form of `plain` to `out`, whole: what is written can be read by the peer at once.
     fn encode(&mut self, plain: &[u8], out: &mut Vec<u8>) -> io::Result<()>;
     /// Appends what can be decoded by now to `out`.
     fn decode(&mut self, coded: &mut [u8], out: &mut Vec<u8>) -> io::Result<()>;
 }
 
-struct Coded<S, C> {
+struct CodecStream<S, C> {
     inner: S,
-    code: C,
-    /// Coded and not written yet.
+    codec: C,
+    /// Encoded and not written yet.
     pending: Vec<u8>,
     /// Decoded and not read yet, from `taken` on.
     plain: Vec<u8>,
@@ -37,20 +37,20 @@ struct Coded<S, C> {
     space: Box<[u8]>,
 }
 
-impl<S, C> Coded<S, C> {
-    fn new(inner: S, code: C) -> Coded<S, C> {
-        Coded {
+impl<S, C> CodecStream<S, C> {
+    fn new(inner: S, codec: C) -> CodecStream<S, C> {
+        CodecStream {
             inner,
-            code,
+            codec,
             pending: Vec::new(),
             plain: Vec::new(),
             taken: 0,
-            space: vec![0; PIECE].into(),
+            space: vec![0; MAX_WRITE].into(),
         }
     }
 }
 
-impl<S: AsyncWrite + Unpin, C> Coded<S, C> {
+impl<S: AsyncWrite + Unpin, C> CodecStream<S, C> {
     fn drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.pending.is_empty() {
             let n = ready!(Pin::new(&mut self.inner).poll_write(cx, &self.pending))?;
@@ -63,7 +63,7 @@ impl<S: AsyncWrite + Unpin, C> Coded<S, C> {
     }
 }
 
-impl<S: AsyncRead + Unpin, C: Code> AsyncRead for Coded<S, C> {
+impl<S: AsyncRead + Unpin, C: Codec> AsyncRead for CodecStream<S, C> {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -79,7 +79,7 @@ impl<S: AsyncRead + Unpin, C: Code> AsyncRead for Coded<S, C> {
             if n == 0 {
                 return Poll::Ready(Ok(()));
             }
-            this.code.decode(&mut this.space[..n], &mut this.plain)?;
+            this.codec.decode(&mut this.space[..n], &mut this.plain)?;
         }
         let n = buf.remaining().min(this.plain.len() - this.taken);
         buf.put_slice(&this.plain[this.taken..this.taken + n]);
@@ -88,7 +88,7 @@ impl<S: AsyncRead + Unpin, C: Code> AsyncRead for Coded<S, C> {
     }
 }
 
-impl<S: AsyncWrite + Unpin, C: Code> AsyncWrite for Coded<S, C> {
+impl<S: AsyncWrite + Unpin, C: Codec> AsyncWrite for CodecStream<S, C> {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -96,9 +96,9 @@ impl<S: AsyncWrite + Unpin, C: Code> AsyncWrite for Coded<S, C> {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         ready!(this.drain(cx))?;
-        let n = bytes.len().min(PIECE);
+        let n = bytes.len().min(MAX_WRITE);
         if n > 0 {
-            this.code.encode(&bytes[..n], &mut this.pending)?;
+            this.codec.encode(&bytes[..n], &mut this.pending)?;
         }
         // what does not fit now goes with the next write or flush
         if let Poll::Ready(Err(e)) = this.drain(cx) {
@@ -125,7 +125,7 @@ struct Cipher {
     decrypt: Decrypt,
 }
 
-impl Code for Cipher {
+impl Codec for Cipher {
     fn encode(&mut self, plain: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
         self.encrypt.push(plain, out);
         Ok(())
@@ -140,7 +140,7 @@ impl Code for Cipher {
 
 /// The cipher of the control channel, and of work connections that ask for it.
 pub fn encrypted<S: Duplex>(inner: S, key: &Key) -> impl Duplex + use<S> {
-    Coded::new(inner, Cipher { encrypt: Encrypt::new(key), decrypt: Decrypt::new(key) })
+    CodecStream::new(inner, Cipher { encrypt: Encrypt::new(key), decrypt: Decrypt::new(key) })
 }
 
 /// Snappy's framing format (google/snappy `framing_format.txt`): each write becomes a chunk at once, as golang/snappy's
@@ -154,9 +154,9 @@ struct Snappy {
 /// First chunk of each direction.
 const IDENTIFIER: &[u8] = b"\xff\x06\x00\x00sNaPpY";
 /// A chunk holds at most 65536 plain bytes; what compression may add to that, and the checksum.
-const CHUNK: usize = 80_000;
+const MAX_CHUNK: usize = 80_000;
 
-impl Code for Snappy {
+impl Codec for Snappy {
     fn encode(&mut self, plain: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
         use io::Write as _;
         self.encoder.write_all(plain)?;
@@ -178,7 +178,7 @@ impl Code for Snappy {
             if !self.begun && kind != 0xff {
                 return Err(wrong("the stream identifier is missing"));
             }
-            if length > CHUNK && kind < 0x80 {
+            if length > MAX_CHUNK && kind < 0x80 {
                 return Err(wrong("a chunk is too long"));
             }
             let Some(chunk) = self.coded.get(at..at + 4 + length) else { break };
@@ -205,12 +205,12 @@ pub fn layered(inner: Io, encryption: Option<&Key>, compression: bool) -> Io {
         None => inner,
     };
     if compression {
-        let code = Snappy {
+        let codec = Snappy {
             encoder: snap::write::FrameEncoder::new(Vec::new()),
             coded: Vec::new(),
             begun: false,
         };
-        return Box::new(Coded::new(inner, code));
+        return Box::new(CodecStream::new(inner, codec));
     }
     inner
 }

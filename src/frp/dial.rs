@@ -20,7 +20,7 @@ use crate::frp::codec::Io;
 use crate::frp::mux::{Limits, Mux, Side};
 
 /// Longest time of each stage.
-pub const STAGE: Duration = Duration::from_secs(5);
+pub const STAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Head start of an address over the next one.
 const STAGGER: Duration = Duration::from_millis(250);
 /// Not acknowledged, or not taken, for this long: a multiplexer's connection is given up by the kernel.
@@ -30,21 +30,21 @@ const KEEPALIVE: u32 = 15;
 
 /// Why there is no connection: the stage that failed, in one line.
 #[derive(Debug)]
-pub struct NoWay {
+pub struct DialError {
     pub why: String,
     /// Nothing came back at all: the network swallows what is sent, or nobody is there.
     pub unanswered: bool,
 }
 
-impl From<String> for NoWay {
-    fn from(why: String) -> NoWay {
-        NoWay { why, unanswered: false }
+impl From<String> for DialError {
+    fn from(why: String) -> DialError {
+        DialError { why, unanswered: false }
     }
 }
 
 /// Everything that a connection needs, checked.
 #[derive(Clone)]
-pub struct Target {
+pub struct Dialer {
     server: String,
     port: u16,
     /// None where the settings want no TLS.
@@ -55,8 +55,8 @@ pub struct Target {
 }
 
 /// A handshake that failed.
-struct NoTls {
-    no: NoWay,
+struct HandshakeError {
+    error: DialError,
     /// The server hung up or knows no such name: an old one does the first, one that shares its port with an HTTPS vhost the
     /// second, when the byte is missing (fatedier/frp `pkg/util/net/tls.go`, `pkg/util/vhost/https.go`).
     wants_byte: bool,
@@ -64,10 +64,10 @@ struct NoTls {
     certificate: bool,
 }
 
-impl Target {
+impl Dialer {
     /// # Errors
     /// Why these settings may not or cannot be used.
-    pub fn new(config: &TunnelConfig, allow_insecure: bool) -> Result<Target, String> {
+    pub fn new(config: &TunnelConfig, allow_insecure: bool) -> Result<Dialer, String> {
         if config.server.is_empty() || config.port == 0 {
             return Err("the tunnel settings name no server and port".into());
         }
@@ -92,7 +92,7 @@ impl Target {
             .to_owned();
         let name = ServerName::try_from(name.clone())
             .map_err(|_| format!("`{name}` is no server name"))?;
-        Ok(Target {
+        Ok(Dialer {
             server: config.server.trim_matches(['[', ']']).to_owned(),
             port: config.port,
             tls: tls.enable.then(|| (TlsConnector::from(Arc::new(client)), name)),
@@ -101,7 +101,7 @@ impl Target {
         })
     }
 
-    async fn dial(&self) -> Result<Io, NoWay> {
+    async fn dial(&self) -> Result<Io, DialError> {
         let tcp = self.tcp().await?;
         let Some((tls, name)) = &self.tls else { return Ok(Box::new(tcp)) };
         let byte = self.custom_first_byte.load(Relaxed);
@@ -109,28 +109,30 @@ impl Target {
             Err(first) if first.wants_byte && !byte => {
                 // a server that does not know the byte says so in its own way: only its certificate tells more than the hanging up
                 let again = self.handshake(tls, name, self.tcp().await?, true).await;
-                let again = again
-                    .map_err(|second| if second.certificate { second.no } else { first.no })?;
+                let again =
+                    again.map_err(
+                        |second| if second.certificate { second.error } else { first.error },
+                    )?;
                 self.custom_first_byte.store(true, Relaxed);
                 Ok(again)
             }
-            done => done.map_err(|e| e.no),
+            done => done.map_err(|e| e.error),
         }
     }
 
-    async fn tcp(&self) -> Result<TcpStream, NoWay> {
+    async fn tcp(&self) -> Result<TcpStream, DialError> {
         // asked at every attempt, with the resolver configuration of that moment
-        let addresses = timeout(STAGE, resolve::lookup(&self.server))
+        let addresses = timeout(STAGE_TIMEOUT, resolve::lookup(&self.server))
             .await
             .map_err(|_| format!("dns: no answer for {} in 5 s", self.server))?;
         let addresses = addresses.map_err(|e| e.to_string())?;
-        let tcp = timeout(STAGE, race(addresses, self.port));
-        let tcp = tcp.await.map_err(|_| NoWay {
+        let tcp = timeout(STAGE_TIMEOUT, race(addresses, self.port));
+        let tcp = tcp.await.map_err(|_| DialError {
             why: format!("tcp: {self} did not answer in 5 s"),
             unanswered: true,
         })?;
         let tcp = tcp.map_err(|e| format!("tcp: {self}: {e}"))?;
-        tune(&tcp, self.tcp_mux);
+        set_socket_options(&tcp, self.tcp_mux);
         Ok(tcp)
     }
 
@@ -140,14 +142,14 @@ impl Target {
         name: &ServerName<'static>,
         mut tcp: TcpStream,
         byte: bool,
-    ) -> Result<Io, NoTls> {
+    ) -> Result<Io, HandshakeError> {
         let handshake = async {
             if byte {
                 tcp.write_all(&[0x17]).await?;
             }
             tls.connect(name.clone(), tcp).await
         };
-        match timeout(STAGE, handshake).await {
+        match timeout(STAGE_TIMEOUT, handshake).await {
             Ok(Ok(stream)) => Ok(Box::new(stream)),
             Ok(Err(e)) => {
                 let text = e.to_string();
@@ -168,8 +170,8 @@ impl Target {
                     alert,
                     Some(rustls::Error::AlertReceived(rustls::AlertDescription::UnrecognisedName))
                 );
-                Err(NoTls {
-                    no: why.into(),
+                Err(HandshakeError {
+                    error: why.into(),
                     wants_byte: hung_up || unknown,
                     certificate: known.is_some_and(|(code, _)| code != "tls_none"),
                 })
@@ -178,7 +180,7 @@ impl Target {
                 let why = format!(
                     "tls: {self} accepted the connection and did not finish the handshake in 5 s"
                 );
-                Err(NoTls { no: why.into(), wants_byte: false, certificate: false })
+                Err(HandshakeError { error: why.into(), wants_byte: false, certificate: false })
             }
         }
     }
@@ -187,7 +189,7 @@ impl Target {
     ///
     /// # Errors
     /// The stage that failed, and why, in one line.
-    pub async fn connect(&self, tasks: &mut JoinSet<()>) -> Result<Carrier, NoWay> {
+    pub async fn connect(&self, tasks: &mut JoinSet<()>) -> Result<Carrier, DialError> {
         let io = self.dial().await?;
         if !self.tcp_mux {
             return Ok(Carrier::Direct {
@@ -203,7 +205,7 @@ impl Target {
     }
 }
 
-impl std::fmt::Display for Target {
+impl std::fmt::Display for Dialer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if self.server.contains(':') {
             write!(f, "[{}]:{}", self.server, self.port)
@@ -220,7 +222,7 @@ pub enum Carrier {
     /// Without tcpMux every stream is a connection of its own; the first is already there.
     Direct {
         first: Arc<tokio::sync::Mutex<Option<Io>>>,
-        target: Target,
+        target: Dialer,
     },
 }
 
@@ -271,7 +273,7 @@ async fn race(addresses: Vec<IpAddr>, port: u16) -> io::Result<TcpStream> {
 
 /// Small writes go at once, and a peer that is gone is noticed. One that takes nothing is given up by the kernel where a
 /// multiplexer reads at the other end, which always does; whoever reads a connection of his own may pause for as long as he likes.
-pub fn tune(stream: &TcpStream, muxed: bool) {
+pub fn set_socket_options(stream: &TcpStream, muxed: bool) {
     use nix::sys::socket::{setsockopt, sockopt};
     let _ = stream.set_nodelay(true);
     let _ = setsockopt(stream, sockopt::KeepAlive, &true);

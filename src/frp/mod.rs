@@ -18,22 +18,22 @@ use crate::base::backoff::Backoff;
 use crate::base::secret::Secret;
 
 /// How often an application ping goes out. Always, also with tcpMux: without it a dead link is noticed after minutes.
-pub const PING: Duration = Duration::from_secs(4);
+pub const PING_INTERVAL: Duration = Duration::from_secs(4);
 /// Without a pong and without a received byte for this long the link is dead.
-pub const DEAD: Duration = Duration::from_secs(12);
+pub const LINK_TIMEOUT: Duration = Duration::from_secs(12);
 /// A proxy that was not answered is asked for again.
-const ANSWER: Duration = Duration::from_secs(20);
+const PROXY_TIMEOUT: Duration = Duration::from_secs(20);
 /// A refused proxy is asked for again after this long; sooner while a former session may still hold the name.
-const AGAIN: Duration = Duration::from_secs(30);
-const HELD: Duration = Duration::from_secs(4);
+const RETRY_PROXY: Duration = Duration::from_secs(30);
+const RETRY_NAME_HELD: Duration = Duration::from_secs(4);
 /// For this long a held name is put down to a former session of ours.
-const FORMER: Duration = Duration::from_secs(120);
+const FORMER_SESSION: Duration = Duration::from_secs(120);
 /// After a try that nobody answered the next one follows within this.
-const QUICK: Duration = Duration::from_secs(1);
+const RETRY_UNANSWERED: Duration = Duration::from_secs(1);
 /// Wrong credentials do not get right by hurry.
-const REFUSED: Duration = Duration::from_secs(60);
+const RETRY_UNAUTHORIZED: Duration = Duration::from_secs(60);
 /// This many sessions lost within a minute, each soon after its login, are two clients with one run id.
-const FIGHT: usize = 3;
+const RUN_ID_CONFLICT: usize = 3;
 
 /// The tunnel as the control plane describes it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -90,21 +90,21 @@ pub struct TunnelAuth {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "ProxyKind"))]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum ProxyKind {
     #[default]
     Stcp,
     Tcp,
     Http,
 }
 
-impl Kind {
+impl ProxyKind {
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Stcp => "stcp",
-            Kind::Tcp => "tcp",
-            Kind::Http => "http",
+            ProxyKind::Stcp => "stcp",
+            ProxyKind::Tcp => "tcp",
+            ProxyKind::Http => "http",
         }
     }
 }
@@ -116,7 +116,7 @@ impl Kind {
 pub struct Proxy {
     pub name: String,
     #[serde(rename = "type")]
-    pub kind: Kind,
+    pub kind: ProxyKind,
     pub remote_port: u16,
     pub subdomain: String,
     pub custom_domains: Vec<String>,
@@ -130,9 +130,9 @@ pub struct Proxy {
 
 /// What the tunnel is doing, as people and machines ask.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "TunnelState"))]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
-pub enum State {
+pub enum TunnelState {
     /// No settings yet.
     #[default]
     Off,
@@ -150,17 +150,17 @@ pub enum State {
     Conflict,
 }
 
-/// State, reason and age.
+/// State, reason and since when.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Status {
-    pub state: State,
+pub struct TunnelStatus {
+    pub state: TunnelState,
     pub reason: String,
     pub since: Instant,
 }
 
 /// What happens to a session.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Event {
+pub enum TunnelEvent {
     Settings(Option<Box<TunnelConfig>>),
     /// The settings cannot be used, and why.
     Unusable(String),
@@ -187,7 +187,7 @@ pub enum Event {
 
 /// What the driver has to do.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Action {
+pub enum TunnelAction {
     Connect,
     Login {
         run_id: String,
@@ -214,41 +214,44 @@ enum Phase {
 
 #[derive(Clone, Copy)]
 enum ProxyPhase {
-    Asked { at: Instant },
+    Requested { at: Instant },
     Up,
-    Again { at: Instant },
+    Retry { at: Instant },
 }
 
 /// One session after another, for ever.
-pub struct Machine {
+pub struct TunnelStateMachine {
     phase: Phase,
     proxies: BTreeMap<String, ProxyPhase>,
-    wanted: Vec<String>,
-    status: Status,
+    proxy_names: Vec<String>,
+    status: TunnelStatus,
     run_id: String,
     silent_logins: u32,
     /// Ends of sessions that were lost soon after their login.
-    short: VecDeque<Instant>,
+    short_sessions: VecDeque<Instant>,
     backoff: Backoff,
 }
 
-impl Machine {
-    pub fn new(run_id: String, now: Instant) -> Machine {
-        let status =
-            Status { state: State::Off, reason: "no tunnel settings yet".into(), since: now };
-        Machine {
+impl TunnelStateMachine {
+    pub fn new(run_id: String, now: Instant) -> TunnelStateMachine {
+        let status = TunnelStatus {
+            state: TunnelState::Off,
+            reason: "no tunnel settings yet".into(),
+            since: now,
+        };
+        TunnelStateMachine {
             phase: Phase::Idle,
             proxies: BTreeMap::new(),
-            wanted: Vec::new(),
+            proxy_names: Vec::new(),
             status,
             run_id,
             silent_logins: 0,
-            short: VecDeque::new(),
+            short_sessions: VecDeque::new(),
             backoff: Backoff::default(),
         }
     }
 
-    pub fn status(&self) -> &Status {
+    pub fn status(&self) -> &TunnelStatus {
         &self.status
     }
 
@@ -257,15 +260,22 @@ impl Machine {
         self.run_id = run_id;
     }
 
-    fn say(&mut self, state: State, reason: impl Into<String>, now: Instant) {
+    fn set_status(&mut self, state: TunnelState, reason: impl Into<String>, now: Instant) {
         let reason = reason.into();
         let since = if self.status.state == state { self.status.since } else { now };
-        self.status = Status { state, reason, since };
+        self.status = TunnelStatus { state, reason, since };
     }
 
-    fn wait(&mut self, state: State, reason: String, least: Duration, now: Instant, random: f64) {
+    fn wait(
+        &mut self,
+        state: TunnelState,
+        reason: String,
+        least: Duration,
+        now: Instant,
+        random: f64,
+    ) {
         let wait = self.backoff.next(random).max(least.mul_f64(0.8 + random * 0.4));
-        self.say(state, reason, now);
+        self.set_status(state, reason, now);
         self.phase = Phase::Waiting { until: now + wait };
         self.proxies.clear();
     }
@@ -277,221 +287,243 @@ impl Machine {
             Phase::Waiting { until } => Some(*until),
             Phase::Session { pinged, heard, .. } => {
                 let proxies = self.proxies.values().filter_map(|p| match p {
-                    ProxyPhase::Asked { at } => Some(*at + ANSWER),
-                    ProxyPhase::Again { at } => Some(*at),
+                    ProxyPhase::Requested { at } => Some(*at + PROXY_TIMEOUT),
+                    ProxyPhase::Retry { at } => Some(*at),
                     ProxyPhase::Up => None,
                 });
-                proxies.chain([*pinged + PING, *heard + DEAD]).min()
+                proxies.chain([*pinged + PING_INTERVAL, *heard + LINK_TIMEOUT]).min()
             }
         }
     }
 
     /// The whole machine. `random` is in 0 to 1.
-    pub fn on(&mut self, event: Event, now: Instant, random: f64) -> Vec<Action> {
+    pub fn on(&mut self, event: TunnelEvent, now: Instant, random: f64) -> Vec<TunnelAction> {
         let connected =
             matches!(self.phase, Phase::LoggingIn | Phase::Session { .. } | Phase::Connecting);
         match event {
-            Event::Settings(None) => {
+            TunnelEvent::Settings(None) => {
                 self.phase = Phase::Idle;
                 self.proxies.clear();
-                self.say(State::Off, "no tunnel settings yet", now);
-                if connected { vec![Action::Disconnect] } else { Vec::new() }
+                self.set_status(TunnelState::Off, "no tunnel settings yet", now);
+                if connected { vec![TunnelAction::Disconnect] } else { Vec::new() }
             }
-            Event::Unusable(why) => {
+            TunnelEvent::Unusable(why) => {
                 self.phase = Phase::Idle;
                 self.proxies.clear();
-                self.say(State::Refused, why, now);
-                if connected { vec![Action::Disconnect] } else { Vec::new() }
+                self.set_status(TunnelState::Refused, why, now);
+                if connected { vec![TunnelAction::Disconnect] } else { Vec::new() }
             }
-            Event::Settings(Some(config)) => {
-                self.wanted = config.proxies.iter().map(|p| p.name.clone()).collect();
+            TunnelEvent::Settings(Some(config)) => {
+                self.proxy_names = config.proxies.iter().map(|p| p.name.clone()).collect();
                 self.proxies.clear();
                 self.backoff.reset();
-                let mut actions = if connected { vec![Action::Disconnect] } else { Vec::new() };
+                let mut actions =
+                    if connected { vec![TunnelAction::Disconnect] } else { Vec::new() };
                 actions.extend(self.connect(now));
                 actions
             }
-            Event::Connected if matches!(self.phase, Phase::Connecting) => {
+            TunnelEvent::Connected if matches!(self.phase, Phase::Connecting) => {
                 self.phase = Phase::LoggingIn;
                 let mut actions = Vec::new();
                 if self.run_id.is_empty() {
-                    actions.push(Action::FreshRunId);
+                    actions.push(TunnelAction::FreshRunId);
                 }
-                actions.push(Action::Login { run_id: self.run_id.clone() });
+                actions.push(TunnelAction::Login { run_id: self.run_id.clone() });
                 actions
             }
-            Event::ConnectFailed(why) if matches!(self.phase, Phase::Connecting) => {
-                self.wait(State::Waiting, why, Duration::ZERO, now, random);
-                vec![Action::Disconnect]
+            TunnelEvent::ConnectFailed(why) if matches!(self.phase, Phase::Connecting) => {
+                self.wait(TunnelState::Waiting, why, Duration::ZERO, now, random);
+                vec![TunnelAction::Disconnect]
             }
-            Event::Unanswered(why) if matches!(self.phase, Phase::Connecting) => {
+            TunnelEvent::Unanswered(why) if matches!(self.phase, Phase::Connecting) => {
                 // the try itself has taken its time and cost nobody anything: when the network heals, the next one is not far
-                self.say(State::Waiting, why, now);
-                self.phase = Phase::Waiting { until: now + QUICK.mul_f64(0.2 + random * 0.8) };
-                vec![Action::Disconnect]
+                self.set_status(TunnelState::Waiting, why, now);
+                self.phase =
+                    Phase::Waiting { until: now + RETRY_UNANSWERED.mul_f64(0.2 + random * 0.8) };
+                vec![TunnelAction::Disconnect]
             }
-            Event::LoggedIn { run_id } if matches!(self.phase, Phase::LoggingIn) => {
+            TunnelEvent::LoggedIn { run_id } if matches!(self.phase, Phase::LoggingIn) => {
                 self.silent_logins = 0;
                 if !run_id.is_empty() {
                     self.run_id = run_id;
                 }
                 self.phase = Phase::Session { since: now, pinged: now, heard: now };
                 self.proxies = self
-                    .wanted
+                    .proxy_names
                     .iter()
-                    .map(|name| (name.clone(), ProxyPhase::Asked { at: now }))
+                    .map(|name| (name.clone(), ProxyPhase::Requested { at: now }))
                     .collect();
-                self.judge(now);
-                self.wanted.iter().map(|name| Action::Open { name: name.clone() }).collect()
+                self.update_proxies_state(now);
+                self.proxy_names
+                    .iter()
+                    .map(|name| TunnelAction::Open { name: name.clone() })
+                    .collect()
             }
-            Event::LoginRefused(why) if matches!(self.phase, Phase::LoggingIn) => {
+            TunnelEvent::LoginRefused(why) if matches!(self.phase, Phase::LoggingIn) => {
                 let token = ["token", "auth", "credential", "revoked"]
                     .iter()
                     .any(|w| why.to_lowercase().contains(w));
                 if why.contains("already online") {
-                    self.wait(State::Conflict, why, HELD, now, random);
+                    self.wait(TunnelState::Conflict, why, RETRY_NAME_HELD, now, random);
                 } else if token {
-                    self.wait(State::Unauthorized, why, REFUSED, now, random);
+                    self.wait(TunnelState::Unauthorized, why, RETRY_UNAUTHORIZED, now, random);
                 } else {
-                    self.wait(State::Waiting, format!("login refused: {why}"), HELD, now, random);
+                    self.wait(
+                        TunnelState::Waiting,
+                        format!("login refused: {why}"),
+                        RETRY_NAME_HELD,
+                        now,
+                        random,
+                    );
                 }
-                vec![Action::Disconnect]
+                vec![TunnelAction::Disconnect]
             }
-            Event::LoginSilent if matches!(self.phase, Phase::LoggingIn) => {
+            TunnelEvent::LoginSilent if matches!(self.phase, Phase::LoggingIn) => {
                 // frps 0.65 to 0.70.0 may wait for ever for the session that the run id names (fatedier/frp#5391)
                 self.silent_logins += 1;
                 self.wait(
-                    State::Waiting,
+                    TunnelState::Waiting,
                     "the server does not answer the login".into(),
                     Duration::ZERO,
                     now,
                     random,
                 );
-                let mut actions = vec![Action::Disconnect];
+                let mut actions = vec![TunnelAction::Disconnect];
                 if self.silent_logins >= 2 {
                     self.silent_logins = 0;
-                    actions.push(Action::FreshRunId);
+                    actions.push(TunnelAction::FreshRunId);
                 }
                 actions
             }
-            Event::ProxyAnswer { name, error } => self.answered(name, &error, now),
-            Event::Heard => {
+            TunnelEvent::ProxyAnswer { name, error } => self.proxy_answered(name, &error, now),
+            TunnelEvent::Heard => {
                 if let Phase::Session { heard, .. } = &mut self.phase {
                     *heard = now.max(*heard);
                 }
                 Vec::new()
             }
-            Event::PongRefused(why) if matches!(self.phase, Phase::Session { .. }) => {
-                self.wait(State::Unauthorized, why, Duration::ZERO, now, random);
-                vec![Action::Disconnect]
+            TunnelEvent::PongRefused(why) if matches!(self.phase, Phase::Session { .. }) => {
+                self.wait(TunnelState::Unauthorized, why, Duration::ZERO, now, random);
+                vec![TunnelAction::Disconnect]
             }
-            Event::Lost(why) => match self.phase {
+            TunnelEvent::Lost(why) => match self.phase {
                 Phase::Session { since, .. } => self.lost(why, since, now, random),
                 Phase::LoggingIn => {
                     self.wait(
-                        State::Waiting,
+                        TunnelState::Waiting,
                         format!("connection lost at login: {why}"),
                         Duration::ZERO,
                         now,
                         random,
                     );
-                    vec![Action::Disconnect]
+                    vec![TunnelAction::Disconnect]
                 }
                 Phase::Idle | Phase::Connecting | Phase::Waiting { .. } => Vec::new(),
             },
-            Event::Tick => self.tick(now, random),
+            TunnelEvent::Tick => self.tick(now, random),
             // an event of a session that is no more
-            Event::Connected
-            | Event::ConnectFailed(_)
-            | Event::Unanswered(_)
-            | Event::LoggedIn { .. }
-            | Event::LoginRefused(_)
-            | Event::LoginSilent
-            | Event::PongRefused(_) => Vec::new(),
+            TunnelEvent::Connected
+            | TunnelEvent::ConnectFailed(_)
+            | TunnelEvent::Unanswered(_)
+            | TunnelEvent::LoggedIn { .. }
+            | TunnelEvent::LoginRefused(_)
+            | TunnelEvent::LoginSilent
+            | TunnelEvent::PongRefused(_) => Vec::new(),
         }
     }
 
-    fn connect(&mut self, now: Instant) -> Vec<Action> {
+    fn connect(&mut self, now: Instant) -> Vec<TunnelAction> {
         self.phase = Phase::Connecting;
         // a reason that is worth reading stays until there is news
-        let reason = if self.status.state == State::Off {
+        let reason = if self.status.state == TunnelState::Off {
             String::new()
         } else {
             self.status.reason.clone()
         };
-        if matches!(self.status.state, State::Off | State::Up | State::Opening | State::Refused) {
-            self.say(State::Connecting, reason, now);
+        if matches!(
+            self.status.state,
+            TunnelState::Off | TunnelState::Up | TunnelState::Opening | TunnelState::Refused
+        ) {
+            self.set_status(TunnelState::Connecting, reason, now);
         }
-        vec![Action::Connect]
+        vec![TunnelAction::Connect]
     }
 
-    fn lost(&mut self, why: String, since: Instant, now: Instant, random: f64) -> Vec<Action> {
-        let mut actions = vec![Action::Disconnect];
-        let mut state = State::Waiting;
+    fn lost(
+        &mut self,
+        why: String,
+        since: Instant,
+        now: Instant,
+        random: f64,
+    ) -> Vec<TunnelAction> {
+        let mut actions = vec![TunnelAction::Disconnect];
+        let mut state = TunnelState::Waiting;
         if now - since < Duration::from_secs(20) {
-            self.short.push_back(now);
+            self.short_sessions.push_back(now);
         } else {
-            self.short.clear();
+            self.short_sessions.clear();
             self.backoff.reset();
         }
-        while self.short.front().is_some_and(|at| now - *at > Duration::from_secs(60)) {
-            self.short.pop_front();
+        while self.short_sessions.front().is_some_and(|at| now - *at > Duration::from_secs(60)) {
+            self.short_sessions.pop_front();
         }
-        if self.short.len() >= FIGHT {
-            self.short.clear();
-            state = State::Conflict;
-            actions.push(Action::FreshRunId);
+        if self.short_sessions.len() >= RUN_ID_CONFLICT {
+            self.short_sessions.clear();
+            state = TunnelState::Conflict;
+            actions.push(TunnelAction::FreshRunId);
         }
         self.wait(state, format!("connection lost: {why}"), Duration::ZERO, now, random);
         actions
     }
 
-    fn answered(&mut self, name: String, error: &str, now: Instant) -> Vec<Action> {
+    fn proxy_answered(&mut self, name: String, error: &str, now: Instant) -> Vec<TunnelAction> {
         let Phase::Session { since, .. } = self.phase else { return Vec::new() };
         let Some(proxy) = self.proxies.get_mut(&name) else { return Vec::new() };
         if error.is_empty() {
             *proxy = ProxyPhase::Up;
-            self.judge(now);
+            self.update_proxies_state(now);
             return Vec::new();
         }
         let held = error.contains("already exists")
             || error.contains("already in use")
             || error.contains("already used");
-        *proxy =
-            ProxyPhase::Again { at: now + if held && now - since < FORMER { HELD } else { AGAIN } };
-        let state = if held { State::Conflict } else { State::Opening };
-        self.say(state, format!("proxy {name}: {error}"), now);
+        *proxy = ProxyPhase::Retry {
+            at: now
+                + if held && now - since < FORMER_SESSION { RETRY_NAME_HELD } else { RETRY_PROXY },
+        };
+        let state = if held { TunnelState::Conflict } else { TunnelState::Opening };
+        self.set_status(state, format!("proxy {name}: {error}"), now);
         Vec::new()
     }
 
     /// Up means that every proxy is.
-    fn judge(&mut self, now: Instant) {
+    fn update_proxies_state(&mut self, now: Instant) {
         if self.proxies.values().all(|p| matches!(p, ProxyPhase::Up)) {
-            self.say(State::Up, "", now);
-        } else if !matches!(self.status.state, State::Conflict | State::Opening) {
-            self.say(State::Opening, "waiting for the proxies", now);
+            self.set_status(TunnelState::Up, "", now);
+        } else if !matches!(self.status.state, TunnelState::Conflict | TunnelState::Opening) {
+            self.set_status(TunnelState::Opening, "waiting for the proxies", now);
         }
     }
 
-    fn tick(&mut self, now: Instant, random: f64) -> Vec<Action> {
+    fn tick(&mut self, now: Instant, random: f64) -> Vec<TunnelAction> {
         match &mut self.phase {
             Phase::Waiting { until } if *until <= now => self.connect(now),
             Phase::Session { since, pinged, heard } => {
                 let since = *since;
-                if now >= *heard + DEAD {
+                if now >= *heard + LINK_TIMEOUT {
                     // the link has died, not the server: what was waited for before has nothing to do with it
                     self.backoff.reset();
                     return self.lost(
-                        format!("nothing heard for {} s", DEAD.as_secs()),
+                        format!("nothing heard for {} s", LINK_TIMEOUT.as_secs()),
                         since,
                         now,
                         random,
                     );
                 }
                 let mut actions = Vec::new();
-                if now >= *pinged + PING {
+                if now >= *pinged + PING_INTERVAL {
                     *pinged = now;
-                    actions.push(Action::Ping);
+                    actions.push(TunnelAction::Ping);
                 }
                 if now - since > Duration::from_secs(60) {
                     self.backoff.reset();
@@ -499,18 +531,20 @@ impl Machine {
                 for (name, proxy) in &mut self.proxies {
                     match *proxy {
                         // unanswered: it may have been opened late, and our own name would then be in the way
-                        ProxyPhase::Asked { at } if now >= at + ANSWER => {
+                        ProxyPhase::Requested { at } if now >= at + PROXY_TIMEOUT => {
                             actions.extend([
-                                Action::Close { name: name.clone() },
-                                Action::Open { name: name.clone() },
+                                TunnelAction::Close { name: name.clone() },
+                                TunnelAction::Open { name: name.clone() },
                             ]);
-                            *proxy = ProxyPhase::Asked { at: now };
+                            *proxy = ProxyPhase::Requested { at: now };
                         }
-                        ProxyPhase::Again { at } if now >= at => {
-                            actions.push(Action::Open { name: name.clone() });
-                            *proxy = ProxyPhase::Asked { at: now };
+                        ProxyPhase::Retry { at } if now >= at => {
+                            actions.push(TunnelAction::Open { name: name.clone() });
+                            *proxy = ProxyPhase::Requested { at: now };
                         }
-                        ProxyPhase::Asked { .. } | ProxyPhase::Again { .. } | ProxyPhase::Up => {}
+                        ProxyPhase::Requested { .. }
+                        | ProxyPhase::Retry { .. }
+                        | ProxyPhase::Up => {}
                     }
                 }
                 actions

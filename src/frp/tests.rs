@@ -10,58 +10,58 @@ fn config(names: &[&str]) -> Box<TunnelConfig> {
 }
 
 struct Bench {
-    machine: Machine,
+    machine: TunnelStateMachine,
     now: Instant,
 }
 
 impl Bench {
     fn new() -> Bench {
         let now = Instant::now();
-        Bench { machine: Machine::new("r1".into(), now), now }
+        Bench { machine: TunnelStateMachine::new("r1".into(), now), now }
     }
 
-    fn on(&mut self, event: Event) -> Vec<Action> {
+    fn on(&mut self, event: TunnelEvent) -> Vec<TunnelAction> {
         self.machine.on(event, self.now, 0.5)
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> TunnelState {
         self.machine.status().state
     }
 
     /// Lets time pass to the next tick.
-    fn tick(&mut self) -> Vec<Action> {
+    fn tick(&mut self) -> Vec<TunnelAction> {
         self.now = self.machine.wake().expect("a time to wake");
-        self.on(Event::Tick)
+        self.on(TunnelEvent::Tick)
     }
 
     fn up(&mut self) {
-        self.on(Event::Connected);
+        self.on(TunnelEvent::Connected);
         assert_eq!(
-            self.on(Event::LoggedIn { run_id: "r1".into() }),
-            [Action::Open { name: "a".into() }]
+            self.on(TunnelEvent::LoggedIn { run_id: "r1".into() }),
+            [TunnelAction::Open { name: "a".into() }]
         );
-        self.on(Event::ProxyAnswer { name: "a".into(), error: String::new() });
-        assert_eq!(self.state(), State::Up);
+        self.on(TunnelEvent::ProxyAnswer { name: "a".into(), error: String::new() });
+        assert_eq!(self.state(), TunnelState::Up);
     }
 }
 
 fn begun() -> Bench {
     let mut bench = Bench::new();
-    assert_eq!(bench.on(Event::Settings(Some(config(&["a"])))), [Action::Connect]);
+    assert_eq!(bench.on(TunnelEvent::Settings(Some(config(&["a"])))), [TunnelAction::Connect]);
     bench
 }
 
 #[test]
 fn it_is_up_only_when_every_proxy_is() {
     let mut b = begun();
-    assert_eq!(b.on(Event::Connected), [Action::Login { run_id: "r1".into() }]);
-    assert_eq!(b.state(), State::Connecting);
-    b.on(Event::LoggedIn { run_id: "r1".into() });
-    assert_eq!(b.state(), State::Opening);
-    b.on(Event::ProxyAnswer { name: "unknown".into(), error: String::new() });
-    assert_eq!(b.state(), State::Opening);
-    b.on(Event::ProxyAnswer { name: "a".into(), error: String::new() });
-    assert_eq!(b.state(), State::Up);
+    assert_eq!(b.on(TunnelEvent::Connected), [TunnelAction::Login { run_id: "r1".into() }]);
+    assert_eq!(b.state(), TunnelState::Connecting);
+    b.on(TunnelEvent::LoggedIn { run_id: "r1".into() });
+    assert_eq!(b.state(), TunnelState::Opening);
+    b.on(TunnelEvent::ProxyAnswer { name: "unknown".into(), error: String::new() });
+    assert_eq!(b.state(), TunnelState::Opening);
+    b.on(TunnelEvent::ProxyAnswer { name: "a".into(), error: String::new() });
+    assert_eq!(b.state(), TunnelState::Up);
 }
 
 #[test]
@@ -69,50 +69,50 @@ fn pings_go_out_every_four_seconds_and_twelve_silent_ones_are_the_end() {
     let mut b = begun();
     b.up();
     let start = b.now;
-    assert_eq!(b.tick(), [Action::Ping]);
-    assert_eq!(b.now - start, PING);
-    b.on(Event::Heard);
-    assert_eq!(b.tick(), [Action::Ping]);
-    assert_eq!(b.tick(), [Action::Ping]);
-    assert_eq!(b.tick(), [Action::Disconnect]);
-    assert_eq!(b.now - start, PING + DEAD);
-    assert_eq!(b.state(), State::Waiting);
-    assert_eq!(b.tick(), [Action::Connect]);
+    assert_eq!(b.tick(), [TunnelAction::Ping]);
+    assert_eq!(b.now - start, PING_INTERVAL);
+    b.on(TunnelEvent::Heard);
+    assert_eq!(b.tick(), [TunnelAction::Ping]);
+    assert_eq!(b.tick(), [TunnelAction::Ping]);
+    assert_eq!(b.tick(), [TunnelAction::Disconnect]);
+    assert_eq!(b.now - start, PING_INTERVAL + LINK_TIMEOUT);
+    assert_eq!(b.state(), TunnelState::Waiting);
+    assert_eq!(b.tick(), [TunnelAction::Connect]);
 }
 
 #[test]
 fn a_name_held_by_our_former_session_is_asked_for_soon_and_another_later() {
     let mut b = begun();
-    b.on(Event::Connected);
-    b.on(Event::LoggedIn { run_id: "r1".into() });
-    b.on(Event::ProxyAnswer { name: "a".into(), error: "proxy [a] already exists".into() });
-    assert_eq!(b.state(), State::Conflict);
+    b.on(TunnelEvent::Connected);
+    b.on(TunnelEvent::LoggedIn { run_id: "r1".into() });
+    b.on(TunnelEvent::ProxyAnswer { name: "a".into(), error: "proxy [a] already exists".into() });
+    assert_eq!(b.state(), TunnelState::Conflict);
     let start = b.now;
-    while !b.tick().contains(&Action::Open { name: "a".into() }) {
-        b.on(Event::Heard);
+    while !b.tick().contains(&TunnelAction::Open { name: "a".into() }) {
+        b.on(TunnelEvent::Heard);
     }
-    assert_eq!(b.now - start, HELD);
-    b.on(Event::ProxyAnswer { name: "a".into(), error: "port not allowed".into() });
+    assert_eq!(b.now - start, RETRY_NAME_HELD);
+    b.on(TunnelEvent::ProxyAnswer { name: "a".into(), error: "port not allowed".into() });
     let start = b.now;
-    while !b.tick().contains(&Action::Open { name: "a".into() }) {
-        b.on(Event::Heard);
+    while !b.tick().contains(&TunnelAction::Open { name: "a".into() }) {
+        b.on(TunnelEvent::Heard);
     }
-    assert_eq!(b.now - start, AGAIN);
+    assert_eq!(b.now - start, RETRY_PROXY);
 }
 
 #[test]
 fn an_unanswered_proxy_is_closed_and_asked_for_again() {
     let mut b = begun();
-    b.on(Event::Connected);
-    b.on(Event::LoggedIn { run_id: "r1".into() });
+    b.on(TunnelEvent::Connected);
+    b.on(TunnelEvent::LoggedIn { run_id: "r1".into() });
     loop {
         let actions = b.tick();
-        b.on(Event::Heard);
-        if actions != [Action::Ping] {
+        b.on(TunnelEvent::Heard);
+        if actions != [TunnelAction::Ping] {
             assert!(
                 actions.ends_with(&[
-                    Action::Close { name: "a".into() },
-                    Action::Open { name: "a".into() }
+                    TunnelAction::Close { name: "a".into() },
+                    TunnelAction::Open { name: "a".into() }
                 ]),
                 "{actions:?}"
             );
@@ -124,11 +124,14 @@ fn an_unanswered_proxy_is_closed_and_asked_for_again() {
 #[test]
 fn two_silent_logins_take_a_fresh_run_id() {
     let mut b = begun();
-    b.on(Event::Connected);
-    assert_eq!(b.on(Event::LoginSilent), [Action::Disconnect]);
-    assert_eq!(b.tick(), [Action::Connect]);
-    b.on(Event::Connected);
-    assert_eq!(b.on(Event::LoginSilent), [Action::Disconnect, Action::FreshRunId]);
+    b.on(TunnelEvent::Connected);
+    assert_eq!(b.on(TunnelEvent::LoginSilent), [TunnelAction::Disconnect]);
+    assert_eq!(b.tick(), [TunnelAction::Connect]);
+    b.on(TunnelEvent::Connected);
+    assert_eq!(
+        b.on(TunnelEvent::LoginSilent),
+        [TunnelAction::Disconnect, TunnelAction::FreshRunId]
+    );
 }
 
 #[test]
@@ -136,40 +139,42 @@ fn three_sessions_lost_at_once_are_a_fight_and_one_gives_in() {
     let mut b = begun();
     for n in 0..3 {
         b.up();
-        let actions = b.on(Event::Lost("eof".into()));
-        assert_eq!(actions.contains(&Action::FreshRunId), n == 2, "{n}: {actions:?}");
-        assert_eq!(b.state(), if n == 2 { State::Conflict } else { State::Waiting });
-        assert_eq!(b.tick(), [Action::Connect]);
+        let actions = b.on(TunnelEvent::Lost("eof".into()));
+        assert_eq!(actions.contains(&TunnelAction::FreshRunId), n == 2, "{n}: {actions:?}");
+        assert_eq!(b.state(), if n == 2 { TunnelState::Conflict } else { TunnelState::Waiting });
+        assert_eq!(b.tick(), [TunnelAction::Connect]);
     }
 }
 
 #[test]
 fn a_refused_token_is_not_tried_in_a_hurry() {
     let mut b = begun();
-    b.on(Event::Connected);
+    b.on(TunnelEvent::Connected);
     let start = b.now;
     assert_eq!(
-        b.on(Event::LoginRefused("token in login doesn't match token from configuration".into())),
-        [Action::Disconnect]
+        b.on(TunnelEvent::LoginRefused(
+            "token in login doesn't match token from configuration".into()
+        )),
+        [TunnelAction::Disconnect]
     );
-    assert_eq!(b.state(), State::Unauthorized);
+    assert_eq!(b.state(), TunnelState::Unauthorized);
     b.tick();
     assert!(b.now - start >= Duration::from_secs(45));
-    assert_eq!(b.state(), State::Unauthorized);
+    assert_eq!(b.state(), TunnelState::Unauthorized);
 }
 
 #[test]
 fn without_settings_nothing_is_dialled() {
     let mut b = begun();
     b.up();
-    assert_eq!(b.on(Event::Unusable("no pin".into())), [Action::Disconnect]);
-    assert_eq!((b.state(), b.machine.wake()), (State::Refused, None));
-    assert_eq!(b.on(Event::Settings(Some(config(&["a"])))), [Action::Connect]);
-    assert_eq!(b.on(Event::Settings(None)), [Action::Disconnect]);
-    assert_eq!(b.state(), State::Off);
+    assert_eq!(b.on(TunnelEvent::Unusable("no pin".into())), [TunnelAction::Disconnect]);
+    assert_eq!((b.state(), b.machine.wake()), (TunnelState::Refused, None));
+    assert_eq!(b.on(TunnelEvent::Settings(Some(config(&["a"])))), [TunnelAction::Connect]);
+    assert_eq!(b.on(TunnelEvent::Settings(None)), [TunnelAction::Disconnect]);
+    assert_eq!(b.state(), TunnelState::Off);
 }
 
-fn events() -> impl Strategy<Value = Event> {
+fn events() -> impl Strategy<Value = TunnelEvent> {
     let text = prop_oneof![
         Just(String::new()),
         Just("proxy [a] already exists".into()),
@@ -177,21 +182,21 @@ fn events() -> impl Strategy<Value = Event> {
         Just("other".into())
     ];
     prop_oneof![
-        Just(Event::Settings(None)),
-        Just(Event::Settings(Some(config(&["a", "b"])))),
-        Just(Event::Unusable("x".into())),
-        Just(Event::Connected),
-        Just(Event::ConnectFailed("x".into())),
-        Just(Event::Unanswered("x".into())),
-        Just(Event::LoggedIn { run_id: "r2".into() }),
-        text.clone().prop_map(Event::LoginRefused),
-        Just(Event::LoginSilent),
-        text.clone().prop_map(|error| Event::ProxyAnswer { name: "a".into(), error }),
-        Just(Event::Heard),
-        text.prop_map(Event::PongRefused),
-        Just(Event::Lost("x".into())),
-        Just(Event::Tick),
-        Just(Event::Tick),
+        Just(TunnelEvent::Settings(None)),
+        Just(TunnelEvent::Settings(Some(config(&["a", "b"])))),
+        Just(TunnelEvent::Unusable("x".into())),
+        Just(TunnelEvent::Connected),
+        Just(TunnelEvent::ConnectFailed("x".into())),
+        Just(TunnelEvent::Unanswered("x".into())),
+        Just(TunnelEvent::LoggedIn { run_id: "r2".into() }),
+        text.clone().prop_map(TunnelEvent::LoginRefused),
+        Just(TunnelEvent::LoginSilent),
+        text.clone().prop_map(|error| TunnelEvent::ProxyAnswer { name: "a".into(), error }),
+        Just(TunnelEvent::Heard),
+        text.prop_map(TunnelEvent::PongRefused),
+        Just(TunnelEvent::Lost("x".into())),
+        Just(TunnelEvent::Tick),
+        Just(TunnelEvent::Tick),
     ]
 }
 
@@ -204,14 +209,14 @@ proptest! {
             b.now += Duration::from_millis(ms);
             for action in b.machine.on(event, b.now, random) {
                 match action {
-                    Action::Connect => connections += 1,
-                    Action::Disconnect => connections = 0,
-                    Action::Login { .. } | Action::Open { .. } | Action::Close { .. } | Action::Ping => prop_assert_eq!(connections, 1),
-                    Action::FreshRunId => {}
+                    TunnelAction::Connect => connections += 1,
+                    TunnelAction::Disconnect => connections = 0,
+                    TunnelAction::Login { .. } | TunnelAction::Open { .. } | TunnelAction::Close { .. } | TunnelAction::Ping => prop_assert_eq!(connections, 1),
+                    TunnelAction::FreshRunId => {}
                 }
                 prop_assert!(connections <= 1);
             }
-            if b.state() == State::Up {
+            if b.state() == TunnelState::Up {
                 prop_assert_eq!(connections, 1);
             }
         }
@@ -222,14 +227,14 @@ proptest! {
 fn after_minutes_in_which_nothing_comes_back_the_next_try_is_a_second_away() {
     let mut b = begun();
     for _ in 0..40 {
-        b.on(Event::Unanswered("tcp: frps:7000 did not answer in 5 s".into()));
+        b.on(TunnelEvent::Unanswered("tcp: frps:7000 did not answer in 5 s".into()));
         assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
-        assert_eq!((b.tick(), b.state()), (vec![Action::Connect], State::Waiting));
+        assert_eq!((b.tick(), b.state()), (vec![TunnelAction::Connect], TunnelState::Waiting));
     }
     b.up();
     // the link dies again, and soon: what was waited for before is forgotten
-    b.now += DEAD;
-    b.on(Event::Tick);
+    b.now += LINK_TIMEOUT;
+    b.on(TunnelEvent::Tick);
     assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
 }
 
@@ -237,11 +242,11 @@ fn after_minutes_in_which_nothing_comes_back_the_next_try_is_a_second_away() {
 fn a_link_that_died_silently_does_not_pay_for_trouble_before_it() {
     let mut b = begun();
     for _ in 0..40 {
-        b.on(Event::ConnectFailed("tcp: frps:7000: Connection refused".into()));
+        b.on(TunnelEvent::ConnectFailed("tcp: frps:7000: Connection refused".into()));
         b.tick();
     }
     b.up();
-    b.now += DEAD;
-    b.on(Event::Tick);
+    b.now += LINK_TIMEOUT;
+    b.on(TunnelEvent::Tick);
     assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
 }

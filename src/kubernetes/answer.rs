@@ -9,12 +9,12 @@ use hyper::body::Bytes;
 use serde_json::json;
 
 use crate::base::text::printable;
-use crate::kubernetes::header_policy::Refused;
+use crate::kubernetes::header_policy::Rejection;
 use crate::kubernetes::upstream::Body;
 
 /// Why a request is not served.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct ApiError {
     pub status: u16,
     /// Stable: programs judge by it.
     pub code: &'static str,
@@ -25,18 +25,18 @@ pub struct Problem {
     pub retry_after: Option<u32>,
 }
 
-impl Problem {
+impl ApiError {
     pub fn new(
         status: u16,
         code: &'static str,
         message: impl Into<Cow<'static, str>>,
         hint: Option<&'static str>,
-    ) -> Problem {
-        Problem { status, code, message: message.into(), hint, retry_after: None }
+    ) -> ApiError {
+        ApiError { status, code, message: message.into(), hint, retry_after: None }
     }
 
     #[must_use]
-    pub fn again_after(mut self, seconds: u32) -> Problem {
+    pub fn retry_after_s(mut self, seconds: u32) -> ApiError {
         self.retry_after = Some(seconds);
         self
     }
@@ -94,14 +94,14 @@ impl Problem {
     }
 }
 
-impl From<Refused> for Problem {
-    fn from((status, code, message): Refused) -> Problem {
-        Problem::new(status, code, message, None)
+impl From<Rejection> for ApiError {
+    fn from((status, code, message): Rejection) -> ApiError {
+        ApiError::new(status, code, message, None)
     }
 }
 
 /// Whether a path of the Kubernetes API is about what the cluster serves, and not about objects.
-pub fn discovery(path: &str) -> bool {
+pub fn is_discovery(path: &str) -> bool {
     let mut segments = path.split('/').filter(|s| !s.is_empty());
     match segments.next() {
         Some("api") => segments.count() < 2,
@@ -163,8 +163,8 @@ mod tests {
             (504, "Timeout"),
             (507, "InternalError"),
         ] {
-            let answer = Problem::new(status, "some_code", "what is wrong", Some("what to do"))
-                .again_after(3)
+            let answer = ApiError::new(status, "some_code", "what is wrong", Some("what to do"))
+                .retry_after_s(3)
                 .status(false);
             assert_eq!(answer.status(), status);
             assert_eq!(answer.headers()["content-type"], "application/json");
@@ -181,7 +181,8 @@ mod tests {
 
     #[test]
     fn what_kubectl_does_not_read_of_discovery_it_is_warned_of() {
-        let problem = Problem::new(503, "some_code", "the \"cluster\" is – away\r\n", Some("wait"));
+        let problem =
+            ApiError::new(503, "some_code", "the \"cluster\" is – away\r\n", Some("wait"));
         assert!(!problem.status(false).headers().contains_key("warning"));
         let warned = problem.status(true);
         assert_eq!(
@@ -200,7 +201,7 @@ mod tests {
             "/version",
             "/openapi/v3/apis/apps/v1",
         ] {
-            assert!(discovery(path), "{path}");
+            assert!(is_discovery(path), "{path}");
         }
         for path in [
             "/api/v1/pods",
@@ -208,7 +209,7 @@ mod tests {
             "/apis/apps/v1/deployments",
             "/apis/apps/v1/namespaces/x/deployments",
         ] {
-            assert!(!discovery(path), "{path}");
+            assert!(!is_discovery(path), "{path}");
         }
     }
 }

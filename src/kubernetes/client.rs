@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::kubernetes::readiness;
-use crate::kubernetes::wire::Wire;
+use crate::kubernetes::transport::Transport;
 use anyhow::Context as _;
 use http::{Method, Request};
 use http_body_util::BodyExt as _;
@@ -16,7 +16,7 @@ use crate::host::Host;
 /// Field manager of everything that the installer applies.
 pub const MANAGER: &str = "pipeops";
 /// A request is answered within this, body and all; watches have their own time.
-const PATIENCE: Duration = Duration::from_secs(20);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 /// An API server that is too busy, or just starting, is asked again after these.
 const RETRIES: [Duration; 3] =
     [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
@@ -73,10 +73,10 @@ impl Cluster {
     /// # Errors
     /// When the file is absent or no kubeconfig.
     pub fn open(host: &Host, kubeconfig: &str) -> anyhow::Result<Cluster> {
-        let wire = Wire::open(host, kubeconfig, 4)?;
+        let transport = Transport::open(host, kubeconfig, 4)?;
         let service = tower::service_fn(move |request: Request<kube::client::Body>| {
-            let wire = wire.clone();
-            wire.send(request.map(|body| body.map_err(Into::into).boxed_unsync()))
+            let transport = transport.clone();
+            transport.send(request.map(|body| body.map_err(Into::into).boxed_unsync()))
         });
         Ok(Cluster { client: kube::Client::new(service, "default") })
     }
@@ -97,14 +97,15 @@ impl Cluster {
                 .header("Accept", "application/json")
                 .body(body.clone())
                 .map_err(kube::Error::HttpError)?;
-            let answer = match timeout(PATIENCE, self.client.request::<Value>(request)).await {
+            let answer = match timeout(REQUEST_TIMEOUT, self.client.request::<Value>(request)).await
+            {
                 Ok(answer) => answer,
                 Err(_) => Err(kube::Error::Service(
-                    format!("no answer for {} s", PATIENCE.as_secs()).into(),
+                    format!("no answer for {} s", REQUEST_TIMEOUT.as_secs()).into(),
                 )),
             };
             match (&answer, waits.next()) {
-                (Err(e), Some(wait)) if status(e).is_some_and(passing) => sleep(*wait).await,
+                (Err(e), Some(wait)) if status(e).is_some_and(is_transient) => sleep(*wait).await,
                 _ => return answer,
             }
         }
@@ -138,8 +139,8 @@ impl Cluster {
         let body = serde_json::to_vec(object)?;
         match self.send(Method::PATCH, &path, "application/apply-patch+yaml", body).await {
             Ok(applied) => Ok(applied),
-            Err(e) => match conflict(&e) {
-                Some(owned) => Err(contested(object, &owned).into()),
+            Err(e) => match field_conflicts(&e) {
+                Some(owned) => Err(conflict_failure(object, &owned).into()),
                 None => Err(e).with_context(|| format!("applying {}", title_of(object))),
             },
         }
@@ -160,7 +161,7 @@ impl Cluster {
     }
 
     /// Whether the object stands as wanted: a dry run of the apply changes nothing. `None` when it is not there.
-    pub async fn stands(&self, object: &Value) -> anyhow::Result<Option<bool>> {
+    pub async fn is_applied(&self, object: &Value) -> anyhow::Result<Option<bool>> {
         let Some(now) = self
             .get(&path_of(object)?)
             .await
@@ -169,7 +170,7 @@ impl Cluster {
             return Ok(None);
         };
         let then = self.apply(object, true).await?;
-        Ok(Some(essence(now) == essence(then)))
+        Ok(Some(without_server_fields(now) == without_server_fields(then)))
     }
 
     /// What keeps the pods that carry these labels from their work; `None` too where they cannot be read.
@@ -207,7 +208,7 @@ impl Cluster {
 }
 
 /// Whether a status speaks of this moment only: an API server that is too busy, or one that begins or ends behind what stands in front.
-pub fn passing(status: u16) -> bool {
+pub fn is_transient(status: u16) -> bool {
     matches!(status, 429 | 502..=504)
 }
 
@@ -224,13 +225,13 @@ pub const CONFLICT: &str = "FIELD_CONFLICT";
 
 /// A field that somebody else owns: its path, and the field manager that set it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Owned {
+struct OwnedField {
     field: String,
     manager: String,
 }
 
 /// The fields of a refused apply (`FieldManagerConflict` in the causes of a Status, kubernetes.io "Server-Side Apply").
-fn conflict(error: &kube::Error) -> Option<Vec<Owned>> {
+fn field_conflicts(error: &kube::Error) -> Option<Vec<OwnedField>> {
     let kube::Error::Api(status) = error else { return None };
     let causes = status
         .details
@@ -239,20 +240,21 @@ fn conflict(error: &kube::Error) -> Option<Vec<Owned>> {
         .filter(|c| c.reason == "FieldManagerConflict");
     // conflict with "helm-controller@vm1" using helm.cattle.io/v1
     let manager = |message: &str| message.split('"').nth(1).unwrap_or("somebody else").to_owned();
-    let owned: Vec<Owned> =
-        causes.map(|c| Owned { field: c.field.clone(), manager: manager(&c.message) }).collect();
+    let owned: Vec<OwnedField> = causes
+        .map(|c| OwnedField { field: c.field.clone(), manager: manager(&c.message) })
+        .collect();
     (status.code == 409 && !owned.is_empty()).then_some(owned)
 }
 
 /// A conflict in words: whose is what, and the way out. Values are left out, for a field may hold a secret.
-fn contested(object: &Value, owned: &[Owned]) -> Failure {
+fn conflict_failure(object: &Value, owned: &[OwnedField]) -> Failure {
     let title = title_of(object);
     let mut failure = Failure::new(
         Exit::Partial,
         CONFLICT,
         format!("{title}: somebody else has set fields that pipeops sets"),
     );
-    for Owned { field, manager } in owned {
+    for OwnedField { field, manager } in owned {
         failure = failure.why(format!("{field} belongs to \"{manager}\" and has another value"));
     }
     let kind = object["kind"].as_str().unwrap_or_default().to_lowercase();
@@ -266,7 +268,7 @@ fn contested(object: &Value, owned: &[Owned]) -> Failure {
 }
 
 /// An object less what the server keeps about the writing itself.
-fn essence(mut object: Value) -> Value {
+fn without_server_fields(mut object: Value) -> Value {
     if let Some(meta) = object.get_mut("metadata").and_then(Value::as_object_mut) {
         for key in ["managedFields", "resourceVersion", "generation"] {
             meta.remove(key);

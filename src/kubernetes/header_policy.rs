@@ -8,10 +8,10 @@ use crate::contract::token::Caller;
 use crate::kubernetes::path;
 
 /// Most bytes of a header block.
-const HEADERS: usize = 16 * 1024;
+const MAX_HEADER_BYTES: usize = 16 * 1024;
 
 /// A refusal: status, code, message.
-pub type Refused = (u16, &'static str, &'static str);
+pub type Rejection = (u16, &'static str, &'static str);
 
 /// Meant for one connection, never passed on (RFC 9110 §7.6.1).
 const HOP_BY_HOP: &[&str] = &[
@@ -43,7 +43,7 @@ const DROPPED_PREFIXES: &[&str] = &["x-remote-", "x-forwarded-", "x-real-ip", "p
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn form(parts: &Parts) -> Result<(), Refused> {
+pub fn check_framing(parts: &Parts) -> Result<(), Rejection> {
     let bad = |message| Err((400, "bad_request", message));
     if parts.method == Method::CONNECT {
         return Err(if parts.version == Version::HTTP_2 {
@@ -85,7 +85,7 @@ pub fn form(parts: &Parts) -> Result<(), Refused> {
     }
     let size: usize =
         parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-    if size > HEADERS {
+    if size > MAX_HEADER_BYTES {
         return Err((431, "headers_too_large", "the headers are longer than 16 KiB"));
     }
     Ok(())
@@ -95,7 +95,7 @@ pub fn form(parts: &Parts) -> Result<(), Refused> {
 ///
 /// # Errors
 /// One that is not passed through.
-pub fn upgrade(parts: &Parts) -> Result<Option<HeaderValue>, Refused> {
+pub fn requested_upgrade(parts: &Parts) -> Result<Option<HeaderValue>, Rejection> {
     let named = listed(&parts.headers, header::CONNECTION).iter().any(|token| token == "upgrade");
     match parts.headers.get(header::UPGRADE) {
         Some(value) if named => {
@@ -114,10 +114,10 @@ pub fn upgrade(parts: &Parts) -> Result<Option<HeaderValue>, Refused> {
 /// Which headers speak of one connection and are never passed on: the known ones, and those that `Connection` names.
 pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&str) -> bool + use<> {
     let named = listed(headers, header::CONNECTION);
-    move |name| per_connection(&named, name)
+    move |name| is_hop_by_hop(&named, name)
 }
 
-fn per_connection(named: &[String], name: &str) -> bool {
+fn is_hop_by_hop(named: &[String], name: &str) -> bool {
     HOP_BY_HOP.contains(&name) || named.iter().any(|n| n == name)
 }
 
@@ -143,12 +143,12 @@ fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
 ///
 /// # Errors
 /// A header that claims an identity.
-pub fn outward(
+pub fn request_headers(
     headers: &HeaderMap,
     caller: &Caller,
     request: &str,
     upgrade: Option<HeaderValue>,
-) -> Result<HeaderMap, Refused> {
+) -> Result<HeaderMap, Rejection> {
     let named = listed(headers, header::CONNECTION);
     if named.iter().any(|n| n == "authorization" || n.starts_with("impersonate")) {
         return Err((400, "identity_header", "Connection names a header that carries an identity"));
@@ -174,7 +174,7 @@ pub fn outward(
         {
             return Err((400, "identity_header", "a WebSocket protocol that carries a token"));
         }
-        let dropped = per_connection(&named, text)
+        let dropped = is_hop_by_hop(&named, text)
             || DROPPED.contains(&text)
             || DROPPED_PREFIXES.iter().any(|p| text.starts_with(p))
             || text.contains('_');
@@ -201,7 +201,7 @@ pub fn outward(
 }
 
 /// What an answer says to the browser about the server's own name: here it would hold for another server, the one in between.
-const SPOKEN_FOR_ITSELF: &[&str] = &[
+const ORIGIN_BOUND: &[&str] = &[
     "alt-svc",
     "clear-site-data",
     "link",
@@ -215,35 +215,39 @@ const SPOKEN_FOR_ITSELF: &[&str] = &[
     "set-cookie2",
     "strict-transport-security",
 ];
-const SPOKEN_FOR_ITSELF_PREFIXES: &[&str] = &["access-control-"];
+const ORIGIN_BOUND_PREFIXES: &[&str] = &["access-control-"];
 
 /// A place that a server names, as seen from in front of `prefix`: a path of its own, and nothing that another reader could take for
 /// a place elsewhere.
-fn own_place(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
+fn rewrite_location(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
     let text = value.to_str().ok()?;
     let path = text.split(['?', '#']).next()?;
-    path::target(path).ok().filter(|_| path.starts_with('/') && !text.contains('\\'))?;
+    path::parse(path).ok().filter(|_| path.starts_with('/') && !text.contains('\\'))?;
     HeaderValue::from_str(&format!("{prefix}{text}")).ok()
 }
 
 /// The headers of an answer that go to the caller, who sees the server below `prefix`. `None` for a redirect that leads elsewhere;
 /// where nobody is redirected a place that cannot be named from here is left out (RFC 9110 §10.2.2, §8.7).
-pub fn inward(status: StatusCode, headers: &HeaderMap, prefix: &str) -> Option<HeaderMap> {
+pub fn response_headers(
+    status: StatusCode,
+    headers: &HeaderMap,
+    prefix: &str,
+) -> Option<HeaderMap> {
     let named = listed(headers, header::CONNECTION);
     let mut out = HeaderMap::with_capacity(headers.len() + 2);
     for (name, value) in headers {
         let text = name.as_str();
         if name == header::LOCATION || name == header::CONTENT_LOCATION {
-            match own_place(value, prefix) {
+            match rewrite_location(value, prefix) {
                 Some(place) => drop(out.append(name, place)),
                 None if status.is_redirection() && name == header::LOCATION => return None,
                 None => {}
             }
             continue;
         }
-        let left = per_connection(&named, text)
-            || SPOKEN_FOR_ITSELF.contains(&text)
-            || SPOKEN_FOR_ITSELF_PREFIXES.iter().any(|p| text.starts_with(p));
+        let left = is_hop_by_hop(&named, text)
+            || ORIGIN_BOUND.contains(&text)
+            || ORIGIN_BOUND_PREFIXES.iter().any(|p| text.starts_with(p));
         if !left {
             out.append(name, value.clone());
         }

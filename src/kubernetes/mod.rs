@@ -5,6 +5,6 @@ pub mod client;
 pub mod header_policy;
 pub mod path;
 pub mod readiness;
+mod transport;
 pub mod upstream;
 pub mod watch;
-mod wire;

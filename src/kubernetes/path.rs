@@ -5,11 +5,11 @@
 use http::Method;
 
 /// Longest path, bytes.
-const LONGEST: usize = 4096;
+const MAX_LENGTH: usize = 4096;
 
 /// A request to the Kubernetes API.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Target {
+pub struct KubernetesPath {
     /// The path that is sent on: what was judged, encoded again.
     pub path: String,
     /// Empty for paths that are no resource.
@@ -22,9 +22,9 @@ pub struct Target {
 
 /// Why a path is not sent on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub enum PathError {
     #[error("the path cannot be read: {0}")]
-    Path(&'static str),
+    Invalid(&'static str),
     #[error("proxying through the API server is refused")]
     Proxy,
     #[error("the token is for other namespaces")]
@@ -35,31 +35,35 @@ pub enum Refusal {
 ///
 /// # Errors
 /// A path that two readers could read differently, or that leads through the API server to something else.
-pub fn target(raw: &str) -> Result<Target, Refusal> {
-    if raw.len() > LONGEST {
-        return Err(Refusal::Path("it is longer than 4096 bytes"));
+pub fn parse(raw: &str) -> Result<KubernetesPath, PathError> {
+    if raw.len() > MAX_LENGTH {
+        return Err(PathError::Invalid("it is longer than 4096 bytes"));
     }
     if raw.is_empty() || raw == "/" {
-        return Ok(Target { path: "/".into(), ..Target::default() });
+        return Ok(KubernetesPath { path: "/".into(), ..KubernetesPath::default() });
     }
     let Some(rest) = raw.strip_prefix('/') else {
-        return Err(Refusal::Path("it does not begin with a slash"));
+        return Err(PathError::Invalid("it does not begin with a slash"));
     };
     // one slash at the end is what some clients write
-    let segments: Vec<String> =
-        rest.strip_suffix('/').unwrap_or(rest).split('/').map(segment).collect::<Result<_, _>>()?;
+    let segments: Vec<String> = rest
+        .strip_suffix('/')
+        .unwrap_or(rest)
+        .split('/')
+        .map(decode_segment)
+        .collect::<Result<_, _>>()?;
     let mut path: String = segments.iter().flat_map(|s| ["/".to_owned(), encode(s)]).collect();
     if rest.ends_with('/') {
         path.push('/');
     }
-    let mut target = Target { path, ..Target::default() };
-    read(&segments, &mut target)?;
+    let mut target = KubernetesPath { path, ..KubernetesPath::default() };
+    parse_resource(&segments, &mut target)?;
     Ok(target)
 }
 
-fn segment(raw: &str) -> Result<String, Refusal> {
+fn decode_segment(raw: &str) -> Result<String, PathError> {
     if raw.is_empty() {
-        return Err(Refusal::Path("a segment is empty"));
+        return Err(PathError::Invalid("a segment is empty"));
     }
     let mut bytes = Vec::with_capacity(raw.len());
     let mut rest = raw.bytes();
@@ -69,25 +73,25 @@ fn segment(raw: &str) -> Result<String, Refusal> {
                 b.and_then(|b| char::from(b).to_digit(16)).and_then(|d| u8::try_from(d).ok())
             };
             let (Some(high), Some(low)) = (digit(rest.next()), digit(rest.next())) else {
-                return Err(Refusal::Path("a percent sign without two digits"));
+                return Err(PathError::Invalid("a percent sign without two digits"));
             };
             let decoded = high << 4 | low;
             if matches!(decoded, b'.' | b'/' | b'\\' | b'%') {
-                return Err(Refusal::Path("an encoded dot, slash, backslash or percent sign"));
+                return Err(PathError::Invalid("an encoded dot, slash, backslash or percent sign"));
             }
             decoded
         } else {
             b
         };
         if decoded == b'\\' || decoded < 0x20 || decoded == 0x7f {
-            return Err(Refusal::Path("a backslash or control character"));
+            return Err(PathError::Invalid("a backslash or control character"));
         }
         bytes.push(decoded);
     }
-    let text = String::from_utf8(bytes).map_err(|_| Refusal::Path("it is not UTF-8"))?;
+    let text = String::from_utf8(bytes).map_err(|_| PathError::Invalid("it is not UTF-8"))?;
     // also with parameters behind it, which some servers cut off before they climb
     if matches!(text.split(';').next(), Some("." | "..")) {
-        return Err(Refusal::Path("a dot segment"));
+        return Err(PathError::Invalid("a dot segment"));
     }
     Ok(text)
 }
@@ -105,7 +109,7 @@ fn encode(segment: &str) -> String {
     text
 }
 
-fn read(segments: &[String], target: &mut Target) -> Result<(), Refusal> {
+fn parse_resource(segments: &[String], target: &mut KubernetesPath) -> Result<(), PathError> {
     let mut parts = segments.iter().map(String::as_str);
     match parts.next() {
         Some("api") => {
@@ -126,9 +130,9 @@ fn read(segments: &[String], target: &mut Target) -> Result<(), Refusal> {
     match rest.first().copied() {
         // the old form of watches and of the proxy verb: other rules of reading, and nobody needs them
         Some("watch") => {
-            return Err(Refusal::Path("a path with `watch` in it: use the query watch=true"));
+            return Err(PathError::Invalid("a path with `watch` in it: use the query watch=true"));
         }
-        Some("proxy") => return Err(Refusal::Proxy),
+        Some("proxy") => return Err(PathError::Proxy),
         _ => {}
     }
     if rest.first() == Some(&"namespaces") {
@@ -149,17 +153,21 @@ fn read(segments: &[String], target: &mut Target) -> Result<(), Refusal> {
     target.name = rest.next().map(str::to_owned);
     target.subresource = rest.next().map(str::to_owned);
     if target.subresource.as_deref() == Some("proxy") {
-        return Err(Refusal::Proxy);
+        return Err(PathError::Proxy);
     }
     Ok(())
 }
 
-impl Target {
+impl KubernetesPath {
     /// Whether a caller who is limited to `namespaces` may ask this.
     ///
     /// # Errors
-    /// [`Refusal::Scope`].
-    pub fn within(&self, method: &Method, namespaces: &[String]) -> Result<(), Refusal> {
+    /// [`PathError::Scope`].
+    pub fn check_namespaces(
+        &self,
+        method: &Method,
+        namespaces: &[String],
+    ) -> Result<(), PathError> {
         let reading = matches!(*method, Method::GET | Method::HEAD);
         let listed = self.namespace.as_ref().is_some_and(|n| namespaces.contains(n));
         let allowed = if self.resource.is_empty() {
@@ -180,7 +188,7 @@ impl Target {
             );
             review && *method == Method::POST && self.name.is_none()
         };
-        if allowed { Ok(()) } else { Err(Refusal::Scope) }
+        if allowed { Ok(()) } else { Err(PathError::Scope) }
     }
 }
 
@@ -217,7 +225,7 @@ mod tests {
             ("/", "", None, None, None),
         ];
         for (path, resource, namespace, name, sub) in cases {
-            let t = target(path).unwrap();
+            let t = parse(path).unwrap();
             assert_eq!((t.path.as_str(), t.resource.as_str()), (path, resource), "{path}");
             assert_eq!(
                 (t.namespace.as_deref(), t.name.as_deref(), t.subresource.as_deref()),
@@ -227,17 +235,17 @@ mod tests {
         }
         // odd and right
         assert_eq!(
-            target("/api/v1/namespaces/b/configmaps/caf%C3%A9").unwrap().path,
+            parse("/api/v1/namespaces/b/configmaps/caf%C3%A9").unwrap().path,
             "/api/v1/namespaces/b/configmaps/caf%C3%A9"
         );
         assert_eq!(
-            target("/apis/rbac.authorization.k8s.io/v1/clusterroles/system:node")
+            parse("/apis/rbac.authorization.k8s.io/v1/clusterroles/system:node")
                 .unwrap()
                 .name
                 .unwrap(),
             "system:node"
         );
-        assert_eq!(target("/api/v1/%70ods").unwrap().path, "/api/v1/pods");
+        assert_eq!(parse("/api/v1/%70ods").unwrap().path, "/api/v1/pods");
     }
 
     #[test]
@@ -262,7 +270,7 @@ mod tests {
             "api/v1/secrets",
             "/api/v1/watch/secrets",
         ] {
-            assert!(matches!(target(path), Err(Refusal::Path(_))), "{path}: {:?}", target(path));
+            assert!(matches!(parse(path), Err(PathError::Invalid(_))), "{path}: {:?}", parse(path));
         }
         for path in [
             "/api/v1/nodes/n/proxy/run",
@@ -270,15 +278,16 @@ mod tests {
             "/api/v1/namespaces/b/pods/p/proxy",
             "/api/v1/proxy/nodes/n",
         ] {
-            assert_eq!(target(path), Err(Refusal::Proxy), "{path}");
+            assert_eq!(parse(path), Err(PathError::Proxy), "{path}");
         }
     }
 
     #[test]
     fn a_namespace_claim_lets_only_its_own_through() {
         let own = ["beta".to_owned()];
-        let verdict =
-            |method: Method, path: &str| target(path).unwrap().within(&method, &own).is_ok();
+        let verdict = |method: Method, path: &str| {
+            parse(path).unwrap().check_namespaces(&method, &own).is_ok()
+        };
         for (method, path) in [
             (Method::GET, "/api"),
             (Method::GET, "/apis/apps/v1"),
@@ -313,11 +322,11 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_sent_on_is_what_was_judged(raw in "(/[a-z%0-9./\\\\:é-]{0,12}){0,6}") {
-            if let Ok(judged) = target(&raw) {
+            if let Ok(judged) = parse(&raw) {
                 prop_assert!(!judged.path.contains("..") || judged.path.split('/').all(|s| s != ".."));
                 prop_assert!(!judged.path.contains("//") && !judged.path.contains('\\') && judged.path.is_ascii());
                 // judged again, it means the same
-                prop_assert_eq!(target(&judged.path), Ok(judged));
+                prop_assert_eq!(parse(&judged.path), Ok(judged));
             }
         }
     }

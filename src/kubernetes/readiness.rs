@@ -43,9 +43,9 @@ pub fn node_version(node: &Value, version: &str) -> Option<String> {
 }
 
 /// The kubelet's signs of life: its Ready condition's heartbeat and its Lease's renewal. Both are stamped by the node itself.
-pub type Beats = [Option<Timestamp>; 2];
+pub type NodeHeartbeats = [Option<Timestamp>; 2];
 
-pub fn heartbeats(node: &Value, lease: Option<&Value>) -> Beats {
+pub fn heartbeats(node: &Value, lease: Option<&Value>) -> NodeHeartbeats {
     let beat = node["status"]["conditions"]
         .as_array()
         .and_then(|all| all.iter().find(|c| c["type"] == "Ready"));
@@ -56,7 +56,7 @@ pub fn heartbeats(node: &Value, lease: Option<&Value>) -> Beats {
 
 /// Whether a sign of life is of the process that was started at `started`, all by this node's clock. Where the clock was set back
 /// since, an older sign looks like one from the future: it proves nothing.
-pub fn fresh(beats: Beats, started: Option<Timestamp>, now: Timestamp) -> bool {
+pub fn fresh(beats: NodeHeartbeats, started: Option<Timestamp>, now: Timestamp) -> bool {
     let Some(started) = started else { return true };
     let mut seen = beats.into_iter().flatten().peekable();
     seen.peek().is_none()

@@ -4,8 +4,8 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use tower::BoxError;
 
-pub use super::wire::Body;
-use super::wire::Wire;
+pub use super::transport::Body;
+use super::transport::Transport;
 use crate::host::Host;
 
 /// Connections kept for later requests.
@@ -14,9 +14,9 @@ const IDLE: usize = 32;
 /// An API server as one identity. Never follows a redirect, never tries again, has no time-out but for the connection.
 #[derive(Clone)]
 pub struct Upstream {
-    pooled: Wire,
+    pooled: Transport,
     /// For upgrades: a connection of its own, closed when the answer is another than 101.
-    single: Wire,
+    single: Transport,
 }
 
 impl Upstream {
@@ -24,8 +24,8 @@ impl Upstream {
     /// When the file is absent or no kubeconfig.
     pub fn open(host: &Host, kubeconfig: &str) -> anyhow::Result<Upstream> {
         Ok(Upstream {
-            pooled: Wire::open(host, kubeconfig, IDLE)?,
-            single: Wire::open(host, kubeconfig, 0)?,
+            pooled: Transport::open(host, kubeconfig, IDLE)?,
+            single: Transport::open(host, kubeconfig, 0)?,
         })
     }
 
@@ -38,7 +38,7 @@ impl Upstream {
         request: Request<Body>,
         upgrade: bool,
     ) -> Result<Response<Incoming>, BoxError> {
-        let wire = if upgrade { self.single.clone() } else { self.pooled.clone() };
-        wire.send(request).await
+        let transport = if upgrade { self.single.clone() } else { self.pooled.clone() };
+        transport.send(request).await
     }
 }

@@ -10,17 +10,17 @@ use crate::kubernetes::client::{Cluster, status};
 /// What happened to the objects of a kind.
 pub enum Change {
     /// A new list begins: what was known is void.
-    Begin,
-    Put(Value),
-    Gone(Value),
+    Reset,
+    Applied(Value),
+    Deleted(Value),
     /// The list is complete.
-    Listed,
+    Synced,
 }
 
 /// Objects in a page of a list: what is parsed at once bounds the memory that the agent takes.
-const PAGE: usize = 25;
+const PAGE_SIZE: usize = 25;
 /// Seconds after which the API server ends a watch by itself.
-const WATCH: u32 = 290;
+const WATCH_TIMEOUT_S: u32 = 290;
 
 /// Follows until something fails. A kind that the server does not have, or may not be seen, is followed as empty.
 ///
@@ -32,16 +32,16 @@ pub async fn follow(
     mut on: impl FnMut(Change),
 ) -> Result<(), kube::Error> {
     loop {
-        on(Change::Begin);
+        on(Change::Reset);
         let mut version = list(cluster, path, &mut on).await?;
-        on(Change::Listed);
+        on(Change::Synced);
         let Some(version) = &mut version else {
             // no such kind, or no right to see it
             return Ok(());
         };
         loop {
             let uri = format!(
-                "{path}?watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH}&resourceVersion={version}"
+                "{path}?watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH_TIMEOUT_S}&resourceVersion={version}"
             );
             let request = Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)?;
             let mut events = std::pin::pin!(cluster.client.request_events::<Value>(request).await?);
@@ -50,11 +50,11 @@ pub async fn follow(
                 match event {
                     WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                         remember(version, &object);
-                        on(Change::Put(object));
+                        on(Change::Applied(object));
                     }
                     WatchEvent::Deleted(object) => {
                         remember(version, &object);
-                        on(Change::Gone(object));
+                        on(Change::Deleted(object));
                     }
                     WatchEvent::Bookmark(mark) => {
                         version.clone_from(&mark.metadata.resource_version)
@@ -84,14 +84,14 @@ async fn list(
 ) -> Result<Option<String>, kube::Error> {
     let mut more = String::new();
     loop {
-        let mut page = match cluster.get(&format!("{path}?limit={PAGE}{more}")).await {
+        let mut page = match cluster.get(&format!("{path}?limit={PAGE_SIZE}{more}")).await {
             Ok(Some(page)) => page,
             Ok(None) => return Ok(None),
             Err(e) if status(&e) == Some(403) => return Ok(None),
             Err(e) => return Err(e),
         };
         if let Value::Array(items) = page["items"].take() {
-            items.into_iter().for_each(|item| on(Change::Put(item)));
+            items.into_iter().for_each(|item| on(Change::Applied(item)));
         }
         match page["metadata"]["continue"].as_str() {
             Some(token) if !token.is_empty() => {

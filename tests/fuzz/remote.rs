@@ -2,13 +2,13 @@
 
 use hyper_util::rt::TokioIo;
 use pipeops::base::secret::Secret;
-use pipeops::contract::token::{Caller, Role, check};
+use pipeops::contract::token::{Caller, Role, verify};
 use pipeops::contract::types::{Jwk, Jwks, RunnerAuth};
 use pipeops::frp::codec::layered;
 use pipeops::frp::mux::{Limits, Mux, Side};
 use pipeops::frp::wire::{self, Key, Message};
 use pipeops::kubernetes::header_policy;
-use pipeops::kubernetes::path::target;
+use pipeops::kubernetes::path;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::{run, run_bytes};
@@ -96,14 +96,14 @@ fn path() {
         "//\\..;/",
     ];
     run("path", &seeds, |text| {
-        if let Ok(judged) = target(text) {
+        if let Ok(judged) = path::parse(text) {
             assert!(
                 judged.path.is_ascii()
                     && !judged.path.contains("//")
                     && !judged.path.contains('\\')
                     && judged.path.split('/').all(|s| s != ".." && s != ".")
             );
-            assert_eq!(target(&judged.path).as_ref(), Ok(&judged));
+            assert_eq!(path::parse(&judged.path).as_ref(), Ok(&judged));
         }
     });
 }
@@ -126,7 +126,7 @@ fn jwt() {
     run("jwt", &[good, "..", "eyJhbGciOiJub25lIn0.e30."], |text| {
         // nobody has signed any of these
         assert!(
-            check(text, &auth, "a", Role::Admin, 1_800_000_000, &std::sync::Mutex::default())
+            verify(text, &auth, "a", Role::Admin, 1_800_000_000, &std::sync::Mutex::default())
                 .is_err()
         );
     });
@@ -143,7 +143,7 @@ fn head() {
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
     ];
     let caller =
-        Caller { subject: "r".into(), role: Role::Viewer, namespaces: None, token: "t".into() };
+        Caller { subject: "r".into(), role: Role::Viewer, namespaces: None, token_id: "t".into() };
     let runtime = runtime();
     run_bytes("head", &seeds, |bytes| {
         runtime.block_on(async {
@@ -152,10 +152,10 @@ fn head() {
             let service = hyper::service::service_fn(
                 move |request: hyper::Request<hyper::body::Incoming>| {
                     let (parts, _) = request.into_parts();
-                    let upgrade = header_policy::upgrade(&parts).unwrap_or_default();
+                    let upgrade = header_policy::requested_upgrade(&parts).unwrap_or_default();
                     if let (Ok(()), Ok(out)) = (
-                        header_policy::form(&parts),
-                        header_policy::outward(&parts.headers, &caller, "id", upgrade),
+                        header_policy::check_framing(&parts),
+                        header_policy::request_headers(&parts.headers, &caller, "id", upgrade),
                     ) {
                         let named: Vec<&str> = out
                             .keys()
@@ -268,16 +268,20 @@ fn plane() {
 /// What Runners ask for: taken, or refused with a code; what is taken names objects that a path can hold.
 #[test]
 fn operations() {
-    use pipeops::contract::operation::Wanted;
-    let caller =
-        Caller { subject: "r".into(), role: Role::Operator, namespaces: None, token: "t".into() };
+    use pipeops::contract::operation::OperationRequest;
+    let caller = Caller {
+        subject: "r".into(),
+        role: Role::Operator,
+        namespaces: None,
+        token_id: "t".into(),
+    };
     let seeds = [
         r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"w","namespace":"beta"}}],"wait":false,"timeout_s":9}}"#,
         r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","name":"c","namespace":"b"}]}}"#,
         r#"{"kind":"scale","spec":{"object":{"apiVersion":"apps/v1","kind":"Deployment","name":"w","namespace":"b"},"replicas":3}}"#,
         r#"{"kind":"cordon","spec":{"node":"n1"}}"#,
     ];
-    run("operations", &seeds, |text| match Wanted::parse(text.as_bytes(), &caller) {
+    run("operations", &seeds, |text| match OperationRequest::parse(text.as_bytes(), &caller) {
         Ok(wanted) => assert!(!wanted.kind().is_empty()),
         Err((status, code, message)) => {
             assert!(matches!(status, 400 | 403) && !code.is_empty() && !message.is_empty())

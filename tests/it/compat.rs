@@ -418,7 +418,7 @@ impl Given {
         };
         let mut tasks = tokio::task::JoinSet::new();
         let other = |e: &dyn std::fmt::Debug| std::io::Error::other(format!("{e:?}"));
-        let carrier = pipeops::frp::dial::Target::new(&config, false)
+        let carrier = pipeops::frp::dial::Dialer::new(&config, false)
             .unwrap()
             .connect(&mut tasks)
             .await

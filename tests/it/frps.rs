@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use pipeops::base::secret::Secret;
 use pipeops::frp::codec::{Duplex, encrypted};
-use pipeops::frp::dial::{Carrier, Target};
+use pipeops::frp::dial::{Carrier, Dialer};
 use pipeops::frp::server::{Server, ServerConfig};
 use pipeops::frp::wire::{
     self, Key, Login, LoginResp, Message, NewProxy, NewWorkConn, Ping, StartWorkConn,
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::plane::identity;
 use crate::tunnel::{Frpc, Frps, TOKEN, echo, round_trip, settings};
-use pipeops::frp::State;
+use pipeops::frp::TunnelState;
 
 /// A client by hand: logged in, everything else is the test's.
 struct ByHand {
@@ -29,7 +29,7 @@ struct ByHand {
 impl ByHand {
     async fn login(address: std::net::SocketAddr, pin: &str, run_id: &str) -> ByHand {
         let mut tasks = JoinSet::new();
-        let carrier = Target::new(&settings(address, true, pin), false)
+        let carrier = Dialer::new(&settings(address, true, pin), false)
             .unwrap()
             .connect(&mut tasks)
             .await
@@ -85,7 +85,7 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
         tcp_mux: true,
         tcp_bind: None,
         heartbeat: Duration::from_millis(1),
-        admit: None,
+        authorizer: None,
     };
     let server = Server::new(config);
     tokio::spawn({
@@ -171,7 +171,7 @@ async fn a_crowd_from_one_address_keeps_nobody_else_out() {
         crowd.push(socket.connect(frps.address).await.unwrap());
     }
     let mut frpc = Frpc::start(settings(frps.address, true, &pin), "");
-    frpc.until(State::Up).await;
+    frpc.until(TunnelState::Up).await;
     // and those who say nothing for ten seconds are hung up on
     let mut byte = [0];
     assert_eq!(crowd.remove(0).read(&mut byte).await.unwrap_or(0), 0);
@@ -184,7 +184,7 @@ async fn whoever_is_refused_has_time_to_read_it() {
     let frps = Frps::with(Some(&tls), true, 0).await;
     let mut tasks = JoinSet::new();
     for again in [false, true] {
-        let carrier = Target::new(&settings(frps.address, true, &pin), false)
+        let carrier = Dialer::new(&settings(frps.address, true, &pin), false)
             .unwrap()
             .connect(&mut tasks)
             .await
@@ -216,7 +216,7 @@ async fn a_connection_of_which_nothing_comes_is_closed() {
     let (tls, pin) = identity();
     let frps = Frps::with(Some(&tls), true, 0).await;
     let mut tasks = JoinSet::new();
-    let Carrier::Mux(mux) = Target::new(&settings(frps.address, true, &pin), false)
+    let Carrier::Mux(mux) = Dialer::new(&settings(frps.address, true, &pin), false)
         .unwrap()
         .connect(&mut tasks)
         .await

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt as _;
 use pipeops::base::secret::Secret;
 use pipeops::base::trust::Pin;
-use pipeops::frp::client::{Work, visit};
-use pipeops::frp::dial::Target;
-use pipeops::frp::{Kind, Proxy, State, TunnelAuth, TunnelConfig, TunnelTls};
+use pipeops::frp::client::{WorkConnection, visit};
+use pipeops::frp::dial::Dialer;
+use pipeops::frp::{Proxy, ProxyKind, TunnelAuth, TunnelConfig, TunnelState, TunnelTls};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -94,11 +94,11 @@ async fn connected(port: u16, what: &str, dir: &Path) -> TcpStream {
 }
 
 /// Echoes on tcp and stcp; on http answers as a server does.
-fn serve(mut works: mpsc::Receiver<Work>) {
+fn serve(mut works: mpsc::Receiver<WorkConnection>) {
     tokio::spawn(async move {
         while let Some(mut work) = works.recv().await {
             tokio::spawn(async move {
-                if work.kind != Kind::Http {
+                if work.kind != ProxyKind::Http {
                     return echo(work.io).await;
                 }
                 let (mut head, mut byte) = (Vec::new(), [0]);
@@ -161,7 +161,7 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         remote_port: remote,
         ..Proxy::default()
     };
-    let mut web = proxy("h", Kind::Http);
+    let mut web = proxy("h", ProxyKind::Http);
     web.custom_domains = vec!["agent.test".into()];
     for (use_encryption, use_compression) in [(false, false), (true, true)] {
         let mut config = TunnelConfig {
@@ -175,14 +175,14 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
                 ..TunnelTls::default()
             },
             auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
-            proxies: vec![proxy("s", Kind::Stcp), proxy("t", Kind::Tcp), web.clone()],
+            proxies: vec![proxy("s", ProxyKind::Stcp), proxy("t", ProxyKind::Tcp), web.clone()],
         };
         for proxy in &mut config.proxies {
             (proxy.use_encryption, proxy.use_compression) = (use_encryption, use_compression);
         }
         let (mut frpc, works) = Frpc::insecure(config.clone(), "", !pinned);
         serve(works);
-        frpc.until(State::Up).await;
+        frpc.until(TunnelState::Up).await;
         let mut tcp = connected(remote, "the tcp proxy", dir.path()).await;
         round_trip(&mut tcp, 10_000_000).await;
         let mut http = connected(vhost, "the http port", dir.path()).await;
@@ -204,7 +204,7 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         // our own visitor; what encrypts the stream is a matter of both its ends
         if !use_encryption {
             let mut tasks = tokio::task::JoinSet::new();
-            let carrier = Target::new(&config, !pinned).unwrap().connect(&mut tasks).await.unwrap();
+            let carrier = Dialer::new(&config, !pinned).unwrap().connect(&mut tasks).await.unwrap();
             round_trip(&mut visit(&carrier, "", "s", &Secret::new("sk")).await.unwrap(), 1_000_000)
                 .await;
             assert!(visit(&carrier, "", "s", &Secret::new("wrong")).await.is_err());
@@ -230,7 +230,7 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
                 PAUSED
             );
         }
-        assert_eq!(frpc.until(State::Up).await, "");
+        assert_eq!(frpc.until(TunnelState::Up).await, "");
         println!(
             "{}: tcpMux {tcp_mux}, TLS {tls:?}, encryption and compression {use_encryption}: tcp, http, stcp carried",
             release.name
@@ -260,7 +260,7 @@ async fn its_own_key(release: &Release, config: &TunnelConfig, pem: &str) {
     let refused = async |tls: TunnelTls| {
         let mut config = config.clone();
         config.tls = tls;
-        Frpc::insecure(config, "", false).0.until(State::Waiting).await
+        Frpc::insecure(config, "", false).0.until(TunnelState::Waiting).await
     };
     let reason = refused(TunnelTls { ca_pem: Some(pem.to_owned()), ..config.tls.clone() }).await;
     assert!(reason.starts_with("tls_untrusted"), "{reason}");
@@ -278,7 +278,7 @@ async fn its_own_key(release: &Release, config: &TunnelConfig, pem: &str) {
     let mut frpc = Frpc::insecure(pinned, "", false).0;
     // 1024 bits, until 0.36 or so
     let weak = release.before(36);
-    let reason = frpc.until(if weak { State::Waiting } else { State::Up }).await;
+    let reason = frpc.until(if weak { TunnelState::Waiting } else { TunnelState::Up }).await;
     assert_eq!(weak, reason.starts_with("tls_key"), "{reason}");
     println!(
         "{}: tcpMux {}: the key that it made for itself, pinned: {}",
@@ -296,7 +296,12 @@ fn one_proxy(port: u16, tcp_mux: bool, remote_port: u16) -> TunnelConfig {
         tcp_mux,
         pool_count: 1,
         auth: TunnelAuth { token: Secret::new(TOKEN), ..TunnelAuth::default() },
-        proxies: vec![Proxy { name: "t".into(), kind: Kind::Tcp, remote_port, ..Proxy::default() }],
+        proxies: vec![Proxy {
+            name: "t".into(),
+            kind: ProxyKind::Tcp,
+            remote_port,
+            ..Proxy::default()
+        }],
         ..TunnelConfig::default()
     }
 }
@@ -322,26 +327,26 @@ async fn restarted_and_refuses(release: &Release) {
     let config = one_proxy(bind, true, remote);
     let (mut frpc, works) = Frpc::insecure(config.clone(), "", true);
     serve(works);
-    frpc.until(State::Up).await;
+    frpc.until(TunnelState::Up).await;
     let run_id = frpc.run_id().await;
     let refused = async |change: &dyn Fn(&mut TunnelConfig), state| {
         let mut config = config.clone();
         change(&mut config);
         Frpc::insecure(config, "", true).0.until(state).await
     };
-    let reason = refused(&|c| c.auth.token = Secret::new("wrong"), State::Unauthorized).await;
+    let reason = refused(&|c| c.auth.token = Secret::new("wrong"), TunnelState::Unauthorized).await;
     assert!(reason.contains("token"), "{reason}");
-    let reason = refused(&|_| (), State::Conflict).await;
+    let reason = refused(&|_| (), TunnelState::Conflict).await;
     assert!(reason.contains("already"), "{reason}");
-    let reason = refused(&|c| c.proxies[0].name = "another".into(), State::Conflict).await;
+    let reason = refused(&|c| c.proxies[0].name = "another".into(), TunnelState::Conflict).await;
     assert!(reason.contains("already used"), "{reason}");
     // longer than it hears nothing
     tokio::time::sleep(Duration::from_secs(14)).await;
-    assert_eq!(frpc.until(State::Up).await, "");
+    assert_eq!(frpc.until(TunnelState::Up).await, "");
     drop(frps);
-    frpc.until(State::Waiting).await;
+    frpc.until(TunnelState::Waiting).await;
     let frps = release.run("frps", dir.path(), &settings);
-    frpc.until(State::Up).await;
+    frpc.until(TunnelState::Up).await;
     round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 1_000_000).await;
     let said = frps.log();
     assert!(said.contains(&run_id), "another run id: {said}");
@@ -392,15 +397,15 @@ async fn believes_in_the_dead(release: &Release, tcp_mux: bool) {
     let config = one_proxy(breakable(bind, broken).await, tcp_mux, remote);
     let (mut frpc, works) = Frpc::insecure(config, "", true);
     serve(works);
-    frpc.until(State::Up).await;
+    frpc.until(TunnelState::Up).await;
     breaks.send_modify(|n| *n += 1);
     let begun = Instant::now();
-    let noticed = frpc.until_not(State::Up).await;
+    let noticed = frpc.until_not(TunnelState::Up).await;
     let noticed = (begun.elapsed().as_secs_f32(), noticed);
     loop {
         // names and ports are free only when the server misses the former session
         assert!(begun.elapsed() < Duration::from_secs(180), "never back: {:?}", frpc.status());
-        if frpc.status().state == State::Up
+        if frpc.status().state == TunnelState::Up
             && try_round_trip(&mut connected(remote, "the tcp proxy", dir.path()).await, 1000)
                 .await
                 .is_ok()

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pipeops::agent::session::identity::{Found, Identity};
+use pipeops::agent::session::identity::{Identity, LoadedIdentity};
 use pipeops::control_plane::routes::{Need, Route};
 use pipeops::host::Host;
 use reqwest::{Client, Method, Response};
@@ -645,7 +645,7 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
             ..Default::default()
         };
         let mut tasks = tokio::task::JoinSet::new();
-        let carrier = pipeops::frp::dial::Target::new(&config, false)
+        let carrier = pipeops::frp::dial::Dialer::new(&config, false)
             .unwrap()
             .connect(&mut tasks)
             .await
@@ -811,8 +811,8 @@ impl Simulated {
     pub(crate) fn identity(dir: &std::path::Path) -> Box<Identity> {
         let state = Host::new(dir, None).state_dir("/s").unwrap();
         match Identity::load(&state, "m").unwrap() {
-            Found::Ours(found) => found,
-            Found::Cloned => panic!("a clone"),
+            LoadedIdentity::Ours(found) => found,
+            LoadedIdentity::Cloned => panic!("a clone"),
         }
     }
 
@@ -1091,7 +1091,7 @@ impl Plugged {
     }
 }
 
-impl pipeops::frp::server::Admit for Plugged {
+impl pipeops::frp::server::TunnelAuthorizer for Plugged {
     fn login(
         &self,
         login: &pipeops::frp::wire::Login,
@@ -1175,7 +1175,7 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
             tcp_mux: true,
             tcp_bind: None,
             heartbeat: Duration::from_secs(30),
-            admit: Some(plugged.clone()),
+            authorizer: Some(plugged.clone()),
         });
         let halt = tokio_util::sync::CancellationToken::new();
         let task = tokio::spawn({
@@ -1218,7 +1218,7 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
         .await;
     assert_eq!(bulk.bytes().await.unwrap().len(), 1_048_576);
     assert!(
-        frps.has(&format!("agent-{}", hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["agent_id"].as_str().unwrap()))
+        frps.has_proxy(&format!("agent-{}", hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["agent_id"].as_str().unwrap()))
     );
     // it dies and comes back: so do the agent's tunnel and the gateway's session
     halt.cancel();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pipeops::base::secret::Secret;
 use pipeops::base::trust::{Pin, Trust};
-use pipeops::frp::dial::Target;
+use pipeops::frp::dial::Dialer;
 use pipeops::frp::wire::{self, Login, Message, NewProxy, NewVisitorConn, NewWorkConn};
 use pipeops::frp::{TunnelAuth, TunnelConfig, TunnelTls};
 use serde_json::{Value, json};
@@ -289,7 +289,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
     // first messages that are none
     let mut tasks = JoinSet::new();
     let carrier = async |tasks: &mut JoinSet<()>| {
-        Target::new(&config, false).unwrap().connect(tasks).await.unwrap()
+        Dialer::new(&config, false).unwrap().connect(tasks).await.unwrap()
     };
     for bytes in [
         message(b'z', 2, b"{}"),

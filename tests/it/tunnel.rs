@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use crate::plane::{free_port, identity};
 use pipeops::base::secret::Secret;
-use pipeops::frp::client::{Client, Work};
+use pipeops::frp::client::{Client, WorkConnection};
 use pipeops::frp::codec::Io;
 use pipeops::frp::server::{Server, ServerConfig};
-use pipeops::frp::{Kind, Proxy, State, Status, TunnelAuth, TunnelConfig, TunnelTls};
+use pipeops::frp::{
+    Proxy, ProxyKind, TunnelAuth, TunnelConfig, TunnelState, TunnelStatus, TunnelTls,
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -51,7 +53,7 @@ impl Frps {
             tcp_mux,
             tcp_bind: Some([127, 0, 0, 1].into()),
             heartbeat: Duration::from_secs(30),
-            admit: None,
+            authorizer: None,
         };
         let (server, stop) = (Server::new(config), CancellationToken::new());
         tokio::spawn({
@@ -70,7 +72,7 @@ impl Drop for Frps {
 
 /// A client whose streams echo what they get.
 pub(crate) struct Frpc {
-    status: watch::Receiver<Status>,
+    status: watch::Receiver<TunnelStatus>,
     settings: watch::Sender<Option<TunnelConfig>>,
     run_ids: mpsc::Receiver<String>,
     stop: CancellationToken,
@@ -97,7 +99,7 @@ impl Frpc {
         frpc
     }
 
-    fn with_work(config: TunnelConfig, run_id: &str) -> (Frpc, mpsc::Receiver<Work>) {
+    fn with_work(config: TunnelConfig, run_id: &str) -> (Frpc, mpsc::Receiver<WorkConnection>) {
         Frpc::insecure(config, run_id, false)
     }
 
@@ -106,15 +108,15 @@ impl Frpc {
         config: TunnelConfig,
         run_id: &str,
         allow_insecure: bool,
-    ) -> (Frpc, mpsc::Receiver<Work>) {
+    ) -> (Frpc, mpsc::Receiver<WorkConnection>) {
         let (settings, receiver) = watch::channel(Some(config));
-        let (publish, status) = watch::channel(Status {
-            state: State::Off,
+        let (publish, status) = watch::channel(TunnelStatus {
+            state: TunnelState::Off,
             reason: String::new(),
             since: tokio::time::Instant::now(),
         });
         let (ids, run_ids) = mpsc::channel(8);
-        let (work, works) = mpsc::channel(8);
+        let (work_connections, works) = mpsc::channel(8);
         let stop = CancellationToken::new();
         let client = Client {
             hostname: "vm".into(),
@@ -123,7 +125,7 @@ impl Frpc {
             settings: receiver,
             publish,
             run_ids: ids,
-            work,
+            work_connections,
             drain: CancellationToken::new(),
             stop: stop.clone(),
         };
@@ -132,7 +134,7 @@ impl Frpc {
     }
 
     /// Waits for a state; gives the reason.
-    pub(crate) async fn until(&mut self, state: State) -> String {
+    pub(crate) async fn until(&mut self, state: TunnelState) -> String {
         self.wait(|s| s.state == state).await.reason
     }
 
@@ -141,12 +143,12 @@ impl Frpc {
         self.run_ids.recv().await.unwrap()
     }
 
-    pub(crate) fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> TunnelStatus {
         self.status.borrow().clone()
     }
 
     /// Waits for any other state; gives the reason.
-    pub(crate) async fn until_not(&mut self, state: State) -> String {
+    pub(crate) async fn until_not(&mut self, state: TunnelState) -> String {
         self.wait(|s| s.state != state).await.reason
     }
 
@@ -155,7 +157,7 @@ impl Frpc {
         self.wait(|s| s.reason.contains(text)).await.reason
     }
 
-    async fn wait(&mut self, wanted: impl FnMut(&Status) -> bool) -> Status {
+    async fn wait(&mut self, wanted: impl FnMut(&TunnelStatus) -> bool) -> TunnelStatus {
         let found = tokio::time::timeout(Duration::from_secs(40), self.status.wait_for(wanted))
             .await
             .map(|s| s.unwrap().clone());
@@ -188,7 +190,7 @@ pub(crate) fn settings(address: SocketAddr, tcp_mux: bool, pin: &str) -> TunnelC
             ..TunnelTls::default()
         },
         auth: TunnelAuth { token: Secret::new(TOKEN), user: None, metas: BTreeMap::new() },
-        proxies: vec![proxy("s", Kind::Stcp), proxy("t", Kind::Tcp)],
+        proxies: vec![proxy("s", ProxyKind::Stcp), proxy("t", ProxyKind::Tcp)],
     }
 }
 
@@ -236,7 +238,7 @@ async fn a_reader_who_pauses_is_waited_for() {
         let port = free_port();
         config.proxies.iter_mut().for_each(|p| p.remote_port = port);
         let (mut frpc, mut works) = Frpc::with_work(config, "");
-        frpc.until(State::Up).await;
+        frpc.until(TunnelState::Up).await;
         tokio::spawn(async move {
             while let Some(mut work) = works.recv().await {
                 tokio::spawn(async move {
@@ -280,7 +282,7 @@ async fn every_combination_carries_bytes_both_ways() {
                 proxy.remote_port = port;
             }
             let mut frpc = Frpc::start(config, "");
-            frpc.until(State::Up).await;
+            frpc.until(TunnelState::Up).await;
             let name = if user.is_some() { "u.s" } else { "s" };
             assert_eq!(frps.server.proxies().len(), 2);
             let mut stcp = frps.server.dial(name).await.unwrap();
@@ -308,17 +310,17 @@ async fn a_restarted_server_has_its_client_back_within_a_second_or_so() {
     let frps = Frps::start(&tls, true, 0).await;
     let address = frps.address;
     let mut frpc = Frpc::start(settings(address, true, &pin), "");
-    frpc.until(State::Up).await;
+    frpc.until(TunnelState::Up).await;
     let run_id = frpc.run_id().await;
     assert_eq!(run_id.len(), 32);
     let begun = Instant::now();
     drop(frps);
-    let reason = frpc.until(State::Waiting).await;
+    let reason = frpc.until(TunnelState::Waiting).await;
     assert!(reason.contains("connection lost"), "{reason}");
     println!("loss noticed after {:?}", begun.elapsed());
     let begun = Instant::now();
     let frps = Frps::start(&tls, true, address.port()).await;
-    frpc.until(State::Up).await;
+    frpc.until(TunnelState::Up).await;
     println!("back {:?} after the server listened again", begun.elapsed());
     round_trip(&mut frps.server.dial("s").await.unwrap(), 1000).await;
     // the run id is kept
@@ -330,14 +332,14 @@ async fn the_same_run_id_takes_over_without_a_conflict() {
     let (tls, pin) = identity();
     let frps = Frps::start(&tls, true, 0).await;
     let mut first = Frpc::start(settings(frps.address, true, &pin), "r");
-    first.until(State::Up).await;
+    first.until(TunnelState::Up).await;
     first.task.abort();
     let mut second = Frpc::start(settings(frps.address, true, &pin), "r");
-    second.until(State::Up).await;
+    second.until(TunnelState::Up).await;
     round_trip(&mut frps.server.dial("s").await.unwrap(), 1000).await;
     // another run id finds the names taken, and says so
     let mut third = Frpc::start(settings(frps.address, true, &pin), "other");
-    let reason = third.until(State::Conflict).await;
+    let reason = third.until(TunnelState::Conflict).await;
     assert!(reason.contains("already exists"), "{reason}");
 }
 
@@ -364,38 +366,38 @@ async fn wrong_credentials_and_trust_are_states_with_a_reason() {
     let mut config = good.clone();
     config.auth.token = Secret::new("wrong-canary-4711-in-plain-text");
     let mut frpc = Frpc::start(config, "");
-    let reason = frpc.until(State::Unauthorized).await;
+    let reason = frpc.until(TunnelState::Unauthorized).await;
     assert!(reason.contains("token") && !reason.contains("canary-4711-in-plain-text"), "{reason}");
     // the right one heals it at once, without a restart
     frpc.settings.send_replace(Some(good.clone()));
-    frpc.until(State::Up).await;
+    frpc.until(TunnelState::Up).await;
 
     let mut config = good.clone();
     config.tls.pin = Some(identity().1);
-    let reason = Frpc::start(config, "").until(State::Waiting).await;
+    let reason = Frpc::start(config, "").until(TunnelState::Waiting).await;
     assert!(reason.starts_with("tls_pin") && reason.contains("not pinned"), "{reason}");
 
     let mut config = good.clone();
     config.tls.pin = None;
-    let reason = Frpc::start(config.clone(), "").until(State::Refused).await;
+    let reason = Frpc::start(config.clone(), "").until(TunnelState::Refused).await;
     assert!(reason.contains("neither CA nor pin"), "{reason}");
     config.tls.pin = Some("sha256:x".into());
-    let reason = Frpc::start(config, "").until(State::Refused).await;
+    let reason = Frpc::start(config, "").until(TunnelState::Refused).await;
     assert!(reason.contains("is no pin"), "{reason}");
 
     let mut config = good.clone();
     config.tls.enable = false;
-    let reason = Frpc::start(config, "").until(State::Refused).await;
+    let reason = Frpc::start(config, "").until(TunnelState::Refused).await;
     assert!(reason.contains("without TLS"), "{reason}");
 
     let mut config = good.clone();
     config.server = "no-such-name.invalid".into();
-    let reason = Frpc::start(config, "").until(State::Waiting).await;
+    let reason = Frpc::start(config, "").until(TunnelState::Waiting).await;
     assert!(reason.starts_with("dns"), "{reason}");
 
     let mut config = good;
     config.port = free_port();
-    let reason = Frpc::start(config, "").until(State::Waiting).await;
+    let reason = Frpc::start(config, "").until(TunnelState::Waiting).await;
     assert!(reason.starts_with("tcp") && reason.contains("refused"), "{reason}");
 }
 
@@ -480,17 +482,17 @@ async fn a_link_that_dies_silently_is_noticed_and_healed() {
         let frps = Frps::start(&tls, true, 0).await;
         let relay = relay(frps.address).await;
         let mut frpc = Frpc::start(settings(relay.address, true, &pin), "");
-        frpc.until(State::Up).await;
+        frpc.until(TunnelState::Up).await;
         let begun = Instant::now();
         relay.up.send_replace(!cut_up);
         relay.down.send_replace(!cut_down);
-        let reason = frpc.until(State::Waiting).await;
+        let reason = frpc.until(TunnelState::Waiting).await;
         println!("cut up {cut_up}, down {cut_down}: noticed after {:?}: {reason}", begun.elapsed());
         assert!(reason.contains("nothing heard"), "{reason}");
         let begun = Instant::now();
         relay.up.send_replace(true);
         relay.down.send_replace(true);
-        frpc.until(State::Up).await;
+        frpc.until(TunnelState::Up).await;
         println!("back {:?} after it healed", begun.elapsed());
     };
     tokio::join!(both(true, true), both(true, false), both(false, true));
@@ -522,12 +524,12 @@ async fn a_server_that_wants_the_byte_before_tls_gets_it() {
         let frps = Frps::start(&tls, tcp_mux, 0).await;
         let mut frpc =
             Frpc::start(settings(choosy(&[0x16], frps.address).await, tcp_mux, &pin), "");
-        frpc.until(State::Up).await;
+        frpc.until(TunnelState::Up).await;
         round_trip(&mut frps.server.dial("s").await.unwrap(), 100_000).await;
         // who hangs up either way is told as he is
         let mut frpc =
             Frpc::start(settings(choosy(&[0x16, 0x17], frps.address).await, tcp_mux, &pin), "");
-        let reason = frpc.until(State::Waiting).await;
+        let reason = frpc.until(TunnelState::Waiting).await;
         assert!(reason.starts_with("tls: "), "{reason}");
     }
     // one that was only restarting, and takes the byte for broken TLS
@@ -541,7 +543,7 @@ async fn a_server_that_wants_the_byte_before_tls_gets_it() {
             }
         }
     });
-    let reason = Frpc::start(settings(address, true, &pin), "").until(State::Waiting).await;
+    let reason = Frpc::start(settings(address, true, &pin), "").until(TunnelState::Waiting).await;
     assert!(reason.starts_with("tls: ") && !reason.contains("alert"), "{reason}");
 }
 
@@ -551,8 +553,8 @@ async fn a_visitor_with_the_wrong_key_is_refused_and_the_right_one_served() {
     let frps = Frps::start(&tls, true, 0).await;
     let config = settings(frps.address, true, &pin);
     let mut frpc = Frpc::start(config.clone(), "r");
-    frpc.until(State::Up).await;
-    let target = pipeops::frp::dial::Target::new(&config, false).unwrap();
+    frpc.until(TunnelState::Up).await;
+    let target = pipeops::frp::dial::Dialer::new(&config, false).unwrap();
     let mut tasks = tokio::task::JoinSet::new();
     let carrier = target.connect(&mut tasks).await.unwrap();
     for (name, key, refused) in

@@ -282,7 +282,7 @@ impl World {
             tcp_mux: true,
             tcp_bind: None,
             heartbeat: Duration::from_secs(30),
-            admit: None,
+            authorizer: None,
         };
         let (frps, stop_frps) = (Server::new(config), CancellationToken::new());
         tokio::spawn({

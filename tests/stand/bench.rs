@@ -118,7 +118,7 @@ impl Rig {
             tcp_mux: true,
             tcp_bind: None,
             heartbeat: Duration::from_secs(30),
-            admit: None,
+            authorizer: None,
         };
         let frps = Server::new(config);
         tokio::spawn({
@@ -577,25 +577,25 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
 /// A client in this process: new settings make it connect anew at once, without the waits between tries.
 struct Reconnecting {
     settings: tokio::sync::watch::Sender<Option<pipeops::frp::TunnelConfig>>,
-    status: tokio::sync::watch::Receiver<pipeops::frp::Status>,
+    status: tokio::sync::watch::Receiver<pipeops::frp::TunnelStatus>,
     base: pipeops::frp::TunnelConfig,
 }
 
 impl Reconnecting {
     fn new(rig: &Rig) -> Reconnecting {
         use pipeops::frp::client::Client;
-        use pipeops::frp::{State, Status, TunnelConfig};
+        use pipeops::frp::{TunnelConfig, TunnelState, TunnelStatus};
         let mut base: TunnelConfig =
             serde_json::from_value(rig.plane.config.lock().unwrap()["tunnel"].clone()).unwrap();
         base.proxies[0].name = "here".into();
         let (settings, receiver) = tokio::sync::watch::channel(Some(base.clone()));
-        let (publish, status) = tokio::sync::watch::channel(Status {
-            state: State::Off,
+        let (publish, status) = tokio::sync::watch::channel(TunnelStatus {
+            state: TunnelState::Off,
             reason: String::new(),
             since: tokio::time::Instant::now(),
         });
         let (run_ids, mut kept) = tokio::sync::mpsc::channel(4);
-        let (work, mut works) = tokio::sync::mpsc::channel(4);
+        let (work_connections, mut works) = tokio::sync::mpsc::channel(4);
         tokio::spawn(async move { while kept.recv().await.is_some() {} });
         tokio::spawn(async move { while works.recv().await.is_some() {} });
         let client = Client {
@@ -605,7 +605,7 @@ impl Reconnecting {
             settings: receiver,
             publish,
             run_ids,
-            work,
+            work_connections,
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
         };
@@ -616,7 +616,7 @@ impl Reconnecting {
     async fn change(&self, n: u32) {
         let mut status = self.status.clone();
         for round in 0..n {
-            let up = |s: &pipeops::frp::Status| s.state == pipeops::frp::State::Up;
+            let up = |s: &pipeops::frp::TunnelStatus| s.state == pipeops::frp::TunnelState::Up;
             let since = status.wait_for(up).await.unwrap().since;
             self.settings.send_replace(Some(pipeops::frp::TunnelConfig {
                 pool_count: u16::try_from(round % 3).unwrap(),

@@ -3,7 +3,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pipeops::agent::session::identity::{Found, Identity};
+use pipeops::agent::session::identity::{Identity, LoadedIdentity};
 use pipeops::host::Host;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -94,7 +94,7 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
     let bodies: Vec<(String, String, String)> = (0..agents)
         .map(|n| {
             let state = Host::new(dir.path().join(format!("agents/{n}")), None).state_dir("/s").unwrap();
-            let Found::Ours(identity) = Identity::load(&state, "m").unwrap() else { panic!("a clone") };
+            let LoadedIdentity::Ours(identity) = Identity::load(&state, "m").unwrap() else { panic!("a clone") };
             let identity: Identity = *identity;
             let body = json!({"agent": {"id": identity.id, "public_key": identity.public_key, "name": format!("n{n}"), "machine": "m", "version": "0.1.0"},
                 "cluster": {"name": format!("n{n}"), "provider": "k3s", "version": "v1.36.2+k3s1", "node_count": 1}, "capabilities": [], "max_role": "operator"});

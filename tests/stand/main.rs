@@ -75,7 +75,7 @@ async fn serve(dir: &str) {
         tcp_mux: true,
         tcp_bind: None,
         heartbeat: Duration::from_secs(30),
-        admit: None,
+        authorizer: None,
     };
     let frps = Server::new(config);
     tokio::spawn({

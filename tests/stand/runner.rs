@@ -43,7 +43,7 @@ impl Way {
             }
             Way::Direct { config, proxy, key, agent, token } => {
                 let mut tasks = tokio::task::JoinSet::new();
-                let carrier = pipeops::frp::dial::Target::new(config, false)
+                let carrier = pipeops::frp::dial::Dialer::new(config, false)
                     .unwrap()
                     .connect(&mut tasks)
                     .await

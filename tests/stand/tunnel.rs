@@ -344,7 +344,7 @@ async fn both_halves(site: &Site, pipeops: &str) {
         tcp_mux: true,
         tcp_bind: Some([127, 0, 0, 1].into()),
         heartbeat: Duration::from_secs(30),
-        admit: None,
+        authorizer: None,
     };
     let listener = TcpListener::bind(("127.0.0.1", bind)).await.unwrap();
     tokio::spawn(

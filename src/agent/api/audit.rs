@@ -13,9 +13,9 @@ use crate::host::state::{Appender, StateDir};
 /// The file that grows.
 const CURRENT: &str = "audit.jsonl";
 /// It is put aside at this size, bytes; the chain goes on in the next one.
-const SIZE: u64 = 16 << 20;
+const MAX_SIZE: u64 = 16 << 20;
 /// Files put aside that are kept.
-const KEPT: usize = 8;
+const MAX_ROTATED: usize = 8;
 /// What the first record follows.
 const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
@@ -33,7 +33,7 @@ pub enum Phase {
 
 /// Who asked for what, and what came of it. Never a body, never a query.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Record {
+pub struct AuditRecord {
     pub phase: Phase,
     pub request: String,
     pub subject: String,
@@ -49,16 +49,16 @@ pub struct Record {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Line {
+struct AuditLine {
     seq: u64,
     at: String,
     prev: String,
     #[serde(flatten)]
-    record: Record,
+    record: AuditRecord,
 }
 
 /// The log, open for writing.
-pub struct Audit {
+pub struct AuditLog {
     dir: StateDir,
     file: Appender,
     head: AuditHead,
@@ -72,27 +72,29 @@ fn digest(line: &str) -> String {
 const SEAL: &str = ",\"hash\":\"";
 
 /// A record with its hash as the last field.
-fn sealed(record: &str) -> (String, String) {
+fn seal(record: &str) -> (String, String) {
     let hash = digest(record);
     (format!("{}{SEAL}{hash}\"}}", &record[..record.len() - 1]), hash)
 }
 
 /// The hash of a line, if it is the right one.
-fn unsealed(line: &str) -> Option<String> {
+fn verify_seal(line: &str) -> Option<String> {
     let (record, hash) = line.rsplit_once(SEAL)?;
     let hash = hash.strip_suffix("\"}")?;
     (digest(&format!("{record}}}")) == hash).then(|| hash.to_owned())
 }
 
-impl Audit {
+impl AuditLog {
     /// Opens the log and finds its head. A last line that a crash cut is taken away: nothing was let through on it.
     ///
     /// # Errors
     /// When the directory cannot be used.
-    pub fn open(dir: StateDir) -> anyhow::Result<Audit> {
+    pub fn open(dir: StateDir) -> anyhow::Result<AuditLog> {
         let mut head = AuditHead { seq: 0, hash: GENESIS.into() };
         let newest = match dir.last_line(CURRENT)? {
-            None => aside(&dir).last().map(|name| dir.last_line(name)).transpose()?.flatten(),
+            None => {
+                rotated_files(&dir).last().map(|name| dir.last_line(name)).transpose()?.flatten()
+            }
             found => found,
         };
         if let Some(line) = newest {
@@ -101,38 +103,38 @@ impl Audit {
                 .and_then(|v| v["seq"].as_u64())
                 .unwrap_or(0);
             // one that was tampered with is no reason to stop recording: `verify` will name it
-            head = AuditHead { seq, hash: unsealed(&line).unwrap_or_else(|| digest(&line)) };
+            head = AuditHead { seq, hash: verify_seal(&line).unwrap_or_else(|| digest(&line)) };
         }
         let file = dir.appender(CURRENT)?;
-        Ok(Audit { dir, file, head })
+        Ok(AuditLog { dir, file, head })
     }
 
     /// Appends a record.
     ///
     /// # Errors
     /// As the file system says; the log is then as it was.
-    pub fn write(&mut self, record: Record) -> io::Result<()> {
-        if self.file.size() >= SIZE {
-            self.turn().map_err(|e| io::Error::other(format!("{e:#}")))?;
+    pub fn write(&mut self, record: AuditRecord) -> io::Result<()> {
+        if self.file.size() >= MAX_SIZE {
+            self.rotate().map_err(|e| io::Error::other(format!("{e:#}")))?;
         }
         let seq = self.head.seq + 1;
-        let line = Line {
+        let line = AuditLine {
             seq,
             at: jiff::Timestamp::now().to_string(),
             prev: self.head.hash.clone(),
             record,
         };
-        let (text, hash) = sealed(&serde_json::to_string(&line)?);
+        let (text, hash) = seal(&serde_json::to_string(&line)?);
         self.file.line(&text)?;
         self.head = AuditHead { seq, hash };
         Ok(())
     }
 
-    fn turn(&mut self) -> anyhow::Result<()> {
+    fn rotate(&mut self) -> anyhow::Result<()> {
         self.dir.rename(CURRENT, &format!("audit-{:016}.jsonl", self.head.seq))?;
         self.file = self.dir.appender(CURRENT)?;
-        let old = aside(&self.dir);
-        for name in old.iter().take(old.len().saturating_sub(KEPT)) {
+        let old = rotated_files(&self.dir);
+        for name in old.iter().take(old.len().saturating_sub(MAX_ROTATED)) {
             self.dir.remove(name);
         }
         Ok(())
@@ -152,13 +154,13 @@ impl Audit {
     }
 }
 
-fn aside(dir: &StateDir) -> Vec<String> {
+fn rotated_files(dir: &StateDir) -> Vec<String> {
     dir.list().into_iter().filter(|n| n.starts_with("audit-")).collect()
 }
 
 /// What a walk over the chain found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Verified {
+pub struct VerifiedLog {
     pub records: u64,
     /// Number of the first record that is still kept.
     pub first: u64,
@@ -169,12 +171,12 @@ pub struct Verified {
 ///
 /// # Errors
 /// The file and line where the chain breaks, and how.
-pub fn verify(dir: &StateDir) -> Result<Verified, String> {
+pub fn verify(dir: &StateDir) -> Result<VerifiedLog, String> {
     let mut found =
-        Verified { records: 0, first: 0, head: AuditHead { seq: 0, hash: GENESIS.into() } };
+        VerifiedLog { records: 0, first: 0, head: AuditHead { seq: 0, hash: GENESIS.into() } };
     for (n, name, line) in lines(dir)? {
         let broken = |why: &str| format!("{name}, line {n}: {why}");
-        let parsed: Line =
+        let parsed: AuditLine =
             serde_json::from_str(&line).map_err(|e| broken(&format!("no record: {e}")))?;
         if found.records == 0 {
             found.first = parsed.seq;
@@ -186,7 +188,7 @@ pub fn verify(dir: &StateDir) -> Result<Verified, String> {
         } else if parsed.seq != found.head.seq + 1 {
             return Err(broken("records are missing before it"));
         }
-        let hash = unsealed(&line).ok_or_else(|| broken("the record was changed"))?;
+        let hash = verify_seal(&line).ok_or_else(|| broken("the record was changed"))?;
         found.records += 1;
         found.head = AuditHead { seq: parsed.seq, hash };
     }
@@ -204,7 +206,7 @@ pub fn tail(dir: &StateDir, most: usize) -> Result<Vec<String>, String> {
 
 fn lines(dir: &StateDir) -> Result<Vec<(usize, String, String)>, String> {
     let mut all = Vec::new();
-    for name in aside(dir).into_iter().chain([CURRENT.to_owned()]) {
+    for name in rotated_files(dir).into_iter().chain([CURRENT.to_owned()]) {
         let text = dir.read(&name).map_err(|e| format!("{e:#}"))?.unwrap_or_default();
         all.extend(
             text.lines().enumerate().map(|(n, line)| (n + 1, name.clone(), line.to_owned())),
@@ -218,8 +220,8 @@ mod tests {
     use super::*;
     use crate::host::Host;
 
-    fn record(n: u64) -> Record {
-        Record {
+    fn record(n: u64) -> AuditRecord {
+        AuditRecord {
             phase: Phase::Call,
             request: n.to_string(),
             subject: "r".into(),
@@ -239,17 +241,17 @@ mod tests {
     fn one_flipped_byte_is_found_and_a_cut_line_is_not_taken_for_one() {
         let root = tempfile::tempdir().unwrap();
         let dir = Host::new(root.path(), None).state_dir("/audit").unwrap();
-        let mut audit = Audit::open(dir.clone()).unwrap();
+        let mut audit = AuditLog::open(dir.clone()).unwrap();
         for n in 0..20 {
             audit.write(record(n)).unwrap();
         }
         let head = audit.head().clone();
         drop(audit);
-        assert_eq!(verify(&dir).unwrap(), Verified { records: 20, first: 1, head });
+        assert_eq!(verify(&dir).unwrap(), VerifiedLog { records: 20, first: 1, head });
         let good = dir.read(CURRENT).unwrap().unwrap();
         // killed in the middle of a line
         dir.write(CURRENT, &good[..good.len() - 30]).unwrap();
-        let mut audit = Audit::open(dir.clone()).unwrap();
+        let mut audit = AuditLog::open(dir.clone()).unwrap();
         audit.write(record(99)).unwrap();
         assert_eq!(verify(&dir).unwrap().records, 20);
         let mut bytes = good.clone().into_bytes();

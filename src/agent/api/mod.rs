@@ -20,33 +20,33 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::session;
-use crate::agent::status::Agent;
+use crate::agent::status::AgentStatus;
 use crate::contract::token::{self, Caller, Role};
 use crate::contract::types::{AuditHead, Config};
-use crate::kubernetes::answer::{Problem, discovery, plain};
+use crate::kubernetes::answer::{ApiError, is_discovery, plain};
 use crate::kubernetes::header_policy;
 use crate::kubernetes::upstream::{Body, Upstream};
-use audit::{Audit, Phase, Record};
+use audit::{AuditLog, AuditRecord, Phase};
 use operations::Operations;
-use permits::{Limits, Open, Permit, Stream};
+use permits::{OpenStreams, StreamClass, StreamLimits, StreamPermit};
 
-/// Audit records that one call gives.
-const RECENT: usize = 50;
-const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Records that one call of `/api/v1/audit` returns.
+const RECENT_RECORDS: usize = 50;
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests on one HTTP/2 connection: not fewer than a caller may have open.
-const STREAMS: u32 = 1024;
+const MAX_HTTP2_STREAMS: u32 = 1024;
 /// For a request's head, and how long a connection may be idle.
-const HEAD: Duration = Duration::from_secs(60);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// What the API stands on.
-pub struct Parts {
+pub struct ApiContext {
     pub id: String,
-    pub most: Role,
+    pub max_role: Role,
     pub config: watch::Receiver<Option<Config>>,
-    pub control: watch::Receiver<session::Status>,
+    pub control: watch::Receiver<session::ControlPlaneStatus>,
     pub upstream: watch::Receiver<Option<Upstream>>,
-    pub account: watch::Receiver<Agent>,
+    pub account: watch::Receiver<AgentStatus>,
     pub audit_head: watch::Sender<AuditHead>,
-    pub limits: Limits,
+    pub limits: StreamLimits,
     /// Where what was asked for once and goes on by itself is kept, and where its end is told.
     pub operations: Operations,
     /// Takes nothing new.
@@ -62,11 +62,11 @@ pub struct Api {
 }
 
 struct Inner {
-    parts: Parts,
+    context: ApiContext,
     tls: TlsAcceptor,
-    audit: Mutex<Audit>,
-    open: Mutex<Open>,
-    known: Mutex<token::Known>,
+    audit: Mutex<AuditLog>,
+    open: Mutex<OpenStreams>,
+    verified_tokens: Mutex<token::VerifiedTokens>,
     counts: Counts,
 }
 
@@ -87,26 +87,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Api {
-    pub fn new(parts: Parts, tls: rustls::ServerConfig, audit: Audit) -> Api {
-        parts.audit_head.send_replace(audit.head().clone());
+    pub fn new(context: ApiContext, tls: rustls::ServerConfig, audit: AuditLog) -> Api {
+        context.audit_head.send_replace(audit.head().clone());
         let tls = TlsAcceptor::from(Arc::new(tls));
         let api = Api {
             inner: Arc::new(Inner {
-                parts,
+                context,
                 tls,
                 audit: Mutex::new(audit),
                 open: Mutex::default(),
-                known: Mutex::default(),
+                verified_tokens: Mutex::default(),
                 counts: Counts::default(),
             }),
         };
-        api.tell_the_rest();
+        api.report_unreported();
         api
     }
 
     /// Nothing new is taken.
     fn draining(&self) -> bool {
-        self.inner.parts.drain.is_cancelled() || self.inner.parts.control.borrow().drain
+        self.inner.context.drain.is_cancelled() || self.inner.context.control.borrow().drain
     }
 
     /// Streams of callers that are open.
@@ -120,7 +120,7 @@ impl Api {
 
     /// Serves one stream of the tunnel to its end. Whoever runs the FRP server sees TLS with a key that is not his.
     pub async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
-        match timeout(HANDSHAKE, self.inner.tls.accept(io)).await {
+        match timeout(HANDSHAKE_TIMEOUT, self.inner.tls.accept(io)).await {
             Ok(Ok(stream)) => self.http(stream, Api::route).await,
             Ok(Err(error)) => tracing::debug!(%error, "TLS on a tunnel stream"),
             Err(_) => tracing::debug!("a tunnel stream did not finish its TLS handshake"),
@@ -144,16 +144,20 @@ impl Api {
             async move { Ok::<_, std::convert::Infallible>(answer.await) }
         });
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(64 * 1024);
+        builder
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .max_buf_size(64 * 1024);
         builder
             .http2()
             .timer(TokioTimer::new())
-            .max_concurrent_streams(STREAMS)
+            .max_concurrent_streams(MAX_HTTP2_STREAMS)
             .max_header_list_size(16 * 1024)
             .initial_stream_window_size(1 << 20);
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
         let mut connection = std::pin::pin!(connection);
-        let parts = &self.inner.parts;
+        let parts = &self.inner.context;
         tokio::select! {
             ended = connection.as_mut() => {
                 if let Err(error) = ended {
@@ -176,7 +180,7 @@ impl Api {
             return plain(200, "text/plain", "ok\n".into());
         }
         let hint = Some("use the agent's stcp or tcp proxy, with TLS to the agent");
-        Problem::new(
+        ApiError::new(
             403,
             "plain_transport",
             "this way is read by whoever runs the FRP server",
@@ -189,14 +193,14 @@ impl Api {
         self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
         let (parts, body) = request.into_parts();
         let below_k8s = parts.uri.path() == "/k8s" || parts.uri.path().starts_with("/k8s/");
-        let refusal = |problem: &Problem| {
+        let refusal = |problem: &ApiError| {
             self.inner.counts.refused.fetch_add(1, Ordering::Relaxed);
             match parts.uri.path().strip_prefix("/k8s").filter(|_| below_k8s) {
-                Some(path) => problem.status(discovery(path)),
+                Some(path) => problem.status(is_discovery(path)),
                 None => problem.plain(),
             }
         };
-        if let Err(refused) = header_policy::form(&parts) {
+        if let Err(refused) = header_policy::check_framing(&parts) {
             let mut answer = refusal(&refused.into());
             if parts.version != http::Version::HTTP_2 {
                 answer
@@ -213,7 +217,7 @@ impl Api {
             Err(why) => {
                 let hint =
                     Some("get a token from the control plane: POST /api/v1/clusters/ID/token");
-                return refusal(&Problem::new(401, "unauthorized", why, hint));
+                return refusal(&ApiError::new(401, "unauthorized", why, hint));
             }
         };
         let path = parts.uri.path();
@@ -227,25 +231,25 @@ impl Api {
             let answer = self.operation(&parts, body, &caller, rest).await;
             // one that was taken is on record by itself, from its beginning to its end
             if answer.status() != 202 {
-                self.account(&caller, &parts.method, path, answer.status().as_u16());
+                self.record_request(&caller, &parts.method, path, answer.status().as_u16());
             }
             return answer;
         }
-        let account = || self.inner.parts.account.borrow().clone();
+        let account = || self.inner.context.account.borrow().clone();
         let answer = match (path, &parts.method) {
             ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method)
                 if !matches!(*method, Method::GET | Method::HEAD) =>
             {
-                Problem::new(405, "method_not_allowed", "only GET is served here", None).plain()
+                ApiError::new(405, "method_not_allowed", "only GET is served here", None).plain()
             }
             ("/readyz", _) => match account().ready() {
                 Ok(()) => plain(200, "text/plain", "ok\n".into()),
-                Err(why) => Problem::new(503, "not_ready", why, None).again_after(5).plain(),
+                Err(why) => ApiError::new(503, "not_ready", why, None).retry_after_s(5).plain(),
             },
             ("/version", _) => plain(
                 200,
                 "application/json",
-                json!({"version": env!("CARGO_PKG_VERSION"), "agent": self.inner.parts.id})
+                json!({"version": env!("CARGO_PKG_VERSION"), "agent": self.inner.context.id})
                     .to_string(),
             ),
             ("/metrics", _) => {
@@ -258,7 +262,7 @@ impl Api {
             ),
             // who did what is not for everybody
             ("/api/v1/audit", _) if caller.role < Role::Operator || caller.namespaces.is_some() => {
-                Problem::new(
+                ApiError::new(
                     403,
                     "role_exceeded",
                     "the audit log is for operators of the whole cluster",
@@ -266,17 +270,17 @@ impl Api {
                 )
                 .plain()
             }
-            ("/api/v1/audit", _) => match lock(&self.inner.audit).recent(RECENT) {
+            ("/api/v1/audit", _) => match lock(&self.inner.audit).recent(RECENT_RECORDS) {
                 Ok(lines) => {
                     plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(",")))
                 }
                 Err(error) => {
                     tracing::warn!(error = format!("{error:#}"), "the audit log cannot be read");
-                    Problem::new(500, "audit_unreadable", "the audit log cannot be read", None)
+                    ApiError::new(500, "audit_unreadable", "the audit log cannot be read", None)
                         .plain()
                 }
             },
-            _ => Problem::new(
+            _ => ApiError::new(
                 404,
                 "not_found",
                 "there is no such path",
@@ -284,14 +288,18 @@ impl Api {
             )
             .plain(),
         };
-        self.account(&caller, &parts.method, path, answer.status().as_u16());
+        self.record_request(&caller, &parts.method, path, answer.status().as_u16());
         answer
     }
 
-    fn account(&self, caller: &Caller, method: &Method, path: &str, status: u16) {
+    fn record_request(&self, caller: &Caller, method: &Method, path: &str, status: u16) {
         let record = self.record(caller, &crate::frp::wire::fresh_run_id(), method, path);
-        let _ =
-            self.write(Record { phase: Phase::Call, verdict: "served".into(), status, ..record });
+        let _ = self.write(AuditRecord {
+            phase: Phase::Call,
+            verdict: "served".into(),
+            status,
+            ..record
+        });
     }
 
     /// Prometheus text of what this API did.
@@ -315,28 +323,28 @@ impl Api {
             self.open(),
             tokio::runtime::Handle::try_current()
                 .map_or(0, |runtime| runtime.metrics().num_alive_tasks()),
-            self.inner.parts.operations.running(),
+            self.inner.context.operations.running(),
             get(&c.audit_failed),
         )
     }
 
     fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, &'static str> {
         let token = header_policy::bearer(headers).ok_or("a bearer token is needed")?;
-        let parts = &self.inner.parts;
+        let parts = &self.inner.context;
         let config = parts.config.borrow();
         let auth = &config.as_ref().ok_or("this agent is not registered yet")?.runner_auth;
         // the control plane signs by its own clock
         let now = jiff::Timestamp::now().as_second() - parts.control.borrow().offset;
-        token::check(token, auth, &parts.id, parts.most, now, &self.inner.known)
+        token::verify(token, auth, &parts.id, parts.max_role, now, &self.inner.verified_tokens)
     }
 
-    fn record(&self, caller: &Caller, request: &str, method: &Method, path: &str) -> Record {
-        Record {
+    fn record(&self, caller: &Caller, request: &str, method: &Method, path: &str) -> AuditRecord {
+        AuditRecord {
             phase: Phase::Call,
             request: request.into(),
             subject: caller.subject.clone(),
             role: caller.role.name().into(),
-            token: caller.token.clone(),
+            token: caller.token_id.clone(),
             method: method.to_string(),
             path: if path.len() <= 1024 { path.into() } else { path.chars().take(1024).collect() },
             verdict: String::new(),
@@ -351,9 +359,14 @@ impl Api {
     ///
     /// # Errors
     /// What is full: streams, or the disk that takes the record.
-    fn open_call(&self, record: Record, stream: Stream, changes: bool) -> Result<Call, Problem> {
+    fn begin_request(
+        &self,
+        record: AuditRecord,
+        stream: StreamClass,
+        changes: bool,
+    ) -> Result<AuditedRequest, ApiError> {
         let permit = self.permit(&record.subject, stream)?;
-        let mut call = Call {
+        let mut call = AuditedRequest {
             api: self.clone(),
             record,
             begun: Instant::now(),
@@ -361,13 +374,16 @@ impl Api {
             _permit: permit,
         };
         if changes {
-            let start =
-                Record { phase: Phase::Start, verdict: "allowed".into(), ..call.record.clone() };
+            let start = AuditRecord {
+                phase: Phase::Start,
+                verdict: "allowed".into(),
+                ..call.record.clone()
+            };
             if self.write(start).is_err() {
                 call.status(507, "audit_full");
                 let message =
                     "what changes something must be put on record, and the disk takes no record";
-                return Err(Problem::new(
+                return Err(ApiError::new(
                     507,
                     "audit_full",
                     message,
@@ -379,12 +395,12 @@ impl Api {
         Ok(call)
     }
 
-    fn write(&self, record: Record) -> std::io::Result<()> {
+    fn write(&self, record: AuditRecord) -> std::io::Result<()> {
         let mut audit = lock(&self.inner.audit);
         let result = audit.write(record);
         match &result {
             Ok(()) => {
-                self.inner.parts.audit_head.send_replace(audit.head().clone());
+                self.inner.context.audit_head.send_replace(audit.head().clone());
             }
             Err(error) => {
                 self.inner.counts.audit_failed.fetch_add(1, Ordering::Relaxed);
@@ -396,28 +412,28 @@ impl Api {
 }
 
 /// A call under way, accounted for when it ends, however it ends.
-pub(crate) struct Call {
+pub(crate) struct AuditedRequest {
     api: Api,
-    record: Record,
+    record: AuditRecord,
     begun: Instant,
-    pub(crate) counted: Arc<Counted>,
-    _permit: Permit,
+    pub(crate) counted: Arc<ByteCounters>,
+    _permit: StreamPermit,
 }
 
 #[derive(Default)]
-pub(crate) struct Counted {
+pub(crate) struct ByteCounters {
     pub(crate) bytes_in: AtomicU64,
     pub(crate) bytes_out: AtomicU64,
 }
 
-impl Call {
+impl AuditedRequest {
     pub(crate) fn status(&mut self, status: u16, verdict: &str) {
         self.record.status = status;
         self.record.verdict = verdict.into();
     }
 }
 
-impl Drop for Call {
+impl Drop for AuditedRequest {
     fn drop(&mut self) {
         let mut record = std::mem::take(&mut self.record);
         record.duration_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);

@@ -6,39 +6,39 @@ use http::Method;
 use http::request::Parts;
 
 use super::{Api, lock};
-use crate::kubernetes::answer::Problem;
-use crate::kubernetes::path::Target;
+use crate::kubernetes::answer::ApiError;
+use crate::kubernetes::path::KubernetesPath;
 
 /// Requests that end by themselves, and upgrades, of one caller and in all, unless the settings say otherwise.
 pub const PER_CALLER: usize = 64;
-pub const IN_ALL: usize = 512;
+pub const TOTAL: usize = 512;
 /// Watches and followed logs of one caller and in all: a tool like Argo CD holds one watch for each kind that there is, a few hundred.
 pub const WATCHES_PER_CALLER: usize = 512;
-pub const WATCHES_IN_ALL: usize = 2048;
+pub const WATCHES_TOTAL: usize = 2048;
 
 /// The most that may be open.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct StreamLimits {
     pub per_caller: usize,
-    pub in_all: usize,
+    pub total: usize,
     pub watches_per_caller: usize,
-    pub watches_in_all: usize,
+    pub watches_total: usize,
 }
 
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits {
+impl Default for StreamLimits {
+    fn default() -> StreamLimits {
+        StreamLimits {
             per_caller: PER_CALLER,
-            in_all: IN_ALL,
+            total: TOTAL,
             watches_per_caller: WATCHES_PER_CALLER,
-            watches_in_all: WATCHES_IN_ALL,
+            watches_total: WATCHES_TOTAL,
         }
     }
 }
 
 /// What a request is for whoever counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stream {
+pub(crate) enum StreamClass {
     /// It ends by itself.
     Short,
     /// exec, attach, port-forward.
@@ -47,15 +47,15 @@ pub(crate) enum Stream {
     Watch,
 }
 
-impl Stream {
+impl StreamClass {
     /// As the Kubernetes API tells what stays open (kubernetes/apiserver `pkg/endpoints/request`, kubernetes `cmd/kube-apiserver`
     /// `BasicLongRunningRequestCheck`).
-    pub(crate) fn of(parts: &Parts, target: &Target, upgrade: bool) -> Stream {
+    pub(crate) fn of(parts: &Parts, target: &KubernetesPath, upgrade: bool) -> StreamClass {
         if upgrade {
-            return Stream::Upgrade;
+            return StreamClass::Upgrade;
         }
         if !matches!(parts.method, Method::GET | Method::HEAD) {
-            return Stream::Short;
+            return StreamClass::Short;
         }
         // the first of a name counts, and all is true that is not said to be false (apimachinery `pkg/runtime/converter.go`)
         let asked = |name: &str| {
@@ -68,9 +68,9 @@ impl Stream {
         };
         let log = target.subresource.as_deref() == Some("log");
         if (log && asked("follow")) || (!log && asked("watch")) {
-            Stream::Watch
+            StreamClass::Watch
         } else {
-            Stream::Short
+            StreamClass::Short
         }
     }
 
@@ -80,25 +80,25 @@ impl Stream {
 }
 
 #[derive(Default)]
-pub(super) struct Open {
+pub(super) struct OpenStreams {
     all: [usize; 3],
     callers: HashMap<String, [usize; 3]>,
 }
 
-impl Open {
+impl OpenStreams {
     pub(super) fn all(&self) -> usize {
         self.all.iter().sum()
     }
 }
 
 /// One stream of a caller, counted until it is dropped.
-pub(crate) struct Permit {
+pub(crate) struct StreamPermit {
     api: Api,
     subject: String,
-    stream: Stream,
+    stream: StreamClass,
 }
 
-impl Drop for Permit {
+impl Drop for StreamPermit {
     fn drop(&mut self) {
         let mut open = lock(&self.api.inner.open);
         let at = self.stream.index();
@@ -112,48 +112,50 @@ impl Drop for Permit {
     }
 }
 
-fn full(stream: Stream, whose: &str, most: usize, key: &str) -> Problem {
+fn limit_reached(stream: StreamClass, whose: &str, limit: usize, key: &str) -> ApiError {
     let what = match stream {
-        Stream::Short => "requests",
-        Stream::Upgrade => "exec, attach and port-forward streams",
-        Stream::Watch => "watches and followed logs",
+        StreamClass::Short => "requests",
+        StreamClass::Upgrade => "exec, attach and port-forward streams",
+        StreamClass::Watch => "watches and followed logs",
     };
     let message = format!(
-        "{whose} {most} {what} open, and more are not served at a time ({key} in the agent's agent.toml)"
+        "{whose} {limit} {what} open, and more are not served at a time ({key} in the agent's agent.toml)"
     );
     match stream {
         // the others end by themselves
-        Stream::Short => {
-            Problem::new(429, "too_many_streams", message, Some("try again in a moment"))
-                .again_after(1)
+        StreamClass::Short => {
+            ApiError::new(429, "too_many_streams", message, Some("try again in a moment"))
+                .retry_after_s(1)
         }
-        Stream::Upgrade => Problem::new(429, "too_many_streams", message, Some("close some")),
-        Stream::Watch => Problem::new(429, "too_many_watches", message, Some("close some")),
+        StreamClass::Upgrade => ApiError::new(429, "too_many_streams", message, Some("close some")),
+        StreamClass::Watch => ApiError::new(429, "too_many_watches", message, Some("close some")),
     }
 }
 
 impl Api {
     /// # Errors
     /// What is full.
-    pub(crate) fn permit(&self, subject: &str, stream: Stream) -> Result<Permit, Problem> {
-        let limits = &self.inner.parts.limits;
+    pub(crate) fn permit(
+        &self,
+        subject: &str,
+        stream: StreamClass,
+    ) -> Result<StreamPermit, ApiError> {
+        let limits = &self.inner.context.limits;
         let (each, all, keys) = match stream {
-            Stream::Short | Stream::Upgrade => {
-                (limits.per_caller, limits.in_all, ["streams-per-caller", "streams"])
+            StreamClass::Short | StreamClass::Upgrade => {
+                (limits.per_caller, limits.total, ["streams-per-caller", "streams"])
             }
-            Stream::Watch => (
-                limits.watches_per_caller,
-                limits.watches_in_all,
-                ["watches-per-caller", "watches"],
-            ),
+            StreamClass::Watch => {
+                (limits.watches_per_caller, limits.watches_total, ["watches-per-caller", "watches"])
+            }
         };
         let at = stream.index();
         let mut open = lock(&self.inner.open);
         if open.callers.get(subject).is_some_and(|mine| mine[at] >= each) || each == 0 {
-            return Err(full(stream, "this caller has", each, keys[0]));
+            return Err(limit_reached(stream, "this caller has", each, keys[0]));
         }
         if open.all[at] >= all {
-            return Err(full(stream, "all callers together have", all, keys[1]));
+            return Err(limit_reached(stream, "all callers together have", all, keys[1]));
         }
         open.all[at] += 1;
         match open.callers.get_mut(subject) {
@@ -165,22 +167,22 @@ impl Api {
             }
         }
         drop(open);
-        Ok(Permit { api: self.clone(), subject: subject.to_owned(), stream })
+        Ok(StreamPermit { api: self.clone(), subject: subject.to_owned(), stream })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::path::target;
+    use crate::kubernetes::path;
 
     #[test]
     fn what_stays_open_is_known_by_its_request() {
         let of = |method: &str, uri: &str| {
             let (parts, ()) =
                 http::Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
-            let target = target(parts.uri.path()).unwrap();
-            Stream::of(&parts, &target, false)
+            let target = path::parse(parts.uri.path()).unwrap();
+            StreamClass::of(&parts, &target, false)
         };
         for uri in [
             "/api/v1/pods?watch=true",
@@ -191,7 +193,7 @@ mod tests {
             "/api/v1/namespaces/beta/pods/p/log?follow&tailLines=1",
             "/api/v1/namespaces/beta/pods/p/log?container=c&follow=true",
         ] {
-            assert_eq!(of("GET", uri), Stream::Watch, "{uri}");
+            assert_eq!(of("GET", uri), StreamClass::Watch, "{uri}");
         }
         for uri in [
             "/api/v1/pods",
@@ -204,9 +206,9 @@ mod tests {
             "/api/v1/namespaces/beta/pods/p/log?watch=true",
             "/api/v1/pods?follow=true",
         ] {
-            assert_eq!(of("GET", uri), Stream::Short, "{uri}");
+            assert_eq!(of("GET", uri), StreamClass::Short, "{uri}");
         }
-        assert_eq!(of("POST", "/api/v1/namespaces/beta/pods?watch=true"), Stream::Short);
-        assert_eq!(of("DELETE", "/api/v1/namespaces/beta/pods?watch=true"), Stream::Short);
+        assert_eq!(of("POST", "/api/v1/namespaces/beta/pods?watch=true"), StreamClass::Short);
+        assert_eq!(of("DELETE", "/api/v1/namespaces/beta/pods?watch=true"), StreamClass::Short);
     }
 }

@@ -15,19 +15,19 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio_util::sync::CancellationToken;
 use tower::BoxError;
 
-use crate::agent::api::permits::Stream;
-use crate::agent::api::{Api, Call, Counted};
+use crate::agent::api::permits::StreamClass;
+use crate::agent::api::{Api, AuditedRequest, ByteCounters};
 use crate::contract::token::Caller;
-use crate::kubernetes::answer::{Problem, discovery};
+use crate::kubernetes::answer::{ApiError, is_discovery};
 use crate::kubernetes::header_policy;
-use crate::kubernetes::path::{Refusal, Target, target};
+use crate::kubernetes::path::{self, KubernetesPath, PathError};
 use crate::kubernetes::upstream::{Body, Upstream};
 
 /// Answered only over HTTP/1.1: they switch protocols.
 const UPGRADING: &[&str] = &["exec", "attach", "portforward"];
 
 /// What a token for some namespaces is told, which is theirs to know: which they are, and what was asked for instead.
-fn outside(target: &Target, namespaces: &[String]) -> Problem {
+fn outside(target: &KubernetesPath, namespaces: &[String]) -> ApiError {
     let own = namespaces.join(", ");
     let message = match &target.namespace {
         Some(asked) if !namespaces.contains(asked) => {
@@ -37,7 +37,7 @@ fn outside(target: &Target, namespaces: &[String]) -> Problem {
             format!("the token is for namespaces alone ({own}), and this is not inside one of them")
         }
     };
-    Problem::new(
+    ApiError::new(
         403,
         "namespace_scope",
         message,
@@ -63,31 +63,31 @@ impl Api {
                 let mut record = record;
                 (record.verdict, record.status) = (problem.code.into(), problem.status);
                 let _ = self.write(record);
-                return problem.status(discovery(raw));
+                return problem.status(is_discovery(raw));
             }
         };
         let mutating = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let stream = Stream::of(&parts, &target, upgrade);
-        let mut call = match self.open_call(
-            super::Record { path: target.path.clone(), ..record },
+        let stream = StreamClass::of(&parts, &target, upgrade);
+        let mut call = match self.begin_request(
+            super::AuditRecord { path: target.path.clone(), ..record },
             stream,
             mutating || upgrade,
         ) {
             Ok(call) => call,
-            Err(problem) => return problem.status(discovery(raw)),
+            Err(problem) => return problem.status(is_discovery(raw)),
         };
-        let upstream = self.inner.parts.upstream.borrow().clone();
+        let upstream = self.inner.context.upstream.borrow().clone();
         let Some(upstream) = upstream else {
             call.status(503, "kubernetes_waiting");
             let hint = Some("the tunnel stays up; try again soon");
-            return Problem::new(
+            return ApiError::new(
                 503,
                 "kubernetes_waiting",
                 "the agent has no way to the Kubernetes API at the moment",
                 hint,
             )
-            .again_after(1)
-            .status(discovery(raw));
+            .retry_after_s(1)
+            .status(is_discovery(raw));
         };
         let mut answer = self
             .forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call)
@@ -105,43 +105,50 @@ impl Api {
         caller: &Caller,
         raw: &str,
         id: &str,
-    ) -> Result<(Target, HeaderMap, bool), Problem> {
+    ) -> Result<(KubernetesPath, HeaderMap, bool), ApiError> {
         if self.draining() {
-            return Err(Problem::new(
+            return Err(ApiError::new(
                 503,
                 "draining",
                 "the agent takes nothing new",
                 Some("it is being stopped or restarted"),
             )
-            .again_after(1));
+            .retry_after_s(1));
         }
-        let target = target(raw).map_err(|refusal| match refusal {
-            Refusal::Path(why) => Problem::new(400, "bad_path", why, None),
-            Refusal::Proxy => Problem::new(
+        let target = path::parse(raw).map_err(|refusal| match refusal {
+            PathError::Invalid(why) => ApiError::new(400, "bad_path", why, None),
+            PathError::Proxy => ApiError::new(
                 403,
                 "proxy_refused",
                 "proxying through the API server is refused",
                 Some("use port-forward"),
             ),
-            Refusal::Scope => {
-                Problem::new(403, "namespace_scope", "the token is for other namespaces", None)
+            PathError::Scope => {
+                ApiError::new(403, "namespace_scope", "the token is for other namespaces", None)
             }
         })?;
         if parts.uri.query().is_some_and(|q| q.bytes().any(|b| b < 0x21 || b == 0x7f || b == b'#'))
         {
-            return Err(Problem::new(400, "bad_path", "the query holds a control character", None));
+            return Err(ApiError::new(
+                400,
+                "bad_path",
+                "the query holds a control character",
+                None,
+            ));
         }
         if let Some(namespaces) = &caller.namespaces {
-            target.within(&parts.method, namespaces).map_err(|_| outside(&target, namespaces))?;
+            target
+                .check_namespaces(&parts.method, namespaces)
+                .map_err(|_| outside(&target, namespaces))?;
         }
-        let upgrade = header_policy::upgrade(parts)?;
+        let upgrade = header_policy::requested_upgrade(parts)?;
         if parts.version == Version::HTTP_2
             && target.subresource.as_deref().is_some_and(|s| UPGRADING.contains(&s))
         {
-            return Err(Problem::new(400, "use_http1", "upgrades need HTTP/1.1", None));
+            return Err(ApiError::new(400, "use_http1", "upgrades need HTTP/1.1", None));
         }
         let upgrading = upgrade.is_some();
-        let headers = header_policy::outward(&parts.headers, caller, id, upgrade)?;
+        let headers = header_policy::request_headers(&parts.headers, caller, id, upgrade)?;
         Ok((target, headers, upgrading))
     }
 
@@ -149,19 +156,19 @@ impl Api {
         &self,
         upstream: &Upstream,
         mut request: Request<Incoming>,
-        target: Target,
+        target: KubernetesPath,
         headers: HeaderMap,
         upgrade: bool,
-        mut call: Call,
+        mut call: AuditedRequest,
     ) -> Response<Body> {
-        let discovery = discovery(&target.path);
+        let discovery = is_discovery(&target.path);
         let uri = match request.uri().query() {
             Some(query) => format!("{}?{query}", target.path),
             None => target.path,
         };
         let Ok(uri) = uri.parse::<Uri>() else {
             call.status(400, "bad_path");
-            return Problem::new(400, "bad_path", "the query cannot be read", None)
+            return ApiError::new(400, "bad_path", "the query cannot be read", None)
                 .status(discovery);
         };
         let theirs = hyper::upgrade::on(&mut request);
@@ -187,13 +194,13 @@ impl Api {
                 tracing::debug!(error, "the Kubernetes API did not answer");
                 call.status(503, "kubernetes_unavailable");
                 let hint = Some("the tunnel stays up; try again soon");
-                return Problem::new(
+                return ApiError::new(
                     503,
                     "kubernetes_unavailable",
                     "the Kubernetes API does not answer",
                     hint,
                 )
-                .again_after(1)
+                .retry_after_s(1)
                 .status(discovery);
             }
         };
@@ -202,18 +209,19 @@ impl Api {
             // it is the agent's credential that was refused, not the caller's token
             call.status(503, "kubernetes_credential");
             let hint = Some("a fresh one is minted within a minute");
-            return Problem::new(
+            return ApiError::new(
                 503,
                 "kubernetes_credential",
                 "the Kubernetes API refuses the agent's credential",
                 hint,
             )
-            .again_after(1)
+            .retry_after_s(1)
             .status(discovery);
         }
-        let Some(headers) = header_policy::inward(status, answer.headers(), "/k8s") else {
+        let Some(headers) = header_policy::response_headers(status, answer.headers(), "/k8s")
+        else {
             call.status(502, "redirect_refused");
-            return Problem::new(
+            return ApiError::new(
                 502,
                 "redirect_refused",
                 "the Kubernetes API answers with a redirect to somewhere else",
@@ -226,7 +234,7 @@ impl Api {
             return if upgrade {
                 self.switch(theirs, answer, headers, call)
             } else {
-                Problem::new(
+                ApiError::new(
                     502,
                     "bad_upgrade",
                     "the Kubernetes API switches protocols unasked",
@@ -235,7 +243,7 @@ impl Api {
                 .status(discovery)
             };
         }
-        let cut = self.inner.parts.cut.clone();
+        let cut = self.inner.context.cut.clone();
         let counted = Arc::clone(&call.counted);
         let body = Counting {
             inner: answer.into_body(),
@@ -255,7 +263,7 @@ impl Api {
         theirs: OnUpgrade,
         mut answer: Response<Incoming>,
         mut headers: HeaderMap,
-        call: Call,
+        call: AuditedRequest,
     ) -> Response<Body> {
         self.counts().upgrades.fetch_add(1, Ordering::Relaxed);
         for name in [http::header::CONNECTION, http::header::UPGRADE] {
@@ -264,7 +272,7 @@ impl Api {
             }
         }
         let ours = hyper::upgrade::on(&mut answer);
-        let cut: CancellationToken = self.inner.parts.cut.clone();
+        let cut: CancellationToken = self.inner.context.cut.clone();
         tokio::spawn(async move {
             let mut call = call;
             let (Ok(theirs), Ok(ours)) = (theirs.await, ours.await) else {
@@ -307,9 +315,9 @@ async fn copy(
 /// A body whose bytes are counted, and which keeps its call open until it ends.
 struct Counting {
     inner: Incoming,
-    counted: Arc<Counted>,
+    counted: Arc<ByteCounters>,
     inward: bool,
-    call: Option<Call>,
+    call: Option<AuditedRequest>,
     cut: Option<Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>>,
 }
 

@@ -8,9 +8,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::session::identity::{Identity, Kept};
-use crate::agent::session::queue::{Queue, What};
-use crate::agent::session::{Action, Call, Event, Outcome, Session, State, Status, With, for_ever};
+use crate::agent::session::identity::{Identity, StoredCredential};
+use crate::agent::session::queue::{EntryKind, Queue};
+use crate::agent::session::{
+    ControlPlaneSession, ControlPlaneState, ControlPlaneStatus, RegistrationAuth, RequestKind,
+    RequestOutcome, SessionAction, SessionEvent, is_permanent_refusal,
+};
 use crate::base::backoff::random;
 use crate::base::http::clock_offset;
 use crate::base::resolve::Resolver;
@@ -23,36 +26,36 @@ use crate::contract::types::{
 use crate::frp;
 use crate::host::state::StateDir;
 
-const CONNECT: Duration = Duration::from_secs(5);
-const WHOLE: Duration = Duration::from_secs(15);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// The control plane that the queue is for.
 const QUEUE_URL: &str = "queue-url";
 /// Longest answer, bytes.
-const ANSWER: usize = 1 << 20;
+const MAX_RESPONSE: usize = 1 << 20;
 
-/// What the agent knows and the control plane is told.
-pub struct Told {
+/// What the agent reports to the control plane.
+pub struct ReportedState {
     pub name: String,
     pub hostname: String,
     pub max_role: String,
     pub cluster: watch::Receiver<ClusterInfo>,
     pub status: watch::Receiver<StatusReport>,
-    pub tunnel: watch::Receiver<frp::Status>,
+    pub tunnel: watch::Receiver<frp::TunnelStatus>,
     pub audit: watch::Receiver<AuditHead>,
     pub started: Instant,
 }
 
 /// The end of an operation, on its way to the control plane.
-pub struct Finished {
+pub struct FinishedOperation {
     pub operation: String,
     /// [`types::Operation`](crate::contract::types::Operation), JSON.
     pub body: String,
-    /// Told once it is on the disk; dropped when it could not be kept.
-    pub kept: oneshot::Sender<()>,
+    /// Sent once it is on disk; dropped when it could not be stored.
+    pub stored: oneshot::Sender<()>,
 }
 
 /// The control plane's side of the agent.
-pub struct ControlPlane {
+pub struct ControlPlaneClient {
     pub url: String,
     pub trust: Trust,
     /// Proxy for these calls; without one, what the environment says.
@@ -61,13 +64,13 @@ pub struct ControlPlane {
     pub state: StateDir,
     /// None on a copied disk without a token: then nobody is asked anything.
     pub identity: Option<Box<Identity>>,
-    pub told: Told,
-    pub publish: watch::Sender<Status>,
+    pub reported: ReportedState,
+    pub publish: watch::Sender<ControlPlaneStatus>,
     pub config: watch::Sender<Option<Config>>,
-    pub results: mpsc::Receiver<Finished>,
+    pub results: mpsc::Receiver<FinishedOperation>,
     pub drain: CancellationToken,
-    /// Cancelled here once the control plane knows that the agent stops, or cannot be told.
-    pub farewell: CancellationToken,
+    /// Cancelled once the control plane knows that the agent stops, or cannot be told.
+    pub drain_reported: CancellationToken,
     pub stop: CancellationToken,
 }
 
@@ -97,15 +100,15 @@ pub fn check_url(text: &str) -> Result<(), String> {
 }
 
 /// What an answer brought besides its outcome.
-type Answer<T> = (Result<T, Outcome>, Option<i64>);
+type Reply<T> = (Result<T, RequestOutcome>, Option<i64>);
 
-struct Caller {
+struct HttpClient {
     client: Client,
     base: String,
 }
 
-impl Caller {
-    fn new(url: &str, trust: &Trust, proxy: Option<&str>) -> Result<Caller, String> {
+impl HttpClient {
+    fn new(url: &str, trust: &Trust, proxy: Option<&str>) -> Result<HttpClient, String> {
         check_url(url)?;
         let mut client = Client::builder();
         if let Some(proxy) = proxy {
@@ -116,15 +119,15 @@ impl Caller {
         }
         let client = client
             .tls_backend_preconfigured(trust.client()?)
-            .connect_timeout(CONNECT)
-            .timeout(WHOLE)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(REQUEST_TIMEOUT)
             .dns_resolver(Resolver::shared())
             .pool_idle_timeout(Duration::from_secs(300))
             .redirect(reqwest::redirect::Policy::none())
             .user_agent(concat!("pipeops/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|e| crate::base::http::explain(&e))?;
-        Ok(Caller { client, base: format!("{}/api/v1/agents", url.trim_end_matches('/')) })
+        Ok(HttpClient { client, base: format!("{}/api/v1/agents", url.trim_end_matches('/')) })
     }
 
     fn request(&self, method: Method, path: &str, bearer: &Secret) -> RequestBuilder {
@@ -135,10 +138,10 @@ impl Caller {
     }
 
     /// Sends, and judges what comes back.
-    async fn send<T: DeserializeOwned>(&self, request: RequestBuilder) -> Answer<T> {
+    async fn send<T: DeserializeOwned>(&self, request: RequestBuilder) -> Reply<T> {
         let unreachable = |e: &reqwest::Error| {
             let text = crate::base::http::explain(e);
-            Outcome::Unreachable(match explain(&text) {
+            RequestOutcome::Unreachable(match explain(&text) {
                 Some((code, remedy)) => format!("{code}: {text}; {remedy}"),
                 None => text,
             })
@@ -152,12 +155,12 @@ impl Caller {
         let mut body = Vec::new();
         loop {
             match answer.chunk().await {
-                Ok(Some(chunk)) if body.len() + chunk.len() <= ANSWER => {
+                Ok(Some(chunk)) if body.len() + chunk.len() <= MAX_RESPONSE => {
                     body.extend_from_slice(&chunk)
                 }
                 Ok(Some(_)) => {
                     return (
-                        Err(Outcome::Unreachable("the answer is longer than 1 MiB".into())),
+                        Err(RequestOutcome::Unreachable("the answer is longer than 1 MiB".into())),
                         offset,
                     );
                 }
@@ -174,7 +177,7 @@ impl Caller {
             };
             let message = crate::base::text::printable(&message).chars().take(200).collect();
             return (
-                Err(Outcome::Refused {
+                Err(RequestOutcome::Refused {
                     status: status.as_u16(),
                     code: problem.code,
                     message,
@@ -186,7 +189,7 @@ impl Caller {
         let text: &[u8] =
             if body.is_empty() || status == StatusCode::NO_CONTENT { b"null" } else { &body };
         let parsed = serde_json::from_slice(text).map_err(|e| {
-            Outcome::Unreachable(format!(
+            RequestOutcome::Unreachable(format!(
                 "the answer cannot be read: {e}; is this a control plane?"
             ))
         });
@@ -201,12 +204,12 @@ impl Caller {
 pub async fn deregister(
     trust: &Trust,
     proxy: Option<&str>,
-    kept: &Kept,
+    kept: &StoredCredential,
     id: &str,
 ) -> Result<(), String> {
-    let caller = Caller::new(&kept.url, trust, proxy)?;
-    match caller
-        .send::<serde_json::Value>(caller.request(
+    let http = HttpClient::new(&kept.url, trust, proxy)?;
+    match http
+        .send::<serde_json::Value>(http.request(
             Method::DELETE,
             &format!("/{id}"),
             &kept.credential,
@@ -214,11 +217,11 @@ pub async fn deregister(
         .await
         .0
     {
-        Ok(_) | Err(Outcome::Refused { status: 404 | 410, .. }) => Ok(()),
-        Err(Outcome::Refused { status, code, message, .. }) => {
+        Ok(_) | Err(RequestOutcome::Refused { status: 404 | 410, .. }) => Ok(()),
+        Err(RequestOutcome::Refused { status, code, message, .. }) => {
             Err(format!("HTTP {status} {code}: {message}"))
         }
-        Err(Outcome::Unreachable(why)) => Err(why),
+        Err(RequestOutcome::Unreachable(why)) => Err(why),
         Err(_) => Err("no answer that can be read".into()),
     }
 }
@@ -247,38 +250,40 @@ fn retry_after(answer: &Response) -> Option<Duration> {
 }
 
 /// What stays over the calls of a run.
-struct Known {
-    caller: Result<Caller, String>,
-    kept: Option<Kept>,
+struct RunState {
+    http: Result<HttpClient, String>,
+    kept: Option<StoredCredential>,
     queue: Queue,
     seq: u64,
 }
 
-impl ControlPlane {
+impl ControlPlaneClient {
     /// Runs until `stop`. No answer of a remote ends it.
     ///
     /// # Errors
     /// When the state directory cannot be used.
     pub async fn run(mut self) -> anyhow::Result<()> {
-        let mut session = Session::new(Instant::now());
+        let mut session = ControlPlaneSession::new(Instant::now());
         let (mut known, mut event) = self.begin()?;
-        // of the last report: what is told before the next one is due
+        // of the last report: a change of these is reported before the next one is due
         let mut shown = None;
         loop {
             let mut call = None;
             let mut actions =
                 std::collections::VecDeque::from(session.on(event, Instant::now(), random()));
             while let Some(action) = actions.pop_front() {
-                if action == Action::Report {
+                if action == SessionAction::Report {
                     let body = {
-                        let report = self.told.status.borrow();
+                        let report = self.reported.status.borrow();
                         shown = Some((report.kubernetes.clone(), report.nodes.clone()));
                         serde_json::to_string(&*report)?
                     };
-                    match known.queue.push(&What::Status, &body) {
-                        Ok(()) => {
-                            actions.extend(session.on(Event::Queued, Instant::now(), random()))
-                        }
+                    match known.queue.push(&EntryKind::Status, &body) {
+                        Ok(()) => actions.extend(session.on(
+                            SessionEvent::Queued,
+                            Instant::now(),
+                            random(),
+                        )),
                         Err(error) => tracing::warn!(
                             error = format!("{error:#}"),
                             "a status report was dropped"
@@ -288,15 +293,15 @@ impl ControlPlane {
                     call = Some(action);
                 }
             }
-            self.publish.send_if_modified(|told| {
-                let news = told != session.status();
+            self.publish.send_if_modified(|reported| {
+                let news = reported != session.status();
                 if news {
-                    told.clone_from(session.status());
+                    reported.clone_from(session.status());
                 }
                 news
             });
-            if session.farewell_said() {
-                self.farewell.cancel();
+            if session.drain_reported() {
+                self.drain_reported.cancel();
             }
             event = match call {
                 Some(action) => tokio::select! {
@@ -313,32 +318,32 @@ impl ControlPlane {
                     };
                     tokio::select! {
                         () = self.stop.cancelled() => return Ok(()),
-                        () = self.drain.cancelled(), if session.status().state != State::Draining => Event::Drain,
-                        Some(Finished { operation, body, kept }) = self.results.recv() => {
-                            match known.queue.push(&What::Result { operation }, &body) {
-                                Ok(()) => drop(kept.send(())),
+                        () = self.drain.cancelled(), if session.status().state != ControlPlaneState::Draining => SessionEvent::Drain,
+                        Some(FinishedOperation { operation, body, stored }) = self.results.recv() => {
+                            match known.queue.push(&EntryKind::Result { operation }, &body) {
+                                Ok(()) => drop(stored.send(())),
                                 // whoever sent it keeps it, and sends it again
                                 Err(error) => tracing::error!(error = format!("{error:#}"), "a result could not be kept"),
                             }
-                            Event::Queued
+                            SessionEvent::Queued
                         }
-                        Ok(()) = self.told.status.changed() => {
-                            let report = self.told.status.borrow_and_update();
+                        Ok(()) = self.reported.status.changed() => {
+                            let report = self.reported.status.borrow_and_update();
                             let differs = match &shown {
                                 Some((kubernetes, nodes)) => (kubernetes, nodes) != (&report.kubernetes, &report.nodes),
                                 // the first one waits for something to tell
                                 None => report.kubernetes == "connected",
                             };
-                            if differs { Event::Changed } else { Event::Tick }
+                            if differs { SessionEvent::Changed } else { SessionEvent::Tick }
                         }
-                        () = timer => Event::Tick,
+                        () = timer => SessionEvent::Tick,
                     }
                 }
             };
         }
     }
 
-    fn begin(&self) -> anyhow::Result<(Known, Event)> {
+    fn begin(&self) -> anyhow::Result<(RunState, SessionEvent)> {
         let token = self.token.is_some();
         let queue = Queue::open(self.state.sub("queue")?);
         // what one control plane did not take is not for another one
@@ -351,20 +356,20 @@ impl ControlPlane {
         {
             tracing::warn!(error = format!("{error:#}"), "whom the queue is for is not kept");
         }
-        let mut known = Known {
-            caller: Caller::new(&self.url, &self.trust, self.proxy.as_deref()),
-            kept: Kept::load(&self.state, &self.url),
+        let mut known = RunState {
+            http: HttpClient::new(&self.url, &self.trust, self.proxy.as_deref()),
+            kept: StoredCredential::load(&self.state, &self.url),
             queue,
             seq: 0,
         };
         let event = if self.identity.is_some() {
-            Event::Start {
+            SessionEvent::Start {
                 token,
-                credential: known.kept.as_ref().map(|k| k.lives(jiff::Timestamp::now())),
+                credential: known.kept.as_ref().map(|k| k.remaining_s(jiff::Timestamp::now())),
             }
         } else {
             known.kept = None;
-            Event::Cloned
+            SessionEvent::Cloned
         };
         if let Some(config) = known.kept.as_ref().and_then(|k| k.config.clone()) {
             self.config.send_replace(Some(config));
@@ -372,35 +377,48 @@ impl ControlPlane {
         Ok((known, event))
     }
 
-    async fn call(&self, known: &mut Known, action: Action, status: &Status) -> Event {
+    async fn call(
+        &self,
+        known: &mut RunState,
+        action: SessionAction,
+        status: &ControlPlaneStatus,
+    ) -> SessionEvent {
         let call = match &action {
-            Action::Register(_) => Call::Register,
-            Action::FetchConfig => Call::Config,
-            Action::Heartbeat => Call::Heartbeat,
-            Action::Rotate => Call::Rotate,
-            Action::Deliver | Action::Report => Call::Deliver,
+            SessionAction::Register(_) => RequestKind::Register,
+            SessionAction::FetchConfig => RequestKind::Config,
+            SessionAction::Heartbeat => RequestKind::Heartbeat,
+            SessionAction::Rotate => RequestKind::Rotate,
+            SessionAction::Deliver | SessionAction::Report => RequestKind::Deliver,
         };
-        let (outcome, offset) = self.outcome(known, action, status).await;
-        if matches!(outcome, Err(Outcome::Unreachable(_))) {
+        let (outcome, offset) = self.execute(known, action, status).await;
+        if matches!(outcome, Err(RequestOutcome::Unreachable(_))) {
             // a client keeps the resolver's settings of its birth: after a boot without network they would be wrong for ever
-            known.caller = Caller::new(&self.url, &self.trust, self.proxy.as_deref());
+            known.http = HttpClient::new(&self.url, &self.trust, self.proxy.as_deref());
         }
-        Event::Done { call, outcome: outcome.unwrap_or_else(|refusal| refusal), offset }
+        SessionEvent::Done { call, outcome: outcome.unwrap_or_else(|refusal| refusal), offset }
     }
 
-    async fn outcome(&self, known: &mut Known, action: Action, status: &Status) -> Answer<Outcome> {
-        let (caller, identity) = match (&known.caller, &self.identity) {
-            (Ok(caller), Some(identity)) => (caller, identity),
-            (Err(why), _) => return (Err(Outcome::Unreachable(why.clone())), None),
+    async fn execute(
+        &self,
+        known: &mut RunState,
+        action: SessionAction,
+        status: &ControlPlaneStatus,
+    ) -> Reply<RequestOutcome> {
+        let (http, identity) = match (&known.http, &self.identity) {
+            (Ok(http), Some(identity)) => (http, identity),
+            (Err(why), _) => return (Err(RequestOutcome::Unreachable(why.clone())), None),
             (_, None) => {
-                return (Err(Outcome::Unreachable("this agent has no identity".into())), None);
+                return (
+                    Err(RequestOutcome::Unreachable("this agent has no identity".into())),
+                    None,
+                );
             }
         };
         let credential = known.kept.as_ref().map(|k| k.credential.clone()).unwrap_or_default();
         let id = &identity.id;
         match action {
-            Action::Register(with) => {
-                let bearer = if with == With::Token {
+            SessionAction::Register(with) => {
+                let bearer = if with == RegistrationAuth::Token {
                     self.token.clone().unwrap_or_default()
                 } else {
                     credential
@@ -408,13 +426,13 @@ impl ControlPlane {
                 let body = serde_json::to_string(&self.registration(identity)).unwrap_or_default();
                 let signature = match identity.sign(body.as_bytes()) {
                     Ok(signature) => signature,
-                    Err(e) => return (Err(Outcome::Unreachable(format!("{e:#}"))), None),
+                    Err(e) => return (Err(RequestOutcome::Unreachable(format!("{e:#}"))), None),
                 };
-                let request = caller
+                let request = http
                     .request(Method::POST, "/register", &bearer)
                     .header(SIGNATURE, signature)
                     .body(body);
-                let (answer, offset) = caller.send::<Registered>(request).await;
+                let (answer, offset) = http.send::<Registered>(request).await;
                 let outcome = answer.and_then(|r| {
                     let config =
                         (r.config != Config::default()).then(|| Box::new(r.config.clone()));
@@ -422,14 +440,15 @@ impl ControlPlane {
                         credential: r.credential,
                         credential_expires_at: r.credential_expires_at,
                     };
-                    let outcome = self.keep(&mut known.kept, given, Some(r.cluster_id), config)?;
+                    let outcome =
+                        self.store_credential(&mut known.kept, given, Some(r.cluster_id), config)?;
                     Ok(outcome)
                 });
-                (outcome.inspect(|o| self.hand_on(o)), offset)
+                (outcome.inspect(|o| self.publish_config(o)), offset)
             }
-            Action::FetchConfig => {
-                let (answer, offset) = caller
-                    .send::<Config>(caller.request(
+            SessionAction::FetchConfig => {
+                let (answer, offset) = http
+                    .send::<Config>(http.request(
                         Method::GET,
                         &format!("/{id}/config"),
                         &credential,
@@ -446,43 +465,54 @@ impl ControlPlane {
                         );
                     }
                 }
-                (answer.map(|c| Outcome::Config(Box::new(c))).inspect(|o| self.hand_on(o)), offset)
+                (
+                    answer
+                        .map(|c| RequestOutcome::Config(Box::new(c)))
+                        .inspect(|o| self.publish_config(o)),
+                    offset,
+                )
             }
-            Action::Heartbeat => {
+            SessionAction::Heartbeat => {
                 known.seq += 1;
                 let body =
                     serde_json::to_string(&self.heartbeat(known.seq, status)).unwrap_or_default();
-                let request = caller
-                    .request(Method::POST, &format!("/{id}/heartbeat"), &credential)
-                    .body(body);
-                let (answer, offset) = caller.send::<HeartbeatAnswer>(request).await;
-                (answer.map(Outcome::Heartbeat), offset)
+                let request =
+                    http.request(Method::POST, &format!("/{id}/heartbeat"), &credential).body(body);
+                let (answer, offset) = http.send::<HeartbeatAnswer>(request).await;
+                (answer.map(RequestOutcome::Heartbeat), offset)
             }
-            Action::Rotate => {
-                let (answer, offset) = caller
-                    .send::<Credential>(caller.request(
+            SessionAction::Rotate => {
+                let (answer, offset) = http
+                    .send::<Credential>(http.request(
                         Method::POST,
                         &format!("/{id}/credential"),
                         &credential,
                     ))
                     .await;
-                (answer.and_then(|given| self.keep(&mut known.kept, given, None, None)), offset)
+                (
+                    answer.and_then(|given| {
+                        self.store_credential(&mut known.kept, given, None, None)
+                    }),
+                    offset,
+                )
             }
-            Action::Deliver | Action::Report => {
+            SessionAction::Deliver | SessionAction::Report => {
                 let Some((name, what, body)) = known.queue.oldest() else {
-                    return (Ok(Outcome::Idle), None);
+                    return (Ok(RequestOutcome::Idle), None);
                 };
                 let path = match &what {
-                    What::Status => format!("/{id}/status"),
-                    What::Result { operation } => format!("/{id}/operations/{operation}/result"),
+                    EntryKind::Status => format!("/{id}/status"),
+                    EntryKind::Result { operation } => {
+                        format!("/{id}/operations/{operation}/result")
+                    }
                 };
-                let (answer, offset) = caller
+                let (answer, offset) = http
                     .send::<serde_json::Value>(
-                        caller.request(Method::POST, &path, &credential).body(body),
+                        http.request(Method::POST, &path, &credential).body(body),
                     )
                     .await;
-                if let Err(Outcome::Refused { status, message, .. }) = &answer
-                    && for_ever(*status)
+                if let Err(RequestOutcome::Refused { status, message, .. }) = &answer
+                    && is_permanent_refusal(*status)
                 {
                     tracing::warn!(
                         ?what,
@@ -494,21 +524,21 @@ impl ControlPlane {
                 } else if answer.is_ok() {
                     known.queue.remove(&name);
                 }
-                (answer.map(|_| Outcome::Delivered), offset)
+                (answer.map(|_| RequestOutcome::Delivered), offset)
             }
         }
     }
 
     /// Keeps a credential before it is used: after a crash it must be there.
-    fn keep(
+    fn store_credential(
         &self,
-        kept: &mut Option<Kept>,
+        kept: &mut Option<StoredCredential>,
         given: Credential,
         cluster_id: Option<String>,
         config: Option<Box<Config>>,
-    ) -> Result<Outcome, Outcome> {
+    ) -> Result<RequestOutcome, RequestOutcome> {
         if given.credential.is_empty() {
-            return Err(Outcome::Unreachable(
+            return Err(RequestOutcome::Unreachable(
                 "the answer holds no credential; is this a control plane?".into(),
             ));
         }
@@ -516,14 +546,14 @@ impl ControlPlane {
             cluster_id.or_else(|| kept.as_ref().map(|k| k.cluster_id.clone())).unwrap_or_default();
         let last =
             config.as_deref().cloned().or_else(|| kept.as_ref().and_then(|k| k.config.clone()));
-        let new = Kept {
+        let new = StoredCredential {
             url: self.url.clone(),
             credential: given.credential,
             expires_at: given.credential_expires_at,
             cluster_id,
             config: last,
         };
-        let lives = new.lives(jiff::Timestamp::now());
+        let lives = new.remaining_s(jiff::Timestamp::now());
         if let Err(error) = new.store(&self.state) {
             tracing::error!(
                 error = format!("{error:#}"),
@@ -531,11 +561,12 @@ impl ControlPlane {
             );
         }
         *kept = Some(new);
-        Ok(Outcome::Credential { lives, config })
+        Ok(RequestOutcome::Credential { lives, config })
     }
 
-    fn hand_on(&self, outcome: &Outcome) {
-        if let Outcome::Config(config) | Outcome::Credential { config: Some(config), .. } = outcome
+    fn publish_config(&self, outcome: &RequestOutcome) {
+        if let RequestOutcome::Config(config)
+        | RequestOutcome::Credential { config: Some(config), .. } = outcome
         {
             self.config.send_if_modified(|now| {
                 let news = now.as_ref() != Some(&**config);
@@ -552,15 +583,15 @@ impl ControlPlane {
             agent: AgentInfo {
                 id: identity.id.clone(),
                 public_key: identity.public_key.clone(),
-                name: self.told.name.clone(),
+                name: self.reported.name.clone(),
                 version: env!("CARGO_PKG_VERSION").into(),
-                hostname: self.told.hostname.clone(),
+                hostname: self.reported.hostname.clone(),
                 os: "linux".into(),
                 arch: std::env::consts::ARCH.into(),
                 machine: identity.machine.clone(),
                 ..AgentInfo::default()
             },
-            cluster: self.told.cluster.borrow().clone(),
+            cluster: self.reported.cluster.borrow().clone(),
             capabilities: [
                 "kubernetes-proxy",
                 "upgrade-websocket",
@@ -570,14 +601,14 @@ impl ControlPlane {
             ]
             .map(String::from)
             .to_vec(),
-            max_role: self.told.max_role.clone(),
+            max_role: self.reported.max_role.clone(),
             ..Register::default()
         }
     }
 
-    fn heartbeat(&self, seq: u64, status: &Status) -> Heartbeat {
-        let tunnel = self.told.tunnel.borrow().clone();
-        // told in the control plane's time, as this clock may be wrong
+    fn heartbeat(&self, seq: u64, status: &ControlPlaneStatus) -> Heartbeat {
+        let tunnel = self.reported.tunnel.borrow().clone();
+        // in the control plane's time, as this clock may be wrong
         let at = |ago: Duration| {
             let now = jiff::Timestamp::now().as_second() - status.offset;
             jiff::Timestamp::from_second(now - i64::try_from(ago.as_secs()).unwrap_or(0))
@@ -587,10 +618,11 @@ impl ControlPlane {
         Heartbeat {
             seq,
             sent_at: at(Duration::ZERO),
-            state: if status.state == State::Draining { "draining" } else { "online" }.into(),
+            state: if status.state == ControlPlaneState::Draining { "draining" } else { "online" }
+                .into(),
             tunnel: TunnelReport { state: tunnel.state, since: at(tunnel.since.elapsed()) },
-            uptime_s: self.told.started.elapsed().as_secs(),
-            audit_head: self.told.audit.borrow().clone(),
+            uptime_s: self.reported.started.elapsed().as_secs(),
+            audit_head: self.reported.audit.borrow().clone(),
         }
     }
 }

@@ -11,15 +11,15 @@ use sha2::{Digest as _, Sha256};
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
-use crate::contract::types::{Config, id_of};
+use crate::contract::types::{Config, agent_id_of};
 use crate::host::Host;
 use crate::host::state::StateDir;
 
-const FILE: &str = "identity.json";
-const CREDENTIAL: &str = "credential.json";
+const IDENTITY_FILE: &str = "identity.json";
+const CREDENTIAL_FILE: &str = "credential.json";
 
 #[derive(Serialize, Deserialize)]
-struct Stored {
+struct IdentityFile {
     version: u32,
     #[serde(serialize_with = "Secret::reveal")]
     key: Secret,
@@ -37,14 +37,14 @@ pub struct Identity {
 }
 
 /// Whether the identity on the disk belongs to this machine.
-pub enum Found {
+pub enum LoadedIdentity {
     Ours(Box<Identity>),
     /// The disk was copied: the identity belongs to the machine that made it.
     Cloned,
 }
 
 /// A digest of what tells this machine from its copies, as far as an unprivileged process may read it.
-pub fn machine(host: &Host) -> String {
+pub fn machine_digest(host: &Host) -> String {
     let mut digest = Sha256::new();
     // the unit's first command leaves a digest of the firmware's number, which a copied disk does not carry along
     for path in ["/etc/machine-id", "/run/pipeops/machine"] {
@@ -59,48 +59,52 @@ impl Identity {
     ///
     /// # Errors
     /// Exit 2 when the file is damaged: a person must decide, for to make another is to be another.
-    pub fn load(state: &StateDir, machine: &str) -> anyhow::Result<Found> {
-        let Some(text) = state.read(FILE)? else {
-            return Identity::make(state, machine).map(|made| Found::Ours(Box::new(made)));
+    pub fn load(state: &StateDir, machine: &str) -> anyhow::Result<LoadedIdentity> {
+        let Some(text) = state.read(IDENTITY_FILE)? else {
+            return Identity::generate(state, machine)
+                .map(|made| LoadedIdentity::Ours(Box::new(made)));
         };
         let damaged = |why: String| {
             Failure::new(Exit::Usage, "IDENTITY_DAMAGED", "the agent's identity cannot be read")
-                .why(format!("{FILE}: {why}"))
+                .why(format!("{IDENTITY_FILE}: {why}"))
                 .hint("restore /var/lib/pipeops-agent/identity.json, or remove it and enrol anew with a fresh AGENT_TOKEN")
         };
-        let stored: Stored = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        let stored: IdentityFile =
+            serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
         if stored.machine != machine {
-            return Ok(Found::Cloned);
+            return Ok(LoadedIdentity::Cloned);
         }
-        let ours = Identity::of(stored.key.expose(), stored.machine)
+        let ours = Identity::from_pem(stored.key.expose(), stored.machine)
             .map_err(|e| damaged(format!("{e:#}")))?;
-        Ok(Found::Ours(Box::new(ours)))
+        Ok(LoadedIdentity::Ours(Box::new(ours)))
     }
 
     /// The id of the stored identity; none is made.
-    pub fn id_in(state: &StateDir) -> Option<String> {
-        let stored: Stored = serde_json::from_str(&state.read(FILE).ok().flatten()?).ok()?;
-        Identity::of(stored.key.expose(), stored.machine).ok().map(|identity| identity.id)
+    pub fn stored_id(state: &StateDir) -> Option<String> {
+        let stored: IdentityFile =
+            serde_json::from_str(&state.read(IDENTITY_FILE).ok().flatten()?).ok()?;
+        Identity::from_pem(stored.key.expose(), stored.machine).ok().map(|identity| identity.id)
     }
 
     /// Puts the copied identity aside and makes another.
     ///
     /// # Errors
     /// When the state directory cannot be written.
-    pub fn renew(state: &StateDir, machine: &str) -> anyhow::Result<Identity> {
-        state.rename(FILE, "identity.json.copied")?;
-        state.remove(CREDENTIAL);
-        Identity::make(state, machine)
+    pub fn replace_copied(state: &StateDir, machine: &str) -> anyhow::Result<Identity> {
+        state.rename(IDENTITY_FILE, "identity.json.copied")?;
+        state.remove(CREDENTIAL_FILE);
+        Identity::generate(state, machine)
     }
 
-    fn make(state: &StateDir, machine: &str) -> anyhow::Result<Identity> {
+    fn generate(state: &StateDir, machine: &str) -> anyhow::Result<Identity> {
         let key = rcgen::KeyPair::generate().context("making a key")?.serialize_pem();
-        let stored = Stored { version: 1, key: Secret::new(key.clone()), machine: machine.into() };
-        state.write(FILE, &serde_json::to_string(&stored)?)?;
-        Identity::of(&key, machine.into())
+        let stored =
+            IdentityFile { version: 1, key: Secret::new(key.clone()), machine: machine.into() };
+        state.write(IDENTITY_FILE, &serde_json::to_string(&stored)?)?;
+        Identity::from_pem(&key, machine.into())
     }
 
-    fn of(pem: &str, machine: String) -> anyhow::Result<Identity> {
+    fn from_pem(pem: &str, machine: String) -> anyhow::Result<Identity> {
         let key = rcgen::KeyPair::from_pem(pem).context("the key")?;
         let der = key.serialize_der();
         let signer = EcdsaKeyPair::from_pkcs8(
@@ -110,7 +114,7 @@ impl Identity {
         )
         .map_err(|e| anyhow::anyhow!("the key is not P-256: {e}"))?;
         Ok(Identity {
-            id: id_of(&key.subject_public_key_info()),
+            id: agent_id_of(&key.subject_public_key_info()),
             public_key: key.public_key_pem(),
             machine,
             key,
@@ -134,7 +138,7 @@ impl Identity {
     ///
     /// # Errors
     /// When the key cannot be used.
-    pub fn tls(&self) -> anyhow::Result<rustls::ServerConfig> {
+    pub fn tls_config(&self) -> anyhow::Result<rustls::ServerConfig> {
         let mut params = rcgen::CertificateParams::new(vec![self.id.clone()])?;
         params.distinguished_name.push(rcgen::DnType::CommonName, self.id.clone());
         // it is the key that counts; a date would only be one more thing to go wrong
@@ -154,7 +158,7 @@ impl Identity {
 
 /// What the control plane gave, and which one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Kept {
+pub struct StoredCredential {
     pub url: String,
     #[serde(serialize_with = "Secret::reveal")]
     pub credential: Secret,
@@ -166,21 +170,22 @@ pub struct Kept {
     pub config: Option<Config>,
 }
 
-impl Kept {
+impl StoredCredential {
     /// The stored credential, if it is for `url`: another control plane never sees it.
-    pub fn load(state: &StateDir, url: &str) -> Option<Kept> {
-        let kept: Kept = serde_json::from_str(&state.read(CREDENTIAL).ok().flatten()?).ok()?;
+    pub fn load(state: &StateDir, url: &str) -> Option<StoredCredential> {
+        let kept: StoredCredential =
+            serde_json::from_str(&state.read(CREDENTIAL_FILE).ok().flatten()?).ok()?;
         (kept.url == url && !kept.credential.is_empty()).then_some(kept)
     }
 
     /// # Errors
     /// When it cannot be written; the former one stays.
     pub fn store(&self, state: &StateDir) -> anyhow::Result<()> {
-        state.write(CREDENTIAL, &serde_json::to_string(self)?)
+        state.write(CREDENTIAL_FILE, &serde_json::to_string(self)?)
     }
 
     /// Seconds that it still lives at `now`.
-    pub fn lives(&self, now: jiff::Timestamp) -> u64 {
+    pub fn remaining_s(&self, now: jiff::Timestamp) -> u64 {
         let end: Option<jiff::Timestamp> = self.expires_at.parse().ok();
         end.map_or(0, |end| u64::try_from(end.as_second() - now.as_second()).unwrap_or(0))
     }

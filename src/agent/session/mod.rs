@@ -13,19 +13,19 @@ use crate::base::backoff::Backoff;
 use crate::contract::types::{Config, Directive, HeartbeatAnswer, LEEWAY};
 
 /// Between tries that only a person can make succeed.
-const REFUSED: Duration = Duration::from_secs(300);
-const CONFLICT: Duration = Duration::from_secs(60);
+const RETRY_UNAUTHORIZED: Duration = Duration::from_secs(300);
+const RETRY_CONFLICT: Duration = Duration::from_secs(60);
 /// Before the control plane said otherwise.
-const HEARTBEAT: Duration = Duration::from_secs(15);
-const STATUS: Duration = Duration::from_secs(60);
+const DEFAULT_HEARTBEAT: Duration = Duration::from_secs(15);
+const DEFAULT_STATUS: Duration = Duration::from_secs(60);
 /// A change of the cluster is reported this long after it is seen, and never sooner than this after the last report.
-const SETTLE: Duration = Duration::from_secs(1);
-const BETWEEN: Duration = Duration::from_secs(10);
+const REPORT_DELAY: Duration = Duration::from_secs(1);
+const REPORT_MIN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// State of the connection to the control plane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum State {
+pub enum ControlPlaneState {
     /// No enrolment token and no credential: nothing to do but wait for one.
     #[default]
     Unenrolled,
@@ -44,25 +44,25 @@ pub enum State {
     Draining,
 }
 
-impl State {
+impl ControlPlaneState {
     pub fn name(self) -> &'static str {
         match self {
-            State::Unenrolled => "unenrolled",
-            State::Connecting => "connecting",
-            State::Online => "online",
-            State::Skewed => "skewed",
-            State::Unauthorized => "unauthorized",
-            State::Expired => "expired",
-            State::Conflict => "conflict",
-            State::Draining => "draining",
+            ControlPlaneState::Unenrolled => "unenrolled",
+            ControlPlaneState::Connecting => "connecting",
+            ControlPlaneState::Online => "online",
+            ControlPlaneState::Skewed => "skewed",
+            ControlPlaneState::Unauthorized => "unauthorized",
+            ControlPlaneState::Expired => "expired",
+            ControlPlaneState::Conflict => "conflict",
+            ControlPlaneState::Draining => "draining",
         }
     }
 }
 
-/// State, reason and age.
+/// State, reason and since when.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Status {
-    pub state: State,
+pub struct ControlPlaneStatus {
+    pub state: ControlPlaneState,
     pub reason: String,
     pub since: Instant,
     /// Last answer that was not an error.
@@ -75,7 +75,7 @@ pub struct Status {
 
 /// A call that came back.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Call {
+pub enum RequestKind {
     Register,
     Config,
     Heartbeat,
@@ -86,7 +86,7 @@ pub enum Call {
 
 /// How a call ended.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
+pub enum RequestOutcome {
     /// Registered or rotated; seconds that the credential lives.
     Credential {
         lives: u64,
@@ -109,7 +109,7 @@ pub enum Outcome {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum Event {
+pub enum SessionEvent {
     /// What there is to work with: an enrolment token, a credential and the seconds that it still lives.
     Start {
         token: bool,
@@ -118,8 +118,8 @@ pub enum Event {
     /// The identity on this disk was made on another machine.
     Cloned,
     Done {
-        call: Call,
-        outcome: Outcome,
+        call: RequestKind,
+        outcome: RequestOutcome,
         offset: Option<i64>,
     },
     /// Something waits in the queue.
@@ -131,14 +131,14 @@ pub enum Event {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum With {
+pub enum RegistrationAuth {
     Token,
     Credential,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    Register(With),
+pub enum SessionAction {
+    Register(RegistrationAuth),
     FetchConfig,
     Heartbeat,
     /// Make a status report and queue it.
@@ -160,36 +160,36 @@ struct Due {
 }
 
 /// The session. One call is under way at a time.
-pub struct Session {
-    status: Status,
+pub struct ControlPlaneSession {
+    status: ControlPlaneStatus,
     token: bool,
     credential: bool,
     expires: Option<Instant>,
     config: Config,
     due: Due,
     busy: bool,
-    farewell: bool,
+    drain_heartbeat: bool,
     want_config: bool,
     want_register: bool,
-    /// The last way of registering, so that the other is tried next.
-    tried: Option<With>,
+    /// How the agent registered last, so that the other way is tried next.
+    last_auth: Option<RegistrationAuth>,
     reported: Option<Instant>,
     refusals: u32,
     backoff: Backoff,
     deliver_backoff: Backoff,
 }
 
-impl Session {
-    pub fn new(now: Instant) -> Session {
-        let status = Status {
-            state: State::Unenrolled,
+impl ControlPlaneSession {
+    pub fn new(now: Instant) -> ControlPlaneSession {
+        let status = ControlPlaneStatus {
+            state: ControlPlaneState::Unenrolled,
             reason: "no AGENT_TOKEN".into(),
             since: now,
             heard: None,
             offset: 0,
             drain: false,
         };
-        Session {
+        ControlPlaneSession {
             status,
             token: false,
             credential: false,
@@ -197,10 +197,10 @@ impl Session {
             config: Config::default(),
             due: Due::default(),
             busy: false,
-            farewell: false,
+            drain_heartbeat: false,
             want_config: false,
             want_register: false,
-            tried: None,
+            last_auth: None,
             reported: None,
             refusals: 0,
             backoff: Backoff::default(),
@@ -208,13 +208,13 @@ impl Session {
         }
     }
 
-    pub fn status(&self) -> &Status {
+    pub fn status(&self) -> &ControlPlaneStatus {
         &self.status
     }
 
     /// Nothing is left to be said after `Drain`.
-    pub fn farewell_said(&self) -> bool {
-        self.status.state == State::Draining && !self.busy && !self.farewell
+    pub fn drain_reported(&self) -> bool {
+        self.status.state == ControlPlaneState::Draining && !self.busy && !self.drain_heartbeat
     }
 
     /// When `Tick` is due next; never while a call is under way.
@@ -223,110 +223,118 @@ impl Session {
             return None;
         }
         let d = &self.due;
-        let retry = d.retry.filter(|_| self.status.state != State::Draining);
+        let retry = d.retry.filter(|_| self.status.state != ControlPlaneState::Draining);
         // the others wait until there is somebody to talk to
         let online =
             [d.heartbeat, d.rotate, d.deliver].into_iter().flatten().filter(|_| self.online());
         online.chain(d.report).chain(retry).min()
     }
 
-    fn say(&mut self, state: State, reason: impl Into<String>, now: Instant) {
-        let state = if self.status.state == State::Draining { State::Draining } else { state };
+    fn set_status(&mut self, state: ControlPlaneState, reason: impl Into<String>, now: Instant) {
+        let state = if self.status.state == ControlPlaneState::Draining {
+            ControlPlaneState::Draining
+        } else {
+            state
+        };
         let since = if self.status.state == state { self.status.since } else { now };
-        self.status = Status { state, reason: reason.into(), since, ..self.status.clone() };
+        self.status =
+            ControlPlaneStatus { state, reason: reason.into(), since, ..self.status.clone() };
     }
 
     fn online(&self) -> bool {
-        matches!(self.status.state, State::Online | State::Skewed)
+        matches!(self.status.state, ControlPlaneState::Online | ControlPlaneState::Skewed)
     }
 
     /// The whole machine. `random` is in 0 to 1.
-    pub fn on(&mut self, event: Event, now: Instant, random: f64) -> Vec<Action> {
+    pub fn on(&mut self, event: SessionEvent, now: Instant, random: f64) -> Vec<SessionAction> {
         match event {
-            Event::Start { token, credential } => {
+            SessionEvent::Start { token, credential } => {
                 (self.token, self.credential) = (token, credential.is_some());
                 self.expires = credential.map(|s| now + Duration::from_secs(s));
                 if token || self.credential {
-                    self.say(State::Connecting, "not asked yet", now);
+                    self.set_status(ControlPlaneState::Connecting, "not asked yet", now);
                     self.due.retry = Some(now);
                 } else {
-                    self.say(State::Unenrolled, "no AGENT_TOKEN", now);
+                    self.set_status(ControlPlaneState::Unenrolled, "no AGENT_TOKEN", now);
                 }
-                self.due.report = Some(now + STATUS);
+                self.due.report = Some(now + DEFAULT_STATUS);
             }
-            Event::Cloned => {
-                self.say(State::Conflict, "this disk was copied from another machine, and there is no AGENT_TOKEN to enrol this one with", now);
+            SessionEvent::Cloned => {
+                self.set_status(ControlPlaneState::Conflict, "this disk was copied from another machine, and there is no AGENT_TOKEN to enrol this one with", now);
                 self.due.retry = None;
             }
-            Event::Done { call, outcome, offset } => {
+            SessionEvent::Done { call, outcome, offset } => {
                 self.busy = false;
                 if let Some(offset) = offset {
                     self.status.offset = offset;
                 }
-                self.done(call, outcome, now, random);
+                self.request_done(call, outcome, now, random);
             }
-            Event::Queued => {
+            SessionEvent::Queued => {
                 if self.due.deliver.is_none() {
                     self.due.deliver = Some(now);
                 }
             }
-            Event::Changed => {
+            SessionEvent::Changed => {
                 // a moment later the rest of the change is known too; one that flaps is not told at each turn
-                let soon = self.reported.map_or(now, |at| at + BETWEEN).max(now + SETTLE);
+                let soon = self
+                    .reported
+                    .map_or(now, |at| at + REPORT_MIN_INTERVAL)
+                    .max(now + REPORT_DELAY);
                 self.due.report = Some(self.due.report.map_or(soon, |due| due.min(soon)));
             }
-            Event::Drain => {
+            SessionEvent::Drain => {
                 // the one thing that the control plane must hear before anything closes
-                self.farewell = self.online();
-                self.say(State::Draining, "the agent stops", now);
+                self.drain_heartbeat = self.online();
+                self.set_status(ControlPlaneState::Draining, "the agent stops", now);
             }
-            Event::Tick => {}
+            SessionEvent::Tick => {}
         }
         self.next(now, random)
     }
 
     /// The most urgent thing that is due.
-    fn next(&mut self, now: Instant, random: f64) -> Vec<Action> {
+    fn next(&mut self, now: Instant, random: f64) -> Vec<SessionAction> {
         let mut actions = Vec::new();
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         if is_due(self.due.report) {
-            self.due.report = Some(now + spread(self.every(), random));
+            self.due.report = Some(now + jitter(self.status_interval(), random));
             self.reported = Some(now);
-            actions.push(Action::Report);
+            actions.push(SessionAction::Report);
         }
         if self.busy {
             return actions;
         }
-        if self.status.state == State::Draining {
-            if std::mem::take(&mut self.farewell) {
+        if self.status.state == ControlPlaneState::Draining {
+            if std::mem::take(&mut self.drain_heartbeat) {
                 self.busy = true;
-                actions.push(Action::Heartbeat);
+                actions.push(SessionAction::Heartbeat);
             }
             return actions;
         }
         let call = if is_due(self.due.retry) {
             self.due.retry = None;
-            match self.registering() {
+            match self.registration_auth() {
                 Some(with) => {
-                    self.tried = Some(with);
-                    Action::Register(with)
+                    self.last_auth = Some(with);
+                    SessionAction::Register(with)
                 }
-                None if self.credential => Action::FetchConfig,
+                None if self.credential => SessionAction::FetchConfig,
                 None => return actions,
             }
         } else if !self.online() {
             return actions;
         } else if self.want_config {
-            Action::FetchConfig
+            SessionAction::FetchConfig
         } else if is_due(self.due.rotate) {
             self.due.rotate = None;
-            Action::Rotate
+            SessionAction::Rotate
         } else if is_due(self.due.heartbeat) {
-            self.due.heartbeat = Some(now + spread(self.heartbeat(), random));
-            Action::Heartbeat
+            self.due.heartbeat = Some(now + jitter(self.heartbeat_interval(), random));
+            SessionAction::Heartbeat
         } else if is_due(self.due.deliver) {
             self.due.deliver = None;
-            Action::Deliver
+            SessionAction::Deliver
         } else {
             return actions;
         };
@@ -335,55 +343,66 @@ impl Session {
         actions
     }
 
-    fn heartbeat(&self) -> Duration {
+    fn heartbeat_interval(&self) -> Duration {
         if self.config.heartbeat_interval_s == 0 {
-            HEARTBEAT
+            DEFAULT_HEARTBEAT
         } else {
             Duration::from_secs(self.config.heartbeat_interval_s.clamp(1, 3600))
         }
     }
 
     /// Between status reports.
-    fn every(&self) -> Duration {
+    fn status_interval(&self) -> Duration {
         if self.config.status_interval_s == 0 {
-            STATUS
+            DEFAULT_STATUS
         } else {
             Duration::from_secs(self.config.status_interval_s.max(5))
         }
     }
 
     /// Whether and how to register now: the credential first, the token when that was refused.
-    fn registering(&self) -> Option<With> {
+    fn registration_auth(&self) -> Option<RegistrationAuth> {
         match (self.credential, self.token) {
-            (false, true) => Some(With::Token),
+            (false, true) => Some(RegistrationAuth::Token),
             (true, _) if !self.want_register => None,
-            (true, true) if self.tried == Some(With::Credential) => Some(With::Token),
-            (true, _) => Some(With::Credential),
+            (true, true) if self.last_auth == Some(RegistrationAuth::Credential) => {
+                Some(RegistrationAuth::Token)
+            }
+            (true, _) => Some(RegistrationAuth::Credential),
             (false, false) => None,
         }
     }
 
-    fn done(&mut self, call: Call, outcome: Outcome, now: Instant, random: f64) {
-        if !matches!(outcome, Outcome::Refused { .. } | Outcome::Unreachable(_) | Outcome::Idle) {
+    fn request_done(
+        &mut self,
+        call: RequestKind,
+        outcome: RequestOutcome,
+        now: Instant,
+        random: f64,
+    ) {
+        if !matches!(
+            outcome,
+            RequestOutcome::Refused { .. } | RequestOutcome::Unreachable(_) | RequestOutcome::Idle
+        ) {
             self.status.heard = Some(now);
             self.refusals = 0;
             self.backoff.reset();
         }
         match outcome {
-            Outcome::Credential { lives, config } => {
-                (self.credential, self.tried, self.want_register) = (true, None, false);
+            RequestOutcome::Credential { lives, config } => {
+                (self.credential, self.last_auth, self.want_register) = (true, None, false);
                 self.expires = Some(now + Duration::from_secs(lives));
                 self.due.rotate =
                     Some(now + Duration::from_secs(lives).mul_f64(0.6 + random * 0.1));
                 match config {
-                    Some(config) => self.configured(*config, now),
-                    None if call == Call::Register => self.want_config = true,
+                    Some(config) => self.apply_config(*config, now),
+                    None if call == RequestKind::Register => self.want_config = true,
                     None => {}
                 }
             }
-            Outcome::Config(config) => self.configured(*config, now),
-            Outcome::Heartbeat(answer) => {
-                self.arrive(now);
+            RequestOutcome::Config(config) => self.apply_config(*config, now),
+            RequestOutcome::Heartbeat(answer) => {
+                self.set_online(now);
                 self.want_config |= answer.config_version != self.config.config_version;
                 self.status.drain = answer.directives.contains(&Directive::Drain);
                 if answer.directives.contains(&Directive::RotateCredential) {
@@ -394,47 +413,53 @@ impl Session {
                     self.due.retry = Some(now);
                 }
             }
-            Outcome::Idle => {}
-            Outcome::Delivered => {
+            RequestOutcome::Idle => {}
+            RequestOutcome::Delivered => {
                 self.deliver_backoff.reset();
                 self.due.deliver = Some(now);
             }
-            Outcome::Refused { status, code, message, retry_after } => {
-                self.refused(&call, status, &code, message, retry_after, now, random)
+            RequestOutcome::Refused { status, code, message, retry_after } => {
+                self.request_refused(&call, status, &code, message, retry_after, now, random)
             }
-            Outcome::Unreachable(why) => {
+            RequestOutcome::Unreachable(why) => {
                 let wait = self.backoff.next(random);
                 match call {
                     // the working credential stays; the next try comes soon enough
-                    Call::Rotate => self.due.rotate = Some(now + wait.max(Duration::from_secs(30))),
-                    Call::Deliver => {
+                    RequestKind::Rotate => {
+                        self.due.rotate = Some(now + wait.max(Duration::from_secs(30)))
+                    }
+                    RequestKind::Deliver => {
                         self.due.deliver = Some(now + self.deliver_backoff.next(random))
                     }
-                    Call::Register | Call::Config | Call::Heartbeat => {}
+                    RequestKind::Register | RequestKind::Config | RequestKind::Heartbeat => {}
                 }
-                self.want_config |= call == Call::Config;
-                self.expired_or(State::Connecting, why, now);
+                self.want_config |= call == RequestKind::Config;
+                self.set_expired_or(ControlPlaneState::Connecting, why, now);
                 self.due.retry = Some(now + wait);
             }
         }
     }
 
     /// The control plane is away or unwilling: a credential whose time is over is the deeper trouble.
-    fn expired_or(&mut self, state: State, why: String, now: Instant) {
+    fn set_expired_or(&mut self, state: ControlPlaneState, why: String, now: Instant) {
         if self.credential && !self.token && self.expires.is_some_and(|at| at <= now) {
-            self.say(State::Expired, format!("the credential's time is over: {why}"), now);
+            self.set_status(
+                ControlPlaneState::Expired,
+                format!("the credential's time is over: {why}"),
+                now,
+            );
         } else {
-            self.say(state, why, now);
+            self.set_status(state, why, now);
         }
     }
 
-    fn configured(&mut self, config: Config, now: Instant) {
+    fn apply_config(&mut self, config: Config, now: Instant) {
         let first = self.config == Config::default();
         self.config = config;
-        let soon = if first { now } else { now + self.every() };
+        let soon = if first { now } else { now + self.status_interval() };
         self.due.report = Some(self.due.report.map_or(soon, |at| at.min(soon)));
         self.want_config = false;
-        self.arrive(now);
+        self.set_online(now);
         self.due.heartbeat = Some(now);
         if self.due.rotate.is_none() {
             // a credential from the disk: two thirds of what is left
@@ -446,24 +471,24 @@ impl Session {
         }
     }
 
-    fn arrive(&mut self, now: Instant) {
+    fn set_online(&mut self, now: Instant) {
         let offset = self.status.offset;
         if offset.abs() > LEEWAY {
             let side = if offset > 0 { "ahead of" } else { "behind" };
-            self.say(
-                State::Skewed,
+            self.set_status(
+                ControlPlaneState::Skewed,
                 format!("this clock is {} s {side} the control plane's", offset.abs()),
                 now,
             );
         } else {
-            self.say(State::Online, "", now);
+            self.set_status(ControlPlaneState::Online, "", now);
         }
     }
 
     #[expect(clippy::too_many_arguments, reason = "the parts of one answer")]
-    fn refused(
+    fn request_refused(
         &mut self,
-        call: &Call,
+        call: &RequestKind,
         status: u16,
         code: &str,
         message: String,
@@ -485,45 +510,62 @@ impl Session {
                 let expired =
                     code == "credential_expired" || self.expires.is_some_and(|at| at <= now);
                 let other = match call {
-                    Call::Register => self.tried == Some(With::Credential) && self.token,
+                    RequestKind::Register => {
+                        self.last_auth == Some(RegistrationAuth::Credential) && self.token
+                    }
                     _ => true,
                 };
                 self.want_register = true;
                 if other && self.refusals <= 3 {
                     // one refusal wipes nothing: register again, with the credential and then with the token
                     self.due.retry = Some(now + quick);
-                    self.say(State::Connecting, why, now);
+                    self.set_status(ControlPlaneState::Connecting, why, now);
                 } else {
-                    self.tried = None;
+                    self.last_auth = None;
                     self.refusals = 0;
-                    self.due.retry = Some(now + slow(REFUSED));
-                    self.say(if expired { State::Expired } else { State::Unauthorized }, why, now);
+                    self.due.retry = Some(now + slow(RETRY_UNAUTHORIZED));
+                    self.set_status(
+                        if expired {
+                            ControlPlaneState::Expired
+                        } else {
+                            ControlPlaneState::Unauthorized
+                        },
+                        why,
+                        now,
+                    );
                 }
             }
-            409 if *call != Call::Deliver => {
-                self.due.retry = Some(now + slow(CONFLICT));
+            409 if *call != RequestKind::Deliver => {
+                self.due.retry = Some(now + slow(RETRY_CONFLICT));
                 self.want_register = true;
-                self.say(State::Conflict, why, now);
+                self.set_status(ControlPlaneState::Conflict, why, now);
             }
-            404 | 410 if matches!(call, Call::Heartbeat | Call::Config | Call::Rotate) => {
+            404 | 410
+                if matches!(
+                    call,
+                    RequestKind::Heartbeat | RequestKind::Config | RequestKind::Rotate
+                ) =>
+            {
                 self.want_register = true;
                 self.due.retry = Some(now + slow(Duration::from_secs(5)));
-                self.say(State::Connecting, why, now);
+                self.set_status(ControlPlaneState::Connecting, why, now);
             }
-            _ if *call == Call::Deliver && for_ever(status) => {
+            _ if *call == RequestKind::Deliver && is_permanent_refusal(status) => {
                 // it will never be taken: the client drops it and goes on
                 self.due.deliver = Some(now);
             }
             _ => {
                 let wait = retry_after.unwrap_or_default().max(quick);
                 match call {
-                    Call::Deliver => {
+                    RequestKind::Deliver => {
                         self.due.deliver = Some(now + wait.max(self.deliver_backoff.next(random)))
                     }
-                    Call::Rotate => self.due.rotate = Some(now + wait.max(Duration::from_secs(30))),
-                    Call::Register | Call::Config | Call::Heartbeat => {
+                    RequestKind::Rotate => {
+                        self.due.rotate = Some(now + wait.max(Duration::from_secs(30)))
+                    }
+                    RequestKind::Register | RequestKind::Config | RequestKind::Heartbeat => {
                         self.due.retry = Some(now + wait);
-                        self.expired_or(State::Connecting, why, now);
+                        self.set_expired_or(ControlPlaneState::Connecting, why, now);
                     }
                 }
             }
@@ -532,12 +574,12 @@ impl Session {
 }
 
 /// Whether a refusal of an entry of the queue is final: it will never be taken.
-pub(crate) fn for_ever(status: u16) -> bool {
+pub(crate) fn is_permanent_refusal(status: u16) -> bool {
     matches!(status, 400 | 404 | 405 | 409 | 410 | 413 | 415 | 422)
 }
 
 /// Ten percent to either side, so that a fleet does not speak in one instant.
-fn spread(every: Duration, random: f64) -> Duration {
+fn jitter(every: Duration, random: f64) -> Duration {
     every.mul_f64(0.9 + random * 0.2)
 }
 

@@ -3,7 +3,7 @@
 use crate::host::state::StateDir;
 
 /// Status reports kept while nobody takes them.
-const STATUSES: usize = 32;
+const MAX_STATUS_REPORTS: usize = 32;
 
 /// Entries in the order in which they were made.
 pub struct Queue {
@@ -15,7 +15,7 @@ pub struct Queue {
 
 /// What an entry is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum What {
+pub enum EntryKind {
     Status,
     Result { operation: String },
 }
@@ -38,14 +38,14 @@ impl Queue {
     ///
     /// # Errors
     /// When there is still no room; a report is then dropped by the caller, a result tried again.
-    pub fn push(&mut self, what: &What, body: &str) -> anyhow::Result<()> {
+    pub fn push(&mut self, what: &EntryKind, body: &str) -> anyhow::Result<()> {
         let kind = match what {
-            What::Status => "status".to_owned(),
-            What::Result { operation } => format!("result-{operation}"),
+            EntryKind::Status => "status".to_owned(),
+            EntryKind::Result { operation } => format!("result-{operation}"),
         };
         let mut old = self.statuses();
-        if *what == What::Status && old.len() >= STATUSES {
-            let excess = old.len() + 1 - STATUSES;
+        if *what == EntryKind::Status && old.len() >= MAX_STATUS_REPORTS {
+            let excess = old.len() + 1 - MAX_STATUS_REPORTS;
             for name in old.drain(..excess) {
                 self.dir.remove(&name);
                 self.dropped += 1;
@@ -68,16 +68,16 @@ impl Queue {
     }
 
     /// The oldest entry: its name, kind and body. One that cannot be read is removed and passed over.
-    pub fn oldest(&self) -> Option<(String, What, String)> {
+    pub fn oldest(&self) -> Option<(String, EntryKind, String)> {
         for name in self.dir.list() {
             let stem = name
                 .strip_suffix(".json")
                 .and_then(|n| n.split_once('-'))
                 .map(|(_, kind)| kind.to_owned());
             let what = match stem.as_deref() {
-                Some("status") => What::Status,
+                Some("status") => EntryKind::Status,
                 Some(kind) if kind.starts_with("result-") => {
-                    What::Result { operation: kind["result-".len()..].to_owned() }
+                    EntryKind::Result { operation: kind["result-".len()..].to_owned() }
                 }
                 _ => continue,
             };
@@ -120,15 +120,15 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let open = || Queue::open(Host::new(root.path(), None).state_dir("/q").unwrap());
         let mut queue = open();
-        queue.push(&What::Result { operation: "o-1".into() }, "{}").unwrap();
-        for n in 0..STATUSES + 5 {
-            queue.push(&What::Status, &n.to_string()).unwrap();
+        queue.push(&EntryKind::Result { operation: "o-1".into() }, "{}").unwrap();
+        for n in 0..MAX_STATUS_REPORTS + 5 {
+            queue.push(&EntryKind::Status, &n.to_string()).unwrap();
         }
-        assert_eq!((queue.len(), queue.dropped), (STATUSES + 1, 5));
+        assert_eq!((queue.len(), queue.dropped), (MAX_STATUS_REPORTS + 1, 5));
         let mut queue = open();
-        queue.push(&What::Status, "last").unwrap();
+        queue.push(&EntryKind::Status, "last").unwrap();
         let (name, what, _) = queue.oldest().unwrap();
-        assert_eq!(what, What::Result { operation: "o-1".into() });
+        assert_eq!(what, EntryKind::Result { operation: "o-1".into() });
         queue.remove(&name);
         assert_eq!(queue.oldest().unwrap().2, "6");
     }

@@ -10,7 +10,7 @@ use super::{
     refused,
 };
 use crate::base::secret::Secret;
-use crate::contract::types::{AgentInfo, Register, id_of};
+use crate::contract::types::{AgentInfo, Register, agent_id_of};
 use crate::control_plane::keys::Keys;
 use crate::control_plane::model::{Agent, Held};
 use crate::control_plane::store::{Change, Kind};
@@ -34,7 +34,7 @@ fn proven(info: &AgentInfo, body: &[u8], signature: &str) -> Result<(), Refused>
     let wrong = |message: &str| refused(400, "bad_signature", message, Some("update the agent"));
     let der =
         spki(&info.public_key).ok_or_else(|| wrong("the public key is no P-256 key in PEM"))?;
-    if info.id != id_of(&der) {
+    if info.id != agent_id_of(&der) {
         return Err(wrong("the id does not belong to the key"));
     }
     let signature = STANDARD.decode(signature).map_err(|_| wrong("there is no signature"))?;

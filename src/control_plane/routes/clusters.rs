@@ -5,7 +5,7 @@ use axum::response::Response;
 use serde_json::{Value, json};
 
 use super::Routes;
-use crate::contract::token::LIFE;
+use crate::contract::token::TOKEN_LIFETIME;
 use crate::control_plane::Hub;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{AdminCaller, RunnerCaller};
@@ -76,7 +76,7 @@ async fn token(
     Segments([id]): Segments<1>,
     Json(asked): Json<Wanted>,
 ) -> Result<Response, Refused> {
-    let ttl = life(asked.ttl_s, LIFE, LIFE)?;
+    let ttl = life(asked.ttl_s, TOKEN_LIFETIME, TOKEN_LIFETIME)?;
     let (role, namespaces) = narrowed(&caller.who, &asked)?;
     let route = hub.registry().route(&id, caller.who.project())?;
     Ok(answer(

@@ -26,7 +26,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 pub use stream::Stream;
-use table::{Table, frame};
+use table::{StreamTable, frame};
 
 const DATA: u8 = 0;
 const WINDOW: u8 = 1;
@@ -41,26 +41,26 @@ const HEADER: usize = 12;
 /// Window of a new stream before anything is said, each way.
 const FIRST_WINDOW: u32 = 256 * 1024;
 /// What a stream may hold that is written and not sent yet, bytes.
-const OUTBOX: usize = 64 * 1024;
+const MAX_OUTBOX: usize = 64 * 1024;
 /// Largest data frame that we send: short enough that streams take turns, long enough for bulk.
-const FRAME: usize = 32 * 1024;
+const MAX_FRAME: usize = 32 * 1024;
 /// Outgoing bytes gathered before they are written.
 const BATCH: usize = 64 * 1024;
 /// Streams opened and not acknowledged: hashicorp's accept backlog, past which it resets.
 const UNACKNOWLEDGED: usize = 256;
 /// Control frames waiting to go out; a peer that makes more is not reading what it asked for.
-const CONTROL: usize = 16 * 1024;
+const MAX_CONTROL: usize = 16 * 1024;
 /// A buffer larger than this is given back when it runs empty.
-const KEPT: usize = 16 * 1024;
+const MAX_IDLE_CAPACITY: usize = 16 * 1024;
 /// Read at once: one TLS record.
-const READ: usize = 16 * 1024;
+const READ_BUFFER: usize = 16 * 1024;
 /// How long a stream that we closed waits for the peer's end.
-const LINGER: Duration = Duration::from_secs(60);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The same while what was written waits for a window: of that much a slow reader may need before he has room for the rest.
-const STUCK: Duration = Duration::from_secs(600);
+const CLOSE_TIMEOUT_UNSENT: Duration = Duration::from_secs(600);
 /// Silence after which the peer is pinged, and after which the session is dead.
-const QUIET: Duration = Duration::from_secs(20);
-const DEAD: Duration = Duration::from_secs(40);
+const PING_AFTER: Duration = Duration::from_secs(20);
+const SESSION_TIMEOUT: Duration = Duration::from_secs(40);
 const TICK: Duration = Duration::from_secs(5);
 
 /// Which side opened the connection: clients use odd stream numbers.
@@ -87,14 +87,14 @@ impl Default for Limits {
 
 /// Why a session ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum End {
+pub enum CloseReason {
     #[error("the peer closed the connection")]
     Closed,
     #[error("the peer said that it goes away")]
     GoAway,
     #[error("closed here")]
-    Here,
-    #[error("nothing was received for {} s", DEAD.as_secs())]
+    Local,
+    #[error("nothing was received for {} s", SESSION_TIMEOUT.as_secs())]
     Silent,
     #[error("the peer broke the protocol: {0}")]
     Protocol(&'static str),
@@ -109,12 +109,12 @@ pub struct Mux {
 }
 
 struct Shared {
-    table: Mutex<Table>,
+    table: Mutex<StreamTable>,
     backlog: Arc<Semaphore>,
 }
 
 impl Shared {
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, StreamTable> {
         // a panic inside the lock leaves plain data behind
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -128,7 +128,7 @@ impl Mux {
         limits: Limits,
     ) -> (Mux, Driver<T>) {
         let limits = Limits { window: limits.window.max(FIRST_WINDOW), ..limits };
-        let table = Table {
+        let table = StreamTable {
             streams: HashMap::new(),
             control: VecDeque::new(),
             ready: VecDeque::new(),
@@ -139,7 +139,7 @@ impl Mux {
             received: Instant::now(),
             closing: false,
             ended: None,
-            tell: watch::Sender::new(None),
+            end_sender: watch::Sender::new(None),
             limits,
         };
         let mux = Mux {
@@ -155,7 +155,7 @@ impl Mux {
             side,
             mux: mux.clone(),
             out: BytesMut::new(),
-            space: vec![0; READ].into(),
+            space: vec![0; READ_BUFFER].into(),
             input: BytesMut::new(),
             body: None,
             unflushed: false,
@@ -171,11 +171,11 @@ impl Mux {
     pub async fn open(&self) -> io::Result<Stream> {
         let permit = tokio::select! {
             permit = self.shared.backlog.clone().acquire_owned() => permit.map_err(|_| io::Error::from(io::ErrorKind::NotConnected))?,
-            end = self.ended() => return Err(gone(&end)),
+            end = self.ended() => return Err(closed_error(&end)),
         };
         let mut table = self.shared.table();
         if let Some(end) = &table.ended {
-            return Err(gone(end));
+            return Err(closed_error(end));
         }
         let id = table.next;
         table.next = id
@@ -183,7 +183,7 @@ impl Mux {
             .ok_or_else(|| io::Error::other("this connection has used up its stream numbers"))?;
         table.add(id, Some(permit));
         let more = table.limits.window - FIRST_WINDOW;
-        table.say(frame(WINDOW, SYN, id, more));
+        table.push_control(frame(WINDOW, SYN, id, more));
         Ok(Stream { shared: self.shared.clone(), id })
     }
 
@@ -204,10 +204,10 @@ impl Mux {
     }
 
     /// Waits for the end of the session.
-    pub async fn ended(&self) -> End {
-        let mut end = self.shared.table().tell.subscribe();
+    pub async fn ended(&self) -> CloseReason {
+        let mut end = self.shared.table().end_sender.subscribe();
         let end = end.wait_for(Option::is_some).await.ok().and_then(|e| e.clone());
-        end.unwrap_or(End::Here)
+        end.unwrap_or(CloseReason::Local)
     }
 
     /// How long nothing was received.
@@ -228,7 +228,7 @@ impl Mux {
     }
 }
 
-fn gone(end: &End) -> io::Error {
+fn closed_error(end: &CloseReason) -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, end.clone())
 }
 
@@ -248,7 +248,7 @@ pub struct Driver<T> {
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     /// Runs the session to its end.
-    pub async fn run(mut self) -> End {
+    pub async fn run(mut self) -> CloseReason {
         let end = std::future::poll_fn(|cx| self.poll(cx)).await;
         self.mux.shared.table().end(end.clone());
         // a GoAway or the last bytes may still be there; a peer that does not read must not hold us
@@ -263,7 +263,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         end
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<CloseReason> {
         while self.tick.poll_tick(cx).is_ready() {
             if self.out.is_empty() {
                 self.out = BytesMut::new();
@@ -290,44 +290,44 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         Poll::Pending
     }
 
-    fn send(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+    fn send(&mut self, cx: &mut Context<'_>) -> Result<bool, CloseReason> {
         let mut moved = false;
         if self.out.is_empty() {
             let mut table = self.mux.shared.table();
             table.driver = Some(cx.waker().clone());
             table.fill(&mut self.out);
             if self.out.is_empty() && table.closing {
-                return Err(End::Here);
+                return Err(CloseReason::Local);
             }
         }
         while !self.out.is_empty() {
             match Pin::new(&mut self.io).poll_write(cx, &self.out) {
-                Poll::Ready(Ok(0)) => return Err(End::Closed),
+                Poll::Ready(Ok(0)) => return Err(CloseReason::Closed),
                 Poll::Ready(Ok(n)) => {
                     self.out.advance(n);
                     self.unflushed = true;
                     moved = true;
                 }
-                Poll::Ready(Err(e)) => return Err(End::Io(e.to_string())),
+                Poll::Ready(Err(e)) => return Err(CloseReason::Io(e.to_string())),
                 Poll::Pending => return Ok(moved),
             }
         }
         if self.unflushed {
             match Pin::new(&mut self.io).poll_flush(cx) {
                 Poll::Ready(Ok(())) => self.unflushed = false,
-                Poll::Ready(Err(e)) => return Err(End::Io(e.to_string())),
+                Poll::Ready(Err(e)) => return Err(CloseReason::Io(e.to_string())),
                 Poll::Pending => {}
             }
         }
         Ok(moved)
     }
 
-    fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+    fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, CloseReason> {
         let mut read = ReadBuf::new(&mut self.space);
         match Pin::new(&mut self.io).poll_read(cx, &mut read) {
             Poll::Pending => return Ok(false),
-            Poll::Ready(Err(e)) => return Err(End::Io(e.to_string())),
-            Poll::Ready(Ok(())) if read.filled().is_empty() => return Err(End::Closed),
+            Poll::Ready(Err(e)) => return Err(CloseReason::Io(e.to_string())),
+            Poll::Ready(Ok(())) if read.filled().is_empty() => return Err(CloseReason::Closed),
             Poll::Ready(Ok(())) => {}
         }
         let mut table = self.mux.shared.table();
@@ -357,7 +357,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
 impl<T> Drop for Driver<T> {
     /// A driver that is cancelled ends its session: nobody waits for streams that nothing moves.
     fn drop(&mut self) {
-        self.mux.shared.table().end(End::Here);
+        self.mux.shared.table().end(CloseReason::Local);
     }
 }
 

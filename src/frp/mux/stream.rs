@@ -10,9 +10,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 use super::table::frame;
-use super::{KEPT, OUTBOX, RST, Shared, WINDOW, gone};
+use super::{MAX_IDLE_CAPACITY, MAX_OUTBOX, RST, Shared, WINDOW, closed_error};
 
-/// One stream. FIN from the peer means that it is gone, as frp does not half-close: what is written after it fails.
+/// One stream. FIN from the peer means that it is gone, as frp does not stream-close: what is written after it fails.
 ///
 /// Dropping a stream sends what was written, then FIN.
 pub struct Stream {
@@ -24,12 +24,12 @@ impl Stream {
     /// Ends the stream at once, without sending what is left.
     pub fn reset(self) {
         let mut table = self.shared.table();
-        if let Some(half) = table.streams.get_mut(&self.id)
-            && !half.reset
-            && !(half.fin_sent && half.remote_fin)
+        if let Some(stream) = table.streams.get_mut(&self.id)
+            && !stream.reset
+            && !(stream.fin_sent && stream.remote_fin)
         {
-            half.reset = true;
-            table.say(frame(WINDOW, RST, self.id, 0));
+            stream.reset = true;
+            table.push_control(frame(WINDOW, RST, self.id, 0));
         }
     }
 }
@@ -37,17 +37,17 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let mut table = self.shared.table();
-        let Some(half) = table.streams.get_mut(&self.id) else { return };
-        half.dropped = Some(Instant::now());
-        half.inbox = BytesMut::new();
-        (half.reader, half.writer) = (None, None);
-        half.local_fin = true;
-        half.forsake();
+        let Some(stream) = table.streams.get_mut(&self.id) else { return };
+        stream.dropped = Some(Instant::now());
+        stream.inbox = BytesMut::new();
+        (stream.reader, stream.writer) = (None, None);
+        stream.local_fin = true;
+        stream.discard_unreadable();
         if table.ended.is_some() {
             table.streams.remove(&self.id);
         } else {
             table.queue(self.id);
-            table.settle(self.id);
+            table.remove_if_closed(self.id);
         }
     }
 }
@@ -61,33 +61,33 @@ impl AsyncRead for Stream {
         let mut table = self.shared.table();
         let ended = table.ended.clone();
         let whole = table.limits.window;
-        let Some(half) = table.streams.get_mut(&self.id) else {
+        let Some(stream) = table.streams.get_mut(&self.id) else {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         };
-        if half.reset {
+        if stream.reset {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
-        if half.inbox.is_empty() {
-            if half.remote_fin {
+        if stream.inbox.is_empty() {
+            if stream.remote_fin {
                 return Poll::Ready(Ok(()));
             }
             if let Some(end) = ended {
-                return Poll::Ready(Err(gone(&end)));
+                return Poll::Ready(Err(closed_error(&end)));
             }
-            half.reader = Some(cx.waker().clone());
+            stream.reader = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        let n = half.inbox.len().min(buf.remaining());
-        buf.put_slice(&half.inbox[..n]);
-        half.inbox.advance(n);
-        if half.inbox.is_empty() && half.inbox.capacity() > KEPT {
-            half.inbox = BytesMut::new();
+        let n = stream.inbox.len().min(buf.remaining());
+        buf.put_slice(&stream.inbox[..n]);
+        stream.inbox.advance(n);
+        if stream.inbox.is_empty() && stream.inbox.capacity() > MAX_IDLE_CAPACITY {
+            stream.inbox = BytesMut::new();
         }
-        half.read += u32::try_from(n).unwrap_or(u32::MAX);
-        if half.read >= whole / 2 && !half.remote_fin {
-            let read = std::mem::take(&mut half.read);
-            half.granted += read;
-            table.say(frame(WINDOW, 0, self.id, read));
+        stream.read += u32::try_from(n).unwrap_or(u32::MAX);
+        if stream.read >= whole / 2 && !stream.remote_fin {
+            let read = std::mem::take(&mut stream.read);
+            stream.granted += read;
+            table.push_control(frame(WINDOW, 0, self.id, read));
         }
         Poll::Ready(Ok(()))
     }
@@ -101,24 +101,24 @@ impl AsyncWrite for Stream {
     ) -> Poll<io::Result<usize>> {
         let mut table = self.shared.table();
         if let Some(end) = &table.ended {
-            return Poll::Ready(Err(gone(end)));
+            return Poll::Ready(Err(closed_error(end)));
         }
-        let Some(half) = table.streams.get_mut(&self.id) else {
+        let Some(stream) = table.streams.get_mut(&self.id) else {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         };
-        if half.reset {
+        if stream.reset {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
-        if half.local_fin || half.remote_fin {
+        if stream.local_fin || stream.remote_fin {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        let n = bytes.len().min(OUTBOX.saturating_sub(half.outbox.len()));
+        let n = bytes.len().min(MAX_OUTBOX.saturating_sub(stream.outbox.len()));
         if n == 0 && !bytes.is_empty() {
-            half.writer = Some(cx.waker().clone());
+            stream.writer = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        half.outbox.extend_from_slice(&bytes[..n]);
-        if half.window > 0 {
+        stream.outbox.extend_from_slice(&bytes[..n]);
+        if stream.window > 0 {
             table.queue(self.id);
         }
         Poll::Ready(Ok(n))
@@ -131,8 +131,8 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut table = self.shared.table();
-        if let Some(half) = table.streams.get_mut(&self.id) {
-            half.local_fin = true;
+        if let Some(stream) = table.streams.get_mut(&self.id) {
+            stream.local_fin = true;
             table.queue(self.id);
         }
         Poll::Ready(Ok(()))

@@ -8,12 +8,13 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
 use super::{
-    ACK, BATCH, CONTROL, DATA, DEAD, End, FIN, FIRST_WINDOW, FRAME, GO_AWAY, HEADER, KEPT, LINGER,
-    Limits, OUTBOX, PING, QUIET, RST, STUCK, SYN, Side, UNACKNOWLEDGED, WINDOW,
+    ACK, BATCH, CLOSE_TIMEOUT, CLOSE_TIMEOUT_UNSENT, CloseReason, DATA, FIN, FIRST_WINDOW, GO_AWAY,
+    HEADER, Limits, MAX_CONTROL, MAX_FRAME, MAX_IDLE_CAPACITY, MAX_OUTBOX, PING, PING_AFTER, RST,
+    SESSION_TIMEOUT, SYN, Side, UNACKNOWLEDGED, WINDOW,
 };
 
-pub(super) struct Table {
-    pub(super) streams: HashMap<u32, Half>,
+pub(super) struct StreamTable {
+    pub(super) streams: HashMap<u32, StreamState>,
     pub(super) control: VecDeque<[u8; HEADER]>,
     /// Streams with something to send, in turn.
     pub(super) ready: VecDeque<u32>,
@@ -23,15 +24,15 @@ pub(super) struct Table {
     pub(super) driver: Option<Waker>,
     pub(super) received: Instant,
     pub(super) closing: bool,
-    pub(super) ended: Option<End>,
+    pub(super) ended: Option<CloseReason>,
     /// The same, for those who wait.
-    pub(super) tell: watch::Sender<Option<End>>,
+    pub(super) end_sender: watch::Sender<Option<CloseReason>>,
     pub(super) limits: Limits,
 }
 
 /// One stream, as the table knows it.
 #[derive(Default)]
-pub(super) struct Half {
+pub(super) struct StreamState {
     pub(super) inbox: BytesMut,
     /// What the peer may still send.
     pub(super) granted: u32,
@@ -52,9 +53,9 @@ pub(super) struct Half {
     pub(super) writer: Option<Waker>,
 }
 
-impl Half {
+impl StreamState {
     /// Nobody is left at either end: what was written has no reader, and would wait for a window that nobody opens.
-    pub(super) fn forsake(&mut self) {
+    pub(super) fn discard_unreadable(&mut self) {
         if self.remote_fin && self.dropped.is_some() {
             self.outbox = BytesMut::new();
         }
@@ -70,7 +71,7 @@ pub(super) fn frame(kind: u8, flags: u16, stream: u32, length: u32) -> [u8; HEAD
     bytes
 }
 
-impl Table {
+impl StreamTable {
     pub(super) fn wake_driver(&mut self) {
         if let Some(driver) = self.driver.take() {
             driver.wake();
@@ -78,28 +79,32 @@ impl Table {
     }
 
     pub(super) fn queue(&mut self, id: u32) {
-        if let Some(half) = self.streams.get_mut(&id)
-            && !half.queued
+        if let Some(stream) = self.streams.get_mut(&id)
+            && !stream.queued
         {
-            half.queued = true;
+            stream.queued = true;
             self.ready.push_back(id);
             self.wake_driver();
         }
     }
 
-    pub(super) fn say(&mut self, frame: [u8; HEADER]) {
+    pub(super) fn push_control(&mut self, frame: [u8; HEADER]) {
         self.control.push_back(frame);
         self.wake_driver();
     }
 
     pub(super) fn add(&mut self, id: u32, permit: Option<OwnedSemaphorePermit>) {
-        let half =
-            Half { granted: self.limits.window, window: FIRST_WINDOW, permit, ..Half::default() };
-        self.streams.insert(id, half);
+        let stream = StreamState {
+            granted: self.limits.window,
+            window: FIRST_WINDOW,
+            permit,
+            ..StreamState::default()
+        };
+        self.streams.insert(id, stream);
     }
 
     /// Forgets a stream that both sides have closed.
-    pub(super) fn settle(&mut self, id: u32) {
+    pub(super) fn remove_if_closed(&mut self, id: u32) {
         if self
             .streams
             .get(&id)
@@ -109,14 +114,14 @@ impl Table {
         }
     }
 
-    pub(super) fn end(&mut self, why: End) {
+    pub(super) fn end(&mut self, why: CloseReason) {
         if self.ended.is_none() {
-            self.tell.send_replace(Some(why.clone()));
+            self.end_sender.send_replace(Some(why.clone()));
             self.ended = Some(why);
         }
-        for half in self.streams.values_mut() {
-            half.permit = None;
-            for waker in [half.reader.take(), half.writer.take()].into_iter().flatten() {
+        for stream in self.streams.values_mut() {
+            stream.permit = None;
+            for waker in [stream.reader.take(), stream.writer.take()].into_iter().flatten() {
                 waker.wake();
             }
         }
@@ -134,43 +139,47 @@ impl Table {
         }
         while out.len() < BATCH {
             let Some(id) = self.ready.pop_front() else { break };
-            let Some(half) = self.streams.get_mut(&id) else { continue };
-            half.queued = false;
-            if half.reset {
+            let Some(stream) = self.streams.get_mut(&id) else { continue };
+            stream.queued = false;
+            if stream.reset {
                 continue;
             }
-            let n = half.outbox.len().min(half.window as usize).min(FRAME);
+            let n = stream.outbox.len().min(stream.window as usize).min(MAX_FRAME);
             if n > 0 {
                 let length = u32::try_from(n).unwrap_or(u32::MAX);
                 out.extend_from_slice(&frame(DATA, 0, id, length));
-                out.extend_from_slice(&half.outbox[..n]);
-                half.outbox.advance(n);
-                half.window -= length;
-                half.dropped = half.dropped.map(|_| Instant::now());
-                if half.outbox.is_empty() && half.outbox.capacity() > KEPT {
-                    half.outbox = BytesMut::new();
+                out.extend_from_slice(&stream.outbox[..n]);
+                stream.outbox.advance(n);
+                stream.window -= length;
+                stream.dropped = stream.dropped.map(|_| Instant::now());
+                if stream.outbox.is_empty() && stream.outbox.capacity() > MAX_IDLE_CAPACITY {
+                    stream.outbox = BytesMut::new();
                 }
-                if half.outbox.len() <= OUTBOX / 2
-                    && let Some(writer) = half.writer.take()
+                if stream.outbox.len() <= MAX_OUTBOX / 2
+                    && let Some(writer) = stream.writer.take()
                 {
                     writer.wake();
                 }
             }
-            if half.outbox.is_empty() {
-                if half.local_fin && !half.fin_sent {
-                    half.fin_sent = true;
+            if stream.outbox.is_empty() {
+                if stream.local_fin && !stream.fin_sent {
+                    stream.fin_sent = true;
                     out.extend_from_slice(&frame(WINDOW, FIN, id, 0));
-                    self.settle(id);
+                    self.remove_if_closed(id);
                 }
-            } else if half.window > 0 {
-                half.queued = true;
+            } else if stream.window > 0 {
+                stream.queued = true;
                 self.ready.push_back(id);
             }
         }
     }
 
     /// A header has come; gives the stream and number of payload bytes that follow.
-    pub(super) fn header(&mut self, head: [u8; HEADER], side: Side) -> Result<(u32, usize), End> {
+    pub(super) fn header(
+        &mut self,
+        head: [u8; HEADER],
+        side: Side,
+    ) -> Result<(u32, usize), CloseReason> {
         let [version, kind, f0, f1, s0, s1, s2, s3, l0, l1, l2, l3] = head;
         let (flags, id, length) = (
             u16::from_be_bytes([f0, f1]),
@@ -178,36 +187,40 @@ impl Table {
             u32::from_be_bytes([l0, l1, l2, l3]),
         );
         if version != 0 {
-            return Err(End::Protocol("version of a frame is not 0; is tcpMux on at both ends?"));
+            return Err(CloseReason::Protocol(
+                "version of a frame is not 0; is tcpMux on at both ends?",
+            ));
         }
-        if self.control.len() > CONTROL {
-            return Err(End::Protocol("it asks and does not read the answers"));
+        if self.control.len() > MAX_CONTROL {
+            return Err(CloseReason::Protocol("it asks and does not read the answers"));
         }
         match kind {
             PING => {
                 if flags & SYN != 0 {
-                    self.say(frame(PING, ACK, 0, length));
+                    self.push_control(frame(PING, ACK, 0, length));
                 }
                 return Ok((0, 0));
             }
-            GO_AWAY => return Err(End::GoAway),
+            GO_AWAY => return Err(CloseReason::GoAway),
             DATA | WINDOW => {}
-            _ => return Err(End::Protocol("unknown frame type")),
+            _ => return Err(CloseReason::Protocol("unknown frame type")),
         }
         if flags & SYN != 0 {
             let theirs = (id % 2 == 1) == (side == Side::Server);
             if id == 0 || !theirs || self.streams.contains_key(&id) {
-                return Err(End::Protocol("a stream is opened with a number that is not free"));
+                return Err(CloseReason::Protocol(
+                    "a stream is opened with a number that is not free",
+                ));
             }
             if self.closing
                 || self.incoming.len() >= UNACKNOWLEDGED
                 || self.streams.len() >= self.limits.streams
             {
-                self.say(frame(WINDOW, RST, id, 0));
+                self.push_control(frame(WINDOW, RST, id, 0));
             } else {
                 self.add(id, None);
                 let more = self.limits.window - FIRST_WINDOW;
-                self.say(frame(WINDOW, ACK, id, more));
+                self.push_control(frame(WINDOW, ACK, id, more));
                 self.incoming.push_back(id);
                 if let Some(acceptor) = self.acceptor.take() {
                     acceptor.wake();
@@ -215,31 +228,31 @@ impl Table {
             }
         }
         let mut requeue = false;
-        if let Some(half) = self.streams.get_mut(&id) {
+        if let Some(stream) = self.streams.get_mut(&id) {
             if flags & ACK != 0 {
-                half.permit = None;
+                stream.permit = None;
             }
             if kind == WINDOW {
-                half.window = half.window.saturating_add(length);
-                requeue = !half.outbox.is_empty();
-            } else if length > half.granted {
-                self.say(frame(GO_AWAY, 0, 0, 1));
-                return Err(End::Protocol("it sends more than its window"));
+                stream.window = stream.window.saturating_add(length);
+                requeue = !stream.outbox.is_empty();
+            } else if length > stream.granted {
+                self.push_control(frame(GO_AWAY, 0, 0, 1));
+                return Err(CloseReason::Protocol("it sends more than its window"));
             } else {
-                half.granted -= length;
+                stream.granted -= length;
             }
             if flags & FIN != 0 {
-                half.remote_fin = true;
-                half.forsake();
+                stream.remote_fin = true;
+                stream.discard_unreadable();
                 // our own FIN may have waited behind what nobody reads
-                requeue |= half.dropped.is_some();
+                requeue |= stream.dropped.is_some();
             }
             if flags & RST != 0 {
-                half.reset = true;
-                half.permit = None;
+                stream.reset = true;
+                stream.permit = None;
             }
             if flags & (FIN | RST) != 0 {
-                for waker in [half.reader.take(), half.writer.take()].into_iter().flatten() {
+                for waker in [stream.reader.take(), stream.writer.take()].into_iter().flatten() {
                     waker.wake();
                 }
             }
@@ -248,42 +261,44 @@ impl Table {
             self.queue(id);
         }
         if flags & (FIN | RST) != 0 {
-            self.settle(id);
+            self.remove_if_closed(id);
         }
         Ok((id, if kind == DATA { length as usize } else { 0 }))
     }
 
     /// Payload of a stream; of one that nobody holds it is passed over, and the peer's window stays shut.
     pub(super) fn payload(&mut self, id: u32, bytes: &[u8]) {
-        if let Some(half) = self.streams.get_mut(&id)
-            && half.dropped.is_none()
-            && !half.reset
+        if let Some(stream) = self.streams.get_mut(&id)
+            && stream.dropped.is_none()
+            && !stream.reset
         {
-            half.inbox.extend_from_slice(bytes);
-            if let Some(reader) = half.reader.take() {
+            stream.inbox.extend_from_slice(bytes);
+            if let Some(reader) = stream.reader.take() {
                 reader.wake();
             }
         }
     }
 
     /// Housekeeping; `Some` when the session is dead.
-    pub(super) fn tick(&mut self) -> Option<End> {
+    pub(super) fn tick(&mut self) -> Option<CloseReason> {
         let silence = self.received.elapsed();
-        if silence >= DEAD {
-            return Some(End::Silent);
+        if silence >= SESSION_TIMEOUT {
+            return Some(CloseReason::Silent);
         }
-        if silence >= QUIET {
-            self.say(frame(PING, SYN, 0, 0));
+        if silence >= PING_AFTER {
+            self.push_control(frame(PING, SYN, 0, 0));
         }
-        let over = |h: &Half| {
-            h.dropped
-                .is_some_and(|at| at.elapsed() > if h.outbox.is_empty() { LINGER } else { STUCK })
+        let over = |h: &StreamState| {
+            h.dropped.is_some_and(|at| {
+                at.elapsed()
+                    > if h.outbox.is_empty() { CLOSE_TIMEOUT } else { CLOSE_TIMEOUT_UNSENT }
+            })
         };
         let old: Vec<u32> =
             self.streams.iter().filter(|(_, h)| over(h)).map(|(id, _)| *id).collect();
         for id in old {
             self.streams.remove(&id);
-            self.say(frame(WINDOW, RST, id, 0));
+            self.push_control(frame(WINDOW, RST, id, 0));
         }
         None
     }

@@ -13,7 +13,7 @@ fn bytes(text: &str) -> Vec<u8> {
 }
 
 /// A session with a raw peer at the other end.
-fn raw(side: Side, window: u32) -> (Mux, DuplexStream, tokio::task::JoinHandle<End>) {
+fn raw(side: Side, window: u32) -> (Mux, DuplexStream, tokio::task::JoinHandle<CloseReason>) {
     let (ours, theirs) = tokio::io::duplex(1024 * 1024);
     let (mux, driver) = Mux::new(ours, side, Limits { window, streams: 16 });
     (mux, theirs, tokio::spawn(driver.run()))
@@ -100,7 +100,7 @@ async fn a_slow_reader_gets_the_end_of_what_was_written_before_a_drop() {
     let (client, server) = pair();
     let mut stream = client.open().await.unwrap();
     let mut slow = server.accept().await.unwrap();
-    let whole = Limits::default().window as usize + OUTBOX - 1;
+    let whole = Limits::default().window as usize + MAX_OUTBOX - 1;
     stream.write_all(&vec![7; whole]).await.unwrap();
     drop(stream);
     tokio::time::sleep(Duration::from_secs(300)).await;
@@ -113,7 +113,7 @@ async fn a_slow_reader_gets_the_end_of_what_was_written_before_a_drop() {
     let never = server.accept().await.unwrap();
     stream.write_all(&vec![7; whole]).await.unwrap();
     drop(stream);
-    tokio::time::sleep(STUCK + LINGER).await;
+    tokio::time::sleep(CLOSE_TIMEOUT_UNSENT + CLOSE_TIMEOUT).await;
     assert_eq!(client.open_streams(), 0);
     drop(never);
 }
@@ -131,14 +131,17 @@ async fn breaches_of_the_protocol_end_the_session_and_say_which() {
         let (_mux, mut peer, task) = raw(Side::Server, FIRST_WINDOW);
         peer.write_all(&bytes(frames)).await.unwrap();
         let end = task.await.unwrap();
-        assert!(matches!(&end, End::Protocol(text) if text.contains(why)), "{frames}: {end:?}");
+        assert!(
+            matches!(&end, CloseReason::Protocol(text) if text.contains(why)),
+            "{frames}: {end:?}"
+        );
     }
     let (_mux, mut peer, task) = raw(Side::Server, FIRST_WINDOW);
     peer.write_all(&bytes("00 03 0000 00000000 00000000")).await.unwrap();
-    assert_eq!(task.await.unwrap(), End::GoAway);
+    assert_eq!(task.await.unwrap(), CloseReason::GoAway);
     let (mux, peer, task) = raw(Side::Client, FIRST_WINDOW);
     drop(peer);
-    assert_ne!(task.await.unwrap(), End::Here);
+    assert_ne!(task.await.unwrap(), CloseReason::Local);
     assert!(mux.open().await.is_err() && mux.accept().await.is_none());
 }
 
@@ -254,7 +257,7 @@ async fn bulk_goes_through_in_both_directions_at_once() {
 async fn a_silent_peer_is_pinged_and_then_given_up() {
     let (_mux, mut peer, task) = raw(Side::Server, FIRST_WINDOW);
     expect_slowly(&mut peer).await;
-    assert_eq!(task.await.unwrap(), End::Silent);
+    assert_eq!(task.await.unwrap(), CloseReason::Silent);
 }
 
 async fn expect_slowly(peer: &mut DuplexStream) {

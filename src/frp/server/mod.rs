@@ -17,29 +17,29 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::secret::{Secret, constant_time_eq};
-use crate::frp::admission::{Door, Pass};
+use crate::frp::admission::{AdmissionLimiter, AdmissionPermit};
 use crate::frp::codec::{Io, encrypted};
-use crate::frp::dial::tune;
+use crate::frp::dial::set_socket_options;
 use crate::frp::mux::{Limits, Mux, Side};
 use crate::frp::wire::{self, Key, LoginResp, Message, NewProxy, NewProxyResp, Pong, ReqWorkConn};
 
 /// Time for TLS and the first message.
-const FIRST: Duration = Duration::from_secs(10);
+const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time to read a refusal. frpc hangs up as soon as it has.
-const FAREWELL: Duration = Duration::from_secs(2);
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a user waits for a work connection.
-const USER: Duration = Duration::from_secs(10);
+const WORK_CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection without a stream is closed after this long: a client holds its control channel.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Streams of one connection that have not said yet what they are.
-const OPENING: usize = 256;
+const MAX_PENDING_STREAMS: usize = 256;
 /// Largest pool of idle work connections a client.
-const POOL: usize = 5;
+const MAX_POOL: usize = 5;
 /// What may wait beyond the pool: bursts ask twice.
-const SPARE: usize = 10;
+const POOL_RESERVE: usize = 10;
 
 /// Who may log in and what he may open. Both are asked within a login's own task: neither may wait.
-pub trait Admit: Send + Sync {
+pub trait TunnelAuthorizer: Send + Sync {
     /// Checks a login whose token is right; gives its owner and what ends his session.
     ///
     /// # Errors
@@ -60,11 +60,11 @@ pub struct Visitor {
     pub proxy: String,
     pub key: Secret,
     /// Ends his streams.
-    pub over: CancellationToken,
+    pub revoked: CancellationToken,
 }
 
 /// Whether a visitor's proof was made with `key`.
-pub fn signed(key: &Secret, sign_key: &str, timestamp: i64) -> bool {
+pub fn signed_by(key: &Secret, sign_key: &str, timestamp: i64) -> bool {
     constant_time_eq(sign_key, &wire::privilege_key(key, timestamp))
 }
 
@@ -79,7 +79,7 @@ pub struct ServerConfig {
     /// left that to the multiplexer's own pings since 0.58.
     pub heartbeat: Duration,
     /// Nobody is asked without it: the token is enough.
-    pub admit: Option<Arc<dyn Admit>>,
+    pub authorizer: Option<Arc<dyn TunnelAuthorizer>>,
 }
 
 /// The server; clones are the same one.
@@ -90,33 +90,33 @@ pub struct Server {
 
 struct Shared {
     config: ServerConfig,
-    door: Door,
+    admission: AdmissionLimiter,
     registry: Mutex<Registry>,
 }
 
 /// What a stream holds until it has said what it is, and a connection until its first stream has.
-struct Stranger {
+struct PendingStream {
     opening: Option<OwnedSemaphorePermit>,
-    pass: Option<Pass>,
+    pass: Option<AdmissionPermit>,
 }
 
 #[derive(Default)]
 struct Registry {
-    sessions: HashMap<String, Arc<Control>>,
-    proxies: HashMap<String, Arc<Open>>,
+    sessions: HashMap<String, Arc<ClientSession>>,
+    proxies: HashMap<String, Arc<OpenProxy>>,
 }
 
 /// A client that is logged in.
-struct Control {
+struct ClientSession {
     owner: String,
     run_id: String,
-    orders: mpsc::Sender<Message>,
+    control_sender: mpsc::Sender<Message>,
     pool: Mutex<Pool>,
-    most: usize,
+    max_idle: usize,
     /// Another login took the run id, or the connection ended.
-    over: CancellationToken,
+    ended: CancellationToken,
     /// Its task has ended, too, and with it the ports that it held.
-    gone: CancellationToken,
+    finished: CancellationToken,
 }
 
 /// Work connections that wait for a user, or users that wait for one.
@@ -127,8 +127,8 @@ struct Pool {
 }
 
 /// A proxy that is open.
-struct Open {
-    control: Arc<Control>,
+struct OpenProxy {
+    control: Arc<ClientSession>,
     asked: NewProxy,
     closed: CancellationToken,
 }
@@ -139,21 +139,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Closes what a session opened, however it ends.
-struct Leave<'a> {
+struct SessionGuard<'a> {
     server: &'a Server,
-    control: Arc<Control>,
+    control: Arc<ClientSession>,
 }
 
-impl Drop for Leave<'_> {
+impl Drop for SessionGuard<'_> {
     fn drop(&mut self) {
         lock(&self.server.shared.registry).release(&self.control);
-        self.control.gone.cancel();
+        self.control.finished.cancel();
     }
 }
 
 impl Registry {
     /// Closes what a session opened and ends it.
-    fn release(&mut self, control: &Arc<Control>) {
+    fn release(&mut self, control: &Arc<ClientSession>) {
         self.proxies.retain(|_, open| {
             let theirs = Arc::ptr_eq(&open.control, control);
             if theirs {
@@ -165,14 +165,18 @@ impl Registry {
             self.sessions.remove(&control.run_id);
         }
         *lock(&control.pool) = Pool::default();
-        control.over.cancel();
+        control.ended.cancel();
     }
 }
 
 impl Server {
     pub fn new(config: ServerConfig) -> Server {
         Server {
-            shared: Arc::new(Shared { config, door: Door::default(), registry: Mutex::default() }),
+            shared: Arc::new(Shared {
+                config,
+                admission: AdmissionLimiter::default(),
+                registry: Mutex::default(),
+            }),
         }
     }
 
@@ -206,11 +210,11 @@ impl Server {
 
     /// Ends every client's session; each comes back by itself.
     pub fn end_sessions(&self) {
-        lock(&self.shared.registry).sessions.values().for_each(|control| control.over.cancel());
+        lock(&self.shared.registry).sessions.values().for_each(|control| control.ended.cancel());
     }
 
     /// Whether a proxy of that name is open.
-    pub fn has(&self, name: &str) -> bool {
+    pub fn has_proxy(&self, name: &str) -> bool {
         lock(&self.shared.registry).proxies.contains_key(name)
     }
 
@@ -222,20 +226,20 @@ impl Server {
     }
 
     async fn connection(&self, stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
-        let Some(pass) = self.shared.door.enter(peer.ip()).await else {
+        let Some(pass) = self.shared.admission.acquire(peer.ip()).await else {
             return Err(io::Error::other("too many of this address wait"));
         };
-        let io = timeout(FIRST, self.secured(stream)).await??;
+        let io = timeout(FIRST_MESSAGE_TIMEOUT, self.secured(stream)).await??;
         if !self.shared.config.tcp_mux {
             return self
-                .first_message(io, Stranger { opening: None, pass: Some(pass) })
+                .first_message(io, PendingStream { opening: None, pass: Some(pass) })
                 .await
                 .map(drop);
         }
         let (mux, driver) = Mux::new(io, Side::Server, Limits::default());
         let mut driving = JoinSet::new();
         driving.spawn(driver.run());
-        let opening = Arc::new(Semaphore::new(OPENING));
+        let opening = Arc::new(Semaphore::new(MAX_PENDING_STREAMS));
         let next = async || {
             let permit = opening.clone().acquire_owned().await.ok()?;
             Some((permit, mux.accept().await?))
@@ -243,7 +247,7 @@ impl Server {
         let mut pass = Some(pass);
         let mut streams = JoinSet::new();
         loop {
-            let idle = if pass.is_some() { FIRST } else { IDLE };
+            let idle = if pass.is_some() { FIRST_MESSAGE_TIMEOUT } else { IDLE_TIMEOUT };
             tokio::select! {
                 () = tokio::time::sleep(idle), if streams.is_empty() => return Err(io::Error::other("nothing came of the connection")),
                 // the end of a control channel is the end of its client
@@ -254,7 +258,7 @@ impl Server {
                 },
                 accepted = next() => {
                     let Some((permit, stream)) = accepted else { return Ok(()) };
-                    let (server, stranger) = (self.clone(), Stranger { opening: Some(permit), pass: pass.take() });
+                    let (server, stranger) = (self.clone(), PendingStream { opening: Some(permit), pass: pass.take() });
                     streams.spawn(async move {
                         server.first_message(Box::new(stream), stranger).await.unwrap_or_else(|error| {
                             tracing::debug!(%error, "stream");
@@ -268,7 +272,7 @@ impl Server {
 
     /// First bytes decide: 0x17 and TLS, TLS, or neither (fatedier/frp `pkg/util/net/tls.go`).
     async fn secured(&self, mut stream: TcpStream) -> io::Result<Io> {
-        tune(&stream, self.shared.config.tcp_mux);
+        set_socket_options(&stream, self.shared.config.tcp_mux);
         let mut first = [0];
         stream.peek(&mut first).await?;
         match (&self.shared.config.tls, first[0]) {
@@ -284,9 +288,9 @@ impl Server {
     }
 
     /// Serves a stream to its end; gives whether it was a client's control channel.
-    async fn first_message(&self, mut io: Io, stranger: Stranger) -> io::Result<bool> {
-        let first = timeout(FIRST, wire::read(&mut io)).await??;
-        let Stranger { opening, pass } = stranger;
+    async fn first_message(&self, mut io: Io, stranger: PendingStream) -> io::Result<bool> {
+        let first = timeout(FIRST_MESSAGE_TIMEOUT, wire::read(&mut io)).await??;
+        let PendingStream { opening, pass } = stranger;
         drop(opening);
         match first {
             Message::Login(login) => {
@@ -299,11 +303,11 @@ impl Server {
             }
             Message::NewWorkConn(hello) => {
                 drop(pass);
-                self.work(io, &hello).await?;
+                self.accept_work_connection(io, &hello).await?;
             }
             Message::NewVisitorConn(hello) => {
                 drop(pass);
-                self.visitor(io, hello).await?;
+                self.accept_visitor(io, hello).await?;
             }
             other => {
                 return Err(io::Error::other(format!(
@@ -315,7 +319,12 @@ impl Server {
         Ok(false)
     }
 
-    async fn login(&self, mut io: Io, login: wire::Login, stranger: Pass) -> io::Result<()> {
+    async fn login(
+        &self,
+        mut io: Io,
+        login: wire::Login,
+        stranger: AdmissionPermit,
+    ) -> io::Result<()> {
         let config = &self.shared.config;
         if !constant_time_eq(
             &login.privilege_key,
@@ -323,33 +332,33 @@ impl Server {
         ) {
             return refuse(io, "token in login doesn't match token from configuration").await;
         }
-        let admitted = self.shared.config.admit.as_ref().map(|a| a.login(&login)).transpose();
+        let admitted = self.shared.config.authorizer.as_ref().map(|a| a.login(&login)).transpose();
         let (owner, revoked) = match admitted {
             Ok(admitted) => admitted.unwrap_or_default(),
             Err(error) => return refuse(io, &error).await,
         };
         let run_id = if login.run_id.is_empty() { wire::fresh_run_id() } else { login.run_id };
-        let pool = usize::try_from(login.pool_count).unwrap_or(0).min(POOL);
-        let (orders, mut queue) = mpsc::channel(64);
-        let control = Arc::new(Control {
+        let pool = usize::try_from(login.pool_count).unwrap_or(0).min(MAX_POOL);
+        let (control_sender, mut queue) = mpsc::channel(64);
+        let control = Arc::new(ClientSession {
             owner,
             run_id: run_id.clone(),
-            orders,
+            control_sender,
             pool: Mutex::default(),
-            most: pool + SPARE,
-            over: CancellationToken::new(),
-            gone: CancellationToken::new(),
+            max_idle: pool + POOL_RESERVE,
+            ended: CancellationToken::new(),
+            finished: CancellationToken::new(),
         });
         // a run id is no password: only its own holder takes it over
         let taken = self.take_over(&run_id, &control);
         let Ok(former) = taken else {
             return refuse(io, "the run id is another client's").await;
         };
-        let _leave = Leave { server: self, control: control.clone() };
+        let _leave = SessionGuard { server: self, control: control.clone() };
         drop(stranger);
         if let Some(former) = former {
             // its names are free by now; a task that hangs in a dead connection does not hold the login
-            let _ = timeout(Duration::from_secs(1), former.gone.cancelled()).await;
+            let _ = timeout(Duration::from_secs(1), former.finished.cancelled()).await;
         }
         wire::write(
             &mut io,
@@ -373,13 +382,13 @@ impl Server {
         loop {
             let patience = if pings { config.heartbeat } else { Duration::MAX };
             let message = tokio::select! {
-                () = control.over.cancelled() => return Ok(()),
+                () = control.ended.cancelled() => return Ok(()),
                 () = revoked.cancelled() => return Ok(()),
                 message = timeout(patience, wire::read(&mut reader)) => message??,
             };
             pings |= matches!(message, Message::Ping(_));
             let answer: Option<Message> = match message {
-                Message::Ping(ping) if self.proven(&ping.privilege_key, ping.timestamp) => {
+                Message::Ping(ping) if self.is_token_valid(&ping.privilege_key, ping.timestamp) => {
                     Some(Pong::default().into())
                 }
                 Message::Ping(_) => Some(
@@ -413,7 +422,7 @@ impl Server {
             };
             if let Some(answer) = answer {
                 control
-                    .orders
+                    .control_sender
                     .send(answer)
                     .await
                     .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
@@ -423,7 +432,7 @@ impl Server {
 
     /// Whether a message after the login may be believed. frpc proves the token again only where its `additionalScopes` say so: a
     /// ping stands on the session, a work connection on the run id.
-    fn proven(&self, privilege_key: &str, timestamp: i64) -> bool {
+    fn is_token_valid(&self, privilege_key: &str, timestamp: i64) -> bool {
         privilege_key.is_empty()
             || constant_time_eq(
                 privilege_key,
@@ -432,7 +441,11 @@ impl Server {
     }
 
     /// The session that `control` takes the place of; an error when that is somebody else's.
-    fn take_over(&self, run_id: &str, control: &Arc<Control>) -> Result<Option<Arc<Control>>, ()> {
+    fn take_over(
+        &self,
+        run_id: &str,
+        control: &Arc<ClientSession>,
+    ) -> Result<Option<Arc<ClientSession>>, ()> {
         let mut registry = lock(&self.shared.registry);
         let former = registry.sessions.get(run_id).cloned();
         if former.as_ref().is_some_and(|c| c.owner != control.owner) {
@@ -447,18 +460,18 @@ impl Server {
 
     async fn open(
         &self,
-        control: &Arc<Control>,
+        control: &Arc<ClientSession>,
         asked: NewProxy,
         listeners: &mut JoinSet<()>,
     ) -> Result<String, String> {
-        let open = Arc::new(Open {
+        let open = Arc::new(OpenProxy {
             control: control.clone(),
             asked: asked.clone(),
             closed: CancellationToken::new(),
         });
         let name = asked.proxy_name.clone();
-        if let Some(admit) = &self.shared.config.admit {
-            admit.proxy(&control.owner, &asked)?;
+        if let Some(authorizer) = &self.shared.config.authorizer {
+            authorizer.proxy(&control.owner, &asked)?;
         }
         let listener = match (asked.proxy_type.as_str(), self.shared.config.tcp_bind) {
             // users of an http proxy come through this process, too: there is no vhost port
@@ -489,10 +502,10 @@ impl Server {
                     Some(_) = users.join_next() => {}
                     accepted = listener.accept() => {
                         let Ok((mut user, from)) = accepted else { continue };
-                        tune(&user, false);
+                        set_socket_options(&user, false);
                         let (server, open) = (server.clone(), open.clone());
                         users.spawn(async move {
-                            if let Ok(mut work) = server.join(&open, Some(from)).await {
+                            if let Ok(mut work) = server.connect_user(&open, Some(from)).await {
                                 users::splice(&mut user, &mut work).await;
                             }
                         });
@@ -515,6 +528,6 @@ async fn refuse(mut io: Io, error: &str) -> io::Result<()> {
         LoginResp { version: wire::VERSION.into(), error: error.into(), ..LoginResp::default() },
     )
     .await?;
-    let _ = timeout(FAREWELL, io.read(&mut [0])).await;
+    let _ = timeout(REFUSAL_TIMEOUT, io.read(&mut [0])).await;
     Ok(())
 }

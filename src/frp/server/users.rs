@@ -9,20 +9,24 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{Control, Open, Server, USER, lock, signed};
+use super::{ClientSession, OpenProxy, Server, WORK_CONNECTION_TIMEOUT, lock, signed_by};
 use crate::base::secret::Secret;
 use crate::frp::codec::{Io, layered};
 use crate::frp::wire::{self, Key, NewVisitorConnResp, ReqWorkConn, StartWorkConn};
 
 impl Server {
-    pub(super) async fn work(&self, mut io: Io, hello: &wire::NewWorkConn) -> io::Result<()> {
+    pub(super) async fn accept_work_connection(
+        &self,
+        mut io: Io,
+        hello: &wire::NewWorkConn,
+    ) -> io::Result<()> {
         let control = lock(&self.shared.registry).sessions.get(&hello.run_id).cloned();
         let refuse =
             |error: &str| StartWorkConn { error: error.into(), ..StartWorkConn::default() };
         let Some(control) = control else {
             return wire::write(&mut io, refuse("no client control found for run id")).await;
         };
-        if !self.proven(&hello.privilege_key, hello.timestamp) {
+        if !self.is_token_valid(&hello.privilege_key, hello.timestamp) {
             return wire::write(
                 &mut io,
                 refuse("token in NewWorkConn doesn't match token from configuration"),
@@ -36,7 +40,7 @@ impl Server {
                 match pool.users.pop_front() {
                     // a user that gave up is passed over
                     Some(user) => io = user.send(offered).err(),
-                    None if pool.idle.len() < control.most => pool.idle.push_back(offered),
+                    None if pool.idle.len() < control.max_idle => pool.idle.push_back(offered),
                     None => {
                         io = Some(offered);
                         break;
@@ -60,14 +64,18 @@ impl Server {
     pub async fn dial(&self, name: &str) -> io::Result<Io> {
         let open = lock(&self.shared.registry).proxies.get(name).cloned();
         match open {
-            Some(open) => self.join(&open, None).await,
+            Some(open) => self.connect_user(&open, None).await,
             None => {
                 Err(io::Error::new(io::ErrorKind::NotFound, format!("nobody has opened {name}")))
             }
         }
     }
 
-    pub(super) async fn join(&self, open: &Open, from: Option<SocketAddr>) -> io::Result<Io> {
+    pub(super) async fn connect_user(
+        &self,
+        open: &OpenProxy,
+        from: Option<SocketAddr>,
+    ) -> io::Result<Io> {
         let control = &open.control;
         let start = StartWorkConn {
             proxy_name: open.asked.proxy_name.clone(),
@@ -75,9 +83,9 @@ impl Server {
             src_port: from.map(|a| a.port()).unwrap_or_default(),
             ..StartWorkConn::default()
         };
-        timeout(USER, async {
+        timeout(WORK_CONNECTION_TIMEOUT, async {
             loop {
-                let mut io = self.take(control).await?;
+                let mut io = self.take_work_connection(control).await?;
                 // a pooled connection may be dead: the next one, then
                 if wire::write(&mut io, start.clone()).await.is_ok() {
                     let key = open.asked.use_encryption.then(|| Key::of(&self.shared.config.token));
@@ -92,9 +100,9 @@ impl Server {
     }
 
     /// A work connection, and an order for the next one.
-    async fn take(&self, control: &Control) -> io::Result<Io> {
+    async fn take_work_connection(&self, control: &ClientSession) -> io::Result<Io> {
         let gone = || io::Error::new(io::ErrorKind::NotConnected, "the client is gone");
-        control.orders.send(ReqWorkConn {}.into()).await.map_err(|_| gone())?;
+        control.control_sender.send(ReqWorkConn {}.into()).await.map_err(|_| gone())?;
         let waiting = {
             let mut pool = lock(&control.pool);
             if let Some(io) = pool.idle.pop_front() {
@@ -109,7 +117,11 @@ impl Server {
         waiting.await.map_err(|_| gone())
     }
 
-    pub(super) async fn visitor(&self, mut io: Io, hello: wire::NewVisitorConn) -> io::Result<()> {
+    pub(super) async fn accept_visitor(
+        &self,
+        mut io: Io,
+        hello: wire::NewVisitorConn,
+    ) -> io::Result<()> {
         let name = hello.proxy_name.clone();
         let find = |name: &str| {
             lock(&self.shared.registry)
@@ -119,13 +131,13 @@ impl Server {
                 .filter(|o| o.asked.proxy_type == "stcp")
         };
         let open = find(&name);
-        let found = match (&open, &self.shared.config.admit) {
+        let found = match (&open, &self.shared.config.authorizer) {
             (Some(open), _) => Some((Secret::new(open.asked.sk.clone()), CancellationToken::new()))
-                .filter(|(key, _)| signed(key, &hello.sign_key, hello.timestamp))
-                .map(|(key, over)| (open.clone(), key, over)),
-            (None, Some(admit)) => admit
+                .filter(|(key, _)| signed_by(key, &hello.sign_key, hello.timestamp))
+                .map(|(key, revoked)| (open.clone(), key, revoked)),
+            (None, Some(authorizer)) => authorizer
                 .visitor(&name, &hello.sign_key, hello.timestamp)
-                .and_then(|v| Some((find(&v.proxy)?, v.key, v.over))),
+                .and_then(|v| Some((find(&v.proxy)?, v.key, v.revoked))),
             (None, None) => None,
         };
         let error = match (&open, &found) {
@@ -134,16 +146,16 @@ impl Server {
             (Some(_), None) => format!("visitor connection of [{name}] auth failed"),
         };
         wire::write(&mut io, NewVisitorConnResp { proxy_name: name, error }).await?;
-        let Some((open, key, over)) = found else { return Ok(()) };
+        let Some((open, key, revoked)) = found else { return Ok(()) };
         let mut user = layered(
             io,
             hello.use_encryption.then(|| Key::of(&key)).as_ref(),
             hello.use_compression,
         );
-        let mut work = self.join(&open, None).await?;
+        let mut work = self.connect_user(&open, None).await?;
         tokio::select! {
             () = splice(&mut user, &mut work) => {}
-            () = over.cancelled() => {}
+            () = revoked.cancelled() => {}
         }
         Ok(())
     }

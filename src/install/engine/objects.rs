@@ -11,7 +11,7 @@ use crate::kubernetes::client::{CONFLICT, Cluster, path_of, status, title_of};
 pub(super) async fn check(cluster: &Cluster, yaml: &str) -> anyhow::Result<StepStatus> {
     let mut changes = Vec::new();
     for object in documents(yaml)? {
-        let state = match cluster.stands(&object).await {
+        let state = match cluster.is_applied(&object).await {
             Ok(state) => state,
             // an object in a namespace that is not there yet, or of a kind that is not known yet
             Err(e) if e.downcast_ref::<kube::Error>().and_then(status) == Some(404) => None,

@@ -18,7 +18,7 @@ use crate::install::plan::{
 };
 use crate::install::settings::k3s_table::fill_placeholders;
 use crate::k3s::paths::ADMIN_KUBECONFIG;
-use crate::kubernetes::client::{Cluster, passing, status};
+use crate::kubernetes::client::{Cluster, is_transient, status};
 
 const QUICK: Duration = Duration::from_secs(20);
 
@@ -79,7 +79,7 @@ fn cluster(host: &Host) -> anyhow::Result<Cluster> {
 
 /// Whether nobody was there to answer: no answer at all, or one of what stands in front.
 fn away(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<kube::Error>().is_some_and(|e| status(e).is_none_or(passing))
+    error.downcast_ref::<kube::Error>().is_some_and(|e| status(e).is_none_or(is_transient))
 }
 
 /// Looks, never writes.

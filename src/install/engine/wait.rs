@@ -29,7 +29,7 @@ pub async fn unmet(host: &Host, what: &WaitCondition) -> Option<String> {
 async fn check_condition(
     host: &Host,
     what: &WaitCondition,
-    first: &mut Option<readiness::Beats>,
+    first: &mut Option<readiness::NodeHeartbeats>,
 ) -> Option<String> {
     match what {
         WaitCondition::Node { name, kubeconfig, unit, version } => {
@@ -111,7 +111,7 @@ fn short(error: &kube::Error) -> String {
 async fn node(
     host: &Host,
     [name, kubeconfig, unit, version]: [&String; 4],
-    first: &mut Option<readiness::Beats>,
+    first: &mut Option<readiness::NodeHeartbeats>,
 ) -> Option<String> {
     // the Node object outlives a stopped kubelet by 40 seconds: the unit is asked first
     let mut started = None;

@@ -1,9 +1,11 @@
-//! Operations: what a Runner asks for once and is told the end of, though he, the tunnel or the control plane be gone meanwhile.
+//! Operations: a Runner asks once, and the agent carries it out and reports the result even when
+//! the Runner, the tunnel or the control plane is gone in the meantime.
 //!
-//! An operation is on the disk before it is accepted, and its end before it is told. What it asks for is not: it may hold secrets, and
-//! nothing of it is done after a restart, as the caller's right to it may be gone by then.
+//! An operation is on disk before it is accepted, and its result is on disk before it is reported.
+//! The request itself is not: it may hold secrets, and after a restart nothing of it is done, because
+//! the caller's right to it may have ended by then.
 
-mod work;
+mod executor;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -22,54 +24,55 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::permits::{Permit, Stream};
-use super::{Api, Call, lock};
-use crate::agent::session::client::Finished;
+use super::permits::{StreamClass, StreamPermit};
+use super::{Api, AuditedRequest, lock};
+use crate::agent::session::client::FinishedOperation;
 use crate::base::encoding::hex;
-use crate::contract::operation::Wanted;
+use crate::contract::operation::OperationRequest;
 use crate::contract::token::{Caller, Role};
 use crate::contract::types::{
-    IDEMPOTENCY_KEY, Operation, OperationState, Touched, check_key, operation_id,
+    IDEMPOTENCY_KEY, ObjectOutcome, Operation, OperationState, check_idempotency_key, operation_id,
 };
 use crate::host::state::StateDir;
-use crate::kubernetes::answer::{Problem, plain};
+use crate::kubernetes::answer::{ApiError, plain};
 use crate::kubernetes::upstream::{Body, Upstream};
-use work::End;
+use executor::ExecutionError;
 
 /// Operations that run at once.
-const AT_ONCE: usize = 8;
+const MAX_RUNNING: usize = 8;
 /// Largest request, and how long it may take to come.
-const BODY: usize = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(15);
+const MAX_BODY: usize = 1 << 20;
+const BODY_TIMEOUT: Duration = Duration::from_secs(15);
 /// Operations that are remembered, the ended ones, and for how long, seconds: a second request with their key finds them.
-const KEPT: usize = 256;
-const DAYS: i64 = 7 * 86_400;
+const MAX_REMEMBERED: usize = 256;
+const REMEMBERED_S: i64 = 7 * 86_400;
 /// Between tries at writing or telling an end.
-const AGAIN: Duration = Duration::from_secs(5);
+const RETRY: Duration = Duration::from_secs(5);
 /// A listener who is gone is noticed when something is sent to him.
-const QUIET: Duration = Duration::from_secs(15);
+const KEEPALIVE: Duration = Duration::from_secs(15);
 
 /// What the disk holds of an operation.
 #[derive(Clone, Serialize, Deserialize)]
-struct Stored {
+struct OperationRecord {
     operation: Operation,
     /// Digest of the request: the same key for something else is a mistake.
     request: String,
-    /// The control plane's queue has its end.
-    told: bool,
+    /// The result is in the queue for the control plane.
+    #[serde(rename = "told")]
+    reported: bool,
 }
 
-struct Live {
-    stored: Stored,
+struct TrackedOperation {
+    stored: OperationRecord,
     /// What happened so far, in words.
     events: Vec<String>,
     news: watch::Sender<()>,
     cancel: CancellationToken,
 }
 
-impl Live {
-    fn new(stored: Stored) -> Live {
-        Live {
+impl TrackedOperation {
+    fn new(stored: OperationRecord) -> TrackedOperation {
+        TrackedOperation {
             stored,
             events: Vec::new(),
             news: watch::Sender::new(()),
@@ -81,8 +84,8 @@ impl Live {
 /// All that are remembered, and where their ends go.
 pub struct Operations {
     dir: StateDir,
-    all: Mutex<BTreeMap<String, Live>>,
-    results: mpsc::Sender<Finished>,
+    all: Mutex<BTreeMap<String, TrackedOperation>>,
+    results: mpsc::Sender<FinishedOperation>,
 }
 
 fn file(id: &str) -> String {
@@ -95,10 +98,10 @@ fn now() -> String {
 
 impl Operations {
     /// Those of before. One that ran when the agent stopped is over.
-    pub fn open(dir: StateDir, results: mpsc::Sender<Finished>) -> Operations {
+    pub fn open(dir: StateDir, results: mpsc::Sender<FinishedOperation>) -> Operations {
         let mut all = BTreeMap::new();
         for name in dir.list() {
-            let stored: Option<Stored> =
+            let stored: Option<OperationRecord> =
                 dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
             let Some(mut stored) = stored.filter(|s| file(&s.operation.id) == name) else {
                 // cut by no crash, as files are replaced whole: somebody else's
@@ -111,7 +114,7 @@ impl Operations {
                 operation.message = "the agent stopped while it ran: part of it may be done; ask again with another key".into();
                 operation.finished_at = now();
             }
-            all.insert(operation.id.clone(), Live::new(stored));
+            all.insert(operation.id.clone(), TrackedOperation::new(stored));
         }
         Operations { dir, all: Mutex::new(all), results }
     }
@@ -121,18 +124,19 @@ impl Operations {
         lock(&self.all).values().filter(|l| !l.stored.operation.state.ended()).count()
     }
 
-    /// What is too old or too much, the oldest first; never one whose end is not told.
-    fn tidy(&self, all: &mut BTreeMap<String, Live>) {
+    /// What is too old or too much, the oldest first; never one whose end is not reported.
+    fn remove_expired(&self, all: &mut BTreeMap<String, TrackedOperation>) {
         let mut done: Vec<(String, String)> = all
             .values()
-            .filter(|l| l.stored.told)
+            .filter(|l| l.stored.reported)
             .map(|l| (l.stored.operation.finished_at.clone(), l.stored.operation.id.clone()))
             .collect();
         done.sort();
-        let oldest = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - DAYS)
-            .unwrap_or_default()
-            .to_string();
-        let excess = done.len().saturating_sub(KEPT);
+        let oldest =
+            jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - REMEMBERED_S)
+                .unwrap_or_default()
+                .to_string();
+        let excess = done.len().saturating_sub(MAX_REMEMBERED);
         for (n, (at, id)) in done.into_iter().enumerate() {
             if n < excess || at < oldest {
                 self.dir.remove(&file(&id));
@@ -141,11 +145,15 @@ impl Operations {
         }
     }
 
-    fn store(&self, stored: &Stored) -> anyhow::Result<()> {
+    fn store(&self, stored: &OperationRecord) -> anyhow::Result<()> {
         self.dir.write(&file(&stored.operation.id), &serde_json::to_string(stored)?)
     }
 
-    fn change(&self, id: &str, change: impl FnOnce(&mut Live)) -> Option<Stored> {
+    fn change(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut TrackedOperation),
+    ) -> Option<OperationRecord> {
         let mut all = lock(&self.all);
         let live = all.get_mut(id)?;
         change(live);
@@ -175,7 +183,9 @@ impl Progress {
             let objects = &mut live.stored.operation.objects;
             match objects.iter_mut().find(|t| t.object == object) {
                 Some(touched) => touched.outcome = outcome.into(),
-                None => objects.push(Touched { object: object.into(), outcome: outcome.into() }),
+                None => {
+                    objects.push(ObjectOutcome { object: object.into(), outcome: outcome.into() })
+                }
             }
             live.events
                 .push(json!({"at": now(), "object": object, "outcome": outcome}).to_string());
@@ -183,24 +193,24 @@ impl Progress {
     }
 }
 
-fn shown(status: u16, operation: &Operation) -> Response<Body> {
+fn operation_response(status: u16, operation: &Operation) -> Response<Body> {
     plain(status, "application/json", serde_json::to_string(operation).unwrap_or_default())
 }
 
 impl Api {
     fn operations(&self) -> &Operations {
-        &self.inner.parts.operations
+        &self.inner.context.operations
     }
 
     /// Tells the ends that an earlier run of the agent could not tell.
-    pub(super) fn tell_the_rest(&self) {
-        let untold: Vec<Stored> = lock(&self.operations().all)
+    pub(super) fn report_unreported(&self) {
+        let untold: Vec<OperationRecord> = lock(&self.operations().all)
             .values()
-            .filter(|l| l.stored.operation.state.ended() && !l.stored.told)
+            .filter(|l| l.stored.operation.state.ended() && !l.stored.reported)
             .map(|l| l.stored.clone())
             .collect();
         for stored in untold {
-            tokio::spawn(self.clone().tell(stored));
+            tokio::spawn(self.clone().report(stored));
         }
     }
 
@@ -218,38 +228,42 @@ impl Api {
             (&Method::POST, None, ..) => self.begin(parts, body, caller).await,
             (&Method::GET, None, ..) => {
                 let all = lock(&self.operations().all);
-                let mut mine: Vec<&Operation> =
-                    all.values().map(|l| &l.stored.operation).filter(|o| sees(caller, o)).collect();
+                let mut mine: Vec<&Operation> = all
+                    .values()
+                    .map(|l| &l.stored.operation)
+                    .filter(|o| may_see(caller, o))
+                    .collect();
                 mine.sort_by(|a, b| b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id)));
                 plain(200, "application/json", json!({"items": mine}).to_string())
             }
-            (&Method::GET, Some(id), None, _) => match self.found(caller, id) {
-                Some(operation) => shown(200, &operation),
-                None => gone(),
+            (&Method::GET, Some(id), None, _) => match self.find(caller, id) {
+                Some(operation) => operation_response(200, &operation),
+                None => not_found(),
             },
-            (&Method::GET, Some(id), Some("events"), None) => match self.found(caller, id) {
+            (&Method::GET, Some(id), Some("events"), None) => match self.find(caller, id) {
                 Some(_) => self.events(caller, id.to_owned(), &parts.headers),
-                None => gone(),
+                None => not_found(),
             },
-            (&Method::DELETE, Some(id), None, _) => match self.found(caller, id) {
+            (&Method::DELETE, Some(id), None, _) => match self.find(caller, id) {
                 Some(_) => {
                     self.operations().change(id, |live| live.cancel.cancel());
-                    self.found(caller, id).map_or_else(gone, |operation| shown(200, &operation))
+                    self.find(caller, id)
+                        .map_or_else(not_found, |operation| operation_response(200, &operation))
                 }
-                None => gone(),
+                None => not_found(),
             },
             (_, _, None | Some("events"), None) => {
                 problem(405, "method_not_allowed", "this path takes another method", None)
             }
-            _ => gone(),
+            _ => not_found(),
         }
     }
 
-    fn found(&self, caller: &Caller, id: &str) -> Option<Operation> {
+    fn find(&self, caller: &Caller, id: &str) -> Option<Operation> {
         lock(&self.operations().all)
             .get(id)
             .map(|l| l.stored.operation.clone())
-            .filter(|o| sees(caller, o))
+            .filter(|o| may_see(caller, o))
     }
 
     async fn begin(&self, parts: &Parts, body: Incoming, caller: &Caller) -> Response<Body> {
@@ -264,11 +278,11 @@ impl Api {
             (Some(Ok(key)), None) => Some(key),
             _ => None,
         };
-        let key = match check_key(key) {
+        let key = match check_idempotency_key(key) {
             Ok(key) => key,
             Err(why) => return problem(400, "idempotency_key_needed", why, None),
         };
-        let bytes = match timeout(PATIENCE, Limited::new(body, BODY).collect()).await {
+        let bytes = match timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await {
             Ok(Ok(body)) => body.to_bytes(),
             Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
                 return problem(413, "too_large", "an operation is larger than 1 MiB", None);
@@ -280,13 +294,13 @@ impl Api {
         let request = hex(&Sha256::digest(&bytes));
         let known = lock(&self.operations().all).get(&id).map(|l| l.stored.clone());
         if let Some(known) = known {
-            return again(&known, &request);
+            return answer_repeated(&known, &request);
         }
-        let wanted = match Wanted::parse(&bytes, caller) {
-            Ok(wanted) => wanted,
+        let requested = match OperationRequest::parse(&bytes, caller) {
+            Ok(requested) => requested,
             Err((status, code, message)) => return problem(status, code, message, None),
         };
-        let Some(upstream) = self.inner.parts.upstream.borrow().clone() else {
+        let Some(upstream) = self.inner.context.upstream.borrow().clone() else {
             return problem(
                 503,
                 "kubernetes_waiting",
@@ -294,9 +308,9 @@ impl Api {
                 Some("the tunnel stays up; try again soon"),
             );
         };
-        let call = match self.open_call(
+        let call = match self.begin_request(
             self.record(caller, &id, &parts.method, "/api/v1/operations"),
-            Stream::Short,
+            StreamClass::Short,
             true,
         ) {
             Ok(call) => call,
@@ -304,12 +318,12 @@ impl Api {
         };
         let operation = Operation {
             id: id.clone(),
-            kind: wanted.kind().into(),
+            kind: requested.kind().into(),
             subject: caller.subject.clone(),
             created_at: now(),
             ..Operation::default()
         };
-        let stored = Stored { operation, request, told: false };
+        let stored = OperationRecord { operation, request, reported: false };
         let cancel = match self.admit(&stored) {
             Ok(cancel) => cancel,
             Err(refused) => {
@@ -318,15 +332,15 @@ impl Api {
                 return *refused;
             }
         };
-        tokio::spawn(self.clone().carry_out(
+        tokio::spawn(self.clone().execute(
             id.clone(),
-            wanted,
+            requested,
             upstream,
             caller.clone(),
             cancel,
             call,
         ));
-        let mut answer = shown(202, &stored.operation);
+        let mut answer = operation_response(202, &stored.operation);
         if let Ok(location) = HeaderValue::try_from(format!("/api/v1/operations/{id}")) {
             answer.headers_mut().insert(header::LOCATION, location);
         }
@@ -334,19 +348,19 @@ impl Api {
     }
 
     /// Durable from here on.
-    fn admit(&self, stored: &Stored) -> Result<CancellationToken, Box<Response<Body>>> {
+    fn admit(&self, stored: &OperationRecord) -> Result<CancellationToken, Box<Response<Body>>> {
         let operations = self.operations();
         let mut all = lock(&operations.all);
-        operations.tidy(&mut all);
+        operations.remove_expired(&mut all);
         let id = &stored.operation.id;
         if let Some(known) = all.get(id) {
-            return Err(again(&known.stored, &stored.request).into());
+            return Err(answer_repeated(&known.stored, &stored.request).into());
         }
-        if all.values().filter(|l| !l.stored.operation.state.ended()).count() >= AT_ONCE {
+        if all.values().filter(|l| !l.stored.operation.state.ended()).count() >= MAX_RUNNING {
             return Err(problem(
                 429,
                 "too_many_operations",
-                format!("{AT_ONCE} operations run already"),
+                format!("{MAX_RUNNING} operations run already"),
                 Some("wait for one of them to end"),
             )
             .into());
@@ -361,32 +375,32 @@ impl Api {
             )
             .into());
         }
-        let live = Live::new(stored.clone());
+        let live = TrackedOperation::new(stored.clone());
         let cancel = live.cancel.clone();
         all.insert(id.clone(), live);
         Ok(cancel)
     }
 
-    async fn carry_out(
+    async fn execute(
         self,
         id: String,
-        wanted: Wanted,
+        requested: OperationRequest,
         upstream: Upstream,
         caller: Caller,
         cancel: CancellationToken,
-        mut call: Call,
+        mut call: AuditedRequest,
     ) {
         let progress = Progress { api: self.clone(), id: id.clone() };
-        let end = work::run(&wanted, &self, upstream, &caller, &progress, cancel).await;
+        let end = executor::run(&requested, &self, upstream, &caller, &progress, cancel).await;
         let (state, message, status) = match end {
             Ok(()) => (OperationState::Succeeded, String::new(), 200),
-            Err(End::Failed(why)) => (OperationState::Failed, why, 422),
-            Err(End::Cancelled) => (
+            Err(ExecutionError::Failed(why)) => (OperationState::Failed, why, 422),
+            Err(ExecutionError::Cancelled) => (
                 OperationState::Cancelled,
                 "cancelled; what stands in objects was done".into(),
                 499,
             ),
-            Err(End::Interrupted) => (
+            Err(ExecutionError::Interrupted) => (
                 OperationState::Interrupted,
                 "the agent stopped while it ran; what stands in objects was done".into(),
                 503,
@@ -408,37 +422,37 @@ impl Api {
                 ),
             }
             tokio::select! {
-                () = sleep(AGAIN) => {}
+                () = sleep(RETRY) => {}
                 // the disk says that it runs: the next start calls it interrupted
-                () = self.inner.parts.cut.cancelled() => return,
+                () = self.inner.context.cut.cancelled() => return,
             }
         }
         drop(call);
-        self.tell(ended).await;
+        self.report(ended).await;
     }
 
     /// Hands an end to the queue of the control plane, until it is there.
-    async fn tell(self, mut stored: Stored) {
+    async fn report(self, mut stored: OperationRecord) {
         let id = stored.operation.id.clone();
         loop {
             let Ok(body) = serde_json::to_string(&stored.operation) else { return };
-            let (kept, is_kept) = oneshot::channel();
+            let (stored_tx, stored_rx) = oneshot::channel();
             if self
                 .operations()
                 .results
-                .send(Finished { operation: id.clone(), body, kept })
+                .send(FinishedOperation { operation: id.clone(), body, stored: stored_tx })
                 .await
                 .is_err()
             {
                 // the agent stops: the next start tells it
                 return;
             }
-            if is_kept.await.is_ok() {
+            if stored_rx.await.is_ok() {
                 break;
             }
-            sleep(AGAIN).await;
+            sleep(RETRY).await;
         }
-        stored.told = true;
+        stored.reported = true;
         if let Err(error) = self.operations().store(&stored) {
             tracing::warn!(
                 error = format!("{error:#}"),
@@ -446,26 +460,26 @@ impl Api {
                 "an end that was told will be told again"
             );
         }
-        self.operations().change(&id, |live| live.stored.told = true);
+        self.operations().change(&id, |live| live.stored.reported = true);
     }
 
     /// Server-sent events (WHATWG HTML §9.2): each step, then `end` with the operation. `Last-Event-ID` goes on where another listener
     /// broke off.
     fn events(&self, caller: &Caller, id: String, headers: &HeaderMap) -> Response<Body> {
-        let permit = match self.permit(&caller.subject, Stream::Watch) {
+        let permit = match self.permit(&caller.subject, StreamClass::Watch) {
             Ok(permit) => permit,
             Err(problem) => return problem.plain(),
         };
         let Some(mut news) = lock(&self.operations().all).get(&id).map(|l| l.news.subscribe())
         else {
-            return gone();
+            return not_found();
         };
         news.mark_changed();
         let last = headers
             .get("last-event-id")
             .and_then(|v| v.to_str().ok())
             .and_then(|v| v.parse::<usize>().ok());
-        let begin = Listener {
+        let begin = EventListener {
             api: self.clone(),
             id,
             news,
@@ -488,17 +502,17 @@ impl Api {
 }
 
 /// Somebody who follows an operation.
-struct Listener {
+struct EventListener {
     api: Api,
     id: String,
     news: watch::Receiver<()>,
     /// Events that he has.
     next: usize,
     over: bool,
-    _permit: Permit,
+    _permit: StreamPermit,
 }
 
-impl Listener {
+impl EventListener {
     async fn next(&mut self) -> Option<String> {
         if self.over {
             return None;
@@ -506,8 +520,8 @@ impl Listener {
         loop {
             tokio::select! {
                 changed = self.news.changed() => changed.ok()?,
-                () = sleep(QUIET) => return Some(": quiet\n\n".into()),
-                () = self.api.inner.parts.cut.cancelled() => return None,
+                () = sleep(KEEPALIVE) => return Some(": quiet\n\n".into()),
+                () = self.api.inner.context.cut.cancelled() => return None,
             }
             let all = lock(&self.api.operations().all);
             let live = all.get(&self.id)?;
@@ -536,28 +550,28 @@ fn problem(
     message: impl Into<Cow<'static, str>>,
     hint: Option<&'static str>,
 ) -> Response<Body> {
-    let problem = Problem::new(status, code, message, hint);
+    let problem = ApiError::new(status, code, message, hint);
     match status {
-        429 => problem.again_after(1).plain(),
-        503 => problem.again_after(5).plain(),
+        429 => problem.retry_after_s(1).plain(),
+        503 => problem.retry_after_s(5).plain(),
         _ => problem.plain(),
     }
 }
 
 /// His own, or all of them as an operator of the whole cluster.
-fn sees(caller: &Caller, operation: &Operation) -> bool {
+fn may_see(caller: &Caller, operation: &Operation) -> bool {
     operation.subject == caller.subject
         || (caller.role >= Role::Operator && caller.namespaces.is_none())
 }
 
-fn gone() -> Response<Body> {
+fn not_found() -> Response<Body> {
     problem(404, "not_found", "there is no such operation", None)
 }
 
 /// The same request again, or another one under its key.
-fn again(known: &Stored, request: &str) -> Response<Body> {
+fn answer_repeated(known: &OperationRecord, request: &str) -> Response<Body> {
     if known.request == request {
-        return shown(200, &known.operation);
+        return operation_response(200, &known.operation);
     }
     problem(
         409,
@@ -568,7 +582,7 @@ fn again(known: &Stored, request: &str) -> Response<Body> {
 }
 
 /// What Kubernetes says went wrong, less what it may quote of a Secret.
-fn said(kind: &str, status: u16, answer: &Value) -> String {
+fn describe_refusal(kind: &str, status: u16, answer: &Value) -> String {
     let reason = answer["reason"].as_str().unwrap_or_default();
     let message = answer["message"].as_str().filter(|_| kind != "Secret").unwrap_or(reason);
     let text: String = crate::base::text::printable(message).chars().take(500).collect();

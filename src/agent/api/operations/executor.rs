@@ -10,47 +10,47 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Progress, said};
+use super::{Progress, describe_refusal};
 use crate::agent::api::Api;
-use crate::agent::api::audit::{Phase, Record};
-use crate::contract::operation::{Apply, Delete, Reference, Wanted, plain};
+use crate::agent::api::audit::{AuditRecord, Phase};
+use crate::contract::operation::{Apply, Delete, OperationRequest, Reference, is_path_safe};
 use crate::contract::token::Caller;
 use crate::kubernetes::header_policy;
-use crate::kubernetes::path::{Refusal, target};
+use crate::kubernetes::path::{self, PathError};
 use crate::kubernetes::upstream::Upstream;
 
 /// Field manager of what Runners apply; it takes no field from another.
 const MANAGER: &str = "pipeops-runner";
 /// One request, and the largest answer to it.
-const PATIENCE: Duration = Duration::from_secs(30);
-const ANSWER: usize = 8 << 20;
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_RESPONSE: usize = 8 << 20;
 /// Between looks at what is waited for.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a kind may take to be known after its definition was applied.
-const DEFINED: Duration = Duration::from_secs(10);
+const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What an operation came to when it did not succeed.
-pub(super) enum End {
+pub(super) enum ExecutionError {
     Failed(String),
     Cancelled,
     Interrupted,
 }
 
-fn failed<T>(why: impl Into<String>) -> Result<T, End> {
-    Err(End::Failed(why.into()))
+fn failed<T>(why: impl Into<String>) -> Result<T, ExecutionError> {
+    Err(ExecutionError::Failed(why.into()))
 }
 
 /// Whether an object does what it is for.
 #[derive(Debug, PartialEq, Eq)]
-enum Ready {
-    Yes,
+enum Readiness {
+    Ready,
     /// What is still missing.
-    Not(String),
+    NotYet(String),
     Never(String),
 }
 
 /// As `kubectl rollout status` and `kubectl wait` judge (kubernetes/kubectl `pkg/polymorphichelpers/rollout_status.go`).
-fn ready(object: &Value) -> Ready {
+fn readiness(object: &Value) -> Readiness {
     let (spec, status) = (&object["spec"], &object["status"]);
     let number = |v: &Value| v.as_u64().unwrap_or(0);
     let condition = |kind: &str| {
@@ -60,11 +60,11 @@ fn ready(object: &Value) -> Ready {
         || number(&status["observedGeneration"]) >= number(&object["metadata"]["generation"]);
     let counted = |done: u64, wanted: u64, what: &str| {
         if !seen {
-            Ready::Not("its controller has not seen it yet".into())
+            Readiness::NotYet("its controller has not seen it yet".into())
         } else if done >= wanted {
-            Ready::Yes
+            Readiness::Ready
         } else {
-            Ready::Not(format!("{done} of {wanted} {what}"))
+            Readiness::NotYet(format!("{done} of {wanted} {what}"))
         }
     };
     let replicas = spec["replicas"].as_u64().unwrap_or(1);
@@ -74,15 +74,17 @@ fn ready(object: &Value) -> Ready {
                 && condition("Progressing")
                     .is_some_and(|c| c["reason"] == "ProgressDeadlineExceeded")
             {
-                return Ready::Never(
+                return Readiness::Never(
                     "it made no progress within its progressDeadlineSeconds".into(),
                 );
             }
             match counted(number(&status["updatedReplicas"]), replicas, "pods updated") {
-                Ready::Yes if number(&status["replicas"]) > number(&status["updatedReplicas"]) => {
-                    Ready::Not("former pods are still ending".into())
+                Readiness::Ready
+                    if number(&status["replicas"]) > number(&status["updatedReplicas"]) =>
+                {
+                    Readiness::NotYet("former pods are still ending".into())
                 }
-                Ready::Yes => {
+                Readiness::Ready => {
                     counted(number(&status["availableReplicas"]), replicas, "pods available")
                 }
                 not => not,
@@ -93,7 +95,9 @@ fn ready(object: &Value) -> Ready {
             let rolling = spec["updateStrategy"]["type"] != "OnDelete";
             let kept = number(&spec["updateStrategy"]["rollingUpdate"]["partition"]).min(replicas);
             match counted(number(&status["readyReplicas"]), replicas, "pods ready") {
-                Ready::Yes if rolling && status["updateRevision"] != status["currentRevision"] => {
+                Readiness::Ready
+                    if rolling && status["updateRevision"] != status["currentRevision"] =>
+                {
                     counted(number(&status["updatedReplicas"]), replicas - kept, "pods updated")
                 }
                 judged => judged,
@@ -102,33 +106,35 @@ fn ready(object: &Value) -> Ready {
         "DaemonSet" => {
             let wanted = number(&status["desiredNumberScheduled"]);
             match counted(number(&status["updatedNumberScheduled"]), wanted, "pods updated") {
-                Ready::Yes => counted(number(&status["numberAvailable"]), wanted, "pods available"),
+                Readiness::Ready => {
+                    counted(number(&status["numberAvailable"]), wanted, "pods available")
+                }
                 not => not,
             }
         }
         "Job" => {
             let is = |kind: &str| condition(kind).is_some_and(|c| c["status"] == "True");
             if is("Failed") {
-                Ready::Never("the job failed".into())
+                Readiness::Never("the job failed".into())
             } else if is("Complete") {
-                Ready::Yes
+                Readiness::Ready
             } else {
-                Ready::Not("the job runs".into())
+                Readiness::NotYet("the job runs".into())
             }
         }
-        _ => Ready::Yes,
+        _ => Readiness::Ready,
     }
 }
 
 /// A kind as discovery has it.
 #[derive(Clone)]
-struct Kind {
+struct ResourceKind {
     kind: String,
     plural: String,
     namespaced: bool,
 }
 
-struct Work<'a> {
+struct Executor<'a> {
     api: &'a Api,
     upstream: Upstream,
     caller: &'a Caller,
@@ -137,69 +143,82 @@ struct Work<'a> {
     cut: CancellationToken,
     calls: u32,
     /// By `apiVersion`.
-    kinds: HashMap<String, Vec<Kind>>,
+    kinds: HashMap<String, Vec<ResourceKind>>,
 }
 
 /// What a request to Kubernetes is, but for its path.
-struct Ask<'a> {
+struct KubernetesRequest<'a> {
     method: Method,
     query: &'a str,
     body: Option<(&'static str, &'a Value)>,
     /// With the agent's own rights instead of the caller's.
-    own: bool,
+    as_agent: bool,
     /// Looks that repeat are on record once.
     recorded: bool,
 }
 
-const GET: Ask<'_> = Ask { method: Method::GET, query: "", body: None, own: false, recorded: true };
+const GET: KubernetesRequest<'_> = KubernetesRequest {
+    method: Method::GET,
+    query: "",
+    body: None,
+    as_agent: false,
+    recorded: true,
+};
 const MERGE: &str = "application/merge-patch+json";
 
 /// Carries out what was asked for.
 pub(super) async fn run(
-    wanted: &Wanted,
+    operation: &OperationRequest,
     api: &Api,
     upstream: Upstream,
     caller: &Caller,
     progress: &Progress,
     cancel: CancellationToken,
-) -> Result<(), End> {
-    let cut = api.inner.parts.cut.clone();
-    let mut work =
-        Work { api, upstream, caller, progress, cancel, cut, calls: 0, kinds: HashMap::new() };
-    match wanted {
-        Wanted::Apply(apply) => work.apply(apply).await,
-        Wanted::Delete(delete) => work.delete(delete).await,
-        Wanted::Scale(scale) => {
+) -> Result<(), ExecutionError> {
+    let cut = api.inner.context.cut.clone();
+    let mut executor =
+        Executor { api, upstream, caller, progress, cancel, cut, calls: 0, kinds: HashMap::new() };
+    match operation {
+        OperationRequest::Apply(apply) => executor.apply(apply).await,
+        OperationRequest::Delete(delete) => executor.delete(delete).await,
+        OperationRequest::Scale(scale) => {
             let patch = json!({"spec": {"replicas": scale.replicas}});
-            let path = work.patched(&scale.object, "/scale", &patch, "scaled").await?;
-            work.until_ready(&[(scale.object.clone(), path)], scale.wait, scale.timeout_s).await
+            let path = executor.patch(&scale.object, "/scale", &patch, "scaled").await?;
+            executor.wait_ready(&[(scale.object.clone(), path)], scale.wait, scale.timeout_s).await
         }
-        Wanted::Restart(restart) => {
+        OperationRequest::Restart(restart) => {
             let at = jiff::Timestamp::now().to_string();
             let patch = json!({"spec": {"template": {"metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": at}}}}});
-            let path = work.patched(&restart.object, "", &patch, "restarted").await?;
-            work.until_ready(&[(restart.object.clone(), path)], restart.wait, restart.timeout_s)
+            let path = executor.patch(&restart.object, "", &patch, "restarted").await?;
+            executor
+                .wait_ready(&[(restart.object.clone(), path)], restart.wait, restart.timeout_s)
                 .await
         }
-        Wanted::Cordon(node) => {
-            work.cordon(&node.node, &json!({"spec": {"unschedulable": true}}), "cordoned").await
+        OperationRequest::Cordon(node) => {
+            executor.cordon(&node.node, &json!({"spec": {"unschedulable": true}}), "cordoned").await
         }
-        Wanted::Uncordon(node) => {
-            work.cordon(&node.node, &json!({"spec": {"unschedulable": null}}), "uncordoned").await
+        OperationRequest::Uncordon(node) => {
+            executor
+                .cordon(&node.node, &json!({"spec": {"unschedulable": null}}), "uncordoned")
+                .await
         }
     }
 }
 
-impl Work<'_> {
+impl Executor<'_> {
     /// One request as the caller, on record, answered whole.
-    async fn ask(&mut self, path: &str, ask: Ask<'_>) -> Result<(u16, Value), End> {
+    async fn request(
+        &mut self,
+        path: &str,
+        ask: KubernetesRequest<'_>,
+    ) -> Result<(u16, Value), ExecutionError> {
         if self.cut.is_cancelled() {
-            return Err(End::Interrupted);
+            return Err(ExecutionError::Interrupted);
         }
         if self.cancel.is_cancelled() {
-            return Err(End::Cancelled);
+            return Err(ExecutionError::Cancelled);
         }
-        let path = self.allowed(&ask.method, path)?;
+        let path = self.check_namespaces(&ask.method, path)?;
         self.calls += 1;
         let id = format!("{}-{}", self.progress.id, self.calls);
         let mutating = ask.method != Method::GET;
@@ -207,7 +226,11 @@ impl Work<'_> {
         if mutating
             && self
                 .api
-                .write(Record { phase: Phase::Start, verdict: "allowed".into(), ..record.clone() })
+                .write(AuditRecord {
+                    phase: Phase::Start,
+                    verdict: "allowed".into(),
+                    ..record.clone()
+                })
                 .is_err()
         {
             return failed(
@@ -217,7 +240,7 @@ impl Work<'_> {
         let begun = Instant::now();
         let sent = ask.body.map_or(0, |(_, body)| body.to_string().len() as u64);
         let recorded = ask.recorded;
-        let answer = timeout(PATIENCE, self.send(&path, &id, ask))
+        let answer = timeout(REQUEST_TIMEOUT, self.send(&path, &id, ask))
             .await
             .unwrap_or_else(|_| Err("no answer for 30 s".into()));
         if mutating || recorded {
@@ -227,7 +250,7 @@ impl Work<'_> {
             };
             let phase = if mutating { Phase::End } else { Phase::Call };
             let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-            let _ = self.api.write(Record {
+            let _ = self.api.write(AuditRecord {
                 phase,
                 verdict: verdict.into(),
                 status,
@@ -249,12 +272,17 @@ impl Work<'_> {
         }
     }
 
-    async fn send(&self, path: &str, id: &str, ask: Ask<'_>) -> Result<(u16, Bytes), String> {
+    async fn send(
+        &self,
+        path: &str,
+        id: &str,
+        ask: KubernetesRequest<'_>,
+    ) -> Result<(u16, Bytes), String> {
         let text = |e: &dyn std::fmt::Display| e.to_string();
-        let mut headers = if ask.own {
+        let mut headers = if ask.as_agent {
             HeaderMap::new()
         } else {
-            header_policy::outward(&HeaderMap::new(), self.caller, id, None)
+            header_policy::request_headers(&HeaderMap::new(), self.caller, id, None)
                 .map_err(|(_, _, why)| why.to_owned())?
         };
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
@@ -280,15 +308,17 @@ impl Work<'_> {
         let answer = self.upstream.send(request, false).await.map_err(|e| text(&e))?;
         let status = answer.status().as_u16();
         let body =
-            Limited::new(answer.into_body(), ANSWER).collect().await.map_err(|e| text(&e))?;
+            Limited::new(answer.into_body(), MAX_RESPONSE).collect().await.map_err(|e| text(&e))?;
         Ok((status, body.to_bytes()))
     }
 
     /// The path as it is sent, if the caller's namespaces let it through.
-    fn allowed(&self, method: &Method, path: &str) -> Result<String, End> {
-        let target = target(path).map_err(|e| End::Failed(e.to_string()))?;
+    fn check_namespaces(&self, method: &Method, path: &str) -> Result<String, ExecutionError> {
+        let target = path::parse(path).map_err(|e| ExecutionError::Failed(e.to_string()))?;
         match &self.caller.namespaces {
-            Some(namespaces) if target.within(method, namespaces) == Err(Refusal::Scope) => {
+            Some(namespaces)
+                if target.check_namespaces(method, namespaces) == Err(PathError::Scope) =>
+            {
                 failed(format!("namespace_scope: the token is for {}", namespaces.join(", ")))
             }
             _ => Ok(target.path),
@@ -296,24 +326,24 @@ impl Work<'_> {
     }
 
     /// Where an object is; none while its kind is not known.
-    async fn path_of(&mut self, reference: &Reference) -> Result<Option<String>, End> {
+    async fn path_of(&mut self, reference: &Reference) -> Result<Option<String>, ExecutionError> {
         if !self.kinds.contains_key(&reference.api_version) {
-            let (status, list) = self.ask(&reference.base(), GET).await?;
+            let (status, list) = self.request(&reference.base(), GET).await?;
             if status != 200 && status != 404 {
                 return failed(format!(
                     "discovery of {}: {}",
                     reference.api_version,
-                    said("", status, &list)
+                    describe_refusal("", status, &list)
                 ));
             }
             let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-            let kinds = list["resources"].as_array().into_iter().flatten().map(|r| Kind {
+            let kinds = list["resources"].as_array().into_iter().flatten().map(|r| ResourceKind {
                 kind: text(&r["kind"]),
                 plural: text(&r["name"]),
                 namespaced: r["namespaced"] == true,
             });
             // a subresource has the kind of its object
-            let kinds: Vec<Kind> = kinds.filter(|k| plain(&k.plural)).collect();
+            let kinds: Vec<ResourceKind> = kinds.filter(|k| is_path_safe(&k.plural)).collect();
             self.kinds.insert(reference.api_version.clone(), kinds);
         }
         let kind = self
@@ -342,11 +372,11 @@ impl Work<'_> {
                 ));
             }
         };
-        self.allowed(&Method::PATCH, &path)?;
+        self.check_namespaces(&Method::PATCH, &path)?;
         Ok(Some(path))
     }
 
-    async fn known_path_of(&mut self, reference: &Reference) -> Result<String, End> {
+    async fn known_path_of(&mut self, reference: &Reference) -> Result<String, ExecutionError> {
         match self.path_of(reference).await? {
             Some(path) => Ok(path),
             None => failed(format!(
@@ -356,7 +386,7 @@ impl Work<'_> {
         }
     }
 
-    async fn apply(&mut self, apply: &Apply) -> Result<(), End> {
+    async fn apply(&mut self, apply: &Apply) -> Result<(), ExecutionError> {
         let references: Vec<Reference> =
             apply.objects.iter().filter_map(|o| Reference::of(o).ok()).collect();
         let defines = references.iter().any(|r| r.kind == "CustomResourceDefinition");
@@ -378,11 +408,15 @@ impl Work<'_> {
         for ((reference, object), path) in references.into_iter().zip(&apply.objects).zip(paths) {
             let path = match path {
                 Some(path) => path,
-                None => self.defined(&reference).await?,
+                None => self.wait_for_kind(&reference).await?,
             };
             let body = Some(("application/apply-patch+yaml", object));
-            let (status, answer) =
-                self.ask(&path, Ask { method: Method::PATCH, query: &query, body, ..GET }).await?;
+            let (status, answer) = self
+                .request(
+                    &path,
+                    KubernetesRequest { method: Method::PATCH, query: &query, body, ..GET },
+                )
+                .await?;
             match status {
                 200 => self.progress.touched(&reference.title(), "applied"),
                 201 => self.progress.touched(&reference.title(), "created"),
@@ -390,18 +424,18 @@ impl Work<'_> {
                     return failed(format!(
                         "{}: {}",
                         reference.title(),
-                        said(&reference.kind, status, &answer)
+                        describe_refusal(&reference.kind, status, &answer)
                     ));
                 }
             }
             done.push((reference, path));
         }
-        self.until_ready(&done, apply.wait && !apply.dry_run, apply.timeout_s).await
+        self.wait_ready(&done, apply.wait && !apply.dry_run, apply.timeout_s).await
     }
 
     /// The path of an object whose kind was defined a moment ago.
-    async fn defined(&mut self, reference: &Reference) -> Result<String, End> {
-        let end = Instant::now() + DEFINED;
+    async fn wait_for_kind(&mut self, reference: &Reference) -> Result<String, ExecutionError> {
+        let end = Instant::now() + DISCOVERY_TIMEOUT;
         loop {
             match self.path_of(reference).await? {
                 Some(path) => return Ok(path),
@@ -411,7 +445,7 @@ impl Work<'_> {
         }
     }
 
-    async fn delete(&mut self, delete: &Delete) -> Result<(), End> {
+    async fn delete(&mut self, delete: &Delete) -> Result<(), ExecutionError> {
         let mut paths = Vec::new();
         for reference in &delete.objects {
             paths.push(self.known_path_of(reference).await?);
@@ -420,9 +454,13 @@ impl Work<'_> {
         let mut going = Vec::new();
         for (reference, path) in delete.objects.iter().zip(paths) {
             let (status, answer) = self
-                .ask(
+                .request(
                     &path,
-                    Ask { method: Method::DELETE, body: Some(("application/json", &body)), ..GET },
+                    KubernetesRequest {
+                        method: Method::DELETE,
+                        body: Some(("application/json", &body)),
+                        ..GET
+                    },
                 )
                 .await?;
             match status {
@@ -435,7 +473,7 @@ impl Work<'_> {
                     return failed(format!(
                         "{}: {}",
                         reference.title(),
-                        said(&reference.kind, status, &answer)
+                        describe_refusal(&reference.kind, status, &answer)
                     ));
                 }
             }
@@ -447,7 +485,7 @@ impl Work<'_> {
         for (reference, path) in going {
             let mut first = true;
             while self
-                .look(&path, std::mem::take(&mut first))
+                .poll(&path, std::mem::take(&mut first))
                 .await?
                 .is_none_or(|(status, _)| status != 404)
             {
@@ -465,84 +503,98 @@ impl Work<'_> {
         Ok(())
     }
 
-    async fn patched(
+    async fn patch(
         &mut self,
         reference: &Reference,
         below: &str,
         patch: &Value,
         outcome: &str,
-    ) -> Result<String, End> {
+    ) -> Result<String, ExecutionError> {
         let path = self.known_path_of(reference).await?;
         let query = format!("fieldManager={MANAGER}");
         let (status, answer) = self
-            .ask(
+            .request(
                 &format!("{path}{below}"),
-                Ask { method: Method::PATCH, query: &query, body: Some((MERGE, patch)), ..GET },
+                KubernetesRequest {
+                    method: Method::PATCH,
+                    query: &query,
+                    body: Some((MERGE, patch)),
+                    ..GET
+                },
             )
             .await?;
         if status != 200 {
             return failed(format!(
                 "{}: {}",
                 reference.title(),
-                said(&reference.kind, status, &answer)
+                describe_refusal(&reference.kind, status, &answer)
             ));
         }
         self.progress.touched(&reference.title(), outcome);
         Ok(path)
     }
 
-    async fn cordon(&mut self, node: &str, patch: &Value, outcome: &str) -> Result<(), End> {
+    async fn cordon(
+        &mut self,
+        node: &str,
+        patch: &Value,
+        outcome: &str,
+    ) -> Result<(), ExecutionError> {
         let query = format!("fieldManager={MANAGER}");
-        let ask = Ask {
+        let ask = KubernetesRequest {
             method: Method::PATCH,
             query: &query,
             body: Some((MERGE, patch)),
-            own: true,
+            as_agent: true,
             recorded: true,
         };
-        let (status, answer) = self.ask(&format!("/api/v1/nodes/{node}"), ask).await?;
+        let (status, answer) = self.request(&format!("/api/v1/nodes/{node}"), ask).await?;
         if status != 200 {
-            return failed(format!("Node {node}: {}", said("Node", status, &answer)));
+            return failed(format!("Node {node}: {}", describe_refusal("Node", status, &answer)));
         }
         self.progress.touched(&format!("Node {node}"), outcome);
         Ok(())
     }
 
     /// An object as it stands; none while the API server is away, which is waited out.
-    async fn look(&mut self, path: &str, recorded: bool) -> Result<Option<(u16, Value)>, End> {
-        match self.ask(path, Ask { recorded, ..GET }).await {
+    async fn poll(
+        &mut self,
+        path: &str,
+        recorded: bool,
+    ) -> Result<Option<(u16, Value)>, ExecutionError> {
+        match self.request(path, KubernetesRequest { recorded, ..GET }).await {
             Ok((status, _)) if status >= 500 || status == 429 => Ok(None),
             Ok(answer) => Ok(Some(answer)),
-            Err(End::Failed(_)) => Ok(None),
+            Err(ExecutionError::Failed(_)) => Ok(None),
             Err(end) => Err(end),
         }
     }
 
-    async fn pause(&self) -> Result<(), End> {
+    async fn pause(&self) -> Result<(), ExecutionError> {
         tokio::select! {
-            () = sleep(LOOK) => Ok(()),
-            () = self.cancel.cancelled() => Err(End::Cancelled),
-            () = self.cut.cancelled() => Err(End::Interrupted),
+            () = sleep(POLL_INTERVAL) => Ok(()),
+            () = self.cancel.cancelled() => Err(ExecutionError::Cancelled),
+            () = self.cut.cancelled() => Err(ExecutionError::Interrupted),
         }
     }
 
-    async fn until_ready(
+    async fn wait_ready(
         &mut self,
         objects: &[(Reference, String)],
         wait: bool,
         timeout_s: u64,
-    ) -> Result<(), End> {
+    ) -> Result<(), ExecutionError> {
         let end = Instant::now() + Duration::from_secs(timeout_s);
         for (reference, path) in objects.iter().filter(|(r, _)| {
             wait && matches!(r.kind.as_str(), "Deployment" | "StatefulSet" | "DaemonSet" | "Job")
         }) {
             let (mut first, mut last) = (true, String::new());
             loop {
-                let missing = match self.look(path, std::mem::take(&mut first)).await? {
-                    Some((200, object)) => match ready(&object) {
-                        Ready::Yes => break,
-                        Ready::Not(why) => why,
-                        Ready::Never(why) => {
+                let missing = match self.poll(path, std::mem::take(&mut first)).await? {
+                    Some((200, object)) => match readiness(&object) {
+                        Readiness::Ready => break,
+                        Readiness::NotYet(why) => why,
+                        Readiness::Never(why) => {
                             return failed(format!("{}: {why}", reference.title()));
                         }
                     },
@@ -550,7 +602,7 @@ impl Work<'_> {
                         return failed(format!(
                             "{}: {}",
                             reference.title(),
-                            said(&reference.kind, status, &answer)
+                            describe_refusal(&reference.kind, status, &answer)
                         ));
                     }
                     None => "the Kubernetes API does not answer".into(),
@@ -580,9 +632,9 @@ mod tests {
     #[test]
     fn an_object_is_ready_when_kubectl_would_say_so() {
         let deployment = |status: Value| json!({"kind": "Deployment", "metadata": {"generation": 2}, "spec": {"replicas": 2}, "status": status});
-        let missing = |object: &Value| match ready(object) {
-            Ready::Not(why) | Ready::Never(why) => why,
-            Ready::Yes => "ready".into(),
+        let missing = |object: &Value| match readiness(object) {
+            Readiness::NotYet(why) | Readiness::Never(why) => why,
+            Readiness::Ready => "ready".into(),
         };
         for (status, wanted) in [
             (json!({}), "not seen"),
@@ -613,16 +665,16 @@ mod tests {
         let stuck = deployment(
             json!({"observedGeneration": 2, "conditions": [{"type": "Progressing", "reason": "ProgressDeadlineExceeded"}]}),
         );
-        assert!(matches!(ready(&stuck), Ready::Never(_)));
+        assert!(matches!(readiness(&stuck), Readiness::Never(_)));
         let set = json!({"kind": "StatefulSet", "metadata": {"generation": 1}, "spec": {"replicas": 3, "updateStrategy": {"rollingUpdate": {"partition": 2}}},
             "status": {"observedGeneration": 1, "readyReplicas": 3, "updatedReplicas": 1, "currentRevision": "a", "updateRevision": "b"}});
-        assert_eq!(ready(&set), Ready::Yes);
+        assert_eq!(readiness(&set), Readiness::Ready);
         let daemons = json!({"kind": "DaemonSet", "metadata": {"generation": 1}, "status": {"observedGeneration": 1, "desiredNumberScheduled": 2, "updatedNumberScheduled": 2, "numberAvailable": 1}});
         assert_eq!(missing(&daemons), "1 of 2 pods available");
         let job = |kind: &str| json!({"kind": "Job", "status": {"conditions": [{"type": kind, "status": "True"}]}});
-        assert_eq!(ready(&job("Complete")), Ready::Yes);
-        assert!(matches!(ready(&job("Failed")), Ready::Never(_)));
-        assert!(matches!(ready(&json!({"kind": "Job"})), Ready::Not(_)));
-        assert_eq!(ready(&json!({"kind": "ConfigMap"})), Ready::Yes);
+        assert_eq!(readiness(&job("Complete")), Readiness::Ready);
+        assert!(matches!(readiness(&job("Failed")), Readiness::Never(_)));
+        assert!(matches!(readiness(&json!({"kind": "Job"})), Readiness::NotYet(_)));
+        assert_eq!(readiness(&json!({"kind": "ConfigMap"})), Readiness::Ready);
     }
 }

@@ -149,7 +149,7 @@ impl User {
 
 /// Requests to one API server as one identity. Never follows a redirect, never tries again, has no time-out but for the connection.
 #[derive(Clone)]
-pub(super) struct Wire {
+pub(super) struct Transport {
     client: Client<HttpsConnector<HttpConnector>, Body>,
     base: Uri,
     /// What a token in a file is read anew from.
@@ -158,18 +158,18 @@ pub(super) struct Wire {
     bearer: Option<HeaderValue>,
 }
 
-impl Wire {
+impl Transport {
     /// Keeps at most `idle` connections for later requests.
     ///
     /// # Errors
     /// The file is absent, is no kubeconfig, or asks for what is not done here; the text says which.
-    pub(super) fn open(host: &Host, kubeconfig: &str, idle: usize) -> anyhow::Result<Wire> {
+    pub(super) fn open(host: &Host, kubeconfig: &str, idle: usize) -> anyhow::Result<Transport> {
         let yaml =
             host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
-        Wire::made(host, &yaml, idle).with_context(|| format!("reading {kubeconfig}"))
+        Transport::made(host, &yaml, idle).with_context(|| format!("reading {kubeconfig}"))
     }
 
-    fn made(host: &Host, yaml: &str, idle: usize) -> anyhow::Result<Wire> {
+    fn made(host: &Host, yaml: &str, idle: usize) -> anyhow::Result<Transport> {
         // the library's own text shows the lines around the fault, and with them secrets
         let parsed: Kubeconfig = serde_saphyr::from_str(yaml)
             .map_err(|_| anyhow::anyhow!("it is no kubeconfig in YAML"))?;
@@ -215,7 +215,7 @@ impl Wire {
             .build(connector.enable_http1().wrap_connector(http));
         let bearer = user.bearer(host)?;
         let host = (user.token.is_none() && user.token_file.is_some()).then(|| host.clone());
-        Ok(Wire { client, base, host, user: user.into(), bearer })
+        Ok(Transport { client, base, host, user: user.into(), bearer })
     }
 
     /// # Errors
@@ -259,7 +259,7 @@ mod tests {
     fn refusal(yaml: &str) -> String {
         let root = tempfile::tempdir().unwrap();
         let host = Host::new(root.path(), None);
-        match Wire::made(&host, yaml, 1) {
+        match Transport::made(&host, yaml, 1) {
             Ok(_) => panic!("taken"),
             Err(e) => format!("{e:#}"),
         }
@@ -291,7 +291,7 @@ mod tests {
         let host = Host::new(root.path(), None);
         let dir = host.state_dir("/s").unwrap();
         dir.write("token", "first\n").unwrap();
-        let wire = Wire::made(
+        let transport = Transport::made(
             &host,
             &config(
                 json!({"server": "http://127.0.0.1:1/base/"}),
@@ -301,7 +301,7 @@ mod tests {
         )
         .unwrap();
         dir.write("token", "second\n").unwrap();
-        assert_eq!(wire.user.bearer(&host).unwrap().unwrap(), "Bearer second");
-        assert!(wire.host.is_some());
+        assert_eq!(transport.user.bearer(&host).unwrap().unwrap(), "Bearer second");
+        assert!(transport.host.is_some());
     }
 }
