@@ -2,7 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::control_plane::settings::PlaneOptions;
+use crate::control_plane::settings::ControlPlaneOptions;
 use crate::install::settings::Options;
 
 /// Turns bare VMs into managed k3s clusters.
@@ -48,7 +48,7 @@ pub enum Command {
     /// Undo what install-server or join-worker did
     Uninstall(Uninstall),
     /// Run a control plane of your own, or manage one that runs on this machine
-    ControlPlane(ControlPlane),
+    ControlPlane(ControlPlaneArgs),
     /// Check or show the record of what was done through the tunnel
     Audit(AuditArgs),
     /// Print shell completions
@@ -235,9 +235,9 @@ pub enum AuditCommand {
 
 #[derive(Debug, Args)]
 #[command(subcommand_negates_reqs = true)]
-pub struct ControlPlane {
+pub struct ControlPlaneArgs {
     #[command(subcommand)]
-    pub command: Option<PlaneCommand>,
+    pub command: Option<ControlPlaneCommand>,
     #[command(flatten)]
     pub serve: Serve,
 }
@@ -246,7 +246,7 @@ pub struct ControlPlane {
 #[derive(Debug, Args)]
 pub struct Serve {
     #[command(flatten)]
-    pub options: PlaneOptions,
+    pub options: ControlPlaneOptions,
     /// Read this config file instead of /etc/pipeops/control-plane.toml
     #[arg(long, value_name = "FILE")]
     pub config: Option<String>,
@@ -273,7 +273,7 @@ pub struct OutputArgs {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum PlaneCommand {
+pub enum ControlPlaneCommand {
     /// Tokens that let new servers in
     #[command(subcommand)]
     Token(TokenCommand),
@@ -296,13 +296,13 @@ pub enum PlaneCommand {
         /// A new file
         file: String,
         #[command(flatten)]
-        stored: DatabaseArgs,
+        database: DatabaseArgs,
     },
     /// Make what a backup holds of an empty data directory and database
     Restore {
         file: String,
         #[command(flatten)]
-        stored: DatabaseArgs,
+        database: DatabaseArgs,
     },
 }
 

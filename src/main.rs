@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     let level = format!("{:?}", parsed.log_level).to_lowercase();
     output::logging(&level, std::env::var_os("JOURNAL_STREAM").is_some());
     let runtime = match &parsed.command {
-        Command::Run(_) | Command::ControlPlane(cli::ControlPlane { command: None, .. }) => {
+        Command::Run(_) | Command::ControlPlane(cli::ControlPlaneArgs { command: None, .. }) => {
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
         }
         _ => tokio::runtime::Builder::new_current_thread().enable_all().build(),
@@ -169,7 +169,7 @@ async fn run(
             agent::run::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }
-        Command::ControlPlane(args) => cmd::plane::plane(&context, args).await,
+        Command::ControlPlane(args) => cmd::control_plane::control_plane(&context, args).await,
         Command::Audit(args) => cmd::audit::audit(&context, &args),
         Command::MintCredential(args) => {
             let host = host::Host::new(&args.root, context.env.get("PATH").map(Into::into));
@@ -205,10 +205,10 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
     }
     let given: Vec<(&str, Option<&String>)> = match &parsed.command {
         Command::JoinWorker(join) => vec![("K3S_TOKEN", join.token.as_ref().filter(|t| *t != "-"))],
-        Command::ControlPlane(plane) => {
+        Command::ControlPlane(args) => {
             vec![
-                ("PIPEOPS_DATABASE_URL", plane.serve.options.database_url.as_ref()),
-                ("PIPEOPS_AMQP_URL", plane.serve.options.amqp_url.as_ref()),
+                ("PIPEOPS_DATABASE_URL", args.serve.options.database_url.as_ref()),
+                ("PIPEOPS_AMQP_URL", args.serve.options.amqp_url.as_ref()),
             ]
         }
         _ => Vec::new(),

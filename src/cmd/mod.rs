@@ -1,11 +1,11 @@
 //! One function a command, over a shared beginning: host, config files, secrets.
 
 pub mod audit;
+pub mod control_plane;
 pub mod info;
 pub mod install;
 mod installer;
 pub mod join;
-pub mod plane;
 mod secrets;
 pub mod uninstall;
 

@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
 
-use super::registry::Refused;
+use super::registry::HttpError;
 use crate::kubernetes::answer::{ApiError, is_discovery};
 
 pub(super) fn answer(status: u16, body: &impl Serialize) -> Response {
@@ -24,13 +24,13 @@ pub(super) fn plain(status: u16, kind: &'static str, body: impl Into<Body>) -> R
 
 /// A refusal of what was asked at `path`. Below a cluster's `/k8s` the caller is a client of Kubernetes, and it is told at once: with a
 /// `Retry-After` it would try in silence for most of a minute. Another caller is told when to come again.
-pub(super) fn problem(refused: Refused, path: &str) -> Response {
-    let Some(discovery) = below_k8s(path) else { return refused.into_response() };
-    let problem = ApiError::new(refused.status, refused.code, refused.message, refused.hint);
+pub(super) fn problem(error: HttpError, path: &str) -> Response {
+    let Some(discovery) = below_k8s(path) else { return error.into_response() };
+    let problem = ApiError::new(error.status, error.code, error.message, error.hint);
     problem.status(discovery).map(Body::new)
 }
 
-impl IntoResponse for Refused {
+impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
         let status = self.status;
         let problem = ApiError::new(status, self.code, self.message, self.hint);

@@ -9,11 +9,11 @@ use axum::response::Response;
 use http::request::Parts;
 use http::{HeaderMap, header};
 
-use super::Hub;
+use super::ControlPlane;
 use super::answer::problem;
-use super::body::{named, not_here, segments};
+use super::body::{check_segments, path_not_found, segments};
 use super::model::AccessKind;
-use super::registry::{Refused, Who, refused};
+use super::registry::{HttpError, Principal};
 use crate::frp::admission::rate_limit_key;
 use crate::kubernetes::header_policy;
 
@@ -32,13 +32,13 @@ pub(super) enum Origin {
 
 /// What a route needs of whoever calls it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
+pub enum RequiredAuth {
     /// Anybody may call it. What some of these need stands in the body, or in the path.
-    Nobody,
+    None,
     /// Only the socket in the data directory answers it.
     Local,
     /// An enrolment token, or the credential of the agent that registers again.
-    Enrol,
+    Enrolment,
     /// The credential of the agent that the path names.
     Agent,
     Admin,
@@ -51,8 +51,8 @@ pub enum Need {
 }
 
 /// A kind of caller: made of the head of a request, before its body is looked at, or not at all.
-pub(super) trait Caller: FromRequestParts<Hub> {
-    const NEED: Need;
+pub(super) trait Caller: FromRequestParts<ControlPlane> {
+    const REQUIRED_AUTH: RequiredAuth;
 }
 
 /// Anybody.
@@ -70,7 +70,7 @@ pub(super) struct FrpsCaller(());
 pub(super) struct LocalAdmin(());
 
 pub(super) struct EnrolmentCaller {
-    pub(super) who: Who,
+    pub(super) principal: Principal,
 }
 
 /// The agent that the path names.
@@ -82,79 +82,80 @@ pub(super) struct AgentCaller {
 pub(super) struct AdminCaller(());
 
 pub(super) struct RunnerCaller {
-    pub(super) who: Who,
+    pub(super) principal: Principal,
     /// Hash of what was shown: the local socket shows nothing.
     pub(super) token: Option<String>,
 }
 
 pub(super) struct GatewayCaller {
-    pub(super) who: Who,
+    pub(super) principal: Principal,
 }
 
 pub(super) struct SessionCaller {
-    pub(super) who: Who,
+    pub(super) principal: Principal,
 }
 
 /// How each kind of caller is made of a request's head.
 macro_rules! callers {
-    ($($caller:ident needs $need:ident: $made:expr;)*) => {$(
+    ($($caller:ident requires $required_auth:ident: $made:expr;)*) => {$(
         impl Caller for $caller {
-            const NEED: Need = Need::$need;
+            const REQUIRED_AUTH: RequiredAuth = RequiredAuth::$required_auth;
         }
 
-        impl FromRequestParts<Hub> for $caller {
+        impl FromRequestParts<ControlPlane> for $caller {
             type Rejection = Response;
 
-            async fn from_request_parts(parts: &mut Parts, hub: &Hub) -> Result<$caller, Response> {
-                let made: fn(&Hub, &Parts) -> Result<$caller, Refused> = $made;
-                let made = named(parts).and_then(|()| {
-                    hub.count_request();
-                    made(hub, parts)
+            async fn from_request_parts(parts: &mut Parts, control_plane: &ControlPlane) -> Result<$caller, Response> {
+                let made: fn(&ControlPlane, &Parts) -> Result<$caller, HttpError> = $made;
+                let made = check_segments(parts).and_then(|()| {
+                    control_plane.count_request();
+                    made(control_plane, parts)
                 });
-                made.map_err(|refused| problem(refused, parts.uri.path()))
+                made.map_err(|error| problem(error, parts.uri.path()))
             }
         }
     )*};
 }
 
 callers! {
-    Anonymous needs Nobody: |_, _| Ok(Anonymous(()));
-    AnonymousPeer needs Nobody: |_, parts| match origin(parts)? {
+    Anonymous requires None: |_, _| Ok(Anonymous(()));
+    AnonymousPeer requires None: |_, parts| match origin(parts)? {
         Origin::Network(address) => Ok(AnonymousPeer { address }),
-        Origin::Local => Err(refused(403, "not_here", "people come over the network", None)),
+        Origin::Local => Err(HttpError::new(403, "not_here", "people come over the network", None)),
     };
-    FrpsCaller needs Nobody: |hub, parts| match segments(parts).next() {
-        Some(secret) if hub.is_frps(&secret) => Ok(FrpsCaller(())),
-        _ => Err(not_here()),
+    FrpsCaller requires None: |control_plane, parts| match segments(parts).next() {
+        Some(secret) if control_plane.is_frps(&secret) => Ok(FrpsCaller(())),
+        _ => Err(path_not_found()),
     };
-    LocalAdmin needs Local: |_, parts| match origin(parts)? {
+    LocalAdmin requires Local: |_, parts| match origin(parts)? {
         Origin::Local => Ok(LocalAdmin(())),
-        Origin::Network(_) => Err(refused(403, "forbidden", "only the socket in the data directory answers this", None)),
+        Origin::Network(_) => Err(HttpError::new(403, "forbidden", "only the socket in the data directory answers this", None)),
     };
-    EnrolmentCaller needs Enrol: |hub, parts| Ok(EnrolmentCaller { who: hub.authorised(Need::Enrol, parts)?.0 });
-    AgentCaller needs Agent: |hub, parts| match hub.authorised(Need::Agent, parts)?.0 {
-        Who::Agent(id) => Ok(AgentCaller { id }),
+    EnrolmentCaller requires Enrolment: |control_plane, parts| Ok(EnrolmentCaller { principal: control_plane.authorize(RequiredAuth::Enrolment, parts)?.0 });
+    AgentCaller requires Agent: |control_plane, parts| match control_plane.authorize(RequiredAuth::Agent, parts)?.0 {
+        Principal::Agent(id) => Ok(AgentCaller { id }),
         _ => Err(forbidden()),
     };
-    AdminCaller needs Admin: |hub, parts| hub.authorised(Need::Admin, parts).map(|_| AdminCaller(()));
-    RunnerCaller needs Runner: |hub, parts| hub.authorised(Need::Runner, parts).map(|(who, token)| RunnerCaller { who, token });
-    GatewayCaller needs Gateway: |hub, parts| Ok(GatewayCaller { who: hub.authorised(Need::Gateway, parts)?.0 });
-    SessionCaller needs Session: |hub, parts| Ok(SessionCaller { who: hub.authorised(Need::Session, parts)?.0 });
+    AdminCaller requires Admin: |control_plane, parts| control_plane.authorize(RequiredAuth::Admin, parts).map(|_| AdminCaller(()));
+    RunnerCaller requires Runner: |control_plane, parts| control_plane.authorize(RequiredAuth::Runner, parts).map(|(principal, token)| RunnerCaller { principal, token });
+    GatewayCaller requires Gateway: |control_plane, parts| Ok(GatewayCaller { principal: control_plane.authorize(RequiredAuth::Gateway, parts)?.0 });
+    SessionCaller requires Session: |control_plane, parts| Ok(SessionCaller { principal: control_plane.authorize(RequiredAuth::Session, parts)?.0 });
 }
 
-fn origin(parts: &Parts) -> Result<Origin, Refused> {
+fn origin(parts: &Parts) -> Result<Origin, HttpError> {
     let origin = parts.extensions.get::<Origin>().copied();
-    origin
-        .ok_or_else(|| refused(500, "internal", "nobody knows where this request comes from", None))
+    origin.ok_or_else(|| {
+        HttpError::new(500, "internal", "nobody knows where this request comes from", None)
+    })
 }
 
-fn forbidden() -> Refused {
-    refused(403, "forbidden", "this token is for something else", None)
+fn forbidden() -> HttpError {
+    HttpError::new(403, "forbidden", "this token is for something else", None)
 }
 
-fn bearer(headers: &HeaderMap) -> Result<&str, Refused> {
+fn bearer(headers: &HeaderMap) -> Result<&str, HttpError> {
     let token = header_policy::bearer(headers).filter(|t| !t.is_empty() && t.len() <= 512);
-    token.ok_or_else(|| refused(401, "token_needed", "a bearer token is needed", None))
+    token.ok_or_else(|| HttpError::new(401, "token_needed", "a bearer token is needed", None))
 }
 
 /// Wrong tokens of this minute, and which tokens were right.
@@ -166,69 +167,81 @@ pub(super) struct Failures {
     good: HashSet<String>,
 }
 
-impl Hub {
+impl ControlPlane {
     /// Who asks, if it may, and the hash of what it showed: the local socket shows nothing.
-    fn authorised(&self, need: Need, parts: &Parts) -> Result<(Who, Option<String>), Refused> {
+    fn authorize(
+        &self,
+        required_auth: RequiredAuth,
+        parts: &Parts,
+    ) -> Result<(Principal, Option<String>), HttpError> {
         let Origin::Network(address) = origin(parts)? else {
-            return match need {
-                Need::Admin | Need::Runner | Need::Gateway => Ok((Who::Local, None)),
-                Need::Enrol | Need::Agent => {
-                    Err(refused(403, "not_here", "agents come over the network", None))
+            return match required_auth {
+                RequiredAuth::Admin | RequiredAuth::Runner | RequiredAuth::Gateway => {
+                    Ok((Principal::Local, None))
                 }
-                Need::Session | Need::Nobody | Need::Local => {
-                    Err(refused(403, "not_here", "people come over the network", None))
+                RequiredAuth::Enrolment | RequiredAuth::Agent => {
+                    Err(HttpError::new(403, "not_here", "agents come over the network", None))
+                }
+                RequiredAuth::Session | RequiredAuth::None | RequiredAuth::Local => {
+                    Err(HttpError::new(403, "not_here", "people come over the network", None))
                 }
             };
         };
         let (now, id) = (super::now(), segments(parts).next().unwrap_or_default());
         // a cookie counts where the page calls, and nowhere else: what a cluster serves cannot use it
-        let cookie = match need {
-            Need::Session | Need::Admin | Need::Runner
+        let cookie = match required_auth {
+            RequiredAuth::Session | RequiredAuth::Admin | RequiredAuth::Runner
                 if !parts.headers.contains_key(header::AUTHORIZATION) =>
             {
-                self.by_cookie(&parts.method, &parts.headers, now)?
+                self.session_token(&parts.method, &parts.headers, now)?
             }
             _ => None,
         };
         let hash = match cookie {
             Some(hash) => hash,
-            None if need == Need::Session => {
-                return Err(refused(401, "login_needed", "nobody is logged in", None));
+            None if required_auth == RequiredAuth::Session => {
+                return Err(HttpError::new(401, "login_needed", "nobody is logged in", None));
             }
-            None => self.keys().hashed(bearer(&parts.headers)?),
+            None => self.keys().token_hash(bearer(&parts.headers)?),
         };
-        self.guard(address, &hash, now)?;
-        let who = match self.registry().who(&hash, now) {
-            Ok(who) => who,
+        self.check_rate_limit(address, &hash, now)?;
+        let principal = match self.registry().authenticate(&hash, now) {
+            Ok(principal) => principal,
             Err(error) => {
                 if error.code == "token_unknown" {
-                    self.failed(address, now);
+                    self.record_failure(address, now);
                 }
                 return Err(error);
             }
         };
-        self.succeeded(hash.clone());
-        let fine = match (&who, need) {
-            (Who::Enrolment(_) | Who::Agent(_), Need::Enrol) => true,
-            (Who::Agent(own), Need::Agent) => *own == id,
-            (Who::Admin(_), Need::Admin | Need::Runner | Need::Gateway | Need::Session) => true,
-            (Who::Access(access), Need::Runner | Need::Session) => {
+        self.record_success(hash.clone());
+        let fine = match (&principal, required_auth) {
+            (Principal::Enrolment(_) | Principal::Agent(_), RequiredAuth::Enrolment) => true,
+            (Principal::Agent(own), RequiredAuth::Agent) => *own == id,
+            (
+                Principal::Admin(_),
+                RequiredAuth::Admin
+                | RequiredAuth::Runner
+                | RequiredAuth::Gateway
+                | RequiredAuth::Session,
+            ) => true,
+            (Principal::Access(access), RequiredAuth::Runner | RequiredAuth::Session) => {
                 access.kind == AccessKind::Runner
             }
-            (Who::Access(_), Need::Gateway) => true,
+            (Principal::Access(_), RequiredAuth::Gateway) => true,
             _ => false,
         };
         if !fine {
             return Err(forbidden());
         }
-        if matches!(who, Who::Admin(_)) {
-            self.admin_seen();
+        if matches!(principal, Principal::Admin(_)) {
+            self.remove_bootstrap_token();
         }
         // a cluster outside its reach is not there for a Runner
-        if let (Who::Access(access), false) = (&who, id.is_empty()) {
+        if let (Principal::Access(access), false) = (&principal, id.is_empty()) {
             self.registry().reaches(access, &id)?;
         }
-        Ok((who, Some(hash)))
+        Ok((principal, Some(hash)))
     }
 
     fn failures(&self) -> MutexGuard<'_, Failures> {
@@ -237,7 +250,12 @@ impl Hub {
 
     /// # Errors
     /// 429 for an unknown token from an address that has shown many wrong ones.
-    pub(super) fn guard(&self, address: IpAddr, hash: &str, now: i64) -> Result<(), Refused> {
+    pub(super) fn check_rate_limit(
+        &self,
+        address: IpAddr,
+        hash: &str,
+        now: i64,
+    ) -> Result<(), HttpError> {
         let address = rate_limit_key(address);
         let mut failures = self.failures();
         if failures.minute != now / 60 {
@@ -247,7 +265,7 @@ impl Hub {
         if failures.by.get(&address).is_some_and(|n| *n >= FAILURES)
             && !failures.good.contains(hash)
         {
-            return Err(refused(
+            return Err(HttpError::new(
                 429,
                 "too_many_failures",
                 "too many wrong tokens from this address",
@@ -257,7 +275,7 @@ impl Hub {
         Ok(())
     }
 
-    pub(super) fn failed(&self, address: IpAddr, now: i64) {
+    pub(super) fn record_failure(&self, address: IpAddr, now: i64) {
         let address = rate_limit_key(address);
         let mut failures = self.failures();
         if failures.by.len() < REMEMBERED || failures.by.contains_key(&address) {
@@ -268,7 +286,7 @@ impl Hub {
         }
     }
 
-    pub(super) fn succeeded(&self, hash: String) {
+    pub(super) fn record_success(&self, hash: String) {
         let mut failures = self.failures();
         if failures.good.len() < REMEMBERED {
             failures.good.insert(hash);

@@ -131,7 +131,7 @@ pub async fn restore(
         store.write(backup.rows.into_iter().map(Change::Row).collect()).await?;
         // the keys come last: without them nothing starts on half of it
         let keys = Keys::restore(&state, &backup.keys, now())?;
-        store.note(open::KEYS, &keys.mark()).await
+        store.set_metadata(open::KEYS, &keys.fingerprint()).await
     };
     let done = done.await;
     store.close().await;

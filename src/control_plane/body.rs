@@ -9,7 +9,7 @@ use hyper::body::Bytes;
 use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 
-use super::registry::{Refused, refused};
+use super::registry::HttpError;
 
 /// Largest body of a call that is not passed through.
 const BODY: usize = 1 << 20;
@@ -17,52 +17,52 @@ const BODY: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// A body as it came. A call that takes none reads it too, under the same limits.
-pub(super) struct Whole(pub(super) Bytes);
+pub(super) struct RawBody(pub(super) Bytes);
 
 /// A body of JSON; an empty one is `{}`.
 pub(super) struct Json<T>(pub(super) T);
 
 /// The first segments that the route of a request leaves open.
-pub(super) struct Segments<const N: usize>(pub(super) [String; N]);
+pub(super) struct PathSegments<const N: usize>(pub(super) [String; N]);
 
-impl<S: Sync> FromRequest<S> for Whole {
-    type Rejection = Refused;
+impl<S: Sync> FromRequest<S> for RawBody {
+    type Rejection = HttpError;
 
-    async fn from_request(request: Request, _: &S) -> Result<Whole, Refused> {
+    async fn from_request(request: Request, _: &S) -> Result<RawBody, HttpError> {
         match tokio::time::timeout(PATIENCE, Limited::new(request.into_body(), BODY).collect())
             .await
         {
-            Ok(Ok(body)) => Ok(Whole(body.to_bytes())),
+            Ok(Ok(body)) => Ok(RawBody(body.to_bytes())),
             Ok(Err(e)) if e.is::<LengthLimitError>() => {
-                Err(refused(413, "too_large", "the body is larger than 1 MiB", None))
+                Err(HttpError::new(413, "too_large", "the body is larger than 1 MiB", None))
             }
-            Ok(Err(_)) => Err(refused(400, "bad_body", "the body broke off", None)),
-            Err(_) => Err(refused(408, "too_slow", "the body took longer than 15 s", None)),
+            Ok(Err(_)) => Err(HttpError::new(400, "bad_body", "the body broke off", None)),
+            Err(_) => Err(HttpError::new(408, "too_slow", "the body took longer than 15 s", None)),
         }
     }
 }
 
 impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
-    type Rejection = Refused;
+    type Rejection = HttpError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Json<T>, Refused> {
-        parsed(&Whole::from_request(request, state).await?.0).map(Json)
+    async fn from_request(request: Request, state: &S) -> Result<Json<T>, HttpError> {
+        parsed(&RawBody::from_request(request, state).await?.0).map(Json)
     }
 }
 
-impl<S: Sync, const N: usize> FromRequestParts<S> for Segments<N> {
-    type Rejection = Refused;
+impl<S: Sync, const N: usize> FromRequestParts<S> for PathSegments<N> {
+    type Rejection = HttpError;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Segments<N>, Refused> {
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<PathSegments<N>, HttpError> {
         let mut open = segments(parts);
-        Ok(Segments(std::array::from_fn(|_| open.next().unwrap_or_default())))
+        Ok(PathSegments(std::array::from_fn(|_| open.next().unwrap_or_default())))
     }
 }
 
-pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refused> {
+pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, HttpError> {
     let bytes = if bytes.is_empty() { b"{}" } else { bytes };
     serde_json::from_slice(bytes).map_err(|e| {
-        refused(400, "bad_body", format!("the body is not what this call takes: {e}"), None)
+        HttpError::new(400, "bad_body", format!("the body is not what this call takes: {e}"), None)
     })
 }
 
@@ -74,12 +74,12 @@ pub(super) fn segments(parts: &Parts) -> impl Iterator<Item = String> {
 
 /// # Errors
 /// A path in which a name is empty, as in `/clusters//token`: matchit takes it for the route, and it is none.
-pub(super) fn named(parts: &Parts) -> Result<(), Refused> {
-    if open(parts).any(str::is_empty) { Err(not_here()) } else { Ok(()) }
+pub(super) fn check_segments(parts: &Parts) -> Result<(), HttpError> {
+    if open(parts).any(str::is_empty) { Err(path_not_found()) } else { Ok(()) }
 }
 
-pub(super) fn not_here() -> Refused {
-    refused(404, "not_found", "there is no such path", None)
+pub(super) fn path_not_found() -> HttpError {
+    HttpError::new(404, "not_found", "there is no such path", None)
 }
 
 fn open(parts: &Parts) -> impl Iterator<Item = &str> {

@@ -7,9 +7,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use super::Hub;
+use super::ControlPlane;
 use super::gateway::proxy_name;
-use super::registry::{Refused, refused};
+use super::registry::HttpError;
 use crate::base::error::Failure;
 use crate::base::secret::{Secret, constant_time_eq};
 use crate::frp::client::visit;
@@ -53,23 +53,23 @@ pub(super) enum Frps {
 impl External {
     /// # Errors
     /// Exit 2 for an address or trust that cannot be used.
-    pub(super) fn new(asked: ExternalFrps) -> anyhow::Result<External> {
+    pub(super) fn new(settings: ExternalFrps) -> anyhow::Result<External> {
         let wrong = |why: String| {
             Failure::usage("FRPS_WRONG", "the external frps cannot be used")
                 .why(why)
                 .hint("--frps HOST:PORT with --frps-token-file, and --frps-ca or --frps-pin")
         };
-        let (server, port) = asked
+        let (server, port) = settings
             .address
             .rsplit_once(':')
-            .ok_or_else(|| wrong(format!("`{}` names no port", asked.address)))?;
+            .ok_or_else(|| wrong(format!("`{}` names no port", settings.address)))?;
         let config = TunnelConfig {
             server: server.to_owned(),
             port: port.parse().map_err(|_| wrong(format!("`{port}` is no port")))?,
             tcp_mux: true,
             pool_count: 1,
-            tls: TunnelTls { ca_pem: asked.ca, pin: asked.pin, ..TunnelTls::default() },
-            auth: TunnelAuth { token: asked.token, ..TunnelAuth::default() },
+            tls: TunnelTls { ca_pem: settings.ca, pin: settings.pin, ..TunnelTls::default() },
+            auth: TunnelAuth { token: settings.token, ..TunnelAuth::default() },
             proxies: Vec::new(),
         };
         let target = Dialer::new(&config, false).map_err(wrong)?;
@@ -137,9 +137,9 @@ impl Frps {
 /// The parts of a plugin call that matter here. On Login the metas stand in the content, later in its user.
 #[derive(Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Content {
+pub(super) struct PluginContent {
     metas: Option<std::collections::BTreeMap<String, String>>,
-    user: User,
+    user: PluginUser,
     proxy_name: String,
     proxy_type: String,
 }
@@ -147,28 +147,28 @@ pub(super) struct Content {
 /// On Login `user` is a name, later an object.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum User {
-    Known {
+enum PluginUser {
+    WithMetas {
         #[serde(default)]
         metas: Option<std::collections::BTreeMap<String, String>>,
     },
     Other(#[expect(dead_code, reason = "its shape is all that counts")] Value),
 }
 
-impl Default for User {
-    fn default() -> User {
-        User::Other(Value::Null)
+impl Default for PluginUser {
+    fn default() -> PluginUser {
+        PluginUser::Other(Value::Null)
     }
 }
 
 /// A call of the plugin.
 #[derive(Deserialize)]
-pub(super) struct Asked {
+pub(super) struct PluginRequest {
     #[serde(default)]
-    pub(super) content: Content,
+    pub(super) content: PluginContent,
 }
 
-impl Hub {
+impl ControlPlane {
     /// Whether this is the secret of the path at which somebody's frps asks us.
     pub(super) fn is_frps(&self, secret: &str) -> bool {
         matches!(self.inner.frps, Frps::External(_))
@@ -176,35 +176,35 @@ impl Hub {
     }
 
     /// Whether frps is to let somebody in, or why not.
-    pub(super) fn plugin(&self, op: &str, content: Content) -> Result<(), String> {
+    pub(super) fn plugin(&self, op: &str, content: PluginContent) -> Result<(), String> {
         // who leaves is not asked who he is
         if op == "CloseProxy" {
             return Ok(());
         }
         let metas = match content.user {
-            User::Known { metas: Some(metas) } => metas,
+            PluginUser::WithMetas { metas: Some(metas) } => metas,
             _ => content.metas.unwrap_or_default(),
         };
-        let (owner, _) = self.inner.gate.admitted(&metas)?;
+        let (owner, _) = self.inner.agent_authorizer.authorize(&metas)?;
         if op == "NewProxy" {
-            let asked = NewProxy {
+            let proxy = NewProxy {
                 proxy_name: content.proxy_name,
                 proxy_type: content.proxy_type,
                 ..NewProxy::default()
             };
-            return super::may_open(&owner, &asked);
+            return super::authorize_proxy(&owner, &proxy);
         }
         Ok(())
     }
 
     fn frp_secret(&self) -> Secret {
-        self.keys().derived("frp-handler", "")
+        self.keys().derive("frp-handler", "")
     }
 
     /// What to put into frps' configuration.
-    pub(super) fn frps_config(&self) -> Result<String, Refused> {
+    pub(super) fn frps_config(&self) -> Result<String, HttpError> {
         let Frps::External(external) = &self.inner.frps else {
-            return Err(refused(
+            return Err(HttpError::new(
                 409,
                 "own_frps",
                 "this control plane is its own FRP server",

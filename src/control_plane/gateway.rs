@@ -21,13 +21,13 @@ use tower::{BoxError, Service};
 use crate::base::secret::Secret;
 use crate::base::trust::{self, Trust};
 use crate::contract::token::{Role, TOKEN_LIFETIME};
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::frps::Frps;
 use crate::control_plane::keys::Keys;
 use crate::control_plane::model::rfc3339;
 use crate::control_plane::registry::enrol::spki;
-use crate::control_plane::registry::{ClusterView, Refused, Registry, Route, Who, refused};
-use crate::control_plane::scope::{Wanted, narrowed};
+use crate::control_plane::registry::{ClusterView, HttpError, Principal, Registry, Route};
+use crate::control_plane::scope::{TokenRequest, restrict};
 use crate::frp::codec::Io;
 use crate::kubernetes::header_policy;
 
@@ -76,14 +76,19 @@ const QUIET: std::time::Duration = std::time::Duration::from_secs(3);
 const SILENT: std::time::Duration = std::time::Duration::from_millis(700);
 const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
-pub(super) fn offline() -> Refused {
+pub(super) fn agent_offline() -> HttpError {
     let hint = "pipeops control-plane cluster list says since when";
-    refused(503, "agent_offline", "the cluster's agent is not reached at the moment", Some(hint))
+    HttpError::new(
+        503,
+        "agent_offline",
+        "the cluster's agent is not reached at the moment",
+        Some(hint),
+    )
 }
 
-fn silent() -> Refused {
+fn agent_silent() -> HttpError {
     let hint = "look at pipeops-agent on the node: systemctl status pipeops-agent";
-    refused(
+    HttpError::new(
         504,
         "agent_silent",
         "the cluster's agent holds its tunnel and does not answer",
@@ -92,7 +97,7 @@ fn silent() -> Refused {
 }
 
 /// A 401 of an agent is about the token that was minted here: the caller can do nothing about that.
-async fn mistrusted(answer: Response<Incoming>) -> Refused {
+async fn token_rejected(answer: Response<Incoming>) -> HttpError {
     let body =
         tokio::time::timeout(QUIET, Limited::new(answer.into_body(), 64 << 10).collect()).await;
     let body: Value = body
@@ -107,7 +112,7 @@ async fn mistrusted(answer: Response<Incoming>) -> Refused {
         .unwrap_or("no reason given");
     let said: String = crate::base::text::printable(said).chars().take(200).collect();
     let hint = "compare the clocks of the node and of the control plane; the agent fetches fresh keys within seconds";
-    refused(
+    HttpError::new(
         502,
         "agent_mistrusts",
         format!("the cluster's agent refuses the control plane's token: {said}"),
@@ -127,22 +132,22 @@ fn pin(public_key: &str) -> Option<trust::Pin> {
 
 /// Dials agents through the FRP server; the host of the URI is the agent's id.
 #[derive(Clone)]
-pub(super) struct Dial {
+pub(super) struct AgentConnector {
     frps: Frps,
     registry: Arc<Registry>,
     keys: Arc<Keys>,
 }
 
 /// A connection to an agent, as the pool wants it.
-pub(super) struct Wire(TokioIo<TlsStream<Io>>);
+pub(super) struct AgentConnection(TokioIo<TlsStream<Io>>);
 
-impl Connection for Wire {
+impl Connection for AgentConnection {
     fn connected(&self) -> Connected {
         Connected::new()
     }
 }
 
-impl hyper::rt::Read for Wire {
+impl hyper::rt::Read for AgentConnection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -152,7 +157,7 @@ impl hyper::rt::Read for Wire {
     }
 }
 
-impl hyper::rt::Write for Wire {
+impl hyper::rt::Write for AgentConnection {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -170,24 +175,24 @@ impl hyper::rt::Write for Wire {
     }
 }
 
-impl Service<Uri> for Dial {
-    type Response = Wire;
+impl Service<Uri> for AgentConnector {
+    type Response = AgentConnection;
     type Error = std::io::Error;
-    type Future = BoxFuture<'static, Result<Wire, std::io::Error>>;
+    type Future = BoxFuture<'static, Result<AgentConnection, std::io::Error>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), std::io::Error>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let Dial { frps, registry, keys } = self.clone();
+        let AgentConnector { frps, registry, keys } = self.clone();
         Box::pin(async move {
             let other = |e: String| std::io::Error::other(e);
             let agent = uri.host().unwrap_or_default().to_owned();
             let key =
                 registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
             let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
-            let io = frps.dial(&agent, &keys.stcp(&agent, None)).await?;
+            let io = frps.dial(&agent, &keys.stcp_key(&agent, None)).await?;
             let mut tls = Trust { pins: vec![pin], ..Trust::default() }.client().map_err(other)?;
             tls.alpn_protocols = vec![b"http/1.1".to_vec()];
             let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal")
@@ -195,7 +200,7 @@ impl Service<Uri> for Dial {
             let connecting = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, io);
             let stream =
                 tokio::time::timeout(std::time::Duration::from_secs(10), connecting).await??;
-            Ok(Wire(TokioIo::new(stream)))
+            Ok(AgentConnection(TokioIo::new(stream)))
         })
     }
 }
@@ -203,15 +208,15 @@ impl Service<Uri> for Dial {
 /// The two clients of the gateway: one keeps connections, the other gives each upgrade its own.
 #[derive(Clone)]
 pub(super) struct Gateway {
-    pooled: Client<Dial, Body>,
-    single: Client<Dial, Body>,
+    pooled: Client<AgentConnector, Body>,
+    single: Client<AgentConnector, Body>,
     /// Agents that were silent when they were last asked: kubectl asks five times, and waits for all of them.
     silent: Arc<Mutex<HashSet<String>>>,
 }
 
 impl Gateway {
     pub(super) fn new(frps: Frps, registry: Arc<Registry>, keys: Arc<Keys>) -> Gateway {
-        let dial = Dial { frps, registry, keys };
+        let dial = AgentConnector { frps, registry, keys };
         let client = |idle: usize| {
             Client::builder(TokioExecutor::new())
                 .pool_timer(TokioTimer::new())
@@ -225,12 +230,12 @@ impl Gateway {
 }
 
 /// A body that ends when somebody's right to it ends.
-struct Until {
+struct RevocableBody {
     inner: Incoming,
-    over: [Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>; 2],
+    revocation: [Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>; 2],
 }
 
-impl hyper::body::Body for Until {
+impl hyper::body::Body for RevocableBody {
     type Data = Bytes;
     type Error = BoxError;
 
@@ -238,7 +243,7 @@ impl hyper::body::Body for Until {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        if self.over.iter_mut().any(|over| over.as_mut().poll(cx).is_ready()) {
+        if self.revocation.iter_mut().any(|revocation| revocation.as_mut().poll(cx).is_ready()) {
             return Poll::Ready(Some(Err("the right to this stream was revoked".into())));
         }
         let frame = Pin::new(&mut self.inner).poll_frame(cx);
@@ -259,7 +264,7 @@ impl hyper::body::Body for Until {
 }
 
 /// Headers that speak to this server alone.
-const NOT_PASSED: &[&str] = &[
+const STRIPPED_HEADERS: &[&str] = &[
     "authorization",
     "cookie",
     "forwarded",
@@ -271,9 +276,9 @@ const NOT_PASSED: &[&str] = &[
 ];
 
 /// The headers of a request that go to an agent.
-fn passed(headers: &HeaderMap) -> HeaderMap {
+fn forwarded_headers(headers: &HeaderMap) -> HeaderMap {
     let own = header_policy::hop_by_hop(headers);
-    let stays = |name: &str| !own(name) && !NOT_PASSED.contains(&name);
+    let stays = |name: &str| !own(name) && !STRIPPED_HEADERS.contains(&name);
     headers
         .iter()
         .filter(|(name, _)| stays(name.as_str()))
@@ -281,18 +286,18 @@ fn passed(headers: &HeaderMap) -> HeaderMap {
         .collect()
 }
 
-impl Hub {
+impl ControlPlane {
     /// One request into a cluster.
-    pub(super) async fn pass(
+    pub(super) async fn forward(
         &self,
         mut request: Request<Body>,
         id: &str,
-        who: &Who,
+        principal: &Principal,
         now: i64,
-    ) -> Result<Response<Body>, Refused> {
-        let route = self.registry().route(id, who.project())?;
-        let (role, namespaces) = narrowed(who, &Wanted::default())?;
-        let token = self.jwt(who, &route, role, namespaces, TOKEN_LIFETIME, now).0;
+    ) -> Result<Response<Body>, HttpError> {
+        let route = self.registry().route(id, principal.project())?;
+        let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
+        let token = self.jwt(principal, &route, role, namespaces, TOKEN_LIFETIME, now).0;
         // the rest of the path as it came: what is odd in it is the agent's to refuse
         let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
         let mut segments = target.splitn(4, '/').skip(1);
@@ -304,14 +309,15 @@ impl Hub {
         let rest = segments.next().unwrap_or_default();
         let uri: Uri = format!("http://{}/{rest}", route.agent)
             .parse()
-            .map_err(|_| refused(400, "bad_path", "the path cannot be read", None))?;
+            .map_err(|_| HttpError::new(400, "bad_path", "the path cannot be read", None))?;
         let upgrade = request.headers().get(header::UPGRADE).cloned();
-        let mut headers = passed(request.headers());
+        let mut headers = forwarded_headers(request.headers());
         headers.insert(header::HOST, header::HeaderValue::from_static("agent"));
         let bearer = header::HeaderValue::try_from(format!("Bearer {}", token.expose()));
         headers.insert(
             header::AUTHORIZATION,
-            bearer.map_err(|_| refused(500, "internal", "the token cannot be sent", None))?,
+            bearer
+                .map_err(|_| HttpError::new(500, "internal", "the token cannot be sent", None))?,
         );
         if let Some(protocol) = &upgrade {
             headers.insert(header::CONNECTION, header::HeaderValue::from_static("Upgrade"));
@@ -319,21 +325,21 @@ impl Hub {
         }
         let theirs = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
-        let over = [route.over.clone(), self.registry().until_revoked(who)];
+        let revocation = [route.revocation.clone(), self.registry().revocation_of(principal)];
         let body = if upgrade.is_some() { Body::empty() } else { request.into_body() };
         let mut outward = Request::new(body);
         (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) =
             (method, uri, headers);
         let client =
             if upgrade.is_some() { &self.gateway().single } else { &self.gateway().pooled };
-        let mut answer = self.heard(client.request(outward), &route).await?;
+        let mut answer = self.await_answer(client.request(outward), &route).await?;
         let status = answer.status();
         if status == StatusCode::UNAUTHORIZED {
-            return Err(mistrusted(answer).await);
+            return Err(token_rejected(answer).await);
         }
         let mut headers = header_policy::response_headers(status, answer.headers(), &here)
             .ok_or_else(|| {
-                refused(
+                HttpError::new(
                     502,
                     "redirect_refused",
                     "the agent answers with a redirect to somewhere else",
@@ -342,7 +348,7 @@ impl Hub {
             })?;
         if status == StatusCode::SWITCHING_PROTOCOLS {
             if upgrade.is_none() {
-                return Err(refused(
+                return Err(HttpError::new(
                     502,
                     "bad_upgrade",
                     "the agent switches protocols unasked",
@@ -360,16 +366,17 @@ impl Hub {
                 let (mut theirs, mut ours) = (TokioIo::new(theirs), TokioIo::new(ours));
                 tokio::select! {
                     _ = tokio::io::copy_bidirectional(&mut theirs, &mut ours) => {}
-                    () = over[0].cancelled() => {}
-                    () = over[1].cancelled() => {}
+                    () = revocation[0].cancelled() => {}
+                    () = revocation[1].cancelled() => {}
                 }
             });
             let mut response = Response::new(Body::empty());
             (*response.status_mut(), *response.headers_mut()) = (status, headers);
             return Ok(response);
         }
-        let over = over.map(|token| Box::pin(token.cancelled_owned()));
-        let mut response = Response::new(Body::new(Until { inner: answer.into_body(), over }));
+        let revocation = revocation.map(|token| Box::pin(token.cancelled_owned()));
+        let mut response =
+            Response::new(Body::new(RevocableBody { inner: answer.into_body(), revocation }));
         (*response.status_mut(), *response.headers_mut()) = (status, headers);
         Ok(response)
     }
@@ -378,41 +385,41 @@ impl Hub {
     ///
     /// # Errors
     /// `agent_offline` when it is not reached, `agent_silent` when its tunnel is there and it says nothing at all.
-    async fn heard(
+    async fn await_answer(
         &self,
-        asked: ResponseFuture,
+        response: ResponseFuture,
         route: &Route,
-    ) -> Result<Response<Incoming>, Refused> {
+    ) -> Result<Response<Incoming>, HttpError> {
         let known = &self.gateway().silent;
         let quiet =
             if crate::control_plane::lock(known).contains(&route.agent) { SILENT } else { QUIET };
         let silence = async {
             tokio::time::sleep(quiet).await;
-            while self.lives(&route.agent, quiet).await {
+            while self.is_alive(&route.agent, quiet).await {
                 crate::control_plane::lock(known).remove(&route.agent);
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
         };
         tokio::select! {
-            answer = asked => {
+            answer = response => {
                 if quiet == SILENT {
                     crate::control_plane::lock(known).remove(&route.agent);
                 }
                 answer.map_err(|error| {
                     tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
-                    offline()
+                    agent_offline()
                 })
             }
             () = silence => {
                 crate::control_plane::lock(known).insert(route.agent.clone());
                 tracing::info!(cluster = route.cluster, "the agent holds its tunnel and says nothing");
-                Err(silent())
+                Err(agent_silent())
             }
         }
     }
 
     /// Whether an agent answers the one question that it answers by itself, on a stream of its own.
-    async fn lives(&self, agent: &str, within: std::time::Duration) -> bool {
+    async fn is_alive(&self, agent: &str, within: std::time::Duration) -> bool {
         let request =
             Request::builder().uri(format!("http://{agent}/healthz")).header(header::HOST, "agent");
         let Ok(request) = request.body(Body::empty()) else { return false };
@@ -422,66 +429,71 @@ impl Hub {
     }
 
     /// A GET of the agent's API for the page, read whole: as a viewer, or in the caller's own role.
-    pub(super) async fn look_into(
+    pub(super) async fn get_from_agent(
         &self,
-        who: &Who,
+        principal: &Principal,
         id: &str,
         path: &str,
         own_role: bool,
         now: i64,
-    ) -> Result<Value, Refused> {
-        let route = self.registry().route(id, who.project())?;
-        let (most, namespaces) = narrowed(who, &Wanted::default())?;
+    ) -> Result<Value, HttpError> {
+        let route = self.registry().route(id, principal.project())?;
+        let (most, namespaces) = restrict(principal, &TokenRequest::default())?;
         let role = if own_role { most } else { Role::Viewer };
-        let token = self.jwt(who, &route, role, namespaces, TOKEN_LIFETIME, now).0;
+        let token = self.jwt(principal, &route, role, namespaces, TOKEN_LIFETIME, now).0;
         let (status, value) =
-            self.ask_agent(Request::builder(), path, &route, &token, Bytes::new()).await?;
+            self.call_agent(Request::builder(), path, &route, &token, Bytes::new()).await?;
         if status.is_success() {
             return Ok(value);
         }
         let said = value["message"].as_str().unwrap_or("the cluster refuses it").to_owned();
-        Err(refused(if status.as_u16() == 403 { 403 } else { 502 }, "cluster_refused", said, None))
+        Err(HttpError::new(
+            if status.as_u16() == 403 { 403 } else { 502 },
+            "cluster_refused",
+            said,
+            None,
+        ))
     }
 
     /// A call of an agent's own API, answered whole. The path has no slash in front.
     ///
     /// # Errors
     /// `agent_offline` when no whole answer comes.
-    pub(super) async fn ask_agent(
+    pub(super) async fn call_agent(
         &self,
         request: http::request::Builder,
         path: &str,
         route: &Route,
         token: &Secret,
         body: Bytes,
-    ) -> Result<(StatusCode, Value), Refused> {
+    ) -> Result<(StatusCode, Value), HttpError> {
         let request = request
             .uri(format!("http://{}/{path}", route.agent))
             .header(header::HOST, "agent")
             .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
             .body(Body::from(body));
-        let request =
-            request.map_err(|_| refused(500, "internal", "the request cannot be made", None))?;
+        let request = request
+            .map_err(|_| HttpError::new(500, "internal", "the request cannot be made", None))?;
         let whole = async {
             let answer = self.gateway().pooled.request(request).await.ok()?;
             let status = answer.status();
             let body = Limited::new(answer.into_body(), LOOK).collect().await.ok()?.to_bytes();
             Some((status, serde_json::from_slice::<Value>(&body).ok()?))
         };
-        tokio::time::timeout(PATIENCE, whole).await.ok().flatten().ok_or_else(offline)
+        tokio::time::timeout(PATIENCE, whole).await.ok().flatten().ok_or_else(agent_offline)
     }
 
     /// A token for one agent, in no higher role than it was given, and when it ends.
     pub(super) fn jwt(
         &self,
-        who: &Who,
+        principal: &Principal,
         route: &Route,
         role: Role,
         namespaces: Option<Vec<String>>,
         ttl: i64,
         now: i64,
     ) -> (Secret, i64) {
-        let subject = who.subject();
+        let subject = principal.subject();
         let expires = now + ttl;
         let id = crate::frp::wire::fresh_run_id();
         let mut claims = json!({"iss": self.issuer(), "aud": route.agent, "sub": subject, "role": role.min(route.most).name(), "iat": now, "exp": expires, "jti": id});
@@ -494,18 +506,19 @@ impl Hub {
     /// The answer to a Runner who wants a token: with it, and with where to go.
     pub(super) fn runner_token(
         &self,
-        who: &Who,
+        principal: &Principal,
         route: &Route,
         role: Role,
         namespaces: Option<Vec<String>>,
         ttl: i64,
         now: i64,
     ) -> RunnerToken {
-        let (token, expires) = self.jwt(who, route, role, namespaces, ttl, now);
+        let (token, expires) = self.jwt(principal, route, role, namespaces, ttl, now);
         let agent_pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
-        let place = self.tunnel_place();
-        let runner = if let Who::Access(access) = who { Some(access.id.as_str()) } else { None };
-        let (proxy, secret_key) = self.visit(&route.agent, runner);
+        let place = self.tunnel_endpoint();
+        let runner =
+            if let Principal::Access(access) = principal { Some(access.id.as_str()) } else { None };
+        let (proxy, secret_key) = self.visitor_credentials(&route.agent, runner);
         let gateway = Endpoint::Gateway {
             address: format!("{}/clusters/{}", self.url(), route.cluster),
             server_name: self.inner.names[0].clone(),

@@ -37,7 +37,7 @@ const FORMER: i64 = 900;
 
 /// `keys.json` in the data directory, 0600.
 #[derive(Serialize, Deserialize)]
-struct Stored {
+struct StoredKeys {
     #[serde(serialize_with = "Secret::reveal")]
     ca_key: Secret,
     ca_certificate: String,
@@ -64,7 +64,7 @@ const FILE: &str = "keys.json";
 ///
 /// # Errors
 /// When the system gives no random numbers.
-pub fn fresh() -> anyhow::Result<String> {
+pub fn random_token() -> anyhow::Result<String> {
     let mut bytes = [0; 32];
     ring::rand::SystemRandom::new()
         .fill(&mut bytes)
@@ -89,7 +89,7 @@ struct Signing {
 }
 
 impl Signing {
-    fn of(stored: &Stored) -> anyhow::Result<Signing> {
+    fn of(stored: &StoredKeys) -> anyhow::Result<Signing> {
         let keys = stored.signing.iter().map(|secret| {
             let pkcs8 = URL_SAFE_NO_PAD.decode(secret.expose()).context("a signing key")?;
             let key = Ed25519KeyPair::from_pkcs8(&pkcs8)
@@ -109,7 +109,7 @@ impl Keys {
     /// # Errors
     /// When the file is damaged or cannot be written.
     pub fn load(state: &StateDir, now: i64) -> anyhow::Result<Keys> {
-        let stored: Stored = match state.read(FILE)? {
+        let stored: StoredKeys = match state.read(FILE)? {
             Some(text) => serde_json::from_str(&text).map_err(|e| {
                 Failure::usage("KEYS_DAMAGED", "the control plane's keys cannot be read")
                     .why(format!("{FILE}: {e}"))
@@ -138,7 +138,8 @@ impl Keys {
     /// # Errors
     /// When it is damaged.
     pub fn restore(state: &StateDir, text: &Secret, now: i64) -> anyhow::Result<Keys> {
-        let _: Stored = serde_json::from_str(text.expose()).context("the keys in the backup")?;
+        let _: StoredKeys =
+            serde_json::from_str(text.expose()).context("the keys in the backup")?;
         state.write(FILE, text.expose())?;
         Keys::load(state, now)
     }
@@ -149,8 +150,8 @@ impl Keys {
     }
 
     /// Tells these keys from others, and nothing of them.
-    pub fn mark(&self) -> String {
-        self.derived("mark", "").expose().to_owned()
+    pub fn fingerprint(&self) -> String {
+        self.derive("mark", "").expose().to_owned()
     }
 
     /// The keys as they stand in a data directory.
@@ -162,18 +163,18 @@ impl Keys {
     }
 
     /// What stands in the database for a token: useless without the key, which does not stand there.
-    pub fn hashed(&self, token: &str) -> String {
+    pub fn token_hash(&self, token: &str) -> String {
         URL_SAFE_NO_PAD.encode(hmac::sign(&self.hash, token.as_bytes()))
     }
 
     /// A secret that is `name`'s alone and need not be stored.
-    pub fn derived(&self, purpose: &str, name: &str) -> Secret {
-        Secret::new(self.hashed(&format!("{purpose}\0{name}")))
+    pub fn derive(&self, purpose: &str, name: &str) -> Secret {
+        Secret::new(self.token_hash(&format!("{purpose}\0{name}")))
     }
 
     /// What opens an agent's stcp proxy: to one Runner, or without one to the agent and administrators.
-    pub fn stcp(&self, agent: &str, runner: Option<&str>) -> Secret {
-        self.derived("stcp", &runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}")))
+    pub fn stcp_key(&self, agent: &str, runner: Option<&str>) -> Secret {
+        self.derive("stcp", &runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}")))
     }
 
     /// A text that only this control plane can read again: what waits in the database may hold somebody's secrets.
@@ -253,7 +254,7 @@ impl Keys {
     ///
     /// # Errors
     /// When the keys cannot be written; then everything stays as it was.
-    pub fn turn(&self, state: &StateDir, now: i64) -> anyhow::Result<()> {
+    pub fn rotate(&self, state: &StateDir, now: i64) -> anyhow::Result<()> {
         let (since, count) = {
             let signing = self.signing();
             (signing.since, signing.keys.len())
@@ -265,7 +266,7 @@ impl Keys {
         if !(unknown || due || forget) {
             return Ok(());
         }
-        let mut stored: Stored =
+        let mut stored: StoredKeys =
             serde_json::from_str(&state.read(FILE)?.unwrap_or_default()).context(FILE)?;
         stored.signing.truncate(2);
         if due {
@@ -275,9 +276,9 @@ impl Keys {
         if unknown || due {
             stored.signing_since = now;
         }
-        let turned = Signing::of(&stored)?;
+        let rotated = Signing::of(&stored)?;
         state.write(FILE, &serde_json::to_string(&stored)?)?;
-        *self.signing.write().unwrap_or_else(PoisonError::into_inner) = turned;
+        *self.signing.write().unwrap_or_else(PoisonError::into_inner) = rotated;
         if due {
             tracing::info!("the next key signs Runners' tokens from now on");
         }
@@ -338,26 +339,26 @@ fn signing_key() -> anyhow::Result<Secret> {
     Ok(Secret::new(URL_SAFE_NO_PAD.encode(pkcs8)))
 }
 
-fn make(now: i64) -> anyhow::Result<Stored> {
+fn make(now: i64) -> anyhow::Result<StoredKeys> {
     let mut params = ca_params()?;
     (params.not_before, params.not_after) = (date(now - DAY)?, date(now + CA_DAYS * DAY)?);
     let key = KeyPair::generate()?;
     let certificate = params.self_signed(&key)?;
-    Ok(Stored {
+    Ok(StoredKeys {
         ca_key: Secret::new(key.serialize_pem()),
         ca_certificate: certificate.pem(),
         signing: vec![signing_key()?, signing_key()?],
         signing_since: now,
-        hash: Secret::new(fresh()?),
-        tunnel: Secret::new(fresh()?),
+        hash: Secret::new(random_token()?),
+        tunnel: Secret::new(random_token()?),
     })
 }
 
 /// The certificate that is shown, replaced while connections go on.
 #[derive(Debug)]
-struct Shown(watch::Receiver<Arc<CertifiedKey>>);
+struct CertificateResolver(watch::Receiver<Arc<CertifiedKey>>);
 
-impl ResolvesServerCert for Shown {
+impl ResolvesServerCert for CertificateResolver {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.0.borrow().clone())
     }
@@ -464,7 +465,7 @@ pub struct Certificate {
     files: Option<(CertificateFiles, [String; 3], watch::Sender<Arc<CertifiedKey>>)>,
 }
 
-fn showing(
+fn tls_config(
     certificate: watch::Receiver<Arc<CertifiedKey>>,
 ) -> anyhow::Result<rustls::ServerConfig> {
     Ok(rustls::ServerConfig::builder_with_provider(Arc::new(
@@ -472,7 +473,7 @@ fn showing(
     ))
     .with_safe_default_protocol_versions()?
     .with_no_client_auth()
-    .with_cert_resolver(Arc::new(Shown(certificate))))
+    .with_cert_resolver(Arc::new(CertificateResolver(certificate))))
 }
 
 impl Certificate {
@@ -493,7 +494,7 @@ impl Certificate {
                 .hint("--public-name takes DNS names and IP addresses")
         })?;
         let (own, receiver) = watch::channel(Arc::new(leaf));
-        let tunnel = showing(receiver.clone())?;
+        let tunnel = tls_config(receiver.clone())?;
         let (files, shown) = match files {
             None => (None, receiver),
             Some(files) => {
@@ -502,7 +503,7 @@ impl Certificate {
                 (Some((files, texts, sender)), receiver)
             }
         };
-        let mut config = showing(shown)?;
+        let mut config = tls_config(shown)?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(Certificate {
             tunnel: Arc::new(tunnel),

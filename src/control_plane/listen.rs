@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::auth::Origin;
 use super::routes::respond;
-use super::{Hub, Inner, SOCKET};
+use super::{ControlPlane, Inner, SOCKET};
 use crate::base::error::{Exit, Failure};
 use crate::frp::admission::AdmissionLimiter;
 use crate::host::Host;
@@ -72,7 +72,7 @@ pub(super) fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixLi
     Ok(listener)
 }
 
-impl Hub {
+impl ControlPlane {
     pub(super) async fn https(
         self,
         router: Router,
@@ -90,13 +90,13 @@ impl Hub {
                 Some(_) = open.join_next() => {}
                 accepted = listener.accept(), if !stop.is_cancelled() => match accepted {
                     Ok((stream, peer)) => {
-                        let (hub, router) = (self.clone(), router.clone());
+                        let (control_plane, router) = (self.clone(), router.clone());
                         let (acceptor, admission, stop) = (acceptor.clone(), admission.clone(), stop.clone());
                         open.spawn(async move {
                             let Some(pass) = admission.acquire(peer.ip()).await else { return };
                             if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(tuned(stream))).await {
                                 drop(pass);
-                                hub.serve(router, stream, Origin::Network(peer.ip().to_canonical()), stop).await;
+                                control_plane.serve(router, stream, Origin::Network(peer.ip().to_canonical()), stop).await;
                             }
                         });
                     }
@@ -163,14 +163,14 @@ struct Connected(Arc<Inner>);
 
 impl Connected {
     fn new(inner: &Arc<Inner>) -> Connected {
-        inner.busy.fetch_add(1, Relaxed);
+        inner.open_connections.fetch_add(1, Relaxed);
         Connected(inner.clone())
     }
 }
 
 impl Drop for Connected {
     fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, Relaxed);
+        self.0.open_connections.fetch_sub(1, Relaxed);
     }
 }
 

@@ -45,9 +45,9 @@ use frps::{External, ExternalFrps, Frps};
 use gateway::{Gateway, proxy_name};
 use keys::{Certificate, CertificateFiles, Keys};
 use listen::{bind, local_socket};
-use open::{belong_together, database, usable};
-use outbox::{Broker, Way};
-use registry::{Refused, Registry};
+use open::{check_data_dir, check_keys_match, database};
+use outbox::{Broker, BrokerStatus};
+use registry::{HttpError, Registry};
 use routes::Listeners;
 use sessions::Sessions;
 use store::Store;
@@ -55,7 +55,7 @@ use store::Store;
 /// Where it keeps what must outlive it, unless said otherwise.
 pub const STATE: &str = "/var/lib/pipeops-control-plane";
 /// The first administrator's token, until it is used.
-const FIRST_TOKEN: &str = "admin-token";
+const BOOTSTRAP_TOKEN: &str = "admin-token";
 /// Socket for the administrator's verbs on this machine.
 pub const SOCKET: &str = "admin.sock";
 /// What an agent's proof at the tunnel server is derived for.
@@ -69,7 +69,7 @@ const HEARTBEAT: Duration = Duration::from_secs(90);
 const GRACE: Duration = Duration::from_secs(10);
 
 /// How it is run.
-pub struct HubConfig {
+pub struct ControlPlaneConfig {
     pub listen: SocketAddr,
     pub tunnel_listen: SocketAddr,
     /// Names and addresses under which agents and Runners reach it; the first stands in what is handed out.
@@ -88,7 +88,7 @@ pub struct HubConfig {
 
 /// What all parts of a control plane share; clones are the same one.
 #[derive(Clone)]
-pub struct Hub {
+pub struct ControlPlane {
     inner: Arc<Inner>,
 }
 
@@ -98,74 +98,75 @@ struct Inner {
     store: Store,
     gateway: Gateway,
     frps: Frps,
-    gate: Arc<Gate>,
+    agent_authorizer: Arc<AgentAuthorizer>,
     state: StateDir,
     names: Vec<String>,
     port: u16,
     tunnel_port: u16,
     /// The way to the message broker, where there is one.
-    way: Option<Arc<Way>>,
+    broker_status: Option<Arc<BrokerStatus>>,
     /// The HTTPS API's certificate is not ours: what stands here is its CA, as far as clients must be told of it.
     foreign: Mutex<Option<Option<String>>>,
     failures: Mutex<Failures>,
-    first_token: std::sync::atomic::AtomicBool,
+    bootstrap_token_waits: std::sync::atomic::AtomicBool,
     requests: std::sync::atomic::AtomicU64,
-    busy: std::sync::atomic::AtomicUsize,
+    open_connections: std::sync::atomic::AtomicUsize,
     sessions: Sessions,
     listeners: Listeners,
     /// Cancelled when it stops: what would go on for ever ends.
-    ending: CancellationToken,
+    shutdown: CancellationToken,
 }
 
 /// Who may hold a tunnel: an agent that is registered, with its own proof, for its own proxy.
-struct Gate {
+struct AgentAuthorizer {
     registry: Arc<Registry>,
     keys: Arc<Keys>,
 }
 
-impl Gate {
+impl AgentAuthorizer {
     /// The agent whose proof stands in a login's metas, and what ends his session.
-    fn admitted(
+    fn authorize(
         &self,
         metas: &std::collections::BTreeMap<String, String>,
     ) -> Result<(String, CancellationToken), String> {
         let agent = metas.get("agent").cloned().unwrap_or_default();
         let shown = metas.get("token").map(String::as_str).unwrap_or_default();
-        let proof = self.keys.derived(TUNNEL, &agent);
-        let over = if constant_time_eq(shown, proof.expose()) {
+        let proof = self.keys.derive(TUNNEL, &agent);
+        let revocation = if constant_time_eq(shown, proof.expose()) {
             self.registry.tunnel(&agent, now())
         } else {
             None
         };
-        over.map(|over| (agent, over))
+        revocation
+            .map(|revocation| (agent, revocation))
             .ok_or_else(|| "this agent may not hold a tunnel here".to_owned())
     }
 }
 
 /// Each agent its own proxy, of the type that nobody reaches without its key.
-fn may_open(owner: &str, asked: &NewProxy) -> Result<(), String> {
-    if asked.proxy_type == "stcp" && asked.proxy_name == proxy_name(owner) {
+fn authorize_proxy(owner: &str, request: &NewProxy) -> Result<(), String> {
+    if request.proxy_type == "stcp" && request.proxy_name == proxy_name(owner) {
         Ok(())
     } else {
         Err(format!("{owner} may open the stcp proxy {} and nothing else", proxy_name(owner)))
     }
 }
 
-impl TunnelAuthorizer for Gate {
+impl TunnelAuthorizer for AgentAuthorizer {
     fn login(&self, login: &Login) -> Result<(String, CancellationToken), String> {
-        self.admitted(&login.metas)
+        self.authorize(&login.metas)
     }
 
-    fn proxy(&self, owner: &str, asked: &NewProxy) -> Result<(), String> {
-        may_open(owner, asked)
+    fn proxy(&self, owner: &str, request: &NewProxy) -> Result<(), String> {
+        authorize_proxy(owner, request)
     }
 
     fn visitor(&self, name: &str, sign_key: &str, timestamp: i64) -> Option<Visitor> {
         // each Runner has a name and a key of his own, so that his streams end with his right to them
         let (proxy, runner) = name.split_once('.')?;
         let agent = proxy.strip_prefix(&proxy_name(""))?;
-        let revoked = self.registry.runner_of(agent, runner, now())?;
-        let key = self.keys.stcp(agent, Some(runner));
+        let revoked = self.registry.runner_revocation(agent, runner, now())?;
+        let key = self.keys.stcp_key(agent, Some(runner));
         signed_by(&key, sign_key, timestamp).then(|| Visitor { proxy: proxy.into(), key, revoked })
     }
 }
@@ -192,16 +193,16 @@ fn now() -> i64 {
 /// Port taken, database unusable, data directory or keys unreadable.
 pub async fn run(
     host: &Host,
-    config: HubConfig,
+    config: ControlPlaneConfig,
     stop: CancellationToken,
     ready: impl FnOnce(SocketAddr, Option<SocketAddr>),
 ) -> anyhow::Result<()> {
     host::raise_descriptor_limit();
-    let state = usable(host.state_dir(&config.data_dir))?;
+    let state = check_data_dir(host.state_dir(&config.data_dir))?;
     // a second one on the same data would undo what the first one writes
-    let _only = usable(state.lock())?;
-    let made = usable(Keys::stored(&state))?.is_none();
-    let keys = Arc::new(usable(Keys::load(&state, now()))?);
+    let _only = check_data_dir(state.lock())?;
+    let made = check_data_dir(Keys::stored(&state))?.is_none();
+    let keys = Arc::new(check_data_dir(Keys::load(&state, now()))?);
     let broker = match config.broker {
         Some(broker) => Some(Broker { url: outbox::check(&broker.url)?, ..broker }),
         None => None,
@@ -215,7 +216,7 @@ pub async fn run(
     let address = listener.local_addr()?;
     let tunnel_address = tunnel.as_ref().map(tokio::net::TcpListener::local_addr).transpose()?;
     let store = database(host, &config.data_dir, &state, config.database).await?;
-    belong_together(&store, &keys, &config.data_dir).await.inspect_err(|_| {
+    check_keys_match(&store, &keys, &config.data_dir).await.inspect_err(|_| {
         if made {
             Keys::forget(&state);
         }
@@ -231,58 +232,59 @@ pub async fn run(
     let socket = local_socket(host, &config.data_dir)?;
     let mut certificate =
         Certificate::new(&keys, config.names.clone(), config.certificate, host, now())?;
-    let gate = Arc::new(Gate { registry: registry.clone(), keys: keys.clone() });
+    let agent_authorizer =
+        Arc::new(AgentAuthorizer { registry: registry.clone(), keys: keys.clone() });
     let own = Server::new(ServerConfig {
         token: keys.tunnel_token.clone(),
         tls: Some(certificate.tunnel.clone()),
         tcp_mux: true,
         tcp_bind: None,
         heartbeat: HEARTBEAT,
-        authorizer: Some(gate.clone()),
+        authorizer: Some(agent_authorizer.clone()),
     });
     let frps = external.map_or_else(|| Frps::Own(own.clone()), Frps::External);
-    let hub = Hub {
+    let control_plane = ControlPlane {
         inner: Arc::new(Inner {
             gateway: Gateway::new(frps.clone(), registry.clone(), keys.clone()),
             registry: registry.clone(),
             keys,
             store: store.clone(),
             frps,
-            gate,
+            agent_authorizer,
             state,
             names: config.names,
             port: address.port(),
             tunnel_port: tunnel_address.map_or(0, |a| a.port()),
-            way: broker.as_ref().map(|_| Arc::default()),
+            broker_status: broker.as_ref().map(|_| Arc::default()),
             foreign: Mutex::new(certificate.foreign()),
             failures: Mutex::default(),
-            first_token: false.into(),
+            bootstrap_token_waits: false.into(),
             requests: 0.into(),
-            busy: 0.into(),
+            open_connections: 0.into(),
             sessions: Sessions::default(),
             listeners: Listeners::default(),
-            ending: stop.clone(),
+            shutdown: stop.clone(),
         }),
     };
-    hub.first_steps(config.show).await?;
+    control_plane.bootstrap(config.show).await?;
     // whoever listens now is told of everybody who is there
     let told = if broker.is_some() { "yes" } else { "no" };
-    if broker.is_some() && store.noted("tells").await?.as_deref() != Some(told) {
-        registry.tell_all(now()).await?;
+    if broker.is_some() && store.metadata("tells").await?.as_deref() != Some(told) {
+        registry.announce_all(now()).await?;
     }
-    store.note("tells", told).await?;
+    store.set_metadata("tells", told).await?;
     let mut tasks = JoinSet::new();
     let halt = CancellationToken::new();
-    if let (Some(broker), Some(way)) = (broker, &hub.inner.way) {
-        tasks.spawn(outbox::run(store.clone(), broker, way.clone(), halt.clone()));
+    if let (Some(broker), Some(broker_status)) = (broker, &control_plane.inner.broker_status) {
+        tasks.spawn(outbox::run(store.clone(), broker, broker_status.clone(), halt.clone()));
     }
     if let Some(tunnel) = tunnel {
         let halt = halt.clone();
         tasks.spawn(async move { own.serve(tunnel, halt).await });
     }
-    let router = routes::router(hub.clone());
-    tasks.spawn(hub.clone().local(router.clone(), socket, halt.clone()));
-    tasks.spawn(hub.clone().https(
+    let router = routes::router(control_plane.clone());
+    tasks.spawn(control_plane.clone().local(router.clone(), socket, halt.clone()));
+    tasks.spawn(control_plane.clone().https(
         router,
         listener,
         certificate.config.clone(),
@@ -295,7 +297,7 @@ pub async fn run(
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut lost = false;
-    let under_way = operations::UnderWay::default();
+    let in_flight = operations::InFlight::default();
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
@@ -305,10 +307,10 @@ pub async fn run(
                 break;
             }
             _ = look.tick() => {
-                if let Err(error) = registry.look(now()).await {
+                if let Err(error) = registry.announce_liveness(now()).await {
                     tracing::warn!(error = format!("{error:#}"), "who has come and gone is not written");
                 }
-                hub.deliver(&under_way, now());
+                control_plane.deliver(&in_flight, now());
             }
             _ = flush.tick() => {
                 if let Err(error) = registry.flush().await {
@@ -320,11 +322,11 @@ pub async fn run(
                 if let Err(error) = registry.tidy_accesses(now()).await {
                     tracing::warn!(error = format!("{error:#}"), "kubeconfigs whose time is over are not forgotten");
                 }
-                if let Err(error) = hub.inner.keys.turn(&hub.inner.state, now()) {
+                if let Err(error) = control_plane.inner.keys.rotate(&control_plane.inner.state, now()) {
                     tracing::warn!(error = format!("{error:#}"), "the signing keys are not turned");
                 }
-                let renewed = certificate.renew(&hub.inner.keys, host, now());
-                *lock(&hub.inner.foreign) = certificate.foreign();
+                let renewed = certificate.renew(&control_plane.inner.keys, host, now());
+                *lock(&control_plane.inner.foreign) = certificate.foreign();
                 if let Err(error) = renewed {
                     tracing::warn!(error = format!("{error:#}"), "the certificate is not renewed");
                 }
@@ -333,7 +335,7 @@ pub async fn run(
     }
     // what was begun is finished, what is long ends
     let _ = timeout(GRACE, async {
-        while hub.busy() > 0 {
+        while control_plane.open_connections() > 0 {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     })
@@ -355,7 +357,7 @@ pub async fn run(
     last.context("writing the last heartbeats")
 }
 
-impl Hub {
+impl ControlPlane {
     fn registry(&self) -> &Registry {
         &self.inner.registry
     }
@@ -383,7 +385,7 @@ impl Hub {
     }
 
     /// Where the FRP server is, and how its clients know it.
-    fn tunnel_place(&self) -> TunnelConfig {
+    fn tunnel_endpoint(&self) -> TunnelConfig {
         match &self.inner.frps {
             Frps::External(external) => external.config.clone(),
             Frps::Own(_) => TunnelConfig {
@@ -406,27 +408,27 @@ impl Hub {
     }
 
     /// Name and key under which the FRP server in use lets somebody visit an agent.
-    fn visit(&self, agent: &str, runner: Option<&str>) -> (String, Secret) {
+    fn visitor_credentials(&self, agent: &str, runner: Option<&str>) -> (String, Secret) {
         // somebody else's frps knows the proxy's own name and key alone
         let runner = runner.filter(|_| matches!(self.inner.frps, Frps::Own(_)));
         let name =
             runner.map_or_else(|| proxy_name(agent), |id| format!("{}.{id}", proxy_name(agent)));
-        (name, self.inner.keys.stcp(agent, runner))
+        (name, self.inner.keys.stcp_key(agent, runner))
     }
 
     /// Connections that are open.
-    fn busy(&self) -> usize {
-        self.inner.busy.load(Relaxed)
+    fn open_connections(&self) -> usize {
+        self.inner.open_connections.load(Relaxed)
     }
 
     /// A project to begin with, and the first administrator.
-    async fn first_steps(&self, show: Option<fn(&str, &str)>) -> anyhow::Result<()> {
-        let failed = |r: Refused| anyhow::anyhow!("{}", r.message);
+    async fn bootstrap(&self, show: Option<fn(&str, &str)>) -> anyhow::Result<()> {
+        let failed = |r: HttpError| anyhow::anyhow!("{}", r.message);
         if self.registry().projects().is_empty() {
             self.registry().add_project("default", now()).await.map_err(failed)?;
         }
-        let waiting = self.inner.state.read(FIRST_TOKEN)?.is_some();
-        self.inner.first_token.store(waiting, Relaxed);
+        let waiting = self.inner.state.read(BOOTSTRAP_TOKEN)?.is_some();
+        self.inner.bootstrap_token_waits.store(waiting, Relaxed);
         if !self.registry().admins().is_empty() {
             return Ok(());
         }
@@ -446,33 +448,33 @@ impl Hub {
         match show {
             Some(show) => show(token.expose(), &line),
             None => {
-                self.inner.state.write(FIRST_TOKEN, token.expose())?;
-                self.inner.first_token.store(true, Relaxed);
+                self.inner.state.write(BOOTSTRAP_TOKEN, token.expose())?;
+                self.inner.bootstrap_token_waits.store(true, Relaxed);
             }
         }
         Ok(())
     }
 
     /// An administrator is there: the file with the first token has done its work.
-    fn admin_seen(&self) {
-        if self.inner.first_token.swap(false, Relaxed) {
-            self.inner.state.remove(FIRST_TOKEN);
+    fn remove_bootstrap_token(&self) {
+        if self.inner.bootstrap_token_waits.swap(false, Relaxed) {
+            self.inner.state.remove(BOOTSTRAP_TOKEN);
         }
     }
 
     /// Settings of an agent. They follow from what is known, so their version is a digest of them.
     fn config(&self, agent: &str) -> Config {
         let keys = self.keys();
-        let mut tunnel = self.tunnel_place();
+        let mut tunnel = self.tunnel_endpoint();
         let metas = [
             ("agent".to_owned(), agent.to_owned()),
-            ("token".to_owned(), keys.derived(TUNNEL, agent).expose().to_owned()),
+            ("token".to_owned(), keys.derive(TUNNEL, agent).expose().to_owned()),
         ];
         tunnel.auth.metas = metas.into();
         tunnel.proxies = vec![Proxy {
             name: proxy_name(agent),
             kind: ProxyKind::Stcp,
-            secret_key: self.inner.keys.stcp(agent, None),
+            secret_key: self.inner.keys.stcp_key(agent, None),
             ..Proxy::default()
         }];
         let mut config = Config {
@@ -516,7 +518,7 @@ impl Hub {
     fn metrics(&self, now: i64) -> String {
         use std::fmt::Write as _;
         let mut text = String::from("# TYPE pipeops_agents gauge\n");
-        for (state, count) in self.registry().census(now) {
+        for (state, count) in self.registry().count_by_liveness(now) {
             let _ = writeln!(text, "pipeops_agents{{state=\"{state}\"}} {count}");
         }
         let requests = self.inner.requests.load(Relaxed);
@@ -527,19 +529,23 @@ impl Hub {
             text,
             "# TYPE pipeops_requests_total counter\npipeops_requests_total {requests}"
         );
-        if let Some(way) = &self.inner.way {
+        if let Some(broker_status) = &self.inner.broker_status {
             let _ = writeln!(
                 text,
                 "# TYPE pipeops_broker_up gauge\npipeops_broker_up {}",
-                u8::from(way.down().is_none())
+                u8::from(broker_status.down().is_none())
             );
             for (name, kind, value) in [
-                ("pipeops_events_waiting", "gauge", way.waiting.load(Relaxed)),
-                ("pipeops_events_sent_total", "counter", way.sent.load(Relaxed).cast_signed()),
+                ("pipeops_events_waiting", "gauge", broker_status.waiting.load(Relaxed)),
+                (
+                    "pipeops_events_sent_total",
+                    "counter",
+                    broker_status.sent.load(Relaxed).cast_signed(),
+                ),
                 (
                     "pipeops_events_dropped_total",
                     "counter",
-                    way.dropped.load(Relaxed).cast_signed(),
+                    broker_status.dropped.load(Relaxed).cast_signed(),
                 ),
             ] {
                 let _ = writeln!(text, "# TYPE {name} {kind}\n{name} {value}");

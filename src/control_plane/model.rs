@@ -39,7 +39,7 @@ pub struct Enrolment {
 
 /// A credential that an agent holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Held {
+pub struct AgentCredential {
     pub hash: String,
     pub expires_at: i64,
 }
@@ -56,7 +56,7 @@ pub struct Agent {
     pub capabilities: Vec<String>,
     pub max_role: String,
     /// The newest last; older ones live through their overlap.
-    pub credentials: Vec<Held>,
+    pub credentials: Vec<AgentCredential>,
     pub registered_at: i64,
     /// When it was last heard, as of the last flush.
     pub seen_at: i64,

@@ -13,7 +13,7 @@ const INSTANCE: &str = "instance";
 pub(super) const KEYS: &str = "keys";
 
 /// What the file system says of the data directory, with what to do about it.
-pub(super) fn usable<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
+pub(super) fn check_data_dir<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
     result.map_err(|e| match e.downcast_ref::<Failure>() {
         Some(_) => e,
         None => Failure::new(Exit::Preflight, "DATA_DIR_UNUSABLE", "the data directory cannot be used")
@@ -34,18 +34,18 @@ pub(super) async fn database(
         Some(url) => url,
         None => {
             // SQLite gives its other files the mode of this one
-            usable(state.touch("pipeops.db"))?;
+            check_data_dir(state.touch("pipeops.db"))?;
             Secret::new(format!(
                 "sqlite:{}?mode=rw",
                 host.at(data_dir).join("pipeops.db").display()
             ))
         }
     };
-    let instance = match usable(state.read(INSTANCE))? {
+    let instance = match check_data_dir(state.read(INSTANCE))? {
         Some(instance) => instance,
         None => {
-            let made = keys::fresh()?;
-            usable(state.write(INSTANCE, &made))?;
+            let made = keys::random_token()?;
+            check_data_dir(state.write(INSTANCE, &made))?;
             made
         }
     };
@@ -53,21 +53,23 @@ pub(super) async fn database(
 }
 
 /// Tokens stand in a database as hashes under a key: with other keys everybody in it would be a stranger.
-pub(super) async fn belong_together(
+pub(super) async fn check_keys_match(
     store: &Store,
     keys: &Keys,
     data_dir: &str,
 ) -> anyhow::Result<()> {
-    let noted = store.noted(KEYS).await?;
-    if noted.as_ref().is_some_and(|mark| *mark != keys.mark()) && !store.rows().await?.is_empty() {
+    let noted = store.metadata(KEYS).await?;
+    if noted.as_ref().is_some_and(|mark| *mark != keys.fingerprint())
+        && !store.rows().await?.is_empty()
+    {
         store.close().await;
         return Err(Failure::new(Exit::Preflight, "KEYS_FOREIGN", "the database is that of a control plane with other keys")
             .why(format!("keys.json in {data_dir} is not the one that it was written with: no agent or token in it would be known"))
             .hint("put that keys.json there, or restore a backup, or use an empty database")
             .into());
     }
-    if noted.is_none_or(|mark| mark != keys.mark()) {
-        store.note(KEYS, &keys.mark()).await?;
+    if noted.is_none_or(|mark| mark != keys.fingerprint()) {
+        store.set_metadata(KEYS, &keys.fingerprint()).await?;
     }
     Ok(())
 }

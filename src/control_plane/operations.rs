@@ -9,10 +9,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::Hub;
+use super::ControlPlane;
 use super::model::{Job, rfc3339};
-use super::registry::{Refused, Route, Who, refused, unwritten};
-use super::scope::{Wanted, life, narrowed};
+use super::registry::{HttpError, Principal, Route, database_unavailable};
+use super::scope::{TokenRequest, checked_ttl, restrict};
 use crate::base::encoding::hex;
 use crate::contract::token::{Role, TOKEN_LIFETIME};
 use crate::contract::types::{
@@ -25,7 +25,7 @@ const LONGEST: i64 = 7 * 86_400;
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "OperationRequest"))]
 #[serde(deny_unknown_fields)]
-pub(super) struct Asked {
+pub(super) struct OperationRequest {
     /// The agent knows which there are: it may be of a later version than this.
     kind: String,
     spec: Value,
@@ -34,30 +34,30 @@ pub(super) struct Asked {
 }
 
 /// Agents to whom something is being handed over.
-pub(super) type UnderWay = Arc<Mutex<HashSet<String>>>;
+pub(super) type InFlight = Arc<Mutex<HashSet<String>>>;
 
 /// What became of an operation that was asked for.
-pub(super) enum Taken {
+pub(super) enum Submission {
     /// It is there already, under the same key.
-    Known(Job),
-    New(Job),
+    Existing(Job),
+    Created(Job),
     /// As the agent refused it.
-    Refused(StatusCode, Value),
+    Rejected(StatusCode, Value),
 }
 
-impl Hub {
+impl ControlPlane {
     /// One call about an operation, of the agent that has it.
-    pub(super) async fn at_agent(
+    pub(super) async fn call_operation(
         &self,
         method: Method,
-        who: &Who,
+        principal: &Principal,
         route: &Route,
         op: &str,
         now: i64,
-    ) -> Result<(StatusCode, Value), Refused> {
-        let (role, namespaces) = narrowed(who, &Wanted::default())?;
-        let token = self.jwt(who, route, role, namespaces, TOKEN_LIFETIME, now).0;
-        self.ask_agent(
+    ) -> Result<(StatusCode, Value), HttpError> {
+        let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
+        let token = self.jwt(principal, route, role, namespaces, TOKEN_LIFETIME, now).0;
+        self.call_agent(
             Request::builder().method(method),
             &format!("api/v1/operations/{op}"),
             route,
@@ -68,31 +68,31 @@ impl Hub {
     }
 
     /// Hands an operation to its agent, or keeps it until the agent is there.
-    pub(super) async fn ask_operation(
+    pub(super) async fn submit_operation(
         &self,
-        who: &Who,
+        principal: &Principal,
         route: &Route,
-        asked: Asked,
+        request: OperationRequest,
         key: Option<&str>,
         now: i64,
-    ) -> Result<Taken, Refused> {
-        let ttl = asked.ttl_s.map(|ttl| life(Some(ttl), LONGEST, LONGEST)).transpose()?;
-        let (role, _) = narrowed(who, &Wanted::default())?;
+    ) -> Result<Submission, HttpError> {
+        let ttl = request.ttl_s.map(|ttl| checked_ttl(Some(ttl), LONGEST, LONGEST)).transpose()?;
+        let (role, _) = restrict(principal, &TokenRequest::default())?;
         if role < Role::Deployer {
-            return Err(refused(403, "role_exceeded", "a viewer changes nothing", None));
+            return Err(HttpError::new(403, "role_exceeded", "a viewer changes nothing", None));
         }
         let key = check_idempotency_key(key)
-            .map_err(|why| refused(400, "idempotency_key_needed", why, None))?;
-        let body = json!({"kind": asked.kind, "spec": asked.spec}).to_string();
-        let (subject, request) = (who.subject(), hex(&Sha256::digest(&body)));
+            .map_err(|why| HttpError::new(400, "idempotency_key_needed", why, None))?;
+        let body = json!({"kind": request.kind, "spec": request.spec}).to_string();
+        let (subject, digest) = (principal.subject(), hex(&Sha256::digest(&body)));
         let id = operation_id(&subject, key);
         if let Some(known) = self.registry().job(&route.agent, &id) {
             // one that was asked for at the agent is judged there
-            if known.request == request || known.request.is_empty() {
-                return Ok(Taken::Known(known));
+            if known.request == digest || known.request.is_empty() {
+                return Ok(Submission::Existing(known));
             }
             let hint = Some("use a fresh key for each thing that is asked for");
-            return Err(refused(
+            return Err(HttpError::new(
                 409,
                 "idempotency_mismatch",
                 "this Idempotency-Key was used for something else",
@@ -103,74 +103,76 @@ impl Hub {
             agent: route.agent.clone(),
             operation: Operation {
                 id: id.clone(),
-                kind: asked.kind,
+                kind: request.kind,
                 state: OperationState::Queued,
                 subject,
                 created_at: rfc3339(now),
                 ..Operation::default()
             },
             key: key.into(),
-            request,
+            request: digest,
             sealed: None,
             asked_ms: jiff::Timestamp::now().as_millisecond(),
             expires_at: now + ttl.unwrap_or(0),
             changed_at: now,
         };
         // what may wait does not overtake what waits
-        if ttl.is_none() || !self.registry().waits(&route.agent) {
-            match self.hand_over(who, route, &job, &body, now).await {
+        if ttl.is_none() || !self.registry().has_queued(&route.agent) {
+            match self.hand_over(principal, route, &job, &body, now).await {
                 Ok((status, value)) if !status.is_success() => {
-                    return Ok(Taken::Refused(status, value));
+                    return Ok(Submission::Rejected(status, value));
                 }
                 Ok((_, value)) => {
-                    job.operation = taken(value)?;
+                    job.operation = parse_operation(value)?;
                     self.registry().put_job(job.clone(), now).await?;
-                    return Ok(Taken::New(job));
+                    return Ok(Submission::Created(job));
                 }
                 Err(offline) if ttl.is_none() => return Err(offline),
                 Err(_) => {}
             }
         }
-        job.sealed = Some(self.keys().seal(&body).map_err(|e| unwritten(&e))?);
+        job.sealed = Some(self.keys().seal(&body).map_err(|e| database_unavailable(&e))?);
         self.registry().put_job(job.clone(), now).await?;
-        Ok(Taken::New(job))
+        Ok(Submission::Created(job))
     }
 
     async fn hand_over(
         &self,
-        who: &Who,
+        principal: &Principal,
         route: &Route,
         job: &Job,
         body: &str,
         now: i64,
-    ) -> Result<(StatusCode, Value), Refused> {
-        let (role, namespaces) = narrowed(who, &Wanted::default())?;
-        let token = self.jwt(who, route, role, namespaces, TOKEN_LIFETIME, now).0;
+    ) -> Result<(StatusCode, Value), HttpError> {
+        let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
+        let token = self.jwt(principal, route, role, namespaces, TOKEN_LIFETIME, now).0;
         let request = Request::builder()
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/json")
             .header(IDEMPOTENCY_KEY, &job.key);
-        self.ask_agent(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned()))
+        self.call_agent(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned()))
             .await
     }
 
     /// Hands over what waits for agents that are there, one after the other for each, and calls back what runs for nobody any more.
-    pub(super) fn deliver(&self, under_way: &UnderWay, now: i64) {
-        for job in self.registry().disowned().into_iter().chain(self.registry().waiting()) {
+    pub(super) fn deliver(&self, in_flight: &InFlight, now: i64) {
+        for job in
+            self.registry().running_for_revoked().into_iter().chain(self.registry().oldest_queued())
+        {
             // through somebody else's FRP server only a try tells
             if self.tunnel_open(&job.agent) == Some(false)
-                || !super::lock(under_way).insert(job.agent.clone())
+                || !super::lock(in_flight).insert(job.agent.clone())
             {
                 continue;
             }
-            let (hub, under_way) = (self.clone(), under_way.clone());
+            let (control_plane, in_flight) = (self.clone(), in_flight.clone());
             tokio::spawn(async move {
                 let agent = job.agent.clone();
                 let done = if job.operation.state == OperationState::Running {
-                    hub.call_back(job, now).await
-                } else if hub.registry().hand(&job) {
-                    let done = hub.deliver_one(job.clone(), now).await;
-                    hub.registry().handed(&job);
+                    control_plane.cancel_at_agent(job, now).await
+                } else if control_plane.registry().begin_delivery(&job) {
+                    let done = control_plane.deliver_one(job.clone(), now).await;
+                    control_plane.registry().end_delivery(&job);
                     done
                 } else {
                     Ok(())
@@ -178,13 +180,13 @@ impl Hub {
                 if let Err(error) = done {
                     tracing::warn!(error = error.message, agent, "an operation goes on as it was");
                 }
-                super::lock(&under_way).remove(&agent);
+                super::lock(&in_flight).remove(&agent);
             });
         }
     }
 
     /// Cancels one in the name of whoever asked for it; its end comes from the agent, as always.
-    async fn call_back(&self, job: Job, now: i64) -> Result<(), Refused> {
+    async fn cancel_at_agent(&self, job: Job, now: i64) -> Result<(), HttpError> {
         let registry = self.registry();
         let (Some(cluster), Some(access)) =
             (registry.cluster_of(&job.agent), registry.access(&job.operation.subject))
@@ -193,7 +195,13 @@ impl Hub {
         };
         let route = registry.route(&cluster, None)?;
         let (status, _) = self
-            .at_agent(Method::DELETE, &Who::Access(access.into()), &route, &job.operation.id, now)
+            .call_operation(
+                Method::DELETE,
+                &Principal::Access(access.into()),
+                &route,
+                &job.operation.id,
+                now,
+            )
             .await?;
         if status == StatusCode::NOT_FOUND {
             return registry
@@ -208,22 +216,22 @@ impl Hub {
         Ok(())
     }
 
-    async fn deliver_one(&self, mut job: Job, now: i64) -> Result<(), Refused> {
+    async fn deliver_one(&self, mut job: Job, now: i64) -> Result<(), HttpError> {
         let registry = self.registry();
-        let who = registry.still(&job.operation.subject, now);
+        let principal = registry.resolve_subject(&job.operation.subject, now);
         let cluster = registry.cluster_of(&job.agent);
-        let within = |who: &Who, cluster: &str| match who {
-            Who::Access(access) => {
+        let within = |principal: &Principal, cluster: &str| match principal {
+            Principal::Access(access) => {
                 registry.reaches(access, cluster).is_ok() && access.role >= Role::Deployer
             }
             _ => true,
         };
-        let (Some(who), Some(cluster)) = (who, cluster) else {
+        let (Some(principal), Some(cluster)) = (principal, cluster) else {
             return registry
                 .end_job(job, OperationState::Failed, "whoever asked for it may not any more", now)
                 .await;
         };
-        if !within(&who, &cluster) {
+        if !within(&principal, &cluster) {
             return registry
                 .end_job(job, OperationState::Failed, "whoever asked for it may not any more", now)
                 .await;
@@ -240,12 +248,13 @@ impl Hub {
                 )
                 .await;
         };
-        let Ok((status, value)) = self.hand_over(&who, &route, &job, body.expose(), now).await
+        let Ok((status, value)) =
+            self.hand_over(&principal, &route, &job, body.expose(), now).await
         else {
             return Ok(());
         };
         if status.is_success() {
-            (job.operation, job.sealed, job.changed_at) = (taken(value)?, None, now);
+            (job.operation, job.sealed, job.changed_at) = (parse_operation(value)?, None, now);
             return registry.put_job(job, now).await;
         }
         if matches!(status.as_u16(), 400 | 403 | 405 | 409 | 413 | 422) {
@@ -259,7 +268,7 @@ impl Hub {
 }
 
 /// What an agent answers to an operation that it takes.
-fn taken(value: Value) -> Result<Operation, Refused> {
+fn parse_operation(value: Value) -> Result<Operation, HttpError> {
     serde_json::from_value(value)
-        .map_err(|_| refused(502, "bad_answer", "the agent's answer cannot be read", None))
+        .map_err(|_| HttpError::new(502, "bad_answer", "the agent's answer cannot be read", None))
 }

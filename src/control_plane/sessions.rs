@@ -6,10 +6,10 @@ use std::sync::{Mutex, MutexGuard};
 
 use http::{HeaderMap, Method, header};
 
-use super::Hub;
-use super::keys::fresh;
+use super::ControlPlane;
+use super::keys::random_token;
 use super::model::AccessKind;
-use super::registry::{Refused, Who, refused, unwritten};
+use super::registry::{HttpError, Principal, database_unavailable};
 use crate::base::secret::{Secret, constant_time_eq};
 
 /// Name of the session's cookie. The prefix makes browsers refuse one that is not Secure, or is set for other hosts or paths.
@@ -36,7 +36,7 @@ struct Session {
 
 /// What a browser is given at a login.
 pub(super) struct LoggedIn {
-    pub(super) who: Who,
+    pub(super) principal: Principal,
     pub(super) csrf: String,
     /// Value of `Set-Cookie`.
     pub(super) cookie: String,
@@ -64,22 +64,25 @@ impl Sessions {
     }
 }
 
-impl Hub {
+impl ControlPlane {
     /// A session for whoever shows an administrator's or a Runner's token.
     pub(super) fn login(
         &self,
         address: IpAddr,
         token: &Secret,
         now: i64,
-    ) -> Result<LoggedIn, Refused> {
-        let hash = self.keys().hashed(token.expose().trim());
-        self.guard(address, &hash, now)?;
-        let who = self.registry().who(&hash, now).inspect_err(|_| self.failed(address, now))?;
-        match &who {
-            Who::Admin(_) => self.admin_seen(),
-            Who::Access(access) if access.kind == AccessKind::Runner => {}
+    ) -> Result<LoggedIn, HttpError> {
+        let hash = self.keys().token_hash(token.expose().trim());
+        self.check_rate_limit(address, &hash, now)?;
+        let principal = self
+            .registry()
+            .authenticate(&hash, now)
+            .inspect_err(|_| self.record_failure(address, now))?;
+        match &principal {
+            Principal::Admin(_) => self.remove_bootstrap_token(),
+            Principal::Access(access) if access.kind == AccessKind::Runner => {}
             _ => {
-                return Err(refused(
+                return Err(HttpError::new(
                     403,
                     "forbidden",
                     "this token is for something else",
@@ -87,14 +90,16 @@ impl Hub {
                 ));
             }
         }
-        self.succeeded(hash.clone());
-        let (value, csrf) =
-            (fresh().map_err(|e| unwritten(&e))?, fresh().map_err(|e| unwritten(&e))?);
+        self.record_success(hash.clone());
+        let (value, csrf) = (
+            random_token().map_err(|e| database_unavailable(&e))?,
+            random_token().map_err(|e| database_unavailable(&e))?,
+        );
         {
             let mut open = self.inner.sessions.open();
             open.retain(|_, s| s.until > now);
             if open.len() >= MOST {
-                return Err(refused(
+                return Err(HttpError::new(
                     503,
                     "too_many_sessions",
                     "too many people are logged in",
@@ -102,17 +107,17 @@ impl Hub {
                 ));
             }
             open.insert(
-                self.keys().hashed(&value),
+                self.keys().token_hash(&value),
                 Session { token: hash, csrf: csrf.clone(), until: now + LIFE },
             );
         }
-        Ok(LoggedIn { who, csrf, cookie: set_cookie(&value, LIFE) })
+        Ok(LoggedIn { principal, csrf, cookie: set_cookie(&value, LIFE) })
     }
 
     /// Ends the session behind a request's cookie; gives what makes the browser forget it.
     pub(super) fn logout(&self, headers: &HeaderMap) -> String {
         if let Some(value) = cookie(headers) {
-            self.inner.sessions.open().remove(&self.keys().hashed(value));
+            self.inner.sessions.open().remove(&self.keys().token_hash(value));
         }
         set_cookie("", 0)
     }
@@ -120,7 +125,7 @@ impl Hub {
     /// The word of the page whose cookie a request carries.
     pub(super) fn csrf(&self, headers: &HeaderMap) -> String {
         let csrf = cookie(headers).and_then(|v| {
-            self.inner.sessions.open().get(&self.keys().hashed(v)).map(|s| s.csrf.clone())
+            self.inner.sessions.open().get(&self.keys().token_hash(v)).map(|s| s.csrf.clone())
         });
         csrf.unwrap_or_default()
     }
@@ -129,17 +134,17 @@ impl Hub {
     ///
     /// # Errors
     /// 401 when the session is over, 403 for a request that another page made the browser send.
-    pub(super) fn by_cookie(
+    pub(super) fn session_token(
         &self,
         method: &Method,
         headers: &HeaderMap,
         now: i64,
-    ) -> Result<Option<String>, Refused> {
+    ) -> Result<Option<String>, HttpError> {
         let Some(value) = cookie(headers) else { return Ok(None) };
         let open = self.inner.sessions.open();
-        let session = open.get(&self.keys().hashed(value)).filter(|s| s.until > now);
+        let session = open.get(&self.keys().token_hash(value)).filter(|s| s.until > now);
         let session = session.ok_or_else(|| {
-            refused(401, "session_over", "the session is over", Some("log in again"))
+            HttpError::new(401, "session_over", "the session is over", Some("log in again"))
         })?;
         let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
         // browsers say where a request comes from, and a page cannot change what they say
@@ -148,7 +153,7 @@ impl Hub {
         if foreign
             || (!safe && !text(CSRF).is_some_and(|shown| constant_time_eq(shown, &session.csrf)))
         {
-            return Err(refused(
+            return Err(HttpError::new(
                 403,
                 "foreign_request",
                 "this request does not come from the control plane's page",

@@ -14,7 +14,7 @@ pub const CONFIG: &str = "/etc/pipeops/control-plane.toml";
 #[derive(Clone, Debug, Default, clap::Args, Deserialize, PartialEq)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 #[allow(rustdoc::broken_intra_doc_links, reason = "help texts: what stands in brackets is no link")]
-pub struct PlaneOptions {
+pub struct ControlPlaneOptions {
     /// Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<SocketAddr>,
@@ -64,13 +64,13 @@ pub struct PlaneOptions {
     pub tls_ca: Option<String>,
 }
 
-impl PlaneOptions {
+impl ControlPlaneOptions {
     /// These, and below them `lower`.
     #[must_use]
-    pub fn layered_over(self, lower: PlaneOptions) -> PlaneOptions {
+    pub fn layered_over(self, lower: ControlPlaneOptions) -> ControlPlaneOptions {
         // one flag says where a URL stands: the other way to say it, in the file, is not asked any more
         let (database, amqp) = (self.database_url.is_some(), self.amqp_url.is_some());
-        PlaneOptions {
+        ControlPlaneOptions {
             listen: self.listen.or(lower.listen),
             tunnel_listen: self.tunnel_listen.or(lower.tunnel_listen),
             public_name: if self.public_name.is_empty() {
@@ -98,9 +98,9 @@ impl PlaneOptions {
 
 /// # Errors
 /// A [`Failure`] with exit 2 that names `origin`.
-pub fn parse_file(text: &str, origin: &str) -> Result<PlaneOptions, Failure> {
+pub fn parse_file(text: &str, origin: &str) -> Result<ControlPlaneOptions, Failure> {
     let secret = ["database-url", "amqp-url"];
-    let known: Vec<String> = long_flags::<PlaneOptions>()
+    let known: Vec<String> = long_flags::<ControlPlaneOptions>()
         .into_iter()
         .filter(|k| !secret.contains(&k.as_str()))
         .collect();
@@ -118,10 +118,10 @@ mod tests {
             "f",
         )
         .unwrap();
-        let flags = PlaneOptions {
+        let flags = ControlPlaneOptions {
             listen: "127.0.0.1:2".parse().ok(),
             amqp_url: Some("amqp://h".into()),
-            ..PlaneOptions::default()
+            ..ControlPlaneOptions::default()
         };
         let both = flags.layered_over(file);
         assert_eq!(

@@ -25,12 +25,12 @@ const SCHEMA: i64 = 1;
 /// Orders that share a commit at most.
 const BATCH: usize = 512;
 /// How often the holder of a shared database shows that it lives, and how long another one watches before it takes over.
-pub const BEAT: Duration = Duration::from_secs(5);
-const PATIENCE: Duration = Duration::from_secs(16);
+pub const HEARTBEAT: Duration = Duration::from_secs(5);
+const TAKEOVER: Duration = Duration::from_secs(16);
 
 /// What a row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum RowKind {
     Project,
     Enrolment,
     Agent,
@@ -39,22 +39,22 @@ pub enum Kind {
     Operation,
 }
 
-impl Kind {
+impl RowKind {
     fn name(self) -> &'static str {
         match self {
-            Kind::Project => "project",
-            Kind::Enrolment => "enrolment",
-            Kind::Agent => "agent",
-            Kind::Access => "access",
-            Kind::Admin => "admin",
-            Kind::Operation => "operation",
+            RowKind::Project => "project",
+            RowKind::Enrolment => "enrolment",
+            RowKind::Agent => "agent",
+            RowKind::Access => "access",
+            RowKind::Admin => "admin",
+            RowKind::Operation => "operation",
         }
     }
 }
 
 /// Something that Runners are told, kept until the broker has it.
 #[derive(Clone, Debug)]
-pub struct Event {
+pub struct OutboxEvent {
     pub agent: String,
     pub topic: &'static str,
     /// Seconds since 1970.
@@ -67,7 +67,7 @@ pub struct Event {
 
 /// An event as it waits: the number grows with every one, over restarts and restored backups too.
 #[derive(Clone, Debug)]
-pub struct Waiting {
+pub struct PendingEvent {
     pub seq: i64,
     pub agent: String,
     pub topic: String,
@@ -78,17 +78,17 @@ pub struct Waiting {
 #[derive(Clone, Debug)]
 pub enum Change {
     Put {
-        kind: Kind,
+        kind: RowKind,
         id: String,
         body: String,
     },
     Remove {
-        kind: Kind,
+        kind: RowKind,
         id: String,
     },
     /// A row as a backup has it.
     Row(Row),
-    Told(Event),
+    AddEvent(OutboxEvent),
     /// The broker has these.
     Delivered(Vec<i64>),
 }
@@ -96,24 +96,24 @@ pub enum Change {
 impl Change {
     /// # Errors
     /// When the row cannot be written as JSON.
-    pub fn put<T: Serialize>(kind: Kind, id: &str, row: &T) -> anyhow::Result<Change> {
+    pub fn put<T: Serialize>(kind: RowKind, id: &str, row: &T) -> anyhow::Result<Change> {
         Ok(Change::Put { kind, id: id.into(), body: serde_json::to_string(row)? })
     }
 
-    pub fn remove(kind: Kind, id: &str) -> Change {
+    pub fn remove(kind: RowKind, id: &str) -> Change {
         Change::Remove { kind, id: id.into() }
     }
 }
 
-struct Order {
+struct WriteRequest {
     changes: Vec<Change>,
     done: oneshot::Sender<Result<(), String>>,
 }
 
 /// What becomes of an order: ready when it is durable or has failed.
-pub struct Ordered(Option<oneshot::Receiver<Result<(), String>>>);
+pub struct PendingWrite(Option<oneshot::Receiver<Result<(), String>>>);
 
-impl Ordered {
+impl PendingWrite {
     /// # Errors
     /// What the database says.
     pub async fn durable(self) -> anyhow::Result<()> {
@@ -130,9 +130,9 @@ impl Ordered {
 #[derive(Clone)]
 pub struct Store {
     pool: AnyPool,
-    orders: mpsc::UnboundedSender<Order>,
+    orders: mpsc::UnboundedSender<WriteRequest>,
     /// Told whenever an event was written.
-    told: Arc<Notify>,
+    event_written: Arc<Notify>,
     /// Cancelled when another control plane has taken the database over.
     lost: CancellationToken,
 }
@@ -223,24 +223,26 @@ impl Store {
                 .into());
             }
         }
-        hold(&pool, instance, sqlite).await?;
+        take_ownership(&pool, instance, sqlite).await?;
         let last: i64 = sqlx::query("SELECT COALESCE(MAX(seq), 0) FROM pipeops_outbox")
             .fetch_one(&pool)
             .await?
             .try_get(0)?;
-        let kept = meta(&pool, "outbox_seq").await?.and_then(|n| n.parse().ok()).unwrap_or(0);
+        let kept =
+            read_metadata(&pool, "outbox_seq").await?.and_then(|n| n.parse().ok()).unwrap_or(0);
         let (orders, queue) = mpsc::unbounded_channel();
-        let store = Store { pool, orders, told: Arc::default(), lost: CancellationToken::new() };
+        let store =
+            Store { pool, orders, event_written: Arc::default(), lost: CancellationToken::new() };
         let writer = Writer {
             pool: store.pool.clone(),
             instance: instance.into(),
             last: last.max(kept),
-            told: store.told.clone(),
+            event_written: store.event_written.clone(),
             lost: store.lost.clone(),
         };
         tokio::spawn(writer.run(queue));
         if !sqlite {
-            tokio::spawn(beat(store.pool.clone(), instance.to_owned(), store.lost.clone()));
+            tokio::spawn(heartbeat(store.pool.clone(), instance.to_owned(), store.lost.clone()));
         }
         Ok(store)
     }
@@ -249,7 +251,7 @@ impl Store {
     ///
     /// # Errors
     /// When the database does not answer, or a row cannot be read: nothing is passed over in silence.
-    pub async fn all<T: DeserializeOwned>(&self, kind: Kind) -> anyhow::Result<Vec<T>> {
+    pub async fn all<T: DeserializeOwned>(&self, kind: RowKind) -> anyhow::Result<Vec<T>> {
         let rows = sqlx::query("SELECT id, body FROM pipeops_row WHERE kind = $1 ORDER BY id")
             .bind(kind.name())
             .fetch_all(&self.pool)
@@ -280,9 +282,9 @@ impl Store {
     }
 
     /// Orders all of `changes` or none. They are written in the order of these calls.
-    pub fn order(&self, changes: Vec<Change>) -> Ordered {
+    pub fn enqueue(&self, changes: Vec<Change>) -> PendingWrite {
         let (done, answer) = oneshot::channel();
-        Ordered(self.orders.send(Order { changes, done }).is_ok().then_some(answer))
+        PendingWrite(self.orders.send(WriteRequest { changes, done }).is_ok().then_some(answer))
     }
 
     /// Writes all of `changes` or none; back when they are durable.
@@ -290,7 +292,7 @@ impl Store {
     /// # Errors
     /// What the database says.
     pub async fn write(&self, changes: Vec<Change>) -> anyhow::Result<()> {
-        self.order(changes).durable().await
+        self.enqueue(changes).durable().await
     }
 
     /// Done when another control plane has taken the database over.
@@ -299,15 +301,15 @@ impl Store {
     }
 
     /// Done when an event was written since the last call.
-    pub async fn told(&self) {
-        self.told.notified().await;
+    pub async fn event_written(&self) {
+        self.event_written.notified().await;
     }
 
     /// The oldest events that wait.
     ///
     /// # Errors
     /// When the database does not answer.
-    pub async fn waiting(&self, most: i64) -> anyhow::Result<Vec<Waiting>> {
+    pub async fn waiting(&self, most: i64) -> anyhow::Result<Vec<PendingEvent>> {
         let rows =
             sqlx::query("SELECT seq, agent, topic, body FROM pipeops_outbox ORDER BY seq LIMIT $1")
                 .bind(most)
@@ -315,7 +317,7 @@ impl Store {
                 .await?;
         rows.iter()
             .map(|row| {
-                Ok(Waiting {
+                Ok(PendingEvent {
                     seq: row.try_get(0)?,
                     agent: row.try_get(1)?,
                     topic: row.try_get(2)?,
@@ -357,14 +359,14 @@ impl Store {
     ///
     /// # Errors
     /// When the database does not answer.
-    pub async fn noted(&self, id: &str) -> anyhow::Result<Option<String>> {
-        Ok(meta(&self.pool, id).await?)
+    pub async fn metadata(&self, id: &str) -> anyhow::Result<Option<String>> {
+        Ok(read_metadata(&self.pool, id).await?)
     }
 
     /// # Errors
     /// When the database does not answer.
-    pub async fn note(&self, id: &str, text: &str) -> anyhow::Result<()> {
-        set_meta(&mut *self.pool.acquire().await?, id, text).await?;
+    pub async fn set_metadata(&self, id: &str, text: &str) -> anyhow::Result<()> {
+        write_metadata(&mut *self.pool.acquire().await?, id, text).await?;
         Ok(())
     }
 
@@ -375,7 +377,7 @@ impl Store {
     }
 }
 
-async fn meta(pool: &AnyPool, id: &str) -> Result<Option<String>, sqlx::Error> {
+async fn read_metadata(pool: &AnyPool, id: &str) -> Result<Option<String>, sqlx::Error> {
     let row = sqlx::query("SELECT body FROM pipeops_meta WHERE id = $1")
         .bind(id.to_owned())
         .fetch_optional(pool)
@@ -383,7 +385,7 @@ async fn meta(pool: &AnyPool, id: &str) -> Result<Option<String>, sqlx::Error> {
     row.map(|row| row.try_get(0)).transpose()
 }
 
-async fn set_meta(
+async fn write_metadata(
     connection: &mut sqlx::AnyConnection,
     id: &str,
     text: &str,
@@ -398,16 +400,16 @@ async fn set_meta(
 
 /// Becomes the one control plane that writes here. The former holder may be another one that lives: then its beat changes while it is
 /// watched. Clocks are not asked, they differ. `alone`: the lock on the data directory has kept others away.
-async fn hold(pool: &AnyPool, instance: &str, alone: bool) -> anyhow::Result<()> {
+async fn take_ownership(pool: &AnyPool, instance: &str, alone: bool) -> anyhow::Result<()> {
     let begun = tokio::time::Instant::now();
-    let first = meta(pool, "beat").await?;
+    let first = read_metadata(pool, "beat").await?;
     loop {
-        let holder = meta(pool, "holder").await?;
-        if alone || holder.as_deref().is_none_or(|h| h == instance) || begun.elapsed() > PATIENCE {
-            set_meta(&mut *pool.acquire().await?, "holder", instance).await?;
+        let holder = read_metadata(pool, "holder").await?;
+        if alone || holder.as_deref().is_none_or(|h| h == instance) || begun.elapsed() > TAKEOVER {
+            write_metadata(&mut *pool.acquire().await?, "holder", instance).await?;
             return Ok(());
         }
-        if meta(pool, "beat").await? != first {
+        if read_metadata(pool, "beat").await? != first {
             return Err(Failure::new(
                 Exit::Locked,
                 "DATABASE_IN_USE",
@@ -421,12 +423,12 @@ async fn hold(pool: &AnyPool, instance: &str, alone: bool) -> anyhow::Result<()>
 }
 
 /// Shows that the holder lives.
-async fn beat(pool: AnyPool, instance: String, lost: CancellationToken) {
+async fn heartbeat(pool: AnyPool, instance: String, lost: CancellationToken) {
     let mut count = 0_u64;
     while !lost.is_cancelled() {
         count += 1;
         if let Ok(mut connection) = pool.acquire().await {
-            let _ = set_meta(
+            let _ = write_metadata(
                 &mut connection,
                 "beat",
                 &format!("{instance} {} {count}", std::process::id()),
@@ -435,7 +437,7 @@ async fn beat(pool: AnyPool, instance: String, lost: CancellationToken) {
         } else if pool.is_closed() {
             return;
         }
-        tokio::time::sleep(BEAT).await;
+        tokio::time::sleep(HEARTBEAT).await;
     }
 }
 
@@ -485,11 +487,11 @@ impl<'a> Rows<'a> {
 }
 
 /// Whether the database itself refused what was written: then it may be one order's fault.
-fn orders_apart(result: &Result<(), sqlx::Error>) -> bool {
+fn rejected_by_database(result: &Result<(), sqlx::Error>) -> bool {
     matches!(result, Err(sqlx::Error::Database(_)))
 }
 
-fn said(result: &Result<(), sqlx::Error>) -> Result<(), String> {
+fn as_text(result: &Result<(), sqlx::Error>) -> Result<(), String> {
     result.as_ref().copied().map_err(ToString::to_string)
 }
 
@@ -498,25 +500,25 @@ struct Writer {
     instance: String,
     /// Number of the last event.
     last: i64,
-    told: Arc<Notify>,
+    event_written: Arc<Notify>,
     lost: CancellationToken,
 }
 
 impl Writer {
-    async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Order>) {
+    async fn run(mut self, mut queue: mpsc::UnboundedReceiver<WriteRequest>) {
         let mut orders = Vec::new();
         while queue.recv_many(&mut orders, BATCH).await > 0 {
             let mut result = self.commit(&mut orders.iter().flat_map(|o| &o.changes)).await;
             for order in orders.drain(..) {
                 // one that cannot be written must not take the others with it; a database that is away is not asked for each
-                if orders_apart(&result) {
+                if rejected_by_database(&result) {
                     let alone = self.commit(&mut order.changes.iter()).await;
-                    let _ = order.done.send(said(&alone));
-                    if alone.is_err() && !orders_apart(&alone) {
+                    let _ = order.done.send(as_text(&alone));
+                    if alone.is_err() && !rejected_by_database(&alone) {
                         result = alone;
                     }
                 } else {
-                    let _ = order.done.send(said(&result));
+                    let _ = order.done.send(as_text(&result));
                 }
             }
         }
@@ -559,7 +561,7 @@ impl Writer {
                         .bind(kind.name())
                         .bind(id.clone())
                 }
-                Change::Told(event) => {
+                Change::AddEvent(event) => {
                     if event.latest {
                         let former = sqlx::query(
                             "DELETE FROM pipeops_outbox WHERE agent = $1 AND topic = $2",
@@ -593,11 +595,11 @@ impl Writer {
         }
         rows.write(&mut transaction).await?;
         if self.last != before {
-            set_meta(&mut transaction, "outbox_seq", &self.last.to_string()).await?;
+            write_metadata(&mut transaction, "outbox_seq", &self.last.to_string()).await?;
         }
         transaction.commit().await?;
         if self.last != before {
-            self.told.notify_one();
+            self.event_written.notify_one();
         }
         Ok(())
     }

@@ -205,7 +205,7 @@ fn plane() {
     let host = pipeops::host::Host::new(dir.path(), None);
     let (served, halt) = (host.clone(), stop.clone());
     let task = runtime.spawn(async move {
-        let config = pipeops::control_plane::HubConfig {
+        let config = pipeops::control_plane::ControlPlaneConfig {
             listen: ([127, 0, 0, 1], 0).into(),
             tunnel_listen: ([127, 0, 0, 1], 0).into(),
             names: vec!["127.0.0.1".into()],

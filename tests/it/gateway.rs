@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pipeops::control_plane::routes::Need;
+use pipeops::control_plane::routes::RequiredAuth;
 use reqwest::{Client, Response};
 use serde_json::{Value, json};
 
@@ -530,8 +530,9 @@ async fn an_answer_of_the_agent_is_readable_without_a_gateway_too() {
 async fn what_anybody_may_call_is_told_of_nobody() {
     let hub = Hub::with(&[]);
     let mut routes = 0;
-    for route in
-        pipeops::control_plane::routes::table().iter().filter(|route| route.need == Need::Nobody)
+    for route in pipeops::control_plane::routes::table()
+        .iter()
+        .filter(|route| route.required_auth == RequiredAuth::None)
     {
         let (method, path) = (route.method, route.path);
         routes += 1;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pipeops::agent::session::identity::{Identity, LoadedIdentity};
-use pipeops::control_plane::routes::{Need, Route};
+use pipeops::control_plane::routes::{RequiredAuth, Route};
 use pipeops::host::Host;
 use reqwest::{Client, Method, Response};
 use serde_json::{Value, json};
@@ -722,32 +722,36 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         ("admin", &hub.admin),
     ];
     // a kubeconfig is for its cluster alone; a Runner of another project or cluster does not learn that there is one
-    let allowed = |need: Need, path: &str, who: &str| match need {
-        Need::Nobody => true,
-        Need::Enrol => matches!(who, "enrolment" | "agent"),
-        Need::Agent => who == "agent",
-        Need::Admin => who == "admin",
-        Need::Local | Need::Session => false,
-        Need::Runner if matches!(path, "/api/v1/clusters" | "/api/v1/changes") => {
+    let allowed = |required_auth: RequiredAuth, path: &str, who: &str| match required_auth {
+        RequiredAuth::None => true,
+        RequiredAuth::Enrolment => matches!(who, "enrolment" | "agent"),
+        RequiredAuth::Agent => who == "agent",
+        RequiredAuth::Admin => who == "admin",
+        RequiredAuth::Local | RequiredAuth::Session => false,
+        RequiredAuth::Runner if matches!(path, "/api/v1/clusters" | "/api/v1/changes") => {
             matches!(who, "runner" | "foreign" | "elsewhere" | "admin")
         }
-        Need::Runner => matches!(who, "runner" | "admin"),
-        Need::Gateway => matches!(who, "runner" | "kubeconfig" | "admin"),
+        RequiredAuth::Runner => matches!(who, "runner" | "admin"),
+        RequiredAuth::Gateway => matches!(who, "runner" | "kubeconfig" | "admin"),
     };
     let mut checked = 0;
-    for Route { method, path: template, need } in pipeops::control_plane::routes::table() {
+    for Route { method, path: template, required_auth } in pipeops::control_plane::routes::table() {
         // it takes its token in the body, or in the path
         if method == "POST" && matches!(template, "/session" | "/frp/handler/{secret}") {
             continue;
         }
         for (who, token) in tokens {
             // what would take the ground from under the rest is asked only by those who may not
-            let may = allowed(need, template, who);
+            let may = allowed(required_auth, template, who);
             let destructive = method == "DELETE" || template.ends_with("/revoke");
             if may && destructive {
                 continue;
             }
-            let id = if need == Need::Agent { agent.id.clone() } else { cluster.clone() };
+            let id = if required_auth == RequiredAuth::Agent {
+                agent.id.clone()
+            } else {
+                cluster.clone()
+            };
             let path = template
                 .replace("{secret}", "guessed")
                 .replace("{id}", &id)

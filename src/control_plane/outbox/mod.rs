@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::base::backoff::{Backoff, random};
 use crate::base::error::Failure;
 use crate::base::secret::Secret;
-use crate::control_plane::store::{Change, Store, Waiting};
+use crate::control_plane::store::{Change, PendingEvent, Store};
 
 pub const EXCHANGE: &str = "pipeops.agents";
 pub const QUEUE: &str = "pipeops.runners";
@@ -49,7 +49,7 @@ pub struct Broker {
 
 /// How the way to the broker is, for metrics and people.
 #[derive(Default)]
-pub struct Way {
+pub struct BrokerStatus {
     /// Why it is down, empty before the first try; none while it is up.
     down: Mutex<Option<String>>,
     pub sent: AtomicU64,
@@ -57,7 +57,7 @@ pub struct Way {
     pub waiting: AtomicI64,
 }
 
-impl Way {
+impl BrokerStatus {
     /// Why no broker is reached.
     pub fn down(&self) -> Option<String> {
         super::lock(&self.down).clone()
@@ -90,20 +90,25 @@ pub fn check(url: &Secret) -> anyhow::Result<Secret> {
 }
 
 /// Sends until `halt`.
-pub async fn run(store: Store, broker: Broker, way: Arc<Way>, halt: CancellationToken) {
-    way.set(Some(String::new()));
+pub async fn run(
+    store: Store,
+    broker: Broker,
+    broker_status: Arc<BrokerStatus>,
+    halt: CancellationToken,
+) {
+    broker_status.set(Some(String::new()));
     let mut backoff = Backoff::default();
     let work = async {
         loop {
-            let why = match send(&store, &broker, &way).await {
+            let why = match send(&store, &broker, &broker_status).await {
                 Ok(never) => match never {},
                 Err(error) => format!("{error:#}"),
             };
             // one that was up begins anew
-            if way.down().is_none() {
+            if broker_status.down().is_none() {
                 backoff.reset();
             }
-            way.set(Some(why));
+            broker_status.set(Some(why));
             sleep(backoff.next(random())).await;
         }
     };
@@ -112,7 +117,7 @@ pub async fn run(store: Store, broker: Broker, way: Arc<Way>, halt: Cancellation
             match store.trim(jiff::Timestamp::now().as_second() - DAYS * 86_400, BYTES).await {
                 Ok(0) => {}
                 Ok(dropped) => {
-                    way.dropped.fetch_add(dropped, Ordering::Relaxed);
+                    broker_status.dropped.fetch_add(dropped, Ordering::Relaxed);
                     tracing::error!(
                         dropped,
                         "events that no broker took were dropped: they were older than 7 days, or over 1 GiB waited"
@@ -124,7 +129,7 @@ pub async fn run(store: Store, broker: Broker, way: Arc<Way>, halt: Cancellation
                 ),
             }
             if let Ok((count, _)) = store.backlog().await {
-                way.waiting.store(count, Ordering::Relaxed);
+                broker_status.waiting.store(count, Ordering::Relaxed);
             }
             sleep(TRIM).await;
         }
@@ -181,7 +186,7 @@ async fn declare(channel: &Channel) -> anyhow::Result<()> {
 async fn send(
     store: &Store,
     broker: &Broker,
-    way: &Way,
+    broker_status: &BrokerStatus,
 ) -> anyhow::Result<std::convert::Infallible> {
     let connection =
         within("connecting", transport::connect(broker.url.expose(), broker.ca.clone())).await?;
@@ -189,24 +194,24 @@ async fn send(
     within("asking for confirmations", channel.confirm_select(ConfirmSelectOptions::default()))
         .await?;
     declare(&channel).await?;
-    way.set(None);
+    broker_status.set(None);
     loop {
         let waiting = store.waiting(WINDOW).await?;
         if waiting.is_empty() {
-            way.waiting.store(0, Ordering::Relaxed);
+            broker_status.waiting.store(0, Ordering::Relaxed);
             // a connection that broke while nothing was to be said is seen here
             tokio::select! {
-                () = store.told() => {}
+                () = store.event_written() => {}
                 () = sleep(Duration::from_secs(5)) => anyhow::ensure!(connection.status().connected(), "the connection is lost"),
             }
             continue;
         }
-        batch(store, &channel, &waiting, way).await?;
+        batch(store, &channel, &waiting, broker_status).await?;
     }
 }
 
 /// The first of these up to where an agent comes again: its later events wait for the confirmation of the earlier ones.
-fn first_of_each(waiting: &[Waiting]) -> &[Waiting] {
+fn first_of_each(waiting: &[PendingEvent]) -> &[PendingEvent] {
     let mut seen = HashSet::new();
     let upto = waiting.iter().position(|w| !seen.insert(w.agent.as_str())).unwrap_or(waiting.len());
     &waiting[..upto]
@@ -215,8 +220,8 @@ fn first_of_each(waiting: &[Waiting]) -> &[Waiting] {
 async fn batch(
     store: &Store,
     channel: &Channel,
-    waiting: &[Waiting],
-    way: &Way,
+    waiting: &[PendingEvent],
+    broker_status: &BrokerStatus,
 ) -> anyhow::Result<()> {
     let mut confirmations = Vec::new();
     for event in first_of_each(waiting) {
@@ -254,7 +259,7 @@ async fn batch(
             break;
         }
     }
-    way.sent.fetch_add(delivered.len() as u64, Ordering::Relaxed);
+    broker_status.sent.fetch_add(delivered.len() as u64, Ordering::Relaxed);
     // confirmed and not written as such: it goes out again, with the same message_id
     store.write(vec![Change::Delivered(delivered)]).await?;
     result
@@ -266,7 +271,7 @@ mod tests {
 
     #[test]
     fn an_agents_events_go_out_one_after_the_other() {
-        let event = |seq: i64, agent: &str| Waiting {
+        let event = |seq: i64, agent: &str| PendingEvent {
             seq,
             agent: agent.into(),
             topic: String::new(),
@@ -300,7 +305,7 @@ mod tests {
         let store = Store::open(&url, "i").await.unwrap();
         let event = |at: i64, latest: bool| {
             let body = format!("{{\"at\":{at}}}");
-            Change::Told(crate::control_plane::store::Event {
+            Change::AddEvent(crate::control_plane::store::OutboxEvent {
                 agent: "a".into(),
                 topic: if latest { "agent.status" } else { "agent.online" },
                 at,

@@ -1,10 +1,12 @@
 //! What administrators make and take back: projects, enrolment tokens, Runners, other administrators.
 
-use super::{Inner, Refused, Registry, Who, check_name, mint, no_such, refused, unwritten};
+use super::{
+    HttpError, Inner, Principal, Registry, check_name, database_unavailable, mint_token, not_found,
+};
 use crate::base::secret::Secret;
-use crate::control_plane::keys::{Keys, fresh};
+use crate::control_plane::keys::{Keys, random_token};
 use crate::control_plane::model::{Access, AccessKind, Admin, Enrolment, Project};
-use crate::control_plane::store::{Change, Kind};
+use crate::control_plane::store::{Change, RowKind};
 use tokio_util::sync::CancellationToken;
 
 /// Kubeconfigs are forgotten this long after their end, seconds: until then it can be seen who had one.
@@ -13,12 +15,12 @@ const KEPT: i64 = 7 * 86_400;
 impl Registry {
     /// # Errors
     /// A name that is taken or cannot be one.
-    pub async fn add_project(&self, name: &str, now: i64) -> Result<Project, Refused> {
+    pub async fn add_project(&self, name: &str, now: i64) -> Result<Project, HttpError> {
         check_name(name)?;
-        let project = Project { id: self.fresh_id("p")?, name: name.into(), created_at: now };
+        let project = Project { id: self.random_id("p")?, name: name.into(), created_at: now };
         let change = |inner: &mut Inner| {
             if inner.projects.values().any(|p| p.name == name) {
-                return Err(refused(
+                return Err(HttpError::new(
                     409,
                     "name_taken",
                     format!("there is a project {name} already"),
@@ -26,7 +28,7 @@ impl Registry {
                 ));
             }
             inner.projects.insert(project.id.clone(), project.clone());
-            Ok((vec![Change::put(Kind::Project, &project.id, &project)?], ()))
+            Ok((vec![Change::put(RowKind::Project, &project.id, &project)?], ()))
         };
         self.transact(change, |inner, ()| drop(inner.projects.remove(&project.id)), |_, ()| ())
             .await?;
@@ -41,17 +43,17 @@ impl Registry {
     ///
     /// # Errors
     /// 404.
-    pub fn project(&self, name: &str) -> Result<Project, Refused> {
+    pub fn project(&self, name: &str) -> Result<Project, HttpError> {
         let inner = self.inner();
         let found = inner.projects.values().find(|p| p.name == name || p.id == name);
-        found.cloned().ok_or_else(|| no_such("project", name))
+        found.cloned().ok_or_else(|| not_found("project", name))
     }
 
-    fn fresh_id(&self, kind: &str) -> Result<String, Refused> {
+    fn random_id(&self, kind: &str) -> Result<String, HttpError> {
         Ok(format!(
             "{kind}-{}",
-            fresh()
-                .map_err(|e| unwritten(&e))?
+            random_token()
+                .map_err(|e| database_unavailable(&e))?
                 .chars()
                 .filter(char::is_ascii_alphanumeric)
                 .take(12)
@@ -72,12 +74,12 @@ impl Registry {
         ttl: i64,
         uses: Option<u32>,
         now: i64,
-    ) -> Result<(Enrolment, Secret), Refused> {
+    ) -> Result<(Enrolment, Secret), HttpError> {
         let project = self.project(project)?;
         check_name(name)?;
-        let (token, hash) = mint(keys, "poe")?;
+        let (token, hash) = mint_token(keys, "poe")?;
         let row = Enrolment {
-            id: self.fresh_id("t")?,
+            id: self.random_id("t")?,
             project: project.id,
             name: name.into(),
             hash,
@@ -87,8 +89,8 @@ impl Registry {
             revoked: false,
         };
         let change = |inner: &mut Inner| {
-            inner.know_enrolment(row.clone());
-            Ok::<_, Refused>((vec![Change::put(Kind::Enrolment, &row.id, &row)?], ()))
+            inner.insert_enrolment(row.clone());
+            Ok::<_, HttpError>((vec![Change::put(RowKind::Enrolment, &row.id, &row)?], ()))
         };
         let undo = |inner: &mut Inner, ()| {
             inner.tokens.remove(&row.hash);
@@ -104,11 +106,11 @@ impl Registry {
 
     /// # Errors
     /// 404, or no database: then it stays good.
-    pub async fn revoke_enrolment(&self, id: &str) -> Result<(), Refused> {
+    pub async fn revoke_enrolment(&self, id: &str) -> Result<(), HttpError> {
         let set = |inner: &mut Inner, revoked: bool| {
-            let row = inner.enrolments.get_mut(id).ok_or_else(|| no_such("token", id))?;
+            let row = inner.enrolments.get_mut(id).ok_or_else(|| not_found("token", id))?;
             let before = std::mem::replace(&mut row.revoked, revoked);
-            Ok::<_, Refused>((vec![Change::put(Kind::Enrolment, id, row)?], before))
+            Ok::<_, HttpError>((vec![Change::put(RowKind::Enrolment, id, row)?], before))
         };
         let undo = |inner: &mut Inner, before: bool| drop(set(inner, before));
         self.transact(|inner| set(inner, true), undo, |_, _| ()).await
@@ -122,23 +124,23 @@ impl Registry {
         &self,
         keys: &Keys,
         mut row: Access,
-    ) -> Result<(Access, Secret), Refused> {
+    ) -> Result<(Access, Secret), HttpError> {
         check_name(&row.name)?;
         row.project = self.project(&row.project)?.id;
         let prefix = if row.kind == AccessKind::Runner { "por" } else { "pok" };
-        let (token, hash) = mint(keys, prefix)?;
-        (row.id, row.hash) = (self.fresh_id("r")?, hash);
+        let (token, hash) = mint_token(keys, prefix)?;
+        (row.id, row.hash) = (self.random_id("r")?, hash);
         let change = |inner: &mut Inner| {
             // whoever makes it may have been revoked meanwhile, with all that he had made by then
             if row
                 .maker
                 .as_deref()
-                .is_some_and(|maker| inner.still(maker, row.created_at).is_none())
+                .is_some_and(|maker| inner.resolve_subject(maker, row.created_at).is_none())
             {
-                return Err(refused(401, "token_unknown", "the token was revoked", None));
+                return Err(HttpError::new(401, "token_unknown", "the token was revoked", None));
             }
-            inner.know_access(row.clone());
-            Ok((vec![Change::put(Kind::Access, &row.id, &row)?], ()))
+            inner.insert_access(row.clone());
+            Ok((vec![Change::put(RowKind::Access, &row.id, &row)?], ()))
         };
         let undo = |inner: &mut Inner, ()| {
             inner.tokens.remove(&row.hash);
@@ -156,10 +158,10 @@ impl Registry {
     ///
     /// # Errors
     /// 404, or no database.
-    pub async fn revoke_access(&self, id: &str) -> Result<(), Refused> {
+    pub async fn revoke_access(&self, id: &str) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
             if !inner.accesses.contains_key(id) {
-                return Err(no_such("runner", id));
+                return Err(not_found("runner", id));
             }
             inner.revoke_accesses(|row| row.id == id || row.maker.as_deref() == Some(id))
         };
@@ -172,13 +174,13 @@ impl Registry {
     /// No database: they are forgotten next time.
     pub async fn tidy_accesses(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
-            let over = |row: &Access| {
+            let expired = |row: &Access| {
                 row.kind == AccessKind::Kubeconfig
                     && row.expires_at.is_some_and(|at| at + KEPT <= now)
             };
             let ids: Vec<String> =
-                inner.accesses.values().filter(|a| over(&a.0)).map(|a| a.0.id.clone()).collect();
-            let changes = ids.iter().map(|id| Change::remove(Kind::Access, id)).collect();
+                inner.accesses.values().filter(|a| expired(&a.0)).map(|a| a.0.id.clone()).collect();
+            let changes = ids.iter().map(|id| Change::remove(RowKind::Access, id)).collect();
             Ok((changes, ids))
         };
         let done = |inner: &mut Inner, ids: Vec<String>| {
@@ -190,16 +192,21 @@ impl Registry {
     }
 
     /// What ends when a Runner is revoked, if he reaches an agent's cluster now.
-    pub fn runner_of(&self, agent: &str, runner: &str, now: i64) -> Option<CancellationToken> {
+    pub fn runner_revocation(
+        &self,
+        agent: &str,
+        runner: &str,
+        now: i64,
+    ) -> Option<CancellationToken> {
         let inner = self.inner();
         let row = inner.agents.get(agent).map(|e| &e.row).filter(|row| !row.revoked)?;
-        let (access, over) = inner.accesses.get(runner)?;
+        let (access, revocation) = inner.accesses.get(runner)?;
         let reaches = access.kind == AccessKind::Runner
             && !access.revoked
             && access.project == row.project
             && access.expires_at.is_none_or(|at| at > now)
             && access.includes(&row.cluster_id);
-        reaches.then(|| over.clone())
+        reaches.then(|| revocation.clone())
     }
 
     /// An access, also one that was revoked.
@@ -208,19 +215,21 @@ impl Registry {
     }
 
     /// Whoever asked for something under this subject, if he still may.
-    pub fn still(&self, subject: &str, now: i64) -> Option<Who> {
-        self.inner().still(subject, now)
+    pub fn resolve_subject(&self, subject: &str, now: i64) -> Option<Principal> {
+        self.inner().resolve_subject(subject, now)
     }
 
     /// What ends when somebody is revoked.
-    pub fn until_revoked(&self, who: &Who) -> CancellationToken {
+    pub fn revocation_of(&self, principal: &Principal) -> CancellationToken {
         let inner = self.inner();
-        let over = match who {
-            Who::Access(access) => inner.accesses.get(&access.id).map(|a| &a.1),
-            Who::Admin(name) => inner.admins.values().find(|a| a.0.name == *name).map(|a| &a.1),
-            Who::Enrolment(_) | Who::Agent(_) | Who::Local => None,
+        let revocation = match principal {
+            Principal::Access(access) => inner.accesses.get(&access.id).map(|a| &a.1),
+            Principal::Admin(name) => {
+                inner.admins.values().find(|a| a.0.name == *name).map(|a| &a.1)
+            }
+            Principal::Enrolment(_) | Principal::Agent(_) | Principal::Local => None,
         };
-        over.cloned().unwrap_or_default()
+        revocation.cloned().unwrap_or_default()
     }
 
     /// # Errors
@@ -230,23 +239,25 @@ impl Registry {
         keys: &Keys,
         name: &str,
         now: i64,
-    ) -> Result<(Admin, Secret), Refused> {
+    ) -> Result<(Admin, Secret), HttpError> {
         check_name(name)?;
-        let (token, hash) = mint(keys, "pom")?;
-        let row = Admin { id: self.fresh_id("m")?, name: name.into(), hash, created_at: now };
+        let (token, hash) = mint_token(keys, "pom")?;
+        let row = Admin { id: self.random_id("m")?, name: name.into(), hash, created_at: now };
         let change = |inner: &mut Inner| {
             // what an administrator makes and does is his by his name; `local` is whoever can open the socket
-            let subject = Who::Admin(name.into()).subject();
-            if subject == Who::Local.subject() || inner.still(&subject, now).is_some() {
-                return Err(refused(
+            let subject = Principal::Admin(name.into()).subject();
+            if subject == Principal::Local.subject()
+                || inner.resolve_subject(&subject, now).is_some()
+            {
+                return Err(HttpError::new(
                     409,
                     "name_taken",
                     format!("there is an administrator {name} already"),
                     Some("choose another name"),
                 ));
             }
-            inner.know_admin(row.clone());
-            Ok((vec![Change::put(Kind::Admin, &row.id, &row)?], ()))
+            inner.insert_admin(row.clone());
+            Ok((vec![Change::put(RowKind::Admin, &row.id, &row)?], ()))
         };
         let undo = |inner: &mut Inner, ()| {
             inner.tokens.remove(&row.hash);
@@ -260,30 +271,30 @@ impl Registry {
     ///
     /// # Errors
     /// 404; 409 for the last one; no database: then he stays.
-    pub async fn remove_admin(&self, id: &str) -> Result<(), Refused> {
+    pub async fn remove_admin(&self, id: &str) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
             if inner.admins.len() == 1 && inner.admins.contains_key(id) {
-                return Err(refused(
+                return Err(HttpError::new(
                     409,
                     "last_admin",
                     "this is the last administrator",
                     Some("make another one first"),
                 ));
             }
-            let admin = inner.admins.remove(id).ok_or_else(|| no_such("administrator", id))?;
-            let subject = Who::Admin(admin.0.name.clone()).subject();
+            let admin = inner.admins.remove(id).ok_or_else(|| not_found("administrator", id))?;
+            let subject = Principal::Admin(admin.0.name.clone()).subject();
             let (mut changes, made) =
                 inner.revoke_accesses(|row| row.maker.as_ref() == Some(&subject))?;
-            changes.push(Change::remove(Kind::Admin, id));
+            changes.push(Change::remove(RowKind::Admin, id));
             Ok((changes, (admin, made)))
         };
         let undo = |inner: &mut Inner, (admin, made): (Kept<Admin>, Vec<String>)| {
             inner.admins.insert(id.into(), admin);
             inner.restore_accesses(made);
         };
-        let done = |inner: &mut Inner, ((row, over), made): (Kept<Admin>, Vec<String>)| {
+        let done = |inner: &mut Inner, ((row, revocation), made): (Kept<Admin>, Vec<String>)| {
             inner.tokens.remove(&row.hash);
-            over.cancel();
+            revocation.cancel();
             inner.end_accesses(made);
         };
         self.transact(change, undo, done).await
@@ -302,11 +313,11 @@ impl Inner {
     fn revoke_accesses(
         &mut self,
         which: impl Fn(&Access) -> bool,
-    ) -> Result<(Vec<Change>, Vec<String>), Refused> {
+    ) -> Result<(Vec<Change>, Vec<String>), HttpError> {
         let (mut changes, mut ids) = (Vec::new(), Vec::new());
         for (row, _) in self.accesses.values_mut().filter(|(row, _)| !row.revoked && which(row)) {
             row.revoked = true;
-            changes.push(Change::put(Kind::Access, &row.id, row)?);
+            changes.push(Change::put(RowKind::Access, &row.id, row)?);
             ids.push(row.id.clone());
         }
         Ok((changes, ids))
@@ -322,26 +333,26 @@ impl Inner {
 
     /// What was open with accesses that were taken back ends.
     fn end_accesses(&mut self, ids: Vec<String>) {
-        for (_, over) in ids.iter().filter_map(|id| self.accesses.get(id)) {
-            over.cancel();
+        for (_, revocation) in ids.iter().filter_map(|id| self.accesses.get(id)) {
+            revocation.cancel();
         }
     }
 
-    fn still(&self, subject: &str, now: i64) -> Option<Who> {
-        if subject == Who::Local.subject() {
-            return Some(Who::Local);
+    fn resolve_subject(&self, subject: &str, now: i64) -> Option<Principal> {
+        if subject == Principal::Local.subject() {
+            return Some(Principal::Local);
         }
         if subject.starts_with("admin:") {
             return self
                 .admins
                 .values()
-                .map(|a| Who::Admin(a.0.name.clone()))
-                .find(|who| who.subject() == subject);
+                .map(|a| Principal::Admin(a.0.name.clone()))
+                .find(|principal| principal.subject() == subject);
         }
         let access = self.accesses.get(subject).map(|a| &a.0);
         access
             .filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now))
-            .map(|a| Who::Access(Box::new(a.clone())))
+            .map(|a| Principal::Access(Box::new(a.clone())))
     }
 }
 
@@ -362,7 +373,7 @@ mod tests {
         registry.add_project("default", 1).await.unwrap();
         let (admin, token) = registry.add_admin(&keys, "eve", 1).await.unwrap();
         registry.add_admin(&keys, "other", 1).await.unwrap();
-        let who = registry.who(&keys.hashed(token.expose()), 1).unwrap();
+        let principal = registry.authenticate(&keys.token_hash(token.expose()), 1).unwrap();
         let row = |maker: Option<String>| Access {
             id: String::new(),
             project: "default".into(),
@@ -377,12 +388,12 @@ mod tests {
             revoked: false,
             maker,
         };
-        let (access, _) = registry.add_access(&keys, row(Some(who.subject()))).await.unwrap();
+        let (access, _) = registry.add_access(&keys, row(Some(principal.subject()))).await.unwrap();
         let (enrolment, _) =
             registry.add_enrolment(&keys, "default", "t", 60, None, 1).await.unwrap();
         let streams = [
-            registry.until_revoked(&who),
-            registry.until_revoked(&Who::Access(Box::new(access.clone()))),
+            registry.revocation_of(&principal),
+            registry.revocation_of(&Principal::Access(Box::new(access.clone()))),
         ];
         let known = || {
             let revoked = registry.accesses().iter().filter(|a| a.revoked).count()
@@ -398,8 +409,8 @@ mod tests {
         assert_eq!(known(), (1, 2, 1, 1, 0));
         // the database takes nothing any more
         store.close().await;
-        let code = |result: Result<(), Refused>| result.unwrap_err().code;
-        for refused in [
+        let code = |result: Result<(), HttpError>| result.unwrap_err().code;
+        for error in [
             code(registry.add_project("more", 2).await.map(drop)),
             code(registry.add_admin(&keys, "more", 2).await.map(drop)),
             code(registry.add_access(&keys, row(None)).await.map(drop)),
@@ -408,23 +419,25 @@ mod tests {
             code(registry.revoke_access(&access.id).await),
             code(registry.remove_admin(&admin.id).await),
         ] {
-            assert_eq!(refused, "database_unavailable");
+            assert_eq!(error, "database_unavailable");
             assert_eq!(known(), (1, 2, 1, 1, 0));
         }
-        assert!(registry.who(&keys.hashed(token.expose()), 2).is_ok());
+        assert!(registry.authenticate(&keys.token_hash(token.expose()), 2).is_ok());
         assert!(streams.iter().all(|stream| !stream.is_cancelled()));
         // and with one that does
         let store = Store::open(&url, "i").await.unwrap();
         let registry = Registry::load(store, None, 0).await.unwrap();
-        let streams =
-            [registry.until_revoked(&who), registry.until_revoked(&Who::Access(Box::new(access)))];
+        let streams = [
+            registry.revocation_of(&principal),
+            registry.revocation_of(&Principal::Access(Box::new(access))),
+        ];
         registry.remove_admin(&admin.id).await.unwrap();
         assert!(
             streams.iter().all(CancellationToken::is_cancelled) && registry.accesses()[0].revoked
         );
-        assert!(registry.who(&keys.hashed(token.expose()), 2).is_err());
+        assert!(registry.authenticate(&keys.token_hash(token.expose()), 2).is_err());
         assert_eq!(
-            registry.add_access(&keys, row(Some(who.subject()))).await.unwrap_err().code,
+            registry.add_access(&keys, row(Some(principal.subject()))).await.unwrap_err().code,
             "token_unknown"
         );
     }

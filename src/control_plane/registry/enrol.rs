@@ -6,23 +6,23 @@ use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
 use super::events::Topic;
 use super::{
-    Entry, Inner, Refused, Registry, Who, check_facts, check_name, duplicate, mint, no_such,
-    refused,
+    Entry, HttpError, Inner, Principal, Registry, check_facts, check_name, duplicate, mint_token,
+    not_found,
 };
 use crate::base::secret::Secret;
 use crate::contract::types::{AgentInfo, Register, agent_id_of};
 use crate::control_plane::keys::Keys;
-use crate::control_plane::model::{Agent, Held};
-use crate::control_plane::store::{Change, Kind};
+use crate::control_plane::model::{Agent, AgentCredential};
+use crate::control_plane::store::{Change, RowKind};
 
 /// Life of an agent's credential, and how long the former one goes on beside the next, seconds.
 const CREDENTIAL: i64 = 86_400;
 const OVERLAP: i64 = 600;
 /// Two machines with one identity are refused until one of them is silent for this long, seconds.
-const DUEL: i64 = 180;
+const CONFLICT: i64 = 180;
 
 /// What a registration gave.
-pub struct Enrolled {
+pub struct Registration {
     pub agent_id: String,
     pub cluster_id: String,
     pub credential: Secret,
@@ -30,8 +30,9 @@ pub struct Enrolled {
 }
 
 /// The key of a registration, held against its id and its signature over the exact body.
-fn proven(info: &AgentInfo, body: &[u8], signature: &str) -> Result<(), Refused> {
-    let wrong = |message: &str| refused(400, "bad_signature", message, Some("update the agent"));
+fn verify_signature(info: &AgentInfo, body: &[u8], signature: &str) -> Result<(), HttpError> {
+    let wrong =
+        |message: &str| HttpError::new(400, "bad_signature", message, Some("update the agent"));
     let der =
         spki(&info.public_key).ok_or_else(|| wrong("the public key is no P-256 key in PEM"))?;
     if info.id != agent_id_of(&der) {
@@ -60,51 +61,57 @@ impl Registry {
     pub async fn register(
         &self,
         keys: &Keys,
-        who: &Who,
-        mut asked: Register,
+        principal: &Principal,
+        mut request: Register,
         body: &[u8],
         signature: &str,
         now: i64,
-    ) -> Result<Enrolled, Refused> {
-        proven(&asked.agent, body, signature)?;
+    ) -> Result<Registration, HttpError> {
+        verify_signature(&request.agent, body, signature)?;
         // an agent that does not say how its cluster is called is called after itself
-        if asked.cluster.name.is_empty() {
-            asked.cluster.name.clone_from(&asked.agent.id);
+        if request.cluster.name.is_empty() {
+            request.cluster.name.clone_from(&request.agent.id);
         }
-        check_name(&asked.cluster.name)?;
-        check_facts(&asked)?;
-        let (credential, hash) = mint(keys, "poa")?;
-        let held = Held { hash, expires_at: now + CREDENTIAL };
-        let id = asked.agent.id.clone();
+        check_name(&request.cluster.name)?;
+        check_facts(&request)?;
+        let (credential, hash) = mint_token(keys, "poa")?;
+        let stored = AgentCredential { hash, expires_at: now + CREDENTIAL };
+        let id = request.agent.id.clone();
         let change = |inner: &mut Inner| {
-            let (mut changes, cluster_id, undo) = inner.register(who, asked, held.clone(), now)?;
-            if undo.news()
+            let (mut changes, cluster_id, undo) =
+                inner.register(principal, request, stored.clone(), now)?;
+            if undo.is_announced()
                 && let Some(entry) = inner.agents.get(&id)
             {
-                changes.extend(self.told(&entry.row, Topic::Registered, now));
+                changes.extend(self.event(&entry.row, Topic::Registered, now));
             }
-            Ok::<_, Refused>((changes, (cluster_id, undo)))
+            Ok::<_, HttpError>((changes, (cluster_id, undo)))
         };
-        let undo = |inner: &mut Inner, (_, undo): (String, Undo)| inner.undo(undo, &held.hash);
+        let undo = |inner: &mut Inner, (_, undo): (String, Undo)| inner.undo(undo, &stored.hash);
         let cluster_id = self.transact(change, undo, |_, (cluster_id, _)| cluster_id).await?;
-        Ok(Enrolled { agent_id: id, cluster_id, credential, expires_at: held.expires_at })
+        Ok(Registration { agent_id: id, cluster_id, credential, expires_at: stored.expires_at })
     }
 
     /// The next credential; the former ones live for an overlap.
     ///
     /// # Errors
     /// When the agent is not known or the database takes nothing: then the former stays as it was.
-    pub async fn rotate(&self, keys: &Keys, id: &str, now: i64) -> Result<(Secret, i64), Refused> {
-        let (credential, hash) = mint(keys, "poa")?;
-        let held = Held { hash, expires_at: now + CREDENTIAL };
+    pub async fn rotate(
+        &self,
+        keys: &Keys,
+        id: &str,
+        now: i64,
+    ) -> Result<(Secret, i64), HttpError> {
+        let (credential, hash) = mint_token(keys, "poa")?;
+        let stored = AgentCredential { hash, expires_at: now + CREDENTIAL };
         let change = |inner: &mut Inner| {
-            inner.hold(id, held.clone(), now)?;
-            let row = &inner.agents.get(id).ok_or_else(|| no_such("agent", id))?.row;
-            Ok::<_, Refused>((vec![Change::put(Kind::Agent, id, row)?], ()))
+            inner.add_credential(id, stored.clone(), now)?;
+            let row = &inner.agents.get(id).ok_or_else(|| not_found("agent", id))?.row;
+            Ok::<_, HttpError>((vec![Change::put(RowKind::Agent, id, row)?], ()))
         };
-        self.transact(change, |inner, ()| inner.forget_credential(id, &held.hash), |_, ()| ())
+        self.transact(change, |inner, ()| inner.forget_credential(id, &stored.hash), |_, ()| ())
             .await?;
-        Ok((credential, held.expires_at))
+        Ok((credential, stored.expires_at))
     }
 }
 
@@ -123,7 +130,7 @@ enum Undo {
 
 impl Undo {
     /// Whether Runners have something to hear.
-    fn news(&self) -> bool {
+    fn is_announced(&self) -> bool {
         matches!(self, Undo::New { .. } | Undo::Again { changed: true, .. })
     }
 }
@@ -131,22 +138,22 @@ impl Undo {
 impl Inner {
     fn register(
         &mut self,
-        who: &Who,
-        asked: Register,
-        held: Held,
+        principal: &Principal,
+        request: Register,
+        stored: AgentCredential,
         now: i64,
-    ) -> Result<(Vec<Change>, String, Undo), Refused> {
-        let id = asked.agent.id.clone();
+    ) -> Result<(Vec<Change>, String, Undo), HttpError> {
+        let id = request.agent.id.clone();
         if let Some(entry) = self.agents.get_mut(&id) {
-            let fits = match who {
-                Who::Agent(own) => *own == id,
-                Who::Enrolment(token) => {
+            let fits = match principal {
+                Principal::Agent(own) => *own == id,
+                Principal::Enrolment(token) => {
                     self.enrolments.get(token).is_some_and(|t| t.project == entry.row.project)
                 }
-                Who::Access(_) | Who::Admin(_) | Who::Local => false,
+                Principal::Access(_) | Principal::Admin(_) | Principal::Local => false,
             };
             if !fits {
-                return Err(refused(
+                return Err(HttpError::new(
                     403,
                     "foreign_token",
                     "the token is of another project or agent",
@@ -154,45 +161,45 @@ impl Inner {
                 ));
             }
             if entry.row.revoked {
-                return Err(refused(
+                return Err(HttpError::new(
                     403,
                     "agent_revoked",
                     "this agent was revoked",
                     Some("remove it at the control plane, then enrol it again"),
                 ));
             }
-            if entry.row.info.machine != asked.agent.machine {
-                entry.duel_until = now + DUEL;
+            if entry.row.info.machine != request.agent.machine {
+                entry.conflict_until = now + CONFLICT;
                 return Err(duplicate());
             }
-            if entry.duel_until > now {
+            if entry.conflict_until > now {
                 return Err(duplicate());
             }
             let row = &entry.row;
-            let same = row.info == asked.agent
-                && row.cluster == asked.cluster
-                && row.capabilities == asked.capabilities
-                && row.max_role == asked.max_role;
+            let unchanged = row.info == request.agent
+                && row.cluster == request.cluster
+                && row.capabilities == request.capabilities
+                && row.max_role == request.max_role;
             (entry.row.info, entry.row.cluster, entry.row.capabilities, entry.row.max_role) =
-                (asked.agent, asked.cluster, asked.capabilities, asked.max_role);
+                (request.agent, request.cluster, request.capabilities, request.max_role);
             (entry.seen_at, entry.row.seen_at, entry.draining) = (now, now, false);
-            let (cluster, changed) = (entry.row.cluster_id.clone(), !same);
-            self.hold(&id, held, now)?;
-            let row = &self.agents.get(&id).ok_or_else(|| no_such("agent", &id))?.row;
-            let change = Change::put(Kind::Agent, &id, row)?;
+            let (cluster, changed) = (entry.row.cluster_id.clone(), !unchanged);
+            self.add_credential(&id, stored, now)?;
+            let row = &self.agents.get(&id).ok_or_else(|| not_found("agent", &id))?.row;
+            let change = Change::put(RowKind::Agent, &id, row)?;
             return Ok((vec![change], cluster, Undo::Again { id, changed }));
         }
-        let Who::Enrolment(token) = who else {
-            return Err(refused(
+        let Principal::Enrolment(token) = principal else {
+            return Err(HttpError::new(
                 403,
                 "enrolment_needed",
                 "a new agent needs an enrolment token",
                 Some("make one: pipeops control-plane token create"),
             ));
         };
-        let enrolment = self.enrolments.get_mut(token).ok_or_else(|| no_such("token", token))?;
+        let enrolment = self.enrolments.get_mut(token).ok_or_else(|| not_found("token", token))?;
         if enrolment.uses_left == Some(0) {
-            return Err(refused(
+            return Err(HttpError::new(
                 403,
                 "token_used_up",
                 "the enrolment token has let in as many agents as it may",
@@ -205,21 +212,21 @@ impl Inner {
             id: id.clone(),
             cluster_id: cluster_id.clone(),
             project: enrolment.project.clone(),
-            info: asked.agent,
-            cluster: asked.cluster,
-            capabilities: asked.capabilities,
-            max_role: asked.max_role,
-            credentials: vec![held],
+            info: request.agent,
+            cluster: request.cluster,
+            capabilities: request.capabilities,
+            max_role: request.max_role,
+            credentials: vec![stored],
             registered_at: now,
             seen_at: now,
             revoked: false,
             online: false,
         };
         let changes = vec![
-            Change::put(Kind::Agent, &id, &row)?,
-            Change::put(Kind::Enrolment, token, enrolment)?,
+            Change::put(RowKind::Agent, &id, &row)?,
+            Change::put(RowKind::Enrolment, token, enrolment)?,
         ];
-        self.know(Entry::new(row));
+        self.insert_agent(Entry::new(row));
         Ok((changes, cluster_id, Undo::New { id, enrolment: token.clone() }))
     }
 
@@ -237,24 +244,29 @@ impl Inner {
     }
 
     /// Adds a credential; the former ones end after the overlap, and those whose time is over are forgotten.
-    fn hold(&mut self, id: &str, held: Held, now: i64) -> Result<(), Refused> {
-        let entry = self.agents.get_mut(id).ok_or_else(|| no_such("agent", id))?;
+    fn add_credential(
+        &mut self,
+        id: &str,
+        stored: AgentCredential,
+        now: i64,
+    ) -> Result<(), HttpError> {
+        let entry = self.agents.get_mut(id).ok_or_else(|| not_found("agent", id))?;
         for former in &mut entry.row.credentials {
             former.expires_at = former.expires_at.min(now + OVERLAP);
         }
-        let (alive, over): (Vec<Held>, Vec<Held>) =
+        let (valid, expired): (Vec<AgentCredential>, Vec<AgentCredential>) =
             entry.row.credentials.drain(..).partition(|c| c.expires_at > now);
-        entry.row.credentials = alive;
+        entry.row.credentials = valid;
         // a client that asks in a loop does not fill the row
         while entry.row.credentials.len() > 3 {
             let first = entry.row.credentials.remove(0);
             self.tokens.remove(&first.hash);
         }
-        entry.row.credentials.push(held.clone());
-        for held in over {
-            self.tokens.remove(&held.hash);
+        entry.row.credentials.push(stored.clone());
+        for stored in expired {
+            self.tokens.remove(&stored.hash);
         }
-        self.tokens.insert(held.hash, (Kind::Agent, id.into()));
+        self.tokens.insert(stored.hash, (RowKind::Agent, id.into()));
         Ok(())
     }
 

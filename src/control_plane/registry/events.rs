@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Entry, Inner, Liveness, Registry};
 use crate::contract::types::{Operation, StatusReport};
 use crate::control_plane::model::{Agent, rfc3339};
-use crate::control_plane::store::{Change, Event, Kind};
+use crate::control_plane::store::{Change, OutboxEvent, RowKind};
 use crate::frp::wire::fresh_run_id;
 
 /// What an event is about; its name is the routing key.
@@ -43,8 +43,8 @@ impl Topic<'_> {
 
 impl Registry {
     /// The event to write beside a change, where Runners are told anything.
-    pub(super) fn told(&self, row: &Agent, topic: Topic<'_>, now: i64) -> Option<Change> {
-        let endpoint = format!("{}/clusters/{}", self.tells.as_ref()?, row.cluster_id);
+    pub(super) fn event(&self, row: &Agent, topic: Topic<'_>, now: i64) -> Option<Change> {
+        let endpoint = format!("{}/clusters/{}", self.event_base_url.as_ref()?, row.cluster_id);
         let mut body = json!({
             "message_id": fresh_run_id(),
             "type": topic.name(),
@@ -74,7 +74,7 @@ impl Registry {
             body[name] = value;
         }
         let latest = matches!(topic, Topic::Status(_));
-        Some(Change::Told(Event {
+        Some(Change::AddEvent(OutboxEvent {
             agent: row.id.clone(),
             topic: topic.name(),
             at: now,
@@ -87,9 +87,9 @@ impl Registry {
     ///
     /// # Errors
     /// When the database takes nothing; the next look tells of them.
-    pub async fn look(&self, now: i64) -> anyhow::Result<()> {
+    pub async fn announce_liveness(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
-            let (mut changes, mut turned) = (Vec::new(), Vec::new());
+            let (mut changes, mut changed) = (Vec::new(), Vec::new());
             for entry in inner.agents.values_mut() {
                 let (state, reason) = entry.liveness(now, self.started);
                 let there =
@@ -99,18 +99,18 @@ impl Registry {
                     continue;
                 }
                 entry.row.online = there;
-                changes.push(Change::put(Kind::Agent, &entry.row.id, &entry.row)?);
-                changes.extend(self.told(
+                changes.push(Change::put(RowKind::Agent, &entry.row.id, &entry.row)?);
+                changes.extend(self.event(
                     &entry.row,
                     if there { Topic::Online } else { Topic::Offline(state, &reason) },
                     now,
                 ));
-                turned.push(entry.row.id.clone());
+                changed.push(entry.row.id.clone());
             }
-            Ok((changes, turned))
+            Ok((changes, changed))
         };
-        let undo = |inner: &mut Inner, turned: Vec<String>| {
-            for id in turned {
+        let undo = |inner: &mut Inner, changed: Vec<String>| {
+            for id in changed {
                 if let Some(Entry { row, .. }) = inner.agents.get_mut(&id) {
                     row.online = !row.online;
                 }
@@ -123,13 +123,13 @@ impl Registry {
     ///
     /// # Errors
     /// When the database takes nothing.
-    pub async fn tell_all(&self, now: i64) -> anyhow::Result<()> {
+    pub async fn announce_all(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
             let mut events = Vec::new();
             for row in inner.agents.values().map(|e| &e.row).filter(|row| !row.revoked) {
-                events.extend(self.told(row, Topic::Registered, now));
+                events.extend(self.event(row, Topic::Registered, now));
                 if row.online {
-                    events.extend(self.told(row, Topic::Online, now));
+                    events.extend(self.event(row, Topic::Online, now));
                 }
             }
             Ok((events, ()))

@@ -16,9 +16,9 @@ use tokio_util::sync::CancellationToken;
 use crate::base::secret::{Secret, constant_time_eq};
 use crate::contract::token::Role;
 use crate::contract::types::{Directive, Heartbeat, StatusReport};
-use crate::control_plane::keys::{Keys, fresh};
+use crate::control_plane::keys::{Keys, random_token};
 use crate::control_plane::model::{Access, Admin, Agent, Enrolment, Job, Liveness, Project};
-use crate::control_plane::store::{Change, Kind, Store};
+use crate::control_plane::store::{Change, RowKind, Store};
 use events::Topic;
 use names::{check_facts, check_name};
 
@@ -33,25 +33,27 @@ const LOCAL: &str = "admin:local";
 
 /// A refusal: status, stable code, what, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
+pub struct HttpError {
     pub status: u16,
     pub code: &'static str,
     pub message: String,
     pub hint: Option<&'static str>,
 }
 
-pub(super) fn refused(
-    status: u16,
-    code: &'static str,
-    message: impl Into<String>,
-    hint: Option<&'static str>,
-) -> Refused {
-    Refused { status, code, message: message.into(), hint }
+impl HttpError {
+    pub fn new(
+        status: u16,
+        code: &'static str,
+        message: impl Into<String>,
+        hint: Option<&'static str>,
+    ) -> HttpError {
+        HttpError { status, code, message: message.into(), hint }
+    }
 }
 
 /// Who asks, once that is known. There is none of these for a request that shows nothing: what it may call is told of nobody.
 #[derive(Clone, Debug)]
-pub enum Who {
+pub enum Principal {
     Enrolment(String),
     Agent(String),
     Access(Box<Access>),
@@ -60,29 +62,32 @@ pub enum Who {
     Local,
 }
 
-impl Who {
+impl Principal {
     /// The `sub` of tokens that are minted for him.
     pub fn subject(&self) -> String {
         match self {
-            Who::Access(access) => access.id.clone(),
-            Who::Admin(name) => {
+            Principal::Access(access) => access.id.clone(),
+            Principal::Admin(name) => {
                 format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_"))
             }
-            Who::Local => LOCAL.into(),
-            Who::Agent(id) | Who::Enrolment(id) => id.clone(),
+            Principal::Local => LOCAL.into(),
+            Principal::Agent(id) | Principal::Enrolment(id) => id.clone(),
         }
     }
 
     /// May do everything that there is.
     pub fn all(&self) -> bool {
-        matches!(self, Who::Admin(_) | Who::Local)
+        matches!(self, Principal::Admin(_) | Principal::Local)
     }
 
     /// The project that bounds what he sees; an administrator sees all.
     pub fn project(&self) -> Option<&str> {
         match self {
-            Who::Access(access) => Some(&access.project),
-            Who::Enrolment(_) | Who::Agent(_) | Who::Admin(_) | Who::Local => None,
+            Principal::Access(access) => Some(&access.project),
+            Principal::Enrolment(_)
+            | Principal::Agent(_)
+            | Principal::Admin(_)
+            | Principal::Local => None,
         }
     }
 }
@@ -94,14 +99,14 @@ struct Entry {
     /// It must be written at the next flush.
     dirty: bool,
     draining: bool,
-    duel_until: i64,
+    conflict_until: i64,
     tunnel: String,
     uptime_s: u64,
     report: Option<StatusReport>,
     /// The report came after the last one that Runners were told.
-    untold: bool,
+    report_unannounced: bool,
     /// Cancelled when it is revoked or removed: its open streams end.
-    over: CancellationToken,
+    revocation: CancellationToken,
 }
 
 #[derive(Default)]
@@ -112,9 +117,9 @@ struct Inner {
     accesses: BTreeMap<String, (Access, CancellationToken)>,
     admins: BTreeMap<String, (Admin, CancellationToken)>,
     jobs: operations::Jobs,
-    handing: operations::Handing,
+    delivering: operations::Delivering,
     /// Hash of a token → kind and id of its row.
-    tokens: HashMap<String, (Kind, String)>,
+    tokens: HashMap<String, (RowKind, String)>,
 }
 
 /// The registry of a control plane.
@@ -122,7 +127,7 @@ pub struct Registry {
     inner: Mutex<Inner>,
     store: Store,
     /// Base of the gateway's URLs, where Runners are told of agents.
-    tells: Option<String>,
+    event_base_url: Option<String>,
     /// Agents are not called offline for the time in which nobody listened.
     started: i64,
 }
@@ -156,16 +161,16 @@ pub struct Route {
     pub cluster: String,
     pub public_key: String,
     pub most: Role,
-    pub over: CancellationToken,
+    pub revocation: CancellationToken,
 }
 
-fn no_such(what: &str, id: &str) -> Refused {
-    refused(404, "not_found", format!("there is no {what} {id}"), None)
+fn not_found(what: &str, id: &str) -> HttpError {
+    HttpError::new(404, "not_found", format!("there is no {what} {id}"), None)
 }
 
-pub(super) fn unwritten(error: &anyhow::Error) -> Refused {
+pub(super) fn database_unavailable(error: &anyhow::Error) -> HttpError {
     tracing::error!(error = format!("{error:#}"), "the database does not take a change");
-    refused(
+    HttpError::new(
         503,
         "database_unavailable",
         "the control plane cannot write its database",
@@ -174,9 +179,10 @@ pub(super) fn unwritten(error: &anyhow::Error) -> Refused {
 }
 
 /// A fresh token of a kind, and its hash.
-fn mint(keys: &Keys, prefix: &str) -> Result<(Secret, String), Refused> {
-    let token = Secret::new(format!("{prefix}_{}", fresh().map_err(|e| unwritten(&e))?));
-    let hash = keys.hashed(token.expose());
+fn mint_token(keys: &Keys, prefix: &str) -> Result<(Secret, String), HttpError> {
+    let token =
+        Secret::new(format!("{prefix}_{}", random_token().map_err(|e| database_unavailable(&e))?));
+    let hash = keys.token_hash(token.expose());
     Ok((token, hash))
 }
 
@@ -188,12 +194,12 @@ impl Entry {
             seen_at,
             dirty: false,
             draining: false,
-            duel_until: 0,
+            conflict_until: 0,
             tunnel: String::new(),
             uptime_s: 0,
             report: None,
-            untold: false,
-            over: CancellationToken::new(),
+            report_unannounced: false,
+            revocation: CancellationToken::new(),
         }
     }
 
@@ -203,7 +209,7 @@ impl Entry {
         if self.row.revoked {
             return (Liveness::Revoked, "revoked by an administrator".into());
         }
-        if self.duel_until > now {
+        if self.conflict_until > now {
             return (
                 Liveness::Duplicate,
                 "two machines show this identity: remove the copied disk's /var/lib/pipeops-agent"
@@ -266,27 +272,31 @@ impl Registry {
     ///
     /// # Errors
     /// When it does not answer or holds what cannot be read.
-    pub async fn load(store: Store, tells: Option<String>, now: i64) -> anyhow::Result<Registry> {
+    pub async fn load(
+        store: Store,
+        event_base_url: Option<String>,
+        now: i64,
+    ) -> anyhow::Result<Registry> {
         let mut inner = Inner::default();
-        for project in store.all::<Project>(Kind::Project).await? {
+        for project in store.all::<Project>(RowKind::Project).await? {
             inner.projects.insert(project.id.clone(), project);
         }
-        for row in store.all(Kind::Enrolment).await? {
-            inner.know_enrolment(row);
+        for row in store.all(RowKind::Enrolment).await? {
+            inner.insert_enrolment(row);
         }
-        for row in store.all::<Agent>(Kind::Agent).await? {
-            inner.know(Entry::new(row));
+        for row in store.all::<Agent>(RowKind::Agent).await? {
+            inner.insert_agent(Entry::new(row));
         }
-        for row in store.all(Kind::Access).await? {
-            inner.know_access(row);
+        for row in store.all(RowKind::Access).await? {
+            inner.insert_access(row);
         }
-        for row in store.all(Kind::Admin).await? {
-            inner.know_admin(row);
+        for row in store.all(RowKind::Admin).await? {
+            inner.insert_admin(row);
         }
-        for job in store.all::<Job>(Kind::Operation).await? {
+        for job in store.all::<Job>(RowKind::Operation).await? {
             inner.jobs.insert((job.agent.clone(), job.operation.id.clone()), job);
         }
-        Ok(Registry { inner: Mutex::new(inner), store, tells, started: now })
+        Ok(Registry { inner: Mutex::new(inner), store, event_base_url, started: now })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -298,55 +308,65 @@ impl Registry {
     ///
     /// # Errors
     /// 401, with no hint at whether it was ever known, but for its own time being over.
-    pub fn who(&self, hash: &str, now: i64) -> Result<Who, Refused> {
+    pub fn authenticate(&self, hash: &str, now: i64) -> Result<Principal, HttpError> {
         let unknown = || {
-            refused(
+            HttpError::new(
                 401,
                 "token_unknown",
                 "the token is wrong, revoked, or of another control plane",
                 None,
             )
         };
-        let expired =
-            || refused(401, "token_expired", "the token's time is over", Some("get another one"));
+        let expired = || {
+            HttpError::new(
+                401,
+                "token_expired",
+                "the token's time is over",
+                Some("get another one"),
+            )
+        };
         let inner = self.inner();
         let (kind, id) = inner.tokens.get(hash).ok_or_else(unknown)?;
         match kind {
-            Kind::Enrolment => {
+            RowKind::Enrolment => {
                 let row = inner
                     .enrolments
                     .get(id)
                     .filter(|e| !e.revoked && constant_time_eq(&e.hash, hash))
                     .ok_or_else(unknown)?;
-                if row.expires_at <= now { Err(expired()) } else { Ok(Who::Enrolment(id.clone())) }
+                if row.expires_at <= now {
+                    Err(expired())
+                } else {
+                    Ok(Principal::Enrolment(id.clone()))
+                }
             }
-            Kind::Agent => {
+            RowKind::Agent => {
                 let entry = inner.agents.get(id).ok_or_else(unknown)?;
-                let held = entry
+                let credential = entry
                     .row
                     .credentials
                     .iter()
                     .find(|c| constant_time_eq(&c.hash, hash))
                     .ok_or_else(unknown)?;
                 if entry.row.revoked {
-                    return Err(refused(
+                    return Err(HttpError::new(
                         403,
                         "agent_revoked",
                         "this agent was revoked",
                         Some("remove it and enrol it again with a fresh token"),
                     ));
                 }
-                if held.expires_at <= now {
-                    return Err(refused(
+                if credential.expires_at <= now {
+                    return Err(HttpError::new(
                         401,
                         "credential_expired",
                         "the credential's time is over",
                         Some("enrol again with a token"),
                     ));
                 }
-                Ok(Who::Agent(id.clone()))
+                Ok(Principal::Agent(id.clone()))
             }
-            Kind::Access => {
+            RowKind::Access => {
                 let row = inner
                     .accesses
                     .get(id)
@@ -356,10 +376,10 @@ impl Registry {
                 if row.expires_at.is_some_and(|at| at <= now) {
                     Err(expired())
                 } else {
-                    Ok(Who::Access(Box::new(row.clone())))
+                    Ok(Principal::Access(Box::new(row.clone())))
                 }
             }
-            Kind::Admin => Ok(Who::Admin(
+            RowKind::Admin => Ok(Principal::Admin(
                 inner
                     .admins
                     .get(id)
@@ -369,7 +389,7 @@ impl Registry {
                     .name
                     .clone(),
             )),
-            Kind::Project | Kind::Operation => Err(unknown()),
+            RowKind::Project | RowKind::Operation => Err(unknown()),
         }
     }
 
@@ -382,10 +402,10 @@ impl Registry {
         id: &str,
         beat: &Heartbeat,
         now: i64,
-    ) -> Result<Vec<Directive>, Refused> {
+    ) -> Result<Vec<Directive>, HttpError> {
         let mut inner = self.inner();
-        let entry = inner.agents.get_mut(id).ok_or_else(|| no_such("agent", id))?;
-        if entry.duel_until > now {
+        let entry = inner.agents.get_mut(id).ok_or_else(|| not_found("agent", id))?;
+        if entry.conflict_until > now {
             return Err(duplicate());
         }
         entry.seen_at = now;
@@ -401,11 +421,11 @@ impl Registry {
 
     /// # Errors
     /// 404 for one that is not known.
-    pub fn report(&self, id: &str, report: StatusReport) -> Result<(), Refused> {
+    pub fn report(&self, id: &str, report: StatusReport) -> Result<(), HttpError> {
         let mut inner = self.inner();
-        let entry = inner.agents.get_mut(id).ok_or_else(|| no_such("agent", id))?;
+        let entry = inner.agents.get_mut(id).ok_or_else(|| not_found("agent", id))?;
         entry.report = Some(report);
-        entry.untold = self.tells.is_some();
+        entry.report_unannounced = self.event_base_url.is_some();
         Ok(())
     }
 
@@ -416,17 +436,17 @@ impl Registry {
     pub async fn flush(&self) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
             let (mut changes, mut ids) = (Vec::new(), Vec::new());
-            for entry in inner.agents.values_mut().filter(|e| e.dirty || e.untold) {
+            for entry in inner.agents.values_mut().filter(|e| e.dirty || e.report_unannounced) {
                 entry.row.seen_at = entry.seen_at;
-                changes.push(Change::put(Kind::Agent, &entry.row.id, &entry.row)?);
-                if entry.untold {
-                    changes.extend(self.told(
+                changes.push(Change::put(RowKind::Agent, &entry.row.id, &entry.row)?);
+                if entry.report_unannounced {
+                    changes.extend(self.event(
                         &entry.row,
                         Topic::Status(entry.report.as_ref()),
                         entry.seen_at,
                     ));
                 }
-                (entry.dirty, entry.untold) = (false, false);
+                (entry.dirty, entry.report_unannounced) = (false, false);
                 ids.push(entry.row.id.clone());
             }
             Ok((changes, ids))
@@ -434,8 +454,11 @@ impl Registry {
         let undo = |inner: &mut Inner, ids: Vec<String>| {
             for id in ids {
                 if let Some(entry) = inner.agents.get_mut(&id) {
-                    (entry.dirty, entry.untold) =
-                        (true, entry.untold || entry.report.is_some() && self.tells.is_some());
+                    (entry.dirty, entry.report_unannounced) = (
+                        true,
+                        entry.report_unannounced
+                            || entry.report.is_some() && self.event_base_url.is_some(),
+                    );
                 }
             }
         };
@@ -458,7 +481,7 @@ impl Registry {
         id: &str,
         project: Option<&str>,
         now: i64,
-    ) -> Result<ClusterView, Refused> {
+    ) -> Result<ClusterView, HttpError> {
         Ok(self.inner().find(id, project)?.view(now, self.started, true))
     }
 
@@ -466,28 +489,28 @@ impl Registry {
     ///
     /// # Errors
     /// 404 for one outside its project or list: it is not there for him.
-    pub fn reaches(&self, access: &Access, id: &str) -> Result<(), Refused> {
+    pub fn reaches(&self, access: &Access, id: &str) -> Result<(), HttpError> {
         let inner = self.inner();
         let cluster = &inner.find(id, Some(&access.project))?.row.cluster_id;
-        if access.includes(cluster) { Ok(()) } else { Err(no_such("cluster", id)) }
+        if access.includes(cluster) { Ok(()) } else { Err(not_found("cluster", id)) }
     }
 
     /// The way to a cluster for a caller of `project`.
     ///
     /// # Errors
     /// 404 when there is none that he may know of.
-    pub fn route(&self, id: &str, project: Option<&str>) -> Result<Route, Refused> {
+    pub fn route(&self, id: &str, project: Option<&str>) -> Result<Route, HttpError> {
         let inner = self.inner();
         let entry = inner.find(id, project)?;
         if entry.row.revoked {
-            return Err(no_such("cluster", id));
+            return Err(not_found("cluster", id));
         }
         Ok(Route {
             agent: entry.row.id.clone(),
             cluster: entry.row.cluster_id.clone(),
             public_key: entry.row.info.public_key.clone(),
             most: Role::of(&entry.row.max_role).unwrap_or(Role::Viewer),
-            over: entry.over.clone(),
+            revocation: entry.revocation.clone(),
         })
     }
 
@@ -508,20 +531,21 @@ impl Registry {
     /// Whether an agent may hold a tunnel, and what ends it.
     pub fn tunnel(&self, agent: &str, now: i64) -> Option<CancellationToken> {
         let inner = self.inner();
-        let entry = inner.agents.get(agent).filter(|e| !e.row.revoked && e.duel_until <= now)?;
-        Some(entry.over.clone())
+        let entry =
+            inner.agents.get(agent).filter(|e| !e.row.revoked && e.conflict_until <= now)?;
+        Some(entry.revocation.clone())
     }
 
     /// Refuses an agent from now on; its streams end.
     ///
     /// # Errors
     /// 404, or no database.
-    pub async fn revoke_agent(&self, cluster: &str) -> Result<(), Refused> {
+    pub async fn revoke_agent(&self, cluster: &str) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
             let id = inner.find(cluster, None)?.row.id.clone();
-            let entry = inner.agents.get_mut(&id).ok_or_else(|| no_such("cluster", cluster))?;
+            let entry = inner.agents.get_mut(&id).ok_or_else(|| not_found("cluster", cluster))?;
             entry.row.revoked = true;
-            Ok::<_, Refused>((vec![Change::put(Kind::Agent, &id, &entry.row)?], id))
+            Ok::<_, HttpError>((vec![Change::put(RowKind::Agent, &id, &entry.row)?], id))
         };
         let undo = |inner: &mut Inner, id: String| {
             if let Some(entry) = inner.agents.get_mut(&id) {
@@ -531,7 +555,7 @@ impl Registry {
         let done = |inner: &mut Inner, id: String| {
             if let Some(entry) = inner.agents.get_mut(&id) {
                 entry.row.revoked = true;
-                entry.over.cancel();
+                entry.revocation.cancel();
             }
         };
         self.transact(change, undo, done).await
@@ -541,13 +565,13 @@ impl Registry {
     ///
     /// # Errors
     /// 404, or no database.
-    pub async fn remove_agent(&self, id: &str, now: i64) -> Result<(), Refused> {
+    pub async fn remove_agent(&self, id: &str, now: i64) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
-            let entry = inner.agents.remove(id).ok_or_else(|| no_such("agent", id))?;
+            let entry = inner.agents.remove(id).ok_or_else(|| not_found("agent", id))?;
             let (mut changes, jobs) = inner.forget_jobs(id);
-            changes.push(Change::remove(Kind::Agent, id));
-            changes.extend(self.told(&entry.row, Topic::Deregistered, now));
-            Ok::<_, Refused>((changes, (entry, jobs)))
+            changes.push(Change::remove(RowKind::Agent, id));
+            changes.extend(self.event(&entry.row, Topic::Deregistered, now));
+            Ok::<_, HttpError>((changes, (entry, jobs)))
         };
         let undo = |inner: &mut Inner, (entry, jobs): (Entry, Vec<Job>)| {
             inner.agents.entry(id.to_owned()).or_insert(entry);
@@ -556,16 +580,16 @@ impl Registry {
             );
         };
         let done = |inner: &mut Inner, (entry, _): (Entry, Vec<Job>)| {
-            entry.over.cancel();
-            for held in &entry.row.credentials {
-                inner.tokens.remove(&held.hash);
+            entry.revocation.cancel();
+            for credential in &entry.row.credentials {
+                inner.tokens.remove(&credential.hash);
             }
         };
         self.transact(change, undo, done).await
     }
 
     /// How many agents are in each state, for metrics.
-    pub fn census(&self, now: i64) -> BTreeMap<&'static str, usize> {
+    pub fn count_by_liveness(&self, now: i64) -> BTreeMap<&'static str, usize> {
         let mut counts = BTreeMap::new();
         for entry in self.inner().agents.values() {
             let name = match entry.liveness(now, self.started).0 {
@@ -583,8 +607,8 @@ impl Registry {
     }
 }
 
-fn duplicate() -> Refused {
-    refused(
+fn duplicate() -> HttpError {
+    HttpError::new(
         409,
         "duplicate_identity",
         "another machine shows the same identity",
@@ -596,7 +620,7 @@ fn duplicate() -> Refused {
 
 impl Inner {
     /// The agent of a cluster, by the cluster's id or, where it is the only one of that name, by name.
-    fn find(&self, id: &str, project: Option<&str>) -> Result<&Entry, Refused> {
+    fn find(&self, id: &str, project: Option<&str>) -> Result<&Entry, HttpError> {
         let mine = || self.agents.values().filter(|e| project.is_none_or(|p| e.row.project == p));
         if let Some(entry) = mine().find(|e| e.row.cluster_id == id) {
             return Ok(entry);
@@ -604,8 +628,8 @@ impl Inner {
         let named: Vec<&Entry> = mine().filter(|e| e.row.cluster.name == id).collect();
         match named[..] {
             [entry] => Ok(entry),
-            [] => Err(no_such("cluster", id)),
-            _ => Err(refused(
+            [] => Err(not_found("cluster", id)),
+            _ => Err(HttpError::new(
                 409,
                 "name_ambiguous",
                 format!("{} clusters are called {id}", named.len()),
@@ -614,24 +638,24 @@ impl Inner {
         }
     }
 
-    fn know_enrolment(&mut self, row: Enrolment) {
-        self.tokens.insert(row.hash.clone(), (Kind::Enrolment, row.id.clone()));
+    fn insert_enrolment(&mut self, row: Enrolment) {
+        self.tokens.insert(row.hash.clone(), (RowKind::Enrolment, row.id.clone()));
         self.enrolments.insert(row.id.clone(), row);
     }
 
-    fn know_access(&mut self, row: Access) {
-        self.tokens.insert(row.hash.clone(), (Kind::Access, row.id.clone()));
+    fn insert_access(&mut self, row: Access) {
+        self.tokens.insert(row.hash.clone(), (RowKind::Access, row.id.clone()));
         self.accesses.insert(row.id.clone(), (row, CancellationToken::new()));
     }
 
-    fn know_admin(&mut self, row: Admin) {
-        self.tokens.insert(row.hash.clone(), (Kind::Admin, row.id.clone()));
+    fn insert_admin(&mut self, row: Admin) {
+        self.tokens.insert(row.hash.clone(), (RowKind::Admin, row.id.clone()));
         self.admins.insert(row.id.clone(), (row, CancellationToken::new()));
     }
 
-    fn know(&mut self, entry: Entry) {
-        for held in &entry.row.credentials {
-            self.tokens.insert(held.hash.clone(), (Kind::Agent, entry.row.id.clone()));
+    fn insert_agent(&mut self, entry: Entry) {
+        for credential in &entry.row.credentials {
+            self.tokens.insert(credential.hash.clone(), (RowKind::Agent, entry.row.id.clone()));
         }
         self.agents.insert(entry.row.id.clone(), entry);
     }

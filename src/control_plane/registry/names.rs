@@ -1,6 +1,6 @@
 //! What may be a name here: people read it, on a terminal and on the page, and tell one from another by it.
 
-use super::{Refused, refused};
+use super::HttpError;
 use crate::base::text;
 use crate::contract::types::Register;
 
@@ -9,16 +9,17 @@ const NAME: usize = 63;
 const FACT: usize = 253;
 
 /// A name that people give: seen, short, no markup of any kind is special in it.
-pub(super) fn check_name(name: &str) -> Result<(), Refused> {
+pub(super) fn check_name(name: &str) -> Result<(), HttpError> {
     let hint = Some(
         "take letters, digits and punctuation that can be seen, without a blank at either end",
     );
-    text::name(name, NAME).map_err(|why| refused(400, "bad_name", format!("a name {why}"), hint))
+    text::name(name, NAME)
+        .map_err(|why| HttpError::new(400, "bad_name", format!("a name {why}"), hint))
 }
 
 /// What an agent says of its machine and its cluster beside names: it may be absent, and is shown to people like a name.
-pub(super) fn check_facts(asked: &Register) -> Result<(), Refused> {
-    let (agent, cluster) = (&asked.agent, &asked.cluster);
+pub(super) fn check_facts(request: &Register) -> Result<(), HttpError> {
+    let (agent, cluster) = (&request.agent, &request.cluster);
     let plain = [
         ("name", agent.name.as_str()),
         ("version", &agent.version),
@@ -33,13 +34,14 @@ pub(super) fn check_facts(asked: &Register) -> Result<(), Refused> {
         .into_iter()
         .flatten()
         .flat_map(|(key, value)| [("label", key.as_str()), ("label", value)]);
-    let more = asked.capabilities.iter().map(|c| ("capability", c.as_str()));
+    let more = request.capabilities.iter().map(|c| ("capability", c.as_str()));
     for (what, text) in
         plain.into_iter().chain(labels).chain(more).filter(|(_, text)| !text.is_empty())
     {
         let hint = Some("correct it on the node, then restart pipeops-agent");
-        text::name(text, FACT)
-            .map_err(|why| refused(400, "bad_name", format!("the agent's {what} {why}"), hint))?;
+        text::name(text, FACT).map_err(|why| {
+            HttpError::new(400, "bad_name", format!("the agent's {what} {why}"), hint)
+        })?;
     }
     Ok(())
 }

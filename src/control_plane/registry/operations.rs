@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::events::Topic;
-use super::{Inner, Refused, Registry, no_such, refused, unwritten};
+use super::{HttpError, Inner, Registry, database_unavailable, not_found};
 use crate::contract::types::{Operation, OperationState};
 use crate::control_plane::model::{Job, rfc3339};
-use crate::control_plane::store::{Change, Kind};
+use crate::control_plane::store::{Change, RowKind};
 
 /// Operations that wait for one agent at most, and the bytes of all that wait.
 const WAITING: usize = 16;
@@ -18,7 +18,7 @@ const DAYS: i64 = 7 * 86_400;
 /// By agent and id.
 pub(super) type Jobs = BTreeMap<(String, String), Job>;
 /// Those that are being handed over at this moment: they cannot be ended here, as the agent may have them.
-pub(super) type Handing = BTreeSet<(String, String)>;
+pub(super) type Delivering = BTreeSet<(String, String)>;
 
 fn at(job: &Job) -> (String, String) {
     (job.agent.clone(), job.operation.id.clone())
@@ -28,8 +28,8 @@ fn row(job: &Job) -> String {
     format!("{}/{}", job.agent, job.operation.id)
 }
 
-fn put(job: &Job) -> Result<Change, Refused> {
-    Change::put(Kind::Operation, &row(job), job).map_err(|e| unwritten(&e))
+fn put(job: &Job) -> Result<Change, HttpError> {
+    Change::put(RowKind::Operation, &row(job), job).map_err(|e| database_unavailable(&e))
 }
 
 impl Job {
@@ -61,7 +61,7 @@ impl Registry {
     }
 
     /// Of each agent the one that waits longest.
-    pub fn waiting(&self) -> Vec<Job> {
+    pub fn oldest_queued(&self) -> Vec<Job> {
         let inner = self.inner();
         let mut first: BTreeMap<&str, &Job> = BTreeMap::new();
         for job in inner.jobs.values().filter(|j| j.operation.state == OperationState::Queued) {
@@ -74,7 +74,7 @@ impl Registry {
     }
 
     /// Those that run for somebody who was revoked meanwhile.
-    pub fn disowned(&self) -> Vec<Job> {
+    pub fn running_for_revoked(&self) -> Vec<Job> {
         let inner = self.inner();
         let revoked =
             |subject: &str| inner.accesses.get(subject).is_some_and(|(access, _)| access.revoked);
@@ -89,44 +89,50 @@ impl Registry {
     }
 
     /// Whether something waits for an agent already.
-    pub fn waits(&self, agent: &str) -> bool {
+    pub fn has_queued(&self, agent: &str) -> bool {
         self.inner().jobs_of(agent).any(|j| j.operation.state == OperationState::Queued)
     }
 
     /// Takes one that waits, to hand it over, until [`Registry::handed`]. False when it does not wait any more.
-    pub fn hand(&self, job: &Job) -> bool {
+    pub fn begin_delivery(&self, job: &Job) -> bool {
         let mut inner = self.inner();
         let at = at(job);
         let waits =
             inner.jobs.get(&at).is_some_and(|j| j.operation.state == OperationState::Queued);
-        waits && inner.handing.insert(at)
+        waits && inner.delivering.insert(at)
     }
 
     /// The agent has it, or could not be given it.
-    pub fn handed(&self, job: &Job) {
-        self.inner().handing.remove(&at(job));
+    pub fn end_delivery(&self, job: &Job) {
+        self.inner().delivering.remove(&at(job));
     }
 
     /// Puts an operation down as it is now, and tells Runners when that is its end. One that has ended stays as it ended.
     ///
     /// # Errors
     /// No room for one more that waits, or no database: then it is as it was.
-    pub async fn put_job(&self, job: Job, now: i64) -> Result<(), Refused> {
+    pub async fn put_job(&self, job: Job, now: i64) -> Result<(), HttpError> {
         self.write_job(job, false, now).await
     }
 
-    async fn write_job(&self, job: Job, unless_handed: bool, now: i64) -> Result<(), Refused> {
+    async fn write_job(
+        &self,
+        job: Job,
+        unless_delivering: bool,
+        now: i64,
+    ) -> Result<(), HttpError> {
         let at = at(&job);
         let change = |inner: &mut Inner| {
-            if unless_handed && inner.handing.contains(&at) {
-                return Err(refused(
+            if unless_delivering && inner.delivering.contains(&at) {
+                return Err(HttpError::new(
                     409,
                     "operation_underway",
                     "it is being handed to the agent",
                     Some("try again in a moment"),
                 ));
             }
-            let agent = inner.agents.get(&job.agent).ok_or_else(|| no_such("agent", &job.agent))?;
+            let agent =
+                inner.agents.get(&job.agent).ok_or_else(|| not_found("agent", &job.agent))?;
             let former = inner.jobs.get(&at).cloned();
             let news = |f: &Job| {
                 f.operation.state == OperationState::Expired
@@ -142,7 +148,7 @@ impl Registry {
             }
             let mut changes = vec![put(&job)?];
             if job.operation.state.ended() {
-                changes.extend(self.told(&agent.row, Topic::Finished(&job.operation), now));
+                changes.extend(self.event(&agent.row, Topic::Finished(&job.operation), now));
             }
             inner.jobs.insert(at.clone(), job);
             Ok((changes, former))
@@ -166,10 +172,10 @@ impl Registry {
         id: &str,
         told: Operation,
         now: i64,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), HttpError> {
         let hex = |rest: &str| rest.len() == 32 && rest.bytes().all(|b| b.is_ascii_hexdigit());
         if told.id != id || !id.strip_prefix("o-").is_some_and(hex) || !told.state.ended() {
-            return Err(refused(
+            return Err(HttpError::new(
                 400,
                 "bad_operation",
                 "this is not the end of that operation",
@@ -195,13 +201,13 @@ impl Registry {
     ///
     /// # Errors
     /// 409 while it is on its way; no database.
-    pub async fn call_off(
+    pub async fn cancel_queued(
         &self,
         mut job: Job,
         state: OperationState,
         message: &str,
         now: i64,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), HttpError> {
         job.end(state, message, now);
         self.write_job(job, true, now).await
     }
@@ -216,7 +222,7 @@ impl Registry {
         state: OperationState,
         message: &str,
         now: i64,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), HttpError> {
         job.end(state, message, now);
         self.put_job(job, now).await
     }
@@ -231,7 +237,7 @@ impl Registry {
             let late: Vec<Job> = inner
                 .jobs
                 .values()
-                .filter(|j| j.late(now) && !inner.handing.contains(&at(j)))
+                .filter(|j| j.late(now) && !inner.delivering.contains(&at(j)))
                 .cloned()
                 .collect();
             (late, inner.old_jobs(now))
@@ -243,14 +249,14 @@ impl Registry {
                 }
                 _ => (OperationState::Interrupted, "the agent has told nothing of it for 7 days"),
             };
-            self.call_off(job, state, message, now)
+            self.cancel_queued(job, state, message, now)
                 .await
                 .map_err(|e| anyhow::anyhow!(e.message))?;
         }
         let change = |inner: &mut Inner| {
             let gone: Vec<Job> = old.iter().filter_map(|at| inner.jobs.remove(at)).collect();
             let changes =
-                gone.iter().map(|job| Change::remove(Kind::Operation, &row(job))).collect();
+                gone.iter().map(|job| Change::remove(RowKind::Operation, &row(job))).collect();
             Ok((changes, gone))
         };
         let undo = |inner: &mut Inner, gone: Vec<Job>| {
@@ -279,12 +285,12 @@ impl Inner {
             .map(|(_, job)| job)
     }
 
-    fn room_for(&self, job: &Job) -> Result<(), Refused> {
+    fn room_for(&self, job: &Job) -> Result<(), HttpError> {
         let size = |j: &Job| j.sealed.as_ref().map_or(0, String::len);
         let mine = self.jobs_of(&job.agent).filter(|j| j.sealed.is_some()).count();
         let all: usize = self.jobs.values().map(size).sum();
         if mine >= WAITING || all + size(job) > BYTES {
-            return Err(refused(
+            return Err(HttpError::new(
                 429,
                 "queue_full",
                 "too many operations wait already",
@@ -320,6 +326,6 @@ impl Inner {
         for job in &gone {
             self.jobs.remove(&(job.agent.clone(), job.operation.id.clone()));
         }
-        (gone.iter().map(|job| Change::remove(Kind::Operation, &row(job))).collect(), gone)
+        (gone.iter().map(|job| Change::remove(RowKind::Operation, &row(job))).collect(), gone)
     }
 }

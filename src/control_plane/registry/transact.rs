@@ -1,12 +1,12 @@
 //! Changes of memory and database as one.
 
-use super::{Inner, Refused, Registry, unwritten};
+use super::{HttpError, Inner, Registry, database_unavailable};
 use crate::control_plane::store::Change;
 
-impl From<anyhow::Error> for Refused {
+impl From<anyhow::Error> for HttpError {
     /// What the database does not take.
-    fn from(error: anyhow::Error) -> Refused {
-        unwritten(&error)
+    fn from(error: anyhow::Error) -> HttpError {
+        database_unavailable(&error)
     }
 }
 
@@ -26,7 +26,7 @@ impl Registry {
             if changes.is_empty() {
                 return Ok(done(&mut inner, kept));
             }
-            (self.store.order(changes), kept)
+            (self.store.enqueue(changes), kept)
         };
         let written = order.durable().await;
         let mut inner = self.inner();

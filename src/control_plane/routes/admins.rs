@@ -5,11 +5,11 @@ use axum::response::Response;
 use serde_json::{Value, json};
 
 use super::{Named, Routes, with_token, without_hash};
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
-use crate::control_plane::body::{Json, Segments, Whole};
-use crate::control_plane::registry::Refused;
+use crate::control_plane::body::{Json, PathSegments, RawBody};
+use crate::control_plane::registry::HttpError;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes
@@ -18,27 +18,29 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .delete("/api/v1/admins/{id}", remove)
 }
 
-async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
-    let items: Vec<Value> = hub.registry().admins().iter().map(without_hash).collect();
+async fn list(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
+    let items: Vec<Value> = control_plane.registry().admins().iter().map(without_hash).collect();
     answer(200, &json!({"items": items}))
 }
 
 async fn add(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Json(asked): Json<Named>,
-) -> Result<Response, Refused> {
-    let (row, token) =
-        hub.registry().add_admin(hub.keys(), &asked.name, crate::control_plane::now()).await?;
+    State(control_plane): State<ControlPlane>,
+    Json(request): Json<Named>,
+) -> Result<Response, HttpError> {
+    let (row, token) = control_plane
+        .registry()
+        .add_admin(control_plane.keys(), &request.name, crate::control_plane::now())
+        .await?;
     Ok(answer(201, &with_token(&row, &token)))
 }
 
 async fn remove(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-    _: Whole,
-) -> Result<Response, Refused> {
-    hub.registry().remove_admin(&id).await?;
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
+    control_plane.registry().remove_admin(&id).await?;
     Ok(answer(200, &json!({})))
 }

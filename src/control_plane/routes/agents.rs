@@ -9,12 +9,12 @@ use super::Routes;
 use crate::contract::types::{
     Heartbeat, HeartbeatAnswer, Operation, Register, SIGNATURE, StatusReport,
 };
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::{AgentCaller, EnrolmentCaller};
-use crate::control_plane::body::{Json, Segments, Whole, parsed};
+use crate::control_plane::body::{Json, PathSegments, RawBody, parsed};
 use crate::control_plane::model::rfc3339;
-use crate::control_plane::registry::{Refused, refused};
+use crate::control_plane::registry::HttpError;
 
 /// Longest registration: what is in it is kept, and written again with every sign of life.
 const REGISTRATION: usize = 64 << 10;
@@ -34,20 +34,32 @@ pub(super) fn routes(routes: Routes) -> Routes {
 
 async fn register(
     caller: EnrolmentCaller,
-    State(hub): State<Hub>,
+    State(control_plane): State<ControlPlane>,
     headers: HeaderMap,
-    Whole(bytes): Whole,
-) -> Result<Response, Refused> {
+    RawBody(bytes): RawBody,
+) -> Result<Response, HttpError> {
     if bytes.len() > REGISTRATION {
-        return Err(refused(413, "too_large", "a registration is at most 64 KiB long", None));
+        return Err(HttpError::new(
+            413,
+            "too_large",
+            "a registration is at most 64 KiB long",
+            None,
+        ));
     }
-    let asked: Register = parsed(&bytes)?;
+    let request: Register = parsed(&bytes)?;
     let signature = headers.get(SIGNATURE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let done = hub
+    let done = control_plane
         .registry()
-        .register(hub.keys(), &caller.who, asked, &bytes, signature, crate::control_plane::now())
+        .register(
+            control_plane.keys(),
+            &caller.principal,
+            request,
+            &bytes,
+            signature,
+            crate::control_plane::now(),
+        )
         .await?;
-    let config = hub.config(&done.agent_id);
+    let config = control_plane.config(&done.agent_id);
     Ok(answer(
         200,
         &json!({"agent_id": done.agent_id, "cluster_id": done.cluster_id, "credential": done.credential.expose(),
@@ -55,47 +67,52 @@ async fn register(
     ))
 }
 
-async fn config(agent: AgentCaller, State(hub): State<Hub>) -> Response {
-    answer(200, &hub.config(&agent.id))
+async fn config(agent: AgentCaller, State(control_plane): State<ControlPlane>) -> Response {
+    answer(200, &control_plane.config(&agent.id))
 }
 
 async fn heartbeat(
     agent: AgentCaller,
-    State(hub): State<Hub>,
+    State(control_plane): State<ControlPlane>,
     Json(beat): Json<Heartbeat>,
-) -> Result<Response, Refused> {
-    let directives = hub.registry().heartbeat(&agent.id, &beat, crate::control_plane::now())?;
-    let reply =
-        HeartbeatAnswer { config_version: hub.config(&agent.id).config_version, directives };
+) -> Result<Response, HttpError> {
+    let directives =
+        control_plane.registry().heartbeat(&agent.id, &beat, crate::control_plane::now())?;
+    let reply = HeartbeatAnswer {
+        config_version: control_plane.config(&agent.id).config_version,
+        directives,
+    };
     Ok(answer(200, &reply))
 }
 
 async fn status(
     agent: AgentCaller,
-    State(hub): State<Hub>,
+    State(control_plane): State<ControlPlane>,
     Json(report): Json<StatusReport>,
-) -> Result<Response, Refused> {
-    hub.registry().report(&agent.id, report)?;
+) -> Result<Response, HttpError> {
+    control_plane.registry().report(&agent.id, report)?;
     Ok(answer(200, &json!({})))
 }
 
 async fn result(
     agent: AgentCaller,
-    State(hub): State<Hub>,
-    Segments([_, op]): Segments<2>,
+    State(control_plane): State<ControlPlane>,
+    PathSegments([_, op]): PathSegments<2>,
     Json(told): Json<Operation>,
-) -> Result<Response, Refused> {
-    hub.registry().finish_job(&agent.id, &op, told, crate::control_plane::now()).await?;
+) -> Result<Response, HttpError> {
+    control_plane.registry().finish_job(&agent.id, &op, told, crate::control_plane::now()).await?;
     Ok(answer(200, &json!({})))
 }
 
 async fn credential(
     agent: AgentCaller,
-    State(hub): State<Hub>,
-    _: Whole,
-) -> Result<Response, Refused> {
-    let (credential, expires_at) =
-        hub.registry().rotate(hub.keys(), &agent.id, crate::control_plane::now()).await?;
+    State(control_plane): State<ControlPlane>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
+    let (credential, expires_at) = control_plane
+        .registry()
+        .rotate(control_plane.keys(), &agent.id, crate::control_plane::now())
+        .await?;
     Ok(answer(
         200,
         &json!({"credential": credential.expose(), "credential_expires_at": rfc3339(expires_at)}),
@@ -104,9 +121,9 @@ async fn credential(
 
 async fn deregister(
     agent: AgentCaller,
-    State(hub): State<Hub>,
-    _: Whole,
-) -> Result<Response, Refused> {
-    hub.registry().remove_agent(&agent.id, crate::control_plane::now()).await?;
+    State(control_plane): State<ControlPlane>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
+    control_plane.registry().remove_agent(&agent.id, crate::control_plane::now()).await?;
     Ok(answer(200, &json!({})))
 }

@@ -15,8 +15,8 @@ use serde_json::json;
 
 use super::Routes;
 use crate::control_plane::auth::RunnerCaller;
-use crate::control_plane::registry::{ClusterView, Refused, Who, refused};
-use crate::control_plane::{Hub, lock};
+use crate::control_plane::registry::{ClusterView, HttpError, Principal};
+use crate::control_plane::{ControlPlane, lock};
 
 /// How often changes are looked for, and how many may listen.
 const TICK: Duration = Duration::from_secs(1);
@@ -41,13 +41,13 @@ struct Listener {
 impl Listener {
     /// # Errors
     /// What is full.
-    fn enter(all: &Listeners, subject: String) -> Result<Listener, Refused> {
+    fn enter(all: &Listeners, subject: String) -> Result<Listener, HttpError> {
         let mut open = lock(&all.0);
         let full = |whose: &str, most: usize| {
             let message = format!(
                 "{whose} {most} streams of changes open, and more are not served at a time"
             );
-            Err(refused(
+            Err(HttpError::new(
                 503,
                 "too_many_listeners",
                 message,
@@ -79,9 +79,13 @@ impl Drop for Listener {
 }
 
 /// All clusters at first, then what has changed each second, until the right to it ends.
-async fn changes(caller: RunnerCaller, State(hub): State<Hub>) -> Result<Response, Refused> {
-    let place = Listener::enter(&hub.inner.listeners, caller.who.subject())?;
-    let stream = Changes { hub, caller, known: HashMap::new(), first: true, _place: place };
+async fn changes(
+    caller: RunnerCaller,
+    State(control_plane): State<ControlPlane>,
+) -> Result<Response, HttpError> {
+    let place = Listener::enter(&control_plane.inner.listeners, caller.principal.subject())?;
+    let stream =
+        Changes { control_plane, caller, known: HashMap::new(), first: true, _place: place };
     let events = stream::unfold(stream, async |mut stream| {
         Some((Ok::<_, Infallible>(stream.next().await?), stream))
     });
@@ -93,7 +97,7 @@ async fn changes(caller: RunnerCaller, State(hub): State<Hub>) -> Result<Respons
 }
 
 struct Changes {
-    hub: Hub,
+    control_plane: ControlPlane,
     caller: RunnerCaller,
     /// By id, each cluster as it was told last.
     known: HashMap<String, String>,
@@ -107,17 +111,18 @@ impl Changes {
             if !self.first {
                 tokio::select! {
                     () = tokio::time::sleep(TICK) => {}
-                    () = self.hub.inner.ending.cancelled() => return None,
+                    () = self.control_plane.inner.shutdown.cancelled() => return None,
                 }
             }
             let now = crate::control_plane::now();
             // what was shown is asked about each time; the local socket shows nothing, and needs not to
-            let who = match (&self.caller.token, &self.caller.who) {
-                (Some(token), _) => self.hub.registry().who(token, now).ok()?,
-                (None, Who::Local) => Who::Local,
+            let principal = match (&self.caller.token, &self.caller.principal) {
+                (Some(token), _) => self.control_plane.registry().authenticate(token, now).ok()?,
+                (None, Principal::Local) => Principal::Local,
                 (None, _) => return None,
             };
-            let text = difference(&self.hub.visible(&who, now), &mut self.known, now);
+            let text =
+                difference(&self.control_plane.visible(&principal, now), &mut self.known, now);
             let first = std::mem::take(&mut self.first);
             if let Some(text) = text {
                 return Some(Bytes::from(text));

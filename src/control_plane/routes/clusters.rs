@@ -6,13 +6,13 @@ use serde_json::{Value, json};
 
 use super::Routes;
 use crate::contract::token::TOKEN_LIFETIME;
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{AdminCaller, RunnerCaller};
-use crate::control_plane::body::{Json, Segments, Whole};
+use crate::control_plane::body::{Json, PathSegments, RawBody};
 use crate::control_plane::model::{Access, AccessKind};
-use crate::control_plane::registry::{ClusterView, Refused, Who, refused};
-use crate::control_plane::scope::{DAY, Wanted, life, narrowed};
+use crate::control_plane::registry::{ClusterView, HttpError, Principal};
+use crate::control_plane::scope::{DAY, TokenRequest, checked_ttl, restrict};
 
 /// What a look into a cluster shows, and where the agent has it.
 pub(super) const INSIDE: &[(&str, &str, bool)] = &[
@@ -34,69 +34,83 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .get("/api/v1/clusters/{id}/inside/{what}", look_inside)
 }
 
-async fn list(caller: RunnerCaller, State(hub): State<Hub>) -> Response {
-    answer(200, &json!({"items": hub.visible(&caller.who, crate::control_plane::now())}))
+async fn list(caller: RunnerCaller, State(control_plane): State<ControlPlane>) -> Response {
+    answer(
+        200,
+        &json!({"items": control_plane.visible(&caller.principal, crate::control_plane::now())}),
+    )
 }
 
 async fn show(
     caller: RunnerCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-) -> Result<Response, Refused> {
-    let cluster = hub.registry().cluster(&id, caller.who.project(), crate::control_plane::now())?;
-    Ok(answer(200, &hub.seen(cluster)))
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+) -> Result<Response, HttpError> {
+    let cluster = control_plane.registry().cluster(
+        &id,
+        caller.principal.project(),
+        crate::control_plane::now(),
+    )?;
+    Ok(answer(200, &control_plane.seen(cluster)))
 }
 
 async fn remove(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-    _: Whole,
-) -> Result<Response, Refused> {
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
     let now = crate::control_plane::now();
-    let agent = hub.registry().cluster(&id, None, now)?.agent_id;
-    hub.registry().remove_agent(&agent, now).await?;
+    let agent = control_plane.registry().cluster(&id, None, now)?.agent_id;
+    control_plane.registry().remove_agent(&agent, now).await?;
     Ok(answer(200, &json!({})))
 }
 
 async fn revoke(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-    _: Whole,
-) -> Result<Response, Refused> {
-    hub.registry().revoke_agent(&id).await?;
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
+    control_plane.registry().revoke_agent(&id).await?;
     Ok(answer(200, &json!({})))
 }
 
 /// A JWT with which the agent itself is reached.
 async fn token(
     caller: RunnerCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-    Json(asked): Json<Wanted>,
-) -> Result<Response, Refused> {
-    let ttl = life(asked.ttl_s, TOKEN_LIFETIME, TOKEN_LIFETIME)?;
-    let (role, namespaces) = narrowed(&caller.who, &asked)?;
-    let route = hub.registry().route(&id, caller.who.project())?;
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+    Json(request): Json<TokenRequest>,
+) -> Result<Response, HttpError> {
+    let ttl = checked_ttl(request.ttl_s, TOKEN_LIFETIME, TOKEN_LIFETIME)?;
+    let (role, namespaces) = restrict(&caller.principal, &request)?;
+    let route = control_plane.registry().route(&id, caller.principal.project())?;
     Ok(answer(
         200,
-        &hub.runner_token(&caller.who, &route, role, namespaces, ttl, crate::control_plane::now()),
+        &control_plane.runner_token(
+            &caller.principal,
+            &route,
+            role,
+            namespaces,
+            ttl,
+            crate::control_plane::now(),
+        ),
     ))
 }
 
 async fn kubeconfig(
-    RunnerCaller { who, .. }: RunnerCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-    Json(asked): Json<Wanted>,
-) -> Result<Response, Refused> {
+    RunnerCaller { principal, .. }: RunnerCaller,
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+    Json(request): Json<TokenRequest>,
+) -> Result<Response, HttpError> {
     let now = crate::control_plane::now();
-    let ttl = life(asked.ttl_s, DAY, DAY)?;
-    let (role, namespaces) = narrowed(&who, &asked)?;
-    let cluster = hub.registry().cluster(&id, who.project(), now)?;
+    let ttl = checked_ttl(request.ttl_s, DAY, DAY)?;
+    let (role, namespaces) = restrict(&principal, &request)?;
+    let cluster = control_plane.registry().cluster(&id, principal.project(), now)?;
     // not longer than whoever makes it may do anything himself
-    let own_end = if let Who::Access(own) = &who { own.expires_at } else { None };
+    let own_end = if let Principal::Access(own) = &principal { own.expires_at } else { None };
     let row = Access {
         id: String::new(),
         project: cluster.project.clone(),
@@ -109,35 +123,41 @@ async fn kubeconfig(
         created_at: now,
         expires_at: Some(own_end.map_or(now + ttl, |end| end.min(now + ttl))),
         revoked: false,
-        maker: Some(who.subject()),
+        maker: Some(principal.subject()),
     };
-    let (_, token) = hub.registry().add_access(hub.keys(), row).await?;
-    Ok(plain(201, "application/yaml", hub.kubeconfig(&cluster, &token)))
+    let (_, token) = control_plane.registry().add_access(control_plane.keys(), row).await?;
+    Ok(plain(201, "application/yaml", control_plane.kubeconfig(&cluster, &token)))
 }
 
 /// What goes on in a cluster, as its own API tells the caller.
 async fn look_inside(
     caller: RunnerCaller,
-    State(hub): State<Hub>,
-    Segments([id, what]): Segments<2>,
-) -> Result<Response, Refused> {
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id, what]): PathSegments<2>,
+) -> Result<Response, HttpError> {
     let found = INSIDE.iter().find(|i| i.0 == what);
-    let (_, path, audit) =
-        found.ok_or_else(|| refused(404, "not_found", format!("there is no view {what}"), None))?;
-    let value = hub.look_into(&caller.who, &id, path, *audit, crate::control_plane::now()).await?;
+    let (_, path, audit) = found.ok_or_else(|| {
+        HttpError::new(404, "not_found", format!("there is no view {what}"), None)
+    })?;
+    let value = control_plane
+        .get_from_agent(&caller.principal, &id, path, *audit, crate::control_plane::now())
+        .await?;
     let items = value["items"].as_array().map(Vec::as_slice).unwrap_or_default();
     let rows: Vec<Value> =
         if *audit { items.to_vec() } else { items.iter().map(|item| row(&what, item)).collect() };
     Ok(answer(200, &json!({"items": rows})))
 }
 
-impl Hub {
+impl ControlPlane {
     /// The clusters that somebody sees.
-    pub(in crate::control_plane) fn visible(&self, who: &Who, now: i64) -> Vec<ClusterView> {
-        let reached =
-            |c: &ClusterView| !matches!(who, Who::Access(access) if !access.includes(&c.id));
+    pub(in crate::control_plane) fn visible(
+        &self,
+        principal: &Principal,
+        now: i64,
+    ) -> Vec<ClusterView> {
+        let reached = |c: &ClusterView| !matches!(principal, Principal::Access(access) if !access.includes(&c.id));
         self.registry()
-            .clusters(who.project(), now)
+            .clusters(principal.project(), now)
             .into_iter()
             .filter(reached)
             .map(|c| self.seen(c))

@@ -6,12 +6,12 @@ use http::Uri;
 use serde_json::json;
 
 use super::Routes;
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{FrpsCaller, LocalAdmin};
 use crate::control_plane::body::Json;
-use crate::control_plane::frps::Asked;
-use crate::control_plane::registry::Refused;
+use crate::control_plane::frps::PluginRequest;
+use crate::control_plane::registry::HttpError;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes.post("/frp/handler/{secret}", handler).get("/api/v1/frps", config)
@@ -20,20 +20,23 @@ pub(super) fn routes(routes: Routes) -> Routes {
 /// What frps asks before it lets somebody in. Every answer says `unchange`: without it frps would take our `content` for the client's.
 async fn handler(
     _: FrpsCaller,
-    State(hub): State<Hub>,
+    State(control_plane): State<ControlPlane>,
     uri: Uri,
-    Json(asked): Json<Asked>,
+    Json(request): Json<PluginRequest>,
 ) -> Response {
     let query = uri.query().unwrap_or_default();
     let op = url::form_urlencoded::parse(query.as_bytes())
         .find(|(k, _)| k == "op")
         .map(|(_, v)| v.into_owned())
         .unwrap_or_default();
-    let verdict = hub.plugin(&op, asked.content);
+    let verdict = control_plane.plugin(&op, request.content);
     let reason = verdict.as_ref().err().cloned().unwrap_or_default();
     answer(200, &json!({"reject": verdict.is_err(), "reject_reason": reason, "unchange": true}))
 }
 
-async fn config(_: LocalAdmin, State(hub): State<Hub>) -> Result<Response, Refused> {
-    Ok(plain(200, "application/toml", hub.frps_config()?))
+async fn config(
+    _: LocalAdmin,
+    State(control_plane): State<ControlPlane>,
+) -> Result<Response, HttpError> {
+    Ok(plain(200, "application/toml", control_plane.frps_config()?))
 }

@@ -4,33 +4,34 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 
 use super::Routes;
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::problem;
 use crate::control_plane::auth::GatewayCaller;
-use crate::control_plane::body::Segments;
+use crate::control_plane::body::PathSegments;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes
         .below(
             "/clusters/{id}/k8s/*",
             ["/clusters/{id}/k8s", "/clusters/{id}/k8s/", "/clusters/{id}/k8s/{*rest}"],
-            pass,
+            forward,
         )
         .below(
             "/clusters/{id}/api/*",
             ["/clusters/{id}/api", "/clusters/{id}/api/", "/clusters/{id}/api/{*rest}"],
-            pass,
+            forward,
         )
 }
 
-async fn pass(
+async fn forward(
     caller: GatewayCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
     request: Request,
 ) -> Response {
     let uri = request.uri().clone();
-    hub.pass(request, &id, &caller.who, crate::control_plane::now())
+    control_plane
+        .forward(request, &id, &caller.principal, crate::control_plane::now())
         .await
-        .unwrap_or_else(|refused| problem(refused, uri.path()))
+        .unwrap_or_else(|error| problem(error, uri.path()))
 }

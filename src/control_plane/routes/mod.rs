@@ -29,14 +29,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tower::Service as _;
 
-use super::Hub;
+use super::ControlPlane;
 use super::answer::problem;
 use super::auth::{Caller, Origin};
-use super::body::{named, not_here};
-use super::registry::refused;
+use super::body::{check_segments, path_not_found};
+use super::registry::HttpError;
 use crate::base::secret::Secret;
 
-pub use super::auth::Need;
+pub use super::auth::RequiredAuth;
 pub(super) use changes::Listeners;
 
 /// A route as the table shows it: `{id}` stands for one segment of a path, `*` for every method, or at the end for all that follows.
@@ -44,48 +44,56 @@ pub(super) use changes::Listeners;
 pub struct Route {
     pub method: &'static str,
     pub path: &'static str,
-    pub need: Need,
+    pub required_auth: RequiredAuth,
 }
 
 /// What a handler needs of its caller: its arguments say so, and one whose first argument is no [`Caller`] is no handler.
-trait Asks {
-    const NEED: Need;
+trait HandlerAuth {
+    const REQUIRED_AUTH: RequiredAuth;
 }
 
-macro_rules! asks {
+macro_rules! handler_auth {
     ($($more:ident)*) => {
-        impl<Via, C: Caller, $($more),*> Asks for (Via, C, $($more),*) {
-            const NEED: Need = C::NEED;
+        impl<Via, C: Caller, $($more),*> HandlerAuth for (Via, C, $($more),*) {
+            const REQUIRED_AUTH: RequiredAuth = C::REQUIRED_AUTH;
         }
     };
 }
 
-asks!();
-asks!(A);
-asks!(A B);
-asks!(A B D);
-asks!(A B D E);
+handler_auth!();
+handler_auth!(A);
+handler_auth!(A B);
+handler_auth!(A B D);
+handler_auth!(A B D E);
 
 /// Routes with their handlers, and the table of them.
 #[derive(Default)]
 struct Routes {
     table: Vec<Route>,
     /// By path: a path that takes some methods refuses all others in the same words.
-    paths: BTreeMap<&'static str, MethodRouter<Hub>>,
+    paths: BTreeMap<&'static str, MethodRouter<ControlPlane>>,
 }
 
 impl Routes {
-    fn get<H: Handler<T, Hub>, T: Asks + 'static>(self, path: &'static str, handler: H) -> Routes {
+    fn get<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
+        self,
+        path: &'static str,
+        handler: H,
+    ) -> Routes {
         // axum would answer HEAD with it too
         self.on("GET", MethodFilter::GET, path, handler)
             .change(path, |methods| methods.head(wrong_method))
     }
 
-    fn post<H: Handler<T, Hub>, T: Asks + 'static>(self, path: &'static str, handler: H) -> Routes {
+    fn post<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
+        self,
+        path: &'static str,
+        handler: H,
+    ) -> Routes {
         self.on("POST", MethodFilter::POST, path, handler)
     }
 
-    fn delete<H: Handler<T, Hub>, T: Asks + 'static>(
+    fn delete<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
         self,
         path: &'static str,
         handler: H,
@@ -93,25 +101,25 @@ impl Routes {
         self.on("DELETE", MethodFilter::DELETE, path, handler)
     }
 
-    fn on<H: Handler<T, Hub>, T: Asks + 'static>(
+    fn on<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
         mut self,
         method: &'static str,
         filter: MethodFilter,
         path: &'static str,
         handler: H,
     ) -> Routes {
-        self.table.push(Route { method, path, need: T::NEED });
+        self.table.push(Route { method, path, required_auth: T::REQUIRED_AUTH });
         self.change(path, |methods| methods.on(filter, handler))
     }
 
     /// Every method of a path, of the same path with a slash, and of all below; `shown` is how the table shows the three.
-    fn below<H: Handler<T, Hub>, T: Asks + 'static>(
+    fn below<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
         mut self,
         shown: &'static str,
         paths: [&'static str; 3],
         handler: H,
     ) -> Routes {
-        self.table.push(Route { method: "*", path: shown, need: T::NEED });
+        self.table.push(Route { method: "*", path: shown, required_auth: T::REQUIRED_AUTH });
         for path in paths {
             self.paths.insert(path, any(handler.clone()));
         }
@@ -121,7 +129,7 @@ impl Routes {
     fn change(
         mut self,
         path: &'static str,
-        change: impl FnOnce(MethodRouter<Hub>) -> MethodRouter<Hub>,
+        change: impl FnOnce(MethodRouter<ControlPlane>) -> MethodRouter<ControlPlane>,
     ) -> Routes {
         let methods = self.paths.remove(path).unwrap_or_else(|| any(wrong_method));
         self.paths.insert(path, change(methods));
@@ -154,12 +162,12 @@ pub fn table() -> Vec<Route> {
 }
 
 /// The router of a control plane.
-pub(super) fn router(hub: Hub) -> Router {
+pub(super) fn router(control_plane: ControlPlane) -> Router {
     let paths = Routes::all().paths.into_iter();
     paths
         .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
         .fallback(no_such_path)
-        .with_state(hub)
+        .with_state(control_plane)
 }
 
 /// What is made here by its name alone.
@@ -187,12 +195,12 @@ fn with_token(row: &impl Serialize, token: &Secret) -> Value {
 }
 
 async fn wrong_method(parts: Parts) -> Response {
-    let wrong = refused(405, "method_not_allowed", "this path takes another method", None);
-    problem(named(&parts).err().unwrap_or(wrong), parts.uri.path())
+    let wrong = HttpError::new(405, "method_not_allowed", "this path takes another method", None);
+    problem(check_segments(&parts).err().unwrap_or(wrong), parts.uri.path())
 }
 
 async fn no_such_path(uri: Uri) -> Response {
-    problem(not_here(), uri.path())
+    problem(path_not_found(), uri.path())
 }
 
 /// Answers one request. Nothing that a client sends ends more than its own connection.

@@ -29,12 +29,12 @@ mod tests {
         Config, Credential, Heartbeat, HeartbeatAnswer, IDEMPOTENCY_KEY, Operation, Problem,
         Register, Registered, SIGNATURE, StatusReport,
     };
-    use crate::control_plane::auth::Need;
+    use crate::control_plane::auth::RequiredAuth;
     use crate::control_plane::gateway::RunnerToken;
     use crate::control_plane::model::{Access, Admin, Enrolment, Project};
-    use crate::control_plane::operations::Asked;
+    use crate::control_plane::operations::OperationRequest;
     use crate::control_plane::registry::ClusterView;
-    use crate::control_plane::scope::Wanted;
+    use crate::control_plane::scope::TokenRequest;
 
     /// Routes that are no calls: the files of the page, and one that only says that no agent is called `register`.
     const LEFT_OUT: &[(&str, &str)] = &[
@@ -278,12 +278,12 @@ mod tests {
             call("GET", "/api/v1/clusters/{id}", "One cluster, by id or name").gives("200", "with its report", s.of::<ClusterView>()),
             call("DELETE", "/api/v1/clusters/{id}", "Forget a cluster and its agent").done(),
             call("POST", "/api/v1/clusters/{id}/revoke", "Refuse an agent from now on").done(),
-            call("POST", "/api/v1/clusters/{id}/token", "A token for the agent's own API, of 300 s at most").takes(s.of::<Wanted>()).gives(
+            call("POST", "/api/v1/clusters/{id}/token", "A token for the agent's own API, of 300 s at most").takes(s.of::<TokenRequest>()).gives(
                 "200",
                 "the token, and where to go with it",
                 s.of::<RunnerToken>(),
             ),
-            call("POST", "/api/v1/clusters/{id}/kubeconfig", "A kubeconfig, of a day at most").takes(s.of::<Wanted>()).gives(
+            call("POST", "/api/v1/clusters/{id}/kubeconfig", "A kubeconfig, of a day at most").takes(s.of::<TokenRequest>()).gives(
                 "201",
                 "a file with which plain kubectl works",
                 text("application/yaml"),
@@ -294,7 +294,7 @@ mod tests {
             call("GET", "/api/v1/clusters/{id}/operations", "Operations that the caller may see").gives("200", "all of them", s.list::<Operation>()),
             call("POST", "/api/v1/clusters/{id}/operations", "Ask for an operation")
                 .header(IDEMPOTENCY_KEY, key)
-                .takes(s.of::<Asked>())
+                .takes(s.of::<OperationRequest>())
                 .gives("200", "known already, under the same key", operation.clone())
                 .gives("202", "taken", operation.clone()),
             call("GET", one_operation, "One operation").gives("200", "as it is now", operation.clone()),
@@ -323,38 +323,38 @@ mod tests {
     }
 
     /// Who may call, in words and as the document's kinds of credentials.
-    fn who(need: Need, method: &str) -> (&'static str, Value) {
+    fn security_of(required_auth: RequiredAuth, method: &str) -> (&'static str, Value) {
         let bearer = json!({"bearer": []});
         let session = if method == "GET" {
             json!({"session": []})
         } else {
             json!({"session": [], "csrf": []})
         };
-        match need {
-            Need::Nobody => ("Needs no credential in a header.", json!([])),
-            Need::Local => ("Only the socket in the data directory answers it.", json!([])),
-            Need::Enrol => (
+        match required_auth {
+            RequiredAuth::None => ("Needs no credential in a header.", json!([])),
+            RequiredAuth::Local => ("Only the socket in the data directory answers it.", json!([])),
+            RequiredAuth::Enrolment => (
                 "With an enrolment token, or the credential of the agent that registers again.",
                 json!([bearer]),
             ),
-            Need::Agent => {
+            RequiredAuth::Agent => {
                 ("With the credential of the agent that the path names.", json!([bearer]))
             }
-            Need::Admin => ("For administrators.", json!([bearer, session])),
-            Need::Runner => (
+            RequiredAuth::Admin => ("For administrators.", json!([bearer, session])),
+            RequiredAuth::Runner => (
                 "For administrators, and for Runners within their reach.",
                 json!([bearer, session]),
             ),
-            Need::Gateway => (
+            RequiredAuth::Gateway => (
                 "For administrators, for Runners within their reach, and for kubeconfigs.",
                 json!([bearer]),
             ),
-            Need::Session => ("For whoever has logged in.", json!([session])),
+            RequiredAuth::Session => ("For whoever has logged in.", json!([session])),
         }
     }
 
     /// The methods and the path of a route as the document has them.
-    fn named(method: &'static str, path: &str) -> (Vec<&'static str>, String) {
+    fn documented_path(method: &'static str, path: &str) -> (Vec<&'static str>, String) {
         match path.strip_suffix('*') {
             Some(start) => (METHODS.to_vec(), format!("{start}{{path}}")),
             None => (vec![method], path.to_owned()),
@@ -374,9 +374,10 @@ mod tests {
             for Call { method, path, shown } in part {
                 let route =
                     table().into_iter().find(|route| (route.method, route.path) == (method, path));
-                let need =
-                    route.unwrap_or_else(|| panic!("there is no route {method} {path}")).need;
-                let (methods, path) = named(method, path);
+                let required_auth = route
+                    .unwrap_or_else(|| panic!("there is no route {method} {path}"))
+                    .required_auth;
+                let (methods, path) = documented_path(method, path);
                 // a segment that no call describes is a name or an id
                 for name in
                     path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
@@ -399,11 +400,14 @@ mod tests {
                     }
                 }
                 for method in methods {
-                    let (description, security) = who(need, method);
+                    let (description, security) = security_of(required_auth, method);
                     let mut shown = shown.clone();
                     (shown["description"], shown["security"]) = (description.into(), security);
-                    shown["responses"]["default"] =
-                        if need == Need::Gateway { passed.clone() } else { problem.clone() };
+                    shown["responses"]["default"] = if required_auth == RequiredAuth::Gateway {
+                        passed.clone()
+                    } else {
+                        problem.clone()
+                    };
                     paths[&path][method.to_lowercase()] = shown;
                 }
             }
@@ -452,7 +456,7 @@ mod tests {
         assert_eq!(left_out.len(), LEFT_OUT.len(), "what is left out is there: {left_out:?}");
         let mut there = BTreeSet::new();
         for route in routes {
-            let (methods, path) = named(route.method, route.path);
+            let (methods, path) = documented_path(route.method, route.path);
             there.extend(methods.iter().map(|method| format!("{method} {path}")));
         }
         assert_eq!(described, there);

@@ -8,61 +8,71 @@ use serde_json::json;
 use super::Routes;
 use crate::contract::token::Role;
 use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState};
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::RunnerCaller;
-use crate::control_plane::body::{Segments, Whole, parsed};
+use crate::control_plane::body::{PathSegments, RawBody, parsed};
 use crate::control_plane::model::{Job, rfc3339};
-use crate::control_plane::operations::{Asked, Taken};
-use crate::control_plane::registry::{Refused, Route, Who, refused};
+use crate::control_plane::operations::{OperationRequest, Submission};
+use crate::control_plane::registry::{HttpError, Principal, Route};
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes
         .get("/api/v1/clusters/{id}/operations", list)
-        .post("/api/v1/clusters/{id}/operations", ask)
+        .post("/api/v1/clusters/{id}/operations", submit)
         .get("/api/v1/clusters/{id}/operations/{op}", show)
         .delete("/api/v1/clusters/{id}/operations/{op}", cancel)
 }
 
 async fn list(
     caller: RunnerCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-) -> Result<Response, Refused> {
-    let route = hub.registry().route(&id, caller.who.project())?;
-    let jobs = hub.registry().jobs(&route.agent).into_iter();
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+) -> Result<Response, HttpError> {
+    let route = control_plane.registry().route(&id, caller.principal.project())?;
+    let jobs = control_plane.registry().jobs(&route.agent).into_iter();
     let items: Vec<Operation> =
-        jobs.filter(|job| sees(&caller.who, job)).map(|job| job.operation).collect();
+        jobs.filter(|job| sees(&caller.principal, job)).map(|job| job.operation).collect();
     Ok(answer(200, &json!({"items": items})))
 }
 
-async fn ask(
+async fn submit(
     caller: RunnerCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
     headers: HeaderMap,
-    Whole(bytes): Whole,
-) -> Result<Response, Refused> {
-    let route = hub.registry().route(&id, caller.who.project())?;
-    let asked: Asked = parsed(&bytes)?;
+    RawBody(bytes): RawBody,
+) -> Result<Response, HttpError> {
+    let route = control_plane.registry().route(&id, caller.principal.project())?;
+    let request: OperationRequest = parsed(&bytes)?;
     let key = headers.get(IDEMPOTENCY_KEY).and_then(|v| v.to_str().ok());
-    match hub.ask_operation(&caller.who, &route, asked, key, crate::control_plane::now()).await? {
-        Taken::Known(job) => Ok(shown(200, &job, &route.cluster)),
-        Taken::New(job) => Ok(shown(202, &job, &route.cluster)),
-        Taken::Refused(status, value) => Ok(answer(status.as_u16(), &value)),
+    match control_plane
+        .submit_operation(&caller.principal, &route, request, key, crate::control_plane::now())
+        .await?
+    {
+        Submission::Existing(job) => Ok(shown(200, &job, &route.cluster)),
+        Submission::Created(job) => Ok(shown(202, &job, &route.cluster)),
+        Submission::Rejected(status, value) => Ok(answer(status.as_u16(), &value)),
     }
 }
 
 async fn show(
     caller: RunnerCaller,
-    State(hub): State<Hub>,
-    Segments([id, op]): Segments<2>,
-) -> Result<Response, Refused> {
-    let route = hub.registry().route(&id, caller.who.project())?;
-    let mut job = found(&hub, &caller.who, &route, &op)?;
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id, op]): PathSegments<2>,
+) -> Result<Response, HttpError> {
+    let route = control_plane.registry().route(&id, caller.principal.project())?;
+    let mut job = found(&control_plane, &caller.principal, &route, &op)?;
     if job.operation.state == OperationState::Running
-        && let Ok((StatusCode::OK, value)) =
-            hub.at_agent(Method::GET, &caller.who, &route, &op, crate::control_plane::now()).await
+        && let Ok((StatusCode::OK, value)) = control_plane
+            .call_operation(
+                Method::GET,
+                &caller.principal,
+                &route,
+                &op,
+                crate::control_plane::now(),
+            )
+            .await
         && let Ok(fresh) = serde_json::from_value(value)
     {
         job.operation = fresh;
@@ -72,32 +82,44 @@ async fn show(
 
 async fn cancel(
     caller: RunnerCaller,
-    State(hub): State<Hub>,
-    Segments([id, op]): Segments<2>,
-    _: Whole,
-) -> Result<Response, Refused> {
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id, op]): PathSegments<2>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
     let now = crate::control_plane::now();
-    let route = hub.registry().route(&id, caller.who.project())?;
-    let job = found(&hub, &caller.who, &route, &op)?;
+    let route = control_plane.registry().route(&id, caller.principal.project())?;
+    let job = found(&control_plane, &caller.principal, &route, &op)?;
     match job.operation.state {
         OperationState::Queued => {
-            hub.registry()
-                .call_off(job, OperationState::Cancelled, "cancelled before the agent had it", now)
+            control_plane
+                .registry()
+                .cancel_queued(
+                    job,
+                    OperationState::Cancelled,
+                    "cancelled before the agent had it",
+                    now,
+                )
                 .await?;
         }
         OperationState::Running => {
-            let (status, value) =
-                hub.at_agent(Method::DELETE, &caller.who, &route, &op, now).await?;
+            let (status, value) = control_plane
+                .call_operation(Method::DELETE, &caller.principal, &route, &op, now)
+                .await?;
             return Ok(answer(status.as_u16(), &value));
         }
         _ => {}
     }
-    Ok(shown(200, &found(&hub, &caller.who, &route, &op)?, &route.cluster))
+    Ok(shown(200, &found(&control_plane, &caller.principal, &route, &op)?, &route.cluster))
 }
 
-fn found(hub: &Hub, who: &Who, route: &Route, op: &str) -> Result<Job, Refused> {
-    let job = hub.registry().job(&route.agent, op).filter(|job| sees(who, job));
-    job.ok_or_else(|| refused(404, "not_found", format!("there is no operation {op}"), None))
+fn found(
+    control_plane: &ControlPlane,
+    principal: &Principal,
+    route: &Route,
+    op: &str,
+) -> Result<Job, HttpError> {
+    let job = control_plane.registry().job(&route.agent, op).filter(|job| sees(principal, job));
+    job.ok_or_else(|| HttpError::new(404, "not_found", format!("there is no operation {op}"), None))
 }
 
 fn shown(status: u16, job: &Job, cluster: &str) -> Response {
@@ -110,13 +132,13 @@ fn shown(status: u16, job: &Job, cluster: &str) -> Response {
 }
 
 /// His own, or all of the cluster as an operator of the whole of it.
-fn sees(who: &Who, job: &Job) -> bool {
-    match who {
-        Who::Admin(_) | Who::Local => true,
-        Who::Access(access) => {
+fn sees(principal: &Principal, job: &Job) -> bool {
+    match principal {
+        Principal::Admin(_) | Principal::Local => true,
+        Principal::Access(access) => {
             access.id == job.operation.subject
                 || (access.role >= Role::Operator && access.namespaces.is_none())
         }
-        Who::Agent(_) | Who::Enrolment(_) => false,
+        Principal::Agent(_) | Principal::Enrolment(_) => false,
     }
 }

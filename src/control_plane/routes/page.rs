@@ -8,11 +8,11 @@ use serde_json::json;
 
 use super::Routes;
 use crate::base::secret::Secret;
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{Anonymous, AnonymousPeer, SessionCaller};
-use crate::control_plane::body::{Json, Whole};
-use crate::control_plane::registry::{Refused, Who, unwritten};
+use crate::control_plane::body::{Json, RawBody};
+use crate::control_plane::registry::{HttpError, Principal, database_unavailable};
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; \
                       form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
@@ -70,41 +70,45 @@ fn file(kind: &'static str, text: &'static str) -> Response {
 /// A session for whoever shows an administrator's or a Runner's token.
 async fn login(
     peer: AnonymousPeer,
-    State(hub): State<Hub>,
-    Json(asked): Json<Login>,
-) -> Result<Response, Refused> {
-    let done = hub.login(peer.address, &asked.token, crate::control_plane::now())?;
-    with_cookie(answer(200, &about(&done.who, &done.csrf)), &done.cookie)
+    State(control_plane): State<ControlPlane>,
+    Json(request): Json<Login>,
+) -> Result<Response, HttpError> {
+    let done = control_plane.login(peer.address, &request.token, crate::control_plane::now())?;
+    with_cookie(answer(200, &about(&done.principal, &done.csrf)), &done.cookie)
 }
 
 /// Who is logged in, to a page that was loaded anew.
-async fn session(caller: SessionCaller, State(hub): State<Hub>, headers: HeaderMap) -> Response {
-    answer(200, &about(&caller.who, &hub.csrf(&headers)))
+async fn session(
+    caller: SessionCaller,
+    State(control_plane): State<ControlPlane>,
+    headers: HeaderMap,
+) -> Response {
+    answer(200, &about(&caller.principal, &control_plane.csrf(&headers)))
 }
 
 async fn logout(
     _: SessionCaller,
-    State(hub): State<Hub>,
+    State(control_plane): State<ControlPlane>,
     headers: HeaderMap,
-    _: Whole,
-) -> Result<Response, Refused> {
-    with_cookie(answer(200, &json!({})), &hub.logout(&headers))
+    _: RawBody,
+) -> Result<Response, HttpError> {
+    with_cookie(answer(200, &json!({})), &control_plane.logout(&headers))
 }
 
-fn with_cookie(mut answer: Response, cookie: &str) -> Result<Response, Refused> {
+fn with_cookie(mut answer: Response, cookie: &str) -> Result<Response, HttpError> {
     answer.headers_mut().insert(
         header::SET_COOKIE,
-        HeaderValue::try_from(cookie).map_err(|e| unwritten(&e.into()))?,
+        HeaderValue::try_from(cookie).map_err(|e| database_unavailable(&e.into()))?,
     );
     Ok(answer)
 }
 
-fn about<'a>(who: &'a Who, csrf: &'a str) -> About<'a> {
-    let (name, admin) = match who {
-        Who::Admin(name) => (name.as_str(), true),
-        Who::Local => ("local", true),
-        Who::Access(access) => (access.name.as_str(), false),
-        Who::Agent(_) | Who::Enrolment(_) => ("", false),
+fn about<'a>(principal: &'a Principal, csrf: &'a str) -> About<'a> {
+    let (name, admin) = match principal {
+        Principal::Admin(name) => (name.as_str(), true),
+        Principal::Local => ("local", true),
+        Principal::Access(access) => (access.name.as_str(), false),
+        Principal::Agent(_) | Principal::Enrolment(_) => ("", false),
     };
     About { name, admin, csrf, version: env!("CARGO_PKG_VERSION") }
 }

@@ -5,24 +5,27 @@ use axum::response::Response;
 use serde_json::json;
 
 use super::{Named, Routes};
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
 use crate::control_plane::body::Json;
-use crate::control_plane::registry::Refused;
+use crate::control_plane::registry::HttpError;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes.get("/api/v1/projects", list).post("/api/v1/projects", add)
 }
 
-async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
-    answer(200, &json!({"items": hub.registry().projects()}))
+async fn list(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
+    answer(200, &json!({"items": control_plane.registry().projects()}))
 }
 
 async fn add(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Json(asked): Json<Named>,
-) -> Result<Response, Refused> {
-    Ok(answer(201, &hub.registry().add_project(&asked.name, crate::control_plane::now()).await?))
+    State(control_plane): State<ControlPlane>,
+    Json(request): Json<Named>,
+) -> Result<Response, HttpError> {
+    Ok(answer(
+        201,
+        &control_plane.registry().add_project(&request.name, crate::control_plane::now()).await?,
+    ))
 }

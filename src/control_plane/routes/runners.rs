@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 
 use super::{Routes, with_token, without_hash};
 use crate::contract::token::Role;
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
-use crate::control_plane::body::{Json, Segments, Whole};
+use crate::control_plane::body::{Json, PathSegments, RawBody};
 use crate::control_plane::model::{Access, AccessKind};
-use crate::control_plane::registry::Refused;
-use crate::control_plane::scope::{DAY, YEAR, life, role};
+use crate::control_plane::registry::HttpError;
+use crate::control_plane::scope::{DAY, YEAR, checked_ttl, parse_role};
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewRunner"))]
@@ -35,43 +35,46 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .delete("/api/v1/runners/{id}", revoke)
 }
 
-async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
-    let items: Vec<Value> = hub.registry().accesses().iter().map(without_hash).collect();
+async fn list(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
+    let items: Vec<Value> = control_plane.registry().accesses().iter().map(without_hash).collect();
     answer(200, &json!({"items": items}))
 }
 
 async fn add(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Json(asked): Json<AddRunner>,
-) -> Result<Response, Refused> {
+    State(control_plane): State<ControlPlane>,
+    Json(request): Json<AddRunner>,
+) -> Result<Response, HttpError> {
     let now = crate::control_plane::now();
-    let expires_at =
-        asked.ttl_s.map(|ttl| life(Some(ttl), DAY, YEAR)).transpose()?.map(|ttl| now + ttl);
+    let expires_at = request
+        .ttl_s
+        .map(|ttl| checked_ttl(Some(ttl), DAY, YEAR))
+        .transpose()?
+        .map(|ttl| now + ttl);
     let row = Access {
         id: String::new(),
-        project: asked.project.unwrap_or_else(|| "default".into()),
-        name: asked.name,
+        project: request.project.unwrap_or_else(|| "default".into()),
+        name: request.name,
         kind: AccessKind::Runner,
         hash: String::new(),
-        role: role(asked.role.as_deref(), Role::Deployer)?,
-        clusters: asked.clusters,
-        namespaces: asked.namespaces,
+        role: parse_role(request.role.as_deref(), Role::Deployer)?,
+        clusters: request.clusters,
+        namespaces: request.namespaces,
         created_at: now,
         expires_at,
         revoked: false,
         maker: None,
     };
-    let (row, token) = hub.registry().add_access(hub.keys(), row).await?;
+    let (row, token) = control_plane.registry().add_access(control_plane.keys(), row).await?;
     Ok(answer(201, &with_token(&row, &token)))
 }
 
 async fn revoke(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-    _: Whole,
-) -> Result<Response, Refused> {
-    hub.registry().revoke_access(&id).await?;
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
+    control_plane.registry().revoke_access(&id).await?;
     Ok(answer(200, &json!({})))
 }

@@ -7,8 +7,8 @@ use serde_json::json;
 use super::Routes;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{AdminCaller, Anonymous, LocalAdmin};
-use crate::control_plane::registry::{Refused, unwritten};
-use crate::control_plane::{Hub, backup};
+use crate::control_plane::registry::{HttpError, database_unavailable};
+use crate::control_plane::{ControlPlane, backup};
 
 pub(super) fn routes(routes: Routes) -> Routes {
     let routes = routes.get("/api/v1/health", health).get("/api/v1/ca", ca);
@@ -19,15 +19,20 @@ async fn health(_: Anonymous) -> Response {
     answer(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))
 }
 
-async fn ca(_: Anonymous, State(hub): State<Hub>) -> Response {
-    plain(200, "application/x-pem-file", hub.shown_ca().unwrap_or_default())
+async fn ca(_: Anonymous, State(control_plane): State<ControlPlane>) -> Response {
+    plain(200, "application/x-pem-file", control_plane.shown_ca().unwrap_or_default())
 }
 
-async fn metrics(_: AdminCaller, State(hub): State<Hub>) -> Response {
-    plain(200, "text/plain; version=0.0.4", hub.metrics(crate::control_plane::now()))
+async fn metrics(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
+    plain(200, "text/plain; version=0.0.4", control_plane.metrics(crate::control_plane::now()))
 }
 
-async fn copy(_: LocalAdmin, State(hub): State<Hub>) -> Result<Response, Refused> {
-    let text = backup::text(&hub.inner.state, &hub.inner.store).await.map_err(|e| unwritten(&e))?;
+async fn copy(
+    _: LocalAdmin,
+    State(control_plane): State<ControlPlane>,
+) -> Result<Response, HttpError> {
+    let text = backup::text(&control_plane.inner.state, &control_plane.inner.store)
+        .await
+        .map_err(|e| database_unavailable(&e))?;
     Ok(plain(200, "application/json", text.expose().to_owned()))
 }

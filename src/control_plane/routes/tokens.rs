@@ -6,12 +6,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Routes, with_token, without_hash};
-use crate::control_plane::Hub;
+use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
-use crate::control_plane::body::{Json, Segments, Whole};
-use crate::control_plane::registry::Refused;
-use crate::control_plane::scope::{DAY, YEAR, life};
+use crate::control_plane::body::{Json, PathSegments, RawBody};
+use crate::control_plane::registry::HttpError;
+use crate::control_plane::scope::{DAY, YEAR, checked_ttl};
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewEnrolmentToken"))]
@@ -31,37 +31,45 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .delete("/api/v1/tokens/{id}", revoke)
 }
 
-async fn list(_: AdminCaller, State(hub): State<Hub>) -> Response {
-    let items: Vec<Value> = hub.registry().enrolments().iter().map(without_hash).collect();
+async fn list(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
+    let items: Vec<Value> =
+        control_plane.registry().enrolments().iter().map(without_hash).collect();
     answer(200, &json!({"items": items}))
 }
 
 async fn add(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Json(asked): Json<AddToken>,
-) -> Result<Response, Refused> {
-    let ttl = life(asked.ttl_s, DAY, YEAR)?;
+    State(control_plane): State<ControlPlane>,
+    Json(request): Json<AddToken>,
+) -> Result<Response, HttpError> {
+    let ttl = checked_ttl(request.ttl_s, DAY, YEAR)?;
     let (name, project) = (
-        asked.name.unwrap_or_else(|| "token".into()),
-        asked.project.unwrap_or_else(|| "default".into()),
+        request.name.unwrap_or_else(|| "token".into()),
+        request.project.unwrap_or_else(|| "default".into()),
     );
-    let uses = asked.uses.or(Some(1)).filter(|n| *n > 0);
-    let (row, token) = hub
+    let uses = request.uses.or(Some(1)).filter(|n| *n > 0);
+    let (row, token) = control_plane
         .registry()
-        .add_enrolment(hub.keys(), &project, &name, ttl, uses, crate::control_plane::now())
+        .add_enrolment(
+            control_plane.keys(),
+            &project,
+            &name,
+            ttl,
+            uses,
+            crate::control_plane::now(),
+        )
         .await?;
     let mut shown = with_token(&row, &token);
-    shown["install"] = hub.install_line(&token).into();
+    shown["install"] = control_plane.install_line(&token).into();
     Ok(answer(201, &shown))
 }
 
 async fn revoke(
     _: AdminCaller,
-    State(hub): State<Hub>,
-    Segments([id]): Segments<1>,
-    _: Whole,
-) -> Result<Response, Refused> {
-    hub.registry().revoke_enrolment(&id).await?;
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
+    control_plane.registry().revoke_enrolment(&id).await?;
     Ok(answer(200, &json!({})))
 }

@@ -9,23 +9,23 @@ use serde_json::{Value, json};
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::cli::{
-    AdminCommand, ClusterCommand, ControlPlane, DataDirArgs, DatabaseArgs, OutputArgs,
-    OutputFormat, PlaneCommand, ProjectCommand, RunnerCommand, Serve, TokenCommand,
+    AdminCommand, ClusterCommand, ControlPlaneArgs, ControlPlaneCommand, DataDirArgs, DatabaseArgs,
+    OutputArgs, OutputFormat, ProjectCommand, RunnerCommand, Serve, TokenCommand,
 };
 use crate::cmd::{Context, unreadable};
 use crate::control_plane::frps::ExternalFrps;
 use crate::control_plane::keys::CertificateFiles;
 use crate::control_plane::outbox::Broker;
-use crate::control_plane::settings::{CONFIG, PlaneOptions, parse_file};
-use crate::control_plane::{self, HubConfig, client};
+use crate::control_plane::settings::{CONFIG, ControlPlaneOptions, parse_file};
+use crate::control_plane::{self, ControlPlaneConfig, client};
 use crate::host::Host;
 use crate::output::{Printer, table};
 
 /// # Errors
 /// What the served control plane or the called one says.
-pub async fn plane(context: &Context, args: ControlPlane) -> anyhow::Result<Exit> {
+pub async fn control_plane(context: &Context, args: ControlPlaneArgs) -> anyhow::Result<Exit> {
     let Some(command) = args.command else { return serve(context, args.serve).await };
-    if args.serve.options != PlaneOptions::default() || args.serve.config.is_some() {
+    if args.serve.options != ControlPlaneOptions::default() || args.serve.config.is_some() {
         return Err(Failure::usage("SERVING_OPTION", "before a verb stands an option that is for serving only")
             .hint("a verb is for the control plane that runs here: it takes --data-dir, and its own options behind it (--help)")
             .into());
@@ -34,7 +34,11 @@ pub async fn plane(context: &Context, args: ControlPlane) -> anyhow::Result<Exit
 }
 
 /// Options of the config file under those of the command line.
-fn layered(host: &Host, flags: PlaneOptions, config: Option<&str>) -> anyhow::Result<PlaneOptions> {
+fn layered(
+    host: &Host,
+    flags: ControlPlaneOptions,
+    config: Option<&str>,
+) -> anyhow::Result<ControlPlaneOptions> {
     let text = match config {
         Some(path) => Some(host.users_file(path).map_err(|e| unreadable(path, &e))?),
         None => host.read(CONFIG).map_err(|e| unreadable(CONFIG, &e))?,
@@ -104,7 +108,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     names.extend(["localhost".into(), "127.0.0.1".into()]);
     let terminal = std::io::stderr().is_terminal();
     let first = names[0].clone();
-    let config = HubConfig {
+    let config = ControlPlaneConfig {
         listen: options.listen.unwrap_or((Ipv6Addr::UNSPECIFIED, 8443).into()),
         tunnel_listen: options.tunnel_listen.unwrap_or((Ipv6Addr::UNSPECIFIED, 7000).into()),
         names,
@@ -139,14 +143,14 @@ fn show(token: &str, line: &str) {
     printer.say(&format!("  {line}"));
 }
 
-struct Asked<'a> {
+struct AdminClient<'a> {
     context: &'a Context,
     host: Host,
     place: &'a DataDirArgs,
     verb: OutputArgs,
 }
 
-impl Asked<'_> {
+impl AdminClient<'_> {
     async fn call(
         &self,
         method: Method,
@@ -220,16 +224,16 @@ fn segment(text: &str) -> anyhow::Result<String> {
         .replace('+', "%20"))
 }
 
-fn stored(
+fn host_and_database(
     context: &Context,
-    stored: &DatabaseArgs,
+    args: &DatabaseArgs,
     place: &DataDirArgs,
 ) -> anyhow::Result<(Host, Option<Secret>)> {
     let host = context.host(&place.root);
     let database = url(
         context,
         &host,
-        stored.database_url_file.as_deref(),
+        args.database_url_file.as_deref(),
         context.database_url.as_ref(),
         None,
     )?;
@@ -238,19 +242,20 @@ fn stored(
 
 async fn verb(
     context: &Context,
-    command: PlaneCommand,
+    command: ControlPlaneCommand,
     place: &DataDirArgs,
 ) -> anyhow::Result<Exit> {
-    let asked = |verb: OutputArgs| Asked { context, host: context.host(&place.root), place, verb };
+    let client =
+        |verb: OutputArgs| AdminClient { context, host: context.host(&place.root), place, verb };
     match command {
-        PlaneCommand::Token(TokenCommand::Create { project, name, ttl, uses, verb }) => {
-            let asked = asked(verb);
+        ControlPlaneCommand::Token(TokenCommand::Create { project, name, ttl, uses, verb }) => {
+            let client = client(verb);
             let body = json!({"project": project, "name": name, "ttl_s": ttl, "uses": uses});
-            let answer = asked.call(Method::POST, "/api/v1/tokens", Some(&body)).await?;
-            asked.show(&answer, |v| text(&v["install"]))
+            let answer = client.call(Method::POST, "/api/v1/tokens", Some(&body)).await?;
+            client.show(&answer, |v| text(&v["install"]))
         }
-        PlaneCommand::Token(TokenCommand::List { verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Token(TokenCommand::List { verb }) => {
+            client(verb)
                 .list(
                     "/api/v1/tokens",
                     &["ID", "NAME", "PROJECT", "USES LEFT", "EXPIRES", "REVOKED"],
@@ -267,13 +272,13 @@ async fn verb(
                 )
                 .await
         }
-        PlaneCommand::Token(TokenCommand::Revoke { id, verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Token(TokenCommand::Revoke { id, verb }) => {
+            client(verb)
                 .done(Method::DELETE, &format!("/api/v1/tokens/{}", segment(&id)?), "revoked")
                 .await
         }
-        PlaneCommand::Cluster(ClusterCommand::List { verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Cluster(ClusterCommand::List { verb }) => {
+            client(verb)
                 .list(
                     "/api/v1/clusters",
                     &["ID", "NAME", "STATE", "VERSION", "NODES", "TUNNEL", "SEEN", "REASON"],
@@ -288,12 +293,12 @@ async fn verb(
                 )
                 .await
         }
-        PlaneCommand::Cluster(ClusterCommand::Show { cluster, verb }) => {
-            let asked = asked(verb);
-            let answer = asked
+        ControlPlaneCommand::Cluster(ClusterCommand::Show { cluster, verb }) => {
+            let client = client(verb);
+            let answer = client
                 .call(Method::GET, &format!("/api/v1/clusters/{}", segment(&cluster)?), None)
                 .await?;
-            asked.show(&answer, |v| {
+            client.show(&answer, |v| {
                 let line = |name: &str| format!("{name:<14}{}", text(&v[name]));
                 let mut lines: Vec<String> = [
                     "id",
@@ -324,20 +329,25 @@ async fn verb(
                 lines.join("\n")
             })
         }
-        PlaneCommand::Cluster(ClusterCommand::Kubeconfig { cluster, role, namespaces, verb }) => {
-            let asked = asked(verb);
+        ControlPlaneCommand::Cluster(ClusterCommand::Kubeconfig {
+            cluster,
+            role,
+            namespaces,
+            verb,
+        }) => {
+            let client = client(verb);
             let body = json!({"role": role, "namespaces": namespaces});
-            let answer = asked
+            let answer = client
                 .call(
                     Method::POST,
                     &format!("/api/v1/clusters/{}/kubeconfig", segment(&cluster)?),
                     Some(&body),
                 )
                 .await?;
-            asked.show(&answer, |_| answer.clone())
+            client.show(&answer, |_| answer.clone())
         }
-        PlaneCommand::Cluster(ClusterCommand::Revoke { cluster, verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Cluster(ClusterCommand::Revoke { cluster, verb }) => {
+            client(verb)
                 .done(
                     Method::POST,
                     &format!("/api/v1/clusters/{}/revoke", segment(&cluster)?),
@@ -345,8 +355,8 @@ async fn verb(
                 )
                 .await
         }
-        PlaneCommand::Cluster(ClusterCommand::Remove { cluster, verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Cluster(ClusterCommand::Remove { cluster, verb }) => {
+            client(verb)
                 .done(
                     Method::DELETE,
                     &format!("/api/v1/clusters/{}", segment(&cluster)?),
@@ -354,7 +364,7 @@ async fn verb(
                 )
                 .await
         }
-        PlaneCommand::Runner(RunnerCommand::Create {
+        ControlPlaneCommand::Runner(RunnerCommand::Create {
             name,
             project,
             role,
@@ -363,13 +373,13 @@ async fn verb(
             ttl,
             verb,
         }) => {
-            let asked = asked(verb);
+            let client = client(verb);
             let body = json!({"name": name, "project": project, "role": role, "clusters": clusters, "namespaces": namespaces, "ttl_s": ttl});
-            let answer = asked.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
-            asked.show(&answer, |v| text(&v["token"]))
+            let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
+            client.show(&answer, |v| text(&v["token"]))
         }
-        PlaneCommand::Runner(RunnerCommand::List { verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Runner(RunnerCommand::List { verb }) => {
+            client(verb)
                 .list(
                     "/api/v1/runners",
                     &["ID", "NAME", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"],
@@ -384,8 +394,8 @@ async fn verb(
                 )
                 .await
         }
-        PlaneCommand::Runner(RunnerCommand::Revoke { id, verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Runner(RunnerCommand::Revoke { id, verb }) => {
+            client(verb)
                 .done(
                     Method::DELETE,
                     &format!("/api/v1/runners/{}", segment(&id)?),
@@ -393,21 +403,21 @@ async fn verb(
                 )
                 .await
         }
-        PlaneCommand::Admin(AdminCommand::Create { name, verb }) => {
-            let asked = asked(verb);
+        ControlPlaneCommand::Admin(AdminCommand::Create { name, verb }) => {
+            let client = client(verb);
             let answer =
-                asked.call(Method::POST, "/api/v1/admins", Some(&json!({"name": name}))).await?;
-            asked.show(&answer, |v| text(&v["token"]))
+                client.call(Method::POST, "/api/v1/admins", Some(&json!({"name": name}))).await?;
+            client.show(&answer, |v| text(&v["token"]))
         }
-        PlaneCommand::Admin(AdminCommand::List { verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Admin(AdminCommand::List { verb }) => {
+            client(verb)
                 .list("/api/v1/admins", &["ID", "NAME", "CREATED"], |v| {
                     vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]
                 })
                 .await
         }
-        PlaneCommand::Admin(AdminCommand::Revoke { id, verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Admin(AdminCommand::Revoke { id, verb }) => {
+            client(verb)
                 .done(
                     Method::DELETE,
                     &format!("/api/v1/admins/{}", segment(&id)?),
@@ -415,7 +425,7 @@ async fn verb(
                 )
                 .await
         }
-        PlaneCommand::FrpsConfig => {
+        ControlPlaneCommand::FrpsConfig => {
             let text = client::call(
                 &context.host(&place.root),
                 &place.data_dir,
@@ -429,15 +439,15 @@ async fn verb(
             }
             Ok(Exit::Done)
         }
-        PlaneCommand::Backup { file, stored: at } => {
-            let (host, database) = stored(context, &at, place)?;
+        ControlPlaneCommand::Backup { file, database: args } => {
+            let (host, database) = host_and_database(context, &args, place)?;
             let said =
                 control_plane::backup::write(&host, &place.data_dir, database, &file).await?;
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }
-        PlaneCommand::Restore { file, stored: at } => {
-            let (host, database) = stored(context, &at, place)?;
+        ControlPlaneCommand::Restore { file, database: args } => {
+            let (host, database) = host_and_database(context, &args, place)?;
             let text = host.users_file(&file).map_err(|e| unreadable(&file, &e))?;
             let said =
                 control_plane::backup::restore(&host, &place.data_dir, database, &file, &text)
@@ -445,14 +455,14 @@ async fn verb(
             Printer::new(false, false, context.no_color()).say(&said);
             Ok(Exit::Done)
         }
-        PlaneCommand::Project(ProjectCommand::Create { name, verb }) => {
-            let asked = asked(verb);
+        ControlPlaneCommand::Project(ProjectCommand::Create { name, verb }) => {
+            let client = client(verb);
             let answer =
-                asked.call(Method::POST, "/api/v1/projects", Some(&json!({"name": name}))).await?;
-            asked.show(&answer, |v| text(&v["id"]))
+                client.call(Method::POST, "/api/v1/projects", Some(&json!({"name": name}))).await?;
+            client.show(&answer, |v| text(&v["id"]))
         }
-        PlaneCommand::Project(ProjectCommand::List { verb }) => {
-            asked(verb)
+        ControlPlaneCommand::Project(ProjectCommand::List { verb }) => {
+            client(verb)
                 .list("/api/v1/projects", &["ID", "NAME", "CREATED"], |v| {
                     vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]
                 })
