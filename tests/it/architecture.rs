@@ -53,7 +53,17 @@ const INSIDE: &[(&str, Rows)] = &[
             &["answer", "watch"],
         ],
     ),
-    ("frp", &[&["mod", "wire", "mux", "admission"], &["codec"], &["dial"], &["client", "server"]]),
+    (
+        "frp",
+        &[
+            &["config", "wire", "mux", "admission"],
+            &["state_machine"],
+            &["mod"],
+            &["codec"],
+            &["dial"],
+            &["client", "server"],
+        ],
+    ),
     (
         "install",
         &[
@@ -143,9 +153,6 @@ const TO_SPLIT: &[(&str, usize)] = &[
     ("control_plane/mod.rs", 556),
     ("control_plane/registry/mod.rs", 662),
     ("control_plane/store.rs", 606),
-    ("frp/client.rs", 514),
-    ("frp/mod.rs", 560),
-    ("frp/server/mod.rs", 533),
     ("host/mod.rs", 540),
     ("install/checks/tests/cases.rs", 618),
     ("install/checks/tests/mod.rs", 647),

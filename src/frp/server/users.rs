@@ -20,10 +20,10 @@ impl Server {
         mut io: Io,
         hello: &wire::NewWorkConn,
     ) -> io::Result<()> {
-        let control = lock(&self.shared.registry).sessions.get(&hello.run_id).cloned();
+        let session = lock(&self.shared.registry).sessions.get(&hello.run_id).cloned();
         let refuse =
             |error: &str| StartWorkConn { error: error.into(), ..StartWorkConn::default() };
-        let Some(control) = control else {
+        let Some(session) = session else {
             return wire::write(&mut io, refuse("no client control found for run id")).await;
         };
         if !self.is_token_valid(&hello.privilege_key, hello.timestamp) {
@@ -34,13 +34,13 @@ impl Server {
             .await;
         }
         let surplus = {
-            let mut pool = lock(&control.pool);
+            let mut pool = lock(&session.pool);
             let mut io = Some(io);
             while let Some(offered) = io.take() {
                 match pool.users.pop_front() {
                     // a user that gave up is passed over
                     Some(user) => io = user.send(offered).err(),
-                    None if pool.idle.len() < control.max_idle => pool.idle.push_back(offered),
+                    None if pool.idle.len() < session.max_idle => pool.idle.push_back(offered),
                     None => {
                         io = Some(offered);
                         break;
@@ -76,7 +76,7 @@ impl Server {
         open: &OpenProxy,
         from: Option<SocketAddr>,
     ) -> io::Result<Io> {
-        let control = &open.control;
+        let session = &open.session;
         let start = StartWorkConn {
             proxy_name: open.asked.proxy_name.clone(),
             src_addr: from.map(|a| a.ip().to_string()).unwrap_or_default(),
@@ -85,7 +85,7 @@ impl Server {
         };
         timeout(WORK_CONNECTION_TIMEOUT, async {
             loop {
-                let mut io = self.take_work_connection(control).await?;
+                let mut io = self.take_work_connection(session).await?;
                 // a pooled connection may be dead: the next one, then
                 if wire::write(&mut io, start.clone()).await.is_ok() {
                     let key = open.asked.use_encryption.then(|| Key::of(&self.shared.config.token));
@@ -100,11 +100,11 @@ impl Server {
     }
 
     /// A work connection, and an order for the next one.
-    async fn take_work_connection(&self, control: &ClientSession) -> io::Result<Io> {
+    async fn take_work_connection(&self, session: &ClientSession) -> io::Result<Io> {
         let gone = || io::Error::new(io::ErrorKind::NotConnected, "the client is gone");
-        control.control_sender.send(ReqWorkConn {}.into()).await.map_err(|_| gone())?;
+        session.control_sender.send(ReqWorkConn {}.into()).await.map_err(|_| gone())?;
         let waiting = {
-            let mut pool = lock(&control.pool);
+            let mut pool = lock(&session.pool);
             if let Some(io) = pool.idle.pop_front() {
                 return Ok(io);
             }

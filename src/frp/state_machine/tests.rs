@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::frp::Proxy;
 
 fn config(names: &[&str]) -> Box<TunnelConfig> {
     let proxies = names.iter().map(|n| Proxy { name: (*n).into(), ..Proxy::default() }).collect();
