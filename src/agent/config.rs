@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use crate::agent::session::client::{self, check_url};
+use crate::agent::session::http::{check_url, deregister};
 use crate::agent::session::identity::{Identity, StoredCredential};
 use crate::base::error::Failure;
 use crate::base::http::plain_proxy;
@@ -189,7 +189,7 @@ impl Deregistration {
     /// What is left to do by hand, and why.
     pub async fn send(self) -> Result<String, String> {
         let url = self.stored.url.clone();
-        match client::deregister(&self.trust, self.proxy.as_deref(), &self.stored, &self.id).await {
+        match deregister(&self.trust, self.proxy.as_deref(), &self.stored, &self.id).await {
             Ok(()) => Ok(url),
             Err(why) => Err(format!(
                 "{url} still lists cluster {} ({why}): remove it there",

@@ -146,8 +146,6 @@ const MOST_LINES: usize = 500;
 const TO_SPLIT: &[(&str, usize)] = &[
     ("agent/api/operations/mod.rs", 593),
     ("agent/api/operations/executor.rs", 680),
-    ("agent/session/client.rs", 628),
-    ("agent/session/mod.rs", 587),
     ("control_plane/gateway.rs", 559),
     ("control_plane/keys.rs", 542),
     ("control_plane/mod.rs", 556),

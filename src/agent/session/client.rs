@@ -1,37 +1,33 @@
-//! The control plane over HTTPS: carries out what the machine of `session/mod.rs` decides.
+//! Carries out what the state machine of the session decides: requests to the control plane over
+//! HTTPS.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
-use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
-use serde::de::DeserializeOwned;
+use reqwest::{Method, RequestBuilder};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::session::identity::{Identity, StoredCredential};
-use crate::agent::session::queue::{EntryKind, Queue};
-use crate::agent::session::{
+use super::http::{HttpClient, Reply};
+use super::identity::{Identity, StoredCredential};
+use super::queue::{EntryKind, Queue};
+use super::{
     ControlPlaneSession, ControlPlaneState, ControlPlaneStatus, RegistrationAuth, RequestKind,
     RequestOutcome, SessionAction, SessionEvent, is_permanent_refusal,
 };
 use crate::base::backoff::random;
-use crate::base::http::clock_offset;
-use crate::base::resolve::Resolver;
 use crate::base::secret::Secret;
-use crate::base::trust::{Trust, explain};
+use crate::base::trust::Trust;
 use crate::contract::types::{
-    AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, Problem,
-    Register, Registered, SIGNATURE, StatusReport, TunnelReport,
+    AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, Register,
+    Registered, SIGNATURE, StatusReport, TunnelReport,
 };
 use crate::frp;
 use crate::host::state::StateDir;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// The control plane that the queue is for.
 const QUEUE_URL: &str = "queue-url";
-/// Longest answer, bytes.
-const MAX_RESPONSE: usize = 1 << 20;
 
 /// What the agent reports to the control plane.
 pub struct ReportedState {
@@ -74,185 +70,47 @@ pub struct ControlPlaneClient {
     pub stop: CancellationToken,
 }
 
-/// Checks an address: https, or http to this machine itself.
-///
-/// # Errors
-/// Why it cannot be used.
-pub fn check_url(text: &str) -> Result<(), String> {
-    let url = url::Url::parse(text).map_err(|e| format!("`{text}` is no URL: {e}"))?;
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err("a control plane's URL carries no user and no password".into());
+/// The paths of this agent at the control plane.
+struct AgentEndpoint<'a> {
+    http: HttpClient,
+    identity: &'a Identity,
+    credential: Secret,
+}
+
+impl AgentEndpoint<'_> {
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let path = format!("/{}{path}", self.identity.id);
+        self.http.request(method, &path, &self.credential)
     }
-    let loopback = match url.host() {
-        Some(url::Host::Ipv4(a)) => a.is_loopback(),
-        Some(url::Host::Ipv6(a)) => a.is_loopback(),
-        Some(url::Host::Domain(name)) => name == "localhost",
-        None => return Err(format!("`{text}` names no host")),
+}
+
+/// Sends the oldest entry of the queue.
+async fn deliver(queue: &Queue, agent: &AgentEndpoint<'_>) -> Reply<RequestOutcome> {
+    let Some((name, entry, body)) = queue.oldest() else {
+        return (Ok(RequestOutcome::Idle), None);
     };
-    match url.scheme() {
-        "https" => Ok(()),
-        "http" if loopback => Ok(()),
-        "http" => Err(format!(
-            "`{text}` would send the token in clear: use https (http is for loopback only)"
-        )),
-        other => Err(format!("`{other}` is no scheme for a control plane: use https")),
-    }
-}
-
-/// What an answer brought besides its outcome.
-type Reply<T> = (Result<T, RequestOutcome>, Option<i64>);
-
-struct HttpClient {
-    client: Client,
-    base: String,
-}
-
-impl HttpClient {
-    fn new(url: &str, trust: &Trust, proxy: Option<&str>) -> Result<HttpClient, String> {
-        check_url(url)?;
-        let mut client = Client::builder();
-        if let Some(proxy) = proxy {
-            client = client.proxy(
-                reqwest::Proxy::https(proxy)
-                    .map_err(|_| "https-proxy is no URL of a proxy".to_owned())?,
-            );
-        }
-        let client = client
-            .tls_backend_preconfigured(trust.client()?)
-            .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(REQUEST_TIMEOUT)
-            .dns_resolver(Resolver::shared())
-            .pool_idle_timeout(Duration::from_secs(300))
-            .redirect(reqwest::redirect::Policy::none())
-            .user_agent(concat!("pipeops/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|e| crate::base::http::explain(&e))?;
-        Ok(HttpClient { client, base: format!("{}/api/v1/agents", url.trim_end_matches('/')) })
-    }
-
-    fn request(&self, method: Method, path: &str, bearer: &Secret) -> RequestBuilder {
-        self.client
-            .request(method, format!("{}{path}", self.base))
-            .bearer_auth(bearer.expose())
-            .header("Content-Type", "application/json")
-    }
-
-    /// Sends, and judges what comes back.
-    async fn send<T: DeserializeOwned>(&self, request: RequestBuilder) -> Reply<T> {
-        let unreachable = |e: &reqwest::Error| {
-            let text = crate::base::http::explain(e);
-            RequestOutcome::Unreachable(match explain(&text) {
-                Some((code, remedy)) => format!("{code}: {text}; {remedy}"),
-                None => text,
-            })
-        };
-        let mut answer = match request.send().await {
-            Ok(answer) => answer,
-            Err(e) => return (Err(unreachable(&e)), None),
-        };
-        let offset = clock_offset(&answer);
-        let (status, retry_after) = (answer.status(), retry_after(&answer));
-        let mut body = Vec::new();
-        loop {
-            match answer.chunk().await {
-                Ok(Some(chunk)) if body.len() + chunk.len() <= MAX_RESPONSE => {
-                    body.extend_from_slice(&chunk)
-                }
-                Ok(Some(_)) => {
-                    return (
-                        Err(RequestOutcome::Unreachable("the answer is longer than 1 MiB".into())),
-                        offset,
-                    );
-                }
-                Ok(None) => break,
-                Err(e) => return (Err(unreachable(&e)), offset),
-            }
-        }
-        if !status.is_success() {
-            let problem: Problem = serde_json::from_slice(&body).unwrap_or_default();
-            let message = if problem.message.is_empty() {
-                status.canonical_reason().unwrap_or("refused").to_owned()
-            } else {
-                problem.message
-            };
-            let message = crate::base::text::printable(&message).chars().take(200).collect();
-            return (
-                Err(RequestOutcome::Refused {
-                    status: status.as_u16(),
-                    code: problem.code,
-                    message,
-                    retry_after,
-                }),
-                offset,
-            );
-        }
-        let text: &[u8] =
-            if body.is_empty() || status == StatusCode::NO_CONTENT { b"null" } else { &body };
-        let parsed = serde_json::from_slice(text).map_err(|e| {
-            RequestOutcome::Unreachable(format!(
-                "the answer cannot be read: {e}; is this a control plane?"
-            ))
-        });
-        (parsed, offset)
-    }
-}
-
-/// Takes the agent `id` off its control plane, with the credential that it gave.
-///
-/// # Errors
-/// Why it still lists the agent, in one line.
-pub async fn deregister(
-    trust: &Trust,
-    proxy: Option<&str>,
-    kept: &StoredCredential,
-    id: &str,
-) -> Result<(), String> {
-    let http = HttpClient::new(&kept.url, trust, proxy)?;
-    match http
-        .send::<serde_json::Value>(http.request(
-            Method::DELETE,
-            &format!("/{id}"),
-            &kept.credential,
-        ))
-        .await
-        .0
+    let path = match &entry {
+        EntryKind::Status => "/status".to_owned(),
+        EntryKind::Result { operation } => format!("/operations/{operation}/result"),
+    };
+    let request = agent.request(Method::POST, &path).body(body);
+    let (answer, offset) = agent.http.send::<serde_json::Value>(request).await;
+    if let Err(RequestOutcome::Refused { status, message, .. }) = &answer
+        && is_permanent_refusal(*status)
     {
-        Ok(_) | Err(RequestOutcome::Refused { status: 404 | 410, .. }) => Ok(()),
-        Err(RequestOutcome::Refused { status, code, message, .. }) => {
-            Err(format!("HTTP {status} {code}: {message}"))
-        }
-        Err(RequestOutcome::Unreachable(why)) => Err(why),
-        Err(_) => Err("no answer that can be read".into()),
+        let what = &entry;
+        tracing::warn!(?what, status, message, "the control plane will not take it: dropped");
+        queue.remove(&name);
+    } else if answer.is_ok() {
+        queue.remove(&name);
     }
+    (answer.map(|_| RequestOutcome::Delivered), offset)
 }
 
-/// Seconds or a date, an hour at most.
-fn retry_after(answer: &Response) -> Option<Duration> {
-    let text = answer.headers().get(reqwest::header::RETRY_AFTER)?.to_str().ok()?;
-    let seconds = match text.trim().parse::<u64>() {
-        Ok(seconds) => seconds,
-        Err(_) => {
-            let then = jiff::fmt::rfc2822::parse(text).ok()?.timestamp().as_second();
-            let now = answer
-                .headers()
-                .get(reqwest::header::DATE)
-                .and_then(|d| jiff::fmt::rfc2822::parse(d.to_str().ok()?).ok());
-            u64::try_from(
-                then - now.map_or_else(
-                    || jiff::Timestamp::now().as_second(),
-                    |n| n.timestamp().as_second(),
-                ),
-            )
-            .unwrap_or(0)
-        }
-    };
-    Some(Duration::from_secs(seconds.min(3600)))
-}
-
-/// What stays over the calls of a run.
+/// What stays from one request to the next.
 struct RunState {
     http: Result<HttpClient, String>,
-    kept: Option<StoredCredential>,
+    credential: Option<StoredCredential>,
     queue: Queue,
     seq: u64,
 }
@@ -264,13 +122,12 @@ impl ControlPlaneClient {
     /// When the state directory cannot be used.
     pub async fn run(mut self) -> anyhow::Result<()> {
         let mut session = ControlPlaneSession::new(Instant::now());
-        let (mut known, mut event) = self.begin()?;
+        let (mut state, mut event) = self.begin()?;
         // of the last report: a change of these is reported before the next one is due
         let mut shown = None;
         loop {
-            let mut call = None;
-            let mut actions =
-                std::collections::VecDeque::from(session.on(event, Instant::now(), random()));
+            let mut next = None;
+            let mut actions = VecDeque::from(session.on(event, Instant::now(), random()));
             while let Some(action) = actions.pop_front() {
                 if action == SessionAction::Report {
                     let body = {
@@ -278,7 +135,7 @@ impl ControlPlaneClient {
                         shown = Some((report.kubernetes.clone(), report.nodes.clone()));
                         serde_json::to_string(&*report)?
                     };
-                    match known.queue.push(&EntryKind::Status, &body) {
+                    match state.queue.push(&EntryKind::Status, &body) {
                         Ok(()) => actions.extend(session.on(
                             SessionEvent::Queued,
                             Instant::now(),
@@ -290,7 +147,7 @@ impl ControlPlaneClient {
                         ),
                     }
                 } else {
-                    call = Some(action);
+                    next = Some(action);
                 }
             }
             self.publish.send_if_modified(|reported| {
@@ -303,10 +160,10 @@ impl ControlPlaneClient {
             if session.drain_reported() {
                 self.drain_reported.cancel();
             }
-            event = match call {
+            event = match next {
                 Some(action) => tokio::select! {
                     () = self.stop.cancelled() => return Ok(()),
-                    event = self.call(&mut known, action, session.status()) => event,
+                    event = self.request(&mut state, action, session.status()) => event,
                 },
                 None => {
                     let wake = session.wake();
@@ -320,7 +177,7 @@ impl ControlPlaneClient {
                         () = self.stop.cancelled() => return Ok(()),
                         () = self.drain.cancelled(), if session.status().state != ControlPlaneState::Draining => SessionEvent::Drain,
                         Some(FinishedOperation { operation, body, stored }) = self.results.recv() => {
-                            match known.queue.push(&EntryKind::Result { operation }, &body) {
+                            match state.queue.push(&EntryKind::Result { operation }, &body) {
                                 Ok(()) => drop(stored.send(())),
                                 // whoever sent it keeps it, and sends it again
                                 Err(error) => tracing::error!(error = format!("{error:#}"), "a result could not be kept"),
@@ -356,30 +213,34 @@ impl ControlPlaneClient {
         {
             tracing::warn!(error = format!("{error:#}"), "whom the queue is for is not kept");
         }
-        let mut known = RunState {
+        let mut state = RunState {
             http: HttpClient::new(&self.url, &self.trust, self.proxy.as_deref()),
-            kept: StoredCredential::load(&self.state, &self.url),
+            credential: StoredCredential::load(&self.state, &self.url),
             queue,
             seq: 0,
         };
         let event = if self.identity.is_some() {
             SessionEvent::Start {
                 token,
-                credential: known.kept.as_ref().map(|k| k.remaining_s(jiff::Timestamp::now())),
+                credential: state
+                    .credential
+                    .as_ref()
+                    .map(|c| c.remaining_s(jiff::Timestamp::now())),
             }
         } else {
-            known.kept = None;
+            state.credential = None;
             SessionEvent::Cloned
         };
-        if let Some(config) = known.kept.as_ref().and_then(|k| k.config.clone()) {
+        if let Some(config) = state.credential.as_ref().and_then(|c| c.config.clone()) {
             self.config.send_replace(Some(config));
         }
-        Ok((known, event))
+        Ok((state, event))
     }
 
-    async fn call(
+    /// Sends the request of an action.
+    async fn request(
         &self,
-        known: &mut RunState,
+        state: &mut RunState,
         action: SessionAction,
         status: &ControlPlaneStatus,
     ) -> SessionEvent {
@@ -390,149 +251,117 @@ impl ControlPlaneClient {
             SessionAction::Rotate => RequestKind::Rotate,
             SessionAction::Deliver | SessionAction::Report => RequestKind::Deliver,
         };
-        let (outcome, offset) = self.execute(known, action, status).await;
+        let (outcome, offset) = match (state.http.clone(), &self.identity) {
+            (Ok(http), Some(identity)) => {
+                let credential = state.credential.as_ref().map(|c| c.credential.clone());
+                let agent =
+                    AgentEndpoint { http, identity, credential: credential.unwrap_or_default() };
+                match action {
+                    SessionAction::Register(auth) => self.register(state, &agent, auth).await,
+                    SessionAction::FetchConfig => self.fetch_config(state, &agent).await,
+                    SessionAction::Heartbeat => self.send_heartbeat(state, &agent, status).await,
+                    SessionAction::Rotate => self.rotate_credential(state, &agent).await,
+                    SessionAction::Deliver | SessionAction::Report => {
+                        deliver(&state.queue, &agent).await
+                    }
+                }
+            }
+            (Err(why), _) => (Err(RequestOutcome::Unreachable(why)), None),
+            (_, None) => {
+                (Err(RequestOutcome::Unreachable("this agent has no identity".into())), None)
+            }
+        };
         if matches!(outcome, Err(RequestOutcome::Unreachable(_))) {
-            // a client keeps the resolver's settings of its birth: after a boot without network they would be wrong for ever
-            known.http = HttpClient::new(&self.url, &self.trust, self.proxy.as_deref());
+            // a client keeps the resolver's settings of the moment when it was made: after a boot
+            // without network they would stay wrong
+            state.http = HttpClient::new(&self.url, &self.trust, self.proxy.as_deref());
         }
         SessionEvent::Done { call, outcome: outcome.unwrap_or_else(|refusal| refusal), offset }
     }
 
-    async fn execute(
+    async fn register(
         &self,
-        known: &mut RunState,
-        action: SessionAction,
-        status: &ControlPlaneStatus,
+        state: &mut RunState,
+        agent: &AgentEndpoint<'_>,
+        auth: RegistrationAuth,
     ) -> Reply<RequestOutcome> {
-        let (http, identity) = match (&known.http, &self.identity) {
-            (Ok(http), Some(identity)) => (http, identity),
-            (Err(why), _) => return (Err(RequestOutcome::Unreachable(why.clone())), None),
-            (_, None) => {
-                return (
-                    Err(RequestOutcome::Unreachable("this agent has no identity".into())),
-                    None,
-                );
-            }
+        let bearer = match auth {
+            RegistrationAuth::Token => self.token.clone().unwrap_or_default(),
+            RegistrationAuth::Credential => agent.credential.clone(),
         };
-        let credential = known.kept.as_ref().map(|k| k.credential.clone()).unwrap_or_default();
-        let id = &identity.id;
-        match action {
-            SessionAction::Register(with) => {
-                let bearer = if with == RegistrationAuth::Token {
-                    self.token.clone().unwrap_or_default()
-                } else {
-                    credential
-                };
-                let body = serde_json::to_string(&self.registration(identity)).unwrap_or_default();
-                let signature = match identity.sign(body.as_bytes()) {
-                    Ok(signature) => signature,
-                    Err(e) => return (Err(RequestOutcome::Unreachable(format!("{e:#}"))), None),
-                };
-                let request = http
-                    .request(Method::POST, "/register", &bearer)
-                    .header(SIGNATURE, signature)
-                    .body(body);
-                let (answer, offset) = http.send::<Registered>(request).await;
-                let outcome = answer.and_then(|r| {
-                    let config =
-                        (r.config != Config::default()).then(|| Box::new(r.config.clone()));
-                    let given = Credential {
-                        credential: r.credential,
-                        credential_expires_at: r.credential_expires_at,
-                    };
-                    let outcome =
-                        self.store_credential(&mut known.kept, given, Some(r.cluster_id), config)?;
-                    Ok(outcome)
-                });
-                (outcome.inspect(|o| self.publish_config(o)), offset)
-            }
-            SessionAction::FetchConfig => {
-                let (answer, offset) = http
-                    .send::<Config>(http.request(
-                        Method::GET,
-                        &format!("/{id}/config"),
-                        &credential,
-                    ))
-                    .await;
-                if let (Ok(config), Some(kept)) = (&answer, &mut known.kept)
-                    && kept.config.as_ref() != Some(config)
-                {
-                    kept.config = Some(config.clone());
-                    if let Err(error) = kept.store(&self.state) {
-                        tracing::warn!(
-                            error = format!("{error:#}"),
-                            "the settings are not kept over a restart"
-                        );
-                    }
-                }
-                (
-                    answer
-                        .map(|c| RequestOutcome::Config(Box::new(c)))
-                        .inspect(|o| self.publish_config(o)),
-                    offset,
-                )
-            }
-            SessionAction::Heartbeat => {
-                known.seq += 1;
-                let body =
-                    serde_json::to_string(&self.heartbeat(known.seq, status)).unwrap_or_default();
-                let request =
-                    http.request(Method::POST, &format!("/{id}/heartbeat"), &credential).body(body);
-                let (answer, offset) = http.send::<HeartbeatAnswer>(request).await;
-                (answer.map(RequestOutcome::Heartbeat), offset)
-            }
-            SessionAction::Rotate => {
-                let (answer, offset) = http
-                    .send::<Credential>(http.request(
-                        Method::POST,
-                        &format!("/{id}/credential"),
-                        &credential,
-                    ))
-                    .await;
-                (
-                    answer.and_then(|given| {
-                        self.store_credential(&mut known.kept, given, None, None)
-                    }),
-                    offset,
-                )
-            }
-            SessionAction::Deliver | SessionAction::Report => {
-                let Some((name, what, body)) = known.queue.oldest() else {
-                    return (Ok(RequestOutcome::Idle), None);
-                };
-                let path = match &what {
-                    EntryKind::Status => format!("/{id}/status"),
-                    EntryKind::Result { operation } => {
-                        format!("/{id}/operations/{operation}/result")
-                    }
-                };
-                let (answer, offset) = http
-                    .send::<serde_json::Value>(
-                        http.request(Method::POST, &path, &credential).body(body),
-                    )
-                    .await;
-                if let Err(RequestOutcome::Refused { status, message, .. }) = &answer
-                    && is_permanent_refusal(*status)
-                {
-                    tracing::warn!(
-                        ?what,
-                        status,
-                        message,
-                        "the control plane will not take it: dropped"
-                    );
-                    known.queue.remove(&name);
-                } else if answer.is_ok() {
-                    known.queue.remove(&name);
-                }
-                (answer.map(|_| RequestOutcome::Delivered), offset)
-            }
-        }
+        let body = serde_json::to_string(&self.registration(agent.identity)).unwrap_or_default();
+        let signature = match agent.identity.sign(body.as_bytes()) {
+            Ok(signature) => signature,
+            Err(e) => return (Err(RequestOutcome::Unreachable(format!("{e:#}"))), None),
+        };
+        let request = agent
+            .http
+            .request(Method::POST, "/register", &bearer)
+            .header(SIGNATURE, signature)
+            .body(body);
+        let (answer, offset) = agent.http.send::<Registered>(request).await;
+        let outcome = answer.and_then(|r| {
+            let config = (r.config != Config::default()).then(|| Box::new(r.config));
+            let given = Credential {
+                credential: r.credential,
+                credential_expires_at: r.credential_expires_at,
+            };
+            self.store_credential(&mut state.credential, given, Some(r.cluster_id), config)
+        });
+        (outcome.inspect(|o| self.publish_config(o)), offset)
     }
 
-    /// Keeps a credential before it is used: after a crash it must be there.
+    async fn fetch_config(
+        &self,
+        state: &mut RunState,
+        agent: &AgentEndpoint<'_>,
+    ) -> Reply<RequestOutcome> {
+        let request = agent.request(Method::GET, "/config");
+        let (answer, offset) = agent.http.send::<Config>(request).await;
+        if let (Ok(config), Some(stored)) = (&answer, &mut state.credential)
+            && stored.config.as_ref() != Some(config)
+        {
+            stored.config = Some(config.clone());
+            if let Err(error) = stored.store(&self.state) {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the settings are not kept over a restart"
+                );
+            }
+        }
+        let outcome = answer.map(|c| RequestOutcome::Config(Box::new(c)));
+        (outcome.inspect(|o| self.publish_config(o)), offset)
+    }
+
+    async fn send_heartbeat(
+        &self,
+        state: &mut RunState,
+        agent: &AgentEndpoint<'_>,
+        status: &ControlPlaneStatus,
+    ) -> Reply<RequestOutcome> {
+        state.seq += 1;
+        let body = serde_json::to_string(&self.heartbeat(state.seq, status)).unwrap_or_default();
+        let request = agent.request(Method::POST, "/heartbeat").body(body);
+        let (answer, offset) = agent.http.send::<HeartbeatAnswer>(request).await;
+        (answer.map(RequestOutcome::Heartbeat), offset)
+    }
+
+    async fn rotate_credential(
+        &self,
+        state: &mut RunState,
+        agent: &AgentEndpoint<'_>,
+    ) -> Reply<RequestOutcome> {
+        let request = agent.request(Method::POST, "/credential");
+        let (answer, offset) = agent.http.send::<Credential>(request).await;
+        let outcome = answer
+            .and_then(|given| self.store_credential(&mut state.credential, given, None, None));
+        (outcome, offset)
+    }
+
+    /// Stores a credential before it is used: after a crash it must be there.
     fn store_credential(
         &self,
-        kept: &mut Option<StoredCredential>,
+        stored: &mut Option<StoredCredential>,
         given: Credential,
         cluster_id: Option<String>,
         config: Option<Box<Config>>,
@@ -542,10 +371,11 @@ impl ControlPlaneClient {
                 "the answer holds no credential; is this a control plane?".into(),
             ));
         }
-        let cluster_id =
-            cluster_id.or_else(|| kept.as_ref().map(|k| k.cluster_id.clone())).unwrap_or_default();
+        let cluster_id = cluster_id
+            .or_else(|| stored.as_ref().map(|k| k.cluster_id.clone()))
+            .unwrap_or_default();
         let last =
-            config.as_deref().cloned().or_else(|| kept.as_ref().and_then(|k| k.config.clone()));
+            config.as_deref().cloned().or_else(|| stored.as_ref().and_then(|k| k.config.clone()));
         let new = StoredCredential {
             url: self.url.clone(),
             credential: given.credential,
@@ -557,10 +387,10 @@ impl ControlPlaneClient {
         if let Err(error) = new.store(&self.state) {
             tracing::error!(
                 error = format!("{error:#}"),
-                "the credential could not be kept: it is lost with this process"
+                "the credential could not be stored: it is lost with this process"
             );
         }
-        *kept = Some(new);
+        *stored = Some(new);
         Ok(RequestOutcome::Credential { lives, config })
     }
 

@@ -1,6 +1,6 @@
 //! The control-plane session: tables of events, and any order of them.
 
-use crate::contract::types::LEEWAY;
+use crate::contract::types::{HeartbeatAnswer, LEEWAY};
 use proptest::prelude::*;
 
 use super::*;
