@@ -5,6 +5,7 @@ pub mod client;
 pub mod header_policy;
 pub mod path;
 pub mod readiness;
+pub mod rollout;
 mod transport;
 pub mod upstream;
 pub mod watch;

@@ -48,7 +48,7 @@ const INSIDE: &[(&str, Rows)] = &[
     (
         "kubernetes",
         &[
-            &["path", "readiness", "transport"],
+            &["path", "readiness", "rollout", "transport"],
             &["client", "header_policy", "upstream"],
             &["answer", "watch"],
         ],
@@ -144,8 +144,6 @@ const MOST_LINES: usize = 500;
 /// Files that were longer when the width became 100, with their lines then. None is added and none grows; one that is short
 /// enough goes from here.
 const TO_SPLIT: &[(&str, usize)] = &[
-    ("agent/api/operations/mod.rs", 593),
-    ("agent/api/operations/executor.rs", 680),
     ("control_plane/gateway.rs", 559),
     ("control_plane/keys.rs", 542),
     ("control_plane/mod.rs", 556),

@@ -5,194 +5,46 @@
 //! The request itself is not: it may hold secrets, and after a restart nothing of it is done, because
 //! the caller's right to it may have ended by then.
 
+mod events;
 mod executor;
+mod requests;
+mod store;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::time::Duration;
 
-use futures_util::stream;
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method, Response, header};
-use http_body_util::{BodyExt as _, Limited, StreamBody};
-use hyper::body::{Bytes, Frame, Incoming};
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use http::{HeaderValue, Method, Response, header};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
+use serde_json::json;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::permits::{StreamClass, StreamPermit};
+use super::permits::StreamClass;
 use super::{Api, AuditedRequest, lock};
 use crate::agent::session::client::FinishedOperation;
 use crate::base::encoding::hex;
 use crate::contract::operation::OperationRequest;
 use crate::contract::token::{Caller, Role};
 use crate::contract::types::{
-    IDEMPOTENCY_KEY, ObjectOutcome, Operation, OperationState, check_idempotency_key, operation_id,
+    IDEMPOTENCY_KEY, Operation, OperationState, check_idempotency_key, operation_id,
 };
-use crate::host::state::StateDir;
 use crate::kubernetes::answer::{ApiError, plain};
 use crate::kubernetes::upstream::{Body, Upstream};
-use executor::ExecutionError;
+use requests::ExecutionError;
+pub use store::Operations;
+use store::{OperationRecord, Progress, TrackedOperation, now};
 
-/// Operations that run at once.
+/// Operations that run at the same time.
 const MAX_RUNNING: usize = 8;
-/// Largest request, and how long it may take to come.
+/// Largest request, and how long it may take to arrive.
 const MAX_BODY: usize = 1 << 20;
 const BODY_TIMEOUT: Duration = Duration::from_secs(15);
-/// Operations that are remembered, the ended ones, and for how long, seconds: a second request with their key finds them.
-const MAX_REMEMBERED: usize = 256;
-const REMEMBERED_S: i64 = 7 * 86_400;
-/// Between tries at writing or telling an end.
+/// Between attempts to store or report a result.
 const RETRY: Duration = Duration::from_secs(5);
-/// A listener who is gone is noticed when something is sent to him.
-const KEEPALIVE: Duration = Duration::from_secs(15);
-
-/// What the disk holds of an operation.
-#[derive(Clone, Serialize, Deserialize)]
-struct OperationRecord {
-    operation: Operation,
-    /// Digest of the request: the same key for something else is a mistake.
-    request: String,
-    /// The result is in the queue for the control plane.
-    #[serde(rename = "told")]
-    reported: bool,
-}
-
-struct TrackedOperation {
-    stored: OperationRecord,
-    /// What happened so far, in words.
-    events: Vec<String>,
-    news: watch::Sender<()>,
-    cancel: CancellationToken,
-}
-
-impl TrackedOperation {
-    fn new(stored: OperationRecord) -> TrackedOperation {
-        TrackedOperation {
-            stored,
-            events: Vec::new(),
-            news: watch::Sender::new(()),
-            cancel: CancellationToken::new(),
-        }
-    }
-}
-
-/// All that are remembered, and where their ends go.
-pub struct Operations {
-    dir: StateDir,
-    all: Mutex<BTreeMap<String, TrackedOperation>>,
-    results: mpsc::Sender<FinishedOperation>,
-}
-
-fn file(id: &str) -> String {
-    format!("{id}.json")
-}
-
-fn now() -> String {
-    jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or_default().to_string()
-}
-
-impl Operations {
-    /// Those of before. One that ran when the agent stopped is over.
-    pub fn open(dir: StateDir, results: mpsc::Sender<FinishedOperation>) -> Operations {
-        let mut all = BTreeMap::new();
-        for name in dir.list() {
-            let stored: Option<OperationRecord> =
-                dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
-            let Some(mut stored) = stored.filter(|s| file(&s.operation.id) == name) else {
-                // cut by no crash, as files are replaced whole: somebody else's
-                dir.remove(&name);
-                continue;
-            };
-            let operation = &mut stored.operation;
-            if !operation.state.ended() {
-                operation.state = OperationState::Interrupted;
-                operation.message = "the agent stopped while it ran: part of it may be done; ask again with another key".into();
-                operation.finished_at = now();
-            }
-            all.insert(operation.id.clone(), TrackedOperation::new(stored));
-        }
-        Operations { dir, all: Mutex::new(all), results }
-    }
-
-    /// How many run.
-    pub fn running(&self) -> usize {
-        lock(&self.all).values().filter(|l| !l.stored.operation.state.ended()).count()
-    }
-
-    /// What is too old or too much, the oldest first; never one whose end is not reported.
-    fn remove_expired(&self, all: &mut BTreeMap<String, TrackedOperation>) {
-        let mut done: Vec<(String, String)> = all
-            .values()
-            .filter(|l| l.stored.reported)
-            .map(|l| (l.stored.operation.finished_at.clone(), l.stored.operation.id.clone()))
-            .collect();
-        done.sort();
-        let oldest =
-            jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - REMEMBERED_S)
-                .unwrap_or_default()
-                .to_string();
-        let excess = done.len().saturating_sub(MAX_REMEMBERED);
-        for (n, (at, id)) in done.into_iter().enumerate() {
-            if n < excess || at < oldest {
-                self.dir.remove(&file(&id));
-                all.remove(&id);
-            }
-        }
-    }
-
-    fn store(&self, stored: &OperationRecord) -> anyhow::Result<()> {
-        self.dir.write(&file(&stored.operation.id), &serde_json::to_string(stored)?)
-    }
-
-    fn change(
-        &self,
-        id: &str,
-        change: impl FnOnce(&mut TrackedOperation),
-    ) -> Option<OperationRecord> {
-        let mut all = lock(&self.all);
-        let live = all.get_mut(id)?;
-        change(live);
-        live.news.send_replace(());
-        Some(live.stored.clone())
-    }
-}
-
-/// What a worker tells of what it does.
-pub(super) struct Progress {
-    api: Api,
-    id: String,
-}
-
-impl Progress {
-    /// In words, to whoever listens.
-    fn say(&self, message: String) {
-        self.api.operations().change(&self.id, |live| {
-            live.events.push(json!({"at": now(), "message": message}).to_string());
-            live.stored.operation.message = message;
-        });
-    }
-
-    /// An object was dealt with, or has become what it should.
-    fn touched(&self, object: &str, outcome: &str) {
-        self.api.operations().change(&self.id, |live| {
-            let objects = &mut live.stored.operation.objects;
-            match objects.iter_mut().find(|t| t.object == object) {
-                Some(touched) => touched.outcome = outcome.into(),
-                None => {
-                    objects.push(ObjectOutcome { object: object.into(), outcome: outcome.into() })
-                }
-            }
-            live.events
-                .push(json!({"at": now(), "object": object, "outcome": outcome}).to_string());
-        });
-    }
-}
-
 fn operation_response(status: u16, operation: &Operation) -> Response<Body> {
     plain(status, "application/json", serde_json::to_string(operation).unwrap_or_default())
 }
@@ -202,14 +54,14 @@ impl Api {
         &self.inner.context.operations
     }
 
-    /// Tells the ends that an earlier run of the agent could not tell.
+    /// Reports the results that an earlier run of the agent could not report.
     pub(super) fn report_unreported(&self) {
-        let untold: Vec<OperationRecord> = lock(&self.operations().all)
+        let unreported: Vec<OperationRecord> = lock(&self.operations().all)
             .values()
             .filter(|l| l.stored.operation.state.ended() && !l.stored.reported)
             .map(|l| l.stored.clone())
             .collect();
-        for stored in untold {
+        for stored in unreported {
             tokio::spawn(self.clone().report(stored));
         }
     }
@@ -347,7 +199,7 @@ impl Api {
         answer
     }
 
-    /// Durable from here on.
+    /// Stores a new operation: it is durable from here on.
     fn admit(&self, stored: &OperationRecord) -> Result<CancellationToken, Box<Response<Body>>> {
         let operations = self.operations();
         let mut all = lock(&operations.all);
@@ -431,7 +283,7 @@ impl Api {
         self.report(ended).await;
     }
 
-    /// Hands an end to the queue of the control plane, until it is there.
+    /// Hands a result to the queue for the control plane, until it is there.
     async fn report(self, mut stored: OperationRecord) {
         let id = stored.operation.id.clone();
         loop {
@@ -444,7 +296,7 @@ impl Api {
                 .await
                 .is_err()
             {
-                // the agent stops: the next start tells it
+                // the agent stops: its next start reports it
                 return;
             }
             if stored_rx.await.is_ok() {
@@ -462,86 +314,6 @@ impl Api {
         }
         self.operations().change(&id, |live| live.stored.reported = true);
     }
-
-    /// Server-sent events (WHATWG HTML §9.2): each step, then `end` with the operation. `Last-Event-ID` goes on where another listener
-    /// broke off.
-    fn events(&self, caller: &Caller, id: String, headers: &HeaderMap) -> Response<Body> {
-        let permit = match self.permit(&caller.subject, StreamClass::Watch) {
-            Ok(permit) => permit,
-            Err(problem) => return problem.plain(),
-        };
-        let Some(mut news) = lock(&self.operations().all).get(&id).map(|l| l.news.subscribe())
-        else {
-            return not_found();
-        };
-        news.mark_changed();
-        let last = headers
-            .get("last-event-id")
-            .and_then(|v| v.to_str().ok())
-            .and_then(|v| v.parse::<usize>().ok());
-        let begin = EventListener {
-            api: self.clone(),
-            id,
-            news,
-            next: last.unwrap_or(0),
-            over: false,
-            _permit: permit,
-        };
-        let events = stream::unfold(begin, |mut listener| async move {
-            let text = listener.next().await?;
-            Some((Ok::<_, tower::BoxError>(Frame::data(Bytes::from(text))), listener))
-        });
-        let mut response = Response::new(StreamBody::new(events).boxed_unsync());
-        for (name, value) in
-            [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")]
-        {
-            response.headers_mut().insert(name, HeaderValue::from_static(value));
-        }
-        response
-    }
-}
-
-/// Somebody who follows an operation.
-struct EventListener {
-    api: Api,
-    id: String,
-    news: watch::Receiver<()>,
-    /// Events that he has.
-    next: usize,
-    over: bool,
-    _permit: StreamPermit,
-}
-
-impl EventListener {
-    async fn next(&mut self) -> Option<String> {
-        if self.over {
-            return None;
-        }
-        loop {
-            tokio::select! {
-                changed = self.news.changed() => changed.ok()?,
-                () = sleep(KEEPALIVE) => return Some(": quiet\n\n".into()),
-                () = self.api.inner.context.cut.cancelled() => return None,
-            }
-            let all = lock(&self.api.operations().all);
-            let live = all.get(&self.id)?;
-            let mut text = String::new();
-            for event in live.events.iter().skip(self.next) {
-                self.next += 1;
-                text.push_str(&format!("id: {}\nevent: step\ndata: {event}\n\n", self.next));
-            }
-            if live.stored.operation.state.ended() {
-                self.over = true;
-                text.push_str(&format!(
-                    "event: end\ndata: {}\n\n",
-                    serde_json::to_string(&live.stored.operation).unwrap_or_default()
-                ));
-            }
-            if !text.is_empty() {
-                return Some(text);
-            }
-        }
-    }
 }
 
 fn problem(
@@ -558,7 +330,7 @@ fn problem(
     }
 }
 
-/// His own, or all of them as an operator of the whole cluster.
+/// A caller sees its own operations; an operator of the whole cluster sees all.
 fn may_see(caller: &Caller, operation: &Operation) -> bool {
     operation.subject == caller.subject
         || (caller.role >= Role::Operator && caller.namespaces.is_none())
@@ -568,7 +340,7 @@ fn not_found() -> Response<Body> {
     problem(404, "not_found", "there is no such operation", None)
 }
 
-/// The same request again, or another one under its key.
+/// Answers a second request under a key: the same one, or another one by mistake.
 fn answer_repeated(known: &OperationRecord, request: &str) -> Response<Body> {
     if known.request == request {
         return operation_response(200, &known.operation);
@@ -578,16 +350,5 @@ fn answer_repeated(known: &OperationRecord, request: &str) -> Response<Body> {
         "idempotency_mismatch",
         "this Idempotency-Key was used for something else",
         Some("use a fresh key for each thing that is asked for"),
-    )
-}
-
-/// What Kubernetes says went wrong, less what it may quote of a Secret.
-fn describe_refusal(kind: &str, status: u16, answer: &Value) -> String {
-    let reason = answer["reason"].as_str().unwrap_or_default();
-    let message = answer["message"].as_str().filter(|_| kind != "Secret").unwrap_or(reason);
-    let text: String = crate::base::text::printable(message).chars().take(500).collect();
-    format!(
-        "Kubernetes answers {status}: {}",
-        if text.is_empty() { "no reason given" } else { &text }
     )
 }

@@ -1,0 +1,106 @@
+//! The events of an operation, as a stream that a client follows.
+
+use std::time::Duration;
+
+use futures_util::stream;
+use http::{HeaderMap, HeaderValue, Response, header};
+use http_body_util::{BodyExt as _, StreamBody};
+use hyper::body::{Bytes, Frame};
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use super::super::permits::{StreamClass, StreamPermit};
+use super::super::{Api, lock};
+use super::not_found;
+use crate::contract::token::Caller;
+use crate::kubernetes::upstream::Body;
+
+/// A listener that is gone is noticed when something is sent to it.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+
+impl Api {
+    /// Server-sent events (WHATWG HTML §9.2): each step, then `end` with the operation. With
+    /// `Last-Event-ID` they continue where another listener stopped.
+    pub(super) fn events(
+        &self,
+        caller: &Caller,
+        id: String,
+        headers: &HeaderMap,
+    ) -> Response<Body> {
+        let permit = match self.permit(&caller.subject, StreamClass::Watch) {
+            Ok(permit) => permit,
+            Err(problem) => return problem.plain(),
+        };
+        let Some(mut news) = lock(&self.operations().all).get(&id).map(|l| l.news.subscribe())
+        else {
+            return not_found();
+        };
+        news.mark_changed();
+        let last = headers
+            .get("last-event-id")
+            .and_then(|v| v.to_str().ok())
+            .and_then(|v| v.parse::<usize>().ok());
+        let begin = EventListener {
+            api: self.clone(),
+            id,
+            news,
+            next: last.unwrap_or(0),
+            ended: false,
+            _permit: permit,
+        };
+        let events = stream::unfold(begin, |mut listener| async move {
+            let text = listener.next().await?;
+            Some((Ok::<_, tower::BoxError>(Frame::data(Bytes::from(text))), listener))
+        });
+        let mut response = Response::new(StreamBody::new(events).boxed_unsync());
+        for (name, value) in
+            [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")]
+        {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        response
+    }
+}
+
+/// A client that follows an operation.
+struct EventListener {
+    api: Api,
+    id: String,
+    news: watch::Receiver<()>,
+    /// Number of the next event to send.
+    next: usize,
+    ended: bool,
+    _permit: StreamPermit,
+}
+
+impl EventListener {
+    async fn next(&mut self) -> Option<String> {
+        if self.ended {
+            return None;
+        }
+        loop {
+            tokio::select! {
+                changed = self.news.changed() => changed.ok()?,
+                () = sleep(KEEPALIVE) => return Some(": quiet\n\n".into()),
+                () = self.api.inner.context.cut.cancelled() => return None,
+            }
+            let all = lock(&self.api.operations().all);
+            let live = all.get(&self.id)?;
+            let mut text = String::new();
+            for event in live.events.iter().skip(self.next) {
+                self.next += 1;
+                text.push_str(&format!("id: {}\nevent: step\ndata: {event}\n\n", self.next));
+            }
+            if live.stored.operation.state.ended() {
+                self.ended = true;
+                text.push_str(&format!(
+                    "event: end\ndata: {}\n\n",
+                    serde_json::to_string(&live.stored.operation).unwrap_or_default()
+                ));
+            }
+            if !text.is_empty() {
+                return Some(text);
+            }
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! The requests of an operation to Kubernetes: within the caller's namespaces, recorded, and answered
+//! in full.
+
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Bytes;
+use serde_json::Value;
+use tokio::time::{Instant, timeout};
+
+use super::executor::Executor;
+use crate::agent::api::audit::{AuditRecord, Phase};
+use crate::base::text::printable;
+use crate::contract::operation::{Reference, is_path_safe};
+use crate::kubernetes::header_policy;
+use crate::kubernetes::path::{self, PathError};
+
+/// One request, and the largest answer to it.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_RESPONSE: usize = 8 << 20;
+
+/// Why an operation did not succeed.
+pub(super) enum ExecutionError {
+    Failed(String),
+    Cancelled,
+    Interrupted,
+}
+
+pub(super) fn failed<T>(why: impl Into<String>) -> Result<T, ExecutionError> {
+    Err(ExecutionError::Failed(why.into()))
+}
+
+/// A kind, as discovery names it.
+#[derive(Clone)]
+pub(super) struct ResourceKind {
+    kind: String,
+    plural: String,
+    namespaced: bool,
+}
+
+/// A request to Kubernetes, without its path.
+pub(super) struct KubernetesRequest<'a> {
+    pub(super) method: Method,
+    pub(super) query: &'a str,
+    pub(super) body: Option<(&'static str, &'a Value)>,
+    /// With the agent's own rights instead of the caller's.
+    pub(super) as_agent: bool,
+    /// Of reads that repeat, only the first one is recorded.
+    pub(super) recorded: bool,
+}
+
+pub(super) const GET: KubernetesRequest<'_> = KubernetesRequest {
+    method: Method::GET,
+    query: "",
+    body: None,
+    as_agent: false,
+    recorded: true,
+};
+pub(super) const MERGE: &str = "application/merge-patch+json";
+
+impl Executor<'_> {
+    /// Sends one request as the caller, records it, and reads the answer whole.
+    pub(super) async fn request(
+        &mut self,
+        path: &str,
+        request: KubernetesRequest<'_>,
+    ) -> Result<(u16, Value), ExecutionError> {
+        if self.cut.is_cancelled() {
+            return Err(ExecutionError::Interrupted);
+        }
+        if self.cancel.is_cancelled() {
+            return Err(ExecutionError::Cancelled);
+        }
+        let path = self.check_namespaces(&request.method, path)?;
+        self.calls += 1;
+        let id = format!("{}-{}", self.progress.id, self.calls);
+        let mutating = request.method != Method::GET;
+        let record = self.api.record(self.caller, &id, &request.method, &path);
+        if mutating
+            && self
+                .api
+                .write(AuditRecord {
+                    phase: Phase::Start,
+                    verdict: "allowed".into(),
+                    ..record.clone()
+                })
+                .is_err()
+        {
+            return failed(
+                "what changes something must be put on record, and the disk takes no record",
+            );
+        }
+        let begun = Instant::now();
+        let sent = request.body.map_or(0, |(_, body)| body.to_string().len() as u64);
+        let recorded = request.recorded;
+        let answer = timeout(REQUEST_TIMEOUT, self.send(&path, &id, request))
+            .await
+            .unwrap_or_else(|_| Err("no answer for 30 s".into()));
+        if mutating || recorded {
+            let (status, verdict, bytes) = match &answer {
+                Ok((status, bytes)) => (*status, "allowed", bytes.len() as u64),
+                Err(_) => (503, "kubernetes_unavailable", 0),
+            };
+            let phase = if mutating { Phase::End } else { Phase::Call };
+            let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let _ = self.api.write(AuditRecord {
+                phase,
+                verdict: verdict.into(),
+                status,
+                duration_ms,
+                bytes_in: sent,
+                bytes_out: bytes,
+                ..record
+            });
+        }
+        match answer {
+            Ok((401, _)) => failed(
+                "the Kubernetes API refuses the agent's credential: a fresh one is minted within a minute",
+            ),
+            Ok((status, bytes)) => Ok((status, serde_json::from_slice(&bytes).unwrap_or_default())),
+            Err(why) => {
+                tracing::debug!(why, "an operation's request");
+                failed("the Kubernetes API does not answer")
+            }
+        }
+    }
+
+    async fn send(
+        &self,
+        path: &str,
+        id: &str,
+        request: KubernetesRequest<'_>,
+    ) -> Result<(u16, Bytes), String> {
+        let text = |e: &dyn std::fmt::Display| e.to_string();
+        let mut headers = if request.as_agent {
+            HeaderMap::new()
+        } else {
+            header_policy::request_headers(&HeaderMap::new(), self.caller, id, None)
+                .map_err(|(_, _, why)| why.to_owned())?
+        };
+        headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
+        headers.insert(
+            HeaderName::from_static("audit-id"),
+            HeaderValue::try_from(id).map_err(|e| text(&e))?,
+        );
+        if let Some((kind, _)) = request.body {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        }
+        let body = request.body.map(|(_, body)| body.to_string()).unwrap_or_default();
+        let mut outgoing = Request::new(
+            Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync(),
+        );
+        *outgoing.method_mut() = request.method;
+        *outgoing.uri_mut() = if request.query.is_empty() {
+            path.parse()
+        } else {
+            format!("{path}?{}", request.query).parse()
+        }
+        .map_err(|e| text(&e))?;
+        *outgoing.headers_mut() = headers;
+        let answer = self.upstream.send(outgoing, false).await.map_err(|e| text(&e))?;
+        let status = answer.status().as_u16();
+        let body =
+            Limited::new(answer.into_body(), MAX_RESPONSE).collect().await.map_err(|e| text(&e))?;
+        Ok((status, body.to_bytes()))
+    }
+
+    /// The path as it is sent, if it lies within the caller's namespaces.
+    fn check_namespaces(&self, method: &Method, path: &str) -> Result<String, ExecutionError> {
+        let target = path::parse(path).map_err(|e| ExecutionError::Failed(e.to_string()))?;
+        match &self.caller.namespaces {
+            Some(namespaces)
+                if target.check_namespaces(method, namespaces) == Err(PathError::Scope) =>
+            {
+                failed(format!("namespace_scope: the token is for {}", namespaces.join(", ")))
+            }
+            _ => Ok(target.path),
+        }
+    }
+
+    /// The path of an object; none while its kind is not known.
+    pub(super) async fn path_of(
+        &mut self,
+        reference: &Reference,
+    ) -> Result<Option<String>, ExecutionError> {
+        if !self.kinds.contains_key(&reference.api_version) {
+            let (status, list) = self.request(&reference.base(), GET).await?;
+            if status != 200 && status != 404 {
+                return failed(format!(
+                    "discovery of {}: {}",
+                    reference.api_version,
+                    describe_refusal("", status, &list)
+                ));
+            }
+            let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+            let kinds = list["resources"].as_array().into_iter().flatten().map(|r| ResourceKind {
+                kind: text(&r["kind"]),
+                plural: text(&r["name"]),
+                namespaced: r["namespaced"] == true,
+            });
+            // a subresource has the kind of its object
+            let kinds: Vec<ResourceKind> = kinds.filter(|k| is_path_safe(&k.plural)).collect();
+            self.kinds.insert(reference.api_version.clone(), kinds);
+        }
+        let kind = self
+            .kinds
+            .get(&reference.api_version)
+            .and_then(|kinds| kinds.iter().find(|k| k.kind == reference.kind))
+            .cloned();
+        let Some(kind) = kind else {
+            self.kinds.remove(&reference.api_version);
+            return Ok(None);
+        };
+        let path = match (&reference.namespace, kind.namespaced) {
+            (Some(namespace), true) => format!(
+                "{}/namespaces/{namespace}/{}/{}",
+                reference.base(),
+                kind.plural,
+                reference.name
+            ),
+            (None, false) => format!("{}/{}/{}", reference.base(), kind.plural, reference.name),
+            (None, true) => return failed(format!("{} names no namespace", reference.title())),
+            (Some(_), false) => {
+                return failed(format!(
+                    "{}: a {} is in no namespace",
+                    reference.title(),
+                    reference.kind
+                ));
+            }
+        };
+        self.check_namespaces(&Method::PATCH, &path)?;
+        Ok(Some(path))
+    }
+
+    pub(super) async fn known_path_of(
+        &mut self,
+        reference: &Reference,
+    ) -> Result<String, ExecutionError> {
+        match self.path_of(reference).await? {
+            Some(path) => Ok(path),
+            None => failed(format!(
+                "this cluster has no {} in {}",
+                reference.kind, reference.api_version
+            )),
+        }
+    }
+}
+
+/// The failure of an operation on an object that Kubernetes refuses.
+pub(super) fn refused<T>(
+    reference: &Reference,
+    status: u16,
+    answer: &Value,
+) -> Result<T, ExecutionError> {
+    failed(format!("{}: {}", reference.title(), describe_refusal(&reference.kind, status, answer)))
+}
+
+/// What Kubernetes says is wrong, without what it may quote of a Secret.
+pub(super) fn describe_refusal(kind: &str, status: u16, answer: &Value) -> String {
+    let reason = answer["reason"].as_str().unwrap_or_default();
+    let message = answer["message"].as_str().filter(|_| kind != "Secret").unwrap_or(reason);
+    let text: String = printable(message).chars().take(500).collect();
+    format!(
+        "Kubernetes answers {status}: {}",
+        if text.is_empty() { "no reason given" } else { &text }
+    )
+}

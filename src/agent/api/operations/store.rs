@@ -1,0 +1,161 @@
+//! The operations that the agent remembers: each in memory, and in a file of its own.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::super::{Api, lock};
+use crate::agent::session::client::FinishedOperation;
+use crate::contract::types::{ObjectOutcome, Operation, OperationState};
+use crate::host::state::StateDir;
+
+/// Ended operations that are remembered, and for how long, seconds: a second request with their key
+/// finds them.
+const MAX_REMEMBERED: usize = 256;
+const REMEMBERED_S: i64 = 7 * 86_400;
+
+/// An operation as it is stored.
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct OperationRecord {
+    pub(super) operation: Operation,
+    /// Digest of the request: the same key with another request is a mistake.
+    pub(super) request: String,
+    /// The result is in the queue for the control plane.
+    #[serde(rename = "told")]
+    pub(super) reported: bool,
+}
+
+pub(super) struct TrackedOperation {
+    pub(super) stored: OperationRecord,
+    /// What happened so far, each event as JSON.
+    pub(super) events: Vec<String>,
+    pub(super) news: watch::Sender<()>,
+    pub(super) cancel: CancellationToken,
+}
+
+impl TrackedOperation {
+    pub(super) fn new(stored: OperationRecord) -> TrackedOperation {
+        TrackedOperation {
+            stored,
+            events: Vec::new(),
+            news: watch::Sender::new(()),
+            cancel: CancellationToken::new(),
+        }
+    }
+}
+
+/// All operations that are remembered, and where their results go.
+pub struct Operations {
+    dir: StateDir,
+    pub(super) all: Mutex<BTreeMap<String, TrackedOperation>>,
+    pub(super) results: mpsc::Sender<FinishedOperation>,
+}
+
+fn file(id: &str) -> String {
+    format!("{id}.json")
+}
+
+pub(super) fn now() -> String {
+    jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or_default().to_string()
+}
+
+impl Operations {
+    /// Reads the operations of former runs. One that ran when the agent stopped has been interrupted.
+    pub fn open(dir: StateDir, results: mpsc::Sender<FinishedOperation>) -> Operations {
+        let mut all = BTreeMap::new();
+        for name in dir.list() {
+            let stored: Option<OperationRecord> =
+                dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
+            let Some(mut stored) = stored.filter(|s| file(&s.operation.id) == name) else {
+                // no crash leaves part of a file, as files are replaced whole: it is not ours
+                dir.remove(&name);
+                continue;
+            };
+            let operation = &mut stored.operation;
+            if !operation.state.ended() {
+                operation.state = OperationState::Interrupted;
+                operation.message = "the agent stopped while it ran: part of it may be done; ask again with another key".into();
+                operation.finished_at = now();
+            }
+            all.insert(operation.id.clone(), TrackedOperation::new(stored));
+        }
+        Operations { dir, all: Mutex::new(all), results }
+    }
+
+    /// How many run.
+    pub fn running(&self) -> usize {
+        lock(&self.all).values().filter(|l| !l.stored.operation.state.ended()).count()
+    }
+
+    /// Removes what is too old or too much, the oldest first; never one that is not reported yet.
+    pub(super) fn remove_expired(&self, all: &mut BTreeMap<String, TrackedOperation>) {
+        let mut done: Vec<(String, String)> = all
+            .values()
+            .filter(|l| l.stored.reported)
+            .map(|l| (l.stored.operation.finished_at.clone(), l.stored.operation.id.clone()))
+            .collect();
+        done.sort();
+        let oldest =
+            jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - REMEMBERED_S)
+                .unwrap_or_default()
+                .to_string();
+        let excess = done.len().saturating_sub(MAX_REMEMBERED);
+        for (n, (at, id)) in done.into_iter().enumerate() {
+            if n < excess || at < oldest {
+                self.dir.remove(&file(&id));
+                all.remove(&id);
+            }
+        }
+    }
+
+    pub(super) fn store(&self, stored: &OperationRecord) -> anyhow::Result<()> {
+        self.dir.write(&file(&stored.operation.id), &serde_json::to_string(stored)?)
+    }
+
+    pub(super) fn change(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut TrackedOperation),
+    ) -> Option<OperationRecord> {
+        let mut all = lock(&self.all);
+        let live = all.get_mut(id)?;
+        change(live);
+        live.news.send_replace(());
+        Some(live.stored.clone())
+    }
+}
+
+/// Where the executor of an operation reports its progress.
+pub(super) struct Progress {
+    pub(super) api: Api,
+    pub(super) id: String,
+}
+
+impl Progress {
+    /// A message to those who listen.
+    pub(super) fn say(&self, message: String) {
+        self.api.operations().change(&self.id, |live| {
+            live.events.push(json!({"at": now(), "message": message}).to_string());
+            live.stored.operation.message = message;
+        });
+    }
+
+    /// An object was changed, or has reached its state.
+    pub(super) fn touched(&self, object: &str, outcome: &str) {
+        self.api.operations().change(&self.id, |live| {
+            let objects = &mut live.stored.operation.objects;
+            match objects.iter_mut().find(|t| t.object == object) {
+                Some(touched) => touched.outcome = outcome.into(),
+                None => {
+                    objects.push(ObjectOutcome { object: object.into(), outcome: outcome.into() })
+                }
+            }
+            live.events
+                .push(json!({"at": now(), "object": object, "outcome": outcome}).to_string());
+        });
+    }
+}
