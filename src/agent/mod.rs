@@ -4,6 +4,7 @@ pub mod api;
 pub mod config;
 pub mod credential;
 mod local;
+mod merge;
 mod observer;
 pub mod run;
 pub mod session;

@@ -45,13 +45,13 @@ impl Observer {
     /// Looks at the cluster for ever; every failure is a state, none ends the task.
     pub(super) async fn run(self) -> anyhow::Result<()> {
         let mut machine = sysinfo::System::new().context("reading this machine")?;
-        let mut view: Option<ClusterConnection> = None;
+        let mut connection: Option<ClusterConnection> = None;
         let mut followers = JoinSet::new();
         let trouble = Arc::new(Notify::new());
         loop {
             self.liveness.touch();
             machine.refresh_memory();
-            let looked = self.look(&mut view, &mut followers).await;
+            let looked = self.look(&mut connection, &mut followers).await;
             let connected = looked.is_ok();
             self.account.send_modify(|agent| {
                 agent.memory_used = machine.used_memory();
@@ -87,13 +87,13 @@ impl Observer {
                     }
                 }
             });
-            match (&view, connected) {
-                (Some(view), true) => {
+            match (&connection, connected) {
+                (Some(connection), true) => {
                     if self.upstream.borrow().is_none() {
-                        self.upstream.send_replace(Some(view.upstream.clone()));
+                        self.upstream.send_replace(Some(connection.upstream.clone()));
                     }
                     if followers.is_empty() {
-                        self.follow_all(view, &mut followers, &trouble);
+                        self.follow_all(connection, &mut followers, &trouble);
                     }
                 }
                 _ => {
@@ -119,14 +119,14 @@ impl Observer {
     /// The version of the API server. The credential is read again when its file was replaced.
     async fn look(
         &self,
-        view: &mut Option<ClusterConnection>,
+        connection: &mut Option<ClusterConnection>,
         followers: &mut JoinSet<()>,
     ) -> anyhow::Result<String> {
         let Some(written) = self.host.revision(&self.credential) else {
-            *view = None;
+            *connection = None;
             anyhow::bail!("{} is not there yet", self.credential);
         };
-        let current = match view {
+        let current = match connection {
             Some(current) if current.written == written => current,
             _ => {
                 let opened = ClusterConnection {
@@ -138,7 +138,7 @@ impl Observer {
                 self.upstream.send_replace(None);
                 followers.abort_all();
                 *followers = JoinSet::new();
-                view.insert(opened)
+                connection.insert(opened)
             }
         };
         let version = tokio::time::timeout(REQUEST_TIMEOUT, current.cluster.version())
@@ -149,91 +149,27 @@ impl Observer {
 
     fn follow_all(
         &self,
-        view: &ClusterConnection,
+        connection: &ClusterConnection,
         followers: &mut JoinSet<()>,
         trouble: &Arc<Notify>,
     ) {
-        let mut spawn = |path: &'static str, mut on: Box<dyn FnMut(Change) + Send>| {
-            let (cluster, trouble, stop) =
-                (view.cluster.clone(), trouble.clone(), self.stop.clone());
-            followers.spawn(async move {
-                match follow(&cluster, path, &mut on).await {
-                    // nothing to follow: the task stays, so that the others are not started again
-                    Ok(()) => stop.cancelled().await,
-                    Err(error) => {
-                        tracing::debug!(%error, path, "watch");
-                        trouble.notify_one();
-                    }
-                }
-            });
-        };
-        let account = self.account.clone();
-        let mut nodes = BTreeMap::new();
-        spawn(
-            "/api/v1/nodes",
-            Box::new(move |change| {
-                let key = |v: &Value| v["metadata"]["name"].as_str().unwrap_or_default().to_owned();
-                match change {
-                    Change::Reset => nodes.clear(),
-                    Change::Applied(v) => drop(nodes.insert(key(&v), NodeStatus::from_object(&v))),
-                    Change::Deleted(v) => drop(nodes.remove(&key(&v))),
-                    Change::Synced => {}
-                }
-                let list: Vec<NodeStatus> = nodes.values().cloned().collect();
-                account.send_if_modified(|a| {
-                    let news = a.nodes != list && a.kubernetes == KubernetesState::Connected;
-                    if news {
-                        a.nodes = list;
-                    }
-                    news
-                });
-            }),
-        );
-        let account = self.account.clone();
-        let mut names = BTreeSet::new();
-        spawn(
-            "/api/v1/namespaces",
-            Box::new(move |change| {
-                let key = |v: &Value| v["metadata"]["name"].as_str().unwrap_or_default().to_owned();
-                match change {
-                    Change::Reset => names.clear(),
-                    Change::Applied(v) => drop(names.insert(key(&v))),
-                    Change::Deleted(v) => drop(names.remove(&key(&v))),
-                    Change::Synced => {}
-                }
-                account.send_modify(|a| a.namespaces = names.iter().cloned().collect());
-            }),
-        );
-        for (path, good, store) in WORKLOAD_COUNTERS {
-            let account = self.account.clone();
-            // what is known of each object: whether it is as it should be
-            let mut known: HashMap<String, bool> = HashMap::new();
-            let mut listed = false;
-            spawn(
+        let mut follow = |path, on_change| {
+            let (cluster, trouble) = (connection.cluster.clone(), trouble.clone());
+            followers.spawn(follow_until_trouble(
+                cluster,
                 path,
-                Box::new(move |change| {
-                    let key =
-                        |v: &Value| v["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
-                    match change {
-                        Change::Reset => {
-                            listed = false;
-                            known.clear();
-                        }
-                        Change::Applied(v) => drop(known.insert(key(&v), good(&v))),
-                        Change::Deleted(v) => drop(known.remove(&key(&v))),
-                        Change::Synced => listed = true,
-                    }
-                    if listed {
-                        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-                        let (all, fine) =
-                            (count(known.len()), count(known.values().filter(|v| **v).count()));
-                        account.send_if_modified(|a| store(a, all, fine));
-                    }
-                }),
-            );
+                on_change,
+                trouble,
+                self.stop.clone(),
+            ));
+        };
+        follow("/api/v1/nodes", self.on_nodes());
+        follow("/api/v1/namespaces", self.on_namespaces());
+        for (path, healthy, set) in WORKLOAD_COUNTERS {
+            follow(path, self.on_workloads(healthy, set));
         }
         let (cluster, account, max_role) =
-            (view.cluster.clone(), self.account.clone(), self.max_role.clone());
+            (connection.cluster.clone(), self.account.clone(), self.max_role.clone());
         let stop = self.stop.clone();
         followers.spawn(async move {
             loop {
@@ -249,6 +185,91 @@ impl Observer {
                 }
             }
         });
+    }
+
+    fn on_nodes(&self) -> OnChange {
+        let account = self.account.clone();
+        let mut nodes = BTreeMap::new();
+        Box::new(move |change| {
+            match change {
+                Change::Reset => nodes.clear(),
+                Change::Applied(v) => drop(nodes.insert(name_of(&v), NodeStatus::from_object(&v))),
+                Change::Deleted(v) => drop(nodes.remove(&name_of(&v))),
+                Change::Synced => {}
+            }
+            let list: Vec<NodeStatus> = nodes.values().cloned().collect();
+            account.send_if_modified(|a| {
+                let changed = a.nodes != list && a.kubernetes == KubernetesState::Connected;
+                if changed {
+                    a.nodes = list;
+                }
+                changed
+            });
+        })
+    }
+
+    fn on_namespaces(&self) -> OnChange {
+        let account = self.account.clone();
+        let mut names = BTreeSet::new();
+        Box::new(move |change| {
+            match change {
+                Change::Reset => names.clear(),
+                Change::Applied(v) => drop(names.insert(name_of(&v))),
+                Change::Deleted(v) => drop(names.remove(&name_of(&v))),
+                Change::Synced => {}
+            }
+            account.send_modify(|a| a.namespaces = names.iter().cloned().collect());
+        })
+    }
+
+    fn on_workloads(&self, healthy: IsHealthy, set: SetCounts) -> OnChange {
+        let account = self.account.clone();
+        // by uid: whether the object is healthy
+        let mut known: HashMap<String, bool> = HashMap::new();
+        let mut synced = false;
+        Box::new(move |change| {
+            let uid = |v: &Value| v["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+            match change {
+                Change::Reset => {
+                    synced = false;
+                    known.clear();
+                }
+                Change::Applied(v) => drop(known.insert(uid(&v), healthy(&v))),
+                Change::Deleted(v) => drop(known.remove(&uid(&v))),
+                Change::Synced => synced = true,
+            }
+            if synced {
+                let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+                let all = count(known.len());
+                let fine = count(known.values().filter(|healthy| **healthy).count());
+                account.send_if_modified(|a| set(a, all, fine));
+            }
+        })
+    }
+}
+
+/// What is done with the changes of a kind.
+type OnChange = Box<dyn FnMut(Change) + Send>;
+
+fn name_of(object: &Value) -> String {
+    object["metadata"]["name"].as_str().unwrap_or_default().to_owned()
+}
+
+/// Follows a kind; what ends that is trouble.
+async fn follow_until_trouble(
+    cluster: Cluster,
+    path: &'static str,
+    mut on_change: OnChange,
+    trouble: Arc<Notify>,
+    stop: CancellationToken,
+) {
+    match follow(&cluster, path, &mut on_change).await {
+        // nothing to follow: the task stays, so that the others are not started again
+        Ok(()) => stop.cancelled().await,
+        Err(error) => {
+            tracing::debug!(%error, path, "watch");
+            trouble.notify_one();
+        }
     }
 }
 

@@ -1,10 +1,11 @@
-//! `pipeops run`: builds the parts, watches over their tasks, keeps one account of them all, stops in order.
+//! `pipeops run`: starts the tasks of the agent, merges what they report into one status, and stops them
+//! in order.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
@@ -16,15 +17,14 @@ use crate::agent::api::permits::{self, StreamLimits};
 use crate::agent::api::{self, Api};
 use crate::agent::config::AgentConfig;
 use crate::agent::local::{self, ObserverLiveness};
+use crate::agent::merge::{StatusMerger, cluster_info, hostname};
 use crate::agent::observer::Observer;
 use crate::agent::session;
 use crate::agent::session::client::{ControlPlaneClient, ReportedState};
 use crate::agent::session::identity::{self, Identity, LoadedIdentity};
-use crate::agent::status::{AgentStatus, KubernetesState};
+use crate::agent::status::AgentStatus;
 use crate::base::secret::Secret;
-use crate::contract::types::{
-    AuditHead, ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads,
-};
+use crate::contract::types::{AuditHead, ClusterInfo, Config, StatusReport};
 use crate::frp::client::{Client, WorkConnection};
 use crate::frp::{self, ProxyKind, TunnelConfig};
 use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
@@ -32,15 +32,45 @@ use crate::host::state::StateDir;
 use crate::host::{self, Host};
 use crate::kubernetes::upstream::Upstream;
 
-/// How long the control plane may take to hear that the agent stops.
+/// Time for the report to the control plane that the agent stops.
 const DRAIN_REPORT_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long calls that are under way may take after that; the unit kills at 30 s.
+/// Time for calls that are under way, after that; systemd kills the unit at 30 s.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs until `stop`, then drains. READY means: configuration valid, socket open, tasks started; not that any server answered.
+/// The tasks of the agent, each with its name.
+type Tasks = JoinSet<(&'static str, anyhow::Result<()>)>;
+
+/// The steps of the end, in their order.
+#[derive(Clone, Default)]
+struct Shutdown {
+    /// Nothing new is taken.
+    drain: CancellationToken,
+    /// The control plane knows that the agent stops, or cannot be told.
+    drain_reported: CancellationToken,
+    /// What is still open ends.
+    cut: CancellationToken,
+    /// Every task ends.
+    halt: CancellationToken,
+}
+
+/// The agent while it starts, runs and stops.
+struct Agent {
+    host: Host,
+    config: AgentConfig,
+    state: StateDir,
+    hostname: String,
+    started: Instant,
+    status: watch::Sender<AgentStatus>,
+    shutdown: Shutdown,
+    tasks: Tasks,
+}
+
+/// Runs until `stop`, then drains. READY means: configuration valid, socket open, tasks started; it
+/// does not mean that any server answered.
 ///
 /// # Errors
-/// When the configuration is wrong, the state directory or socket cannot be opened, or a task ends that should not.
+/// When the configuration is wrong, the state directory or socket cannot be opened, or a task ends
+/// that should not.
 pub async fn run(
     host: Host,
     config: AgentConfig,
@@ -51,37 +81,16 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     host::raise_descriptor_limit();
     let state = host.state_dir(state)?;
-    let started = Instant::now();
     let socket = host.at(config.socket.as_deref().unwrap_or(AGENT_SOCKET));
     let listener =
         local::listen(&socket).with_context(|| format!("opening {}", socket.display()))?;
-    let port = match config.metrics_listen {
-        Some(address) => Some(
-            TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?,
-        ),
-        None => None,
-    };
-    let machine = identity::machine_digest(&host);
-    // the key also serves TLS inside the tunnel; a copied one serves nobody
-    let identity = match (Identity::load(&state, &machine)?, &token) {
-        (LoadedIdentity::Ours(found), _) => Some(found),
-        (LoadedIdentity::Cloned, Some(_)) => {
-            tracing::warn!("this disk was copied from another machine: enrolling as a new agent");
-            Some(Box::new(Identity::replace_copied(&state, &machine)?))
-        }
-        (LoadedIdentity::Cloned, None) => None,
-    };
+    let port = metrics_listener(&config).await?;
+    let identity = load_identity(&host, &state, token.is_some())?;
+    let tls = identity.as_ref().map(|i| i.tls_config()).transpose()?;
     let id = identity.as_ref().map(|i| i.id.clone()).unwrap_or_default();
-    let first = AgentStatus {
-        version: env!("CARGO_PKG_VERSION").into(),
-        id: id.clone(),
-        control_reason: "starting".into(),
-        reason: "not looked yet".into(),
-        started_at: jiff::Timestamp::now().as_second(),
-        ..AgentStatus::default()
-    };
+    let first = initial_status(&id);
     let (cluster, clusters) = watch::channel(cluster_info(&first, &config));
-    let account = watch::Sender::new(first);
+    let mut agent = Agent::new(host, config, state, first);
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
     let (control_status, control) =
@@ -89,171 +98,262 @@ pub async fn run(
     let (tunnel_status, tunnel) = watch::channel(
         frp::TunnelStateMachine::new(String::new(), Instant::now()).status().clone(),
     );
-    let (audit_head, audit_heads) = watch::channel(AuditHead::default());
     let (tunnel_settings, tunnel_config) = watch::channel::<Option<TunnelConfig>>(None);
-    let (run_ids, kept_run_ids) = mpsc::channel(4);
-    let (work_connections, accepted) = mpsc::channel::<WorkConnection>(64);
-    let (ends, results) = mpsc::channel(16);
+    let (audit_head, audit_heads) = watch::channel(AuditHead::default());
+    let (finished, results) = mpsc::channel(16);
     let (report, reports) = watch::channel(StatusReport::default());
-    // three steps of the end: nothing new, nothing at all, everything gone
-    let (drain, cut, halt, drain_reported) = (
-        CancellationToken::new(),
-        CancellationToken::new(),
-        CancellationToken::new(),
-        CancellationToken::new(),
-    );
-
-    let mut tasks: JoinSet<(&'static str, anyhow::Result<()>)> = JoinSet::new();
     let liveness = ObserverLiveness::default();
-    let observer = Observer {
-        host: host.clone(),
-        credential: kubeconfig.or(config.kubeconfig.clone()).unwrap_or_else(|| CREDENTIAL.into()),
-        max_role: config.role()?.name().into(),
-        account: account.clone(),
-        upstream,
-        liveness: liveness.clone(),
-        stop: halt.clone(),
-    };
-    tasks.spawn(async move { ("observer", observer.run().await) });
-    let hostname = hostname();
-    let tls = identity.as_ref().map(|i| i.tls_config()).transpose()?;
-    let plane = ControlPlaneClient {
-        url: config.url().to_owned(),
-        trust: config.trust(&host)?,
-        proxy: config.proxy(),
+    agent.start_observer(kubeconfig, upstream, liveness.clone())?;
+    let reported = agent.reported_state(clusters, reports, tunnel.clone(), audit_heads)?;
+    agent.start_control_plane(ControlPlaneClient {
+        url: agent.config.url().to_owned(),
+        trust: agent.config.trust(&agent.host)?,
+        proxy: agent.config.proxy(),
         token,
-        state: state.clone(),
+        state: agent.state.clone(),
         identity,
-        reported: ReportedState {
-            name: config.cluster_name.clone().unwrap_or_else(|| hostname.clone()),
-            hostname: hostname.clone(),
-            max_role: config.role()?.name().into(),
-            cluster: clusters,
-            status: reports,
-            tunnel: tunnel.clone(),
-            audit: audit_heads,
-            started,
-        },
+        reported,
         publish: control_status,
         config: settings,
         results,
-        drain: drain.clone(),
-        drain_reported: drain_reported.clone(),
-        stop: halt.clone(),
-    };
-    tasks.spawn(async move { ("control plane", plane.run().await) });
+        drain: agent.shutdown.drain.clone(),
+        drain_reported: agent.shutdown.drain_reported.clone(),
+        stop: agent.shutdown.halt.clone(),
+    });
     let api = match tls {
         Some(tls) => {
             let context = api::ApiContext {
                 id,
-                max_role: config.role()?,
+                max_role: agent.config.role()?,
                 config: configs.clone(),
                 control: control.clone(),
                 upstream: upstreams,
-                account: account.subscribe(),
+                account: agent.status.subscribe(),
                 audit_head,
-                limits: StreamLimits {
-                    per_caller: config.streams_per_caller.unwrap_or(permits::PER_CALLER),
-                    total: config.streams.unwrap_or(permits::TOTAL),
-                    watches_per_caller: config
-                        .watches_per_caller
-                        .unwrap_or(permits::WATCHES_PER_CALLER),
-                    watches_total: config.watches.unwrap_or(permits::WATCHES_TOTAL),
-                },
-                operations: Operations::open(state.sub("operations")?, ends),
-                drain: drain.clone(),
-                cut: cut.clone(),
+                limits: stream_limits(&agent.config),
+                operations: Operations::open(agent.state.sub("operations")?, finished),
+                drain: agent.shutdown.drain.clone(),
+                cut: agent.shutdown.cut.clone(),
             };
-            Some(Api::new(context, tls, AuditLog::open(state.sub("audit")?)?))
+            Some(Api::new(context, tls, AuditLog::open(agent.state.sub("audit")?)?))
         }
         None => None,
     };
-    let client = Client {
-        hostname,
-        allow_insecure: config.allow_insecure_tunnel,
-        proxied: config.proxy_in_environment || config.https_proxy.is_some(),
-        settings: tunnel_config,
-        publish: tunnel_status,
-        run_ids,
-        work_connections,
-        drain: drain.clone(),
-        stop: halt.clone(),
-    };
-    let run_id = state.read("run-id")?.unwrap_or_default().trim().to_owned();
-    tasks.spawn(async move {
-        client.run(run_id).await;
-        ("tunnel", Ok(()))
-    });
-    tasks.spawn(keep_run_ids(state, kept_run_ids, halt.clone()));
-    tasks.spawn(accept(accepted, api.clone(), halt.clone()));
-    tasks.spawn(merge(
-        account.clone(),
+    agent.start_tunnel(tunnel_config, tunnel_status, api.clone())?;
+    let merger = StatusMerger {
+        status: agent.status.clone(),
         control,
         tunnel,
         configs,
         tunnel_settings,
         cluster,
         report,
-        config.clone(),
-        halt.clone(),
-    ));
-    let extra: local::ExtraMetrics = match api.clone() {
-        Some(api) => Arc::new(move || api.metrics()),
-        None => Arc::new(String::new),
+        config: agent.config.clone(),
+        stop: agent.shutdown.halt.clone(),
     };
-    {
-        let (state, stop) = (account.subscribe(), halt.clone());
-        tasks.spawn(
-            async move { ("socket", local::serve(listener, port, state, extra, stop).await) },
-        );
-    }
-    {
-        let (state, stop, drain) = (account.subscribe(), halt.clone(), drain.clone());
-        tasks.spawn(async move {
-            (
-                "notifier",
-                local::notify(local::SystemdNotifier::new(), state, &liveness, &drain, &stop).await,
-            )
-        });
-    }
-    let mut result = Ok(());
-    tokio::select! {
-        () = stop.cancelled() => {}
-        Some(ended) = tasks.join_next() => {
-            result = Err(match ended {
-                Ok((name, Ok(()))) => anyhow::anyhow!("task {name} ended by itself"),
-                Ok((name, Err(error))) => error.context(format!("task {name}")),
-                Err(panic) => anyhow::anyhow!("a task panicked: {panic}"),
-            });
-        }
-    }
-    drain.cancel();
-    // the control plane hears of it before anything closes
-    let _ = timeout(DRAIN_REPORT_TIMEOUT, drain_reported.cancelled()).await;
-    if let Some(api) = &api
-        && result.is_ok()
-    {
-        let idle = async {
-            while api.open() > 0 {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        if timeout(DRAIN_TIMEOUT, idle).await.is_err() {
-            tracing::info!(
-                open = api.open(),
-                "ending the streams that are still open: their time is over"
-            );
-        }
-    }
-    cut.cancel();
-    // the last bytes of what was cut
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    halt.cancel();
-    let _ =
-        timeout(Duration::from_secs(4), async { while tasks.join_next().await.is_some() {} }).await;
+    agent.tasks.spawn(async move { ("account", merger.run().await) });
+    agent.start_local(listener, port, api.clone(), liveness);
+    let result = agent.wait(&stop).await;
+    agent.shut_down(api.as_ref(), result.is_ok()).await;
     let _ =
         std::os::unix::net::UnixStream::connect(&socket).is_err().then(|| local::unlink(&socket));
     result
+}
+
+async fn metrics_listener(config: &AgentConfig) -> anyhow::Result<Option<TcpListener>> {
+    let Some(address) = config.metrics_listen else { return Ok(None) };
+    let listener = TcpListener::bind(address).await;
+    listener.map(Some).with_context(|| format!("listening on {address}"))
+}
+
+/// The key that also serves TLS inside the tunnel. A copied one serves nobody: with a token the agent
+/// enrols with a new one, without a token it has none.
+fn load_identity(
+    host: &Host,
+    state: &StateDir,
+    has_token: bool,
+) -> anyhow::Result<Option<Box<Identity>>> {
+    let machine = identity::machine_digest(host);
+    Ok(match Identity::load(state, &machine)? {
+        LoadedIdentity::Ours(identity) => Some(identity),
+        LoadedIdentity::Cloned if has_token => {
+            tracing::warn!("this disk was copied from another machine: enrolling as a new agent");
+            Some(Box::new(Identity::replace_copied(state, &machine)?))
+        }
+        LoadedIdentity::Cloned => None,
+    })
+}
+
+fn initial_status(id: &str) -> AgentStatus {
+    AgentStatus {
+        version: env!("CARGO_PKG_VERSION").into(),
+        id: id.into(),
+        control_reason: "starting".into(),
+        reason: "not looked yet".into(),
+        started_at: jiff::Timestamp::now().as_second(),
+        ..AgentStatus::default()
+    }
+}
+
+fn stream_limits(config: &AgentConfig) -> StreamLimits {
+    StreamLimits {
+        per_caller: config.streams_per_caller.unwrap_or(permits::PER_CALLER),
+        total: config.streams.unwrap_or(permits::TOTAL),
+        watches_per_caller: config.watches_per_caller.unwrap_or(permits::WATCHES_PER_CALLER),
+        watches_total: config.watches.unwrap_or(permits::WATCHES_TOTAL),
+    }
+}
+
+impl Agent {
+    fn new(host: Host, config: AgentConfig, state: StateDir, status: AgentStatus) -> Agent {
+        Agent {
+            host,
+            config,
+            state,
+            hostname: hostname(),
+            started: Instant::now(),
+            status: watch::Sender::new(status),
+            shutdown: Shutdown::default(),
+            tasks: Tasks::new(),
+        }
+    }
+
+    fn start_observer(
+        &mut self,
+        kubeconfig: Option<String>,
+        upstream: watch::Sender<Option<Upstream>>,
+        liveness: ObserverLiveness,
+    ) -> anyhow::Result<()> {
+        let credential = kubeconfig.or_else(|| self.config.kubeconfig.clone());
+        let observer = Observer {
+            host: self.host.clone(),
+            credential: credential.unwrap_or_else(|| CREDENTIAL.into()),
+            max_role: self.config.role()?.name().into(),
+            account: self.status.clone(),
+            upstream,
+            liveness,
+            stop: self.shutdown.halt.clone(),
+        };
+        self.tasks.spawn(async move { ("observer", observer.run().await) });
+        Ok(())
+    }
+
+    fn reported_state(
+        &self,
+        cluster: watch::Receiver<ClusterInfo>,
+        status: watch::Receiver<StatusReport>,
+        tunnel: watch::Receiver<frp::TunnelStatus>,
+        audit: watch::Receiver<AuditHead>,
+    ) -> anyhow::Result<ReportedState> {
+        Ok(ReportedState {
+            name: self.config.cluster_name.clone().unwrap_or_else(|| self.hostname.clone()),
+            hostname: self.hostname.clone(),
+            max_role: self.config.role()?.name().into(),
+            cluster,
+            status,
+            tunnel,
+            audit,
+            started: self.started,
+        })
+    }
+
+    fn start_control_plane(&mut self, client: ControlPlaneClient) {
+        self.tasks.spawn(async move { ("control plane", client.run().await) });
+    }
+
+    fn start_tunnel(
+        &mut self,
+        settings: watch::Receiver<Option<TunnelConfig>>,
+        publish: watch::Sender<frp::TunnelStatus>,
+        api: Option<Api>,
+    ) -> anyhow::Result<()> {
+        let (run_ids, fresh_run_ids) = mpsc::channel(4);
+        let (work_connections, accepted) = mpsc::channel(64);
+        let client = Client {
+            hostname: self.hostname.clone(),
+            allow_insecure: self.config.allow_insecure_tunnel,
+            proxied: self.config.proxy_in_environment || self.config.https_proxy.is_some(),
+            settings,
+            publish,
+            run_ids,
+            work_connections,
+            drain: self.shutdown.drain.clone(),
+            stop: self.shutdown.halt.clone(),
+        };
+        let run_id = self.state.read("run-id")?.unwrap_or_default().trim().to_owned();
+        self.tasks.spawn(async move {
+            client.run(run_id).await;
+            ("tunnel", Ok(()))
+        });
+        let halt = &self.shutdown.halt;
+        self.tasks.spawn(keep_run_ids(self.state.clone(), fresh_run_ids, halt.clone()));
+        self.tasks.spawn(accept(accepted, api, halt.clone()));
+        Ok(())
+    }
+
+    /// The socket and port of this machine, and the messages to systemd.
+    fn start_local(
+        &mut self,
+        listener: UnixListener,
+        port: Option<TcpListener>,
+        api: Option<Api>,
+        liveness: ObserverLiveness,
+    ) {
+        let extra: local::ExtraMetrics = match api {
+            Some(api) => Arc::new(move || api.metrics()),
+            None => Arc::new(String::new),
+        };
+        let (status, stop) = (self.status.subscribe(), self.shutdown.halt.clone());
+        self.tasks.spawn(async move {
+            ("socket", local::serve(listener, port, status, extra, stop).await)
+        });
+        let (status, shutdown) = (self.status.subscribe(), self.shutdown.clone());
+        self.tasks.spawn(async move {
+            let systemd = local::SystemdNotifier::new();
+            let Shutdown { drain, halt, .. } = &shutdown;
+            ("notifier", local::notify(systemd, status, &liveness, drain, halt).await)
+        });
+    }
+
+    /// Waits for `stop`, or for the end of a task: none should end before.
+    async fn wait(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            Some(ended) = self.tasks.join_next() => Err(match ended {
+                Ok((name, Ok(()))) => anyhow::anyhow!("task {name} ended by itself"),
+                Ok((name, Err(error))) => error.context(format!("task {name}")),
+                Err(panic) => anyhow::anyhow!("a task panicked: {panic}"),
+            }),
+        }
+    }
+
+    /// Stops in order. Open calls are given time when all tasks are still there.
+    async fn shut_down(&mut self, api: Option<&Api>, intact: bool) {
+        self.shutdown.drain.cancel();
+        // the control plane is told before anything closes
+        let _ = timeout(DRAIN_REPORT_TIMEOUT, self.shutdown.drain_reported.cancelled()).await;
+        if let Some(api) = api
+            && intact
+        {
+            let idle = async {
+                while api.open() > 0 {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            };
+            if timeout(DRAIN_TIMEOUT, idle).await.is_err() {
+                tracing::info!(
+                    open = api.open(),
+                    "ending the streams that are still open: their time is over"
+                );
+            }
+        }
+        self.shutdown.cut.cancel();
+        // the last bytes of what was cut
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        self.shutdown.halt.cancel();
+        let ended = async { while self.tasks.join_next().await.is_some() {} };
+        let _ = timeout(Duration::from_secs(4), ended).await;
+    }
 }
 
 /// The FRP run id outlives the process, so that a restart takes its names over instead of finding them taken.
@@ -295,126 +395,5 @@ async fn accept(
                 });
             }
         }
-    }
-}
-
-/// One account out of what the tasks tell.
-#[expect(clippy::too_many_arguments, reason = "it joins what all the tasks tell")]
-async fn merge(
-    account: watch::Sender<AgentStatus>,
-    mut control: watch::Receiver<session::ControlPlaneStatus>,
-    mut tunnel: watch::Receiver<frp::TunnelStatus>,
-    mut configs: watch::Receiver<Option<Config>>,
-    tunnel_settings: watch::Sender<Option<TunnelConfig>>,
-    cluster: watch::Sender<ClusterInfo>,
-    report: watch::Sender<StatusReport>,
-    config: AgentConfig,
-    stop: CancellationToken,
-) -> (&'static str, anyhow::Result<()>) {
-    let mut accounts = account.subscribe();
-    loop {
-        {
-            let (control, tunnel) =
-                (control.borrow_and_update().clone(), tunnel.borrow_and_update().clone());
-            account.send_if_modified(|a| {
-                let news = a.control != control.state
-                    || a.control_reason != control.reason
-                    || a.clock_offset != control.offset
-                    || a.tunnel != tunnel.state
-                    || a.tunnel_reason != tunnel.reason;
-                if news {
-                    (a.control, a.clock_offset, a.tunnel) =
-                        (control.state, control.offset, tunnel.state);
-                    a.control_reason.clone_from(&control.reason);
-                    a.tunnel_reason.clone_from(&tunnel.reason);
-                }
-                news
-            });
-            // without an answer the last settings stay good
-            let latest = configs.borrow_and_update().clone();
-            if let Some(wanted) = latest.map(|c| c.tunnel) {
-                tunnel_settings.send_if_modified(|now| {
-                    let news = *now != wanted;
-                    if news {
-                        *now = wanted;
-                    }
-                    news
-                });
-            }
-            let a = accounts.borrow_and_update().clone();
-            cluster.send_replace(cluster_info(&a, &config));
-            // whoever waits for news of the cluster is not woken by the time of day, nor by what he has caused himself
-            report.send_if_modified(|former| {
-                let fresh = status_report(&a);
-                former.at.clear();
-                let news = *former != StatusReport { at: String::new(), ..fresh.clone() };
-                *former = fresh;
-                news
-            });
-        }
-        let changed = tokio::select! {
-            () = stop.cancelled() => return ("account", Ok(())),
-            changed = control.changed() => changed,
-            changed = tunnel.changed() => changed,
-            changed = configs.changed() => changed,
-            changed = accounts.changed() => changed,
-        };
-        if changed.is_err() {
-            // a task has ended: the supervisor says which
-            stop.cancelled().await;
-        }
-        // a burst of events is one account
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-fn hostname() -> String {
-    nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default()
-}
-
-fn cluster_info(a: &AgentStatus, config: &AgentConfig) -> ClusterInfo {
-    ClusterInfo {
-        name: config.cluster_name.clone().unwrap_or_else(hostname),
-        provider: if a.api_version.contains("+k3s") { "k3s" } else { "kubernetes" }.into(),
-        version: a.api_version.clone(),
-        node_count: u32::try_from(a.nodes.len()).unwrap_or(u32::MAX),
-        ..ClusterInfo::default()
-    }
-}
-
-fn status_report(a: &AgentStatus) -> StatusReport {
-    let node = |n: &crate::agent::status::NodeStatus| NodeReport {
-        name: n.name.clone(),
-        ready: n.ready,
-        role: n.role.clone(),
-        version: n.version.clone(),
-        address: n.address.clone(),
-        note: n.note.clone(),
-    };
-    let w = &a.workloads;
-    StatusReport {
-        at: jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - a.clock_offset)
-            .unwrap_or_default()
-            .to_string(),
-        kubernetes: match a.kubernetes {
-            KubernetesState::Connected => "connected",
-            KubernetesState::Waiting => "waiting",
-            KubernetesState::Refused => "refused",
-        }
-        .into(),
-        reason: a.reason.clone(),
-        nodes: a.nodes.iter().map(node).collect(),
-        namespaces: a.namespaces.clone(),
-        workloads: Workloads {
-            pods: w.pods,
-            pods_running: w.pods_running,
-            deployments: w.deployments,
-            deployments_ready: w.deployments_ready,
-            statefulsets: w.statefulsets,
-            daemonsets: w.daemonsets,
-            services: w.services,
-            ingresses: w.ingresses,
-        },
-        usage: Usage { memory_used_bytes: a.memory_used, memory_total_bytes: a.memory_total },
     }
 }

@@ -79,7 +79,7 @@ const INSIDE: &[(&str, Rows)] = &[
         &[
             &["session"],
             &["status", "config", "credential"],
-            &["local", "api"],
+            &["local", "api", "merge"],
             &["observer"],
             &["run"],
         ],

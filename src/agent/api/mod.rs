@@ -235,8 +235,15 @@ impl Api {
             }
             return answer;
         }
+        let answer = self.own_path(&parts.method, path, &caller);
+        self.record_request(&caller, &parts.method, path, answer.status().as_u16());
+        answer
+    }
+
+    /// A path of the agent itself.
+    fn own_path(&self, method: &Method, path: &str, caller: &Caller) -> Response<Body> {
         let account = || self.inner.context.account.borrow().clone();
-        let answer = match (path, &parts.method) {
+        match (path, method) {
             ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method)
                 if !matches!(*method, Method::GET | Method::HEAD) =>
             {
@@ -270,16 +277,7 @@ impl Api {
                 )
                 .plain()
             }
-            ("/api/v1/audit", _) => match lock(&self.inner.audit).recent(RECENT_RECORDS) {
-                Ok(lines) => {
-                    plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(",")))
-                }
-                Err(error) => {
-                    tracing::warn!(error = format!("{error:#}"), "the audit log cannot be read");
-                    ApiError::new(500, "audit_unreadable", "the audit log cannot be read", None)
-                        .plain()
-                }
-            },
+            ("/api/v1/audit", _) => self.audit_records(),
             _ => ApiError::new(
                 404,
                 "not_found",
@@ -287,11 +285,22 @@ impl Api {
                 Some("the Kubernetes API is below /k8s"),
             )
             .plain(),
-        };
-        self.record_request(&caller, &parts.method, path, answer.status().as_u16());
-        answer
+        }
     }
 
+    fn audit_records(&self) -> Response<Body> {
+        match lock(&self.inner.audit).recent(RECENT_RECORDS) {
+            Ok(lines) => {
+                plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(",")))
+            }
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "the audit log cannot be read");
+                ApiError::new(500, "audit_unreadable", "the audit log cannot be read", None).plain()
+            }
+        }
+    }
+
+    /// Records a request that is served by the agent itself.
     fn record_request(&self, caller: &Caller, method: &Method, path: &str, status: u16) {
         let record = self.record(caller, &crate::frp::wire::fresh_run_id(), method, path);
         let _ = self.write(AuditRecord {

@@ -45,6 +45,18 @@ fn outside(target: &KubernetesPath, namespaces: &[String]) -> ApiError {
     )
 }
 
+fn unavailable() -> ApiError {
+    let hint = Some("the tunnel stays up; try again soon");
+    ApiError::new(503, "kubernetes_unavailable", "the Kubernetes API does not answer", hint)
+        .retry_after_s(1)
+}
+
+fn credential_refused() -> ApiError {
+    let message = "the Kubernetes API refuses the agent's credential";
+    let hint = Some("a fresh one is minted within a minute");
+    ApiError::new(503, "kubernetes_credential", message, hint).retry_after_s(1)
+}
+
 impl Api {
     pub(crate) async fn kubernetes(
         &self,
@@ -193,30 +205,14 @@ impl Api {
             Err(error) => {
                 tracing::debug!(error, "the Kubernetes API did not answer");
                 call.status(503, "kubernetes_unavailable");
-                let hint = Some("the tunnel stays up; try again soon");
-                return ApiError::new(
-                    503,
-                    "kubernetes_unavailable",
-                    "the Kubernetes API does not answer",
-                    hint,
-                )
-                .retry_after_s(1)
-                .status(discovery);
+                return unavailable().status(discovery);
             }
         };
         let status = answer.status();
         if status == StatusCode::UNAUTHORIZED {
             // it is the agent's credential that was refused, not the caller's token
             call.status(503, "kubernetes_credential");
-            let hint = Some("a fresh one is minted within a minute");
-            return ApiError::new(
-                503,
-                "kubernetes_credential",
-                "the Kubernetes API refuses the agent's credential",
-                hint,
-            )
-            .retry_after_s(1)
-            .status(discovery);
+            return credential_refused().status(discovery);
         }
         let Some(headers) = header_policy::response_headers(status, answer.headers(), "/k8s")
         else {

@@ -206,26 +206,7 @@ impl StreamTable {
             _ => return Err(CloseReason::Protocol("unknown frame type")),
         }
         if flags & SYN != 0 {
-            let theirs = (id % 2 == 1) == (side == Side::Server);
-            if id == 0 || !theirs || self.streams.contains_key(&id) {
-                return Err(CloseReason::Protocol(
-                    "a stream is opened with a number that is not free",
-                ));
-            }
-            if self.closing
-                || self.incoming.len() >= UNACKNOWLEDGED
-                || self.streams.len() >= self.limits.streams
-            {
-                self.push_control(frame(WINDOW, RST, id, 0));
-            } else {
-                self.add(id, None);
-                let more = self.limits.window - FIRST_WINDOW;
-                self.push_control(frame(WINDOW, ACK, id, more));
-                self.incoming.push_back(id);
-                if let Some(acceptor) = self.acceptor.take() {
-                    acceptor.wake();
-                }
-            }
+            self.open_incoming(id, side)?;
         }
         let mut requeue = false;
         if let Some(stream) = self.streams.get_mut(&id) {
@@ -264,6 +245,29 @@ impl StreamTable {
             self.remove_if_closed(id);
         }
         Ok((id, if kind == DATA { length as usize } else { 0 }))
+    }
+
+    /// Takes a stream that the peer opens, or resets it.
+    fn open_incoming(&mut self, id: u32, side: Side) -> Result<(), CloseReason> {
+        let theirs = (id % 2 == 1) == (side == Side::Server);
+        if id == 0 || !theirs || self.streams.contains_key(&id) {
+            return Err(CloseReason::Protocol("a stream is opened with a number that is not free"));
+        }
+        if self.closing
+            || self.incoming.len() >= UNACKNOWLEDGED
+            || self.streams.len() >= self.limits.streams
+        {
+            self.push_control(frame(WINDOW, RST, id, 0));
+        } else {
+            self.add(id, None);
+            let more = self.limits.window - FIRST_WINDOW;
+            self.push_control(frame(WINDOW, ACK, id, more));
+            self.incoming.push_back(id);
+            if let Some(acceptor) = self.acceptor.take() {
+                acceptor.wake();
+            }
+        }
+        Ok(())
     }
 
     /// Payload of a stream; of one that nobody holds it is passed over, and the peer's window stays shut.

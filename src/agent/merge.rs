@@ -1,0 +1,138 @@
+//! One status of the agent out of what its tasks report, and what the control plane is told of it.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::config::AgentConfig;
+use crate::agent::session::ControlPlaneStatus;
+use crate::agent::status::{AgentStatus, KubernetesState, NodeStatus};
+use crate::contract::types::{ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads};
+use crate::frp::{TunnelConfig, TunnelStatus};
+
+pub(super) struct StatusMerger {
+    pub(super) status: watch::Sender<AgentStatus>,
+    pub(super) control: watch::Receiver<ControlPlaneStatus>,
+    pub(super) tunnel: watch::Receiver<TunnelStatus>,
+    pub(super) configs: watch::Receiver<Option<Config>>,
+    pub(super) tunnel_settings: watch::Sender<Option<TunnelConfig>>,
+    pub(super) cluster: watch::Sender<ClusterInfo>,
+    pub(super) report: watch::Sender<StatusReport>,
+    pub(super) config: AgentConfig,
+    pub(super) stop: CancellationToken,
+}
+
+impl StatusMerger {
+    /// Merges whenever something changes, until `stop`.
+    pub(super) async fn run(mut self) -> anyhow::Result<()> {
+        let mut statuses = self.status.subscribe();
+        loop {
+            self.merge(&mut statuses);
+            let changed = tokio::select! {
+                () = self.stop.cancelled() => return Ok(()),
+                changed = self.control.changed() => changed,
+                changed = self.tunnel.changed() => changed,
+                changed = self.configs.changed() => changed,
+                changed = statuses.changed() => changed,
+            };
+            if changed.is_err() {
+                // a task has ended: whoever waits for the tasks says which
+                self.stop.cancelled().await;
+            }
+            // a burst of events is merged once
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn merge(&mut self, statuses: &mut watch::Receiver<AgentStatus>) {
+        let control = self.control.borrow_and_update().clone();
+        let tunnel = self.tunnel.borrow_and_update().clone();
+        self.status.send_if_modified(|status| {
+            let changed = status.control != control.state
+                || status.control_reason != control.reason
+                || status.clock_offset != control.offset
+                || status.tunnel != tunnel.state
+                || status.tunnel_reason != tunnel.reason;
+            if changed {
+                (status.control, status.clock_offset, status.tunnel) =
+                    (control.state, control.offset, tunnel.state);
+                status.control_reason.clone_from(&control.reason);
+                status.tunnel_reason.clone_from(&tunnel.reason);
+            }
+            changed
+        });
+        // without an answer of the control plane the last settings stay valid
+        let latest = self.configs.borrow_and_update().clone();
+        if let Some(settings) = latest.map(|config| config.tunnel) {
+            self.tunnel_settings.send_if_modified(|current| {
+                let changed = *current != settings;
+                if changed {
+                    *current = settings;
+                }
+                changed
+            });
+        }
+        let status = statuses.borrow_and_update().clone();
+        self.cluster.send_replace(cluster_info(&status, &self.config));
+        // a new time alone is no change of the cluster, and wakes nobody
+        self.report.send_if_modified(|former| {
+            let report = status_report(&status);
+            former.at.clear();
+            let changed = *former != StatusReport { at: String::new(), ..report.clone() };
+            *former = report;
+            changed
+        });
+    }
+}
+
+pub(super) fn hostname() -> String {
+    nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default()
+}
+
+pub(super) fn cluster_info(a: &AgentStatus, config: &AgentConfig) -> ClusterInfo {
+    ClusterInfo {
+        name: config.cluster_name.clone().unwrap_or_else(hostname),
+        provider: if a.api_version.contains("+k3s") { "k3s" } else { "kubernetes" }.into(),
+        version: a.api_version.clone(),
+        node_count: u32::try_from(a.nodes.len()).unwrap_or(u32::MAX),
+        ..ClusterInfo::default()
+    }
+}
+
+fn status_report(a: &AgentStatus) -> StatusReport {
+    let node = |n: &NodeStatus| NodeReport {
+        name: n.name.clone(),
+        ready: n.ready,
+        role: n.role.clone(),
+        version: n.version.clone(),
+        address: n.address.clone(),
+        note: n.note.clone(),
+    };
+    let w = &a.workloads;
+    StatusReport {
+        at: jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - a.clock_offset)
+            .unwrap_or_default()
+            .to_string(),
+        kubernetes: match a.kubernetes {
+            KubernetesState::Connected => "connected",
+            KubernetesState::Waiting => "waiting",
+            KubernetesState::Refused => "refused",
+        }
+        .into(),
+        reason: a.reason.clone(),
+        nodes: a.nodes.iter().map(node).collect(),
+        namespaces: a.namespaces.clone(),
+        workloads: Workloads {
+            pods: w.pods,
+            pods_running: w.pods_running,
+            deployments: w.deployments,
+            deployments_ready: w.deployments_ready,
+            statefulsets: w.statefulsets,
+            daemonsets: w.daemonsets,
+            services: w.services,
+            ingresses: w.ingresses,
+        },
+        usage: Usage { memory_used_bytes: a.memory_used, memory_total_bytes: a.memory_total },
+    }
+}
