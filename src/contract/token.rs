@@ -3,10 +3,11 @@
 //! RFC 7519 and RFC 8037, of which one algorithm is needed: a library would bring the others, and with them the choice.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use parking_lot::Mutex;
 use ring::signature::{ED25519, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -134,13 +135,12 @@ pub fn verify(
         return Err("the token is too long");
     }
     let digest: [u8; 32] = Sha256::digest(token).into();
-    let memory = || verified.lock().unwrap_or_else(PoisonError::into_inner);
-    let known_claims = memory().get(&digest, &auth.jwks);
+    let known_claims = verified.lock().get(&digest, &auth.jwks);
     let claims = match known_claims {
         Some(claims) => claims,
         None => {
             let claims = Arc::new(verify_signature(token, auth)?);
-            memory().insert(digest, &auth.jwks, claims.clone());
+            verified.lock().insert(digest, &auth.jwks, claims.clone());
             claims
         }
     };

@@ -3,8 +3,9 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Strangers inside at once: enough for every agent to come back within seconds, few enough for the memory of their handshakes.
@@ -67,8 +68,7 @@ impl Default for AdmissionLimiter {
 
 impl AdmissionLimiter {
     fn queues(&self) -> MutexGuard<'_, HashMap<IpAddr, AddressQueue>> {
-        // a panic inside leaves plain data behind
-        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queues.lock()
     }
 
     /// Waits for its turn; `None` when too many of the same address wait already.

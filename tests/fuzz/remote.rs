@@ -126,7 +126,7 @@ fn jwt() {
     run("jwt", &[good, "..", "eyJhbGciOiJub25lIn0.e30."], |text| {
         // nobody has signed any of these
         assert!(
-            verify(text, &auth, "a", Role::Admin, 1_800_000_000, &std::sync::Mutex::default())
+            verify(text, &auth, "a", Role::Admin, 1_800_000_000, &parking_lot::Mutex::default())
                 .is_err()
         );
     });

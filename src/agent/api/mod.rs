@@ -5,13 +5,14 @@ pub mod operations;
 pub mod permits;
 mod proxy;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::{HeaderMap, Method, Request, Response, header};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
@@ -81,11 +82,6 @@ pub struct Counts {
     pub audit_failed: AtomicU64,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // a panic inside leaves plain data behind
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Api {
     pub fn new(context: ApiContext, tls: rustls::ServerConfig, audit: AuditLog) -> Api {
         context.audit_head.send_replace(audit.head().clone());
@@ -111,7 +107,7 @@ impl Api {
 
     /// Streams of callers that are open.
     pub fn open(&self) -> usize {
-        lock(&self.inner.open).all()
+        self.inner.open.lock().all()
     }
 
     pub fn counts(&self) -> &Counts {
@@ -289,7 +285,7 @@ impl Api {
     }
 
     fn audit_records(&self) -> Response<Body> {
-        match lock(&self.inner.audit).recent(RECENT_RECORDS) {
+        match self.inner.audit.lock().recent(RECENT_RECORDS) {
             Ok(lines) => {
                 plain(200, "application/json", format!("{{\"items\":[{}]}}", lines.join(",")))
             }
@@ -405,7 +401,7 @@ impl Api {
     }
 
     fn write(&self, record: AuditRecord) -> std::io::Result<()> {
-        let mut audit = lock(&self.inner.audit);
+        let mut audit = self.inner.audit.lock();
         let result = audit.write(record);
         match &result {
             Ok(()) => {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use http::Method;
 use http::request::Parts;
 
-use super::{Api, lock};
+use super::Api;
 use crate::kubernetes::answer::ApiError;
 use crate::kubernetes::path::KubernetesPath;
 
@@ -100,7 +100,7 @@ pub(crate) struct StreamPermit {
 
 impl Drop for StreamPermit {
     fn drop(&mut self) {
-        let mut open = lock(&self.api.inner.open);
+        let mut open = self.api.inner.open.lock();
         let at = self.stream.index();
         open.all[at] -= 1;
         if let Some(mine) = open.callers.get_mut(&self.subject) {
@@ -150,7 +150,7 @@ impl Api {
             }
         };
         let at = stream.index();
-        let mut open = lock(&self.inner.open);
+        let mut open = self.inner.open.lock();
         if open.callers.get(subject).is_some_and(|mine| mine[at] >= each) || each == 0 {
             return Err(limit_reached(stream, "this caller has", each, keys[0]));
         }

@@ -6,9 +6,10 @@ mod users;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -134,11 +135,6 @@ struct OpenProxy {
     closed: CancellationToken,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // a panic inside leaves plain data behind
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Registry {
     /// Closes what a session opened and ends it.
     fn release(&mut self, session: &Arc<ClientSession>) {
@@ -152,7 +148,7 @@ impl Registry {
         if self.sessions.get(&session.run_id).is_some_and(|c| Arc::ptr_eq(c, session)) {
             self.sessions.remove(&session.run_id);
         }
-        *lock(&session.pool) = Pool::default();
+        *session.pool.lock() = Pool::default();
         session.ended.cancel();
     }
 }
@@ -198,17 +194,17 @@ impl Server {
 
     /// Ends every client's session; each comes back by itself.
     pub fn end_sessions(&self) {
-        lock(&self.shared.registry).sessions.values().for_each(|session| session.ended.cancel());
+        self.shared.registry.lock().sessions.values().for_each(|session| session.ended.cancel());
     }
 
     /// Whether a proxy of that name is open.
     pub fn has_proxy(&self, name: &str) -> bool {
-        lock(&self.shared.registry).proxies.contains_key(name)
+        self.shared.registry.lock().proxies.contains_key(name)
     }
 
     /// Names of the proxies that are open.
     pub fn proxies(&self) -> Vec<String> {
-        let mut names: Vec<String> = lock(&self.shared.registry).proxies.keys().cloned().collect();
+        let mut names: Vec<String> = self.shared.registry.lock().proxies.keys().cloned().collect();
         names.sort();
         names
     }

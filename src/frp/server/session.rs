@@ -2,9 +2,10 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -12,9 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    ClientSession, MAX_POOL, OpenProxy, POOL_RESERVE, REFUSAL_TIMEOUT, Server, lock, users,
-};
+use super::{ClientSession, MAX_POOL, OpenProxy, POOL_RESERVE, REFUSAL_TIMEOUT, Server, users};
 use crate::base::secret::constant_time_eq;
 use crate::frp::admission::AdmissionPermit;
 use crate::frp::codec::{Duplex, Io, encrypted};
@@ -32,7 +31,7 @@ struct SessionGuard<'a> {
 
 impl Drop for SessionGuard<'_> {
     fn drop(&mut self) {
-        lock(&self.server.shared.registry).release(&self.session);
+        self.server.shared.registry.lock().release(&self.session);
         self.session.finished.cancel();
     }
 }
@@ -147,7 +146,7 @@ impl Server {
     }
 
     fn close(&self, session: &Arc<ClientSession>, close: &CloseProxy) {
-        let mut registry = lock(&self.shared.registry);
+        let mut registry = self.shared.registry.lock();
         let open = registry.proxies.get(&close.proxy_name);
         if open.is_some_and(|o| Arc::ptr_eq(&o.session, session))
             && let Some(open) = registry.proxies.remove(&close.proxy_name)
@@ -162,7 +161,7 @@ impl Server {
         run_id: &str,
         session: &Arc<ClientSession>,
     ) -> Result<Option<Arc<ClientSession>>, ()> {
-        let mut registry = lock(&self.shared.registry);
+        let mut registry = self.shared.registry.lock();
         let former = registry.sessions.get(run_id).cloned();
         if former.as_ref().is_some_and(|c| c.owner != session.owner) {
             return Err(());
@@ -201,7 +200,7 @@ impl Server {
             (other, _) => return Err(format!("unknown proxy type: {other}")),
         };
         {
-            let mut registry = lock(&self.shared.registry);
+            let mut registry = self.shared.registry.lock();
             if registry.proxies.contains_key(&name) {
                 return Err(format!("proxy [{name}] already exists"));
             }

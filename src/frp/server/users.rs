@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{ClientSession, OpenProxy, Server, WORK_CONNECTION_TIMEOUT, lock, signed_by};
+use super::{ClientSession, OpenProxy, Server, WORK_CONNECTION_TIMEOUT, signed_by};
 use crate::base::secret::Secret;
 use crate::frp::codec::{Io, layered};
 use crate::frp::wire::{self, Key, NewVisitorConnResp, ReqWorkConn, StartWorkConn};
@@ -20,7 +20,7 @@ impl Server {
         mut io: Io,
         hello: &wire::NewWorkConn,
     ) -> io::Result<()> {
-        let session = lock(&self.shared.registry).sessions.get(&hello.run_id).cloned();
+        let session = self.shared.registry.lock().sessions.get(&hello.run_id).cloned();
         let refuse =
             |error: &str| StartWorkConn { error: error.into(), ..StartWorkConn::default() };
         let Some(session) = session else {
@@ -34,7 +34,7 @@ impl Server {
             .await;
         }
         let surplus = {
-            let mut pool = lock(&session.pool);
+            let mut pool = session.pool.lock();
             let mut io = Some(io);
             while let Some(offered) = io.take() {
                 match pool.users.pop_front() {
@@ -62,7 +62,7 @@ impl Server {
     /// # Errors
     /// `NotFound` when no client has opened that proxy, `TimedOut` when it gives no work connection in time.
     pub async fn dial(&self, name: &str) -> io::Result<Io> {
-        let open = lock(&self.shared.registry).proxies.get(name).cloned();
+        let open = self.shared.registry.lock().proxies.get(name).cloned();
         match open {
             Some(open) => self.connect_user(&open, None).await,
             None => {
@@ -104,7 +104,7 @@ impl Server {
         let gone = || io::Error::new(io::ErrorKind::NotConnected, "the client is gone");
         session.control_sender.send(ReqWorkConn {}.into()).await.map_err(|_| gone())?;
         let waiting = {
-            let mut pool = lock(&session.pool);
+            let mut pool = session.pool.lock();
             if let Some(io) = pool.idle.pop_front() {
                 return Ok(io);
             }
@@ -124,7 +124,9 @@ impl Server {
     ) -> io::Result<()> {
         let name = hello.proxy_name.clone();
         let find = |name: &str| {
-            lock(&self.shared.registry)
+            self.shared
+                .registry
+                .lock()
                 .proxies
                 .get(name)
                 .cloned()

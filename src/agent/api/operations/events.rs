@@ -9,8 +9,8 @@ use hyper::body::{Bytes, Frame};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use super::super::Api;
 use super::super::permits::{StreamClass, StreamPermit};
-use super::super::{Api, lock};
 use super::not_found;
 use crate::contract::token::Caller;
 use crate::kubernetes::upstream::Body;
@@ -31,7 +31,7 @@ impl Api {
             Ok(permit) => permit,
             Err(problem) => return problem.plain(),
         };
-        let Some(mut news) = lock(&self.operations().all).get(&id).map(|l| l.news.subscribe())
+        let Some(mut news) = self.operations().all.lock().get(&id).map(|l| l.news.subscribe())
         else {
             return not_found();
         };
@@ -84,7 +84,7 @@ impl EventListener {
                 () = sleep(KEEPALIVE) => return Some(": quiet\n\n".into()),
                 () = self.api.inner.context.cut.cancelled() => return None,
             }
-            let all = lock(&self.api.operations().all);
+            let all = self.api.operations().all.lock();
             let live = all.get(&self.id)?;
             let mut text = String::new();
             for event in live.events.iter().skip(self.next) {

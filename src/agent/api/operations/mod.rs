@@ -24,7 +24,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::permits::StreamClass;
-use super::{Api, AuditedRequest, lock};
+use super::{Api, AuditedRequest};
 use crate::agent::session::client::FinishedOperation;
 use crate::base::encoding::hex;
 use crate::contract::operation::OperationRequest;
@@ -56,7 +56,10 @@ impl Api {
 
     /// Reports the results that an earlier run of the agent could not report.
     pub(super) fn report_unreported(&self) {
-        let unreported: Vec<OperationRecord> = lock(&self.operations().all)
+        let unreported: Vec<OperationRecord> = self
+            .operations()
+            .all
+            .lock()
             .values()
             .filter(|l| l.stored.operation.state.ended() && !l.stored.reported)
             .map(|l| l.stored.clone())
@@ -79,7 +82,7 @@ impl Api {
         match (&parts.method, id, what, end) {
             (&Method::POST, None, ..) => self.begin(parts, body, caller).await,
             (&Method::GET, None, ..) => {
-                let all = lock(&self.operations().all);
+                let all = self.operations().all.lock();
                 let mut mine: Vec<&Operation> = all
                     .values()
                     .map(|l| &l.stored.operation)
@@ -112,7 +115,9 @@ impl Api {
     }
 
     fn find(&self, caller: &Caller, id: &str) -> Option<Operation> {
-        lock(&self.operations().all)
+        self.operations()
+            .all
+            .lock()
             .get(id)
             .map(|l| l.stored.operation.clone())
             .filter(|o| may_see(caller, o))
@@ -144,7 +149,7 @@ impl Api {
         };
         let id = operation_id(&caller.subject, key);
         let request = hex(&Sha256::digest(&bytes));
-        let known = lock(&self.operations().all).get(&id).map(|l| l.stored.clone());
+        let known = self.operations().all.lock().get(&id).map(|l| l.stored.clone());
         if let Some(known) = known {
             return answer_repeated(&known, &request);
         }
@@ -202,7 +207,7 @@ impl Api {
     /// Stores a new operation: it is durable from here on.
     fn admit(&self, stored: &OperationRecord) -> Result<CancellationToken, Box<Response<Body>>> {
         let operations = self.operations();
-        let mut all = lock(&operations.all);
+        let mut all = operations.all.lock();
         operations.remove_expired(&mut all);
         let id = &stored.operation.id;
         if let Some(known) = all.get(id) {

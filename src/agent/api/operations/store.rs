@@ -1,14 +1,14 @@
 //! The operations that the agent remembers: each in memory, and in a file of its own.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::super::{Api, lock};
+use super::super::Api;
 use crate::agent::session::client::FinishedOperation;
 use crate::contract::types::{ObjectOutcome, Operation, OperationState};
 use crate::host::state::StateDir;
@@ -88,7 +88,7 @@ impl Operations {
 
     /// How many run.
     pub fn running(&self) -> usize {
-        lock(&self.all).values().filter(|l| !l.stored.operation.state.ended()).count()
+        self.all.lock().values().filter(|l| !l.stored.operation.state.ended()).count()
     }
 
     /// Removes what is too old or too much, the oldest first; never one that is not reported yet.
@@ -121,7 +121,7 @@ impl Operations {
         id: &str,
         change: impl FnOnce(&mut TrackedOperation),
     ) -> Option<OperationRecord> {
-        let mut all = lock(&self.all);
+        let mut all = self.all.lock();
         let live = all.get_mut(id)?;
         change(live);
         live.news.send_replace(());
