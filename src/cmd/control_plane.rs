@@ -13,8 +13,8 @@ use crate::cli::{
     OutputArgs, OutputFormat, ProjectCommand, RunnerCommand, Serve, TokenCommand,
 };
 use crate::cmd::{Context, unreadable};
+use crate::control_plane::certificate::CertificateFiles;
 use crate::control_plane::frps::ExternalFrps;
-use crate::control_plane::keys::CertificateFiles;
 use crate::control_plane::outbox::Broker;
 use crate::control_plane::settings::{CONFIG, ControlPlaneOptions, parse_file};
 use crate::control_plane::{self, ControlPlaneConfig, client};
@@ -151,6 +151,10 @@ struct AdminClient<'a> {
 }
 
 impl AdminClient<'_> {
+    fn new<'a>(context: &'a Context, place: &'a DataDirArgs, verb: OutputArgs) -> AdminClient<'a> {
+        AdminClient { context, host: context.host(&place.root), place, verb }
+    }
+
     async fn call(
         &self,
         method: Method,
@@ -189,6 +193,12 @@ impl AdminClient<'_> {
                 value["items"].as_array().into_iter().flatten().map(row).collect();
             if rows.is_empty() { "none yet".into() } else { table(head, &rows) }
         })
+    }
+
+    /// Creates what has a name only; prints one field of the answer.
+    async fn create(&self, path: &str, name: &str, field: &str) -> anyhow::Result<Exit> {
+        let answer = self.call(Method::POST, path, Some(&json!({"name": name}))).await?;
+        self.show(&answer, |v| text(&v[field]))
     }
 
     async fn done(&self, method: Method, path: &str, said: &str) -> anyhow::Result<Exit> {
@@ -245,40 +255,87 @@ async fn verb(
     command: ControlPlaneCommand,
     place: &DataDirArgs,
 ) -> anyhow::Result<Exit> {
-    let client =
-        |verb: OutputArgs| AdminClient { context, host: context.host(&place.root), place, verb };
+    let printer = || Printer::new(false, false, context.no_color());
     match command {
-        ControlPlaneCommand::Token(TokenCommand::Create { project, name, ttl, uses, verb }) => {
-            let client = client(verb);
+        ControlPlaneCommand::Token(command) => token(context, place, command).await,
+        ControlPlaneCommand::Cluster(command) => cluster(context, place, command).await,
+        ControlPlaneCommand::Runner(command) => runner(context, place, command).await,
+        ControlPlaneCommand::Admin(command) => admin(context, place, command).await,
+        ControlPlaneCommand::Project(command) => project(context, place, command).await,
+        ControlPlaneCommand::FrpsConfig => {
+            let host = context.host(&place.root);
+            let text =
+                client::call(&host, &place.data_dir, Method::GET, "/api/v1/frps", None).await?;
+            for line in text.lines() {
+                printer().data_with_secrets(line);
+            }
+            Ok(Exit::Done)
+        }
+        ControlPlaneCommand::Backup { file, database: args } => {
+            let (host, database) = host_and_database(context, &args, place)?;
+            let message =
+                control_plane::backup::write(&host, &place.data_dir, database, &file).await?;
+            printer().say(&message);
+            Ok(Exit::Done)
+        }
+        ControlPlaneCommand::Restore { file, database: args } => {
+            let (host, database) = host_and_database(context, &args, place)?;
+            let text = host.users_file(&file).map_err(|e| unreadable(&file, &e))?;
+            let message =
+                control_plane::backup::restore(&host, &place.data_dir, database, &file, &text)
+                    .await?;
+            printer().say(&message);
+            Ok(Exit::Done)
+        }
+    }
+}
+
+async fn token(
+    context: &Context,
+    place: &DataDirArgs,
+    command: TokenCommand,
+) -> anyhow::Result<Exit> {
+    match command {
+        TokenCommand::Create { project, name, ttl, uses, verb } => {
+            let client = AdminClient::new(context, place, verb);
             let body = json!({"project": project, "name": name, "ttl_s": ttl, "uses": uses});
             let answer = client.call(Method::POST, "/api/v1/tokens", Some(&body)).await?;
             client.show(&answer, |v| text(&v["install"]))
         }
-        ControlPlaneCommand::Token(TokenCommand::List { verb }) => {
-            client(verb)
+        TokenCommand::List { verb } => {
+            AdminClient::new(context, place, verb)
                 .list(
                     "/api/v1/tokens",
                     &["ID", "NAME", "PROJECT", "USES LEFT", "EXPIRES", "REVOKED"],
                     |v| {
-                        vec![
-                            text(&v["id"]),
-                            text(&v["name"]),
-                            text(&v["project"]),
-                            text(&v["uses_left"]),
-                            when(&v["expires_at"]),
-                            text(&v["revoked"]),
-                        ]
+                        let fields = ["id", "name", "project", "uses_left"];
+                        fields
+                            .iter()
+                            .map(|f| text(&v[f]))
+                            .chain([when(&v["expires_at"]), text(&v["revoked"])])
+                            .collect()
                     },
                 )
                 .await
         }
-        ControlPlaneCommand::Token(TokenCommand::Revoke { id, verb }) => {
-            client(verb)
+        TokenCommand::Revoke { id, verb } => {
+            AdminClient::new(context, place, verb)
                 .done(Method::DELETE, &format!("/api/v1/tokens/{}", segment(&id)?), "revoked")
                 .await
         }
-        ControlPlaneCommand::Cluster(ClusterCommand::List { verb }) => {
-            client(verb)
+    }
+}
+
+async fn cluster(
+    context: &Context,
+    place: &DataDirArgs,
+    command: ClusterCommand,
+) -> anyhow::Result<Exit> {
+    let path =
+        |cluster: &str| Ok::<_, anyhow::Error>(format!("/api/v1/clusters/{}", segment(cluster)?));
+    match command {
+        ClusterCommand::List { verb } => {
+            AdminClient::new(context, place, verb)
                 .list(
                     "/api/v1/clusters",
                     &["ID", "NAME", "STATE", "VERSION", "NODES", "TUNNEL", "SEEN", "REASON"],
@@ -293,93 +350,79 @@ async fn verb(
                 )
                 .await
         }
-        ControlPlaneCommand::Cluster(ClusterCommand::Show { cluster, verb }) => {
-            let client = client(verb);
-            let answer = client
-                .call(Method::GET, &format!("/api/v1/clusters/{}", segment(&cluster)?), None)
-                .await?;
-            client.show(&answer, |v| {
-                let line = |name: &str| format!("{name:<14}{}", text(&v[name]));
-                let mut lines: Vec<String> = [
-                    "id",
-                    "name",
-                    "project",
-                    "state",
-                    "reason",
-                    "tunnel",
-                    "version",
-                    "provider",
-                    "agent_id",
-                    "agent_version",
-                    "max_role",
-                ]
-                .map(line)
-                .into();
-                lines.push(format!("{:<14}{}", "seen", when(&v["seen_at"])));
-                for node in v["report"]["nodes"].as_array().into_iter().flatten() {
-                    let ready = if node["ready"] == true { "ready" } else { "not ready" };
-                    lines.push(format!(
-                        "node          {} {ready} {} {} {}",
-                        text(&node["name"]),
-                        text(&node["role"]),
-                        text(&node["version"]),
-                        text(&node["note"])
-                    ));
-                }
-                lines.join("\n")
-            })
+        ClusterCommand::Show { cluster, verb } => {
+            let client = AdminClient::new(context, place, verb);
+            let answer = client.call(Method::GET, &path(&cluster)?, None).await?;
+            client.show(&answer, cluster_details)
         }
-        ControlPlaneCommand::Cluster(ClusterCommand::Kubeconfig {
-            cluster,
-            role,
-            namespaces,
-            verb,
-        }) => {
-            let client = client(verb);
+        ClusterCommand::Kubeconfig { cluster, role, namespaces, verb } => {
+            let client = AdminClient::new(context, place, verb);
             let body = json!({"role": role, "namespaces": namespaces});
-            let answer = client
-                .call(
-                    Method::POST,
-                    &format!("/api/v1/clusters/{}/kubeconfig", segment(&cluster)?),
-                    Some(&body),
-                )
-                .await?;
+            let path = format!("{}/kubeconfig", path(&cluster)?);
+            let answer = client.call(Method::POST, &path, Some(&body)).await?;
             client.show(&answer, |_| answer.clone())
         }
-        ControlPlaneCommand::Cluster(ClusterCommand::Revoke { cluster, verb }) => {
-            client(verb)
-                .done(
-                    Method::POST,
-                    &format!("/api/v1/clusters/{}/revoke", segment(&cluster)?),
-                    "revoked; its streams have ended",
-                )
+        ClusterCommand::Revoke { cluster, verb } => {
+            let path = format!("{}/revoke", path(&cluster)?);
+            AdminClient::new(context, place, verb)
+                .done(Method::POST, &path, "revoked; its streams have ended")
                 .await
         }
-        ControlPlaneCommand::Cluster(ClusterCommand::Remove { cluster, verb }) => {
-            client(verb)
-                .done(
-                    Method::DELETE,
-                    &format!("/api/v1/clusters/{}", segment(&cluster)?),
-                    "removed",
-                )
+        ClusterCommand::Remove { cluster, verb } => {
+            AdminClient::new(context, place, verb)
+                .done(Method::DELETE, &path(&cluster)?, "removed")
                 .await
         }
-        ControlPlaneCommand::Runner(RunnerCommand::Create {
-            name,
-            project,
-            role,
-            clusters,
-            namespaces,
-            ttl,
-            verb,
-        }) => {
-            let client = client(verb);
-            let body = json!({"name": name, "project": project, "role": role, "clusters": clusters, "namespaces": namespaces, "ttl_s": ttl});
+    }
+}
+
+fn cluster_details(cluster: &Value) -> String {
+    let fields = [
+        "id",
+        "name",
+        "project",
+        "state",
+        "reason",
+        "tunnel",
+        "version",
+        "provider",
+        "agent_id",
+        "agent_version",
+        "max_role",
+    ];
+    let mut lines: Vec<String> =
+        fields.map(|field| format!("{field:<14}{}", text(&cluster[field]))).into();
+    lines.push(format!("{:<14}{}", "seen", when(&cluster["seen_at"])));
+    for node in cluster["report"]["nodes"].as_array().into_iter().flatten() {
+        let ready = if node["ready"] == true { "ready" } else { "not ready" };
+        lines.push(format!(
+            "node          {} {ready} {} {} {}",
+            text(&node["name"]),
+            text(&node["role"]),
+            text(&node["version"]),
+            text(&node["note"])
+        ));
+    }
+    lines.join("\n")
+}
+
+async fn runner(
+    context: &Context,
+    place: &DataDirArgs,
+    command: RunnerCommand,
+) -> anyhow::Result<Exit> {
+    match command {
+        RunnerCommand::Create { name, project, role, clusters, namespaces, ttl, verb } => {
+            let client = AdminClient::new(context, place, verb);
+            let body = json!({
+                "name": name, "project": project, "role": role,
+                "clusters": clusters, "namespaces": namespaces, "ttl_s": ttl,
+            });
             let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
             client.show(&answer, |v| text(&v["token"]))
         }
-        ControlPlaneCommand::Runner(RunnerCommand::List { verb }) => {
-            client(verb)
+        RunnerCommand::List { verb } => {
+            AdminClient::new(context, place, verb)
                 .list(
                     "/api/v1/runners",
                     &["ID", "NAME", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"],
@@ -394,79 +437,55 @@ async fn verb(
                 )
                 .await
         }
-        ControlPlaneCommand::Runner(RunnerCommand::Revoke { id, verb }) => {
-            client(verb)
-                .done(
-                    Method::DELETE,
-                    &format!("/api/v1/runners/{}", segment(&id)?),
-                    "revoked; its streams have ended",
-                )
-                .await
-        }
-        ControlPlaneCommand::Admin(AdminCommand::Create { name, verb }) => {
-            let client = client(verb);
-            let answer =
-                client.call(Method::POST, "/api/v1/admins", Some(&json!({"name": name}))).await?;
-            client.show(&answer, |v| text(&v["token"]))
-        }
-        ControlPlaneCommand::Admin(AdminCommand::List { verb }) => {
-            client(verb)
-                .list("/api/v1/admins", &["ID", "NAME", "CREATED"], |v| {
-                    vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]
-                })
-                .await
-        }
-        ControlPlaneCommand::Admin(AdminCommand::Revoke { id, verb }) => {
-            client(verb)
-                .done(
-                    Method::DELETE,
-                    &format!("/api/v1/admins/{}", segment(&id)?),
-                    "revoked; its sessions have ended",
-                )
-                .await
-        }
-        ControlPlaneCommand::FrpsConfig => {
-            let text = client::call(
-                &context.host(&place.root),
-                &place.data_dir,
-                Method::GET,
-                "/api/v1/frps",
-                None,
-            )
-            .await?;
-            for line in text.lines() {
-                Printer::new(false, false, context.no_color()).data_with_secrets(line);
-            }
-            Ok(Exit::Done)
-        }
-        ControlPlaneCommand::Backup { file, database: args } => {
-            let (host, database) = host_and_database(context, &args, place)?;
-            let said =
-                control_plane::backup::write(&host, &place.data_dir, database, &file).await?;
-            Printer::new(false, false, context.no_color()).say(&said);
-            Ok(Exit::Done)
-        }
-        ControlPlaneCommand::Restore { file, database: args } => {
-            let (host, database) = host_and_database(context, &args, place)?;
-            let text = host.users_file(&file).map_err(|e| unreadable(&file, &e))?;
-            let said =
-                control_plane::backup::restore(&host, &place.data_dir, database, &file, &text)
-                    .await?;
-            Printer::new(false, false, context.no_color()).say(&said);
-            Ok(Exit::Done)
-        }
-        ControlPlaneCommand::Project(ProjectCommand::Create { name, verb }) => {
-            let client = client(verb);
-            let answer =
-                client.call(Method::POST, "/api/v1/projects", Some(&json!({"name": name}))).await?;
-            client.show(&answer, |v| text(&v["id"]))
-        }
-        ControlPlaneCommand::Project(ProjectCommand::List { verb }) => {
-            client(verb)
-                .list("/api/v1/projects", &["ID", "NAME", "CREATED"], |v| {
-                    vec![text(&v["id"]), text(&v["name"]), when(&v["created_at"])]
-                })
+        RunnerCommand::Revoke { id, verb } => {
+            let path = format!("/api/v1/runners/{}", segment(&id)?);
+            AdminClient::new(context, place, verb)
+                .done(Method::DELETE, &path, "revoked; its streams have ended")
                 .await
         }
     }
+}
+
+async fn admin(
+    context: &Context,
+    place: &DataDirArgs,
+    command: AdminCommand,
+) -> anyhow::Result<Exit> {
+    match command {
+        AdminCommand::Create { name, verb } => {
+            AdminClient::new(context, place, verb).create("/api/v1/admins", &name, "token").await
+        }
+        AdminCommand::List { verb } => {
+            AdminClient::new(context, place, verb)
+                .list("/api/v1/admins", &["ID", "NAME", "CREATED"], created_row)
+                .await
+        }
+        AdminCommand::Revoke { id, verb } => {
+            let path = format!("/api/v1/admins/{}", segment(&id)?);
+            AdminClient::new(context, place, verb)
+                .done(Method::DELETE, &path, "revoked; its sessions have ended")
+                .await
+        }
+    }
+}
+
+async fn project(
+    context: &Context,
+    place: &DataDirArgs,
+    command: ProjectCommand,
+) -> anyhow::Result<Exit> {
+    match command {
+        ProjectCommand::Create { name, verb } => {
+            AdminClient::new(context, place, verb).create("/api/v1/projects", &name, "id").await
+        }
+        ProjectCommand::List { verb } => {
+            AdminClient::new(context, place, verb)
+                .list("/api/v1/projects", &["ID", "NAME", "CREATED"], created_row)
+                .await
+        }
+    }
+}
+
+fn created_row(value: &Value) -> Vec<String> {
+    vec![text(&value["id"]), text(&value["name"]), when(&value["created_at"])]
 }

@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
 
-use super::registry::HttpError;
+use super::error::HttpError;
 use crate::kubernetes::answer::{ApiError, is_discovery};
 
 pub(super) fn answer(status: u16, body: &impl Serialize) -> Response {

@@ -1,26 +1,19 @@
 //! Who asks: a type for each kind of caller, which a handler names as its first argument. One that names nobody is told of nobody.
 
-use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::MutexGuard;
 
 use axum::extract::FromRequestParts;
 use axum::response::Response;
 use http::request::Parts;
 use http::{HeaderMap, header};
 
-use super::ControlPlane;
 use super::answer::problem;
 use super::body::{check_segments, path_not_found, segments};
+use super::error::HttpError;
 use super::model::AccessKind;
-use super::registry::{HttpError, Principal};
-use crate::frp::admission::rate_limit_key;
+use super::registry::Principal;
+use super::state::ControlPlane;
 use crate::kubernetes::header_policy;
-
-/// Wrong tokens from one address within a minute, after which unknown ones are not looked at for the rest of it.
-const FAILURES: u32 = 30;
-/// Addresses and tokens remembered for that, at most.
-const REMEMBERED: usize = 10_000;
 
 /// Where a request comes from, as far as it matters.
 #[derive(Clone, Copy, Debug)]
@@ -158,15 +151,6 @@ fn bearer(headers: &HeaderMap) -> Result<&str, HttpError> {
     token.ok_or_else(|| HttpError::new(401, "token_needed", "a bearer token is needed", None))
 }
 
-/// Wrong tokens of this minute, and which tokens were right.
-#[derive(Default)]
-pub(super) struct Failures {
-    minute: i64,
-    by: HashMap<IpAddr, u32>,
-    /// Hashes that were good since the start: those pass however many wrong ones come from the same address.
-    good: HashSet<String>,
-}
-
 impl ControlPlane {
     /// Who asks, if it may, and the hash of what it showed: the local socket shows nothing.
     fn authorize(
@@ -187,13 +171,13 @@ impl ControlPlane {
                 }
             };
         };
-        let (now, id) = (super::now(), segments(parts).next().unwrap_or_default());
+        let (now, id) = (super::clock::now(), segments(parts).next().unwrap_or_default());
         // a cookie counts where the page calls, and nowhere else: what a cluster serves cannot use it
         let cookie = match required_auth {
             RequiredAuth::Session | RequiredAuth::Admin | RequiredAuth::Runner
                 if !parts.headers.contains_key(header::AUTHORIZATION) =>
             {
-                self.session_token(&parts.method, &parts.headers, now)?
+                self.inner.sessions.token(self.keys(), &parts.method, &parts.headers, now)?
             }
             _ => None,
         };
@@ -204,17 +188,17 @@ impl ControlPlane {
             }
             None => self.keys().token_hash(bearer(&parts.headers)?),
         };
-        self.check_rate_limit(address, &hash, now)?;
+        self.inner.failures.check(address, &hash, now)?;
         let principal = match self.registry().authenticate(&hash, now) {
             Ok(principal) => principal,
             Err(error) => {
                 if error.code == "token_unknown" {
-                    self.record_failure(address, now);
+                    self.inner.failures.failed(address, now);
                 }
                 return Err(error);
             }
         };
-        self.record_success(hash.clone());
+        self.inner.failures.succeeded(hash.clone());
         let fine = match (&principal, required_auth) {
             (Principal::Enrolment(_) | Principal::Agent(_), RequiredAuth::Enrolment) => true,
             (Principal::Agent(own), RequiredAuth::Agent) => *own == id,
@@ -242,54 +226,5 @@ impl ControlPlane {
             self.registry().reaches(access, &id)?;
         }
         Ok((principal, Some(hash)))
-    }
-
-    fn failures(&self) -> MutexGuard<'_, Failures> {
-        super::lock(&self.inner.failures)
-    }
-
-    /// # Errors
-    /// 429 for an unknown token from an address that has shown many wrong ones.
-    pub(super) fn check_rate_limit(
-        &self,
-        address: IpAddr,
-        hash: &str,
-        now: i64,
-    ) -> Result<(), HttpError> {
-        let address = rate_limit_key(address);
-        let mut failures = self.failures();
-        if failures.minute != now / 60 {
-            failures.minute = now / 60;
-            failures.by.clear();
-        }
-        if failures.by.get(&address).is_some_and(|n| *n >= FAILURES)
-            && !failures.good.contains(hash)
-        {
-            return Err(HttpError::new(
-                429,
-                "too_many_failures",
-                "too many wrong tokens from this address",
-                Some("wait a minute"),
-            ));
-        }
-        Ok(())
-    }
-
-    pub(super) fn record_failure(&self, address: IpAddr, now: i64) {
-        let address = rate_limit_key(address);
-        let mut failures = self.failures();
-        if failures.by.len() < REMEMBERED || failures.by.contains_key(&address) {
-            *failures.by.entry(address).or_default() += 1;
-        }
-        if failures.by.get(&address) == Some(&FAILURES) {
-            tracing::warn!(%address, minute = now / 60, "many wrong tokens");
-        }
-    }
-
-    pub(super) fn record_success(&self, hash: String) {
-        let mut failures = self.failures();
-        if failures.good.len() < REMEMBERED {
-            failures.good.insert(hash);
-        }
     }
 }

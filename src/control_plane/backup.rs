@@ -2,10 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::client;
+use super::clock::now;
 use super::keys::Keys;
+use super::model::Row;
 use super::open::{self, database};
-use super::store::Change;
-use super::{client, now};
+use super::store::{Change, Store};
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::host::Host;
@@ -24,19 +26,11 @@ struct Backup {
     rows: Vec<Row>,
 }
 
-/// A row as the database has it; tokens stand in it as keyed hashes only.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Row {
-    pub kind: String,
-    pub id: String,
-    pub body: String,
-}
-
 /// The text of a backup of a running control plane.
 ///
 /// # Errors
 /// When the database does not answer.
-pub(super) async fn text(state: &StateDir, store: &super::Store) -> anyhow::Result<Secret> {
+pub(super) async fn text(state: &StateDir, store: &Store) -> anyhow::Result<Secret> {
     let Some(keys) = Keys::stored(state)? else {
         return Err(Failure::new(
             Exit::Preflight,
@@ -138,6 +132,6 @@ pub async fn restore(
     done?;
     Ok(format!(
         "{count} rows and the keys of {} are in {data_dir}",
-        super::model::rfc3339(backup.at)
+        super::clock::rfc3339(backup.at)
     ))
 }

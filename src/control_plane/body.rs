@@ -9,7 +9,7 @@ use hyper::body::Bytes;
 use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 
-use super::registry::HttpError;
+use super::error::HttpError;
 
 /// Largest body of a call that is not passed through.
 const BODY: usize = 1 << 20;

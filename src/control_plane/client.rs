@@ -9,10 +9,12 @@ use tokio::net::UnixStream;
 
 use crate::base::error::{Exit, Failure};
 use crate::contract::types::Problem;
-use crate::control_plane::SOCKET;
 use crate::host::Host;
 
-/// One call; gives the body of the answer.
+/// Socket for calls of the administrator on this machine, in the data directory.
+pub const SOCKET: &str = "admin.sock";
+
+/// One call; returns the body of the answer.
 ///
 /// # Errors
 /// Exit 7 when the control plane refuses, 5 when none runs on this machine.

@@ -1,25 +1,19 @@
-//! The FRP server that agents hold their tunnels at: the one of this process, or somebody's frps, of which we are the auth plugin
-//! and a visitor (frp `doc/server_plugin.md`, `server/visitor/visitor.go`).
+//! The FRP server to which agents open their tunnels: the one in this process, or an external frps,
+//! which we reach as a visitor (frp `server/visitor/visitor.go`).
 
 use std::sync::Arc;
 
-use serde::Deserialize;
-use serde_json::Value;
 use tokio::task::JoinSet;
 
-use super::ControlPlane;
-use super::gateway::proxy_name;
-use super::registry::HttpError;
 use crate::base::error::Failure;
-use crate::base::secret::{Secret, constant_time_eq};
+use crate::base::secret::Secret;
 use crate::frp::client::visit;
 use crate::frp::codec::Io;
 use crate::frp::dial::{Carrier, Dialer};
 use crate::frp::server::Server;
-use crate::frp::wire::NewProxy;
 use crate::frp::{TunnelAuth, TunnelConfig, TunnelTls};
 
-/// Somebody's frps.
+/// An external frps.
 pub struct ExternalFrps {
     /// HOST:PORT.
     pub address: String,
@@ -29,19 +23,24 @@ pub struct ExternalFrps {
     pub pin: Option<String>,
 }
 
-/// The way to it.
+/// The connection to it.
 pub(super) struct External {
     pub(super) config: TunnelConfig,
     target: Dialer,
-    /// One session carries all streams; what runs for it ends with it.
+    /// One session carries all streams; its tasks end with it.
     session: tokio::sync::Mutex<Session>,
 }
 
 #[derive(Default)]
 struct Session {
-    /// Counts them: who was given an old one does not end its successor.
+    /// Counts sessions, so that a caller with an old one does not end its successor.
     number: u64,
     carrier: Option<(Carrier, JoinSet<()>)>,
+}
+
+/// The name of an agent's proxy.
+pub(super) fn proxy_name(agent: &str) -> String {
+    format!("agent-{agent}")
 }
 
 #[derive(Clone)]
@@ -131,99 +130,5 @@ impl Frps {
             Frps::Own(server) => Some(server.proxies().len()),
             Frps::External(_) => None,
         }
-    }
-}
-
-/// The parts of a plugin call that matter here. On Login the metas stand in the content, later in its user.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-pub(super) struct PluginContent {
-    metas: Option<std::collections::BTreeMap<String, String>>,
-    user: PluginUser,
-    proxy_name: String,
-    proxy_type: String,
-}
-
-/// On Login `user` is a name, later an object.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum PluginUser {
-    WithMetas {
-        #[serde(default)]
-        metas: Option<std::collections::BTreeMap<String, String>>,
-    },
-    Other(#[expect(dead_code, reason = "its shape is all that counts")] Value),
-}
-
-impl Default for PluginUser {
-    fn default() -> PluginUser {
-        PluginUser::Other(Value::Null)
-    }
-}
-
-/// A call of the plugin.
-#[derive(Deserialize)]
-pub(super) struct PluginRequest {
-    #[serde(default)]
-    pub(super) content: PluginContent,
-}
-
-impl ControlPlane {
-    /// Whether this is the secret of the path at which somebody's frps asks us.
-    pub(super) fn is_frps(&self, secret: &str) -> bool {
-        matches!(self.inner.frps, Frps::External(_))
-            && constant_time_eq(secret, self.frp_secret().expose())
-    }
-
-    /// Whether frps is to let somebody in, or why not.
-    pub(super) fn plugin(&self, op: &str, content: PluginContent) -> Result<(), String> {
-        // who leaves is not asked who he is
-        if op == "CloseProxy" {
-            return Ok(());
-        }
-        let metas = match content.user {
-            PluginUser::WithMetas { metas: Some(metas) } => metas,
-            _ => content.metas.unwrap_or_default(),
-        };
-        let (owner, _) = self.inner.agent_authorizer.authorize(&metas)?;
-        if op == "NewProxy" {
-            let proxy = NewProxy {
-                proxy_name: content.proxy_name,
-                proxy_type: content.proxy_type,
-                ..NewProxy::default()
-            };
-            return super::authorize_proxy(&owner, &proxy);
-        }
-        Ok(())
-    }
-
-    fn frp_secret(&self) -> Secret {
-        self.keys().derive("frp-handler", "")
-    }
-
-    /// What to put into frps' configuration.
-    pub(super) fn frps_config(&self) -> Result<String, HttpError> {
-        let Frps::External(external) = &self.inner.frps else {
-            return Err(HttpError::new(
-                409,
-                "own_frps",
-                "this control plane is its own FRP server",
-                Some("start it with --frps HOST:PORT to use another one"),
-            ));
-        };
-        Ok(format!(
-            "# for frps 0.52 and newer; its certificate must fit --frps-ca or --frps-pin\n\
-             bindPort = {}\n\
-             auth.token = \"the one in --frps-token-file\"\n\
-             transport.tls.force = true\n\n\
-             [[httpPlugins]]\n\
-             name = \"pipeops\"\n\
-             addr = \"{}\"\n\
-             path = \"/frp/handler/{}\"\n\
-             ops = [\"Login\", \"NewProxy\", \"Ping\", \"NewWorkConn\"]\n",
-            external.config.port,
-            self.url(),
-            self.frp_secret().expose()
-        ))
     }
 }

@@ -1,10 +1,9 @@
 //! The keys of a control plane: its CA and certificate, the keys that sign Runners' tokens, the key under which tokens are hashed.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-
 use anyhow::Context as _;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use parking_lot::{RwLock, RwLockReadGuard};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType,
@@ -12,25 +11,22 @@ use rcgen::{
 use ring::rand::SecureRandom as _;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use ring::{aead, hmac};
-use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::watch;
 
-use crate::base::error::{Exit, Failure};
+use crate::base::error::Failure;
 use crate::base::secret::Secret;
 use crate::base::trust::Pin;
 use crate::contract::types::{Jwk, Jwks};
-use crate::host::Host;
 use crate::host::state::StateDir;
 
 /// Life of the CA and of the certificate that it signs, days. The certificate is made anew at two thirds of its life.
 const CA_DAYS: i64 = 3650;
-const LEAF_DAYS: i64 = 90;
-const DAY: i64 = 86_400;
+pub(super) const LEAF_DAYS: i64 = 90;
+pub(super) const DAY: i64 = 86_400;
 /// A key signs Runners' tokens for this long; the one before it is still believed for a while, since tokens live 300 s.
 const SIGNING: i64 = 30 * DAY;
 const FORMER: i64 = 900;
@@ -221,7 +217,7 @@ impl Keys {
     }
 
     fn signing(&self) -> RwLockReadGuard<'_, Signing> {
-        self.signing.read().unwrap_or_else(PoisonError::into_inner)
+        self.signing.read()
     }
 
     /// Public halves: of the key that signs, of the next, which agents so know before it does, and for a while of the one before.
@@ -278,7 +274,7 @@ impl Keys {
         }
         let rotated = Signing::of(&stored)?;
         state.write(FILE, &serde_json::to_string(&stored)?)?;
-        *self.signing.write().unwrap_or_else(PoisonError::into_inner) = rotated;
+        *self.signing.write() = rotated;
         if due {
             tracing::info!("the next key signs Runners' tokens from now on");
         }
@@ -289,7 +285,7 @@ impl Keys {
     ///
     /// # Errors
     /// When a name cannot stand in a certificate.
-    fn leaf(&self, names: &[String], now: i64) -> anyhow::Result<CertifiedKey> {
+    pub(super) fn leaf(&self, names: &[String], now: i64) -> anyhow::Result<CertifiedKey> {
         let mut params = CertificateParams::new(Vec::new())?;
         for name in names {
             let plain = name.parse::<std::net::IpAddr>().is_ok()
@@ -354,189 +350,7 @@ fn make(now: i64) -> anyhow::Result<StoredKeys> {
     })
 }
 
-/// The certificate that is shown, replaced while connections go on.
-#[derive(Debug)]
-struct CertificateResolver(watch::Receiver<Arc<CertifiedKey>>);
-
-impl ResolvesServerCert for CertificateResolver {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.borrow().clone())
-    }
-}
-
 /// The pin of the first certificate in a PEM text.
 pub(super) fn pin_of(pem: &str) -> Option<Pin> {
     Pin::of(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)
-}
-
-/// Files with a certificate of somebody else's making, PEM.
-#[derive(Clone, Debug)]
-pub struct CertificateFiles {
-    pub chain: String,
-    pub key: String,
-    /// Its CA, where clients do not know it already.
-    pub ca: Option<String>,
-}
-
-impl CertificateFiles {
-    fn read(&self, host: &Host) -> anyhow::Result<[String; 3]> {
-        let read = |path: &str| {
-            host.users_file(path).map_err(|e| {
-                Failure::new(
-                    Exit::Preflight,
-                    "CERTIFICATE_UNREADABLE",
-                    format!("cannot read {path}"),
-                )
-                .why(format!("{:#}", e.root_cause()))
-                .hint("check the path and who may read it; the unit's user is not root")
-            })
-        };
-        Ok([
-            read(&self.chain)?,
-            read(&self.key)?,
-            self.ca.as_deref().map(read).transpose()?.unwrap_or_default(),
-        ])
-    }
-}
-
-/// What files hold, checked: a certificate whose time is now and whose key fits.
-fn parse(texts: &[String; 3], files: &CertificateFiles, now: i64) -> anyhow::Result<CertifiedKey> {
-    let wrong = |what: String, why: String| {
-        Failure::new(Exit::Preflight, "CERTIFICATE_WRONG", what)
-            .why(why)
-            .hint("--tls-cert takes the chain in PEM, its own certificate first; --tls-key its key")
-    };
-    let certificates = |text: &str, path: &str| -> anyhow::Result<Vec<CertificateDer<'static>>> {
-        let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
-        Ok(all.map_err(|e| wrong(format!("{path} is no PEM file"), e.to_string()))?)
-    };
-    let mut chain = certificates(&texts[0], &files.chain)?;
-    let Some(first) = chain.first() else {
-        return Err(wrong(
-            format!("{} holds no certificate", files.chain),
-            "there is no BEGIN CERTIFICATE in it".into(),
-        )
-        .into());
-    };
-    let (_, leaf) = x509_parser::parse_x509_certificate(first).map_err(|e| {
-        wrong(format!("{} holds no certificate that can be read", files.chain), e.to_string())
-    })?;
-    let valid = leaf.validity();
-    if valid.not_after.timestamp() <= now || valid.not_before.timestamp() > now {
-        let day = |at: i64| jiff::Timestamp::from_second(at).unwrap_or_default();
-        return Err(Failure::new(
-            Exit::Preflight,
-            "CERTIFICATE_EXPIRED",
-            format!("the certificate in {} is not valid now", files.chain),
-        )
-        .why(format!(
-            "it is valid from {} to {}",
-            day(valid.not_before.timestamp()),
-            day(valid.not_after.timestamp())
-        ))
-        .hint("renew it; or leave --tls-cert out: the self-made one renews itself")
-        .into());
-    }
-    for ca in certificates(&texts[2], files.ca.as_deref().unwrap_or_default())? {
-        if !chain.contains(&ca) {
-            chain.push(ca);
-        }
-    }
-    let key = PrivateKeyDer::from_pem_slice(texts[1].as_bytes())
-        .map_err(|e| wrong(format!("{} holds no key", files.key), e.to_string()))?;
-    let signer = rustls::crypto::ring::sign::any_supported_type(&key)
-        .map_err(|e| wrong(format!("the key in {} cannot be used", files.key), e.to_string()))?;
-    let certified = CertifiedKey::new(chain, signer);
-    certified.keys_match().map_err(|e| {
-        wrong(format!("{} is not the key of {}", files.key, files.chain), e.to_string())
-    })?;
-    Ok(certified)
-}
-
-/// The certificates that a control plane shows, and what keeps them fresh. Its tunnel server always shows one of its own CA, which
-/// agents pin; the HTTPS API shows that too, or somebody else's.
-pub struct Certificate {
-    pub config: Arc<rustls::ServerConfig>,
-    /// Without ALPN: FRP clients name none.
-    pub tunnel: Arc<rustls::ServerConfig>,
-    own: watch::Sender<Arc<CertifiedKey>>,
-    names: Vec<String>,
-    made: i64,
-    files: Option<(CertificateFiles, [String; 3], watch::Sender<Arc<CertifiedKey>>)>,
-}
-
-fn tls_config(
-    certificate: watch::Receiver<Arc<CertifiedKey>>,
-) -> anyhow::Result<rustls::ServerConfig> {
-    Ok(rustls::ServerConfig::builder_with_provider(Arc::new(
-        rustls::crypto::ring::default_provider(),
-    ))
-    .with_safe_default_protocol_versions()?
-    .with_no_client_auth()
-    .with_cert_resolver(Arc::new(CertificateResolver(certificate))))
-}
-
-impl Certificate {
-    /// One of our own CA for `names`, and the one of `files`.
-    ///
-    /// # Errors
-    /// When a name cannot stand in a certificate, or the files hold no certificate that is valid now.
-    pub fn new(
-        keys: &Keys,
-        names: Vec<String>,
-        files: Option<CertificateFiles>,
-        host: &Host,
-        now: i64,
-    ) -> anyhow::Result<Certificate> {
-        let leaf = keys.leaf(&names, now).map_err(|e| {
-            Failure::usage("NAME_WRONG", "a public name cannot be used")
-                .why(format!("{e:#}"))
-                .hint("--public-name takes DNS names and IP addresses")
-        })?;
-        let (own, receiver) = watch::channel(Arc::new(leaf));
-        let tunnel = tls_config(receiver.clone())?;
-        let (files, shown) = match files {
-            None => (None, receiver),
-            Some(files) => {
-                let texts = files.read(host)?;
-                let (sender, receiver) = watch::channel(Arc::new(parse(&texts, &files, now)?));
-                (Some((files, texts, sender)), receiver)
-            }
-        };
-        let mut config = tls_config(shown)?;
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(Certificate {
-            tunnel: Arc::new(tunnel),
-            config: Arc::new(config),
-            own,
-            names,
-            made: now,
-            files,
-        })
-    }
-
-    /// Where the HTTPS API's certificate is not ours: its CA in PEM, if that was given.
-    pub fn foreign(&self) -> Option<Option<String>> {
-        self.files.as_ref().map(|(_, texts, _)| Some(texts[2].clone()).filter(|ca| !ca.is_empty()))
-    }
-
-    /// Makes another one when two thirds of its life are over; takes the files' when they have changed.
-    ///
-    /// # Errors
-    /// When there is none; the former one stays.
-    pub fn renew(&mut self, keys: &Keys, host: &Host, now: i64) -> anyhow::Result<()> {
-        if now - self.made >= LEAF_DAYS * DAY * 2 / 3 || now < self.made - DAY {
-            self.own.send_replace(Arc::new(keys.leaf(&self.names, now)?));
-            self.made = now;
-        }
-        if let Some((files, texts, shown)) = &mut self.files {
-            let fresh = files.read(host)?;
-            if fresh != *texts {
-                shown.send_replace(Arc::new(parse(&fresh, files, now)?));
-                *texts = fresh;
-                tracing::info!(file = files.chain, "the certificate was read anew");
-            }
-        }
-        Ok(())
-    }
 }

@@ -15,8 +15,9 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::auth::Origin;
+use super::client::SOCKET;
 use super::routes::respond;
-use super::{ControlPlane, Inner, SOCKET};
+use super::state::{ControlPlane, Inner};
 use crate::base::error::{Exit, Failure};
 use crate::frp::admission::AdmissionLimiter;
 use crate::host::Host;

@@ -5,9 +5,12 @@ use serde::{Deserialize, Serialize};
 use crate::contract::token::Role;
 use crate::contract::types::{AgentInfo, ClusterInfo, Operation};
 
-/// A time as the API says it.
-pub(super) fn rfc3339(seconds: i64) -> String {
-    jiff::Timestamp::from_second(seconds).unwrap_or_default().to_string()
+/// A row as the database has it; tokens stand in it as keyed hashes only.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    pub kind: String,
+    pub id: String,
+    pub body: String,
 }
 
 /// Owner of tokens, agents, clusters and Runners.

@@ -1,18 +1,21 @@
 //! Operations by way of the control plane: handed to the agent at once, or kept until it is there, and their ends told.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use http::{Method, Request, StatusCode, header};
 use hyper::body::Bytes;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::ControlPlane;
-use super::model::{Job, rfc3339};
-use super::registry::{HttpError, Principal, Route, database_unavailable};
+use super::clock::rfc3339;
+use super::error::{HttpError, database_unavailable};
+use super::model::Job;
+use super::registry::{Principal, Route};
 use super::scope::{TokenRequest, checked_ttl, restrict};
+use super::state::ControlPlane;
 use crate::base::encoding::hex;
 use crate::contract::token::{Role, TOKEN_LIFETIME};
 use crate::contract::types::{
@@ -56,15 +59,16 @@ impl ControlPlane {
         now: i64,
     ) -> Result<(StatusCode, Value), HttpError> {
         let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let token = self.jwt(principal, route, role, namespaces, TOKEN_LIFETIME, now).0;
-        self.call_agent(
-            Request::builder().method(method),
-            &format!("api/v1/operations/{op}"),
-            route,
-            &token,
-            Bytes::new(),
-        )
-        .await
+        let token = self.caller_token(principal, route, role, namespaces, TOKEN_LIFETIME, now).0;
+        self.agent_clients()
+            .call(
+                Request::builder().method(method),
+                &format!("api/v1/operations/{op}"),
+                route,
+                &token,
+                Bytes::new(),
+            )
+            .await
     }
 
     /// Hands an operation to its agent, or keeps it until the agent is there.
@@ -145,12 +149,13 @@ impl ControlPlane {
         now: i64,
     ) -> Result<(StatusCode, Value), HttpError> {
         let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let token = self.jwt(principal, route, role, namespaces, TOKEN_LIFETIME, now).0;
+        let token = self.caller_token(principal, route, role, namespaces, TOKEN_LIFETIME, now).0;
         let request = Request::builder()
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/json")
             .header(IDEMPOTENCY_KEY, &job.key);
-        self.call_agent(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned()))
+        self.agent_clients()
+            .call(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned()))
             .await
     }
 
@@ -161,7 +166,7 @@ impl ControlPlane {
         {
             // through somebody else's FRP server only a try tells
             if self.tunnel_open(&job.agent) == Some(false)
-                || !super::lock(in_flight).insert(job.agent.clone())
+                || !in_flight.lock().insert(job.agent.clone())
             {
                 continue;
             }
@@ -180,7 +185,7 @@ impl ControlPlane {
                 if let Err(error) = done {
                     tracing::warn!(error = error.message, agent, "an operation goes on as it was");
                 }
-                super::lock(&in_flight).remove(&agent);
+                in_flight.lock().remove(&agent);
             });
         }
     }

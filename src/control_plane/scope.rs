@@ -2,7 +2,8 @@
 
 use serde::Deserialize;
 
-use super::registry::{HttpError, Principal};
+use super::error::HttpError;
+use super::registry::Principal;
 use crate::contract::token::Role;
 
 pub(super) const DAY: i64 = 86_400;

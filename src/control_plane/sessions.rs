@@ -1,26 +1,24 @@
-//! Who has logged in on the page: a session in a cookie, and the word that tells a call of our page from one of another.
+//! Sessions of the page: each in a cookie, with a CSRF token that calls of other pages do not have.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard};
 
 use http::{HeaderMap, Method, header};
+use parking_lot::{Mutex, MutexGuard};
 
-use super::ControlPlane;
-use super::keys::random_token;
-use super::model::AccessKind;
-use super::registry::{HttpError, Principal, database_unavailable};
-use crate::base::secret::{Secret, constant_time_eq};
+use super::error::{HttpError, database_unavailable};
+use super::keys::{Keys, random_token};
+use crate::base::secret::constant_time_eq;
 
-/// Name of the session's cookie. The prefix makes browsers refuse one that is not Secure, or is set for other hosts or paths.
+/// Name of the cookie. Browsers refuse one with this prefix that is not Secure, or is set for other
+/// hosts or paths.
 const COOKIE: &str = "__Host-pipeops";
-/// Header that tells a call of our page from one that another page made the browser send.
+/// Header that a request carries which our own page sent.
 const CSRF: &str = "x-csrf-token";
 /// Life of a session, seconds, and how many there may be.
 const LIFE: i64 = 12 * 3600;
-const MOST: usize = 1000;
+const MAX: usize = 1000;
 
-/// Who has logged in. Restarting the control plane ends all of them.
+/// All sessions. A restart of the control plane ends them.
 #[derive(Default)]
 pub(super) struct Sessions {
     /// By the keyed hash of the cookie's value.
@@ -28,18 +26,10 @@ pub(super) struct Sessions {
 }
 
 struct Session {
-    /// Hash of the token that was shown: what it may is asked anew at each call.
+    /// Hash of the token that was shown; what it may do is looked up at each call.
     token: String,
     csrf: String,
     until: i64,
-}
-
-/// What a browser is given at a login.
-pub(super) struct LoggedIn {
-    pub(super) principal: Principal,
-    pub(super) csrf: String,
-    /// Value of `Set-Cookie`.
-    pub(super) cookie: String,
 }
 
 fn cookie(headers: &HeaderMap) -> Option<&str> {
@@ -49,100 +39,78 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
         .filter_map(|v| v.to_str().ok())
         .flat_map(|v| v.split(';'));
     let mut ours = all.filter_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='));
-    // two of them: somebody else has set one
+    // of two cookies with this name one is not ours
     ours.next().filter(|value| !value.is_empty() && value.len() <= 128 && ours.next().is_none())
 }
 
-/// The `Set-Cookie` that keeps a session; with no value and no time, the one that ends it.
+/// The `Set-Cookie` that keeps a session; with no value and no lifetime, the one that ends it.
 fn set_cookie(value: &str, life: i64) -> String {
     format!("{COOKIE}={value}; Path=/; Secure; HttpOnly; SameSite=Strict; Max-Age={life}")
 }
 
 impl Sessions {
     fn open(&self) -> MutexGuard<'_, HashMap<String, Session>> {
-        super::lock(&self.open)
+        self.open.lock()
     }
-}
 
-impl ControlPlane {
-    /// A session for whoever shows an administrator's or a Runner's token.
-    pub(super) fn login(
+    /// A session for a token that was checked: its CSRF token, and the value of `Set-Cookie`.
+    ///
+    /// # Errors
+    /// 503 when there are too many.
+    pub(super) fn create(
         &self,
-        address: IpAddr,
-        token: &Secret,
+        keys: &Keys,
+        token_hash: String,
         now: i64,
-    ) -> Result<LoggedIn, HttpError> {
-        let hash = self.keys().token_hash(token.expose().trim());
-        self.check_rate_limit(address, &hash, now)?;
-        let principal = self
-            .registry()
-            .authenticate(&hash, now)
-            .inspect_err(|_| self.record_failure(address, now))?;
-        match &principal {
-            Principal::Admin(_) => self.remove_bootstrap_token(),
-            Principal::Access(access) if access.kind == AccessKind::Runner => {}
-            _ => {
-                return Err(HttpError::new(
-                    403,
-                    "forbidden",
-                    "this token is for something else",
-                    Some("log in with an administrator's or a Runner's token"),
-                ));
-            }
+    ) -> Result<(String, String), HttpError> {
+        let random = || random_token().map_err(|e| database_unavailable(&e));
+        let (value, csrf) = (random()?, random()?);
+        let mut open = self.open();
+        open.retain(|_, s| s.until > now);
+        if open.len() >= MAX {
+            return Err(HttpError::new(
+                503,
+                "too_many_sessions",
+                "too many people are logged in",
+                Some("log out elsewhere, or wait"),
+            ));
         }
-        self.record_success(hash.clone());
-        let (value, csrf) = (
-            random_token().map_err(|e| database_unavailable(&e))?,
-            random_token().map_err(|e| database_unavailable(&e))?,
+        open.insert(
+            keys.token_hash(&value),
+            Session { token: token_hash, csrf: csrf.clone(), until: now + LIFE },
         );
-        {
-            let mut open = self.inner.sessions.open();
-            open.retain(|_, s| s.until > now);
-            if open.len() >= MOST {
-                return Err(HttpError::new(
-                    503,
-                    "too_many_sessions",
-                    "too many people are logged in",
-                    Some("log out elsewhere, or wait"),
-                ));
-            }
-            open.insert(
-                self.keys().token_hash(&value),
-                Session { token: hash, csrf: csrf.clone(), until: now + LIFE },
-            );
-        }
-        Ok(LoggedIn { principal, csrf, cookie: set_cookie(&value, LIFE) })
+        Ok((csrf, set_cookie(&value, LIFE)))
     }
 
-    /// Ends the session behind a request's cookie; gives what makes the browser forget it.
-    pub(super) fn logout(&self, headers: &HeaderMap) -> String {
+    /// Ends the session of a request's cookie; returns the `Set-Cookie` that removes it.
+    pub(super) fn end(&self, keys: &Keys, headers: &HeaderMap) -> String {
         if let Some(value) = cookie(headers) {
-            self.inner.sessions.open().remove(&self.keys().token_hash(value));
+            self.open().remove(&keys.token_hash(value));
         }
         set_cookie("", 0)
     }
 
-    /// The word of the page whose cookie a request carries.
-    pub(super) fn csrf(&self, headers: &HeaderMap) -> String {
-        let csrf = cookie(headers).and_then(|v| {
-            self.inner.sessions.open().get(&self.keys().token_hash(v)).map(|s| s.csrf.clone())
-        });
-        csrf.unwrap_or_default()
+    /// The CSRF token of the session of a request's cookie.
+    pub(super) fn csrf(&self, keys: &Keys, headers: &HeaderMap) -> String {
+        cookie(headers)
+            .and_then(|value| self.open().get(&keys.token_hash(value)).map(|s| s.csrf.clone()))
+            .unwrap_or_default()
     }
 
     /// The hash of the token behind a request's cookie, if it has one.
     ///
     /// # Errors
-    /// 401 when the session is over, 403 for a request that another page made the browser send.
-    pub(super) fn session_token(
+    /// 401 when the session has ended, 403 for a request that another page made the browser send.
+    pub(super) fn token(
         &self,
+        keys: &Keys,
         method: &Method,
         headers: &HeaderMap,
         now: i64,
     ) -> Result<Option<String>, HttpError> {
         let Some(value) = cookie(headers) else { return Ok(None) };
-        let open = self.inner.sessions.open();
-        let session = open.get(&self.keys().token_hash(value)).filter(|s| s.until > now);
+        let open = self.open();
+        let session = open.get(&keys.token_hash(value)).filter(|s| s.until > now);
         let session = session.ok_or_else(|| {
             HttpError::new(401, "session_over", "the session is over", Some("log in again"))
         })?;
@@ -150,9 +118,8 @@ impl ControlPlane {
         // browsers say where a request comes from, and a page cannot change what they say
         let foreign = text("sec-fetch-site").is_some_and(|site| site != "same-origin");
         let safe = matches!(*method, Method::GET | Method::HEAD);
-        if foreign
-            || (!safe && !text(CSRF).is_some_and(|shown| constant_time_eq(shown, &session.csrf)))
-        {
+        let csrf = text(CSRF).is_some_and(|shown| constant_time_eq(shown, &session.csrf));
+        if foreign || !(safe || csrf) {
             return Err(HttpError::new(
                 403,
                 "foreign_request",

@@ -1,6 +1,6 @@
 //! Settings of a control plane: flags, and a config file of the same names under them.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 
 use serde::Deserialize;
 
@@ -9,6 +9,15 @@ use crate::base::error::Failure;
 
 /// Where settings stand when no other file is named.
 pub const CONFIG: &str = "/etc/pipeops/control-plane.toml";
+
+/// The URL of the HTTPS API under a name or an address.
+pub(super) fn https_url(name: &str, port: u16) -> String {
+    if name.parse::<Ipv6Addr>().is_ok() {
+        format!("https://[{name}]:{port}")
+    } else {
+        format!("https://{name}:{port}")
+    }
+}
 
 /// All optional, so that the file lies under the flags.
 #[derive(Clone, Debug, Default, clap::Args, Deserialize, PartialEq)]

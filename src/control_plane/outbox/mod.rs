@@ -7,8 +7,8 @@
 mod transport;
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -18,6 +18,7 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, ExchangeKind};
+use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -60,11 +61,11 @@ pub struct BrokerStatus {
 impl BrokerStatus {
     /// Why no broker is reached.
     pub fn down(&self) -> Option<String> {
-        super::lock(&self.down).clone()
+        self.down.lock().clone()
     }
 
     fn set(&self, why: Option<String>) {
-        let mut down = super::lock(&self.down);
+        let mut down = self.down.lock();
         match (&why, down.as_ref()) {
             (None, None) => {}
             (None, Some(_)) => tracing::info!("the message broker is reached"),

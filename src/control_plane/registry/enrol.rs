@@ -143,52 +143,75 @@ impl Inner {
         stored: AgentCredential,
         now: i64,
     ) -> Result<(Vec<Change>, String, Undo), HttpError> {
-        let id = request.agent.id.clone();
-        if let Some(entry) = self.agents.get_mut(&id) {
-            let fits = match principal {
-                Principal::Agent(own) => *own == id,
-                Principal::Enrolment(token) => {
-                    self.enrolments.get(token).is_some_and(|t| t.project == entry.row.project)
-                }
-                Principal::Access(_) | Principal::Admin(_) | Principal::Local => false,
-            };
-            if !fits {
-                return Err(HttpError::new(
-                    403,
-                    "foreign_token",
-                    "the token is of another project or agent",
-                    None,
-                ));
-            }
-            if entry.row.revoked {
-                return Err(HttpError::new(
-                    403,
-                    "agent_revoked",
-                    "this agent was revoked",
-                    Some("remove it at the control plane, then enrol it again"),
-                ));
-            }
-            if entry.row.info.machine != request.agent.machine {
-                entry.conflict_until = now + CONFLICT;
-                return Err(duplicate());
-            }
-            if entry.conflict_until > now {
-                return Err(duplicate());
-            }
-            let row = &entry.row;
-            let unchanged = row.info == request.agent
-                && row.cluster == request.cluster
-                && row.capabilities == request.capabilities
-                && row.max_role == request.max_role;
-            (entry.row.info, entry.row.cluster, entry.row.capabilities, entry.row.max_role) =
-                (request.agent, request.cluster, request.capabilities, request.max_role);
-            (entry.seen_at, entry.row.seen_at, entry.draining) = (now, now, false);
-            let (cluster, changed) = (entry.row.cluster_id.clone(), !unchanged);
-            self.add_credential(&id, stored, now)?;
-            let row = &self.agents.get(&id).ok_or_else(|| not_found("agent", &id))?.row;
-            let change = Change::put(RowKind::Agent, &id, row)?;
-            return Ok((vec![change], cluster, Undo::Again { id, changed }));
+        if self.agents.contains_key(&request.agent.id) {
+            self.register_again(principal, request, stored, now)
+        } else {
+            self.register_new(principal, request, stored, now)
         }
+    }
+
+    fn register_again(
+        &mut self,
+        principal: &Principal,
+        request: Register,
+        stored: AgentCredential,
+        now: i64,
+    ) -> Result<(Vec<Change>, String, Undo), HttpError> {
+        let id = request.agent.id.clone();
+        let entry = self.agents.get_mut(&id).ok_or_else(|| not_found("agent", &id))?;
+        let fits = match principal {
+            Principal::Agent(own) => *own == id,
+            Principal::Enrolment(token) => {
+                self.enrolments.get(token).is_some_and(|t| t.project == entry.row.project)
+            }
+            Principal::Access(_) | Principal::Admin(_) | Principal::Local => false,
+        };
+        if !fits {
+            return Err(HttpError::new(
+                403,
+                "foreign_token",
+                "the token is of another project or agent",
+                None,
+            ));
+        }
+        if entry.row.revoked {
+            return Err(HttpError::new(
+                403,
+                "agent_revoked",
+                "this agent was revoked",
+                Some("remove it at the control plane, then enrol it again"),
+            ));
+        }
+        if entry.row.info.machine != request.agent.machine {
+            entry.conflict_until = now + CONFLICT;
+            return Err(duplicate());
+        }
+        if entry.conflict_until > now {
+            return Err(duplicate());
+        }
+        let row = &entry.row;
+        let unchanged = row.info == request.agent
+            && row.cluster == request.cluster
+            && row.capabilities == request.capabilities
+            && row.max_role == request.max_role;
+        (entry.row.info, entry.row.cluster, entry.row.capabilities, entry.row.max_role) =
+            (request.agent, request.cluster, request.capabilities, request.max_role);
+        (entry.seen_at, entry.row.seen_at, entry.draining) = (now, now, false);
+        let (cluster, changed) = (entry.row.cluster_id.clone(), !unchanged);
+        self.add_credential(&id, stored, now)?;
+        let row = &self.agents.get(&id).ok_or_else(|| not_found("agent", &id))?.row;
+        let change = Change::put(RowKind::Agent, &id, row)?;
+        Ok((vec![change], cluster, Undo::Again { id, changed }))
+    }
+
+    fn register_new(
+        &mut self,
+        principal: &Principal,
+        request: Register,
+        stored: AgentCredential,
+        now: i64,
+    ) -> Result<(Vec<Change>, String, Undo), HttpError> {
+        let id = request.agent.id.clone();
         let Principal::Enrolment(token) = principal else {
             return Err(HttpError::new(
                 403,

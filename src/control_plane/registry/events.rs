@@ -5,9 +5,10 @@
 
 use serde_json::{Value, json};
 
-use super::{Entry, Inner, Liveness, Registry};
+use super::{Entry, Inner, Registry};
 use crate::contract::types::{Operation, StatusReport};
-use crate::control_plane::model::{Agent, rfc3339};
+use crate::control_plane::clock::rfc3339;
+use crate::control_plane::model::{Agent, Liveness};
 use crate::control_plane::store::{Change, OutboxEvent, RowKind};
 use crate::frp::wire::fresh_run_id;
 

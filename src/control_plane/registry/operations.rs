@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::events::Topic;
 use super::{HttpError, Inner, Registry, database_unavailable, not_found};
 use crate::contract::types::{Operation, OperationState};
-use crate::control_plane::model::{Job, rfc3339};
+use crate::control_plane::clock::rfc3339;
+use crate::control_plane::model::Job;
 use crate::control_plane::store::{Change, RowKind};
 
 /// Operations that wait for one agent at most, and the bytes of all that wait.

@@ -5,11 +5,12 @@ use axum::response::Response;
 use serde_json::{Value, json};
 
 use super::{Named, Routes, with_token, without_hash};
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
 use crate::control_plane::body::{Json, PathSegments, RawBody};
-use crate::control_plane::registry::HttpError;
+use crate::control_plane::clock::now;
+use crate::control_plane::error::HttpError;
+use crate::control_plane::state::ControlPlane;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes
@@ -28,10 +29,8 @@ async fn add(
     State(control_plane): State<ControlPlane>,
     Json(request): Json<Named>,
 ) -> Result<Response, HttpError> {
-    let (row, token) = control_plane
-        .registry()
-        .add_admin(control_plane.keys(), &request.name, crate::control_plane::now())
-        .await?;
+    let (row, token) =
+        control_plane.registry().add_admin(control_plane.keys(), &request.name, now()).await?;
     Ok(answer(201, &with_token(&row, &token)))
 }
 

@@ -9,12 +9,13 @@ use super::Routes;
 use crate::contract::types::{
     Heartbeat, HeartbeatAnswer, Operation, Register, SIGNATURE, StatusReport,
 };
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::{AgentCaller, EnrolmentCaller};
 use crate::control_plane::body::{Json, PathSegments, RawBody, parsed};
-use crate::control_plane::model::rfc3339;
-use crate::control_plane::registry::HttpError;
+use crate::control_plane::clock::now;
+use crate::control_plane::clock::rfc3339;
+use crate::control_plane::error::HttpError;
+use crate::control_plane::state::ControlPlane;
 
 /// Longest registration: what is in it is kept, and written again with every sign of life.
 const REGISTRATION: usize = 64 << 10;
@@ -50,14 +51,7 @@ async fn register(
     let signature = headers.get(SIGNATURE).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let done = control_plane
         .registry()
-        .register(
-            control_plane.keys(),
-            &caller.principal,
-            request,
-            &bytes,
-            signature,
-            crate::control_plane::now(),
-        )
+        .register(control_plane.keys(), &caller.principal, request, &bytes, signature, now())
         .await?;
     let config = control_plane.config(&done.agent_id);
     Ok(answer(
@@ -76,8 +70,7 @@ async fn heartbeat(
     State(control_plane): State<ControlPlane>,
     Json(beat): Json<Heartbeat>,
 ) -> Result<Response, HttpError> {
-    let directives =
-        control_plane.registry().heartbeat(&agent.id, &beat, crate::control_plane::now())?;
+    let directives = control_plane.registry().heartbeat(&agent.id, &beat, now())?;
     let reply = HeartbeatAnswer {
         config_version: control_plane.config(&agent.id).config_version,
         directives,
@@ -100,7 +93,7 @@ async fn result(
     PathSegments([_, op]): PathSegments<2>,
     Json(told): Json<Operation>,
 ) -> Result<Response, HttpError> {
-    control_plane.registry().finish_job(&agent.id, &op, told, crate::control_plane::now()).await?;
+    control_plane.registry().finish_job(&agent.id, &op, told, now()).await?;
     Ok(answer(200, &json!({})))
 }
 
@@ -109,10 +102,8 @@ async fn credential(
     State(control_plane): State<ControlPlane>,
     _: RawBody,
 ) -> Result<Response, HttpError> {
-    let (credential, expires_at) = control_plane
-        .registry()
-        .rotate(control_plane.keys(), &agent.id, crate::control_plane::now())
-        .await?;
+    let (credential, expires_at) =
+        control_plane.registry().rotate(control_plane.keys(), &agent.id, now()).await?;
     Ok(answer(
         200,
         &json!({"credential": credential.expose(), "credential_expires_at": rfc3339(expires_at)}),
@@ -124,6 +115,6 @@ async fn deregister(
     State(control_plane): State<ControlPlane>,
     _: RawBody,
 ) -> Result<Response, HttpError> {
-    control_plane.registry().remove_agent(&agent.id, crate::control_plane::now()).await?;
+    control_plane.registry().remove_agent(&agent.id, now()).await?;
     Ok(answer(200, &json!({})))
 }

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -15,67 +14,17 @@ use serde_json::json;
 
 use super::Routes;
 use crate::control_plane::auth::RunnerCaller;
-use crate::control_plane::registry::{ClusterView, HttpError, Principal};
-use crate::control_plane::{ControlPlane, lock};
+use crate::control_plane::clock::now;
+use crate::control_plane::error::HttpError;
+use crate::control_plane::listeners::Listener;
+use crate::control_plane::registry::{ClusterView, Principal};
+use crate::control_plane::state::ControlPlane;
 
-/// How often changes are looked for, and how many may listen.
+/// How often changes are looked for.
 const TICK: Duration = Duration::from_secs(1);
-const LISTENERS: usize = 100;
-/// How many of them may be one caller's.
-const EACH: usize = 20;
-
-/// How many listen, by subject.
-#[derive(Clone, Default)]
-pub(in crate::control_plane) struct Listeners(Arc<Mutex<HashMap<String, usize>>>);
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes.get("/api/v1/changes", changes)
-}
-
-/// A caller who listens, counted until it is gone.
-struct Listener {
-    all: Listeners,
-    subject: String,
-}
-
-impl Listener {
-    /// # Errors
-    /// What is full.
-    fn enter(all: &Listeners, subject: String) -> Result<Listener, HttpError> {
-        let mut open = lock(&all.0);
-        let full = |whose: &str, most: usize| {
-            let message = format!(
-                "{whose} {most} streams of changes open, and more are not served at a time"
-            );
-            Err(HttpError::new(
-                503,
-                "too_many_listeners",
-                message,
-                Some("close some: a page that is open holds one"),
-            ))
-        };
-        if open.values().sum::<usize>() >= LISTENERS {
-            return full("all callers together have", LISTENERS);
-        }
-        let mine = open.entry(subject.clone()).or_default();
-        if *mine >= EACH {
-            return full("this caller has", EACH);
-        }
-        *mine += 1;
-        Ok(Listener { all: all.clone(), subject })
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let mut open = lock(&self.all.0);
-        if let Some(mine) = open.get_mut(&self.subject) {
-            *mine -= 1;
-            if *mine == 0 {
-                open.remove(&self.subject);
-            }
-        }
-    }
 }
 
 /// All clusters at first, then what has changed each second, until the right to it ends.
@@ -114,7 +63,7 @@ impl Changes {
                     () = self.control_plane.inner.shutdown.cancelled() => return None,
                 }
             }
-            let now = crate::control_plane::now();
+            let now = now();
             // what was shown is asked about each time; the local socket shows nothing, and needs not to
             let principal = match (&self.caller.token, &self.caller.principal) {
                 (Some(token), _) => self.control_plane.registry().authenticate(token, now).ok()?,

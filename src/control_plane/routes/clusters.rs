@@ -6,13 +6,15 @@ use serde_json::{Value, json};
 
 use super::Routes;
 use crate::contract::token::TOKEN_LIFETIME;
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{AdminCaller, RunnerCaller};
 use crate::control_plane::body::{Json, PathSegments, RawBody};
+use crate::control_plane::clock::now;
+use crate::control_plane::error::HttpError;
 use crate::control_plane::model::{Access, AccessKind};
-use crate::control_plane::registry::{ClusterView, HttpError, Principal};
+use crate::control_plane::registry::{ClusterView, Principal};
 use crate::control_plane::scope::{DAY, TokenRequest, checked_ttl, restrict};
+use crate::control_plane::state::ControlPlane;
 
 /// What a look into a cluster shows, and where the agent has it.
 pub(super) const INSIDE: &[(&str, &str, bool)] = &[
@@ -35,10 +37,7 @@ pub(super) fn routes(routes: Routes) -> Routes {
 }
 
 async fn list(caller: RunnerCaller, State(control_plane): State<ControlPlane>) -> Response {
-    answer(
-        200,
-        &json!({"items": control_plane.visible(&caller.principal, crate::control_plane::now())}),
-    )
+    answer(200, &json!({"items": control_plane.visible(&caller.principal, now())}))
 }
 
 async fn show(
@@ -46,11 +45,7 @@ async fn show(
     State(control_plane): State<ControlPlane>,
     PathSegments([id]): PathSegments<1>,
 ) -> Result<Response, HttpError> {
-    let cluster = control_plane.registry().cluster(
-        &id,
-        caller.principal.project(),
-        crate::control_plane::now(),
-    )?;
+    let cluster = control_plane.registry().cluster(&id, caller.principal.project(), now())?;
     Ok(answer(200, &control_plane.seen(cluster)))
 }
 
@@ -60,7 +55,7 @@ async fn remove(
     PathSegments([id]): PathSegments<1>,
     _: RawBody,
 ) -> Result<Response, HttpError> {
-    let now = crate::control_plane::now();
+    let now = now();
     let agent = control_plane.registry().cluster(&id, None, now)?.agent_id;
     control_plane.registry().remove_agent(&agent, now).await?;
     Ok(answer(200, &json!({})))
@@ -88,14 +83,7 @@ async fn token(
     let route = control_plane.registry().route(&id, caller.principal.project())?;
     Ok(answer(
         200,
-        &control_plane.runner_token(
-            &caller.principal,
-            &route,
-            role,
-            namespaces,
-            ttl,
-            crate::control_plane::now(),
-        ),
+        &control_plane.runner_token(&caller.principal, &route, role, namespaces, ttl, now()),
     ))
 }
 
@@ -105,7 +93,7 @@ async fn kubeconfig(
     PathSegments([id]): PathSegments<1>,
     Json(request): Json<TokenRequest>,
 ) -> Result<Response, HttpError> {
-    let now = crate::control_plane::now();
+    let now = now();
     let ttl = checked_ttl(request.ttl_s, DAY, DAY)?;
     let (role, namespaces) = restrict(&principal, &request)?;
     let cluster = control_plane.registry().cluster(&id, principal.project(), now)?;
@@ -139,9 +127,7 @@ async fn look_inside(
     let (_, path, audit) = found.ok_or_else(|| {
         HttpError::new(404, "not_found", format!("there is no view {what}"), None)
     })?;
-    let value = control_plane
-        .get_from_agent(&caller.principal, &id, path, *audit, crate::control_plane::now())
-        .await?;
+    let value = control_plane.get_from_agent(&caller.principal, &id, path, *audit, now()).await?;
     let items = value["items"].as_array().map(Vec::as_slice).unwrap_or_default();
     let rows: Vec<Value> =
         if *audit { items.to_vec() } else { items.iter().map(|item| row(&what, item)).collect() };

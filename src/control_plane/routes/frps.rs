@@ -6,12 +6,12 @@ use http::Uri;
 use serde_json::json;
 
 use super::Routes;
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{FrpsCaller, LocalAdmin};
 use crate::control_plane::body::Json;
-use crate::control_plane::frps::PluginRequest;
-use crate::control_plane::registry::HttpError;
+use crate::control_plane::error::HttpError;
+use crate::control_plane::frps_plugin::PluginRequest;
+use crate::control_plane::state::ControlPlane;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes.post("/frp/handler/{secret}", handler).get("/api/v1/frps", config)

@@ -4,10 +4,11 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 
 use super::Routes;
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::problem;
 use crate::control_plane::auth::GatewayCaller;
 use crate::control_plane::body::PathSegments;
+use crate::control_plane::clock::now;
+use crate::control_plane::state::ControlPlane;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes
@@ -31,7 +32,7 @@ async fn forward(
 ) -> Response {
     let uri = request.uri().clone();
     control_plane
-        .forward(request, &id, &caller.principal, crate::control_plane::now())
+        .forward(request, &id, &caller.principal, now())
         .await
         .unwrap_or_else(|error| problem(error, uri.path()))
 }

@@ -29,15 +29,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tower::Service as _;
 
-use super::ControlPlane;
 use super::answer::problem;
 use super::auth::{Caller, Origin};
 use super::body::{check_segments, path_not_found};
-use super::registry::HttpError;
+use super::error::HttpError;
+use super::state::ControlPlane;
 use crate::base::secret::Secret;
 
 pub use super::auth::RequiredAuth;
-pub(super) use changes::Listeners;
 
 /// A route as the table shows it: `{id}` stands for one segment of a path, `*` for every method, or at the end for all that follows.
 #[derive(Clone, Copy, Debug)]

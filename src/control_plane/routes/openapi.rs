@@ -30,7 +30,7 @@ mod tests {
         Register, Registered, SIGNATURE, StatusReport,
     };
     use crate::control_plane::auth::RequiredAuth;
-    use crate::control_plane::gateway::RunnerToken;
+    use crate::control_plane::caller_token::RunnerToken;
     use crate::control_plane::model::{Access, Admin, Enrolment, Project};
     use crate::control_plane::operations::OperationRequest;
     use crate::control_plane::registry::ClusterView;

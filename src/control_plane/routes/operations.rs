@@ -8,13 +8,16 @@ use serde_json::json;
 use super::Routes;
 use crate::contract::token::Role;
 use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState};
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::RunnerCaller;
 use crate::control_plane::body::{PathSegments, RawBody, parsed};
-use crate::control_plane::model::{Job, rfc3339};
+use crate::control_plane::clock::now;
+use crate::control_plane::clock::rfc3339;
+use crate::control_plane::error::HttpError;
+use crate::control_plane::model::Job;
 use crate::control_plane::operations::{OperationRequest, Submission};
-use crate::control_plane::registry::{HttpError, Principal, Route};
+use crate::control_plane::registry::{Principal, Route};
+use crate::control_plane::state::ControlPlane;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes
@@ -46,10 +49,7 @@ async fn submit(
     let route = control_plane.registry().route(&id, caller.principal.project())?;
     let request: OperationRequest = parsed(&bytes)?;
     let key = headers.get(IDEMPOTENCY_KEY).and_then(|v| v.to_str().ok());
-    match control_plane
-        .submit_operation(&caller.principal, &route, request, key, crate::control_plane::now())
-        .await?
-    {
+    match control_plane.submit_operation(&caller.principal, &route, request, key, now()).await? {
         Submission::Existing(job) => Ok(shown(200, &job, &route.cluster)),
         Submission::Created(job) => Ok(shown(202, &job, &route.cluster)),
         Submission::Rejected(status, value) => Ok(answer(status.as_u16(), &value)),
@@ -64,15 +64,8 @@ async fn show(
     let route = control_plane.registry().route(&id, caller.principal.project())?;
     let mut job = found(&control_plane, &caller.principal, &route, &op)?;
     if job.operation.state == OperationState::Running
-        && let Ok((StatusCode::OK, value)) = control_plane
-            .call_operation(
-                Method::GET,
-                &caller.principal,
-                &route,
-                &op,
-                crate::control_plane::now(),
-            )
-            .await
+        && let Ok((StatusCode::OK, value)) =
+            control_plane.call_operation(Method::GET, &caller.principal, &route, &op, now()).await
         && let Ok(fresh) = serde_json::from_value(value)
     {
         job.operation = fresh;
@@ -86,7 +79,7 @@ async fn cancel(
     PathSegments([id, op]): PathSegments<2>,
     _: RawBody,
 ) -> Result<Response, HttpError> {
-    let now = crate::control_plane::now();
+    let now = now();
     let route = control_plane.registry().route(&id, caller.principal.project())?;
     let job = found(&control_plane, &caller.principal, &route, &op)?;
     match job.operation.state {

@@ -8,11 +8,13 @@ use serde_json::json;
 
 use super::Routes;
 use crate::base::secret::Secret;
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{Anonymous, AnonymousPeer, SessionCaller};
 use crate::control_plane::body::{Json, RawBody};
-use crate::control_plane::registry::{HttpError, Principal, database_unavailable};
+use crate::control_plane::clock::now;
+use crate::control_plane::error::{HttpError, database_unavailable};
+use crate::control_plane::registry::Principal;
+use crate::control_plane::state::ControlPlane;
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; \
                       form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
@@ -73,7 +75,7 @@ async fn login(
     State(control_plane): State<ControlPlane>,
     Json(request): Json<Login>,
 ) -> Result<Response, HttpError> {
-    let done = control_plane.login(peer.address, &request.token, crate::control_plane::now())?;
+    let done = control_plane.login(peer.address, &request.token, now())?;
     with_cookie(answer(200, &about(&done.principal, &done.csrf)), &done.cookie)
 }
 

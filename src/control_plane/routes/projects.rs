@@ -5,11 +5,12 @@ use axum::response::Response;
 use serde_json::json;
 
 use super::{Named, Routes};
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
 use crate::control_plane::body::Json;
-use crate::control_plane::registry::HttpError;
+use crate::control_plane::clock::now;
+use crate::control_plane::error::HttpError;
+use crate::control_plane::state::ControlPlane;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes.get("/api/v1/projects", list).post("/api/v1/projects", add)
@@ -24,8 +25,5 @@ async fn add(
     State(control_plane): State<ControlPlane>,
     Json(request): Json<Named>,
 ) -> Result<Response, HttpError> {
-    Ok(answer(
-        201,
-        &control_plane.registry().add_project(&request.name, crate::control_plane::now()).await?,
-    ))
+    Ok(answer(201, &control_plane.registry().add_project(&request.name, now()).await?))
 }

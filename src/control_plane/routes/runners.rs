@@ -7,13 +7,14 @@ use serde_json::{Value, json};
 
 use super::{Routes, with_token, without_hash};
 use crate::contract::token::Role;
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
 use crate::control_plane::body::{Json, PathSegments, RawBody};
+use crate::control_plane::clock::now;
+use crate::control_plane::error::HttpError;
 use crate::control_plane::model::{Access, AccessKind};
-use crate::control_plane::registry::HttpError;
 use crate::control_plane::scope::{DAY, YEAR, checked_ttl, parse_role};
+use crate::control_plane::state::ControlPlane;
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewRunner"))]
@@ -45,7 +46,7 @@ async fn add(
     State(control_plane): State<ControlPlane>,
     Json(request): Json<AddRunner>,
 ) -> Result<Response, HttpError> {
-    let now = crate::control_plane::now();
+    let now = now();
     let expires_at = request
         .ttl_s
         .map(|ttl| checked_ttl(Some(ttl), DAY, YEAR))

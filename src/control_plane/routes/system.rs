@@ -7,8 +7,10 @@ use serde_json::json;
 use super::Routes;
 use crate::control_plane::answer::{answer, plain};
 use crate::control_plane::auth::{AdminCaller, Anonymous, LocalAdmin};
-use crate::control_plane::registry::{HttpError, database_unavailable};
-use crate::control_plane::{ControlPlane, backup};
+use crate::control_plane::backup;
+use crate::control_plane::clock::now;
+use crate::control_plane::error::{HttpError, database_unavailable};
+use crate::control_plane::state::ControlPlane;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     let routes = routes.get("/api/v1/health", health).get("/api/v1/ca", ca);
@@ -24,7 +26,7 @@ async fn ca(_: Anonymous, State(control_plane): State<ControlPlane>) -> Response
 }
 
 async fn metrics(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
-    plain(200, "text/plain; version=0.0.4", control_plane.metrics(crate::control_plane::now()))
+    plain(200, "text/plain; version=0.0.4", control_plane.metrics(now()))
 }
 
 async fn copy(

@@ -6,12 +6,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Routes, with_token, without_hash};
-use crate::control_plane::ControlPlane;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
 use crate::control_plane::body::{Json, PathSegments, RawBody};
-use crate::control_plane::registry::HttpError;
+use crate::control_plane::clock::now;
+use crate::control_plane::error::HttpError;
 use crate::control_plane::scope::{DAY, YEAR, checked_ttl};
+use crate::control_plane::state::ControlPlane;
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewEnrolmentToken"))]
@@ -50,14 +51,7 @@ async fn add(
     let uses = request.uses.or(Some(1)).filter(|n| *n > 0);
     let (row, token) = control_plane
         .registry()
-        .add_enrolment(
-            control_plane.keys(),
-            &project,
-            &name,
-            ttl,
-            uses,
-            crate::control_plane::now(),
-        )
+        .add_enrolment(control_plane.keys(), &project, &name, ttl, uses, now())
         .await?;
     let mut shown = with_token(&row, &token);
     shown["install"] = control_plane.install_line(&token).into();

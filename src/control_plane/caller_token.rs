@@ -1,0 +1,127 @@
+//! Tokens with which Runners and kubectl reach an agent, and where.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Serialize;
+use serde_json::json;
+
+use super::agent_client::pin;
+use super::clock::rfc3339;
+use super::registry::{ClusterView, Principal, Route};
+use super::state::ControlPlane;
+use crate::base::secret::Secret;
+use crate::contract::token::Role;
+
+/// A token for an agent, and where to go with it.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct RunnerToken {
+    /// A JWT.
+    #[serde(serialize_with = "Secret::reveal")]
+    #[cfg_attr(test, schemars(with = "String"))]
+    token: Secret,
+    /// RFC 3339.
+    expires_at: String,
+    endpoints: [Endpoint; 2],
+}
+
+/// A way to an agent. Behind each of them stands the key that `agent_pin` names.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum Endpoint {
+    /// HTTPS, by way of the control plane.
+    Gateway { address: String, server_name: String, agent_pin: String },
+    /// As a visitor of the FRP server.
+    Stcp {
+        address: String,
+        server_name: String,
+        agent_pin: String,
+        proxy: String,
+        #[serde(serialize_with = "Secret::reveal")]
+        #[cfg_attr(test, schemars(with = "String"))]
+        secret_key: Secret,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        server_pin: Option<String>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        server_ca: Option<String>,
+    },
+}
+
+impl ControlPlane {
+    /// A token for one agent, in no higher role than it was given, and when it ends.
+    pub(super) fn caller_token(
+        &self,
+        principal: &Principal,
+        route: &Route,
+        role: Role,
+        namespaces: Option<Vec<String>>,
+        ttl: i64,
+        now: i64,
+    ) -> (Secret, i64) {
+        let subject = principal.subject();
+        let expires = now + ttl;
+        let id = crate::frp::wire::fresh_run_id();
+        let role = role.min(route.max_role);
+        let mut claims = json!({
+            "iss": self.issuer(), "aud": route.agent, "sub": subject, "role": role.name(),
+            "iat": now, "exp": expires, "jti": id,
+        });
+        if let Some(namespaces) = namespaces {
+            claims["namespaces"] = json!(namespaces);
+        }
+        (self.keys().sign(&claims), expires)
+    }
+
+    /// A Runner's token, with the endpoints that accept it.
+    pub(super) fn runner_token(
+        &self,
+        principal: &Principal,
+        route: &Route,
+        role: Role,
+        namespaces: Option<Vec<String>>,
+        ttl: i64,
+        now: i64,
+    ) -> RunnerToken {
+        let (token, expires) = self.caller_token(principal, route, role, namespaces, ttl, now);
+        let agent_pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
+        let server = self.tunnel_endpoint();
+        let runner =
+            if let Principal::Access(access) = principal { Some(access.id.as_str()) } else { None };
+        let (proxy, secret_key) = self.visitor_credentials(&route.agent, runner);
+        let gateway = Endpoint::Gateway {
+            address: format!("{}/clusters/{}", self.url(), route.cluster),
+            server_name: self.inner.names[0].clone(),
+            agent_pin: agent_pin.clone(),
+        };
+        let tunnel = Endpoint::Stcp {
+            address: format!("{}:{}", server.server, server.port),
+            server_name: server.server,
+            agent_pin,
+            proxy,
+            secret_key,
+            server_pin: server.tls.pin,
+            server_ca: server.tls.ca_pem,
+        };
+        RunnerToken { token, expires_at: rfc3339(expires), endpoints: [gateway, tunnel] }
+    }
+
+    /// A kubeconfig for kubectl.
+    pub(super) fn kubeconfig(&self, cluster: &ClusterView, token: &Secret) -> String {
+        let name = &cluster.id;
+        let mut server = json!({"server": format!("{}/clusters/{name}/k8s", self.url())});
+        if let Some(ca) = self.shown_ca() {
+            server["certificate-authority-data"] = STANDARD.encode(ca).into();
+        }
+        // JSON is YAML, and needs no quoting of our own
+        let file = json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": name, "cluster": server}],
+            "users": [{"name": name, "user": {"token": token.expose()}}],
+            "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
+            "current-context": name,
+        });
+        serde_json::to_string_pretty(&file).unwrap_or_default() + "\n"
+    }
+}

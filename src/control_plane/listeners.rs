@@ -1,0 +1,61 @@
+//! Who listens for changes: counted, so that one caller does not take the place of all.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::error::HttpError;
+use parking_lot::Mutex;
+
+/// Listeners at once, and those of one caller.
+const LISTENERS: usize = 100;
+const EACH: usize = 20;
+
+/// The number of listeners, by subject.
+#[derive(Clone, Default)]
+pub(super) struct Listeners(Arc<Mutex<HashMap<String, usize>>>);
+
+/// One listener, counted until it is dropped.
+pub(super) struct Listener {
+    all: Listeners,
+    subject: String,
+}
+
+impl Listener {
+    /// # Errors
+    /// 503 when there are too many listeners.
+    pub(super) fn enter(all: &Listeners, subject: String) -> Result<Listener, HttpError> {
+        let mut open = all.0.lock();
+        let full = |whose: &str, most: usize| {
+            let message = format!(
+                "{whose} {most} streams of changes open, and more are not served at a time"
+            );
+            Err(HttpError::new(
+                503,
+                "too_many_listeners",
+                message,
+                Some("close some: a page that is open holds one"),
+            ))
+        };
+        if open.values().sum::<usize>() >= LISTENERS {
+            return full("all callers together have", LISTENERS);
+        }
+        let mine = open.entry(subject.clone()).or_default();
+        if *mine >= EACH {
+            return full("this caller has", EACH);
+        }
+        *mine += 1;
+        Ok(Listener { all: all.clone(), subject })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let mut open = self.all.0.lock();
+        if let Some(mine) = open.get_mut(&self.subject) {
+            *mine -= 1;
+            if *mine == 0 {
+                open.remove(&self.subject);
+            }
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! An agent as the registry holds it in memory, how alive it is, and its cluster as it is shown.
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::contract::types::StatusReport;
+use crate::control_plane::model::{Agent, Liveness};
+
+/// A heartbeat is late after this many seconds, and the agent offline after these.
+const LATE: i64 = 25;
+const OFFLINE: i64 = 45;
+
+/// What is known of an agent and not written at each breath.
+pub(super) struct Entry {
+    pub(super) row: Agent,
+    pub(super) seen_at: i64,
+    /// It must be written at the next flush.
+    pub(super) dirty: bool,
+    pub(super) draining: bool,
+    pub(super) conflict_until: i64,
+    pub(super) tunnel: String,
+    pub(super) uptime_s: u64,
+    pub(super) report: Option<StatusReport>,
+    /// The report came after the last one that Runners were told.
+    pub(super) report_unannounced: bool,
+    /// Cancelled when it is revoked or removed: its open streams end.
+    pub(super) revocation: CancellationToken,
+}
+
+/// A cluster as the API and the page show it.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Cluster"))]
+pub struct ClusterView {
+    pub id: String,
+    pub name: String,
+    pub project: String,
+    pub agent_id: String,
+    pub state: Liveness,
+    pub reason: String,
+    pub version: String,
+    pub agent_version: String,
+    pub provider: String,
+    pub nodes: u32,
+    pub max_role: String,
+    pub tunnel: String,
+    pub seen_at: i64,
+    pub registered_at: i64,
+    pub uptime_s: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub report: Option<StatusReport>,
+}
+
+impl Entry {
+    pub(super) fn new(row: Agent) -> Entry {
+        let seen_at = row.seen_at;
+        Entry {
+            row,
+            seen_at,
+            dirty: false,
+            draining: false,
+            conflict_until: 0,
+            tunnel: String::new(),
+            uptime_s: 0,
+            report: None,
+            report_unannounced: false,
+            revocation: CancellationToken::new(),
+        }
+    }
+
+    pub(super) fn liveness(&self, now: i64, started: i64) -> (Liveness, String) {
+        let silent = now - self.seen_at;
+        let judged = now - self.seen_at.max(started);
+        if self.row.revoked {
+            return (Liveness::Revoked, "revoked by an administrator".into());
+        }
+        if self.conflict_until > now {
+            return (
+                Liveness::Duplicate,
+                "two machines show this identity: remove the copied disk's /var/lib/pipeops-agent"
+                    .into(),
+            );
+        }
+        if judged > OFFLINE && self.row.credentials.iter().all(|c| c.expires_at <= now) {
+            return (
+                Liveness::Expired,
+                format!(
+                    "silent for {silent} s, and its credential's time is over: enrol it again with a token"
+                ),
+            );
+        }
+        if self.draining {
+            let state = if judged <= OFFLINE { Liveness::Draining } else { Liveness::Offline };
+            return (state, "it said that it stops".into());
+        }
+        let overdue = format!("no heartbeat for {silent} s");
+        if judged <= LATE {
+            (Liveness::Online, String::new())
+        } else if judged <= OFFLINE {
+            (Liveness::Late, overdue)
+        } else {
+            (Liveness::Offline, overdue)
+        }
+    }
+
+    pub(super) fn view(&self, now: i64, started: i64, deep: bool) -> ClusterView {
+        let (state, reason) = self.liveness(now, started);
+        let row = &self.row;
+        // what it runs now, not what it ran when it registered
+        let server = self.report.as_ref().and_then(|r| r.nodes.iter().find(|n| n.role == "server"));
+        let reported = server.map(|n| n.version.clone()).filter(|v| !v.is_empty());
+        ClusterView {
+            id: row.cluster_id.clone(),
+            name: row.cluster.name.clone(),
+            project: row.project.clone(),
+            agent_id: row.id.clone(),
+            state,
+            reason,
+            version: reported.unwrap_or_else(|| row.cluster.version.clone()),
+            agent_version: row.info.version.clone(),
+            provider: row.cluster.provider.clone(),
+            nodes: self.report.as_ref().map_or(row.cluster.node_count, |r| {
+                u32::try_from(r.nodes.len()).unwrap_or(u32::MAX)
+            }),
+            max_role: row.max_role.clone(),
+            tunnel: if state == Liveness::Online { self.tunnel.clone() } else { String::new() },
+            seen_at: self.seen_at,
+            registered_at: row.registered_at,
+            uptime_s: self.uptime_s,
+            report: self.report.clone().filter(|_| deep),
+        }
+    }
+}
