@@ -1,4 +1,4 @@
-//! `control-plane`: serves, or asks the one that serves on this machine.
+//! `control-plane`: runs a control plane, or calls the one that runs on this machine.
 
 use std::io::IsTerminal as _;
 use std::net::Ipv6Addr;
@@ -22,7 +22,7 @@ use crate::host::Host;
 use crate::output::{Printer, table};
 
 /// # Errors
-/// What the served control plane or the called one says.
+/// The error of the control plane that is run or called.
 pub async fn control_plane(context: &Context, args: ControlPlaneArgs) -> anyhow::Result<Exit> {
     let Some(command) = args.command else { return serve(context, args.serve).await };
     if args.serve.options != ControlPlaneOptions::default() || args.serve.config.is_some() {
@@ -33,7 +33,7 @@ pub async fn control_plane(context: &Context, args: ControlPlaneArgs) -> anyhow:
     verb(context, command, &args.serve.place).await
 }
 
-/// Options of the config file under those of the command line.
+/// Options of the command line over those of the config file.
 fn layered(
     host: &Host,
     flags: ControlPlaneOptions,
@@ -49,7 +49,8 @@ fn layered(
     })
 }
 
-/// A URL with a password in it: from the file that a flag names, the command line or the environment, the file that the config names.
+/// A URL with a password in it. In this order: the file that a flag names, the command line or the
+/// environment, the file that the config names.
 fn url(
     context: &Context,
     host: &Host,
@@ -126,14 +127,14 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     let ready = move |https: std::net::SocketAddr, tunnel: Option<std::net::SocketAddr>| {
         let tunnel = tunnel.map_or_else(|| "at an external frps".to_owned(), |t| t.to_string());
         tracing::info!(%https, %tunnel, name = first, "serving");
-        // outside systemd there is nobody to tell
+        // outside of systemd this does nothing
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     };
     control_plane::run(&host, config, context.stop.clone(), ready).await?;
     Ok(Exit::Done)
 }
 
-/// To a person at a terminal, this once.
+/// Shows the first token on a terminal, once.
 fn show(token: &str, line: &str) {
     let mut printer = Printer::new(false, false, true);
     printer.say(&format!(
@@ -168,7 +169,7 @@ impl AdminClient<'_> {
         Printer::new(self.verb.output == OutputFormat::Json, false, self.context.no_color())
     }
 
-    /// The answer as JSON where that was asked for, else what `text` makes of it.
+    /// Prints the answer: as JSON where requested, else as `text` formats it.
     fn show(&self, answer: &str, text: impl FnOnce(&Value) -> String) -> anyhow::Result<Exit> {
         let value: Value = serde_json::from_str(answer)?;
         if self.verb.output == OutputFormat::Json {
@@ -209,7 +210,7 @@ impl AdminClient<'_> {
 
 fn text(value: &Value) -> String {
     match value {
-        // a line of ours stays one line, whatever an agent said
+        // text of an agent cannot add lines
         Value::String(text) => crate::base::text::printable(text).into_owned(),
         Value::Null => "-".into(),
         Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(","),
@@ -224,7 +225,7 @@ fn when(value: &Value) -> String {
         .map_or_else(|| "-".into(), |t| t.to_string())
 }
 
-/// One segment of a path, whatever the user typed.
+/// One segment of a path, encoded.
 fn segment(text: &str) -> anyhow::Result<String> {
     if text.is_empty() || text.contains('/') {
         return Err(Failure::usage("BAD_NAME", format!("`{text}` is no name or id")).into());

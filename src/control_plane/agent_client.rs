@@ -31,7 +31,8 @@ use crate::frp::codec::Io;
 /// A call of an agent's own API takes at most this long, and its answer is at most this large.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER: usize = 8 << 20;
-/// An agent that has not begun an answer for this long gets a health check, and as long again for it.
+/// An agent that has not begun an answer for this long gets a health check, and as long again for
+/// it.
 pub(super) const QUIET: Duration = Duration::from_secs(3);
 /// The same for one that did not respond a moment ago.
 const SILENT: Duration = Duration::from_millis(700);

@@ -1,4 +1,4 @@
-//! Answers of the control plane: JSON, text, and refusals in the words of whoever reads them.
+//! Answers: JSON, text, and errors in the format that the caller expects.
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
@@ -12,7 +12,7 @@ pub(super) fn answer(status: u16, body: &impl Serialize) -> Response {
     plain(status, "application/json", serde_json::to_vec(body).unwrap_or_default())
 }
 
-/// An answer of one piece that nobody keeps.
+/// An answer that is not cached.
 pub(super) fn plain(status: u16, kind: &'static str, body: impl Into<Body>) -> Response {
     let mut answer = Response::new(body.into());
     *answer.status_mut() =
@@ -22,8 +22,9 @@ pub(super) fn plain(status: u16, kind: &'static str, body: impl Into<Body>) -> R
     answer
 }
 
-/// A refusal of what was asked at `path`. Below a cluster's `/k8s` the caller is a client of Kubernetes, and it is told at once: with a
-/// `Retry-After` it would try in silence for most of a minute. Another caller is told when to come again.
+/// The answer to a request for `path` that failed. Below a cluster's `/k8s` the caller is a client
+/// of Kubernetes and gets no `Retry-After`: it would retry silently for most of a minute. Other
+/// callers get one.
 pub(super) fn problem(error: HttpError, path: &str) -> Response {
     let Some(discovery) = below_k8s(path) else { return error.into_response() };
     let problem = ApiError::new(error.status, error.code, error.message, error.hint);
@@ -39,7 +40,7 @@ impl IntoResponse for HttpError {
     }
 }
 
-/// Where a path leads to the Kubernetes API of a cluster: whether it is about what the cluster serves.
+/// For a path to the Kubernetes API of a cluster: whether it is a discovery request.
 fn below_k8s(path: &str) -> Option<bool> {
     let (_, rest) = path.strip_prefix("/clusters/")?.split_once('/')?;
     let below =

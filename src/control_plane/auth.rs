@@ -1,4 +1,5 @@
-//! Who asks: a type for each kind of caller, which a handler names as its first argument. One that names nobody is told of nobody.
+//! Authentication: one extractor type for each kind of caller. The first argument of a handler is
+//! one of them, so a handler cannot be reached by another caller.
 
 use std::net::IpAddr;
 
@@ -15,18 +16,18 @@ use super::registry::Principal;
 use super::state::ControlPlane;
 use crate::kubernetes::header_policy;
 
-/// Where a request comes from, as far as it matters.
+/// Where a request comes from.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
     Network(IpAddr),
-    /// The socket in the data directory: whoever can open it owns the database anyway.
+    /// The socket in the data directory: a process that can open it can read the database anyway.
     Local,
 }
 
-/// What a route needs of whoever calls it.
+/// The authentication that a route requires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequiredAuth {
-    /// Anybody may call it. What some of these need stands in the body, or in the path.
+    /// None in the headers. Some routes take a secret in the body or in the path instead.
     None,
     /// Only the socket in the data directory answers it.
     Local,
@@ -39,27 +40,27 @@ pub enum RequiredAuth {
     Runner,
     /// The same, or a kubeconfig; never a cookie.
     Gateway,
-    /// Whoever has logged in on the page.
+    /// A session of the page.
     Session,
 }
 
-/// A kind of caller: made of the head of a request, before its body is looked at, or not at all.
+/// A kind of caller: extracted from the head of a request, before its body is read.
 pub(super) trait Caller: FromRequestParts<ControlPlane> {
     const REQUIRED_AUTH: RequiredAuth;
 }
 
-/// Anybody.
+/// Any caller.
 pub(super) struct Anonymous(());
 
-/// Anybody who comes over the network, from there.
+/// Any caller over the network.
 pub(super) struct AnonymousPeer {
     pub(super) address: IpAddr,
 }
 
-/// The frps of somebody, whose auth plugin we are: it has no token to show, its secret stands in the path.
+/// An external frps, which calls us as its auth plugin: it has no token, its secret is in the path.
 pub(super) struct FrpsCaller(());
 
-/// Whoever can open the socket in the data directory, by that socket alone.
+/// A caller on the socket in the data directory.
 pub(super) struct LocalAdmin(());
 
 pub(super) struct EnrolmentCaller {
@@ -76,7 +77,7 @@ pub(super) struct AdminCaller(());
 
 pub(super) struct RunnerCaller {
     pub(super) principal: Principal,
-    /// Hash of what was shown: the local socket shows nothing.
+    /// Hash of the token. A call over the local socket has none.
     pub(super) token: Option<String>,
 }
 
@@ -88,7 +89,7 @@ pub(super) struct SessionCaller {
     pub(super) principal: Principal,
 }
 
-/// How each kind of caller is made of a request's head.
+/// Extracts each kind of caller from the head of a request.
 macro_rules! callers {
     ($($caller:ident requires $required_auth:ident: $made:expr;)*) => {$(
         impl Caller for $caller {
@@ -152,7 +153,8 @@ fn bearer(headers: &HeaderMap) -> Result<&str, HttpError> {
 }
 
 impl ControlPlane {
-    /// Who asks, if it may, and the hash of what it showed: the local socket shows nothing.
+    /// The caller, if it may call this route, and the hash of its token. A call over the local
+    /// socket has none.
     fn authorize(
         &self,
         required_auth: RequiredAuth,
@@ -172,7 +174,8 @@ impl ControlPlane {
             };
         };
         let (now, id) = (super::clock::now(), segments(parts).next().unwrap_or_default());
-        // a cookie counts where the page calls, and nowhere else: what a cluster serves cannot use it
+        // a cookie is accepted on the routes of the page only: a web page served by a cluster
+        // cannot use it
         let cookie = match required_auth {
             RequiredAuth::Session | RequiredAuth::Admin | RequiredAuth::Runner
                 if !parts.headers.contains_key(header::AUTHORIZATION) =>
@@ -221,7 +224,7 @@ impl ControlPlane {
         if matches!(principal, Principal::Admin(_)) {
             self.remove_bootstrap_token();
         }
-        // a cluster outside its reach is not there for a Runner
+        // for a Runner, a cluster outside its reach does not exist
         if let (Principal::Access(access), false) = (&principal, id.is_empty()) {
             self.registry().reaches(access, &id)?;
         }

@@ -1,4 +1,5 @@
-//! Backups: one file with every row of the database and the keys, for another machine or another kind of database as well.
+//! Backups: one file with all rows of the database and the keys. It can be restored on another
+//! machine, and into another kind of database.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +14,7 @@ use crate::base::secret::Secret;
 use crate::host::Host;
 use crate::host::state::StateDir;
 
-/// What a backup says that it is.
+/// Identifies the format of a backup.
 const FORMAT: &str = "pipeops control plane backup 1";
 
 #[derive(Serialize, Deserialize)]
@@ -44,7 +45,7 @@ pub(super) async fn text(state: &StateDir, store: &Store) -> anyhow::Result<Secr
     Ok(Secret::new(serde_json::to_string(&backup)?))
 }
 
-/// Writes a backup into a new file of mode 0600; gives what to say.
+/// Writes a backup into a new file of mode 0600; returns a message for the user.
 ///
 /// # Errors
 /// Exit 2 when the file exists, 3 when there is no control plane.
@@ -65,7 +66,7 @@ pub async fn write(
         .into());
     }
     let text = match state.lock() {
-        // it does not run: its database is ours
+        // it does not run: the database may be opened here
         Ok(_only) => {
             let store = database(host, data_dir, &state, url).await?;
             let text = text(&state, &store).await;
@@ -84,10 +85,12 @@ pub async fn write(
     ))
 }
 
-/// Fills an empty data directory and database with the `text` of `file`; gives what to say.
+/// Restores the `text` of `file` into an empty data directory and database; returns a message for
+/// the user.
 ///
 /// # Errors
-/// Exit 2 for a file that is no backup, 3 when something is there already, 12 while a control plane runs there.
+/// Exit 2 for a file that is no backup, 3 when something is there already, 12 while a control plane
+/// runs there.
 pub async fn restore(
     host: &Host,
     data_dir: &str,
@@ -100,7 +103,7 @@ pub async fn restore(
             .why(why)
             .hint("`pipeops control-plane backup FILE` makes one")
     };
-    // what it says of the text may hold a part of it: only the place is passed on
+    // the error may quote the text: only its position is passed on
     let backup: Backup = serde_json::from_str(text)
         .map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
     if backup.format != FORMAT {
@@ -123,7 +126,7 @@ pub async fn restore(
     let count = backup.rows.len();
     let done = async {
         store.write(backup.rows.into_iter().map(Change::Row).collect()).await?;
-        // the keys come last: without them nothing starts on half of it
+        // the keys come last: without them no control plane starts on half of a backup
         let keys = Keys::restore(&state, &backup.keys, now())?;
         store.set_metadata(open::KEYS, &keys.fingerprint()).await
     };

@@ -1,4 +1,4 @@
-//! What a request carries: the open segments of its path, and its body, read whole within a size and a time.
+//! Extractors for the parameters of a path, and for a body within limits of size and time.
 
 use std::time::Duration;
 
@@ -11,18 +11,18 @@ use serde::de::DeserializeOwned;
 
 use super::error::HttpError;
 
-/// Largest body of a call that is not passed through.
+/// Largest body of a call that the control plane answers itself.
 const BODY: usize = 1 << 20;
-/// How long a body may take to come.
+/// Time limit for reading a body.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// A body as it came. A call that takes none reads it too, under the same limits.
+/// A body as it came. A call without a body reads it too, under the same limits.
 pub(super) struct RawBody(pub(super) Bytes);
 
 /// A body of JSON; an empty one is `{}`.
 pub(super) struct Json<T>(pub(super) T);
 
-/// The first segments that the route of a request leaves open.
+/// The first parameters of a path.
 pub(super) struct PathSegments<const N: usize>(pub(super) [String; N]);
 
 impl<S: Sync> FromRequest<S> for RawBody {
@@ -66,14 +66,15 @@ pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, HttpError> 
     })
 }
 
-/// The segments that a request's route leaves open. axum's `Path` refuses what is not UTF-8 once it is decoded, before anybody has
-/// looked at who asks: here it is a name that nothing has.
+/// The parameters of a request's path. axum's `Path` refuses what is not UTF-8 once decoded, before
+/// the caller is authenticated: here it is a name that does not exist.
 pub(super) fn segments(parts: &Parts) -> impl Iterator<Item = String> {
     open(parts).map(decoded)
 }
 
 /// # Errors
-/// A path in which a name is empty, as in `/clusters//token`: matchit takes it for the route, and it is none.
+/// A path with an empty parameter, as in `/clusters//token`: matchit matches it, but there is no
+/// such route.
 pub(super) fn check_segments(parts: &Parts) -> Result<(), HttpError> {
     if open(parts).any(str::is_empty) { Err(path_not_found()) } else { Ok(()) }
 }
@@ -89,7 +90,7 @@ fn open(parts: &Parts) -> impl Iterator<Item = &str> {
         .map(|(_, segment)| segment)
 }
 
-/// A segment as it was meant: a name may hold blanks and letters of every script (RFC 3986 §2.1).
+/// A segment decoded: a name may contain spaces and letters of every script (RFC 3986 §2.1).
 fn decoded(segment: &str) -> String {
     percent_decode_str(segment)
         .decode_utf8()

@@ -12,7 +12,7 @@ use super::keys::{DAY, Keys, LEAF_DAYS};
 use crate::base::error::{Exit, Failure};
 use crate::host::Host;
 
-/// The certificate that is shown, replaced while connections go on.
+/// The certificate in use, which can be replaced while connections are open.
 #[derive(Debug)]
 struct CertificateResolver(watch::Receiver<Arc<CertifiedKey>>);
 
@@ -22,12 +22,12 @@ impl ResolvesServerCert for CertificateResolver {
     }
 }
 
-/// Files with a certificate of somebody else's making, PEM.
+/// Files with a certificate of another CA, PEM.
 #[derive(Clone, Debug)]
 pub struct CertificateFiles {
     pub chain: String,
     pub key: String,
-    /// Its CA, where clients do not know it already.
+    /// Its CA, where clients do not trust it already.
     pub ca: Option<String>,
 }
 
@@ -52,7 +52,7 @@ impl CertificateFiles {
     }
 }
 
-/// What files hold, checked: a certificate whose time is now and whose key fits.
+/// Checks the contents of the files: a certificate that is valid now, with its key.
 fn parse(texts: &[String; 3], files: &CertificateFiles, now: i64) -> anyhow::Result<CertifiedKey> {
     let wrong = |what: String, why: String| {
         Failure::new(Exit::Preflight, "CERTIFICATE_WRONG", what)
@@ -106,11 +106,11 @@ fn parse(texts: &[String; 3], files: &CertificateFiles, now: i64) -> anyhow::Res
     Ok(certified)
 }
 
-/// The certificates that a control plane shows, and what keeps them fresh. Its tunnel server always shows one of its own CA, which
-/// agents pin; the HTTPS API shows that too, or somebody else's.
+/// The certificates of a control plane and their renewal. The tunnel server uses one of our own CA,
+/// which agents pin; the HTTPS API uses the same, or one from files.
 pub struct Certificate {
     pub config: Arc<rustls::ServerConfig>,
-    /// Without ALPN: FRP clients name none.
+    /// Without ALPN: FRP clients send none.
     pub tunnel: Arc<rustls::ServerConfig>,
     own: watch::Sender<Arc<CertifiedKey>>,
     names: Vec<String>,
@@ -130,10 +130,11 @@ fn tls_config(
 }
 
 impl Certificate {
-    /// One of our own CA for `names`, and the one of `files`.
+    /// A certificate of our own CA for `names`, and the one in `files`.
     ///
     /// # Errors
-    /// When a name cannot stand in a certificate, or the files hold no certificate that is valid now.
+    /// When a name is not allowed in a certificate, or the files have no certificate that is valid
+    /// now.
     pub fn new(
         keys: &Keys,
         names: Vec<String>,
@@ -168,15 +169,17 @@ impl Certificate {
         })
     }
 
-    /// Where the HTTPS API's certificate is not ours: its CA in PEM, if that was given.
+    /// Set where the certificate of the HTTPS API comes from files: its CA in PEM, if that was
+    /// given.
     pub fn external_ca(&self) -> Option<Option<String>> {
         self.files.as_ref().map(|(_, texts, _)| Some(texts[2].clone()).filter(|ca| !ca.is_empty()))
     }
 
-    /// Makes another one when two thirds of its life are over; takes the files' when they have changed.
+    /// Renews our own certificate after two thirds of its lifetime, and reads the files again when
+    /// they have changed.
     ///
     /// # Errors
-    /// When there is none; the former one stays.
+    /// When that fails; the previous one stays in use.
     pub fn renew(&mut self, keys: &Keys, host: &Host, now: i64) -> anyhow::Result<()> {
         if now - self.made >= LEAF_DAYS * DAY * 2 / 3 || now < self.made - DAY {
             self.own.send_replace(Arc::new(keys.leaf(&self.names, now)?));

@@ -1,4 +1,4 @@
-//! The administrator's verbs on this machine: calls over the socket in the data directory.
+//! Calls of the administrator on this machine, over the socket in the data directory.
 
 use http::{Method, Request, header};
 use http_body_util::{BodyExt as _, Full};

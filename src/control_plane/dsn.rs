@@ -1,12 +1,12 @@
-//! URLs of a database and of a message broker, as people write them: judged before anybody is asked, each fault with its reason, and
-//! no reason with anything of a password in it.
+//! URLs of a database and of a message broker, checked before a connection is tried. Each error has
+//! its reason, and none quotes a part of a password.
 
 use std::fmt::Write as _;
 
 use crate::base::error::nearest;
 use crate::base::secret::Secret;
 
-/// What sqlx understands behind the question mark (sqlx 0.9, `sqlx-postgres/src/options/parse.rs`).
+/// Query parameters that sqlx understands (sqlx 0.9, `sqlx-postgres/src/options/parse.rs`).
 const PARAMETERS: &[&str] = &[
     "application_name",
     "dbname",
@@ -56,7 +56,7 @@ fn parts(rest: &str) -> Result<Parts<'_>, String> {
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let (authority, tail) = rest.split_at(end);
     let (path, query) = tail.split_once('?').unwrap_or((tail, ""));
-    // the way on begins with the first of these, whoever meant it: an @ behind it ends a password that holds one
+    // the path begins with the first of these: an @ after it means that it was part of a password
     if path.contains('@') || (tail.contains('@') && !authority.contains('@')) {
         return Err(format!(
             "its password holds a /, ? or # as it is, which ends the host there: {ENCODE}"
@@ -106,7 +106,7 @@ fn host(host: &str) -> Result<(), String> {
         }
         None => host.split_once(':').map_or("", |(_, port)| port),
     };
-    // what stands there may be the rest of a password
+    // the text may be the rest of a password
     if !port.is_empty() && port.parse::<u16>().map_or(true, |n| n == 0) {
         return Err(format!(
             "its port is no number from 1 to 65535; where it is the end of a password: {ENCODE}"
@@ -168,7 +168,7 @@ pub(super) fn database(url: &Secret) -> Result<Secret, String> {
     }
     let mut made = format!("{scheme}://");
     match user {
-        // a URL with a user and no host is none for the driver: a socket's directory stands in `host=`
+        // the driver refuses a URL with a user and no host: the directory of a socket is in `host=`
         Some(user) if named.is_empty() => {
             if !elsewhere {
                 return Err("it names no host: HOST, or ?host=/run/postgresql for a socket".into());

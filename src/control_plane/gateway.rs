@@ -1,4 +1,5 @@
-//! The HTTP gateway into a tunnel: passes a request on with a token for the agent, and its answer back.
+//! The HTTP gateway into a tunnel: passes a request on with a token for the agent, and its answer
+//! back.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -124,8 +125,8 @@ fn outward_headers(
     Ok(headers)
 }
 
-/// The prefix of a path that names the cluster, and the URI of the rest at its agent. The rest stays as
-/// it came: the agent judges it.
+/// The prefix of a path that names the cluster, and the URI of the rest at its agent. The rest
+/// stays as it came: the agent judges it.
 fn agent_uri(uri: &Uri, agent: &str) -> Result<(String, Uri), HttpError> {
     let path = uri.path_and_query().map_or("/", PathAndQuery::as_str);
     let mut segments = path.splitn(4, '/').skip(1);
@@ -138,8 +139,8 @@ fn agent_uri(uri: &Uri, agent: &str) -> Result<(String, Uri), HttpError> {
     Ok((prefix, uri))
 }
 
-/// Copies bytes between the two ends of an upgraded connection, until one is closed or the right to it
-/// is revoked.
+/// Copies bytes between the two ends of an upgraded connection, until one is closed or the right to
+/// it is revoked.
 async fn relay(client: OnUpgrade, agent: OnUpgrade, revocation: [CancellationToken; 2]) {
     let (Ok(client), Ok(agent)) = (client.await, agent.await) else { return };
     let (mut client, mut agent) = (TokioIo::new(client), TokioIo::new(agent));

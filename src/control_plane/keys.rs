@@ -1,4 +1,5 @@
-//! The keys of a control plane: its CA and certificate, the keys that sign Runners' tokens, the key under which tokens are hashed.
+//! The keys of a control plane: its CA, the keys that sign caller tokens, the key for hashes of
+//! tokens.
 
 use anyhow::Context as _;
 use base64::Engine as _;
@@ -23,11 +24,13 @@ use crate::base::trust::Pin;
 use crate::contract::types::{Jwk, Jwks};
 use crate::host::state::StateDir;
 
-/// Life of the CA and of the certificate that it signs, days. The certificate is made anew at two thirds of its life.
+/// Lifetime of the CA and of the certificate that it signs, days. The certificate is renewed after
+/// two thirds of its lifetime.
 const CA_DAYS: i64 = 3650;
 pub(super) const LEAF_DAYS: i64 = 90;
 pub(super) const DAY: i64 = 86_400;
-/// A key signs Runners' tokens for this long; the one before it is still believed for a while, since tokens live 300 s.
+/// A key signs caller tokens for this long. The one before it stays valid for a while, since tokens
+/// live 300 s.
 const SIGNING: i64 = 30 * DAY;
 const FORMER: i64 = 900;
 
@@ -37,15 +40,16 @@ struct StoredKeys {
     #[serde(serialize_with = "Secret::reveal")]
     ca_key: Secret,
     ca_certificate: String,
-    /// PKCS #8 of the Ed25519 keys, base64: the one that signs, the one that comes next, and for a while the one before.
+    /// PKCS #8 of the Ed25519 keys, base64: the current one, the next one, and for a while the
+    /// previous one.
     #[serde(serialize_with = "reveal_all")]
     signing: Vec<Secret>,
-    /// Since when the first of them signs.
+    /// When the current key began to sign.
     #[serde(default)]
     signing_since: i64,
     #[serde(serialize_with = "Secret::reveal")]
     hash: Secret,
-    /// What FRP clients show before anything else; each agent shows a proof of its own as well.
+    /// The `auth.token` of FRP clients. Each agent has a proof of its own as well.
     #[serde(serialize_with = "Secret::reveal")]
     tunnel: Secret,
 }
@@ -56,7 +60,7 @@ fn reveal_all<S: serde::Serializer>(secrets: &[Secret], serializer: S) -> Result
 
 const FILE: &str = "keys.json";
 
-/// 32 random bytes, in letters that need no quoting anywhere.
+/// 32 random bytes in URL-safe base64.
 ///
 /// # Errors
 /// When the system gives no random numbers.
@@ -68,7 +72,7 @@ pub fn random_token() -> anyhow::Result<String> {
     Ok(URL_SAFE_NO_PAD.encode(bytes))
 }
 
-/// All of them, loaded.
+/// The keys, loaded.
 pub struct Keys {
     pub ca_certificate: String,
     pub ca_pin: String,
@@ -78,7 +82,7 @@ pub struct Keys {
     hash: hmac::Key,
 }
 
-/// The keys for Runners' tokens, by id.
+/// The keys for caller tokens, by id.
 struct Signing {
     keys: Vec<(String, Ed25519KeyPair)>,
     since: i64,
@@ -100,7 +104,7 @@ impl Signing {
 }
 
 impl Keys {
-    /// Those of the data directory, or new ones, durable before anybody hears of them.
+    /// The keys of the data directory, or new ones, written before they are used.
     ///
     /// # Errors
     /// When the file is damaged or cannot be written.
@@ -129,7 +133,7 @@ impl Keys {
         })
     }
 
-    /// Text that a data directory's keys may be made of again, checked.
+    /// Writes the keys of a backup into a data directory, checked.
     ///
     /// # Errors
     /// When it is damaged.
@@ -140,12 +144,12 @@ impl Keys {
         Keys::load(state, now)
     }
 
-    /// Takes back keys that were made a moment ago and that nobody knows.
+    /// Removes keys that were created a moment ago and were not used yet.
     pub fn forget(state: &StateDir) {
         state.remove(FILE);
     }
 
-    /// Tells these keys from others, and nothing of them.
+    /// Distinguishes these keys from others, without revealing them.
     pub fn fingerprint(&self) -> String {
         self.derive("mark", "").expose().to_owned()
     }
@@ -158,22 +162,23 @@ impl Keys {
         Ok(state.read(FILE)?.map(Secret::new))
     }
 
-    /// What stands in the database for a token: useless without the key, which does not stand there.
+    /// The hash of a token that is stored in the database. It is useless without the key, which is
+    /// not.
     pub fn token_hash(&self, token: &str) -> String {
         URL_SAFE_NO_PAD.encode(hmac::sign(&self.hash, token.as_bytes()))
     }
 
-    /// A secret that is `name`'s alone and need not be stored.
+    /// A secret for `name`, derived and therefore not stored.
     pub fn derive(&self, purpose: &str, name: &str) -> Secret {
         Secret::new(self.token_hash(&format!("{purpose}\0{name}")))
     }
 
-    /// What opens an agent's stcp proxy: to one Runner, or without one to the agent and administrators.
+    /// The key of an agent's stcp proxy: for one Runner, or for the agent and administrators.
     pub fn stcp_key(&self, agent: &str, runner: Option<&str>) -> Secret {
         self.derive("stcp", &runner.map_or_else(|| agent.to_owned(), |id| format!("{agent}/{id}")))
     }
 
-    /// A text that only this control plane can read again: what waits in the database may hold somebody's secrets.
+    /// Encrypts a text for the database: a queued operation may contain secrets.
     ///
     /// # Errors
     /// When the system gives no random numbers.
@@ -192,10 +197,10 @@ impl Keys {
         Ok(URL_SAFE_NO_PAD.encode([&nonce[..], &bytes].concat()))
     }
 
-    /// What was sealed.
+    /// Decrypts a text.
     ///
     /// # Errors
-    /// When it was sealed with other keys, or changed since.
+    /// When it was encrypted with other keys, or changed since.
     pub fn unseal(&self, sealed: &str) -> anyhow::Result<Secret> {
         let wrong = || anyhow::anyhow!("it was sealed with other keys");
         let bytes = URL_SAFE_NO_PAD.decode(sealed).map_err(|_| wrong())?;
@@ -220,7 +225,8 @@ impl Keys {
         self.signing.read()
     }
 
-    /// Public halves: of the key that signs, of the next, which agents so know before it does, and for a while of the one before.
+    /// The public keys: the current one, the next one, so that agents know it in time, and for a
+    /// while the previous one.
     pub fn jwks(&self) -> Jwks {
         let signing = self.signing();
         let keys = signing.keys.iter().map(|(kid, key)| Jwk {
@@ -246,7 +252,8 @@ impl Keys {
         Secret::new(format!("{signed}.{signature}"))
     }
 
-    /// Lets the next key sign when the current one has done so for 30 days, and forgets the one before when no token of it lives.
+    /// Makes the next key the current one after 30 days, and removes the previous one when its last
+    /// token has expired.
     ///
     /// # Errors
     /// When the keys cannot be written; then everything stays as it was.
@@ -255,7 +262,7 @@ impl Keys {
             let signing = self.signing();
             (signing.since, signing.keys.len())
         };
-        // a clock that was wrong, or keys of a time before they were turned
+        // the clock was wrong, or the keys are from before they were rotated
         let unknown = since == 0 || since > now + DAY;
         let (due, forget) =
             (!unknown && now - since >= SIGNING, count > 2 && now - since >= FORMER);
@@ -284,7 +291,7 @@ impl Keys {
     /// A certificate for `names`, valid from an hour before `now`: clocks differ.
     ///
     /// # Errors
-    /// When a name cannot stand in a certificate.
+    /// When a name is not allowed in a certificate.
     pub(super) fn leaf(&self, names: &[String], now: i64) -> anyhow::Result<CertifiedKey> {
         let mut params = CertificateParams::new(Vec::new())?;
         for name in names {
@@ -320,7 +327,7 @@ fn date(seconds: i64) -> anyhow::Result<time::OffsetDateTime> {
     time::OffsetDateTime::from_unix_timestamp(seconds).context("a date")
 }
 
-/// What the CA's certificate says, but for its dates.
+/// The CA's certificate, without its dates.
 fn ca_params() -> anyhow::Result<CertificateParams> {
     let mut params = CertificateParams::new(Vec::new())?;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));

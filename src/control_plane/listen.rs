@@ -1,4 +1,4 @@
-//! Where a control plane listens: its two ports, the socket of its administrator, and each connection to its end.
+//! Listeners: the two ports, the administrator's socket, and each connection until it is closed.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -23,7 +23,8 @@ use crate::frp::admission::AdmissionLimiter;
 use crate::host::Host;
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Requests on one HTTP/2 connection: a tool that watches every kind of a cluster holds a few hundred, and asks beside them.
+/// Concurrent requests on one HTTP/2 connection: a tool that watches every kind of resource has a
+/// few hundred open.
 const STREAMS: u32 = 1024;
 
 pub(super) async fn bind(
@@ -32,7 +33,7 @@ pub(super) async fn bind(
     flag: &str,
 ) -> anyhow::Result<TcpListener> {
     let mut bound = TcpListener::bind(address).await;
-    // every address of a machine that has no IPv6
+    // all addresses of a machine without IPv6
     if bound
         .as_ref()
         .is_err_and(|e| e.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32))
@@ -101,7 +102,7 @@ impl ControlPlane {
                             }
                         });
                     }
-                    // out of descriptors: a moment later some are back
+                    // out of descriptors: some are free again a moment later
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 },
             }
@@ -127,7 +128,7 @@ impl ControlPlane {
         }
     }
 
-    /// One connection to its end; after `stop` it takes nothing new.
+    /// Serves one connection until it is closed; after `stop` it takes no new request.
     async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         self,
         router: Router,

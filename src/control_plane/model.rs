@@ -1,4 +1,4 @@
-//! Rows of the registry: what a control plane knows and keeps.
+//! Rows of the registry, as they are stored.
 
 use serde::{Deserialize, Serialize};
 

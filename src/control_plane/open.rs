@@ -1,4 +1,4 @@
-//! What a control plane opens before it serves: its data directory, its database, and whether the two belong together.
+//! Opens the data directory and the database, and checks that the two belong together.
 
 use super::keys::{self, Keys};
 use super::store::Store;
@@ -7,12 +7,13 @@ use crate::base::secret::Secret;
 use crate::host::Host;
 use crate::host::state::StateDir;
 
-/// Tells this control plane from another one on the same database.
+/// File with a random id, which distinguishes this control plane from another one on the same
+/// database.
 const INSTANCE: &str = "instance";
-/// Note in the database: the keys that it belongs to.
+/// Key in the database's metadata: a fingerprint of the keys that it was written with.
 pub(super) const KEYS: &str = "keys";
 
-/// What the file system says of the data directory, with what to do about it.
+/// Turns an error of the file system into one that names the data directory and what to do.
 pub(super) fn check_data_dir<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
     result.map_err(|e| match e.downcast_ref::<Failure>() {
         Some(_) => e,
@@ -52,7 +53,8 @@ pub(super) async fn database(
     Store::open(&url, &instance).await
 }
 
-/// Tokens stand in a database as hashes under a key: with other keys everybody in it would be a stranger.
+/// Refuses a database that was written with other keys: tokens are stored as keyed hashes, so none
+/// of them would be known.
 pub(super) async fn check_keys_match(
     store: &Store,
     keys: &Keys,

@@ -1,4 +1,4 @@
-//! Operations by way of the control plane: handed to the agent at once, or kept until it is there, and their ends told.
+//! Operations: passed to the agent at once, or queued until it is online.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::contract::types::{
     IDEMPOTENCY_KEY, Operation, OperationState, check_idempotency_key, operation_id,
 };
 
-/// Longest time that an operation waits for its agent, seconds.
+/// Longest time in the queue, seconds.
 const LONGEST: i64 = 7 * 86_400;
 
 #[derive(Deserialize)]
@@ -36,20 +36,20 @@ pub(super) struct OperationRequest {
     ttl_s: Option<i64>,
 }
 
-/// Agents to whom something is being handed over.
+/// Agents to which an operation is being passed at the moment.
 pub(super) type InFlight = Arc<Mutex<HashSet<String>>>;
 
-/// What became of an operation that was asked for.
+/// The outcome of a request for an operation.
 pub(super) enum Submission {
-    /// It is there already, under the same key.
+    /// It exists already, with the same key.
     Existing(Job),
     Created(Job),
-    /// As the agent refused it.
+    /// The agent's refusal.
     Rejected(StatusCode, Value),
 }
 
 impl ControlPlane {
-    /// One call about an operation, of the agent that has it.
+    /// A call to the agent about one operation.
     pub(super) async fn call_operation(
         &self,
         method: Method,
@@ -71,7 +71,7 @@ impl ControlPlane {
             .await
     }
 
-    /// Hands an operation to its agent, or keeps it until the agent is there.
+    /// Passes an operation to its agent, or queues it until the agent is online.
     pub(super) async fn submit_operation(
         &self,
         principal: &Principal,
@@ -91,7 +91,7 @@ impl ControlPlane {
         let (subject, digest) = (principal.subject(), hex(&Sha256::digest(&body)));
         let id = operation_id(&subject, key);
         if let Some(known) = self.registry().job(&route.agent, &id) {
-            // one that was asked for at the agent is judged there
+            // one that was requested at the agent is compared there
             if known.request == digest || known.request.is_empty() {
                 return Ok(Submission::Existing(known));
             }
@@ -120,7 +120,7 @@ impl ControlPlane {
             expires_at: now + ttl.unwrap_or(0),
             changed_at: now,
         };
-        // what may wait does not overtake what waits
+        // one that may wait does not overtake those in the queue
         if ttl.is_none() || !self.registry().has_queued(&route.agent) {
             match self.hand_over(principal, route, &job, &body, now).await {
                 Ok((status, value)) if !status.is_success() => {
@@ -159,12 +159,13 @@ impl ControlPlane {
             .await
     }
 
-    /// Hands over what waits for agents that are there, one after the other for each, and calls back what runs for nobody any more.
+    /// Passes queued operations to agents that are online, one at a time for each agent, and
+    /// cancels those whose caller was revoked.
     pub(super) fn deliver(&self, in_flight: &InFlight, now: i64) {
         for job in
             self.registry().running_for_revoked().into_iter().chain(self.registry().oldest_queued())
         {
-            // through somebody else's FRP server only a try tells
+            // with an external FRP server only an attempt shows whether the agent is connected
             if self.tunnel_open(&job.agent) == Some(false)
                 || !in_flight.lock().insert(job.agent.clone())
             {
@@ -190,7 +191,7 @@ impl ControlPlane {
         }
     }
 
-    /// Cancels one in the name of whoever asked for it; its end comes from the agent, as always.
+    /// Cancels an operation with the rights of its caller. The agent reports its end as always.
     async fn cancel_at_agent(&self, job: Job, now: i64) -> Result<(), HttpError> {
         let registry = self.registry();
         let (Some(cluster), Some(access)) =
@@ -263,7 +264,7 @@ impl ControlPlane {
             return registry.put_job(job, now).await;
         }
         if matches!(status.as_u16(), 400 | 403 | 405 | 409 | 413 | 422) {
-            // its words may quote what was asked for, and go to others than who asked
+            // the agent's message may quote the request, and is shown to others than the caller
             let message =
                 format!("the agent refuses it: {}", value["code"].as_str().unwrap_or("no code"));
             return registry.end_job(job, OperationState::Failed, &message, now).await;
@@ -272,7 +273,7 @@ impl ControlPlane {
     }
 }
 
-/// What an agent answers to an operation that it takes.
+/// The answer of an agent that accepts an operation.
 fn parse_operation(value: Value) -> Result<Operation, HttpError> {
     serde_json::from_value(value)
         .map_err(|_| HttpError::new(502, "bad_answer", "the agent's answer cannot be read", None))

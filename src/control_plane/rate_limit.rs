@@ -7,8 +7,8 @@ use super::error::HttpError;
 use crate::frp::admission::rate_limit_key;
 use parking_lot::Mutex;
 
-/// Wrong tokens from one address within a minute, after which unknown ones are refused unread for the
-/// rest of it.
+/// Wrong tokens from one address within a minute, after which unknown ones are refused unread for
+/// the rest of it.
 const FAILURES: u32 = 30;
 /// Addresses and tokens remembered for that, at most.
 const REMEMBERED: usize = 10_000;

@@ -1,4 +1,4 @@
-//! What somebody asks for himself: a role, namespaces and a life, never more than he has.
+//! Limits of a requested token: role, namespaces and lifetime, never more than the caller has.
 
 use serde::Deserialize;
 
@@ -7,7 +7,7 @@ use super::registry::Principal;
 use crate::contract::token::Role;
 
 pub(super) const DAY: i64 = 86_400;
-/// Longest life of an enrolment token and of a Runner's token, seconds.
+/// Longest lifetime of an enrolment token and of a Runner's token, seconds.
 pub(super) const YEAR: i64 = 366 * DAY;
 
 /// For a Runner's JWT and for a kubeconfig alike.
@@ -41,7 +41,7 @@ pub(super) fn checked_ttl(
     }
 }
 
-/// Role and namespaces of what is asked for, never more than the asker has.
+/// Role and namespaces of a requested token, never more than the caller has.
 pub(super) fn restrict(
     principal: &Principal,
     request: &TokenRequest,

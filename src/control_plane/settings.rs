@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::base::config_file::{long_flags, parse_checked};
 use crate::base::error::Failure;
 
-/// Where settings stand when no other file is named.
+/// The config file when no other is named.
 pub const CONFIG: &str = "/etc/pipeops/control-plane.toml";
 
 /// The URL of the HTTPS API under a name or an address.
@@ -19,7 +19,7 @@ pub(super) fn https_url(name: &str, port: u16) -> String {
     }
 }
 
-/// All optional, so that the file lies under the flags.
+/// All optional, so that flags override the file.
 #[derive(Clone, Debug, Default, clap::Args, Deserialize, PartialEq)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 #[allow(rustdoc::broken_intra_doc_links, reason = "help texts: what stands in brackets is no link")]
@@ -30,10 +30,12 @@ pub struct ControlPlaneOptions {
     /// Address and port of the tunnel (FRP) server [default: [::]:7000]
     #[arg(long, value_name = "ADDRESS")]
     pub tunnel_listen: Option<SocketAddr>,
-    /// Name or address under which agents and Runners reach this machine; the first is handed out [default: the address of its route]
+    /// Name or address under which agents and Runners reach this machine; the first is handed out
+    /// [default: the address of its route]
     #[arg(long, value_name = "NAME")]
     pub public_name: Vec<String>,
-    /// PostgreSQL database, postgres://USER:PASSWORD@HOST/DATABASE [default: a SQLite file in the data directory]
+    /// PostgreSQL database, postgres://USER:PASSWORD@HOST/DATABASE [default: a SQLite file in the
+    /// data directory]
     #[arg(long, value_name = "URL", conflicts_with = "database_url_file")]
     #[serde(skip)]
     pub database_url: Option<String>,
@@ -50,7 +52,8 @@ pub struct ControlPlaneOptions {
     /// CA of RabbitMQ's certificate, PEM, where the system does not know it
     #[arg(long, value_name = "FILE")]
     pub amqp_ca: Option<String>,
-    /// Somebody's frps instead of the tunnel server of this program; `frps-config` prints what to put into its configuration
+    /// Somebody's frps instead of the tunnel server of this program; `frps-config` prints what to
+    /// put into its configuration
     #[arg(long, value_name = "HOST:PORT")]
     pub frps: Option<String>,
     /// File with its auth.token
@@ -62,7 +65,8 @@ pub struct ControlPlaneOptions {
     /// Or a key in its certificate chain, `sha256:` and base64
     #[arg(long, value_name = "PIN", conflicts_with = "frps_ca")]
     pub frps_pin: Option<String>,
-    /// Certificate chain for the HTTPS API instead of a self-made one, PEM; read anew when it changes
+    /// Certificate chain for the HTTPS API instead of a self-made one, PEM; read anew when it
+    /// changes
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<String>,
     /// Its key, PEM
@@ -74,10 +78,10 @@ pub struct ControlPlaneOptions {
 }
 
 impl ControlPlaneOptions {
-    /// These, and below them `lower`.
+    /// These settings; those that are not set come from `lower`.
     #[must_use]
     pub fn layered_over(self, lower: ControlPlaneOptions) -> ControlPlaneOptions {
-        // one flag says where a URL stands: the other way to say it, in the file, is not asked any more
+        // a URL in a flag replaces the file with a URL that the config names
         let (database, amqp) = (self.database_url.is_some(), self.amqp_url.is_some());
         ControlPlaneOptions {
             listen: self.listen.or(lower.listen),

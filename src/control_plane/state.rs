@@ -1,5 +1,5 @@
-//! What the parts of a running control plane share, and what follows from it: its addresses, the settings
-//! of its agents.
+//! What the parts of a running control plane share, and what follows from it: its addresses, the
+//! settings of its agents.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;

@@ -1,8 +1,10 @@
-//! Events to RabbitMQ: what waits in the database goes out in order, and is forgotten once the broker has it on disk.
+//! Events to RabbitMQ: those in the database are published in order, and removed once the broker
+//! has them on disk.
 //!
-//! Declares the topic exchange `pipeops.agents`, the durable queue `pipeops.runners` bound to everything, and `pipeops.unrouted` for
-//! what no queue wants. Each message is persistent and confirmed; `message_id` is the same on every attempt, and the header
-//! `agent_seq` grows with each event of an agent: who has seen an id drops the second copy, and has the rest in order.
+//! Declares the topic exchange `pipeops.agents`, the durable queue `pipeops.runners` bound to all
+//! topics, and `pipeops.unrouted` for messages that no queue takes. Each message is persistent and
+//! confirmed. `message_id` is the same on every attempt, and the header `agent_seq` grows with each
+//! event of an agent: a consumer drops an id that it has seen, and has the rest in order.
 
 mod transport;
 
@@ -31,27 +33,27 @@ use crate::control_plane::store::{Change, PendingEvent, Store};
 pub const EXCHANGE: &str = "pipeops.agents";
 pub const QUEUE: &str = "pipeops.runners";
 pub const UNROUTED: &str = "pipeops.unrouted";
-/// Each step of connecting, and each confirmation, takes at most this long.
+/// Time limit of each step of connecting, and of each confirmation.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Messages under way at once.
+/// Unconfirmed messages at once.
 const WINDOW: i64 = 256;
-/// Events that no broker took are kept this long and up to this size.
+/// Unpublished events are kept this long and up to this size.
 const DAYS: i64 = 7;
 const BYTES: i64 = 1 << 30;
 const TRIM: Duration = Duration::from_secs(60);
 
-/// Where events go.
+/// A message broker.
 pub struct Broker {
     /// `amqp://` or `amqps://`, with its password.
     pub url: Secret,
-    /// Text of the CA that signed its certificate, PEM; the system's roots without.
+    /// The CA that signed its certificate, PEM; without it, the system's roots.
     pub ca: Option<String>,
 }
 
-/// How the way to the broker is, for metrics and people.
+/// The state of the connection to the broker, for metrics and logs.
 #[derive(Default)]
 pub struct BrokerStatus {
-    /// Why it is down, empty before the first try; none while it is up.
+    /// Why it is down, empty before the first attempt; none while it is up.
     down: Mutex<Option<String>>,
     pub sent: AtomicU64,
     pub dropped: AtomicU64,
@@ -59,7 +61,7 @@ pub struct BrokerStatus {
 }
 
 impl BrokerStatus {
-    /// Why no broker is reached.
+    /// Why the broker is not reached.
     pub fn down(&self) -> Option<String> {
         self.down.lock().clone()
     }
@@ -78,7 +80,7 @@ impl BrokerStatus {
     }
 }
 
-/// Refuses a broker's URL that cannot be one, without showing it.
+/// Refuses an invalid URL of a broker, without showing it.
 ///
 /// # Errors
 /// Exit 2.
@@ -90,7 +92,7 @@ pub fn check(url: &Secret) -> anyhow::Result<Secret> {
     })?)
 }
 
-/// Sends until `halt`.
+/// Publishes events until `halt`.
 pub async fn run(
     store: Store,
     broker: Broker,
@@ -105,7 +107,7 @@ pub async fn run(
                 Ok(never) => match never {},
                 Err(error) => format!("{error:#}"),
             };
-            // one that was up begins anew
+            // after a connection that was up, the delays start again
             if broker_status.down().is_none() {
                 backoff.reset();
             }
@@ -183,7 +185,7 @@ async fn declare(channel: &Channel) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One connection, as long as it holds.
+/// One connection, until it fails.
 async fn send(
     store: &Store,
     broker: &Broker,
@@ -200,7 +202,7 @@ async fn send(
         let waiting = store.waiting(WINDOW).await?;
         if waiting.is_empty() {
             broker_status.waiting.store(0, Ordering::Relaxed);
-            // a connection that broke while nothing was to be said is seen here
+            // a connection that broke while idle is noticed here
             tokio::select! {
                 () = store.event_written() => {}
                 () = sleep(Duration::from_secs(5)) => anyhow::ensure!(connection.status().connected(), "the connection is lost"),
@@ -211,7 +213,7 @@ async fn send(
     }
 }
 
-/// The first of these up to where an agent comes again: its later events wait for the confirmation of the earlier ones.
+/// The events up to the second one of an agent, which waits for the confirmation of the first.
 fn first_of_each(waiting: &[PendingEvent]) -> &[PendingEvent] {
     let mut seen = HashSet::new();
     let upto = waiting.iter().position(|w| !seen.insert(w.agent.as_str())).unwrap_or(waiting.len());
@@ -261,7 +263,7 @@ async fn batch(
         }
     }
     broker_status.sent.fetch_add(delivered.len() as u64, Ordering::Relaxed);
-    // confirmed and not written as such: it goes out again, with the same message_id
+    // if that cannot be written, they are published again, with the same message_id
     store.write(vec![Change::Delivered(delivered)]).await?;
     result
 }

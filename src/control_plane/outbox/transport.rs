@@ -1,4 +1,5 @@
-//! The wire to a message broker: lapin over our own TLS, with the trust that everything else here has.
+//! The connection to a message broker: lapin over our own TLS, with the same trust as all other
+//! connections.
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
@@ -19,7 +20,7 @@ use tokio_util::compat::{Compat, TokioAsyncReadCompatExt as _};
 use crate::base::trust::Trust;
 use crate::frp::codec::Io;
 
-/// Tokio, whose connections may be encrypted ones.
+/// Tokio with connections that may be encrypted.
 #[derive(Clone, Debug)]
 struct Kit(Tokio);
 
@@ -51,7 +52,7 @@ impl Reactor for Kit {
     type TcpStream = Compat<Io>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
-    // bounds are fewer than the trait's: one of them has no name outside its crate
+    // fewer bounds than the trait has: one of them cannot be named outside its crate
     fn register<H: Read + Write + Send + 'static>(
         &self,
         _: H,
@@ -97,7 +98,8 @@ async fn wire(uri: &AMQPUri, ca: Option<&str>) -> io::Result<Io> {
     Ok(Box::new(tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await?))
 }
 
-/// A connection to the broker at `url`; over TLS it must show a certificate of `ca` (PEM), or of the system's roots.
+/// A connection to the broker at `url`; over TLS it must show a certificate of `ca` (PEM), or of
+/// the system's roots.
 ///
 /// # Errors
 /// What the network, TLS or the broker says; never the URL.

@@ -1,4 +1,5 @@
-//! What administrators make and take back: projects, enrolment tokens, Runners, other administrators.
+//! What administrators create and revoke: projects, enrolment tokens, Runners, other
+//! administrators.
 
 use super::{
     HttpError, Inner, Principal, Registry, check_name, database_unavailable, mint_token, not_found,
@@ -9,12 +10,12 @@ use crate::control_plane::model::{Access, AccessKind, Admin, Enrolment, Project}
 use crate::control_plane::store::{Change, RowKind};
 use tokio_util::sync::CancellationToken;
 
-/// Kubeconfigs are forgotten this long after their end, seconds: until then it can be seen who had one.
+/// Kubeconfigs are listed for this long after they expire, seconds.
 const KEPT: i64 = 7 * 86_400;
 
 impl Registry {
     /// # Errors
-    /// A name that is taken or cannot be one.
+    /// A name that is taken or invalid.
     pub async fn add_project(&self, name: &str, now: i64) -> Result<Project, HttpError> {
         check_name(name)?;
         let project = Project { id: self.random_id("p")?, name: name.into(), created_at: now };
@@ -62,10 +63,10 @@ impl Registry {
         ))
     }
 
-    /// A token that lets agents in; the text is in nobody's hands but the caller's.
+    /// An enrolment token. Its text is returned once and stored nowhere.
     ///
     /// # Errors
-    /// A bad name or project, or no database.
+    /// A bad name or project, or a database that cannot be written.
     pub async fn add_enrolment(
         &self,
         keys: &Keys,
@@ -105,7 +106,7 @@ impl Registry {
     }
 
     /// # Errors
-    /// 404, or no database: then it stays good.
+    /// 404, or a database that cannot be written: then it stays valid.
     pub async fn revoke_enrolment(&self, id: &str) -> Result<(), HttpError> {
         let set = |inner: &mut Inner, revoked: bool| {
             let row = inner.enrolments.get_mut(id).ok_or_else(|| not_found("token", id))?;
@@ -119,7 +120,7 @@ impl Registry {
     /// A Runner's token, or one for a kubeconfig.
     ///
     /// # Errors
-    /// A bad name or project, or no database.
+    /// A bad name or project, or a database that cannot be written.
     pub async fn add_access(
         &self,
         keys: &Keys,
@@ -131,7 +132,7 @@ impl Registry {
         let (token, hash) = mint_token(keys, prefix)?;
         (row.id, row.hash) = (self.random_id("r")?, hash);
         let change = |inner: &mut Inner| {
-            // whoever makes it may have been revoked meanwhile, with all that he had made by then
+            // its maker may have been revoked meanwhile, with all that it had made by then
             if row
                 .maker
                 .as_deref()
@@ -154,10 +155,11 @@ impl Registry {
         self.inner().accesses.values().map(|a| a.0.clone()).collect()
     }
 
-    /// Revokes a Runner or kubeconfig, and the kubeconfigs that a Runner has made; what they have open ends.
+    /// Revokes a Runner or kubeconfig, and the kubeconfigs that a Runner has made; their streams
+    /// end.
     ///
     /// # Errors
-    /// 404, or no database.
+    /// 404, or a database that cannot be written.
     pub async fn revoke_access(&self, id: &str) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
             if !inner.accesses.contains_key(id) {
@@ -168,10 +170,10 @@ impl Registry {
         self.transact(change, Inner::restore_accesses, Inner::end_accesses).await
     }
 
-    /// Forgets kubeconfigs whose time is long over.
+    /// Removes kubeconfigs that expired long ago.
     ///
     /// # Errors
-    /// No database: they are forgotten next time.
+    /// When the database cannot be written; the next call tries again.
     pub async fn tidy_accesses(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
             let expired = |row: &Access| {
@@ -191,7 +193,7 @@ impl Registry {
         self.transact(change, |_, _| (), done).await
     }
 
-    /// What ends when a Runner is revoked, if he reaches an agent's cluster now.
+    /// The revocation of a Runner, if it may reach an agent's cluster now.
     pub fn runner_revocation(
         &self,
         agent: &str,
@@ -214,12 +216,12 @@ impl Registry {
         self.inner().accesses.get(id).map(|a| a.0.clone())
     }
 
-    /// Whoever asked for something under this subject, if he still may.
+    /// The principal of a subject, if it is still valid.
     pub fn resolve_subject(&self, subject: &str, now: i64) -> Option<Principal> {
         self.inner().resolve_subject(subject, now)
     }
 
-    /// What ends when somebody is revoked.
+    /// The revocation of a principal.
     pub fn revocation_of(&self, principal: &Principal) -> CancellationToken {
         let inner = self.inner();
         let revocation = match principal {
@@ -233,7 +235,7 @@ impl Registry {
     }
 
     /// # Errors
-    /// A name that is taken or cannot be one, or no database.
+    /// A name that is taken or invalid, or a database that cannot be written.
     pub async fn add_admin(
         &self,
         keys: &Keys,
@@ -244,7 +246,7 @@ impl Registry {
         let (token, hash) = mint_token(keys, "pom")?;
         let row = Admin { id: self.random_id("m")?, name: name.into(), hash, created_at: now };
         let change = |inner: &mut Inner| {
-            // what an administrator makes and does is his by his name; `local` is whoever can open the socket
+            // an administrator owns things by its name; `local` stands for the local socket
             let subject = Principal::Admin(name.into()).subject();
             if subject == Principal::Local.subject()
                 || inner.resolve_subject(&subject, now).is_some()
@@ -267,10 +269,10 @@ impl Registry {
         Ok((row, token))
     }
 
-    /// Forgets an administrator: his token and his sessions on the page are worth nothing from now on.
+    /// Removes an administrator: its token and its sessions on the page are invalid from now on.
     ///
     /// # Errors
-    /// 404; 409 for the last one; no database: then he stays.
+    /// 404; 409 for the last one; a database that cannot be written: then nothing changes.
     pub async fn remove_admin(&self, id: &str) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
             if inner.admins.len() == 1 && inner.admins.contains_key(id) {
@@ -305,11 +307,11 @@ impl Registry {
     }
 }
 
-/// A row, and what ends with it.
+/// A row and its revocation.
 type Kept<T> = (T, CancellationToken);
 
 impl Inner {
-    /// Takes accesses back; gives what to write, and their ids.
+    /// Revokes accesses; returns what to write, and their ids.
     fn revoke_accesses(
         &mut self,
         which: impl Fn(&Access) -> bool,
@@ -331,7 +333,7 @@ impl Inner {
         }
     }
 
-    /// What was open with accesses that were taken back ends.
+    /// Ends the streams of revoked accesses.
     fn end_accesses(&mut self, ids: Vec<String>) {
         for (_, revocation) in ids.iter().filter_map(|id| self.accesses.get(id)) {
             revocation.cancel();

@@ -11,10 +11,10 @@ use crate::control_plane::model::{Job, Liveness};
 use crate::control_plane::store::{Change, RowKind};
 
 impl Registry {
-    /// A sign of life. It stays in memory; [`Registry::flush`] writes it.
+    /// A heartbeat. It is kept in memory; [`Registry::flush`] writes it.
     ///
     /// # Errors
-    /// 404 for one that is not known, 409 while two machines show its identity.
+    /// 404 for an unknown agent, 409 while two machines have its identity.
     pub fn heartbeat(
         &self,
         id: &str,
@@ -38,7 +38,7 @@ impl Registry {
     }
 
     /// # Errors
-    /// 404 for one that is not known.
+    /// 404 for an unknown agent.
     pub fn report(&self, id: &str, report: StatusReport) -> Result<(), HttpError> {
         let mut inner = self.inner();
         let entry = inner.agents.get_mut(id).ok_or_else(|| not_found("agent", id))?;
@@ -47,10 +47,10 @@ impl Registry {
         Ok(())
     }
 
-    /// Writes what heartbeats changed, all in one.
+    /// Writes the changes of all heartbeats in one transaction.
     ///
     /// # Errors
-    /// When the database takes nothing; it is tried again at the next flush.
+    /// When the database cannot be written; the next flush tries again.
     pub async fn flush(&self) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
             let (mut changes, mut ids) = (Vec::new(), Vec::new());
@@ -83,10 +83,10 @@ impl Registry {
         self.transact(change, undo, |_, _| ()).await
     }
 
-    /// Refuses an agent from now on; its streams end.
+    /// Revokes an agent: it is refused from now on, and its streams end.
     ///
     /// # Errors
-    /// 404, or no database.
+    /// 404, or a database that cannot be written.
     pub async fn revoke_agent(&self, cluster: &str) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
             let id = inner.find(cluster, None)?.row.id.clone();
@@ -108,10 +108,10 @@ impl Registry {
         self.transact(change, undo, done).await
     }
 
-    /// Forgets an agent and its cluster.
+    /// Removes an agent and its cluster.
     ///
     /// # Errors
-    /// 404, or no database.
+    /// 404, or a database that cannot be written.
     pub async fn remove_agent(&self, id: &str, now: i64) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
             let entry = inner.agents.remove(id).ok_or_else(|| not_found("agent", id))?;

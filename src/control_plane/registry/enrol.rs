@@ -1,4 +1,5 @@
-//! Registrations: a key proves who an agent is, a token lets it in, and one identity is one machine.
+//! Registration: a key proves the identity of an agent, a token admits it, and an identity belongs
+//! to one machine.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -15,13 +16,15 @@ use crate::control_plane::keys::Keys;
 use crate::control_plane::model::{Agent, AgentCredential};
 use crate::control_plane::store::{Change, RowKind};
 
-/// Life of an agent's credential, and how long the former one goes on beside the next, seconds.
+/// Lifetime of an agent's credential, and how long the previous one stays valid beside the next,
+/// seconds.
 const CREDENTIAL: i64 = 86_400;
 const OVERLAP: i64 = 600;
-/// Two machines with one identity are refused until one of them is silent for this long, seconds.
+/// Two machines with one identity are refused until one of them has been silent for this long,
+/// seconds.
 const CONFLICT: i64 = 180;
 
-/// What a registration gave.
+/// The result of a registration.
 pub struct Registration {
     pub agent_id: String,
     pub cluster_id: String,
@@ -29,7 +32,7 @@ pub struct Registration {
     pub expires_at: i64,
 }
 
-/// The key of a registration, held against its id and its signature over the exact body.
+/// Checks the key of a registration: its id, and its signature over the exact body.
 fn verify_signature(info: &AgentInfo, body: &[u8], signature: &str) -> Result<(), HttpError> {
     let wrong =
         |message: &str| HttpError::new(400, "bad_signature", message, Some("update the agent"));
@@ -54,7 +57,7 @@ pub fn spki(pem: &str) -> Option<Vec<u8>> {
 }
 
 impl Registry {
-    /// A registration, new or again. It answers when it is durable.
+    /// Registers an agent, new or again. Returns when that is durable.
     ///
     /// # Errors
     /// Wrong signature, foreign token, no use left, another machine with the same key, no database.
@@ -68,7 +71,7 @@ impl Registry {
         now: i64,
     ) -> Result<Registration, HttpError> {
         verify_signature(&request.agent, body, signature)?;
-        // an agent that does not say how its cluster is called is called after itself
+        // a cluster without a name is named after its agent
         if request.cluster.name.is_empty() {
             request.cluster.name.clone_from(&request.agent.id);
         }
@@ -92,10 +95,10 @@ impl Registry {
         Ok(Registration { agent_id: id, cluster_id, credential, expires_at: stored.expires_at })
     }
 
-    /// The next credential; the former ones live for an overlap.
+    /// The next credential; the previous ones stay valid for an overlap.
     ///
     /// # Errors
-    /// When the agent is not known or the database takes nothing: then the former stays as it was.
+    /// When the agent is not known or the database cannot be written: then nothing changes.
     pub async fn rotate(
         &self,
         keys: &Keys,
@@ -115,7 +118,7 @@ impl Registry {
     }
 }
 
-/// What takes a registration back that could not be written.
+/// How to undo a registration that could not be written.
 enum Undo {
     New {
         id: String,
@@ -129,7 +132,7 @@ enum Undo {
 }
 
 impl Undo {
-    /// Whether Runners have something to hear.
+    /// Whether Runners get an event.
     fn is_announced(&self) -> bool {
         matches!(self, Undo::New { .. } | Undo::Again { changed: true, .. })
     }
@@ -266,7 +269,7 @@ impl Inner {
         }
     }
 
-    /// Adds a credential; the former ones end after the overlap, and those whose time is over are forgotten.
+    /// Adds a credential; the previous ones end after the overlap, and expired ones are removed.
     fn add_credential(
         &mut self,
         id: &str,

@@ -10,7 +10,7 @@ use crate::control_plane::model::{Agent, Liveness};
 const LATE: i64 = 25;
 const OFFLINE: i64 = 45;
 
-/// What is known of an agent and not written at each breath.
+/// An agent in memory: its row, and what is not written with each heartbeat.
 pub(super) struct Entry {
     pub(super) row: Agent,
     pub(super) seen_at: i64,
@@ -21,7 +21,7 @@ pub(super) struct Entry {
     pub(super) tunnel: String,
     pub(super) uptime_s: u64,
     pub(super) report: Option<StatusReport>,
-    /// The report came after the last one that Runners were told.
+    /// The report came after the last one that was announced.
     pub(super) report_unannounced: bool,
     /// Cancelled when it is revoked or removed: its open streams end.
     pub(super) revocation: CancellationToken,
@@ -105,7 +105,7 @@ impl Entry {
     pub(super) fn view(&self, now: i64, started: i64, deep: bool) -> ClusterView {
         let (state, reason) = self.liveness(now, started);
         let row = &self.row;
-        // what it runs now, not what it ran when it registered
+        // what it runs now, not what it ran at registration
         let server = self.report.as_ref().and_then(|r| r.nodes.iter().find(|n| n.role == "server"));
         let reported = server.map(|n| n.version.clone()).filter(|v| !v.is_empty());
         ClusterView {

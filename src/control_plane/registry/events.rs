@@ -1,7 +1,8 @@
-//! What Runners are told of agents: each event is written in the transaction of the change that it speaks of.
+//! Events for Runners: each is written in the transaction of the change that it tells of.
 //!
-//! The body of every event is one JSON object: `message_id`, `type`, `at`, `project`, `agent_id`, `cluster_id`, `cluster_name`, and
-//! by type what [`Topic`] says. `agent_seq`, which grows with each event of an agent, joins them when the event is sent.
+//! The body of every event is one JSON object: `message_id`, `type`, `at`, `project`, `agent_id`,
+//! `cluster_id`, `cluster_name`, and by type what [`Topic`] adds. `agent_seq`, which grows with
+//! each event of an agent, is added when the event is sent.
 
 use serde_json::{Value, json};
 
@@ -15,17 +16,18 @@ use crate::frp::wire::fresh_run_id;
 /// What an event is about; its name is the routing key.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Topic<'a> {
-    /// New, or again with other facts. Adds `cluster_info`, `capabilities`, `max_role`, `endpoint`, `registered_at`.
+    /// New, or registered again with other facts. Adds `cluster_info`, `capabilities`, `max_role`,
+    /// `endpoint`, `registered_at`.
     Registered,
-    /// Heartbeats come. Adds `endpoint`.
+    /// Heartbeats arrive. Adds `endpoint`.
     Online,
-    /// None came for 45 s, or it was revoked. Adds `state` and `reason`.
+    /// No heartbeat for 45 s, or it was revoked. Adds `state` and `reason`.
     Offline(Liveness, &'a str),
-    /// It is gone for good.
+    /// It was removed.
     Deregistered,
     /// Only the latest waits for the broker. Adds `status`, as the agent reported it.
     Status(Option<&'a StatusReport>),
-    /// An operation came to its end. Adds `operation`, as the agent told it.
+    /// An operation has ended. Adds `operation`, as the agent reported it.
     Finished(&'a Operation),
 }
 
@@ -43,7 +45,7 @@ impl Topic<'_> {
 }
 
 impl Registry {
-    /// The event to write beside a change, where Runners are told anything.
+    /// The event to write with a change, where there is a broker.
     pub(super) fn event(&self, row: &Agent, topic: Topic<'_>, now: i64) -> Option<Change> {
         let endpoint = format!("{}/clusters/{}", self.event_base_url.as_ref()?, row.cluster_id);
         let mut body = json!({
@@ -84,10 +86,10 @@ impl Registry {
         }))
     }
 
-    /// Tells of agents that have come or gone since the last look.
+    /// Announces agents that came online or went offline since the last call.
     ///
     /// # Errors
-    /// When the database takes nothing; the next look tells of them.
+    /// When the database cannot be written; the next call announces them.
     pub async fn announce_liveness(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
             let (mut changes, mut changed) = (Vec::new(), Vec::new());
@@ -95,7 +97,7 @@ impl Registry {
                 let (state, reason) = entry.liveness(now, self.started);
                 let there =
                     !matches!(state, Liveness::Offline | Liveness::Expired | Liveness::Revoked);
-                // what an agent was before this start is not known again before it had time to speak
+                // after a start, an agent gets time for a heartbeat before its state is announced
                 if there == entry.row.online || (there && entry.seen_at < self.started) {
                     continue;
                 }
@@ -120,10 +122,10 @@ impl Registry {
         self.transact(change, undo, |_, _| ()).await
     }
 
-    /// Tells of everybody: Runners are told of agents from now on.
+    /// Announces all agents to a broker that has heard of none.
     ///
     /// # Errors
-    /// When the database takes nothing.
+    /// When the database cannot be written.
     pub async fn announce_all(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
             let mut events = Vec::new();

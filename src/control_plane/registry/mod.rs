@@ -1,4 +1,5 @@
-//! Who is known and what he may: decided in memory, under one lock that is never held over a wait, durable before it is answered.
+//! The registry: projects, tokens, agents, Runners. Decisions are made in memory, under one lock
+//! that is never held across an await, and are durable before they are answered.
 
 mod admin;
 mod agents;
@@ -29,7 +30,7 @@ pub use super::error::HttpError;
 pub use entry::ClusterView;
 pub use principal::Principal;
 
-/// How often agents speak, seconds.
+/// Intervals of heartbeats and of status reports, seconds.
 pub const HEARTBEAT: u64 = 10;
 pub const STATUS: u64 = 60;
 
@@ -50,13 +51,13 @@ struct Inner {
 pub struct Registry {
     inner: Mutex<Inner>,
     store: Store,
-    /// Base of the gateway's URLs, where Runners are told of agents.
+    /// Base of the gateway's URLs in events, where there is a broker.
     event_base_url: Option<String>,
-    /// Agents are not called offline for the time in which nobody listened.
+    /// Time before this start does not count as silence of an agent.
     started: i64,
 }
 
-/// Where a caller of a cluster goes.
+/// How a cluster is reached.
 pub struct Route {
     pub agent: String,
     pub cluster: String,
@@ -65,7 +66,7 @@ pub struct Route {
     pub revocation: CancellationToken,
 }
 
-/// A fresh token of a kind, and its hash.
+/// A new token with a prefix for its kind, and its hash.
 fn mint_token(keys: &Keys, prefix: &str) -> Result<(Secret, String), HttpError> {
     let token =
         Secret::new(format!("{prefix}_{}", random_token().map_err(|e| database_unavailable(&e))?));
@@ -74,10 +75,10 @@ fn mint_token(keys: &Keys, prefix: &str) -> Result<(Secret, String), HttpError> 
 }
 
 impl Registry {
-    /// Everything that the database holds.
+    /// Loads the registry from the database.
     ///
     /// # Errors
-    /// When it does not answer or holds what cannot be read.
+    /// When it does not answer, or a row cannot be read.
     pub async fn load(
         store: Store,
         event_base_url: Option<String>,
@@ -132,17 +133,17 @@ impl Registry {
     /// Whether an access reaches a cluster.
     ///
     /// # Errors
-    /// 404 for one outside its project or list: it is not there for him.
+    /// 404 for one outside its project or list: for this caller it does not exist.
     pub fn reaches(&self, access: &Access, id: &str) -> Result<(), HttpError> {
         let inner = self.inner();
         let cluster = &inner.find(id, Some(&access.project))?.row.cluster_id;
         if access.includes(cluster) { Ok(()) } else { Err(not_found("cluster", id)) }
     }
 
-    /// The way to a cluster for a caller of `project`.
+    /// How a caller of `project` reaches a cluster.
     ///
     /// # Errors
-    /// 404 when there is none that he may know of.
+    /// 404 when there is none in its project.
     pub fn route(&self, id: &str, project: Option<&str>) -> Result<Route, HttpError> {
         let inner = self.inner();
         let entry = inner.find(id, project)?;
@@ -182,7 +183,8 @@ impl Registry {
 }
 
 impl Inner {
-    /// The agent of a cluster, by the cluster's id or, where it is the only one of that name, by name.
+    /// The agent of a cluster, by the cluster's id or, where it is the only one of that name, by
+    /// name.
     fn find(&self, id: &str, project: Option<&str>) -> Result<&Entry, HttpError> {
         let mine = || self.agents.values().filter(|e| project.is_none_or(|p| e.row.project == p));
         if let Some(entry) = mine().find(|e| e.row.cluster_id == id) {

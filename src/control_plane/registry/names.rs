@@ -1,14 +1,14 @@
-//! What may be a name here: people read it, on a terminal and on the page, and tell one from another by it.
+//! Rules for names, which are shown on terminals and on the page and must be distinguishable.
 
 use super::HttpError;
 use crate::base::text;
 use crate::contract::types::Register;
 
-/// Longest name, and longest fact that an agent tells (a host name in DNS has 253), characters.
+/// Longest name, and longest fact of an agent (a host name in DNS has 253), characters.
 const NAME: usize = 63;
 const FACT: usize = 253;
 
-/// A name that people give: seen, short, no markup of any kind is special in it.
+/// A name that people give: visible characters, short, without markup.
 pub(super) fn check_name(name: &str) -> Result<(), HttpError> {
     let hint = Some(
         "take letters, digits and punctuation that can be seen, without a blank at either end",
@@ -17,7 +17,8 @@ pub(super) fn check_name(name: &str) -> Result<(), HttpError> {
         .map_err(|why| HttpError::new(400, "bad_name", format!("a name {why}"), hint))
 }
 
-/// What an agent says of its machine and its cluster beside names: it may be absent, and is shown to people like a name.
+/// The facts of an agent about its machine and its cluster: each may be absent, and is shown to
+/// people like a name.
 pub(super) fn check_facts(request: &Register) -> Result<(), HttpError> {
     let (agent, cluster) = (&request.agent, &request.cluster);
     let plain = [

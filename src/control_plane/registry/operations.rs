@@ -1,4 +1,4 @@
-//! Operations as the control plane knows them: those that wait for their agent, those that run, and how each ended.
+//! Operations in the registry: queued, running and ended.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,16 +9,17 @@ use crate::control_plane::clock::rfc3339;
 use crate::control_plane::model::Job;
 use crate::control_plane::store::{Change, RowKind};
 
-/// Operations that wait for one agent at most, and the bytes of all that wait.
+/// The most queued operations of one agent, and the most bytes of all queued ones.
 const WAITING: usize = 16;
 const BYTES: usize = 64 << 20;
-/// Ended ones that are kept of one agent, and for how long, seconds.
+/// Ended operations kept for each agent, and for how long, seconds.
 const KEPT: usize = 256;
 const DAYS: i64 = 7 * 86_400;
 
 /// By agent and id.
 pub(super) type Jobs = BTreeMap<(String, String), Job>;
-/// Those that are being handed over at this moment: they cannot be ended here, as the agent may have them.
+/// Those that are being passed to their agents: they cannot be ended here, as the agent may have
+/// them.
 pub(super) type Delivering = BTreeSet<(String, String)>;
 
 fn at(job: &Job) -> (String, String) {
@@ -34,7 +35,7 @@ fn put(job: &Job) -> Result<Change, HttpError> {
 }
 
 impl Job {
-    /// It comes to its end here, not at the agent.
+    /// Ends it here, not at the agent.
     fn end(&mut self, state: OperationState, message: &str, now: i64) {
         (self.operation.state, self.operation.message, self.operation.finished_at) =
             (state, message.into(), rfc3339(now));
@@ -61,7 +62,7 @@ impl Registry {
         found
     }
 
-    /// Of each agent the one that waits longest.
+    /// The longest waiting operation of each agent.
     pub fn oldest_queued(&self) -> Vec<Job> {
         let inner = self.inner();
         let mut first: BTreeMap<&str, &Job> = BTreeMap::new();
@@ -74,7 +75,7 @@ impl Registry {
         first.into_values().cloned().collect()
     }
 
-    /// Those that run for somebody who was revoked meanwhile.
+    /// Running operations whose caller was revoked.
     pub fn running_for_revoked(&self) -> Vec<Job> {
         let inner = self.inner();
         let revoked =
@@ -89,12 +90,13 @@ impl Registry {
             .collect()
     }
 
-    /// Whether something waits for an agent already.
+    /// Whether an operation is queued for an agent.
     pub fn has_queued(&self, agent: &str) -> bool {
         self.inner().jobs_of(agent).any(|j| j.operation.state == OperationState::Queued)
     }
 
-    /// Takes one that waits, to hand it over, until [`Registry::handed`]. False when it does not wait any more.
+    /// Marks a queued operation as being passed to its agent, until [`Registry::end_delivery`].
+    /// False when it is no longer queued.
     pub fn begin_delivery(&self, job: &Job) -> bool {
         let mut inner = self.inner();
         let at = at(job);
@@ -103,15 +105,16 @@ impl Registry {
         waits && inner.delivering.insert(at)
     }
 
-    /// The agent has it, or could not be given it.
+    /// The agent has the operation, or could not be reached.
     pub fn end_delivery(&self, job: &Job) {
         self.inner().delivering.remove(&at(job));
     }
 
-    /// Puts an operation down as it is now, and tells Runners when that is its end. One that has ended stays as it ended.
+    /// Stores an operation, with an event when it has ended. One that has ended does not change any
+    /// more.
     ///
     /// # Errors
-    /// No room for one more that waits, or no database: then it is as it was.
+    /// The queue is full, or the database cannot be written: then nothing changes.
     pub async fn put_job(&self, job: Job, now: i64) -> Result<(), HttpError> {
         self.write_job(job, false, now).await
     }
@@ -140,7 +143,7 @@ impl Registry {
                     && job.operation.state.ended()
                     && job.operation.state != OperationState::Expired
             };
-            // an agent may have had what was given up: then its word is the truth
+            // an agent may have received what had expired here: then its report counts
             if former.as_ref().is_some_and(|f| f.operation.state.ended() && !news(f)) {
                 return Ok((Vec::new(), former));
             }
@@ -163,10 +166,10 @@ impl Registry {
         self.transact(change, undo, |_, _| ()).await
     }
 
-    /// What an agent tells of the end of an operation; told twice, it is the same end.
+    /// An agent's report of the end of an operation; reported twice, nothing changes.
     ///
     /// # Errors
-    /// One that is no end, or no database.
+    /// A state that is no end, or a database that cannot be written.
     pub async fn finish_job(
         &self,
         agent: &str,
@@ -198,10 +201,10 @@ impl Registry {
         self.put_job(job, now).await
     }
 
-    /// Ends one that waits, unless it is on its way to the agent.
+    /// Ends a queued operation, unless it is being passed to its agent.
     ///
     /// # Errors
-    /// 409 while it is on its way; no database.
+    /// 409 while it is being passed on; a database that cannot be written.
     pub async fn cancel_queued(
         &self,
         mut job: Job,
@@ -213,7 +216,7 @@ impl Registry {
         self.write_job(job, true, now).await
     }
 
-    /// Ends one at once.
+    /// Ends an operation at once.
     ///
     /// # Errors
     /// No database.
@@ -228,10 +231,10 @@ impl Registry {
         self.put_job(job, now).await
     }
 
-    /// Ends what has waited long enough, and forgets what is old.
+    /// Ends operations that have waited too long, and removes old ones.
     ///
     /// # Errors
-    /// When the database takes nothing; the next look does it.
+    /// When the database cannot be written; the next call tries again.
     pub async fn tidy_jobs(&self, now: i64) -> anyhow::Result<()> {
         let (late, old) = {
             let inner = self.inner();
@@ -321,7 +324,7 @@ impl Inner {
         old
     }
 
-    /// Takes an agent's operations off, with the changes that make it last.
+    /// Removes an agent's operations, and returns the changes to write.
     pub(super) fn forget_jobs(&mut self, agent: &str) -> (Vec<Change>, Vec<Job>) {
         let gone: Vec<Job> = self.jobs_of(agent).cloned().collect();
         for job in &gone {

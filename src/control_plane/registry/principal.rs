@@ -10,19 +10,20 @@ use crate::control_plane::store::RowKind;
 /// The subject of calls over the local socket.
 const LOCAL: &str = "admin:local";
 
-/// Who asks, once that is known. There is none of these for a request that shows nothing: what it may call is told of nobody.
+/// Who makes a request, once authenticated. A request without a token has no principal.
 #[derive(Clone, Debug)]
 pub enum Principal {
     Enrolment(String),
     Agent(String),
     Access(Box<Access>),
     Admin(String),
-    /// Whoever can open the socket in the data directory. It has no token, and no administrator can have its name.
+    /// A caller on the socket in the data directory. It has no token, and no administrator can have
+    /// its name.
     Local,
 }
 
 impl Principal {
-    /// The `sub` of tokens that are minted for him.
+    /// The `sub` of its caller tokens.
     pub fn subject(&self) -> String {
         match self {
             Principal::Access(access) => access.id.clone(),
@@ -34,12 +35,12 @@ impl Principal {
         }
     }
 
-    /// May do everything that there is.
+    /// Whether it may do everything.
     pub fn all(&self) -> bool {
         matches!(self, Principal::Admin(_) | Principal::Local)
     }
 
-    /// The project that bounds what he sees; an administrator sees all.
+    /// The project that it may see; an administrator sees all.
     pub fn project(&self) -> Option<&str> {
         match self {
             Principal::Access(access) => Some(&access.project),
@@ -52,10 +53,10 @@ impl Principal {
 }
 
 impl Registry {
-    /// Whose token it is. One that is revoked or whose time is over is nobody's.
+    /// The principal of a token that is neither revoked nor expired.
     ///
     /// # Errors
-    /// 401, with no hint at whether it was ever known, but for its own time being over.
+    /// 401, without a hint whether it was ever known, unless it has expired.
     pub fn authenticate(&self, hash: &str, now: i64) -> Result<Principal, HttpError> {
         let unknown = || {
             HttpError::new(

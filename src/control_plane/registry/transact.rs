@@ -1,19 +1,20 @@
-//! Changes of memory and database as one.
+//! Changes of memory and database as one transaction.
 
 use super::{HttpError, Inner, Registry, database_unavailable};
 use crate::control_plane::store::Change;
 
 impl From<anyhow::Error> for HttpError {
-    /// What the database does not take.
+    /// A change that the database does not accept.
     fn from(error: anyhow::Error) -> HttpError {
         database_unavailable(&error)
     }
 }
 
 impl Registry {
-    /// The one way to change what is known and what is kept. `change` decides and changes memory, under the lock, and says what to
-    /// write: so the database sees changes in the order in which memory did. When they are durable, `done` ends what must not outlive
-    /// them, above all open streams; when they are not, `undo` takes back what `change` did.
+    /// The one way to change the registry. `change` decides and changes memory, under the lock, and
+    /// returns what to write: so the database gets changes in the order of memory. When they are
+    /// durable, `done` ends what must not outlive them, above all open streams; if they fail,
+    /// `undo` reverts what `change` did.
     pub(super) async fn transact<T, R, E: From<anyhow::Error>>(
         &self,
         change: impl FnOnce(&mut Inner) -> Result<(Vec<Change>, T), E>,

@@ -1,4 +1,4 @@
-//! Administrators: who may do everything here.
+//! Administrators, who may do everything.
 
 use axum::extract::State;
 use axum::response::Response;

@@ -1,4 +1,4 @@
-//! What agents call: registration, signs of life, what they report, and their credential.
+//! Calls of agents: registration, heartbeats, reports, and their credential.
 
 use axum::extract::State;
 use axum::response::Response;
@@ -17,7 +17,7 @@ use crate::control_plane::clock::rfc3339;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::state::ControlPlane;
 
-/// Longest registration: what is in it is kept, and written again with every sign of life.
+/// Largest registration: it is stored, and written again with every heartbeat.
 const REGISTRATION: usize = 64 << 10;
 
 pub(super) fn routes(routes: Routes) -> Routes {
@@ -29,7 +29,7 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .post("/api/v1/agents/{id}/operations/{op}/result", result)
         .post("/api/v1/agents/{id}/credential", credential)
         .delete("/api/v1/agents/{id}", deregister)
-        // no agent is called so: whoever asks is told of his token, not of the method
+        // no agent has this id: the error is about the token, not about the method
         .delete("/api/v1/agents/register", deregister)
 }
 

@@ -27,7 +27,7 @@ pub(super) fn routes(routes: Routes) -> Routes {
     routes.get("/api/v1/changes", changes)
 }
 
-/// All clusters at first, then what has changed each second, until the right to it ends.
+/// All clusters at first, then each second those that have changed, until the caller is revoked.
 async fn changes(
     caller: RunnerCaller,
     State(control_plane): State<ControlPlane>,
@@ -48,7 +48,7 @@ async fn changes(
 struct Changes {
     control_plane: ControlPlane,
     caller: RunnerCaller,
-    /// By id, each cluster as it was told last.
+    /// By id, each cluster as it was sent last.
     known: HashMap<String, String>,
     first: bool,
     _place: Listener,
@@ -64,7 +64,7 @@ impl Changes {
                 }
             }
             let now = now();
-            // what was shown is asked about each time; the local socket shows nothing, and needs not to
+            // the token is checked each time; a caller on the local socket has none
             let principal = match (&self.caller.token, &self.caller.principal) {
                 (Some(token), _) => self.control_plane.registry().authenticate(token, now).ok()?,
                 (None, Principal::Local) => Principal::Local,
@@ -85,7 +85,7 @@ impl Changes {
     }
 }
 
-/// One event with the clusters that are not as they were, and those that are gone.
+/// One event with the clusters that have changed, and those that were removed.
 fn difference(
     items: &[ClusterView],
     known: &mut HashMap<String, String>,
@@ -99,7 +99,7 @@ fn difference(
         (steady.seen_at, steady.uptime_s) = (0, 0);
         if !item.reason.is_empty() {
             steady.seen_at = item.seen_at;
-            // "for 31 s" is counted on by the page
+            // the page itself counts "for 31 s" on
             steady.reason = String::new();
         }
         let text = json!(steady).to_string();

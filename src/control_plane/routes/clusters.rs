@@ -1,4 +1,4 @@
-//! Clusters: what is known of them, what goes on in one, and tokens for the way in.
+//! Clusters: their state, what runs in one, and tokens to reach it.
 
 use axum::extract::State;
 use axum::response::Response;
@@ -16,7 +16,7 @@ use crate::control_plane::registry::{ClusterView, Principal};
 use crate::control_plane::scope::{DAY, TokenRequest, checked_ttl, restrict};
 use crate::control_plane::state::ControlPlane;
 
-/// What a look into a cluster shows, and where the agent has it.
+/// The views into a cluster, and the path at its agent.
 pub(super) const INSIDE: &[(&str, &str, bool)] = &[
     ("deployments", "k8s/apis/apps/v1/deployments?limit=500", false),
     ("statefulsets", "k8s/apis/apps/v1/statefulsets?limit=500", false),
@@ -71,7 +71,7 @@ async fn revoke(
     Ok(answer(200, &json!({})))
 }
 
-/// A JWT with which the agent itself is reached.
+/// A caller token for the agent itself.
 async fn token(
     caller: RunnerCaller,
     State(control_plane): State<ControlPlane>,
@@ -97,7 +97,7 @@ async fn kubeconfig(
     let ttl = checked_ttl(request.ttl_s, DAY, DAY)?;
     let (role, namespaces) = restrict(&principal, &request)?;
     let cluster = control_plane.registry().cluster(&id, principal.project(), now)?;
-    // not longer than whoever makes it may do anything himself
+    // not longer than the token of its maker is valid
     let own_end = if let Principal::Access(own) = &principal { own.expires_at } else { None };
     let row = Access {
         id: String::new(),
@@ -117,7 +117,7 @@ async fn kubeconfig(
     Ok(plain(201, "application/yaml", control_plane.kubeconfig(&cluster, &token)))
 }
 
-/// What goes on in a cluster, as its own API tells the caller.
+/// A view into a cluster, with the rights of the caller.
 async fn look_inside(
     caller: RunnerCaller,
     State(control_plane): State<ControlPlane>,
@@ -135,7 +135,7 @@ async fn look_inside(
 }
 
 impl ControlPlane {
-    /// The clusters that somebody sees.
+    /// The clusters that a principal may see.
     pub(in crate::control_plane) fn visible(
         &self,
         principal: &Principal,
@@ -150,7 +150,7 @@ impl ControlPlane {
             .collect()
     }
 
-    /// With the tunnel as this end of it knows, not as the agent said at its last heartbeat.
+    /// With the state of the tunnel as seen here, not as in the agent's last heartbeat.
     fn seen(&self, mut cluster: ClusterView) -> ClusterView {
         match self.tunnel_open(&cluster.agent_id) {
             Some(true) => cluster.tunnel = "up".into(),
@@ -161,7 +161,7 @@ impl ControlPlane {
     }
 }
 
-/// What the page shows of an object: text and numbers, nothing else of it leaves here.
+/// The fields of an object that the page shows.
 fn row(what: &str, item: &Value) -> Value {
     let meta = &item["metadata"];
     match what {

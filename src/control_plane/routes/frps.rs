@@ -1,4 +1,4 @@
-//! Somebody's frps, which asks us whom it lets in, and what its configuration says about that.
+//! The auth plugin of an external frps, and its configuration.
 
 use axum::extract::State;
 use axum::response::Response;
@@ -17,7 +17,8 @@ pub(super) fn routes(routes: Routes) -> Routes {
     routes.post("/frp/handler/{secret}", handler).get("/api/v1/frps", config)
 }
 
-/// What frps asks before it lets somebody in. Every answer says `unchange`: without it frps would take our `content` for the client's.
+/// A call of frps before it lets a client in. Every answer has `unchange`: without it frps would
+/// use our `content` instead of the client's.
 async fn handler(
     _: FrpsCaller,
     State(control_plane): State<ControlPlane>,

@@ -1,4 +1,4 @@
-//! The way into a cluster: whatever is asked below these paths goes to its agent as it came.
+//! The gateway: requests below these paths are passed to the cluster's agent.
 
 use axum::extract::{Request, State};
 use axum::response::Response;

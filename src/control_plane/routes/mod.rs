@@ -1,5 +1,5 @@
-//! The router: each resource names its routes and their handlers, and a handler's first argument says who may call it. What is not here
-//! is not there.
+//! The router: each resource has a file with its routes and their handlers. The first argument of a
+//! handler says who may call it.
 
 mod admins;
 mod agents;
@@ -38,7 +38,8 @@ use crate::base::secret::Secret;
 
 pub use super::auth::RequiredAuth;
 
-/// A route as the table shows it: `{id}` stands for one segment of a path, `*` for every method, or at the end for all that follows.
+/// A route in the table: `{id}` stands for one segment of a path, `*` for every method, or at the
+/// end for all that follows.
 #[derive(Clone, Copy, Debug)]
 pub struct Route {
     pub method: &'static str,
@@ -46,7 +47,8 @@ pub struct Route {
     pub required_auth: RequiredAuth,
 }
 
-/// What a handler needs of its caller: its arguments say so, and one whose first argument is no [`Caller`] is no handler.
+/// The authentication that a handler requires, by its first argument. A function whose first
+/// argument is not a [`Caller`] is no handler.
 trait HandlerAuth {
     const REQUIRED_AUTH: RequiredAuth;
 }
@@ -69,7 +71,7 @@ handler_auth!(A B D E);
 #[derive(Default)]
 struct Routes {
     table: Vec<Route>,
-    /// By path: a path that takes some methods refuses all others in the same words.
+    /// By path. All other methods of a path get the same error.
     paths: BTreeMap<&'static str, MethodRouter<ControlPlane>>,
 }
 
@@ -111,7 +113,8 @@ impl Routes {
         self.change(path, |methods| methods.on(filter, handler))
     }
 
-    /// Every method of a path, of the same path with a slash, and of all below; `shown` is how the table shows the three.
+    /// Every method of a path, of the same path with a slash, and of all below; `shown` stands for
+    /// the three in the table.
     fn below<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
         mut self,
         shown: &'static str,
@@ -155,7 +158,7 @@ impl Routes {
     }
 }
 
-/// All routes and whom they serve.
+/// All routes and the authentication that they require.
 pub fn table() -> Vec<Route> {
     Routes::all().table
 }
@@ -177,7 +180,7 @@ struct Named {
     name: String,
 }
 
-/// A row as it is shown: what opens something is not.
+/// A row without its hash.
 fn without_hash(row: &impl Serialize) -> Value {
     let mut row = json!(row);
     if let Some(fields) = row.as_object_mut() {
@@ -186,7 +189,7 @@ fn without_hash(row: &impl Serialize) -> Value {
     row
 }
 
-/// A row that was made just now, with the one sight of its token.
+/// A new row with its token, which is shown this once.
 fn with_token(row: &impl Serialize, token: &Secret) -> Value {
     let mut shown = without_hash(row);
     shown["token"] = token.expose().into();
@@ -202,7 +205,7 @@ async fn no_such_path(uri: Uri) -> Response {
     problem(path_not_found(), uri.path())
 }
 
-/// Answers one request. Nothing that a client sends ends more than its own connection.
+/// Answers one request.
 pub(super) async fn respond(
     mut router: Router,
     origin: Origin,

@@ -1,4 +1,5 @@
-//! The OpenAPI document of this API, served as it is committed; a test makes it of the routes and of the types of what goes in and out.
+//! The OpenAPI document of this API, served as it is committed. A test generates it from the routes
+//! and from the types of requests and answers.
 
 use axum::response::Response;
 
@@ -36,7 +37,8 @@ mod tests {
     use crate::control_plane::registry::ClusterView;
     use crate::control_plane::scope::TokenRequest;
 
-    /// Routes that are no calls: the files of the page, and one that only says that no agent is called `register`.
+    /// Routes that are not documented: the files of the page, and one that only gives another
+    /// error.
     const LEFT_OUT: &[(&str, &str)] = &[
         ("GET", "/"),
         ("GET", "/page.css"),
@@ -45,7 +47,7 @@ mod tests {
         ("DELETE", "/api/v1/agents/register"),
     ];
 
-    /// What a path of the document may have; the gateway passes on these and every other.
+    /// The methods that OpenAPI knows; the gateway passes on these and all others.
     const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
     /// A call as the document shows it, under the method and the path of its route.

@@ -1,4 +1,4 @@
-//! Operations on a cluster: asked for, looked at, called off.
+//! Operations on a cluster: submit, show, cancel.
 
 use axum::extract::State;
 use axum::response::Response;
@@ -124,7 +124,7 @@ fn shown(status: u16, job: &Job, cluster: &str) -> Response {
     answer(status, &body)
 }
 
-/// His own, or all of the cluster as an operator of the whole of it.
+/// Its own operations, or all of the cluster for an operator of all namespaces.
 fn sees(principal: &Principal, job: &Job) -> bool {
     match principal {
         Principal::Admin(_) | Principal::Local => true,

@@ -69,7 +69,7 @@ fn file(kind: &'static str, text: &'static str) -> Response {
     file
 }
 
-/// A session for whoever shows an administrator's or a Runner's token.
+/// A session for an administrator's or a Runner's token.
 async fn login(
     peer: AnonymousPeer,
     State(control_plane): State<ControlPlane>,
@@ -79,7 +79,7 @@ async fn login(
     with_cookie(answer(200, &about(&done.principal, &done.csrf)), &done.cookie)
 }
 
-/// Who is logged in, to a page that was loaded anew.
+/// The session of a page that was loaded again.
 async fn session(
     caller: SessionCaller,
     State(control_plane): State<ControlPlane>,

@@ -1,4 +1,4 @@
-//! Projects: who owns tokens, agents, clusters and Runners.
+//! Projects, which own tokens, agents, clusters and Runners.
 
 use axum::extract::State;
 use axum::response::Response;

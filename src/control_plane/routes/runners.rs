@@ -1,4 +1,4 @@
-//! Runners' tokens, and those in kubeconfigs.
+//! Tokens of Runners and of kubeconfigs.
 
 use axum::extract::State;
 use axum::response::Response;

@@ -1,4 +1,4 @@
-//! The control plane itself: its health, its CA, its metrics, and what only its own machine is told.
+//! The control plane itself: health, CA, metrics and backup.
 
 use axum::extract::State;
 use axum::response::Response;

@@ -1,4 +1,4 @@
-//! Enrolment tokens: what lets new agents in.
+//! Enrolment tokens, which admit new agents.
 
 use axum::extract::State;
 use axum::response::Response;

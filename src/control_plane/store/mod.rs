@@ -1,4 +1,5 @@
-//! The database: every row is a small JSON document under its kind and id, in SQLite or PostgreSQL alike.
+//! The database: every row is a small JSON document under its kind and id, in SQLite or PostgreSQL
+//! alike.
 //!
 //! Memory answers all questions; the database is what outlives the process. An answer goes out only
 //! after the commit of what it speaks of.

@@ -1,4 +1,5 @@
-//! Opens a database: connects, creates the tables, checks the version of the schema, becomes the owner.
+//! Opens a database: connects, creates the tables, checks the version of the schema, becomes the
+//! owner.
 
 use std::time::Duration;
 

@@ -13,9 +13,9 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 /// How long another control plane watches before it takes over.
 const TAKEOVER: Duration = Duration::from_secs(16);
 
-/// Makes `instance` the one control plane that writes here. The former owner may still run: then its
-/// heartbeat changes while it is watched. No clock is compared, since clocks differ. `alone`: the lock
-/// on the data directory keeps others away.
+/// Makes `instance` the one control plane that writes here. The former owner may still run: then
+/// its heartbeat changes while it is watched. No clock is compared, since clocks differ. `alone`:
+/// the lock on the data directory keeps others away.
 pub(super) async fn take_ownership(
     pool: &AnyPool,
     instance: &str,
