@@ -25,6 +25,10 @@ pub const STAGE_TIMEOUT: Duration = Duration::from_secs(5);
 const STAGGER: Duration = Duration::from_millis(250);
 /// Not acknowledged, or not taken, for this long: a multiplexer's connection is given up by the kernel.
 const USER_TIMEOUT_MS: u32 = 12_000;
+/// What a multiplexer's connection holds in the kernel beyond what is on its way, bytes. All of it is sent before the next frame,
+/// whoever's that is: with the megabytes of Linux's default a key that is pressed in a shell waits behind a copy, for seconds on a slow
+/// line.
+const UNSENT: u32 = 128 * 1024;
 /// First keepalive after this much silence, and the next ones; seconds, as Go's and so frp's.
 const KEEPALIVE: u32 = 15;
 
@@ -281,5 +285,6 @@ pub fn set_socket_options(stream: &TcpStream, muxed: bool) {
     let _ = setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE);
     if muxed {
         let _ = setsockopt(stream, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS);
+        let _ = socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT);
     }
 }

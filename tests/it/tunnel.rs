@@ -262,6 +262,76 @@ async fn a_reader_who_pauses_is_waited_for() {
     tokio::join!(paused(true), paused(false));
 }
 
+/// What waits in the kernel cannot be overtaken, so little waits there: the server is behind a slow line.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_answer_does_not_queue_behind_megabytes_of_a_copy() {
+    let (tls, pin) = identity();
+    let frps = Frps::start(&tls, true, 0).await;
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    // taken over by what is accepted
+    socket.set_recv_buffer_size(32 * 1024).unwrap();
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let line = socket.listen(8).unwrap();
+    let mut config = settings(line.local_addr().unwrap(), true, &pin);
+    let server = frps.address;
+    tokio::spawn(async move {
+        while let Ok((client, _)) = line.accept().await {
+            let (mut from_client, mut to_client) = client.into_split();
+            let (mut from_server, mut to_server) =
+                TcpStream::connect(server).await.unwrap().into_split();
+            tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 16 * 1024];
+                while let Ok(n @ 1..) = from_client.read(&mut buffer).await {
+                    if to_server.write_all(&buffer[..n]).await.is_err() {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            });
+        }
+    });
+    let port = free_port();
+    config.proxies.iter_mut().for_each(|p| p.remote_port = port);
+    let (mut frpc, mut works) = Frpc::with_work(config, "");
+    frpc.until(TunnelState::Up).await;
+    tokio::spawn(async move {
+        while let Some(mut work) = works.recv().await {
+            tokio::spawn(async move {
+                while let Ok(asked) = work.io.read_u8().await {
+                    let more = if asked == b'c' { u64::MAX } else { 1 };
+                    let _ =
+                        tokio::io::copy(&mut tokio::io::repeat(7).take(more), &mut work.io).await;
+                    let _ = work.io.flush().await;
+                }
+            });
+        }
+    });
+    let connected = async || TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    let (mut copy, mut shell) = (connected().await, connected().await);
+    // its stream is there before the line is full
+    shell.write_u8(b'k').await.unwrap();
+    shell.read_u8().await.unwrap();
+    copy.write_u8(b'c').await.unwrap();
+    let (tell, mut copied) = watch::channel(0_usize);
+    tokio::spawn(async move {
+        let mut buffer = vec![0; 16 * 1024];
+        while let Ok(n @ 1..) = copy.read(&mut buffer).await {
+            tell.send_modify(|copied| *copied += n);
+        }
+    });
+    let mut queued = Vec::new();
+    for _ in 0..5 {
+        let begin = *copied.borrow();
+        let before = *copied.wait_for(|now| *now > begin + (3 << 20)).await.unwrap();
+        shell.write_u8(b'k').await.unwrap();
+        shell.read_u8().await.unwrap();
+        queued.push(*copied.borrow() - before);
+    }
+    queued.sort_unstable();
+    assert!(queued[2] < 500 * 1024, "bytes of the copy before the answer: {queued:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_combination_carries_bytes_both_ways() {
     let (tls, pin) = identity();
