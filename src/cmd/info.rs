@@ -19,6 +19,7 @@ use crate::host::paths::AGENT_SOCKET;
 use crate::install::components::{self, CATALOGUE};
 use crate::install::engine::journal::Journal;
 use crate::install::engine::unmet;
+use crate::install::plan::step_id;
 use crate::k3s::paths::{ADMIN_KUBECONFIG, KUBELET_KUBECONFIG, SERVER_TOKEN};
 use crate::k3s::role::NodeRole;
 use crate::kubernetes::client::Cluster;
@@ -295,7 +296,7 @@ async fn nodes(cluster: &Cluster, server: bool, own: &str) -> anyhow::Result<Vec
 
 async fn components(host: &Host, journal: &Journal) -> Vec<Component> {
     let selected = CATALOGUE.iter().filter(|c| {
-        journal.entries.iter().any(|e| e.id.starts_with(&format!("component-{}-", c.name)))
+        journal.entries.iter().any(|e| step_id::component_of(&e.id) == Some(c.name))
             || wanted(journal, c)
     });
     let looks = selected.map(|component| async move {
@@ -323,7 +324,8 @@ fn wanted(journal: &Journal, component: &components::Component) -> bool {
     match journal.options.get("components") {
         Some(list) => list.split(',').any(|n| n == component.name),
         None => {
-            component.by_default && journal.entries.iter().any(|e| e.id.starts_with("component-"))
+            component.by_default
+                && journal.entries.iter().any(|e| step_id::component_of(&e.id).is_some())
         }
     }
 }

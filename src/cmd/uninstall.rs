@@ -10,7 +10,7 @@ use crate::host::paths::{JOIN_TOKEN, LOGS, STATE};
 use crate::host::{Host, HostWriter, Owner};
 use crate::install::engine;
 use crate::install::engine::journal::{Journal, PATH};
-use crate::install::plan::{ProgressEvent, Resource};
+use crate::install::plan::{ProgressEvent, Resource, step_id};
 use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD};
 use crate::k3s::role::NodeRole;
 use crate::kubernetes::client::Cluster;
@@ -131,7 +131,7 @@ async fn leave_cluster(writer: &HostWriter, journal: &Journal) -> Option<String>
     let manual = format!(
         "on the server: kubectl delete node {name}; kubectl -n kube-system delete secret {name}.node-password.k3s --ignore-not-found"
     );
-    if journal.entry("node-ready").is_none()
+    if journal.entry(step_id::NODE_READY).is_none()
         && !writer.exists(KUBELET_KUBECONFIG)
         && !writer.exists(JOIN_TOKEN)
         && !writer.exists(NODE_PASSWORD)

@@ -101,6 +101,30 @@ pub enum Resource {
     },
 }
 
+/// Ids of steps that other code looks for. They stand in journals and saved plans, so none ever changes.
+pub mod step_id {
+    pub const NODE_READY: &str = "node-ready";
+    pub const AGENT_TOKEN: &str = "agent-token";
+    const COMPONENT: &str = "component-";
+
+    /// The id of one part of a component's installation.
+    pub fn component(name: &str, part: &str) -> String {
+        format!("{COMPONENT}{name}-{part}")
+    }
+
+    /// The component that a step belongs to; `None` for all other steps.
+    pub fn component_of(id: &str) -> Option<&str> {
+        id.strip_prefix(COMPONENT)?.rsplit_once('-').map(|(name, _)| name)
+    }
+}
+
+impl Step {
+    /// The component that it is a part of.
+    pub fn component(&self) -> Option<&str> {
+        step_id::component_of(&self.id)
+    }
+}
+
 impl Resource {
     /// Whether it leaves something that undoing would take away.
     pub(super) fn leaves_state(&self) -> bool {

@@ -129,8 +129,6 @@ const TO_SPLIT: &[(&str, usize)] = &[
     ("host/mod.rs", 540),
     ("install/checks/tests/cases.rs", 618),
     ("install/checks/tests/mod.rs", 647),
-    ("install/engine/resource.rs", 674),
-    ("install/engine/teardown.rs", 510),
     ("install/gather/mod.rs", 516),
     ("install/settings/mod.rs", 585),
 ];

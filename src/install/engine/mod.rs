@@ -1,11 +1,11 @@
 //! One engine for every plan: check, apply, undo; the journal is written before and after each step.
 
-mod account;
 mod context;
+mod files;
 pub mod journal;
-mod objects;
-mod old_data;
-mod resource;
+mod kinds;
+mod leftover;
+mod rollback;
 mod server_token;
 mod start;
 mod teardown;
@@ -18,10 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::base::error::{Exit, Failure};
 use crate::host::{Host, HostWriter};
 use crate::install::finding::Finding;
-use crate::install::plan::{
-    CheckedPlan, FileContent, Plan, ProgressEvent, Resource, SecretName, Step, StepStatus,
-    WaitCondition,
-};
+use crate::install::plan::{CheckedPlan, Plan, ProgressEvent, Resource, Step, StepStatus};
 use context::StepContext;
 use journal::{EntryState, Journal, JournalEntry};
 
@@ -53,7 +50,7 @@ pub async fn check(
     let mut checks = Vec::new();
     for step in &plan.steps {
         checks.push(
-            resource::check(host, journal, secrets, step)
+            kinds::check(host, journal, secrets, step)
                 .await
                 .map_err(|e| e.context(format!("checking: {}", step.title)))?,
         );
@@ -67,11 +64,12 @@ pub async fn check(
                 .collect()
         })
         .unwrap_or_default();
-    let drift = journal.map(|j| resource::drift(host, j)).transpose()?.unwrap_or_default();
+    let drift = journal.map(|j| files::drift(host, j)).transpose()?.unwrap_or_default();
     Ok(CheckedPlan { plan, checks, remove, drift, findings })
 }
 
-/// Makes the machine as the plan wants it. Run again after any interruption: the machine is asked what is done, not the journal.
+/// Makes the machine as the plan wants it. It can run again after any interruption: what is done is read
+/// from the machine, not from the journal.
 ///
 /// # Errors
 /// The first step that is not optional and fails ends the run; what was done is in the journal.
@@ -84,91 +82,55 @@ pub async fn apply(
     on_event: &mut dyn FnMut(ProgressEvent),
 ) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
-    // a change to a node that was healthy can be taken back; a new k3s cannot, for its datastore may have moved on
+    // a change to a node that was healthy can be rolled back; a new k3s cannot, for its datastore may have moved on
     let mut previous = (journal.complete && journal.k3s_version == plan.k3s_version).then(Vec::new);
     journal.complete = false;
     journal.k3s_version.clone_from(&plan.k3s_version);
-    let stale: Vec<JournalEntry> = journal
-        .entries
-        .iter()
-        .rev()
-        .filter(|e| !plan.steps.iter().any(|s| s.id == e.id))
-        .cloned()
-        .collect();
     let mut context = StepContext { writer, secrets, stop, on_event };
-    for entry in stale {
-        interrupted(stop)?;
-        resource::undo(&mut context, journal, &entry, false, false)
-            .await
-            .map_err(|e| e.context(format!("taking back: {}", entry.title)))?;
-        journal.forget(&entry.id);
-        save(journal, writer)?;
-        (context.on_event)(ProgressEvent::Undone { id: entry.id, title: entry.title.clone() });
-        outcome.changed.push(entry.title);
-    }
+    undo_unwanted(&mut context, plan, journal, &mut outcome).await?;
     let of = plan.steps.len();
-    let mut broken: Option<String> = None;
-    for (number, step) in plan.steps.iter().enumerate() {
+    let mut failed_component = None;
+    for (number, step) in (1..).zip(&plan.steps) {
         interrupted(stop)?;
-        // the parts of one component stand on each other: when the first fails, the rest is not tried
-        let family =
-            step.id.rsplit_once('-').map(|(head, _)| head.to_owned()).filter(|_| step.optional);
-        if family.is_some() && family == broken {
+        // the steps of a component build on each other: when one fails, the rest is not tried
+        let component = step.component().filter(|_| step.optional);
+        if component.is_some() && component == failed_component {
             continue;
         }
-        (context.on_event)(ProgressEvent::Started {
-            id: step.id.clone(),
-            title: step.title.clone(),
-            number: number + 1,
-            of,
-        });
+        let (id, title) = (step.id.clone(), step.title.clone());
+        (context.on_event)(ProgressEvent::Started { id, title, number, of });
         let begin = Instant::now();
         if let Some(previous) = &mut previous {
-            previous.extend(resource::previous_file(writer, step, secrets)?);
+            previous.extend(rollback::previous_file(writer, step, secrets)?);
         }
-        let result = run_step(&mut context, journal, step).await;
-        let duration_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        match result {
+        let error = match run_step(&mut context, journal, step).await {
             Ok(changed) => {
                 if changed && !matches!(step.want, Resource::Ready { .. }) {
                     outcome.changed.push(step.title.clone());
                 }
-                (context.on_event)(ProgressEvent::Finished {
-                    id: step.id.clone(),
-                    changed,
-                    duration_ms,
-                });
+                finished(&mut context, &step.id, changed, begin);
+                continue;
             }
-            Err(error) if step.optional && Failure::of(&error).exit != Exit::Interrupted => {
-                let what = Failure::of(&error).line();
-                (context.on_event)(ProgressEvent::Failed {
-                    id: step.id.clone(),
-                    what: what.clone(),
-                    optional: true,
-                });
-                outcome.failed.push((step.title.clone(), what));
-                broken = family;
-            }
-            Err(error) => {
-                (context.on_event)(ProgressEvent::Failed {
-                    id: step.id.clone(),
-                    what: format!("{error:#}"),
-                    optional: false,
-                });
-                if let (Some(previous), Resource::Ready { what, .. }) = (&previous, &step.want)
-                    && Failure::of(&error).exit == Exit::TimedOut
-                {
-                    return Err(
-                        roll_back(&mut context, journal, plan, previous, what, &error).await
-                    );
-                }
-                return Err(if error.downcast_ref::<Failure>().is_some() {
-                    error
-                } else {
-                    error.context(step.title.clone())
-                });
-            }
+            Err(error) => error,
+        };
+        let failure = Failure::of(&error);
+        if step.optional && failure.exit != Exit::Interrupted {
+            let what = failure.line();
+            failed(&mut context, &step.id, &what, true);
+            outcome.failed.push((step.title.clone(), what));
+            failed_component = component;
+            continue;
         }
+        failed(&mut context, &step.id, &format!("{error:#}"), false);
+        if let (Some(previous), Resource::Ready { what, .. }) = (&previous, &step.want)
+            && failure.exit == Exit::TimedOut
+        {
+            return Err(
+                rollback::roll_back(&mut context, journal, plan, previous, what, &error).await
+            );
+        }
+        let named = error.downcast_ref::<Failure>().is_some();
+        return Err(if named { error } else { error.context(step.title.clone()) });
     }
     let complete = outcome.failed.is_empty();
     // a run that changed nothing writes nothing
@@ -183,76 +145,51 @@ pub async fn apply(
     Ok(outcome)
 }
 
-/// Longest wait for the former state to come back.
-const ROLLBACK_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(180);
-
-/// Puts the former files back, restarts the unit with them, and waits until the node is as it was.
-async fn roll_back(
+/// Undoes what earlier runs did and the plan no longer wants, last entry first.
+async fn undo_unwanted(
     context: &mut StepContext<'_>,
-    journal: &mut Journal,
     plan: &Plan,
-    previous: &[resource::PreviousFile],
-    what: &[WaitCondition],
-    error: &anyhow::Error,
-) -> anyhow::Error {
-    let mut failure = Failure::of(error);
-    let Some(unit) = what.iter().find_map(|r| match r {
-        WaitCondition::Node { unit, .. } => Some(unit.clone()),
-        _ => None,
-    }) else {
-        return failure.into();
-    };
-    if previous.is_empty() {
-        return failure.into();
+    journal: &mut Journal,
+    outcome: &mut Outcome,
+) -> anyhow::Result<()> {
+    let unwanted: Vec<JournalEntry> = journal
+        .entries
+        .iter()
+        .rev()
+        .filter(|e| !plan.steps.iter().any(|s| s.id == e.id))
+        .cloned()
+        .collect();
+    for entry in unwanted {
+        interrupted(context.stop)?;
+        kinds::undo(context, journal, &entry, false, false)
+            .await
+            .map_err(|e| e.context(format!("taking back: {}", entry.title)))?;
+        journal.forget(&entry.id);
+        save(journal, context.writer)?;
+        (context.on_event)(ProgressEvent::Undone { id: entry.id, title: entry.title.clone() });
+        outcome.changed.push(entry.title);
     }
-    (context.on_event)(ProgressEvent::Note {
-        text: "the node does not come back with the change: going back to the former settings"
-            .into(),
-    });
-    let inputs = plan.steps.iter().find_map(|s| match &s.want {
-        Resource::Unit { name, inputs } if *name == unit => Some(inputs.as_slice()),
-        _ => None,
-    });
-    match resource::restore_previous(
-        context,
-        journal,
-        previous,
-        &unit,
-        inputs.unwrap_or_default(),
-        what,
-        ROLLBACK_TIMEOUT,
-    )
-    .await
-    {
-        Ok(()) => {
-            journal.complete = true;
-            if let Err(error) = save(journal, context.writer) {
-                return error;
-            }
-            failure
-                .why
-                .push("the former settings are back, and the node is Ready with them".into());
-            failure.exit = Exit::RolledBack;
-            failure.hint = Some("correct the option that was new, then run again".into());
-        }
-        Err(error) => {
-            failure.why.push(format!("going back did not work either: {error:#}"));
-            // the files are back: the next run must not take them for somebody's edit
-            if let Err(error) = save(journal, context.writer) {
-                failure.why.push(format!("{error:#}"));
-            }
-        }
-    }
-    failure.into()
+    Ok(())
 }
 
-/// One step: look; note the intent; do; note that it is done.
+fn finished(context: &mut StepContext<'_>, id: &str, changed: bool, begin: Instant) {
+    let duration_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+    (context.on_event)(ProgressEvent::Finished { id: id.to_owned(), changed, duration_ms });
+}
+
+fn failed(context: &mut StepContext<'_>, id: &str, what: &str, optional: bool) {
+    let (id, what) = (id.to_owned(), what.to_owned());
+    (context.on_event)(ProgressEvent::Failed { id, what, optional });
+}
+
+/// One step: compare it with the machine, note the intent, apply it, note that it is done. Says whether it
+/// changed something.
 async fn run_step(
     context: &mut StepContext<'_>,
     journal: &mut Journal,
     step: &Step,
 ) -> anyhow::Result<bool> {
-    let state = resource::check(context.writer, Some(journal), context.secrets, step).await?;
+    let state = kinds::check(context.writer, Some(journal), context.secrets, step).await?;
     if state == StepStatus::Done {
         // a step that was done but not noted as such before a crash
         if journal
@@ -267,7 +204,7 @@ async fn run_step(
     if lasting {
         let before = match journal.entry(&step.id) {
             Some(known) => known.before.clone(),
-            None => resource::before(context.writer, step).await?,
+            None => kinds::before(context.writer, step).await?,
         };
         journal.intend(JournalEntry {
             id: step.id.clone(),
@@ -279,7 +216,7 @@ async fn run_step(
         });
         save(journal, context.writer)?;
     }
-    let digest = resource::apply(context, journal, step).await?;
+    let digest = kinds::apply(context, journal, step).await?;
     if lasting {
         journal.finish(&step.id, digest);
         save(journal, context.writer)?;
@@ -287,19 +224,9 @@ async fn run_step(
     Ok(true)
 }
 
+/// A step that was done in an earlier run, which did not come to note it.
 fn mark_done(journal: &mut Journal, writer: &HostWriter, step: &Step) -> anyhow::Result<()> {
-    let digest = match &step.want {
-        Resource::File {
-            path, content: FileContent::Text(_) | FileContent::Filled { .. }, ..
-        }
-        | Resource::Fetch(crate::host::fetch::Artifact { path, .. }) => writer.sha256(path)?,
-        Resource::File { path, content: FileContent::Secret(name), .. }
-            if *name != SecretName::AgentToken =>
-        {
-            writer.sha256(path)?
-        }
-        _ => None,
-    };
+    let digest = kinds::written_digest(writer, step)?;
     if let Some(entry) = journal.entries.iter_mut().find(|e| e.id == step.id) {
         entry.want = step.want.clone();
     }
@@ -344,38 +271,29 @@ pub async fn undo_all(
         let title = format!("undo: {}", entry.title);
         (context.on_event)(ProgressEvent::Started { id: entry.id.clone(), title, number, of });
         let begin = Instant::now();
-        match resource::undo(&mut context, journal, &entry, true, purge).await {
+        match kinds::undo(&mut context, journal, &entry, true, purge).await {
             Ok(left) => {
-                let busy = left.iter().any(|l| l.contains("MOUNT_STILL_BUSY"));
-                outcome.left.extend(left.clone());
-                let duration_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-                (context.on_event)(ProgressEvent::Finished {
-                    id: entry.id.clone(),
-                    changed: true,
-                    duration_ms,
-                });
-                if busy {
-                    outcome.failed.push((entry.title.clone(), left.join("; ")));
+                finished(&mut context, &entry.id, true, begin);
+                let lines: Vec<String> = left.iter().map(|l| l.line.clone()).collect();
+                if left.iter().any(|l| l.retry) {
+                    outcome.failed.push((entry.title.clone(), lines.join("; ")));
                 } else {
                     outcome.changed.push(entry.title.clone());
                     journal.forget(&entry.id);
                     save(journal, writer)?;
                 }
+                outcome.left.extend(lines);
             }
             Err(error) => {
                 let what = format!("{error:#}");
-                (context.on_event)(ProgressEvent::Failed {
-                    id: entry.id.clone(),
-                    what: what.clone(),
-                    optional: true,
-                });
+                failed(&mut context, &entry.id, &what, true);
                 outcome.failed.push((entry.title.clone(), what));
             }
         }
     }
     writer.daemon_reload().await.ok();
     outcome.left.extend(
-        teardown::kernel_changes(writer, &kernel).into_iter().map(|c| format!("kernel: {c}")),
+        teardown::kernel::changes(writer, &kernel).into_iter().map(|c| format!("kernel: {c}")),
     );
     Ok(outcome)
 }

@@ -12,7 +12,9 @@ use crate::install::components::{self, Component};
 use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::Facts;
 use crate::install::network;
-use crate::install::plan::{FileContent, Plan, Resource, SCHEMA, SecretName, Step, WaitCondition};
+use crate::install::plan::{
+    FileContent, Plan, Resource, SCHEMA, SecretName, Step, WaitCondition, step_id,
+};
 use crate::install::planner::config::JoinServer;
 use crate::install::settings::Settings;
 use crate::k3s::paths::{ADMIN_KUBECONFIG, BINARY, KUBELET_KUBECONFIG, NODE_PASSWORD, REGISTRIES};
@@ -243,7 +245,7 @@ pub fn server_plan(
             .map(|name| WaitCondition::Deployment { namespace: "kube-system".into(), name }),
     );
     steps.push(step(
-        "node-ready",
+        step_id::NODE_READY,
         "wait for the node",
         "Ready, and the system deployments answer",
         Resource::Ready { what: system, within_s },
@@ -291,12 +293,7 @@ pub fn server_plan(
         for (part, title, want) in parts {
             steps.push(Step {
                 optional: true,
-                ..step(
-                    &format!("component-{}-{part}", component.name),
-                    title,
-                    component.summary,
-                    want,
-                )
+                ..step(&step_id::component(component.name, part), title, component.summary, want)
             });
         }
     }
@@ -340,7 +337,7 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
             text(AGENT_CONFIG, config::agent_toml(facts, settings), 0o644),
         ),
         step(
-            "agent-token",
+            step_id::AGENT_TOKEN,
             "write the agent's token file",
             "read by its unit only",
             secret(AGENT_TOKEN, SecretName::AgentToken),
@@ -431,7 +428,7 @@ pub fn worker_plan(
     );
     let what = vec![node_ready(node, KUBELET_KUBECONFIG, settings, release)];
     steps.push(step(
-        "node-ready",
+        step_id::NODE_READY,
         "wait for the node",
         "Ready, as its own kubelet sees it",
         Resource::Ready { what, within_s: settings.timeout.as_secs() },

@@ -1,9 +1,9 @@
-//! The system user and group that the agent runs as; what of the two was there before stays when all goes.
+//! The system user and group that the agent runs as. What of the two was there before stays at the undo.
 
 use std::time::Duration;
 
-use super::journal::PriorState;
 use crate::host::{Host, HostWriter};
+use crate::install::engine::journal::PriorState;
 use crate::install::plan::StepStatus;
 
 const QUICK: Duration = Duration::from_secs(20);
@@ -33,7 +33,7 @@ pub(super) fn before(host: &Host, name: &str) -> PriorState {
     PriorState::Absent { made: made.collect() }
 }
 
-pub(super) async fn make(writer: &HostWriter, name: &str) -> anyhow::Result<()> {
+pub(super) async fn apply(writer: &HostWriter, name: &str) -> anyhow::Result<()> {
     let group = writer.id_of("/etc/group", name).is_some();
     if writer.id_of("/etc/passwd", name).is_some() {
         if !group {

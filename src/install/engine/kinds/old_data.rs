@@ -1,16 +1,18 @@
-//! What k3s unpacked for versions that are gone: it keeps every one for good, some 230 MiB each.
+//! What k3s unpacked for former versions: it keeps every one for good, some 230 MiB each.
 //!
-//! k3s unpacks its programs into `data/<sha256>` and turns `current` and `previous` at each new version (k3s-io/k3s `cmd/k3s/main.go`,
-//! `extract`). Those two stay, and whatever a process still runs from: pods outlive a restart with the shim that started them.
+//! k3s unpacks its programs into `data/<sha256>` and moves the links `current` and `previous` at each
+//! new version (k3s-io/k3s `cmd/k3s/main.go`, `extract`). Those two stay, and whatever a process still
+//! runs from: pods outlive a restart with the shim that started them. There is nothing to undo.
 
 use std::collections::BTreeSet;
 
 use crate::host::{Host, HostWriter};
+use crate::install::plan::StepStatus;
 
 const DATA: &str = "/var/lib/rancher/k3s/data";
 
 /// Directories that nobody needs any more. None while k3s has not named a current one.
-pub(super) fn removable(host: &Host) -> Vec<String> {
+fn removable(host: &Host) -> Vec<String> {
     let linked = |name: &str| {
         host.link_target(&format!("{DATA}/{name}"))
             .and_then(|t| Some(t.rsplit_once('/')?.1.to_owned()))
@@ -33,7 +35,13 @@ pub(super) fn removable(host: &Host) -> Vec<String> {
         .collect()
 }
 
-pub(super) fn remove(writer: &HostWriter) -> anyhow::Result<()> {
+pub(super) fn check(host: &Host) -> StepStatus {
+    let changes: Vec<String> =
+        removable(host).iter().map(|dir| format!("remove {dir}, of a former k3s")).collect();
+    if changes.is_empty() { StepStatus::Done } else { StepStatus::Todo { changes } }
+}
+
+pub(super) fn apply(writer: &HostWriter) -> anyhow::Result<()> {
     for dir in removable(writer) {
         writer.remove_tree(&dir, &[])?;
     }
