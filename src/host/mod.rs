@@ -7,10 +7,12 @@
 
 mod digests;
 pub mod fetch;
+mod lock;
 pub mod mountinfo;
 pub mod paths;
 pub mod plans;
 pub mod program;
+mod remove;
 pub mod state;
 pub mod systemd;
 
@@ -21,11 +23,9 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 
-use crate::base::error::{Exit, Failure};
 use crate::host::digests::Digests;
-use crate::host::paths::STATE;
 
 /// A machine, or a directory that stands for one; can only be read.
 #[derive(Clone, Debug)]
@@ -277,52 +277,9 @@ impl Host {
         self.chown(&real, owner).with_context(|| format!("setting the owner of {dir}"))?;
         self.write_whole(path, content, mode, owner)
     }
-
-    /// Takes the machine-wide lock, and with it the right to change things.
-    ///
-    /// # Errors
-    /// Exit 12 when another run holds it.
-    pub fn lock(&self) -> anyhow::Result<HostWriter> {
-        let made = !self.exists(STATE);
-        let state = self.at(STATE);
-        let fresh = || -> io::Result<File> {
-            fs::create_dir_all(&state)?;
-            fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
-            OpenOptions::new()
-                .create(true)
-                .truncate(false)
-                .write(true)
-                .mode(0o600)
-                .open(state.join("lock"))
-        };
-        let file = fresh().map_err(|error| match error.kind() {
-            io::ErrorKind::ReadOnlyFilesystem => Failure::new(
-                Exit::Preflight,
-                "MOUNT_READ_ONLY",
-                format!("nothing can be written to {STATE}"),
-            )
-            .why("its file system is mounted read-only; nothing was changed")
-            .hint(format!(
-                "mount it writable (`findmnt -T {STATE}` shows what is there), then run again"
-            ))
-            .into(),
-            _ => anyhow::Error::from(error).context(format!("opening {STATE}/lock")),
-        })?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(HostWriter { host: self.clone(), _lock: lock, made_state: made }),
-            Err(_) => Err(Failure::new(
-                Exit::Locked,
-                "LOCKED",
-                "another pipeops is at work on this machine",
-            )
-            .why(format!("{STATE}/lock is held"))
-            .hint("wait until it has ended, then run again")
-            .into()),
-        }
-    }
 }
 
-/// The right to change the machine: one holder at a time.
+/// The right to change the machine, as [`Host::lock`] gives it: one holder at a time.
 #[derive(Debug)]
 pub struct HostWriter {
     host: Host,
@@ -338,19 +295,6 @@ impl std::ops::Deref for HostWriter {
 }
 
 impl HostWriter {
-    /// Gives the lock back; a run that wrote no journal leaves not even its directory behind.
-    pub fn release(self) {
-        if self.made_state && !self.exists(&format!("{STATE}/journal.json")) {
-            self.forget_state();
-        }
-    }
-
-    /// Removes our state directory, which by now holds nothing but the lock.
-    pub fn forget_state(&self) {
-        let _ = fs::remove_file(self.at(STATE).join("lock"));
-        let _ = fs::remove_dir(self.at(STATE));
-    }
-
     /// Writes a file as a whole: beside it first, durable, then renamed.
     ///
     /// # Errors
@@ -438,76 +382,6 @@ impl HostWriter {
     pub fn remove_empty(&self, path: &str) -> bool {
         let _ = fs::remove_dir(self.at(path));
         !self.exists(path)
-    }
-
-    /// Removes a tree without leaving its file system and without following links; `keep` names subtrees that stay.
-    ///
-    /// Gives what is left: paths on other file systems, and the kept ones.
-    pub fn remove_tree(&self, path: &str, keep: &[String]) -> anyhow::Result<Vec<String>> {
-        // asked of the table, never of the mount: one whose server is gone answers nobody, not even a stat
-        let mounts: Vec<String> =
-            self.mounts_under(path).into_iter().map(|(mount, _)| mount).collect();
-        if mounts.iter().any(|m| m == path) {
-            return Ok(vec![path.to_owned()]);
-        }
-        let Ok(top) = fs::symlink_metadata(self.at(path)) else { return Ok(Vec::new()) };
-        let mut left = Vec::new();
-        if top.is_dir() {
-            self.remove_below(path, top.dev(), &mounts, keep, &mut left)?;
-        } else {
-            self.remove(path)?;
-        }
-        Ok(left)
-    }
-
-    fn remove_below(
-        &self,
-        path: &str,
-        device: u64,
-        mounts: &[String],
-        keep: &[String],
-        left: &mut Vec<String>,
-    ) -> anyhow::Result<()> {
-        if keep.iter().any(|k| k == path) {
-            left.push(path.to_owned());
-            return Ok(());
-        }
-        let entries = fs::read_dir(self.at(path)).with_context(|| format!("reading {path}"))?;
-        for entry in entries {
-            let entry = entry.with_context(|| format!("reading {path}"))?;
-            let name =
-                format!("{}/{}", path.trim_end_matches('/'), entry.file_name().to_string_lossy());
-            if mounts.contains(&name) {
-                left.push(name);
-                continue;
-            }
-            let meta = match fs::symlink_metadata(entry.path()) {
-                Ok(meta) => meta,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(e).with_context(|| format!("looking at {name}")),
-            };
-            if meta.is_dir() {
-                if meta.dev() == device {
-                    self.remove_below(&name, device, mounts, keep, left)?;
-                } else {
-                    left.push(name);
-                }
-            } else if let Err(e) = fs::remove_file(entry.path())
-                && e.kind() != io::ErrorKind::NotFound
-            {
-                return Err(e).with_context(|| format!("removing {name}"));
-            }
-        }
-        let below = format!("{}/", path.trim_end_matches('/'));
-        if !left.iter().any(|l| l.starts_with(&below)) {
-            match fs::remove_dir(self.at(path)) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(e).with_context(|| format!("removing {path}"));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
     }
 
     /// A symbolic link.
