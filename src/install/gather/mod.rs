@@ -1,30 +1,48 @@
 //! Fills `Facts` from the machine, once, without changing it.
-#![expect(
-    clippy::disallowed_methods,
-    clippy::disallowed_types,
-    reason = "part of the door to the machine"
-)]
 
+mod disks;
+mod k3s;
 mod links;
 mod mounts;
+mod sockets;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, OpenOptions};
-use std::io::Write as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::host::paths::AGENT_USER;
 use crate::host::{Host, program::Output};
-use crate::install::effective_settings::{EffectiveSettings, flag_of_variable, read_file};
-use crate::install::facts::{
-    Account, Clock, Disk, Facts, K3s, Listener, Modules, Resolver, Selinux, SettingsFile, User,
-    parse,
-};
+use crate::install::effective_settings::EffectiveSettings;
+use crate::install::facts::{Account, Clock, Facts, Modules, Resolver, Selinux, User, parse};
 use crate::install::settings::Settings;
 use crate::k3s::role::NodeRole;
 
+pub use k3s::api_port;
+
 const ASK: Duration = Duration::from_secs(5);
+/// Directories whose file systems must have room.
+const DISKS: [&str; 5] =
+    ["/var/lib/rancher", "/var/lib/kubelet", "/usr/local/bin", "/var/log", "/tmp"];
+/// Where distributions keep the certificates of public authorities.
+const TRUST_STORES: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+/// Programs that a check or a step depends on.
+const PROGRAMS: [&str; 11] = [
+    "modprobe",
+    "mount",
+    "umount",
+    "nft",
+    "iptables",
+    "kubectl",
+    "helm",
+    "ip",
+    "apparmor_parser",
+    "useradd",
+    "fuse-overlayfs",
+];
 
 /// Whether the machine may be touched for a measurement that leaves no trace.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,17 +62,6 @@ pub async fn gather(
 ) -> Facts {
     let text = |path: &str| host.text(path);
     let kernel = text("/proc/sys/kernel/osrelease").trim().to_owned();
-    let selinux = match text("/sys/fs/selinux/enforce").trim() {
-        "1" => "enforcing",
-        "0" => "permissive",
-        _ => "disabled",
-    };
-    let resolver = |path: &str| host.read(path).ok().flatten().map(|t| parse::resolv_conf(&t));
-    let resolver = Resolver {
-        etc: resolver("/etc/resolv.conf"),
-        systemd: resolver("/run/systemd/resolve/resolv.conf"),
-        chosen: None,
-    };
     let unified = host.read("/sys/fs/cgroup/cgroup.controllers").ok().flatten();
     let ((interfaces, routes, ip_fault), account, iptables, systemd, firewalld) = tokio::join!(
         links::network(host),
@@ -63,39 +70,27 @@ pub async fn gather(
         host.ask("systemctl", &["--version"], ASK),
         host.unit("firewalld.service"),
     );
-    let said = |output: anyhow::Result<Output>| output.map(|o| o.stdout).unwrap_or_default();
-    let systemd = said(systemd);
-    let machine = text("/proc/sys/kernel/arch");
-    let uname = nix::sys::utsname::uname();
-    let machine = match machine.trim() {
-        "" => uname.map(|u| u.machine().to_string_lossy().into_owned()).unwrap_or_default(),
-        known => known.to_owned(),
-    };
+    let stdout = |output: anyhow::Result<Output>| output.map(|o| o.stdout).unwrap_or_default();
     Facts {
         uid: if host.is_machine() { nix::unistd::geteuid().as_raw() } else { 0 },
         init: text("/proc/1/comm").trim().to_owned(),
-        systemd: systemd
-            .split_whitespace()
-            .nth(1)
-            .and_then(|v| parse::numbers(v).first().copied())
-            .unwrap_or(0),
-        machine,
+        systemd: systemd_version(&stdout(systemd)),
+        machine: machine(host),
         hostname: text("/proc/sys/kernel/hostname").trim().to_owned(),
         machine_id: text("/etc/machine-id").trim().to_owned(),
         os: parse::os_release(&text("/etc/os-release")),
         cpus: parse::cpus(&text("/proc/cpuinfo")),
         memory_bytes: memory(host),
         swap_bytes: parse::meminfo(&text("/proc/meminfo"), "SwapTotal"),
-        disks: ["/var/lib/rancher", "/var/lib/kubelet", "/usr/local/bin", "/var/log", "/tmp"]
-            .iter()
-            .filter_map(|p| disk(host, p))
-            .collect(),
+        disks: DISKS.iter().filter_map(|path| disks::disk(host, path)).collect(),
         mounts: mounts::gather(host),
         // below another root lies some directory of this machine, whose disk says nothing about the other's
-        fsync_p99_us: (probe == Probe::Disk && host.is_machine()).then(|| fsync(host)).flatten(),
-        listeners: listeners(host),
+        fsync_p99_us: (probe == Probe::Disk && host.is_machine())
+            .then(|| disks::fsync_p99_us(host))
+            .flatten(),
+        listeners: sockets::listeners(host),
         clock: clock(host),
-        resolver,
+        resolver: resolver(host),
         routes,
         interfaces,
         route_to_server: None,
@@ -109,48 +104,64 @@ pub async fn gather(
         ufw_active: parse::shell_variable(&text("/etc/ufw/ufw.conf"), "ENABLED")
             .is_some_and(|v| v.eq_ignore_ascii_case("yes")),
         apparmor: apparmor(host),
-        cmdline_source: boot(host),
+        cmdline_source: cmdline_source(host),
         account,
-        selinux: Selinux {
-            mode: selinux.into(),
-            k3s_policy: ["targeted", "minimum", "mls"]
-                .iter()
-                .any(|p| host.exists(&format!("/var/lib/selinux/{p}/active/modules/200/k3s")))
-                || host.exists("/usr/share/selinux/packages/k3s.pp"),
-        },
-        iptables: parse::iptables(&said(iptables)),
+        selinux: selinux(host),
+        iptables: parse::iptables(&stdout(iptables)),
         proxy: proxy(env),
-        trust_store: [
-            "/etc/ssl/certs/ca-certificates.crt",
-            "/etc/pki/tls/certs/ca-bundle.crt",
-            "/etc/ssl/ca-bundle.pem",
-            "/etc/ssl/cert.pem",
-        ]
-        .iter()
-        .any(|p| host.exists(p)),
-        k3s: k3s_facts(host, ours, env).await,
-        other_kubernetes: other(host),
-        programs: [
-            "modprobe",
-            "mount",
-            "umount",
-            "nft",
-            "iptables",
-            "kubectl",
-            "helm",
-            "ip",
-            "apparmor_parser",
-            "useradd",
-            "fuse-overlayfs",
-        ]
-        .iter()
-        .filter_map(|p| Some(((*p).to_owned(), host.which(p)?.to_string_lossy().into_owned())))
-        .collect(),
+        trust_store: TRUST_STORES.iter().any(|path| host.exists(path)),
+        k3s: k3s::facts(host, ours, env).await,
+        other_kubernetes: k3s::other_kubernetes(host),
+        programs: PROGRAMS
+            .iter()
+            .filter_map(|p| Some(((*p).to_owned(), host.which(p)?.to_string_lossy().into_owned())))
+            .collect(),
         current_hostname: None,
         readable: Vec::new(),
         retired_ingress: None,
         traefik: false,
         kernel,
+    }
+}
+
+fn systemd_version(said: &str) -> u32 {
+    said.split_whitespace()
+        .nth(1)
+        .and_then(|version| parse::numbers(version).first().copied())
+        .unwrap_or(0)
+}
+
+/// As `uname -m` says it.
+fn machine(host: &Host) -> String {
+    match host.text("/proc/sys/kernel/arch").trim() {
+        "" => nix::sys::utsname::uname()
+            .map(|u| u.machine().to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        known => known.to_owned(),
+    }
+}
+
+fn resolver(host: &Host) -> Resolver {
+    let read = |path: &str| host.read(path).ok().flatten().map(|text| parse::resolv_conf(&text));
+    Resolver {
+        etc: read("/etc/resolv.conf"),
+        systemd: read("/run/systemd/resolve/resolv.conf"),
+        chosen: None,
+    }
+}
+
+fn selinux(host: &Host) -> Selinux {
+    let mode = match host.text("/sys/fs/selinux/enforce").trim() {
+        "1" => "enforcing",
+        "0" => "permissive",
+        _ => "disabled",
+    };
+    Selinux {
+        mode: mode.into(),
+        k3s_policy: ["targeted", "minimum", "mls"]
+            .iter()
+            .any(|p| host.exists(&format!("/var/lib/selinux/{p}/active/modules/200/k3s")))
+            || host.exists("/usr/share/selinux/packages/k3s.pp"),
     }
 }
 
@@ -164,86 +175,6 @@ fn memory(host: &Host) -> u64 {
         Some(limit) if limit > 0 && limit < total => limit,
         _ => total,
     }
-}
-
-/// The file system that holds the nearest existing parent of `path`.
-fn disk(host: &Host, path: &str) -> Option<Disk> {
-    let real = existing(host, path);
-    let stat = nix::sys::statvfs::statvfs(&real).ok()?;
-    let block = stat.fragment_size();
-    Some(Disk {
-        path: path.to_owned(),
-        available_bytes: stat.blocks_available().saturating_mul(block),
-        total_bytes: stat.blocks().saturating_mul(block),
-        inodes_free: stat.files_available(),
-        inodes_total: stat.files(),
-        device: fs::metadata(&real).ok()?.dev(),
-    })
-}
-
-fn existing(host: &Host, path: &str) -> std::path::PathBuf {
-    let mut real = host.at(path);
-    while !real.exists() && real.pop() {}
-    real
-}
-
-/// 99th percentile of 60 durable writes to an unnamed file: nothing appears in the tree, nothing is left after a crash.
-fn fsync(host: &Host) -> Option<u64> {
-    let dir = existing(host, "/var/lib/rancher");
-    let mut file = OpenOptions::new()
-        .write(true)
-        .custom_flags(nix::fcntl::OFlag::O_TMPFILE.bits())
-        .mode(0o600)
-        .open(dir)
-        .ok()?;
-    let (block, start) = ([0x5a; 2300], Instant::now());
-    let mut times = Vec::new();
-    while times.len() < 60 && start.elapsed() < Duration::from_secs(3) {
-        let before = Instant::now();
-        file.write_all(&block).ok()?;
-        file.sync_data().ok()?;
-        times.push(u64::try_from(before.elapsed().as_micros()).unwrap_or(u64::MAX));
-    }
-    times.sort_unstable();
-    times.get(times.len().saturating_sub(1).min(times.len() * 99 / 100)).copied()
-}
-
-fn listeners(host: &Host) -> Vec<Listener> {
-    let mut found = Vec::new();
-    for (file, protocol) in [("tcp", "tcp"), ("tcp6", "tcp"), ("udp", "udp"), ("udp6", "udp")] {
-        found.extend(parse::sockets(&host.text(&format!("/proc/net/{file}")), protocol));
-    }
-    let wanted: BTreeSet<u64> = found.iter().map(|(_, inode)| *inode).collect();
-    let owners = if wanted.is_empty() { BTreeMap::new() } else { owners(host, &wanted) };
-    found
-        .into_iter()
-        .map(|(mut listener, inode)| {
-            if let Some((pid, name)) = owners.get(&inode) {
-                listener.pid = Some(*pid);
-                listener.process = Some(name.clone());
-            }
-            listener
-        })
-        .collect()
-}
-
-/// Which process holds each socket, by the links in `/proc/PID/fd`.
-fn owners(host: &Host, wanted: &BTreeSet<u64>) -> BTreeMap<u64, (u32, String)> {
-    let mut found = BTreeMap::new();
-    for pid in host.list("/proc").iter().filter_map(|n| n.parse::<u32>().ok()) {
-        for fd in host.list(&format!("/proc/{pid}/fd")) {
-            let inode = host
-                .link_target(&format!("/proc/{pid}/fd/{fd}"))
-                .and_then(|t| t.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok())
-                .filter(|i| wanted.contains(i));
-            if let Some(inode) = inode {
-                found.entry(inode).or_insert_with(|| {
-                    (pid, host.text(&format!("/proc/{pid}/comm")).trim().to_owned())
-                });
-            }
-        }
-    }
-    found
 }
 
 fn clock(host: &Host) -> Clock {
@@ -312,7 +243,7 @@ fn apparmor(host: &Host) -> bool {
 }
 
 /// The file that the kernel's command line comes from.
-fn boot(host: &Host) -> Option<String> {
+fn cmdline_source(host: &Host) -> Option<String> {
     let found = [
         // Raspberry Pi OS 12 and Ubuntu; what Raspberry Pi OS 12 keeps at the old place only says so
         "/boot/firmware/cmdline.txt",
@@ -358,66 +289,7 @@ async fn account(host: &Host) -> Account {
     Account { user, gid }
 }
 
-/// The port of supervisor and API that k3s on this machine was told, by us or by anybody; 6443 when by nobody.
-pub fn api_port(host: &Host) -> u16 {
-    let path = crate::host::paths::DROP_IN;
-    let entries =
-        host.read(path).ok().flatten().and_then(|text| read_file(&text).ok()).unwrap_or_default();
-    let ours = SettingsFile { path: path.into(), entries, ..SettingsFile::default() };
-    EffectiveSettings::on_machine(&settings_files(host, None), &ours).api_port()
-}
-
-/// What k3s reads beside our own file, in its order: variables of the unit, `config.yaml`, `config.yaml.d` by name.
-fn settings_files(host: &Host, ours: Option<NodeRole>) -> Vec<SettingsFile> {
-    let unit = ours.unwrap_or(NodeRole::Server).unit();
-    let variables = format!("/etc/systemd/system/{unit}.env");
-    let text = host.text(&variables);
-    let entries: Vec<(String, serde_json::Value)> = [
-        "K3S_DATA_DIR",
-        "K3S_NODE_NAME",
-        "K3S_RESOLV_CONF",
-        "K3S_LB_SERVER_PORT",
-        "K3S_SUPERVISOR_PORT",
-        "K3S_APISERVER_PORT",
-        "K3S_CLUSTER_INIT",
-        "K3S_KUBECONFIG_MODE",
-    ]
-    .into_iter()
-    .filter_map(|name| {
-        Some((flag_of_variable(name)?.to_owned(), parse::shell_variable(&text, name)?.into()))
-    })
-    .collect();
-    let mut found = Vec::new();
-    if !entries.is_empty() {
-        found.push(SettingsFile { path: variables, entries, ..SettingsFile::default() });
-    }
-    let dir = "/etc/rancher/k3s/config.yaml.d";
-    let own = crate::host::paths::DROP_IN.rsplit('/').next().unwrap_or_default().to_owned();
-    let mut paths = vec![("/etc/rancher/k3s/config.yaml".to_owned(), false)];
-    paths.extend(
-        host.list(dir).into_iter().filter(|n| *n != own).map(|n| (format!("{dir}/{n}"), n > own)),
-    );
-    for (path, after) in paths {
-        let lower = path.to_ascii_lowercase();
-        if !(lower.ends_with(".yaml") || lower.ends_with(".yml")) || host.is_dir(&path) {
-            continue;
-        }
-        let read = match host.read(&path) {
-            Ok(None) => continue,
-            Ok(Some(text)) => read_file(&text),
-            // who is not root is told so first
-            Err(_) => continue,
-        };
-        let (entries, fault) = match read {
-            Ok(entries) => (entries, None),
-            Err(why) => (Vec::new(), Some(why)),
-        };
-        found.push(SettingsFile { path, after, entries, fault });
-    }
-    found
-}
-
-/// The second look, once it is known what was chosen: the file of name servers and directories elsewhere.
+/// Facts that depend on the settings: the file of name servers, and directories elsewhere.
 pub fn gather_configured(host: &Host, facts: &mut Facts, settings: &Settings) {
     let effective = EffectiveSettings::of(facts, settings);
     facts.resolver.chosen = effective.resolv_conf().map(|path| {
@@ -426,91 +298,6 @@ pub fn gather_configured(host: &Host, facts: &mut Facts, settings: &Settings) {
     });
     let kubelet = effective.kubelet_dir();
     if facts.disks.iter().all(|d| d.path != kubelet) {
-        facts.disks.extend(disk(host, &kubelet));
-    }
-}
-
-async fn k3s_facts(host: &Host, ours: Option<NodeRole>, env: &BTreeMap<String, String>) -> K3s {
-    let version = match host.which("k3s").is_some() && host.exists(crate::k3s::paths::BINARY) {
-        true => host
-            .ask("k3s", &["--version"], ASK)
-            .await
-            .ok()
-            .and_then(|o| o.stdout.split_whitespace().nth(2).map(str::to_owned)),
-        false => None,
-    };
-    let mut foreign = Vec::new();
-    if ours.is_none() {
-        for path in [
-            crate::k3s::paths::BINARY,
-            "/usr/bin/k3s",
-            "/opt/bin/k3s",
-            "/usr/local/bin/k3s-uninstall.sh",
-            "/usr/local/bin/k3s-agent-uninstall.sh",
-        ] {
-            if host.exists(path) {
-                foreign.push(format!("{path} exists"));
-            }
-        }
-        for dir in ["/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"] {
-            foreign.extend(
-                host.list(dir)
-                    .iter()
-                    .filter(|n| n.starts_with("k3s") && n.ends_with(".service"))
-                    .map(|n| format!("unit {n}")),
-            );
-        }
-        foreign.dedup();
-        if foreign.is_empty() && host.exists("/etc/rancher/k3s/config.yaml") {
-            foreign.push("/etc/rancher/k3s/config.yaml exists".into());
-        }
-    }
-    let unit = ours.unwrap_or(NodeRole::Server).unit();
-    K3s {
-        version,
-        // on its way up or down counts: the ports are its own then too
-        active: ours.is_some()
-            && host
-                .unit(unit)
-                .await
-                .is_ok_and(|u| !matches!(u.active.as_str(), "inactive" | "failed" | "")),
-        foreign,
-        ours,
-        server_data: host.exists("/var/lib/rancher/k3s/server/db"),
-        server_token: host.exists("/var/lib/rancher/k3s/server/token"),
-        token_differs: false,
-        node_password: host.exists(crate::k3s::paths::NODE_PASSWORD),
-        files: settings_files(host, ours),
-        environment: env
-            .iter()
-            .filter(|(name, value)| !value.is_empty() && flag_of_variable(name).is_some())
-            .map(|(n, _)| n.clone())
-            .collect(),
-    }
-}
-
-fn other(host: &Host) -> Vec<String> {
-    [
-        ("/etc/kubernetes/kubelet.conf", "kubeadm"),
-        ("/var/snap/microk8s", "microk8s"),
-        ("/etc/k0s", "k0s"),
-        ("/etc/rancher/rke2", "rke2"),
-        ("/etc/systemd/system/kubelet.service", "a kubelet of its own"),
-    ]
-    .iter()
-    .filter(|(path, _)| host.exists(path))
-    .map(|(path, name)| format!("{name} ({path})"))
-    .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durable_writes_are_timed_and_leave_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        assert!(fsync(&Host::new(dir.path(), None)).is_some_and(|micros| micros > 0));
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        facts.disks.extend(disks::disk(host, &kubelet));
     }
 }

@@ -28,7 +28,7 @@ pub(super) fn gather(host: &Host) -> Vec<Mount> {
 }
 
 fn mount(host: &Host, mountinfo: &str, path: &str) -> Mount {
-    let there = super::existing(host, path);
+    let there = super::disks::existing(host, path);
     let rest =
         host.at(path).strip_prefix(&there).map(std::path::Path::to_owned).unwrap_or_default();
     // a link may lead to another disk
