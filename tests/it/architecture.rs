@@ -128,7 +128,6 @@ const MOST_LINES: usize = 500;
 const TO_SPLIT: &[(&str, usize)] = &[
     ("install/checks/tests/cases.rs", 618),
     ("install/checks/tests/mod.rs", 647),
-    ("install/settings/mod.rs", 585),
 ];
 
 fn sources(dir: &Path, found: &mut Vec<(String, String)>) {
