@@ -6,6 +6,7 @@
 )]
 
 mod digests;
+pub mod download;
 pub mod fetch;
 mod lock;
 pub mod mountinfo;
@@ -15,6 +16,7 @@ pub mod program;
 mod remove;
 pub mod state;
 pub mod systemd;
+mod user_files;
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};

@@ -1,8 +1,8 @@
 //! Which k3s is installed, from where, and who vouches for it: resolved before anything is written.
 
 use crate::base::error::{Exit, Failure};
-use crate::host::Host;
-use crate::host::fetch::{self, Artifact, ArtifactSource};
+use crate::host::fetch::{Artifact, ArtifactSource};
+use crate::host::{Host, download};
 use crate::install::engine::journal::Journal;
 use crate::install::facts::Facts;
 use crate::install::plan::Resource;
@@ -43,7 +43,7 @@ pub async fn version(
         return Ok(version.clone());
     }
     if let Some(channel) = &settings.channel {
-        return Ok(fetch::channel(&place(CHANNELS, "PIPEOPS_TEST_CHANNELS"), channel).await?);
+        return Ok(download::channel(&place(CHANNELS, "PIPEOPS_TEST_CHANNELS"), channel).await?);
     }
     if let Some(version) = server {
         return Ok(version.clone());
@@ -205,7 +205,7 @@ pub async fn resolve(
     let official = place(RELEASES, "PIPEOPS_TEST_RELEASES");
     // the login of a mirror is sent to it and stands in no plan
     let base =
-        options.artifact_url.as_deref().map_or_else(|| official.clone(), fetch::without_login);
+        options.artifact_url.as_deref().map_or_else(|| official.clone(), download::without_login);
     let base = base.trim_end_matches('/');
     let source = ArtifactSource::Url(format!("{base}/{}/{}", version.in_url(), arch.binary));
     let (digest, trust) = match (&options.k3s_sha256, known_digest(&version, arch.binary)) {
@@ -219,7 +219,7 @@ pub async fn resolve(
                 version.in_url(),
                 arch.checksums
             );
-            let list = match fetch::small(&list_url).await {
+            let list = match download::text(&list_url).await {
                 Ok(list) => list,
                 Err(failure) if options.artifact_url.is_some() => {
                     return Err(Failure::new(

@@ -41,7 +41,8 @@ const INSIDE: &[(&str, Rows)] = &[
         &[
             &["digests", "mountinfo", "paths"],
             &["mod"],
-            &["fetch", "lock", "plans", "program", "remove", "state", "systemd"],
+            &["download", "lock", "plans", "program", "remove", "state", "systemd", "user_files"],
+            &["fetch"],
         ],
     ),
     ("contract", &[&["types"], &["token"], &["operation"]]),

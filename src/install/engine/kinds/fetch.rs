@@ -3,7 +3,7 @@
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::host::fetch::{self, Artifact, ArtifactSource};
-use crate::host::{Host, HostWriter};
+use crate::host::{Host, HostWriter, download};
 use crate::install::engine::context::{Secrets, StepContext};
 use crate::install::engine::files::{self, keep_edit, keep_edit_before_write, make_parent};
 use crate::install::engine::journal::{Journal, JournalEntry, PriorState};
@@ -13,7 +13,7 @@ use crate::install::plan::{ProgressEvent, SecretName, Step, StepStatus};
 fn login<'a>(artifact: &Artifact, secrets: &'a Secrets) -> Option<&'a Secret> {
     let login = secrets.get(&SecretName::ArtifactLogin)?;
     let ArtifactSource::Url(url) = &artifact.source else { return None };
-    let base = fetch::without_login(login.expose());
+    let base = download::without_login(login.expose());
     url.starts_with(&format!("{}/", base.trim_end_matches('/'))).then_some(login)
 }
 

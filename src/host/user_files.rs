@@ -1,0 +1,102 @@
+//! Files of the user's, by the path that was typed: never below another root.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+
+use super::Host;
+use crate::base::error::Failure;
+
+impl Host {
+    /// Text of a file of the user's (offline directory, token file), outside any sandbox root.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn users_file(&self, path: &str) -> anyhow::Result<String> {
+        let bytes = fs::read(path).with_context(|| format!("reading {path}"))?;
+        String::from_utf8(bytes).ok().with_context(|| format!("{path} is not text"))
+    }
+
+    /// Writes a new file of the user's with secrets in it, mode 0600: durable, or not there.
+    ///
+    /// # Errors
+    /// Exit 2 when it exists; else names the file.
+    pub fn users_new_file(&self, path: &str, content: &str) -> anyhow::Result<()> {
+        let opened = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path);
+        let mut file = opened.map_err(|e| match e.kind() {
+            std::io::ErrorKind::AlreadyExists => anyhow::Error::new(
+                Failure::usage("FILE_EXISTS", format!("{path} exists already"))
+                    .hint("name a new file"),
+            ),
+            _ => anyhow::Error::new(e).context(format!("writing {path}")),
+        })?;
+        let written = file.write_all(content.as_bytes()).and_then(|()| file.sync_all());
+        written
+            .inspect_err(|_| drop(fs::remove_file(path)))
+            .with_context(|| format!("writing {path}"))
+    }
+
+    /// Names in a directory of the user's.
+    ///
+    /// # Errors
+    /// Names the directory.
+    pub fn users_dir(&self, path: &str) -> anyhow::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path).with_context(|| format!("reading {path}"))? {
+            names.push(
+                entry
+                    .with_context(|| format!("reading {path}"))?
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned(),
+            );
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// sha256 of a file of the user's.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn users_sha256(&self, path: &str) -> anyhow::Result<String> {
+        let machine = Host { root: "/".into(), ..self.clone() };
+        machine.sha256(path)?.with_context(|| format!("{path} is not there"))
+    }
+
+    /// Writes a file for the user, for example a saved plan: mode 0600, also where one of another mode was there.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn write_for_user(&self, path: &str, text: &str) -> anyhow::Result<()> {
+        let attempt = || -> std::io::Result<()> {
+            // a link keeps its place; a pipe or a terminal is written to as it is
+            let real = fs::canonicalize(path).unwrap_or_else(|_| PathBuf::from(path));
+            if fs::metadata(&real).is_ok_and(|m| !m.is_file()) {
+                return OpenOptions::new().write(true).open(&real)?.write_all(text.as_bytes());
+            }
+            let name = real
+                .file_name()
+                .ok_or(std::io::ErrorKind::InvalidInput)?
+                .to_string_lossy()
+                .into_owned();
+            let beside = real.with_file_name(format!(".{name}.{}.new", std::process::id()));
+            let mut file =
+                OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside)?;
+            let written = file
+                .write_all(text.as_bytes())
+                .and_then(|()| file.sync_all())
+                .and_then(|()| fs::rename(&beside, &real));
+            written.inspect_err(|_| drop(fs::remove_file(&beside)))
+        };
+        attempt().with_context(|| format!("writing {path}"))
+    }
+
+    /// A path of the user's from the root on, so that it means the same in another directory.
+    pub fn users_path(&self, path: &str) -> String {
+        std::path::absolute(path).map_or_else(|_| path.to_owned(), |p| p.display().to_string())
+    }
+}
