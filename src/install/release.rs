@@ -7,7 +7,7 @@ use crate::install::engine::journal::Journal;
 use crate::install::facts::Facts;
 use crate::install::plan::Resource;
 use crate::install::planner::Release;
-use crate::install::settings::Settings;
+use crate::install::settings::{Options, Settings};
 use crate::k3s::paths::{BINARY, IMAGES_DIR};
 use crate::k3s::version::{Arch, CHANNELS, DEFAULT, RELEASES, Version, arch, known_digest, listed};
 
@@ -128,137 +128,162 @@ pub async fn resolve(
         )
     })?;
     let options = &settings.options;
-    let mut notes = Vec::new();
     if let Some(release) = journal
         .filter(|j| {
             j.complete && j.k3s_version == version.to_string() && options.k3s_sha256.is_none()
         })
         .and_then(|j| recorded(j, &version))
     {
-        return Ok(ResolvedRelease { release, notes });
+        return Ok(ResolvedRelease { release, notes: Vec::new() });
     }
-    let binary = |source: ArtifactSource, sha256: String, trust: &str| Artifact {
-        path: BINARY.into(),
-        mode: 0o755,
-        source,
-        sha256,
-        trust: trust.into(),
+    match &options.offline_dir {
+        Some(dir) => offline(host, dir, options, arch, version).await,
+        None => online(options, arch, version).await,
+    }
+}
+
+fn binary(source: ArtifactSource, sha256: String, trust: &str) -> Artifact {
+    Artifact { path: BINARY.into(), mode: 0o755, source, sha256, trust: trust.into() }
+}
+
+/// The digest of the k3s program that is known without asking anybody, and who vouches for it.
+fn known(options: &Options, version: &Version, arch: Arch) -> Option<(String, &'static str)> {
+    match (&options.k3s_sha256, known_digest(version, arch.binary)) {
+        (Some(given), _) => Some((given.to_ascii_lowercase(), "--k3s-sha256")),
+        (None, Some(known)) => Some((known.to_owned(), "the table in this program")),
+        (None, None) => None,
+    }
+}
+
+/// From a directory that the user has filled.
+async fn offline(
+    host: &Host,
+    dir: &str,
+    options: &Options,
+    arch: Arch,
+    version: Version,
+) -> anyhow::Result<ResolvedRelease> {
+    let own = offline_digest(host, dir, arch, arch.binary)?;
+    if let Ok(inside) = offline_version(host, dir, arch).await
+        && inside != version
+    {
+        return Err(Failure::new(
+            Exit::Verification,
+            "OFFLINE_VERSION",
+            format!("{dir} holds k3s {inside}, not {version}"),
+        )
+        .hint("copy that version into it, or leave --k3s-version out")
+        .into());
+    }
+    let mut notes = Vec::new();
+    let (digest, trust) = known(options, &version, arch).unwrap_or_else(|| {
+        notes.push(format!(
+            "k3s {version} is checked against the list beside it only, the weaker check: it proves an undamaged copy, not the origin"
+        ));
+        (own.clone(), "the list in the offline directory")
+    });
+    if digest != own {
+        return Err(Failure::new(
+            Exit::Verification,
+            "DIGEST_MISMATCH",
+            format!("{dir}/{} is not k3s {version}", arch.binary),
+        )
+        .why(format!("expected {digest} ({trust})"))
+        .why(format!("is       {own}"))
+        .hint("copy it again from the release, or name its version with --k3s-version")
+        .into());
+    }
+    let images = vec![offline_images(host, dir, arch)?];
+    let source = ArtifactSource::File(format!("{dir}/{}", arch.binary));
+    let release = Release { binary: binary(source, digest, trust), images, version };
+    Ok(ResolvedRelease { release, notes })
+}
+
+/// The archive of images in an offline directory.
+fn offline_images(host: &Host, dir: &str, arch: Arch) -> anyhow::Result<Artifact> {
+    let archives: Vec<String> =
+        host.users_dir(dir)?.into_iter().filter(|n| n.starts_with(arch.images)).collect();
+    let Some(archive) =
+        ["zst", "gz", "tar"].iter().find_map(|end| archives.iter().find(|a| a.ends_with(end)))
+    else {
+        return Err(incomplete(format!("{dir} has no {}.tar.zst, .tar.gz or .tar", arch.images))
+            .hint("without the images no pod of the system can start; copy the archive of the same release")
+            .into());
     };
-    if let Some(dir) = &options.offline_dir {
-        let own = offline_digest(host, dir, arch, arch.binary)?;
-        if let Ok(inside) = offline_version(host, dir, arch).await
-            && inside != version
-        {
-            return Err(Failure::new(
-                Exit::Verification,
-                "OFFLINE_VERSION",
-                format!("{dir} holds k3s {inside}, not {version}"),
-            )
-            .hint("copy that version into it, or leave --k3s-version out")
-            .into());
-        }
-        let (digest, trust) = match (&options.k3s_sha256, known_digest(&version, arch.binary)) {
-            (Some(given), _) => (given.to_ascii_lowercase(), "--k3s-sha256"),
-            (None, Some(known)) => (known.to_owned(), "the table in this program"),
-            (None, None) => (own.clone(), "the list in the offline directory"),
-        };
-        if digest != own {
-            return Err(Failure::new(
-                Exit::Verification,
-                "DIGEST_MISMATCH",
-                format!("{dir}/{} is not k3s {version}", arch.binary),
-            )
-            .why(format!("expected {digest} ({trust})"))
-            .why(format!("is       {own}"))
-            .hint("copy it again from the release, or name its version with --k3s-version")
-            .into());
-        }
-        if trust.contains("directory") {
-            notes.push(format!(
-                "k3s {version} is checked against the list beside it only, the weaker check: it proves an undamaged copy, not the origin"
-            ));
-        }
-        let mut images = Vec::new();
-        let archives: Vec<String> =
-            host.users_dir(dir)?.into_iter().filter(|n| n.starts_with(arch.images)).collect();
-        let Some(archive) =
-            ["zst", "gz", "tar"].iter().find_map(|end| archives.iter().find(|a| a.ends_with(end)))
-        else {
-            return Err(incomplete(format!("{dir} has no {}.tar.zst, .tar.gz or .tar", arch.images))
-                .hint("without the images no pod of the system can start; copy the archive of the same release")
-                .into());
-        };
-        let sha256 = offline_digest(host, dir, arch, archive)?;
-        images.push(Artifact {
-            path: format!("{IMAGES_DIR}/{archive}"),
-            mode: 0o644,
-            source: ArtifactSource::File(format!("{dir}/{archive}")),
-            sha256,
-            trust: "the list in the offline directory".into(),
-        });
-        let source = ArtifactSource::File(format!("{dir}/{}", arch.binary));
-        return Ok(ResolvedRelease {
-            release: Release { binary: binary(source, digest, trust), images, version },
-            notes,
-        });
-    }
+    Ok(Artifact {
+        path: format!("{IMAGES_DIR}/{archive}"),
+        mode: 0o644,
+        source: ArtifactSource::File(format!("{dir}/{archive}")),
+        sha256: offline_digest(host, dir, arch, archive)?,
+        trust: "the list in the offline directory".into(),
+    })
+}
+
+/// From the releases of k3s, or a mirror of them.
+async fn online(
+    options: &Options,
+    arch: Arch,
+    version: Version,
+) -> anyhow::Result<ResolvedRelease> {
     let official = place(RELEASES, "PIPEOPS_TEST_RELEASES");
     // the login of a mirror is sent to it and stands in no plan
     let base =
         options.artifact_url.as_deref().map_or_else(|| official.clone(), download::without_login);
     let base = base.trim_end_matches('/');
     let source = ArtifactSource::Url(format!("{base}/{}/{}", version.in_url(), arch.binary));
-    let (digest, trust) = match (&options.k3s_sha256, known_digest(&version, arch.binary)) {
-        (Some(given), _) => (given.to_ascii_lowercase(), "--k3s-sha256"),
-        (None, Some(known)) => (known.to_owned(), "the table in this program"),
-        (None, None) => {
-            // a mirror's own list proves nothing about the mirror: only the release's own place is asked
-            let list_url = format!(
-                "{}/{}/{}",
-                official.trim_end_matches('/'),
-                version.in_url(),
-                arch.checksums
-            );
-            let list = match download::text(&list_url).await {
-                Ok(list) => list,
-                Err(failure) if options.artifact_url.is_some() => {
-                    return Err(Failure::new(
-                        Exit::Verification,
-                        "DIGEST_UNKNOWN",
-                        format!("nobody but the mirror itself vouches for k3s {version}"),
-                    )
-                    .why(format!("this pipeops does not know the version, and the release's own list cannot be read: {}", failure.what))
-                    .hint("give the digest with --k3s-sha256, from a source that you trust")
-                    .into());
-                }
-                Err(failure) if failure.code == "NOT_FOUND" => {
-                    return Err(Failure::new(
-                        Exit::Network,
-                        "K3S_VERSION_UNKNOWN",
-                        format!("there is no k3s release {version}"),
-                    )
-                    .why(failure.what)
-                    .hint("see https://github.com/k3s-io/k3s/releases")
-                    .into());
-                }
-                Err(failure) => return Err(failure.into()),
-            };
+    let mut notes = Vec::new();
+    let (digest, trust) = match known(options, &version, arch) {
+        Some(known) => known,
+        None => {
+            let digest = published_digest(&official, options, arch, &version).await?;
             notes.push(format!("k3s {version} is not in this program's table; it is checked against the release's own list, the weaker check"));
-            let digest = listed(&list, arch.binary).ok_or_else(|| {
-                Failure::new(
-                    Exit::Verification,
-                    "DIGEST_UNKNOWN",
-                    format!("the release's list does not name {}", arch.binary),
-                )
-                .why(list_url)
-                .hint("try again later, or give --k3s-sha256")
-            })?;
             (digest, "the release's own list")
         }
     };
-    Ok(ResolvedRelease {
-        release: Release { binary: binary(source, digest, trust), images: Vec::new(), version },
-        notes,
+    let release = Release { binary: binary(source, digest, trust), images: Vec::new(), version };
+    Ok(ResolvedRelease { release, notes })
+}
+
+/// From the list that the release itself carries. A mirror's own list proves nothing about the mirror, so
+/// only the official place is asked.
+async fn published_digest(
+    official: &str,
+    options: &Options,
+    arch: Arch,
+    version: &Version,
+) -> Result<String, Failure> {
+    let list_url =
+        format!("{}/{}/{}", official.trim_end_matches('/'), version.in_url(), arch.checksums);
+    let list = match download::text(&list_url).await {
+        Ok(list) => list,
+        Err(failure) if options.artifact_url.is_some() => {
+            return Err(Failure::new(
+                Exit::Verification,
+                "DIGEST_UNKNOWN",
+                format!("nobody but the mirror itself vouches for k3s {version}"),
+            )
+            .why(format!("this pipeops does not know the version, and the release's own list cannot be read: {}", failure.what))
+            .hint("give the digest with --k3s-sha256, from a source that you trust"));
+        }
+        Err(failure) if failure.code == "NOT_FOUND" => {
+            return Err(Failure::new(
+                Exit::Network,
+                "K3S_VERSION_UNKNOWN",
+                format!("there is no k3s release {version}"),
+            )
+            .why(failure.what)
+            .hint("see https://github.com/k3s-io/k3s/releases"));
+        }
+        Err(failure) => return Err(failure),
+    };
+    listed(&list, arch.binary).ok_or_else(|| {
+        Failure::new(
+            Exit::Verification,
+            "DIGEST_UNKNOWN",
+            format!("the release's list does not name {}", arch.binary),
+        )
+        .why(list_url)
+        .hint("try again later, or give --k3s-sha256")
     })
 }
 

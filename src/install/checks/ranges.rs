@@ -136,83 +136,105 @@ pub(super) fn misfit(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> 
         ranges.iter().filter(|(n, _)| *n == name).map(|(_, r)| *r).collect()
     };
     let (pods, services) = (of("cluster"), of("service"));
+    let mut found = family_misfits(&pods, &services);
+    // with its own choice k3s follows the address; with somebody else's the address has to follow
+    found.extend(lacking_addresses(&network::node_addresses(facts, target.settings), &pods));
+    found.extend(size_misfits(&effective, &pods, &services));
+    for server in effective.list("cluster-dns") {
+        if server.parse::<IpAddr>().is_ok_and(|ip| !services.iter().any(|r| r.contains(ip))) {
+            found.push(misfit_of(
+                "the cluster's name server is outside the range of services",
+                format!("cluster-dns {server}; service-cidr {}", list(&services)),
+                "leave cluster-dns out: it is the tenth address of the range",
+            ));
+        }
+    }
+    found
+}
+
+fn misfit_of(what: &str, evidence: String, fix: &str) -> Finding {
+    Finding::new("CIDR_MISFIT", Level::Error, what, evidence).fix(fix)
+}
+
+/// Of each range whether it is IPv6.
+fn families(ranges: &[Cidr]) -> Vec<bool> {
+    ranges.iter().map(|c| c.address.is_ipv6()).collect()
+}
+
+fn list(ranges: &[Cidr]) -> String {
+    ranges.iter().map(text).collect::<Vec<_>>().join(",")
+}
+
+fn family_misfits(pods: &[Cidr], services: &[Cidr]) -> Vec<Finding> {
     let mut found = Vec::new();
-    let mut say = |what: &str, evidence: String, fix: &str| {
-        found.push(Finding::new("CIDR_MISFIT", Level::Error, what, evidence).fix(fix))
-    };
-    let families =
-        |list: &[Cidr]| -> Vec<bool> { list.iter().map(|c| c.address.is_ipv6()).collect() };
-    let list = |ranges: &[Cidr]| ranges.iter().map(text).collect::<Vec<_>>().join(",");
-    for (key, ranges) in [("cluster-cidr", &pods), ("service-cidr", &services)] {
+    for (key, ranges) in [("cluster-cidr", pods), ("service-cidr", services)] {
         let kinds = families(ranges);
         if kinds.len() > 2 || kinds.len() == 2 && kinds[0] == kinds[1] {
-            say(
+            found.push(misfit_of(
                 "a cluster has one range of each family at most",
                 format!("{key} {}", list(ranges)),
                 "give one IPv4 range, one IPv6 range, or one of each",
-            );
+            ));
         }
     }
-    if families(&pods) != families(&services) {
-        say(
+    if families(pods) != families(services) {
+        found.push(misfit_of(
             "the ranges of pods and services are of different families",
-            format!("cluster-cidr {}; service-cidr {}", list(&pods), list(&services)),
+            format!("cluster-cidr {}; service-cidr {}", list(pods), list(services)),
             "give both settings in the same families and the same order",
-        );
+        ));
     }
-    // with its own choice k3s follows the address; with somebody else's the address has to follow
-    let addresses = network::node_addresses(facts, target.settings);
+    found
+}
+
+fn lacking_addresses(addresses: &[IpAddr], pods: &[Cidr]) -> Option<Finding> {
     let lacking: Vec<&str> = [(false, "IPv4"), (true, "IPv6")]
         .into_iter()
         .filter(|(v6, _)| {
-            families(&pods).contains(v6) && !addresses.iter().any(|a| a.is_ipv6() == *v6)
+            families(pods).contains(v6) && !addresses.iter().any(|a| a.is_ipv6() == *v6)
         })
         .map(|f| f.1)
         .collect();
-    if !addresses.is_empty() && !lacking.is_empty() {
-        let have: Vec<String> = addresses.iter().map(ToString::to_string).collect();
-        say(
-            "the node has no address of a family that the ranges have",
-            format!(
-                "cluster-cidr {}; node addresses {}; lacking: {}",
-                list(&pods),
-                have.join(", "),
-                lacking.join(", ")
-            ),
-            "give this machine such an address and a default route for it, name it with --node-ip, or take that range out",
-        );
+    if addresses.is_empty() || lacking.is_empty() {
+        return None;
     }
-    for range in &services {
+    let have: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    Some(misfit_of(
+        "the node has no address of a family that the ranges have",
+        format!(
+            "cluster-cidr {}; node addresses {}; lacking: {}",
+            list(pods),
+            have.join(", "),
+            lacking.join(", ")
+        ),
+        "give this machine such an address and a default route for it, name it with --node-ip, or take that range out",
+    ))
+}
+
+fn size_misfits(effective: &EffectiveSettings, pods: &[Cidr], services: &[Cidr]) -> Vec<Finding> {
+    let mut found = Vec::new();
+    for range in services {
         // k8s.io/kubernetes, cmd/kube-apiserver/app/options/validation.go: 20 bits at most
         let least = if range.address.is_ipv6() { 108 } else { 12 };
         let (room, bits) =
             (u32::from(range.prefix), if range.address.is_ipv6() { 128 } else { 32 });
         if room < least || bits - room < 3 {
-            say(
+            found.push(misfit_of(
                 "the range of services has an impossible size",
                 format!("service-cidr {}", text(range)),
                 "use /16 for IPv4, /112 for IPv6",
-            );
+            ));
         }
     }
-    for range in &pods {
-        let (mask, key) = node_mask(&effective, range.address.is_ipv6(), pods.len() > 1);
+    for range in pods {
+        let (mask, key) = node_mask(effective, range.address.is_ipv6(), pods.len() > 1);
         // k8s.io/kubernetes, pkg/controller/nodeipam/ipam/cidrset: 16 bits at most
         if range.prefix > mask || mask - range.prefix > 16 {
-            say(
+            found.push(misfit_of(
                 "the range of pods cannot be cut into networks of nodes",
                 format!("cluster-cidr {}, {key} {mask}", text(range)),
                 "each node takes one network of that size: choose a wider range, or set kube-controller-manager-arg = [\"node-cidr-mask-size=…\"]",
-            );
-        }
-    }
-    for server in effective.list("cluster-dns") {
-        if server.parse::<IpAddr>().is_ok_and(|ip| !services.iter().any(|r| r.contains(ip))) {
-            say(
-                "the cluster's name server is outside the range of services",
-                format!("cluster-dns {server}; service-cidr {}", list(&services)),
-                "leave cluster-dns out: it is the tenth address of the range",
-            );
+            ));
         }
     }
     found
