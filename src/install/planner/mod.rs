@@ -58,8 +58,15 @@ fn dir(path: &str, mode: u32) -> Resource {
 
 /// Steps that put k3s on the machine, in either role.
 fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) -> Vec<Step> {
-    let unit = settings.role.unit();
-    let worker = settings.role == NodeRole::Worker;
+    let mut steps = directories(settings.role);
+    steps.extend(k3s_files(settings, release, drop_in));
+    steps.extend(k3s_service(facts, settings));
+    steps
+}
+
+/// What stands on the machine before k3s comes: directories, this program, and a worker's secrets.
+fn directories(role: NodeRole) -> Vec<Step> {
+    let worker = role == NodeRole::Worker;
     let mut steps = Vec::new();
     if worker {
         // First of all: the server has tied our name to this password already, so it must survive an aborted join.
@@ -108,8 +115,13 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
         "node-state",
         "take the machine as a node",
         "from here on k3s fills its directories",
-        Resource::Node { role: settings.role, dirs: config::state_dirs(settings.role) },
+        Resource::Node { role, dirs: config::state_dirs(role) },
     ));
+    steps
+}
+
+/// The settings of k3s, its program, its images, and the names under which it is called.
+fn k3s_files(settings: &Settings, release: &Release, drop_in: String) -> Vec<Step> {
     let why = match settings.role {
         NodeRole::Server if drop_in.contains("traefik") => {
             "every setting that we own, in one file; traefik is off: --components traefik asks for it"
@@ -121,7 +133,7 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
         None => FileContent::Text(drop_in),
     };
     let want = Resource::File { path: DROP_IN.into(), content, mode: 0o600, group: None };
-    steps.push(step("settings", "write the k3s settings", why, want));
+    let mut steps = vec![step("settings", "write the k3s settings", why, want)];
     if settings.options.registries.is_some() {
         steps.push(step(
             "registries",
@@ -154,6 +166,13 @@ fn base(facts: &Facts, settings: &Settings, release: &Release, drop_in: String) 
             Resource::Link { path, target: "k3s".into() },
         ));
     }
+    steps
+}
+
+/// What surrounds the unit of k3s, the unit itself, and its start.
+fn k3s_service(facts: &Facts, settings: &Settings) -> Vec<Step> {
+    let unit = settings.role.unit();
+    let mut steps = Vec::new();
     let env = format!("{UNITS}/{unit}.env");
     let mut inputs = vec![
         BINARY.to_owned(),
@@ -310,7 +329,6 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
         rbac.push_str(include_str!("../../../deployments/rbac-admin.yaml"));
     }
     let objects = |yaml: &str| Resource::Objects { yaml: yaml.into() };
-    let unit = |name: &str| format!("{UNITS}/{name}");
     let mut steps = vec![
         step(
             "namespaces",
@@ -343,7 +361,13 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
             secret(AGENT_TOKEN, SecretName::AgentToken),
         ),
     ];
-    for (id, name, content) in [
+    steps.extend(agent_units());
+    steps.extend(agent_starts());
+    steps
+}
+
+fn agent_units() -> impl Iterator<Item = Step> {
+    [
         (
             "agent-unit",
             "pipeops-agent.service",
@@ -364,14 +388,17 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
             "pipeops-agent-credential.timer",
             include_str!("../../../systemd/pipeops-agent-credential.timer"),
         ),
-    ] {
-        steps.push(step(
-            id,
-            format!("write {name}"),
-            "the agent under systemd",
-            text(&unit(name), content, 0o644),
-        ));
-    }
+    ]
+    .into_iter()
+    .map(|(id, name, content)| {
+        let file = text(&format!("{UNITS}/{name}"), content, 0o644);
+        step(id, format!("write {name}"), "the agent under systemd", file)
+    })
+}
+
+/// The starts of the agent's units, and the wait for it.
+fn agent_starts() -> Vec<Step> {
+    let unit = |name: &str| format!("{UNITS}/{name}");
     let credential_inputs = vec![unit("pipeops-agent-credential.service"), PIPEOPS.to_owned()];
     let agent_inputs = vec![
         unit("pipeops-agent.service"),
@@ -380,36 +407,37 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
         AGENT_TOKEN.into(),
     ];
     let start = |name: &str, inputs: Vec<String>| Resource::Unit { name: name.into(), inputs };
-    steps.push(step(
-        "credential-start",
-        "mint the agent's credential",
-        "24 hours, renewed by a timer",
-        start("pipeops-agent-credential.service", credential_inputs),
-    ));
-    steps.push(step(
-        "credential-timer",
-        "start the credential timer",
-        "every 8 hours",
-        start("pipeops-agent-credential.timer", vec![unit("pipeops-agent-credential.timer")]),
-    ));
-    steps.push(step(
-        "credential-path",
-        "watch for the agent's registration",
-        "its enrolment token is emptied then",
-        start("pipeops-agent-credential.path", vec![unit("pipeops-agent-credential.path")]),
-    ));
-    steps.push(step(
-        "agent-start",
-        "start the agent",
-        "enabled for the next boot too",
-        start("pipeops-agent.service", agent_inputs),
-    ));
     let ready = Resource::Ready {
         what: vec![WaitCondition::Credential, WaitCondition::Agent],
         within_s: 60,
     };
-    steps.push(step("agent-ready", "wait for the agent", "it answers on its socket", ready));
-    steps
+    vec![
+        step(
+            "credential-start",
+            "mint the agent's credential",
+            "24 hours, renewed by a timer",
+            start("pipeops-agent-credential.service", credential_inputs),
+        ),
+        step(
+            "credential-timer",
+            "start the credential timer",
+            "every 8 hours",
+            start("pipeops-agent-credential.timer", vec![unit("pipeops-agent-credential.timer")]),
+        ),
+        step(
+            "credential-path",
+            "watch for the agent's registration",
+            "its enrolment token is emptied then",
+            start("pipeops-agent-credential.path", vec![unit("pipeops-agent-credential.path")]),
+        ),
+        step(
+            "agent-start",
+            "start the agent",
+            "enabled for the next boot too",
+            start("pipeops-agent.service", agent_inputs),
+        ),
+        step("agent-ready", "wait for the agent", "it answers on its socket", ready),
+    ]
 }
 
 /// The plan that makes this machine a worker of `master`.
