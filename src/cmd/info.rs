@@ -112,11 +112,6 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
         k3s_version: journal.k3s_version.clone(),
         ..Info::default()
     };
-    let problem = |part: &str, what: String, next: &str| Problem {
-        part: part.into(),
-        what,
-        next: next.into(),
-    };
     if !journal.complete {
         info.problems.push(problem(
             "installation",
@@ -125,28 +120,14 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
         ));
     }
     let unit = journal.role.unit();
-    match host.unit(unit).await {
-        Ok(state) if state.running() => info.k3s = "running".into(),
-        Ok(state) => {
-            info.k3s = state.active.clone();
-            info.problems.push(problem(
-                "k3s",
-                format!("{unit} is {} ({})", state.active, state.sub),
-                &format!("journalctl -u {unit} -n 50; systemctl start {unit}"),
-            ));
-        }
-        Err(error) => {
-            info.problems.push(problem("k3s", format!("{error:#}"), "is systemd running?"))
-        }
-    }
-    let kubeconfig =
-        if journal.role == NodeRole::Server { ADMIN_KUBECONFIG } else { KUBELET_KUBECONFIG };
+    k3s_state(host, unit, &mut info).await;
+    let server = journal.role == NodeRole::Server;
+    let kubeconfig = if server { ADMIN_KUBECONFIG } else { KUBELET_KUBECONFIG };
     let cluster = match host.read(kubeconfig) {
         Ok(Some(_)) => Cluster::open(host, kubeconfig).map_err(|e| e.context("it is not valid")),
         Ok(None) => Err(anyhow::anyhow!("it is not there")),
         Err(error) => Err(error),
     };
-    let server = journal.role == NodeRole::Server;
     let (nodes, components, agent) = tokio::join!(
         async {
             match &cluster {
@@ -159,32 +140,14 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
         },
         async { if server { Some(agent(host).await) } else { None } },
     );
-    match (&cluster, nodes) {
-        (Err(error), _) => {
+    match &cluster {
+        Ok(_) => api_state(nodes, unit, &mut info),
+        Err(error) => {
             info.api = "unknown".into();
             info.problems.push(problem(
                 "kubeconfig",
                 format!("{kubeconfig}: {error:#}"),
                 &format!("k3s writes it at start: systemctl restart {unit}"),
-            ));
-        }
-        (Ok(_), Ok(nodes)) => {
-            info.api = "answers".into();
-            for node in nodes.iter().filter(|n| !n.ready) {
-                info.problems.push(problem(
-                    "node",
-                    format!("{} is not Ready: {}", node.name, node.note),
-                    &format!("kubectl describe node {}", node.name),
-                ));
-            }
-            info.nodes = nodes;
-        }
-        (Ok(_), Err(error)) => {
-            info.api = "away".into();
-            info.problems.push(problem(
-                "api",
-                format!("the Kubernetes API does not answer: {error}"),
-                &format!("journalctl -u {unit} -n 50"),
             ));
         }
     }
@@ -200,51 +163,7 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
         }
     }
     if let Some(agent) = agent {
-        if agent.unit != "active" {
-            info.problems.push(problem(
-                "agent",
-                format!("pipeops-agent.service is {}", agent.unit),
-                "journalctl -u pipeops-agent -n 50; systemctl start pipeops-agent",
-            ));
-        } else if agent.kubernetes != Some(KubernetesState::Connected) {
-            info.problems.push(problem(
-                "agent",
-                format!("the agent has no view of the cluster: {}", agent.note),
-                "systemctl start pipeops-agent-credential, then look again",
-            ));
-        } else if !matches!(
-            agent.control,
-            Some(
-                ControlPlaneState::Unenrolled
-                    | ControlPlaneState::Online
-                    | ControlPlaneState::Skewed
-            )
-        ) {
-            let next = match agent.control {
-                Some(ControlPlaneState::Unauthorized | ControlPlaneState::Expired) => {
-                    "run install-server again with a fresh AGENT_TOKEN"
-                }
-                Some(ControlPlaneState::Conflict) => {
-                    "on a copied machine: run install-server again with an AGENT_TOKEN of its own"
-                }
-                _ => {
-                    "check the way from this machine to the control plane; the agent goes on trying by itself"
-                }
-            };
-            info.problems.push(problem(
-                "agent",
-                format!("the control plane is not reached: {}", agent.note),
-                next,
-            ));
-        } else if agent.control != Some(ControlPlaneState::Unenrolled)
-            && agent.tunnel != Some(frp::TunnelState::Up)
-        {
-            info.problems.push(problem(
-                "agent",
-                format!("the tunnel is not up: {}", agent.note),
-                "the agent goes on trying by itself; the reason above says what to mend",
-            ));
-        }
+        info.problems.extend(agent_problem(&agent));
         for notice in &agent.notices {
             info.problems.push(problem(
                 "agent",
@@ -265,6 +184,90 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
         }
     }
     info
+}
+
+fn problem(part: &str, what: String, next: &str) -> Problem {
+    Problem { part: part.into(), what, next: next.into() }
+}
+
+async fn k3s_state(host: &Host, unit: &str, info: &mut Info) {
+    match host.unit(unit).await {
+        Ok(state) if state.running() => info.k3s = "running".into(),
+        Ok(state) => {
+            info.k3s = state.active.clone();
+            info.problems.push(problem(
+                "k3s",
+                format!("{unit} is {} ({})", state.active, state.sub),
+                &format!("journalctl -u {unit} -n 50; systemctl start {unit}"),
+            ));
+        }
+        Err(error) => {
+            info.problems.push(problem("k3s", format!("{error:#}"), "is systemd running?"))
+        }
+    }
+}
+
+fn api_state(nodes: Result<Vec<NodeStatus>, String>, unit: &str, info: &mut Info) {
+    match nodes {
+        Ok(nodes) => {
+            info.api = "answers".into();
+            for node in nodes.iter().filter(|n| !n.ready) {
+                info.problems.push(problem(
+                    "node",
+                    format!("{} is not Ready: {}", node.name, node.note),
+                    &format!("kubectl describe node {}", node.name),
+                ));
+            }
+            info.nodes = nodes;
+        }
+        Err(error) => {
+            info.api = "away".into();
+            info.problems.push(problem(
+                "api",
+                format!("the Kubernetes API does not answer: {error}"),
+                &format!("journalctl -u {unit} -n 50"),
+            ));
+        }
+    }
+}
+
+/// The first thing that is wrong with the agent, from its unit outward.
+fn agent_problem(agent: &AgentInfo) -> Option<Problem> {
+    use ControlPlaneState as State;
+    let found = |what: String, next: &str| Some(problem("agent", what, next));
+    if agent.unit != "active" {
+        return found(
+            format!("pipeops-agent.service is {}", agent.unit),
+            "journalctl -u pipeops-agent -n 50; systemctl start pipeops-agent",
+        );
+    }
+    if agent.kubernetes != Some(KubernetesState::Connected) {
+        return found(
+            format!("the agent has no view of the cluster: {}", agent.note),
+            "systemctl start pipeops-agent-credential, then look again",
+        );
+    }
+    if !matches!(agent.control, Some(State::Unenrolled | State::Online | State::Skewed)) {
+        let next = match agent.control {
+            Some(State::Unauthorized | State::Expired) => {
+                "run install-server again with a fresh AGENT_TOKEN"
+            }
+            Some(State::Conflict) => {
+                "on a copied machine: run install-server again with an AGENT_TOKEN of its own"
+            }
+            _ => {
+                "check the way from this machine to the control plane; the agent goes on trying by itself"
+            }
+        };
+        return found(format!("the control plane is not reached: {}", agent.note), next);
+    }
+    if agent.control != Some(State::Unenrolled) && agent.tunnel != Some(frp::TunnelState::Up) {
+        return found(
+            format!("the tunnel is not up: {}", agent.note),
+            "the agent goes on trying by itself; the reason above says what to mend",
+        );
+    }
+    None
 }
 
 /// Bounds a part, and flattens its error to one line.

@@ -8,8 +8,8 @@ use crate::base::error::{Exit, Failure};
 use crate::cli::{OutputFormat, Uninstall};
 use crate::host::paths::{JOIN_TOKEN, LOGS, STATE};
 use crate::host::{Host, HostWriter, Owner};
-use crate::install::engine;
 use crate::install::engine::journal::{Journal, PATH};
+use crate::install::engine::{self, Outcome};
 use crate::install::plan::{ProgressEvent, Resource, step_id};
 use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD};
 use crate::k3s::role::NodeRole;
@@ -34,21 +34,19 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         );
         return Ok(Exit::Done);
     };
-    printer.say(&format!("uninstall on {}:", journal.node));
-    for entry in
-        journal.entries.iter().rev().filter(|e| !matches!(e.want, Resource::Objects { .. }))
-    {
-        printer.say(&format!("  - undo: {}", entry.title));
-        if let Resource::Node { dirs, .. } = &entry.want {
-            dirs.iter().for_each(|d| printer.say(&format!("      {d}")));
-        }
-    }
+    announce(&mut printer, &journal);
     if args.dry_run {
         printer.data(&format!(
             "{} would be undone; nothing was written",
             plural(journal.entries.len(), "step")
         ));
-        printer.document(&json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": "dry_run", "steps": journal.entries.iter().rev().map(|e| &e.title).collect::<Vec<_>>()}));
+        let steps: Vec<&String> = journal.entries.iter().rev().map(|e| &e.title).collect();
+        printer.document(&json!({
+            "schema": "pipeops.result/v1",
+            "command": "uninstall",
+            "result": "dry_run",
+            "steps": steps,
+        }));
         return Ok(Exit::Done);
     }
     let writer = host.lock()?;
@@ -86,14 +84,40 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
             .filter(|(_, why)| !outcome.left.iter().any(|l| why.contains(l.as_str())))
             .map(|(title, why)| format!("{title}: {why}")),
     );
-    if outcome.failed.is_empty() {
+    let done = outcome.failed.is_empty();
+    if done {
         writer.remove(PATH)?;
         writer.remove_tree(&format!("{STATE}/backup"), &[])?;
     }
     left.extend(residue(&writer, &left));
-    if let Some(line) = &farewell {
-        left.push(line.clone());
+    left.extend(farewell);
+    report(&mut printer, &writer, &outcome, &left)?;
+    if done {
+        writer.forget_state();
     }
+    Ok(if done { Exit::Done } else { Exit::Partial })
+}
+
+/// What will be undone, and which directories go with it.
+fn announce(printer: &mut Printer, journal: &Journal) {
+    printer.say(&format!("uninstall on {}:", journal.node));
+    for entry in
+        journal.entries.iter().rev().filter(|e| !matches!(e.want, Resource::Objects { .. }))
+    {
+        printer.say(&format!("  - undo: {}", entry.title));
+        if let Resource::Node { dirs, .. } = &entry.want {
+            dirs.iter().for_each(|d| printer.say(&format!("      {d}")));
+        }
+    }
+}
+
+/// Says what is left, and keeps the text of the run in a log that stays.
+fn report(
+    printer: &mut Printer,
+    writer: &HostWriter,
+    outcome: &Outcome,
+    left: &[String],
+) -> anyhow::Result<()> {
     let done = outcome.failed.is_empty();
     if left.is_empty() {
         printer.data("everything that pipeops installed is gone");
@@ -106,19 +130,17 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         left.iter().for_each(|line| printer.data(&format!("  {line}")));
     }
     printer.data(&format!("  {LOGS}: logs of what was done here"));
-    printer.document(&json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": if done { "done" } else { "partial" }, "undone": outcome.changed, "left": left}));
-    let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
+    printer.document(&json!({
+        "schema": "pipeops.result/v1",
+        "command": "uninstall",
+        "result": if done { "done" } else { "partial" },
+        "undone": outcome.changed,
+        "left": left,
+    }));
+    let time = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
+    let path = format!("{LOGS}/{time}-uninstall.log");
     writer.mkdir(LOGS, 0o700)?;
-    writer.write(
-        &format!("{LOGS}/{stamp}-uninstall.log"),
-        printer.take_log().as_bytes(),
-        0o600,
-        Owner::default(),
-    )?;
-    if done {
-        writer.forget_state();
-    }
-    Ok(if done { Exit::Done } else { Exit::Partial })
+    writer.write(&path, printer.take_log().as_bytes(), 0o600, Owner::default())
 }
 
 /// A worker takes its Node and node password off the server; when it cannot, the line to do it there.
