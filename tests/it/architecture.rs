@@ -126,8 +126,7 @@ const MOST_LINES: usize = 500;
 
 /// Files that were longer when the width became 100, with their lines then. None is added and none grows; one that is short
 /// enough goes from here.
-const TO_SPLIT: &[(&str, usize)] = &[
-];
+const TO_SPLIT: &[(&str, usize)] = &[];
 
 fn sources(dir: &Path, found: &mut Vec<(String, String)>) {
     for entry in fs::read_dir(dir).unwrap().flatten() {

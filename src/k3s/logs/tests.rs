@@ -240,23 +240,32 @@ fn what_the_process_said_as_it_ended_comes_before_what_it_said_beside() {
     assert_eq!(code(part), Some("KUBELET_EXITS"));
 }
 
-#[test]
-fn when_a_wait_ends_and_when_it_does_not() {
-    let health = |restarts, restarts_during_wait, held| UnitHealth {
+/// A unit that is not running: its restarts, those during the wait, and how long its cause has stood.
+fn health(restarts: u32, restarts_during_wait: u32, held: u64) -> UnitHealth {
+    UnitHealth {
         running: false,
         failed: false,
         restarts,
         restarts_during_wait,
         held: Duration::from_secs(held),
-    };
-    let fatal = |what: &str, times: usize| {
-        format!("{BOOT}level=fatal msg=\"Error: {what}\"\n").repeat(times)
-    };
-    let wait = |what: &str, times: usize| {
-        format!("level=info msg=\"Waiting to retrieve agent configuration; server is not ready: {what}\"\n").repeat(times)
-    };
-    let refused = "\\\"overlayfs\\\" snapshotter cannot be enabled for \\\"/x\\\": failed to mount overlay: invalid argument";
-    let cases = [
+    }
+}
+
+fn fatal(what: &str, times: usize) -> String {
+    format!("{BOOT}level=fatal msg=\"Error: {what}\"\n").repeat(times)
+}
+
+fn wait(what: &str, times: usize) -> String {
+    let line = "level=info msg=\"Waiting to retrieve agent configuration; server is not ready: ";
+    format!("{line}{what}\"\n").repeat(times)
+}
+
+/// Its name, the journal, the unit, and the code that ends the wait.
+type WaitCase = (&'static str, String, UnitHealth, Option<&'static str>);
+
+/// Units that ended.
+fn exit_cases() -> Vec<WaitCase> {
+    vec![
         (
             "a setting that is wrong, the second time",
             fatal("invalid cluster-cidr x", 2),
@@ -297,6 +306,13 @@ fn when_a_wait_ends_and_when_it_does_not() {
             health(3, 3, 0),
             Some(START_LOOP),
         ),
+    ]
+}
+
+/// Units that said nothing, that stay alive with a refusal, or whose trouble may pass.
+fn other_cases() -> Vec<WaitCase> {
+    let refused = "\\\"overlayfs\\\" snapshotter cannot be enabled for \\\"/x\\\": failed to mount overlay: invalid argument";
+    vec![
         ("nothing said at all", BOOT.repeat(9), health(9, 9, 0), None),
         (
             "refused by the snapshotter, alive",
@@ -356,8 +372,12 @@ fn when_a_wait_ends_and_when_it_does_not() {
             health(9, 9, 280),
             None,
         ),
-    ];
-    for (name, log, health, wanted) in cases {
+    ]
+}
+
+#[test]
+fn when_a_wait_ends_and_when_it_does_not() {
+    for (name, log, health, wanted) in exit_cases().into_iter().chain(other_cases()) {
         assert_eq!(
             final_failure(&log, exit_count(&log, health), health).map(|s| s.cause.code),
             wanted,
