@@ -1,4 +1,4 @@
-//! What people and programs see: data on stdout, conversation on stderr, progress made of the engine's events.
+//! Output: data on stdout, messages on stderr, progress from the engine's events.
 #![expect(clippy::print_stderr, reason = "the one room that prints")]
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
@@ -16,7 +16,7 @@ use crate::base::text::{printable, printable_json, printable_lines};
 use crate::install::finding::{Finding, Level};
 use crate::install::plan::{CheckedPlan, ProgressEvent, StepStatus};
 
-/// Where a run's words go.
+/// Where the output of a run goes.
 pub struct Printer {
     terminal: bool,
     colour: bool,
@@ -31,7 +31,8 @@ pub struct Printer {
 }
 
 impl Printer {
-    /// `json`: the result is JSON. `events`: one JSON object an event on stderr instead of lines for people.
+    /// `json`: the result is JSON. `events`: one JSON object an event on stderr instead of lines
+    /// for people.
     pub fn new(json: bool, events: bool, no_color: bool) -> Printer {
         let terminal = std::io::stderr().is_terminal();
         Printer {
@@ -50,17 +51,17 @@ impl Printer {
         self.json
     }
 
-    /// What was said so far, for the log.
+    /// What was printed so far, for the log.
     pub fn take_log(&mut self) -> String {
         std::mem::take(&mut self.log)
     }
 
-    /// A line of conversation. Whatever it quotes does nothing to the terminal.
+    /// A message line. Control characters in what it quotes are escaped.
     pub fn say(&mut self, line: &str) {
         self.styled("", "", line);
     }
 
-    /// A line that begins with a word in colour.
+    /// A line that begins with a coloured word.
     fn styled(&mut self, colour: &str, word: &str, line: &str) {
         let line = masked(line);
         let line = printable_lines(&line);
@@ -91,7 +92,7 @@ impl Printer {
         self.data_with_secrets(&masked(line));
     }
 
-    /// A line of the result whose purpose is to give a secret to whoever asked for it.
+    /// A line of the result that holds a secret because it was asked for.
     pub fn data_with_secrets(&self, line: &str) {
         if !self.json {
             // a closed pipe is the reader's choice
@@ -107,7 +108,8 @@ impl Printer {
         }
     }
 
-    /// The result as one JSON document whose purpose is to give a secret to whoever asked for it; the first one counts.
+    /// The result as one JSON document that holds a secret because it was asked for; the first one
+    /// counts.
     pub fn document_with_secrets(&self, value: &impl Serialize) {
         if self.json
             && !self.documented.replace(true)
@@ -226,7 +228,7 @@ impl Printer {
         }
     }
 
-    /// Asks for a yes. `None` when there is nobody to ask.
+    /// Asks for confirmation. `None` without a terminal.
     pub fn confirm(&mut self, question: &str) -> Option<bool> {
         if !std::io::stdin().is_terminal() || !self.terminal {
             return None;
@@ -245,7 +247,7 @@ fn style(template: &str) -> ProgressStyle {
 
 /// Rows in columns as kubectl prints them: upper-case heads, three spaces, no borders.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
-    // a cell comes from somebody else: a line of the table stays one line, and shows what it holds
+    // a cell is foreign text: control characters are escaped, so that a row stays one line
     let rows: Vec<Vec<String>> =
         rows.iter().map(|row| row.iter().map(|c| printable(c).into_owned()).collect()).collect();
     let mut widths: Vec<usize> = head.iter().map(|h| h.chars().count()).collect();
@@ -268,7 +270,7 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Standard error without secrets, and on which what others said does nothing to the terminal: one event is one write.
+/// Standard error with secrets masked and control characters escaped: one event is one write.
 #[derive(Default)]
 struct Masked;
 
@@ -288,7 +290,7 @@ impl std::io::Write for Masked {
 /// Logs of the library go to stderr, without time stamps under systemd, which has its own.
 pub fn logging(level: &str, journal: bool) {
     let level = level.parse().unwrap_or(LevelFilter::INFO);
-    // a database tells each start that its tables are there already
+    // sqlx logs at each start that its tables exist already
     let quiet =
         ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower", "sqlx"];
     let filter = Targets::new()
@@ -298,7 +300,8 @@ pub fn logging(level: &str, journal: bool) {
         .with_writer(Masked::default)
         .with_ansi(false)
         .with_target(false);
-    // for all of it, not for the layer: a filter of a layer is left astray by whoever only asks whether it would be heard, as sqlx does
+    // global, not per layer: a per-layer filter is left in a wrong state by `enabled` checks, as
+    // sqlx makes them
     let registry = tracing_subscriber::registry().with(filter);
     let _ = if journal {
         registry.with(plain.without_time()).try_init()

@@ -1,4 +1,5 @@
-//! How long to wait before the next try. Random numbers come from outside, so that a test can choose them.
+//! How long to wait before the next try. Random numbers come from outside, so that a test can
+//! choose them.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! Config files: TOML, or YAML where the file's name ends so. The keys are the same, and every fault is named with its line.
+//! Config files: TOML, or YAML where the file's name ends so. The keys are the same, and every
+//! fault is named with its line.
 
 use serde::de::DeserializeOwned;
 
@@ -104,8 +105,8 @@ pub fn values<T: DeserializeOwned>(
     })
 }
 
-/// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown keys and wrong types are named with
-/// the nearest key and the line.
+/// A config file whose keys are `known` flags of `command` or one of the tables `more`. Unknown
+/// keys and wrong types are named with the nearest key and the line.
 pub fn parse_checked<T: DeserializeOwned>(
     text: &str,
     origin: &str,

@@ -24,7 +24,8 @@ pub enum Exit {
     Terminated,
 }
 
-/// Every exit code with its number and meaning; README and the help text are held against it by a test. 4 is reserved.
+/// Every exit code with its number and meaning; README and the help text are held against it by a
+/// test. 4 is reserved.
 pub const EXITS: &[(Exit, u8, &str)] = &[
     (Exit::Done, 0, "done, or nothing to do"),
     (Exit::Internal, 1, "internal error"),
@@ -110,7 +111,8 @@ impl Failure {
         failure
     }
 
-    /// All of it in one line, for a list of what failed: what, code, causes, next step. An internal error has no code to look up.
+    /// All of it in one line, for a list of what failed: what, code, causes, next step. An internal
+    /// error has no code to look up.
     pub fn line(&self) -> String {
         let code =
             if self.exit == Exit::Internal { String::new() } else { format!(" [{}]", self.code) };

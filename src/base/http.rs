@@ -1,4 +1,5 @@
-//! What everything that speaks HTTP needs: the clock of an answer, the cause of an error, a proxy that may be written down.
+//! What everything that speaks HTTP needs: the clock of an answer, the cause of an error, a proxy
+//! that may be written down.
 
 /// This clock minus the one in the answer's `Date`, seconds.
 pub fn clock_offset(answer: &reqwest::Response) -> Option<i64> {
@@ -7,7 +8,8 @@ pub fn clock_offset(answer: &reqwest::Response) -> Option<i64> {
     Some(jiff::Timestamp::now().as_second() - then.as_second())
 }
 
-/// The cause chain of a transport error in one line: DNS, refused, TLS and time-out read differently.
+/// The cause chain of a transport error in one line: DNS, refused, TLS and time-out read
+/// differently.
 pub fn explain(error: &reqwest::Error) -> String {
     let mut text = Vec::new();
     let mut at: Option<&dyn std::error::Error> = Some(error);
@@ -21,7 +23,8 @@ pub fn explain(error: &reqwest::Error) -> String {
     text.join(": ")
 }
 
-/// A proxy's URL as it may stand in a file that everybody reads; none where it holds a user or password, or is none.
+/// A proxy's URL as it may stand in a file that everybody reads; none where it holds a user or
+/// password, or is none.
 pub fn plain_proxy(proxy: &str) -> Option<String> {
     let text = if proxy.contains("://") { proxy.to_owned() } else { format!("http://{proxy}") };
     let url = url::Url::parse(&text).ok()?;

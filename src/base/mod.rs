@@ -1,4 +1,5 @@
-//! What knows nothing of Kubernetes, k3s or PipeOps: failures, secrets, trust in certificates, names, addresses, text.
+//! What knows nothing of Kubernetes, k3s or PipeOps: failures, secrets, trust in certificates,
+//! names, addresses, text.
 
 pub mod backoff;
 pub mod cidr;

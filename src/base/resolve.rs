@@ -1,4 +1,5 @@
-//! Names to addresses, in one way for everybody: /etc/hosts and DNS, as getaddrinfo takes names, each family by itself.
+//! Names to addresses, in one way for everybody: /etc/hosts and DNS, as getaddrinfo takes names,
+//! each family by itself.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -13,7 +14,8 @@ use hickory_resolver::system_conf::read_system_conf;
 
 /// Longest time for a name; less than what any caller gives a whole connection.
 const WHOLE: Duration = Duration::from_millis(4500);
-/// How long the answer of one family waits for the other's: some servers drop the question for AAAA, and none should make others wait.
+/// How long the answer of one family waits for the other's: some servers drop the question for
+/// AAAA, and none should make others wait.
 const OTHER: Duration = Duration::from_millis(300);
 /// After this long without an answer the question is sent again.
 const AGAIN: Duration = Duration::from_millis(1500);
@@ -134,7 +136,8 @@ mod tests {
 
     use super::*;
 
-    /// A name server that answers A with 10.0.0.5 and AAAA with fd00::5, or drops the questions of a type.
+    /// A name server that answers A with 10.0.0.5 and AAAA with fd00::5, or drops the questions of
+    /// a type.
     async fn server(drops: &'static [u8]) -> ResolverConfig {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let port = socket.local_addr().unwrap().port();

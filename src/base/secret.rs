@@ -4,7 +4,8 @@ use parking_lot::Mutex;
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
-/// A token or key. `Debug` shows dots; there is no `Display` and no `Serialize`, so it cannot slip into text or JSON.
+/// A token or key. `Debug` shows dots; there is no `Display` and no `Serialize`, so it cannot slip
+/// into text or JSON.
 #[derive(Clone, Default, PartialEq, Eq, serde::Deserialize)]
 pub struct Secret(Zeroizing<String>);
 
@@ -34,7 +35,8 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// Whether two texts are equal, in a time that does not depend on where they differ. The length may show.
+/// Whether two texts are equal, in a time that does not depend on where they differ. The length may
+/// show.
 pub fn constant_time_eq(a: &str, b: &str) -> bool {
     a.as_bytes().ct_eq(b.as_bytes()).into()
 }
@@ -42,11 +44,12 @@ pub fn constant_time_eq(a: &str, b: &str) -> bool {
 /// What stands in a secret's place.
 pub const MASK: &str = "••••";
 
-/// Shortest secret that is looked for in other text: dots in place of shorter ones would hide half of the words.
+/// Shortest secret that is looked for in other text: dots in place of shorter ones would hide half
+/// of the words.
 const SHORTEST: usize = 6;
 
-/// Secrets of this run. Whatever is printed or logged goes through [`masked`], so that no text of another program, of a library or
-/// of ours can show one of them.
+/// Secrets of this run. Whatever is printed or logged goes through [`masked`], so that no text of
+/// another program, of a library or of ours can show one of them.
 static KNOWN: Mutex<Vec<Secret>> = Mutex::new(Vec::new());
 
 /// Takes note of a secret that no output may show.
@@ -79,7 +82,8 @@ pub fn masked_json(value: &mut serde_json::Value) {
     }
 }
 
-/// `text` with every occurrence of a secret, and anything shaped like a k3s token, replaced by dots; passwords in URLs too.
+/// `text` with every occurrence of a secret, and anything shaped like a k3s token, replaced by
+/// dots; passwords in URLs too.
 pub fn mask(text: &str, secrets: &[Secret]) -> String {
     let mut out = text.to_owned();
     for secret in secrets.iter().filter(|s| s.expose().len() >= SHORTEST) {
@@ -106,8 +110,8 @@ fn tokens(text: &str) -> String {
     masked
 }
 
-/// The secret parts of the URLs in `text`: passwords, users without a password (a token as a rule), secret query values. As they
-/// stand there and percent-decoded.
+/// The secret parts of the URLs in `text`: passwords, users without a password (a token as a rule),
+/// secret query values. As they stand there and percent-decoded.
 pub fn in_urls(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     urls(text, &mut found);
@@ -116,7 +120,8 @@ pub fn in_urls(text: &str) -> Vec<String> {
 
 /// Replaces what is secret in URLs and adds it to `found`.
 ///
-/// Passwords are often typed with `/`, `#` or `@` unencoded, so everything up to the last `@` of the word counts as login.
+/// Passwords are often typed with `/`, `#` or `@` unencoded, so everything up to the last `@` of
+/// the word counts as login.
 fn urls(text: &str, found: &mut Vec<String>) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -181,8 +186,8 @@ fn note(secret: &str, found: &mut Vec<String>) {
     }
 }
 
-/// Whether something of this name is a secret itself: `oidc-client-secret` is, `token-auth-file` and `enable-bootstrap-token-auth`
-/// are not.
+/// Whether something of this name is a secret itself: `oidc-client-secret` is, `token-auth-file`
+/// and `enable-bootstrap-token-auth` are not.
 pub fn is_secret_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase().replace(['_', '.'], "-");
     let words: Vec<&str> = name.split('-').collect();

@@ -1,13 +1,16 @@
-//! Text of somebody else's, on its way to a terminal or into a name: what is not to be seen there, and what does things to it.
+//! Foreign text on its way to a terminal or into a name: characters that are invisible or that a
+//! terminal obeys.
 //!
-//! A character may be one that a terminal obeys, that turns the text around it (Unicode TR36 §3.2, CVE-2021-42574), or that nobody
-//! sees: two names that look the same are then two names, and a line says something else than it shows.
+//! A character may be one that a terminal obeys, that turns the text around it (Unicode TR36 §3.2,
+//! CVE-2021-42574), or that nobody sees: two names that look the same are then two names, and a
+//! line says something else than it shows.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// Ranges of format characters (category Cf), of line and paragraph separators, and of what Unicode lets be ignored or shows as a
-/// blank though it is none (`DerivedCoreProperties.txt` 16.0, Default_Ignorable_Code_Point; U+2800, the empty Braille pattern).
+/// Ranges of format characters (category Cf), of line and paragraph separators, and of what Unicode
+/// lets be ignored or shows as a blank though it is none (`DerivedCoreProperties.txt` 16.0,
+/// Default_Ignorable_Code_Point; U+2800, the empty Braille pattern).
 const UNSEEN: &[(u32, u32)] = &[
     (0x00ad, 0x00ad),
     (0x034f, 0x034f),
@@ -37,8 +40,8 @@ const UNSEEN: &[(u32, u32)] = &[
     (0xe0000, 0xe0fff),
 ];
 
-/// Whether a character cannot be shown as it is: a control, one that is not seen or turns its neighbours around, one for private use,
-/// or none at all.
+/// Whether a character cannot be shown as it is: a control, one that is not seen or turns its
+/// neighbours around, one for private use, or none at all.
 pub fn is_unprintable(c: char) -> bool {
     let n = u32::from(c);
     if c.is_ascii() {
@@ -79,7 +82,8 @@ pub fn printable_lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| matches!(c, '\n' | '\t'), named)
 }
 
-/// JSON that says the same with nothing in it that a terminal obeys: such characters stand in strings alone (RFC 8259 §7).
+/// JSON that says the same with nothing in it that a terminal obeys: such characters stand in
+/// strings alone (RFC 8259 §7).
 pub fn printable_json(json: &str) -> Cow<'_, str> {
     escaped(
         json,

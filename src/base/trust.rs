@@ -1,4 +1,5 @@
-//! Whom a TLS connection believes: system roots, a CA, a pinned key, or, said loudly, anybody.
+//! What a TLS connection trusts: system roots, a CA, a pinned key, or, only when asked for,
+//! anything.
 
 use std::sync::Arc;
 
@@ -52,7 +53,8 @@ pub type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 /// What makes a server's certificate acceptable.
 #[derive(Clone, Debug, Default)]
 pub struct Trust {
-    /// Certificates in PEM that may sign the server's. Without them, and without a pin, the system's roots.
+    /// Certificates in PEM that may sign the server's. Without them, and without a pin, the
+    /// system's roots.
     pub ca_pem: Option<String>,
     /// One of these keys must be in the chain: the server's own, or one that signed it.
     pub pins: Vec<Pin>,
@@ -67,7 +69,7 @@ impl Trust {
         self.client_as(None)
     }
 
-    /// The same, as somebody.
+    /// The same, with a client certificate.
     ///
     /// # Errors
     /// What is wrong with the CA text, the system's roots or the identity.
@@ -124,14 +126,15 @@ fn anchored(
 struct Verifier {
     base: Option<Arc<dyn ServerCertVerifier>>,
     pins: Vec<Pin>,
-    /// Whoever answers is believed: a signature of his would tell nothing, and those of the 1024-bit keys that frps of
-    /// many years made for itself could not be checked here.
+    /// Any server is accepted: its signature would prove nothing, and those of the 1024-bit keys
+    /// that frps made for itself for many years could not be checked here.
     proves_nothing: bool,
     provider: Arc<CryptoProvider>,
 }
 
 impl Verifier {
-    /// A pinned key counts only when it is proven: the server's own by the handshake, another by having signed the server's.
+    /// A pinned key counts only when it is proven: the server's own by the handshake, another by
+    /// having signed the server's.
     fn pinned(
         &self,
         end: &CertificateDer<'_>,
@@ -229,7 +232,8 @@ pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
             "give the server a key of today: RSA below 2048 bits, as frps makes it for itself, is not believed",
         ))
     } else if has(&["BadEncoding"]) {
-        // a name is missing and its days begin in the year 1: so do those that frps before 0.65 makes
+        // a name is missing and its days begin in the year 1: so do those that frps before 0.65
+        // makes
         let hint = "its certificate breaks the standard, as one does that an old frps makes for itself at every start: give the server \
                     a certificate, and its CA or pin here";
         Some(("tls_untrusted", hint))

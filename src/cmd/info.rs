@@ -1,4 +1,4 @@
-//! `cluster-info`: what there is, from whatever part still answers; text and JSON from one structure.
+//! `cluster-info`: what there is, from each part that still answers.
 
 use std::time::Duration;
 
@@ -77,7 +77,7 @@ struct Problem {
 pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> {
     let host = context.host(&args.rooted.root);
     let printer = Printer::new(args.output == OutputFormat::Json, false, context.no_color());
-    // the journal's directory is root's alone: nobody else could tell an empty machine from a hidden journal
+    // only root can read the journal: for others a hidden one looks like none
     if host.is_machine() && !nix::unistd::geteuid().is_root() {
         return Err(Failure::new(
             Exit::Preflight,
@@ -371,7 +371,7 @@ async fn ask_agent(host: &Host) -> anyhow::Result<AgentStatus> {
     Ok(serde_json::from_str(body)?)
 }
 
-/// A line with a token for workers only, valid for a day; one of ours that still lives is used again.
+/// The line that joins a worker, with a token for workers only; a valid one is used again.
 async fn join_line(
     host: &Host,
     cluster: &anyhow::Result<Cluster>,

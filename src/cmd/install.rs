@@ -1,4 +1,5 @@
-//! `install-server`: facts, checks, plan, confirmation, engine, verification; `NODE_TYPE=agent` hands over to `join-worker`.
+//! `install-server`: facts, checks, plan, confirmation, engine, verification; `NODE_TYPE=agent`
+//! runs `join-worker`.
 
 use super::Context;
 use super::installer::Installer;

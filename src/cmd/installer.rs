@@ -1,4 +1,5 @@
-//! What both installers do alike: settings, lock and facts, then checks, confirmation, engine and report.
+//! What both installers do alike: settings, lock and facts, then checks, confirmation, engine and
+//! report.
 
 use serde_json::json;
 
@@ -214,7 +215,7 @@ impl<'a> Installer<'a> {
                         .say("the base is healthy; run the same command again to finish the rest");
                 }
             }
-            // main prints it; the log wants it too
+            // main prints it; it belongs in the log too
             Err(error) => self.printer.log_only(&Failure::of(error).render()),
         }
         self.write_log();
@@ -322,7 +323,7 @@ impl<'a> Installer<'a> {
         if let Some(journal) = &self.journal {
             for (key, was) in &journal.options {
                 match checked.plan.options.get(key) {
-                    // without a word about it k3s is not changed: `release::version`
+                    // without the option k3s is not changed: `release::version`
                     None if ["k3s-version", "channel"].contains(&key.as_str()) => {
                         let verb = if journal.k3s_version == checked.plan.k3s_version {
                             "stays at"
@@ -392,7 +393,7 @@ impl<'a> Installer<'a> {
         }
     }
 
-    /// The lock goes back; a run that wrote nothing leaves nothing.
+    /// Releases the lock; a run that wrote nothing leaves nothing behind.
     pub(super) fn end(self, result: anyhow::Result<Exit>) -> anyhow::Result<Exit> {
         if let Err(error) = &result {
             let failure = Failure::of(error);

@@ -41,7 +41,8 @@ pub async fn worker(context: &Context, args: JoinWorker) -> anyhow::Result<Exit>
     installer.end(result)
 }
 
-/// Where the token comes from: the argument or `-`, a file, the environment; on a re-run the one that is there.
+/// Where the token comes from: the argument or `-`, a file, the environment; on a re-run the one
+/// that is there.
 fn token(
     installer: &Installer<'_>,
     argument: Option<&str>,
@@ -115,7 +116,8 @@ async fn install(
     server: Option<&Server>,
     joined: bool,
 ) -> anyhow::Result<Exit> {
-    // what needs no version stops the run before the name is reserved; the version is the server's, unless said
+    // what needs no version stops the run before the name is reserved; the version is the server's,
+    // unless said
     let known = installer.journal.is_some()
         || installer.settings.version.is_some()
         || installer.settings.channel.is_some();
@@ -147,7 +149,8 @@ async fn install(
     };
     let refused = |error: &anyhow::Error| Failure::of(error).code == "NODE_NAME_TAKEN";
     if installer.journal.is_none() && result.as_ref().is_err_and(|e| !refused(e)) {
-        // the name is ours on the server: keep the password, or this machine could not come back under it
+        // the name is ours on the server: keep the password, or this machine could not come back
+        // under it
         keep_password(installer, url).await;
     }
     result
@@ -242,7 +245,8 @@ fn ask_first(installer: &mut Installer<'_>, url: &str, node: &str) -> anyhow::Re
     }
 }
 
-/// The password that ties the name to this machine: the one that is there, or a new one (format as in k3s, pkg/agent/config).
+/// The password that ties the name to this machine: the one that is there, or a new one (format as
+/// in k3s, pkg/agent/config).
 fn node_password(installer: &Installer<'_>) -> anyhow::Result<Secret> {
     if let Some(text) = installer.host.read(NODE_PASSWORD)? {
         return Ok(Secret::new(text));
@@ -304,8 +308,8 @@ async fn keep_password(installer: &mut Installer<'_>, url: &str) {
     }
 }
 
-/// A worker takes the address that leads to its server: `ip route get` would say the same. A name is looked up first; where it
-/// cannot be found, the connection says so.
+/// A worker takes the address that leads to its server: `ip route get` would say the same. A name
+/// is looked up first; where it cannot be found, the connection says so.
 async fn choose_route(facts: &mut Facts, url: &str) {
     let Some(host) = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)) else {
         return;

@@ -26,7 +26,8 @@ pub struct Context {
     pub k3s_token: Option<Secret>,
     /// Enrolment token from the environment.
     pub agent_token: Option<Secret>,
-    /// URLs of a control plane's database and message broker, from the command line or the environment.
+    /// URLs of a control plane's database and message broker, from the command line or the
+    /// environment.
     pub database_url: Option<Secret>,
     pub amqp_url: Option<Secret>,
     /// Cancelled by the first SIGINT or SIGTERM.
@@ -91,7 +92,7 @@ pub(crate) fn merged_options(
     Ok(flags.layered_over(lower))
 }
 
-/// The exit of a failure, with SIGTERM told from SIGINT.
+/// The exit code of a failure; SIGTERM has another one than SIGINT.
 pub fn exit_of(failure: &Failure, terminated: bool) -> Exit {
     match failure.exit {
         Exit::Interrupted if terminated => Exit::Terminated,

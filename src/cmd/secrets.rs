@@ -1,4 +1,5 @@
-//! The secrets of a run: where they come from, what keeps them out of sight, and which files show them to everybody.
+//! The secrets of a run: where they come from, what keeps them out of output, and which files let
+//! every user read them.
 
 use std::collections::BTreeMap;
 
@@ -83,7 +84,7 @@ pub(super) fn inputs(host: &Host, run: &RunFlags, options: &Options) -> BTreeMap
     .collect()
 }
 
-/// Takes note of every secret in the options before anything is said about them.
+/// Registers every secret in the options before anything is printed about them.
 pub(super) fn note(options: &Options, env: &BTreeMap<String, String>) {
     options.k3s.secret_words().iter().for_each(|word| register_secret(word));
     let urls = [&options.artifact_url, &options.control_plane_url]
@@ -138,7 +139,7 @@ pub(super) fn known(
     Ok(secrets)
 }
 
-/// Finds the files that show a secret to everybody, and closes those that pipeops wrote or has for its own.
+/// Finds files with secrets that every user may read, and restricts those that pipeops owns.
 pub(super) fn readable(
     host: &Host,
     writer: Option<&HostWriter>,
@@ -178,7 +179,7 @@ pub(super) fn readable(
         }
         readable.push(ReadableSecret { path, mode, holds, closed: writer.is_some() });
     }
-    // the user's own files, which may lie anywhere
+    // the user's own files, which may be anywhere
     let outside = Host::new("/", None);
     let mut files = Vec::new();
     if let Some(path) = &run.config {

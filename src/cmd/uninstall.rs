@@ -143,13 +143,15 @@ fn report(
     writer.write(&path, printer.take_log().as_bytes(), 0o600, Owner::default())
 }
 
-/// A worker takes its Node and node password off the server; when it cannot, the line to do it there.
+/// A worker takes its Node and node password off the server; when it cannot, the line to do it
+/// there.
 async fn leave_cluster(writer: &HostWriter, journal: &Journal) -> Option<String> {
     if journal.role == NodeRole::Server || journal.node.is_empty() {
         return None;
     }
     let name = &journal.node;
-    // the password Secret is owned by the Node and goes with it; a kubelet may not delete itself on every cluster
+    // the password Secret is owned by the Node and goes with it; a kubelet may not delete itself on
+    // every cluster
     let manual = format!(
         "on the server: kubectl delete node {name}; kubectl -n kube-system delete secret {name}.node-password.k3s --ignore-not-found"
     );

@@ -1,4 +1,5 @@
-//! Digests of large files that this process has read already: a run asks for those of k3s and of its own program many times.
+//! Digests of large files that this process has read already: a run asks for those of k3s and of
+//! its own program many times.
 #![expect(clippy::disallowed_types, reason = "part of the door that the lint guards")]
 
 use std::collections::HashMap;
@@ -16,13 +17,14 @@ use crate::base::encoding::hex;
 /// Smaller files are read faster than they are remembered.
 const LARGE: u64 = 1 << 20;
 
-/// Age of a change from which a later one can't bear the same time: the kernel's clock for files ticks every 10 ms at the slowest.
+/// Age of a change from which a later one can't bear the same time: the kernel's clock for files
+/// ticks every 10 ms at the slowest.
 const SETTLED: Duration = Duration::from_millis(100);
 
 /// The same where the file system keeps whole seconds only, or two at a time.
 const SETTLED_COARSE: Duration = Duration::from_secs(4);
 
-/// A file as it was when it was opened. Whoever changes it changes its ctime, which no program can set.
+/// A file as it was when it was opened. Each change changes its ctime, which no program can set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct FileIdentity {
     device: u64,
@@ -33,7 +35,8 @@ struct FileIdentity {
 }
 
 impl FileIdentity {
-    /// `None` for a file that is small, or changed so lately that the next change could look the same.
+    /// `None` for a file that is small, or changed so lately that the next change could look the
+    /// same.
     fn of(file: &File, now: SystemTime) -> io::Result<Option<FileIdentity>> {
         let metadata = file.metadata()?;
         let changed = Duration::new(
@@ -117,7 +120,8 @@ mod tests {
             digests.get(&FileIdentity::of(&file, later).unwrap().unwrap()),
             Some("one".into())
         );
-        // of the same size, with the old time set again; the kernel's clock may tick only every 10 ms
+        // of the same size, with the old time set again; the kernel's clock may tick only every 10
+        // ms
         let modified = file.metadata().unwrap().modified().unwrap();
         let after = loop {
             file.set_modified(modified).unwrap();

@@ -1,4 +1,5 @@
-//! Downloads over HTTP: small texts, release channels, and files that resume; all with retries and time-outs.
+//! Downloads over HTTP: small texts, release channels, and files that resume; all with retries and
+//! time-outs.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -48,7 +49,7 @@ fn network(what: impl Into<String>) -> Failure {
 /// A small text, with retries.
 ///
 /// # Errors
-/// Exit 5; 404 is told apart by its code `NOT_FOUND`.
+/// Exit 5; 404 has the code `NOT_FOUND`.
 pub async fn text(url: &str) -> Result<String, Failure> {
     let client = client(true).map_err(|e| network(e.to_string()))?;
     let mut last = network(format!("cannot read {url}"));
@@ -154,7 +155,8 @@ fn with_login(request: reqwest::RequestBuilder, login: Option<&Secret>) -> reqwe
 
 /// What an answer means for the part that is on disk.
 enum Reply {
-    /// The bytes that are missing, or all of them where the server cannot resume; and the whole length.
+    /// The bytes that are missing, or all of them where the server cannot resume; and the whole
+    /// length.
     Body { resumed: bool, total: Option<u64> },
     /// The whole file is on disk already, or a longer one of another kind: the digest decides.
     Complete,

@@ -1,4 +1,5 @@
-//! The one door to the machine: files under a root, programs on a path. Reading and changing are two types.
+//! The one way to the machine: files under a root, programs on a path. Reading and changing are two
+//! types.
 #![expect(
     clippy::disallowed_methods,
     clippy::disallowed_types,
@@ -37,14 +38,16 @@ pub struct Host {
     digests: Digests,
 }
 
-/// Owner of a file by name, looked up in the machine's own `passwd` and `group`: a static program has no NSS.
+/// Owner of a file by name, looked up in the machine's own `passwd` and `group`: a static program
+/// has no NSS.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Owner<'a> {
     pub user: Option<&'a str>,
     pub group: Option<&'a str>,
 }
 
-/// As many descriptors as the system allows: shells and units hand out 1,024 of many more, and every connection is one.
+/// Raises the limit of open files to what the system allows: the default is 1,024, and every
+/// connection needs one.
 pub fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
@@ -53,7 +56,8 @@ pub fn raise_descriptor_limit() {
     }
 }
 
-/// Beside each `bin` its `sbin`: a plain `su` on Debian leaves those out, and modprobe, useradd or nft are there.
+/// Beside each `bin` its `sbin`: a plain `su` on Debian leaves those out, and modprobe, useradd or
+/// nft are there.
 fn with_sbin(path: OsString) -> OsString {
     let dirs: Vec<PathBuf> =
         std::env::split_paths(&path).filter(|d| !d.as_os_str().is_empty()).collect();
@@ -205,7 +209,8 @@ impl Host {
         })
     }
 
-    /// The address from which this machine reaches others. Nothing is sent: the kernel is asked for the route.
+    /// The address from which this machine reaches others. Nothing is sent: the kernel is asked for
+    /// the route.
     pub fn outward_address(&self) -> Option<std::net::IpAddr> {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
         socket.connect("192.0.2.1:9").ok()?;
@@ -259,7 +264,8 @@ impl Host {
         Ok(())
     }
 
-    /// Replaces a file under `/run` that the caller's unit owns; needs no lock, for it is no step of an installation.
+    /// Replaces a file under `/run` that the caller's unit owns; needs no lock, for it is no step
+    /// of an installation.
     ///
     /// # Errors
     /// Names the file; the former one stays.

@@ -1,6 +1,8 @@
-//! `/proc/self/mountinfo`: which mount holds a path, and what is mounted below one (man proc_pid_mountinfo).
+//! `/proc/self/mountinfo`: which mount holds a path, and what is mounted below one (man
+//! proc_pid_mountinfo).
 
-/// The mount that holds a path: `(where, type, options)` of the deepest one, the topmost of those on the same place.
+/// The mount that holds a path: `(where, type, options)` of the deepest one, the topmost of those
+/// on the same place.
 pub fn mount_of(mountinfo: &str, path: &str) -> Option<(String, String, Vec<String>)> {
     let mut best: Option<(String, String, Vec<String>)> = None;
     for line in mountinfo.lines() {
@@ -27,7 +29,8 @@ pub fn mount_of(mountinfo: &str, path: &str) -> Option<(String, String, Vec<Stri
     best
 }
 
-/// Mount points below or at `dir`, deepest first, from `/proc/self/mountinfo`, with the type of each file system.
+/// Mount points below or at `dir`, deepest first, from `/proc/self/mountinfo`, with the type of
+/// each file system.
 pub fn mounts_under(mountinfo: &str, dir: &str) -> Vec<(String, String)> {
     let below = format!("{}/", dir.trim_end_matches('/'));
     let mut found: Vec<(String, String)> = mountinfo

@@ -1,4 +1,5 @@
-//! Saved plans that lie about: the first pipeops wrote them for everybody to read, with the passwords that were in them.
+//! Saved plans on disk: the first pipeops let every user read them, with the passwords that were in
+//! them.
 #![expect(
     clippy::disallowed_methods,
     clippy::disallowed_types,
@@ -31,7 +32,8 @@ pub struct SavedPlan {
 }
 
 impl Host {
-    /// Saved plans of this user that others may read: where people keep files, in this directory, and beside `named`.
+    /// Saved plans of this user that others may read: where people keep files, in this directory,
+    /// and beside `named`.
     pub fn open_plans(&self, named: &[&str]) -> Vec<SavedPlan> {
         let mut left = MOST;
         let mut found = Vec::new();
@@ -78,7 +80,8 @@ impl Host {
 }
 
 impl HostWriter {
-    /// Makes a file of this user's readable for its owner only. What somebody put in its place meanwhile is left alone.
+    /// Makes a file of this user's readable for its owner only. A file that was put in its place
+    /// meanwhile is left alone.
     ///
     /// # Errors
     /// Names the file.

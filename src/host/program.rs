@@ -17,8 +17,9 @@ const MOST_OUTPUT: u64 = 4 << 20;
 const PASSED_ON: [&str; 6] =
     ["HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SYSTEM_BUS_ADDRESS", "LD_LIBRARY_PATH"];
 
-/// How long a program may be busy. While one thread writes a file, another may start a child, and that child holds the file open
-/// for writing until it has become its own program; Linux starts no file that somebody holds open so (ETXTBSY).
+/// How long a program may be busy. While one thread writes a file, another may start a child, and
+/// that child holds the file open for writing until it has become its own program; Linux starts no
+/// file that somebody holds open so (ETXTBSY).
 const BUSY: Duration = Duration::from_secs(1);
 
 /// What a program said.
@@ -36,7 +37,8 @@ impl Output {
 }
 
 impl Host {
-    /// Runs a program that only reports. By convention: nothing that is asked this way changes the machine.
+    /// Runs a program that only reports. By convention: nothing that is asked this way changes the
+    /// machine.
     ///
     /// # Errors
     /// When it is not there, cannot be started, or does not end in time.
@@ -152,7 +154,7 @@ mod tests {
         let program = path.display().to_string();
         let (said, ()) = tokio::join!(host.ask(&program, &[], Duration::from_secs(10)), release);
         assert_eq!(said.unwrap().stdout, "k3s version v1.35.0+k3s1\n");
-        // whoever never lets go is named
+        // a file that stays busy is named
         let _held = open();
         let said = host.ask(&program, &[], Duration::from_secs(10)).await.unwrap_err();
         assert!(format!("{said:#}").contains("Text file busy"), "{said:#}");

@@ -9,11 +9,13 @@ use anyhow::Context as _;
 use super::HostWriter;
 
 impl HostWriter {
-    /// Removes a tree without leaving its file system and without following links; `keep` names subtrees that stay.
+    /// Removes a tree without leaving its file system and without following links; `keep` names
+    /// subtrees that stay.
     ///
     /// Gives what is left: paths on other file systems, and the kept ones.
     pub fn remove_tree(&self, path: &str, keep: &[String]) -> anyhow::Result<Vec<String>> {
-        // asked of the table, never of the mount: one whose server is gone answers nobody, not even a stat
+        // read from the table of mounts, never from the mount: one whose server is gone blocks even
+        // a stat
         let mounts: Vec<String> =
             self.mounts_under(path).into_iter().map(|(mount, _)| mount).collect();
         if mounts.iter().any(|m| m == path) {

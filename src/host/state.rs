@@ -35,7 +35,7 @@ impl Host {
 }
 
 impl Host {
-    /// A directory of somebody's, for reading; it need not be there.
+    /// A directory to read from; it need not be there.
     pub fn peek_dir(&self, path: &str) -> StateDir {
         StateDir { dir: self.at(path) }
     }
@@ -104,7 +104,7 @@ impl StateDir {
             .with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Makes an empty file where there is none, for somebody who opens it by its name.
+    /// Creates an empty file where there is none, for a reader that opens it by its name.
     ///
     /// # Errors
     /// Names the file.

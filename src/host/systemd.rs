@@ -15,7 +15,8 @@ pub struct Unit {
     pub sub: String,
     pub main_pid: u32,
     pub restarts: u32,
-    /// When its main process was started, microseconds of the monotonic clock (which no step of the wall clock moves); 0: never.
+    /// When its main process was started, microseconds of the monotonic clock (which no step of the
+    /// wall clock moves); 0: never.
     pub started: u64,
     pub need_reload: bool,
     pub status: String,
@@ -144,7 +145,8 @@ impl HostWriter {
         self.run("systemctl", &["start", "--no-block", name], ACT).await.map(drop)
     }
 
-    /// Restarts, and comes back once the former process is on its way out: what is asked next must not be answered by it.
+    /// Restarts, and comes back once the former process is on its way out: what is asked next must
+    /// not be answered by it.
     pub async fn restart(&self, name: &str) -> anyhow::Result<()> {
         let former = self.unit(name).await?.main_pid;
         self.run("systemctl", &["restart", "--no-block", name], ACT).await.map(drop)?;

@@ -67,7 +67,8 @@ impl Host {
         machine.sha256(path)?.with_context(|| format!("{path} is not there"))
     }
 
-    /// Writes a file for the user, for example a saved plan: mode 0600, also where one of another mode was there.
+    /// Writes a file for the user, for example a saved plan: mode 0600, also where one of another
+    /// mode was there.
     ///
     /// # Errors
     /// Names the file.

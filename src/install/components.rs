@@ -1,12 +1,14 @@
 //! The catalogue of controllers: what each brings, what it needs, and how one knows that it works.
 //!
-//! One reviewed file each under `deployments/components/`, embedded; versions are pinned there and nowhere else.
+//! One reviewed file each under `deployments/components/`, embedded; versions are pinned there and
+//! nowhere else.
 
 use serde::Serialize;
 
 use crate::install::plan::WaitCondition;
 
-/// Memory of a k3s server with SQLite, coredns, metrics-server and local-path, MiB (k3s documentation, resource profiling).
+/// Memory of a k3s server with SQLite, coredns, metrics-server and local-path, MiB (k3s
+/// documentation, resource profiling).
 pub const SERVER_MIB: u64 = 770;
 
 /// A controller that `--components` can name.
@@ -31,7 +33,8 @@ pub struct Component {
     pub after: fn(acme_email: Option<&str>) -> String,
 }
 
-/// Every component, in the order of installation. The order is a dependency order: certificates before what may ask for them.
+/// Every component, in the order of installation. The order is a dependency order: certificates
+/// before what may ask for them.
 pub const CATALOGUE: &[Component] = &[
     Component {
         name: "metrics",
@@ -151,7 +154,8 @@ pub const CATALOGUE: &[Component] = &[
     },
 ];
 
-/// The IngressClass of the controller that answers on ports 80 and 443, where one of `components` does.
+/// The IngressClass of the controller that answers on ports 80 and 443, where one of `components`
+/// does.
 pub fn ingress_class(components: &[&Component]) -> Option<&'static str> {
     let has = |name: &str| components.iter().any(|c| c.name == name);
     [("ingress", "nginx"), ("traefik", "traefik")]
@@ -165,7 +169,8 @@ pub fn names() -> Vec<&'static str> {
     CATALOGUE.iter().map(|c| c.name).collect()
 }
 
-/// The chosen components in catalogue order. Nothing chosen means those that come by default, or, offline, none.
+/// The chosen components in catalogue order. Nothing chosen means those that come by default, or,
+/// offline, none.
 pub fn selected(names: Option<&[String]>, offline: bool) -> Vec<&'static Component> {
     CATALOGUE
         .iter()

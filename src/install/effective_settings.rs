@@ -1,4 +1,5 @@
-//! The settings that k3s will run with: ours and those of files beside ours, merged as k3s merges them.
+//! The settings that k3s will run with: ours and those of files beside ours, merged as k3s merges
+//! them.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +8,8 @@ use serde_json::{Value, json};
 use crate::install::facts::{Facts, SettingsFile};
 use crate::install::settings::Settings;
 
-/// Keys whose values are looked at. Values of others are not even kept: there are secrets among them.
+/// Keys whose values are looked at. Values of others are not even kept: there are secrets among
+/// them.
 const READ: &[&str] = &[
     "apiserver-port",
     "cluster-cidr",
@@ -39,7 +41,8 @@ const READ: &[&str] = &[
     "write-kubeconfig-mode",
 ];
 
-/// A file of k3s' settings: its keys in order, with the values of those that something here looks at.
+/// A file of k3s' settings: its keys in order, with the values of those that something here looks
+/// at.
 ///
 /// # Errors
 /// Says in a few words why k3s would stop over it.
@@ -61,7 +64,8 @@ pub fn read_file(text: &str) -> Result<Vec<(String, Value)>, String> {
     }
 }
 
-/// Flags of k3s that have a variable in the environment, by that variable (k3s-io/k3s, pkg/cli/cmds; others name secrets or nothing here).
+/// Flags of k3s that have a variable in the environment, by that variable (k3s-io/k3s,
+/// pkg/cli/cmds; others name secrets or nothing here).
 pub fn flag_of_variable(name: &str) -> Option<&'static str> {
     Some(match name {
         "K3S_DATA_DIR" => "data-dir",
@@ -82,14 +86,14 @@ pub fn flag_of_variable(name: &str) -> Option<&'static str> {
     })
 }
 
-/// What was chosen, wherever it was.
+/// The settings that k3s will run with, whichever file they come from.
 #[derive(Clone, Debug, Default)]
 pub struct EffectiveSettings {
     values: BTreeMap<String, Value>,
 }
 
 impl EffectiveSettings {
-    /// What a machine was told: our file, and those beside it before and after.
+    /// Of a machine as it is: our file, and those that k3s reads before and after it.
     pub fn on_machine(beside: &[SettingsFile], ours: &SettingsFile) -> EffectiveSettings {
         EffectiveSettings::merged(beside, |effective| effective.read(ours))
     }
@@ -106,8 +110,8 @@ impl EffectiveSettings {
         effective
     }
 
-    /// Merges in the order of k3s: the unit's environment, `config.yaml`, then `config.yaml.d` by name with our file in its place
-    /// (k3s-io/k3s, pkg/configfilearg/parser.go, readConfigFile).
+    /// Merges in the order of k3s: the unit's environment, `config.yaml`, then `config.yaml.d` by
+    /// name with our file in its place (k3s-io/k3s, pkg/configfilearg/parser.go, readConfigFile).
     pub fn of(facts: &Facts, settings: &Settings) -> EffectiveSettings {
         let options = &settings.options;
         EffectiveSettings::merged(&facts.k3s.files, |effective| {
@@ -132,7 +136,7 @@ impl EffectiveSettings {
     /// `key+` appends to what there is, `key` replaces it.
     fn set(&mut self, key: &str, value: &Value) {
         let name = key.trim_end_matches('+');
-        // what nobody looks at may be a secret: that it is set is enough
+        // a value that is not read may be a secret: it is enough to know that it is set
         let value = if READ.contains(&name) { value } else { &Value::Null };
         let appended = key.ends_with('+').then(|| self.values.get(name)).flatten().map(|old| {
             let items = |v: &Value| match v {
@@ -172,7 +176,7 @@ impl EffectiveSettings {
             .collect()
     }
 
-    /// Whether anybody set it, to whatever.
+    /// Whether it is set, to any value.
     pub fn has(&self, key: &str) -> bool {
         self.values.contains_key(key)
     }
@@ -188,7 +192,8 @@ impl EffectiveSettings {
         self.text(key)?.parse().ok().filter(|p| *p > 0)
     }
 
-    /// A flag handed on to a part of k3s: `argument("kubelet-arg", "root-dir")`. The last one counts.
+    /// A flag handed on to a part of k3s: `argument("kubelet-arg", "root-dir")`. The last one
+    /// counts.
     pub fn argument(&self, key: &str, name: &str) -> Option<String> {
         let items = match self.values.get(key)? {
             Value::Array(list) => list.clone(),
@@ -201,7 +206,7 @@ impl EffectiveSettings {
         found.next_back()
     }
 
-    /// `vxlan`, `host-gw`, `wireguard-native`, `none`, …; `None` when nobody chose.
+    /// `vxlan`, `host-gw`, `wireguard-native`, `none`, …; `None` when it is not set.
     pub fn backend(&self) -> Option<String> {
         self.text("flannel-backend")
     }
@@ -218,12 +223,13 @@ impl EffectiveSettings {
             .unwrap_or_else(|| "/var/lib/kubelet".into())
     }
 
-    /// The file of name servers that the kubelet is told to use, when somebody chose one.
+    /// The file of name servers that the kubelet is set to use, where one is set.
     pub fn resolv_conf(&self) -> Option<String> {
         self.argument("kubelet-arg", "resolv-conf").or_else(|| self.text("resolv-conf"))
     }
 
-    /// What keeps the layers of images; the default needs overlayfs in the kernel and below the data directory.
+    /// What keeps the layers of images; the default needs overlayfs in the kernel and below the
+    /// data directory.
     pub fn snapshotter(&self) -> String {
         self.text("snapshotter").unwrap_or_else(|| "overlayfs".into())
     }

@@ -1,4 +1,5 @@
-//! The server seen from a machine that wants to join: everything is checked over the wire before a local write.
+//! The server seen from a machine that wants to join: everything is checked over the wire before a
+//! local write.
 //!
 //! Endpoints and answers as in k3s-io/k3s `pkg/server/handlers` and `pkg/clientaccess` (v1.36).
 
@@ -32,7 +33,8 @@ fn joining(exit: Exit, code: &str, what: impl Into<String>) -> Failure {
 
 const NEW_LINE: &str = "get a fresh line on the server with `pipeops cluster-info --join`";
 
-/// Whether the port takes connections at all, for addresses; a name would have to be resolved again.
+/// Whether the port takes connections at all, for addresses; a name would have to be resolved
+/// again.
 async fn accepts(url: &str) -> bool {
     let address = url.strip_prefix("https://").and_then(|a| a.parse::<std::net::SocketAddr>().ok());
     match address {
@@ -247,7 +249,8 @@ impl Server {
         }
     }
 
-    /// Step 4: is the name free, and which version does the server run? Reserves the name for `password` on the server.
+    /// Step 4: is the name free, and which version does the server run? Reserves the name for
+    /// `password` on the server.
     ///
     /// # Errors
     /// Exit 7 `NODE_NAME_TAKEN` when the server has tied the name to another password.

@@ -1,4 +1,5 @@
-//! From a bare machine to a node of k3s and back: settings and facts, checks, a plan as data, and the engine that carries it out.
+//! From a bare machine to a node of k3s and back: settings and facts, checks, a plan as data, and
+//! the engine that carries it out.
 
 pub mod checks;
 pub mod components;

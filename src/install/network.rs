@@ -1,4 +1,5 @@
-//! Addresses of a node: which one it takes, which interface carries pods, what a proxy must leave alone.
+//! Addresses of a node: which one it takes, which interface carries pods, what a proxy must leave
+//! alone.
 
 use std::net::IpAddr;
 
@@ -8,8 +9,8 @@ use crate::install::facts::{Address, Facts};
 use crate::install::settings::Settings;
 use crate::k3s::role::NodeRole;
 
-/// Pod and service ranges: those chosen, else the defaults of k3s for the family of the node's first address (k3s-io/k3s,
-/// pkg/util/net.go, GetDefaultAddresses).
+/// Pod and service ranges: those chosen, else the defaults of k3s for the family of the node's
+/// first address (k3s-io/k3s, pkg/util/net.go, GetDefaultAddresses).
 pub fn ranges(facts: &Facts, settings: &Settings) -> Vec<(&'static str, Cidr)> {
     let effective = EffectiveSettings::of(facts, settings);
     let v6 = node_address(facts, settings).is_some_and(|a| a.is_ipv6());
@@ -27,7 +28,8 @@ pub fn ranges(facts: &Facts, settings: &Settings) -> Vec<(&'static str, Cidr)> {
     found
 }
 
-/// Families that the node needs an address of, first one first; empty where nobody says so. `true` is IPv6.
+/// Families that the node needs an address of, first one first; empty where no range is set. `true`
+/// is IPv6.
 fn families(effective: &EffectiveSettings) -> Vec<bool> {
     let mut found = Vec::new();
     for range in effective.list("cluster-cidr").iter().filter_map(|part| Cidr::parse(part)) {
@@ -38,8 +40,8 @@ fn families(effective: &EffectiveSettings) -> Vec<bool> {
     found
 }
 
-/// The node's addresses, the main one first: what was chosen, else one of each family that is needed. This is the one choice that
-/// node-ip, certificates, NO_PROXY and checks follow.
+/// The node's addresses, the main one first: what was chosen, else one of each family that is
+/// needed. This is the one choice that node-ip, certificates, NO_PROXY and checks follow.
 pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
     let effective = EffectiveSettings::of(facts, settings);
     let named: Vec<IpAddr> =
@@ -47,7 +49,7 @@ pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
     if !named.is_empty() {
         return named;
     }
-    // k3s takes the address from the interface that it is told to use (pkg/cli/server/server.go)
+    // k3s takes the address from the interface that it is set to use (pkg/cli/server/server.go)
     let interface = effective.text("flannel-iface").and_then(|name| facts.interface(&name));
     let of = |v6: bool| match interface {
         Some(interface) => interface.best(v6, None),
@@ -58,7 +60,8 @@ pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
         None => facts.primary().is_some_and(|(_, address)| address.is_ipv6()),
     };
     match families(&effective).as_slice() {
-        // a worker is not told the ranges of its cluster: with both families it fits any, as k3s' own choice does
+        // a worker does not know the ranges of its cluster: with an address of both families it
+        // fits any, as with k3s' own choice
         [] if settings.role == NodeRole::Worker => {
             [main, !main].into_iter().filter_map(of).collect()
         }
@@ -83,7 +86,8 @@ pub fn flannel_iface(facts: &Facts, settings: &Settings) -> Option<String> {
     })
 }
 
-/// How pods of different nodes reach each other. A public address gets an encrypted way, for VXLAN would be readable on the way.
+/// How pods of different nodes reach each other. A public address gets an encrypted way, for VXLAN
+/// would be readable on the way.
 pub fn backend(facts: &Facts, settings: &Settings) -> String {
     EffectiveSettings::of(facts, settings).backend().unwrap_or_else(|| {
         let public = node_address(facts, settings).is_some_and(globally_routable);
@@ -96,7 +100,8 @@ pub fn wireguard(facts: &Facts, settings: &Settings) -> bool {
     backend(facts, settings).starts_with("wireguard")
 }
 
-/// UDP ports of the pod network, with what for. IPv6 has a port of its own with WireGuard (flannel, pkg/backend/wireguard).
+/// UDP ports of the pod network, with what for. IPv6 has a port of its own with WireGuard (flannel,
+/// pkg/backend/wireguard).
 pub fn overlay_ports(facts: &Facts, settings: &Settings) -> Vec<(u16, &'static str)> {
     match backend(facts, settings).as_str() {
         "vxlan" => vec![(8472, "pod network (VXLAN)")],
@@ -134,8 +139,9 @@ pub fn no_proxy(facts: &Facts, settings: &Settings) -> Vec<String> {
     list
 }
 
-/// The proxy through which a host is asked, if `HTTPS_PROXY` names one and `NO_PROXY` does not take the host out (names with and
-/// without a leading dot stand for all below them, as curl and Go read it).
+/// The proxy through which a host is asked, if `HTTPS_PROXY` names one and `NO_PROXY` does not take
+/// the host out (names with and without a leading dot stand for all below them, as curl and Go read
+/// it).
 pub fn https_proxy<'a>(facts: &'a Facts, host: &str) -> Option<&'a str> {
     let proxy = facts.proxy.get("HTTPS_PROXY")?;
     let host = host.trim_matches(['[', ']']).to_ascii_lowercase();

@@ -23,7 +23,8 @@ pub struct Plan {
     pub machine_id: String,
     /// The user's options, for the comparison with the next run.
     pub options: BTreeMap<String, String>,
-    /// Files that the secrets came from, which are in no plan: option → path. They are read again when the plan is carried out.
+    /// Files that the secrets came from, which are in no plan: option → path. They are read again
+    /// when the plan is carried out.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub inputs: BTreeMap<String, String>,
     pub steps: Vec<Step>,
@@ -101,7 +102,8 @@ pub enum Resource {
     },
 }
 
-/// Ids of steps that other code looks for. They stand in journals and saved plans, so none ever changes.
+/// Ids of steps that other code looks for. They stand in journals and saved plans, so none ever
+/// changes.
 pub mod step_id {
     pub const NODE_READY: &str = "node-ready";
     pub const AGENT_TOKEN: &str = "agent-token";
@@ -165,7 +167,7 @@ pub enum SecretName {
 }
 
 impl SecretName {
-    /// Where a run takes it from, for people.
+    /// The flag or variable that it comes from, for messages.
     pub fn comes_from(self) -> &'static str {
         match self {
             SecretName::AgentToken => "--agent-token-file, or AGENT_TOKEN",
@@ -185,7 +187,8 @@ impl SecretName {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum WaitCondition {
-    /// The Node object is Ready, asked with this kubeconfig, by word of the kubelet that this start of the unit brought.
+    /// The Node object is Ready, read with this kubeconfig, and reported by the kubelet of this
+    /// start of the unit.
     Node {
         name: String,
         kubeconfig: String,
@@ -262,14 +265,15 @@ impl StepStatus {
     }
 }
 
-/// A plan together with what its check said, as `--plan-out` writes it and `--apply-plan` holds against the host.
+/// A plan together with what its check said, as `--plan-out` writes it and `--apply-plan` holds
+/// against the host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckedPlan {
     pub plan: Plan,
     pub checks: Vec<StepStatus>,
     /// Ids of journal entries that the plan no longer wants.
     pub remove: Vec<String>,
-    /// Owned files that somebody else edited.
+    /// Files of ours that were edited by somebody else.
     pub drift: Vec<String>,
     pub findings: Vec<Finding>,
 }
@@ -287,7 +291,7 @@ impl CheckedPlan {
     }
 }
 
-/// What the engine tells the world while it works; bars, plain lines and JSON lines are made of these.
+/// Progress of the engine; bars, plain lines and JSON lines are made of these.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum ProgressEvent {

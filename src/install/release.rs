@@ -31,7 +31,8 @@ fn place(default: &str, variable: &str) -> String {
     default.to_owned()
 }
 
-/// The version only: cheap, for the checks that depend on it. `server` is the version of the server that is joined.
+/// The version only: cheap, for the checks that depend on it. `server` is the version of the server
+/// that is joined.
 pub async fn version(
     host: &Host,
     settings: &Settings,
@@ -244,8 +245,8 @@ async fn online(
     Ok(ResolvedRelease { release, notes })
 }
 
-/// From the list that the release itself carries. A mirror's own list proves nothing about the mirror, so
-/// only the official place is asked.
+/// From the list that the release itself carries. A mirror's own list proves nothing about the
+/// mirror, so only the official place is asked.
 async fn published_digest(
     official: &str,
     options: &Options,
@@ -287,7 +288,8 @@ async fn published_digest(
     })
 }
 
-/// The files of the installed version, as a journal that was closed has them: a re-run needs no network.
+/// The files of the installed version, as a journal that was closed has them: a re-run needs no
+/// network.
 fn recorded(journal: &Journal, version: &Version) -> Option<Release> {
     let fetches: Vec<Artifact> = journal
         .entries

@@ -1,6 +1,7 @@
 //! The settings that k3s has: which line of it knows which key, on servers and on workers.
 //!
-//! A server skips what it does not know with one line in its log; an agent ends (k3s-io/k3s, `pkg/configfilearg/parser.go`).
+//! A server skips what it does not know with one line in its log; an agent ends (k3s-io/k3s,
+//! `pkg/configfilearg/parser.go`).
 
 use serde_json::Value;
 
@@ -22,8 +23,8 @@ use ValueType::{Bool, Int, List, Text, Time};
 
 /// Key, kind, and the minor since which servers and workers know it; 28 stands for 1.28 and before.
 ///
-/// Made of the flags in k3s-io/k3s, `pkg/cli/cmds/{root,log,config,server,agent}.go`, as they stood where the main branch moved to each
-/// of Kubernetes 1.28 to 1.36, and at its head.
+/// Made of the flags in k3s-io/k3s, `pkg/cli/cmds/{root,log,config,server,agent}.go`, as they stood
+/// where the main branch moved to each of Kubernetes 1.28 to 1.36, and at its head.
 #[rustfmt::skip]
 const KEYS: &[(&str, ValueType, Option<u32>, Option<u32>)] = &[
     ("advertise-address", Text, Some(28), None),
@@ -180,7 +181,7 @@ const GONE: &[(&str, &str)] = &[
     ("multi-cluster-cidr", "nothing: it went with 1.30"),
 ];
 
-/// The key as somebody may have meant it: `--Node_IP+` is `node-ip`, `t` is `token`.
+/// The key in the form that k3s knows: `--Node_IP+` is `node-ip`, `t` is `token`.
 pub fn canonical_key(key: &str) -> String {
     let key = key
         .trim()
@@ -191,7 +192,7 @@ pub fn canonical_key(key: &str) -> String {
     SHORT.iter().find(|(short, _)| *short == key).map_or(key, |(_, long)| (*long).to_owned())
 }
 
-/// What the value of a key must be; `None` for keys that nobody knows.
+/// What the value of a key must be; `None` for unknown keys.
 pub fn value_type(key: &str) -> Option<ValueType> {
     let key = canonical_key(key);
     KEYS.iter().find(|row| row.0 == key).map(|row| row.1)
@@ -203,11 +204,12 @@ pub struct UnknownKey {
     pub key: String,
     pub why: String,
     pub fix: String,
-    /// It may be there after all: in a patch release, or in a line newer than the table.
+    /// It may exist after all: in a patch release, or in a line newer than the table.
     pub uncertain: bool,
 }
 
-/// The keys that a node of this role and version does not know. Without a version only what no line knows is named.
+/// The keys that a node of this role and version does not know. Without a version only what no line
+/// knows is named.
 pub fn unknown_keys<'a>(
     keys: impl IntoIterator<Item = &'a str>,
     role: NodeRole,
@@ -312,7 +314,8 @@ pub fn value_fault(key: &str, value: &Value) -> Option<String> {
     .or_else(|| choice_fault(&canonical_key(key), text?))
 }
 
-/// Settings with a closed set of values (`pkg/agent/flannel/setup.go`, `pkg/cli/server/server.go`, `pkg/secretsencrypt`).
+/// Settings with a closed set of values (`pkg/agent/flannel/setup.go`, `pkg/cli/server/server.go`,
+/// `pkg/secretsencrypt`).
 fn choice_fault(key: &str, text: &str) -> Option<String> {
     let values: &[&str] = match key {
         "flannel-backend" => &["vxlan", "host-gw", "wireguard-native", "none", "tailscale"],

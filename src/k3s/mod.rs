@@ -1,4 +1,5 @@
-//! What is known of k3s, and of k3s alone: versions, tokens, settings and their values, paths, what its log says.
+//! What is known of k3s, and of k3s alone: versions, tokens, settings and their values, paths, what
+//! its log says.
 
 pub mod keys;
 pub mod logs;

@@ -1,12 +1,15 @@
-//! registries.yaml as k3s reads it: an unknown key in it has no effect, and nothing says so, so it is named here.
+//! registries.yaml as k3s reads it: an unknown key in it has no effect, and nothing says so, so it
+//! is named here.
 //!
-//! Schema of rancher/wharfie, `pkg/registries/types.go`; how it is used: k3s-io/k3s, `pkg/agent/containerd/config.go`.
+//! Schema of rancher/wharfie, `pkg/registries/types.go`; how it is used: k3s-io/k3s,
+//! `pkg/agent/containerd/config.go`.
 
 use serde_json::{Map, Value};
 
 use crate::base::error::nearest;
 
-/// Reads it, or says all that is wrong with it, one line each. Secrets in it are never quoted. `exists` is asked for files of the node.
+/// Reads it, or says all that is wrong with it, one line each. Secrets in it are never quoted.
+/// `exists` is asked for files of the node.
 ///
 /// # Errors
 /// What is wrong, and in which line.

@@ -21,7 +21,8 @@ pub enum Credential {
 /// A parsed token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Token {
-    /// sha256 of the cluster's CA, hexadecimal, lower case; `None` for short tokens, which trust whoever answers.
+    /// sha256 of the cluster's CA, hexadecimal, lower case; `None` for short tokens, which trust
+    /// whoever answers.
     pub ca_hash: Option<String>,
     pub credential: Credential,
 }
@@ -87,7 +88,8 @@ impl Token {
     }
 }
 
-/// The token alone: without blanks, quotes and invisible characters around it, as pasting leaves them.
+/// The token alone: without blanks, quotes and invisible characters around it, as pasting leaves
+/// them.
 pub fn cleaned(text: &str) -> String {
     text.trim_matches(|c: char| c.is_whitespace() || invisible(c) || quote(c)).to_owned()
 }
@@ -143,8 +145,8 @@ fn bootstrap(text: &str) -> Option<Credential> {
 
 /// The hash that a token for this server carries, from the body of its `/cacerts`.
 ///
-/// One certificate: sha256 of the literal answer. Several: sha256 of the DER of the root that the first chains to, so that
-/// tokens survive a rotated intermediate.
+/// One certificate: sha256 of the literal answer. Several: sha256 of the DER of the root that the
+/// first chains to, so that tokens survive a rotated intermediate.
 ///
 /// # Errors
 /// When the body holds no certificate.

@@ -1,8 +1,8 @@
-//! MASTER as an operator types or pastes it: every wrong form is told by its name.
+//! MASTER as an operator types or pastes it: each wrong form has its own message.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// Characters that nobody sees: byte order mark, zero widths, soft hyphen, direction marks.
+/// Invisible characters: byte order mark, zero widths, soft hyphen, direction marks.
 pub fn invisible(c: char) -> bool {
     matches!(c, '\u{feff}' | '\u{200b}'..='\u{200f}' | '\u{2060}'..='\u{2064}' | '\u{ad}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
         || c.is_control()
@@ -15,7 +15,8 @@ pub fn quote(c: char) -> bool {
 
 /// MASTER: address, name, IPv6 with or without brackets, URL, each with or without port.
 ///
-/// Gives `https://HOST:PORT`; the port defaults to 6443 (a URL without a port is accepted by k3s and then hangs, k3s#11808).
+/// Gives `https://HOST:PORT`; the port defaults to 6443 (a URL without a port is accepted by k3s
+/// and then hangs, k3s#11808).
 ///
 /// # Errors
 /// A sentence that quotes the text, unless it may hold a secret.
@@ -126,7 +127,8 @@ fn split(rest: &str) -> Result<(String, Option<&str>), &'static str> {
 
 /// A name as DNS and /etc/hosts have it, `_` included, or an IPv4 address as people write it.
 ///
-/// The URL standard reads `010` as eight and `10.5` as 10.0.0.5: such an address is not what was meant.
+/// The URL standard reads `010` as eight and `10.5` as 10.0.0.5: such an address is not what was
+/// meant.
 fn check_host(host: &str) -> Result<(), String> {
     if host.is_empty() {
         return Err("give ADDRESS, NAME, or https://NAME:PORT".into());

@@ -1,4 +1,5 @@
-//! Ranges, labels, taints and names as k3s and the kubelet judge them, so that a node does not end at its start for one of them.
+//! Ranges, labels, taints and names as k3s and the kubelet judge them, so that a node does not end
+//! at its start for one of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -77,7 +78,8 @@ fn raw(value: &Value) -> Vec<String> {
     }
 }
 
-/// A list as k3s takes it where values may also stand with commas between them (`pkg/util/client.go`, `SplitStringSlice`).
+/// A list as k3s takes it where values may also stand with commas between them
+/// (`pkg/util/client.go`, `SplitStringSlice`).
 fn words(value: &Value) -> Vec<String> {
     raw(value)
         .iter()
@@ -150,7 +152,8 @@ fn port_range(text: &str) -> bool {
     }
 }
 
-/// A part of a label or taint key, or a value: 63 characters of letters, digits, `-`, `_`, `.`, the first and last no mark.
+/// A part of a label or taint key, or a value: 63 characters of letters, digits, `-`, `_`, `.`, the
+/// first and last no mark.
 fn name(text: &str) -> bool {
     let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
@@ -175,8 +178,8 @@ fn qualified(key: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Labels below kubernetes.io and k8s.io that a kubelet may give its own node, and the prefixes under which it may give any
-/// (k8s.io/kubelet, `pkg/apis/well_known_labels.go`).
+/// Labels below kubernetes.io and k8s.io that a kubelet may give its own node, and the prefixes
+/// under which it may give any (k8s.io/kubelet, `pkg/apis/well_known_labels.go`).
 const LABELS: [&str; 11] = [
     "kubernetes.io/hostname",
     "kubernetes.io/os",
@@ -263,7 +266,8 @@ pub fn taints(list: &[String]) -> Vec<String> {
     found
 }
 
-/// Names and addresses for a certificate as somebody types them: commas, blanks, upper case, a dot at the end.
+/// Names and addresses for a certificate as they are typed: commas, blanks, upper case, a dot
+/// at the end.
 pub fn normalized_sans(list: &[String]) -> Vec<String> {
     let mut out: Vec<String> = Vec::new();
     for part in list.iter().flat_map(|text| text.split(',')) {

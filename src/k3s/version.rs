@@ -5,13 +5,15 @@ use std::str::FromStr;
 
 use serde::{Serialize, Serializer};
 
-/// The version installed when neither `--k3s-version` nor `--channel` says otherwise: the stable channel of June 2026.
+/// The version installed when neither `--k3s-version` nor `--channel` says otherwise: the stable
+/// channel of June 2026.
 pub const DEFAULT: &str = "v1.36.2+k3s1";
 /// Oldest Kubernetes minor of the 1.x line that is supported without `--ignore K3S_TOO_OLD`.
 pub const OLDEST_MINOR: u32 = 28;
 /// Where k3s publishes its releases (k3s-io/k3s, install.sh, `INSTALL_K3S_ARTIFACT_URL`).
 pub const RELEASES: &str = "https://github.com/k3s-io/k3s/releases/download";
-/// Channel server: answers `/NAME` with a redirect whose last path element is the version (install.sh, `get_release_version`).
+/// Channel server: answers `/NAME` with a redirect whose last path element is the version
+/// (install.sh, `get_release_version`).
 pub const CHANNELS: &str = "https://update.k3s.io/v1-release/channels";
 
 /// A k3s release such as `v1.36.2+k3s1`.
@@ -29,7 +31,8 @@ pub struct Version {
 impl FromStr for Version {
     type Err = String;
 
-    /// Accepts `v1.36.2+k3s1`, with `-` or `%2B` for `+` as image tags and URLs have it, with or without `v`.
+    /// Accepts `v1.36.2+k3s1`, with `-` or `%2B` for `+` as image tags and URLs have it, with or
+    /// without `v`.
     fn from_str(text: &str) -> Result<Version, String> {
         let fault = || format!("`{text}` is not a k3s version such as {DEFAULT}");
         let body = text.trim().strip_prefix('v').unwrap_or(text.trim());
@@ -96,7 +99,8 @@ pub fn from_redirect(location: &str) -> Result<Version, String> {
         .map_err(|_| format!("the channel redirects to `{location}`, which names no release"))
 }
 
-/// Names of the release files for one machine architecture (k3s-io/k3s, install.sh `setup_verify_arch`).
+/// Names of the release files for one machine architecture (k3s-io/k3s, install.sh
+/// `setup_verify_arch`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arch {
     /// What `uname -m` says.
@@ -146,7 +150,8 @@ pub fn listed(list: &str, file: &str) -> Option<String> {
     })
 }
 
-/// The digest compiled in for this release file. The table is written by `scripts/release-digests` when a release is made.
+/// The digest compiled in for this release file. The table is written by `scripts/release-digests`
+/// when a release is made.
 pub fn known_digest(version: &Version, file: &str) -> Option<&'static str> {
     let version = version.to_string();
     include_str!("digests.txt").lines().filter(|l| !l.starts_with('#')).find_map(|line| {

@@ -1,4 +1,5 @@
-//! Rules about settings of k3s that stand beside ours: files in its directory, variables of the environment.
+//! Rules about settings of k3s that stand beside ours: files in its directory, variables of the
+//! environment.
 
 use super::InstallTarget;
 use crate::host::paths::DROP_IN;
@@ -7,8 +8,9 @@ use crate::install::finding::{Finding, Level};
 use crate::install::settings::owned_k3s_key;
 use crate::k3s::paths::DATA_DIR;
 
-/// Flags of `k3s server` that `k3s agent` does not have: it ends at once over one of them, where a server skips what it does not know
-/// (k3s-io/k3s, pkg/cli/cmds/server.go and agent.go; pkg/configfilearg/defaultparser.go has no list for the agent).
+/// Flags of `k3s server` that `k3s agent` does not have: it ends at once over one of them, where a
+/// server skips what it does not know (k3s-io/k3s, pkg/cli/cmds/server.go and agent.go;
+/// pkg/configfilearg/defaultparser.go has no list for the agent).
 const SERVER_ONLY: &[&str] = &[
     "advertise-address",
     "advertise-port",
@@ -109,7 +111,7 @@ fn entry(
         Finding::new("K3S_CONFIG_CLASH", level, what, format!("{}: {key}", file.path))
     };
     if name == "data-dir" {
-        // nobody but the user's file sets it, so that it holds wherever it stands
+        // only the user's files set it, so that it applies whichever of them has it
         let same = said.trim_end_matches('/') == DATA_DIR;
         let what =
             format!("k3s is told to keep its data elsewhere, and pipeops looks in {DATA_DIR}");

@@ -9,14 +9,17 @@ use crate::install::finding::{Finding, Level};
 
 const ETC: &str = "/etc/resolv.conf";
 const SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";
-/// Most that a pod gets (k8s.io/kubernetes, pkg/apis/core/validation: MaxDNSNameservers, MaxDNSSearchPaths, MaxDNSSearchListChars).
+/// Most that a pod gets (k8s.io/kubernetes, pkg/apis/core/validation: MaxDNSNameservers,
+/// MaxDNSSearchPaths, MaxDNSSearchListChars).
 const MOST_SERVERS: usize = 3;
 const MOST_DOMAINS: usize = 32;
 const MOST_CHARACTERS: usize = 2048;
-/// What the cluster puts before the host's list: `default.svc.cluster.local svc.cluster.local cluster.local`.
+/// What the cluster puts before the host's list: `default.svc.cluster.local svc.cluster.local
+/// cluster.local`.
 const CLUSTER_DOMAINS: (usize, usize) = (3, 58);
 
-/// Why k3s takes no server like this one (pkg/agent/config/config.go, isValidNameserver); `None` for a good one.
+/// Why k3s takes no server like this one (pkg/agent/config/config.go, isValidNameserver); `None`
+/// for a good one.
 fn flaw(server: &str) -> Option<&'static str> {
     if server.contains('%') {
         return Some("has a zone");
@@ -47,7 +50,8 @@ fn valid(file: Option<&ResolvConf>) -> bool {
     })
 }
 
-/// The file that pods get their servers from, and its path; `None` where k3s writes one with 8.8.8.8.
+/// The file that pods get their servers from, and its path; `None` where k3s writes one with
+/// 8.8.8.8.
 fn used(facts: &Facts) -> Option<(&str, &ResolvConf)> {
     let resolver = &facts.resolver;
     if let Some((path, file)) = &resolver.chosen {

@@ -138,7 +138,8 @@ pub(super) fn swap(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     ]
 }
 
-/// A new k3s beside the one that runs: the program, what it unpacks, its image archive and the images.
+/// A new k3s beside the one that runs: the program, what it unpacks, its image archive and the
+/// images.
 const UPGRADE: u64 = GIB;
 
 /// What is put where: path, bytes for a fresh node, inodes.
@@ -153,7 +154,8 @@ fn needs(facts: &Facts, target: &InstallTarget<'_>) -> [(String, u64, u64); 4] {
     ]
 }
 
-/// Sums needs by file system, so that one disk is asked once; gives `(paths, need bytes, need inodes, disk)`.
+/// Sums needs by file system, so that one disk is asked once; gives `(paths, need bytes, need
+/// inodes, disk)`.
 fn by_disk<'a>(facts: &'a Facts, target: &InstallTarget<'_>) -> Vec<(String, u64, u64, &'a Disk)> {
     let mut sums: Vec<(String, u64, u64, &Disk)> = Vec::new();
     for (path, bytes, inodes) in needs(facts, target) {
@@ -173,7 +175,8 @@ fn by_disk<'a>(facts: &'a Facts, target: &InstallTarget<'_>) -> Vec<(String, u64
 pub(super) fn disk(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let mut sums = by_disk(facts, target);
     if facts.k3s.ours.is_some() {
-        // what would fill the disk is there already, and the kubelet watches the rest; a new version is unpacked beside the old one
+        // what would fill the disk is there already, and the kubelet watches the rest; a new
+        // version is unpacked beside the old one
         let same =
             target.version.is_none_or(|v| facts.k3s.version.as_deref() == Some(&v.to_string()));
         sums.retain(|(paths, ..)| {
@@ -270,7 +273,8 @@ pub(super) fn clock(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     Vec::new()
 }
 
-/// Where the kernel's command line is set on this machine, and what makes a change there take effect.
+/// Where the kernel's command line is set on this machine, and what makes a change there take
+/// effect.
 fn cmdline_file(facts: &Facts) -> String {
     match facts.cmdline_source.as_deref() {
         Some(file @ ("/boot/firmware/cmdline.txt" | "/boot/cmdline.txt")) => format!("the one line of {file}"),

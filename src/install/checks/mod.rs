@@ -47,7 +47,8 @@ enum Ignore {
 
 type Rule = fn(&Facts, &InstallTarget<'_>) -> Vec<Finding>;
 
-/// Every code, in the order of output. A code that the join adds over the wire is a `Failure`, not a row here.
+/// Every code, in the order of output. A code that the join adds over the wire is a `Failure`, not
+/// a row here.
 const RULES: &[(&str, Ignore, Rule)] = &[
     ("NOT_ROOT", Ignore::Never, machine::not_root),
     ("NO_SYSTEMD", Ignore::Never, machine::no_systemd),

@@ -18,7 +18,7 @@ fn own_name(name: &str) -> bool {
         first,
         "localhost" | "localhost4" | "localhost6" | "ip6-localhost" | "ip6-loopback"
     );
-    // as in /etc/hosts of distributions; `localhost.example.com` is somebody's choice
+    // as in /etc/hosts of distributions; `localhost.example.com` is a name that was chosen
     local && matches!(rest.as_slice(), [] | ["localdomain" | "localdomain4" | "localdomain6"])
 }
 
@@ -46,7 +46,8 @@ pub(super) fn hostname(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding
     ]
 }
 
-/// Host names that images come with (k3s takes them; the second machine of the same image cannot join under it).
+/// Host names that images come with (k3s takes them; the second machine of the same image cannot
+/// join under it).
 const IMAGE_NAMES: &[&str] = &[
     "almalinux",
     "alpine",
@@ -66,7 +67,7 @@ const IMAGE_NAMES: &[&str] = &[
 
 pub(super) fn image_name(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let name = target.settings.node_name(&facts.hostname);
-    // somebody who says it, means it
+    // a name that was given is meant
     if target.settings.options.node_name.is_some() || facts.k3s.ours.is_some() {
         return Vec::new();
     }
@@ -86,7 +87,7 @@ pub(super) fn image_name(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Findi
 }
 
 pub(super) fn no_route(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
-    // what `ip` could not tell is unknown, not absent
+    // what `ip` did not list is unknown, not absent
     if facts.ip_fault.is_some()
         || facts.route_to_server.is_some()
         || !facts.deciding_routes().is_empty()

@@ -1,4 +1,5 @@
-//! Rules about ports: who holds those that k3s binds, what firewalls and proxies do to them, what can be reached from outside.
+//! Rules about ports: who holds those that k3s binds, what firewalls and proxies do to them, what
+//! can be reached from outside.
 
 use std::net::IpAddr;
 
@@ -45,8 +46,9 @@ fn port_of(address: Option<String>, default: u16) -> u16 {
     address.and_then(|a| a.rsplit_once(':').and_then(|(_, p)| p.parse().ok())).unwrap_or(default)
 }
 
-/// Ports that are bound with the chosen settings (k3s documentation, "Networking"; the others in k3s-io/k3s: pkg/daemons/control/server.go,
-/// pkg/daemons/config/types.go StreamServerPort, pkg/etcd/etcd.go, pkg/spegel/spegel.go).
+/// Ports that are bound with the chosen settings (k3s documentation, "Networking"; the others in
+/// k3s-io/k3s: pkg/daemons/control/server.go, pkg/daemons/config/types.go StreamServerPort,
+/// pkg/etcd/etcd.go, pkg/spegel/spegel.go).
 pub(crate) fn needed_ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Port> {
     let effective = EffectiveSettings::of(facts, target.settings);
     let argument = |key: &str, name: &str, default: u16| {

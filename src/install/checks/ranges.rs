@@ -1,4 +1,5 @@
-//! Rules about the ranges of pods and services: whether they are free here, and whether they fit together.
+//! Rules about the ranges of pods and services: whether they are free here, and whether they fit
+//! together.
 
 use std::net::IpAddr;
 
@@ -25,7 +26,8 @@ const OTHERS: &[&str] = &[
     "nodelocaldns",
 ];
 
-/// Whether an interface is made by the k3s that we installed. Before there is one, nothing of that name is its.
+/// Whether an interface is made by the k3s that we installed. Before there is one, nothing of that
+/// name is its.
 fn own(facts: &Facts, effective: &EffectiveSettings, device: &str) -> bool {
     let any = |list: &[&str]| list.iter().any(|prefix| device.starts_with(prefix));
     facts.k3s.ours.is_some()
@@ -80,7 +82,7 @@ pub(super) fn overlap(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
     found
 }
 
-/// What of this machine lies in a range.
+/// Routes and addresses of this machine that are inside a range.
 fn hits(facts: &Facts, effective: &EffectiveSettings, name: &str, range: &Cidr) -> Vec<String> {
     // with host-gw a node's pods are a route through that node
     let through_nodes = facts.k3s.ours.is_some()
@@ -137,7 +139,8 @@ pub(super) fn misfit(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> 
     };
     let (pods, services) = (of("cluster"), of("service"));
     let mut found = family_misfits(&pods, &services);
-    // with its own choice k3s follows the address; with somebody else's the address has to follow
+    // by default k3s chooses ranges of the address's family; where the ranges are set, the address
+    // must fit them
     found.extend(lacking_addresses(&network::node_addresses(facts, target.settings), &pods));
     found.extend(size_misfits(&effective, &pods, &services));
     for server in effective.list("cluster-dns") {

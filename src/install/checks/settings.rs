@@ -1,11 +1,13 @@
-//! Rules about settings of k3s: those that this line does not know, and those that it takes in another way than they look.
+//! Rules about settings of k3s: those that this line does not know, and those that it takes in
+//! another way than they look.
 
 use super::InstallTarget;
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
 use crate::k3s::{keys, values};
 
-/// A node keeps the name that it was installed with: under another one it would be a second Node, and the first one an orphan.
+/// A node keeps the name that it was installed with: under another one it would be a second Node,
+/// and the first one an orphan.
 pub(super) fn renamed(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(now) = &facts.current_hostname else { return Vec::new() };
     let node = &facts.hostname;

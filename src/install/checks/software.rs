@@ -190,7 +190,8 @@ pub(super) fn tools(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     vec![finding.fix(format!("install them (packages {}), then run again", packages.join(", ")))]
 }
 
-/// The agent's user or group is somebody else's, so that the agent would run with that one's rights or not at all.
+/// The agent's user or group belongs to something else, so that the agent would run with its rights
+/// or not at all.
 pub(super) fn account(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     // what an earlier run made is as it should be
     if !target.server() || facts.k3s.ours.is_some() {

@@ -40,7 +40,8 @@ pub(super) fn no_exec(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     ]
 }
 
-/// File systems that overlayfs cannot keep its upper layer on, or only from some version on (Linux, Documentation/filesystems/overlayfs.rst).
+/// File systems that overlayfs cannot keep its upper layer on, or only from some version on (Linux,
+/// Documentation/filesystems/overlayfs.rst).
 const NO_UPPER: &[&str] = &[
     "overlay",
     "zfs",

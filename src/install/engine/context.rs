@@ -1,4 +1,4 @@
-//! What a run of the engine hands on to each step.
+//! What a run of the engine passes to each step.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::install::plan::{ProgressEvent, SecretName};
 /// The secrets of a run by name; the plan only names them.
 pub type Secrets = BTreeMap<SecretName, Secret>;
 
-/// What a step needs to do its work and to tell about it.
+/// What a step needs to change the machine and to report progress.
 pub(super) struct StepContext<'a> {
     pub(super) writer: &'a HostWriter,
     pub(super) secrets: &'a Secrets,

@@ -1,5 +1,5 @@
-//! What all kinds that write a file share: what was there before, edits by somebody else, and putting
-//! the former content back.
+//! What all kinds that write a file share: what was there before, edits by somebody else, and
+//! putting the former content back.
 
 use sha2::{Digest as _, Sha256};
 
@@ -66,7 +66,7 @@ pub(super) fn restore(writer: &HostWriter, path: &str, before: &PriorState) -> a
     Ok(())
 }
 
-/// Undoes a file with all that lies beside it: the former program, parts of a download.
+/// Undoes a file, and removes what belongs to it: the former program, parts of a download.
 pub(super) fn undo(writer: &HostWriter, entry: &JournalEntry, path: &str) -> anyhow::Result<()> {
     restore(writer, path, &entry.before)?;
     writer.remove(&format!("{path}.old"))?;

@@ -16,11 +16,12 @@ pub const PATH: &str = "/var/lib/pipeops/journal.json";
 /// Raised when the meaning of a field changes; every version ever written must still load.
 const VERSION: u32 = 1;
 
-/// What stood in a thing's place before we came.
+/// What was there before the first change of a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "was", rename_all = "snake_case")]
 pub enum PriorState {
-    /// Nothing; undoing removes it. `made` are the parent directories that came with it, outermost first.
+    /// Nothing; undoing removes it. `made` are the parent directories that came with it, outermost
+    /// first.
     Absent {
         #[serde(default)]
         made: Vec<String>,
@@ -54,7 +55,7 @@ pub struct JournalEntry {
     pub want: Resource,
     pub before: PriorState,
     pub state: EntryState,
-    /// sha256 of what we wrote, to tell our text from somebody's edit.
+    /// sha256 of what we wrote; a different one means that the file was edited since.
     #[serde(default)]
     pub digest: Option<String>,
 }
@@ -74,7 +75,7 @@ pub struct Journal {
     /// Whether the last run came to its end.
     #[serde(default)]
     pub complete: bool,
-    /// Kernel settings and modules as they were before k3s, so that the end can tell what changed.
+    /// Kernel settings and modules before k3s was installed: uninstall lists what changed.
     #[serde(default)]
     pub kernel: BTreeMap<String, String>,
     /// It held secrets when it was read and has not been written since.
@@ -140,7 +141,8 @@ impl Journal {
         self.entries.iter().find(|e| e.id == id)
     }
 
-    /// Notes that a step begins. What was there before is recorded once and never overwritten by a later run.
+    /// Notes that a step begins. What was there before is recorded once and never overwritten by a
+    /// later run.
     pub fn intend(&mut self, entry: JournalEntry) {
         match self.entries.iter_mut().find(|e| e.id == entry.id) {
             Some(known) => {

@@ -1,4 +1,5 @@
-//! One engine for every plan: check, apply, undo; the journal is written before and after each step.
+//! One engine for every plan: check, apply, undo; the journal is written before and after each
+//! step.
 
 mod context;
 mod files;
@@ -68,8 +69,8 @@ pub async fn check(
     Ok(CheckedPlan { plan, checks, remove, drift, findings })
 }
 
-/// Makes the machine as the plan wants it. It can run again after any interruption: what is done is read
-/// from the machine, not from the journal.
+/// Makes the machine as the plan wants it. It can run again after any interruption: what is done is
+/// read from the machine, not from the journal.
 ///
 /// # Errors
 /// The first step that is not optional and fails ends the run; what was done is in the journal.
@@ -82,7 +83,8 @@ pub async fn apply(
     on_event: &mut dyn FnMut(ProgressEvent),
 ) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
-    // a change to a node that was healthy can be rolled back; a new k3s cannot, for its datastore may have moved on
+    // a change to a node that was healthy can be rolled back; a new k3s cannot, for its datastore
+    // may have moved on
     let mut previous = (journal.complete && journal.k3s_version == plan.k3s_version).then(Vec::new);
     journal.complete = false;
     journal.k3s_version.clone_from(&plan.k3s_version);
@@ -182,8 +184,8 @@ fn failed(context: &mut StepContext<'_>, id: &str, what: &str, optional: bool) {
     (context.on_event)(ProgressEvent::Failed { id, what, optional });
 }
 
-/// One step: compare it with the machine, note the intent, apply it, note that it is done. Says whether it
-/// changed something.
+/// One step: compare it with the machine, note the intent, apply it, note that it is done. Says
+/// whether it changed something.
 async fn run_step(
     context: &mut StepContext<'_>,
     journal: &mut Journal,
@@ -234,7 +236,8 @@ fn mark_done(journal: &mut Journal, writer: &HostWriter, step: &Step) -> anyhow:
     save(journal, writer)
 }
 
-/// Undoes the whole journal, last entry first. What cannot be undone is named and does not stop the rest.
+/// Undoes the whole journal, last entry first. What cannot be undone is named and does not stop the
+/// rest.
 ///
 /// # Errors
 /// When interrupted, or the journal cannot be written.
@@ -316,7 +319,8 @@ fn save(journal: &Journal, writer: &HostWriter) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// In debug builds `PIPEOPS_KILL_AT=N` kills the process, as a power cut would, right after the Nth write of the journal.
+/// In debug builds `PIPEOPS_KILL_AT=N` kills the process, as a power cut would, right after the Nth
+/// write of the journal.
 #[cfg(debug_assertions)]
 #[expect(clippy::disallowed_methods, reason = "a switch for tests, compiled out of releases")]
 fn failpoint() {

@@ -54,8 +54,8 @@ pub(super) fn previous_file(
     }))
 }
 
-/// Puts the former files back, restarts the unit with them, and waits until the node is as it was. Gives
-/// the failure that ends the run.
+/// Puts the former files back, restarts the unit with them, and waits until the node is as it was.
+/// Gives the failure that ends the run.
 pub(super) async fn roll_back(
     context: &mut StepContext<'_>,
     journal: &mut Journal,

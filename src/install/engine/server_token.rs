@@ -1,6 +1,6 @@
-//! The server's token. k3s writes it again at each start, and empties the file first: a process that
-//! dies, a full disk or a power cut in between loses it, and no later start succeeds (k3s-io/k3s
-//! `pkg/server/handlers/token.go`, `WriteToken`; seen with v1.33.1).
+//! The server's token. k3s writes it again at each start, and empties the file first: a process
+//! that dies, a full disk or a power cut in between loses it, and no later start succeeds
+//! (k3s-io/k3s `pkg/server/handlers/token.go`, `WriteToken`; seen with v1.33.1).
 
 use super::context::StepContext;
 use super::journal::{back_up, backup_path};
@@ -11,8 +11,8 @@ use crate::k3s::paths::SERVER_TOKEN;
 /// Its name among the backups.
 const COPY: &str = "server-token";
 
-/// Keeps a copy of the token, or restores an emptied one from it and says so. Called right before k3s
-/// is started, and once its node is Ready.
+/// Keeps a copy of the token, or restores an emptied one from it and says so. Called right before
+/// k3s is started, and once its node is Ready.
 pub(super) fn keep_and_report(context: &mut StepContext<'_>) -> anyhow::Result<()> {
     if let Some(text) = keep(context.writer)? {
         (context.on_event)(ProgressEvent::Note { text });

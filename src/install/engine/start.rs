@@ -1,4 +1,4 @@
-//! How a unit comes up: its deaths, what its journal says, and when waiting for it is pointless.
+//! How a unit starts: how often it exited, what its journal says, and when to stop waiting for it.
 
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ pub(super) struct UnitStart<'a> {
     begin: Instant,
     /// The same by the wall clock, for logs that have no other.
     wall: jiff::Timestamp,
-    /// Where the journal stood when the wait began: what the unit said before is not its word now.
+    /// Where the journal ended when the wait began: earlier lines are of an earlier start.
     mark: JournalPosition,
     /// Restarts that systemd had counted by then.
     before: Option<u32>,
@@ -59,7 +59,8 @@ impl<'a> UnitStart<'a> {
         self.writer.unit_log(self.unit, &self.mark, LINES).await
     }
 
-    /// The journal, and what containerd wrote since the wait began where it is containerd that ends.
+    /// The journal, and what containerd wrote since the wait began where it is containerd that
+    /// ends.
     fn with_containerd(&self, journal: &str) -> String {
         if !["containerd exited", "failed to start container runtime"]
             .iter()
@@ -76,8 +77,8 @@ impl<'a> UnitStart<'a> {
         format!("{journal}\n{}", now.join("\n"))
     }
 
-    /// Why the wait is over already; `None` while the unit may still come. The unit is stopped then, so that it is not left in a
-    /// restart loop; the next run starts it again.
+    /// Why the wait is over already; `None` while the unit may still come. The unit is stopped
+    /// then, so that it is not left in a restart loop; the next run starts it again.
     pub(super) async fn look(&mut self) -> Option<Failure> {
         if self.looked.is_some_and(|l| l.elapsed() < LOOK) {
             return None;
@@ -128,7 +129,8 @@ impl<'a> UnitStart<'a> {
         format!("{}{more}, then run the same command again", diagnosis.cause.fix)
     }
 
-    /// The line that decides, what else is telling, and a warning beside it; each once.
+    /// Adds the evidence: the line that decides, other lines worth showing, and a related warning;
+    /// each once.
     fn with_evidence(
         &self,
         mut failure: Failure,
@@ -151,7 +153,7 @@ impl<'a> UnitStart<'a> {
         }
     }
 
-    /// At the deadline: what the journal has to say to it.
+    /// The failure at the deadline, with what the journal says about it.
     pub(super) async fn at_deadline(&mut self, failure: Failure, optional: bool) -> Failure {
         let log = self.with_containerd(&self.journal().await);
         let diagnosis = logs::classify(&log);

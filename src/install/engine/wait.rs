@@ -20,12 +20,12 @@ const AGENT_UNIT: &str = "pipeops-agent.service";
 /// Longest life of the agent's token, seconds; see `credential`.
 const CREDENTIAL_LIFE: i64 = 24 * 3600;
 
-/// `None` when it is so, else why not yet.
+/// Why a condition is not met yet; `None` when it is.
 pub async fn unmet(host: &Host, what: &WaitCondition) -> Option<String> {
     check_condition(host, what, &mut None).await
 }
 
-/// The same, with the node's signs of life as they were when the wait began.
+/// The same, with the node's heartbeats as they were when the wait began.
 async fn check_condition(
     host: &Host,
     what: &WaitCondition,
@@ -96,7 +96,7 @@ async fn check_condition(
     }
 }
 
-/// The last telling cause of a transport error, short enough for one line.
+/// The root cause of a transport error, short enough for one line.
 fn short(error: &kube::Error) -> String {
     let mut text = error.to_string();
     let mut at: Option<&dyn std::error::Error> = std::error::Error::source(error);
@@ -145,14 +145,15 @@ async fn node(
         .ok()
         .flatten();
     let beats = readiness::heartbeats(&node, lease.as_ref());
-    // one that came while we looked is of this start, whatever the clocks say
+    // a heartbeat that came during the wait is of this start, whatever the clocks say
     let came = *first.get_or_insert(beats) != beats;
     let fresh = came || readiness::fresh(beats, started, Timestamp::now());
     (!fresh).then(|| format!("the kubelet has given no sign of life since {unit} was started"))
 }
 
 /// # Errors
-/// Why the chart is not installed yet: its job restarts a container that fails, and counts no failure for that.
+/// Why the chart is not installed yet: its job restarts a container that fails, and counts no
+/// failure for that.
 async fn chart(host: &Host, namespace: &str, name: &str) -> Result<(), String> {
     let (cluster, chart) =
         object(host, &format!("/apis/helm.cattle.io/v1/namespaces/{namespace}/helmcharts/{name}"))
@@ -206,8 +207,9 @@ async fn in_cluster(
 /// Waits until all is true, or says which is not and why.
 ///
 /// # Errors
-/// Exit 8 at the deadline, or earlier when the unit ends again and again or its journal shows a cause that waiting cannot mend. The
-/// unit is then stopped, so that it is not left in a restart loop; the next run starts it again.
+/// Exit 8 at the deadline, or earlier when the unit ends again and again or its journal shows a
+/// cause that waiting does not fix. The unit is then stopped, so that it is not left in a restart
+/// loop; the next run starts it again.
 pub(super) async fn wait_until(
     writer: &HostWriter,
     what: &[WaitCondition],
@@ -262,7 +264,8 @@ fn unit_of(item: &WaitCondition) -> Option<&str> {
     }
 }
 
-/// At the deadline. A unit explains what it should have brought; what runs on a node that is there explains itself.
+/// At the deadline. A unit explains what it should have brought; what runs on a node that is there
+/// explains itself.
 async fn timeout_failure(
     item: &WaitCondition,
     why: String,

@@ -27,8 +27,9 @@ pub struct Route {
 }
 
 impl Route {
-    /// A default route as k3s sees one: the destination is zero, whatever the prefix. A VPN that takes everything writes
-    /// `0.0.0.0/1` and `128.0.0.0/1` (k8s.io/apimachinery, pkg/util/net/interface.go, getIPv4DefaultRoutes).
+    /// A default route as k3s sees one: the destination is zero, whatever the prefix. A VPN that
+    /// takes everything writes `0.0.0.0/1` and `128.0.0.0/1` (k8s.io/apimachinery,
+    /// pkg/util/net/interface.go, getIPv4DefaultRoutes).
     fn default_of(&self, v6: bool) -> bool {
         let forwards = self.kind.is_empty() || self.kind == "unicast";
         forwards
@@ -76,7 +77,8 @@ impl Address {
         Cidr { address: self.ip, prefix: self.prefix }
     }
 
-    /// A network of this one address: a virtual address that wanders between machines, or one of a cloud.
+    /// A network of this one address: a virtual address that wanders between machines, or one of a
+    /// cloud.
     fn alone(&self) -> bool {
         self.prefix == if self.ip.is_ipv4() { 32 } else { 128 }
     }
@@ -133,7 +135,8 @@ impl Interface {
 }
 
 impl Facts {
-    /// The default routes of a family, the one that packets take first: the narrower one, then metric, then the router's preference.
+    /// The default routes of a family, the one that packets take first: the narrower one, then
+    /// metric, then the router's preference.
     pub fn default_routes(&self, v6: bool) -> Vec<&Route> {
         let mut found: Vec<&Route> = self.routes.iter().filter(|r| r.default_of(v6)).collect();
         let prefix = |r: &Route| Cidr::parse(&r.to).map_or(0, |c| c.prefix);
@@ -141,13 +144,15 @@ impl Facts {
         found
     }
 
-    /// The default routes that decide about the node's address: those of IPv4 where there are any, as in k3s.
+    /// The default routes that decide about the node's address: those of IPv4 where there are any,
+    /// as in k3s.
     pub fn deciding_routes(&self) -> Vec<&Route> {
         let v4 = self.default_routes(false);
         if v4.is_empty() { self.default_routes(true) } else { v4 }
     }
 
-    /// Interface and address of a family: those of the route to the server, else of the best default route.
+    /// Interface and address of a family: those of the route to the server, else of the best
+    /// default route.
     pub fn address_of_family(&self, v6: bool) -> Option<(String, IpAddr)> {
         let route_to_server = self
             .route_to_server
@@ -166,7 +171,8 @@ impl Facts {
             .filter(|ip| self.interface_of(*ip).is_some());
         let gateway = route.gateway.as_deref().and_then(|g| g.parse().ok());
         let of_interface = || self.interface(&route.device)?.best(v6, gateway);
-        // a router without addresses on its lines has one on loopback (RFC 5549; also in ChooseHostInterface of apimachinery)
+        // a router without addresses on its lines has one on loopback (RFC 5549; also in
+        // ChooseHostInterface of apimachinery)
         let of_loopback = || self.interface("lo")?.best(v6, None);
         named.or_else(of_interface).or_else(of_loopback)
     }

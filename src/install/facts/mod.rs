@@ -1,4 +1,5 @@
-//! What is known about a machine, as plain data; the parsers of the text it comes from are below it.
+//! What is known about a machine, as plain data; the parsers of the text it comes from are below
+//! it.
 
 pub mod address;
 pub mod parse;
@@ -9,7 +10,8 @@ pub use address::{Address, Interface, Route};
 
 use serde::{Deserialize, Serialize};
 
-/// Everything the checks and the planner look at. Gathered once by `install::gather`, read-only afterwards.
+/// Everything the checks and the planner look at. Gathered once by `install::gather`, read-only
+/// afterwards.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Facts {
@@ -28,7 +30,8 @@ pub struct Facts {
     pub swap_bytes: u64,
     pub disks: Vec<Disk>,
     pub mounts: Vec<Mount>,
-    /// 99th percentile of a small write with fsync on the data disk, microseconds; `None` when not measured (dry run).
+    /// 99th percentile of a small write with fsync on the data disk, microseconds; `None` when not
+    /// measured (dry run).
     pub fsync_p99_us: Option<u64>,
     pub listeners: Vec<Listener>,
     pub clock: Clock,
@@ -37,7 +40,7 @@ pub struct Facts {
     pub interfaces: Vec<Interface>,
     /// The route that leads to the server of a worker: it decides before the default route does.
     pub route_to_server: Option<Route>,
-    /// Why `ip` could not tell of addresses and routes; both are unknown then, not absent.
+    /// Why `ip` did not list addresses and routes; both are unknown then, not absent.
     pub ip_fault: Option<String>,
     pub modules: Modules,
     pub cgroup: Cgroup,
@@ -118,7 +121,8 @@ pub struct Mount {
     /// Nothing can be written there: mounted so, or the directory is immutable.
     pub read_only: bool,
     pub no_exec: bool,
-    /// Whether directory entries tell their type, as overlayfs wants of the file system below it; `None` when unknown.
+    /// Whether directory entries carry their type, which overlayfs requires of the file system
+    /// below it; `None` when unknown.
     pub entry_types: Option<bool>,
 }
 
@@ -226,7 +230,8 @@ pub struct Iptables {
 pub struct K3s {
     /// Version of `/usr/local/bin/k3s`.
     pub version: Option<String>,
-    /// Evidence of a k3s that our journal does not know: units, programs; of its settings only where there is nothing else.
+    /// Evidence of a k3s that our journal does not know: units, programs; of its settings only
+    /// where there is nothing else.
     pub foreign: Vec<String>,
     /// Whether our journal records an installation, and in which role.
     pub ours: Option<crate::k3s::role::NodeRole>,
@@ -251,7 +256,8 @@ pub struct SettingsFile {
     pub path: String,
     /// Read after ours, so that it has the last word.
     pub after: bool,
-    /// In the order of the file. Values are kept of keys that something here looks at, for others may be secrets.
+    /// In the order of the file. Values are kept of keys that something here looks at, for others
+    /// may be secrets.
     pub entries: Vec<(String, serde_json::Value)>,
     /// Why k3s could not read it and would stop.
     pub fault: Option<String>,

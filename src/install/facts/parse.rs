@@ -1,4 +1,5 @@
-//! Parsers of the text that facts come from: `/proc`, os-release, `ip -j`. Each takes text and never fails on garbage.
+//! Parsers of the text that facts come from: `/proc`, os-release, `ip -j`. Each takes text and
+//! never fails on garbage.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -42,7 +43,8 @@ pub fn cpus(text: &str) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-/// Listening sockets of `/proc/net/{tcp,tcp6,udp,udp6}`, with the socket's inode to find its owner by.
+/// Listening sockets of `/proc/net/{tcp,tcp6,udp,udp6}`, with the socket's inode to find its owner
+/// by.
 pub fn sockets(text: &str, protocol: &str) -> Vec<(Listener, u64)> {
     let mut found = Vec::new();
     for line in text.lines().skip(1) {
@@ -95,7 +97,8 @@ fn kernel_address(hex: &str) -> Option<IpAddr> {
     }
 }
 
-/// A resolv.conf, as k3s judges it (isValidResolvConf) and as the kubelet reads it (pkg/kubelet/network/dns, parseResolvConf).
+/// A resolv.conf, as k3s judges it (isValidResolvConf) and as the kubelet reads it
+/// (pkg/kubelet/network/dns, parseResolvConf).
 pub fn resolv_conf(text: &str) -> ResolvConf {
     let mut found = ResolvConf::default();
     for line in text.lines() {
@@ -104,7 +107,8 @@ pub fn resolv_conf(text: &str) -> ResolvConf {
             Some("nameserver") => {
                 let server = words.next().unwrap_or_default().to_owned();
                 if !line.starts_with(char::is_whitespace) {
-                    // k3s takes everything up to the next space, and a line without any as an invalid one
+                    // k3s takes everything up to the next space, and a line without any as an
+                    // invalid one
                     found.nameservers.push(server.clone());
                 }
                 found.pod_nameservers.extend((!server.is_empty()).then_some(server));
@@ -120,7 +124,8 @@ pub fn resolv_conf(text: &str) -> ResolvConf {
     found
 }
 
-/// `ip -j -4 route show` or `-6`; `None` for text that is no such list. Nothing at all is an empty one.
+/// `ip -j -4 route show` or `-6`; `None` for text that is no such list. Nothing at all is an empty
+/// one.
 pub fn ip_routes(json: &str, v6: bool) -> Option<Vec<Route>> {
     Some(rows(json)?.iter().flat_map(|row| route(row, v6)).collect())
 }
@@ -226,7 +231,8 @@ fn interface(row: &serde_json::Value) -> Option<Interface> {
     Some(interface)
 }
 
-/// First column of `/proc/modules`, and the names in `modules.builtin` or `modules.dep`. `-` and `_` are the same.
+/// First column of `/proc/modules`, and the names in `modules.builtin` or `modules.dep`. `-` and
+/// `_` are the same.
 pub fn module_names(text: &str) -> BTreeSet<String> {
     text.lines()
         .filter_map(|line| {
@@ -274,7 +280,8 @@ pub fn numbers(version: &str) -> Vec<u32> {
         .collect()
 }
 
-/// The value that a variable has after `sh` has sourced this text; `None` when it is never set. No expansion is done.
+/// The value that a variable has after `sh` has sourced this text; `None` when it is never set. No
+/// expansion is done.
 pub fn shell_variable(text: &str, name: &str) -> Option<String> {
     let mut value = None;
     for command in shell_commands(text) {
@@ -290,7 +297,8 @@ pub fn shell_variable(text: &str, name: &str) -> Option<String> {
     value
 }
 
-/// Simple commands of a shell's text as words without quotes and comments (POSIX shell command language, 2.2 and 2.3).
+/// Simple commands of a shell's text as words without quotes and comments (POSIX shell command
+/// language, 2.2 and 2.3).
 fn shell_commands(text: &str) -> Vec<Vec<String>> {
     let (mut commands, mut words, mut word) = (Vec::new(), Vec::new(), None::<String>);
     let mut quote = None;

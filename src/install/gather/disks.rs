@@ -35,7 +35,8 @@ pub(super) fn existing(host: &Host, path: &str) -> std::path::PathBuf {
     real
 }
 
-/// 99th percentile of 60 durable writes to an unnamed file: nothing appears in the tree, nothing is left after a crash.
+/// 99th percentile of 60 durable writes to an unnamed file: nothing appears in the tree, nothing is
+/// left after a crash.
 pub(super) fn fsync_p99_us(host: &Host) -> Option<u64> {
     let dir = existing(host, "/var/lib/rancher");
     let mut file = OpenOptions::new()

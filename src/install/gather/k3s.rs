@@ -10,7 +10,8 @@ use crate::install::facts::{K3s, SettingsFile, parse};
 use crate::k3s::paths::{BINARY, NODE_PASSWORD};
 use crate::k3s::role::NodeRole;
 
-/// The port of supervisor and API that k3s on this machine is set to, by whichever file; 6443 by default.
+/// The port of supervisor and API that k3s on this machine is set to, by whichever file; 6443 by
+/// default.
 pub fn api_port(host: &Host) -> u16 {
     let path = DROP_IN;
     let entries =
@@ -19,7 +20,8 @@ pub fn api_port(host: &Host) -> u16 {
     EffectiveSettings::on_machine(&settings_files(host, None), &ours).api_port()
 }
 
-/// What k3s reads beside our own file, in its order: variables of the unit, `config.yaml`, `config.yaml.d` by name.
+/// What k3s reads beside our own file, in its order: variables of the unit, `config.yaml`,
+/// `config.yaml.d` by name.
 fn settings_files(host: &Host, ours: Option<NodeRole>) -> Vec<SettingsFile> {
     let unit = ours.unwrap_or(NodeRole::Server).unit();
     let variables = format!("/etc/systemd/system/{unit}.env");
@@ -57,7 +59,7 @@ fn settings_files(host: &Host, ours: Option<NodeRole>) -> Vec<SettingsFile> {
         let read = match host.read(&path) {
             Ok(None) => continue,
             Ok(Some(text)) => read_file(&text),
-            // who is not root is told so first
+            // unreadable: NOT_ROOT says so
             Err(_) => continue,
         };
         let (entries, fault) = match read {

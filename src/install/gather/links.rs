@@ -1,4 +1,4 @@
-//! Addresses and routes, as `ip` tells them.
+//! Addresses and routes, from the output of `ip`.
 
 use super::ASK;
 use crate::host::{Host, program::Output};
@@ -29,7 +29,8 @@ pub(super) async fn network(host: &Host) -> (Vec<Interface>, Vec<Route>, Option<
     }
 }
 
-/// What a program said as `read` reads it, or why not. Versions before 4.17 ignore `-j` here and there, and succeed.
+/// What a program said as `read` reads it, or why not. Versions before 4.17 ignore `-j` here and
+/// there, and succeed.
 fn answer<T>(
     line: &str,
     said: anyhow::Result<Output>,

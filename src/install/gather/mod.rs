@@ -84,7 +84,7 @@ pub async fn gather(
         swap_bytes: parse::meminfo(&text("/proc/meminfo"), "SwapTotal"),
         disks: DISKS.iter().filter_map(|path| disks::disk(host, path)).collect(),
         mounts: mounts::gather(host),
-        // below another root lies some directory of this machine, whose disk says nothing about the other's
+        // another root is a directory of this machine: the disk below it is not the one to measure
         fsync_p99_us: (probe == Probe::Disk && host.is_machine())
             .then(|| disks::fsync_p99_us(host))
             .flatten(),
@@ -235,7 +235,8 @@ fn proxy(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// Whether containerd will load a profile for each container (containerd, pkg/apparmor, hostSupports).
+/// Whether containerd will load a profile for each container (containerd, pkg/apparmor,
+/// hostSupports).
 fn apparmor(host: &Host) -> bool {
     let security = host.list("/sys/kernel/security");
     host.text("/sys/module/apparmor/parameters/enabled").starts_with('Y')
@@ -245,7 +246,8 @@ fn apparmor(host: &Host) -> bool {
 /// The file that the kernel's command line comes from.
 fn cmdline_source(host: &Host) -> Option<String> {
     let found = [
-        // Raspberry Pi OS 12 and Ubuntu; what Raspberry Pi OS 12 keeps at the old place only says so
+        // Raspberry Pi OS 12 and Ubuntu; what Raspberry Pi OS 12 keeps at the old place only says
+        // so
         "/boot/firmware/cmdline.txt",
         "/boot/cmdline.txt",
         "/boot/armbianEnv.txt",
@@ -260,7 +262,8 @@ fn cmdline_source(host: &Host) -> Option<String> {
     found.or_else(|| host.is_dir("/boot/loader/entries").then(|| "/boot/loader/entries".to_owned()))
 }
 
-/// What has the name of the agent's account already. Directories such as LDAP are asked too: useradd refuses a name that they know.
+/// What has the name of the agent's account already. Directories such as LDAP are asked too:
+/// useradd refuses a name that they know.
 async fn account(host: &Host) -> Account {
     let of = |text: &str| {
         text.lines().map(str::to_owned).find(|l| l.split(':').next() == Some(AGENT_USER))

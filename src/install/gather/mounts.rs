@@ -60,7 +60,7 @@ fn immutable(dir: &std::path::Path) -> bool {
     )
 }
 
-/// XFS made with ftype=0 tells no types, and overlayfs above it does not work.
+/// XFS made with ftype=0 has no types, and overlayfs does not work on it.
 fn entry_types(dir: &std::path::Path) -> Option<bool> {
     let mut opened =
         nix::dir::Dir::open(dir, OFlag::O_RDONLY | OFlag::O_DIRECTORY, Mode::empty()).ok()?;

@@ -1,4 +1,5 @@
-//! The text of what we write for k3s: settings drop-in, units, firewall table, the agent's settings.
+//! The text of what we write for k3s: settings drop-in, units, firewall table, the agent's
+//! settings.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -58,7 +59,8 @@ fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<Str
     map
 }
 
-/// Adds the `[k3s]` table, with holes for its secrets: lists of the same key are joined, everything else is the user's word.
+/// Adds the `[k3s]` table, with holes for its secrets: lists of the same key are joined, for
+/// everything else the user's value wins.
 fn pass_through(map: &mut BTreeMap<String, Value>, table: &BTreeMap<String, Value>) {
     for (key, value) in table {
         match (map.get_mut(key), value) {
@@ -79,7 +81,8 @@ fn pass_through(map: &mut BTreeMap<String, Value>, table: &BTreeMap<String, Valu
     }
 }
 
-/// A list that a file before ours has too is appended to it: a plain key would throw the user's items away without a word.
+/// A list that a file before ours has too is appended to it: a plain key would silently drop the
+/// user's items.
 fn join_lists(map: &mut BTreeMap<String, Value>, facts: &Facts) {
     let before = facts
         .k3s
@@ -147,7 +150,8 @@ pub fn server_drop_in(
     yaml(&map)
 }
 
-/// `50-pipeops.yaml` of a worker. Server-only settings stop an agent at once, so none is ever written here.
+/// `50-pipeops.yaml` of a worker. Server-only settings stop an agent at once, so none is ever
+/// written here.
 pub fn worker_drop_in(
     facts: &Facts,
     settings: &Settings,
@@ -176,7 +180,8 @@ pub fn system_deployments(facts: &Facts, settings: &Settings) -> Vec<String> {
     .collect()
 }
 
-/// What k3s and its pods fill, directories for the most part. `/var/lib/rancher/k3s/storage` inside them holds volumes.
+/// What k3s and its pods fill, directories for the most part. `/var/lib/rancher/k3s/storage` inside
+/// them holds volumes.
 pub fn state_dirs(role: NodeRole) -> Vec<String> {
     let mut dirs = vec![
         "/run/k3s",
@@ -203,7 +208,8 @@ pub fn state_dirs(role: NodeRole) -> Vec<String> {
     dirs.into_iter().map(str::to_owned).collect()
 }
 
-/// The unit of k3s; `systemd/` holds the templates. The firewall table is loaded before anything listens, or k3s stays down.
+/// The unit of k3s; `systemd/` holds the templates. The firewall table is loaded before anything
+/// listens, or k3s stays down.
 pub fn unit(settings: &Settings) -> String {
     let template = match settings.role {
         NodeRole::Server => include_str!("../../../systemd/k3s.service"),
@@ -217,8 +223,8 @@ pub fn unit(settings: &Settings) -> String {
     template.replace("# FIREWALL\n", &firewall)
 }
 
-/// An nftables table of our own: everything that is not loopback, pods, an answer, ICMP, 80, 443 or an allowed network is dropped.
-/// Only ports of k3s are closed, so that nobody locks himself out of ssh.
+/// An nftables table of our own: everything that is not loopback, pods, an answer, ICMP, 80, 443 or
+/// an allowed network is dropped. Only ports of k3s are closed, so that ssh stays reachable.
 pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String {
     let mut text = format!(
         "# Written by pipeops (--api-allow). A table of its own: other tables are not touched.\n\

@@ -1,4 +1,5 @@
-//! From facts and settings to the plan of a server or a worker: one screen each, read top to bottom.
+//! From facts and settings to the plan of a server or a worker: one screen each, read top to
+//! bottom.
 
 pub mod config;
 
@@ -23,7 +24,8 @@ use crate::k3s::version::Version;
 
 const UNITS: &str = "/etc/systemd/system";
 
-/// What the plan needs to know beyond facts and settings: what was resolved over the network or from a directory.
+/// What the plan needs to know beyond facts and settings: what was resolved over the network or
+/// from a directory.
 pub struct Release {
     pub version: Version,
     pub binary: Artifact,
@@ -69,7 +71,8 @@ fn directories(role: NodeRole) -> Vec<Step> {
     let worker = role == NodeRole::Worker;
     let mut steps = Vec::new();
     if worker {
-        // First of all: the server has tied our name to this password already, so it must survive an aborted join.
+        // First of all: the server has tied our name to this password already, so it must survive
+        // an aborted join.
         steps.push(step(
             "node-password",
             "keep the node password",

@@ -1,4 +1,5 @@
-//! The `[k3s]` table: settings that pass through to k3s, some of which are secrets that nothing may show.
+//! The `[k3s]` table: settings that pass through to k3s, some of which are secrets that nothing may
+//! show.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,7 +11,8 @@ use serde_json::{Value, json};
 use crate::base::secret::{MASK, Secret, in_urls, is_secret_name, mask};
 use crate::k3s::keys;
 
-/// Settings by their k3s name. Reads like a map; `Debug` and `Serialize` show dots where a value is secret.
+/// Settings by their k3s name. Reads like a map; `Debug` and `Serialize` show dots where a value is
+/// secret.
 #[derive(Clone, Default, PartialEq, Deserialize)]
 #[serde(transparent)]
 pub struct K3sTable(BTreeMap<String, Value>);
@@ -51,7 +53,8 @@ fn placeholder(name: &str) -> String {
     format!("${{secret:{name}}}")
 }
 
-/// `text` with its holes filled; `secret_values` is what [`K3sTable::fill`] gave. `None` when one of them has nothing.
+/// `text` with its holes filled; `secret_values` is what [`K3sTable::fill`] gave. `None` when one
+/// of them has nothing.
 pub fn fill_placeholders(text: &str, fill: &Secret) -> Option<String> {
     let values: BTreeMap<String, Value> = serde_json::from_str(fill.expose()).ok()?;
     let mut out = text.to_owned();
@@ -62,7 +65,7 @@ pub fn fill_placeholders(text: &str, fill: &Secret) -> Option<String> {
 }
 
 impl K3sTable {
-    /// These, and below them `lower`.
+    /// These values; where a key is missing, those of `lower`.
     #[must_use]
     pub fn layered_over(self, lower: K3sTable) -> K3sTable {
         let mut map = lower.0;
@@ -81,7 +84,7 @@ impl K3sTable {
         })
     }
 
-    /// For people: secret parts are dots.
+    /// For display: secret parts are dots.
     pub fn redacted(&self) -> BTreeMap<String, Value> {
         self.each(|name, value| json!(hidden(name, value)))
     }
@@ -115,7 +118,8 @@ impl K3sTable {
         shown.into_iter().collect()
     }
 
-    /// The table with each string replaced: `change` gets its name, `KEY` or `KEY.NUMBER` in a list, and the string.
+    /// The table with each string replaced: `change` gets its name, `KEY` or `KEY.NUMBER` in a
+    /// list, and the string.
     fn each(&self, mut change: impl FnMut(Name<'_>, &String) -> Value) -> BTreeMap<String, Value> {
         let one = |key: &str, value: &Value, change: &mut dyn FnMut(Name<'_>, &String) -> Value| {
             match value {
@@ -154,13 +158,14 @@ fn value_name(name: Name<'_>) -> &str {
     name.full
 }
 
-/// Whether the whole value of this setting is secret. What nobody knows may be.
+/// Whether the whole value of this setting is secret. A key that is not known may be one.
 fn whole(key: &str) -> bool {
     let key = keys::canonical_key(key);
     key == "vpn-auth" || is_secret_name(&key) || keys::value_type(&key).is_none()
 }
 
-/// The secret words in a value: all of it, the passwords of its URLs, the value of `oidc-client-secret=…`.
+/// The secret words in a value: all of it, the passwords of its URLs, the value of
+/// `oidc-client-secret=…`.
 fn secrets(name: Name<'_>, value: &str) -> Vec<String> {
     if value.is_empty() || value == MASK {
         return Vec::new();

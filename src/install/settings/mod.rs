@@ -1,4 +1,5 @@
-//! What the user asked for: options from flags, environment and files, merged and validated in one place.
+//! What the user asked for: options from flags, environment and files, merged and validated in one
+//! place.
 
 pub mod k3s_table;
 mod options;

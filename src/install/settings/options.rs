@@ -9,7 +9,8 @@ use crate::base::config_file::{long_flags, parse_checked};
 use crate::base::error::Failure;
 use crate::base::secret::mask;
 
-/// Every setting that may come from a flag, the environment or a config file; all optional, so that layers can be merged.
+/// Every setting that may come from a flag, the environment or a config file; all optional, so that
+/// layers can be merged.
 ///
 /// A flag is a config key by construction: same struct, same name in kebab case.
 #[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize, PartialEq)]
@@ -122,7 +123,8 @@ pub struct Options {
     )]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_name: Option<String>,
-    /// File with the enrolment token, - for standard input [env: AGENT_TOKEN holds the token itself]
+    /// File with the enrolment token, - for standard input [env: AGENT_TOKEN holds the token
+    /// itself]
     #[arg(long, value_name = "FILE", help_heading = "Agent")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_token_file: Option<String>,
@@ -167,7 +169,8 @@ impl Options {
         }
     }
 
-    /// The options that shape the installation and so are compared between runs, as key and text without secrets.
+    /// The options that shape the installation and so are compared between runs, as key and text
+    /// without secrets.
     pub fn recorded(&self) -> BTreeMap<String, String> {
         let transient = [
             "ignore",

@@ -4,7 +4,8 @@ use super::Severity::{Component, Transient, Warning};
 use super::{KnownCause, MODULES, cause};
 
 pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
-    // pkg/agent/containerd/containerd.go, pkg/executor/embed/embed.go, pkg/agent/run.go: which part it was
+    // pkg/agent/containerd/containerd.go, pkg/executor/embed/embed.go, pkg/agent/run.go: which part
+    // it was
     (
         &["containerd exited"],
         cause(

@@ -1,4 +1,5 @@
-//! Known failures of joining: datastore and token that do not belong together, certificates, clocks.
+//! Known failures of joining: datastore and token that do not belong together, certificates,
+//! clocks.
 
 use super::Severity::{Fatal, Permanent};
 use super::{KnownCause, cause};
@@ -44,7 +45,8 @@ pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
             "give it the same cluster-cidr, service-cidr and disable settings",
         ),
     ),
-    // pkg/agent/config/config.go, pkg/clientaccess/token.go, pkg/util/token.go, pkg/cli/agent/agent.go
+    // pkg/agent/config/config.go, pkg/clientaccess/token.go, pkg/util/token.go,
+    // pkg/cli/agent/agent.go
     (
         &["Node password rejected"],
         cause(

@@ -125,7 +125,8 @@ pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
             "set kube-proxy-arg = [\"conntrack-max-per-core=0\"] in the [k3s] table",
         ),
     ),
-    // kubernetes cmd/kube-proxy/app/server_linux.go, pkg/agent/netpol/netpol.go, flannel pkg/trafficmngr
+    // kubernetes cmd/kube-proxy/app/server_linux.go, pkg/agent/netpol/netpol.go, flannel
+    // pkg/trafficmngr
     (
         &["iptables is not available on this host"],
         cause(

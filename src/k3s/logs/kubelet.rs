@@ -1,4 +1,5 @@
-//! Known failures that come from what the kubelet was told: labels, taints, its own settings and state.
+//! Known failures that come from what the kubelet was told: labels, taints, its own settings and
+//! state.
 
 use super::Severity::{Fatal, Permanent};
 use super::{KnownCause, SETTING, cause};

@@ -1,4 +1,4 @@
-//! What a unit's journal says when a start goes wrong: known messages, their cause, and the next step.
+//! What a unit's journal says when a start fails: known messages, their cause, and the next step.
 
 mod components;
 mod datastore;
@@ -15,15 +15,16 @@ use std::time::Duration;
 /// How much a message proves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// Nobody changes this by waiting: said twice, it is the end.
+    /// Waiting does not change it: logged twice, the wait ends.
     Permanent,
-    /// May come right once or twice (a port that is just being let go); the third death is the end.
+    /// May pass once or twice (a port that is just being released); the wait ends with the third
+    /// exit.
     Fatal,
-    /// Names the part of k3s that ended, where nothing more telling was said.
+    /// Names the component of k3s that ended, where no other line says why.
     Component,
-    /// May come right at any time: names the cause when time is up, never ends a wait.
+    /// May pass at any time: names the cause at the deadline, and never ends a wait.
     Transient,
-    /// A warning beside other things: told, but never an error's code.
+    /// A warning: shown beside a cause, and never a cause itself.
     Warning,
 }
 
@@ -49,12 +50,12 @@ const SETTING: &str =
     "correct it in the [k3s] table, or in /etc/rancher/k3s/config.yaml.d where it came from there";
 const MODULES: &str = "install your distribution's extra kernel modules, or a kernel that has it";
 
-/// Message fragments, all of which must stand in one line, in any case, and what they mean. The first
-/// match wins.
+/// Message fragments, all of which must stand in one line, in any case, and what they mean. The
+/// first match wins.
 ///
-/// Messages are quoted from k3s 1.33 to 1.36, without what differs from run to run and without quotes,
-/// which logrus escapes. The file of k3s-io/k3s, kubernetes, kine, flannel, etcd or containerd stands
-/// beside each group.
+/// Messages are quoted from k3s 1.33 to 1.36, without what differs from run to run and without
+/// quotes, which logrus escapes. The file of k3s-io/k3s, kubernetes, kine, flannel, etcd or
+/// containerd stands beside each group.
 const TABLES: [&[(&[&str], KnownCause)]; 7] = [
     join::TABLE,
     settings::TABLE,
@@ -65,7 +66,8 @@ const TABLES: [&[(&[&str], KnownCause)]; 7] = [
     components::TABLE,
 ];
 
-/// What a journal shows: the cause, the latest line of it without its time, and how often it stands there.
+/// What a journal shows: the cause, the latest line of it without its time, and how often it stands
+/// there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnosis {
     pub cause: KnownCause,
@@ -75,9 +77,10 @@ pub struct Diagnosis {
 
 /// Exits of a unit after which a cause that may pass is believed.
 const MAX_EXITS: u32 = 3;
-/// How long a refusal that cannot change stands before the wait ends, where the unit stays alive with it.
+/// How long a permanent cause must stand before the wait ends, where the unit keeps running with
+/// it.
 const HELD: Duration = Duration::from_secs(10);
-/// The same for one that may.
+/// The same for a cause that may pass.
 const HELD_LONG: Duration = Duration::from_secs(20);
 
 /// The state of a unit that is waited for.
@@ -85,7 +88,7 @@ const HELD_LONG: Duration = Duration::from_secs(20);
 pub struct UnitHealth {
     /// `active` at this moment.
     pub running: bool,
-    /// `failed`: systemd starts it no more.
+    /// `failed`: systemd does not start it again.
     pub failed: bool,
     /// Restarts by systemd as it counts them.
     pub restarts: u32,
@@ -101,8 +104,8 @@ pub const START_LOOP: &str = "START_LOOP";
 /// What to do about a cause that the table does not know.
 pub const UNKNOWN_CAUSE_FIX: &str = "the lines above name the cause: correct it";
 
-/// Whether waiting longer is pointless, and why. `None`: it may still come. `exits` is what [`exit_count`] says of the unit's
-/// own journal.
+/// Why waiting longer is pointless; `None` while the unit may still become ready. `exits` is what
+/// [`exit_count`] says of the unit's own journal.
 pub fn final_failure(log: &str, exits: u32, health: UnitHealth) -> Option<Diagnosis> {
     let Some(diagnosis) = classify(log) else {
         let (line, count) = last_exit_line(log)?;
@@ -137,7 +140,8 @@ pub fn final_failure(log: &str, exits: u32, health: UnitHealth) -> Option<Diagno
     (end || health.failed).then_some(diagnosis)
 }
 
-/// How often the unit ended since the wait began: as systemd counts, or by its last words where that count is from before.
+/// How often the unit exited since the wait began: as systemd counts, or by its last lines where
+/// that count is older.
 pub fn exit_count(log: &str, health: UnitHealth) -> u32 {
     let lines = |mark: &str| log.lines().filter(|l| l.contains(mark)).count();
     let said = ["level=fatal", "level=panic", "Shutdown request received: ", "Main process exited"]
@@ -152,18 +156,19 @@ pub fn exit_count(log: &str, health: UnitHealth) -> u32 {
     })
 }
 
-/// The cause that `log` shows; the most telling first, and what a process said as it ended before everything else.
+/// The cause that `log` shows: lines of a process that ended come first, then errors, then what may
+/// pass.
 pub fn classify(log: &str) -> Option<Diagnosis> {
     let ended = log.lines().filter(|l| is_exit_line(l));
     let of = |at_most: Severity| move |c: &KnownCause| c.severity <= at_most;
     find(ended.clone(), of(Severity::Fatal))
-        // the part that ended tells more than what others said meanwhile
+        // the component that ended says more than what others logged meanwhile
         .or_else(|| find(ended, of(Severity::Component)))
         .or_else(|| find(log.lines().filter(|l| is_error_line(l)), of(Severity::Component)))
         .or_else(|| find(log.lines(), |c| c.severity == Severity::Transient))
 }
 
-/// A warning that may have to do with it.
+/// A warning that may be related.
 pub fn related_warning(log: &str) -> Option<Diagnosis> {
     find(log.lines(), |c| c.severity == Severity::Warning)
 }
@@ -189,7 +194,7 @@ fn find<'a>(
     )
 }
 
-/// Said by a process as it ends, or by systemd of one that ended.
+/// Logged by a process as it ends, or by systemd about one that ended.
 fn is_exit_line(line: &str) -> bool {
     const MARKS: [&str; 8] = [
         "level=fatal",
@@ -217,14 +222,15 @@ fn is_error_line(line: &str) -> bool {
     !klog && !weak.iter().any(|w| line.contains(w)) && (!info || line.contains("msg=\"Waiting "))
 }
 
-/// Said by a k3s that stays alive and asks again every few seconds (pkg/agent/config/config.go, pkg/agent/run.go).
+/// Logged by a k3s that keeps running and asks again every few seconds (pkg/agent/config/config.go,
+/// pkg/agent/run.go).
 fn is_retry_line(line: &str) -> bool {
     ["Waiting to retrieve agent configuration", "Failed to validate connection to cluster"]
         .iter()
         .any(|w| line.contains(w))
 }
 
-/// Words of what passes: an unknown last line with them is no proof that the next start ends alike.
+/// Words of troubles that pass: after an unknown last line with them the next start may succeed.
 fn is_transient_line(line: &str) -> bool {
     const WORDS: [&str; 7] = [
         "connection refused",
@@ -238,7 +244,8 @@ fn is_transient_line(line: &str) -> bool {
     WORDS.iter().any(|w| line.contains(w))
 }
 
-/// Whether k3s went on after it said `line`: the node's settings came, so what kept it from them is over.
+/// Whether k3s went on after it logged `line`: it has the node's settings then, so that trouble is
+/// over.
 fn progressed_after(log: &str, line: &str) -> bool {
     let after = log.lines().rev().take_while(|l| without_time(l) != line);
     let mut after = after.filter(|l| l.contains("level=info"));
@@ -266,7 +273,7 @@ fn last_exit_line(log: &str) -> Option<(String, usize)> {
     Some((without_time(line).to_owned(), count(&key)))
 }
 
-/// A line without the time that logrus puts in front.
+/// A line without the timestamp of logrus.
 fn without_time(line: &str) -> &str {
     let line = line.trim();
     line.strip_prefix("time=\"")
@@ -274,7 +281,7 @@ fn without_time(line: &str) -> &str {
         .map_or(line, |(_, rest)| rest)
 }
 
-/// The same for lines that differ in times, ports and process numbers only.
+/// Equal for lines that differ in times, ports and process ids only.
 fn normalized(line: &str) -> String {
     let mut key = String::new();
     for c in without_time(line).chars() {
@@ -288,12 +295,13 @@ fn normalized(line: &str) -> String {
     key
 }
 
-/// `text`, said so many times.
+/// `text`, with how often it was logged.
 pub fn with_count(text: &str, count: usize) -> String {
     if count > 1 { format!("{text} ({count} times)") } else { text.to_owned() }
 }
 
-/// The last lines worth showing, errors and warnings before chatter; those that are alike once, with their number.
+/// The last lines worth showing: errors and warnings, or all where there are none; equal ones once,
+/// with their number.
 pub fn notable_lines(log: &str, most: usize) -> Vec<String> {
     let marks = [
         "level=error",

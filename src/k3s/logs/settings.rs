@@ -1,4 +1,5 @@
-//! Known failures that come from a setting of k3s: unknown ones, values, address ranges, interfaces.
+//! Known failures that come from a setting of k3s: unknown ones, values, address ranges,
+//! interfaces.
 
 use super::Severity::{Fatal, Permanent};
 use super::{KnownCause, MODULES, SETTING, cause};
@@ -211,7 +212,8 @@ pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
             SETTING,
         ),
     ),
-    // pkg/util/net.go, pkg/executor/embed/embed.go, pkg/agent/flannel/flannel.go, kubernetes cmd/kubelet
+    // pkg/util/net.go, pkg/executor/embed/embed.go, pkg/agent/flannel/flannel.go, kubernetes
+    // cmd/kubelet
     (
         &["invalid node-ip"],
         cause(

@@ -1,4 +1,5 @@
-//! Lines as k3s and what it carries print them, each with the code that it must get, and what ends a wait.
+//! Lines as k3s and what it carries print them, each with the code that it must get, and what ends
+//! a wait.
 
 use std::time::Duration;
 
@@ -240,7 +241,8 @@ fn what_the_process_said_as_it_ended_comes_before_what_it_said_beside() {
     assert_eq!(code(part), Some("KUBELET_EXITS"));
 }
 
-/// A unit that is not running: its restarts, those during the wait, and how long its cause has stood.
+/// A unit that is not running: its restarts, those during the wait, and how long its cause has
+/// stood.
 fn health(restarts: u32, restarts_during_wait: u32, held: u64) -> UnitHealth {
     UnitHealth {
         running: false,

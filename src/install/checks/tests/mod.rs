@@ -1,5 +1,5 @@
-//! The rules on machines as the field shows them: `rows` has one of each code, `cases` what people met,
-//! `addresses` machines with several.
+//! The rules on machines as the field shows them: `rows` has one of each code, `cases` what people
+//! met, `addresses` machines with several.
 
 use std::collections::BTreeSet;
 
@@ -232,7 +232,8 @@ fn a_port_names_its_holder() {
     assert_eq!(found(&case)[0].evidence, "held by `nginx` (pid 812) on 0.0.0.0");
 }
 
-/// k3s' own ingress counts as one: its ports are looked at, and told to who may be reached from the internet.
+/// k3s' own ingress counts as one: its ports are looked at, and told to who may be reached from the
+/// internet.
 #[test]
 fn traefik_opens_what_ingress_opens() {
     for (components, counted) in [("traefik", true), ("ingress", true), ("metrics", false)] {

@@ -11,7 +11,8 @@ use crate::install::settings::k3s_table::fill_placeholders;
 
 const AGENT_TOKEN: FileContent = FileContent::Secret(SecretName::AgentToken);
 
-/// What the journal keeps of the agent's token. The file itself is emptied once the agent is registered.
+/// What the journal keeps of the agent's token. The file itself is emptied once the agent is
+/// registered.
 fn token_digest(secrets: &Secrets) -> Option<String> {
     secrets.get(&SecretName::AgentToken).map(|token| digest(token.expose().as_bytes()))
 }

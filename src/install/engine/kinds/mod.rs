@@ -48,7 +48,8 @@ pub(super) async fn check(
     })
 }
 
-/// What is there now, in the form that an undo needs. Called right before the first change of a step.
+/// What is there now, in the form that an undo needs. Called right before the first change of a
+/// step.
 pub(super) async fn before(writer: &HostWriter, step: &Step) -> anyhow::Result<PriorState> {
     Ok(match &step.want {
         Resource::Dir { path, .. } => dir::before(writer, path),
@@ -67,7 +68,8 @@ pub(super) async fn before(writer: &HostWriter, step: &Step) -> anyhow::Result<P
     })
 }
 
-/// Makes it so. Gives the digest of what was written, which later tells an edit by somebody else.
+/// Applies a step. Gives the digest of what was written; later a different one means that the file
+/// was edited.
 pub(super) async fn apply(
     context: &mut StepContext<'_>,
     journal: &mut Journal,
@@ -107,8 +109,8 @@ pub(super) fn written_digest(host: &Host, step: &Step) -> anyhow::Result<Option<
     }
 }
 
-/// Undoes one entry of the journal; gives what is left. `whole`: the node itself is removed, and its
-/// Kubernetes objects with it.
+/// Undoes one entry of the journal; gives what is left. `whole`: the node itself is removed, and
+/// its Kubernetes objects with it.
 pub(super) async fn undo(
     context: &mut StepContext<'_>,
     journal: &Journal,

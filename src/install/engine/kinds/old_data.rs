@@ -1,8 +1,9 @@
 //! What k3s unpacked for former versions: it keeps every one for good, some 230 MiB each.
 //!
-//! k3s unpacks its programs into `data/<sha256>` and moves the links `current` and `previous` at each
-//! new version (k3s-io/k3s `cmd/k3s/main.go`, `extract`). Those two stay, and whatever a process still
-//! runs from: pods outlive a restart with the shim that started them. There is nothing to undo.
+//! k3s unpacks its programs into `data/<sha256>` and moves the links `current` and `previous` at
+//! each new version (k3s-io/k3s `cmd/k3s/main.go`, `extract`). Those two stay, and whatever a
+//! process still runs from: pods outlive a restart with the shim that started them. There is
+//! nothing to undo.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +12,7 @@ use crate::install::plan::StepStatus;
 
 const DATA: &str = "/var/lib/rancher/k3s/data";
 
-/// Directories that nobody needs any more. None while k3s has not named a current one.
+/// Directories that nothing uses any more; empty while k3s has no current one.
 fn removable(host: &Host) -> Vec<String> {
     let linked = |name: &str| {
         host.link_target(&format!("{DATA}/{name}"))

@@ -1,4 +1,5 @@
-//! A systemd unit, enabled and running; restarted when one of its inputs is not what it was started with.
+//! A systemd unit, enabled and running; restarted when one of its inputs is not what it was started
+//! with.
 
 use sha2::{Digest as _, Sha256};
 

@@ -1,4 +1,5 @@
-//! The system user and group that the agent runs as. What of the two was there before stays at the undo.
+//! The system user and group that the agent runs as. What of the two was there before stays at the
+//! undo.
 
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ pub(super) async fn apply(writer: &HostWriter, name: &str) -> anyhow::Result<()>
     let nologin =
         if writer.exists("/usr/sbin/nologin") { "/usr/sbin/nologin" } else { "/sbin/nologin" };
     let mut args = vec!["--system"];
-    // useradd does not take over a group of the same name unless it is told so
+    // useradd uses an existing group of the same name only with --gid
     if group {
         args.extend(["--gid", name])
     } else {
@@ -71,7 +72,8 @@ pub(super) async fn undo(
     }
     match (made(GROUP), gid, writer.id_of("/etc/group", name)) {
         (true, _, Some(_)) => writer.run("groupdel", &[name], QUICK).await.map(drop),
-        // userdel takes the user's own group with it (login.defs, USERGROUPS_ENAB); this one is not ours
+        // userdel takes the user's own group with it (login.defs, USERGROUPS_ENAB); this one is not
+        // ours
         (false, Some(gid), None) => writer
             .run("groupadd", &["--system", "--gid", &gid.to_string(), name], QUICK)
             .await

@@ -1,5 +1,5 @@
-//! Taking a node down: pods, mounts, interfaces, rules, directories. Nothing here crosses a mount or
-//! waits without a limit.
+//! Taking a node down: pods, mounts, interfaces, rules, directories. Nothing here crosses a mount
+//! or waits without a limit.
 
 pub(super) mod kernel;
 mod network;
@@ -47,7 +47,8 @@ pub(super) async fn node(
     if let Some(before) = journal.kernel.get(kernel::TABLES) {
         network::drop_tables(writer, before).await;
     }
-    // with systemd's cgroup driver each pod has a transient unit below this one; an error says that there is none
+    // with systemd's cgroup driver each pod has a transient unit below this one; an error says that
+    // there is none
     let _ = writer.ask("systemctl", &["stop", SLICE], STOP).await;
     // the cgroups of killed processes are busy until those are gone, which takes a moment
     for _ in 0..50 {
@@ -78,7 +79,8 @@ pub(super) async fn node(
     Ok(left)
 }
 
-/// Unmounts what k3s and the kubelet mounted, deepest first. A mount that is busy or does not answer stays and is named.
+/// Unmounts what k3s and the kubelet mounted, deepest first. A mount that is busy or does not
+/// answer stays and is named.
 async fn unmount(writer: &HostWriter) -> Vec<Leftover> {
     let mut left = Vec::new();
     for root in MOUNT_ROOTS {
@@ -103,7 +105,7 @@ async fn unmount(writer: &HostWriter) -> Vec<Leftover> {
     left
 }
 
-/// The kubelet's cgroups: empty by now, and nobody else's. Says whether all are gone.
+/// Removes the kubelet's cgroups, which are empty by now. Says whether all are gone.
 fn remove_cgroups(writer: &HostWriter) -> bool {
     let mut gone = true;
     let mut roots = vec!["/sys/fs/cgroup".to_owned()];

@@ -16,13 +16,14 @@ const INTERFACES: &[&str] = &[
     "kube-bridge",
 ];
 
-/// A program of this machine, or the one that k3s brought where there is none: it is still there, for the directories go last.
+/// A program of this machine, or else the one that k3s brought: its directories are removed last.
 fn program(writer: &HostWriter, name: &str) -> Option<String> {
     let own = writer.at(&format!("{AUX}/{name}")).display().to_string();
     [name.to_owned(), own].into_iter().find(|p| writer.which(p).is_some())
 }
 
-/// Interfaces, network namespaces, rules and sets of pods. Foreign rules, tables and sets are not touched. Gives what did not go.
+/// Interfaces, network namespaces, rules and sets of pods. Foreign rules, tables and sets are not
+/// touched. Gives what could not be removed.
 pub(super) async fn remove(writer: &HostWriter) -> Vec<Leftover> {
     for name in writer.list("/run/netns").iter().filter(|n| n.starts_with("cni-")) {
         let _ = writer.ask("ip", &["netns", "delete", name], QUICK).await;
@@ -35,7 +36,7 @@ pub(super) async fn remove(writer: &HostWriter) -> Vec<Leftover> {
                 || n.starts_with("veth") && on_bridge(writer, n, "cni0")
         })
         .partition(|n| n.starts_with("veth"));
-    // pods' ends first: without the bridge they could not be told from somebody else's
+    // the pods' ends first: they are known by the bridge that they are attached to
     for name in pods.into_iter().chain(own) {
         let _ = writer.ask("ip", &["link", "delete", name], QUICK).await;
     }
@@ -55,7 +56,8 @@ pub(super) async fn remove(writer: &HostWriter) -> Vec<Leftover> {
     remove_sets(writer).await
 }
 
-/// Address sets of network policies and of kube-proxy: after the rules that use them. Those that are still in use are named.
+/// Address sets of network policies and of kube-proxy: after the rules that use them. Those that
+/// are still in use are named.
 async fn remove_sets(writer: &HostWriter) -> Vec<Leftover> {
     let Some(ipset) = program(writer, "ipset") else { return Vec::new() };
     let Ok(listed) = writer.ask(&ipset, &["list", "-name"], QUICK).await else { return Vec::new() };
@@ -75,8 +77,9 @@ async fn remove_sets(writer: &HostWriter) -> Vec<Leftover> {
     left
 }
 
-/// Tables that came with us. iptables over nftables makes its own at first use: those go when they hold no rule and no foreign chain.
-/// What kube-proxy and flannel make in their nftables modes is theirs alone.
+/// Tables that came with us. iptables over nftables makes its own at first use: those go when they
+/// hold no rule and no foreign chain. What kube-proxy and flannel make in their nftables modes is
+/// theirs alone.
 pub(super) async fn drop_tables(writer: &HostWriter, before: &str) {
     for table in kernel::tables(writer).await {
         let Some((family, name)) = table.split_once('/') else { continue };

@@ -8,9 +8,11 @@ use nix::unistd::Pid;
 use super::QUICK;
 use crate::host::{Host, HostWriter};
 
-/// Ends every process in a pod: k3s starts a containerd-shim for each, and each shim is the head of its pod's tree.
+/// Ends every process in a pod: k3s starts a containerd-shim for each, and each shim is the head of
+/// its pod's tree.
 ///
-/// The tree is taken down once as a list: with its shim gone a process would belong to init, and nobody could tell whose it was.
+/// The tree is taken down once as a list: once its shim is gone, a process belongs to init, and its
+/// pod is no longer known.
 pub(super) async fn kill(writer: &HostWriter) {
     for _ in 0..5 {
         let all = pod_processes(writer);
@@ -43,7 +45,8 @@ fn signal(signal: Signal, pids: &[String]) {
     }
 }
 
-/// The shims of this k3s, by where they live and which socket they were given, and everything below them; `true` for a shim.
+/// The shims of this k3s, by where they live and which socket they were given, and everything below
+/// them; `true` for a shim.
 fn pod_processes(host: &Host) -> Vec<(String, bool)> {
     let mut parents: Vec<(String, String, bool)> = Vec::new();
     for pid in host.list("/proc").into_iter().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) {

@@ -5,7 +5,8 @@ pub(super) fn is_kubernetes(chain: &str) -> bool {
     ["KUBE-", "CNI-", "FLANNEL-"].iter().any(|p| chain.starts_with(p))
 }
 
-/// The commands that take our chains, and the rules that lead into them, out of a table: rules first, then flush, then delete.
+/// The commands that take our chains, and the rules that lead into them, out of a table: rules
+/// first, then flush, then delete.
 pub(super) fn removals(saved: &str, table: &str) -> Vec<Vec<String>> {
     let mut commands = Vec::new();
     let mut chains = Vec::new();
@@ -22,8 +23,8 @@ pub(super) fn removals(saved: &str, table: &str) -> Vec<Vec<String>> {
         let target =
             words.iter().position(|w| w == "-j" || w == "-g").and_then(|at| words.get(at + 1));
         let from_ours = words.first().is_some_and(|c| is_kubernetes(c));
-        // rules with a target of the kernel's own are known by their words: flannel and kube-router put ACCEPT and MASQUERADE into
-        // chains that are not theirs
+        // rules with a target of the kernel's own are known by their words: flannel and kube-router
+        // put ACCEPT and MASQUERADE into chains that are not theirs
         let marked = words.windows(2).any(|w| match w[0].as_str() {
             "--comment" => ["flanneld", "KUBE-ROUTER ", "kube-router netpol"]
                 .iter()
@@ -71,7 +72,8 @@ fn shell_words(line: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    /// As kube-router 2.6 leaves them in the kernel's own chains (cloudnativelabs/kube-router `pkg/controllers/netpol`).
+    /// As kube-router 2.6 leaves them in the kernel's own chains (cloudnativelabs/kube-router
+    /// `pkg/controllers/netpol`).
     #[test]
     fn rules_that_accept_for_a_network_policy_go_too() {
         let comment =

@@ -1,5 +1,5 @@
-//! What other people's machines showed: inputs beyond the first of each code, with a near miss each.
-//! Sources are public threads, named as repository#issue.
+//! What other people's machines showed: inputs beyond the first of each code, with a near miss
+//! each. Sources are public threads, named as repository#issue.
 
 mod machine;
 mod network;
