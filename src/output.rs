@@ -188,7 +188,10 @@ impl Printer {
                         (None, Some(total)) => {
                             if bar.length() != Some(*total) {
                                 bar.set_length(*total);
-                                bar.set_style(style("{spinner} {msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}"));
+                                bar.set_style(style(
+                                    "{spinner} {msg} {bar:30} {bytes}/{total_bytes} \
+                                     {bytes_per_sec} {eta}",
+                                ));
                             }
                             bar.set_position(*done);
                         }

@@ -83,8 +83,13 @@ impl Trust {
             Some(pem) => Some(anchored(&certificates(pem)?, &provider)?),
             None if self.accept_any || !self.pins.is_empty() => None,
             None => {
-                let verifier = rustls_platform_verifier::Verifier::new(provider.clone())
-                    .map_err(|e| format!("no system certificates: {e}; install ca-certificates, or give a CA or a pin"))?;
+                let verifier =
+                    rustls_platform_verifier::Verifier::new(provider.clone()).map_err(|e| {
+                        format!(
+                            "no system certificates: {e}; install ca-certificates, or give a CA or \
+                             a pin"
+                        )
+                    })?;
                 Some(Arc::new(verifier))
             }
         };
@@ -215,7 +220,8 @@ pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
     if has(&["is not pinned"]) {
         Some((
             "tls_pin",
-            "the key of the server changed, or somebody stands in between; compare the pin with the server's",
+            "the key of the server changed, or somebody stands in between; compare the pin with \
+             the server's",
         ))
     } else if has(&["expired", expired.as_str()]) {
         Some((
@@ -229,13 +235,14 @@ pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
     } else if has(&["BadSignature"]) {
         Some((
             "tls_key",
-            "give the server a key of today: RSA below 2048 bits, as frps makes it for itself, is not believed",
+            "give the server a key of today: RSA below 2048 bits, as frps makes it for itself, is \
+             not believed",
         ))
     } else if has(&["BadEncoding"]) {
         // a name is missing and its days begin in the year 1: so do those that frps before 0.65
         // makes
-        let hint = "its certificate breaks the standard, as one does that an old frps makes for itself at every start: give the server \
-                    a certificate, and its CA or pin here";
+        let hint = "its certificate breaks the standard, as one does that an old frps makes for \
+                    itself at every start: give the server a certificate, and its CA or pin here";
         Some(("tls_untrusted", hint))
     } else if has(&["UnknownIssuer", "CaUsedAsEndEntity", "invalid peer certificate"]) {
         Some(("tls_untrusted", "give the CA that signed the server's certificate, or its pin"))

@@ -26,7 +26,10 @@ pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
                 } else {
                     Failure::new(Exit::Verification, "AUDIT_BROKEN", "the audit log was changed")
                         .why(broken)
-                        .hint("compare with the heads that the control plane kept from heartbeats: what came before the break is good")
+                        .hint(
+                            "compare with the heads that the control plane kept from heartbeats: \
+                             what came before the break is good",
+                        )
                 }
             })?;
             if printer.json() {

@@ -29,6 +29,8 @@ use crate::output::{Printer, table};
 const PART: Duration = Duration::from_secs(4);
 /// Marks our join tokens among the cluster's.
 const TOKEN_NOTE: &str = "pipeops join line";
+const BOOTSTRAP_TOKENS: &str =
+    "/api/v1/namespaces/kube-system/secrets?fieldSelector=type%3Dbootstrap.kubernetes.io%2Ftoken";
 
 /// Everything that the command knows; the JSON document is this.
 #[derive(Debug, Default, Serialize)]
@@ -256,7 +258,8 @@ fn agent_problem(agent: &AgentInfo) -> Option<Problem> {
                 "on a copied machine: run install-server again with an AGENT_TOKEN of its own"
             }
             _ => {
-                "check the way from this machine to the control plane; the agent goes on trying by itself"
+                "check the way from this machine to the control plane; the agent goes on trying by \
+                 itself"
             }
         };
         return found(format!("the control plane is not reached: {}", agent.note), next);
@@ -264,7 +267,7 @@ fn agent_problem(agent: &AgentInfo) -> Option<Problem> {
     if agent.control != Some(State::Unenrolled) && agent.tunnel != Some(frp::TunnelState::Up) {
         return found(
             format!("the tunnel is not up: {}", agent.note),
-            "the agent goes on trying by itself; the reason above says what to mend",
+            "the agent goes on trying by itself; the reason above says what to fix",
         );
     }
     None
@@ -417,7 +420,7 @@ async fn live_token(host: &Host, cluster: &Cluster) -> anyhow::Result<Option<Str
     else {
         return Ok(None);
     };
-    let secrets = cluster.list("/api/v1/namespaces/kube-system/secrets?fieldSelector=type%3Dbootstrap.kubernetes.io%2Ftoken").await?;
+    let secrets = cluster.list(BOOTSTRAP_TOKENS).await?;
     let soon = jiff::Timestamp::now().as_second() + 3600;
     Ok(secrets
         .iter()
@@ -438,10 +441,7 @@ async fn live_token(host: &Host, cluster: &Cluster) -> anyhow::Result<Option<Str
 }
 
 fn render(info: &Info) -> String {
-    let role = match info.role {
-        Some(NodeRole::Server) => "server",
-        _ => "worker",
-    };
+    let role = if info.role == Some(NodeRole::Server) { "server" } else { "worker" };
     let mut text = format!(
         "{} – k3s {} {role}, {}; API {}\n",
         info.node, info.k3s_version, info.k3s, info.api

@@ -73,7 +73,10 @@ async fn run_install(installer: &mut Installer<'_>) -> anyhow::Result<Exit> {
     );
     let findings = installer.check(Some(&version), &selected)?;
     if offline && installer.settings.components.is_none() {
-        installer.printer.say("note: no components: the offline directory has no chart archives (--components names what to try anyway)");
+        installer.printer.say(
+            "note: no components: the offline directory has no chart archives (--components names \
+             what to try anyway)",
+        );
     }
     let resolved = release::resolve(
         &installer.host,

@@ -138,18 +138,24 @@ impl<'a> Installer<'a> {
         }
         let codes: Vec<&str> =
             findings.iter().filter(|f| f.level == Level::Error).map(|f| f.code.as_str()).collect();
-        self.printer.document(&json!({"schema": "pipeops.result/v1", "command": self.command, "result": "blocked", "exit": 3, "findings": findings}));
+        self.printer.document(&json!({
+            "schema": "pipeops.result/v1",
+            "command": self.command,
+            "result": "blocked",
+            "exit": 3,
+            "findings": findings,
+        }));
         Err(Failure::new(
             Exit::Preflight,
             "PREFLIGHT",
             format!(
-                "preflight found {} that must be mended first: {}",
+                "preflight found {} that must be fixed first: {}",
                 plural(codes.len(), "problem"),
                 codes.join(", ")
             ),
         )
         .why("nothing was changed")
-        .hint("mend them and run again; a finding can be overruled with --ignore CODE")
+        .hint("fix them and run again; a finding can be overruled with --ignore CODE")
         .into())
     }
 
@@ -168,7 +174,10 @@ impl<'a> Installer<'a> {
         if let Some(path) = &self.run.plan_out {
             self.host
                 .write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
-            self.printer.say(&format!("the plan is in {path} (mode 0600, without secrets); carry it out with --apply-plan {path}"));
+            self.printer.say(&format!(
+                "the plan is in {path} (mode 0600, without secrets); carry it out with \
+                 --apply-plan {path}"
+            ));
         }
         if checked.done() {
             self.printer.data("nothing to do: everything is as wanted");
@@ -252,7 +261,8 @@ impl<'a> Installer<'a> {
         match failure.exit {
             Exit::Interrupted => {
                 failure.hint = Some(format!(
-                    "the journal is closed; run the same command again to go on, or `pipeops uninstall` to go back ({} is recorded)",
+                    "the journal is closed; run the same command again to go on, or `pipeops \
+                     uninstall` to go back ({} is recorded)",
                     plural(self.journal.as_ref().map_or(0, |j| j.entries.len()), "step")
                 ));
             }
@@ -364,6 +374,10 @@ impl<'a> Installer<'a> {
     fn report(&self, checked: &CheckedPlan, result: &str, outcome: &Outcome) {
         let failed: Vec<_> =
             outcome.failed.iter().map(|(step, why)| json!({"step": step, "why": why})).collect();
+        let steps = checked.plan.steps.iter().zip(&checked.checks);
+        let plan: Vec<_> = steps
+            .map(|(s, c)| json!({"id": s.id, "title": s.title, "why": s.why, "check": c}))
+            .collect();
         self.printer.document(&json!({
             "schema": "pipeops.result/v1",
             "command": self.command,
@@ -375,7 +389,7 @@ impl<'a> Installer<'a> {
             "failed": failed,
             "findings": checked.findings,
             "drift": checked.drift,
-            "plan": checked.plan.steps.iter().zip(&checked.checks).map(|(s, c)| json!({"id": s.id, "title": s.title, "why": s.why, "check": c})).collect::<Vec<_>>(),
+            "plan": plan,
         }));
     }
 
@@ -398,7 +412,13 @@ impl<'a> Installer<'a> {
         if let Err(error) = &result {
             let failure = Failure::of(error);
             let (command, exit) = (self.command, failure.exit.number());
-            self.printer.document(&json!({"schema": "pipeops.result/v1", "command": command, "result": "failed", "exit": exit, "error": failure}));
+            self.printer.document(&json!({
+                "schema": "pipeops.result/v1",
+                "command": command,
+                "result": "failed",
+                "exit": exit,
+                "error": failure,
+            }));
         }
         if let Some(writer) = self.writer {
             writer.release();

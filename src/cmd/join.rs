@@ -61,7 +61,10 @@ fn token(
     match installer.host.read(JOIN_TOKEN) {
         Ok(Some(text)) => Ok(Secret::new(text.trim())),
         _ => Err(Failure::usage("TOKEN_MISSING", "a join token is needed")
-            .hint("give it as second argument, as - on standard input, with --token-file, or in K3S_TOKEN; `pipeops cluster-info --join` on the server prints it")
+            .hint(
+                "give it as second argument, as - on standard input, with --token-file, or in \
+                 K3S_TOKEN; `pipeops cluster-info --join` on the server prints it",
+            )
             .into()),
     }
 }
@@ -129,7 +132,10 @@ async fn install(
     installer.secrets.insert(SecretName::NodePassword, node_password(installer)?);
     if installer.run.read_only() {
         if !known {
-            installer.printer.say("note: a dry run does not reserve the name, so it cannot ask for the server's version; the default is shown");
+            installer.printer.say(
+                "note: a dry run does not reserve the name, so it cannot ask for the server's \
+                 version; the default is shown",
+            );
         }
         return finish(installer, url, provisional, &mut findings).await;
     }
@@ -300,9 +306,13 @@ async fn keep_password(installer: &mut Installer<'_>, url: &str) {
     )
     .await;
     match done {
-        Ok(_) => installer.printer.say(&format!("note: the name stays reserved; its password is kept in {NODE_PASSWORD} (`pipeops uninstall` removes it)")),
+        Ok(_) => installer.printer.say(&format!(
+            "note: the name stays reserved; its password is kept in {NODE_PASSWORD} (`pipeops \
+             uninstall` removes it)"
+        )),
         Err(error) => installer.printer.say(&format!(
-            "note: the name stays reserved, and its password could not be kept: {error:#}; before a new try, on the server: kubectl delete node {}",
+            "note: the name stays reserved, and its password could not be kept: {error:#}; before \
+             a new try, on the server: kubectl delete node {}",
             plan.node
         )),
     }

@@ -153,7 +153,8 @@ async fn leave_cluster(writer: &HostWriter, journal: &Journal) -> Option<String>
     // the password Secret is owned by the Node and goes with it; a kubelet may not delete itself on
     // every cluster
     let manual = format!(
-        "on the server: kubectl delete node {name}; kubectl -n kube-system delete secret {name}.node-password.k3s --ignore-not-found"
+        "on the server: kubectl delete node {name}; kubectl -n kube-system delete secret \
+         {name}.node-password.k3s --ignore-not-found"
     );
     if journal.entry(step_id::NODE_READY).is_none()
         && !writer.exists(KUBELET_KUBECONFIG)

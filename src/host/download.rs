@@ -118,7 +118,10 @@ pub async fn channel(base: &str, name: &str) -> Result<Version, Failure> {
             Ok(answer) => {
                 return Err(network(format!("cannot resolve channel {name}"))
                     .why(format!("{url} answered {} instead of a redirect", answer.status()))
-                    .hint("channels are stable, latest, and vX.Y; or name a version with --k3s-version"));
+                    .hint(
+                        "channels are stable, latest, and vX.Y; or name a version with \
+                         --k3s-version",
+                    ));
             }
             Err(e) => last = network(format!("cannot resolve channel {name}")).why(explain(&e)),
         }

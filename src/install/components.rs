@@ -56,7 +56,8 @@ pub const CATALOGUE: &[Component] = &[
     },
     Component {
         name: "storage",
-        summary: "local-path volumes, as bundled with k3s (directories of this node; not a CSI driver, sizes are not enforced)",
+        summary: "local-path volumes, as bundled with k3s (directories of this node; not a CSI \
+                  driver, sizes are not enforced)",
         memory_mib: 0,
         source: "",
         by_default: true,
@@ -74,7 +75,8 @@ pub const CATALOGUE: &[Component] = &[
     },
     Component {
         name: "cert-manager",
-        summary: "cert-manager with the issuers pipeops-ca and, with --acme-email, letsencrypt and letsencrypt-staging",
+        summary: "cert-manager with the issuers pipeops-ca and, with --acme-email, letsencrypt and \
+                  letsencrypt-staging",
         memory_mib: 150,
         source: "oci://quay.io/jetstack/charts/cert-manager v1.21.1",
         by_default: true,

@@ -148,10 +148,17 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
     })?;
     match &token.ca_hash {
         Some(wanted) if *wanted != hash => {
-            return Err(joining(Exit::Refused, "JOIN_CA_MISMATCH", "the token belongs to another cluster")
-                .why(format!("the token names CA {}…, the server shows {}…", &wanted[..8], &hash[..8]))
-                .why("usual causes: the server was rebuilt, the address is another cluster's, or a proxy opens TLS")
-                .hint(NEW_LINE));
+            return Err(joining(
+                Exit::Refused,
+                "JOIN_CA_MISMATCH",
+                "the token belongs to another cluster",
+            )
+            .why(format!("the token names CA {}…, the server shows {}…", &wanted[..8], &hash[..8]))
+            .why(
+                "usual causes: the server was rebuilt, the address is another cluster's, or a \
+                 proxy opens TLS",
+            )
+            .hint(NEW_LINE));
         }
         None if !insecure => {
             return Err(joining(
@@ -192,9 +199,16 @@ impl Server {
             .hint("set both clocks (`timedatectl set-ntp true`), then run again");
         }
         if lower.contains("notvalidforname") || lower.contains("not valid for name") {
-            return joining(Exit::Refused, "TLS_SAN_MISSING", format!("the server's certificate does not name {}", self.url))
-                .why(text)
-                .hint("on the server: pipeops install-server --tls-san THAT_ADDRESS; or join by an address that it names");
+            return joining(
+                Exit::Refused,
+                "TLS_SAN_MISSING",
+                format!("the server's certificate does not name {}", self.url),
+            )
+            .why(text)
+            .hint(
+                "on the server: pipeops install-server --tls-san THAT_ADDRESS; or join by an \
+                 address that it names",
+            );
         }
         if lower.contains("certificate") || lower.contains("unknownissuer") {
             return joining(
@@ -268,11 +282,19 @@ impl Server {
         match answer.status() {
             StatusCode::OK => {}
             StatusCode::FORBIDDEN => {
-                return Err(joining(Exit::Refused, "NODE_NAME_TAKEN", format!("the cluster has a node `{node}` that is another machine"))
-                    .why("the server ties each name to a password in /etc/rancher/node/password, and this machine's is another")
-                    .hint(format!(
-                        "is this that machine, newly installed? on the server: kubectl delete node {node}; else choose another name with --node-name"
-                    )));
+                return Err(joining(
+                    Exit::Refused,
+                    "NODE_NAME_TAKEN",
+                    format!("the cluster has a node `{node}` that is another machine"),
+                )
+                .why(
+                    "the server ties each name to a password in /etc/rancher/node/password, and \
+                     this machine's is another",
+                )
+                .hint(format!(
+                    "is this that machine, newly installed? on the server: kubectl delete node \
+                     {node}; else choose another name with --node-name"
+                )));
             }
             other => {
                 return Err(joining(

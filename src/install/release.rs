@@ -179,7 +179,8 @@ async fn offline(
     let mut notes = Vec::new();
     let (digest, trust) = known(options, &version, arch).unwrap_or_else(|| {
         notes.push(format!(
-            "k3s {version} is checked against the list beside it only, the weaker check: it proves an undamaged copy, not the origin"
+            "k3s {version} is checked against the list beside it only, the weaker check: it proves \
+             an undamaged copy, not the origin"
         ));
         (own.clone(), "the list in the offline directory")
     });
@@ -208,7 +209,10 @@ fn offline_images(host: &Host, dir: &str, arch: Arch) -> anyhow::Result<Artifact
         ["zst", "gz", "tar"].iter().find_map(|end| archives.iter().find(|a| a.ends_with(end)))
     else {
         return Err(incomplete(format!("{dir} has no {}.tar.zst, .tar.gz or .tar", arch.images))
-            .hint("without the images no pod of the system can start; copy the archive of the same release")
+            .hint(
+                "without the images no pod of the system can start; copy the archive of the same \
+                 release",
+            )
             .into());
     };
     Ok(Artifact {
@@ -237,7 +241,10 @@ async fn online(
         Some(known) => known,
         None => {
             let digest = published_digest(&official, options, arch, &version).await?;
-            notes.push(format!("k3s {version} is not in this program's table; it is checked against the release's own list, the weaker check"));
+            notes.push(format!(
+                "k3s {version} is not in this program's table; it is checked against the release's \
+                 own list, the weaker check"
+            ));
             (digest, "the release's own list")
         }
     };
@@ -263,7 +270,11 @@ async fn published_digest(
                 "DIGEST_UNKNOWN",
                 format!("nobody but the mirror itself vouches for k3s {version}"),
             )
-            .why(format!("this pipeops does not know the version, and the release's own list cannot be read: {}", failure.what))
+            .why(format!(
+                "this pipeops does not know the version, and the release's own list cannot be \
+                 read: {}",
+                failure.what
+            ))
             .hint("give the digest with --k3s-sha256, from a source that you trust"));
         }
         Err(failure) if failure.code == "NOT_FOUND" => {

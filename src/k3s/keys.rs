@@ -267,7 +267,8 @@ fn check_key(key: &str, role: NodeRole, version: Option<&Version>) -> Option<Unk
             Some(UnknownKey {
                 key: key.to_owned(),
                 why: format!(
-                    "it came with k3s 1.{since}; this is {version}, which may have got it in a patch release"
+                    "it came with k3s 1.{since}; this is {version}, which may have got it in a \
+                     patch release"
                 ),
                 fix: "install a newer k3s, or leave the setting out".to_owned(),
                 uncertain: true,

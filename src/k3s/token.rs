@@ -122,7 +122,11 @@ fn misread(text: &str) -> Result<(), String> {
         return Err(format!("there is a quote in the token ({c})"));
     }
     if text.get(..3) == Some("k10") && text.contains("::") {
-        return Err("it begins with k10, and a token begins with K10: was it changed to lower case? its password is lost with that".into());
+        return Err(
+            "it begins with k10, and a token begins with K10: was it changed to lower case? its \
+             password is lost with that"
+                .into(),
+        );
     }
     if text.matches("K10").count() > 1 && text.matches("::").count() > 1 {
         return Err("there are two tokens in it: was it pasted twice?".into());

@@ -62,7 +62,8 @@ pub fn server_url(text: &str) -> Result<String, String> {
     if let Some((_, zone)) = rest.split_once('%') {
         let zone = zone.trim_start_matches("25").split([']', ':', '/']).next().unwrap_or_default();
         return Err(fault(&format!(
-            "the zone (%{zone}) means something on this machine only; give a name or an address that is no link-local one"
+            "the zone (%{zone}) means something on this machine only; give a name or an address \
+             that is no link-local one"
         )));
     }
     if rest.contains(['/', '?', '#']) {

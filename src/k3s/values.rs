@@ -172,9 +172,10 @@ fn qualified(key: &str) -> Result<(), &'static str> {
     }
     match name(rest) {
         true => Ok(()),
-        false => Err(
-            "a key is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a letter or digit",
-        ),
+        false => {
+            Err("a key is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a \
+                 letter or digit")
+        }
     }
 }
 
@@ -215,13 +216,15 @@ pub fn label(text: &str) -> Result<(), String> {
     if reserved && !LABELS.contains(&key) && !PREFIXES.iter().any(|p| below(space, p)) {
         let role = if space == "node-role.kubernetes.io" {
             format!(
-                "; a role is given by the server once the node is there: kubectl label node NAME {text}"
+                "; a role is given by the server once the node is there: kubectl label node NAME \
+                 {text}"
             )
         } else {
             String::new()
         };
         return Err(format!(
-            "`{text}`: the kubelet ends with a label of that prefix; below kubernetes.io and k8s.io a node may only give itself {}/…, {}/… and {}{role}",
+            "`{text}`: the kubelet ends with a label of that prefix; below kubernetes.io and \
+             k8s.io a node may only give itself {}/…, {}/… and {}{role}",
             PREFIXES[0],
             PREFIXES[1],
             LABELS.join(", ")
@@ -229,7 +232,8 @@ pub fn label(text: &str) -> Result<(), String> {
     }
     if !value.is_empty() && !name(value) {
         return fault(
-            "a value is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a letter or digit",
+            "a value is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a \
+             letter or digit",
         );
     }
     Ok(())
@@ -258,7 +262,11 @@ pub fn taints(list: &[String]) -> Vec<String> {
         if let Err(why) = qualified(key) {
             fault(why.into());
         } else if !value.is_empty() && !name(value) {
-            fault("its value is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a letter or digit".into());
+            fault(
+                "its value is up to 63 letters, digits, `-`, `_` and `.`, and begins and ends with \
+                 a letter or digit"
+                    .into(),
+            );
         } else if !seen.insert((key.to_owned(), (*effect).to_owned())) {
             fault("the same key and effect are there already".into());
         }

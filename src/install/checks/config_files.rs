@@ -158,7 +158,14 @@ fn entry(
     }
     let fix = format!("take it out of {}; instead: {flag}", file.path);
     Some(if file.after {
-        finding(Level::Error, format!("`{name}` of a later file overrules what pipeops sets, and later runs would not find the node")).fix(fix)
+        finding(
+            Level::Error,
+            format!(
+                "`{name}` of a later file overrules what pipeops sets, and later runs would not \
+                 find the node"
+            ),
+        )
+        .fix(fix)
     } else {
         let ours = DROP_IN.rsplit('/').next().unwrap_or_default();
         finding(

@@ -143,7 +143,8 @@ pub(super) fn refused(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let what = if good.is_empty() {
         "pods cannot reach the name servers of this machine: k3s gives them 8.8.8.8"
     } else {
-        "k3s refuses a file with one server that pods cannot reach, and gives them 8.8.8.8 instead of all"
+        "k3s refuses a file with one server that pods cannot reach, and gives them 8.8.8.8 instead \
+         of all"
     };
     let lines: String = if good.is_empty() {
         "nameserver ADDRESS\\n".into()
@@ -153,7 +154,10 @@ pub(super) fn refused(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     vec![
         Finding::new("DNS_LOOPBACK", Level::Error, what, evidence.join("; "))
             .fix(format!("write a file for pods: printf '{lines}' > /etc/resolv.pods.conf"))
-            .fix("and set it in the [k3s] table of /etc/pipeops/config.toml: resolv-conf = \"/etc/resolv.pods.conf\""),
+            .fix(
+                "and set it in the [k3s] table of /etc/pipeops/config.toml: resolv-conf = \
+                 \"/etc/resolv.pods.conf\"",
+            ),
     ]
 }
 
@@ -210,7 +214,15 @@ pub(super) fn limits(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("DNS_LIMITS", Level::Info, "pods get only a part of the name servers or search domains", format!("{path}: {}", over.join("; ")))
-            .fix("put what pods need first; the rest is left out, and the kubelet says so in an event of each pod"),
+        Finding::new(
+            "DNS_LIMITS",
+            Level::Info,
+            "pods get only a part of the name servers or search domains",
+            format!("{path}: {}", over.join("; ")),
+        )
+        .fix(
+            "put what pods need first; the rest is left out, and the kubelet says so in an event \
+             of each pod",
+        ),
     ]
 }

@@ -233,7 +233,8 @@ pub(super) fn fsync(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn clock(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
-    let sync = "set the clock: `timedatectl set-ntp true`, wait until `timedatectl` says synchronized, then run again";
+    let sync = "set the clock: `timedatectl set-ntp true`, wait until `timedatectl` says \
+                synchronized, then run again";
     if let Some((offset, source)) = &facts.clock.offset
         && offset.abs() > CLOCK_LEEWAY
     {
@@ -277,14 +278,25 @@ pub(super) fn clock(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
 /// effect.
 fn cmdline_file(facts: &Facts) -> String {
     match facts.cmdline_source.as_deref() {
-        Some(file @ ("/boot/firmware/cmdline.txt" | "/boot/cmdline.txt")) => format!("the one line of {file}"),
-        Some("/etc/default/grub") => {
-            "GRUB_CMDLINE_LINUX in /etc/default/grub, run `update-grub` (`grub2-mkconfig -o /boot/grub2/grub.cfg` where that is absent)".into()
+        Some(file @ ("/boot/firmware/cmdline.txt" | "/boot/cmdline.txt")) => {
+            format!("the one line of {file}")
         }
-        Some(file @ "/etc/kernel/cmdline") => format!("{file}, run `kernel-install add $(uname -r) /lib/modules/$(uname -r)/vmlinuz`"),
-        Some(file @ "/boot/loader/entries") => format!("the `options` line of the entries in {file}"),
+        Some("/etc/default/grub") => {
+            "GRUB_CMDLINE_LINUX in /etc/default/grub, run `update-grub` (`grub2-mkconfig -o \
+             /boot/grub2/grub.cfg` where that is absent)"
+                .into()
+        }
+        Some(file @ "/etc/kernel/cmdline") => {
+            format!("{file}, run `kernel-install add $(uname -r) /lib/modules/$(uname -r)/vmlinuz`")
+        }
+        Some(file @ "/boot/loader/entries") => {
+            format!("the `options` line of the entries in {file}")
+        }
         Some(file) if file.ends_with("extlinux.conf") => {
-            format!("the `append` line of {file} (`u-boot-update` writes it from /etc/default/u-boot where that is there)")
+            format!(
+                "the `append` line of {file} (`u-boot-update` writes it from /etc/default/u-boot \
+                 where that is there)"
+            )
         }
         Some(file @ "/boot/armbianEnv.txt") => format!("`extraargs=` in {file}"),
         _ => "the command line of the kernel, where its boot loader has it".into(),
@@ -342,7 +354,10 @@ pub(super) fn cgroup_v1(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Findin
         )
         .fix("boot with `systemd.unified_cgroup_hierarchy=1`, or use a newer distribution")
         .fix("or install the last line that works: --channel v1.34")
-        .fix("or go on for now with --ignore CGROUP_V1_UNSUPPORTED, which sets the kubelet's fail-cgroupv1=false"),
+        .fix(
+            "or go on for now with --ignore CGROUP_V1_UNSUPPORTED, which sets the kubelet's \
+             fail-cgroupv1=false",
+        ),
     ]
 }
 
@@ -399,7 +414,10 @@ pub(super) fn modules(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
             };
         finding = finding
             .fix(format!("{package}: the address is public, so the pod network is encrypted"))
-            .fix("or use a private address: --node-ip; or, where others cannot listen, set in the [k3s] table: flannel-backend = \"vxlan\"");
+            .fix(
+                "or use a private address: --node-ip; or, where others cannot listen, set in the \
+                 [k3s] table: flannel-backend = \"vxlan\"",
+            );
     }
     if missing != ["wireguard"] {
         finding = finding.fix(package);
@@ -418,10 +436,16 @@ pub(super) fn container(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     if !facts.kmsg {
         finding.level = Level::Error;
         finding.evidence = "/dev/kmsg is missing; the kubelet does not start without it".into();
-        finding = finding.fix("on the host add `lxc.mount.entry = /dev/kmsg dev/kmsg none bind,create=file` to the container");
+        finding = finding.fix(
+            "on the host add `lxc.mount.entry = /dev/kmsg dev/kmsg none bind,create=file` to the \
+             container",
+        );
     }
     if kind == "lxc" {
-        finding = finding.fix("on the host: nesting and keyctl on, `lxc.apparmor.profile = unconfined`, `lxc.cap.drop =`");
+        finding = finding.fix(
+            "on the host: nesting and keyctl on, `lxc.apparmor.profile = unconfined`, \
+             `lxc.cap.drop =`",
+        );
     }
     if finding.fix.is_empty() {
         finding = finding.fix("nothing to do if the host grants all capabilities and devices");

@@ -95,8 +95,17 @@ pub(super) fn no_route(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("ROUTE_NONE", Level::Error, "there is no default route", "k3s picks addresses by it and stops without one")
-            .fix("add one; on an isolated network a dummy does: `ip link add dummy0 type dummy && ip addr add 203.0.113.254/31 dev dummy0 && ip link set dummy0 up && ip route add default via 203.0.113.255 dev dummy0 metric 1000`"),
+        Finding::new(
+            "ROUTE_NONE",
+            Level::Error,
+            "there is no default route",
+            "k3s picks addresses by it and stops without one",
+        )
+        .fix(
+            "add one; on an isolated network a dummy does: `ip link add dummy0 type dummy && ip \
+             addr add 203.0.113.254/31 dev dummy0 && ip link set dummy0 up && ip route add default \
+             via 203.0.113.255 dev dummy0 metric 1000`",
+        ),
     ]
 }
 
@@ -131,8 +140,16 @@ pub(super) fn ambiguous(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Findin
         .map(|i| format!("{} {}", i.name, listed(i)))
         .collect();
     vec![
-        Finding::new("NIC_AMBIGUOUS", Level::Error, "two network interfaces are equally good", table.join("; "))
-            .fix("say which one: --node-ip ADDRESS (and --flannel-iface NAME if the pod network should use another)"),
+        Finding::new(
+            "NIC_AMBIGUOUS",
+            Level::Error,
+            "two network interfaces are equally good",
+            table.join("; "),
+        )
+        .fix(
+            "say which one: --node-ip ADDRESS (and --flannel-iface NAME if the pod network should \
+             use another)",
+        ),
     ]
 }
 

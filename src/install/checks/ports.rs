@@ -126,10 +126,15 @@ fn holders(facts: &Facts, wanted: &[Port]) -> Vec<(String, String)> {
             let holder = facts.listeners.iter().find(|l| port.meets(l))?;
             let who = match (&holder.process, holder.pid) {
                 (Some(name), Some(pid)) => format!("`{name}` (pid {pid})"),
-                _ if port.protocol == "udp" => "the kernel (an interface of WireGuard or VXLAN) or a process of another container".into(),
+                _ if port.protocol == "udp" => {
+                    "the kernel (an interface of WireGuard or VXLAN) or a process of another \
+                     container"
+                        .into()
+                }
                 _ => "a process of another container or namespace".into(),
             };
-            let what = format!("port {}/{} ({}) is taken", port.number, port.protocol, port.purpose);
+            let what =
+                format!("port {}/{} ({}) is taken", port.number, port.protocol, port.purpose);
             Some((what, format!("held by {who} on {}", holder.address)))
         })
         .collect()
@@ -155,8 +160,10 @@ pub(super) fn ingress_ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Fi
     holders(facts, &[Port::tcp(80, "ingress"), Port::tcp(443, "ingress")])
         .into_iter()
         .map(|(what, evidence)| {
-            Finding::new("INGRESS_PORT_IN_USE", Level::Error, what, evidence)
-                .fix("stop that program, or leave the ingress out: --components cert-manager,metrics,storage")
+            Finding::new("INGRESS_PORT_IN_USE", Level::Error, what, evidence).fix(
+                "stop that program, or leave the ingress out: --components \
+                 cert-manager,metrics,storage",
+            )
         })
         .collect()
 }
@@ -252,7 +259,8 @@ pub(super) fn proxy_tunnel(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Fin
         Some(_) => format!("the agent asks {host} through the proxy of HTTPS_PROXY"),
         // a file that the agent reads is everybody's to read
         None => format!(
-            "HTTPS_PROXY holds a user and password, or is no http:// address, and is not handed to the agent: it asks {host} directly"
+            "HTTPS_PROXY holds a user and password, or is no http:// address, and is not handed to \
+             the agent: it asks {host} directly"
         ),
     };
     vec![
@@ -262,7 +270,10 @@ pub(super) fn proxy_tunnel(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Fin
             "the agent's tunnel does not go through a proxy",
             format!("{calls}; its tunnel dials the control plane's tunnel server itself"),
         )
-        .fix("let this machine reach the tunnel server directly (port 7000, unless the control plane says otherwise)")
+        .fix(
+            "let this machine reach the tunnel server directly (port 7000, unless the control \
+             plane says otherwise)",
+        )
         .fix(format!("where it reaches {host} directly, add {host} to NO_PROXY")),
     ]
 }

@@ -56,7 +56,10 @@ pub(super) fn overlap(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
         let left = facts.k3s.ours.is_none()
             && OURS.iter().any(|o| hits.iter().any(|h| h.contains(&format!(" {o}"))));
         if left {
-            finding = finding.fix("left over from a former cluster: `ip link delete cni0; ip link delete flannel.1`, or reboot");
+            finding = finding.fix(
+                "left over from a former cluster: `ip link delete cni0; ip link delete flannel.1`, \
+                 or reboot",
+            );
         }
         let free = free(facts, &effective, &ranges, range.address.is_ipv6());
         found.push(finding.fix(format!(
@@ -210,7 +213,8 @@ fn lacking_addresses(addresses: &[IpAddr], pods: &[Cidr]) -> Option<Finding> {
             have.join(", "),
             lacking.join(", ")
         ),
-        "give this machine such an address and a default route for it, name it with --node-ip, or take that range out",
+        "give this machine such an address and a default route for it, name it with --node-ip, or \
+         take that range out",
     ))
 }
 
@@ -236,7 +240,8 @@ fn size_misfits(effective: &EffectiveSettings, pods: &[Cidr], services: &[Cidr])
             found.push(misfit_of(
                 "the range of pods cannot be cut into networks of nodes",
                 format!("cluster-cidr {}, {key} {mask}", text(range)),
-                "each node takes one network of that size: choose a wider range, or set kube-controller-manager-arg = [\"node-cidr-mask-size=…\"]",
+                "each node takes one network of that size: choose a wider range, or set \
+                 kube-controller-manager-arg = [\"node-cidr-mask-size=…\"]",
             ));
         }
     }

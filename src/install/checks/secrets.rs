@@ -14,9 +14,17 @@ pub(super) fn readable(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
                 false => ("can be read", format!("close it: chmod 600 {}", file.path)),
             };
             let evidence = format!("mode {:o}, with {}", file.mode, file.holds.join(", "));
-            Finding::new("SECRET_READABLE", Level::Warning, format!("{} {what} by every user of this machine", file.path), evidence)
-                .fix(close)
-                .fix("change that password or key where it is checked, then give the new one here: the old one may have been read")
+            Finding::new(
+                "SECRET_READABLE",
+                Level::Warning,
+                format!("{} {what} by every user of this machine", file.path),
+                evidence,
+            )
+            .fix(close)
+            .fix(
+                "change that password or key where it is checked, then give the new one here: the \
+                 old one may have been read",
+            )
         })
         .collect()
 }

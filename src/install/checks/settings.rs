@@ -25,10 +25,18 @@ pub(super) fn renamed(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
         Finding::new(
             "NODE_RENAMED",
             Level::Error,
-            format!("this machine is the node {node} of its cluster, and --node-name wants {wanted}"),
-            format!("a second Node would come, and {node} with its volumes and certificates would be left behind"),
+            format!(
+                "this machine is the node {node} of its cluster, and --node-name wants {wanted}"
+            ),
+            format!(
+                "a second Node would come, and {node} with its volumes and certificates would be \
+                 left behind"
+            ),
         )
-        .fix(format!("leave --node-name out; or `pipeops uninstall`, `kubectl delete node {node}`, and install again")),
+        .fix(format!(
+            "leave --node-name out; or `pipeops uninstall`, `kubectl delete node {node}`, and \
+             install again"
+        )),
     ]
 }
 

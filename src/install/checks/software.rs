@@ -28,16 +28,30 @@ pub(super) fn foreign(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
         // written before there is a k3s, by cloud-init or by hand
         let to = "/etc/rancher/k3s/config.yaml.d/10-mine.yaml";
         return vec![
-            Finding::new("K3S_FOREIGN", Level::Error, "there are settings for a k3s here, but no k3s", facts.k3s.foreign.join("; "))
-                .fix(format!(
-                    "to keep them: mkdir -p /etc/rancher/k3s/config.yaml.d && mv /etc/rancher/k3s/config.yaml {to}; pipeops and k3s read them there"
-                ))
-                .fix("or remove the file; then run again"),
+            Finding::new(
+                "K3S_FOREIGN",
+                Level::Error,
+                "there are settings for a k3s here, but no k3s",
+                facts.k3s.foreign.join("; "),
+            )
+            .fix(format!(
+                "to keep them: mkdir -p /etc/rancher/k3s/config.yaml.d && mv \
+                 /etc/rancher/k3s/config.yaml {to}; pipeops and k3s read them there"
+            ))
+            .fix("or remove the file; then run again"),
         ];
     }
     vec![
-        Finding::new("K3S_FOREIGN", Level::Error, "there is a k3s here that pipeops did not install", facts.k3s.foreign.join("; "))
-            .fix("pipeops never touches it. To start anew, remove it with its own k3s-uninstall.sh or k3s-agent-uninstall.sh, then run again"),
+        Finding::new(
+            "K3S_FOREIGN",
+            Level::Error,
+            "there is a k3s here that pipeops did not install",
+            facts.k3s.foreign.join("; "),
+        )
+        .fix(
+            "pipeops never touches it. To start anew, remove it with its own k3s-uninstall.sh or \
+             k3s-agent-uninstall.sh, then run again",
+        ),
     ]
 }
 
@@ -86,8 +100,16 @@ pub(super) fn token_conflict(facts: &Facts, target: &InstallTarget<'_>) -> Vec<F
         (false, true) => return Vec::new(),
     };
     vec![
-        Finding::new("DATA_TOKEN_CONFLICT", Level::Error, "the data of a former cluster is here and cannot be opened", evidence)
-            .fix("restore its token to /var/lib/rancher/k3s/server/token, or move the data away: mv /var/lib/rancher/k3s /var/lib/rancher/k3s.old"),
+        Finding::new(
+            "DATA_TOKEN_CONFLICT",
+            Level::Error,
+            "the data of a former cluster is here and cannot be opened",
+            evidence,
+        )
+        .fix(
+            "restore its token to /var/lib/rancher/k3s/server/token, or move the data away: mv \
+             /var/lib/rancher/k3s /var/lib/rancher/k3s.old",
+        ),
     ]
 }
 
@@ -234,7 +256,10 @@ pub(super) fn account(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
             format!("the account {AGENT_USER} is there already and is not made for a service"),
             evidence.join("; "),
         )
-        .fix(format!("remove or rename it (`userdel {AGENT_USER}`); pipeops makes one without a shell. What stays is used as it is")),
+        .fix(format!(
+            "remove or rename it (`userdel {AGENT_USER}`); pipeops makes one without a shell. What \
+             stays is used as it is"
+        )),
     ]
 }
 

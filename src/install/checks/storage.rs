@@ -18,8 +18,14 @@ pub(super) fn read_only(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
             "nothing can be written where the node's files belong",
             format!("read-only: {}", shut.join(", ")),
         )
-        .fix("mount it writable, or a writable file system over it (`findmnt -T PATH` shows what is there), then run again")
-        .fix("a distribution with a read-only /usr needs a writable /usr/local; an error of the disk makes Linux remount it so: see `dmesg`"),
+        .fix(
+            "mount it writable, or a writable file system over it (`findmnt -T PATH` shows what is \
+             there), then run again",
+        )
+        .fix(
+            "a distribution with a read-only /usr needs a writable /usr/local; an error of the \
+             disk makes Linux remount it so: see `dmesg`",
+        ),
     ]
 }
 
@@ -35,8 +41,16 @@ pub(super) fn no_exec(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
         return Vec::new();
     }
     vec![
-        Finding::new("MOUNT_NOEXEC", Level::Error, "no program may run where those of k3s lie", format!("mounted noexec: {}", shut.join(", ")))
-            .fix("take noexec out of /etc/fstab for it and `mount -o remount,exec PATH`, or mount a disk of its own there"),
+        Finding::new(
+            "MOUNT_NOEXEC",
+            Level::Error,
+            "no program may run where those of k3s lie",
+            format!("mounted noexec: {}", shut.join(", ")),
+        )
+        .fix(
+            "take noexec out of /etc/fstab for it and `mount -o remount,exec PATH`, or mount a \
+             disk of its own there",
+        ),
     ]
 }
 
@@ -87,7 +101,8 @@ pub(super) fn snapshotter(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Find
     };
     let instead = match (kind, snapshotter.as_str()) {
         ("zfs", "overlayfs") => {
-            "\"zfs\" (with a dataset on /var/lib/rancher/k3s/agent/containerd), or \"native\", which needs more space"
+            "\"zfs\" (with a dataset on /var/lib/rancher/k3s/agent/containerd), or \"native\", \
+             which needs more space"
         }
         (_, "overlayfs" | "stargz") => "\"native\", which needs more space, or \"fuse-overlayfs\"",
         _ => "\"overlayfs\", or \"native\"",
@@ -96,7 +111,10 @@ pub(super) fn snapshotter(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Find
         Finding::new(
             "SNAPSHOTTER_UNFIT",
             Level::Warning,
-            format!("the snapshotter {snapshotter} may not work on the file system of /var/lib/rancher; k3s does not start then"),
+            format!(
+                "the snapshotter {snapshotter} may not work on the file system of \
+                 /var/lib/rancher; k3s does not start then"
+            ),
             why,
         )
         .fix("mount a disk with ext4, XFS or Btrfs on /var/lib/rancher")

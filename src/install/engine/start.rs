@@ -8,13 +8,13 @@ use crate::host::HostWriter;
 use crate::host::systemd::JournalPosition;
 use crate::k3s::logs::{self, Diagnosis, UnitHealth};
 
-/// Between two looks at the journal.
-const LOOK: Duration = Duration::from_secs(3);
-/// Lines of it that are looked at.
+/// Time between two reads of the journal.
+const CHECK_INTERVAL: Duration = Duration::from_secs(3);
+/// Lines of it that are read.
 const LINES: usize = 1000;
 /// Where containerd writes what k3s' own journal does not have.
 const CONTAINERD_LOG: &str = "/var/lib/rancher/k3s/agent/containerd/containerd.log";
-/// As much of it as is looked at, bytes.
+/// As much of its end as is read, bytes.
 const CONTAINERD_TAIL: u64 = 64 * 1024;
 
 /// A unit that is being waited for.
@@ -29,7 +29,7 @@ pub(super) struct UnitStart<'a> {
     mark: JournalPosition,
     /// Restarts that systemd had counted by then.
     before: Option<u32>,
-    looked: Option<Instant>,
+    checked_at: Option<Instant>,
     /// The cause that the journal shows, and since when.
     shown: Option<(&'static str, Instant)>,
 }
@@ -50,7 +50,7 @@ impl<'a> UnitStart<'a> {
             wall: jiff::Timestamp::now(),
             mark,
             before,
-            looked: None,
+            checked_at: None,
             shown: None,
         }
     }
@@ -79,11 +79,11 @@ impl<'a> UnitStart<'a> {
 
     /// Why the wait is over already; `None` while the unit may still come. The unit is stopped
     /// then, so that it is not left in a restart loop; the next run starts it again.
-    pub(super) async fn look(&mut self) -> Option<Failure> {
-        if self.looked.is_some_and(|l| l.elapsed() < LOOK) {
+    pub(super) async fn check(&mut self) -> Option<Failure> {
+        if self.checked_at.is_some_and(|l| l.elapsed() < CHECK_INTERVAL) {
             return None;
         }
-        self.looked = Some(Instant::now());
+        self.checked_at = Some(Instant::now());
         let unit = self.writer.unit(self.unit).await.ok()?;
         let before = *self.before.get_or_insert(unit.restarts);
         let journal = self.journal().await;

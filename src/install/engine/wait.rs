@@ -236,7 +236,7 @@ pub(super) async fn wait_until(
             // minting is tried again by its own timer and after each start of k3s
             if let Some(start) =
                 start.as_mut().filter(|_| !matches!(item, WaitCondition::Credential))
-                && let Some(failure) = start.look().await
+                && let Some(failure) = start.check().await
             {
                 return Err(failure.into());
             }
@@ -246,7 +246,10 @@ pub(super) async fn wait_until(
                     .into());
             }
             tokio::select! {
-                () = stop.cancelled() => return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted while waiting").into()),
+                () = stop.cancelled() => {
+                    let what = "interrupted while waiting";
+                    return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", what).into());
+                }
                 () = tokio::time::sleep(Duration::from_millis(500)) => {}
             }
         }
@@ -282,11 +285,20 @@ async fn timeout_failure(
     )
     .why(why);
     match (start, item) {
-        (_, WaitCondition::Deployment { namespace, .. } | WaitCondition::Chart { namespace, .. }) if pods => {
-            failure.hint(format!("correct what its pod says (`kubectl -n {namespace} get events`), then run the same command again"))
-        }
+        (
+            _,
+            WaitCondition::Deployment { namespace, .. } | WaitCondition::Chart { namespace, .. },
+        ) if pods => failure.hint(format!(
+            "correct what its pod says (`kubectl -n {namespace} get events`), then run the same \
+             command again"
+        )),
         (Some(start), item) if unit_of(item).is_some() => {
-            start.at_deadline(failure.hint("run the same command again; --timeout gives it longer"), optional).await
+            start
+                .at_deadline(
+                    failure.hint("run the same command again; --timeout gives it longer"),
+                    optional,
+                )
+                .await
         }
         _ => failure.hint("run the same command again; --timeout gives it longer"),
     }

@@ -17,7 +17,8 @@ use crate::install::settings::Settings;
 use crate::k3s::role::NodeRole;
 use crate::k3s::version::Version;
 
-const HEADER: &str = "# Written by pipeops; change it by running pipeops again. Further settings go into files of other names beside it.\n";
+const HEADER: &str = "# Written by pipeops; change it by running pipeops again. Further settings \
+                      go into files of other names beside it.\n";
 
 /// A worker's server.
 pub struct JoinServer {

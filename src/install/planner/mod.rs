@@ -127,7 +127,8 @@ fn directories(role: NodeRole) -> Vec<Step> {
 fn k3s_files(settings: &Settings, release: &Release, drop_in: String) -> Vec<Step> {
     let why = match settings.role {
         NodeRole::Server if drop_in.contains("traefik") => {
-            "every setting that we own, in one file; traefik is off: --components traefik asks for it"
+            "every setting that we own, in one file; traefik is off: --components traefik asks for \
+             it"
         }
         _ => "every setting that we own, in one file",
     };

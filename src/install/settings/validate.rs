@@ -188,7 +188,11 @@ fn control_plane_url(text: &str) -> Result<(), String> {
     let url = url::Url::parse(text)
         .map_err(|e| format!("--control-plane-url: `{text}` is not a URL ({e})"))?;
     if !url.username().is_empty() || url.password().is_some() {
-        return Err("--control-plane-url: it has a login in it; the agent proves itself by its token (--agent-token-file)".into());
+        return Err(
+            "--control-plane-url: it has a login in it; the agent proves itself by its token \
+             (--agent-token-file)"
+                .into(),
+        );
     }
     let loopback = match url.host() {
         Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
@@ -200,7 +204,8 @@ fn control_plane_url(text: &str) -> Result<(), String> {
         "https" => Ok(()),
         "http" if loopback => Ok(()),
         "http" => Err(format!(
-            "--control-plane-url: `{text}` must be https (http is allowed only to this machine itself)"
+            "--control-plane-url: `{text}` must be https (http is allowed only to this machine \
+             itself)"
         )),
         other => Err(format!("--control-plane-url: scheme `{other}` is not https")),
     }

@@ -4,7 +4,8 @@ use super::Severity::{Fatal, Permanent, Transient};
 use super::{KnownCause, cause};
 
 const RESTORE: &str = "restore /var/lib/rancher/k3s/server/db from a copy";
-const DATABASE: &str = "correct datastore-endpoint in the [k3s] table; what stands in it for a password is percent-encoded";
+const DATABASE: &str = "correct datastore-endpoint in the [k3s] table; what stands in it for a \
+                        password is percent-encoded";
 
 pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // kine pkg/drivers, pkg/util/url.go

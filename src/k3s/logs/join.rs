@@ -5,7 +5,8 @@ use super::Severity::{Fatal, Permanent};
 use super::{KnownCause, cause};
 
 const TOKEN: &str = "get a fresh line with `pipeops cluster-info --join` on the server";
-const SERVER_TOKEN: &str = "put the cluster's token back into /var/lib/rancher/k3s/server/token, or correct `token` in the [k3s] table";
+const SERVER_TOKEN: &str = "put the cluster's token back into /var/lib/rancher/k3s/server/token, \
+                            or correct `token` in the [k3s] table";
 
 pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
     // pkg/cluster/storage.go, bootstrap.go

@@ -77,7 +77,8 @@ pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
             "SNAPSHOTTER_REFUSED",
             Permanent,
             "the file system below /var/lib/rancher does not carry the snapshotter",
-            "put /var/lib/rancher on ext4 or xfs, or set snapshotter = \"native\" in the [k3s] table",
+            "put /var/lib/rancher on ext4 or xfs, or set snapshotter = \"native\" in the [k3s] \
+             table",
         ),
     ),
     (
