@@ -51,7 +51,7 @@ fn layered(
 
 /// A URL with a password in it. In this order: the file that a flag names, the command line or the
 /// environment, the file that the config names.
-fn url(
+fn secret_url(
     context: &Context,
     host: &Host,
     flag: Option<&str>,
@@ -70,14 +70,14 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     let flags = args.options;
     let (database, amqp) = (flags.database_url_file.clone(), flags.amqp_url_file.clone());
     let options = layered(&host, flags, args.config.as_deref())?;
-    let database = url(
+    let database = secret_url(
         context,
         &host,
         database.as_deref(),
         context.database_url.as_ref(),
         options.database_url_file.as_deref(),
     )?;
-    let broker = url(
+    let broker = secret_url(
         context,
         &host,
         amqp.as_deref(),
@@ -122,7 +122,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
             ca: options.tls_ca,
         }),
         data_dir: args.place.data_dir.clone(),
-        show: if terminal { Some(show) } else { None },
+        show: if terminal { Some(show_bootstrap_token) } else { None },
     };
     let ready = move |https: std::net::SocketAddr, tunnel: Option<std::net::SocketAddr>| {
         let tunnel = tunnel.map_or_else(|| "at an external frps".to_owned(), |t| t.to_string());
@@ -135,7 +135,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
 }
 
 /// Shows the first token on a terminal, once.
-fn show(token: &str, line: &str) {
+fn show_bootstrap_token(token: &str, line: &str) {
     let mut printer = Printer::new(false, false, true);
     printer.say(&format!(
         "first administrator's token, for the page and the API (shown once): {token}"
@@ -202,7 +202,7 @@ impl AdminClient<'_> {
         self.show(&answer, |v| text(&v[field]))
     }
 
-    async fn done(&self, method: Method, path: &str, said: &str) -> anyhow::Result<Exit> {
+    async fn act(&self, method: Method, path: &str, said: &str) -> anyhow::Result<Exit> {
         let answer = self.call(method, path, None).await?;
         self.show(&answer, |_| said.to_owned())
     }
@@ -218,7 +218,7 @@ fn text(value: &Value) -> String {
     }
 }
 
-fn when(value: &Value) -> String {
+fn time_text(value: &Value) -> String {
     value
         .as_i64()
         .and_then(|s| jiff::Timestamp::from_second(s).ok())
@@ -241,7 +241,7 @@ fn host_and_database(
     place: &DataDirArgs,
 ) -> anyhow::Result<(Host, Option<Secret>)> {
     let host = context.host(&place.root);
-    let database = url(
+    let database = secret_url(
         context,
         &host,
         args.database_url_file.as_deref(),
@@ -313,7 +313,7 @@ async fn token(
                         fields
                             .iter()
                             .map(|f| text(&v[f]))
-                            .chain([when(&v["expires_at"]), text(&v["revoked"])])
+                            .chain([time_text(&v["expires_at"]), text(&v["revoked"])])
                             .collect()
                     },
                 )
@@ -321,7 +321,7 @@ async fn token(
         }
         TokenCommand::Revoke { id, verb } => {
             AdminClient::new(context, place, verb)
-                .done(Method::DELETE, &format!("/api/v1/tokens/{}", segment(&id)?), "revoked")
+                .act(Method::DELETE, &format!("/api/v1/tokens/{}", segment(&id)?), "revoked")
                 .await
         }
     }
@@ -345,7 +345,7 @@ async fn cluster(
                         fields
                             .iter()
                             .map(|f| text(&v[f]))
-                            .chain([when(&v["seen_at"]), text(&v["reason"])])
+                            .chain([time_text(&v["seen_at"]), text(&v["reason"])])
                             .collect()
                     },
                 )
@@ -366,12 +366,12 @@ async fn cluster(
         ClusterCommand::Revoke { cluster, verb } => {
             let path = format!("{}/revoke", path(&cluster)?);
             AdminClient::new(context, place, verb)
-                .done(Method::POST, &path, "revoked; its streams have ended")
+                .act(Method::POST, &path, "revoked; its streams have ended")
                 .await
         }
         ClusterCommand::Remove { cluster, verb } => {
             AdminClient::new(context, place, verb)
-                .done(Method::DELETE, &path(&cluster)?, "removed")
+                .act(Method::DELETE, &path(&cluster)?, "removed")
                 .await
         }
     }
@@ -393,7 +393,7 @@ fn cluster_details(cluster: &Value) -> String {
     ];
     let mut lines: Vec<String> =
         fields.map(|field| format!("{field:<14}{}", text(&cluster[field]))).into();
-    lines.push(format!("{:<14}{}", "seen", when(&cluster["seen_at"])));
+    lines.push(format!("{:<14}{}", "seen", time_text(&cluster["seen_at"])));
     for node in cluster["report"]["nodes"].as_array().into_iter().flatten() {
         let ready = if node["ready"] == true { "ready" } else { "not ready" };
         lines.push(format!(
@@ -432,7 +432,7 @@ async fn runner(
                         fields
                             .iter()
                             .map(|f| text(&v[f]))
-                            .chain([when(&v["expires_at"]), text(&v["revoked"])])
+                            .chain([time_text(&v["expires_at"]), text(&v["revoked"])])
                             .collect()
                     },
                 )
@@ -441,7 +441,7 @@ async fn runner(
         RunnerCommand::Revoke { id, verb } => {
             let path = format!("/api/v1/runners/{}", segment(&id)?);
             AdminClient::new(context, place, verb)
-                .done(Method::DELETE, &path, "revoked; its streams have ended")
+                .act(Method::DELETE, &path, "revoked; its streams have ended")
                 .await
         }
     }
@@ -464,7 +464,7 @@ async fn admin(
         AdminCommand::Revoke { id, verb } => {
             let path = format!("/api/v1/admins/{}", segment(&id)?);
             AdminClient::new(context, place, verb)
-                .done(Method::DELETE, &path, "revoked; its sessions have ended")
+                .act(Method::DELETE, &path, "revoked; its sessions have ended")
                 .await
         }
     }
@@ -488,5 +488,5 @@ async fn project(
 }
 
 fn created_row(value: &Value) -> Vec<String> {
-    vec![text(&value["id"]), text(&value["name"]), when(&value["created_at"])]
+    vec![text(&value["id"]), text(&value["name"]), time_text(&value["created_at"])]
 }

@@ -23,7 +23,7 @@ use super::error::HttpError;
 use super::frps::Frps;
 use super::keys::Keys;
 use super::registry::enrol::spki;
-use super::registry::{Registry, Route};
+use super::registry::{ClusterTarget, Registry};
 use crate::base::secret::Secret;
 use crate::base::trust::{self, Trust};
 use crate::frp::codec::Io;
@@ -169,30 +169,30 @@ impl AgentClients {
     pub(super) async fn await_answer(
         &self,
         response: ResponseFuture,
-        route: &Route,
+        target: &ClusterTarget,
     ) -> Result<Response<Incoming>, HttpError> {
         let known = &self.silent;
-        let quiet = if known.lock().contains(&route.agent) { SILENT } else { QUIET };
+        let quiet = if known.lock().contains(&target.agent) { SILENT } else { QUIET };
         let silence = async {
             tokio::time::sleep(quiet).await;
-            while self.is_alive(&route.agent, quiet).await {
-                known.lock().remove(&route.agent);
+            while self.is_alive(&target.agent, quiet).await {
+                known.lock().remove(&target.agent);
                 tokio::time::sleep(CHECK_AGAIN).await;
             }
         };
         tokio::select! {
             answer = response => {
                 if quiet == SILENT {
-                    known.lock().remove(&route.agent);
+                    known.lock().remove(&target.agent);
                 }
                 answer.map_err(|error| {
-                    tracing::debug!(error = format!("{error:?}"), cluster = route.cluster, "the agent is not reached");
+                    tracing::debug!(error = format!("{error:?}"), cluster = target.cluster, "the agent is not reached");
                     agent_offline()
                 })
             }
             () = silence => {
-                known.lock().insert(route.agent.clone());
-                tracing::info!(cluster = route.cluster, "the agent holds its tunnel and says nothing");
+                known.lock().insert(target.agent.clone());
+                tracing::info!(cluster = target.cluster, "the agent holds its tunnel and says nothing");
                 Err(agent_silent())
             }
         }
@@ -216,12 +216,12 @@ impl AgentClients {
         &self,
         request: http::request::Builder,
         path: &str,
-        route: &Route,
+        target: &ClusterTarget,
         token: &Secret,
         body: Bytes,
     ) -> Result<(StatusCode, Value), HttpError> {
         let request = request
-            .uri(format!("http://{}/{path}", route.agent))
+            .uri(format!("http://{}/{path}", target.agent))
             .header(header::HOST, "agent")
             .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
             .body(Body::from(body));

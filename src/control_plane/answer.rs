@@ -9,11 +9,11 @@ use super::error::HttpError;
 use crate::kubernetes::answer::{ApiError, is_discovery};
 
 pub(super) fn answer(status: u16, body: &impl Serialize) -> Response {
-    plain(status, "application/json", serde_json::to_vec(body).unwrap_or_default())
+    uncached(status, "application/json", serde_json::to_vec(body).unwrap_or_default())
 }
 
 /// An answer that is not cached.
-pub(super) fn plain(status: u16, kind: &'static str, body: impl Into<Body>) -> Response {
+pub(super) fn uncached(status: u16, kind: &'static str, body: impl Into<Body>) -> Response {
     let mut answer = Response::new(body.into());
     *answer.status_mut() =
         StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -25,7 +25,7 @@ pub(super) fn plain(status: u16, kind: &'static str, body: impl Into<Body>) -> R
 /// The answer to a request for `path` that failed. Below a cluster's `/k8s` the caller is a client
 /// of Kubernetes and gets no `Retry-After`: it would retry silently for most of a minute. Other
 /// callers get one.
-pub(super) fn problem(error: HttpError, path: &str) -> Response {
+pub(super) fn error_answer(error: HttpError, path: &str) -> Response {
     let Some(discovery) = below_k8s(path) else { return error.into_response() };
     let problem = ApiError::new(error.status, error.code, error.message, error.hint);
     problem.status(discovery).map(Body::new)

@@ -8,7 +8,7 @@ use axum::response::Response;
 use http::request::Parts;
 use http::{HeaderMap, header};
 
-use super::answer::problem;
+use super::answer::error_answer;
 use super::body::{check_segments, path_not_found, segments};
 use super::error::HttpError;
 use super::model::AccessKind;
@@ -91,7 +91,7 @@ pub(super) struct SessionCaller {
 
 /// Extracts each kind of caller from the head of a request.
 macro_rules! callers {
-    ($($caller:ident requires $required_auth:ident: $made:expr;)*) => {$(
+    ($($caller:ident requires $required_auth:ident: $extracted:expr;)*) => {$(
         impl Caller for $caller {
             const REQUIRED_AUTH: RequiredAuth = RequiredAuth::$required_auth;
         }
@@ -100,12 +100,12 @@ macro_rules! callers {
             type Rejection = Response;
 
             async fn from_request_parts(parts: &mut Parts, control_plane: &ControlPlane) -> Result<$caller, Response> {
-                let made: fn(&ControlPlane, &Parts) -> Result<$caller, HttpError> = $made;
-                let made = check_segments(parts).and_then(|()| {
+                let extracted: fn(&ControlPlane, &Parts) -> Result<$caller, HttpError> = $extracted;
+                let extracted = check_segments(parts).and_then(|()| {
                     control_plane.count_request();
-                    made(control_plane, parts)
+                    extracted(control_plane, parts)
                 });
-                made.map_err(|error| problem(error, parts.uri.path()))
+                extracted.map_err(|error| error_answer(error, parts.uri.path()))
             }
         }
     )*};
@@ -202,7 +202,7 @@ impl ControlPlane {
             }
         };
         self.inner.failures.succeeded(hash.clone());
-        let fine = match (&principal, required_auth) {
+        let allowed = match (&principal, required_auth) {
             (Principal::Enrolment(_) | Principal::Agent(_), RequiredAuth::Enrolment) => true,
             (Principal::Agent(own), RequiredAuth::Agent) => *own == id,
             (
@@ -212,20 +212,20 @@ impl ControlPlane {
                 | RequiredAuth::Gateway
                 | RequiredAuth::Session,
             ) => true,
-            (Principal::Access(access), RequiredAuth::Runner | RequiredAuth::Session) => {
+            (Principal::AccessToken(access), RequiredAuth::Runner | RequiredAuth::Session) => {
                 access.kind == AccessKind::Runner
             }
-            (Principal::Access(_), RequiredAuth::Gateway) => true,
+            (Principal::AccessToken(_), RequiredAuth::Gateway) => true,
             _ => false,
         };
-        if !fine {
+        if !allowed {
             return Err(forbidden());
         }
         if matches!(principal, Principal::Admin(_)) {
             self.remove_bootstrap_token();
         }
         // for a Runner, a cluster outside its reach does not exist
-        if let (Principal::Access(access), false) = (&principal, id.is_empty()) {
+        if let (Principal::AccessToken(access), false) = (&principal, id.is_empty()) {
             self.registry().reaches(access, &id)?;
         }
         Ok((principal, Some(hash)))

@@ -12,15 +12,15 @@ use serde::de::DeserializeOwned;
 use super::error::HttpError;
 
 /// Largest body of a call that the control plane answers itself.
-const BODY: usize = 1 << 20;
+const MAX_BODY: usize = 1 << 20;
 /// Time limit for reading a body.
-const PATIENCE: Duration = Duration::from_secs(15);
+const READ_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A body as it came. A call without a body reads it too, under the same limits.
 pub(super) struct RawBody(pub(super) Bytes);
 
 /// A body of JSON; an empty one is `{}`.
-pub(super) struct Json<T>(pub(super) T);
+pub(super) struct JsonBody<T>(pub(super) T);
 
 /// The first parameters of a path.
 pub(super) struct PathSegments<const N: usize>(pub(super) [String; N]);
@@ -29,8 +29,11 @@ impl<S: Sync> FromRequest<S> for RawBody {
     type Rejection = HttpError;
 
     async fn from_request(request: Request, _: &S) -> Result<RawBody, HttpError> {
-        match tokio::time::timeout(PATIENCE, Limited::new(request.into_body(), BODY).collect())
-            .await
+        match tokio::time::timeout(
+            READ_TIMEOUT,
+            Limited::new(request.into_body(), MAX_BODY).collect(),
+        )
+        .await
         {
             Ok(Ok(body)) => Ok(RawBody(body.to_bytes())),
             Ok(Err(e)) if e.is::<LengthLimitError>() => {
@@ -42,11 +45,11 @@ impl<S: Sync> FromRequest<S> for RawBody {
     }
 }
 
-impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+impl<S: Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
     type Rejection = HttpError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Json<T>, HttpError> {
-        parsed(&RawBody::from_request(request, state).await?.0).map(Json)
+    async fn from_request(request: Request, state: &S) -> Result<JsonBody<T>, HttpError> {
+        parsed(&RawBody::from_request(request, state).await?.0).map(JsonBody)
     }
 }
 

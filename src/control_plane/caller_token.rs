@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::agent_client::pin;
 use super::clock::rfc3339;
-use super::registry::{ClusterView, Principal, Route};
+use super::registry::{ClusterTarget, ClusterView, Principal};
 use super::state::ControlPlane;
 use crate::base::secret::Secret;
 use crate::contract::token::Role;
@@ -53,7 +53,7 @@ impl ControlPlane {
     pub(super) fn caller_token(
         &self,
         principal: &Principal,
-        route: &Route,
+        target: &ClusterTarget,
         role: Role,
         namespaces: Option<Vec<String>>,
         ttl: i64,
@@ -62,9 +62,9 @@ impl ControlPlane {
         let subject = principal.subject();
         let expires = now + ttl;
         let id = crate::frp::wire::fresh_run_id();
-        let role = role.min(route.max_role);
+        let role = role.min(target.max_role);
         let mut claims = json!({
-            "iss": self.issuer(), "aud": route.agent, "sub": subject, "role": role.name(),
+            "iss": self.issuer(), "aud": target.agent, "sub": subject, "role": role.name(),
             "iat": now, "exp": expires, "jti": id,
         });
         if let Some(namespaces) = namespaces {
@@ -77,20 +77,23 @@ impl ControlPlane {
     pub(super) fn runner_token(
         &self,
         principal: &Principal,
-        route: &Route,
+        target: &ClusterTarget,
         role: Role,
         namespaces: Option<Vec<String>>,
         ttl: i64,
         now: i64,
     ) -> RunnerToken {
-        let (token, expires) = self.caller_token(principal, route, role, namespaces, ttl, now);
-        let agent_pin = pin(&route.public_key).map(|p| p.to_string()).unwrap_or_default();
+        let (token, expires) = self.caller_token(principal, target, role, namespaces, ttl, now);
+        let agent_pin = pin(&target.public_key).map(|p| p.to_string()).unwrap_or_default();
         let server = self.tunnel_endpoint();
-        let runner =
-            if let Principal::Access(access) = principal { Some(access.id.as_str()) } else { None };
-        let (proxy, secret_key) = self.visitor_credentials(&route.agent, runner);
+        let runner = if let Principal::AccessToken(access) = principal {
+            Some(access.id.as_str())
+        } else {
+            None
+        };
+        let (proxy, secret_key) = self.visitor_credentials(&target.agent, runner);
         let gateway = Endpoint::Gateway {
-            address: format!("{}/clusters/{}", self.url(), route.cluster),
+            address: format!("{}/clusters/{}", self.url(), target.cluster),
             server_name: self.inner.names[0].clone(),
             agent_pin: agent_pin.clone(),
         };
@@ -110,7 +113,7 @@ impl ControlPlane {
     pub(super) fn kubeconfig(&self, cluster: &ClusterView, token: &Secret) -> String {
         let name = &cluster.id;
         let mut server = json!({"server": format!("{}/clusters/{name}/k8s", self.url())});
-        if let Some(ca) = self.shown_ca() {
+        if let Some(ca) = self.client_ca() {
             server["certificate-authority-data"] = STANDARD.encode(ca).into();
         }
         // JSON is YAML, and needs no quoting of our own

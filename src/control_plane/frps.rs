@@ -26,13 +26,13 @@ pub struct ExternalFrps {
 /// The connection to it.
 pub(super) struct External {
     pub(super) config: TunnelConfig,
-    target: Dialer,
+    dialer: Dialer,
     /// One session carries all streams; its tasks end with it.
-    session: tokio::sync::Mutex<Session>,
+    session: tokio::sync::Mutex<FrpsSession>,
 }
 
 #[derive(Default)]
-struct Session {
+struct FrpsSession {
     /// Counts sessions, so that a caller with an old one does not end its successor.
     number: u64,
     carrier: Option<(Carrier, JoinSet<()>)>,
@@ -71,8 +71,8 @@ impl External {
             auth: TunnelAuth { token: settings.token, ..TunnelAuth::default() },
             proxies: Vec::new(),
         };
-        let target = Dialer::new(&config, false).map_err(wrong)?;
-        Ok(External { config, target, session: tokio::sync::Mutex::default() })
+        let dialer = Dialer::new(&config, false).map_err(wrong)?;
+        Ok(External { config, dialer, session: tokio::sync::Mutex::default() })
     }
 
     async fn carrier(&self) -> std::io::Result<(u64, Carrier)> {
@@ -82,7 +82,7 @@ impl External {
         }
         let mut tasks = JoinSet::new();
         let carrier =
-            self.target.connect(&mut tasks).await.map_err(|e| std::io::Error::other(e.why))?;
+            self.dialer.connect(&mut tasks).await.map_err(|e| std::io::Error::other(e.why))?;
         session.number += 1;
         session.carrier = Some((carrier.clone(), tasks));
         Ok((session.number, carrier))

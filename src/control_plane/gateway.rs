@@ -160,22 +160,22 @@ impl ControlPlane {
         principal: &Principal,
         now: i64,
     ) -> Result<Response<Body>, HttpError> {
-        let route = self.registry().route(id, principal.project())?;
+        let target = self.registry().target(id, principal.project())?;
         let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let token = self.caller_token(principal, &route, role, namespaces, TOKEN_LIFETIME, now).0;
-        let (prefix, uri) = agent_uri(request.uri(), &route.agent)?;
+        let token = self.caller_token(principal, &target, role, namespaces, TOKEN_LIFETIME, now).0;
+        let (prefix, uri) = agent_uri(request.uri(), &target.agent)?;
         let upgrade = request.headers().get(header::UPGRADE).cloned();
         let headers = outward_headers(request.headers(), &token, upgrade.as_ref())?;
         let client_upgrade = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
-        let revocation = [route.revocation.clone(), self.registry().revocation_of(principal)];
+        let revocation = [target.revocation.clone(), self.registry().revocation_of(principal)];
         let body = if upgrade.is_some() { Body::empty() } else { request.into_body() };
         let mut outward = Request::new(body);
         (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) =
             (method, uri, headers);
         let clients = self.agent_clients();
         let client = if upgrade.is_some() { &clients.single } else { &clients.pooled };
-        let mut answer = clients.await_answer(client.request(outward), &route).await?;
+        let mut answer = clients.await_answer(client.request(outward), &target).await?;
         let status = answer.status();
         if status == StatusCode::UNAUTHORIZED {
             return Err(token_rejected(answer).await);
@@ -216,13 +216,13 @@ impl ControlPlane {
         own_role: bool,
         now: i64,
     ) -> Result<Value, HttpError> {
-        let route = self.registry().route(id, principal.project())?;
+        let target = self.registry().target(id, principal.project())?;
         let (most, namespaces) = restrict(principal, &TokenRequest::default())?;
         let role = if own_role { most } else { Role::Viewer };
-        let token = self.caller_token(principal, &route, role, namespaces, TOKEN_LIFETIME, now).0;
+        let token = self.caller_token(principal, &target, role, namespaces, TOKEN_LIFETIME, now).0;
         let (status, value) = self
             .agent_clients()
-            .call(Request::builder(), path, &route, &token, Bytes::new())
+            .call(Request::builder(), path, &target, &token, Bytes::new())
             .await?;
         if status.is_success() {
             return Ok(value);

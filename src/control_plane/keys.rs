@@ -31,8 +31,8 @@ pub(super) const LEAF_DAYS: i64 = 90;
 pub(super) const DAY: i64 = 86_400;
 /// A key signs caller tokens for this long. The one before it stays valid for a while, since tokens
 /// live 300 s.
-const SIGNING: i64 = 30 * DAY;
-const FORMER: i64 = 900;
+const SIGNING_PERIOD: i64 = 30 * DAY;
+const PREVIOUS_VALID: i64 = 900;
 
 /// `keys.json` in the data directory, 0600.
 #[derive(Serialize, Deserialize)]
@@ -116,7 +116,7 @@ impl Keys {
                     .hint("restore a backup: with other keys no agent would believe this control plane")
             })?,
             None => {
-                let made = make(now)?;
+                let made = generate(now)?;
                 state.write(FILE, &serde_json::to_string(&made)?)?;
                 made
             }
@@ -145,7 +145,7 @@ impl Keys {
     }
 
     /// Removes keys that were created a moment ago and were not used yet.
-    pub fn forget(state: &StateDir) {
+    pub fn discard(state: &StateDir) {
         state.remove(FILE);
     }
 
@@ -188,7 +188,7 @@ impl Keys {
             .fill(&mut nonce)
             .map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
         let mut bytes = text.as_bytes().to_vec();
-        let sealed = self.sealing()?.seal_in_place_append_tag(
+        let sealed = self.encryption_key()?.seal_in_place_append_tag(
             aead::Nonce::assume_unique_for_key(nonce),
             aead::Aad::empty(),
             &mut bytes,
@@ -208,13 +208,13 @@ impl Keys {
         let nonce = aead::Nonce::try_assume_unique_for_key(nonce).map_err(|_| wrong())?;
         let mut text = text.to_vec();
         let text = self
-            .sealing()?
+            .encryption_key()?
             .open_in_place(nonce, aead::Aad::empty(), &mut text)
             .map_err(|_| wrong())?;
         Ok(Secret::new(std::str::from_utf8(text).map_err(|_| wrong())?))
     }
 
-    fn sealing(&self) -> anyhow::Result<aead::LessSafeKey> {
+    fn encryption_key(&self) -> anyhow::Result<aead::LessSafeKey> {
         let key = hmac::sign(&self.hash, b"seal");
         let key = aead::UnboundKey::new(&aead::CHACHA20_POLY1305, key.as_ref())
             .map_err(|_| anyhow::anyhow!("no key to seal with"))?;
@@ -265,7 +265,7 @@ impl Keys {
         // the clock was wrong, or the keys are from before they were rotated
         let unknown = since == 0 || since > now + DAY;
         let (due, forget) =
-            (!unknown && now - since >= SIGNING, count > 2 && now - since >= FORMER);
+            (!unknown && now - since >= SIGNING_PERIOD, count > 2 && now - since >= PREVIOUS_VALID);
         if !(unknown || due || forget) {
             return Ok(());
         }
@@ -342,7 +342,7 @@ fn signing_key() -> anyhow::Result<Secret> {
     Ok(Secret::new(URL_SAFE_NO_PAD.encode(pkcs8)))
 }
 
-fn make(now: i64) -> anyhow::Result<StoredKeys> {
+fn generate(now: i64) -> anyhow::Result<StoredKeys> {
     let mut params = ca_params()?;
     (params.not_before, params.not_after) = (date(now - DAY)?, date(now + CA_DAYS * DAY)?);
     let key = KeyPair::generate()?;

@@ -25,7 +25,7 @@ use crate::host::Host;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Concurrent requests on one HTTP/2 connection: a tool that watches every kind of resource has a
 /// few hundred open.
-const STREAMS: u32 = 1024;
+const MAX_STREAMS: u32 = 1024;
 
 pub(super) async fn bind(
     address: SocketAddr,
@@ -75,7 +75,7 @@ pub(super) fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixLi
 }
 
 impl ControlPlane {
-    pub(super) async fn https(
+    pub(super) async fn serve_https(
         self,
         router: Router,
         listener: TcpListener,
@@ -96,7 +96,7 @@ impl ControlPlane {
                         let (acceptor, admission, stop) = (acceptor.clone(), admission.clone(), stop.clone());
                         open.spawn(async move {
                             let Some(pass) = admission.acquire(peer.ip()).await else { return };
-                            if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(tuned(stream))).await {
+                            if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(without_delay(stream))).await {
                                 drop(pass);
                                 control_plane.serve(router, stream, Origin::Network(peer.ip().to_canonical()), stop).await;
                             }
@@ -109,7 +109,7 @@ impl ControlPlane {
         }
     }
 
-    pub(super) async fn local(
+    pub(super) async fn serve_local(
         self,
         router: Router,
         listener: UnixListener,
@@ -136,7 +136,7 @@ impl ControlPlane {
         origin: Origin,
         stop: CancellationToken,
     ) {
-        let _open = Connected::new(&self.inner);
+        let _open = ConnectionGuard::new(&self.inner);
         let service =
             hyper::service::service_fn(move |request| respond(router.clone(), origin, request));
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
@@ -148,7 +148,7 @@ impl ControlPlane {
         builder
             .http2()
             .timer(TokioTimer::new())
-            .max_concurrent_streams(STREAMS)
+            .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(32 * 1024);
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
         let mut connection = std::pin::pin!(connection);
@@ -161,22 +161,22 @@ impl ControlPlane {
 }
 
 /// A connection, counted until it is dropped.
-struct Connected(Arc<Inner>);
+struct ConnectionGuard(Arc<Inner>);
 
-impl Connected {
-    fn new(inner: &Arc<Inner>) -> Connected {
+impl ConnectionGuard {
+    fn new(inner: &Arc<Inner>) -> ConnectionGuard {
         inner.open_connections.fetch_add(1, Relaxed);
-        Connected(inner.clone())
+        ConnectionGuard(inner.clone())
     }
 }
 
-impl Drop for Connected {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.0.open_connections.fetch_sub(1, Relaxed);
     }
 }
 
-fn tuned(stream: TcpStream) -> TcpStream {
+fn without_delay(stream: TcpStream) -> TcpStream {
     let _ = stream.set_nodelay(true);
     stream
 }

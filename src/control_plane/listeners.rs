@@ -7,23 +7,26 @@ use super::error::HttpError;
 use parking_lot::Mutex;
 
 /// Listeners at once, and those of one caller.
-const LISTENERS: usize = 100;
-const EACH: usize = 20;
+const MAX_LISTENERS: usize = 100;
+const MAX_PER_CALLER: usize = 20;
 
 /// The number of listeners, by subject.
 #[derive(Clone, Default)]
-pub(super) struct Listeners(Arc<Mutex<HashMap<String, usize>>>);
+pub(super) struct ChangesListeners(Arc<Mutex<HashMap<String, usize>>>);
 
 /// One listener, counted until it is dropped.
-pub(super) struct Listener {
-    all: Listeners,
+pub(super) struct ChangesListener {
+    all: ChangesListeners,
     subject: String,
 }
 
-impl Listener {
+impl ChangesListener {
     /// # Errors
     /// 503 when there are too many listeners.
-    pub(super) fn enter(all: &Listeners, subject: String) -> Result<Listener, HttpError> {
+    pub(super) fn enter(
+        all: &ChangesListeners,
+        subject: String,
+    ) -> Result<ChangesListener, HttpError> {
         let mut open = all.0.lock();
         let full = |whose: &str, most: usize| {
             let message = format!(
@@ -36,19 +39,19 @@ impl Listener {
                 Some("close some: a page that is open holds one"),
             ))
         };
-        if open.values().sum::<usize>() >= LISTENERS {
-            return full("all callers together have", LISTENERS);
+        if open.values().sum::<usize>() >= MAX_LISTENERS {
+            return full("all callers together have", MAX_LISTENERS);
         }
         let mine = open.entry(subject.clone()).or_default();
-        if *mine >= EACH {
-            return full("this caller has", EACH);
+        if *mine >= MAX_PER_CALLER {
+            return full("this caller has", MAX_PER_CALLER);
         }
         *mine += 1;
-        Ok(Listener { all: all.clone(), subject })
+        Ok(ChangesListener { all: all.clone(), subject })
     }
 }
 
-impl Drop for Listener {
+impl Drop for ChangesListener {
     fn drop(&mut self) {
         let mut open = self.all.0.lock();
         if let Some(mine) = open.get_mut(&self.subject) {

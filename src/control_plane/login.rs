@@ -35,7 +35,7 @@ impl ControlPlane {
             .inspect_err(|_| failures.failed(address, now))?;
         match &principal {
             Principal::Admin(_) => self.remove_bootstrap_token(),
-            Principal::Access(access) if access.kind == AccessKind::Runner => {}
+            Principal::AccessToken(access) if access.kind == AccessKind::Runner => {}
             _ => {
                 return Err(HttpError::new(
                     403,

@@ -56,7 +56,7 @@ use clock::now;
 use frps::{External, ExternalFrps, Frps};
 use keys::Keys;
 use listen::{bind, local_socket};
-use listeners::Listeners;
+use listeners::ChangesListeners;
 use open::{check_data_dir, check_keys_match, database};
 use outbox::Broker;
 use rate_limit::FailureLimiter;
@@ -183,7 +183,7 @@ async fn open(
     let store = database(host, &config.data_dir, &state, config.database).await?;
     check_keys_match(&store, &keys, &config.data_dir).await.inspect_err(|_| {
         if made {
-            Keys::forget(&state);
+            Keys::discard(&state);
         }
     })?;
     let event_base_url = broker.as_ref().map(|_| https_url(&config.names[0], port));
@@ -220,7 +220,7 @@ async fn open(
         requests: 0.into(),
         open_connections: 0.into(),
         sessions: Sessions::default(),
-        listeners: Listeners::default(),
+        listeners: ChangesListeners::default(),
         shutdown: stop,
     };
     let control_plane = ControlPlane { inner: Arc::new(inner) };
@@ -255,8 +255,8 @@ fn serve(
         tasks.spawn(async move { tunnel_server.serve(tunnel, halt).await });
     }
     let router = routes::router(control_plane.clone());
-    tasks.spawn(control_plane.clone().local(router.clone(), socket, halt.clone()));
-    tasks.spawn(control_plane.https(
+    tasks.spawn(control_plane.clone().serve_local(router.clone(), socket, halt.clone()));
+    tasks.spawn(control_plane.serve_https(
         router,
         https,
         certificate.config.clone(),
@@ -301,10 +301,10 @@ async fn maintain(
 async fn tidy(control_plane: &ControlPlane, certificate: &mut Certificate, host: &Host) {
     let (registry, inner) = (control_plane.registry(), &control_plane.inner);
     warn(registry.flush().await, "heartbeats are not written");
-    let jobs = registry.tidy_jobs(now()).await;
-    warn(jobs, "the end of what has waited too long is not written");
-    let accesses = registry.tidy_accesses(now()).await;
-    warn(accesses, "kubeconfigs whose time is over are not forgotten");
+    let operations = registry.tidy_operations(now()).await;
+    warn(operations, "the end of what has waited too long is not written");
+    let access_tokens = registry.tidy_access_tokens(now()).await;
+    warn(access_tokens, "kubeconfigs whose time is over are not forgotten");
     warn(inner.keys.rotate(&inner.state, now()), "the signing keys are not rotated");
     let renewed = certificate.renew(&inner.keys, host, now());
     *inner.external_ca.lock() = certificate.external_ca();

@@ -71,8 +71,8 @@ pub struct Agent {
 
 /// What a bearer of the Runner side may reach.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub struct Access {
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Access"))]
+pub struct AccessToken {
     pub id: String,
     pub project: String,
     pub name: String,
@@ -92,7 +92,7 @@ pub struct Access {
     pub maker: Option<String>,
 }
 
-impl Access {
+impl AccessToken {
     /// Whether a cluster of its project is within its reach.
     pub fn includes(&self, cluster: &str) -> bool {
         self.clusters.as_ref().is_none_or(|list| list.iter().any(|id| id == cluster))
@@ -101,7 +101,7 @@ impl Access {
 
 /// An operation on a cluster, asked for here or at the agent itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Job {
+pub struct OperationRecord {
     pub agent: String,
     pub operation: Operation,
     /// The caller's Idempotency-Key; empty for one that was asked for at the agent.

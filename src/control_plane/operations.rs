@@ -12,8 +12,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::clock::rfc3339;
 use super::error::{HttpError, database_unavailable};
-use super::model::Job;
-use super::registry::{Principal, Route};
+use super::model::OperationRecord;
+use super::registry::{ClusterTarget, Principal};
 use super::scope::{TokenRequest, checked_ttl, restrict};
 use super::state::ControlPlane;
 use crate::base::encoding::hex;
@@ -23,7 +23,7 @@ use crate::contract::types::{
 };
 
 /// Longest time in the queue, seconds.
-const LONGEST: i64 = 7 * 86_400;
+const MAX_TTL: i64 = 7 * 86_400;
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "OperationRequest"))]
@@ -42,8 +42,8 @@ pub(super) type InFlight = Arc<Mutex<HashSet<String>>>;
 /// The outcome of a request for an operation.
 pub(super) enum Submission {
     /// It exists already, with the same key.
-    Existing(Job),
-    Created(Job),
+    Existing(OperationRecord),
+    Created(OperationRecord),
     /// The agent's refusal.
     Rejected(StatusCode, Value),
 }
@@ -54,17 +54,17 @@ impl ControlPlane {
         &self,
         method: Method,
         principal: &Principal,
-        route: &Route,
+        target: &ClusterTarget,
         op: &str,
         now: i64,
     ) -> Result<(StatusCode, Value), HttpError> {
         let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let token = self.caller_token(principal, route, role, namespaces, TOKEN_LIFETIME, now).0;
+        let token = self.caller_token(principal, target, role, namespaces, TOKEN_LIFETIME, now).0;
         self.agent_clients()
             .call(
                 Request::builder().method(method),
                 &format!("api/v1/operations/{op}"),
-                route,
+                target,
                 &token,
                 Bytes::new(),
             )
@@ -75,12 +75,12 @@ impl ControlPlane {
     pub(super) async fn submit_operation(
         &self,
         principal: &Principal,
-        route: &Route,
+        target: &ClusterTarget,
         request: OperationRequest,
         key: Option<&str>,
         now: i64,
     ) -> Result<Submission, HttpError> {
-        let ttl = request.ttl_s.map(|ttl| checked_ttl(Some(ttl), LONGEST, LONGEST)).transpose()?;
+        let ttl = request.ttl_s.map(|ttl| checked_ttl(Some(ttl), MAX_TTL, MAX_TTL)).transpose()?;
         let (role, _) = restrict(principal, &TokenRequest::default())?;
         if role < Role::Deployer {
             return Err(HttpError::new(403, "role_exceeded", "a viewer changes nothing", None));
@@ -90,7 +90,7 @@ impl ControlPlane {
         let body = json!({"kind": request.kind, "spec": request.spec}).to_string();
         let (subject, digest) = (principal.subject(), hex(&Sha256::digest(&body)));
         let id = operation_id(&subject, key);
-        if let Some(known) = self.registry().job(&route.agent, &id) {
+        if let Some(known) = self.registry().operation(&target.agent, &id) {
             // one that was requested at the agent is compared there
             if known.request == digest || known.request.is_empty() {
                 return Ok(Submission::Existing(known));
@@ -103,8 +103,8 @@ impl ControlPlane {
                 hint,
             ));
         }
-        let mut job = Job {
-            agent: route.agent.clone(),
+        let mut record = OperationRecord {
+            agent: target.agent.clone(),
             operation: Operation {
                 id: id.clone(),
                 kind: request.kind,
@@ -121,64 +121,64 @@ impl ControlPlane {
             changed_at: now,
         };
         // one that may wait does not overtake those in the queue
-        if ttl.is_none() || !self.registry().has_queued(&route.agent) {
-            match self.hand_over(principal, route, &job, &body, now).await {
+        if ttl.is_none() || !self.registry().has_queued(&target.agent) {
+            match self.submit_to_agent(principal, target, &record, &body, now).await {
                 Ok((status, value)) if !status.is_success() => {
                     return Ok(Submission::Rejected(status, value));
                 }
                 Ok((_, value)) => {
-                    job.operation = parse_operation(value)?;
-                    self.registry().put_job(job.clone(), now).await?;
-                    return Ok(Submission::Created(job));
+                    record.operation = parse_operation(value)?;
+                    self.registry().put_operation(record.clone(), now).await?;
+                    return Ok(Submission::Created(record));
                 }
                 Err(offline) if ttl.is_none() => return Err(offline),
                 Err(_) => {}
             }
         }
-        job.sealed = Some(self.keys().seal(&body).map_err(|e| database_unavailable(&e))?);
-        self.registry().put_job(job.clone(), now).await?;
-        Ok(Submission::Created(job))
+        record.sealed = Some(self.keys().seal(&body).map_err(|e| database_unavailable(&e))?);
+        self.registry().put_operation(record.clone(), now).await?;
+        Ok(Submission::Created(record))
     }
 
-    async fn hand_over(
+    async fn submit_to_agent(
         &self,
         principal: &Principal,
-        route: &Route,
-        job: &Job,
+        target: &ClusterTarget,
+        record: &OperationRecord,
         body: &str,
         now: i64,
     ) -> Result<(StatusCode, Value), HttpError> {
         let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let token = self.caller_token(principal, route, role, namespaces, TOKEN_LIFETIME, now).0;
+        let token = self.caller_token(principal, target, role, namespaces, TOKEN_LIFETIME, now).0;
         let request = Request::builder()
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/json")
-            .header(IDEMPOTENCY_KEY, &job.key);
+            .header(IDEMPOTENCY_KEY, &record.key);
         self.agent_clients()
-            .call(request, "api/v1/operations", route, &token, Bytes::from(body.to_owned()))
+            .call(request, "api/v1/operations", target, &token, Bytes::from(body.to_owned()))
             .await
     }
 
     /// Passes queued operations to agents that are online, one at a time for each agent, and
     /// cancels those whose caller was revoked.
     pub(super) fn deliver(&self, in_flight: &InFlight, now: i64) {
-        for job in
+        for record in
             self.registry().running_for_revoked().into_iter().chain(self.registry().oldest_queued())
         {
             // with an external FRP server only an attempt shows whether the agent is connected
-            if self.tunnel_open(&job.agent) == Some(false)
-                || !in_flight.lock().insert(job.agent.clone())
+            if self.tunnel_open(&record.agent) == Some(false)
+                || !in_flight.lock().insert(record.agent.clone())
             {
                 continue;
             }
             let (control_plane, in_flight) = (self.clone(), in_flight.clone());
             tokio::spawn(async move {
-                let agent = job.agent.clone();
-                let done = if job.operation.state == OperationState::Running {
-                    control_plane.cancel_at_agent(job, now).await
-                } else if control_plane.registry().begin_delivery(&job) {
-                    let done = control_plane.deliver_one(job.clone(), now).await;
-                    control_plane.registry().end_delivery(&job);
+                let agent = record.agent.clone();
+                let done = if record.operation.state == OperationState::Running {
+                    control_plane.cancel_at_agent(record, now).await
+                } else if control_plane.registry().begin_delivery(&record) {
+                    let done = control_plane.deliver_one(record.clone(), now).await;
+                    control_plane.registry().end_delivery(&record);
                     done
                 } else {
                     Ok(())
@@ -192,27 +192,27 @@ impl ControlPlane {
     }
 
     /// Cancels an operation with the rights of its caller. The agent reports its end as always.
-    async fn cancel_at_agent(&self, job: Job, now: i64) -> Result<(), HttpError> {
+    async fn cancel_at_agent(&self, record: OperationRecord, now: i64) -> Result<(), HttpError> {
         let registry = self.registry();
         let (Some(cluster), Some(access)) =
-            (registry.cluster_of(&job.agent), registry.access(&job.operation.subject))
+            (registry.cluster_of(&record.agent), registry.access_token(&record.operation.subject))
         else {
             return Ok(());
         };
-        let route = registry.route(&cluster, None)?;
+        let target = registry.target(&cluster, None)?;
         let (status, _) = self
             .call_operation(
                 Method::DELETE,
-                &Principal::Access(access.into()),
-                &route,
-                &job.operation.id,
+                &Principal::AccessToken(access.into()),
+                &target,
+                &record.operation.id,
                 now,
             )
             .await?;
         if status == StatusCode::NOT_FOUND {
             return registry
-                .end_job(
-                    job,
+                .end_operation(
+                    record,
                     OperationState::Interrupted,
                     "the agent knows nothing of it any more",
                     now,
@@ -222,32 +222,43 @@ impl ControlPlane {
         Ok(())
     }
 
-    async fn deliver_one(&self, mut job: Job, now: i64) -> Result<(), HttpError> {
+    async fn deliver_one(&self, mut record: OperationRecord, now: i64) -> Result<(), HttpError> {
         let registry = self.registry();
-        let principal = registry.resolve_subject(&job.operation.subject, now);
-        let cluster = registry.cluster_of(&job.agent);
+        let principal = registry.resolve_subject(&record.operation.subject, now);
+        let cluster = registry.cluster_of(&record.agent);
         let within = |principal: &Principal, cluster: &str| match principal {
-            Principal::Access(access) => {
+            Principal::AccessToken(access) => {
                 registry.reaches(access, cluster).is_ok() && access.role >= Role::Deployer
             }
             _ => true,
         };
         let (Some(principal), Some(cluster)) = (principal, cluster) else {
             return registry
-                .end_job(job, OperationState::Failed, "whoever asked for it may not any more", now)
+                .end_operation(
+                    record,
+                    OperationState::Failed,
+                    "whoever asked for it may not any more",
+                    now,
+                )
                 .await;
         };
         if !within(&principal, &cluster) {
             return registry
-                .end_job(job, OperationState::Failed, "whoever asked for it may not any more", now)
+                .end_operation(
+                    record,
+                    OperationState::Failed,
+                    "whoever asked for it may not any more",
+                    now,
+                )
                 .await;
         }
-        let route = registry.route(&cluster, None)?;
-        let Some(body) = job.sealed.as_deref().and_then(|sealed| self.keys().unseal(sealed).ok())
+        let target = registry.target(&cluster, None)?;
+        let Some(body) =
+            record.sealed.as_deref().and_then(|sealed| self.keys().unseal(sealed).ok())
         else {
             return registry
-                .end_job(
-                    job,
+                .end_operation(
+                    record,
                     OperationState::Failed,
                     "it was kept under other keys than this control plane's",
                     now,
@@ -255,19 +266,20 @@ impl ControlPlane {
                 .await;
         };
         let Ok((status, value)) =
-            self.hand_over(&principal, &route, &job, body.expose(), now).await
+            self.submit_to_agent(&principal, &target, &record, body.expose(), now).await
         else {
             return Ok(());
         };
         if status.is_success() {
-            (job.operation, job.sealed, job.changed_at) = (parse_operation(value)?, None, now);
-            return registry.put_job(job, now).await;
+            (record.operation, record.sealed, record.changed_at) =
+                (parse_operation(value)?, None, now);
+            return registry.put_operation(record, now).await;
         }
         if matches!(status.as_u16(), 400 | 403 | 405 | 409 | 413 | 422) {
             // the agent's message may quote the request, and is shown to others than the caller
             let message =
                 format!("the agent refuses it: {}", value["code"].as_str().unwrap_or("no code"));
-            return registry.end_job(job, OperationState::Failed, &message, now).await;
+            return registry.end_operation(record, OperationState::Failed, &message, now).await;
         }
         Ok(())
     }

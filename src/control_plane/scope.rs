@@ -47,11 +47,11 @@ pub(super) fn restrict(
     request: &TokenRequest,
 ) -> Result<(Role, Option<Vec<String>>), HttpError> {
     let (most, limits) = match principal {
-        Principal::Access(access) => (access.role, access.namespaces.clone()),
+        Principal::AccessToken(access) => (access.role, access.namespaces.clone()),
         _ => (Role::Operator, None),
     };
     let role = parse_role(request.role.as_deref(), most)?;
-    if role > most && !principal.all() {
+    if role > most && !principal.is_admin() {
         return Err(HttpError::new(
             403,
             "role_exceeded",
@@ -77,13 +77,13 @@ pub(super) fn restrict(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control_plane::model::{Access, AccessKind};
+    use crate::control_plane::model::{AccessKind, AccessToken};
 
     #[test]
     fn nobody_asks_for_more_than_he_has() {
         let access = |role, namespaces: Option<&[&str]>| {
             let namespaces = namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect());
-            Principal::Access(Box::new(Access {
+            Principal::AccessToken(Box::new(AccessToken {
                 id: "r-1".into(),
                 project: "p".into(),
                 name: "ci".into(),

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::agent_client::AgentClients;
 use super::frps::{Frps, proxy_name};
 use super::keys::{self, Keys};
-use super::listeners::Listeners;
+use super::listeners::ChangesListeners;
 use super::outbox::BrokerStatus;
 use super::rate_limit::FailureLimiter;
 use super::registry::{self, Registry};
@@ -52,7 +52,7 @@ pub(super) struct Inner {
     pub(super) requests: AtomicU64,
     pub(super) open_connections: AtomicUsize,
     pub(super) sessions: Sessions,
-    pub(super) listeners: Listeners,
+    pub(super) listeners: ChangesListeners,
     /// Cancelled when it stops: endless streams end.
     pub(super) shutdown: CancellationToken,
 }
@@ -160,7 +160,7 @@ impl ControlPlane {
     /// The line to paste on a VM.
     pub(super) fn install_line(&self, token: &Secret) -> String {
         // without one the system's roots trust the certificate
-        let pin = self.shown_ca().and_then(|ca| keys::pin_of(&ca));
+        let pin = self.client_ca().and_then(|ca| keys::pin_of(&ca));
         let pin = pin.map(|pin| format!(" --control-plane-pin {pin}")).unwrap_or_default();
         // on standard input: a command line can be read by all users
         format!(
@@ -171,7 +171,7 @@ impl ControlPlane {
     }
 
     /// The CA that clients of the HTTPS API must be told of, PEM.
-    pub(super) fn shown_ca(&self) -> Option<String> {
+    pub(super) fn client_ca(&self) -> Option<String> {
         self.inner
             .external_ca
             .lock()

@@ -34,13 +34,13 @@ pub const EXCHANGE: &str = "pipeops.agents";
 pub const QUEUE: &str = "pipeops.runners";
 pub const UNROUTED: &str = "pipeops.unrouted";
 /// Time limit of each step of connecting, and of each confirmation.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// Unconfirmed messages at once.
 const WINDOW: i64 = 256;
 /// Unpublished events are kept this long and up to this size.
-const DAYS: i64 = 7;
-const BYTES: i64 = 1 << 30;
-const TRIM: Duration = Duration::from_secs(60);
+const RETENTION_DAYS: i64 = 7;
+const MAX_BYTES: i64 = 1 << 30;
+const TRIM_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A message broker.
 pub struct Broker {
@@ -117,7 +117,10 @@ pub async fn run(
     };
     let tidy = async {
         loop {
-            match store.trim(jiff::Timestamp::now().as_second() - DAYS * 86_400, BYTES).await {
+            match store
+                .trim(jiff::Timestamp::now().as_second() - RETENTION_DAYS * 86_400, MAX_BYTES)
+                .await
+            {
                 Ok(0) => {}
                 Ok(dropped) => {
                     broker_status.dropped.fetch_add(dropped, Ordering::Relaxed);
@@ -134,7 +137,7 @@ pub async fn run(
             if let Ok((count, _)) = store.backlog().await {
                 broker_status.waiting.store(count, Ordering::Relaxed);
             }
-            sleep(TRIM).await;
+            sleep(TRIM_INTERVAL).await;
         }
     };
     tokio::select! {
@@ -144,13 +147,13 @@ pub async fn run(
     }
 }
 
-async fn within<T>(
+async fn with_timeout<T>(
     what: &'static str,
     future: impl Future<Output = lapin::Result<T>>,
 ) -> anyhow::Result<T> {
-    timeout(PATIENCE, future)
+    timeout(TIMEOUT, future)
         .await
-        .map_err(|_| anyhow::anyhow!("{what}: no answer for {} s", PATIENCE.as_secs()))?
+        .map_err(|_| anyhow::anyhow!("{what}: no answer for {} s", TIMEOUT.as_secs()))?
         .context(what)
 }
 
@@ -164,13 +167,14 @@ async fn declare(channel: &Channel) -> anyhow::Result<()> {
         (UNROUTED, ExchangeKind::Fanout, table(), UNROUTED, ""),
         (EXCHANGE, ExchangeKind::Topic, routed, QUEUE, "#"),
     ] {
-        within(
+        with_timeout(
             "declaring an exchange",
             channel.exchange_declare(exchange.into(), kind, durable, arguments),
         )
         .await?;
-        within("declaring a queue", channel.queue_declare(queue.into(), kept, table())).await?;
-        within(
+        with_timeout("declaring a queue", channel.queue_declare(queue.into(), kept, table()))
+            .await?;
+        with_timeout(
             "binding a queue",
             channel.queue_bind(
                 queue.into(),
@@ -192,14 +196,18 @@ async fn send(
     broker_status: &BrokerStatus,
 ) -> anyhow::Result<std::convert::Infallible> {
     let connection =
-        within("connecting", transport::connect(broker.url.expose(), broker.ca.clone())).await?;
-    let channel = within("opening a channel", connection.create_channel()).await?;
-    within("asking for confirmations", channel.confirm_select(ConfirmSelectOptions::default()))
-        .await?;
+        with_timeout("connecting", transport::connect(broker.url.expose(), broker.ca.clone()))
+            .await?;
+    let channel = with_timeout("opening a channel", connection.create_channel()).await?;
+    with_timeout(
+        "asking for confirmations",
+        channel.confirm_select(ConfirmSelectOptions::default()),
+    )
+    .await?;
     declare(&channel).await?;
     broker_status.set(None);
     loop {
-        let waiting = store.waiting(WINDOW).await?;
+        let waiting = store.pending_events(WINDOW).await?;
         if waiting.is_empty() {
             broker_status.waiting.store(0, Ordering::Relaxed);
             // a connection that broke while idle is noticed here
@@ -248,12 +256,12 @@ async fn batch(
             payload.as_bytes(),
             properties,
         );
-        confirmations.push((event.seq, within("publishing", publish).await?));
+        confirmations.push((event.seq, with_timeout("publishing", publish).await?));
     }
     let mut delivered = Vec::new();
     let mut result = Ok(());
     for (seq, confirmation) in confirmations {
-        match within("waiting for a confirmation", confirmation).await {
+        match with_timeout("waiting for a confirmation", confirmation).await {
             Ok(confirmation) if confirmation.is_ack() => delivered.push(seq),
             Ok(_) => result = Err(anyhow::anyhow!("the broker took a message back")),
             Err(error) => result = Err(error),
@@ -329,7 +337,7 @@ mod tests {
         assert_eq!(store.backlog().await.unwrap().0, 301);
         assert_eq!(store.trim(50, i64::MAX).await.unwrap(), 50);
         assert_eq!(store.trim(0, 1500).await.unwrap(), 200);
-        let left = store.waiting(1000).await.unwrap();
+        let left = store.pending_events(1000).await.unwrap();
         assert_eq!((left[0].body.as_str(), left.len()), ("{\"at\":250}", 51));
         assert!(left.windows(2).all(|w| w[0].seq < w[1].seq));
         store.write(vec![Change::Delivered(left.iter().map(|w| w.seq).collect())]).await.unwrap();

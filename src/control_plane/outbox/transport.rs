@@ -22,11 +22,11 @@ use crate::frp::codec::Io;
 
 /// Tokio with connections that may be encrypted.
 #[derive(Clone, Debug)]
-struct Kit(Tokio);
+struct TokioWithTls(Tokio);
 
-impl RuntimeKit for Kit {}
+impl RuntimeKit for TokioWithTls {}
 
-impl Executor for Kit {
+impl Executor for TokioWithTls {
     type Task<T: Send + 'static> = <Tokio as Executor>::Task<T>;
 
     fn block_on<T, F: Future<Output = T>>(&self, f: F) -> T {
@@ -48,7 +48,7 @@ impl Executor for Kit {
     }
 }
 
-impl Reactor for Kit {
+impl Reactor for TokioWithTls {
     type TcpStream = Compat<Io>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
@@ -83,7 +83,7 @@ impl Reactor for Kit {
     }
 }
 
-async fn wire(uri: &AMQPUri, ca: Option<&str>) -> io::Result<Io> {
+async fn open_stream(uri: &AMQPUri, ca: Option<&str>) -> io::Result<Io> {
     let host = uri.authority.host.as_str();
     let stream = TcpStream::connect((host.trim_matches(['[', ']']), uri.authority.port)).await?;
     stream.set_nodelay(true)?;
@@ -109,8 +109,8 @@ pub(super) async fn connect(url: &str, ca: Option<String>) -> lapin::Result<Conn
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the URL cannot be read"))?;
     let properties =
         ConnectionProperties::default().with_connection_name("pipeops control plane".into());
-    let dial = async move |uri: AMQPUri, _: Runtime<Kit>| {
-        Ok(AsyncTcpStream::Plain(wire(&uri, ca.as_deref()).await?.compat()))
+    let dial = async move |uri: AMQPUri, _: Runtime<TokioWithTls>| {
+        Ok(AsyncTcpStream::Plain(open_stream(&uri, ca.as_deref()).await?.compat()))
     };
-    Connection::connector(uri, Runtime::new(Kit(Tokio::current())), dial, properties).await
+    Connection::connector(uri, Runtime::new(TokioWithTls(Tokio::current())), dial, properties).await
 }

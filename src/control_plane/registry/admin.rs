@@ -6,12 +6,12 @@ use super::{
 };
 use crate::base::secret::Secret;
 use crate::control_plane::keys::{Keys, random_token};
-use crate::control_plane::model::{Access, AccessKind, Admin, Enrolment, Project};
+use crate::control_plane::model::{AccessKind, AccessToken, Admin, Enrolment, Project};
 use crate::control_plane::store::{Change, RowKind};
 use tokio_util::sync::CancellationToken;
 
 /// Kubeconfigs are listed for this long after they expire, seconds.
-const KEPT: i64 = 7 * 86_400;
+const RETENTION: i64 = 7 * 86_400;
 
 impl Registry {
     /// # Errors
@@ -121,11 +121,11 @@ impl Registry {
     ///
     /// # Errors
     /// A bad name or project, or a database that cannot be written.
-    pub async fn add_access(
+    pub async fn add_access_token(
         &self,
         keys: &Keys,
-        mut row: Access,
-    ) -> Result<(Access, Secret), HttpError> {
+        mut row: AccessToken,
+    ) -> Result<(AccessToken, Secret), HttpError> {
         check_name(&row.name)?;
         row.project = self.project(&row.project)?.id;
         let prefix = if row.kind == AccessKind::Runner { "por" } else { "pok" };
@@ -140,19 +140,19 @@ impl Registry {
             {
                 return Err(HttpError::new(401, "token_unknown", "the token was revoked", None));
             }
-            inner.insert_access(row.clone());
+            inner.insert_access_token(row.clone());
             Ok((vec![Change::put(RowKind::Access, &row.id, &row)?], ()))
         };
         let undo = |inner: &mut Inner, ()| {
             inner.tokens.remove(&row.hash);
-            inner.accesses.remove(&row.id);
+            inner.access_tokens.remove(&row.id);
         };
         self.transact(change, undo, |_, ()| ()).await?;
         Ok((row, token))
     }
 
-    pub fn accesses(&self) -> Vec<Access> {
-        self.inner().accesses.values().map(|a| a.0.clone()).collect()
+    pub fn access_tokens(&self) -> Vec<AccessToken> {
+        self.inner().access_tokens.values().map(|a| a.0.clone()).collect()
     }
 
     /// Revokes a Runner or kubeconfig, and the kubeconfigs that a Runner has made; their streams
@@ -160,33 +160,37 @@ impl Registry {
     ///
     /// # Errors
     /// 404, or a database that cannot be written.
-    pub async fn revoke_access(&self, id: &str) -> Result<(), HttpError> {
+    pub async fn revoke_access_token(&self, id: &str) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
-            if !inner.accesses.contains_key(id) {
+            if !inner.access_tokens.contains_key(id) {
                 return Err(not_found("runner", id));
             }
-            inner.revoke_accesses(|row| row.id == id || row.maker.as_deref() == Some(id))
+            inner.revoke_access_tokens(|row| row.id == id || row.maker.as_deref() == Some(id))
         };
-        self.transact(change, Inner::restore_accesses, Inner::end_accesses).await
+        self.transact(change, Inner::restore_access_tokens, Inner::end_access_tokens).await
     }
 
     /// Removes kubeconfigs that expired long ago.
     ///
     /// # Errors
     /// When the database cannot be written; the next call tries again.
-    pub async fn tidy_accesses(&self, now: i64) -> anyhow::Result<()> {
+    pub async fn tidy_access_tokens(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
-            let expired = |row: &Access| {
+            let expired = |row: &AccessToken| {
                 row.kind == AccessKind::Kubeconfig
-                    && row.expires_at.is_some_and(|at| at + KEPT <= now)
+                    && row.expires_at.is_some_and(|at| at + RETENTION <= now)
             };
-            let ids: Vec<String> =
-                inner.accesses.values().filter(|a| expired(&a.0)).map(|a| a.0.id.clone()).collect();
+            let ids: Vec<String> = inner
+                .access_tokens
+                .values()
+                .filter(|a| expired(&a.0))
+                .map(|a| a.0.id.clone())
+                .collect();
             let changes = ids.iter().map(|id| Change::remove(RowKind::Access, id)).collect();
             Ok((changes, ids))
         };
         let done = |inner: &mut Inner, ids: Vec<String>| {
-            for (row, _) in ids.iter().filter_map(|id| inner.accesses.remove(id)) {
+            for (row, _) in ids.iter().filter_map(|id| inner.access_tokens.remove(id)) {
                 inner.tokens.remove(&row.hash);
             }
         };
@@ -202,7 +206,7 @@ impl Registry {
     ) -> Option<CancellationToken> {
         let inner = self.inner();
         let row = inner.agents.get(agent).map(|e| &e.row).filter(|row| !row.revoked)?;
-        let (access, revocation) = inner.accesses.get(runner)?;
+        let (access, revocation) = inner.access_tokens.get(runner)?;
         let reaches = access.kind == AccessKind::Runner
             && !access.revoked
             && access.project == row.project
@@ -212,8 +216,8 @@ impl Registry {
     }
 
     /// An access, also one that was revoked.
-    pub fn access(&self, id: &str) -> Option<Access> {
-        self.inner().accesses.get(id).map(|a| a.0.clone())
+    pub fn access_token(&self, id: &str) -> Option<AccessToken> {
+        self.inner().access_tokens.get(id).map(|a| a.0.clone())
     }
 
     /// The principal of a subject, if it is still valid.
@@ -225,7 +229,7 @@ impl Registry {
     pub fn revocation_of(&self, principal: &Principal) -> CancellationToken {
         let inner = self.inner();
         let revocation = match principal {
-            Principal::Access(access) => inner.accesses.get(&access.id).map(|a| &a.1),
+            Principal::AccessToken(access) => inner.access_tokens.get(&access.id).map(|a| &a.1),
             Principal::Admin(name) => {
                 inner.admins.values().find(|a| a.0.name == *name).map(|a| &a.1)
             }
@@ -286,18 +290,19 @@ impl Registry {
             let admin = inner.admins.remove(id).ok_or_else(|| not_found("administrator", id))?;
             let subject = Principal::Admin(admin.0.name.clone()).subject();
             let (mut changes, made) =
-                inner.revoke_accesses(|row| row.maker.as_ref() == Some(&subject))?;
+                inner.revoke_access_tokens(|row| row.maker.as_ref() == Some(&subject))?;
             changes.push(Change::remove(RowKind::Admin, id));
             Ok((changes, (admin, made)))
         };
-        let undo = |inner: &mut Inner, (admin, made): (Kept<Admin>, Vec<String>)| {
+        let undo = |inner: &mut Inner, (admin, made): (Revocable<Admin>, Vec<String>)| {
             inner.admins.insert(id.into(), admin);
-            inner.restore_accesses(made);
+            inner.restore_access_tokens(made);
         };
-        let done = |inner: &mut Inner, ((row, revocation), made): (Kept<Admin>, Vec<String>)| {
+        let done = |inner: &mut Inner,
+                    ((row, revocation), made): (Revocable<Admin>, Vec<String>)| {
             inner.tokens.remove(&row.hash);
             revocation.cancel();
-            inner.end_accesses(made);
+            inner.end_access_tokens(made);
         };
         self.transact(change, undo, done).await
     }
@@ -308,16 +313,18 @@ impl Registry {
 }
 
 /// A row and its revocation.
-type Kept<T> = (T, CancellationToken);
+type Revocable<T> = (T, CancellationToken);
 
 impl Inner {
     /// Revokes accesses; returns what to write, and their ids.
-    fn revoke_accesses(
+    fn revoke_access_tokens(
         &mut self,
-        which: impl Fn(&Access) -> bool,
+        which: impl Fn(&AccessToken) -> bool,
     ) -> Result<(Vec<Change>, Vec<String>), HttpError> {
         let (mut changes, mut ids) = (Vec::new(), Vec::new());
-        for (row, _) in self.accesses.values_mut().filter(|(row, _)| !row.revoked && which(row)) {
+        for (row, _) in
+            self.access_tokens.values_mut().filter(|(row, _)| !row.revoked && which(row))
+        {
             row.revoked = true;
             changes.push(Change::put(RowKind::Access, &row.id, row)?);
             ids.push(row.id.clone());
@@ -325,17 +332,17 @@ impl Inner {
         Ok((changes, ids))
     }
 
-    fn restore_accesses(&mut self, ids: Vec<String>) {
+    fn restore_access_tokens(&mut self, ids: Vec<String>) {
         for id in ids {
-            if let Some((row, _)) = self.accesses.get_mut(&id) {
+            if let Some((row, _)) = self.access_tokens.get_mut(&id) {
                 row.revoked = false;
             }
         }
     }
 
     /// Ends the streams of revoked accesses.
-    fn end_accesses(&mut self, ids: Vec<String>) {
-        for (_, revocation) in ids.iter().filter_map(|id| self.accesses.get(id)) {
+    fn end_access_tokens(&mut self, ids: Vec<String>) {
+        for (_, revocation) in ids.iter().filter_map(|id| self.access_tokens.get(id)) {
             revocation.cancel();
         }
     }
@@ -351,10 +358,10 @@ impl Inner {
                 .map(|a| Principal::Admin(a.0.name.clone()))
                 .find(|principal| principal.subject() == subject);
         }
-        let access = self.accesses.get(subject).map(|a| &a.0);
+        let access = self.access_tokens.get(subject).map(|a| &a.0);
         access
             .filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now))
-            .map(|a| Principal::Access(Box::new(a.clone())))
+            .map(|a| Principal::AccessToken(Box::new(a.clone())))
     }
 }
 
@@ -376,7 +383,7 @@ mod tests {
         let (admin, token) = registry.add_admin(&keys, "eve", 1).await.unwrap();
         registry.add_admin(&keys, "other", 1).await.unwrap();
         let principal = registry.authenticate(&keys.token_hash(token.expose()), 1).unwrap();
-        let row = |maker: Option<String>| Access {
+        let row = |maker: Option<String>| AccessToken {
             id: String::new(),
             project: "default".into(),
             name: "ci".into(),
@@ -390,20 +397,21 @@ mod tests {
             revoked: false,
             maker,
         };
-        let (access, _) = registry.add_access(&keys, row(Some(principal.subject()))).await.unwrap();
+        let (access, _) =
+            registry.add_access_token(&keys, row(Some(principal.subject()))).await.unwrap();
         let (enrolment, _) =
             registry.add_enrolment(&keys, "default", "t", 60, None, 1).await.unwrap();
         let streams = [
             registry.revocation_of(&principal),
-            registry.revocation_of(&Principal::Access(Box::new(access.clone()))),
+            registry.revocation_of(&Principal::AccessToken(Box::new(access.clone()))),
         ];
         let known = || {
-            let revoked = registry.accesses().iter().filter(|a| a.revoked).count()
+            let revoked = registry.access_tokens().iter().filter(|a| a.revoked).count()
                 + registry.enrolments().iter().filter(|e| e.revoked).count();
             (
                 registry.projects().len(),
                 registry.admins().len(),
-                registry.accesses().len(),
+                registry.access_tokens().len(),
                 registry.enrolments().len(),
                 revoked,
             )
@@ -415,10 +423,10 @@ mod tests {
         for error in [
             code(registry.add_project("more", 2).await.map(drop)),
             code(registry.add_admin(&keys, "more", 2).await.map(drop)),
-            code(registry.add_access(&keys, row(None)).await.map(drop)),
+            code(registry.add_access_token(&keys, row(None)).await.map(drop)),
             code(registry.add_enrolment(&keys, "default", "more", 60, None, 2).await.map(drop)),
             code(registry.revoke_enrolment(&enrolment.id).await),
-            code(registry.revoke_access(&access.id).await),
+            code(registry.revoke_access_token(&access.id).await),
             code(registry.remove_admin(&admin.id).await),
         ] {
             assert_eq!(error, "database_unavailable");
@@ -431,15 +439,20 @@ mod tests {
         let registry = Registry::load(store, None, 0).await.unwrap();
         let streams = [
             registry.revocation_of(&principal),
-            registry.revocation_of(&Principal::Access(Box::new(access))),
+            registry.revocation_of(&Principal::AccessToken(Box::new(access))),
         ];
         registry.remove_admin(&admin.id).await.unwrap();
         assert!(
-            streams.iter().all(CancellationToken::is_cancelled) && registry.accesses()[0].revoked
+            streams.iter().all(CancellationToken::is_cancelled)
+                && registry.access_tokens()[0].revoked
         );
         assert!(registry.authenticate(&keys.token_hash(token.expose()), 2).is_err());
         assert_eq!(
-            registry.add_access(&keys, row(Some(principal.subject()))).await.unwrap_err().code,
+            registry
+                .add_access_token(&keys, row(Some(principal.subject())))
+                .await
+                .unwrap_err()
+                .code,
             "token_unknown"
         );
     }

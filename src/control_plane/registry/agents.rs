@@ -7,7 +7,7 @@ use super::events::Topic;
 use super::{Inner, Registry};
 use crate::contract::types::{Directive, Heartbeat, StatusReport};
 use crate::control_plane::error::{HttpError, not_found};
-use crate::control_plane::model::{Job, Liveness};
+use crate::control_plane::model::{Liveness, OperationRecord};
 use crate::control_plane::store::{Change, RowKind};
 
 impl Registry {
@@ -115,18 +115,20 @@ impl Registry {
     pub async fn remove_agent(&self, id: &str, now: i64) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
             let entry = inner.agents.remove(id).ok_or_else(|| not_found("agent", id))?;
-            let (mut changes, jobs) = inner.forget_jobs(id);
+            let (mut changes, operations) = inner.remove_operations(id);
             changes.push(Change::remove(RowKind::Agent, id));
             changes.extend(self.event(&entry.row, Topic::Deregistered, now));
-            Ok::<_, HttpError>((changes, (entry, jobs)))
+            Ok::<_, HttpError>((changes, (entry, operations)))
         };
-        let undo = |inner: &mut Inner, (entry, jobs): (Entry, Vec<Job>)| {
+        let undo = |inner: &mut Inner, (entry, operations): (Entry, Vec<OperationRecord>)| {
             inner.agents.entry(id.to_owned()).or_insert(entry);
-            inner.jobs.extend(
-                jobs.into_iter().map(|job| ((job.agent.clone(), job.operation.id.clone()), job)),
+            inner.operations.extend(
+                operations
+                    .into_iter()
+                    .map(|record| ((record.agent.clone(), record.operation.id.clone()), record)),
             );
         };
-        let done = |inner: &mut Inner, (entry, _): (Entry, Vec<Job>)| {
+        let done = |inner: &mut Inner, (entry, _): (Entry, Vec<OperationRecord>)| {
             entry.revocation.cancel();
             for credential in &entry.row.credentials {
                 inner.tokens.remove(&credential.hash);

@@ -167,7 +167,7 @@ impl Inner {
             Principal::Enrolment(token) => {
                 self.enrolments.get(token).is_some_and(|t| t.project == entry.row.project)
             }
-            Principal::Access(_) | Principal::Admin(_) | Principal::Local => false,
+            Principal::AccessToken(_) | Principal::Admin(_) | Principal::Local => false,
         };
         if !fits {
             return Err(HttpError::new(

@@ -20,7 +20,7 @@ use super::error::{database_unavailable, not_found};
 use crate::base::secret::Secret;
 use crate::contract::token::Role;
 use crate::control_plane::keys::{Keys, random_token};
-use crate::control_plane::model::{Access, Admin, Agent, Enrolment, Job, Project};
+use crate::control_plane::model::{AccessToken, Admin, Agent, Enrolment, OperationRecord, Project};
 use crate::control_plane::store::{RowKind, Store};
 use agents::duplicate;
 use entry::Entry;
@@ -39,9 +39,9 @@ struct Inner {
     projects: BTreeMap<String, Project>,
     enrolments: BTreeMap<String, Enrolment>,
     agents: BTreeMap<String, Entry>,
-    accesses: BTreeMap<String, (Access, CancellationToken)>,
+    access_tokens: BTreeMap<String, (AccessToken, CancellationToken)>,
     admins: BTreeMap<String, (Admin, CancellationToken)>,
-    jobs: operations::Jobs,
+    operations: operations::OperationRecords,
     delivering: operations::Delivering,
     /// Hash of a token → kind and id of its row.
     tokens: HashMap<String, (RowKind, String)>,
@@ -58,7 +58,7 @@ pub struct Registry {
 }
 
 /// How a cluster is reached.
-pub struct Route {
+pub struct ClusterTarget {
     pub agent: String,
     pub cluster: String,
     pub public_key: String,
@@ -95,13 +95,13 @@ impl Registry {
             inner.insert_agent(Entry::new(row));
         }
         for row in store.all(RowKind::Access).await? {
-            inner.insert_access(row);
+            inner.insert_access_token(row);
         }
         for row in store.all(RowKind::Admin).await? {
             inner.insert_admin(row);
         }
-        for job in store.all::<Job>(RowKind::Operation).await? {
-            inner.jobs.insert((job.agent.clone(), job.operation.id.clone()), job);
+        for record in store.all::<OperationRecord>(RowKind::Operation).await? {
+            inner.operations.insert((record.agent.clone(), record.operation.id.clone()), record);
         }
         Ok(Registry { inner: Mutex::new(inner), store, event_base_url, started: now })
     }
@@ -134,7 +134,7 @@ impl Registry {
     ///
     /// # Errors
     /// 404 for one outside its project or list: for this caller it does not exist.
-    pub fn reaches(&self, access: &Access, id: &str) -> Result<(), HttpError> {
+    pub fn reaches(&self, access: &AccessToken, id: &str) -> Result<(), HttpError> {
         let inner = self.inner();
         let cluster = &inner.find(id, Some(&access.project))?.row.cluster_id;
         if access.includes(cluster) { Ok(()) } else { Err(not_found("cluster", id)) }
@@ -144,13 +144,13 @@ impl Registry {
     ///
     /// # Errors
     /// 404 when there is none in its project.
-    pub fn route(&self, id: &str, project: Option<&str>) -> Result<Route, HttpError> {
+    pub fn target(&self, id: &str, project: Option<&str>) -> Result<ClusterTarget, HttpError> {
         let inner = self.inner();
         let entry = inner.find(id, project)?;
         if entry.row.revoked {
             return Err(not_found("cluster", id));
         }
-        Ok(Route {
+        Ok(ClusterTarget {
             agent: entry.row.id.clone(),
             cluster: entry.row.cluster_id.clone(),
             public_key: entry.row.info.public_key.clone(),
@@ -208,9 +208,9 @@ impl Inner {
         self.enrolments.insert(row.id.clone(), row);
     }
 
-    fn insert_access(&mut self, row: Access) {
+    fn insert_access_token(&mut self, row: AccessToken) {
         self.tokens.insert(row.hash.clone(), (RowKind::Access, row.id.clone()));
-        self.accesses.insert(row.id.clone(), (row, CancellationToken::new()));
+        self.access_tokens.insert(row.id.clone(), (row, CancellationToken::new()));
     }
 
     fn insert_admin(&mut self, row: Admin) {

@@ -5,15 +5,15 @@ use crate::base::text;
 use crate::contract::types::Register;
 
 /// Longest name, and longest fact of an agent (a host name in DNS has 253), characters.
-const NAME: usize = 63;
-const FACT: usize = 253;
+const MAX_NAME: usize = 63;
+const MAX_FACT: usize = 253;
 
 /// A name that people give: visible characters, short, without markup.
 pub(super) fn check_name(name: &str) -> Result<(), HttpError> {
     let hint = Some(
         "take letters, digits and punctuation that can be seen, without a blank at either end",
     );
-    text::name(name, NAME)
+    text::name(name, MAX_NAME)
         .map_err(|why| HttpError::new(400, "bad_name", format!("a name {why}"), hint))
 }
 
@@ -40,7 +40,7 @@ pub(super) fn check_facts(request: &Register) -> Result<(), HttpError> {
         plain.into_iter().chain(labels).chain(more).filter(|(_, text)| !text.is_empty())
     {
         let hint = Some("correct it on the node, then restart pipeops-agent");
-        text::name(text, FACT).map_err(|why| {
+        text::name(text, MAX_FACT).map_err(|why| {
             HttpError::new(400, "bad_name", format!("the agent's {what} {why}"), hint)
         })?;
     }

@@ -6,35 +6,35 @@ use super::events::Topic;
 use super::{HttpError, Inner, Registry, database_unavailable, not_found};
 use crate::contract::types::{Operation, OperationState};
 use crate::control_plane::clock::rfc3339;
-use crate::control_plane::model::Job;
+use crate::control_plane::model::OperationRecord;
 use crate::control_plane::store::{Change, RowKind};
 
 /// The most queued operations of one agent, and the most bytes of all queued ones.
-const WAITING: usize = 16;
-const BYTES: usize = 64 << 20;
+const MAX_QUEUED: usize = 16;
+const MAX_QUEUED_BYTES: usize = 64 << 20;
 /// Ended operations kept for each agent, and for how long, seconds.
-const KEPT: usize = 256;
-const DAYS: i64 = 7 * 86_400;
+const MAX_ENDED: usize = 256;
+const RETENTION: i64 = 7 * 86_400;
 
 /// By agent and id.
-pub(super) type Jobs = BTreeMap<(String, String), Job>;
+pub(super) type OperationRecords = BTreeMap<(String, String), OperationRecord>;
 /// Those that are being passed to their agents: they cannot be ended here, as the agent may have
 /// them.
 pub(super) type Delivering = BTreeSet<(String, String)>;
 
-fn at(job: &Job) -> (String, String) {
-    (job.agent.clone(), job.operation.id.clone())
+fn key_of(record: &OperationRecord) -> (String, String) {
+    (record.agent.clone(), record.operation.id.clone())
 }
 
-fn row(job: &Job) -> String {
-    format!("{}/{}", job.agent, job.operation.id)
+fn row_id(record: &OperationRecord) -> String {
+    format!("{}/{}", record.agent, record.operation.id)
 }
 
-fn put(job: &Job) -> Result<Change, HttpError> {
-    Change::put(RowKind::Operation, &row(job), job).map_err(|e| database_unavailable(&e))
+fn put_change(record: &OperationRecord) -> Result<Change, HttpError> {
+    Change::put(RowKind::Operation, &row_id(record), record).map_err(|e| database_unavailable(&e))
 }
 
-impl Job {
+impl OperationRecord {
     /// Ends it here, not at the agent.
     fn end(&mut self, state: OperationState, message: &str, now: i64) {
         (self.operation.state, self.operation.message, self.operation.finished_at) =
@@ -45,14 +45,14 @@ impl Job {
 
 impl Registry {
     /// An operation of an agent.
-    pub fn job(&self, agent: &str, id: &str) -> Option<Job> {
-        self.inner().jobs.get(&(agent.to_owned(), id.to_owned())).cloned()
+    pub fn operation(&self, agent: &str, id: &str) -> Option<OperationRecord> {
+        self.inner().operations.get(&(agent.to_owned(), id.to_owned())).cloned()
     }
 
     /// Operations of an agent, the newest first.
-    pub fn jobs(&self, agent: &str) -> Vec<Job> {
+    pub fn operations(&self, agent: &str) -> Vec<OperationRecord> {
         let inner = self.inner();
-        let mut found: Vec<Job> = inner.jobs_of(agent).cloned().collect();
+        let mut found: Vec<OperationRecord> = inner.operations_of(agent).cloned().collect();
         found.sort_by(|a, b| {
             b.operation
                 .created_at
@@ -63,25 +63,28 @@ impl Registry {
     }
 
     /// The longest waiting operation of each agent.
-    pub fn oldest_queued(&self) -> Vec<Job> {
+    pub fn oldest_queued(&self) -> Vec<OperationRecord> {
         let inner = self.inner();
-        let mut first: BTreeMap<&str, &Job> = BTreeMap::new();
-        for job in inner.jobs.values().filter(|j| j.operation.state == OperationState::Queued) {
-            let kept = first.entry(&job.agent).or_insert(job);
-            if job.asked_ms < kept.asked_ms {
-                *kept = job;
+        let mut first: BTreeMap<&str, &OperationRecord> = BTreeMap::new();
+        for record in
+            inner.operations.values().filter(|j| j.operation.state == OperationState::Queued)
+        {
+            let kept = first.entry(&record.agent).or_insert(record);
+            if record.asked_ms < kept.asked_ms {
+                *kept = record;
             }
         }
         first.into_values().cloned().collect()
     }
 
     /// Running operations whose caller was revoked.
-    pub fn running_for_revoked(&self) -> Vec<Job> {
+    pub fn running_for_revoked(&self) -> Vec<OperationRecord> {
         let inner = self.inner();
-        let revoked =
-            |subject: &str| inner.accesses.get(subject).is_some_and(|(access, _)| access.revoked);
+        let revoked = |subject: &str| {
+            inner.access_tokens.get(subject).is_some_and(|(access, _)| access.revoked)
+        };
         inner
-            .jobs
+            .operations
             .values()
             .filter(|j| {
                 j.operation.state == OperationState::Running && revoked(&j.operation.subject)
@@ -92,22 +95,22 @@ impl Registry {
 
     /// Whether an operation is queued for an agent.
     pub fn has_queued(&self, agent: &str) -> bool {
-        self.inner().jobs_of(agent).any(|j| j.operation.state == OperationState::Queued)
+        self.inner().operations_of(agent).any(|j| j.operation.state == OperationState::Queued)
     }
 
     /// Marks a queued operation as being passed to its agent, until [`Registry::end_delivery`].
     /// False when it is no longer queued.
-    pub fn begin_delivery(&self, job: &Job) -> bool {
+    pub fn begin_delivery(&self, record: &OperationRecord) -> bool {
         let mut inner = self.inner();
-        let at = at(job);
+        let key = key_of(record);
         let waits =
-            inner.jobs.get(&at).is_some_and(|j| j.operation.state == OperationState::Queued);
-        waits && inner.delivering.insert(at)
+            inner.operations.get(&key).is_some_and(|j| j.operation.state == OperationState::Queued);
+        waits && inner.delivering.insert(key)
     }
 
     /// The agent has the operation, or could not be reached.
-    pub fn end_delivery(&self, job: &Job) {
-        self.inner().delivering.remove(&at(job));
+    pub fn end_delivery(&self, record: &OperationRecord) {
+        self.inner().delivering.remove(&key_of(record));
     }
 
     /// Stores an operation, with an event when it has ended. One that has ended does not change any
@@ -115,19 +118,19 @@ impl Registry {
     ///
     /// # Errors
     /// The queue is full, or the database cannot be written: then nothing changes.
-    pub async fn put_job(&self, job: Job, now: i64) -> Result<(), HttpError> {
-        self.write_job(job, false, now).await
+    pub async fn put_operation(&self, record: OperationRecord, now: i64) -> Result<(), HttpError> {
+        self.write_operation(record, false, now).await
     }
 
-    async fn write_job(
+    async fn write_operation(
         &self,
-        job: Job,
+        record: OperationRecord,
         unless_delivering: bool,
         now: i64,
     ) -> Result<(), HttpError> {
-        let at = at(&job);
+        let key = key_of(&record);
         let change = |inner: &mut Inner| {
-            if unless_delivering && inner.delivering.contains(&at) {
+            if unless_delivering && inner.delivering.contains(&key) {
                 return Err(HttpError::new(
                     409,
                     "operation_underway",
@@ -136,31 +139,31 @@ impl Registry {
                 ));
             }
             let agent =
-                inner.agents.get(&job.agent).ok_or_else(|| not_found("agent", &job.agent))?;
-            let former = inner.jobs.get(&at).cloned();
-            let news = |f: &Job| {
+                inner.agents.get(&record.agent).ok_or_else(|| not_found("agent", &record.agent))?;
+            let former = inner.operations.get(&key).cloned();
+            let supersedes = |f: &OperationRecord| {
                 f.operation.state == OperationState::Expired
-                    && job.operation.state.ended()
-                    && job.operation.state != OperationState::Expired
+                    && record.operation.state.ended()
+                    && record.operation.state != OperationState::Expired
             };
             // an agent may have received what had expired here: then its report counts
-            if former.as_ref().is_some_and(|f| f.operation.state.ended() && !news(f)) {
+            if former.as_ref().is_some_and(|f| f.operation.state.ended() && !supersedes(f)) {
                 return Ok((Vec::new(), former));
             }
-            if former.is_none() && job.sealed.is_some() {
-                inner.room_for(&job)?;
+            if former.is_none() && record.sealed.is_some() {
+                inner.check_queue(&record)?;
             }
-            let mut changes = vec![put(&job)?];
-            if job.operation.state.ended() {
-                changes.extend(self.event(&agent.row, Topic::Finished(&job.operation), now));
+            let mut changes = vec![put_change(&record)?];
+            if record.operation.state.ended() {
+                changes.extend(self.event(&agent.row, Topic::Finished(&record.operation), now));
             }
-            inner.jobs.insert(at.clone(), job);
+            inner.operations.insert(key.clone(), record);
             Ok((changes, former))
         };
-        let undo = |inner: &mut Inner, former: Option<Job>| {
+        let undo = |inner: &mut Inner, former: Option<OperationRecord>| {
             match former {
-                Some(former) => inner.jobs.insert(at.clone(), former),
-                None => inner.jobs.remove(&at),
+                Some(former) => inner.operations.insert(key.clone(), former),
+                None => inner.operations.remove(&key),
             };
         };
         self.transact(change, undo, |_, _| ()).await
@@ -170,15 +173,15 @@ impl Registry {
     ///
     /// # Errors
     /// A state that is no end, or a database that cannot be written.
-    pub async fn finish_job(
+    pub async fn finish_operation(
         &self,
         agent: &str,
         id: &str,
-        told: Operation,
+        report: Operation,
         now: i64,
     ) -> Result<(), HttpError> {
         let hex = |rest: &str| rest.len() == 32 && rest.bytes().all(|b| b.is_ascii_hexdigit());
-        if told.id != id || !id.strip_prefix("o-").is_some_and(hex) || !told.state.ended() {
+        if report.id != id || !id.strip_prefix("o-").is_some_and(hex) || !report.state.ended() {
             return Err(HttpError::new(
                 400,
                 "bad_operation",
@@ -186,8 +189,8 @@ impl Registry {
                 None,
             ));
         }
-        let known = self.job(agent, id);
-        let mut job = known.unwrap_or_else(|| Job {
+        let known = self.operation(agent, id);
+        let mut record = known.unwrap_or_else(|| OperationRecord {
             agent: agent.into(),
             operation: Operation::default(),
             key: String::new(),
@@ -197,8 +200,8 @@ impl Registry {
             expires_at: 0,
             changed_at: now,
         });
-        (job.operation, job.sealed, job.changed_at) = (told, None, now);
-        self.put_job(job, now).await
+        (record.operation, record.sealed, record.changed_at) = (report, None, now);
+        self.put_operation(record, now).await
     }
 
     /// Ends a queued operation, unless it is being passed to its agent.
@@ -207,93 +210,96 @@ impl Registry {
     /// 409 while it is being passed on; a database that cannot be written.
     pub async fn cancel_queued(
         &self,
-        mut job: Job,
+        mut record: OperationRecord,
         state: OperationState,
         message: &str,
         now: i64,
     ) -> Result<(), HttpError> {
-        job.end(state, message, now);
-        self.write_job(job, true, now).await
+        record.end(state, message, now);
+        self.write_operation(record, true, now).await
     }
 
     /// Ends an operation at once.
     ///
     /// # Errors
     /// No database.
-    pub async fn end_job(
+    pub async fn end_operation(
         &self,
-        mut job: Job,
+        mut record: OperationRecord,
         state: OperationState,
         message: &str,
         now: i64,
     ) -> Result<(), HttpError> {
-        job.end(state, message, now);
-        self.put_job(job, now).await
+        record.end(state, message, now);
+        self.put_operation(record, now).await
     }
 
     /// Ends operations that have waited too long, and removes old ones.
     ///
     /// # Errors
     /// When the database cannot be written; the next call tries again.
-    pub async fn tidy_jobs(&self, now: i64) -> anyhow::Result<()> {
-        let (late, old) = {
+    pub async fn tidy_operations(&self, now: i64) -> anyhow::Result<()> {
+        let (expired, old) = {
             let inner = self.inner();
-            let late: Vec<Job> = inner
-                .jobs
+            let expired: Vec<OperationRecord> = inner
+                .operations
                 .values()
-                .filter(|j| j.late(now) && !inner.delivering.contains(&at(j)))
+                .filter(|j| j.is_overdue(now) && !inner.delivering.contains(&key_of(j)))
                 .cloned()
                 .collect();
-            (late, inner.old_jobs(now))
+            (expired, inner.old_operations(now))
         };
-        for job in late {
-            let (state, message) = match job.operation.state {
+        for record in expired {
+            let (state, message) = match record.operation.state {
                 OperationState::Queued => {
                     (OperationState::Expired, "the agent was not there in time")
                 }
                 _ => (OperationState::Interrupted, "the agent has told nothing of it for 7 days"),
             };
-            self.cancel_queued(job, state, message, now)
+            self.cancel_queued(record, state, message, now)
                 .await
                 .map_err(|e| anyhow::anyhow!(e.message))?;
         }
         let change = |inner: &mut Inner| {
-            let gone: Vec<Job> = old.iter().filter_map(|at| inner.jobs.remove(at)).collect();
-            let changes =
-                gone.iter().map(|job| Change::remove(RowKind::Operation, &row(job))).collect();
+            let gone: Vec<OperationRecord> =
+                old.iter().filter_map(|key| inner.operations.remove(key)).collect();
+            let changes = gone
+                .iter()
+                .map(|record| Change::remove(RowKind::Operation, &row_id(record)))
+                .collect();
             Ok((changes, gone))
         };
-        let undo = |inner: &mut Inner, gone: Vec<Job>| {
-            inner.jobs.extend(gone.into_iter().map(|job| (at(&job), job)))
+        let undo = |inner: &mut Inner, gone: Vec<OperationRecord>| {
+            inner.operations.extend(gone.into_iter().map(|record| (key_of(&record), record)))
         };
         self.transact(change, undo, |_, _| ()).await
     }
 }
 
-impl Job {
-    fn late(&self, now: i64) -> bool {
+impl OperationRecord {
+    fn is_overdue(&self, now: i64) -> bool {
         match self.operation.state {
             OperationState::Queued => self.expires_at <= now,
-            OperationState::Running => self.changed_at + DAYS <= now,
+            OperationState::Running => self.changed_at + RETENTION <= now,
             _ => false,
         }
     }
 }
 
 impl Inner {
-    fn jobs_of(&self, agent: &str) -> impl Iterator<Item = &Job> {
+    fn operations_of(&self, agent: &str) -> impl Iterator<Item = &OperationRecord> {
         let owner = agent.to_owned();
-        self.jobs
+        self.operations
             .range((owner.clone(), String::new())..)
             .take_while(move |((a, _), _)| *a == owner)
-            .map(|(_, job)| job)
+            .map(|(_, record)| record)
     }
 
-    fn room_for(&self, job: &Job) -> Result<(), HttpError> {
-        let size = |j: &Job| j.sealed.as_ref().map_or(0, String::len);
-        let mine = self.jobs_of(&job.agent).filter(|j| j.sealed.is_some()).count();
-        let all: usize = self.jobs.values().map(size).sum();
-        if mine >= WAITING || all + size(job) > BYTES {
+    fn check_queue(&self, record: &OperationRecord) -> Result<(), HttpError> {
+        let size = |j: &OperationRecord| j.sealed.as_ref().map_or(0, String::len);
+        let mine = self.operations_of(&record.agent).filter(|j| j.sealed.is_some()).count();
+        let all: usize = self.operations.values().map(size).sum();
+        if mine >= MAX_QUEUED || all + size(record) > MAX_QUEUED_BYTES {
             return Err(HttpError::new(
                 429,
                 "queue_full",
@@ -304,10 +310,10 @@ impl Inner {
         Ok(())
     }
 
-    fn old_jobs(&self, now: i64) -> Vec<(String, String)> {
+    fn old_operations(&self, now: i64) -> Vec<(String, String)> {
         let mut ended: BTreeMap<&str, Vec<_>> = BTreeMap::new();
-        for (at, job) in self.jobs.iter().filter(|(_, j)| j.operation.state.ended()) {
-            ended.entry(&job.agent).or_default().push((job.changed_at, at));
+        for (key, record) in self.operations.iter().filter(|(_, j)| j.operation.state.ended()) {
+            ended.entry(&record.agent).or_default().push((record.changed_at, key));
         }
         let mut old = Vec::new();
         for mut of_agent in ended.into_values() {
@@ -317,19 +323,22 @@ impl Inner {
                 of_agent
                     .iter()
                     .enumerate()
-                    .filter(|(n, (changed, _))| *n >= KEPT || changed + DAYS <= now)
-                    .map(|(_, (_, at))| (*at).clone()),
+                    .filter(|(n, (changed, _))| *n >= MAX_ENDED || changed + RETENTION <= now)
+                    .map(|(_, (_, key))| (*key).clone()),
             );
         }
         old
     }
 
     /// Removes an agent's operations, and returns the changes to write.
-    pub(super) fn forget_jobs(&mut self, agent: &str) -> (Vec<Change>, Vec<Job>) {
-        let gone: Vec<Job> = self.jobs_of(agent).cloned().collect();
-        for job in &gone {
-            self.jobs.remove(&(job.agent.clone(), job.operation.id.clone()));
+    pub(super) fn remove_operations(&mut self, agent: &str) -> (Vec<Change>, Vec<OperationRecord>) {
+        let gone: Vec<OperationRecord> = self.operations_of(agent).cloned().collect();
+        for record in &gone {
+            self.operations.remove(&(record.agent.clone(), record.operation.id.clone()));
         }
-        (gone.iter().map(|job| Change::remove(RowKind::Operation, &row(job))).collect(), gone)
+        (
+            gone.iter().map(|record| Change::remove(RowKind::Operation, &row_id(record))).collect(),
+            gone,
+        )
     }
 }

@@ -4,7 +4,7 @@ use super::Registry;
 use super::entry::Entry;
 use crate::base::secret::constant_time_eq;
 use crate::control_plane::error::HttpError;
-use crate::control_plane::model::Access;
+use crate::control_plane::model::AccessToken;
 use crate::control_plane::store::RowKind;
 
 /// The subject of calls over the local socket.
@@ -15,7 +15,7 @@ const LOCAL: &str = "admin:local";
 pub enum Principal {
     Enrolment(String),
     Agent(String),
-    Access(Box<Access>),
+    AccessToken(Box<AccessToken>),
     Admin(String),
     /// A caller on the socket in the data directory. It has no token, and no administrator can have
     /// its name.
@@ -26,7 +26,7 @@ impl Principal {
     /// The `sub` of its caller tokens.
     pub fn subject(&self) -> String {
         match self {
-            Principal::Access(access) => access.id.clone(),
+            Principal::AccessToken(access) => access.id.clone(),
             Principal::Admin(name) => {
                 format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_"))
             }
@@ -36,14 +36,14 @@ impl Principal {
     }
 
     /// Whether it may do everything.
-    pub fn all(&self) -> bool {
+    pub fn is_admin(&self) -> bool {
         matches!(self, Principal::Admin(_) | Principal::Local)
     }
 
     /// The project that it may see; an administrator sees all.
     pub fn project(&self) -> Option<&str> {
         match self {
-            Principal::Access(access) => Some(&access.project),
+            Principal::AccessToken(access) => Some(&access.project),
             Principal::Enrolment(_)
             | Principal::Agent(_)
             | Principal::Admin(_)
@@ -96,7 +96,7 @@ impl Registry {
             }
             RowKind::Access => {
                 let row = inner
-                    .accesses
+                    .access_tokens
                     .get(id)
                     .map(|a| &a.0)
                     .filter(|a| !a.revoked && constant_time_eq(&a.hash, hash))
@@ -104,7 +104,7 @@ impl Registry {
                 if row.expires_at.is_some_and(|at| at <= now) {
                     Err(expired())
                 } else {
-                    Ok(Principal::Access(Box::new(row.clone())))
+                    Ok(Principal::AccessToken(Box::new(row.clone())))
                 }
             }
             RowKind::Admin => Ok(Principal::Admin(

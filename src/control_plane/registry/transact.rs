@@ -21,20 +21,20 @@ impl Registry {
         undo: impl FnOnce(&mut Inner, T),
         done: impl FnOnce(&mut Inner, T) -> R,
     ) -> Result<R, E> {
-        let (order, kept) = {
+        let (write, outcome) = {
             let mut inner = self.inner();
-            let (changes, kept) = change(&mut inner)?;
+            let (changes, outcome) = change(&mut inner)?;
             if changes.is_empty() {
-                return Ok(done(&mut inner, kept));
+                return Ok(done(&mut inner, outcome));
             }
-            (self.store.enqueue(changes), kept)
+            (self.store.enqueue(changes), outcome)
         };
-        let written = order.durable().await;
+        let written = write.durable().await;
         let mut inner = self.inner();
         match written {
-            Ok(()) => Ok(done(&mut inner, kept)),
+            Ok(()) => Ok(done(&mut inner, outcome)),
             Err(error) => {
-                undo(&mut inner, kept);
+                undo(&mut inner, outcome);
                 Err(error.into())
             }
         }

@@ -4,10 +4,10 @@ use axum::extract::State;
 use axum::response::Response;
 use serde_json::{Value, json};
 
-use super::{Named, Routes, with_token, without_hash};
+use super::{NameRequest, Routes, with_token, without_hash};
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
-use crate::control_plane::body::{Json, PathSegments, RawBody};
+use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::state::ControlPlane;
@@ -27,7 +27,7 @@ async fn list(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Resp
 async fn add(
     _: AdminCaller,
     State(control_plane): State<ControlPlane>,
-    Json(request): Json<Named>,
+    JsonBody(request): JsonBody<NameRequest>,
 ) -> Result<Response, HttpError> {
     let (row, token) =
         control_plane.registry().add_admin(control_plane.keys(), &request.name, now()).await?;

@@ -11,14 +11,14 @@ use crate::contract::types::{
 };
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::{AgentCaller, EnrolmentCaller};
-use crate::control_plane::body::{Json, PathSegments, RawBody, parsed};
+use crate::control_plane::body::{JsonBody, PathSegments, RawBody, parsed};
 use crate::control_plane::clock::now;
 use crate::control_plane::clock::rfc3339;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::state::ControlPlane;
 
 /// Largest registration: it is stored, and written again with every heartbeat.
-const REGISTRATION: usize = 64 << 10;
+const MAX_REGISTRATION: usize = 64 << 10;
 
 pub(super) fn routes(routes: Routes) -> Routes {
     routes
@@ -39,7 +39,7 @@ async fn register(
     headers: HeaderMap,
     RawBody(bytes): RawBody,
 ) -> Result<Response, HttpError> {
-    if bytes.len() > REGISTRATION {
+    if bytes.len() > MAX_REGISTRATION {
         return Err(HttpError::new(
             413,
             "too_large",
@@ -68,9 +68,9 @@ async fn config(agent: AgentCaller, State(control_plane): State<ControlPlane>) -
 async fn heartbeat(
     agent: AgentCaller,
     State(control_plane): State<ControlPlane>,
-    Json(beat): Json<Heartbeat>,
+    JsonBody(message): JsonBody<Heartbeat>,
 ) -> Result<Response, HttpError> {
-    let directives = control_plane.registry().heartbeat(&agent.id, &beat, now())?;
+    let directives = control_plane.registry().heartbeat(&agent.id, &message, now())?;
     let reply = HeartbeatAnswer {
         config_version: control_plane.config(&agent.id).config_version,
         directives,
@@ -81,7 +81,7 @@ async fn heartbeat(
 async fn status(
     agent: AgentCaller,
     State(control_plane): State<ControlPlane>,
-    Json(report): Json<StatusReport>,
+    JsonBody(report): JsonBody<StatusReport>,
 ) -> Result<Response, HttpError> {
     control_plane.registry().report(&agent.id, report)?;
     Ok(answer(200, &json!({})))
@@ -91,9 +91,9 @@ async fn result(
     agent: AgentCaller,
     State(control_plane): State<ControlPlane>,
     PathSegments([_, op]): PathSegments<2>,
-    Json(told): Json<Operation>,
+    JsonBody(report): JsonBody<Operation>,
 ) -> Result<Response, HttpError> {
-    control_plane.registry().finish_job(&agent.id, &op, told, now()).await?;
+    control_plane.registry().finish_operation(&agent.id, &op, report, now()).await?;
     Ok(answer(200, &json!({})))
 }
 

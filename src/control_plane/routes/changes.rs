@@ -16,7 +16,7 @@ use super::Routes;
 use crate::control_plane::auth::RunnerCaller;
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
-use crate::control_plane::listeners::Listener;
+use crate::control_plane::listeners::ChangesListener;
 use crate::control_plane::registry::{ClusterView, Principal};
 use crate::control_plane::state::ControlPlane;
 
@@ -32,7 +32,7 @@ async fn changes(
     caller: RunnerCaller,
     State(control_plane): State<ControlPlane>,
 ) -> Result<Response, HttpError> {
-    let place = Listener::enter(&control_plane.inner.listeners, caller.principal.subject())?;
+    let place = ChangesListener::enter(&control_plane.inner.listeners, caller.principal.subject())?;
     let stream =
         Changes { control_plane, caller, known: HashMap::new(), first: true, _place: place };
     let events = stream::unfold(stream, async |mut stream| {
@@ -51,7 +51,7 @@ struct Changes {
     /// By id, each cluster as it was sent last.
     known: HashMap<String, String>,
     first: bool,
-    _place: Listener,
+    _place: ChangesListener,
 }
 
 impl Changes {

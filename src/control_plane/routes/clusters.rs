@@ -6,12 +6,12 @@ use serde_json::{Value, json};
 
 use super::Routes;
 use crate::contract::token::TOKEN_LIFETIME;
-use crate::control_plane::answer::{answer, plain};
+use crate::control_plane::answer::{answer, uncached};
 use crate::control_plane::auth::{AdminCaller, RunnerCaller};
-use crate::control_plane::body::{Json, PathSegments, RawBody};
+use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
-use crate::control_plane::model::{Access, AccessKind};
+use crate::control_plane::model::{AccessKind, AccessToken};
 use crate::control_plane::registry::{ClusterView, Principal};
 use crate::control_plane::scope::{DAY, TokenRequest, checked_ttl, restrict};
 use crate::control_plane::state::ControlPlane;
@@ -76,14 +76,14 @@ async fn token(
     caller: RunnerCaller,
     State(control_plane): State<ControlPlane>,
     PathSegments([id]): PathSegments<1>,
-    Json(request): Json<TokenRequest>,
+    JsonBody(request): JsonBody<TokenRequest>,
 ) -> Result<Response, HttpError> {
     let ttl = checked_ttl(request.ttl_s, TOKEN_LIFETIME, TOKEN_LIFETIME)?;
     let (role, namespaces) = restrict(&caller.principal, &request)?;
-    let route = control_plane.registry().route(&id, caller.principal.project())?;
+    let target = control_plane.registry().target(&id, caller.principal.project())?;
     Ok(answer(
         200,
-        &control_plane.runner_token(&caller.principal, &route, role, namespaces, ttl, now()),
+        &control_plane.runner_token(&caller.principal, &target, role, namespaces, ttl, now()),
     ))
 }
 
@@ -91,15 +91,15 @@ async fn kubeconfig(
     RunnerCaller { principal, .. }: RunnerCaller,
     State(control_plane): State<ControlPlane>,
     PathSegments([id]): PathSegments<1>,
-    Json(request): Json<TokenRequest>,
+    JsonBody(request): JsonBody<TokenRequest>,
 ) -> Result<Response, HttpError> {
     let now = now();
     let ttl = checked_ttl(request.ttl_s, DAY, DAY)?;
     let (role, namespaces) = restrict(&principal, &request)?;
     let cluster = control_plane.registry().cluster(&id, principal.project(), now)?;
     // not longer than the token of its maker is valid
-    let own_end = if let Principal::Access(own) = &principal { own.expires_at } else { None };
-    let row = Access {
+    let own_end = if let Principal::AccessToken(own) = &principal { own.expires_at } else { None };
+    let row = AccessToken {
         id: String::new(),
         project: cluster.project.clone(),
         name: format!("kubeconfig of {}", cluster.id),
@@ -113,8 +113,8 @@ async fn kubeconfig(
         revoked: false,
         maker: Some(principal.subject()),
     };
-    let (_, token) = control_plane.registry().add_access(control_plane.keys(), row).await?;
-    Ok(plain(201, "application/yaml", control_plane.kubeconfig(&cluster, &token)))
+    let (_, token) = control_plane.registry().add_access_token(control_plane.keys(), row).await?;
+    Ok(uncached(201, "application/yaml", control_plane.kubeconfig(&cluster, &token)))
 }
 
 /// A view into a cluster, with the rights of the caller.
@@ -141,7 +141,7 @@ impl ControlPlane {
         principal: &Principal,
         now: i64,
     ) -> Vec<ClusterView> {
-        let reached = |c: &ClusterView| !matches!(principal, Principal::Access(access) if !access.includes(&c.id));
+        let reached = |c: &ClusterView| !matches!(principal, Principal::AccessToken(access) if !access.includes(&c.id));
         self.registry()
             .clusters(principal.project(), now)
             .into_iter()

@@ -6,9 +6,9 @@ use http::Uri;
 use serde_json::json;
 
 use super::Routes;
-use crate::control_plane::answer::{answer, plain};
+use crate::control_plane::answer::{answer, uncached};
 use crate::control_plane::auth::{FrpsCaller, LocalAdmin};
-use crate::control_plane::body::Json;
+use crate::control_plane::body::JsonBody;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::frps_plugin::PluginRequest;
 use crate::control_plane::state::ControlPlane;
@@ -23,7 +23,7 @@ async fn handler(
     _: FrpsCaller,
     State(control_plane): State<ControlPlane>,
     uri: Uri,
-    Json(request): Json<PluginRequest>,
+    JsonBody(request): JsonBody<PluginRequest>,
 ) -> Response {
     let query = uri.query().unwrap_or_default();
     let op = url::form_urlencoded::parse(query.as_bytes())
@@ -39,5 +39,5 @@ async fn config(
     _: LocalAdmin,
     State(control_plane): State<ControlPlane>,
 ) -> Result<Response, HttpError> {
-    Ok(plain(200, "application/toml", control_plane.frps_config()?))
+    Ok(uncached(200, "application/toml", control_plane.frps_config()?))
 }

@@ -4,7 +4,7 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 
 use super::Routes;
-use crate::control_plane::answer::problem;
+use crate::control_plane::answer::error_answer;
 use crate::control_plane::auth::GatewayCaller;
 use crate::control_plane::body::PathSegments;
 use crate::control_plane::clock::now;
@@ -34,5 +34,5 @@ async fn forward(
     control_plane
         .forward(request, &id, &caller.principal, now())
         .await
-        .unwrap_or_else(|error| problem(error, uri.path()))
+        .unwrap_or_else(|error| error_answer(error, uri.path()))
 }

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tower::Service as _;
 
-use super::answer::problem;
+use super::answer::error_answer;
 use super::auth::{Caller, Origin};
 use super::body::{check_segments, path_not_found};
 use super::error::HttpError;
@@ -174,9 +174,9 @@ pub(super) fn router(control_plane: ControlPlane) -> Router {
 
 /// What is made here by its name alone.
 #[derive(Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Named"))]
 #[serde(deny_unknown_fields)]
-struct Named {
+struct NameRequest {
     name: String,
 }
 
@@ -198,11 +198,11 @@ fn with_token(row: &impl Serialize, token: &Secret) -> Value {
 
 async fn wrong_method(parts: Parts) -> Response {
     let wrong = HttpError::new(405, "method_not_allowed", "this path takes another method", None);
-    problem(check_segments(&parts).err().unwrap_or(wrong), parts.uri.path())
+    error_answer(check_segments(&parts).err().unwrap_or(wrong), parts.uri.path())
 }
 
 async fn no_such_path(uri: Uri) -> Response {
-    problem(path_not_found(), uri.path())
+    error_answer(path_not_found(), uri.path())
 }
 
 /// Answers one request.

@@ -4,7 +4,7 @@
 use axum::response::Response;
 
 use super::Routes;
-use crate::control_plane::answer::plain;
+use crate::control_plane::answer::uncached;
 use crate::control_plane::auth::Anonymous;
 
 const DOCUMENT: &str = include_str!("../../../deployments/openapi.json");
@@ -14,7 +14,7 @@ pub(super) fn routes(routes: Routes) -> Routes {
 }
 
 async fn document(_: Anonymous) -> Response {
-    plain(200, "application/json", DOCUMENT)
+    uncached(200, "application/json", DOCUMENT)
 }
 
 #[cfg(test)]
@@ -25,14 +25,14 @@ mod tests {
     use schemars::{JsonSchema, SchemaGenerator};
     use serde_json::{Map, Value, json};
 
-    use super::super::{Named, clusters, page, runners, table, tokens};
+    use super::super::{NameRequest, clusters, page, runners, table, tokens};
     use crate::contract::types::{
         Config, Credential, Heartbeat, HeartbeatAnswer, IDEMPOTENCY_KEY, Operation, Problem,
         Register, Registered, SIGNATURE, StatusReport,
     };
     use crate::control_plane::auth::RequiredAuth;
     use crate::control_plane::caller_token::RunnerToken;
-    use crate::control_plane::model::{Access, Admin, Enrolment, Project};
+    use crate::control_plane::model::{AccessToken, Admin, Enrolment, Project};
     use crate::control_plane::operations::OperationRequest;
     use crate::control_plane::registry::ClusterView;
     use crate::control_plane::scope::TokenRequest;
@@ -166,12 +166,12 @@ mod tests {
                 .parameter(json!({"name": "op", "in": "query", "description": "`Login`, `NewProxy`, …", "schema": {"type": "string"}}))
                 .takes(object(json!({"content": {"type": "object"}})))
                 .gives("200", "the verdict", verdict),
-            call("POST", "/session", "Log in with the token of an administrator or a Runner").takes(s.of::<page::Login>()).gives(
+            call("POST", "/session", "Log in with the token of an administrator or a Runner").takes(s.of::<page::LoginRequest>()).gives(
                 "200",
                 cookie,
-                s.of::<page::About>(),
+                s.of::<page::SessionInfo>(),
             ),
-            call("GET", "/session", "Who has logged in").gives("200", "who", s.of::<page::About>()),
+            call("GET", "/session", "Who has logged in").gives("200", "who", s.of::<page::SessionInfo>()),
             call("DELETE", "/session", "Log out").done(),
         ]
     }
@@ -219,7 +219,7 @@ mod tests {
                 "all of them",
                 s.list::<Project>(),
             ),
-            call("POST", "/api/v1/projects", "Make a project").takes(s.of::<Named>()).gives(
+            call("POST", "/api/v1/projects", "Make a project").takes(s.of::<NameRequest>()).gives(
                 "201",
                 "made",
                 s.of::<Project>(),
@@ -230,17 +230,17 @@ mod tests {
                 s.list::<Enrolment>(),
             ),
             call("POST", "/api/v1/tokens", "Make an enrolment token")
-                .takes(s.of::<tokens::AddToken>())
+                .takes(s.of::<tokens::NewEnrolmentToken>())
                 .gives("201", "made", s.with::<Enrolment>(&[token, install])),
             call("DELETE", "/api/v1/tokens/{id}", "Revoke an enrolment token").done(),
             call("GET", "/api/v1/runners", "Tokens of Runners, and those in kubeconfigs").gives(
                 "200",
                 "all of them",
-                s.list::<Access>(),
+                s.list::<AccessToken>(),
             ),
             call("POST", "/api/v1/runners", "Make a Runner")
-                .takes(s.of::<runners::AddRunner>())
-                .gives("201", "made", s.with::<Access>(&[token])),
+                .takes(s.of::<runners::NewRunner>())
+                .gives("201", "made", s.with::<AccessToken>(&[token])),
             call(
                 "DELETE",
                 "/api/v1/runners/{id}",
@@ -252,11 +252,9 @@ mod tests {
                 "all of them",
                 s.list::<Admin>(),
             ),
-            call("POST", "/api/v1/admins", "Make an administrator").takes(s.of::<Named>()).gives(
-                "201",
-                "made",
-                s.with::<Admin>(&[token]),
-            ),
+            call("POST", "/api/v1/admins", "Make an administrator")
+                .takes(s.of::<NameRequest>())
+                .gives("201", "made", s.with::<Admin>(&[token])),
             call("DELETE", "/api/v1/admins/{id}", "Remove an administrator, but not the last one")
                 .done(),
         ]

@@ -14,9 +14,9 @@ use crate::control_plane::body::{PathSegments, RawBody, parsed};
 use crate::control_plane::clock::now;
 use crate::control_plane::clock::rfc3339;
 use crate::control_plane::error::HttpError;
-use crate::control_plane::model::Job;
+use crate::control_plane::model::OperationRecord;
 use crate::control_plane::operations::{OperationRequest, Submission};
-use crate::control_plane::registry::{Principal, Route};
+use crate::control_plane::registry::{ClusterTarget, Principal};
 use crate::control_plane::state::ControlPlane;
 
 pub(super) fn routes(routes: Routes) -> Routes {
@@ -32,10 +32,12 @@ async fn list(
     State(control_plane): State<ControlPlane>,
     PathSegments([id]): PathSegments<1>,
 ) -> Result<Response, HttpError> {
-    let route = control_plane.registry().route(&id, caller.principal.project())?;
-    let jobs = control_plane.registry().jobs(&route.agent).into_iter();
-    let items: Vec<Operation> =
-        jobs.filter(|job| sees(&caller.principal, job)).map(|job| job.operation).collect();
+    let target = control_plane.registry().target(&id, caller.principal.project())?;
+    let operations = control_plane.registry().operations(&target.agent).into_iter();
+    let items: Vec<Operation> = operations
+        .filter(|record| may_see(&caller.principal, record))
+        .map(|record| record.operation)
+        .collect();
     Ok(answer(200, &json!({"items": items})))
 }
 
@@ -46,12 +48,12 @@ async fn submit(
     headers: HeaderMap,
     RawBody(bytes): RawBody,
 ) -> Result<Response, HttpError> {
-    let route = control_plane.registry().route(&id, caller.principal.project())?;
+    let target = control_plane.registry().target(&id, caller.principal.project())?;
     let request: OperationRequest = parsed(&bytes)?;
     let key = headers.get(IDEMPOTENCY_KEY).and_then(|v| v.to_str().ok());
-    match control_plane.submit_operation(&caller.principal, &route, request, key, now()).await? {
-        Submission::Existing(job) => Ok(shown(200, &job, &route.cluster)),
-        Submission::Created(job) => Ok(shown(202, &job, &route.cluster)),
+    match control_plane.submit_operation(&caller.principal, &target, request, key, now()).await? {
+        Submission::Existing(record) => Ok(operation_answer(200, &record, &target.cluster)),
+        Submission::Created(record) => Ok(operation_answer(202, &record, &target.cluster)),
         Submission::Rejected(status, value) => Ok(answer(status.as_u16(), &value)),
     }
 }
@@ -61,16 +63,16 @@ async fn show(
     State(control_plane): State<ControlPlane>,
     PathSegments([id, op]): PathSegments<2>,
 ) -> Result<Response, HttpError> {
-    let route = control_plane.registry().route(&id, caller.principal.project())?;
-    let mut job = found(&control_plane, &caller.principal, &route, &op)?;
-    if job.operation.state == OperationState::Running
+    let target = control_plane.registry().target(&id, caller.principal.project())?;
+    let mut record = find_operation(&control_plane, &caller.principal, &target, &op)?;
+    if record.operation.state == OperationState::Running
         && let Ok((StatusCode::OK, value)) =
-            control_plane.call_operation(Method::GET, &caller.principal, &route, &op, now()).await
+            control_plane.call_operation(Method::GET, &caller.principal, &target, &op, now()).await
         && let Ok(fresh) = serde_json::from_value(value)
     {
-        job.operation = fresh;
+        record.operation = fresh;
     }
-    Ok(shown(200, &job, &route.cluster))
+    Ok(operation_answer(200, &record, &target.cluster))
 }
 
 async fn cancel(
@@ -80,14 +82,14 @@ async fn cancel(
     _: RawBody,
 ) -> Result<Response, HttpError> {
     let now = now();
-    let route = control_plane.registry().route(&id, caller.principal.project())?;
-    let job = found(&control_plane, &caller.principal, &route, &op)?;
-    match job.operation.state {
+    let target = control_plane.registry().target(&id, caller.principal.project())?;
+    let record = find_operation(&control_plane, &caller.principal, &target, &op)?;
+    match record.operation.state {
         OperationState::Queued => {
             control_plane
                 .registry()
                 .cancel_queued(
-                    job,
+                    record,
                     OperationState::Cancelled,
                     "cancelled before the agent had it",
                     now,
@@ -96,40 +98,49 @@ async fn cancel(
         }
         OperationState::Running => {
             let (status, value) = control_plane
-                .call_operation(Method::DELETE, &caller.principal, &route, &op, now)
+                .call_operation(Method::DELETE, &caller.principal, &target, &op, now)
                 .await?;
             return Ok(answer(status.as_u16(), &value));
         }
         _ => {}
     }
-    Ok(shown(200, &found(&control_plane, &caller.principal, &route, &op)?, &route.cluster))
+    Ok(operation_answer(
+        200,
+        &find_operation(&control_plane, &caller.principal, &target, &op)?,
+        &target.cluster,
+    ))
 }
 
-fn found(
+fn find_operation(
     control_plane: &ControlPlane,
     principal: &Principal,
-    route: &Route,
+    target: &ClusterTarget,
     op: &str,
-) -> Result<Job, HttpError> {
-    let job = control_plane.registry().job(&route.agent, op).filter(|job| sees(principal, job));
-    job.ok_or_else(|| HttpError::new(404, "not_found", format!("there is no operation {op}"), None))
+) -> Result<OperationRecord, HttpError> {
+    let record = control_plane
+        .registry()
+        .operation(&target.agent, op)
+        .filter(|record| may_see(principal, record));
+    record.ok_or_else(|| {
+        HttpError::new(404, "not_found", format!("there is no operation {op}"), None)
+    })
 }
 
-fn shown(status: u16, job: &Job, cluster: &str) -> Response {
-    let mut body = json!(job.operation);
+fn operation_answer(status: u16, record: &OperationRecord, cluster: &str) -> Response {
+    let mut body = json!(record.operation);
     body["cluster_id"] = cluster.into();
-    if job.operation.state == OperationState::Queued {
-        body["expires_at"] = rfc3339(job.expires_at).into();
+    if record.operation.state == OperationState::Queued {
+        body["expires_at"] = rfc3339(record.expires_at).into();
     }
     answer(status, &body)
 }
 
 /// Its own operations, or all of the cluster for an operator of all namespaces.
-fn sees(principal: &Principal, job: &Job) -> bool {
+fn may_see(principal: &Principal, record: &OperationRecord) -> bool {
     match principal {
         Principal::Admin(_) | Principal::Local => true,
-        Principal::Access(access) => {
-            access.id == job.operation.subject
+        Principal::AccessToken(access) => {
+            access.id == record.operation.subject
                 || (access.role >= Role::Operator && access.namespaces.is_none())
         }
         Principal::Agent(_) | Principal::Enrolment(_) => false,

@@ -8,9 +8,9 @@ use serde_json::json;
 
 use super::Routes;
 use crate::base::secret::Secret;
-use crate::control_plane::answer::{answer, plain};
+use crate::control_plane::answer::{answer, uncached};
 use crate::control_plane::auth::{Anonymous, AnonymousPeer, SessionCaller};
-use crate::control_plane::body::{Json, RawBody};
+use crate::control_plane::body::{JsonBody, RawBody};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::{HttpError, database_unavailable};
 use crate::control_plane::registry::Principal;
@@ -20,9 +20,9 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
                       form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
 #[derive(Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Login"))]
 #[serde(deny_unknown_fields)]
-pub(super) struct Login {
+pub(super) struct LoginRequest {
     #[cfg_attr(test, schemars(with = "String"))]
     token: Secret,
 }
@@ -30,7 +30,7 @@ pub(super) struct Login {
 /// Who has logged in.
 #[derive(Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Session"))]
-pub(super) struct About<'a> {
+pub(super) struct SessionInfo<'a> {
     name: &'a str,
     /// An administrator; a Runner otherwise.
     admin: bool,
@@ -58,7 +58,7 @@ pub(super) fn routes(routes: Routes) -> Routes {
 }
 
 fn file(kind: &'static str, text: &'static str) -> Response {
-    let mut file = plain(200, kind, text);
+    let mut file = uncached(200, kind, text);
     for (name, value) in [
         ("content-security-policy", POLICY),
         ("referrer-policy", "no-referrer"),
@@ -73,10 +73,10 @@ fn file(kind: &'static str, text: &'static str) -> Response {
 async fn login(
     peer: AnonymousPeer,
     State(control_plane): State<ControlPlane>,
-    Json(request): Json<Login>,
+    JsonBody(request): JsonBody<LoginRequest>,
 ) -> Result<Response, HttpError> {
     let done = control_plane.login(peer.address, &request.token, now())?;
-    with_cookie(answer(200, &about(&done.principal, &done.csrf)), &done.cookie)
+    with_cookie(answer(200, &session_info(&done.principal, &done.csrf)), &done.cookie)
 }
 
 /// The session of a page that was loaded again.
@@ -85,7 +85,7 @@ async fn session(
     State(control_plane): State<ControlPlane>,
     headers: HeaderMap,
 ) -> Response {
-    answer(200, &about(&caller.principal, &control_plane.csrf(&headers)))
+    answer(200, &session_info(&caller.principal, &control_plane.csrf(&headers)))
 }
 
 async fn logout(
@@ -105,12 +105,12 @@ fn with_cookie(mut answer: Response, cookie: &str) -> Result<Response, HttpError
     Ok(answer)
 }
 
-fn about<'a>(principal: &'a Principal, csrf: &'a str) -> About<'a> {
+fn session_info<'a>(principal: &'a Principal, csrf: &'a str) -> SessionInfo<'a> {
     let (name, admin) = match principal {
         Principal::Admin(name) => (name.as_str(), true),
         Principal::Local => ("local", true),
-        Principal::Access(access) => (access.name.as_str(), false),
+        Principal::AccessToken(access) => (access.name.as_str(), false),
         Principal::Agent(_) | Principal::Enrolment(_) => ("", false),
     };
-    About { name, admin, csrf, version: env!("CARGO_PKG_VERSION") }
+    SessionInfo { name, admin, csrf, version: env!("CARGO_PKG_VERSION") }
 }

@@ -4,10 +4,10 @@ use axum::extract::State;
 use axum::response::Response;
 use serde_json::json;
 
-use super::{Named, Routes};
+use super::{NameRequest, Routes};
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
-use crate::control_plane::body::Json;
+use crate::control_plane::body::JsonBody;
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::state::ControlPlane;
@@ -23,7 +23,7 @@ async fn list(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Resp
 async fn add(
     _: AdminCaller,
     State(control_plane): State<ControlPlane>,
-    Json(request): Json<Named>,
+    JsonBody(request): JsonBody<NameRequest>,
 ) -> Result<Response, HttpError> {
     Ok(answer(201, &control_plane.registry().add_project(&request.name, now()).await?))
 }

@@ -9,17 +9,17 @@ use super::{Routes, with_token, without_hash};
 use crate::contract::token::Role;
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
-use crate::control_plane::body::{Json, PathSegments, RawBody};
+use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
-use crate::control_plane::model::{Access, AccessKind};
+use crate::control_plane::model::{AccessKind, AccessToken};
 use crate::control_plane::scope::{DAY, YEAR, checked_ttl, parse_role};
 use crate::control_plane::state::ControlPlane;
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewRunner"))]
 #[serde(deny_unknown_fields)]
-pub(super) struct AddRunner {
+pub(super) struct NewRunner {
     project: Option<String>,
     name: String,
     #[cfg_attr(test, schemars(with = "Option<Role>"))]
@@ -37,14 +37,15 @@ pub(super) fn routes(routes: Routes) -> Routes {
 }
 
 async fn list(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
-    let items: Vec<Value> = control_plane.registry().accesses().iter().map(without_hash).collect();
+    let items: Vec<Value> =
+        control_plane.registry().access_tokens().iter().map(without_hash).collect();
     answer(200, &json!({"items": items}))
 }
 
 async fn add(
     _: AdminCaller,
     State(control_plane): State<ControlPlane>,
-    Json(request): Json<AddRunner>,
+    JsonBody(request): JsonBody<NewRunner>,
 ) -> Result<Response, HttpError> {
     let now = now();
     let expires_at = request
@@ -52,7 +53,7 @@ async fn add(
         .map(|ttl| checked_ttl(Some(ttl), DAY, YEAR))
         .transpose()?
         .map(|ttl| now + ttl);
-    let row = Access {
+    let row = AccessToken {
         id: String::new(),
         project: request.project.unwrap_or_else(|| "default".into()),
         name: request.name,
@@ -66,7 +67,7 @@ async fn add(
         revoked: false,
         maker: None,
     };
-    let (row, token) = control_plane.registry().add_access(control_plane.keys(), row).await?;
+    let (row, token) = control_plane.registry().add_access_token(control_plane.keys(), row).await?;
     Ok(answer(201, &with_token(&row, &token)))
 }
 
@@ -76,6 +77,6 @@ async fn revoke(
     PathSegments([id]): PathSegments<1>,
     _: RawBody,
 ) -> Result<Response, HttpError> {
-    control_plane.registry().revoke_access(&id).await?;
+    control_plane.registry().revoke_access_token(&id).await?;
     Ok(answer(200, &json!({})))
 }

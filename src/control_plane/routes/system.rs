@@ -5,7 +5,7 @@ use axum::response::Response;
 use serde_json::json;
 
 use super::Routes;
-use crate::control_plane::answer::{answer, plain};
+use crate::control_plane::answer::{answer, uncached};
 use crate::control_plane::auth::{AdminCaller, Anonymous, LocalAdmin};
 use crate::control_plane::backup;
 use crate::control_plane::clock::now;
@@ -22,11 +22,11 @@ async fn health(_: Anonymous) -> Response {
 }
 
 async fn ca(_: Anonymous, State(control_plane): State<ControlPlane>) -> Response {
-    plain(200, "application/x-pem-file", control_plane.shown_ca().unwrap_or_default())
+    uncached(200, "application/x-pem-file", control_plane.client_ca().unwrap_or_default())
 }
 
 async fn metrics(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
-    plain(200, "text/plain; version=0.0.4", control_plane.metrics(now()))
+    uncached(200, "text/plain; version=0.0.4", control_plane.metrics(now()))
 }
 
 async fn copy(
@@ -36,5 +36,5 @@ async fn copy(
     let text = backup::text(&control_plane.inner.state, &control_plane.inner.store)
         .await
         .map_err(|e| database_unavailable(&e))?;
-    Ok(plain(200, "application/json", text.expose().to_owned()))
+    Ok(uncached(200, "application/json", text.expose().to_owned()))
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Routes, with_token, without_hash};
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::AdminCaller;
-use crate::control_plane::body::{Json, PathSegments, RawBody};
+use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::scope::{DAY, YEAR, checked_ttl};
@@ -17,7 +17,7 @@ use crate::control_plane::state::ControlPlane;
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewEnrolmentToken"))]
 #[serde(deny_unknown_fields)]
-pub(super) struct AddToken {
+pub(super) struct NewEnrolmentToken {
     project: Option<String>,
     name: Option<String>,
     ttl_s: Option<i64>,
@@ -41,7 +41,7 @@ async fn list(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Resp
 async fn add(
     _: AdminCaller,
     State(control_plane): State<ControlPlane>,
-    Json(request): Json<AddToken>,
+    JsonBody(request): JsonBody<NewEnrolmentToken>,
 ) -> Result<Response, HttpError> {
     let ttl = checked_ttl(request.ttl_s, DAY, YEAR)?;
     let (name, project) = (
