@@ -186,13 +186,15 @@ impl AgentClients {
                     known.lock().remove(&target.agent);
                 }
                 answer.map_err(|error| {
-                    tracing::debug!(error = format!("{error:?}"), cluster = target.cluster, "the agent is not reached");
+                    let error = format!("{error:?}");
+                    tracing::debug!(error, cluster = target.cluster, "the agent is not reached");
                     agent_offline()
                 })
             }
             () = silence => {
                 known.lock().insert(target.agent.clone());
-                tracing::info!(cluster = target.cluster, "the agent holds its tunnel and says nothing");
+                let message = "the agent holds its tunnel and does not respond";
+                tracing::info!(cluster = target.cluster, "{message}");
                 Err(agent_silent())
             }
         }

@@ -99,7 +99,10 @@ macro_rules! callers {
         impl FromRequestParts<ControlPlane> for $caller {
             type Rejection = Response;
 
-            async fn from_request_parts(parts: &mut Parts, control_plane: &ControlPlane) -> Result<$caller, Response> {
+            async fn from_request_parts(
+                parts: &mut Parts,
+                control_plane: &ControlPlane,
+            ) -> Result<$caller, Response> {
                 let extracted: fn(&ControlPlane, &Parts) -> Result<$caller, HttpError> = $extracted;
                 let extracted = check_segments(parts).and_then(|()| {
                     control_plane.count_request();
@@ -123,23 +126,42 @@ callers! {
     };
     LocalAdmin requires Local: |_, parts| match origin(parts)? {
         Origin::Local => Ok(LocalAdmin(())),
-        Origin::Network(_) => Err(HttpError::new(403, "forbidden", "only the socket in the data directory answers this", None)),
+        Origin::Network(_) => {
+            let message = "only the socket in the data directory answers this";
+            Err(HttpError::new(403, "forbidden", message, None))
+        }
     };
-    EnrolmentCaller requires Enrolment: |control_plane, parts| Ok(EnrolmentCaller { principal: control_plane.authorize(RequiredAuth::Enrolment, parts)?.0 });
-    AgentCaller requires Agent: |control_plane, parts| match control_plane.authorize(RequiredAuth::Agent, parts)?.0 {
-        Principal::Agent(id) => Ok(AgentCaller { id }),
-        _ => Err(forbidden()),
+    EnrolmentCaller requires Enrolment: |control_plane, parts| {
+        let (principal, _) = control_plane.authorize(RequiredAuth::Enrolment, parts)?;
+        Ok(EnrolmentCaller { principal })
     };
-    AdminCaller requires Admin: |control_plane, parts| control_plane.authorize(RequiredAuth::Admin, parts).map(|_| AdminCaller(()));
-    RunnerCaller requires Runner: |control_plane, parts| control_plane.authorize(RequiredAuth::Runner, parts).map(|(principal, token)| RunnerCaller { principal, token });
-    GatewayCaller requires Gateway: |control_plane, parts| Ok(GatewayCaller { principal: control_plane.authorize(RequiredAuth::Gateway, parts)?.0 });
-    SessionCaller requires Session: |control_plane, parts| Ok(SessionCaller { principal: control_plane.authorize(RequiredAuth::Session, parts)?.0 });
+    AgentCaller requires Agent: |control_plane, parts| {
+        match control_plane.authorize(RequiredAuth::Agent, parts)?.0 {
+            Principal::Agent(id) => Ok(AgentCaller { id }),
+            _ => Err(forbidden()),
+        }
+    };
+    AdminCaller requires Admin: |control_plane, parts| {
+        control_plane.authorize(RequiredAuth::Admin, parts).map(|_| AdminCaller(()))
+    };
+    RunnerCaller requires Runner: |control_plane, parts| {
+        let (principal, token) = control_plane.authorize(RequiredAuth::Runner, parts)?;
+        Ok(RunnerCaller { principal, token })
+    };
+    GatewayCaller requires Gateway: |control_plane, parts| {
+        let (principal, _) = control_plane.authorize(RequiredAuth::Gateway, parts)?;
+        Ok(GatewayCaller { principal })
+    };
+    SessionCaller requires Session: |control_plane, parts| {
+        let (principal, _) = control_plane.authorize(RequiredAuth::Session, parts)?;
+        Ok(SessionCaller { principal })
+    };
 }
 
 fn origin(parts: &Parts) -> Result<Origin, HttpError> {
     let origin = parts.extensions.get::<Origin>().copied();
     origin.ok_or_else(|| {
-        HttpError::new(500, "internal", "nobody knows where this request comes from", None)
+        HttpError::new(500, "internal", "the origin of this request is not known", None)
     })
 }
 

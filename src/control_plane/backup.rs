@@ -113,7 +113,10 @@ pub async fn restore(
     let _only = state.lock()?;
     let there = |what: &str| {
         Failure::new(Exit::Preflight, "NOT_EMPTY", format!("{what} already holds a control plane"))
-            .hint("restore into an empty place (--data-dir, --database-url-file), or move what is there away first")
+            .hint(
+                "restore into an empty place (--data-dir, --database-url-file), or move what is \
+                 there away first",
+            )
     };
     if Keys::stored(&state)?.is_some() {
         return Err(there(data_dir).into());

@@ -39,7 +39,12 @@ impl<S: Sync> FromRequest<S> for RawBody {
             Ok(Err(e)) if e.is::<LengthLimitError>() => {
                 Err(HttpError::new(413, "too_large", "the body is larger than 1 MiB", None))
             }
-            Ok(Err(_)) => Err(HttpError::new(400, "bad_body", "the body broke off", None)),
+            Ok(Err(_)) => Err(HttpError::new(
+                400,
+                "bad_body",
+                "the connection closed while the body was read",
+                None,
+            )),
             Err(_) => Err(HttpError::new(408, "too_slow", "the body took longer than 15 s", None)),
         }
     }

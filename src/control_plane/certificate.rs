@@ -190,7 +190,7 @@ impl Certificate {
             if fresh != *texts {
                 shown.send_replace(Arc::new(parse(&fresh, files, now)?));
                 *texts = fresh;
-                tracing::info!(file = files.chain, "the certificate was read anew");
+                tracing::info!(file = files.chain, "the certificate was read again");
             }
         }
         Ok(())

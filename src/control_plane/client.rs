@@ -27,9 +27,16 @@ pub async fn call(
 ) -> anyhow::Result<String> {
     let socket = host.at(data_dir).join(SOCKET);
     let away = |why: String| {
-        Failure::new(Exit::Network, "CONTROL_PLANE_AWAY", "no control plane answers on this machine")
-            .why(format!("{}: {why}", socket.display()))
-            .hint("start it: pipeops control-plane; its owner and root may use it; another place: --data-dir")
+        Failure::new(
+            Exit::Network,
+            "CONTROL_PLANE_AWAY",
+            "no control plane answers on this machine",
+        )
+        .why(format!("{}: {why}", socket.display()))
+        .hint(
+            "start it: pipeops control-plane; its owner and root may use it; \
+             another place: --data-dir",
+        )
     };
     let stream = UnixStream::connect(&socket).await.map_err(|e| away(e.to_string()))?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))

@@ -28,7 +28,8 @@ const PARAMETERS: &[&str] = &[
     "user",
 ];
 const SSL_MODES: &[&str] = &["disable", "allow", "prefer", "require", "verify-ca", "verify-full"];
-const ENCODE: &str = "write @ as %40, / as %2F, : as %3A, # as %23, ? as %3F and % as %25 in a user name and a password";
+const ENCODE: &str = "write @ as %40, / as %2F, : as %3A, # as %23, ? as %3F and % as %25 \
+                      in a user name and a password";
 
 /// The scheme in lower case, and what follows it.
 fn scheme(text: &str) -> Result<(String, &str), String> {
@@ -87,7 +88,9 @@ fn badly_encoded(text: &str) -> bool {
 /// Host and port, of which there is one.
 fn host(host: &str) -> Result<(), String> {
     if host.contains(',') {
-        return Err("it names several hosts, and one is asked: name the one that writes, or a name that follows it".into());
+        let why = "it names several hosts, and one is asked: name the one that writes, \
+                   or a name that follows it";
+        return Err(why.into());
     }
     let port = match host.strip_prefix('[') {
         Some(v6) => {

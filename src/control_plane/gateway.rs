@@ -39,7 +39,8 @@ async fn token_rejected(answer: Response<Incoming>) -> HttpError {
         .find_map(Value::as_str)
         .unwrap_or("no reason given");
     let said: String = crate::base::text::printable(said).chars().take(200).collect();
-    let hint = "compare the clocks of the node and of the control plane; the agent fetches fresh keys within seconds";
+    let hint = "compare the clocks of the node and of the control plane; \
+                the agent fetches fresh keys within seconds";
     HttpError::new(
         502,
         "agent_mistrusts",
@@ -217,8 +218,8 @@ impl ControlPlane {
         now: i64,
     ) -> Result<Value, HttpError> {
         let target = self.registry().target(id, principal.project())?;
-        let (most, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let role = if own_role { most } else { Role::Viewer };
+        let (max_role, namespaces) = restrict(principal, &TokenRequest::default())?;
+        let role = if own_role { max_role } else { Role::Viewer };
         let token = self.caller_token(principal, &target, role, namespaces, TOKEN_LIFETIME, now).0;
         let (status, value) = self
             .agent_clients()

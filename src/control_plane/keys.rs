@@ -113,7 +113,10 @@ impl Keys {
             Some(text) => serde_json::from_str(&text).map_err(|e| {
                 Failure::usage("KEYS_DAMAGED", "the control plane's keys cannot be read")
                     .why(format!("{FILE}: {e}"))
-                    .hint("restore a backup: with other keys no agent would believe this control plane")
+                    .hint(
+                        "restore a backup: with other keys no agent would believe this \
+                         control plane",
+                    )
             })?,
             None => {
                 let made = generate(now)?;

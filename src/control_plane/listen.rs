@@ -93,12 +93,15 @@ impl ControlPlane {
                 accepted = listener.accept(), if !stop.is_cancelled() => match accepted {
                     Ok((stream, peer)) => {
                         let (control_plane, router) = (self.clone(), router.clone());
-                        let (acceptor, admission, stop) = (acceptor.clone(), admission.clone(), stop.clone());
+                        let (acceptor, stop) = (acceptor.clone(), stop.clone());
+                        let admission = admission.clone();
                         open.spawn(async move {
-                            let Some(pass) = admission.acquire(peer.ip()).await else { return };
-                            if let Ok(Ok(stream)) = timeout(HANDSHAKE, acceptor.accept(without_delay(stream))).await {
-                                drop(pass);
-                                control_plane.serve(router, stream, Origin::Network(peer.ip().to_canonical()), stop).await;
+                            let Some(permit) = admission.acquire(peer.ip()).await else { return };
+                            let accepting = acceptor.accept(without_delay(stream));
+                            if let Ok(Ok(stream)) = timeout(HANDSHAKE, accepting).await {
+                                drop(permit);
+                                let origin = Origin::Network(peer.ip().to_canonical());
+                                control_plane.serve(router, stream, origin, stop).await;
                             }
                         });
                     }
@@ -121,7 +124,10 @@ impl ControlPlane {
                 () = halt.cancelled() => return,
                 Some(_) = open.join_next() => {}
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => drop(open.spawn(self.clone().serve(router.clone(), stream, Origin::Local, halt.clone()))),
+                    Ok((stream, _)) => {
+                        let (router, halt) = (router.clone(), halt.clone());
+                        open.spawn(self.clone().serve(router, stream, Origin::Local, halt));
+                    }
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 },
             }

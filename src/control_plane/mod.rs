@@ -287,7 +287,7 @@ async fn maintain(
             }
             _ = announce.tick() => {
                 let announced = control_plane.registry().announce_liveness(now()).await;
-                warn(announced, "who has come and gone is not written");
+                warn(announced, "agents that came or went are not announced");
                 control_plane.deliver(&in_flight, now());
             }
             _ = flush.tick() => {
@@ -302,9 +302,9 @@ async fn tidy(control_plane: &ControlPlane, certificate: &mut Certificate, host:
     let (registry, inner) = (control_plane.registry(), &control_plane.inner);
     warn(registry.flush().await, "heartbeats are not written");
     let operations = registry.tidy_operations(now()).await;
-    warn(operations, "the end of what has waited too long is not written");
+    warn(operations, "overdue operations are not ended");
     let access_tokens = registry.tidy_access_tokens(now()).await;
-    warn(access_tokens, "kubeconfigs whose time is over are not forgotten");
+    warn(access_tokens, "expired kubeconfigs are not removed");
     warn(inner.keys.rotate(&inner.state, now()), "the signing keys are not rotated");
     let renewed = certificate.renew(&inner.keys, host, now());
     *inner.external_ca.lock() = certificate.external_ca();

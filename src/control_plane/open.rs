@@ -17,10 +17,15 @@ pub(super) const KEYS: &str = "keys";
 pub(super) fn check_data_dir<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
     result.map_err(|e| match e.downcast_ref::<Failure>() {
         Some(_) => e,
-        None => Failure::new(Exit::Preflight, "DATA_DIR_UNUSABLE", "the data directory cannot be used")
-            .why(format!("{e:#}"))
-            .hint("check that it can be written (df -h, mount, its owner), or choose another with --data-dir")
-            .into(),
+        None => {
+            Failure::new(Exit::Preflight, "DATA_DIR_UNUSABLE", "the data directory cannot be used")
+                .why(format!("{e:#}"))
+                .hint(
+                    "check that it can be written (df -h, mount, its owner), or choose another \
+             with --data-dir",
+                )
+                .into()
+        }
     })
 }
 
@@ -60,17 +65,24 @@ pub(super) async fn check_keys_match(
     keys: &Keys,
     data_dir: &str,
 ) -> anyhow::Result<()> {
-    let noted = store.metadata(KEYS).await?;
-    if noted.as_ref().is_some_and(|mark| *mark != keys.fingerprint())
+    let fingerprint = store.metadata(KEYS).await?;
+    if fingerprint.as_ref().is_some_and(|mark| *mark != keys.fingerprint())
         && !store.rows().await?.is_empty()
     {
         store.close().await;
-        return Err(Failure::new(Exit::Preflight, "KEYS_FOREIGN", "the database is that of a control plane with other keys")
-            .why(format!("keys.json in {data_dir} is not the one that it was written with: no agent or token in it would be known"))
-            .hint("put that keys.json there, or restore a backup, or use an empty database")
-            .into());
+        return Err(Failure::new(
+            Exit::Preflight,
+            "KEYS_FOREIGN",
+            "the database is that of a control plane with other keys",
+        )
+        .why(format!(
+            "keys.json in {data_dir} is not the one that it was written with: \
+             no agent or token in it would be known"
+        ))
+        .hint("put that keys.json there, or restore a backup, or use an empty database")
+        .into());
     }
-    if noted.is_none_or(|mark| mark != keys.fingerprint()) {
+    if fingerprint.is_none_or(|mark| mark != keys.fingerprint()) {
         store.set_metadata(KEYS, &keys.fingerprint()).await?;
     }
     Ok(())

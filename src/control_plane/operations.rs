@@ -184,7 +184,7 @@ impl ControlPlane {
                     Ok(())
                 };
                 if let Err(error) = done {
-                    tracing::warn!(error = error.message, agent, "an operation goes on as it was");
+                    tracing::warn!(error = error.message, agent, "an operation is not delivered");
                 }
                 in_flight.lock().remove(&agent);
             });
@@ -214,7 +214,7 @@ impl ControlPlane {
                 .end_operation(
                     record,
                     OperationState::Interrupted,
-                    "the agent knows nothing of it any more",
+                    "the agent no longer knows it",
                     now,
                 )
                 .await;

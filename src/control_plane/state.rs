@@ -164,7 +164,8 @@ impl ControlPlane {
         let pin = pin.map(|pin| format!(" --control-plane-pin {pin}")).unwrap_or_default();
         // on standard input: a command line can be read by all users
         format!(
-            "echo {} | sudo pipeops install-server --yes --agent-token-file - --control-plane-url {}{pin}",
+            "echo {} | sudo pipeops install-server --yes --agent-token-file - \
+             --control-plane-url {}{pin}",
             token.expose(),
             self.url()
         )

@@ -126,13 +126,13 @@ pub async fn run(
                     broker_status.dropped.fetch_add(dropped, Ordering::Relaxed);
                     tracing::error!(
                         dropped,
-                        "events that no broker took were dropped: they were older than 7 days, or over 1 GiB waited"
+                        "unpublished events were dropped: they were older than 7 days, or over \
+                         1 GiB waited"
                     );
                 }
-                Err(error) => tracing::warn!(
-                    error = format!("{error:#}"),
-                    "waiting events are not looked through"
-                ),
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "old events are not removed")
+                }
             }
             if let Ok((count, _)) = store.backlog().await {
                 broker_status.waiting.store(count, Ordering::Relaxed);
@@ -213,7 +213,9 @@ async fn send(
             // a connection that broke while idle is noticed here
             tokio::select! {
                 () = store.event_written() => {}
-                () = sleep(Duration::from_secs(5)) => anyhow::ensure!(connection.status().connected(), "the connection is lost"),
+                () = sleep(Duration::from_secs(5)) => {
+                    anyhow::ensure!(connection.status().connected(), "the connection is lost");
+                }
             }
             continue;
         }

@@ -372,18 +372,8 @@ mod tests {
     use crate::control_plane::store::Store;
     use crate::host::Host;
 
-    #[tokio::test]
-    async fn what_is_not_written_has_not_happened_and_no_stream_ends_for_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
-        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
-        let store = Store::open(&url, "i").await.unwrap();
-        let registry = Registry::load(store.clone(), None, 0).await.unwrap();
-        registry.add_project("default", 1).await.unwrap();
-        let (admin, token) = registry.add_admin(&keys, "eve", 1).await.unwrap();
-        registry.add_admin(&keys, "other", 1).await.unwrap();
-        let principal = registry.authenticate(&keys.token_hash(token.expose()), 1).unwrap();
-        let row = |maker: Option<String>| AccessToken {
+    fn row(maker: Option<String>) -> AccessToken {
+        AccessToken {
             id: String::new(),
             project: "default".into(),
             name: "ci".into(),
@@ -396,7 +386,20 @@ mod tests {
             expires_at: None,
             revoked: false,
             maker,
-        };
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_written_has_not_happened_and_no_stream_ends_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let store = Store::open(&url, "i").await.unwrap();
+        let registry = Registry::load(store.clone(), None, 0).await.unwrap();
+        registry.add_project("default", 1).await.unwrap();
+        let (admin, token) = registry.add_admin(&keys, "eve", 1).await.unwrap();
+        registry.add_admin(&keys, "other", 1).await.unwrap();
+        let principal = registry.authenticate(&keys.token_hash(token.expose()), 1).unwrap();
         let (access, _) =
             registry.add_access_token(&keys, row(Some(principal.subject()))).await.unwrap();
         let (enrolment, _) =

@@ -84,7 +84,8 @@ impl Entry {
             return (
                 Liveness::Expired,
                 format!(
-                    "silent for {silent} s, and its credential's time is over: enrol it again with a token"
+                    "silent for {silent} s, and its credential's time is over: \
+                     enrol it again with a token"
                 ),
             );
         }

@@ -254,7 +254,7 @@ impl Registry {
                 OperationState::Queued => {
                     (OperationState::Expired, "the agent was not there in time")
                 }
-                _ => (OperationState::Interrupted, "the agent has told nothing of it for 7 days"),
+                _ => (OperationState::Interrupted, "the agent has not reported it for 7 days"),
             };
             self.cancel_queued(record, state, message, now)
                 .await

@@ -56,8 +56,13 @@ async fn register(
     let config = control_plane.config(&done.agent_id);
     Ok(answer(
         200,
-        &json!({"agent_id": done.agent_id, "cluster_id": done.cluster_id, "credential": done.credential.expose(),
-            "credential_expires_at": rfc3339(done.expires_at), "config": config}),
+        &json!({
+            "agent_id": done.agent_id,
+            "cluster_id": done.cluster_id,
+            "credential": done.credential.expose(),
+            "credential_expires_at": rfc3339(done.expires_at),
+            "config": config,
+        }),
     ))
 }
 

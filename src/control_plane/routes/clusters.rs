@@ -141,7 +141,10 @@ impl ControlPlane {
         principal: &Principal,
         now: i64,
     ) -> Vec<ClusterView> {
-        let reached = |c: &ClusterView| !matches!(principal, Principal::AccessToken(access) if !access.includes(&c.id));
+        let reached = |cluster: &ClusterView| match principal {
+            Principal::AccessToken(access) => access.includes(&cluster.id),
+            _ => true,
+        };
         self.registry()
             .clusters(principal.project(), now)
             .into_iter()
@@ -163,12 +166,16 @@ impl ControlPlane {
 
 /// The fields of an object that the page shows.
 fn row(what: &str, item: &Value) -> Value {
-    let meta = &item["metadata"];
+    let (meta, object) = (&item["metadata"], &item["involvedObject"]);
+    let times = [&item["lastTimestamp"], &item["eventTime"], &meta["creationTimestamp"]];
     match what {
         "events" => json!({
-            "at": ([&item["lastTimestamp"], &item["eventTime"], &meta["creationTimestamp"]].into_iter().find(|v| v.is_string())),
-            "kind": item["type"], "reason": item["reason"], "message": item["message"], "count": item["count"],
-            "object": format!("{}/{}", text(&item["involvedObject"]["kind"]), text(&item["involvedObject"]["name"])),
+            "at": (times.into_iter().find(|v| v.is_string())),
+            "kind": item["type"],
+            "reason": item["reason"],
+            "message": item["message"],
+            "count": item["count"],
+            "object": format!("{}/{}", text(&object["kind"]), text(&object["name"])),
             "namespace": meta["namespace"],
         }),
         _ => {
@@ -185,7 +192,11 @@ fn row(what: &str, item: &Value) -> Value {
                 .flatten()
                 .map(|c| &c["image"])
                 .collect();
-            json!({"namespace": meta["namespace"], "name": meta["name"], "wanted": wanted, "ready": ready, "images": images, "created": meta["creationTimestamp"]})
+            json!({
+                "namespace": meta["namespace"], "name": meta["name"],
+                "wanted": wanted, "ready": ready,
+                "images": images, "created": meta["creationTimestamp"],
+            })
         }
     }
 }

@@ -227,7 +227,8 @@ impl Store {
             .await?
             .rows_affected();
         while self.backlog().await?.1 > bytes {
-            let oldest = "DELETE FROM pipeops_outbox WHERE seq IN (SELECT seq FROM pipeops_outbox ORDER BY seq LIMIT 100)";
+            let oldest = "DELETE FROM pipeops_outbox WHERE seq IN \
+                          (SELECT seq FROM pipeops_outbox ORDER BY seq LIMIT 100)";
             dropped += sqlx::query(oldest).execute(&self.pool).await?.rows_affected();
         }
         Ok(dropped)
@@ -268,10 +269,13 @@ async fn write_metadata(
     id: &str,
     text: &str,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query("INSERT INTO pipeops_meta (id, body) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET body = excluded.body")
-        .bind(id.to_owned())
-        .bind(text.to_owned())
-        .execute(connection)
-        .await
-        .map(drop)
+    sqlx::query(
+        "INSERT INTO pipeops_meta (id, body) VALUES ($1, $2) \
+         ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+    )
+    .bind(id.to_owned())
+    .bind(text.to_owned())
+    .execute(connection)
+    .await
+    .map(drop)
 }

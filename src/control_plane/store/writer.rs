@@ -49,7 +49,8 @@ impl<'a> Rows<'a> {
                 .map(|n| format!("(${}, ${}, ${})", 3 * n + 1, 3 * n + 2, 3 * n + 3))
                 .collect();
             let text = format!(
-                "INSERT INTO pipeops_row (kind, id, body) VALUES {} ON CONFLICT (kind, id) DO UPDATE SET body = excluded.body",
+                "INSERT INTO pipeops_row (kind, id, body) VALUES {} \
+                 ON CONFLICT (kind, id) DO UPDATE SET body = excluded.body",
                 values.join(", ")
             );
             let query = sqlx::query(sqlx::AssertSqlSafe(text));
