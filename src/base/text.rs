@@ -96,6 +96,29 @@ pub fn printable_json(json: &str) -> Cow<'_, str> {
     )
 }
 
+/// What is wrong with JSON, without the names of our own types: serde says `expected struct Named with 1 element`, and a caller
+/// knows of no such thing.
+pub fn json_error(error: &serde_json::Error) -> String {
+    let mut text = error.to_string();
+    for kind in
+        ["internally tagged enum", "adjacently tagged enum", "tuple struct", "struct", "enum"]
+    {
+        let start = format!("expected {kind} ");
+        while let Some(at) = text.find(&start) {
+            let rest = &text[at + start.len()..];
+            let name = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+            let mut rest = &rest[name..];
+            if let Some(more) = rest.strip_prefix(" with ") {
+                let more = more.trim_start_matches(|c: char| c.is_ascii_digit());
+                let more = more.strip_prefix(" element").unwrap_or(more);
+                rest = more.strip_prefix('s').unwrap_or(more);
+            }
+            text = format!("{}expected an object{rest}", &text[..at]);
+        }
+    }
+    text
+}
+
 /// Why a text cannot be a name that people read, if it cannot.
 ///
 /// # Errors
@@ -136,6 +159,34 @@ pub fn is_dns_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_error_of_json_names_one_of_our_types() {
+        #[derive(Debug, serde::Deserialize)]
+        #[expect(dead_code, reason = "only read")]
+        struct Named {
+            name: String,
+            kind: Option<Kind>,
+        }
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(tag = "kind", content = "spec")]
+        #[expect(dead_code, reason = "only read")]
+        enum Kind {
+            Other(Box<Named>),
+        }
+        for (json, wanted) in [
+            ("[]", "invalid length 0, expected an object at line 1 column 2"),
+            ("7", "invalid type: integer `7`, expected an object at line 1 column 1"),
+            (
+                r#"{"name": "a", "kind": 7}"#,
+                "invalid type: integer `7`, expected an object at line 1 column 23",
+            ),
+            (r#"{"name": 7}"#, "invalid type: integer `7`, expected a string at line 1 column 10"),
+        ] {
+            let error = serde_json::from_str::<Named>(json).unwrap_err();
+            assert_eq!(json_error(&error), wanted, "{json}");
+        }
+    }
 
     #[test]
     fn what_hurts_is_named_and_what_people_write_stays() {

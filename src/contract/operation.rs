@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::base::text::json_error;
 use crate::contract::token::{Caller, Role};
 
 const MAX_OBJECTS: usize = 200;
@@ -159,8 +160,8 @@ impl OperationRequest {
         caller: &Caller,
     ) -> Result<OperationRequest, (u16, &'static str, String)> {
         let bad = |why: String| (400, "bad_operation", why);
-        let request: OperationRequest =
-            serde_json::from_slice(bytes).map_err(|e| bad(format!("this is no operation: {e}")))?;
+        let request: OperationRequest = serde_json::from_slice(bytes)
+            .map_err(|e| bad(format!("this is no operation: {}", json_error(&e))))?;
         let objects = |n: usize| {
             if (1..=MAX_OBJECTS).contains(&n) {
                 Ok(())

@@ -10,6 +10,7 @@ use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 
 use super::error::HttpError;
+use crate::base::text::json_error;
 
 /// Largest body of a call that the control plane answers itself.
 const MAX_BODY: usize = 1 << 20;
@@ -70,7 +71,13 @@ impl<S: Sync, const N: usize> FromRequestParts<S> for PathSegments<N> {
 pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, HttpError> {
     let bytes = if bytes.is_empty() { b"{}" } else { bytes };
     serde_json::from_slice(bytes).map_err(|e| {
-        HttpError::new(400, "bad_body", format!("the body is not what this call takes: {e}"), None)
+        let why = json_error(&e);
+        HttpError::new(
+            400,
+            "bad_body",
+            format!("the body is not what this call takes: {why}"),
+            None,
+        )
     })
 }
 
