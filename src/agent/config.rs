@@ -1,4 +1,5 @@
-//! The agent's settings: its file, the environment over it; and what leaving a control plane needs of them.
+//! The agent's settings: its file, overridden by the environment; and what deregistering needs of
+//! them.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +16,7 @@ use crate::contract::types::DEFAULT_CONTROL_PLANE;
 use crate::host::Host;
 use crate::host::paths::AGENT_CONFIG;
 
-/// Where the agent keeps what must outlive it, unless systemd says otherwise.
+/// The directory for the state of the agent, unless systemd names another one.
 pub const STATE_DIR: &str = "/var/lib/pipeops-agent";
 
 /// `/etc/pipeops/agent.toml`, as `install-server` writes it.
@@ -32,7 +33,8 @@ pub struct AgentConfig {
     pub socket: Option<String>,
     /// Loopback address and port for `/metrics`; none without it.
     pub metrics_listen: Option<std::net::SocketAddr>,
-    /// Proxy for the calls of the control plane, `http://HOST:PORT`; the environment's `HTTPS_PROXY` stands over it. It holds no password.
+    /// Proxy for requests to the control plane, `http://HOST:PORT`; the environment's `HTTPS_PROXY`
+    /// overrides it. It holds no password.
     pub https_proxy: Option<String>,
     /// The environment names a proxy.
     #[serde(skip)]
@@ -59,10 +61,10 @@ fn unreadable(path: &str, error: &anyhow::Error) -> anyhow::Error {
 }
 
 impl AgentConfig {
-    /// The file, with the environment over it.
+    /// Reads the file; the environment overrides it.
     ///
     /// # Errors
-    /// Exit 2, so that systemd does not try a wrong file again and again.
+    /// Exit 2, so that systemd does not restart the agent with a wrong file again and again.
     pub fn load(
         host: &Host,
         path: &str,
@@ -115,7 +117,7 @@ impl AgentConfig {
         Ok(config)
     }
 
-    /// The proxy that is named here, where the environment names none.
+    /// The proxy of the settings, when the environment names none.
     pub(super) fn proxy(&self) -> Option<String> {
         self.https_proxy.clone().filter(|_| !self.proxy_in_environment)
     }
@@ -161,7 +163,7 @@ impl AgentConfig {
     }
 }
 
-/// What takes this machine's agent off its control plane, read while its files are still there.
+/// What removes this machine's agent from its control plane, read while its files are still there.
 pub struct Deregistration {
     id: String,
     stored: StoredCredential,
@@ -183,7 +185,7 @@ impl Deregistration {
         })
     }
 
-    /// Says it, once; gives the URL.
+    /// Sends it, once; gives the URL.
     ///
     /// # Errors
     /// What is left to do by hand, and why.
@@ -199,10 +201,10 @@ impl Deregistration {
     }
 }
 
-/// Checks an enrolment token before anything is asked with it.
+/// Checks an enrolment token before it is used.
 ///
 /// # Errors
-/// Exit 2: it can never be right.
+/// Exit 2: no other attempt can succeed.
 pub fn check_token(token: &Secret) -> anyhow::Result<()> {
     let text = token.expose();
     if text.len() > 4096 || !text.bytes().all(|b| b.is_ascii_graphic()) {

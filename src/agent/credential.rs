@@ -1,4 +1,5 @@
-//! The agent's Kubernetes credential: a 24-hour token of its ServiceAccount, minted by root, replaced by rename.
+//! The agent's Kubernetes credential: a 24-hour token of its ServiceAccount, minted by root,
+//! replaced by rename.
 
 use std::time::Duration;
 
@@ -11,25 +12,26 @@ use crate::host::{Host, Owner};
 use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::kubernetes::client::Cluster;
 
-/// Seconds that a token lives.
-const LIFE: i64 = 24 * 3600;
+/// Lifetime of a token, seconds.
+const LIFETIME: i64 = 24 * 3600;
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Mints once. Waits for the API server as long as it takes: the unit has no start time-out. A failure keeps the old file.
+/// Mints once. It waits for the API server as long as it takes: the unit has no start time-out.
+/// After a failure the old file stays.
 ///
 /// # Errors
 /// When the file cannot be written.
 pub async fn mint(host: &Host, stop: &CancellationToken) -> anyhow::Result<()> {
-    spend(host);
-    let mut said = String::new();
+    empty_used_token(host);
+    let mut last_reason = String::new();
     loop {
-        match once(host).await {
+        match mint_once(host).await {
             Ok(kubeconfig) => return write(host, &kubeconfig),
             Err(error) => {
                 let why = format!("{error:#}");
-                if why != said {
+                if why != last_reason {
                     tracing::info!(why, "waiting for the API server");
-                    said = why;
+                    last_reason = why;
                 }
             }
         }
@@ -40,8 +42,9 @@ pub async fn mint(host: &Host, stop: &CancellationToken) -> anyhow::Result<()> {
     }
 }
 
-/// Empties the enrolment token that the agent has registered with. One that was delivered since is younger, and stays.
-fn spend(host: &Host) {
+/// Empties the enrolment token that the agent has registered with. One that was delivered later
+/// stays.
+fn empty_used_token(host: &Host) {
     let registered = host.modified("/var/lib/pipeops-agent/credential.json");
     let delivered = host.modified(AGENT_TOKEN);
     let spent = matches!((registered, delivered), (Some(registered), Some(delivered)) if registered > delivered);
@@ -57,9 +60,9 @@ fn spend(host: &Host) {
     }
 }
 
-async fn once(host: &Host) -> anyhow::Result<String> {
+async fn mint_once(host: &Host) -> anyhow::Result<String> {
     let cluster = Cluster::open(host, ADMIN_KUBECONFIG)?;
-    let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": LIFE}});
+    let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": LIFETIME}});
     let answer = cluster
         .post(&format!("/api/v1/namespaces/pipeops/serviceaccounts/{AGENT_USER}/token"), &request)
         .await

@@ -1,4 +1,5 @@
-//! What is local: systemd's notifications, and the account of the agent over a unix socket, or a loopback port when asked.
+//! Local interfaces: notifications to systemd, and the status of the agent over a unix socket or,
+//! when configured, a loopback port.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,13 +19,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::status::AgentStatus;
 
-/// Longest time for open answers after a stop.
+/// Time for open answers after a stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// More lines for `/metrics` than the account gives.
+/// Further lines for `/metrics`, beside those of the status.
 pub(super) type ExtraMetrics = Arc<dyn Fn() -> String + Send + Sync>;
 
-/// When the observer last came round, for the watchdog: a hung look must not be covered by a healthy timer.
+/// When the observer last looked, for the watchdog: a timer alone would hide an observer that
+/// hangs.
 #[derive(Clone, Default)]
 pub(crate) struct ObserverLiveness(Arc<AtomicI64>);
 
@@ -39,7 +41,7 @@ impl ObserverLiveness {
     }
 }
 
-/// The socket of a former run is replaced: two agents cannot run, systemd sees to it.
+/// Replaces the socket of a former run. systemd lets no two agents run.
 #[expect(
     clippy::disallowed_methods,
     reason = "the socket is the agent's own, in its RuntimeDirectory"
@@ -63,7 +65,7 @@ pub(super) fn unlink(path: &Path) {
     let _ = std::fs::remove_file(path);
 }
 
-/// READY once, STATUS on change, WATCHDOG while the observer comes round.
+/// READY once, STATUS on change, WATCHDOG while the observer is alive.
 pub(super) async fn notify(
     systemd: SystemdNotifier,
     mut state: watch::Receiver<AgentStatus>,
@@ -80,7 +82,8 @@ pub(super) async fn notify(
         tokio::select! {
             biased;
             () = drain.cancelled() => {
-                systemd.send(Some(NotifyState::Stopping), Some("stopping: finishing what is under way"));
+                let status = "stopping: finishing what is under way";
+                systemd.send(Some(NotifyState::Stopping), Some(status));
                 stop.cancelled().await;
                 return Ok(());
             }
@@ -104,7 +107,8 @@ pub(super) async fn notify(
     }
 }
 
-/// What systemd is told, from a thread of its own: a manager that does not read must stop nothing here.
+/// Notifications to systemd, from a thread of its own: a systemd that does not read must block
+/// nothing here.
 #[derive(Clone)]
 pub(super) struct SystemdNotifier(
     std::sync::mpsc::SyncSender<(Option<NotifyState<'static>>, Option<String>)>,
@@ -118,7 +122,7 @@ impl SystemdNotifier {
             while let Ok((state, status)) = notes.recv() {
                 let states: Vec<NotifyState<'_>> =
                     state.into_iter().chain(status.as_deref().map(NotifyState::Status)).collect();
-                // never fatal: outside systemd there is nobody to tell
+                // not fatal: outside systemd nothing listens
                 if let Err(error) = sd_notify::notify(&states) {
                     tracing::debug!(%error, "systemd was not told");
                 }
@@ -132,7 +136,8 @@ impl SystemdNotifier {
     }
 }
 
-/// HTTP/1.1 on the unix socket, for root and the agent's group, and on a port where one was asked for.
+/// HTTP/1.1 on the unix socket, for root and the agent's group, and on a port where one was asked
+/// for.
 pub(super) async fn serve(
     listener: UnixListener,
     port: Option<TcpListener>,
@@ -151,11 +156,15 @@ pub(super) async fn serve(
         tokio::select! {
             () = stop.cancelled() => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => drop(open.spawn(connection(stream, state.clone(), extra.clone(), false))),
+                Ok((stream, _)) => {
+                    open.spawn(connection(stream, state.clone(), extra.clone(), false));
+                }
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
             accepted = tcp => match accepted {
-                Ok(stream) => drop(open.spawn(connection(stream, state.clone(), extra.clone(), true))),
+                Ok(stream) => {
+                    open.spawn(connection(stream, state.clone(), extra.clone(), true));
+                }
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
             Some(_) = open.join_next() => {}
@@ -167,7 +176,7 @@ pub(super) async fn serve(
     Ok(())
 }
 
-/// A client that never speaks is let go.
+/// A client that sends nothing is disconnected.
 async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     state: watch::Receiver<AgentStatus>,

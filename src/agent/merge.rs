@@ -1,4 +1,5 @@
-//! One status of the agent out of what its tasks report, and what the control plane is told of it.
+//! Merges what the tasks report into one status of the agent, and into the report for the control
+//! plane.
 
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ impl StatusMerger {
                 changed = statuses.changed() => changed,
             };
             if changed.is_err() {
-                // a task has ended: whoever waits for the tasks says which
+                // a task has ended: `Agent::wait` names it
                 self.stop.cancelled().await;
             }
             // a burst of events is merged once
@@ -75,7 +76,7 @@ impl StatusMerger {
         }
         let status = statuses.borrow_and_update().clone();
         self.cluster.send_replace(cluster_info(&status, &self.config));
-        // a new time alone is no change of the cluster, and wakes nobody
+        // a new time alone is no change of the cluster
         self.report.send_if_modified(|former| {
             let report = status_report(&status);
             former.at.clear();

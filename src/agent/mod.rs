@@ -1,4 +1,5 @@
-//! `pipeops run`: the agent of a cluster. It registers with a control plane, holds the tunnel, and serves Runners through it.
+//! `pipeops run`: the agent of a cluster. It registers with a control plane, holds the tunnel, and
+//! serves Runners through it.
 
 pub mod api;
 pub mod config;

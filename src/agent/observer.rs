@@ -1,4 +1,5 @@
-//! The Kubernetes side: the credential as it changes, a truthful state, counters kept by watches.
+//! The agent's view of the cluster: its credential as it changes, the state, counters kept by
+//! watches.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -18,10 +19,10 @@ use crate::kubernetes::readiness;
 use crate::kubernetes::upstream::Upstream;
 use crate::kubernetes::watch::{Change, follow};
 
-/// How often the API server is asked whether it is there; sooner while it is not.
+/// How often the API server is asked for its version; sooner while it does not answer.
 const POLL_INTERVAL: Duration = Duration::from_secs(10);
 const POLL_WAITING: Duration = Duration::from_secs(3);
-/// For one look.
+/// Time for one answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) struct Observer {
@@ -34,7 +35,7 @@ pub(super) struct Observer {
     pub stop: CancellationToken,
 }
 
-/// What one credential opens.
+/// The cluster, as one credential opens it.
 struct ClusterConnection {
     written: (u64, i64, i64),
     cluster: Cluster,
@@ -42,7 +43,7 @@ struct ClusterConnection {
 }
 
 impl Observer {
-    /// Looks at the cluster for ever; every failure is a state, none ends the task.
+    /// Looks at the cluster until `stop`; a failure is a state, and none ends the task.
     pub(super) async fn run(self) -> anyhow::Result<()> {
         let mut machine = sysinfo::System::new().context("reading this machine")?;
         let mut connection: Option<ClusterConnection> = None;
@@ -82,7 +83,7 @@ impl Observer {
                             .chars()
                             .take(200)
                             .collect();
-                        // what was true then is not said now
+                        // what is no longer known is not reported
                         agent.nodes.clear();
                     }
                 }
@@ -109,7 +110,7 @@ impl Observer {
                 () = trouble.notified() => {
                     followers.abort_all();
                     followers = JoinSet::new();
-                    // a server that ends every watch at once is not asked in a loop
+                    // a server that ends every watch at once is not asked without a pause
                     tokio::time::sleep(Duration::from_millis(500)).await;
                 }
             }
@@ -134,7 +135,7 @@ impl Observer {
                     cluster: Cluster::open(&self.host, &self.credential)?,
                     upstream: Upstream::open(&self.host, &self.credential)?,
                 };
-                // streams that are open go on with the former credential; what is new takes this one
+                // open streams continue with the former credential; new ones use this one
                 self.upstream.send_replace(None);
                 followers.abort_all();
                 *followers = JoinSet::new();
@@ -255,7 +256,7 @@ fn name_of(object: &Value) -> String {
     object["metadata"]["name"].as_str().unwrap_or_default().to_owned()
 }
 
-/// Follows a kind; what ends that is trouble.
+/// Follows the objects of a kind; when that fails, `trouble` is notified.
 async fn follow_until_trouble(
     cluster: Cluster,
     path: &'static str,
@@ -276,7 +277,7 @@ async fn follow_until_trouble(
 type IsHealthy = fn(&Value) -> bool;
 type SetCounts = fn(&mut AgentStatus, u32, u32) -> bool;
 
-/// Puts a count where it belongs; says whether it is news.
+/// Sets a count; gives whether it has changed.
 fn set_count(place: &mut u32, value: u32) -> bool {
     std::mem::replace(place, value) != value
 }
@@ -309,7 +310,7 @@ const WORKLOAD_COUNTERS: [(&str, IsHealthy, SetCounts); 6] = [
     ),
 ];
 
-/// Namespaces that the installer makes.
+/// Namespaces that the installer creates.
 const NAMESPACES: &[&str] = &["production", "beta", "pipeops", "monitoring"];
 
 /// Rights that the agent's own identity should not have: verb, group, resource, namespace.
@@ -361,7 +362,7 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
             found.push(notice("NAMESPACE_MISSING", format!("namespace {namespace} is not there")));
         }
     }
-    // a component that was installed has a HelmChart of ours, and in its namespace something that runs
+    // a component that was installed has a HelmChart of ours, and in its namespace a controller
     for chart in cluster.list("/apis/helm.cattle.io/v1/helmcharts?labelSelector=app.kubernetes.io/managed-by%3Dpipeops").await.unwrap_or_default() {
         let (name, namespace) =
             (chart["metadata"]["name"].as_str().unwrap_or_default(), chart["spec"]["targetNamespace"].as_str().unwrap_or("default"));

@@ -1,5 +1,5 @@
-//! `pipeops run`: starts the tasks of the agent, merges what they report into one status, and stops them
-//! in order.
+//! `pipeops run`: starts the tasks of the agent, merges what they report into one status, and stops
+//! them in order.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,7 +45,7 @@ type Tasks = JoinSet<(&'static str, anyhow::Result<()>)>;
 struct Shutdown {
     /// Nothing new is taken.
     drain: CancellationToken,
-    /// The control plane knows that the agent stops, or cannot be told.
+    /// The control plane knows that the agent stops, or does not answer.
     drain_reported: CancellationToken,
     /// What is still open ends.
     cut: CancellationToken,
@@ -166,7 +166,7 @@ async fn metrics_listener(config: &AgentConfig) -> anyhow::Result<Option<TcpList
     listener.map(Some).with_context(|| format!("listening on {address}"))
 }
 
-/// The key that also serves TLS inside the tunnel. A copied one serves nobody: with a token the agent
+/// The key that also serves TLS inside the tunnel. A copied one is not used: with a token the agent
 /// enrols with a new one, without a token it has none.
 fn load_identity(
     host: &Host,
@@ -330,7 +330,7 @@ impl Agent {
     /// Stops in order. Open calls are given time when all tasks are still there.
     async fn shut_down(&mut self, api: Option<&Api>, intact: bool) {
         self.shutdown.drain.cancel();
-        // the control plane is told before anything closes
+        // the control plane is informed before anything closes
         let _ = timeout(DRAIN_REPORT_TIMEOUT, self.shutdown.drain_reported.cancelled()).await;
         if let Some(api) = api
             && intact
@@ -356,7 +356,7 @@ impl Agent {
     }
 }
 
-/// The FRP run id outlives the process, so that a restart takes its names over instead of finding them taken.
+/// Stores the FRP run id, so that the agent takes over its own names after a restart.
 async fn keep_run_ids(
     state: StateDir,
     mut fresh: mpsc::Receiver<String>,
@@ -374,7 +374,7 @@ async fn keep_run_ids(
     }
 }
 
-/// Hands each stream of the tunnel to the API.
+/// Hands each work connection of the tunnel to the API.
 async fn accept(
     mut connections: mpsc::Receiver<WorkConnection>,
     api: Option<Api>,

@@ -1,4 +1,5 @@
-//! What the node knows about itself: one structure for the agent's socket, `cluster-info` and metrics.
+//! The status of the agent: one structure for its socket, the tunnel's API, heartbeats, metrics and
+//! `cluster-info`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -7,7 +8,7 @@ use crate::agent::session::ControlPlaneState;
 use crate::frp;
 use crate::kubernetes::readiness;
 
-/// A node of the cluster as people ask about it.
+/// A node of the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeStatus {
     pub name: String,
@@ -49,11 +50,11 @@ impl NodeStatus {
     }
 }
 
-/// State of the agent's Kubernetes side.
+/// State of the connection to the Kubernetes API.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KubernetesState {
-    /// No credential yet, or the API server is away.
+    /// No credential yet, or the API server does not answer.
     #[default]
     Waiting,
     Connected,
@@ -61,14 +62,14 @@ pub enum KubernetesState {
     Refused,
 }
 
-/// Something that a person should look at, by code.
+/// Something that a person should look at, with a code.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
     pub code: String,
     pub text: String,
 }
 
-/// What there is in the cluster, kept up to date by watches.
+/// Counts of objects in the cluster, kept up to date by watches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Workloads {
@@ -82,21 +83,21 @@ pub struct Workloads {
     pub ingresses: u32,
 }
 
-/// The agent's own account: one structure for its socket, the tunnel's API, heartbeats, metrics and `cluster-info`.
+/// The status of the agent and of its cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AgentStatus {
     pub version: String,
     pub id: String,
     pub control: ControlPlaneState,
-    /// Why the control plane is not reached, or what is odd about it.
+    /// Why the control plane is not connected, or what is unusual about it.
     pub control_reason: String,
     /// This clock minus the control plane's, seconds.
     pub clock_offset: i64,
     pub tunnel: frp::TunnelState,
     pub tunnel_reason: String,
     pub kubernetes: KubernetesState,
-    /// Why the Kubernetes side is not connected.
+    /// Why the Kubernetes API is not connected.
     pub reason: String,
     pub api_version: String,
     pub nodes: Vec<NodeStatus>,
@@ -224,9 +225,9 @@ impl AgentStatus {
         );
         let mut codes: Vec<&str> = self.notices.iter().map(|n| n.code.as_str()).collect();
         codes.sort_unstable();
-        // one sample a code: two of the same name and labels are none
-        for same in codes.chunk_by(PartialEq::eq) {
-            gauge("pipeops_notices", &format!("{{code=\"{}\"}}", same[0]), &same.len());
+        // one sample for each code: two with the same labels are invalid
+        for equal in codes.chunk_by(PartialEq::eq) {
+            gauge("pipeops_notices", &format!("{{code=\"{}\"}}", equal[0]), &equal.len());
         }
         gauge("pipeops_machine_memory_bytes", "{kind=\"used\"}", &self.memory_used);
         gauge("pipeops_machine_memory_bytes", "{kind=\"total\"}", &self.memory_total);
@@ -234,7 +235,7 @@ impl AgentStatus {
     }
 }
 
-/// A tunnel state as it is written in texts.
+/// The name of a tunnel state in texts.
 pub fn tunnel_name(state: frp::TunnelState) -> &'static str {
     match state {
         frp::TunnelState::Off => "off",

@@ -1,4 +1,4 @@
-//! What may be asked for: requests read and checked, before anything is done about them.
+//! The operations that a Runner may ask for: requests are read and checked before anything is done.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -18,7 +18,7 @@ pub enum OperationRequest {
     Delete(Delete),
     /// The number of pods of a workload.
     Scale(Scale),
-    /// A workload's pods anew, as `kubectl rollout restart` does it.
+    /// Recreates the pods of a workload, as `kubectl rollout restart` does.
     Restart(Restart),
     /// No new pods on a node.
     Cordon(NodeSpec),
@@ -37,7 +37,7 @@ fn default_timeout_s() -> u64 {
 #[serde(deny_unknown_fields)]
 pub struct Apply {
     pub objects: Vec<Value>,
-    /// Nothing is written: Kubernetes says what it would do.
+    /// Nothing is written: Kubernetes answers what it would do.
     #[serde(default)]
     pub dry_run: bool,
     #[serde(default = "default_wait")]
@@ -93,7 +93,7 @@ pub struct Reference {
     pub namespace: Option<String>,
 }
 
-/// What may stand in a path unencoded and mean itself.
+/// Whether a text can be a segment of a path as it is.
 pub fn is_path_safe(text: &str) -> bool {
     !text.is_empty()
         && text.len() <= 253
@@ -151,7 +151,8 @@ impl Reference {
 }
 
 impl OperationRequest {
-    /// Reads and checks a request, and whether this caller may ask for it at all; Kubernetes decides on the rest.
+    /// Reads and checks a request, and whether this caller may ask for it at all. Kubernetes
+    /// decides on the rest.
     ///
     /// # Errors
     /// Status, code and message of the refusal.
@@ -207,7 +208,7 @@ impl OperationRequest {
                 if !is_path_safe(&node.node) {
                     return Err(bad("that is no name of a node".into()));
                 }
-                // the one thing that is done with the agent's own rights: nobody is impersonated for it
+                // done with the agent's own rights: nobody is impersonated for it
                 if caller.role < Role::Operator || caller.namespaces.is_some() {
                     return Err((
                         403,

@@ -1,6 +1,7 @@
 //! The caller's token: a JWT of the control plane, EdDSA and nothing else.
 //!
-//! RFC 7519 and RFC 8037, of which one algorithm is needed: a library would bring the others, and with them the choice.
+//! RFC 7519 and RFC 8037. One algorithm is needed: a library would bring the others, and with them
+//! the choice.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::contract::types::{Jwks, LEEWAY, RunnerAuth};
 
-/// Longest life of a token, seconds.
+/// Longest lifetime of a token, seconds.
 pub const TOKEN_LIFETIME: i64 = 300;
 const MAX_LENGTH: usize = 8192;
 
@@ -47,12 +48,12 @@ impl Role {
     }
 }
 
-/// Whom a request comes from.
+/// Who makes a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
     pub subject: String,
     pub role: Role,
-    /// With it, only these.
+    /// Only these namespaces; without it all of them.
     pub namespaces: Option<Vec<String>>,
     /// Id of the token, for the audit log.
     pub token_id: String,
@@ -90,11 +91,11 @@ struct Claims {
     jti: String,
 }
 
-/// Tokens whose signature was verified, with their claims: the signature of a token is verified once.
-/// Its claims are checked on every request.
+/// Tokens whose signature was verified, with their claims: the signature of a token is verified
+/// once. Its claims are checked on every request.
 #[derive(Default)]
 pub struct VerifiedTokens {
-    /// The keys that it holds for; with others nothing of it does.
+    /// The keys that they were verified with; with other keys none of them is valid.
     keys: Jwks,
     claims: HashMap<[u8; 32], Arc<Claims>>,
 }
@@ -119,7 +120,7 @@ impl VerifiedTokens {
 /// Checks a token at `now`, seconds since 1970 by the control plane's clock.
 ///
 /// # Errors
-/// Why it is refused, in words that hold nothing of it.
+/// Why it is refused, in words that repeat nothing of the token.
 pub fn verify(
     token: &str,
     auth: &RunnerAuth,
@@ -147,7 +148,7 @@ pub fn verify(
     check_claims(&claims, auth, agent, max_role, now)
 }
 
-/// The claims of a token whose signature is that of one of the keys.
+/// The claims of a token that one of the keys has signed.
 fn verify_signature(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static str> {
     let mut parts = token.split('.');
     let (Some(head), Some(claims), Some(signature), None) =

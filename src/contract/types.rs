@@ -1,4 +1,5 @@
-//! The contract between agent and control plane: bodies and answers. The OpenAPI document is made of these types.
+//! The contract between agent and control plane: the bodies of requests and answers. The OpenAPI
+//! document is made of these types.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +10,8 @@ use crate::base::encoding::hex;
 use crate::base::secret::Secret;
 use crate::frp::{TunnelConfig, TunnelState};
 
-/// Header that carries the base64 of an ECDSA P-256 signature (ASN.1) over the exact bytes of the body of a registration.
+/// Header with the base64 of an ECDSA P-256 signature (ASN.1) over the exact bytes of the body of a
+/// registration.
 pub const SIGNATURE: &str = "pipeops-signature";
 
 macro_rules! wire {
@@ -119,15 +121,16 @@ wire! {
         credential: Secret,
         credential_expires_at: String,
     }
-    /// An operation as everybody may see it, also the body of `POST …/{id}/operations/{op}/result`: what was asked in detail, which
-    /// may hold secrets, stands nowhere in it.
+    /// An operation as everybody may see it, also the body of `POST …/{id}/operations/{op}/result`:
+    /// what was asked in detail, which may hold secrets, stands nowhere in it.
     Operation {
-        /// `o-` and 32 hex digits: it follows from who asks, and from the key that it was asked for under.
+        /// `o-` and 32 hex digits: it follows from who asks, and from the key that it was asked for
+        /// under.
         id: String,
         /// `apply`, `delete`, `scale`, `restart`, `cordon` or `uncordon`.
         kind: String,
         state: OperationState,
-        /// Who asked: the `sub` of his token.
+        /// Who asked: the `sub` of the token.
         subject: String,
         /// Why it failed, or what it is at.
         message: String,
@@ -141,7 +144,8 @@ wire! {
     ObjectOutcome {
         /// `Deployment production/web`.
         object: String,
-        /// `applied`, `created`, `deleted`, `absent`, `scaled`, `restarted`, `cordoned`, `uncordoned`; then `ready`.
+        /// `applied`, `created`, `deleted`, `absent`, `scaled`, `restarted`, `cordoned`,
+        /// `uncordoned`; then `ready`.
         outcome: String,
     }
     /// Every error, with a stable code.
@@ -194,17 +198,19 @@ impl OperationState {
     }
 }
 
-/// Header with which a caller makes a request that may be sent twice mean one operation.
+/// Header that makes a request which is sent twice mean one operation.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
-/// Id of the operation that `subject` asks for under `key`: whoever carries the request, it is the same one.
+/// Id of the operation that `subject` asks for under `key`: the same one, whatever carries the
+/// request.
 pub fn operation_id(subject: &str, key: &str) -> String {
     format!("o-{}", &hex(&Sha256::digest(format!("{subject}\0{key}")))[..32])
 }
 
 /// A key that an operation may be asked for under: 1 to 128 printable characters.
 pub fn check_idempotency_key(key: Option<&str>) -> Result<&str, &'static str> {
-    let wrong = "an operation needs a header Idempotency-Key of 1 to 128 printable characters: the same for each try of the same thing";
+    let wrong = "an operation needs a header Idempotency-Key of 1 to 128 printable characters: the \
+                 same for each try of the same thing";
     key.filter(|k| (1..=128).contains(&k.len()) && k.bytes().all(|b| b.is_ascii_graphic()))
         .ok_or(wrong)
 }
@@ -217,20 +223,21 @@ pub enum Directive {
     Register,
     RotateCredential,
     Drain,
-    /// One that this version does not know: passed over.
+    /// One that this version does not know: ignored.
     #[serde(other)]
     Unknown,
 }
 
-/// Clocks that differ by less are the same, seconds.
+/// Difference of two clocks that is tolerated, seconds.
 pub const LEEWAY: i64 = 30;
 
-/// The id that follows from a public key, DER of its SubjectPublicKeyInfo: `a-` and 32 hex digits of its SHA-256.
+/// The id of an agent with this public key, DER of its SubjectPublicKeyInfo: `a-` and 32 hex digits
+/// of its SHA-256.
 pub fn agent_id_of(spki: &[u8]) -> String {
     format!("a-{}", &hex(&Sha256::digest(spki))[..32])
 }
 
-/// Where the control plane of PipeOps answers when nothing else is said.
+/// The control plane of PipeOps, when no other one is configured.
 pub const DEFAULT_CONTROL_PLANE: &str = "https://control.pipeops.io";
 
 #[cfg(test)]

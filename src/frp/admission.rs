@@ -8,11 +8,13 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Strangers inside at once: enough for every agent to come back within seconds, few enough for the memory of their handshakes.
+/// Connections being admitted at a time: enough for every agent to come back within seconds, few
+/// enough for the memory of their handshakes.
 const MAX_ADMITTED: usize = 256;
 /// Of these, from one address.
 const MAX_PER_ADDRESS: usize = 64;
-/// Before the limiter and inside, from one address: a fleet behind one router fits, what is beyond is hung up on.
+/// Waiting or being admitted, from one address: a fleet behind one router fits. What comes beyond
+/// that is closed.
 const MAX_WAITING: usize = 4096;
 
 /// Clones are the same limiter.
@@ -27,14 +29,14 @@ struct AddressQueue {
     admitted: usize,
 }
 
-/// The right to be inside, until it is dropped.
+/// The right to be admitted, until it is dropped.
 pub struct AdmissionPermit {
     _all: OwnedSemaphorePermit,
     _permit: OwnedSemaphorePermit,
     _slot: QueueSlot,
 }
 
-/// A place before the limiter or inside.
+/// A place in the queue of an address, until it is dropped.
 struct QueueSlot {
     limiter: AdmissionLimiter,
     from: IpAddr,
@@ -52,7 +54,7 @@ impl Drop for QueueSlot {
     }
 }
 
-/// Whom an address stands for: with IPv6 a network of its own.
+/// The key that addresses of one user share: with IPv6 a network is assigned to one user.
 pub fn rate_limit_key(from: IpAddr) -> IpAddr {
     match from.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
@@ -71,7 +73,7 @@ impl AdmissionLimiter {
         self.queues.lock()
     }
 
-    /// Waits for its turn; `None` when too many of the same address wait already.
+    /// Waits until it is admitted; `None` when too many of the same address wait already.
     pub async fn acquire(&self, from: IpAddr) -> Option<AdmissionPermit> {
         let from = rate_limit_key(from);
         let permits = {
@@ -125,7 +127,7 @@ mod tests {
         assert!(rest[0].as_mut().now_or_never().is_none(), "in turn");
         assert!(first.now_or_never().unwrap().is_some());
         drop((inside, waiting));
-        assert!(limiter.queues().is_empty(), "nobody is remembered");
+        assert!(limiter.queues().is_empty(), "no address is remembered");
     }
 
     #[test]

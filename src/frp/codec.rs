@@ -1,4 +1,5 @@
-//! Layers of a work connection: AES-CFB and snappy, as a proxy's `use_encryption` and `use_compression` ask for.
+//! Layers of a work connection: AES-CFB and snappy, as a proxy's `use_encryption` and
+//! `use_compression` ask for.
 //!
 //! Order on the wire: plaintext, snappy, cipher, stream (fatedier/frp `client/proxy/proxy.go`).
 
@@ -15,12 +16,12 @@ pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 pub type Io = Box<dyn Duplex>;
 
-/// Taken in one write; bounds what a layer holds.
+/// Most bytes that one write takes: it bounds what a layer holds.
 const MAX_WRITE: usize = 16 * 1024;
 
-/// How a layer turns bytes into others.
+/// How a layer encodes and decodes.
 trait Codec: Unpin {
-    /// Appends the coded form of `plain` to `out`, whole: what is written can be read by the peer at once.
+    /// Appends all of `plain`, encoded, to `out`: the peer can read at once what was written.
     fn encode(&mut self, plain: &[u8], out: &mut Vec<u8>) -> io::Result<()>;
     /// Appends what can be decoded by now to `out`.
     fn decode(&mut self, coded: &mut [u8], out: &mut Vec<u8>) -> io::Result<()>;
@@ -31,7 +32,7 @@ struct CodecStream<S, C> {
     codec: C,
     /// Encoded and not written yet.
     pending: Vec<u8>,
-    /// Decoded and not read yet, from `taken` on.
+    /// Decoded and not read yet, from index `taken` on.
     plain: Vec<u8>,
     taken: usize,
     space: Box<[u8]>,
@@ -143,8 +144,8 @@ pub fn encrypted<S: Duplex>(inner: S, key: &Key) -> impl Duplex + use<S> {
     CodecStream::new(inner, Cipher { encrypt: Encrypt::new(key), decrypt: Decrypt::new(key) })
 }
 
-/// Snappy's framing format (google/snappy `framing_format.txt`): each write becomes a chunk at once, as golang/snappy's
-/// unbuffered writer does it.
+/// Snappy's framing format (google/snappy `framing_format.txt`): each write becomes a chunk at
+/// once, as golang/snappy's unbuffered writer does it.
 struct Snappy {
     encoder: snap::write::FrameEncoder<Vec<u8>>,
     coded: Vec<u8>,

@@ -26,14 +26,14 @@ pub struct TunnelConfig {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct TunnelTls {
-    /// Off, anybody on the way sees the login; what callers and agent say stays sealed between them. Refused like a server that
-    /// nobody proves.
+    /// Off, anybody on the way sees the login; what callers and agent say stays sealed between
+    /// them. Refused like a server that nobody proves.
     pub enable: bool,
     pub ca_pem: Option<String>,
     pub pin: Option<String>,
     pub server_name: Option<String>,
-    /// Send 0x17 before the handshake: for servers that share their port with an HTTPS vhost, and for old ones. A server
-    /// that hangs up on a handshake without it is tried with it.
+    /// Send 0x17 before the handshake: for servers that share their port with an HTTPS vhost, and
+    /// for old ones. A server that hangs up on a handshake without it is tried with it.
     pub custom_first_byte: bool,
 }
 

@@ -1,4 +1,4 @@
-//! The way to an FRP server: name, TCP, TLS, multiplexer, each within its own time.
+//! Connecting to an FRP server: DNS, TCP, TLS, multiplexer, each within its own time.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -23,20 +23,21 @@ use crate::frp::mux::{Limits, Mux, Side};
 pub const STAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Head start of an address over the next one.
 const STAGGER: Duration = Duration::from_millis(250);
-/// Not acknowledged, or not taken, for this long: a multiplexer's connection is given up by the kernel.
+/// The kernel gives up a multiplexer's connection when the peer has acknowledged or taken nothing
+/// for this long.
 const USER_TIMEOUT_MS: u32 = 12_000;
-/// What a multiplexer's connection holds in the kernel beyond what is on its way, bytes. All of it is sent before the next frame,
-/// whoever's that is: with the megabytes of Linux's default a key that is pressed in a shell waits behind a copy, for seconds on a slow
-/// line.
-const UNSENT: u32 = 128 * 1024;
+/// Most bytes that the kernel holds unsent for a multiplexer's connection. They are sent before the
+/// next frame of any stream: with the megabytes of Linux's default, a key pressed in a shell waits
+/// behind a copy, for seconds on a slow line.
+const MAX_UNSENT: u32 = 128 * 1024;
 /// First keepalive after this much silence, and the next ones; seconds, as Go's and so frp's.
 const KEEPALIVE: u32 = 15;
 
-/// Why there is no connection: the stage that failed, in one line.
+/// Why a connection failed: the stage and the reason, in one line.
 #[derive(Debug)]
 pub struct DialError {
     pub why: String,
-    /// Nothing came back at all: the network swallows what is sent, or nobody is there.
+    /// Nothing came back at all: packets are dropped, or the host is down.
     pub unanswered: bool,
 }
 
@@ -46,12 +47,12 @@ impl From<String> for DialError {
     }
 }
 
-/// Everything that a connection needs, checked.
+/// Connects to one FRP server, with settings that have been checked.
 #[derive(Clone)]
 pub struct Dialer {
     server: String,
     port: u16,
-    /// None where the settings want no TLS.
+    /// None when the settings turn TLS off.
     tls: Option<(TlsConnector, ServerName<'static>)>,
     /// Whether 0x17 goes before the handshake; learned from a server that wants it.
     custom_first_byte: Arc<AtomicBool>,
@@ -61,10 +62,11 @@ pub struct Dialer {
 /// A handshake that failed.
 struct HandshakeError {
     error: DialError,
-    /// The server hung up or knows no such name: an old one does the first, one that shares its port with an HTTPS vhost the
-    /// second, when the byte is missing (fatedier/frp `pkg/util/net/tls.go`, `pkg/util/vhost/https.go`).
+    /// The server closed the connection or knows no such name: an old one does the first, one that
+    /// shares its port with an HTTPS vhost the second, when the byte is missing (fatedier/frp
+    /// `pkg/util/net/tls.go`, `pkg/util/vhost/https.go`).
     wants_byte: bool,
-    /// The server showed a certificate, and it is not believed.
+    /// The server showed a certificate that is not trusted.
     certificate: bool,
 }
 
@@ -78,12 +80,17 @@ impl Dialer {
         let tls = &config.tls;
         let pins = tls.pin.iter().map(|p| Pin::parse(p)).collect::<Result<Vec<_>, _>>()?;
         if !tls.enable && !allow_insecure {
-            return Err("the tunnel is to go without TLS: anybody on the way reads and changes it; enable TLS at the control plane, or set allow-insecure-tunnel here".into());
+            return Err(
+                "the tunnel is to go without TLS: anybody on the way reads and changes it; \
+                        enable TLS at the control plane, or set allow-insecure-tunnel here"
+                    .into(),
+            );
         }
         let accept_any = tls.ca_pem.is_none() && pins.is_empty();
         if accept_any && !allow_insecure {
             return Err(
-                "the tunnel has neither CA nor pin: anybody could stand in between; set one at the control plane, or allow-insecure-tunnel here"
+                "the tunnel has neither CA nor pin: anybody could stand in between; set one at the \
+                 control plane, or allow-insecure-tunnel here"
                     .into(),
             );
         }
@@ -111,7 +118,8 @@ impl Dialer {
         let byte = self.custom_first_byte.load(Relaxed);
         match self.handshake(tls, name, tcp, byte).await {
             Err(first) if first.wants_byte && !byte => {
-                // a server that does not know the byte says so in its own way: only its certificate tells more than the hanging up
+                // how a server refuses the byte says less than its first answer, except when it is
+                // about its certificate
                 let again = self.handshake(tls, name, self.tcp().await?, true).await;
                 let again =
                     again.map_err(
@@ -189,7 +197,7 @@ impl Dialer {
         }
     }
 
-    /// Connects; what else has to run for the connection goes into `tasks`, and ends it when it is aborted.
+    /// Connects. What has to run for the connection goes into `tasks`; aborting them ends it.
     ///
     /// # Errors
     /// The stage that failed, and why, in one line.
@@ -219,7 +227,7 @@ impl std::fmt::Display for Dialer {
     }
 }
 
-/// Something that gives byte streams to the server.
+/// A connection that opens byte streams to the server.
 #[derive(Clone)]
 pub enum Carrier {
     Mux(Mux),
@@ -246,7 +254,7 @@ impl Carrier {
         }
     }
 
-    /// How long nothing was received, where that can be told.
+    /// How long nothing was received, where it is known.
     pub fn silence(&self) -> Option<Duration> {
         match self {
             Carrier::Mux(mux) => Some(mux.silence()),
@@ -275,8 +283,9 @@ async fn race(addresses: Vec<IpAddr>, port: u16) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// Small writes go at once, and a peer that is gone is noticed. One that takes nothing is given up by the kernel where a
-/// multiplexer reads at the other end, which always does; whoever reads a connection of his own may pause for as long as he likes.
+/// Small writes are sent at once, and a peer that is gone is noticed. A peer that takes nothing is
+/// given up only where it is a multiplexer, which always reads; a user with a connection of its own
+/// may pause for as long as it likes.
 pub fn set_socket_options(stream: &TcpStream, muxed: bool) {
     use nix::sys::socket::{setsockopt, sockopt};
     let _ = stream.set_nodelay(true);
@@ -285,6 +294,6 @@ pub fn set_socket_options(stream: &TcpStream, muxed: bool) {
     let _ = setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE);
     if muxed {
         let _ = setsockopt(stream, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS);
-        let _ = socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT);
+        let _ = socket2::SockRef::from(stream).set_tcp_notsent_lowat(MAX_UNSENT);
     }
 }

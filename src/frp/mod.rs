@@ -1,4 +1,4 @@
-//! The FRP protocol: what agent and control plane speak with each other, and with genuine frps and
+//! The FRP protocol, between agent and control plane and with genuine frps and
 //! frpc of many versions.
 
 pub mod admission;

@@ -1,7 +1,8 @@
 //! FRP wire protocol version 1: bytes and values, digests, the control channel's cipher.
 //!
-//! Facts from fatedier/frp v0.70.1 (`pkg/msg/msg.go`, `pkg/auth/token.go`) and fatedier/golib (`msg/json/process.go`,
-//! `crypto/encode.go`); checked beside genuine ones of five generations by `tests/it/genuine.rs`.
+//! Facts from fatedier/frp v0.70.1 (`pkg/msg/msg.go`, `pkg/auth/token.go`) and fatedier/golib
+//! (`msg/json/process.go`, `crypto/encode.go`); checked beside genuine ones of five generations by
+//! `tests/it/genuine.rs`.
 
 use aes::Aes128;
 use cfb_mode::cipher::KeyIvInit as _;
@@ -16,15 +17,16 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use crate::base::encoding::hex;
 use crate::base::secret::Secret;
 
-/// What both halves say they are. Servers of many years turn away a login whose version is below 0.18.0 (fatedier/frp
-/// `utils/version/version.go`, in 0.31 as in 0.5x), so it has to be one of frp's: that whose protocol this is, with ours behind it.
+/// The version that client and server announce. Servers of many years refuse a login whose version
+/// is below 0.18.0 (fatedier/frp `utils/version/version.go`, in 0.31 as in 0.5x), so it has to be
+/// one of frp's: the version of this protocol, with ours behind it.
 pub const VERSION: &str = concat!("0.70.1+pipeops.", env!("CARGO_PKG_VERSION"));
 /// Longest body of a message, both ways; a longer one ends the peer's read loop.
 pub const MAX_BODY: usize = 10240;
 /// Type byte and length.
 pub const HEADER: usize = 9;
 
-/// What is wrong with bytes that should be a message.
+/// Why bytes are no message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     #[error("unknown message type 0x{0:02x}")]
@@ -66,7 +68,7 @@ macro_rules! messages {
                 match self { $(Message::$name(m) => serde_json::to_vec(m).unwrap_or_default(),)* }
             }
 
-            /// Parses a body as Go does: `null` counts as absent, unknown keys are passed over.
+            /// Parses a body as Go does: `null` counts as absent, unknown keys are ignored.
             ///
             /// # Errors
             /// An unknown type, or a body that is no JSON object of the right types.
@@ -142,7 +144,8 @@ impl Message {
     }
 }
 
-/// Reads one message, not a byte more: what follows on the stream is payload or ciphertext. Not cancel-safe.
+/// Reads one message and not a byte more: what follows on the stream is payload or ciphertext. Not
+/// cancel-safe.
 ///
 /// # Errors
 /// I/O errors as they are; a wrong message as `InvalidData`.
@@ -172,7 +175,8 @@ pub async fn write<W: AsyncWrite + Unpin>(
     to.flush().await
 }
 
-/// `hex(md5(token || seconds))`: proves the token for a time that the sender names; a server does not judge the time.
+/// `hex(md5(token || seconds))`: proves the token for a time that the sender names; a server does
+/// not judge the time.
 pub fn privilege_key(token: &Secret, timestamp: i64) -> String {
     let mut md5 = Md5::new();
     md5.update(token.expose());
@@ -180,7 +184,7 @@ pub fn privilege_key(token: &Secret, timestamp: i64) -> String {
     hex(&md5.finalize())
 }
 
-/// A fresh run id: 128 random bits, since it is what binds work connections to a session.
+/// A new run id: 128 random bits, as it alone binds work connections to a session.
 pub fn fresh_run_id() -> String {
     hex(&random::<16>())
 }
@@ -195,7 +199,8 @@ fn random<const N: usize>() -> [u8; N] {
     bytes
 }
 
-/// Key of a cipher: of the control channel from the token, of a visitor's leg from the proxy's secret key.
+/// Key of a cipher. That of the control channel is derived from the token, that of a visitor from
+/// the proxy's secret key.
 #[derive(Clone)]
 pub struct Key([u8; 16]);
 
@@ -253,7 +258,7 @@ impl Decrypt {
         Decrypt { key: key.clone(), head: Vec::new(), cipher: None }
     }
 
-    /// Turns `bytes` into plaintext where they stand; gives how many of the first bytes belonged to the IV.
+    /// Decrypts `bytes` in place; gives how many of the first bytes belong to the IV.
     pub fn pull(&mut self, bytes: &mut [u8]) -> usize {
         let mut taken = 0;
         if self.cipher.is_none() {

@@ -1,5 +1,6 @@
-//! Refusals and faults, in the words of whoever reads them: `{code, message, hint}` for our own calls, and below `/k8s` a `Status`,
-//! which is the only thing that kubectl, helm and client-go show the message of (kubernetes/apimachinery `pkg/apis/meta/v1/types.go`).
+//! Error answers in the form that the client reads: `{code, message, hint}` for our own paths, and
+//! below `/k8s` a `Status`, the only form whose message kubectl, helm and client-go show
+//! (kubernetes/apimachinery `pkg/apis/meta/v1/types.go`).
 
 use std::borrow::Cow;
 
@@ -16,12 +17,13 @@ use crate::kubernetes::upstream::Body;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
     pub status: u16,
-    /// Stable: programs judge by it.
+    /// Stable: programs depend on it.
     pub code: &'static str,
     pub message: Cow<'static, str>,
     pub hint: Option<&'static str>,
-    /// Seconds after which the same request is worth another try. client-go then tries ten times before it says a word
-    /// (kubernetes/client-go `rest/with_retry.go`), so it stands only where a moment is likely to help.
+    /// Seconds after which the same request may succeed. client-go then tries ten times before it
+    /// reports an error (kubernetes/client-go `rest/with_retry.go`), so it is set only where
+    /// waiting helps.
     pub retry_after: Option<u32>,
 }
 
@@ -41,7 +43,7 @@ impl ApiError {
         self
     }
 
-    /// As our own calls answer.
+    /// The answer on our own paths.
     pub fn plain(&self) -> Response<Body> {
         let mut body = json!({"code": self.code, "message": self.message});
         if let Some(hint) = self.hint {
@@ -50,8 +52,9 @@ impl ApiError {
         self.answer(body.to_string())
     }
 
-    /// As a Kubernetes API answers. It is JSON whatever was asked for: clients decode an answer by its type. Of what a cluster serves
-    /// (`discovery`) they do not: kubectl then shows a text of its own, and beside it what a `Warning` says (kubernetes/client-go
+    /// As a Kubernetes API answers. It is JSON whatever was asked for: clients decode an answer by
+    /// its type. Of what a cluster serves (`discovery`) they do not: kubectl then shows a text of
+    /// its own, and beside it what a `Warning` says (kubernetes/client-go
     /// `discovery/discovery_client.go`, `rest/warnings.go`).
     pub fn status(&self, discovery: bool) -> Response<Body> {
         // the one text that clients show
@@ -110,7 +113,8 @@ pub fn is_discovery(path: &str) -> bool {
     }
 }
 
-/// The reason that clients know for a status, as `NewGenericServerResponse` of kubernetes/apimachinery `pkg/api/errors` maps them.
+/// The reason that clients know for a status, as `NewGenericServerResponse` of
+/// kubernetes/apimachinery `pkg/api/errors` maps them.
 fn reason(status: u16) -> Option<&'static str> {
     Some(match status {
         400 => "BadRequest",
@@ -132,7 +136,7 @@ fn reason(status: u16) -> Option<&'static str> {
     })
 }
 
-/// An answer of one piece that nobody keeps.
+/// An answer in one piece that no cache keeps.
 pub(crate) fn plain(status: u16, kind: &'static str, body: String) -> Response<Body> {
     let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
     let mut answer = Response::new(body);

@@ -1,4 +1,4 @@
-//! The one door to Kubernetes: objects by server-side apply, readiness, tokens.
+//! The client of the Kubernetes API: objects by server-side apply, readiness, tokens.
 
 use std::time::Duration;
 
@@ -15,9 +15,9 @@ use crate::host::Host;
 
 /// Field manager of everything that the installer applies.
 pub const MANAGER: &str = "pipeops";
-/// A request is answered within this, body and all; watches have their own time.
+/// Time for a request and its whole answer; watches have their own.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
-/// An API server that is too busy, or just starting, is asked again after these.
+/// Waits before a request is repeated when the API server is busy or starting.
 const RETRIES: [Duration; 3] =
     [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
 
@@ -27,7 +27,7 @@ pub struct Cluster {
     pub(super) client: kube::Client,
 }
 
-/// Kinds without a namespace among those that we ever touch.
+/// Kinds without a namespace among those that we use.
 const CLUSTER_SCOPED: &[&str] = &[
     "Namespace",
     "ClusterRole",
@@ -129,10 +129,11 @@ impl Cluster {
             .unwrap_or_default())
     }
 
-    /// Server-side apply without force: a field that somebody else owns is a conflict, not ours to take.
+    /// Server-side apply without force: a field that another manager owns is a conflict.
     ///
     /// # Errors
-    /// [`CONFLICT`] as a [`Failure`] when somebody else set a field to another value; else what the API server said.
+    /// [`CONFLICT`] as a [`Failure`] when another manager set a field to another value; else what
+    /// the API server said.
     pub async fn apply(&self, object: &Value, dry: bool) -> anyhow::Result<Value> {
         let dry = if dry { "&dryRun=All" } else { "" };
         let path = format!("{}?fieldManager={MANAGER}&force=false{dry}", path_of(object)?);
@@ -150,7 +151,7 @@ impl Cluster {
         self.send(Method::POST, path, "application/json", body.to_string().into_bytes()).await
     }
 
-    /// Deletes; absent is fine.
+    /// Deletes. An object that is absent is no error.
     pub async fn delete(&self, path: &str) -> Result<(), kube::Error> {
         let body = json!({"propagationPolicy": "Background"}).to_string().into_bytes();
         match self.send(Method::DELETE, path, "application/json", body).await {
@@ -160,7 +161,8 @@ impl Cluster {
         }
     }
 
-    /// Whether the object stands as wanted: a dry run of the apply changes nothing. `None` when it is not there.
+    /// Whether the object is as it would be applied: a dry run of the apply changes nothing. `None`
+    /// when it is not there.
     pub async fn is_applied(&self, object: &Value) -> anyhow::Result<Option<bool>> {
         let Some(now) = self
             .get(&path_of(object)?)
@@ -173,7 +175,7 @@ impl Cluster {
         Ok(Some(without_server_fields(now) == without_server_fields(then)))
     }
 
-    /// What keeps the pods that carry these labels from their work; `None` too where they cannot be read.
+    /// Why the pods with these labels do not run; `None` also when they cannot be read.
     pub async fn pods_trouble(&self, namespace: &str, selector: &str) -> Option<String> {
         let selector: String = url::form_urlencoded::byte_serialize(selector.as_bytes()).collect();
         readiness::pods(
@@ -184,7 +186,7 @@ impl Cluster {
         )
     }
 
-    /// Why a Deployment or StatefulSet has not what it wants, and which of its pods stands in the way.
+    /// Why a Deployment or StatefulSet is not ready, and which of its pods is the cause.
     pub async fn replicas_trouble(&self, namespace: &str, object: &Value) -> Option<String> {
         let why = readiness::replicas(object)?;
         let pods = match readiness::selector(object) {
@@ -207,7 +209,8 @@ impl Cluster {
     }
 }
 
-/// Whether a status speaks of this moment only: an API server that is too busy, or one that begins or ends behind what stands in front.
+/// Whether a status is likely to pass: an API server that is too busy, or one that starts or stops
+/// behind a proxy.
 pub fn is_transient(status: u16) -> bool {
     matches!(status, 429 | 502..=504)
 }
@@ -220,17 +223,18 @@ pub fn status(error: &kube::Error) -> Option<u16> {
     }
 }
 
-/// Code of the failure when somebody else has set a field that we apply.
+/// Code of the failure when another manager has set a field that we apply.
 pub const CONFLICT: &str = "FIELD_CONFLICT";
 
-/// A field that somebody else owns: its path, and the field manager that set it.
+/// A field that another manager owns: its path and that manager.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct OwnedField {
     field: String,
     manager: String,
 }
 
-/// The fields of a refused apply (`FieldManagerConflict` in the causes of a Status, kubernetes.io "Server-Side Apply").
+/// The fields of a refused apply (`FieldManagerConflict` in the causes of a Status, kubernetes.io
+/// "Server-Side Apply").
 fn field_conflicts(error: &kube::Error) -> Option<Vec<OwnedField>> {
     let kube::Error::Api(status) = error else { return None };
     let causes = status
@@ -246,7 +250,8 @@ fn field_conflicts(error: &kube::Error) -> Option<Vec<OwnedField>> {
     (status.code == 409 && !owned.is_empty()).then_some(owned)
 }
 
-/// A conflict in words: whose is what, and the way out. Values are left out, for a field may hold a secret.
+/// A conflict as a failure: who owns which field, and what to do. Values are left out: a field may
+/// hold a secret.
 fn conflict_failure(object: &Value, owned: &[OwnedField]) -> Failure {
     let title = title_of(object);
     let mut failure = Failure::new(
@@ -267,7 +272,7 @@ fn conflict_failure(object: &Value, owned: &[OwnedField]) -> Failure {
     ))
 }
 
-/// An object less what the server keeps about the writing itself.
+/// An object without what the server records about writes.
 fn without_server_fields(mut object: Value) -> Value {
     if let Some(meta) = object.get_mut("metadata").and_then(Value::as_object_mut) {
         for key in ["managedFields", "resourceVersion", "generation"] {

@@ -1,4 +1,4 @@
-//! Which headers of a caller pass, and which requests are refused for what they carry.
+//! Which headers of a caller pass, and which requests are refused for their headers.
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
@@ -7,7 +7,7 @@ use http::{Method, StatusCode, Version};
 use crate::contract::token::Caller;
 use crate::kubernetes::path;
 
-/// Most bytes of a header block.
+/// Most bytes of all headers together.
 const MAX_HEADER_BYTES: usize = 16 * 1024;
 
 /// A refusal: status, code, message.
@@ -26,7 +26,7 @@ const HOP_BY_HOP: &[&str] = &[
     "upgrade",
 ];
 
-/// Dropped: they speak of the caller to somebody who believes them.
+/// Dropped: some servers trust what they say about the caller.
 const DROPPED: &[&str] = &[
     "authorization",
     "host",
@@ -39,7 +39,7 @@ const DROPPED: &[&str] = &[
 ];
 const DROPPED_PREFIXES: &[&str] = &["x-remote-", "x-forwarded-", "x-real-ip", "proxy-"];
 
-/// Judges framing and form before anything is read of a request.
+/// Checks the framing and form of a request before its body is read.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -111,7 +111,8 @@ pub fn requested_upgrade(parts: &Parts) -> Result<Option<HeaderValue>, Rejection
     }
 }
 
-/// Which headers speak of one connection and are never passed on: the known ones, and those that `Connection` names.
+/// Whether a header is meant for one connection and never passed on: the known ones, and those that
+/// `Connection` names.
 pub fn hop_by_hop(headers: &HeaderMap) -> impl Fn(&str) -> bool + use<> {
     let named = listed(headers, header::CONNECTION);
     move |name| is_hop_by_hop(&named, name)
@@ -138,8 +139,8 @@ fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
         .collect()
 }
 
-/// The headers that go to the API server: the caller's clean ones, then who he is. Identity in a caller's header is refused, not
-/// dropped: dropping would hide the attack.
+/// The headers that go to the API server: those of the caller that pass, then its identity.
+/// Identity in a caller's header is refused, not dropped: dropping would hide the attack.
 ///
 /// # Errors
 /// A header that claims an identity.
@@ -156,7 +157,7 @@ pub fn request_headers(
     let mut out = HeaderMap::with_capacity(headers.len() + 6);
     for (name, value) in headers {
         let text = name.as_str();
-        // whatever follows: no honest client has a header that begins so
+        // whatever follows: no legitimate client sends a header that begins like this
         if text.starts_with("impersonate") {
             return Err((
                 400,
@@ -164,7 +165,8 @@ pub fn request_headers(
                 "who a request is from is decided here, and no Impersonate header is taken: leave out --as, --as-group and --as-uid",
             ));
         }
-        // the API server takes a bearer token from this one too (kubernetes/apiserver, authentication/request/websocket)
+        // the API server takes a bearer token from this one too (kubernetes/apiserver,
+        // authentication/request/websocket)
         if name == header::SEC_WEBSOCKET_PROTOCOL
             && value
                 .as_bytes()
@@ -200,7 +202,8 @@ pub fn request_headers(
     Ok(out)
 }
 
-/// What an answer says to the browser about the server's own name: here it would hold for another server, the one in between.
+/// What tells a browser something about the server's own origin: here it would apply to the origin
+/// of the proxy.
 const ORIGIN_BOUND: &[&str] = &[
     "alt-svc",
     "clear-site-data",
@@ -217,8 +220,8 @@ const ORIGIN_BOUND: &[&str] = &[
 ];
 const ORIGIN_BOUND_PREFIXES: &[&str] = &["access-control-"];
 
-/// A place that a server names, as seen from in front of `prefix`: a path of its own, and nothing that another reader could take for
-/// a place elsewhere.
+/// A location of the server, as the caller sees it below `prefix`: only a path, and nothing that
+/// another reader could take for another server.
 fn rewrite_location(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
     let text = value.to_str().ok()?;
     let path = text.split(['?', '#']).next()?;
@@ -226,8 +229,9 @@ fn rewrite_location(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
     HeaderValue::from_str(&format!("{prefix}{text}")).ok()
 }
 
-/// The headers of an answer that go to the caller, who sees the server below `prefix`. `None` for a redirect that leads elsewhere;
-/// where nobody is redirected a place that cannot be named from here is left out (RFC 9110 §10.2.2, §8.7).
+/// The headers of an answer that go to the caller, who sees the server below `prefix`. `None` for a
+/// redirect that leads elsewhere; without a redirect, a location that the caller cannot reach is
+/// left out (RFC 9110 §10.2.2, §8.7).
 pub fn response_headers(
     status: StatusCode,
     headers: &HeaderMap,
@@ -252,7 +256,7 @@ pub fn response_headers(
             out.append(name, value.clone());
         }
     }
-    // what a cluster answers is data, in whatever browser it ends up
+    // for a browser, what a cluster answers is data
     out.insert("content-security-policy", HeaderValue::from_static("sandbox"));
     out.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
     Some(out)

@@ -1,4 +1,5 @@
-//! The Kubernetes API as a client sees it: objects, watches, readiness, and requests that are passed through.
+//! The Kubernetes API as a client sees it: objects, watches, readiness, and requests that are
+//! passed through.
 
 pub mod answer;
 pub mod client;

@@ -1,4 +1,5 @@
-//! What a request to the Kubernetes API means, decided on the decoded path, and whether a namespace claim lets it through.
+//! What a request to the Kubernetes API means, by its decoded path, and whether the namespaces of a
+//! token allow it.
 //!
 //! Reading of paths as in kubernetes/apiserver `pkg/endpoints/request/requestinfo.go`.
 
@@ -10,7 +11,7 @@ const MAX_LENGTH: usize = 4096;
 /// A request to the Kubernetes API.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KubernetesPath {
-    /// The path that is sent on: what was judged, encoded again.
+    /// The path that is sent on: what was checked, encoded again.
     pub path: String,
     /// Empty for paths that are no resource.
     pub resource: String,
@@ -31,10 +32,11 @@ pub enum PathError {
     Scope,
 }
 
-/// Decodes and judges the raw path below `/k8s`.
+/// Decodes and checks the raw path below `/k8s`.
 ///
 /// # Errors
-/// A path that two readers could read differently, or that leads through the API server to something else.
+/// A path that two readers could read differently, or that leads through the API server to
+/// something else.
 pub fn parse(raw: &str) -> Result<KubernetesPath, PathError> {
     if raw.len() > MAX_LENGTH {
         return Err(PathError::Invalid("it is longer than 4096 bytes"));
@@ -89,7 +91,7 @@ fn decode_segment(raw: &str) -> Result<String, PathError> {
         bytes.push(decoded);
     }
     let text = String::from_utf8(bytes).map_err(|_| PathError::Invalid("it is not UTF-8"))?;
-    // also with parameters behind it, which some servers cut off before they climb
+    // also with parameters, which some servers remove before they resolve the dots
     if matches!(text.split(';').next(), Some("." | "..")) {
         return Err(PathError::Invalid("a dot segment"));
     }
@@ -128,7 +130,7 @@ fn parse_resource(segments: &[String], target: &mut KubernetesPath) -> Result<()
     }
     let mut rest: Vec<&str> = parts.collect();
     match rest.first().copied() {
-        // the old form of watches and of the proxy verb: other rules of reading, and nobody needs them
+        // the old form of watches and of the proxy verb: no client needs its other rules
         Some("watch") => {
             return Err(PathError::Invalid("a path with `watch` in it: use the query watch=true"));
         }
@@ -159,7 +161,7 @@ fn parse_resource(segments: &[String], target: &mut KubernetesPath) -> Result<()
 }
 
 impl KubernetesPath {
-    /// Whether a caller who is limited to `namespaces` may ask this.
+    /// Whether a caller that is limited to `namespaces` may send this.
     ///
     /// # Errors
     /// [`PathError::Scope`].

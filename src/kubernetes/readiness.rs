@@ -1,11 +1,12 @@
-//! The one judge of readiness: what is not as it should be, and why, read from the objects themselves.
+//! Readiness, in one place: what is not ready, and why, read from the objects themselves.
 //!
-//! Every function answers `None` when all is well. Reasons are short enough for one line; nothing is asked here.
+//! Every function answers `None` when all is well. Reasons fit on one line; nothing is requested
+//! here.
 
 use jiff::Timestamp;
 use serde_json::Value;
 
-/// Longest piece of somebody else's message that is repeated.
+/// Longest part of a foreign message that is repeated.
 const MOST: usize = 240;
 
 fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
@@ -16,7 +17,7 @@ fn number(value: &Value, pointer: &str) -> i64 {
     value.pointer(pointer).and_then(Value::as_i64).unwrap_or(0)
 }
 
-/// The end of a message that may have many lines: programs say last what stopped them.
+/// The last line of a message: programs say last why they stopped.
 fn brief(message: &str) -> String {
     let line = message.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default();
     let short: String = line.chars().filter(|c| !c.is_control()).take(MOST).collect();
@@ -33,7 +34,8 @@ pub fn node(node: &Value) -> Option<String> {
     }
 }
 
-/// Why a Node says nothing about the kubelet of this k3s: `version` as the kubelets of k3s report it, `""` for any.
+/// Why a Node says nothing about the kubelet of this k3s: `version` as the kubelets of k3s report
+/// it, `""` for any.
 pub fn node_version(node: &Value, version: &str) -> Option<String> {
     let now = text(node, "/status/nodeInfo/kubeletVersion");
     // a kubelet that is not k3s' own has its own numbers
@@ -42,7 +44,8 @@ pub fn node_version(node: &Value, version: &str) -> Option<String> {
     })
 }
 
-/// The kubelet's signs of life: its Ready condition's heartbeat and its Lease's renewal. Both are stamped by the node itself.
+/// The heartbeats of a kubelet: that of its Ready condition and the renewal of its Lease. The node
+/// itself writes both times.
 pub type NodeHeartbeats = [Option<Timestamp>; 2];
 
 pub fn heartbeats(node: &Value, lease: Option<&Value>) -> NodeHeartbeats {
@@ -54,16 +57,17 @@ pub fn heartbeats(node: &Value, lease: Option<&Value>) -> NodeHeartbeats {
     times.map(|t| t.and_then(|t| t.parse().ok()))
 }
 
-/// Whether a sign of life is of the process that was started at `started`, all by this node's clock. Where the clock was set back
-/// since, an older sign looks like one from the future: it proves nothing.
-pub fn fresh(beats: NodeHeartbeats, started: Option<Timestamp>, now: Timestamp) -> bool {
+/// Whether a sign of life is of the process that was started at `started`, all by this node's
+/// clock. Where the clock was set back since, an older sign looks like one from the future: it
+/// proves nothing.
+pub fn is_current(heartbeats: NodeHeartbeats, started: Option<Timestamp>, now: Timestamp) -> bool {
     let Some(started) = started else { return true };
-    let mut seen = beats.into_iter().flatten().peekable();
+    let mut seen = heartbeats.into_iter().flatten().peekable();
     seen.peek().is_none()
         || seen.any(|beat| beat > started && beat.duration_since(now).as_secs() <= 30)
 }
 
-/// Why a Deployment or StatefulSet has not what it wants, pods left aside.
+/// Why a Deployment or StatefulSet is not ready, without its pods.
 pub fn replicas(object: &Value) -> Option<String> {
     let wanted = object["spec"]["replicas"].as_i64().unwrap_or(1);
     let have = number(object, "/status/readyReplicas");
@@ -82,7 +86,8 @@ pub fn replicas(object: &Value) -> Option<String> {
     Some(why)
 }
 
-/// The labels by which a Deployment or StatefulSet finds its pods, as a selector of the API; `None` where it has no plain ones.
+/// The labels by which a Deployment or StatefulSet finds its pods, as a selector of the API; `None`
+/// where it has no plain ones.
 pub fn selector(object: &Value) -> Option<String> {
     let labels = object["spec"]["selector"]["matchLabels"].as_object().filter(|l| !l.is_empty())?;
     let pairs: Vec<String> =
@@ -90,13 +95,13 @@ pub fn selector(object: &Value) -> Option<String> {
     Some(pairs.join(","))
 }
 
-/// What keeps pods from their work, the worst told first; `None` while they just begin.
+/// Why pods do not run, by the most telling one; `None` while they are starting.
 pub fn pods(pods: &[Value]) -> Option<String> {
     let alive = pods.iter().filter(|p| p["metadata"]["deletionTimestamp"].is_null());
     alive.filter_map(pod).max_by_key(|(weight, _)| *weight).map(|(_, why)| why)
 }
 
-/// What is wrong with a pod, and how telling that is.
+/// What is wrong with a pod, and how much that explains.
 fn pod(pod: &Value) -> Option<(u8, String)> {
     let name = text(pod, "/metadata/name");
     let scheduled = condition(pod, "PodScheduled");
@@ -267,22 +272,22 @@ mod tests {
         let (now, start) = (at(100), Some(at(50)));
         let one = |beat| [Some(beat), None];
         assert!(
-            !fresh(one(at(49)), start, now)
-                && !fresh(one(at(50)), start, now)
-                && fresh(one(at(51)), start, now)
+            !is_current(one(at(49)), start, now)
+                && !is_current(one(at(50)), start, now)
+                && is_current(one(at(51)), start, now)
         );
         assert!(
-            fresh([Some(at(1)), Some(at(51))], start, now)
-                && fresh([Some(at(51)), Some(at(1))], start, now)
+            is_current([Some(at(1)), Some(at(51))], start, now)
+                && is_current([Some(at(51)), Some(at(1))], start, now)
         );
         assert!(
-            !fresh([Some(at(3600)), Some(at(3600))], start, now),
+            !is_current([Some(at(3600)), Some(at(3600))], start, now),
             "the clock was set back since"
         );
         assert!(
-            fresh(one(at(110)), start, now)
-                && fresh([None, None], start, now)
-                && fresh(one(at(1)), None, now)
+            is_current(one(at(110)), start, now)
+                && is_current([None, None], start, now)
+                && is_current(one(at(1)), None, now)
         );
         let node = json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-09-21T13:46:40Z"}], "nodeInfo": {"kubeletVersion": "v1.34.1+k3s1"}}});
         let lease = json!({"spec": {"renewTime": "2026-09-21T13:47:00.123456Z"}});

@@ -11,7 +11,8 @@ pub enum RolloutStatus {
     Failed(String),
 }
 
-/// As `kubectl rollout status` and `kubectl wait` judge (kubernetes/kubectl `pkg/polymorphichelpers/rollout_status.go`).
+/// As `kubectl rollout status` and `kubectl wait` judge (kubernetes/kubectl
+/// `pkg/polymorphichelpers/rollout_status.go`).
 pub fn rollout_status(object: &Value) -> RolloutStatus {
     let (spec, status) = (&object["spec"], &object["status"]);
     let number = |v: &Value| v.as_u64().unwrap_or(0);

@@ -1,4 +1,4 @@
-//! The way to an API server that a kubeconfig describes: where, whom to believe, who we are.
+//! HTTP to the API server that a kubeconfig describes: its address, its CA, our identity.
 
 use std::time::Duration;
 
@@ -28,7 +28,8 @@ pub type Body = UnsyncBoxBody<Bytes, BoxError>;
 
 const CONNECT: Duration = Duration::from_secs(4);
 
-/// As kubernetes/client-go `tools/clientcmd/api/v1/types.go` writes it: what of it an agent without a user at the keyboard can use.
+/// The fields of a kubeconfig (kubernetes/client-go `tools/clientcmd/api/v1/types.go`) that an
+/// agent without a user at the keyboard can use.
 #[derive(Default, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 struct Kubeconfig {
@@ -78,7 +79,7 @@ struct User {
     username: Option<IgnoredAny>,
 }
 
-/// What stands in a file, or right here as base64.
+/// The content of a file, or of a field in base64.
 fn text(host: &Host, data: Option<&str>, file: Option<&str>) -> anyhow::Result<Option<String>> {
     match (data, file) {
         (Some(data), _) if !data.is_empty() => {
@@ -131,7 +132,7 @@ impl User {
         Ok(Some((chain.context("the client certificate")?, key)))
     }
 
-    /// The token as it stands now: one in a file is replaced by others.
+    /// The token at this moment: one in a file is replaced from time to time.
     fn bearer(&self, host: &Host) -> anyhow::Result<Option<HeaderValue>> {
         let token = match (&self.token, &self.token_file) {
             (Some(token), _) if !token.is_empty() => token.clone(),
@@ -147,12 +148,13 @@ impl User {
     }
 }
 
-/// Requests to one API server as one identity. Never follows a redirect, never tries again, has no time-out but for the connection.
+/// Requests to one API server as one identity. It follows no redirect, repeats nothing, and has no
+/// time-out but for the connection.
 #[derive(Clone)]
 pub(super) struct Transport {
     client: Client<HttpsConnector<HttpConnector>, Body>,
     base: Uri,
-    /// What a token in a file is read anew from.
+    /// Where a token in a file is read from for each request.
     host: Option<Host>,
     user: std::sync::Arc<User>,
     bearer: Option<HeaderValue>,
@@ -162,14 +164,15 @@ impl Transport {
     /// Keeps at most `idle` connections for later requests.
     ///
     /// # Errors
-    /// The file is absent, is no kubeconfig, or asks for what is not done here; the text says which.
+    /// The file is absent, is no kubeconfig, or needs something that is not supported; the text
+    /// says which.
     pub(super) fn open(host: &Host, kubeconfig: &str, idle: usize) -> anyhow::Result<Transport> {
         let yaml =
             host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
-        Transport::made(host, &yaml, idle).with_context(|| format!("reading {kubeconfig}"))
+        Transport::from_yaml(host, &yaml, idle).with_context(|| format!("reading {kubeconfig}"))
     }
 
-    fn made(host: &Host, yaml: &str, idle: usize) -> anyhow::Result<Transport> {
+    fn from_yaml(host: &Host, yaml: &str, idle: usize) -> anyhow::Result<Transport> {
         // the library's own text shows the lines around the fault, and with them secrets
         let parsed: Kubeconfig = serde_saphyr::from_str(yaml)
             .map_err(|_| anyhow::anyhow!("it is no kubeconfig in YAML"))?;
@@ -219,7 +222,7 @@ impl Transport {
     }
 
     /// # Errors
-    /// When the API server cannot be reached or breaks off before its head.
+    /// When the API server cannot be reached, or closes the connection before it has answered.
     pub(super) async fn send(
         self,
         mut request: Request<Body>,
@@ -259,7 +262,7 @@ mod tests {
     fn refusal(yaml: &str) -> String {
         let root = tempfile::tempdir().unwrap();
         let host = Host::new(root.path(), None);
-        match Transport::made(&host, yaml, 1) {
+        match Transport::from_yaml(&host, yaml, 1) {
             Ok(_) => panic!("taken"),
             Err(e) => format!("{e:#}"),
         }
@@ -291,7 +294,7 @@ mod tests {
         let host = Host::new(root.path(), None);
         let dir = host.state_dir("/s").unwrap();
         dir.write("token", "first\n").unwrap();
-        let transport = Transport::made(
+        let transport = Transport::from_yaml(
             &host,
             &config(
                 json!({"server": "http://127.0.0.1:1/base/"}),

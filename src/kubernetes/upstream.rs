@@ -1,4 +1,5 @@
-//! The Kubernetes API as bytes: requests and answers pass through as streams, with the agent's credential put on.
+//! The Kubernetes API as bytes: requests and answers pass through as streams, with the agent's
+//! credential added.
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -11,11 +12,12 @@ use crate::host::Host;
 /// Connections kept for later requests.
 const IDLE: usize = 32;
 
-/// An API server as one identity. Never follows a redirect, never tries again, has no time-out but for the connection.
+/// An API server as one identity. It follows no redirect, repeats nothing, and has no time-out but
+/// for the connection.
 #[derive(Clone)]
 pub struct Upstream {
     pooled: Transport,
-    /// For upgrades: a connection of its own, closed when the answer is another than 101.
+    /// For upgrades: a connection of its own, closed when the answer is not 101.
     single: Transport,
 }
 
@@ -29,10 +31,10 @@ impl Upstream {
         })
     }
 
-    /// Sends on; the answer's head comes back, its body streams.
+    /// Sends a request; the answer is given as soon as its headers are there, its body streams.
     ///
     /// # Errors
-    /// When the API server cannot be reached or breaks off before its head.
+    /// When the API server cannot be reached, or closes the connection before it has answered.
     pub async fn send(
         &self,
         request: Request<Body>,

@@ -1,4 +1,4 @@
-//! Following a kind of object: one list in small pages, then a watch, again and again.
+//! Following the objects of a kind: a list in small pages, then a watch, repeated.
 
 use futures_util::TryStreamExt as _;
 use http::Request;
@@ -9,7 +9,7 @@ use crate::kubernetes::client::{Cluster, status};
 
 /// What happened to the objects of a kind.
 pub enum Change {
-    /// A new list begins: what was known is void.
+    /// A new list begins: what was known is no longer valid.
     Reset,
     Applied(Value),
     Deleted(Value),
@@ -22,7 +22,8 @@ const PAGE_SIZE: usize = 25;
 /// Seconds after which the API server ends a watch by itself.
 const WATCH_TIMEOUT_S: u32 = 290;
 
-/// Follows until something fails. A kind that the server does not have, or may not be seen, is followed as empty.
+/// Follows until something fails. A kind that the server does not have, or that may not be read,
+/// counts as empty.
 ///
 /// # Errors
 /// Whatever ends the list or the watch but its time.

@@ -1,4 +1,4 @@
-//! The audit log: one line a record, each with its own hash and that of the one before it.
+//! The audit log: one record a line, each with its own hash and that of the record before it.
 
 use std::io;
 
@@ -10,28 +10,28 @@ use crate::base::encoding::hex;
 use crate::contract::types::AuditHead;
 use crate::host::state::{Appender, StateDir};
 
-/// The file that grows.
+/// The file that records are appended to.
 const CURRENT: &str = "audit.jsonl";
-/// It is put aside at this size, bytes; the chain goes on in the next one.
+/// It is rotated at this size, bytes; the chain of hashes continues in the next file.
 const MAX_SIZE: u64 = 16 << 20;
-/// Files put aside that are kept.
+/// Rotated files that are kept.
 const MAX_ROTATED: usize = 8;
-/// What the first record follows.
+/// The hash before the first record.
 const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
-/// Which half of a call a record tells of.
+/// Which part of a request a record describes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Before a call that changes something, or an upgrade, is let through.
+    /// Before a request that changes something, or an upgrade, is sent on.
     Start,
     End,
-    /// The one record of any other call.
+    /// The one record of any other request.
     #[default]
     Call,
 }
 
-/// Who asked for what, and what came of it. Never a body, never a query.
+/// Who asked for what, and the result. Never a body, never a query.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct AuditRecord {
     pub phase: Phase,
@@ -68,7 +68,7 @@ fn digest(line: &str) -> String {
     hex(&Sha256::digest(line))
 }
 
-/// What stands between a record and its own hash, at the end of a line.
+/// What separates a record from its own hash at the end of a line.
 const SEAL: &str = ",\"hash\":\"";
 
 /// A record with its hash as the last field.
@@ -85,7 +85,8 @@ fn verify_seal(line: &str) -> Option<String> {
 }
 
 impl AuditLog {
-    /// Opens the log and finds its head. A last line that a crash cut is taken away: nothing was let through on it.
+    /// Opens the log and finds its head. A last line that a crash cut off is removed: no request
+    /// was sent on because of it.
     ///
     /// # Errors
     /// When the directory cannot be used.
@@ -102,7 +103,7 @@ impl AuditLog {
                 .ok()
                 .and_then(|v| v["seq"].as_u64())
                 .unwrap_or(0);
-            // one that was tampered with is no reason to stop recording: `verify` will name it
+            // a changed record is no reason to stop recording: `verify` names it
             head = AuditHead { seq, hash: verify_seal(&line).unwrap_or_else(|| digest(&line)) };
         }
         let file = dir.appender(CURRENT)?;
@@ -112,7 +113,7 @@ impl AuditLog {
     /// Appends a record.
     ///
     /// # Errors
-    /// As the file system says; the log is then as it was.
+    /// Errors of the file system; the log is then as it was before.
     pub fn write(&mut self, record: AuditRecord) -> io::Result<()> {
         if self.file.size() >= MAX_SIZE {
             self.rotate().map_err(|e| io::Error::other(format!("{e:#}")))?;
@@ -158,7 +159,7 @@ fn rotated_files(dir: &StateDir) -> Vec<String> {
     dir.list().into_iter().filter(|n| n.starts_with("audit-")).collect()
 }
 
-/// What a walk over the chain found.
+/// A log whose chain is intact.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct VerifiedLog {
     pub records: u64,
@@ -167,7 +168,7 @@ pub struct VerifiedLog {
     pub head: AuditHead,
 }
 
-/// Walks over the whole log.
+/// Verifies the whole log.
 ///
 /// # Errors
 /// The file and line where the chain breaks, and how.
@@ -195,7 +196,7 @@ pub fn verify(dir: &StateDir) -> Result<VerifiedLog, String> {
     Ok(found)
 }
 
-/// The last `most` records as they stand in the log.
+/// The last `most` records as they are in the log.
 ///
 /// # Errors
 /// When a file cannot be read.

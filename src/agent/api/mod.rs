@@ -1,4 +1,4 @@
-//! The agent's HTTP API on tunnel streams: TLS inside, who may, what it costs, and the account of it.
+//! The agent's HTTP API on the streams of the tunnel: TLS, authentication, limits, audit.
 
 pub mod audit;
 pub mod operations;
@@ -34,11 +34,12 @@ use permits::{OpenStreams, StreamClass, StreamLimits, StreamPermit};
 /// Records that one call of `/api/v1/audit` returns.
 const RECENT_RECORDS: usize = 50;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Requests on one HTTP/2 connection: not fewer than a caller may have open.
+/// Requests on one HTTP/2 connection: no fewer than a caller may have open.
 const MAX_HTTP2_STREAMS: u32 = 1024;
-/// For a request's head, and how long a connection may be idle.
+/// Time for the headers of a request, and how long a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
-/// What the API stands on.
+
+/// What the API needs.
 pub struct ApiContext {
     pub id: String,
     pub max_role: Role,
@@ -48,15 +49,15 @@ pub struct ApiContext {
     pub account: watch::Receiver<AgentStatus>,
     pub audit_head: watch::Sender<AuditHead>,
     pub limits: StreamLimits,
-    /// Where what was asked for once and goes on by itself is kept, and where its end is told.
+    /// Operations, which continue without the request that began them.
     pub operations: Operations,
-    /// Takes nothing new.
+    /// Nothing new is taken.
     pub drain: CancellationToken,
-    /// Ends what is still open.
+    /// What is still open ends.
     pub cut: CancellationToken,
 }
 
-/// The API; clones are the same one.
+/// The API. Clones share its state.
 #[derive(Clone)]
 pub struct Api {
     inner: Arc<Inner>,
@@ -71,7 +72,7 @@ struct Inner {
     counts: Counts,
 }
 
-/// Since the start, for metrics.
+/// Counters since the start, for metrics.
 #[derive(Default)]
 pub struct Counts {
     pub requests: AtomicU64,
@@ -100,7 +101,7 @@ impl Api {
         api
     }
 
-    /// Nothing new is taken.
+    /// Whether nothing new is taken.
     fn draining(&self) -> bool {
         self.inner.context.drain.is_cancelled() || self.inner.context.control.borrow().drain
     }
@@ -114,7 +115,7 @@ impl Api {
         &self.inner.counts
     }
 
-    /// Serves one stream of the tunnel to its end. Whoever runs the FRP server sees TLS with a key that is not his.
+    /// Serves one stream of the tunnel to its end. The FRP server sees nothing but TLS.
     pub async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
         match timeout(HANDSHAKE_TIMEOUT, self.inner.tls.accept(io)).await {
             Ok(Ok(stream)) => self.http(stream, Api::route).await,
@@ -123,7 +124,8 @@ impl Api {
         }
     }
 
-    /// Serves one stream of an http proxy, which the FRP server reads along: nothing but whether the agent lives.
+    /// Serves one stream of an http proxy, which the FRP server can read: it answers whether the
+    /// agent runs, and nothing else.
     pub async fn serve_plain<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
         self.http(io, |_, request| std::future::ready(Api::route_plain(&request))).await;
     }
@@ -225,7 +227,7 @@ impl Api {
             .filter(|rest| rest.is_empty() || rest.starts_with('/'))
         {
             let answer = self.operation(&parts, body, &caller, rest).await;
-            // one that was taken is on record by itself, from its beginning to its end
+            // one that was accepted has its own records, at its beginning and its end
             if answer.status() != 202 {
                 self.record_request(&caller, &parts.method, path, answer.status().as_u16());
             }
@@ -263,7 +265,7 @@ impl Api {
                 "application/json",
                 serde_json::to_string(&account()).unwrap_or_default(),
             ),
-            // who did what is not for everybody
+            // who did what is not for every caller
             ("/api/v1/audit", _) if caller.role < Role::Operator || caller.namespaces.is_some() => {
                 ApiError::new(
                     403,
@@ -307,7 +309,7 @@ impl Api {
         });
     }
 
-    /// Prometheus text of what this API did.
+    /// Metrics of this API, Prometheus text format.
     pub fn metrics(&self) -> String {
         let c = &self.inner.counts;
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
@@ -338,7 +340,7 @@ impl Api {
         let parts = &self.inner.context;
         let config = parts.config.borrow();
         let auth = &config.as_ref().ok_or("this agent is not registered yet")?.runner_auth;
-        // the control plane signs by its own clock
+        // the times in a token are those of the control plane's clock
         let now = jiff::Timestamp::now().as_second() - parts.control.borrow().offset;
         token::verify(token, auth, &parts.id, parts.max_role, now, &self.inner.verified_tokens)
     }
@@ -360,10 +362,11 @@ impl Api {
         }
     }
 
-    /// Counts a call, and puts its beginning on record where it changes something; its end follows when it is dropped.
+    /// Counts a request and, when it changes something, records its beginning. Its end is recorded
+    /// when it is dropped.
     ///
     /// # Errors
-    /// What is full: streams, or the disk that takes the record.
+    /// What is full: the streams, or the disk with the audit log.
     fn begin_request(
         &self,
         record: AuditRecord,
@@ -416,7 +419,7 @@ impl Api {
     }
 }
 
-/// A call under way, accounted for when it ends, however it ends.
+/// A request that is being served; recorded when it ends, however it ends.
 pub(crate) struct AuditedRequest {
     api: Api,
     record: AuditRecord,

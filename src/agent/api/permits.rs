@@ -1,4 +1,5 @@
-//! How much one caller, and all together, may have open: each kind of request apart, so that what stays open starves nothing else.
+//! How many requests one caller, and all together, may have open. Each class of request is counted
+//! apart, so that those that stay open do not starve the others.
 
 use std::collections::HashMap;
 
@@ -9,14 +10,16 @@ use super::Api;
 use crate::kubernetes::answer::ApiError;
 use crate::kubernetes::path::KubernetesPath;
 
-/// Requests that end by themselves, and upgrades, of one caller and in all, unless the settings say otherwise.
+/// Requests that end by themselves, and upgrades, of one caller and in all; the settings can change
+/// it.
 pub const PER_CALLER: usize = 64;
 pub const TOTAL: usize = 512;
-/// Watches and followed logs of one caller and in all: a tool like Argo CD holds one watch for each kind that there is, a few hundred.
+/// Watches and followed logs of one caller and in all: a tool like Argo CD holds one watch for each
+/// kind of object, a few hundred.
 pub const WATCHES_PER_CALLER: usize = 512;
 pub const WATCHES_TOTAL: usize = 2048;
 
-/// The most that may be open.
+/// How many may be open.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamLimits {
     pub per_caller: usize,
@@ -36,20 +39,21 @@ impl Default for StreamLimits {
     }
 }
 
-/// What a request is for whoever counts it.
+/// How a request is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StreamClass {
     /// It ends by itself.
     Short,
     /// exec, attach, port-forward.
     Upgrade,
-    /// It is read for as long as somebody listens: a watch, a followed log, the events of an operation.
+    /// It stays open until the client closes it: a watch, a followed log, the events of an
+    /// operation.
     Watch,
 }
 
 impl StreamClass {
-    /// As the Kubernetes API tells what stays open (kubernetes/apiserver `pkg/endpoints/request`, kubernetes `cmd/kube-apiserver`
-    /// `BasicLongRunningRequestCheck`).
+    /// As the Kubernetes API decides what is long-running (kubernetes/apiserver
+    /// `pkg/endpoints/request`, kubernetes `cmd/kube-apiserver` `BasicLongRunningRequestCheck`).
     pub(crate) fn of(parts: &Parts, target: &KubernetesPath, upgrade: bool) -> StreamClass {
         if upgrade {
             return StreamClass::Upgrade;
@@ -57,7 +61,8 @@ impl StreamClass {
         if !matches!(parts.method, Method::GET | Method::HEAD) {
             return StreamClass::Short;
         }
-        // the first of a name counts, and all is true that is not said to be false (apimachinery `pkg/runtime/converter.go`)
+        // the first value of a name counts, and whatever is not false is true (apimachinery
+        // `pkg/runtime/converter.go`)
         let asked = |name: &str| {
             let query = parts.uri.query().unwrap_or_default();
             let value = query.split('&').find_map(|pair| {
@@ -91,7 +96,7 @@ impl OpenStreams {
     }
 }
 
-/// One stream of a caller, counted until it is dropped.
+/// One open request of a caller, counted until it is dropped.
 pub(crate) struct StreamPermit {
     api: Api,
     subject: String,
@@ -122,7 +127,7 @@ fn limit_reached(stream: StreamClass, whose: &str, limit: usize, key: &str) -> A
         "{whose} {limit} {what} open, and more are not served at a time ({key} in the agent's agent.toml)"
     );
     match stream {
-        // the others end by themselves
+        // other requests end by themselves
         StreamClass::Short => {
             ApiError::new(429, "too_many_streams", message, Some("try again in a moment"))
                 .retry_after_s(1)

@@ -23,10 +23,11 @@ use crate::kubernetes::header_policy;
 use crate::kubernetes::path::{self, KubernetesPath, PathError};
 use crate::kubernetes::upstream::{Body, Upstream};
 
-/// Answered only over HTTP/1.1: they switch protocols.
+/// Subresources that switch protocols: answered only over HTTP/1.1.
 const UPGRADING: &[&str] = &["exec", "attach", "portforward"];
 
-/// What a token for some namespaces is told, which is theirs to know: which they are, and what was asked for instead.
+/// The refusal of a request outside the namespaces of a token: it names them, and what was asked
+/// for.
 fn outside(target: &KubernetesPath, namespaces: &[String]) -> ApiError {
     let own = namespaces.join(", ");
     let message = match &target.namespace {
@@ -110,7 +111,7 @@ impl Api {
         answer
     }
 
-    /// Everything that can refuse a request before it costs anything.
+    /// All checks that can refuse a request before anything is done for it.
     fn judge(
         &self,
         parts: &Parts,
@@ -210,7 +211,7 @@ impl Api {
         };
         let status = answer.status();
         if status == StatusCode::UNAUTHORIZED {
-            // it is the agent's credential that was refused, not the caller's token
+            // the agent's credential was refused, not the caller's token
             call.status(503, "kubernetes_credential");
             return credential_refused().status(discovery);
         }
@@ -253,7 +254,7 @@ impl Api {
         response
     }
 
-    /// Bytes are passed only after a real 101 of the API server.
+    /// Bytes are passed on only after the API server has answered 101.
     fn switch(
         &self,
         theirs: OnUpgrade,
@@ -279,7 +280,7 @@ impl Api {
             let (ours_r, ours_w) = tokio::io::split(TokioIo::new(ours));
             let counted = Arc::clone(&call.counted);
             tokio::select! {
-                // either end closes both, once what it sent has gone through
+                // either end closes both, once what it has sent is passed on
                 () = copy(theirs_r, ours_w, &counted.bytes_in) => {}
                 () = copy(ours_r, theirs_w, &counted.bytes_out) => {}
                 () = cut.cancelled() => call.status(101, "drained"),
@@ -308,7 +309,7 @@ async fn copy(
     let _ = to.shutdown().await;
 }
 
-/// A body whose bytes are counted, and which keeps its call open until it ends.
+/// A body whose bytes are counted, and which keeps its request open until it ends.
 struct Counting {
     inner: Incoming,
     counted: Arc<ByteCounters>,
@@ -342,7 +343,7 @@ impl hyper::body::Body for Counting {
                     if this.inward { &this.counted.bytes_in } else { &this.counted.bytes_out };
                 count.fetch_add(n, Ordering::Relaxed);
             }
-            // accounted for when the last byte is known, not when the connection lets go of it
+            // recorded when the last byte has come, not when the connection drops the body
             Poll::Ready(None) => this.call = None,
             Poll::Ready(Some(Err(error))) => {
                 tracing::debug!(%error, "an answer of Kubernetes broke off");

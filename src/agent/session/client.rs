@@ -41,7 +41,7 @@ pub struct ReportedState {
     pub started: Instant,
 }
 
-/// The end of an operation, on its way to the control plane.
+/// The result of an operation, on its way to the control plane.
 pub struct FinishedOperation {
     pub operation: String,
     /// [`types::Operation`](crate::contract::types::Operation), JSON.
@@ -50,22 +50,22 @@ pub struct FinishedOperation {
     pub stored: oneshot::Sender<()>,
 }
 
-/// The control plane's side of the agent.
+/// The connection of the agent to its control plane.
 pub struct ControlPlaneClient {
     pub url: String,
     pub trust: Trust,
-    /// Proxy for these calls; without one, what the environment says.
+    /// Proxy for these requests; without one, that of the environment.
     pub proxy: Option<String>,
     pub token: Option<Secret>,
     pub state: StateDir,
-    /// None on a copied disk without a token: then nobody is asked anything.
+    /// None on a copied disk without a token: then no request is sent.
     pub identity: Option<Box<Identity>>,
     pub reported: ReportedState,
     pub publish: watch::Sender<ControlPlaneStatus>,
     pub config: watch::Sender<Option<Config>>,
     pub results: mpsc::Receiver<FinishedOperation>,
     pub drain: CancellationToken,
-    /// Cancelled once the control plane knows that the agent stops, or cannot be told.
+    /// Cancelled once the control plane knows that the agent stops, or does not answer.
     pub drain_reported: CancellationToken,
     pub stop: CancellationToken,
 }
@@ -179,7 +179,7 @@ impl ControlPlaneClient {
                         Some(FinishedOperation { operation, body, stored }) = self.results.recv() => {
                             match state.queue.push(&EntryKind::Result { operation }, &body) {
                                 Ok(()) => drop(stored.send(())),
-                                // whoever sent it keeps it, and sends it again
+                                // its sender keeps it, and sends it again
                                 Err(error) => tracing::error!(error = format!("{error:#}"), "a result could not be kept"),
                             }
                             SessionEvent::Queued
@@ -188,7 +188,7 @@ impl ControlPlaneClient {
                             let report = self.reported.status.borrow_and_update();
                             let differs = match &shown {
                                 Some((kubernetes, nodes)) => (kubernetes, nodes) != (&report.kubernetes, &report.nodes),
-                                // the first one waits for something to tell
+                                // the first report waits for a connected cluster
                                 None => report.kubernetes == "connected",
                             };
                             if differs { SessionEvent::Changed } else { SessionEvent::Tick }
@@ -203,7 +203,7 @@ impl ControlPlaneClient {
     fn begin(&self) -> anyhow::Result<(RunState, SessionEvent)> {
         let token = self.token.is_some();
         let queue = Queue::open(self.state.sub("queue")?);
-        // what one control plane did not take is not for another one
+        // what was meant for one control plane is not sent to another one
         let former = self.state.read(QUEUE_URL)?;
         if former.as_ref().is_some_and(|url| *url != self.url) {
             queue.clear();

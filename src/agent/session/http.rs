@@ -143,10 +143,10 @@ impl HttpClient {
     }
 }
 
-/// Takes the agent `id` off its control plane, with the credential that it gave.
+/// Removes the agent `id` from its control plane, with the credential that it got there.
 ///
 /// # Errors
-/// Why it still lists the agent, in one line.
+/// Why the control plane still lists the agent, in one line.
 pub async fn deregister(
     trust: &Trust,
     proxy: Option<&str>,

@@ -1,4 +1,4 @@
-//! Who this agent is: one P-256 key, made at first start, bound to the machine that made it.
+//! The identity of the agent: a P-256 key, generated at the first start and bound to the machine.
 
 use anyhow::Context as _;
 use base64::Engine as _;
@@ -39,14 +39,16 @@ pub struct Identity {
 /// Whether the identity on the disk belongs to this machine.
 pub enum LoadedIdentity {
     Ours(Box<Identity>),
-    /// The disk was copied: the identity belongs to the machine that made it.
+    /// The disk was copied: the identity belongs to the machine that generated it.
     Cloned,
 }
 
-/// A digest of what tells this machine from its copies, as far as an unprivileged process may read it.
+/// A digest that differs between a machine and its copies, of what an unprivileged process may
+/// read.
 pub fn machine_digest(host: &Host) -> String {
     let mut digest = Sha256::new();
-    // the unit's first command leaves a digest of the firmware's number, which a copied disk does not carry along
+    // the first command of the unit writes a digest of the firmware's serial number: a copied disk
+    // does not contain it
     for path in ["/etc/machine-id", "/run/pipeops/machine"] {
         digest.update(host.read(path).ok().flatten().unwrap_or_default().trim());
         digest.update([0]);
@@ -55,10 +57,10 @@ pub fn machine_digest(host: &Host) -> String {
 }
 
 impl Identity {
-    /// The stored identity, or a new one, which is durable before anybody hears of it.
+    /// The stored identity, or a new one, which is stored before it is used.
     ///
     /// # Errors
-    /// Exit 2 when the file is damaged: a person must decide, for to make another is to be another.
+    /// Exit 2 when the file is damaged: a person must decide, as a new identity is a new agent.
     pub fn load(state: &StateDir, machine: &str) -> anyhow::Result<LoadedIdentity> {
         let Some(text) = state.read(IDENTITY_FILE)? else {
             return Identity::generate(state, machine)
@@ -79,14 +81,14 @@ impl Identity {
         Ok(LoadedIdentity::Ours(Box::new(ours)))
     }
 
-    /// The id of the stored identity; none is made.
+    /// The id of the stored identity; none is generated.
     pub fn stored_id(state: &StateDir) -> Option<String> {
         let stored: IdentityFile =
             serde_json::from_str(&state.read(IDENTITY_FILE).ok().flatten()?).ok()?;
         Identity::from_pem(stored.key.expose(), stored.machine).ok().map(|identity| identity.id)
     }
 
-    /// Puts the copied identity aside and makes another.
+    /// Renames the copied identity and generates another.
     ///
     /// # Errors
     /// When the state directory cannot be written.
@@ -134,14 +136,14 @@ impl Identity {
         Ok(base64::engine::general_purpose::STANDARD.encode(signature))
     }
 
-    /// TLS as a server inside the tunnel; a Runner pins the key.
+    /// The TLS settings of a server inside the tunnel; a Runner pins the key.
     ///
     /// # Errors
     /// When the key cannot be used.
     pub fn tls_config(&self) -> anyhow::Result<rustls::ServerConfig> {
         let mut params = rcgen::CertificateParams::new(vec![self.id.clone()])?;
         params.distinguished_name.push(rcgen::DnType::CommonName, self.id.clone());
-        // it is the key that counts; a date would only be one more thing to go wrong
+        // only the key counts; a date of expiry would be one more thing to fail
         params.not_before = rcgen::date_time_ymd(2020, 1, 1);
         params.not_after = rcgen::date_time_ymd(2120, 1, 1);
         let certificate: CertificateDer<'static> = params.self_signed(&self.key)?.der().clone();
@@ -156,7 +158,7 @@ impl Identity {
     }
 }
 
-/// What the control plane gave, and which one.
+/// The credential from a control plane, with the URL that it is for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StoredCredential {
     pub url: String,
@@ -165,7 +167,7 @@ pub struct StoredCredential {
     pub expires_at: String,
     #[serde(default)]
     pub cluster_id: String,
-    /// The last settings: with them the tunnel comes up while the control plane is away.
+    /// The last settings: with them the tunnel connects while the control plane does not answer.
     #[serde(default)]
     pub config: Option<Config>,
 }
@@ -179,12 +181,12 @@ impl StoredCredential {
     }
 
     /// # Errors
-    /// When it cannot be written; the former one stays.
+    /// When it cannot be written; the former credential stays.
     pub fn store(&self, state: &StateDir) -> anyhow::Result<()> {
         state.write(CREDENTIAL_FILE, &serde_json::to_string(self)?)
     }
 
-    /// Seconds that it still lives at `now`.
+    /// Seconds that it is still valid at `now`.
     pub fn remaining_s(&self, now: jiff::Timestamp) -> u64 {
         let end: Option<jiff::Timestamp> = self.expires_at.parse().ok();
         end.map_or(0, |end| u64::try_from(end.as_second() - now.as_second()).unwrap_or(0))

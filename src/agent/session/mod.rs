@@ -22,14 +22,14 @@ pub enum ControlPlaneState {
     /// No enrolment token and no credential: nothing to do but wait for one.
     #[default]
     Unenrolled,
-    /// On the way, or the control plane is away.
+    /// On the way, or the control plane does not answer.
     Connecting,
     Online,
     /// Online, and this clock is off by more than 30 s.
     Skewed,
     /// Token or credential are refused.
     Unauthorized,
-    /// The credential's time is over and nothing gets another.
+    /// The credential has expired, and there is no token to get another.
     Expired,
     /// Another machine uses this identity.
     Conflict,
@@ -58,15 +58,15 @@ pub struct ControlPlaneStatus {
     pub state: ControlPlaneState,
     pub reason: String,
     pub since: Instant,
-    /// Last answer that was not an error.
+    /// When the last answer came that was no error.
     pub heard: Option<Instant>,
     /// This clock minus the control plane's, seconds.
     pub offset: i64,
-    /// The control plane asks to take nothing new.
+    /// The control plane asks the agent to take nothing new.
     pub drain: bool,
 }
 
-/// A call that came back.
+/// A request to the control plane.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RequestKind {
     Register,
@@ -77,10 +77,10 @@ pub enum RequestKind {
     Rotate,
 }
 
-/// How a call ended.
+/// How a request ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RequestOutcome {
-    /// Registered or rotated; seconds that the credential lives.
+    /// Registered or rotated; with the seconds that the credential is valid.
     Credential {
         lives: u64,
         config: Option<Box<Config>>,
@@ -103,12 +103,13 @@ pub enum RequestOutcome {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum SessionEvent {
-    /// What there is to work with: an enrolment token, a credential and the seconds that it still lives.
+    /// Whether there is an enrolment token, and for how many seconds a stored credential is still
+    /// valid.
     Start {
         token: bool,
         credential: Option<u64>,
     },
-    /// The identity on this disk was made on another machine.
+    /// The identity on this disk was generated on another machine.
     Cloned,
     Done {
         call: RequestKind,
@@ -117,7 +118,7 @@ pub enum SessionEvent {
     },
     /// Something waits in the queue.
     Queued,
-    /// The cluster is not what the last report said.
+    /// The cluster has changed since the last report.
     Changed,
     Tick,
     Drain,
@@ -141,7 +142,7 @@ pub enum SessionAction {
     Rotate,
 }
 
-/// Whether a refusal of an entry of the queue is final: it will never be taken.
+/// Whether the refusal of a queued entry is final: it will never be taken.
 pub(crate) fn is_permanent_refusal(status: u16) -> bool {
     matches!(status, 400 | 404 | 405 | 409 | 410 | 413 | 415 | 422)
 }

@@ -1,19 +1,20 @@
-//! Results and status reports on disk until the control plane has them. Status gives way when there is no room, results never.
+//! Results and status reports on disk until the control plane has them. When there is no room,
+//! status reports are dropped, results never.
 
 use crate::host::state::StateDir;
 
-/// Status reports kept while nobody takes them.
+/// Most status reports that are kept while the control plane does not take them.
 const MAX_STATUS_REPORTS: usize = 32;
 
-/// Entries in the order in which they were made.
+/// Entries in the order in which they were added.
 pub struct Queue {
     dir: StateDir,
     next: u64,
-    /// Status reports that were given up for want of room.
+    /// Status reports that were dropped because there was no room.
     pub dropped: u64,
 }
 
-/// What an entry is.
+/// The kind of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EntryKind {
     Status,
@@ -34,10 +35,10 @@ impl Queue {
         self.dir.list().into_iter().filter(|n| n.ends_with("-status.json")).collect()
     }
 
-    /// Adds an entry. On a full disk the oldest reports go, one after the other.
+    /// Adds an entry. On a full disk the oldest reports are dropped, one after the other.
     ///
     /// # Errors
-    /// When there is still no room; a report is then dropped by the caller, a result tried again.
+    /// When there is still no room; the caller then drops a report, and tries a result again.
     pub fn push(&mut self, what: &EntryKind, body: &str) -> anyhow::Result<()> {
         let kind = match what {
             EntryKind::Status => "status".to_owned(),
@@ -67,7 +68,7 @@ impl Queue {
         }
     }
 
-    /// The oldest entry: its name, kind and body. One that cannot be read is removed and passed over.
+    /// The oldest entry: its name, kind and body. One that cannot be read is removed and skipped.
     pub fn oldest(&self) -> Option<(String, EntryKind, String)> {
         for name in self.dir.list() {
             let stem = name
@@ -89,12 +90,12 @@ impl Queue {
         None
     }
 
-    /// It was taken, or will never be.
+    /// Removes an entry that was taken, or never will be.
     pub fn remove(&self, name: &str) {
         self.dir.remove(name);
     }
 
-    /// Forgets everything.
+    /// Removes all entries.
     pub fn clear(&self) {
         for name in self.dir.list() {
             self.dir.remove(&name);

@@ -1,5 +1,5 @@
-//! One connection to the FRP server, from dialling to its end. What comes of it is told to the driver,
-//! with the number of the connection: an event of a former one no longer counts.
+//! One connection to the FRP server, from dialling to its end. It reports to the driver with its
+//! number: an event of a former connection no longer counts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::frp::dial::{Carrier, Dialer};
 use crate::frp::wire::{Login, Message};
 use crate::frp::{TunnelConfig, TunnelEvent};
 
-/// What the tasks of a connection tell the driver.
+/// What the tasks of a connection report to the driver.
 pub(super) enum ConnectionEvent {
     Tunnel(TunnelEvent),
     /// The connection is there.
@@ -78,13 +78,13 @@ impl Connection {
         }
     }
 
-    /// How long nothing was received, where that can be told.
+    /// How long nothing was received, where it is known.
     pub(super) fn silence(&self) -> Option<Duration> {
         self.carrier.as_ref().and_then(Carrier::silence)
     }
 
     pub(super) fn send_control(&self, message: impl Into<Message>) {
-        // a full queue means that the server does not read: the missing pong will tell
+        // a full queue means that the server does not read: the missing pong will show it
         if let Some(control) = &self.control {
             let _ = control.try_send(message.into());
         }
@@ -110,7 +110,7 @@ impl Connection {
                 }
             };
             events.send(event).await;
-            // the connection lives as long as this task
+            // the connection is open as long as this task runs
             while tasks.join_next().await.is_some() {}
         });
     }

@@ -1,5 +1,5 @@
-//! The FRP client: carries out what the state machine decides, and yields the streams that the server
-//! hands over.
+//! The FRP client: carries out what the state machine decides, and yields the streams that the
+//! server hands over.
 
 mod connection;
 mod control;
@@ -45,7 +45,7 @@ pub struct Client {
     /// A new run id, to be stored for the next start.
     pub run_ids: mpsc::Sender<String>,
     pub work_connections: mpsc::Sender<WorkConnection>,
-    /// Takes nothing new; what is open goes on.
+    /// Nothing new is taken; what is open continues.
     pub drain: CancellationToken,
     pub stop: CancellationToken,
 }

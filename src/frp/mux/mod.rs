@@ -1,14 +1,18 @@
-//! Many streams over one connection: yamux with the semantics of hashicorp's implementation, which frp uses.
+//! Many streams over one connection: yamux with the semantics of hashicorp's implementation, which
+//! frp uses.
 //!
-//! Frames as in hashicorp/yamux `spec.md`; behaviour as in fatedier/yamux at d0154be (`session.go`, `stream.go`): a stream is
-//! announced at once, an incoming one acknowledged at once (frpc closes the session when it is not, after 75 s), windows start
-//! at 256 KiB and larger ones are told by the first window update. Own code rather than the `yamux` crate: that one acknowledges
-//! only with the first data, sends FIN twice when closed twice, ends the connection at its stream limit and has no ping. Measured beside it
-//! (0.13, loopback, two cores, 2026-11-24): one stream 1.9 to 1.3 GB/s, 50 streams of small exchanges 650,000 to 77,000 a second,
-//! streams opened, used and closed 11,000 to 8,000 a second.
+//! Frames as in hashicorp/yamux `spec.md`; behaviour as in fatedier/yamux at d0154be (`session.go`,
+//! `stream.go`): a stream is announced at once, an incoming one acknowledged at once (frpc closes
+//! the session when it is not, after 75 s), windows start at 256 KiB and larger ones are told by
+//! the first window update. Own code rather than the `yamux` crate: that one acknowledges only with
+//! the first data, sends FIN twice when closed twice, ends the connection at its stream limit and
+//! has no ping. Measured beside it (0.13, loopback, two cores, 2026-11-24): one stream 1.9 to 1.3
+//! GB/s, 50 streams of small exchanges 650,000 to 77,000 a second, streams opened, used and closed
+//! 11,000 to 8,000 a second.
 //!
-//! One task owns the connection ([`Driver`]); streams meet it in a table under one lock that is never held over a wait. A reader
-//! that does not read fills its own window and nobody else's; writers take turns, a frame each.
+//! One task owns the connection ([`Driver`]); streams meet it in a table under one lock that is
+//! never held over a wait. A reader that does not read fills its own window and nobody else's;
+//! writers take turns, a frame each.
 
 mod stream;
 mod table;
@@ -49,15 +53,15 @@ const MAX_FRAME: usize = 32 * 1024;
 const BATCH: usize = 64 * 1024;
 /// Streams opened and not acknowledged: hashicorp's accept backlog, past which it resets.
 const UNACKNOWLEDGED: usize = 256;
-/// Control frames waiting to go out; a peer that makes more is not reading what it asked for.
+/// Control frames waiting to be sent; a peer that causes more does not read the answers.
 const MAX_CONTROL: usize = 16 * 1024;
-/// A buffer larger than this is given back when it runs empty.
+/// A buffer with more capacity than this is freed when it is empty.
 const MAX_IDLE_CAPACITY: usize = 16 * 1024;
 /// Read at once: one TLS record.
 const READ_BUFFER: usize = 16 * 1024;
-/// How long a stream that we closed waits for the peer's end.
+/// How long a stream that is closed here waits for the peer to close it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
-/// The same while what was written waits for a window: of that much a slow reader may need before he has room for the rest.
+/// The same while written data waits for a window: a slow reader may need that long to make room.
 const CLOSE_TIMEOUT_UNSENT: Duration = Duration::from_secs(600);
 /// Silence after which the peer is pinged, and after which the session is dead.
 const PING_AFTER: Duration = Duration::from_secs(20);
@@ -170,7 +174,9 @@ impl Mux {
     /// When the session has ended.
     pub async fn open(&self) -> io::Result<Stream> {
         let permit = tokio::select! {
-            permit = self.shared.backlog.clone().acquire_owned() => permit.map_err(|_| io::Error::from(io::ErrorKind::NotConnected))?,
+            permit = self.shared.backlog.clone().acquire_owned() => {
+                permit.map_err(|_| io::Error::from(io::ErrorKind::NotConnected))?
+            }
             end = self.ended() => return Err(closed_error(&end)),
         };
         let mut table = self.shared.table();
@@ -203,7 +209,7 @@ impl Mux {
         .await
     }
 
-    /// Waits for the end of the session.
+    /// Waits for the end of the session; gives its reason.
     pub async fn ended(&self) -> CloseReason {
         let mut end = self.shared.table().end_sender.subscribe();
         let end = end.wait_for(Option::is_some).await.ok().and_then(|e| e.clone());
@@ -251,7 +257,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     pub async fn run(mut self) -> CloseReason {
         let end = std::future::poll_fn(|cx| self.poll(cx)).await;
         self.mux.shared.table().end(end.clone());
-        // a GoAway or the last bytes may still be there; a peer that does not read must not hold us
+        // a GoAway or the last bytes may still be queued; a peer that does not read must not block
+        // the end
         let _ = tokio::time::timeout(Duration::from_secs(1), async {
             use tokio::io::AsyncWriteExt as _;
             let mut last = std::mem::take(&mut self.out);
@@ -272,7 +279,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
                 return Poll::Ready(end);
             }
         }
-        // enough for one turn: other tasks of this thread want theirs
+        // enough for one poll: other tasks of this thread have to run, too
         for _ in 0..32 {
             let mut moved = match self.send(cx) {
                 Ok(moved) => moved,
@@ -355,7 +362,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
 }
 
 impl<T> Drop for Driver<T> {
-    /// A driver that is cancelled ends its session: nobody waits for streams that nothing moves.
+    /// A driver that is cancelled ends its session: no stream waits for a driver that is gone.
     fn drop(&mut self) {
         self.mux.shared.table().end(CloseReason::Local);
     }

@@ -12,7 +12,8 @@ use tokio::time::Instant;
 use super::table::frame;
 use super::{MAX_IDLE_CAPACITY, MAX_OUTBOX, RST, Shared, WINDOW, closed_error};
 
-/// One stream. FIN from the peer means that it is gone, as frp does not stream-close: what is written after it fails.
+/// One stream. FIN from the peer means that it is gone, as frp does not half-close: what is written
+/// after it fails.
 ///
 /// Dropping a stream sends what was written, then FIN.
 pub struct Stream {
@@ -124,7 +125,7 @@ impl AsyncWrite for Stream {
         Poll::Ready(Ok(n))
     }
 
-    /// What is written is on its way; the driver flushes the connection whenever it has nothing more to send.
+    /// Nothing to do: the driver flushes the connection whenever it has nothing more to send.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }

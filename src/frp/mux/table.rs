@@ -1,4 +1,4 @@
-//! What a session knows of its streams, and the frames that follow from it. No I/O, no waiting.
+//! The streams of a session and the frames that they cause. No I/O, no waiting.
 
 use std::collections::{HashMap, VecDeque};
 use std::task::Waker;
@@ -25,12 +25,12 @@ pub(super) struct StreamTable {
     pub(super) received: Instant,
     pub(super) closing: bool,
     pub(super) ended: Option<CloseReason>,
-    /// The same, for those who wait.
+    /// The same, for those that wait for it.
     pub(super) end_sender: watch::Sender<Option<CloseReason>>,
     pub(super) limits: Limits,
 }
 
-/// One stream, as the table knows it.
+/// The state of one stream.
 #[derive(Default)]
 pub(super) struct StreamState {
     pub(super) inbox: BytesMut,
@@ -54,7 +54,8 @@ pub(super) struct StreamState {
 }
 
 impl StreamState {
-    /// Nobody is left at either end: what was written has no reader, and would wait for a window that nobody opens.
+    /// Both ends are closed: what is still unsent has no reader, and would wait for a window that
+    /// is never opened.
     pub(super) fn discard_unreadable(&mut self) {
         if self.remote_fin && self.dropped.is_some() {
             self.outbox = BytesMut::new();
@@ -103,7 +104,7 @@ impl StreamTable {
         self.streams.insert(id, stream);
     }
 
-    /// Forgets a stream that both sides have closed.
+    /// Removes a stream that both sides have closed.
     pub(super) fn remove_if_closed(&mut self, id: u32) {
         if self
             .streams
@@ -131,7 +132,7 @@ impl StreamTable {
         self.wake_driver();
     }
 
-    /// Puts frames into `out`: what the session has to say first, then the streams in turn.
+    /// Puts frames into `out`: control frames first, then data of the streams in turn.
     pub(super) fn fill(&mut self, out: &mut BytesMut) {
         while out.len() < BATCH {
             let Some(frame) = self.control.pop_front() else { break };
@@ -174,7 +175,7 @@ impl StreamTable {
         }
     }
 
-    /// A header has come; gives the stream and number of payload bytes that follow.
+    /// Handles a header; gives the stream and the number of payload bytes that follow.
     pub(super) fn header(
         &mut self,
         head: [u8; HEADER],
@@ -225,7 +226,7 @@ impl StreamTable {
             if flags & FIN != 0 {
                 stream.remote_fin = true;
                 stream.discard_unreadable();
-                // our own FIN may have waited behind what nobody reads
+                // our own FIN may have waited behind data that is discarded now
                 requeue |= stream.dropped.is_some();
             }
             if flags & RST != 0 {
@@ -270,7 +271,8 @@ impl StreamTable {
         Ok(())
     }
 
-    /// Payload of a stream; of one that nobody holds it is passed over, and the peer's window stays shut.
+    /// Takes payload of a stream. That of a closed one is ignored, and the peer's window stays
+    /// shut.
     pub(super) fn payload(&mut self, id: u32, bytes: &[u8]) {
         if let Some(stream) = self.streams.get_mut(&id)
             && stream.dropped.is_none()
@@ -292,14 +294,14 @@ impl StreamTable {
         if silence >= PING_AFTER {
             self.push_control(frame(PING, SYN, 0, 0));
         }
-        let over = |h: &StreamState| {
+        let expired = |h: &StreamState| {
             h.dropped.is_some_and(|at| {
                 at.elapsed()
                     > if h.outbox.is_empty() { CLOSE_TIMEOUT } else { CLOSE_TIMEOUT_UNSENT }
             })
         };
         let old: Vec<u32> =
-            self.streams.iter().filter(|(_, h)| over(h)).map(|(id, _)| *id).collect();
+            self.streams.iter().filter(|(_, h)| expired(h)).map(|(id, _)| *id).collect();
         for id in old {
             self.streams.remove(&id);
             self.push_control(frame(WINDOW, RST, id, 0));

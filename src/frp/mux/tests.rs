@@ -1,4 +1,5 @@
-//! Frames as fatedier/yamux writes and expects them, and the hazards of other implementations, each as a test.
+//! Frames as fatedier/yamux writes and expects them, and the hazards of other implementations, each
+//! as a test.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 
@@ -94,7 +95,8 @@ async fn what_was_written_before_a_drop_arrives() {
     assert!(got == sent);
 }
 
-/// A user on a slow line needs minutes for what lies in the windows before the last of it can be sent.
+/// A user on a slow line needs minutes for what lies in the windows before the last of it can be
+/// sent.
 #[tokio::test(start_paused = true)]
 async fn a_slow_reader_gets_the_end_of_what_was_written_before_a_drop() {
     let (client, server) = pair();

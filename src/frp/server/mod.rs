@@ -1,4 +1,4 @@
-//! The FRP server half: takes clients, opens their proxies, joins users to work connections.
+//! The FRP server: accepts clients, opens their proxies, connects users to work connections.
 
 mod session;
 mod users;
@@ -27,22 +27,23 @@ use crate::frp::wire::{self, Message, NewProxy};
 
 /// Time for TLS and the first message.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time to read a refusal. frpc hangs up as soon as it has.
+/// Time to read a refusal. frpc closes the connection as soon as it has read it.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a user waits for a work connection.
 const WORK_CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection without a stream is closed after this long: a client holds its control channel.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Streams of one connection that have not said yet what they are.
+/// Streams of one connection whose first message has not arrived.
 const MAX_PENDING_STREAMS: usize = 256;
-/// Largest pool of idle work connections a client.
+/// Most idle work connections that a client is asked to keep ready.
 const MAX_POOL: usize = 5;
-/// What may wait beyond the pool: bursts ask twice.
+/// Idle work connections beyond the pool: in a burst more are asked for than are used.
 const POOL_RESERVE: usize = 10;
 
-/// Who may log in and what he may open. Both are asked within a login's own task: neither may wait.
+/// Decides who may log in and what it may open. Called within the task of a login: it must not
+/// block.
 pub trait TunnelAuthorizer: Send + Sync {
-    /// Checks a login whose token is right; gives its owner and what ends his session.
+    /// Checks a login whose token is right; gives its owner and what ends the session.
     ///
     /// # Errors
     /// Why not, for the client to read.
@@ -52,16 +53,16 @@ pub trait TunnelAuthorizer: Send + Sync {
     /// Why this owner may not open this proxy.
     fn proxy(&self, owner: &str, asked: &NewProxy) -> Result<(), String>;
 
-    /// Somebody who visits an stcp proxy under a name and with a key of his own.
+    /// A visitor of an stcp proxy with a name and a key of its own.
     fn visitor(&self, name: &str, sign_key: &str, timestamp: i64) -> Option<Visitor>;
 }
 
-/// A visitor with a key of his own.
+/// A visitor with a key of its own.
 pub struct Visitor {
-    /// Where he goes.
+    /// The proxy that it visits.
     pub proxy: String,
     pub key: Secret,
-    /// Ends his streams.
+    /// Cancelled when its right ends: its streams end with it.
     pub revoked: CancellationToken,
 }
 
@@ -77,14 +78,14 @@ pub struct ServerConfig {
     pub tcp_mux: bool,
     /// Whether a tcp proxy may open a port on this address.
     pub tcp_bind: Option<std::net::IpAddr>,
-    /// A client that pings and is then silent for this long is gone. Without the multiplexer every one pings; with it frpc has
-    /// left that to the multiplexer's own pings since 0.58.
+    /// A client that pings and is then silent for this long is gone. Without the multiplexer every
+    /// one pings; with it frpc has left that to the multiplexer's own pings since 0.58.
     pub heartbeat: Duration,
-    /// Nobody is asked without it: the token is enough.
+    /// Without one the token is enough.
     pub authorizer: Option<Arc<dyn TunnelAuthorizer>>,
 }
 
-/// The server; clones are the same one.
+/// The server. Clones share its state.
 #[derive(Clone)]
 pub struct Server {
     shared: Arc<Shared>,
@@ -96,7 +97,8 @@ struct Shared {
     registry: Mutex<Registry>,
 }
 
-/// What a stream holds until it has said what it is, and a connection until its first stream has.
+/// What a stream holds until its first message has arrived, and a connection until that of its
+/// first stream has.
 struct PendingStream {
     opening: Option<OwnedSemaphorePermit>,
     permit: Option<AdmissionPermit>,
@@ -117,7 +119,7 @@ struct ClientSession {
     max_idle: usize,
     /// Another login took the run id, or the connection ended.
     ended: CancellationToken,
-    /// Its task has ended, too, and with it the ports that it held.
+    /// Its task has ended as well, and the ports that it held are free.
     finished: CancellationToken,
 }
 
@@ -185,14 +187,14 @@ impl Server {
                             }
                         });
                     }
-                    // out of descriptors: a moment later some are back
+                    // out of file descriptors: try again a moment later
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 },
             }
         }
     }
 
-    /// Ends every client's session; each comes back by itself.
+    /// Ends every client's session; clients reconnect by themselves.
     pub fn end_sessions(&self) {
         self.shared.registry.lock().sessions.values().for_each(|session| session.ended.cancel());
     }
@@ -233,7 +235,9 @@ impl Server {
         loop {
             let idle = if permit.is_some() { FIRST_MESSAGE_TIMEOUT } else { IDLE_TIMEOUT };
             tokio::select! {
-                () = tokio::time::sleep(idle), if streams.is_empty() => return Err(io::Error::other("nothing came of the connection")),
+                () = tokio::time::sleep(idle), if streams.is_empty() => {
+                    return Err(io::Error::other("nothing came of the connection"));
+                }
                 // the end of a control channel is the end of its client
                 Some(ended) = streams.join_next() => if matches!(ended, Ok(true)) {
                     mux.close();
@@ -279,7 +283,7 @@ impl Server {
         drop(opening);
         match first {
             Message::Login(login) => {
-                // the first stream of a connection is the one that may: one guess each
+                // only the first stream of a connection may log in: one attempt per connection
                 let Some(permit) = permit else { return Ok(true) };
                 if let Err(error) = self.login(io, login, permit).await {
                     tracing::debug!(%error, "control channel");

@@ -189,7 +189,7 @@ impl Server {
             authorizer.proxy(&session.owner, &asked)?;
         }
         let listener = match (asked.proxy_type.as_str(), self.shared.config.tcp_bind) {
-            // users of an http proxy come through this process, too: there is no vhost port
+            // users of an http proxy come through this process as well: there is no vhost port
             ("stcp" | "http", _) => None,
             ("tcp" | "", Some(bind)) => Some(
                 TcpListener::bind(SocketAddr::new(bind, asked.remote_port))
@@ -235,8 +235,8 @@ impl Server {
     }
 }
 
-/// Of an answer and a hang-up that come together hashicorp/yamux may give its reader only the latter (`stream.go`, Read): the
-/// client is the one who hangs up.
+/// Refuses a login and waits until the client closes: when an answer and the end of the stream
+/// arrive together, the reader of hashicorp/yamux may get only the end (`stream.go`, Read).
 async fn refuse(mut io: Io, error: &str) -> io::Result<()> {
     wire::write(
         &mut io,

@@ -1,4 +1,5 @@
-//! Users of proxies: each gets a work connection of the client, and bytes go both ways until either end is done.
+//! Users of proxies: each gets a work connection of the client, and bytes go both ways until either
+//! end closes.
 
 use std::io;
 use std::net::SocketAddr;
@@ -38,7 +39,7 @@ impl Server {
             let mut io = Some(io);
             while let Some(offered) = io.take() {
                 match pool.users.pop_front() {
-                    // a user that gave up is passed over
+                    // a user that gave up is skipped
                     Some(user) => io = user.send(offered).err(),
                     None if pool.idle.len() < session.max_idle => pool.idle.push_back(offered),
                     None => {
@@ -60,7 +61,8 @@ impl Server {
     /// A stream to the client's side of `name`, for a caller in this process.
     ///
     /// # Errors
-    /// `NotFound` when no client has opened that proxy, `TimedOut` when it gives no work connection in time.
+    /// `NotFound` when no client has opened that proxy, `TimedOut` when it gives no work connection
+    /// in time.
     pub async fn dial(&self, name: &str) -> io::Result<Io> {
         let open = self.shared.registry.lock().proxies.get(name).cloned();
         match open {
@@ -86,7 +88,7 @@ impl Server {
         timeout(WORK_CONNECTION_TIMEOUT, async {
             loop {
                 let mut io = self.take_work_connection(session).await?;
-                // a pooled connection may be dead: the next one, then
+                // a pooled connection may be dead: take the next one
                 if wire::write(&mut io, start.clone()).await.is_ok() {
                     let key = open.asked.use_encryption.then(|| Key::of(&self.shared.config.token));
                     return Ok(layered(io, key.as_ref(), open.asked.use_compression));
@@ -99,7 +101,7 @@ impl Server {
         })?
     }
 
-    /// A work connection, and an order for the next one.
+    /// Takes a work connection, and asks the client for the next one.
     async fn take_work_connection(&self, session: &ClientSession) -> io::Result<Io> {
         let gone = || io::Error::new(io::ErrorKind::NotConnected, "the client is gone");
         session.control_sender.send(ReqWorkConn {}.into()).await.map_err(|_| gone())?;
@@ -109,7 +111,7 @@ impl Server {
                 return Ok(io);
             }
             let (user, waiting) = oneshot::channel();
-            // a client that gives none does not gather those who have left
+            // users that gave up do not pile up where a client opens no connection
             pool.users.retain(|u| !u.is_closed());
             pool.users.push_back(user);
             waiting

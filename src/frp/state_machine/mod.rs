@@ -1,5 +1,5 @@
-//! The tunnel of a client as a pure state machine: events and a time in, actions out. Its driver with
-//! the sockets is `frp/client/`.
+//! The tunnel of a client as a pure state machine: events and a time in, actions out. Its driver
+//! with the sockets is `frp/client/`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -10,22 +10,25 @@ use tokio::time::Instant;
 use super::config::TunnelConfig;
 use crate::base::backoff::Backoff;
 
-/// How often an application ping goes out. Always, also with tcpMux: without it a dead link is noticed after minutes.
+/// Interval of application pings. They are sent with tcpMux as well: without them a dead link is
+/// noticed after minutes.
 pub const PING_INTERVAL: Duration = Duration::from_secs(4);
-/// Without a pong and without a received byte for this long the link is dead.
+/// A link is dead when neither a pong nor any byte has been received for this long.
 pub const LINK_TIMEOUT: Duration = Duration::from_secs(12);
-/// A proxy that was not answered is asked for again.
+/// An unanswered request for a proxy is repeated after this long.
 const PROXY_TIMEOUT: Duration = Duration::from_secs(20);
-/// A refused proxy is asked for again after this long; sooner while a former session may still hold the name.
+/// A refused request for a proxy is repeated after this long; sooner while a former session of ours
+/// may still hold the name.
 const RETRY_PROXY: Duration = Duration::from_secs(30);
 const RETRY_NAME_HELD: Duration = Duration::from_secs(4);
-/// For this long a held name is put down to a former session of ours.
+/// For this long a name that is taken is assumed to be held by a former session of ours.
 const FORMER_SESSION: Duration = Duration::from_secs(120);
-/// After a try that nobody answered the next one follows within this.
+/// The next attempt after one that got no answer follows within this.
 const RETRY_UNANSWERED: Duration = Duration::from_secs(1);
-/// Wrong credentials do not get right by hurry.
+/// Wrong credentials are retried slowly.
 const RETRY_UNAUTHORIZED: Duration = Duration::from_secs(60);
-/// This many sessions lost within a minute, each soon after its login, are two clients with one run id.
+/// So many sessions lost within a minute, each soon after its login, mean that two clients share a
+/// run id.
 const RUN_ID_CONFLICT: usize = 3;
 
 /// What the tunnel is doing.
@@ -46,7 +49,7 @@ pub enum TunnelState {
     Refused,
     /// The server refuses the token.
     Unauthorized,
-    /// Somebody else holds our name or run id.
+    /// Another client holds our name or run id.
     Conflict,
 }
 
@@ -78,7 +81,7 @@ pub enum TunnelEvent {
         name: String,
         error: String,
     },
-    /// Something was received: the link lives.
+    /// Something was received: the link is alive.
     Heard,
     PongRefused(String),
     Lost(String),
@@ -92,7 +95,7 @@ pub enum TunnelAction {
     Login {
         run_id: String,
     },
-    /// A new run id has to be made and kept.
+    /// Generate a new run id and store it.
     FreshRunId,
     Open {
         name: String,
@@ -331,7 +334,7 @@ impl TunnelStateMachine {
 
     fn connect(&mut self, now: Instant) -> Vec<TunnelAction> {
         self.phase = Phase::Connecting;
-        // a reason that is worth reading stays until there is news
+        // the reason of a failure stays until there is a new one
         let reason = if self.status.state == TunnelState::Off {
             String::new()
         } else {
@@ -387,7 +390,7 @@ impl TunnelStateMachine {
         Vec::new()
     }
 
-    /// Up means that every proxy is.
+    /// The tunnel is up when every proxy is.
     fn update_proxies_state(&mut self, now: Instant) {
         if self.proxies.values().all(|p| matches!(p, ProxyPhase::Up)) {
             self.set_status(TunnelState::Up, "", now);
@@ -402,7 +405,7 @@ impl TunnelStateMachine {
             Phase::Session { since, pinged, heard } => {
                 let since = *since;
                 if now >= *heard + LINK_TIMEOUT {
-                    // the link has died, not the server: what was waited for before has nothing to do with it
+                    // the link has failed, not the server: earlier failures say nothing about it
                     self.backoff.reset();
                     let why = format!("nothing heard for {} s", LINK_TIMEOUT.as_secs());
                     return self.lost(&why, since, now, random);
@@ -417,7 +420,7 @@ impl TunnelStateMachine {
                 }
                 for (name, proxy) in &mut self.proxies {
                     match *proxy {
-                        // unanswered: it may have been opened late, and our own name would then be in the way
+                        // the server may have opened it late: our own name would then be taken
                         ProxyPhase::Requested { at } if now >= at + PROXY_TIMEOUT => {
                             actions.extend([
                                 TunnelAction::Close { name: name.clone() },

@@ -147,7 +147,7 @@ async fn node(
     let beats = readiness::heartbeats(&node, lease.as_ref());
     // a heartbeat that came during the wait is of this start, whatever the clocks say
     let came = *first.get_or_insert(beats) != beats;
-    let fresh = came || readiness::fresh(beats, started, Timestamp::now());
+    let fresh = came || readiness::is_current(beats, started, Timestamp::now());
     (!fresh).then(|| format!("the kubelet has given no sign of life since {unit} was started"))
 }
 

@@ -1,5 +1,5 @@
-//! What each kind of operation does on Kubernetes: as its caller, one request after the other, until
-//! the objects have the state that was asked for.
+//! What each kind of operation does on Kubernetes: as its caller, one request after the other,
+//! until the objects have the state that was asked for.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -19,11 +19,11 @@ use crate::contract::token::Caller;
 use crate::kubernetes::rollout::{RolloutStatus, rollout_status};
 use crate::kubernetes::upstream::Upstream;
 
-/// Field manager of what Runners apply; it takes no field from another.
+/// Field manager of what Runners apply; it takes no field from another one.
 const MANAGER: &str = "pipeops-runner";
 /// Between looks at an object that is waited for.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a kind may take to be known after its definition was applied.
+/// How long a kind may take to be served after its definition was applied.
 const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) struct Executor<'a> {
@@ -85,7 +85,7 @@ impl Executor<'_> {
         let references: Vec<Reference> =
             apply.objects.iter().filter_map(|o| Reference::of(o).ok()).collect();
         let defines = references.iter().any(|r| r.kind == "CustomResourceDefinition");
-        // what cannot be done is found before anything is
+        // what cannot be done is found before anything is changed
         let mut paths = Vec::new();
         for reference in &references {
             let path = if defines {
@@ -239,7 +239,7 @@ impl Executor<'_> {
         Ok(())
     }
 
-    /// An object as it stands; none while the API server is away, which is waited out.
+    /// An object as it is now; none while the API server does not answer, which is waited for.
     async fn poll(
         &mut self,
         path: &str,

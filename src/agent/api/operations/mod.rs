@@ -2,8 +2,8 @@
 //! the Runner, the tunnel or the control plane is gone in the meantime.
 //!
 //! An operation is on disk before it is accepted, and its result is on disk before it is reported.
-//! The request itself is not: it may hold secrets, and after a restart nothing of it is done, because
-//! the caller's right to it may have ended by then.
+//! The request itself is not: it may hold secrets, and after a restart nothing of it is done,
+//! because the caller's right to it may have ended by then.
 
 mod events;
 mod executor;
@@ -280,7 +280,7 @@ impl Api {
             }
             tokio::select! {
                 () = sleep(RETRY) => {}
-                // the disk says that it runs: the next start calls it interrupted
+                // on disk it still runs: the next start marks it as interrupted
                 () = self.inner.context.cut.cancelled() => return,
             }
         }

@@ -1,5 +1,5 @@
-//! The requests of an operation to Kubernetes: within the caller's namespaces, recorded, and answered
-//! in full.
+//! The requests of an operation to Kubernetes: within the caller's namespaces, recorded, and
+//! answered in full.
 
 use std::time::Duration;
 

@@ -64,7 +64,8 @@ pub(super) fn now() -> String {
 }
 
 impl Operations {
-    /// Reads the operations of former runs. One that ran when the agent stopped has been interrupted.
+    /// Reads the operations of former runs. One that ran when the agent stopped has been
+    /// interrupted.
     pub fn open(dir: StateDir, results: mpsc::Sender<FinishedOperation>) -> Operations {
         let mut all = BTreeMap::new();
         for name in dir.list() {
@@ -136,7 +137,7 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// A message to those who listen.
+    /// Sends a message to the listeners.
     pub(super) fn say(&self, message: String) {
         self.api.operations().change(&self.id, |live| {
             live.events.push(json!({"at": now(), "message": message}).to_string());

@@ -11,13 +11,14 @@ use super::{
 use crate::base::backoff::Backoff;
 use crate::contract::types::{Config, Directive, LEEWAY};
 
-/// Between tries that only a person can make succeed.
+/// Between attempts that fail until a person acts.
 const RETRY_UNAUTHORIZED: Duration = Duration::from_secs(300);
 const RETRY_CONFLICT: Duration = Duration::from_secs(60);
-/// Before the control plane said otherwise.
+/// Until the control plane sends other intervals.
 const DEFAULT_HEARTBEAT: Duration = Duration::from_secs(15);
 const DEFAULT_STATUS: Duration = Duration::from_secs(60);
-/// A change of the cluster is reported this long after it is seen, and never sooner than this after the last report.
+/// A change of the cluster is reported this long after it is seen, and at least so long after the
+/// last report.
 const REPORT_DELAY: Duration = Duration::from_secs(1);
 const REPORT_MIN_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -32,7 +33,7 @@ struct Due {
     retry: Option<Instant>,
 }
 
-/// The session. One call is under way at a time.
+/// The session. One request is under way at a time.
 pub struct ControlPlaneSession {
     status: ControlPlaneStatus,
     token: bool,
@@ -85,19 +86,19 @@ impl ControlPlaneSession {
         &self.status
     }
 
-    /// Nothing is left to be said after `Drain`.
+    /// Whether nothing is left to report after `Drain`.
     pub fn drain_reported(&self) -> bool {
         self.status.state == ControlPlaneState::Draining && !self.busy && !self.drain_heartbeat
     }
 
-    /// When `Tick` is due next; never while a call is under way.
+    /// When `Tick` is due next; never while a request is under way.
     pub fn wake(&self) -> Option<Instant> {
         if self.busy {
             return None;
         }
         let d = &self.due;
         let retry = d.retry.filter(|_| self.status.state != ControlPlaneState::Draining);
-        // the others wait until there is somebody to talk to
+        // the others wait until the control plane answers
         let online =
             [d.heartbeat, d.rotate, d.deliver].into_iter().flatten().filter(|_| self.online());
         online.chain(d.report).chain(retry).min()
@@ -118,7 +119,7 @@ impl ControlPlaneSession {
         matches!(self.status.state, ControlPlaneState::Online | ControlPlaneState::Skewed)
     }
 
-    /// The whole machine. `random` is in 0 to 1.
+    /// Takes an event and says what the client has to do. `random` is in 0 to 1.
     pub fn on(&mut self, event: SessionEvent, now: Instant, random: f64) -> Vec<SessionAction> {
         match event {
             SessionEvent::Start { token, credential } => {
@@ -133,7 +134,9 @@ impl ControlPlaneSession {
                 self.due.report = Some(now + DEFAULT_STATUS);
             }
             SessionEvent::Cloned => {
-                self.set_status(ControlPlaneState::Conflict, "this disk was copied from another machine, and there is no AGENT_TOKEN to enrol this one with", now);
+                let reason = "this disk was copied from another machine, and there is no \
+                              AGENT_TOKEN to enrol this one with";
+                self.set_status(ControlPlaneState::Conflict, reason, now);
                 self.due.retry = None;
             }
             SessionEvent::Done { call, outcome, offset } => {
@@ -149,7 +152,8 @@ impl ControlPlaneSession {
                 }
             }
             SessionEvent::Changed => {
-                // a moment later the rest of the change is known too; one that flaps is not told at each turn
+                // a moment later the rest of the change is known as well; a node that flaps is not
+                // reported each time
                 let soon = self
                     .reported
                     .map_or(now, |at| at + REPORT_MIN_INTERVAL)
@@ -157,7 +161,7 @@ impl ControlPlaneSession {
                 self.due.report = Some(self.due.report.map_or(soon, |due| due.min(soon)));
             }
             SessionEvent::Drain => {
-                // the one thing that the control plane must hear before anything closes
+                // the control plane must know it before anything closes
                 self.drain_heartbeat = self.online();
                 self.set_status(ControlPlaneState::Draining, "the agent stops", now);
             }
@@ -224,7 +228,7 @@ impl ControlPlaneSession {
         }
     }
 
-    /// Between status reports.
+    /// Time between status reports.
     fn status_interval(&self) -> Duration {
         if self.config.status_interval_s == 0 {
             DEFAULT_STATUS
@@ -297,7 +301,7 @@ impl ControlPlaneSession {
             RequestOutcome::Unreachable(why) => {
                 let wait = self.backoff.next(random);
                 match call {
-                    // the working credential stays; the next try comes soon enough
+                    // the working credential stays; the next attempt is soon enough
                     RequestKind::Rotate => {
                         self.due.rotate = Some(now + wait.max(Duration::from_secs(30)))
                     }
@@ -313,7 +317,8 @@ impl ControlPlaneSession {
         }
     }
 
-    /// The control plane is away or unwilling: a credential whose time is over is the deeper trouble.
+    /// The control plane does not answer or refuses: an expired credential is the more important
+    /// reason.
     fn set_expired_or(&mut self, state: ControlPlaneState, why: String, now: Instant) {
         if self.credential && !self.token && self.expires.is_some_and(|at| at <= now) {
             self.set_status(
@@ -335,7 +340,7 @@ impl ControlPlaneSession {
         self.set_online(now);
         self.due.heartbeat = Some(now);
         if self.due.rotate.is_none() {
-            // a credential from the disk: two thirds of what is left
+            // a stored credential: after two thirds of the time that is left
             self.due.rotate =
                 self.expires.map(|at| now + at.saturating_duration_since(now).mul_f64(0.66));
         }
@@ -390,7 +395,8 @@ impl ControlPlaneSession {
                 };
                 self.want_register = true;
                 if other && self.refusals <= 3 {
-                    // one refusal wipes nothing: register again, with the credential and then with the token
+                    // one refusal deletes nothing: register again, with the credential and then the
+                    // token
                     self.due.retry = Some(now + quick);
                     self.set_status(ControlPlaneState::Connecting, why, now);
                 } else {
@@ -424,7 +430,7 @@ impl ControlPlaneSession {
                 self.set_status(ControlPlaneState::Connecting, why, now);
             }
             _ if *call == RequestKind::Deliver && is_permanent_refusal(status) => {
-                // it will never be taken: the client drops it and goes on
+                // it will never be taken: the client drops it and continues
                 self.due.deliver = Some(now);
             }
             _ => {
@@ -446,7 +452,7 @@ impl ControlPlaneSession {
     }
 }
 
-/// Ten percent to either side, so that a fleet does not speak in one instant.
+/// Ten percent more or less, so that a fleet does not send at the same moment.
 fn jitter(every: Duration, random: f64) -> Duration {
     every.mul_f64(0.9 + random * 0.2)
 }
