@@ -50,7 +50,9 @@ pub struct AgentConfig {
 }
 
 fn wrong(code: &str, what: String, why: String) -> anyhow::Error {
-    Failure::usage(code, what).why(why).hint("correct it, or run `pipeops install-server` again, then `systemctl restart pipeops-agent`").into()
+    let hint = "correct it, or run `pipeops install-server` again, then `systemctl restart \
+                pipeops-agent`";
+    Failure::usage(code, what).why(why).hint(hint).into()
 }
 
 fn unreadable(path: &str, error: &anyhow::Error) -> anyhow::Error {
@@ -102,7 +104,11 @@ impl AgentConfig {
         let invalid =
             |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
         if config.https_proxy.as_deref().is_some_and(|proxy| plain_proxy(proxy).is_none()) {
-            return Err(invalid("https-proxy is http://HOST:PORT, without a user and a password: everybody can read this file".into()));
+            return Err(invalid(
+                "https-proxy is http://HOST:PORT, without a user and a password: everybody can \
+                 read this file"
+                    .into(),
+            ));
         }
         check_url(config.url()).map_err(invalid)?;
         config.role()?;

@@ -47,8 +47,9 @@ pub async fn mint(host: &Host, stop: &CancellationToken) -> anyhow::Result<()> {
 fn empty_used_token(host: &Host) {
     let registered = host.modified("/var/lib/pipeops-agent/credential.json");
     let delivered = host.modified(AGENT_TOKEN);
-    let spent = matches!((registered, delivered), (Some(registered), Some(delivered)) if registered > delivered);
-    if spent && host.read(AGENT_TOKEN).ok().flatten().is_some_and(|token| !token.is_empty()) {
+    let used =
+        registered.zip(delivered).is_some_and(|(registered, delivered)| registered > delivered);
+    if used && host.read(AGENT_TOKEN).ok().flatten().is_some_and(|token| !token.is_empty()) {
         let dir = AGENT_TOKEN.rsplit_once('/').map_or("/", |(d, _)| d);
         match host.replace(AGENT_TOKEN, b"", 0o600, Owner::default(), dir, 0o755) {
             Ok(()) => tracing::info!("the enrolment token is used up and emptied"),
@@ -62,7 +63,10 @@ fn empty_used_token(host: &Host) {
 
 async fn mint_once(host: &Host) -> anyhow::Result<String> {
     let cluster = Cluster::open(host, ADMIN_KUBECONFIG)?;
-    let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": LIFETIME}});
+    let request = json!({
+        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+        "spec": {"expirationSeconds": LIFETIME}
+    });
     let answer = cluster
         .post(&format!("/api/v1/namespaces/pipeops/serviceaccounts/{AGENT_USER}/token"), &request)
         .await

@@ -325,6 +325,10 @@ const EXCESSIVE_RIGHTS: &[(&str, &str, &str, &str)] = &[
     ("get", "", "nodes/proxy", ""),
 ];
 
+/// The components that the installer has installed.
+const CHARTS: &str = "/apis/helm.cattle.io/v1/helmcharts?\
+                      labelSelector=app.kubernetes.io/managed-by%3Dpipeops";
+
 /// Rights that are too many or missing, and namespaces that are missing, by code.
 async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice>> {
     let mut found = Vec::new();
@@ -333,7 +337,10 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
         if allowed(cluster, verb, group, resource, namespace, "").await? {
             found.push(notice(
                 "RIGHTS_EXCESS",
-                format!("the agent's credential may `{verb} {resource}`: give it the ServiceAccount pipeops:pipeops-agent"),
+                format!(
+                    "the agent's credential may `{verb} {resource}`: give it the ServiceAccount \
+                     pipeops:pipeops-agent"
+                ),
             ));
         }
     }
@@ -363,16 +370,21 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
         }
     }
     // a component that was installed has a HelmChart of ours, and in its namespace a controller
-    for chart in cluster.list("/apis/helm.cattle.io/v1/helmcharts?labelSelector=app.kubernetes.io/managed-by%3Dpipeops").await.unwrap_or_default() {
-        let (name, namespace) =
-            (chart["metadata"]["name"].as_str().unwrap_or_default(), chart["spec"]["targetNamespace"].as_str().unwrap_or("default"));
-        let deployments = cluster.list(&format!("/apis/apps/v1/namespaces/{namespace}/deployments")).await?;
-        let daemonsets = cluster.list(&format!("/apis/apps/v1/namespaces/{namespace}/daemonsets")).await?;
+    for chart in cluster.list(CHARTS).await.unwrap_or_default() {
+        let name = chart["metadata"]["name"].as_str().unwrap_or_default();
+        let namespace = chart["spec"]["targetNamespace"].as_str().unwrap_or("default");
+        let apps = format!("/apis/apps/v1/namespaces/{namespace}");
+        let deployments = cluster.list(&format!("{apps}/deployments")).await?;
+        let daemonsets = cluster.list(&format!("{apps}/daemonsets")).await?;
         if deployments.is_empty() && daemonsets.is_empty() {
-            found.push(notice("CONTROLLER_MISSING", format!("{name} is to be installed in {namespace}, and nothing of it is there")));
+            found.push(notice(
+                "CONTROLLER_MISSING",
+                format!("{name} is to be installed in {namespace}, and nothing of it is there"),
+            ));
         } else if let Some(late) = deployments.iter().find(|d| !has_replicas(d)) {
             let why = cluster.replicas_trouble(namespace, late).await.unwrap_or_default();
-            found.push(notice("CONTROLLER_NOT_READY", format!("{name} in {namespace} is not ready: {why}")));
+            let text = format!("{name} in {namespace} is not ready: {why}");
+            found.push(notice("CONTROLLER_NOT_READY", text));
         }
     }
     Ok(found)
@@ -387,8 +399,14 @@ async fn allowed(
     name: &str,
 ) -> anyhow::Result<bool> {
     let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
-    let attributes = json!({"verb": verb, "group": group, "resource": resource, "subresource": sub, "namespace": namespace, "name": name});
-    let review = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}});
+    let attributes = json!({
+        "verb": verb, "group": group, "resource": resource, "subresource": sub,
+        "namespace": namespace, "name": name
+    });
+    let review = json!({
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": attributes}
+    });
     let answer =
         cluster.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review).await?;
     Ok(answer["status"]["allowed"] == true)

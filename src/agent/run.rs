@@ -367,7 +367,8 @@ async fn keep_run_ids(
             () = stop.cancelled() => return ("run ids", Ok(())),
             Some(id) = fresh.recv() => {
                 if let Err(error) = state.write("run-id", &id) {
-                    tracing::warn!(error = format!("{error:#}"), "the tunnel's run id is not kept over a restart");
+                    let error = format!("{error:#}");
+                    tracing::warn!(error, "the tunnel's run id is not kept over a restart");
                 }
             }
         }

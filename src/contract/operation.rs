@@ -257,9 +257,10 @@ mod tests {
             Ok("scale")
         );
         assert_eq!(
-            verdict(
-                r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"c","namespace":"b"}}]}}"#
-            ),
+            verdict(concat!(
+                r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","#,
+                r#""metadata":{"name":"c","namespace":"b"}}]}}"#
+            )),
             Ok("apply")
         );
         for (text, wanted) in [
@@ -270,19 +271,31 @@ mod tests {
             (r#"{"kind":"apply","spec":{"objects":[{}]}}"#, "without apiVersion"),
             (r#"{"kind":"apply","spec":{"objects":[],"colour":"red"}}"#, "unknown field `colour`"),
             (
-                r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","metadata":{"name":"../x"}}]}}"#,
+                concat!(
+                    r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","#,
+                    r#""metadata":{"name":"../x"}}]}}"#
+                ),
                 "characters",
             ),
             (
-                r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"a/b/c","kind":"Pod","metadata":{"name":"x"}}]}}"#,
+                concat!(
+                    r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"a/b/c","kind":"Pod","#,
+                    r#""metadata":{"name":"x"}}]}}"#
+                ),
                 "characters",
             ),
             (
-                r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","name":".."}]}}"#,
+                concat!(
+                    r#"{"kind":"delete","spec":{"objects":["#,
+                    r#"{"apiVersion":"v1","kind":"Pod","name":".."}]}}"#
+                ),
                 "characters",
             ),
             (
-                r#"{"kind":"restart","spec":{"object":{"apiVersion":"v1","kind":"Pod","name":"p","namespace":"b"}}}"#,
+                concat!(
+                    r#"{"kind":"restart","spec":{"object":{"apiVersion":"v1","kind":"Pod","#,
+                    r#""name":"p","namespace":"b"}}}"#
+                ),
                 "can be restarted",
             ),
             (r#"{"kind":"cordon","spec":{"node":"a/b"}}"#, "name of a node"),

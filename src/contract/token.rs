@@ -261,7 +261,10 @@ mod tests {
 
         fn check(&self, change: impl Fn(&mut Value, &mut Value)) -> Result<Caller, &'static str> {
             let mut head = json!({"alg": "EdDSA", "kid": "k1"});
-            let mut claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "runner-1", "role": "deployer", "jti": "t1"});
+            let mut claims = json!({
+                "iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "runner-1", "role": "deployer",
+                "jti": "t1"
+            });
             change(&mut head, &mut claims);
             verify(
                 &self.sign(&head, &claims),
@@ -317,8 +320,13 @@ mod tests {
             let verdict = issuer.check(change);
             assert!(verdict.as_ref().is_err_and(|e| e.contains(why)), "{why}: {verdict:?}");
         }
-        let good =
-            issuer.sign(&json!({"alg": "EdDSA"}), &json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"}));
+        let good = issuer.sign(
+            &json!({"alg": "EdDSA"}),
+            &json!({
+                "iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer",
+                "jti": "t"
+            }),
+        );
         let other = self::issuer();
         assert!(verify(&good, &other.auth, "a-1", Role::Admin, NOW, &Mutex::default()).is_err());
         assert!(
@@ -337,7 +345,9 @@ mod tests {
     #[test]
     fn a_token_that_was_good_before_is_judged_all_the_same() {
         let (mut issuer, known) = (issuer(), Mutex::default());
-        let claims = json!({"iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"});
+        let claims = json!({
+            "iss": "cp", "aud": "a-1", "exp": NOW + 200, "sub": "r", "role": "viewer", "jti": "t"
+        });
         let token = issuer.sign(&json!({"alg": "EdDSA", "kid": "k1"}), &claims);
         let verify = |token: &str, auth: &RunnerAuth, now| {
             verify(token, auth, "a-1", Role::Admin, now, &known)

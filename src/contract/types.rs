@@ -15,7 +15,10 @@ use crate::frp::{TunnelConfig, TunnelState};
 pub const SIGNATURE: &str = "pipeops-signature";
 
 macro_rules! wire {
-    ($($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident : $type:ty),* $(,)? })*) => {
+    ($(
+        $(#[$meta:meta])*
+        $name:ident { $($(#[$field_meta:meta])* $field:ident : $type:ty),* $(,)? }
+    )*) => {
         $(#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
         #[cfg_attr(test, derive(schemars::JsonSchema))]
         #[serde(default)]
@@ -110,8 +113,24 @@ wire! {
         workloads: Workloads,
         usage: Usage,
     }
-    NodeReport { name: String, ready: bool, role: String, version: String, address: String, note: String }
-    Workloads { pods: u32, pods_running: u32, deployments: u32, deployments_ready: u32, statefulsets: u32, daemonsets: u32, services: u32, ingresses: u32 }
+    NodeReport {
+        name: String,
+        ready: bool,
+        role: String,
+        version: String,
+        address: String,
+        note: String,
+    }
+    Workloads {
+        pods: u32,
+        pods_running: u32,
+        deployments: u32,
+        deployments_ready: u32,
+        statefulsets: u32,
+        daemonsets: u32,
+        services: u32,
+        ingresses: u32,
+    }
     /// The agent's machine.
     Usage { memory_used_bytes: u64, memory_total_bytes: u64 }
     /// `POST …/{id}/credential`: the next one; the former stays valid for an overlap.

@@ -42,7 +42,9 @@ pub enum WireError {
 macro_rules! messages {
     ($($name:ident = $byte:literal { $($field:ident : $type:ty),* $(,)? })*) => {
         $(
-            #[doc = concat!("Message `", stringify!($name), "`; fields as on the wire, absent ones are empty.")]
+            #[doc = concat!(
+                "Message `", stringify!($name), "`; fields as on the wire, absent ones are empty."
+            )]
             #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
             #[serde(default)]
             pub struct $name {
@@ -77,13 +79,16 @@ macro_rules! messages {
                 if !matches!(kind, $($byte)|*) {
                     return Err(WireError::Type(kind));
                 }
-                let mut value: Value = serde_json::from_slice(body).map_err(|e| wrong(e.to_string()))?;
+                let wrong_json = |e: serde_json::Error| wrong(e.to_string());
+                let mut value: Value = serde_json::from_slice(body).map_err(wrong_json)?;
                 match value.as_object_mut() {
                     Some(map) => map.retain(|_, v| !v.is_null()),
                     None => return Err(wrong("not an object".into())),
                 }
                 match kind {
-                    $($byte => serde_json::from_value::<$name>(value).map(Message::$name).map_err(|e| wrong(e.to_string())),)*
+                    $($byte => serde_json::from_value::<$name>(value)
+                        .map(Message::$name)
+                        .map_err(wrong_json),)*
                     other => Err(WireError::Type(other)),
                 }
             }
@@ -97,17 +102,51 @@ fn empty<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 messages! {
-    Login = b'o' { version: String, hostname: String, os: String, arch: String, user: String, privilege_key: String, timestamp: i64, run_id: String,
-        metas: BTreeMap<String, String>, pool_count: i64 }
+    Login = b'o' {
+        version: String,
+        hostname: String,
+        os: String,
+        arch: String,
+        user: String,
+        privilege_key: String,
+        timestamp: i64,
+        run_id: String,
+        metas: BTreeMap<String, String>,
+        pool_count: i64,
+    }
     LoginResp = b'1' { version: String, run_id: String, error: String }
-    NewProxy = b'p' { proxy_name: String, proxy_type: String, use_encryption: bool, use_compression: bool, metas: BTreeMap<String, String>, remote_port: u16,
-        custom_domains: Vec<String>, subdomain: String, sk: String, allow_users: Vec<String> }
+    NewProxy = b'p' {
+        proxy_name: String,
+        proxy_type: String,
+        use_encryption: bool,
+        use_compression: bool,
+        metas: BTreeMap<String, String>,
+        remote_port: u16,
+        custom_domains: Vec<String>,
+        subdomain: String,
+        sk: String,
+        allow_users: Vec<String>,
+    }
     NewProxyResp = b'2' { proxy_name: String, remote_addr: String, error: String }
     CloseProxy = b'c' { proxy_name: String }
     NewWorkConn = b'w' { run_id: String, privilege_key: String, timestamp: i64 }
     ReqWorkConn = b'r' {}
-    StartWorkConn = b's' { proxy_name: String, src_addr: String, dst_addr: String, src_port: u16, dst_port: u16, error: String }
-    NewVisitorConn = b'v' { run_id: String, proxy_name: String, sign_key: String, timestamp: i64, use_encryption: bool, use_compression: bool }
+    StartWorkConn = b's' {
+        proxy_name: String,
+        src_addr: String,
+        dst_addr: String,
+        src_port: u16,
+        dst_port: u16,
+        error: String,
+    }
+    NewVisitorConn = b'v' {
+        run_id: String,
+        proxy_name: String,
+        sign_key: String,
+        timestamp: i64,
+        use_encryption: bool,
+        use_compression: bool,
+    }
     NewVisitorConnResp = b'3' { proxy_name: String, error: String }
     Ping = b'h' { privilege_key: String, timestamp: i64 }
     Pong = b'4' { error: String }

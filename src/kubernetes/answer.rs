@@ -66,8 +66,10 @@ impl ApiError {
         if let Some(seconds) = self.retry_after {
             details["retryAfterSeconds"] = seconds.into();
         }
-        let mut body = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message,
-            "details": details, "code": self.status});
+        let mut body = json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": message, "details": details, "code": self.status
+        });
         if let Some(reason) = reason(self.status) {
             body["reason"] = reason.into();
         }
@@ -176,9 +178,14 @@ mod tests {
             assert_eq!(answer.headers().contains_key("www-authenticate"), status == 401);
             let body = answer.into_body().collect().await.unwrap().to_bytes();
             let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
-            let wanted = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "what is wrong: what to do",
-                "reason": reason, "code": status,
-                "details": {"causes": [{"reason": "some_code", "message": "what is wrong"}], "retryAfterSeconds": 3}});
+            let wanted = json!({
+                "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+                "message": "what is wrong: what to do", "reason": reason, "code": status,
+                "details": {
+                    "causes": [{"reason": "some_code", "message": "what is wrong"}],
+                    "retryAfterSeconds": 3
+                }
+            });
             assert_eq!(body, wanted);
         }
     }

@@ -267,8 +267,9 @@ fn conflict_failure(object: &Value, owned: &[OwnedField]) -> Failure {
     let namespace =
         object["metadata"]["namespace"].as_str().map(|n| format!(" -n {n}")).unwrap_or_default();
     failure.why("nothing of this object was changed").hint(format!(
-        "see who set it: `kubectl{namespace} get {kind} {name} --show-managed-fields -o yaml`. Set the field to the value in \
-         `pipeops install-server --dry-run --plan-out FILE` (or remove it), then run the same command again"
+        "see who set it: `kubectl{namespace} get {kind} {name} --show-managed-fields -o yaml`. \
+         Set the field to the value in `pipeops install-server --dry-run --plan-out FILE` (or \
+         remove it), then run the same command again"
     ))
 }
 

@@ -162,7 +162,8 @@ pub fn request_headers(
             return Err((
                 400,
                 "identity_header",
-                "who a request is from is decided here, and no Impersonate header is taken: leave out --as, --as-group and --as-uid",
+                "who a request is from is decided here, and no Impersonate header is taken: leave \
+                 out --as, --as-group and --as-uid",
             ));
         }
         // the API server takes a bearer token from this one too (kubernetes/apiserver,

@@ -179,23 +179,47 @@ mod tests {
 
     #[test]
     fn a_pod_says_what_keeps_it() {
-        let crash = json!({"restartCount": 7, "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s restarting"}},
-            "lastState": {"terminated": {"exitCode": 1, "reason": "Error", "message": "line one\nError: INSTALLATION FAILED: no repo\n"}}});
-        let oom = json!({"restartCount": 2, "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}});
-        let pull = json!({"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image \"x\""}}});
+        let crash = json!({
+            "restartCount": 7,
+            "state": {
+                "waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s restarting"}
+            },
+            "lastState": {
+                "terminated": {
+                    "exitCode": 1, "reason": "Error",
+                    "message": "line one\nError: INSTALLATION FAILED: no repo\n"
+                }
+            }
+        });
+        let oom = json!({
+            "restartCount": 2, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+            "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+        });
+        let pull = json!({
+            "state": {
+                "waiting": {
+                    "reason": "ImagePullBackOff", "message": "Back-off pulling image \"x\""
+                }
+            }
+        });
         let between =
             json!({"restartCount": 1, "state": {"terminated": {"exitCode": 2, "reason": "Error"}}});
         let cases = [
             (
                 json!({"containerStatuses": [crash]}),
-                "web-1 ends again and again (CrashLoopBackOff, restarted 7 times): exit code 1: Error: INSTALLATION FAILED: no repo",
+                "web-1 ends again and again (CrashLoopBackOff, restarted 7 times): exit code 1: \
+                 Error: INSTALLATION FAILED: no repo",
             ),
             (
                 json!({"containerStatuses": [oom]}),
-                "web-1 ends again and again (CrashLoopBackOff, restarted 2 times): exit code 137 (OOMKilled)",
+                "web-1 ends again and again (CrashLoopBackOff, restarted 2 times): exit code 137 \
+                 (OOMKilled)",
             ),
             (
-                json!({"initContainerStatuses": [pull], "containerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}]}),
+                json!({
+                    "initContainerStatuses": [pull],
+                    "containerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}]
+                }),
                 "web-1: ImagePullBackOff: Back-off pulling image \"x\"",
             ),
             (
@@ -203,19 +227,38 @@ mod tests {
                 "web-1 ended, restarted 1 times: exit code 2",
             ),
             (
-                json!({"containerStatuses": [{"state": {"waiting": {"reason": "CreateContainerConfigError", "message": "secret \"s\" not found"}}}]}),
+                json!({
+                    "containerStatuses": [{
+                        "state": {
+                            "waiting": {
+                                "reason": "CreateContainerConfigError",
+                                "message": "secret \"s\" not found"
+                            }
+                        }
+                    }]
+                }),
                 "web-1: CreateContainerConfigError: secret \"s\" not found",
             ),
             (
-                json!({"containerStatuses": [{"state": {"waiting": {"reason": "InvalidImageName"}}}]}),
+                json!({
+                    "containerStatuses": [{"state": {"waiting": {"reason": "InvalidImageName"}}}]
+                }),
                 "web-1: InvalidImageName",
             ),
             (
-                json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available: 1 Insufficient memory."}]}),
+                json!({
+                    "conditions": [{
+                        "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                        "message": "0/1 nodes are available: 1 Insufficient memory."
+                    }]
+                }),
                 "no node takes web-1: 0/1 nodes are available: 1 Insufficient memory.",
             ),
             (
-                json!({"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}),
+                json!({
+                    "phase": "Failed", "reason": "Evicted",
+                    "message": "The node was low on resource: memory."
+                }),
                 "web-1 failed: Evicted: The node was low on resource: memory.",
             ),
         ];
@@ -223,9 +266,18 @@ mod tests {
             assert_eq!(pods(&[with(json!({})), with(status)]).as_deref(), Some(wanted));
         }
         let fine = [
-            json!({"phase": "Running", "containerStatuses": [{"restartCount": 3, "ready": true, "state": {"running": {}}}]}),
-            json!({"phase": "Pending", "containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}),
-            json!({"phase": "Succeeded", "containerStatuses": [{"state": {"terminated": {"exitCode": 0}}}]}),
+            json!({
+                "phase": "Running",
+                "containerStatuses": [{"restartCount": 3, "ready": true, "state": {"running": {}}}]
+            }),
+            json!({
+                "phase": "Pending",
+                "containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]
+            }),
+            json!({
+                "phase": "Succeeded",
+                "containerStatuses": [{"state": {"terminated": {"exitCode": 0}}}]
+            }),
             json!({}),
         ];
         for status in fine {
@@ -240,7 +292,11 @@ mod tests {
 
     #[test]
     fn a_deployment_is_judged_by_what_it_wants() {
-        let of = |spec: Value, status: Value| json!({"metadata": {"generation": 2}, "spec": spec, "status": status});
+        let of = |spec: Value, status: Value| {
+            json!({
+                "metadata": {"generation": 2}, "spec": spec, "status": status
+            })
+        };
         assert_eq!(
             replicas(&of(
                 json!({"replicas": 2}),
@@ -253,7 +309,13 @@ mod tests {
             replicas(&of(json!({}), json!({"readyReplicas": 1, "observedGeneration": 1}))).unwrap(),
             "1 of 1 pods are ready"
         );
-        let refused = json!({"observedGeneration": 2, "conditions": [{"type": "ReplicaFailure", "status": "True", "message": "pods \"x\" is forbidden: exceeded quota"}]});
+        let refused = json!({
+            "observedGeneration": 2,
+            "conditions": [{
+                "type": "ReplicaFailure", "status": "True",
+                "message": "pods \"x\" is forbidden: exceeded quota"
+            }]
+        });
         assert_eq!(
             replicas(&of(json!({}), refused)).unwrap(),
             "0 of 1 pods are ready: pods \"x\" is forbidden: exceeded quota"
@@ -289,7 +351,14 @@ mod tests {
                 && is_current([None, None], start, now)
                 && is_current(one(at(1)), None, now)
         );
-        let node = json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-09-21T13:46:40Z"}], "nodeInfo": {"kubeletVersion": "v1.34.1+k3s1"}}});
+        let node = json!({
+            "status": {
+                "conditions": [{
+                    "type": "Ready", "status": "True", "lastHeartbeatTime": "2026-09-21T13:46:40Z"
+                }],
+                "nodeInfo": {"kubeletVersion": "v1.34.1+k3s1"}
+            }
+        });
         let lease = json!({"spec": {"renewTime": "2026-09-21T13:47:00.123456Z"}});
         assert!(
             matches!(heartbeats(&node, Some(&lease)), [Some(beat), Some(renewed)] if renewed > beat)

@@ -97,7 +97,12 @@ mod tests {
 
     #[test]
     fn an_object_is_ready_when_kubectl_would_say_so() {
-        let deployment = |status: Value| json!({"kind": "Deployment", "metadata": {"generation": 2}, "spec": {"replicas": 2}, "status": status});
+        let deployment = |status: Value| {
+            json!({
+                "kind": "Deployment", "metadata": {"generation": 2}, "spec": {"replicas": 2},
+                "status": status
+            })
+        };
         let missing = |object: &Value| match rollout_status(object) {
             RolloutStatus::InProgress(why) | RolloutStatus::Failed(why) => why,
             RolloutStatus::Complete => "ready".into(),
@@ -105,7 +110,10 @@ mod tests {
         for (status, wanted) in [
             (json!({}), "not seen"),
             (
-                json!({"observedGeneration": 1, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 2}),
+                json!({
+                    "observedGeneration": 1, "updatedReplicas": 2, "replicas": 2,
+                    "availableReplicas": 2
+                }),
                 "not seen",
             ),
             (
@@ -113,31 +121,57 @@ mod tests {
                 "1 of 2 pods updated",
             ),
             (
-                json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 3, "availableReplicas": 3}),
+                json!({
+                    "observedGeneration": 2, "updatedReplicas": 2, "replicas": 3,
+                    "availableReplicas": 3
+                }),
                 "former pods",
             ),
             (
-                json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 1}),
+                json!({
+                    "observedGeneration": 2, "updatedReplicas": 2, "replicas": 2,
+                    "availableReplicas": 1
+                }),
                 "1 of 2 pods available",
             ),
             (
-                json!({"observedGeneration": 2, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 2}),
+                json!({
+                    "observedGeneration": 2, "updatedReplicas": 2, "replicas": 2,
+                    "availableReplicas": 2
+                }),
                 "ready",
             ),
         ] {
             let said = missing(&deployment(status));
             assert!(said.contains(wanted), "{said}");
         }
-        let stuck = deployment(
-            json!({"observedGeneration": 2, "conditions": [{"type": "Progressing", "reason": "ProgressDeadlineExceeded"}]}),
-        );
+        let stuck = deployment(json!({
+            "observedGeneration": 2,
+            "conditions": [{"type": "Progressing", "reason": "ProgressDeadlineExceeded"}]
+        }));
         assert!(matches!(rollout_status(&stuck), RolloutStatus::Failed(_)));
-        let set = json!({"kind": "StatefulSet", "metadata": {"generation": 1}, "spec": {"replicas": 3, "updateStrategy": {"rollingUpdate": {"partition": 2}}},
-            "status": {"observedGeneration": 1, "readyReplicas": 3, "updatedReplicas": 1, "currentRevision": "a", "updateRevision": "b"}});
+        let set = json!({
+            "kind": "StatefulSet", "metadata": {"generation": 1},
+            "spec": {"replicas": 3, "updateStrategy": {"rollingUpdate": {"partition": 2}}},
+            "status": {
+                "observedGeneration": 1, "readyReplicas": 3, "updatedReplicas": 1,
+                "currentRevision": "a", "updateRevision": "b"
+            }
+        });
         assert_eq!(rollout_status(&set), RolloutStatus::Complete);
-        let daemons = json!({"kind": "DaemonSet", "metadata": {"generation": 1}, "status": {"observedGeneration": 1, "desiredNumberScheduled": 2, "updatedNumberScheduled": 2, "numberAvailable": 1}});
+        let daemons = json!({
+            "kind": "DaemonSet", "metadata": {"generation": 1},
+            "status": {
+                "observedGeneration": 1, "desiredNumberScheduled": 2, "updatedNumberScheduled": 2,
+                "numberAvailable": 1
+            }
+        });
         assert_eq!(missing(&daemons), "1 of 2 pods available");
-        let job = |kind: &str| json!({"kind": "Job", "status": {"conditions": [{"type": kind, "status": "True"}]}});
+        let job = |kind: &str| {
+            json!({
+                "kind": "Job", "status": {"conditions": [{"type": kind, "status": "True"}]}
+            })
+        };
         assert_eq!(rollout_status(&job("Complete")), RolloutStatus::Complete);
         assert!(matches!(rollout_status(&job("Failed")), RolloutStatus::Failed(_)));
         assert!(matches!(rollout_status(&json!({"kind": "Job"})), RolloutStatus::InProgress(_)));

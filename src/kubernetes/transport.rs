@@ -253,9 +253,14 @@ mod tests {
     use super::*;
 
     fn config(cluster: Value, user: Value) -> String {
-        json!({"apiVersion": "v1", "kind": "Config", "current-context": "c", "preferences": {},
-            "contexts": [{"name": "other", "context": {"cluster": "x", "user": "y"}}, {"name": "c", "context": {"cluster": "l", "user": "u"}}],
-            "clusters": [{"name": "l", "cluster": cluster}], "users": [{"name": "u", "user": user}]})
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c", "preferences": {},
+            "contexts": [
+                {"name": "other", "context": {"cluster": "x", "user": "y"}},
+                {"name": "c", "context": {"cluster": "l", "user": "u"}}
+            ],
+            "clusters": [{"name": "l", "cluster": cluster}], "users": [{"name": "u", "user": user}]
+        })
         .to_string()
     }
 
@@ -271,17 +276,26 @@ mod tests {
     #[tokio::test]
     async fn what_cannot_work_is_named_and_shows_nothing() {
         let server = json!({"server": "https://127.0.0.1:6443"});
+        let insecure = json!({"server": "https://h", "insecure-skip-tls-verify": true});
+        let bad_ca = json!({"server": "https://h", "certificate-authority-data": "%%"});
+        let bad_token = json!({"token": "planted-canary-4711-in-plain-text with spaces\n"});
+        let bad_key = json!({
+            "client-certificate-data": "cGxhaW4=",
+            "client-key-data": "cGxhbnRlZC00NzEx"
+        });
+        let list = "current-context: c\n\
+                    users: [{name: u, user: {token: [planted-canary-4711-in-plain-text]}}]";
         for (yaml, text) in [
             ("{".to_owned(), "no kubeconfig"),
             ("current-context: gone".into(), "no context `gone`"),
             (config(json!({"server": "nowhere at all"}), json!({})), "no URL"),
-            (config(json!({"server": "https://h", "insecure-skip-tls-verify": true}), json!({})), "not to verify"),
+            (config(insecure, json!({})), "not to verify"),
             (config(server.clone(), json!({"exec": {"command": "aws"}})), "plugin"),
-            (config(server.clone(), json!({"token": "planted-canary-4711-in-plain-text with spaces\n"})), "characters"),
+            (config(server.clone(), bad_token), "characters"),
             (config(server.clone(), json!({"tokenFile": "/gone"})), "/gone is not there"),
-            (config(json!({"server": "https://h", "certificate-authority-data": "%%"}), json!({})), "the CA: its base64"),
-            (config(server, json!({"client-certificate-data": "cGxhaW4=", "client-key-data": "cGxhbnRlZC00NzEx"})), "the client key"),
-            ("current-context: c\nusers: [{name: u, user: {token: [planted-canary-4711-in-plain-text]}}]".into(), "no kubeconfig"),
+            (config(bad_ca, json!({})), "the CA: its base64"),
+            (config(server, bad_key), "the client key"),
+            (list.into(), "no kubeconfig"),
         ] {
             let said = refusal(&yaml);
             assert!(said.contains(text) && !said.contains("canary-4711-in-plain-text"), "{said}");

@@ -42,7 +42,8 @@ pub async fn follow(
         };
         loop {
             let uri = format!(
-                "{path}?watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH_TIMEOUT_S}&resourceVersion={version}"
+                "{path}?watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH_TIMEOUT_S}\
+                 &resourceVersion={version}"
             );
             let request = Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)?;
             let mut events = std::pin::pin!(cluster.client.request_events::<Value>(request).await?);

@@ -317,7 +317,9 @@ impl Api {
             "# TYPE pipeops_api_requests_total counter\npipeops_api_requests_total {}\n\
              # TYPE pipeops_api_refused_total counter\npipeops_api_refused_total {}\n\
              # TYPE pipeops_api_upgrades_total counter\npipeops_api_upgrades_total {}\n\
-             # TYPE pipeops_api_bytes_total counter\npipeops_api_bytes_total{{direction=\"in\"}} {}\npipeops_api_bytes_total{{direction=\"out\"}} {}\n\
+             # TYPE pipeops_api_bytes_total counter\n\
+             pipeops_api_bytes_total{{direction=\"in\"}} {}\n\
+             pipeops_api_bytes_total{{direction=\"out\"}} {}\n\
              # TYPE pipeops_api_open_streams gauge\npipeops_api_open_streams {}\n\
              # TYPE pipeops_tasks gauge\npipeops_tasks {}\n\
              # TYPE pipeops_operations_running gauge\npipeops_operations_running {}\n\

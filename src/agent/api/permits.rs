@@ -124,7 +124,8 @@ fn limit_reached(stream: StreamClass, whose: &str, limit: usize, key: &str) -> A
         StreamClass::Watch => "watches and followed logs",
     };
     let message = format!(
-        "{whose} {limit} {what} open, and more are not served at a time ({key} in the agent's agent.toml)"
+        "{whose} {limit} {what} open, and more are not served at a time ({key} in the agent's \
+         agent.toml)"
     );
     match stream {
         // other requests end by themselves

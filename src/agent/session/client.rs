@@ -166,6 +166,7 @@ impl ControlPlaneClient {
                     event = self.request(&mut state, action, session.status()) => event,
                 },
                 None => {
+                    let draining = session.status().state == ControlPlaneState::Draining;
                     let wake = session.wake();
                     let timer = async {
                         match wake {
@@ -175,19 +176,25 @@ impl ControlPlaneClient {
                     };
                     tokio::select! {
                         () = self.stop.cancelled() => return Ok(()),
-                        () = self.drain.cancelled(), if session.status().state != ControlPlaneState::Draining => SessionEvent::Drain,
-                        Some(FinishedOperation { operation, body, stored }) = self.results.recv() => {
+                        () = self.drain.cancelled(), if !draining => SessionEvent::Drain,
+                        Some(finished) = self.results.recv() => {
+                            let FinishedOperation { operation, body, stored } = finished;
                             match state.queue.push(&EntryKind::Result { operation }, &body) {
                                 Ok(()) => drop(stored.send(())),
                                 // its sender keeps it, and sends it again
-                                Err(error) => tracing::error!(error = format!("{error:#}"), "a result could not be kept"),
+                                Err(error) => {
+                                    let error = format!("{error:#}");
+                                    tracing::error!(error, "a result could not be kept");
+                                }
                             }
                             SessionEvent::Queued
                         }
                         Ok(()) = self.reported.status.changed() => {
                             let report = self.reported.status.borrow_and_update();
                             let differs = match &shown {
-                                Some((kubernetes, nodes)) => (kubernetes, nodes) != (&report.kubernetes, &report.nodes),
+                                Some((kubernetes, nodes)) => {
+                                    (kubernetes, nodes) != (&report.kubernetes, &report.nodes)
+                                }
                                 // the first report waits for a connected cluster
                                 None => report.kubernetes == "connected",
                             };

@@ -69,7 +69,10 @@ impl Identity {
         let damaged = |why: String| {
             Failure::new(Exit::Usage, "IDENTITY_DAMAGED", "the agent's identity cannot be read")
                 .why(format!("{IDENTITY_FILE}: {why}"))
-                .hint("restore /var/lib/pipeops-agent/identity.json, or remove it and enrol anew with a fresh AGENT_TOKEN")
+                .hint(
+                    "restore /var/lib/pipeops-agent/identity.json, or remove it and enrol again \
+                     with a fresh AGENT_TOKEN",
+                )
         };
         let stored: IdentityFile =
             serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;

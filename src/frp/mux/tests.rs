@@ -150,7 +150,9 @@ async fn breaches_of_the_protocol_end_the_session_and_say_which() {
 #[tokio::test]
 async fn frames_of_unknown_streams_are_passed_over() {
     let (_mux, mut peer, _task) = raw(Side::Client, FIRST_WINDOW);
-    peer.write_all(&bytes("00 00 0000 00000009 00000003 616263 00 01 0004 00000009 00000000 00 02 0001 00000000 00000001")).await.unwrap();
+    let frames = "00 00 0000 00000009 00000003 616263 00 01 0004 00000009 00000000 \
+                  00 02 0001 00000000 00000001";
+    peer.write_all(&bytes(frames)).await.unwrap();
     expect(&mut peer, "00 02 0002 00000000 00000001").await;
 }
 
@@ -289,8 +291,13 @@ async fn what_nobody_reads_is_not_kept_when_both_ends_are_gone() {
             drop(other);
         } else {
             drop(other);
-            while !matches!(tokio::time::timeout(Duration::from_secs(5), stream.write(b"x")).await.unwrap(), Err(e) if e.kind() == io::ErrorKind::BrokenPipe)
-            {
+            let broken = |e: io::Error| e.kind() == io::ErrorKind::BrokenPipe;
+            loop {
+                let written = stream.write(b"x");
+                let written = tokio::time::timeout(Duration::from_secs(5), written).await.unwrap();
+                if written.is_err_and(broken) {
+                    break;
+                }
             }
             drop(stream);
         }

@@ -249,7 +249,8 @@ impl Server {
                     let pending = PendingStream { opening: Some(slot), permit: permit.take() };
                     let server = self.clone();
                     streams.spawn(async move {
-                        server.first_message(Box::new(stream), pending).await.unwrap_or_else(|error| {
+                        let served = server.first_message(Box::new(stream), pending).await;
+                        served.unwrap_or_else(|error| {
                             tracing::debug!(%error, "stream");
                             false
                         })

@@ -203,7 +203,9 @@ fn events() -> impl Strategy<Value = TunnelEvent> {
 
 proptest! {
     #[test]
-    fn any_order_of_events_leaves_one_connection_at_most(list in prop::collection::vec((events(), 0_u64..40_000, 0.0_f64..1.0), 1..200)) {
+    fn any_order_of_events_leaves_one_connection_at_most(
+        list in prop::collection::vec((events(), 0_u64..40_000, 0.0_f64..1.0), 1..200)
+    ) {
         let mut b = Bench::new();
         let mut connections = 0_i32;
         for (event, ms, random) in list {
@@ -212,7 +214,10 @@ proptest! {
                 match action {
                     TunnelAction::Connect => connections += 1,
                     TunnelAction::Disconnect => connections = 0,
-                    TunnelAction::Login { .. } | TunnelAction::Open { .. } | TunnelAction::Close { .. } | TunnelAction::Ping => prop_assert_eq!(connections, 1),
+                    TunnelAction::Login { .. }
+                    | TunnelAction::Open { .. }
+                    | TunnelAction::Close { .. }
+                    | TunnelAction::Ping => prop_assert_eq!(connections, 1),
                     TunnelAction::FreshRunId => {}
                 }
                 prop_assert!(connections <= 1);

@@ -63,7 +63,13 @@ pub(super) async fn run(
         }
         OperationRequest::Restart(restart) => {
             let at = jiff::Timestamp::now().to_string();
-            let patch = json!({"spec": {"template": {"metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": at}}}}});
+            let patch = json!({
+                "spec": {
+                    "template": {
+                        "metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": at}}
+                    }
+                }
+            });
             let path = executor.patch(&restart.object, "", &patch, "restarted").await?;
             executor
                 .wait_ready(&[(restart.object.clone(), path)], restart.wait, restart.timeout_s)

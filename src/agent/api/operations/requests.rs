@@ -116,7 +116,8 @@ impl Executor<'_> {
         }
         match answer {
             Ok((401, _)) => failed(
-                "the Kubernetes API refuses the agent's credential: a fresh one is minted within a minute",
+                "the Kubernetes API refuses the agent's credential: a fresh one is minted within a \
+                 minute",
             ),
             Ok((status, bytes)) => Ok((status, serde_json::from_slice(&bytes).unwrap_or_default())),
             Err(why) => {

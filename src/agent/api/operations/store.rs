@@ -79,7 +79,9 @@ impl Operations {
             let operation = &mut stored.operation;
             if !operation.state.ended() {
                 operation.state = OperationState::Interrupted;
-                operation.message = "the agent stopped while it ran: part of it may be done; ask again with another key".into();
+                operation.message = "the agent stopped while it ran: part of it may be done; ask \
+                                     again with another key"
+                    .into();
                 operation.finished_at = now();
             }
             all.insert(operation.id.clone(), TrackedOperation::new(stored));

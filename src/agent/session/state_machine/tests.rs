@@ -327,7 +327,9 @@ fn outcomes() -> impl Strategy<Value = RequestOutcome> {
 proptest! {
     #[test]
     fn whatever_comes_back_one_call_is_under_way_at_most_and_it_never_goes_quiet(
-        list in prop::collection::vec((outcomes(), 0_u64..20_000, 0.0_f64..1.0, any::<bool>()), 1..150)
+        list in prop::collection::vec(
+            (outcomes(), 0_u64..20_000, 0.0_f64..1.0, any::<bool>()), 1..150
+        )
     ) {
         let now = Instant::now();
         let mut b = Bench { session: ControlPlaneSession::new(now), now };
@@ -355,7 +357,8 @@ proptest! {
                     SessionEvent::Tick
                 }
             };
-            pending = b.session.on(event, b.now, random).into_iter().filter(|a| *a != SessionAction::Report).collect();
+            let actions = b.session.on(event, b.now, random).into_iter();
+            pending = actions.filter(|a| *a != SessionAction::Report).collect();
         }
     }
 }
