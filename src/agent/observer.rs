@@ -29,7 +29,7 @@ pub(super) struct Observer {
     pub host: Host,
     pub credential: String,
     pub max_role: String,
-    pub account: watch::Sender<AgentStatus>,
+    pub agent_status: watch::Sender<AgentStatus>,
     pub upstream: watch::Sender<Option<Upstream>>,
     pub liveness: ObserverLiveness,
     pub stop: CancellationToken,
@@ -52,12 +52,12 @@ impl Observer {
         loop {
             self.liveness.touch();
             machine.refresh_memory();
-            let looked = self.look(&mut connection, &mut followers).await;
-            let connected = looked.is_ok();
-            self.account.send_modify(|agent| {
+            let checked = self.check_cluster(&mut connection, &mut followers).await;
+            let connected = checked.is_ok();
+            self.agent_status.send_modify(|agent| {
                 agent.memory_used = machine.used_memory();
                 agent.memory_total = machine.total_memory();
-                match &looked {
+                match &checked {
                     Ok(version) => {
                         agent.kubernetes = KubernetesState::Connected;
                         agent.reason.clear();
@@ -118,7 +118,7 @@ impl Observer {
     }
 
     /// The version of the API server. The credential is read again when its file was replaced.
-    async fn look(
+    async fn check_cluster(
         &self,
         connection: &mut Option<ClusterConnection>,
         followers: &mut JoinSet<()>,
@@ -169,13 +169,13 @@ impl Observer {
         for (path, healthy, set) in WORKLOAD_COUNTERS {
             follow(path, self.on_workloads(healthy, set));
         }
-        let (cluster, account, max_role) =
-            (connection.cluster.clone(), self.account.clone(), self.max_role.clone());
+        let (cluster, agent_status, max_role) =
+            (connection.cluster.clone(), self.agent_status.clone(), self.max_role.clone());
         let stop = self.stop.clone();
         followers.spawn(async move {
             loop {
                 match notices(&cluster, &max_role).await {
-                    Ok(found) => drop(account.send_if_modified(|a| {
+                    Ok(found) => drop(agent_status.send_if_modified(|a| {
                         std::mem::replace(&mut a.notices, found.clone()) != found
                     })),
                     Err(error) => tracing::debug!(error = format!("{error:#}"), "checking rights"),
@@ -189,7 +189,7 @@ impl Observer {
     }
 
     fn on_nodes(&self) -> OnChange {
-        let account = self.account.clone();
+        let agent_status = self.agent_status.clone();
         let mut nodes = BTreeMap::new();
         Box::new(move |change| {
             match change {
@@ -199,7 +199,7 @@ impl Observer {
                 Change::Synced => {}
             }
             let list: Vec<NodeStatus> = nodes.values().cloned().collect();
-            account.send_if_modified(|a| {
+            agent_status.send_if_modified(|a| {
                 let changed = a.nodes != list && a.kubernetes == KubernetesState::Connected;
                 if changed {
                     a.nodes = list;
@@ -210,7 +210,7 @@ impl Observer {
     }
 
     fn on_namespaces(&self) -> OnChange {
-        let account = self.account.clone();
+        let agent_status = self.agent_status.clone();
         let mut names = BTreeSet::new();
         Box::new(move |change| {
             match change {
@@ -219,12 +219,12 @@ impl Observer {
                 Change::Deleted(v) => drop(names.remove(&name_of(&v))),
                 Change::Synced => {}
             }
-            account.send_modify(|a| a.namespaces = names.iter().cloned().collect());
+            agent_status.send_modify(|a| a.namespaces = names.iter().cloned().collect());
         })
     }
 
     fn on_workloads(&self, healthy: IsHealthy, set: SetCounts) -> OnChange {
-        let account = self.account.clone();
+        let agent_status = self.agent_status.clone();
         // by uid: whether the object is healthy
         let mut known: HashMap<String, bool> = HashMap::new();
         let mut synced = false;
@@ -243,7 +243,7 @@ impl Observer {
                 let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
                 let all = count(known.len());
                 let fine = count(known.values().filter(|healthy| **healthy).count());
-                account.send_if_modified(|a| set(a, all, fine));
+                agent_status.send_if_modified(|a| set(a, all, fine));
             }
         })
     }
@@ -334,7 +334,7 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
     let mut found = Vec::new();
     let notice = |code: &str, text: String| Notice { code: code.into(), text };
     for (verb, group, resource, namespace) in EXCESSIVE_RIGHTS {
-        if allowed(cluster, verb, group, resource, namespace, "").await? {
+        if has_right(cluster, verb, group, resource, namespace, "").await? {
             found.push(notice(
                 "RIGHTS_EXCESS",
                 format!(
@@ -347,7 +347,7 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
     for (resource, name) in
         [("users", "pipeops:runner".to_owned()), ("groups", format!("pipeops:{max_role}"))]
     {
-        if !allowed(cluster, "impersonate", "", resource, "", &name).await? {
+        if !has_right(cluster, "impersonate", "", resource, "", &name).await? {
             found.push(notice(
                 "RIGHTS_MISSING",
                 format!(
@@ -357,7 +357,7 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
         }
     }
     for verb in ["list", "watch"] {
-        if !allowed(cluster, verb, "", "pods", "", "").await? {
+        if !has_right(cluster, verb, "", "pods", "", "").await? {
             found.push(notice(
                 "RIGHTS_MISSING",
                 format!("the agent's credential may not {verb} pods: the status is incomplete"),
@@ -382,7 +382,7 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
                 format!("{name} is to be installed in {namespace}, and nothing of it is there"),
             ));
         } else if let Some(late) = deployments.iter().find(|d| !has_replicas(d)) {
-            let why = cluster.replicas_trouble(namespace, late).await.unwrap_or_default();
+            let why = cluster.replicas_problem(namespace, late).await.unwrap_or_default();
             let text = format!("{name} in {namespace} is not ready: {why}");
             found.push(notice("CONTROLLER_NOT_READY", text));
         }
@@ -390,7 +390,7 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
     Ok(found)
 }
 
-async fn allowed(
+async fn has_right(
     cluster: &Cluster,
     verb: &str,
     group: &str,

@@ -102,7 +102,7 @@ pub fn is_path_safe(text: &str) -> bool {
 }
 
 impl Reference {
-    pub fn of(object: &Value) -> Result<Reference, String> {
+    pub fn from_object(object: &Value) -> Result<Reference, String> {
         let text = |value: &Value, name: &str| {
             value.as_str().map(str::to_owned).ok_or_else(|| format!("an object without {name}"))
         };
@@ -181,7 +181,11 @@ impl OperationRequest {
             OperationRequest::Apply(apply) => {
                 objects(apply.objects.len())?;
                 wait(apply.timeout_s)?;
-                apply.objects.iter().try_for_each(|o| Reference::of(o).map(drop)).map_err(bad)?;
+                apply
+                    .objects
+                    .iter()
+                    .try_for_each(|o| Reference::from_object(o).map(drop))
+                    .map_err(bad)?;
             }
             OperationRequest::Delete(delete) => {
                 objects(delete.objects.len())?;

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::frp::wire::{Decrypt, Encrypt, Key};
+use crate::frp::wire::{Decryptor, Encryptor, Key};
 
 /// A byte stream in both directions.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -122,18 +122,18 @@ impl<S: AsyncWrite + Unpin, C: Codec> AsyncWrite for CodecStream<S, C> {
 }
 
 struct Cipher {
-    encrypt: Encrypt,
-    decrypt: Decrypt,
+    encryptor: Encryptor,
+    decryptor: Decryptor,
 }
 
 impl Codec for Cipher {
     fn encode(&mut self, plain: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
-        self.encrypt.push(plain, out);
+        self.encryptor.encrypt(plain, out);
         Ok(())
     }
 
     fn decode(&mut self, coded: &mut [u8], out: &mut Vec<u8>) -> io::Result<()> {
-        let iv = self.decrypt.pull(coded);
+        let iv = self.decryptor.decrypt(coded);
         out.extend_from_slice(&coded[iv..]);
         Ok(())
     }
@@ -141,7 +141,10 @@ impl Codec for Cipher {
 
 /// The cipher of the control channel, and of work connections that ask for it.
 pub fn encrypted<S: Duplex>(inner: S, key: &Key) -> impl Duplex + use<S> {
-    CodecStream::new(inner, Cipher { encrypt: Encrypt::new(key), decrypt: Decrypt::new(key) })
+    CodecStream::new(
+        inner,
+        Cipher { encryptor: Encryptor::new(key), decryptor: Decryptor::new(key) },
+    )
 }
 
 /// Snappy's framing format (google/snappy `framing_format.txt`): each write becomes a chunk at
@@ -225,7 +228,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_combination_carries_bytes_both_ways() {
-        let key = Key::of(&Secret::new("t"));
+        let key = Key::derive(&Secret::new("t"));
         for (encryption, compression) in
             [(false, false), (true, false), (false, true), (true, true)]
         {

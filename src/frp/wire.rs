@@ -245,7 +245,7 @@ pub struct Key([u8; 16]);
 
 impl Key {
     /// PBKDF2-HMAC-SHA1, salt `frp`, 64 rounds.
-    pub fn of(secret: &Secret) -> Key {
+    pub fn derive(secret: &Secret) -> Key {
         let mut key = [0; 16];
         let rounds = std::num::NonZeroU32::new(64).unwrap_or(std::num::NonZeroU32::MIN);
         ring::pbkdf2::derive(
@@ -259,23 +259,23 @@ impl Key {
     }
 }
 
-/// Sending half of AES-128-CFB: the IV goes out in clear once, just before the first byte.
-pub struct Encrypt {
+/// The sending side of AES-128-CFB: the IV goes out in clear once, just before the first byte.
+pub struct Encryptor {
     cipher: BufEncryptor<Aes128>,
     iv: Option<[u8; 16]>,
 }
 
-impl Encrypt {
-    pub fn new(key: &Key) -> Encrypt {
-        Encrypt::with_iv(key, random())
+impl Encryptor {
+    pub fn new(key: &Key) -> Encryptor {
+        Encryptor::with_iv(key, random())
     }
 
-    fn with_iv(key: &Key, iv: [u8; 16]) -> Encrypt {
-        Encrypt { cipher: BufEncryptor::new(&key.0.into(), &iv.into()), iv: Some(iv) }
+    fn with_iv(key: &Key, iv: [u8; 16]) -> Encryptor {
+        Encryptor { cipher: BufEncryptor::new(&key.0.into(), &iv.into()), iv: Some(iv) }
     }
 
     /// Appends the ciphertext of `plain` to `out`.
-    pub fn push(&mut self, plain: &[u8], out: &mut Vec<u8>) {
+    pub fn encrypt(&mut self, plain: &[u8], out: &mut Vec<u8>) {
         if let Some(iv) = self.iv.take() {
             out.extend_from_slice(&iv);
         }
@@ -285,20 +285,20 @@ impl Encrypt {
     }
 }
 
-/// Receiving half: takes the IV from the first 16 bytes.
-pub struct Decrypt {
+/// The receiving side: takes the IV from the first 16 bytes.
+pub struct Decryptor {
     key: Key,
     head: Vec<u8>,
     cipher: Option<BufDecryptor<Aes128>>,
 }
 
-impl Decrypt {
-    pub fn new(key: &Key) -> Decrypt {
-        Decrypt { key: key.clone(), head: Vec::new(), cipher: None }
+impl Decryptor {
+    pub fn new(key: &Key) -> Decryptor {
+        Decryptor { key: key.clone(), head: Vec::new(), cipher: None }
     }
 
     /// Decrypts `bytes` in place; gives how many of the first bytes belong to the IV.
-    pub fn pull(&mut self, bytes: &mut [u8]) -> usize {
+    pub fn decrypt(&mut self, bytes: &mut [u8]) -> usize {
         let mut taken = 0;
         if self.cipher.is_none() {
             taken = bytes.len().min(16 - self.head.len());
@@ -353,27 +353,28 @@ mod tests {
             privilege_key(&Secret::new(""), 1_700_000_000),
             "24920decf83f6960b80f737a28eeafc1"
         );
-        assert_eq!(hex(&Key::of(&token()).0), "3ee5b9daf57cb530f6c9510dc000e9fc");
-        assert_eq!(hex(&Key::of(&Secret::new("")).0), "cdc9dc4c472c37331281df4c232a8407");
+        assert_eq!(hex(&Key::derive(&token()).0), "3ee5b9daf57cb530f6c9510dc000e9fc");
+        assert_eq!(hex(&Key::derive(&Secret::new("")).0), "cdc9dc4c472c37331281df4c232a8407");
     }
 
     #[test]
     fn one_keystream_runs_over_all_messages_of_a_direction() {
-        let key = Key::of(&token());
-        let mut encrypt = Encrypt::with_iv(&key, std::array::from_fn(|i| u8::try_from(i).unwrap()));
+        let key = Key::derive(&token());
+        let mut encryptor =
+            Encryptor::with_iv(&key, std::array::from_fn(|i| u8::try_from(i).unwrap()));
         let mut out = Vec::new();
-        encrypt.push(&Message::from(Ping::default()).encode().unwrap(), &mut out);
-        encrypt.push(&Message::from(ReqWorkConn {}).encode().unwrap(), &mut out);
+        encryptor.encrypt(&Message::from(Ping::default()).encode().unwrap(), &mut out);
+        encryptor.encrypt(&Message::from(ReqWorkConn {}).encode().unwrap(), &mut out);
         let expected =
             "000102030405060708090a0b0c0d0e0f a4fc1896a6b69e67247520 273db113c92c981a2aec90";
         assert_eq!(out, bytes(expected));
         // and back, in pieces of any size
         for step in 1..out.len() {
-            let mut decrypt = Decrypt::new(&key);
+            let mut decryptor = Decryptor::new(&key);
             let mut plain = Vec::new();
             for piece in out.chunks(step) {
                 let mut piece = piece.to_vec();
-                let iv = decrypt.pull(&mut piece);
+                let iv = decryptor.decrypt(&mut piece);
                 plain.extend_from_slice(&piece[iv..]);
             }
             assert_eq!(plain, bytes("68 0000000000000002 7b7d 72 0000000000000002 7b7d"));

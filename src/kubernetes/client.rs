@@ -176,7 +176,7 @@ impl Cluster {
     }
 
     /// Why the pods with these labels do not run; `None` also when they cannot be read.
-    pub async fn pods_trouble(&self, namespace: &str, selector: &str) -> Option<String> {
+    pub async fn pods_problem(&self, namespace: &str, selector: &str) -> Option<String> {
         let selector: String = url::form_urlencoded::byte_serialize(selector.as_bytes()).collect();
         readiness::pods(
             &self
@@ -187,10 +187,10 @@ impl Cluster {
     }
 
     /// Why a Deployment or StatefulSet is not ready, and which of its pods is the cause.
-    pub async fn replicas_trouble(&self, namespace: &str, object: &Value) -> Option<String> {
+    pub async fn replicas_problem(&self, namespace: &str, object: &Value) -> Option<String> {
         let why = readiness::replicas(object)?;
         let pods = match readiness::selector(object) {
-            Some(selector) => self.pods_trouble(namespace, &selector).await,
+            Some(selector) => self.pods_problem(namespace, &selector).await,
             None => None,
         };
         Some(pods.map_or_else(|| why.clone(), |pods| format!("{why}: {pods}")))

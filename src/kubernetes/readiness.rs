@@ -49,11 +49,11 @@ pub fn node_version(node: &Value, version: &str) -> Option<String> {
 pub type NodeHeartbeats = [Option<Timestamp>; 2];
 
 pub fn heartbeats(node: &Value, lease: Option<&Value>) -> NodeHeartbeats {
-    let beat = node["status"]["conditions"]
+    let ready = node["status"]["conditions"]
         .as_array()
         .and_then(|all| all.iter().find(|c| c["type"] == "Ready"));
     let times =
-        [beat.map(|c| text(c, "/lastHeartbeatTime")), lease.map(|l| text(l, "/spec/renewTime"))];
+        [ready.map(|c| text(c, "/lastHeartbeatTime")), lease.map(|l| text(l, "/spec/renewTime"))];
     times.map(|t| t.and_then(|t| t.parse().ok()))
 }
 
@@ -63,8 +63,7 @@ pub fn heartbeats(node: &Value, lease: Option<&Value>) -> NodeHeartbeats {
 pub fn is_current(heartbeats: NodeHeartbeats, started: Option<Timestamp>, now: Timestamp) -> bool {
     let Some(started) = started else { return true };
     let mut seen = heartbeats.into_iter().flatten().peekable();
-    seen.peek().is_none()
-        || seen.any(|beat| beat > started && beat.duration_since(now).as_secs() <= 30)
+    seen.peek().is_none() || seen.any(|at| at > started && at.duration_since(now).as_secs() <= 30)
 }
 
 /// Why a Deployment or StatefulSet is not ready, without its pods.
@@ -332,7 +331,7 @@ mod tests {
     fn a_sign_of_life_is_of_this_start_or_none() {
         let at = |second: i64| Timestamp::from_second(1_790_000_000 + second).unwrap();
         let (now, start) = (at(100), Some(at(50)));
-        let one = |beat| [Some(beat), None];
+        let one = |at| [Some(at), None];
         assert!(
             !is_current(one(at(49)), start, now)
                 && !is_current(one(at(50)), start, now)
@@ -361,7 +360,7 @@ mod tests {
         });
         let lease = json!({"spec": {"renewTime": "2026-09-21T13:47:00.123456Z"}});
         assert!(
-            matches!(heartbeats(&node, Some(&lease)), [Some(beat), Some(renewed)] if renewed > beat)
+            matches!(heartbeats(&node, Some(&lease)), [Some(at), Some(renewed)] if renewed > at)
         );
         assert_eq!(heartbeats(&json!({}), None), [None, None]);
         assert_eq!((node_version(&node, "v1.34.1+k3s1"), node_version(&node, "")), (None, None));

@@ -42,7 +42,7 @@ fn frame() {
     .collect();
     let seeds: Vec<&[u8]> = seeds.iter().map(Vec::as_slice).collect();
     let runtime = runtime();
-    let key = Key::of(&Secret::new("t"));
+    let key = Key::derive(&Secret::new("t"));
     run_bytes("frame", &seeds, |bytes| {
         runtime.block_on(async {
             if let Ok(message) = wire::read(&mut &*bytes).await {

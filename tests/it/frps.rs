@@ -51,7 +51,7 @@ impl ByHand {
         assert_eq!(error, "");
         ByHand {
             carrier,
-            control: Box::new(encrypted(control, &Key::of(&token))),
+            control: Box::new(encrypted(control, &Key::derive(&token))),
             run_id,
             _tasks: tasks,
         }

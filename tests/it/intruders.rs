@@ -383,7 +383,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
     };
     assert_eq!(answer.error, "");
     let mut control =
-        pipeops::frp::codec::encrypted(control, &wire::Key::of(&Secret::new(token.clone())));
+        pipeops::frp::codec::encrypted(control, &wire::Key::derive(&Secret::new(token.clone())));
     for (name, kind) in [
         ("agent-a-0", "stcp"),
         ("t", "tcp"),

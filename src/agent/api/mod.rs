@@ -46,7 +46,7 @@ pub struct ApiContext {
     pub config: watch::Receiver<Option<Config>>,
     pub control: watch::Receiver<session::ControlPlaneStatus>,
     pub upstream: watch::Receiver<Option<Upstream>>,
-    pub account: watch::Receiver<AgentStatus>,
+    pub agent_status: watch::Receiver<AgentStatus>,
     pub audit_head: watch::Sender<AuditHead>,
     pub limits: StreamLimits,
     /// Operations, which continue without the request that began them.
@@ -240,14 +240,14 @@ impl Api {
 
     /// A path of the agent itself.
     fn own_path(&self, method: &Method, path: &str, caller: &Caller) -> Response<Body> {
-        let account = || self.inner.context.account.borrow().clone();
+        let agent_status = || self.inner.context.agent_status.borrow().clone();
         match (path, method) {
             ("/readyz" | "/version" | "/metrics" | "/api/v1/status" | "/api/v1/audit", method)
                 if !matches!(*method, Method::GET | Method::HEAD) =>
             {
                 ApiError::new(405, "method_not_allowed", "only GET is served here", None).plain()
             }
-            ("/readyz", _) => match account().ready() {
+            ("/readyz", _) => match agent_status().ready() {
                 Ok(()) => plain(200, "text/plain", "ok\n".into()),
                 Err(why) => ApiError::new(503, "not_ready", why, None).retry_after_s(5).plain(),
             },
@@ -258,12 +258,12 @@ impl Api {
                     .to_string(),
             ),
             ("/metrics", _) => {
-                plain(200, "text/plain; version=0.0.4", account().metrics() + &self.metrics())
+                plain(200, "text/plain; version=0.0.4", agent_status().metrics() + &self.metrics())
             }
             ("/api/v1/status", _) => plain(
                 200,
                 "application/json",
-                serde_json::to_string(&account()).unwrap_or_default(),
+                serde_json::to_string(&agent_status()).unwrap_or_default(),
             ),
             // who did what is not for every caller
             ("/api/v1/audit", _) if caller.role < Role::Operator || caller.namespaces.is_some() => {

@@ -54,7 +54,7 @@ pub(crate) enum StreamClass {
 impl StreamClass {
     /// As the Kubernetes API decides what is long-running (kubernetes/apiserver
     /// `pkg/endpoints/request`, kubernetes `cmd/kube-apiserver` `BasicLongRunningRequestCheck`).
-    pub(crate) fn of(parts: &Parts, target: &KubernetesPath, upgrade: bool) -> StreamClass {
+    pub(crate) fn classify(parts: &Parts, target: &KubernetesPath, upgrade: bool) -> StreamClass {
         if upgrade {
             return StreamClass::Upgrade;
         }
@@ -188,7 +188,7 @@ mod tests {
             let (parts, ()) =
                 http::Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
             let target = path::parse(parts.uri.path()).unwrap();
-            StreamClass::of(&parts, &target, false)
+            StreamClass::classify(&parts, &target, false)
         };
         for uri in [
             "/api/v1/pods?watch=true",

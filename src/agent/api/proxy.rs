@@ -28,7 +28,7 @@ const UPGRADING: &[&str] = &["exec", "attach", "portforward"];
 
 /// The refusal of a request outside the namespaces of a token: it names them, and what was asked
 /// for.
-fn outside(target: &KubernetesPath, namespaces: &[String]) -> ApiError {
+fn namespace_refusal(target: &KubernetesPath, namespaces: &[String]) -> ApiError {
     let own = namespaces.join(", ");
     let message = match &target.namespace {
         Some(asked) if !namespaces.contains(asked) => {
@@ -68,9 +68,9 @@ impl Api {
         let id = crate::frp::wire::fresh_run_id();
         let raw = parts.uri.path().strip_prefix("/k8s").unwrap_or_default();
         let record = self.record(&caller, &id, &parts.method, raw);
-        let judged = self.judge(&parts, &caller, raw, &id);
-        let (target, headers, upgrade) = match judged {
-            Ok(judged) => judged,
+        let checked = self.check_request(&parts, &caller, raw, &id);
+        let (target, headers, upgrade) = match checked {
+            Ok(checked) => checked,
             Err(problem) => {
                 self.counts().refused.fetch_add(1, Ordering::Relaxed);
                 let mut record = record;
@@ -80,7 +80,7 @@ impl Api {
             }
         };
         let mutating = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let stream = StreamClass::of(&parts, &target, upgrade);
+        let stream = StreamClass::classify(&parts, &target, upgrade);
         let mut call = match self.begin_request(
             super::AuditRecord { path: target.path.clone(), ..record },
             stream,
@@ -112,7 +112,7 @@ impl Api {
     }
 
     /// All checks that can refuse a request before anything is done for it.
-    fn judge(
+    fn check_request(
         &self,
         parts: &Parts,
         caller: &Caller,
@@ -152,7 +152,7 @@ impl Api {
         if let Some(namespaces) = &caller.namespaces {
             target
                 .check_namespaces(&parts.method, namespaces)
-                .map_err(|_| outside(&target, namespaces))?;
+                .map_err(|_| namespace_refusal(&target, namespaces))?;
         }
         let upgrade = header_policy::requested_upgrade(parts)?;
         if parts.version == Version::HTTP_2

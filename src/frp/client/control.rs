@@ -83,7 +83,7 @@ impl ControlChannel {
                 return TunnelEvent::Lost(format!("the login was answered with `{kind}`"));
             }
         };
-        let key = Key::of(&self.opener.config.auth.token);
+        let key = Key::derive(&self.opener.config.auth.token);
         let (mut reader, writer) = tokio::io::split(encrypted(stream, &key));
         let (control, queue) = mpsc::channel(QUEUE);
         let mut tasks = JoinSet::new();
@@ -190,7 +190,7 @@ impl WorkConnectionOpener {
         let Some(proxy) = self.proxies.get(own_name(&self.config, &start.proxy_name)) else {
             return Err(io::Error::other(format!("for an unknown proxy {}", start.proxy_name)));
         };
-        let key = proxy.use_encryption.then(|| Key::of(&self.config.auth.token));
+        let key = proxy.use_encryption.then(|| Key::derive(&self.config.auth.token));
         let io = layered(stream, key.as_ref(), proxy.use_compression);
         let from = user_address(&start);
         let handed = WorkConnection { proxy: proxy.name.clone(), kind: proxy.kind, from, io };

@@ -215,7 +215,7 @@ impl Server {
         let Some(permit) = self.shared.admission.acquire(peer.ip()).await else {
             return Err(io::Error::other("too many of this address wait"));
         };
-        let io = timeout(FIRST_MESSAGE_TIMEOUT, self.secured(stream)).await??;
+        let io = timeout(FIRST_MESSAGE_TIMEOUT, self.accept_tls(stream)).await??;
         if !self.shared.config.tcp_mux {
             return self
                 .first_message(io, PendingStream { opening: None, permit: Some(permit) })
@@ -261,7 +261,7 @@ impl Server {
     }
 
     /// First bytes decide: 0x17 and TLS, TLS, or neither (fatedier/frp `pkg/util/net/tls.go`).
-    async fn secured(&self, mut stream: TcpStream) -> io::Result<Io> {
+    async fn accept_tls(&self, mut stream: TcpStream) -> io::Result<Io> {
         set_socket_options(&stream, self.shared.config.tcp_mux);
         let mut first = [0];
         stream.peek(&mut first).await?;

@@ -79,7 +79,7 @@ impl Server {
         }
         let version = wire::VERSION.into();
         wire::write(&mut io, LoginResp { version, run_id, error: String::new() }).await?;
-        let channel = encrypted(io, &Key::of(&config.token));
+        let channel = encrypted(io, &Key::derive(&config.token));
         self.serve_control_channel(channel, pool, queue, &session, revoked).await
     }
 

@@ -90,7 +90,8 @@ impl Server {
                 let mut io = self.take_work_connection(session).await?;
                 // a pooled connection may be dead: take the next one
                 if wire::write(&mut io, start.clone()).await.is_ok() {
-                    let key = open.asked.use_encryption.then(|| Key::of(&self.shared.config.token));
+                    let key =
+                        open.asked.use_encryption.then(|| Key::derive(&self.shared.config.token));
                     return Ok(layered(io, key.as_ref(), open.asked.use_compression));
                 }
             }
@@ -153,7 +154,7 @@ impl Server {
         let Some((open, key, revoked)) = found else { return Ok(()) };
         let mut user = layered(
             io,
-            hello.use_encryption.then(|| Key::of(&key)).as_ref(),
+            hello.use_encryption.then(|| Key::derive(&key)).as_ref(),
             hello.use_compression,
         );
         let mut work = self.connect_user(&open, None).await?;

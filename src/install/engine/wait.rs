@@ -38,7 +38,7 @@ async fn check_condition(
         WaitCondition::Deployment { namespace, name } => {
             let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
             match object(host, &path).await {
-                Ok((cluster, object)) => cluster.replicas_trouble(namespace, &object).await,
+                Ok((cluster, object)) => cluster.replicas_problem(namespace, &object).await,
                 Err(why) => Some(why),
             }
         }
@@ -175,7 +175,7 @@ async fn chart(host: &Host, namespace: &str, name: &str) -> Result<(), String> {
     }
     let logs = format!("kubectl -n {namespace} logs job/{job}");
     let failed = state["status"]["failed"].as_i64().unwrap_or(0);
-    Err(match cluster.pods_trouble(namespace, &format!("job-name={job}")).await {
+    Err(match cluster.pods_problem(namespace, &format!("job-name={job}")).await {
         Some(why) => format!("its job does not get through: {why} ({logs})"),
         None if failed > 0 => format!("its job failed {failed} times ({logs})"),
         None => "its job is at work".into(),

@@ -89,7 +89,7 @@ pub(super) async fn run(
 impl Executor<'_> {
     async fn apply(&mut self, apply: &Apply) -> Result<(), ExecutionError> {
         let references: Vec<Reference> =
-            apply.objects.iter().filter_map(|o| Reference::of(o).ok()).collect();
+            apply.objects.iter().filter_map(|o| Reference::from_object(o).ok()).collect();
         let defines = references.iter().any(|r| r.kind == "CustomResourceDefinition");
         // what cannot be done is found before anything is changed
         let mut paths = Vec::new();
