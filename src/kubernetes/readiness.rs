@@ -176,8 +176,14 @@ mod tests {
         json!({"metadata": {"name": "web-1"}, "status": status})
     }
 
+    fn assert_reasons(cases: impl IntoIterator<Item = (Value, &'static str)>) {
+        for (status, wanted) in cases {
+            assert_eq!(pods(&[with(json!({})), with(status)]).as_deref(), Some(wanted));
+        }
+    }
+
     #[test]
-    fn a_pod_says_what_keeps_it() {
+    fn a_pod_says_what_ended_it() {
         let crash = json!({
             "restartCount": 7,
             "state": {
@@ -203,7 +209,7 @@ mod tests {
         });
         let between =
             json!({"restartCount": 1, "state": {"terminated": {"exitCode": 2, "reason": "Error"}}});
-        let cases = [
+        assert_reasons([
             (
                 json!({"containerStatuses": [crash]}),
                 "web-1 ends again and again (CrashLoopBackOff, restarted 7 times): exit code 1: \
@@ -225,6 +231,12 @@ mod tests {
                 json!({"containerStatuses": [between]}),
                 "web-1 ended, restarted 1 times: exit code 2",
             ),
+        ]);
+    }
+
+    #[test]
+    fn a_pod_says_what_keeps_it() {
+        assert_reasons([
             (
                 json!({
                     "containerStatuses": [{
@@ -260,10 +272,7 @@ mod tests {
                 }),
                 "web-1 failed: Evicted: The node was low on resource: memory.",
             ),
-        ];
-        for (status, wanted) in cases {
-            assert_eq!(pods(&[with(json!({})), with(status)]).as_deref(), Some(wanted));
-        }
+        ]);
         let fine = [
             json!({
                 "phase": "Running",

@@ -20,8 +20,8 @@ use crate::base::backoff::random;
 use crate::base::secret::Secret;
 use crate::base::trust::Trust;
 use crate::contract::types::{
-    AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, Register,
-    Registered, SIGNATURE, StatusReport, TunnelReport,
+    AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, NodeReport,
+    Register, Registered, SIGNATURE, StatusReport, TunnelReport,
 };
 use crate::frp;
 use crate::host::state::StateDir;
@@ -190,21 +190,24 @@ impl ControlPlaneClient {
                             SessionEvent::Queued
                         }
                         Ok(()) = self.reported.status.changed() => {
-                            let report = self.reported.status.borrow_and_update();
-                            let differs = match &shown {
-                                Some((kubernetes, nodes)) => {
-                                    (kubernetes, nodes) != (&report.kubernetes, &report.nodes)
-                                }
-                                // the first report waits for a connected cluster
-                                None => report.kubernetes == "connected",
-                            };
-                            if differs { SessionEvent::Changed } else { SessionEvent::Tick }
+                            self.status_event(shown.as_ref())
                         }
                         () = timer => SessionEvent::Tick,
                     }
                 }
             };
         }
+    }
+
+    /// Whether the cluster differs from what was reported last.
+    fn status_event(&mut self, last: Option<&(String, Vec<NodeReport>)>) -> SessionEvent {
+        let report = self.reported.status.borrow_and_update();
+        let differs = match last {
+            Some((kubernetes, nodes)) => (kubernetes, nodes) != (&report.kubernetes, &report.nodes),
+            // the first report waits for a connected cluster
+            None => report.kubernetes == "connected",
+        };
+        if differs { SessionEvent::Changed } else { SessionEvent::Tick }
     }
 
     fn begin(&self) -> anyhow::Result<(RunState, SessionEvent)> {
