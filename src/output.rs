@@ -155,7 +155,7 @@ impl Printer {
             self.say(&format!("  - take back {id}"));
         }
         for path in &checked.drift {
-            self.say(&format!("  ! CONFIG_DRIFT {path} was edited by somebody else"));
+            self.say(&format!("  ! CONFIG_DRIFT {path} was edited outside pipeops"));
         }
     }
 

@@ -117,7 +117,8 @@ impl AgentConfig {
         })?;
         if config.metrics_listen.is_some_and(|a| !a.ip().is_loopback()) {
             return Err(invalid(
-                "metrics-listen is for a loopback address: what it shows is nobody else's".into(),
+                "metrics-listen takes a loopback address only: the metrics are for this machine"
+                    .into(),
             ));
         }
         Ok(config)

@@ -124,7 +124,7 @@ impl SystemdNotifier {
                     state.into_iter().chain(status.as_deref().map(NotifyState::Status)).collect();
                 // not fatal: outside systemd nothing listens
                 if let Err(error) = sd_notify::notify(&states) {
-                    tracing::debug!(%error, "systemd was not told");
+                    tracing::debug!(%error, "systemd was not notified");
                 }
             }
         });

@@ -55,7 +55,7 @@ pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
         // its own text shows the lines around the fault
         fault(
             line,
-            "a quote, an indent or a colon is not where YAML wants it, or a key stands there twice"
+            "a quote, an indent or a colon is not where YAML needs it, or a key is there twice"
                 .into(),
         )
     })?;

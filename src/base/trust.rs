@@ -220,8 +220,8 @@ pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
     if has(&["is not pinned"]) {
         Some((
             "tls_pin",
-            "the key of the server changed, or somebody stands in between; compare the pin with \
-             the server's",
+            "the key of the server changed, or another machine answers in its place; compare the \
+             pin with the server's",
         ))
     } else if has(&["expired", expired.as_str()]) {
         Some((
@@ -231,12 +231,12 @@ pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
     } else if has(&["not valid yet", "NotValidYet"]) {
         Some(("tls_clock", "set this machine's clock"))
     } else if has(&["not valid for name", "NotValidForName"]) {
-        Some(("tls_name", "use a name that stands in the server's certificate"))
+        Some(("tls_name", "use a name that is in the server's certificate"))
     } else if has(&["BadSignature"]) {
         Some((
             "tls_key",
-            "give the server a key of today: RSA below 2048 bits, as frps makes it for itself, is \
-             not believed",
+            "give the server a stronger key: RSA below 2048 bits, as older frps makes for itself, \
+             is not accepted",
         ))
     } else if has(&["BadEncoding"]) {
         // a name is missing and its days begin in the year 1: so do those that frps before 0.65

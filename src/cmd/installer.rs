@@ -348,7 +348,7 @@ impl<'a> Installer<'a> {
                     // the node keeps it: NODE_RENAMED
                     None if key == "node-name" => {}
                     None => self.printer.say(&format!(
-                        "  ! {key} was `{was}` and is not given now: it goes back to its default"
+                        "  ! {key} was `{was}` and is not given now: it returns to its default"
                     )),
                     Some(now) if now != was => {
                         self.printer.say(&format!("  ! {key} was `{was}`, becomes `{now}`"))

@@ -199,7 +199,7 @@ fn residue(host: &Host, named: &[String]) -> Vec<String> {
         "/usr/local/bin/k3s",
         "/usr/local/bin/pipeops",
     ] {
-        look(path.into(), "was there before, or holds files of somebody else");
+        look(path.into(), "was there before, or holds files of another program");
     }
     for name in ["kubectl", "crictl", "ctr"] {
         let path = format!("/usr/local/bin/{name}");

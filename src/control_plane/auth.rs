@@ -16,6 +16,9 @@ use super::registry::Principal;
 use super::state::ControlPlane;
 use crate::kubernetes::header_policy;
 
+/// Answer to a login on the socket of the machine itself.
+const NOT_LOCAL: &str = "log in over HTTPS; this socket is for the machine itself";
+
 /// Where a request comes from.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
@@ -118,7 +121,7 @@ callers! {
     Anonymous requires None: |_, _| Ok(Anonymous(()));
     AnonymousPeer requires None: |_, parts| match origin(parts)? {
         Origin::Network(address) => Ok(AnonymousPeer { address }),
-        Origin::Local => Err(HttpError::new(403, "not_here", "people come over the network", None)),
+        Origin::Local => Err(HttpError::new(403, "not_here", NOT_LOCAL, None)),
     };
     FrpsCaller requires None: |control_plane, parts| match segments(parts).next() {
         Some(secret) if control_plane.is_frps(&secret) => Ok(FrpsCaller(())),
@@ -191,7 +194,7 @@ impl ControlPlane {
                     Err(HttpError::new(403, "not_here", "agents come over the network", None))
                 }
                 RequiredAuth::Session | RequiredAuth::None | RequiredAuth::Local => {
-                    Err(HttpError::new(403, "not_here", "people come over the network", None))
+                    Err(HttpError::new(403, "not_here", NOT_LOCAL, None))
                 }
             };
         };
@@ -209,7 +212,7 @@ impl ControlPlane {
         let hash = match cookie {
             Some(hash) => hash,
             None if required_auth == RequiredAuth::Session => {
-                return Err(HttpError::new(401, "login_needed", "nobody is logged in", None));
+                return Err(HttpError::new(401, "login_needed", "not logged in", None));
             }
             None => self.keys().token_hash(bearer(&parts.headers)?),
         };

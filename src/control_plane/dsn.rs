@@ -100,12 +100,12 @@ fn host(host: &str) -> Result<(), String> {
                 format!("`{}` is no IPv6 address", crate::base::text::printable(address))
             })?;
             if !port.is_empty() && !port.starts_with(':') {
-                return Err("something stands between ] and the port".into());
+                return Err("there is something between ] and the port".into());
             }
             port.trim_start_matches(':')
         }
         None if host.matches(':').count() > 1 => {
-            return Err("an IPv6 address stands in brackets: [2001:db8::1]:5432".into());
+            return Err("an IPv6 address needs brackets: [2001:db8::1]:5432".into());
         }
         None => host.split_once(':').map_or("", |(_, port)| port),
     };

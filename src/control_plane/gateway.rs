@@ -68,7 +68,7 @@ impl hyper::body::Body for RevocableBody {
         }
         let frame = Pin::new(&mut self.inner).poll_frame(cx);
         if let Poll::Ready(Some(Err(error))) = &frame {
-            tracing::debug!(error = format!("{error:?}"), "an agent's answer broke off");
+            tracing::debug!(error = format!("{error:?}"), "an agent's answer ended early");
         }
         frame.map(|frame| frame.map(|f| f.map_err(Into::into)))
     }

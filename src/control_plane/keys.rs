@@ -114,7 +114,7 @@ impl Keys {
                 Failure::usage("KEYS_DAMAGED", "the control plane's keys cannot be read")
                     .why(format!("{FILE}: {e}"))
                     .hint(
-                        "restore a backup: with other keys no agent would believe this \
+                        "restore a backup: with other keys no agent would trust this \
                          control plane",
                     )
             })?,

@@ -237,7 +237,7 @@ impl ControlPlane {
                 .end_operation(
                     record,
                     OperationState::Failed,
-                    "whoever asked for it may not any more",
+                    "the caller may not do this any more",
                     now,
                 )
                 .await;
@@ -247,7 +247,7 @@ impl ControlPlane {
                 .end_operation(
                     record,
                     OperationState::Failed,
-                    "whoever asked for it may not any more",
+                    "the caller may not do this any more",
                     now,
                 )
                 .await;

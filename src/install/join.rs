@@ -85,7 +85,7 @@ async fn unreachable(url: &str, error: &reqwest::Error) -> Failure {
         (
             "SERVER_SILENT",
             "accepts the connection and then says nothing",
-            "check that k3s runs there, and no proxy stands in between",
+            "check that k3s runs there, and that no proxy is in between",
         )
     } else if late {
         (
@@ -166,7 +166,7 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
                 "JOIN_TOKEN_UNPINNED",
                 "this token does not say which server it is for",
             )
-            .why("a short token trusts whoever answers at that address")
+            .why("a short token trusts any server at that address")
             .hint(format!("{NEW_LINE}, or accept the risk with --insecure-token")));
         }
         _ => {}

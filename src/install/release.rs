@@ -268,7 +268,7 @@ async fn published_digest(
             return Err(Failure::new(
                 Exit::Verification,
                 "DIGEST_UNKNOWN",
-                format!("nobody but the mirror itself vouches for k3s {version}"),
+                format!("only the mirror itself vouches for k3s {version}"),
             )
             .why(format!(
                 "this pipeops does not know the version, and the release's own list cannot be \

@@ -111,7 +111,7 @@ fn misread(text: &str) -> Result<(), String> {
             "K3S_TOKEN" | "TOKEN" | "token" | "--token"
         )
     {
-        return Err(format!("it begins with `{}=`: give what stands behind it alone", name.trim()));
+        return Err(format!("it begins with `{}=`: give only what follows the `=`", name.trim()));
     }
     if text.contains(char::is_whitespace) {
         return Err("the token contains white space: was it broken over two lines?".into());

@@ -243,7 +243,7 @@ fn field_conflicts(error: &kube::Error) -> Option<Vec<OwnedField>> {
         .flat_map(|d| &d.causes)
         .filter(|c| c.reason == "FieldManagerConflict");
     // conflict with "helm-controller@vm1" using helm.cattle.io/v1
-    let manager = |message: &str| message.split('"').nth(1).unwrap_or("somebody else").to_owned();
+    let manager = |message: &str| message.split('"').nth(1).unwrap_or("another manager").to_owned();
     let owned: Vec<OwnedField> = causes
         .map(|c| OwnedField { field: c.field.clone(), manager: manager(&c.message) })
         .collect();
@@ -257,7 +257,7 @@ fn conflict_failure(object: &Value, owned: &[OwnedField]) -> Failure {
     let mut failure = Failure::new(
         Exit::Partial,
         CONFLICT,
-        format!("{title}: somebody else has set fields that pipeops sets"),
+        format!("{title}: another manager has set fields that pipeops sets"),
     );
     for OwnedField { field, manager } in owned {
         failure = failure.why(format!("{field} belongs to \"{manager}\" and has another value"));

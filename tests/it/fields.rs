@@ -304,7 +304,11 @@ fn what_somebody_else_set_is_told_in_words_and_left() {
         let look = sandbox
             .run(&[&["install-server", "--offline-dir", &release, "--dry-run"], args].concat())
             .ended(0);
-        assert!(look.err.contains("somebody else has set fields: FIELD_CONFLICT"), "{}", look.err);
+        assert!(
+            look.err.contains("another manager has set fields: FIELD_CONFLICT"),
+            "{}",
+            look.err
+        );
         let said = sandbox.install(args).ended(exit);
         let last = pointer.rsplit('/').next().unwrap().replace("~1", "/");
         for text in [

@@ -293,7 +293,7 @@ fn a_version_that_is_not_named_again_stays_and_is_said_to() {
         "{}",
         said.err
     );
-    assert!(!said.err.contains("goes back to its default"), "{}", said.err);
+    assert!(!said.err.contains("returns to its default"), "{}", said.err);
 }
 
 #[test]

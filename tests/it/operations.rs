@@ -528,7 +528,7 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
         "Secret beta/s"
     );
     let failed = comes_to(&hub, &cluster, &admin, &id(&orphan), "failed").await;
-    assert!(failed["message"].as_str().unwrap().contains("may not any more"), "{failed}");
+    assert!(failed["message"].as_str().unwrap().contains("may not do this any more"), "{failed}");
     // in the order in which they were asked for, and each once
     let begun = Instant::now();
     let patched = || {

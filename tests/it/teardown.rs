@@ -77,7 +77,7 @@ fn rules_sets_slices_and_sockets_of_pods_go_and_foreign_ones_stay() {
         assert!(!sandbox.root().join(path.trim_start_matches('/')).exists(), "{path}");
     }
     for line in [
-        "ipset KUBE-SRC-BUSY: a rule of somebody else uses it",
+        "ipset KUBE-SRC-BUSY: another program's rule uses it",
         "kernel: sysctl net.ipv4.conf.all.route_localnet = 1, was 0",
         "kernel: sysctl net.ipv4.vs.conntrack = 1, was not there",
     ] {

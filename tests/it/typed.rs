@@ -206,7 +206,7 @@ fn a_machine_that_was_renamed_keeps_its_node() {
         "{}",
         again.err
     );
-    assert!(!again.err.contains("goes back to its default"), "{}", again.err);
+    assert!(!again.err.contains("returns to its default"), "{}", again.err);
 }
 
 #[test]

@@ -159,7 +159,7 @@ impl Api {
         tokio::select! {
             ended = connection.as_mut() => {
                 if let Err(error) = ended {
-                    tracing::debug!(error = format!("{error:?}"), "a connection broke off");
+                    tracing::debug!(error = format!("{error:?}"), "a connection closed early");
                 }
                 return;
             }
@@ -181,7 +181,7 @@ impl Api {
         ApiError::new(
             403,
             "plain_transport",
-            "this way is read by whoever runs the FRP server",
+            "the operator of the FRP server can read this path",
             hint,
         )
         .plain()

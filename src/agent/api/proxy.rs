@@ -346,7 +346,7 @@ impl hyper::body::Body for Counting {
             // recorded when the last byte has come, not when the connection drops the body
             Poll::Ready(None) => this.call = None,
             Poll::Ready(Some(Err(error))) => {
-                tracing::debug!(%error, "an answer of Kubernetes broke off");
+                tracing::debug!(%error, "an answer of Kubernetes ended early");
                 if let Some(call) = &mut this.call {
                     call.record.verdict = "broken".into();
                 }

@@ -221,7 +221,7 @@ impl ControlPlaneClient {
         if former.as_ref() != Some(&self.url)
             && let Err(error) = self.state.write(QUEUE_URL, &self.url)
         {
-            tracing::warn!(error = format!("{error:#}"), "whom the queue is for is not kept");
+            tracing::warn!(error = format!("{error:#}"), "the owner of the queue was not saved");
         }
         let mut state = RunState {
             http: HttpClient::new(&self.url, &self.trust, self.proxy.as_deref()),

@@ -26,7 +26,7 @@ pub async fn control_plane(context: &Context, args: ControlPlaneArgs) -> anyhow:
     if args.serve.options != ControlPlaneOptions::default() || args.serve.config.is_some() {
         return Err(Failure::usage(
             "SERVING_OPTION",
-            "before a verb stands an option that is for serving only",
+            "an option that is for serving only stands before a verb",
         )
         .hint(
             "a verb is for the control plane that runs here: it takes --data-dir, and its own \

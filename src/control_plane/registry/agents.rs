@@ -162,7 +162,7 @@ pub(super) fn duplicate() -> HttpError {
         "duplicate_identity",
         "another machine shows the same identity",
         Some(
-            "on the copied disk: stop pipeops-agent, remove /var/lib/pipeops-agent, enrol it anew",
+            "on the copied disk: stop pipeops-agent, remove /var/lib/pipeops-agent, enrol it again",
         ),
     )
 }

@@ -349,7 +349,7 @@ mod tests {
                 "For administrators, for Runners within their reach, and for kubeconfigs.",
                 json!([bearer]),
             ),
-            RequiredAuth::Session => ("For whoever has logged in.", json!([session])),
+            RequiredAuth::Session => ("For a logged-in user.", json!([session])),
         }
     }
 

@@ -68,7 +68,7 @@ impl Server {
         match open {
             Some(open) => self.connect_user(&open, None).await,
             None => {
-                Err(io::Error::new(io::ErrorKind::NotFound, format!("nobody has opened {name}")))
+                Err(io::Error::new(io::ErrorKind::NotFound, format!("no client has opened {name}")))
             }
         }
     }

@@ -113,8 +113,9 @@ fn entry(
     if name == "data-dir" {
         // only the user's files set it, so that it applies whichever of them has it
         let same = said.trim_end_matches('/') == DATA_DIR;
-        let what =
-            format!("k3s is told to keep its data elsewhere, and pipeops looks in {DATA_DIR}");
+        let what = format!(
+            "k3s is configured to keep its data elsewhere, and pipeops looks in {DATA_DIR}"
+        );
         let fix = format!(
             "take it out of {}; to use another disk mount it on {DATA_DIR}, or make that a link",
             file.path

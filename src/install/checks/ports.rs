@@ -198,7 +198,7 @@ pub(super) fn firewalld(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Findin
         Finding::new(
             "FW_FIREWALLD",
             Level::Warning,
-            "firewalld is active and drops pod traffic unless told otherwise",
+            "firewalld is active and drops pod traffic unless configured otherwise",
             "firewalld.service is active",
         )
         .fix(format!("firewall-cmd --permanent {}", ports.join(" ")))
@@ -214,7 +214,7 @@ pub(super) fn ufw(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let mut finding = Finding::new(
         "FW_UFW",
         Level::Warning,
-        "ufw is active and drops pod traffic unless told otherwise",
+        "ufw is active and drops pod traffic unless configured otherwise",
         "ufw is enabled",
     );
     for port in openings(target, facts) {

@@ -49,7 +49,7 @@ pub(super) fn foreign(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
             facts.k3s.foreign.join("; "),
         )
         .fix(
-            "pipeops never touches it. To start anew, remove it with its own k3s-uninstall.sh or \
+            "pipeops never changes it. To start over, remove it with its own k3s-uninstall.sh or \
              k3s-agent-uninstall.sh, then run again",
         ),
     ]
@@ -154,7 +154,7 @@ pub(super) fn iptables(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
             "this iptables version duplicates rules",
             format!("iptables {} ({})", tool.version, tool.backend),
         )
-        .fix("nothing to do: k3s is told to use its own (prefer-bundled-bin)"),
+        .fix("nothing to do: k3s is configured to use its own (prefer-bundled-bin)"),
     ]
 }
 

@@ -101,7 +101,7 @@ pub(super) fn keep_edit(
     writer.copy(&writer.at(path), &kept, 0o600, false)?;
     (context.on_event)(ProgressEvent::Note {
         text: format!(
-            "CONFIG_DRIFT: {path} was edited by somebody else; that version is kept as {kept}"
+            "CONFIG_DRIFT: {path} was edited outside pipeops; that version is kept as {kept}"
         ),
     });
     Ok(())

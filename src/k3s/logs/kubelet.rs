@@ -102,7 +102,7 @@ pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
         cause(
             "SWAP_ON",
             Permanent,
-            "swap is on, and the kubelet is told to refuse it",
+            "swap is on, and the kubelet is configured to refuse it",
             "turn it off (`swapoff -a`), or take fail-swap-on out of the settings",
         ),
     ),

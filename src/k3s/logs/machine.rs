@@ -24,7 +24,7 @@ pub(super) const TABLE: &[(&[&str], KnownCause)] = &[
             "DISK_READ_ONLY",
             Fatal,
             "a disk is mounted read-only",
-            "mount it writable; `dmesg` tells when the kernel did it",
+            "mount it writable; `dmesg` shows when the kernel made it read-only",
         ),
     ),
     (

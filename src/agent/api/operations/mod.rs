@@ -144,7 +144,14 @@ impl Api {
             Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
                 return problem(413, "too_large", "an operation is larger than 1 MiB", None);
             }
-            Ok(Err(_)) => return problem(400, "bad_body", "the body broke off", None),
+            Ok(Err(_)) => {
+                return problem(
+                    400,
+                    "bad_body",
+                    "the connection closed while the body was read",
+                    None,
+                );
+            }
             Err(_) => return problem(408, "too_slow", "the body took longer than 15 s", None),
         };
         let id = operation_id(&caller.subject, key);
@@ -254,12 +261,13 @@ impl Api {
             Err(ExecutionError::Failed(why)) => (OperationState::Failed, why, 422),
             Err(ExecutionError::Cancelled) => (
                 OperationState::Cancelled,
-                "cancelled; what stands in objects was done".into(),
+                "cancelled; the objects listed were changed before that".into(),
                 499,
             ),
             Err(ExecutionError::Interrupted) => (
                 OperationState::Interrupted,
-                "the agent stopped while it ran; what stands in objects was done".into(),
+                "the agent stopped while it ran; the objects listed were changed before that"
+                    .into(),
                 503,
             ),
         };
@@ -314,7 +322,7 @@ impl Api {
             tracing::warn!(
                 error = format!("{error:#}"),
                 id,
-                "an end that was told will be told again"
+                "a result that was reported will be reported again"
             );
         }
         self.operations().change(&id, |live| live.stored.reported = true);

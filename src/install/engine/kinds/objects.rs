@@ -41,7 +41,7 @@ async fn compare(cluster: &Cluster, yaml: &str) -> anyhow::Result<StepStatus> {
             // the step itself fails over it; here it must not hide the state of all other steps
             Err(e) if is_conflict(&e) => {
                 changes.push(format!(
-                    "change {}, where somebody else has set fields: {CONFLICT}",
+                    "change {}, where another manager has set fields: {CONFLICT}",
                     title_of(&object)
                 ));
                 continue;

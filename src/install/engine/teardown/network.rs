@@ -70,7 +70,7 @@ async fn remove_sets(writer: &HostWriter) -> Vec<Leftover> {
     {
         if !writer.ask(&ipset, &["destroy", name], QUICK).await.is_ok_and(|o| o.ok()) {
             left.push(Leftover::kept(format!(
-                "ipset {name}: a rule of somebody else uses it (`ipset destroy {name}` once it is \
+                "ipset {name}: another program's rule uses it (`ipset destroy {name}` once it is \
                  gone)"
             )));
         }
