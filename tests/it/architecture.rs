@@ -257,6 +257,9 @@ fn a_planted_edge_is_found_however_it_is_written() {
         ("beside.rs", "type X = crate::above::high::X;"),
     ];
     assert_eq!(find(&circle), "above -> beside, beside -> above");
+    // who may see an item is no edge; what comes after it is
+    let seen = "pub(in crate::above) fn f() { super::high::X }";
+    assert_eq!(find(&[("above/low.rs", seen)]), "above/low -> above/high");
     // down, and within one room
     assert_eq!(
         find(&[(

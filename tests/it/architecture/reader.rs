@@ -60,7 +60,22 @@ fn skipped(text: &[char], at: usize) -> Option<usize> {
     }
 }
 
+/// The tokens without `(in crate::room)` after `pub`: who may see an item is no use of that room.
 fn tokens(text: &str) -> Vec<Token> {
+    let mut found = all_tokens(text);
+    let mut at = 0;
+    while let Some(more) = found[at..]
+        .windows(2)
+        .position(|pair| pair[0] == Token::Word("pub".into()) && pair[1] == Token::Sign('('))
+    {
+        at += more + 1;
+        let end = found[at..].iter().position(|token| *token == Token::Sign(')'));
+        found.drain(at..=at + end.unwrap_or(0));
+    }
+    found
+}
+
+fn all_tokens(text: &str) -> Vec<Token> {
     let text: Vec<char> = text.chars().collect();
     let (mut found, mut at) = (Vec::new(), 0);
     while at < text.len() {
