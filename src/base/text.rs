@@ -96,27 +96,49 @@ pub fn printable_json(json: &str) -> Cow<'_, str> {
     )
 }
 
-/// What is wrong with JSON, without the names of our own types: serde says `expected struct Named with 1 element`, and a caller
-/// knows of no such thing.
+/// Longest beginning and end that are kept of an error about JSON, characters: serde quotes what it
+/// was given, and that may be a megabyte.
+const JSON_ERROR: usize = 300;
+
+/// What is wrong with JSON, without the names of our own types: serde says `expected struct Named
+/// with 1 element`, and a caller knows of no such thing.
 pub fn json_error(error: &serde_json::Error) -> String {
-    let mut text = error.to_string();
-    for kind in
-        ["internally tagged enum", "adjacently tagged enum", "tuple struct", "struct", "enum"]
+    let text = error.to_string();
+    let mut rest = Cow::Borrowed(text.as_str());
+    if let Some((cut, _)) = text.char_indices().nth(JSON_ERROR)
+        && let Some((end, _)) = text[cut..].char_indices().rev().nth(JSON_ERROR)
     {
-        let start = format!("expected {kind} ");
-        while let Some(at) = text.find(&start) {
-            let rest = &text[at + start.len()..];
-            let name = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
-            let mut rest = &rest[name..];
-            if let Some(more) = rest.strip_prefix(" with ") {
-                let more = more.trim_start_matches(|c: char| c.is_ascii_digit());
-                let more = more.strip_prefix(" element").unwrap_or(more);
-                rest = more.strip_prefix('s').unwrap_or(more);
-            }
-            text = format!("{}expected an object{rest}", &text[..at]);
-        }
+        rest = Cow::Owned(format!("{} … {}", &text[..cut], &text[cut + end..]));
     }
-    text
+    let (mut rest, mut out) = (&*rest, String::new());
+    while let Some((before, after)) = rest.split_once("expected ") {
+        out.push_str(before);
+        out.push_str("expected ");
+        let kinds = [
+            "internally tagged enum ",
+            "adjacently tagged enum ",
+            "tuple struct ",
+            "struct ",
+            "enum ",
+        ];
+        rest = match kinds.iter().find_map(|kind| after.strip_prefix(kind)) {
+            Some(name) => {
+                out.push_str("an object");
+                let name = name.trim_start_matches(|c: char| c.is_alphanumeric() || c == '_');
+                without_count(name)
+            }
+            None => after,
+        };
+    }
+    out + rest
+}
+
+/// The rest of a text that may begin with ` with 3 elements`.
+fn without_count(text: &str) -> &str {
+    let Some(count) = text.strip_prefix(" with ") else { return text };
+    let count = count.trim_start_matches(|c: char| c.is_ascii_digit());
+    let count = count.strip_prefix(" element").unwrap_or(count);
+    count.strip_prefix('s').unwrap_or(count)
 }
 
 /// Why a text cannot be a name that people read, if it cannot.
@@ -186,6 +208,18 @@ mod tests {
             let error = serde_json::from_str::<Named>(json).unwrap_err();
             assert_eq!(json_error(&error), wanted, "{json}");
         }
+        // what a caller writes is quoted, but not all of it, and looked through once
+        let long = format!(r#"{{"{}": 1}}"#, "expected struct .".repeat(60_000));
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Nothing {}
+        let said = json_error(&serde_json::from_str::<Nothing>(&long).unwrap_err());
+        assert!(
+            said.starts_with("unknown field `expected an object.expected an object."),
+            "{said}"
+        );
+        assert!(said.contains(" … ") && said.contains("there are no fields"), "{said}");
+        assert!(said.len() < 1000, "{}", said.len());
     }
 
     #[test]
