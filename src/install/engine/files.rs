@@ -91,7 +91,8 @@ pub(super) fn keep_edit(
     written: Option<&str>,
 ) -> anyhow::Result<()> {
     let writer = context.writer;
-    let (Some(written), Some(now)) = (written, writer.sha256(path)?) else { return Ok(()) };
+    let Some(written) = written else { return Ok(()) };
+    let Some(now) = writer.sha256(path)? else { return Ok(()) };
     if now == written {
         return Ok(());
     }
