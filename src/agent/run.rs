@@ -155,9 +155,15 @@ pub async fn run(
     agent.start_local(listener, port, api.clone(), liveness);
     let result = agent.wait(&stop).await;
     agent.shut_down(api.as_ref(), result.is_ok()).await;
-    let _ =
-        std::os::unix::net::UnixStream::connect(&socket).is_err().then(|| local::unlink(&socket));
+    remove_unused(&socket);
     result
+}
+
+/// Removes the socket, unless another agent already listens on it.
+fn remove_unused(socket: &std::path::Path) {
+    if std::os::unix::net::UnixStream::connect(socket).is_err() {
+        local::unlink(socket);
+    }
 }
 
 async fn metrics_listener(config: &AgentConfig) -> anyhow::Result<Option<TcpListener>> {

@@ -155,14 +155,10 @@ async fn collect(host: &Host, journal: &Journal, join: bool) -> Info {
     }
     info.components = components;
     if info.api == "answers" {
-        for component in info.components.iter().filter(|c| !c.ready) {
-            let name = &component.name;
-            info.problems.push(problem(
-                "component",
-                format!("{name}: {}", component.note),
-                "run install-server again: it repairs what is not ready",
-            ));
-        }
+        let next = "run install-server again: it repairs what is not ready";
+        info.problems.extend(info.components.iter().filter(|c| !c.ready).map(|component| {
+            problem("component", format!("{}: {}", component.name, component.note), next)
+        }));
     }
     if let Some(agent) = agent {
         info.problems.extend(agent_problem(&agent));

@@ -15,6 +15,7 @@
     clippy::disallowed_methods,
     clippy::disallowed_types,
     clippy::exit,
+    clippy::too_many_lines,
     dead_code,
     reason = "a test program"
 )]

@@ -16,7 +16,7 @@ use std::time::Duration;
 use http::request::Parts;
 use http::{HeaderValue, Method, Response, header};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Bytes, Incoming};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::oneshot;
@@ -139,20 +139,9 @@ impl Api {
             Ok(key) => key,
             Err(why) => return problem(400, "idempotency_key_needed", why, None),
         };
-        let bytes = match timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await {
-            Ok(Ok(body)) => body.to_bytes(),
-            Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
-                return problem(413, "too_large", "an operation is larger than 1 MiB", None);
-            }
-            Ok(Err(_)) => {
-                return problem(
-                    400,
-                    "bad_body",
-                    "the connection closed while the body was read",
-                    None,
-                );
-            }
-            Err(_) => return problem(408, "too_slow", "the body took longer than 15 s", None),
+        let bytes = match read_body(body).await {
+            Ok(bytes) => bytes,
+            Err(refused) => return *refused,
         };
         let id = operation_id(&caller.subject, key);
         let request = hex(&Sha256::digest(&bytes));
@@ -364,4 +353,18 @@ fn answer_repeated(known: &OperationRecord, request: &str) -> Response<Body> {
         "this Idempotency-Key was used for something else",
         Some("use a fresh key for each thing that is asked for"),
     )
+}
+
+/// The request, within its limits of size and time.
+async fn read_body(body: Incoming) -> Result<Bytes, Box<Response<Body>>> {
+    let closed = "the connection closed while the body was read";
+    let refused = match timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await {
+        Ok(Ok(body)) => return Ok(body.to_bytes()),
+        Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
+            problem(413, "too_large", "an operation is larger than 1 MiB", None)
+        }
+        Ok(Err(_)) => problem(400, "bad_body", closed, None),
+        Err(_) => problem(408, "too_slow", "the body took longer than 15 s", None),
+    };
+    Err(Box::new(refused))
 }
