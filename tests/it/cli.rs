@@ -67,6 +67,16 @@ fn every_option_and_exit_code_stands_in_the_readme() {
 }
 
 #[test]
+fn every_component_stands_in_the_readme_and_in_the_help() {
+    let text = readme();
+    let help = said(Command::new(program()).args(["install-server", "--help"]).output().unwrap());
+    for component in pipeops::install::components::CATALOGUE {
+        assert!(text.contains(&format!("\n| {} | ", component.name)), "{}", component.name);
+        assert!(help.out.contains(component.name), "{}: {}", component.name, help.out);
+    }
+}
+
+#[test]
 fn every_finding_code_stands_in_the_readme() {
     let text = readme();
     for code in pipeops::install::checks::codes() {

@@ -61,6 +61,32 @@ const PATHS: &[(&str, &[&str])] = &[
     ("/clusters/none/k8s/api/v1/pods", &["GET", "POST"]),
 ];
 
+/// A route that is not in [`PATHS`] would be on no record.
+#[test]
+fn every_route_is_asked() {
+    let asked = |method: &str, path: &str| {
+        PATHS.iter().any(|(template, methods)| {
+            let template = template.split('?').next().unwrap();
+            let (mut there, mut wanted) = (template.split('/'), path.split('/'));
+            let same = loop {
+                match (wanted.next(), there.next()) {
+                    (None, None) | (Some("*"), Some(_)) => break true,
+                    (Some(segment), Some(given))
+                        if segment == given || segment.starts_with('{') && !given.is_empty() => {}
+                    _ => break false,
+                }
+            };
+            same && (method == "*" || methods.contains(&method))
+        })
+    };
+    let missing: Vec<_> = pipeops::control_plane::routes::table()
+        .into_iter()
+        .filter(|route| !asked(route.method, route.path))
+        .map(|route| format!("{} {}", route.method, route.path))
+        .collect();
+    assert!(missing.is_empty(), "PATHS lacks {missing:?}");
+}
+
 /// Not one of them is a route as it stands, or it stands at its edge.
 const ODD: &[&str] = &[
     "/index.html",
