@@ -4,6 +4,7 @@
 use serde::de::DeserializeOwned;
 
 use crate::base::error::{Failure, nearest};
+use crate::base::text::json_error;
 
 /// What is wrong with a file, where, and never with what stands there: it may be a secret.
 pub struct Fault {
@@ -133,6 +134,11 @@ pub fn parse_checked<T: DeserializeOwned>(
         }));
     }
     values(&table, text, origin).map_err(|fault| fault.failure(origin))
+}
+
+/// What is wrong with a JSON file that may hold secrets: nothing of what is in it is quoted.
+pub fn unquoted_json_error(error: &serde_json::Error) -> String {
+    unquoted(&json_error(error).replace('`', "\""))
 }
 
 /// A parser's message without the text that it quotes, which may be a secret.

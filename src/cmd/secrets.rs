@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::{Context, unreadable};
-use crate::base::config_file::unquoted;
+use crate::base::config_file::unquoted_json_error;
 use crate::base::error::Failure;
 use crate::base::secret::{MASK, Secret, in_urls, is_secret_name, mask, register_secret};
 use crate::cli::RunFlags;
@@ -35,8 +35,8 @@ pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<CheckedPlan>
             .hint("make a new one with --plan-out")
     };
     // the parser quotes what it does not expect, and that may be anything
-    let then: CheckedPlan = serde_json::from_str(&text)
-        .map_err(|e| bad(unquoted(&e.to_string().replace('`', "\""))))?;
+    let then: CheckedPlan =
+        serde_json::from_str(&text).map_err(|e| bad(unquoted_json_error(&e)))?;
     if then.plan.schema != SCHEMA {
         return Err(
             bad(format!("its format is {}, this one knows {SCHEMA}", then.plan.schema)).into()

@@ -18,6 +18,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::base::config_file::unquoted_json_error;
 use crate::base::error::Failure;
 use crate::base::secret::Secret;
 use crate::base::trust::Pin;
@@ -112,7 +113,7 @@ impl Keys {
         let stored: StoredKeys = match state.read(FILE)? {
             Some(text) => serde_json::from_str(&text).map_err(|e| {
                 Failure::usage("KEYS_DAMAGED", "the control plane's keys cannot be read")
-                    .why(format!("{FILE}: {e}"))
+                    .why(format!("{FILE}: {}", unquoted_json_error(&e)))
                     .hint(
                         "restore a backup: with other keys no agent would trust this \
                          control plane",
@@ -141,8 +142,8 @@ impl Keys {
     /// # Errors
     /// When it is damaged.
     pub fn restore(state: &StateDir, text: &Secret, now: i64) -> anyhow::Result<Keys> {
-        let _: StoredKeys =
-            serde_json::from_str(text.expose()).context("the keys in the backup")?;
+        let _: StoredKeys = serde_json::from_str(text.expose())
+            .map_err(|e| anyhow::anyhow!("the keys in the backup: {}", unquoted_json_error(&e)))?;
         state.write(FILE, text.expose())?;
         Keys::load(state, now)
     }
@@ -273,7 +274,8 @@ impl Keys {
             return Ok(());
         }
         let mut stored: StoredKeys =
-            serde_json::from_str(&state.read(FILE)?.unwrap_or_default()).context(FILE)?;
+            serde_json::from_str(&state.read(FILE)?.unwrap_or_default())
+                .map_err(|e| anyhow::anyhow!("{FILE}: {}", unquoted_json_error(&e)))?;
         stored.signing.truncate(2);
         if due {
             let former = stored.signing.remove(0);

@@ -1055,6 +1055,19 @@ fn what_it_cannot_use_is_named() {
     sandbox.put(&format!("/{DATA}/keys.json"), "{\"half\":");
     let keys = serve(&[]).ended(2);
     assert!(keys.err.contains("KEYS_DAMAGED"), "{}", keys.err);
+    // what the parser did not expect may be a key
+    for text in [
+        r#""planted-key-canary-4711-in-plain-text""#,
+        r#"{"planted-key-canary-4711-in-plain-text": 1}"#,
+    ] {
+        sandbox.put(&format!("/{DATA}/keys.json"), text);
+        let keys = serve(&[]).ended(2);
+        assert!(
+            keys.err.contains("KEYS_DAMAGED") && !keys.err.contains("canary-4711-in-plain-text"),
+            "{}",
+            keys.err
+        );
+    }
     let away = sandbox.verb(&["control-plane", "cluster", "list"]).ended(5);
     assert!(away.err.contains("CONTROL_PLANE_AWAY"), "{}", away.err);
 }

@@ -136,7 +136,8 @@ impl HttpClient {
             if body.is_empty() || status == StatusCode::NO_CONTENT { b"null" } else { &body };
         let parsed = serde_json::from_slice(text).map_err(|e| {
             RequestOutcome::Unreachable(format!(
-                "the answer cannot be read: {e}; is this a control plane?"
+                "the answer cannot be read: {}; is this a control plane?",
+                crate::base::text::json_error(&e)
             ))
         });
         (parsed, offset)

@@ -8,6 +8,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::base::config_file::unquoted_json_error;
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
@@ -75,7 +76,7 @@ impl Identity {
                 )
         };
         let stored: IdentityFile =
-            serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+            serde_json::from_str(&text).map_err(|e| damaged(unquoted_json_error(&e)))?;
         if stored.machine != machine {
             return Ok(LoadedIdentity::Cloned);
         }

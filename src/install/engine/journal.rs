@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::base::config_file::unquoted;
+use crate::base::config_file::unquoted_json_error;
 use crate::base::error::{Exit, Failure};
 use crate::host::paths::STATE;
 use crate::host::{Host, HostWriter, Owner};
@@ -111,7 +111,7 @@ impl Journal {
                 .hint("keep a copy of it and ask for help; without it nothing can be undone safely")
         };
         let value: serde_json::Value =
-            serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+            serde_json::from_str(&text).map_err(|e| damaged(unquoted_json_error(&e)))?;
         let version = value.get("version").and_then(serde_json::Value::as_u64).unwrap_or(0);
         if version > u64::from(VERSION) {
             return Err(damaged(format!(
@@ -120,7 +120,7 @@ impl Journal {
             .into());
         }
         let mut journal: Journal =
-            serde_json::from_value(value).map_err(|e| damaged(unquoted(&e.to_string())))?;
+            serde_json::from_value(value).map_err(|e| damaged(unquoted_json_error(&e)))?;
         // the first pipeops kept the [k3s] table as one text, with the secrets in it
         if let Some(table) = journal.options.remove("k3s") {
             journal
