@@ -4,7 +4,6 @@
 use serde::de::DeserializeOwned;
 
 use crate::base::error::{Failure, nearest};
-use crate::base::text::json_error;
 
 /// What is wrong with a file, where, and never with what stands there: it may be a secret.
 pub struct Fault {
@@ -136,18 +135,18 @@ pub fn parse_checked<T: DeserializeOwned>(
     values(&table, text, origin).map_err(|fault| fault.failure(origin))
 }
 
-/// What is wrong with a JSON file that may hold secrets: nothing of what is in it is quoted.
-pub fn unquoted_json_error(error: &serde_json::Error) -> String {
-    unquoted(&json_error(error).replace('`', "\""))
-}
-
 /// A parser's message without the text that it quotes, which may be a secret.
 pub fn unquoted(message: &str) -> String {
-    let mut parts = message.split('"');
-    let mut out = parts.next().unwrap_or_default().trim_end().to_owned();
-    while parts.next().is_some() {
-        if let Some(after) = parts.next() {
-            out.push_str(after);
+    let (before, rest) = message.split_once('"').unwrap_or((message, ""));
+    let mut out = before.trim_end().to_owned();
+    let (mut quoted, mut rest) = (true, rest.chars());
+    while let Some(c) = rest.next() {
+        match c {
+            '"' => quoted = !quoted,
+            // a quote that belongs to the text is escaped
+            '\\' if quoted => drop(rest.next()),
+            _ if !quoted => out.push(c),
+            _ => {}
         }
     }
     out
@@ -161,6 +160,25 @@ pub fn long_flags<T: clap::Args>() -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use crate::install::settings::parse_file;
+
+    #[test]
+    fn nothing_quoted_is_left_however_it_is_written() {
+        for (said, wanted) in [
+            (
+                r#"invalid type: string "secret", expected a list"#,
+                "invalid type: string, expected a list",
+            ),
+            (
+                r#"invalid type: string "a\"secret\\", expected x"#,
+                "invalid type: string, expected x",
+            ),
+            (r#"two "secret" and "secret" more"#, "two and  more"),
+            (r#"cut off "secret"#, "cut off"),
+            ("nothing quoted ", "nothing quoted"),
+        ] {
+            assert_eq!(super::unquoted(said), wanted);
+        }
+    }
 
     #[test]
     fn yaml_says_what_toml_says() {

@@ -104,13 +104,29 @@ const JSON_ERROR: usize = 300;
 /// with 1 element`, and a caller knows of no such thing.
 pub fn json_error(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    let mut rest = Cow::Borrowed(text.as_str());
     if let Some((cut, _)) = text.char_indices().nth(JSON_ERROR)
         && let Some((end, _)) = text[cut..].char_indices().rev().nth(JSON_ERROR)
     {
-        rest = Cow::Owned(format!("{} … {}", &text[..cut], &text[cut + end..]));
+        return without_type_names(&format!("{} … {}", &text[..cut], &text[cut + end..]));
     }
-    let (mut rest, mut out) = (&*rest, String::new());
+    without_type_names(&text)
+}
+
+/// The same for a file that may hold secrets: all that stands between the first and the last quote
+/// is left out, because a name in backticks may hold one itself.
+pub fn unquoted_json_error(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let quotes = ['"', '`'];
+    match (text.find(quotes), text.rfind(quotes)) {
+        (Some(first), Some(last)) => {
+            without_type_names(&format!("{}{}", text[..first].trim_end(), &text[last + 1..]))
+        }
+        _ => without_type_names(&text),
+    }
+}
+
+fn without_type_names(text: &str) -> String {
+    let (mut rest, mut out) = (text, String::new());
     while let Some((before, after)) = rest.split_once("expected ") {
         out.push_str(before);
         out.push_str("expected ");
@@ -207,6 +223,13 @@ mod tests {
         ] {
             let error = serde_json::from_str::<Named>(json).unwrap_err();
             assert_eq!(json_error(&error), wanted, "{json}");
+        }
+        // nothing of a file with secrets, however it is quoted
+        for json in
+            [r#"{"a`b\"secret": 1}"#, r#"{"name": 1, "a`secret`b": 2}"#, r#""sec`ret\"secret""#]
+        {
+            let said = unquoted_json_error(&serde_json::from_str::<Named>(json).unwrap_err());
+            assert!(!said.contains("secret") && said.contains(" at line 1 column "), "{said}");
         }
         // what a caller writes is quoted, but not all of it, and looked through once
         let long = format!(r#"{{"{}": 1}}"#, "expected struct .".repeat(60_000));

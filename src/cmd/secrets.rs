@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 
 use super::{Context, unreadable};
-use crate::base::config_file::unquoted_json_error;
 use crate::base::error::Failure;
 use crate::base::secret::{MASK, Secret, in_urls, is_secret_name, mask, register_secret};
+use crate::base::text::unquoted_json_error;
 use crate::cli::RunFlags;
 use crate::host::{Host, HostWriter};
 use crate::install::engine::Secrets;

@@ -18,9 +18,9 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::base::config_file::unquoted_json_error;
 use crate::base::error::Failure;
 use crate::base::secret::Secret;
+use crate::base::text::unquoted_json_error;
 use crate::base::trust::Pin;
 use crate::contract::types::{Jwk, Jwks};
 use crate::host::state::StateDir;

@@ -8,10 +8,10 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::base::config_file::unquoted_json_error;
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
+use crate::base::text::unquoted_json_error;
 use crate::contract::types::{Config, agent_id_of};
 use crate::host::Host;
 use crate::host::state::StateDir;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::base::config_file::unquoted_json_error;
 use crate::base::error::{Exit, Failure};
+use crate::base::text::unquoted_json_error;
 use crate::host::paths::STATE;
 use crate::host::{Host, HostWriter, Owner};
 use crate::install::plan::Resource;
