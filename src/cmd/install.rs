@@ -78,23 +78,12 @@ async fn run_install(installer: &mut Installer<'_>) -> anyhow::Result<Exit> {
              what to try anyway)",
         );
     }
-    let resolved = release::resolve(
-        &installer.host,
-        &installer.settings,
-        &installer.facts,
-        installer.journal.as_ref(),
-        version,
-    )
-    .await?;
-    resolved.notes.iter().for_each(|n| installer.printer.say(&format!("note: {n}")));
-    let plan =
-        planner::server_plan(&installer.facts, &installer.settings, &resolved.release, &selected);
+    let release = installer.resolve(version).await?;
+    let plan = planner::server_plan(&installer.facts, &installer.settings, &release, &selected);
     let Some(outcome) = installer.carry_out(plan, findings).await? else { return Ok(Exit::Done) };
     let name = installer.settings.node_name(&installer.facts.hostname);
     if !installer.printer.json() {
-        installer
-            .printer
-            .data(&format!("{name} is a k3s {} server, Ready.", resolved.release.version));
+        installer.printer.data(&format!("{name} is a k3s {} server, Ready.", release.version));
         installer
             .printer
             .data("  kubectl get nodes                  (as root; or --kubeconfig-for USER)");

@@ -16,6 +16,8 @@ use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level, blocked};
 use crate::install::gather::{Probe, gather, gather_configured};
 use crate::install::plan::{CheckedPlan, Plan, ProgressEvent};
+use crate::install::planner::Release;
+use crate::install::release;
 use crate::install::settings::Settings;
 use crate::k3s;
 use crate::k3s::paths::ADMIN_KUBECONFIG;
@@ -122,6 +124,18 @@ impl<'a> Installer<'a> {
             installer.facts.traefik = traefik(&installer.host).await;
         }
         Ok(installer)
+    }
+
+    /// The files of a version of k3s and their digests; what is to be said of them is shown.
+    pub(super) async fn resolve(
+        &mut self,
+        version: k3s::version::Version,
+    ) -> anyhow::Result<Release> {
+        let journal = self.journal.as_ref();
+        let resolved =
+            release::resolve(&self.host, &self.settings, &self.facts, journal, version).await?;
+        resolved.notes.iter().for_each(|n| self.printer.say(&format!("note: {n}")));
+        Ok(resolved.release)
     }
 
     /// Runs the checks, shows what they found, and stops when one says so.

@@ -213,26 +213,16 @@ async fn finish(
     if !late.is_empty() {
         *findings = installer.check(Some(&version), &[])?;
     }
-    let resolved = release::resolve(
-        &installer.host,
-        &installer.settings,
-        &installer.facts,
-        installer.journal.as_ref(),
-        version,
-    )
-    .await?;
-    resolved.notes.iter().for_each(|n| installer.printer.say(&format!("note: {n}")));
+    let release = installer.resolve(version).await?;
     let plan = planner::worker_plan(
         &installer.facts,
         &installer.settings,
-        &resolved.release,
+        &release,
         &JoinServer { url: url.to_owned() },
     );
     let Some(_) = installer.carry_out(plan, findings.clone()).await? else { return Ok(Exit::Done) };
     let name = installer.settings.node_name(&installer.facts.hostname);
-    installer
-        .printer
-        .data(&format!("{name} is a k3s {} worker of {url}, Ready.", resolved.release.version));
+    installer.printer.data(&format!("{name} is a k3s {} worker of {url}, Ready.", release.version));
     Ok(Exit::Done)
 }
 
