@@ -18,12 +18,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::status::AgentStatus;
+use crate::base::metrics::{self, MetricsText};
 
 /// Time for open answers after a stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Further lines for `/metrics`, beside those of the status.
-pub(super) type ExtraMetrics = Arc<dyn Fn() -> String + Send + Sync>;
+/// Adds to `/metrics` what the status does not know.
+pub(super) type ExtraMetrics = Arc<dyn Fn(&mut MetricsText) + Send + Sync>;
 
 /// When the observer last looked, for the watchdog: a timer alone would hide an observer that
 /// hangs.
@@ -199,7 +200,12 @@ fn answer(
 ) -> Result<Response<Full<Bytes>>, std::convert::Infallible> {
     let agent = state.borrow().clone();
     let (status, kind, body) = match request.uri().path() {
-        "/metrics" => (StatusCode::OK, "text/plain; version=0.0.4", agent.metrics() + &extra()),
+        "/metrics" => {
+            let mut metrics = MetricsText::default();
+            agent.write_metrics(&mut metrics);
+            extra(&mut metrics);
+            (StatusCode::OK, metrics::CONTENT_TYPE, metrics.into_string())
+        }
         "/healthz" => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
         "/readyz" if !metrics_only => match agent.ready() {
             Ok(()) => (StatusCode::OK, "text/plain", "ok\n".to_owned()),

@@ -306,8 +306,8 @@ impl Agent {
         liveness: ObserverLiveness,
     ) {
         let extra: local::ExtraMetrics = match api {
-            Some(api) => Arc::new(move || api.metrics()),
-            None => Arc::new(String::new),
+            Some(api) => Arc::new(move |metrics| api.write_metrics(metrics)),
+            None => Arc::new(|_| {}),
         };
         let (status, stop) = (self.status.subscribe(), self.shutdown.halt.clone());
         self.tasks.spawn(async move {

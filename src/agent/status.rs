@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::agent::session::ControlPlaneState;
+use crate::base::metrics::{Labels, MetricsText};
 use crate::frp;
 use crate::kubernetes::readiness;
 
@@ -173,65 +174,41 @@ impl AgentStatus {
         parts.join("; ")
     }
 
-    /// Prometheus text format.
-    pub fn metrics(&self) -> String {
-        use std::fmt::Write as _;
-        let mut text = String::with_capacity(2048);
+    /// Adds what is known of this agent to `metrics`.
+    pub fn write_metrics(&self, metrics: &mut MetricsText) {
         let flag = u8::from;
         let control = matches!(self.control, ControlPlaneState::Online | ControlPlaneState::Skewed);
-        let mut gauge = |name: &str, labels: &str, value: &dyn std::fmt::Display| {
-            let known = text.contains(&format!("# TYPE {name} "));
-            if !known {
-                let _ = writeln!(text, "# TYPE {name} gauge");
-            }
-            let _ = writeln!(text, "{name}{labels} {value}");
+        let mut gauge = |name, labels: Labels, value: &dyn std::fmt::Display| {
+            metrics.gauge(name, labels, value);
         };
-        gauge(
-            "pipeops_agent_info",
-            &format!("{{version=\"{}\",id=\"{}\"}}", self.version, self.id),
-            &1,
-        );
-        gauge("pipeops_agent_start_time_seconds", "", &self.started_at);
-        gauge("pipeops_agent_ready", "", &flag(self.ready().is_ok()));
-        gauge("pipeops_control_plane_connected", "", &flag(control));
-        gauge("pipeops_control_plane_state", &format!("{{state=\"{}\"}}", self.control.name()), &1);
-        gauge("pipeops_clock_offset_seconds", "", &self.clock_offset);
-        gauge("pipeops_tunnel_connected", "", &flag(self.tunnel == frp::TunnelState::Up));
-        gauge("pipeops_tunnel_state", &format!("{{state=\"{}\"}}", tunnel_name(self.tunnel)), &1);
-        gauge(
-            "pipeops_kubernetes_connected",
-            "",
-            &flag(self.kubernetes == KubernetesState::Connected),
-        );
-        gauge("pipeops_kubernetes_last_seen_seconds", "", &self.seen_at);
-        gauge("pipeops_nodes", "{ready=\"true\"}", &self.nodes.iter().filter(|n| n.ready).count());
-        gauge(
-            "pipeops_nodes",
-            "{ready=\"false\"}",
-            &self.nodes.iter().filter(|n| !n.ready).count(),
-        );
-        gauge("pipeops_pods", "{running=\"true\"}", &self.workloads.pods_running);
-        gauge(
-            "pipeops_pods",
-            "{running=\"false\"}",
-            &(self.workloads.pods - self.workloads.pods_running.min(self.workloads.pods)),
-        );
-        gauge("pipeops_deployments", "{ready=\"true\"}", &self.workloads.deployments_ready);
-        gauge(
-            "pipeops_deployments",
-            "{ready=\"false\"}",
-            &(self.workloads.deployments
-                - self.workloads.deployments_ready.min(self.workloads.deployments)),
-        );
+        gauge("pipeops_agent_info", &[("version", &self.version), ("id", &self.id)], &1);
+        gauge("pipeops_agent_start_time_seconds", &[], &self.started_at);
+        gauge("pipeops_agent_ready", &[], &flag(self.ready().is_ok()));
+        gauge("pipeops_control_plane_connected", &[], &flag(control));
+        gauge("pipeops_control_plane_state", &[("state", self.control.name())], &1);
+        gauge("pipeops_clock_offset_seconds", &[], &self.clock_offset);
+        gauge("pipeops_tunnel_connected", &[], &flag(self.tunnel == frp::TunnelState::Up));
+        gauge("pipeops_tunnel_state", &[("state", tunnel_name(self.tunnel))], &1);
+        let connected = self.kubernetes == KubernetesState::Connected;
+        gauge("pipeops_kubernetes_connected", &[], &flag(connected));
+        gauge("pipeops_kubernetes_last_seen_seconds", &[], &self.seen_at);
+        let ready = self.nodes.iter().filter(|n| n.ready).count();
+        gauge("pipeops_nodes", &[("ready", "true")], &ready);
+        gauge("pipeops_nodes", &[("ready", "false")], &(self.nodes.len() - ready));
+        let w = &self.workloads;
+        gauge("pipeops_pods", &[("running", "true")], &w.pods_running);
+        gauge("pipeops_pods", &[("running", "false")], &w.pods.saturating_sub(w.pods_running));
+        gauge("pipeops_deployments", &[("ready", "true")], &w.deployments_ready);
+        let not_ready = w.deployments.saturating_sub(w.deployments_ready);
+        gauge("pipeops_deployments", &[("ready", "false")], &not_ready);
         let mut codes: Vec<&str> = self.notices.iter().map(|n| n.code.as_str()).collect();
         codes.sort_unstable();
         // one sample for each code: two with the same labels are invalid
         for equal in codes.chunk_by(PartialEq::eq) {
-            gauge("pipeops_notices", &format!("{{code=\"{}\"}}", equal[0]), &equal.len());
+            gauge("pipeops_notices", &[("code", equal[0])], &equal.len());
         }
-        gauge("pipeops_machine_memory_bytes", "{kind=\"used\"}", &self.memory_used);
-        gauge("pipeops_machine_memory_bytes", "{kind=\"total\"}", &self.memory_total);
-        text
+        gauge("pipeops_machine_memory_bytes", &[("kind", "used")], &self.memory_used);
+        gauge("pipeops_machine_memory_bytes", &[("kind", "total")], &self.memory_total);
     }
 }
 

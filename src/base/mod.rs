@@ -1,5 +1,5 @@
 //! What knows nothing of Kubernetes, k3s or PipeOps: failures, secrets, trust in certificates,
-//! names, addresses, text.
+//! names, addresses, text, metrics.
 
 pub mod backoff;
 pub mod cidr;
@@ -7,6 +7,7 @@ pub mod config_file;
 pub mod encoding;
 pub mod error;
 pub mod http;
+pub mod metrics;
 pub mod resolve;
 pub mod secret;
 pub mod text;

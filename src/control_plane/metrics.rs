@@ -1,47 +1,27 @@
 //! Metrics for Prometheus.
 
-use std::fmt::Write as _;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::state::ControlPlane;
+use crate::base::metrics::MetricsText;
 
 impl ControlPlane {
     /// Prometheus text.
     pub(super) fn metrics(&self, now: i64) -> String {
-        let mut text = String::from("# TYPE pipeops_agents gauge\n");
+        let mut metrics = MetricsText::default();
         for (state, count) in self.registry().count_by_liveness(now) {
-            let _ = writeln!(text, "pipeops_agents{{state=\"{state}\"}} {count}");
+            metrics.gauge("pipeops_agents", &[("state", state)], count);
         }
-        let requests = self.inner.requests.load(Relaxed);
         if let Some(tunnels) = self.inner.frps.tunnels() {
-            let _ = writeln!(text, "# TYPE pipeops_tunnels gauge\npipeops_tunnels {tunnels}");
+            metrics.gauge("pipeops_tunnels", &[], tunnels);
         }
-        let _ = writeln!(
-            text,
-            "# TYPE pipeops_requests_total counter\npipeops_requests_total {requests}"
-        );
-        if let Some(broker_status) = &self.inner.broker_status {
-            let _ = writeln!(
-                text,
-                "# TYPE pipeops_broker_up gauge\npipeops_broker_up {}",
-                u8::from(broker_status.down().is_none())
-            );
-            for (name, kind, value) in [
-                ("pipeops_events_waiting", "gauge", broker_status.waiting.load(Relaxed)),
-                (
-                    "pipeops_events_sent_total",
-                    "counter",
-                    broker_status.sent.load(Relaxed).cast_signed(),
-                ),
-                (
-                    "pipeops_events_dropped_total",
-                    "counter",
-                    broker_status.dropped.load(Relaxed).cast_signed(),
-                ),
-            ] {
-                let _ = writeln!(text, "# TYPE {name} {kind}\n{name} {value}");
-            }
+        metrics.counter("pipeops_requests_total", &[], self.inner.requests.load(Relaxed));
+        if let Some(broker) = &self.inner.broker_status {
+            metrics.gauge("pipeops_broker_up", &[], u8::from(broker.down().is_none()));
+            metrics.gauge("pipeops_events_waiting", &[], broker.waiting.load(Relaxed));
+            metrics.counter("pipeops_events_sent_total", &[], broker.sent.load(Relaxed));
+            metrics.counter("pipeops_events_dropped_total", &[], broker.dropped.load(Relaxed));
         }
-        text
+        metrics.into_string()
     }
 }

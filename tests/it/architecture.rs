@@ -24,7 +24,10 @@ const INSIDE: &[(&str, Rows)] = &[
     (
         "base",
         &[
-            &["backoff", "cidr", "encoding", "error", "http", "resolve", "secret", "text", "trust"],
+            &[
+                "backoff", "cidr", "encoding", "error", "http", "metrics", "resolve", "secret",
+                "text", "trust",
+            ],
             &["config_file"],
         ],
     ),

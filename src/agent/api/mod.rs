@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::session;
 use crate::agent::status::AgentStatus;
+use crate::base::metrics::{self, MetricsText};
 use crate::contract::token::{self, Caller, Role};
 use crate::contract::types::{AuditHead, Config};
 use crate::kubernetes::answer::{ApiError, is_discovery, plain};
@@ -258,7 +259,10 @@ impl Api {
                     .to_string(),
             ),
             ("/metrics", _) => {
-                plain(200, "text/plain; version=0.0.4", agent_status().metrics() + &self.metrics())
+                let mut metrics = MetricsText::default();
+                agent_status().write_metrics(&mut metrics);
+                self.write_metrics(&mut metrics);
+                plain(200, metrics::CONTENT_TYPE, metrics.into_string())
             }
             ("/api/v1/status", _) => plain(
                 200,
@@ -309,32 +313,22 @@ impl Api {
         });
     }
 
-    /// Metrics of this API, Prometheus text format.
-    pub fn metrics(&self) -> String {
-        let c = &self.inner.counts;
+    /// Adds what is counted in this API to `metrics`.
+    pub fn write_metrics(&self, metrics: &mut MetricsText) {
+        let counts = &self.inner.counts;
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
-        format!(
-            "# TYPE pipeops_api_requests_total counter\npipeops_api_requests_total {}\n\
-             # TYPE pipeops_api_refused_total counter\npipeops_api_refused_total {}\n\
-             # TYPE pipeops_api_upgrades_total counter\npipeops_api_upgrades_total {}\n\
-             # TYPE pipeops_api_bytes_total counter\n\
-             pipeops_api_bytes_total{{direction=\"in\"}} {}\n\
-             pipeops_api_bytes_total{{direction=\"out\"}} {}\n\
-             # TYPE pipeops_api_open_streams gauge\npipeops_api_open_streams {}\n\
-             # TYPE pipeops_tasks gauge\npipeops_tasks {}\n\
-             # TYPE pipeops_operations_running gauge\npipeops_operations_running {}\n\
-             # TYPE pipeops_audit_failed_total counter\npipeops_audit_failed_total {}\n",
-            get(&c.requests),
-            get(&c.refused),
-            get(&c.upgrades),
-            get(&c.bytes_in),
-            get(&c.bytes_out),
-            self.open(),
-            tokio::runtime::Handle::try_current()
-                .map_or(0, |runtime| runtime.metrics().num_alive_tasks()),
-            self.inner.context.operations.running(),
-            get(&c.audit_failed),
-        )
+        metrics.counter("pipeops_api_requests_total", &[], get(&counts.requests));
+        metrics.counter("pipeops_api_refused_total", &[], get(&counts.refused));
+        metrics.counter("pipeops_api_upgrades_total", &[], get(&counts.upgrades));
+        let bytes = "pipeops_api_bytes_total";
+        metrics.counter(bytes, &[("direction", "in")], get(&counts.bytes_in));
+        metrics.counter(bytes, &[("direction", "out")], get(&counts.bytes_out));
+        metrics.gauge("pipeops_api_open_streams", &[], self.open());
+        let tasks = tokio::runtime::Handle::try_current()
+            .map_or(0, |runtime| runtime.metrics().num_alive_tasks());
+        metrics.gauge("pipeops_tasks", &[], tasks);
+        metrics.gauge("pipeops_operations_running", &[], self.inner.context.operations.running());
+        metrics.counter("pipeops_audit_failed_total", &[], get(&counts.audit_failed));
     }
 
     fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, &'static str> {

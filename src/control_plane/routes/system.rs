@@ -5,6 +5,7 @@ use axum::response::Response;
 use serde_json::json;
 
 use super::Routes;
+use crate::base::metrics::CONTENT_TYPE;
 use crate::control_plane::answer::{answer, uncached};
 use crate::control_plane::auth::{AdminCaller, Anonymous, LocalAdmin};
 use crate::control_plane::backup;
@@ -26,7 +27,7 @@ async fn ca(_: Anonymous, State(control_plane): State<ControlPlane>) -> Response
 }
 
 async fn metrics(_: AdminCaller, State(control_plane): State<ControlPlane>) -> Response {
-    uncached(200, "text/plain; version=0.0.4", control_plane.metrics(now()))
+    uncached(200, CONTENT_TYPE, control_plane.metrics(now()))
 }
 
 async fn copy(
