@@ -18,12 +18,13 @@ use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpSocket};
 
 /// A port on which nobody listens. It stays bound for as long as the tests run, so that nothing else is given it meanwhile;
-/// who asks for it by its number gets it all the same: a bound socket that does not listen stands in nobody's way.
+/// who asks for it by its number gets it all the same: a bound socket that does not listen stands in nobody's way. It is held on
+/// all addresses: RabbitMQ listens on them all, and another test's client may be at 127.0.0.3 with the same port.
 pub(crate) fn free_port() -> u16 {
     static HELD: Mutex<Vec<TcpSocket>> = Mutex::new(Vec::new());
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_reuseaddr(true).unwrap();
-    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    socket.bind(SocketAddr::from(([0, 0, 0, 0], 0))).unwrap();
     let port = socket.local_addr().unwrap().port();
     HELD.lock().unwrap().push(socket);
     port
