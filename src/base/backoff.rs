@@ -1,5 +1,5 @@
 //! How long to wait before the next try. Random numbers come from outside, so that a test can
-//! choose them.
+//! choose them. Crates such as `backon` have no curve that stays quick for a time and then grows.
 
 use std::time::Duration;
 

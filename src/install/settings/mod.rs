@@ -111,19 +111,15 @@ pub fn owned_k3s_key(key: &str) -> Option<&'static str> {
     })
 }
 
-/// `90`, `90s`, `10m`, `1h`; `None` for anything else or beyond a day.
+/// Seconds (`90`), or a duration as jiff reads it (`90s`, `10m`, `1h30m`); `None` for anything else,
+/// for less than nothing and beyond a day.
 pub fn parse_time(text: &str) -> Option<Duration> {
-    let (digits, factor) = match text.as_bytes().last()? {
-        b's' => (&text[..text.len() - 1], 1),
-        b'm' => (&text[..text.len() - 1], 60),
-        b'h' => (&text[..text.len() - 1], 3600),
-        _ => (text, 1),
+    let time = if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
+        Duration::from_secs(text.parse().ok()?)
+    } else {
+        text.parse::<jiff::SignedDuration>().ok()?.try_into().ok()?
     };
-    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    let seconds = digits.parse::<u64>().ok()?.checked_mul(factor)?;
-    (seconds <= 86_400).then(|| Duration::from_secs(seconds))
+    (time <= Duration::from_secs(86_400)).then_some(time)
 }
 
 #[cfg(test)]
@@ -184,8 +180,10 @@ mod tests {
 
     #[test]
     fn times_have_units_and_bounds() {
-        assert_eq!(parse_time("10m"), Some(Duration::from_secs(600)));
-        for bad in ["", "s", "-1", "1d", "25h", "99999999999999999999", "é"] {
+        for (text, seconds) in [("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400)] {
+            assert_eq!(parse_time(text), Some(Duration::from_secs(seconds)), "{text}");
+        }
+        for bad in ["", "s", "-1", "-1s", "+5", "1d", "25h", "99999999999999999999", "é"] {
             assert_eq!(parse_time(bad), None, "{bad}");
         }
     }

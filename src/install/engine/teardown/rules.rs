@@ -19,7 +19,7 @@ pub(super) fn removals(saved: &str, table: &str) -> Vec<Vec<String>> {
             chains.push(chain.to_owned());
         }
         let Some(rule) = line.strip_prefix("-A ") else { continue };
-        let words = shell_words(rule);
+        let words = saved_words(rule);
         let target =
             words.iter().position(|w| w == "-j" || w == "-g").and_then(|at| words.get(at + 1));
         let from_ours = words.first().is_some_and(|c| is_kubernetes(c));
@@ -49,8 +49,10 @@ pub(super) fn removals(saved: &str, table: &str) -> Vec<Vec<String>> {
     commands
 }
 
-/// Splits a line of iptables-save: words, with double quotes around those that hold spaces.
-fn shell_words(line: &str) -> Vec<String> {
+/// Splits a line of iptables-save: words, with double quotes around those that hold spaces. Not a
+/// shell's words: inside the quotes it writes a backslash before `'` too (iptables
+/// `libxtables/xtables.c`, `xtables_save_string`), which a shell would keep.
+fn saved_words(line: &str) -> Vec<String> {
     let (mut words, mut word, mut quoted, mut escaped) = (Vec::new(), String::new(), false, false);
     for c in line.chars() {
         match c {
