@@ -15,7 +15,8 @@ use crate::agent::local::ObserverLiveness;
 use crate::agent::status::{AgentStatus, KubernetesState, NodeStatus, Notice};
 use crate::host::Host;
 use crate::kubernetes::client::{Cluster, status};
-use crate::kubernetes::readiness;
+use crate::kubernetes::readiness::pods;
+use crate::kubernetes::readiness::workload::{self, WorkloadKind};
 use crate::kubernetes::upstream::Upstream;
 use crate::kubernetes::watch::{Change, follow};
 
@@ -282,25 +283,23 @@ fn set_count(place: &mut u32, value: u32) -> bool {
     std::mem::replace(place, value) != value
 }
 
-fn has_replicas(v: &Value) -> bool {
-    readiness::replicas(v).is_none()
+fn deployment_serves(v: &Value) -> bool {
+    workload::serves(WorkloadKind::Deployment, v)
 }
 
 const WORKLOAD_COUNTERS: [(&str, IsHealthy, SetCounts); 6] = [
-    (
-        "/api/v1/pods",
-        |v| v["status"]["phase"] == "Running",
-        |a, all, good| {
-            set_count(&mut a.workloads.pods, all) | set_count(&mut a.workloads.pods_running, good)
-        },
-    ),
-    ("/apis/apps/v1/deployments", has_replicas, |a, all, good| {
+    ("/api/v1/pods", pods::is_running, |a, all, good| {
+        set_count(&mut a.workloads.pods, all) | set_count(&mut a.workloads.pods_running, good)
+    }),
+    ("/apis/apps/v1/deployments", deployment_serves, |a, all, good| {
         set_count(&mut a.workloads.deployments, all)
             | set_count(&mut a.workloads.deployments_ready, good)
     }),
-    ("/apis/apps/v1/statefulsets", has_replicas, |a, all, _| {
-        set_count(&mut a.workloads.statefulsets, all)
-    }),
+    (
+        "/apis/apps/v1/statefulsets",
+        |_| true,
+        |a, all, _| set_count(&mut a.workloads.statefulsets, all),
+    ),
     ("/apis/apps/v1/daemonsets", |_| true, |a, all, _| set_count(&mut a.workloads.daemonsets, all)),
     ("/api/v1/services", |_| true, |a, all, _| set_count(&mut a.workloads.services, all)),
     (
@@ -381,8 +380,11 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
                 "CONTROLLER_MISSING",
                 format!("{name} is to be installed in {namespace}, and nothing of it is there"),
             ));
-        } else if let Some(late) = deployments.iter().find(|d| !has_replicas(d)) {
-            let why = cluster.replicas_problem(namespace, late).await.unwrap_or_default();
+        } else if let Some(late) = deployments.iter().find(|d| !deployment_serves(d)) {
+            let why = cluster
+                .workload_problem(WorkloadKind::Deployment, namespace, late)
+                .await
+                .unwrap_or_default();
             let text = format!("{name} in {namespace} is not ready: {why}");
             found.push(notice("CONTROLLER_NOT_READY", text));
         }

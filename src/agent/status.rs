@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::agent::session::ControlPlaneState;
 use crate::base::metrics::{Labels, MetricsText};
 use crate::frp;
-use crate::kubernetes::readiness;
+use crate::kubernetes::readiness::node;
 
 /// A node of the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub struct NodeStatus {
 impl NodeStatus {
     pub fn from_object(object: &Value) -> NodeStatus {
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-        let why = readiness::node(object);
+        let why = node::problem(object);
         let labels = &object["metadata"]["labels"];
         let server = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"]
             .iter()

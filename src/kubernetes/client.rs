@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::kubernetes::readiness;
+use crate::kubernetes::readiness::pods;
+use crate::kubernetes::readiness::workload::{self, WorkloadKind};
 use crate::kubernetes::transport::Transport;
 use anyhow::Context as _;
 use http::{Method, Request};
@@ -178,7 +179,7 @@ impl Cluster {
     /// Why the pods with these labels do not run; `None` also when they cannot be read.
     pub async fn pods_problem(&self, namespace: &str, selector: &str) -> Option<String> {
         let selector: String = url::form_urlencoded::byte_serialize(selector.as_bytes()).collect();
-        readiness::pods(
+        pods::problem(
             &self
                 .list(&format!("/api/v1/namespaces/{namespace}/pods?labelSelector={selector}"))
                 .await
@@ -186,10 +187,15 @@ impl Cluster {
         )
     }
 
-    /// Why a Deployment or StatefulSet is not ready, and which of its pods is the cause.
-    pub async fn replicas_problem(&self, namespace: &str, object: &Value) -> Option<String> {
-        let why = readiness::replicas(object)?;
-        let pods = match readiness::selector(object) {
+    /// Why a workload does not serve, and which of its pods is the cause.
+    pub async fn workload_problem(
+        &self,
+        kind: WorkloadKind,
+        namespace: &str,
+        object: &Value,
+    ) -> Option<String> {
+        let why = workload::problem(kind, object)?;
+        let pods = match workload::selector(object) {
             Some(selector) => self.pods_problem(namespace, &selector).await,
             None => None,
         };

@@ -6,7 +6,6 @@ pub mod client;
 pub mod header_policy;
 pub mod path;
 pub mod readiness;
-pub mod rollout;
 mod transport;
 pub mod upstream;
 pub mod watch;

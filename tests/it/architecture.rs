@@ -52,7 +52,7 @@ const INSIDE: &[(&str, Rows)] = &[
     (
         "kubernetes",
         &[
-            &["path", "readiness", "rollout", "transport"],
+            &["path", "readiness", "transport"],
             &["client", "header_policy", "upstream"],
             &["answer", "watch"],
         ],

@@ -15,6 +15,7 @@ use crate::control_plane::model::{AccessKind, AccessToken};
 use crate::control_plane::registry::{ClusterView, Principal};
 use crate::control_plane::scope::{DAY, TokenRequest, checked_ttl, restrict};
 use crate::control_plane::state::ControlPlane;
+use crate::kubernetes::readiness::workload::{PodCounts, WorkloadKind};
 
 /// The views into a cluster, and the path at its agent.
 pub(super) const INSIDE: &[(&str, &str, bool)] = &[
@@ -179,14 +180,13 @@ fn row(what: &str, item: &Value) -> Value {
             "namespace": meta["namespace"],
         }),
         _ => {
-            let (spec, status) = (&item["spec"], &item["status"]);
-            let number = |v: &Value| v.as_i64().unwrap_or(0);
-            let (wanted, ready) = if what == "daemonsets" {
-                (number(&status["desiredNumberScheduled"]), number(&status["numberReady"]))
-            } else {
-                (spec["replicas"].as_i64().unwrap_or(1), number(&status["readyReplicas"]))
+            let kind = match what {
+                "daemonsets" => WorkloadKind::DaemonSet,
+                "statefulsets" => WorkloadKind::StatefulSet,
+                _ => WorkloadKind::Deployment,
             };
-            let images: Vec<&Value> = spec["template"]["spec"]["containers"]
+            let PodCounts { wanted, ready, .. } = PodCounts::of(kind, item);
+            let images: Vec<&Value> = item["spec"]["template"]["spec"]["containers"]
                 .as_array()
                 .into_iter()
                 .flatten()

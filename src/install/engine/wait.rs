@@ -14,7 +14,8 @@ use crate::host::{Host, HostWriter};
 use crate::install::plan::{WaitCondition, documents};
 use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::kubernetes::client::Cluster;
-use crate::kubernetes::readiness::{self, condition};
+use crate::kubernetes::readiness::workload::{JobCounts, WorkloadKind};
+use crate::kubernetes::readiness::{condition, node};
 
 const AGENT_UNIT: &str = "pipeops-agent.service";
 /// Longest life of the agent's token, seconds; see `credential`.
@@ -29,16 +30,18 @@ pub async fn unmet(host: &Host, what: &WaitCondition) -> Option<String> {
 async fn check_condition(
     host: &Host,
     what: &WaitCondition,
-    first: &mut Option<readiness::NodeHeartbeats>,
+    first: &mut Option<node::NodeHeartbeats>,
 ) -> Option<String> {
     match what {
         WaitCondition::Node { name, kubeconfig, unit, version } => {
-            node(host, [name, kubeconfig, unit, version], first).await
+            node_problem(host, [name, kubeconfig, unit, version], first).await
         }
         WaitCondition::Deployment { namespace, name } => {
             let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
             match object(host, &path).await {
-                Ok((cluster, object)) => cluster.replicas_problem(namespace, &object).await,
+                Ok((cluster, object)) => {
+                    cluster.workload_problem(WorkloadKind::Deployment, namespace, &object).await
+                }
                 Err(why) => Some(why),
             }
         }
@@ -47,8 +50,8 @@ async fn check_condition(
                 host,
                 &format!("/apis/apiregistration.k8s.io/v1/apiservices/{name}"),
                 |object| match condition(object, "Available") {
-                    Some((state, _)) if state == "True" => None,
-                    Some((_, message)) => Some(message),
+                    Some(available) if available.is_true() => None,
+                    Some(available) => Some(available.message.to_owned()),
                     None => Some("not reported yet".into()),
                 },
             )
@@ -108,10 +111,10 @@ fn short(error: &kube::Error) -> String {
 }
 
 /// The Node, as the kubelet that this start of the unit brought reports it.
-async fn node(
+async fn node_problem(
     host: &Host,
     [name, kubeconfig, unit, version]: [&String; 4],
-    first: &mut Option<readiness::NodeHeartbeats>,
+    first: &mut Option<node::NodeHeartbeats>,
 ) -> Option<String> {
     // the Node object outlives a stopped kubelet by 40 seconds: the unit is asked first
     let mut started = None;
@@ -131,12 +134,12 @@ async fn node(
         Ok(cluster) => cluster,
         Err(e) => return Some(e.to_string()),
     };
-    let node = match cluster.get(&format!("/api/v1/nodes/{name}")).await {
-        Ok(Some(node)) => node,
+    let object = match cluster.get(&format!("/api/v1/nodes/{name}")).await {
+        Ok(Some(object)) => object,
         Ok(None) => return Some("the node has not registered yet".into()),
         Err(e) => return Some(format!("the API server does not answer yet ({})", short(&e))),
     };
-    if let Some(why) = readiness::node(&node).or_else(|| readiness::node_version(&node, version)) {
+    if let Some(why) = node::problem(&object).or_else(|| node::version_problem(&object, version)) {
         return Some(why);
     }
     let lease = cluster
@@ -144,10 +147,10 @@ async fn node(
         .await
         .ok()
         .flatten();
-    let beats = readiness::heartbeats(&node, lease.as_ref());
+    let beats = node::heartbeats(&object, lease.as_ref());
     // a heartbeat that came during the wait is of this start, whatever the clocks say
     let came = *first.get_or_insert(beats) != beats;
-    let fresh = came || readiness::is_current(beats, started, Timestamp::now());
+    let fresh = came || node::is_current(beats, started, Timestamp::now());
     (!fresh).then(|| format!("the kubelet has given no sign of life since {unit} was started"))
 }
 
@@ -158,23 +161,23 @@ async fn chart(host: &Host, namespace: &str, name: &str) -> Result<(), String> {
     let (cluster, chart) =
         object(host, &format!("/apis/helm.cattle.io/v1/namespaces/{namespace}/helmcharts/{name}"))
             .await?;
-    if let Some((state, message)) = condition(&chart, "Failed")
-        && state == "True"
+    if let Some(failure) = condition(&chart, "Failed")
+        && failure.is_true()
     {
-        return Err(format!("the chart failed: {message}"));
+        return Err(format!("the chart failed: {}", failure.message));
     }
     let job = chart["status"]["jobName"].as_str().ok_or("its job has not been made yet")?;
     let path = format!("/apis/batch/v1/namespaces/{namespace}/jobs/{job}");
-    let state = cluster
+    let job_object = cluster
         .get(&path)
         .await
         .map_err(|e| format!("the API server does not answer ({})", short(&e)))?
         .ok_or("it is not there yet")?;
-    if state["status"]["succeeded"].as_i64().unwrap_or(0) > 0 {
+    let JobCounts { succeeded, failed } = JobCounts::of(&job_object);
+    if succeeded > 0 {
         return Ok(());
     }
     let logs = format!("kubectl -n {namespace} logs job/{job}");
-    let failed = state["status"]["failed"].as_i64().unwrap_or(0);
     Err(match cluster.pods_problem(namespace, &format!("job-name={job}")).await {
         Some(why) => format!("its job does not get through: {why} ({logs})"),
         None if failed > 0 => format!("its job failed {failed} times ({logs})"),

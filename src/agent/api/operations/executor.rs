@@ -16,7 +16,7 @@ use super::requests::{
 use crate::agent::api::Api;
 use crate::contract::operation::{Apply, Delete, OperationRequest, Reference};
 use crate::contract::token::Caller;
-use crate::kubernetes::rollout::{RolloutStatus, rollout_status};
+use crate::kubernetes::readiness::rollout::{self, RolloutStatus};
 use crate::kubernetes::upstream::Upstream;
 
 /// Field manager of what Runners apply; it takes no field from another one.
@@ -274,13 +274,12 @@ impl Executor<'_> {
         timeout_s: u64,
     ) -> Result<(), ExecutionError> {
         let end = Instant::now() + Duration::from_secs(timeout_s);
-        for (reference, path) in objects.iter().filter(|(r, _)| {
-            wait && matches!(r.kind.as_str(), "Deployment" | "StatefulSet" | "DaemonSet" | "Job")
-        }) {
+        let waited = objects.iter().filter(|(r, _)| wait && rollout::has_rollout(&r.kind));
+        for (reference, path) in waited {
             let (mut first, mut last) = (true, String::new());
             loop {
                 let missing = match self.poll(path, std::mem::take(&mut first)).await? {
-                    Some((200, object)) => match rollout_status(&object) {
+                    Some((200, object)) => match rollout::status(&object) {
                         RolloutStatus::Complete => break,
                         RolloutStatus::InProgress(why) => why,
                         RolloutStatus::Failed(why) => {
