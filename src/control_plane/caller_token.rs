@@ -7,10 +7,41 @@ use serde_json::json;
 
 use super::agent_client::pin;
 use super::clock::rfc3339;
+use super::error::HttpError;
 use super::registry::{ClusterTarget, ClusterView, Principal};
+use super::scope::{TokenRequest, restrict};
 use super::state::ControlPlane;
 use crate::base::secret::Secret;
-use crate::contract::token::Role;
+use crate::contract::token::{Role, TOKEN_LIFETIME};
+
+/// For whom a token is signed, and what it allows at which agent.
+pub(super) struct CallerTokenRequest<'a> {
+    pub(super) principal: &'a Principal,
+    pub(super) target: &'a ClusterTarget,
+    /// The token gets no higher one than the target's highest.
+    pub(super) role: Role,
+    /// `None` for all of them.
+    pub(super) namespaces: Option<Vec<String>>,
+    /// Seconds from `now`.
+    pub(super) ttl: i64,
+    /// Seconds since 1970.
+    pub(super) now: i64,
+}
+
+impl<'a> CallerTokenRequest<'a> {
+    /// All that the principal may do, for as long as a token may live.
+    ///
+    /// # Errors
+    /// As [`restrict`].
+    pub(super) fn with_own_rights(
+        principal: &'a Principal,
+        target: &'a ClusterTarget,
+        now: i64,
+    ) -> Result<CallerTokenRequest<'a>, HttpError> {
+        let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
+        Ok(CallerTokenRequest { principal, target, role, namespaces, ttl: TOKEN_LIFETIME, now })
+    }
+}
 
 /// A token for an agent, and where to go with it.
 #[derive(Serialize)]
@@ -49,44 +80,30 @@ enum Endpoint {
 }
 
 impl ControlPlane {
-    /// A token for one agent, in no higher role than it was given, and when it ends.
-    pub(super) fn caller_token(
-        &self,
-        principal: &Principal,
-        target: &ClusterTarget,
-        role: Role,
-        namespaces: Option<Vec<String>>,
-        ttl: i64,
-        now: i64,
-    ) -> (Secret, i64) {
-        let subject = principal.subject();
-        let expires = now + ttl;
+    /// A token for one agent, and when it ends.
+    pub(super) fn caller_token(&self, request: &CallerTokenRequest<'_>) -> (Secret, i64) {
+        let target = request.target;
+        let subject = request.principal.subject();
+        let expires = request.now + request.ttl;
         let id = crate::frp::wire::fresh_run_id();
-        let role = role.min(target.max_role);
+        let role = request.role.min(target.max_role);
         let mut claims = json!({
             "iss": self.issuer(), "aud": target.agent, "sub": subject, "role": role.name(),
-            "iat": now, "exp": expires, "jti": id,
+            "iat": request.now, "exp": expires, "jti": id,
         });
-        if let Some(namespaces) = namespaces {
+        if let Some(namespaces) = &request.namespaces {
             claims["namespaces"] = json!(namespaces);
         }
         (self.keys().sign(&claims), expires)
     }
 
     /// A Runner's token, with the endpoints that accept it.
-    pub(super) fn runner_token(
-        &self,
-        principal: &Principal,
-        target: &ClusterTarget,
-        role: Role,
-        namespaces: Option<Vec<String>>,
-        ttl: i64,
-        now: i64,
-    ) -> RunnerToken {
-        let (token, expires) = self.caller_token(principal, target, role, namespaces, ttl, now);
+    pub(super) fn runner_token(&self, request: &CallerTokenRequest<'_>) -> RunnerToken {
+        let target = request.target;
+        let (token, expires) = self.caller_token(request);
         let agent_pin = pin(&target.public_key).map(|p| p.to_string()).unwrap_or_default();
         let server = self.tunnel_endpoint();
-        let runner = if let Principal::AccessToken(access) = principal {
+        let runner = if let Principal::AccessToken(access) = request.principal {
             Some(access.id.as_str())
         } else {
             None

@@ -16,12 +16,12 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tower::BoxError;
 
 use super::agent_client::QUIET;
+use super::caller_token::CallerTokenRequest;
 use super::error::HttpError;
 use super::registry::Principal;
-use super::scope::{TokenRequest, restrict};
 use super::state::ControlPlane;
 use crate::base::secret::Secret;
-use crate::contract::token::{Role, TOKEN_LIFETIME};
+use crate::contract::token::Role;
 use crate::kubernetes::header_policy;
 
 /// A 401 of an agent is about the token that was minted here: the caller cannot fix that.
@@ -162,8 +162,8 @@ impl ControlPlane {
         now: i64,
     ) -> Result<Response<Body>, HttpError> {
         let target = self.registry().target(id, principal.project())?;
-        let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let token = self.caller_token(principal, &target, role, namespaces, TOKEN_LIFETIME, now).0;
+        let (token, _) =
+            self.caller_token(&CallerTokenRequest::with_own_rights(principal, &target, now)?);
         let (prefix, uri) = agent_uri(request.uri(), &target.agent)?;
         let upgrade = request.headers().get(header::UPGRADE).cloned();
         let headers = outward_headers(request.headers(), &token, upgrade.as_ref())?;
@@ -218,9 +218,9 @@ impl ControlPlane {
         now: i64,
     ) -> Result<Value, HttpError> {
         let target = self.registry().target(id, principal.project())?;
-        let (max_role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let role = if own_role { max_role } else { Role::Viewer };
-        let token = self.caller_token(principal, &target, role, namespaces, TOKEN_LIFETIME, now).0;
+        let own = CallerTokenRequest::with_own_rights(principal, &target, now)?;
+        let role = if own_role { own.role } else { Role::Viewer };
+        let (token, _) = self.caller_token(&CallerTokenRequest { role, ..own });
         let (status, value) = self
             .agent_clients()
             .call(Request::builder(), path, &target, &token, Bytes::new())

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
+use super::caller_token::CallerTokenRequest;
 use super::clock::rfc3339;
 use super::error::{HttpError, database_unavailable};
 use super::model::OperationRecord;
@@ -17,7 +18,7 @@ use super::registry::{ClusterTarget, Principal};
 use super::scope::{TokenRequest, checked_ttl, restrict};
 use super::state::ControlPlane;
 use crate::base::encoding::hex;
-use crate::contract::token::{Role, TOKEN_LIFETIME};
+use crate::contract::token::Role;
 use crate::contract::types::{
     IDEMPOTENCY_KEY, Operation, OperationState, check_idempotency_key, operation_id,
 };
@@ -58,8 +59,8 @@ impl ControlPlane {
         op: &str,
         now: i64,
     ) -> Result<(StatusCode, Value), HttpError> {
-        let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let token = self.caller_token(principal, target, role, namespaces, TOKEN_LIFETIME, now).0;
+        let (token, _) =
+            self.caller_token(&CallerTokenRequest::with_own_rights(principal, target, now)?);
         self.agent_clients()
             .call(
                 Request::builder().method(method),
@@ -148,8 +149,8 @@ impl ControlPlane {
         body: &str,
         now: i64,
     ) -> Result<(StatusCode, Value), HttpError> {
-        let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        let token = self.caller_token(principal, target, role, namespaces, TOKEN_LIFETIME, now).0;
+        let (token, _) =
+            self.caller_token(&CallerTokenRequest::with_own_rights(principal, target, now)?);
         let request = Request::builder()
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/json")

@@ -9,6 +9,7 @@ use crate::contract::token::TOKEN_LIFETIME;
 use crate::control_plane::answer::{answer, uncached};
 use crate::control_plane::auth::{AdminCaller, RunnerCaller};
 use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
+use crate::control_plane::caller_token::CallerTokenRequest;
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::model::{AccessKind, AccessToken};
@@ -82,10 +83,15 @@ async fn token(
     let ttl = checked_ttl(request.ttl_s, TOKEN_LIFETIME, TOKEN_LIFETIME)?;
     let (role, namespaces) = restrict(&caller.principal, &request)?;
     let target = control_plane.registry().target(&id, caller.principal.project())?;
-    Ok(answer(
-        200,
-        &control_plane.runner_token(&caller.principal, &target, role, namespaces, ttl, now()),
-    ))
+    let token = control_plane.runner_token(&CallerTokenRequest {
+        principal: &caller.principal,
+        target: &target,
+        role,
+        namespaces,
+        ttl,
+        now: now(),
+    });
+    Ok(answer(200, &token))
 }
 
 async fn kubeconfig(
