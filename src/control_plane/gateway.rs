@@ -1,19 +1,12 @@
 //! The HTTP gateway into a tunnel: passes a request on with a token for the agent, and its answer
 //! back.
 
-use std::pin::Pin;
-use std::task::{Context, Poll};
-
 use axum::body::Body;
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Request, Response, Uri, header};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::{Bytes, Frame, Incoming, SizeHint};
-use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
+use hyper::body::{Bytes, Incoming};
 use serde_json::Value;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tower::BoxError;
 
 use super::agent_client::QUIET;
 use super::caller_token::CallerTokenRequest;
@@ -23,11 +16,11 @@ use super::state::ControlPlane;
 use crate::base::secret::Secret;
 use crate::contract::token::Role;
 use crate::kubernetes::header_policy;
+use crate::kubernetes::reverse_proxy::{self, ForwardError, Outward, StreamHooks};
 
 /// A 401 of an agent is about the token that was minted here: the caller cannot fix that.
-async fn token_rejected(answer: Response<Incoming>) -> HttpError {
-    let body =
-        tokio::time::timeout(QUIET, Limited::new(answer.into_body(), 64 << 10).collect()).await;
+async fn token_rejected(body: Incoming) -> HttpError {
+    let body = tokio::time::timeout(QUIET, Limited::new(body, 64 << 10).collect()).await;
     let body: Value = body
         .ok()
         .and_then(Result::ok)
@@ -49,38 +42,24 @@ async fn token_rejected(answer: Response<Incoming>) -> HttpError {
     )
 }
 
-/// A body that ends when the right to it is revoked.
-struct RevocableBody {
-    inner: Incoming,
-    revocation: [Pin<Box<WaitForCancellationFutureOwned>>; 2],
+/// What the caller is told when there is no answer for it.
+async fn refusal(error: ForwardError<Incoming, HttpError>) -> HttpError {
+    let (code, message) = match error {
+        ForwardError::NoAnswer(error) => return error,
+        ForwardError::Unauthorized(body) => return token_rejected(body).await,
+        ForwardError::Redirect => {
+            ("redirect_refused", "the agent answers with a redirect to somewhere else")
+        }
+        ForwardError::UnaskedUpgrade => ("bad_upgrade", "the agent switches protocols unasked"),
+    };
+    HttpError::new(502, code, message, None)
 }
 
-impl hyper::body::Body for RevocableBody {
-    type Data = Bytes;
-    type Error = BoxError;
+/// A stream into a cluster: the agent has the record of it.
+struct GatewayStream;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        if self.revocation.iter_mut().any(|revocation| revocation.as_mut().poll(cx).is_ready()) {
-            return Poll::Ready(Some(Err("the right to this stream was revoked".into())));
-        }
-        let frame = Pin::new(&mut self.inner).poll_frame(cx);
-        if let Poll::Ready(Some(Err(error))) = &frame {
-            tracing::debug!(error = format!("{error:?}"), "an agent's answer ended early");
-        }
-        frame.map(|frame| frame.map(|f| f.map_err(Into::into)))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        // axum makes Content-Length of it: an answer without a body (HEAD, 304) keeps the agent's
-        if self.inner.is_end_stream() { SizeHint::default() } else { self.inner.size_hint() }
-    }
+impl StreamHooks for GatewayStream {
+    const BROKEN: &str = "an agent's answer ended early";
 }
 
 /// Headers that are meant for this server only.
@@ -140,23 +119,11 @@ fn agent_uri(uri: &Uri, agent: &str) -> Result<(String, Uri), HttpError> {
     Ok((prefix, uri))
 }
 
-/// Copies bytes between the two ends of an upgraded connection, until one is closed or the right to
-/// it is revoked.
-async fn relay(client: OnUpgrade, agent: OnUpgrade, revocation: [CancellationToken; 2]) {
-    let (Ok(client), Ok(agent)) = (client.await, agent.await) else { return };
-    let (mut client, mut agent) = (TokioIo::new(client), TokioIo::new(agent));
-    tokio::select! {
-        _ = tokio::io::copy_bidirectional(&mut client, &mut agent) => {}
-        () = revocation[0].cancelled() => {}
-        () = revocation[1].cancelled() => {}
-    }
-}
-
 impl ControlPlane {
     /// One request into a cluster.
     pub(super) async fn forward(
         &self,
-        mut request: Request<Body>,
+        request: Request<Body>,
         id: &str,
         principal: &Principal,
         now: i64,
@@ -167,45 +134,30 @@ impl ControlPlane {
         let (prefix, uri) = agent_uri(request.uri(), &target.agent)?;
         let upgrade = request.headers().get(header::UPGRADE).cloned();
         let headers = outward_headers(request.headers(), &token, upgrade.as_ref())?;
-        let client_upgrade = hyper::upgrade::on(&mut request);
-        let method = request.method().clone();
-        let revocation = [target.revocation.clone(), self.registry().revocation_of(principal)];
-        let body = if upgrade.is_some() { Body::empty() } else { request.into_body() };
-        let mut outward = Request::new(body);
-        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) =
-            (method, uri, headers);
+        let revocation = (target.revocation.clone(), self.registry().revocation_of(principal));
+        let upgrade = upgrade.is_some();
         let clients = self.agent_clients();
-        let client = if upgrade.is_some() { &clients.single } else { &clients.pooled };
-        let mut answer = clients.await_answer(client.request(outward), &target).await?;
-        let status = answer.status();
-        if status == StatusCode::UNAUTHORIZED {
-            return Err(token_rejected(answer).await);
-        }
-        let headers = header_policy::response_headers(status, answer.headers(), &prefix);
-        let mut headers = headers.ok_or_else(|| {
-            let message = "the agent answers with a redirect to somewhere else";
-            HttpError::new(502, "redirect_refused", message, None)
-        })?;
-        let body = if status == StatusCode::SWITCHING_PROTOCOLS {
-            if upgrade.is_none() {
-                let message = "the agent switches protocols unasked";
-                return Err(HttpError::new(502, "bad_upgrade", message, None));
-            }
-            for name in [header::CONNECTION, header::UPGRADE] {
-                if let Some(value) = answer.headers().get(&name) {
-                    headers.insert(name, value.clone());
-                }
-            }
-            let agent_upgrade = hyper::upgrade::on(&mut answer);
-            tokio::spawn(relay(client_upgrade, agent_upgrade, revocation));
-            Body::empty()
-        } else {
-            let revocation = revocation.map(|token| Box::pin(token.cancelled_owned()));
-            Body::new(RevocableBody { inner: answer.into_body(), revocation })
+        let client = if upgrade { &clients.single } else { &clients.pooled };
+        let answer = reverse_proxy::forward(
+            request,
+            Outward { uri, headers, upgrade, prefix: &prefix },
+            std::convert::identity,
+            |request| clients.await_answer(client.request(request), &target),
+        )
+        .await;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => return Err(refusal(error).await),
         };
-        let mut response = Response::new(body);
-        (*response.status_mut(), *response.headers_mut()) = (status, headers);
-        Ok(response)
+        let revoked = Box::pin(async move {
+            tokio::select! {
+                () = revocation.0.cancelled() => {}
+                () = revocation.1.cancelled() => {}
+            }
+            "the right to this stream was revoked"
+        });
+        let response = answer.pass_back(GatewayStream, revoked);
+        Ok(response.map(|body| body.map_or_else(Body::empty, Body::new)))
     }
 
     /// A GET of the agent's API for the page, read whole: as a viewer, or in the caller's own role.

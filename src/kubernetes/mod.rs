@@ -6,6 +6,7 @@ pub mod client;
 pub mod header_policy;
 pub mod path;
 pub mod readiness;
+pub mod reverse_proxy;
 mod transport;
 pub mod upstream;
 pub mod watch;

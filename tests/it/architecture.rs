@@ -54,7 +54,7 @@ const INSIDE: &[(&str, Rows)] = &[
         &[
             &["path", "readiness", "transport"],
             &["client", "header_policy", "upstream"],
-            &["answer", "watch"],
+            &["answer", "reverse_proxy", "watch"],
         ],
     ),
     (

@@ -1,18 +1,12 @@
 //! `/k8s/…`: the Kubernetes API as the caller, as a stream in both directions.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 
 use http::request::Parts;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
-use http_body_util::{BodyExt as _, Empty};
-use hyper::body::{Bytes, Frame, Incoming, SizeHint};
-use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
+use hyper::body::Incoming;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio_util::sync::CancellationToken;
 use tower::BoxError;
 
 use crate::agent::api::permits::StreamClass;
@@ -21,6 +15,9 @@ use crate::contract::token::Caller;
 use crate::kubernetes::answer::{ApiError, is_discovery};
 use crate::kubernetes::header_policy;
 use crate::kubernetes::path::{self, KubernetesPath, PathError};
+use crate::kubernetes::reverse_proxy::{
+    self, EarlyEnd, ForwardError, ForwardedBody, Outward, StreamHooks, UpgradedIo,
+};
 use crate::kubernetes::upstream::{Body, Upstream};
 
 /// Subresources that switch protocols: answered only over HTTP/1.1.
@@ -46,16 +43,28 @@ fn namespace_refusal(target: &KubernetesPath, namespaces: &[String]) -> ApiError
     )
 }
 
-fn unavailable() -> ApiError {
-    let hint = Some("the tunnel stays up; try again soon");
-    ApiError::new(503, "kubernetes_unavailable", "the Kubernetes API does not answer", hint)
-        .retry_after_s(1)
-}
-
-fn credential_refused() -> ApiError {
-    let message = "the Kubernetes API refuses the agent's credential";
-    let hint = Some("a fresh one is minted within a minute");
-    ApiError::new(503, "kubernetes_credential", message, hint).retry_after_s(1)
+/// What the caller is told when there is no answer for it.
+fn refusal(error: ForwardError<Incoming, BoxError>) -> ApiError {
+    let soon = |code, message, hint| ApiError::new(503, code, message, Some(hint)).retry_after_s(1);
+    let never = |code, message| ApiError::new(502, code, message, None);
+    match error {
+        ForwardError::NoAnswer(error) => {
+            tracing::debug!(error, "the Kubernetes API did not answer");
+            let hint = "the tunnel stays up; try again soon";
+            soon("kubernetes_unavailable", "the Kubernetes API does not answer", hint)
+        }
+        ForwardError::Unauthorized(_) => {
+            let message = "the Kubernetes API refuses the agent's credential";
+            soon("kubernetes_credential", message, "a fresh one is minted within a minute")
+        }
+        ForwardError::Redirect => never(
+            "redirect_refused",
+            "the Kubernetes API answers with a redirect to somewhere else",
+        ),
+        ForwardError::UnaskedUpgrade => {
+            never("bad_upgrade", "the Kubernetes API switches protocols unasked")
+        }
+    }
 }
 
 impl Api {
@@ -168,7 +177,7 @@ impl Api {
     async fn forward(
         &self,
         upstream: &Upstream,
-        mut request: Request<Incoming>,
+        request: Request<Incoming>,
         target: KubernetesPath,
         headers: HeaderMap,
         upgrade: bool,
@@ -184,113 +193,82 @@ impl Api {
             return ApiError::new(400, "bad_path", "the query cannot be read", None)
                 .status(discovery);
         };
-        let theirs = hyper::upgrade::on(&mut request);
-        let method = request.method().clone();
-        let body: Body = if upgrade {
-            Empty::new().map_err(|never| match never {}).boxed_unsync()
-        } else {
-            Counting {
-                inner: request.into_body(),
-                counted: Arc::clone(&call.counted),
-                inward: true,
-                call: None,
-                cut: None,
-            }
-            .boxed_unsync()
-        };
-        let mut outward = Request::new(body);
-        (*outward.method_mut(), *outward.uri_mut(), *outward.headers_mut()) =
-            (method, uri, headers);
-        let answer = match upstream.send(outward, upgrade).await {
+        let counted = Arc::clone(&call.counted);
+        let answer = reverse_proxy::forward(
+            request,
+            Outward { uri, headers, upgrade, prefix: "/k8s" },
+            |body| Body::new(ForwardedBody::new(body, counted, Box::pin(std::future::pending()))),
+            |request| upstream.send(request, upgrade),
+        )
+        .await;
+        let answer = match answer {
             Ok(answer) => answer,
             Err(error) => {
-                tracing::debug!(error, "the Kubernetes API did not answer");
-                call.status(503, "kubernetes_unavailable");
-                return unavailable().status(discovery);
+                // here the record holds what the API server answered
+                let unasked = matches!(error, ForwardError::UnaskedUpgrade);
+                let problem = refusal(error);
+                let (status, verdict) =
+                    if unasked { (101, "allowed") } else { (problem.status, problem.code) };
+                call.status(status, verdict);
+                return problem.status(discovery);
             }
         };
-        let status = answer.status();
-        if status == StatusCode::UNAUTHORIZED {
-            // the agent's credential was refused, not the caller's token
-            call.status(503, "kubernetes_credential");
-            return credential_refused().status(discovery);
-        }
-        let Some(headers) = header_policy::response_headers(status, answer.headers(), "/k8s")
-        else {
-            call.status(502, "redirect_refused");
-            return ApiError::new(
-                502,
-                "redirect_refused",
-                "the Kubernetes API answers with a redirect to somewhere else",
-                None,
-            )
-            .status(discovery);
-        };
-        call.status(status.as_u16(), "allowed");
-        if status == StatusCode::SWITCHING_PROTOCOLS {
-            return if upgrade {
-                self.switch(theirs, answer, headers, call)
-            } else {
-                ApiError::new(
-                    502,
-                    "bad_upgrade",
-                    "the Kubernetes API switches protocols unasked",
-                    None,
-                )
-                .status(discovery)
-            };
+        call.status(answer.status.as_u16(), "allowed");
+        if answer.status == StatusCode::SWITCHING_PROTOCOLS {
+            self.counts().upgrades.fetch_add(1, Ordering::Relaxed);
         }
         let cut = self.inner.context.cut.clone();
-        let counted = Arc::clone(&call.counted);
-        let body = Counting {
-            inner: answer.into_body(),
-            counted,
-            inward: false,
-            call: Some(call),
-            cut: Some(Box::pin(cut.cancelled_owned())),
-        };
-        let mut response = Response::new(body.boxed_unsync());
-        (*response.status_mut(), *response.headers_mut()) = (status, headers);
-        response
+        let cut = Box::pin(async move {
+            cut.cancelled().await;
+            "the agent stops"
+        });
+        answer.pass_back(call, cut).map(|body| body.map_or_else(Body::default, Body::new))
+    }
+}
+
+/// The body of a request.
+impl StreamHooks for Arc<ByteCounters> {
+    const BROKEN: &str = "a request to Kubernetes ended early";
+
+    fn passed(&mut self, bytes: usize) {
+        self.bytes_in.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// The answer, or an upgraded connection.
+impl StreamHooks for AuditedRequest {
+    const BROKEN: &str = "an answer of Kubernetes ended early";
+
+    fn passed(&mut self, bytes: usize) {
+        self.counted.bytes_out.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Bytes are passed on only after the API server has answered 101.
-    fn switch(
-        &self,
-        theirs: OnUpgrade,
-        mut answer: Response<Incoming>,
-        mut headers: HeaderMap,
-        call: AuditedRequest,
-    ) -> Response<Body> {
-        self.counts().upgrades.fetch_add(1, Ordering::Relaxed);
-        for name in [http::header::CONNECTION, http::header::UPGRADE] {
-            if let Some(value) = answer.headers().get(&name) {
-                headers.insert(name, value.clone());
-            }
-        }
-        let ours = hyper::upgrade::on(&mut answer);
-        let cut: CancellationToken = self.inner.context.cut.clone();
-        tokio::spawn(async move {
-            let mut call = call;
-            let (Ok(theirs), Ok(ours)) = (theirs.await, ours.await) else {
-                call.status(101, "upgrade_failed");
-                return;
-            };
-            let (theirs_r, theirs_w) = tokio::io::split(TokioIo::new(theirs));
-            let (ours_r, ours_w) = tokio::io::split(TokioIo::new(ours));
-            let counted = Arc::clone(&call.counted);
-            tokio::select! {
-                // either end closes both, once what it has sent is passed on
-                () = copy(theirs_r, ours_w, &counted.bytes_in) => {}
-                () = copy(ours_r, theirs_w, &counted.bytes_out) => {}
-                () = cut.cancelled() => call.status(101, "drained"),
-            }
-        });
-        let mut response =
-            Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
-        (*response.status_mut(), *response.headers_mut()) =
-            (StatusCode::SWITCHING_PROTOCOLS, headers);
-        response
+    fn ended_early(&mut self, why: EarlyEnd) {
+        let verdict = match why {
+            EarlyEnd::Broken => "broken",
+            EarlyEnd::Cut => "drained",
+            EarlyEnd::NotUpgraded => "upgrade_failed",
+        };
+        self.record.verdict = verdict.into();
+    }
+
+    async fn relay(&mut self, caller: UpgradedIo, server: UpgradedIo) {
+        relay(caller, server, &self.counted).await;
+    }
+}
+
+/// Copies and counts until either end closes, once what it has sent is passed on. Nobody waits for
+/// the other: it would hold one of the caller's streams.
+async fn relay(
+    caller: impl AsyncRead + AsyncWrite,
+    server: impl AsyncRead + AsyncWrite,
+    counted: &ByteCounters,
+) {
+    let (caller_r, caller_w) = tokio::io::split(caller);
+    let (server_r, server_w) = tokio::io::split(server);
+    tokio::select! {
+        () = copy(caller_r, server_w, &counted.bytes_in) => {}
+        () = copy(server_r, caller_w, &counted.bytes_out) => {}
     }
 }
 
@@ -309,59 +287,25 @@ async fn copy(
     let _ = to.shutdown().await;
 }
 
-/// A body whose bytes are counted, and which keeps its request open until it ends.
-struct Counting {
-    inner: Incoming,
-    counted: Arc<ByteCounters>,
-    inward: bool,
-    call: Option<AuditedRequest>,
-    cut: Option<Pin<Box<tokio_util::sync::WaitForCancellationFutureOwned>>>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl hyper::body::Body for Counting {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let this = &mut *self;
-        if let Some(cut) = &mut this.cut
-            && cut.as_mut().poll(cx).is_ready()
-        {
-            if let Some(call) = &mut this.call {
-                call.record.verdict = "drained".into();
-            }
-            return Poll::Ready(Some(Err("the agent stops".into())));
-        }
-        let polled = Pin::new(&mut this.inner).poll_frame(cx);
-        match &polled {
-            Poll::Ready(Some(Ok(frame))) => {
-                let n = frame.data_ref().map_or(0, Bytes::len) as u64;
-                let count =
-                    if this.inward { &this.counted.bytes_in } else { &this.counted.bytes_out };
-                count.fetch_add(n, Ordering::Relaxed);
-            }
-            // recorded when the last byte has come, not when the connection drops the body
-            Poll::Ready(None) => this.call = None,
-            Poll::Ready(Some(Err(error))) => {
-                tracing::debug!(%error, "an answer of Kubernetes ended early");
-                if let Some(call) = &mut this.call {
-                    call.record.verdict = "broken".into();
-                }
-                this.call = None;
-            }
-            Poll::Pending => {}
-        }
-        polled.map(|frame| frame.map(|f| f.map_err(Into::into)))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+    #[tokio::test]
+    async fn what_an_end_sent_before_it_closed_is_passed_on_and_the_other_is_not_waited_for() {
+        let (mut caller, from_caller) = tokio::io::duplex(64);
+        let (mut server, to_server) = tokio::io::duplex(64);
+        let counted = ByteCounters::default();
+        let ends = async {
+            caller.write_all(b"ask").await.unwrap();
+            server.read_exact(&mut [0; 3]).await.unwrap();
+            server.write_all(b"answer").await.unwrap();
+            drop(server);
+            let mut got = String::new();
+            caller.read_to_string(&mut got).await.unwrap();
+            assert_eq!(got, "answer");
+        };
+        tokio::join!(relay(from_caller, to_server, &counted), ends);
+        assert_eq!((counted.bytes_in.into_inner(), counted.bytes_out.into_inner()), (3, 6));
     }
 }
