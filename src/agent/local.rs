@@ -1,18 +1,19 @@
 //! Local interfaces: notifications to systemd, and the status of the agent over a unix socket or,
 //! when configured, a loopback port.
 
+use std::error::Error as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Empty, Full, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::{Request, Response, StatusCode};
+use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use sd_notify::NotifyState;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,8 @@ use crate::base::metrics::{self, MetricsText};
 
 /// Time for open answers after a stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Most bytes of a status that are read.
+const MAX_STATUS_BYTES: usize = 1 << 20;
 
 /// Adds to `/metrics` what the status does not know.
 pub(super) type ExtraMetrics = Arc<dyn Fn(&mut MetricsText) + Send + Sync>;
@@ -218,6 +221,71 @@ fn answer(
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert("Content-Type", hyper::header::HeaderValue::from_static(kind));
+    response.headers_mut().insert("Content-Type", header::HeaderValue::from_static(kind));
     Ok(response)
+}
+
+/// The status of the agent that serves this socket.
+///
+/// # Errors
+/// When it cannot be reached, or answers something else than a status.
+pub(crate) async fn ask_status(socket: &Path) -> anyhow::Result<AgentStatus> {
+    let stream = UnixStream::connect(socket).await?;
+    let (mut agent, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let connection = tokio::spawn(connection);
+    let request =
+        Request::get("/status").header(header::HOST, "agent").body(Empty::<Bytes>::new())?;
+    let answer = agent.send_request(request).await.map_err(|error| {
+        let io = error.source().is_some_and(|cause| cause.is::<std::io::Error>());
+        if io { error.into() } else { anyhow::anyhow!("it spoke no HTTP") }
+    })?;
+    let body = Limited::new(answer.into_body(), MAX_STATUS_BYTES).collect().await;
+    connection.abort();
+    Ok(serde_json::from_slice(&body.map_err(anyhow::Error::from_boxed)?.to_bytes())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_status_that_is_served_is_the_one_that_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("run/agent.sock");
+        let served = AgentStatus { id: "a-1".into(), ..AgentStatus::default() };
+        let (_status, state) = watch::channel(served.clone());
+        let extra: ExtraMetrics = Arc::new(|_| {});
+        let listener = listen(&socket).unwrap();
+        tokio::spawn(serve(listener, None, state, extra, CancellationToken::new()));
+        assert_eq!(ask_status(&socket).await.unwrap(), served);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_agent_is_said_to_be_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("agent.sock");
+        let said = async || ask_status(&socket).await.unwrap_err().root_cause().to_string();
+        assert!(said().await.contains("No such file"));
+        let listener = listen(&socket).unwrap();
+        for (answer, wanted) in [
+            ("", "it spoke no HTTP"),
+            ("220 mail.example ESMTP\r\n\r\n", "it spoke no HTTP"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nup", "expected value"),
+        ] {
+            let answers = async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                // all of it: what is left unread would reset the connection
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    request.push(stream.read_u8().await.unwrap());
+                }
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            };
+            let (said, ()) = tokio::join!(said(), answers);
+            assert!(said.starts_with(wanted), "{answer}: {said}");
+        }
+    }
 }

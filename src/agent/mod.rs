@@ -4,7 +4,7 @@
 pub mod api;
 pub mod config;
 pub mod credential;
-mod local;
+pub(crate) mod local;
 mod merge;
 mod observer;
 pub mod run;

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::Context;
+use crate::agent::local;
 use crate::agent::session::ControlPlaneState;
-use crate::agent::status::{AgentStatus, KubernetesState, NodeStatus, Notice};
+use crate::agent::status::{KubernetesState, NodeStatus, Notice};
 use crate::base::cidr::host_in_url;
 use crate::base::error::{Exit, Failure};
 use crate::base::text::printable;
@@ -338,7 +338,7 @@ async fn agent(host: &Host) -> AgentInfo {
         .await
         .map(|u| u.active)
         .unwrap_or_else(|e| e.to_string());
-    match within(ask_agent(host)).await {
+    match within(local::ask_status(&host.at(AGENT_SOCKET))).await {
         Ok(agent) => AgentInfo {
             unit,
             control: Some(agent.control),
@@ -356,18 +356,6 @@ async fn agent(host: &Host) -> AgentInfo {
             notices: Vec::new(),
         },
     }
-}
-
-/// The agent's account of itself, over its socket.
-async fn ask_agent(host: &Host) -> anyhow::Result<AgentStatus> {
-    let mut stream = tokio::net::UnixStream::connect(host.at(AGENT_SOCKET)).await?;
-    stream.write_all(b"GET /status HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").await?;
-    let mut answer = Vec::new();
-    stream.take(1 << 20).read_to_end(&mut answer).await?;
-    let text = String::from_utf8_lossy(&answer);
-    let (_, body) =
-        text.split_once("\r\n\r\n").ok_or_else(|| anyhow::anyhow!("it spoke no HTTP"))?;
-    Ok(serde_json::from_str(body)?)
 }
 
 /// The line that joins a worker, with a token for workers only; a valid one is used again.
