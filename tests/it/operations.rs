@@ -267,6 +267,95 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
     assert!(written(&world.kube).last().unwrap().contains("dryRun=All"));
 }
 
+/// What the cluster shows of a Deployment `web` whose container has this state.
+fn broken(world: &World, state: &Value, events: &Value) {
+    let owner = |uid: &str| json!([{"uid": uid}]);
+    let sets =
+        json!({"items": [{"metadata": {"uid": "set", "ownerReferences": owner("deployment")}}]});
+    let pods = json!({"items": [
+        {"metadata": {"name": "old-1", "uid": "old", "ownerReferences": owner("former set")},
+         "status": {"containerStatuses": [{"name": "c", "state": {"waiting": {"reason": "InvalidImageName"}}}]}},
+        {"metadata": {"name": "web-1", "uid": "pod", "ownerReferences": owner("set")},
+         "status": {"containerStatuses": [state]}}]});
+    let log: String = (0..30).map(|n| format!("line {n}\n")).collect();
+    *world.kube.planted.lock().unwrap() = vec![
+        ("/apis/apps/v1/namespaces/beta/replicasets", "labelSelector=app=web", sets),
+        ("/api/v1/namespaces/beta/pods", "labelSelector=app=web", pods),
+        ("/api/v1/namespaces/beta/events", "involvedObject.uid=pod", events.clone()),
+        (
+            "/api/v1/namespaces/beta/pods/web-1/log",
+            "container=web&previous=true&tailLines=20",
+            json!(log),
+        ),
+    ];
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_keeps_a_deployment_from_being_ready_is_told_with_its_reason_and_last_lines() {
+    let world = World::new().await.up().await;
+    let token = world.token("deployer");
+    let web = |timeout_s: u32| {
+        let mut object = deployment("web");
+        object["metadata"]["uid"] = "deployment".into();
+        object["spec"]["selector"] = json!({"matchLabels": {"app": "web"}});
+        let mut body = apply(&[object]);
+        body["spec"]["timeout_s"] = timeout_s.into();
+        body
+    };
+    let waits = |reason: &str, message: &str| json!({"name": "web", "image": "r.test/web:1", "state": {"waiting": {"reason": reason, "message": message}}});
+    let pull = json!({"items": [{"reason": "Failed", "lastTimestamp": "2026-01-01T00:00:00Z", "involvedObject": {"uid": "pod"},
+        "message": "Failed to pull image \"r.test/web:1\": rpc error: code = NotFound desc = r.test/web:1: not found"}]});
+    let crash = json!({"name": "web", "restartCount": 3, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+        "lastState": {"terminated": {"exitCode": 7, "reason": "Error"}}});
+    let root = "container has runAsNonRoot and image will run as root";
+    let none = json!({"items": []});
+    for (key, state, events, timeout_s, reason, part, lines) in [
+        // while it can heal it is waited for
+        (
+            "k-1",
+            waits("ImagePullBackOff", "Back-off pulling image"),
+            &pull,
+            2,
+            "image_not_found",
+            "is not ready after 2 s",
+            0,
+        ),
+        ("k-2", crash, &none, 2, "crash_loop", "exit code 7, restarted 3 times", 20),
+        // where it can't, it ends long before its time
+        (
+            "k-3",
+            waits("CreateContainerConfigError", root),
+            &none,
+            3600,
+            "runs_as_root",
+            "runs as root",
+            0,
+        ),
+    ] {
+        broken(&world, &state, events);
+        let (status, taken) = world.operate(&token, key, &web(timeout_s)).await;
+        assert_eq!(status, 202, "{taken}");
+        let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
+        assert_eq!((&end["state"], &end["reason"]), (&json!("failed"), &json!(reason)), "{end}");
+        assert!(end["message"].as_str().unwrap().contains(part), "{part}: {end}");
+        let log = end["log"].as_array().map_or(&[][..], Vec::as_slice);
+        assert_eq!(log.len(), lines, "{end}");
+        assert!(lines == 0 || log[19] == "line 29", "{end}");
+        // the control plane hears the same
+        assert_eq!(world.told(taken["id"].as_str().unwrap()).await["reason"], reason);
+    }
+    // it was looked for with the caller's rights
+    let looks = world.kube.through();
+    let looks: Vec<_> =
+        looks.iter().filter(|s| s.uri.contains("replicasets") || s.uri.contains("/log?")).collect();
+    assert!(looks.len() >= 4, "{looks:?}");
+    assert!(looks.iter().all(|s| s.all("impersonate-group") == ["pipeops:deployer"]), "{looks:?}");
+    // a refusal has a code too
+    let owned = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "owned", "namespace": "beta"}});
+    let (_, taken) = world.operate(&token, "k-4", &apply(&[owned])).await;
+    assert_eq!(world.ended(&token, taken["id"].as_str().unwrap()).await["reason"], "conflict");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operation_can_be_followed_and_cancelled_and_eight_run_at_once() {
     let world = World::new().await.up().await;

@@ -11,11 +11,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::Progress;
 use super::requests::{
-    ExecutionError, GET, KubernetesRequest, MERGE, ResourceKind, describe_refusal, failed, refused,
+    ExecutionError, ExecutionFailure, GET, KubernetesRequest, MERGE, ResourceKind,
+    describe_refusal, failed, refused,
 };
 use crate::agent::api::Api;
 use crate::contract::operation::{Apply, Delete, OperationRequest, Reference};
 use crate::contract::token::Caller;
+use crate::kubernetes::readiness::diagnosis::Cause;
 use crate::kubernetes::readiness::rollout::{self, RolloutStatus};
 use crate::kubernetes::upstream::Upstream;
 
@@ -23,6 +25,8 @@ use crate::kubernetes::upstream::Upstream;
 const MANAGER: &str = "pipeops-runner";
 /// Between looks at an object that is waited for.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Between looks at the pods of a workload that is not ready: each takes some requests.
+const DIAGNOSIS_INTERVAL: Duration = Duration::from_secs(3);
 /// How long a kind may take to be served after its definition was applied.
 const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -276,35 +280,60 @@ impl Executor<'_> {
         let end = Instant::now() + Duration::from_secs(timeout_s);
         let waited = objects.iter().filter(|(r, _)| wait && rollout::has_rollout(&r.kind));
         for (reference, path) in waited {
-            let (mut first, mut last) = (true, String::new());
-            loop {
-                let missing = match self.poll(path, std::mem::take(&mut first)).await? {
-                    Some((200, object)) => match rollout::status(&object) {
-                        RolloutStatus::Complete => break,
-                        RolloutStatus::InProgress(why) => why,
-                        RolloutStatus::Failed(why) => {
-                            return failed(format!("{}: {why}", reference.title()));
-                        }
-                    },
-                    Some((status, answer)) => {
-                        return refused(reference, status, &answer);
-                    }
-                    None => "the Kubernetes API does not answer".into(),
-                };
-                if Instant::now() > end {
-                    return failed(format!(
-                        "{} is not ready after {timeout_s} s: {missing}",
-                        reference.title()
-                    ));
-                }
-                if missing != last {
-                    self.progress.say(format!("{}: {missing}", reference.title()));
-                    last = missing;
-                }
-                self.pause().await?;
-            }
+            self.wait_for_rollout(reference, path, end, timeout_s).await?;
             self.progress.touched(&reference.title(), "ready");
         }
         Ok(())
+    }
+
+    /// Waits until a rollout is complete. What keeps it is told as soon as it can be seen; it ends
+    /// the wait at once only where it can't heal.
+    async fn wait_for_rollout(
+        &mut self,
+        reference: &Reference,
+        path: &str,
+        end: Instant,
+        timeout_s: u64,
+    ) -> Result<(), ExecutionError> {
+        let title = reference.title();
+        let (mut first, mut last) = (true, String::new());
+        let (mut looked, mut cause) = (Instant::now(), None);
+        loop {
+            let (object, missing, over) = match self.poll(path, std::mem::take(&mut first)).await? {
+                Some((200, object)) => match rollout::status(&object) {
+                    RolloutStatus::Complete => return Ok(()),
+                    RolloutStatus::InProgress(why) => (Some(object), why, None),
+                    RolloutStatus::Failed(why) => (Some(object), why, Some("progress_deadline")),
+                },
+                Some((status, answer)) => return refused(reference, status, &answer),
+                None => (None, "the Kubernetes API does not answer".into(), None),
+            };
+            let over = over.or((Instant::now() > end).then_some("timed_out"));
+            if let Some(object) = &object
+                && (over.is_some() || looked.elapsed() >= DIAGNOSIS_INTERVAL)
+            {
+                cause = self.diagnose(reference, object).await?;
+                looked = Instant::now();
+            }
+            let missing = match &cause {
+                Some(cause) => format!("{missing}: {}", cause.message),
+                None => missing,
+            };
+            let hopeless = cause.as_ref().is_some_and(|cause: &Cause| !cause.reason.can_heal());
+            if let Some(code) = over.or(hopeless.then_some("")) {
+                let message = match code {
+                    "timed_out" => format!("{title} is not ready after {timeout_s} s: {missing}"),
+                    _ => format!("{title}: {missing}"),
+                };
+                let reason = cause.as_ref().map_or(code, |cause| cause.reason.code());
+                let log = self.last_lines(reference, cause.as_ref()).await?;
+                return Err(ExecutionError::Failed(ExecutionFailure { message, reason, log }));
+            }
+            if missing != last {
+                self.progress.say(format!("{title}: {missing}"));
+                last = missing;
+            }
+            self.pause().await?;
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! The request itself is not: it may hold secrets, and after a restart nothing of it is done,
 //! because the caller's right to it may have ended by then.
 
+mod diagnose;
 mod events;
 mod executor;
 mod requests;
@@ -34,7 +35,7 @@ use crate::contract::types::{
 };
 use crate::kubernetes::answer::{ApiError, plain};
 use crate::kubernetes::upstream::{Body, Upstream};
-use requests::ExecutionError;
+use requests::{ExecutionError, ExecutionFailure};
 pub use store::Operations;
 use store::{OperationRecord, Progress, TrackedOperation, now};
 
@@ -245,25 +246,27 @@ impl Api {
     ) {
         let progress = Progress { api: self.clone(), id: id.clone() };
         let end = executor::run(&requested, &self, upstream, &caller, &progress, cancel).await;
-        let (state, message, status) = match end {
-            Ok(()) => (OperationState::Succeeded, String::new(), 200),
-            Err(ExecutionError::Failed(why)) => (OperationState::Failed, why, 422),
-            Err(ExecutionError::Cancelled) => (
-                OperationState::Cancelled,
-                "cancelled; the objects listed were changed before that".into(),
-                499,
-            ),
-            Err(ExecutionError::Interrupted) => (
-                OperationState::Interrupted,
-                "the agent stopped while it ran; the objects listed were changed before that"
-                    .into(),
-                503,
-            ),
+        let because =
+            |message: &str| ExecutionFailure { message: message.into(), ..Default::default() };
+        let (state, failure, status) = match end {
+            Ok(()) => (OperationState::Succeeded, ExecutionFailure::default(), 200),
+            Err(ExecutionError::Failed(failure)) => (OperationState::Failed, failure, 422),
+            Err(ExecutionError::Cancelled) => {
+                let message = "cancelled; the objects listed were changed before that";
+                (OperationState::Cancelled, because(message), 499)
+            }
+            Err(ExecutionError::Interrupted) => {
+                let message =
+                    "the agent stopped while it ran; the objects listed were changed before that";
+                (OperationState::Interrupted, because(message), 503)
+            }
         };
         call.status(status, state.name());
         let ended = self.operations().change(&id, |live| {
             let operation = &mut live.stored.operation;
-            (operation.state, operation.message, operation.finished_at) = (state, message, now());
+            (operation.state, operation.finished_at) = (state, now());
+            operation.message = failure.message;
+            (operation.reason, operation.log) = (failure.reason.into(), failure.log);
         });
         let Some(ended) = ended else { return };
         loop {

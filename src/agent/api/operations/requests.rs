@@ -15,6 +15,7 @@ use crate::base::text::printable;
 use crate::contract::operation::{Reference, is_path_safe};
 use crate::kubernetes::header_policy;
 use crate::kubernetes::path::{self, PathError};
+use crate::kubernetes::readiness::diagnosis::admission_cause;
 
 /// One request, and the largest answer to it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -22,13 +23,32 @@ const MAX_RESPONSE: usize = 8 << 20;
 
 /// Why an operation did not succeed.
 pub(super) enum ExecutionError {
-    Failed(String),
+    Failed(ExecutionFailure),
     Cancelled,
     Interrupted,
 }
 
+/// Why an operation failed.
+#[derive(Default)]
+pub(super) struct ExecutionFailure {
+    /// For people.
+    pub(super) message: String,
+    /// For programs: a stable code, empty where there is none.
+    pub(super) reason: &'static str,
+    /// The last lines of the container that failed.
+    pub(super) log: Vec<String>,
+}
+
 pub(super) fn failed<T>(why: impl Into<String>) -> Result<T, ExecutionError> {
-    Err(ExecutionError::Failed(why.into()))
+    failed_for("", why)
+}
+
+pub(super) fn failed_for<T>(
+    reason: &'static str,
+    why: impl Into<String>,
+) -> Result<T, ExecutionError> {
+    let failure = ExecutionFailure { message: why.into(), reason, ..ExecutionFailure::default() };
+    Err(ExecutionError::Failed(failure))
 }
 
 /// A kind, as discovery names it.
@@ -66,6 +86,16 @@ impl Executor<'_> {
         path: &str,
         request: KubernetesRequest<'_>,
     ) -> Result<(u16, Value), ExecutionError> {
+        let (status, bytes) = self.request_bytes(path, request).await?;
+        Ok((status, serde_json::from_slice(&bytes).unwrap_or_default()))
+    }
+
+    /// The same for an answer that is not JSON.
+    pub(super) async fn request_bytes(
+        &mut self,
+        path: &str,
+        request: KubernetesRequest<'_>,
+    ) -> Result<(u16, Bytes), ExecutionError> {
         if self.cut.is_cancelled() {
             return Err(ExecutionError::Interrupted);
         }
@@ -119,7 +149,7 @@ impl Executor<'_> {
                 "the Kubernetes API refuses the agent's credential: a fresh one is minted within a \
                  minute",
             ),
-            Ok((status, bytes)) => Ok((status, serde_json::from_slice(&bytes).unwrap_or_default())),
+            Ok(answer) => Ok(answer),
             Err(why) => {
                 tracing::debug!(why, "an operation's request");
                 failed("the Kubernetes API does not answer")
@@ -169,12 +199,18 @@ impl Executor<'_> {
 
     /// The path as it is sent, if it lies within the caller's namespaces.
     fn check_namespaces(&self, method: &Method, path: &str) -> Result<String, ExecutionError> {
-        let target = path::parse(path).map_err(|e| ExecutionError::Failed(e.to_string()))?;
+        let target = match path::parse(path) {
+            Ok(target) => target,
+            Err(e) => return failed(e.to_string()),
+        };
         match &self.caller.namespaces {
             Some(namespaces)
                 if target.check_namespaces(method, namespaces) == Err(PathError::Scope) =>
             {
-                failed(format!("namespace_scope: the token is for {}", namespaces.join(", ")))
+                failed_for(
+                    "namespace_scope",
+                    format!("namespace_scope: the token is for {}", namespaces.join(", ")),
+                )
             }
             _ => Ok(target.path),
         }
@@ -254,7 +290,21 @@ pub(super) fn refused<T>(
     status: u16,
     answer: &Value,
 ) -> Result<T, ExecutionError> {
-    failed(format!("{}: {}", reference.title(), describe_refusal(&reference.kind, status, answer)))
+    let why = describe_refusal(&reference.kind, status, answer);
+    failed_for(refusal_reason(status, answer), format!("{}: {why}", reference.title()))
+}
+
+/// The code of what Kubernetes refuses.
+pub(super) fn refusal_reason(status: u16, answer: &Value) -> &'static str {
+    let said = answer["message"].as_str().and_then(admission_cause);
+    match (said, status) {
+        (Some(cause), _) => cause.reason.code(),
+        (None, 403) => "forbidden",
+        (None, 404) => "not_found",
+        (None, 409) => "conflict",
+        (None, 400 | 422) => "invalid",
+        (None, _) => "refused",
+    }
 }
 
 /// What Kubernetes says is wrong, without what it may quote of a Secret.
