@@ -153,8 +153,8 @@ wire! {
         subject: String,
         /// Why it failed, or what it is at.
         message: String,
-        /// Why it failed, as a stable code: `image_not_found`, `crash_loop`, `timed_out`, … Absent
-        /// while it runs, and where there is no more to say than the message.
+        /// Why it failed, or what keeps it, as a stable code: `image_not_found`, `crash_loop`,
+        /// `timed_out`, … Absent where there is no more to say than the message.
         #[serde(skip_serializing_if = "String::is_empty")]
         reason: String,
         /// The last lines of the container that failed, 20 at most.

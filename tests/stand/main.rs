@@ -7,6 +7,8 @@
 //!                               (PIPEOPS_BENCH_NGINX, the program, and PIPEOPS_BENCH_NGINX_STREAM, the module) and rathole
 //!     stand fleet PIPEOPS N     N simulated agents at a real control plane
 //!     stand runner DIR IMAGE    the reference Runner: hears of a cluster, deploys IMAGE to it both ways
+//!     stand outcomes DIR IMAGE  workloads that can't run: what the operation that makes them says
+//!     stand registry            a registry of images that has none
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and descriptors do
 #![allow(
     clippy::unwrap_used,
@@ -23,6 +25,7 @@
 mod bench;
 mod faults;
 mod fleet;
+mod outcomes;
 #[path = "../it/plane.rs"]
 mod plane;
 mod rights;
@@ -51,11 +54,13 @@ async fn main() {
         ["bench", pipeops, ref parts @ ..] => bench::bench(pipeops, parts).await,
         ["tunnel", pipeops] => tunnel::tunnel(pipeops).await,
         ["fleet", pipeops, n] => fleet::fleet(pipeops, n.parse().unwrap()).await,
+        ["outcomes", dir, image] => std::process::exit(outcomes::outcomes(dir, image).await),
+        ["registry"] => outcomes::registry().await,
         ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
             eprintln!(
-                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | soak PIPEOPS N"
+                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | registry | soak PIPEOPS N"
             );
             std::process::exit(2);
         }

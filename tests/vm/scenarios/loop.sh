@@ -53,6 +53,51 @@ many_watches() {
     rm -f "$out"/watch.*
 }
 
+# Workloads that can't run, all at once: each operation says why, with a code. An administrator sets the traps.
+planted_outcomes() {
+    local dir=$out/outcomes verdict text
+    rm -rf "$dir"; mkdir -p "$dir"
+    k a1 apply -f - <<'YAML' >/dev/null
+apiVersion: v1
+kind: ResourceQuota
+metadata: {name: none, namespace: beta}
+spec: {hard: {pods: "0"}}
+---
+apiVersion: v1
+kind: LimitRange
+metadata: {name: small, namespace: beta}
+spec: {limits: [{type: Container, max: {memory: 64Mi}}]}
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingWebhookConfiguration
+metadata: {name: nobody-answers}
+webhooks:
+- name: nobody.example.com
+  admissionReviewVersions: [v1]
+  sideEffects: None
+  failurePolicy: Fail
+  timeoutSeconds: 2
+  objectSelector: {matchLabels: {webhook: down}}
+  clientConfig: {service: {name: nobody, namespace: production}}
+  rules: [{apiGroups: [""], apiVersions: [v1], operations: [CREATE], resources: [pods]}]
+YAML
+    strip -o "$out/stand" "$(stand)"
+    vm push a1 "$out/stand" /root/stand
+    in_vm a1 systemd-run -q --unit stand-registry /root/stand registry
+    (umask 077; in_vm cp pipeops control-plane runner create outcomes >"$dir/token")
+    echo "https://$ip:8443" >"$dir/control-plane"; echo "$id" >"$dir/cluster"
+    in_vm cp sh -c "curl -sSk https://127.0.0.1:8443/api/v1/ca" >"$dir/ca.pem"
+    "$(stand)" outcomes "$dir" "$image" >"$dir/said" 2>"$dir/err" || true
+    [ "$(wc -l <"$dir/said")" -ge 25 ] || bad "fewer than 25 outcomes were tried: $(tail -3 "$dir/err")"
+    while read -r verdict text; do
+        case $verdict in ok) ok "an outcome is told: $text" ;; *) bad "an outcome: $text" ;; esac
+    done <"$dir/said"
+    k a1 -n production delete deployments,statefulsets,daemonsets,jobs -l outcome=planted >/dev/null
+    k a1 -n beta delete resourcequota/none limitrange/small >/dev/null
+    k a1 delete validatingwebhookconfiguration/nobody-answers >/dev/null
+    rm -rf "$dir"
+}
+
 # Its screen for eight seconds, of a size that shows a pod's whole name.
 k9s_through_the_gateway() {
     local k9s; k9s=${PIPEOPS_TEST_K9S:-$(command -v k9s)} || { echo "NOT RUN: k9s through the gateway: it is not installed (PIPEOPS_TEST_K9S names one)"; return; }
@@ -97,6 +142,7 @@ CONF
     helm_through_the_gateway
     k9s_through_the_gateway
     many_watches
+    planted_outcomes
     if [ -n "$broker" ]; then
         # what a Runner is given, and nothing else
         mkdir -p "$out/runner"

@@ -303,7 +303,11 @@ impl Executor<'_> {
                 Some((200, object)) => match rollout::status(&object) {
                     RolloutStatus::Complete => return Ok(()),
                     RolloutStatus::InProgress(why) => (Some(object), why, None),
-                    RolloutStatus::Failed(why) => (Some(object), why, Some("progress_deadline")),
+                    RolloutStatus::Failed(why) => {
+                        let job = reference.kind == "Job";
+                        let code = if job { "job_failed" } else { "progress_deadline" };
+                        (Some(object), why, Some(code))
+                    }
                 },
                 Some((status, answer)) => return refused(reference, status, &answer),
                 None => (None, "the Kubernetes API does not answer".into(), None),
@@ -330,7 +334,8 @@ impl Executor<'_> {
                 return Err(ExecutionError::Failed(ExecutionFailure { message, reason, log }));
             }
             if missing != last {
-                self.progress.say(format!("{title}: {missing}"));
+                let reason = cause.as_ref().map_or("", |cause| cause.reason.code());
+                self.progress.say(format!("{title}: {missing}"), reason);
                 last = missing;
             }
             self.pause().await?;

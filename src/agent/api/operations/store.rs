@@ -139,11 +139,16 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// Sends a message to the listeners.
-    pub(super) fn say(&self, message: String) {
+    /// Sends a message to the listeners, with the code of what is waited for where it has one.
+    pub(super) fn say(&self, message: String, reason: &str) {
         self.api.operations().change(&self.id, |live| {
-            live.events.push(json!({"at": now(), "message": message}).to_string());
-            live.stored.operation.message = message;
+            let mut event = json!({"at": now(), "message": message});
+            if !reason.is_empty() {
+                event["reason"] = reason.into();
+            }
+            live.events.push(event.to_string());
+            let operation = &mut live.stored.operation;
+            (operation.message, operation.reason) = (message, reason.into());
         });
     }
 
