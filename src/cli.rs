@@ -38,15 +38,15 @@ pub enum LogLevel {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make this machine a k3s server with PipeOps' namespaces, rights, controllers and agent
-    InstallServer(InstallServer),
+    InstallServer(InstallServerArgs),
     /// Make this machine a worker of a server
-    JoinWorker(JoinWorker),
+    JoinWorker(JoinWorkerArgs),
     /// Show nodes, versions, components, the agent, and how to join
-    ClusterInfo(ClusterInfo),
+    ClusterInfo(ClusterInfoArgs),
     /// Run the agent in the foreground
-    Run(Run),
+    Run(RunArgs),
     /// Undo what install-server or join-worker did
-    Uninstall(Uninstall),
+    Uninstall(UninstallArgs),
     /// Run a control plane of your own, or manage one that runs on this machine
     ControlPlane(ControlPlaneArgs),
     /// Check or show the record of what was done through the tunnel
@@ -72,7 +72,7 @@ pub struct RootArgs {
 
 /// How a run talks and how far it goes.
 #[derive(Debug, Args)]
-pub struct RunFlags {
+pub struct InstallerArgs {
     /// Show what would be done; write nothing
     #[arg(long, help_heading = "Run")]
     pub dry_run: bool,
@@ -117,11 +117,11 @@ pub enum EventFormat {
 }
 
 #[derive(Debug, Args)]
-pub struct InstallServer {
+pub struct InstallServerArgs {
     #[command(flatten)]
     pub options: Options,
     #[command(flatten)]
-    pub run: RunFlags,
+    pub run: InstallerArgs,
     /// What to make of this machine: server, or agent (a worker; needs K3S_URL and K3S_TOKEN)
     #[arg(
         long,
@@ -147,7 +147,7 @@ pub struct InstallServer {
 }
 
 #[derive(Debug, Args)]
-pub struct JoinWorker {
+pub struct JoinWorkerArgs {
     /// Address, name or URL of the server; port 6443 unless said
     pub master: String,
     /// Join token, or - to read it from standard input [env: K3S_TOKEN]
@@ -161,11 +161,11 @@ pub struct JoinWorker {
     #[command(flatten)]
     pub options: Options,
     #[command(flatten)]
-    pub run: RunFlags,
+    pub run: InstallerArgs,
 }
 
 #[derive(Debug, Args)]
-pub struct ClusterInfo {
+pub struct ClusterInfoArgs {
     /// Print the line that joins a worker, with a token for workers only
     #[arg(long)]
     pub join: bool,
@@ -173,11 +173,11 @@ pub struct ClusterInfo {
     #[arg(long, short, value_name = "FORMAT", default_value = "text")]
     pub output: OutputFormat,
     #[command(flatten)]
-    pub rooted: RootArgs,
+    pub root: RootArgs,
 }
 
 #[derive(Debug, Args)]
-pub struct Run {
+pub struct RunArgs {
     /// Settings of the agent
     #[arg(long, value_name = "FILE", default_value = crate::host::paths::AGENT_CONFIG)]
     pub config: String,
@@ -185,11 +185,11 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<String>,
     #[command(flatten)]
-    pub rooted: RootArgs,
+    pub root: RootArgs,
 }
 
 #[derive(Debug, Args)]
-pub struct Uninstall {
+pub struct UninstallArgs {
     /// Show what would be undone; write nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -206,7 +206,7 @@ pub struct Uninstall {
     #[arg(long, value_name = "FORMAT")]
     pub events: Option<EventFormat>,
     #[command(flatten)]
-    pub rooted: RootArgs,
+    pub root: RootArgs,
 }
 
 #[derive(Debug, Args)]
@@ -214,7 +214,7 @@ pub struct AuditArgs {
     #[command(subcommand)]
     pub command: AuditCommand,
     #[command(flatten)]
-    pub rooted: RootArgs,
+    pub root: RootArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -239,19 +239,19 @@ pub struct ControlPlaneArgs {
     #[command(subcommand)]
     pub command: Option<ControlPlaneCommand>,
     #[command(flatten)]
-    pub serve: Serve,
+    pub serve: ServeArgs,
 }
 
 /// Without a verb: serve.
 #[derive(Debug, Args)]
-pub struct Serve {
+pub struct ServeArgs {
     #[command(flatten)]
     pub options: ControlPlaneOptions,
     /// Read this config file instead of /etc/pipeops/control-plane.toml
     #[arg(long, value_name = "FILE")]
     pub config: Option<String>,
     #[command(flatten)]
-    pub place: DataDirArgs,
+    pub location: DataDirArgs,
 }
 
 /// Which control plane: before a verb or behind it.
@@ -331,18 +331,18 @@ pub enum TokenCommand {
         #[arg(long, value_name = "NUMBER", default_value_t = 1)]
         uses: u32,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Show all; never the tokens themselves
     List {
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Let nobody in with it from now on
     Revoke {
         id: String,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
 }
 
@@ -351,14 +351,14 @@ pub enum ClusterCommand {
     /// Show all with their state
     List {
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Show one, with what its agent sees
     Show {
         /// Id or name
         cluster: String,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Print a kubeconfig with which kubectl reaches it for a day
     Kubeconfig {
@@ -371,21 +371,21 @@ pub enum ClusterCommand {
         #[arg(long, value_name = "NAMES", value_delimiter = ',')]
         namespaces: Option<Vec<String>>,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Refuse its agent from now on and end its streams
     Revoke {
         /// Id or name
         cluster: String,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Forget it; its agent needs a token to come back
     Remove {
         /// Id or name
         cluster: String,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
 }
 
@@ -409,18 +409,18 @@ pub enum RunnerCommand {
         #[arg(long, value_name = "SECONDS")]
         ttl: Option<i64>,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Show all, kubeconfigs too
     List {
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Refuse it from now on and end its streams
     Revoke {
         id: String,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
 }
 
@@ -430,18 +430,18 @@ pub enum AdminCommand {
     Create {
         name: String,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Show all
     List {
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Refuse the token from now on and end its sessions
     Revoke {
         id: String,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
 }
 
@@ -451,17 +451,17 @@ pub enum ProjectCommand {
     Create {
         name: String,
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
     /// Show all
     List {
         #[command(flatten)]
-        verb: OutputArgs,
+        output: OutputArgs,
     },
 }
 
 /// Other names of the program, and the command that each stands for.
-pub const NAMES: &[(&str, &str)] = &[
+pub const PROGRAM_NAMES: &[(&str, &str)] = &[
     ("pipeops-agent", "run"),
     ("pipeops-install-server", "install-server"),
     ("pipeops-join-worker", "join-worker"),
@@ -469,10 +469,10 @@ pub const NAMES: &[(&str, &str)] = &[
 ];
 
 /// The arguments with the command that the program's name stands for put in.
-pub fn by_name(mut args: Vec<String>) -> Vec<String> {
+pub fn expand_program_name(mut args: Vec<String>) -> Vec<String> {
     let name =
         args.first().map(|a| a.rsplit('/').next().unwrap_or(a).to_owned()).unwrap_or_default();
-    if let Some((_, command)) = NAMES.iter().find(|(n, _)| *n == name) {
+    if let Some((_, command)) = PROGRAM_NAMES.iter().find(|(n, _)| *n == name) {
         args.insert(1, (*command).to_owned());
     }
     args
@@ -490,11 +490,11 @@ mod tests {
 
     #[test]
     fn every_name_stands_for_a_command_that_exists() {
-        for (name, command) in NAMES {
-            let args = by_name(vec![format!("/usr/bin/{name}"), "--help".into()]);
+        for (name, command) in PROGRAM_NAMES {
+            let args = expand_program_name(vec![format!("/usr/bin/{name}"), "--help".into()]);
             assert_eq!(args[1], *command);
             assert!(Cli::command().find_subcommand(command).is_some());
         }
-        assert_eq!(by_name(vec!["pipeops".into(), "run".into()]), ["pipeops", "run"]);
+        assert_eq!(expand_program_name(vec!["pipeops".into(), "run".into()]), ["pipeops", "run"]);
     }
 }

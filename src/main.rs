@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 use pipeops::agent::{self, config, credential};
 use pipeops::base::error::{Exit, Failure};
-use pipeops::base::secret::{Secret, masked, register_secret};
+use pipeops::base::secret::{Secret, mask_registered, register_secret};
 use pipeops::cli::{self, Cli, Command};
 use pipeops::cmd::{self, Context};
 use pipeops::{host, output};
@@ -26,12 +26,13 @@ const SECRET_VARIABLES: [&str; 4] =
     ["K3S_TOKEN", "AGENT_TOKEN", "PIPEOPS_DATABASE_URL", "PIPEOPS_AMQP_URL"];
 
 fn main() -> ExitCode {
-    let shown: Vec<String> =
-        cli::by_name(std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect());
+    let shown: Vec<String> = cli::expand_program_name(
+        std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect(),
+    );
     let handed = match received() {
         Ok(handed) => handed,
         Err(error) => {
-            output::fatal(&Failure::of(&error), false);
+            output::fatal(&Failure::from_error(&error), false);
             return ExitCode::from(Exit::Internal.number());
         }
     };
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
     };
     let secrets = match handed.map_or_else(|| hide(&args, &parsed), Ok) {
         Ok(secrets) => secrets,
-        Err(error) => return end(&Failure::of(&error), false),
+        Err(error) => return end(&Failure::from_error(&error), false),
     };
     secrets
         .iter()
@@ -85,17 +86,17 @@ fn main() -> ExitCode {
     let was = terminated.load(std::sync::atomic::Ordering::Relaxed);
     match result {
         Ok(exit) => ExitCode::from(exit.number()),
-        Err(error) => end(&Failure::of(&error), was),
+        Err(error) => end(&Failure::from_error(&error), was),
     }
 }
 
 /// Help goes out as clap has it; an error quotes what was typed, which may be a secret in the wrong place.
 fn refuse(error: &clap::Error) -> Cli {
     let text = error.to_string();
-    if !error.use_stderr() || masked(&text) == text {
+    if !error.use_stderr() || mask_registered(&text) == text {
         error.exit();
     }
-    output::note(&masked(&text));
+    output::note(&mask_registered(&text));
     #[expect(clippy::exit, reason = "as clap does it")]
     std::process::exit(i32::from(Exit::Usage.number()))
 }
@@ -150,12 +151,12 @@ async fn run(
         Command::ClusterInfo(args) => cmd::info::info(&context, args).await,
         Command::Uninstall(args) => cmd::uninstall::uninstall(&context, args).await,
         Command::Run(args) => {
-            let host = host::Host::new(&args.rooted.root, context.env.get("PATH").map(Into::into));
+            let host = host::Host::new(&args.root.root, context.env.get("PATH").map(Into::into));
             let config = config::AgentConfig::load(&host, &args.config, &context.env)?;
             let given = context
                 .env
                 .get("CREDENTIALS_DIRECTORY")
-                .and_then(|dir| host.users_file(&format!("{dir}/agent-token")).ok());
+                .and_then(|dir| host.read_user_file(&format!("{dir}/agent-token")).ok());
             let given = given
                 .map(|t| Secret::new(t.trim()))
                 .filter(|t| !t.is_empty())
@@ -225,7 +226,7 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
     }
     // a login in a URL, a token in another place than its own: the arguments themselves are handed over
     let typed = shown.clone();
-    shown.iter_mut().skip(1).for_each(|arg| *arg = masked(arg));
+    shown.iter_mut().skip(1).for_each(|arg| *arg = mask_registered(arg));
     if shown != typed {
         secrets.insert(ARGUMENTS.into(), serde_json::to_string(&typed)?);
     }

@@ -11,7 +11,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::base::error::Failure;
-use crate::base::secret::{masked, masked_json};
+use crate::base::secret::{mask_registered, mask_registered_json};
 use crate::base::text::{printable, printable_json, printable_lines};
 use crate::install::finding::{Finding, Level};
 use crate::install::plan::{CheckedPlan, ProgressEvent, StepStatus};
@@ -63,7 +63,7 @@ impl Printer {
 
     /// A line that begins with a coloured word.
     fn styled(&mut self, colour: &str, word: &str, line: &str) {
-        let line = masked(line);
+        let line = mask_registered(line);
         let line = printable_lines(&line);
         self.log.push_str(word);
         self.log.push_str(&line);
@@ -89,7 +89,7 @@ impl Printer {
 
     /// A line of the result.
     pub fn data(&self, line: &str) {
-        self.data_with_secrets(&masked(line));
+        self.data_with_secrets(&mask_registered(line));
     }
 
     /// A line of the result that holds a secret because it was asked for.
@@ -103,7 +103,7 @@ impl Printer {
     /// The result as one JSON document; the first one counts.
     pub fn document(&self, value: &impl Serialize) {
         if let Ok(mut value) = serde_json::to_value(value) {
-            masked_json(&mut value);
+            mask_registered_json(&mut value);
             self.document_with_secrets(&value);
         }
     }
@@ -164,14 +164,14 @@ impl Printer {
         if self.events
             && let Ok(mut event) = serde_json::to_value(event)
         {
-            masked_json(&mut event);
+            mask_registered_json(&mut event);
             eprintln!("{}", printable_json(&event.to_string()));
         }
         match event {
             ProgressEvent::Started { title, number, of, .. } => {
                 self.title = format!("[{number}/{of}] {}", printable(title));
                 if self.terminal && !self.events {
-                    let bar = ProgressBar::new_spinner().with_message(masked(&self.title));
+                    let bar = ProgressBar::new_spinner().with_message(mask_registered(&self.title));
                     bar.set_style(style("{spinner} {msg} {elapsed}"));
                     bar.enable_steady_tick(Duration::from_millis(120));
                     self.bar = Some(bar);
@@ -180,7 +180,7 @@ impl Printer {
             ProgressEvent::Progress { done, total, note, .. } => {
                 if let Some(bar) = &self.bar {
                     match (note, total) {
-                        (Some(note), _) => bar.set_message(masked(&format!(
+                        (Some(note), _) => bar.set_message(mask_registered(&format!(
                             "{} – {}",
                             self.title,
                             printable(note)
@@ -280,7 +280,7 @@ struct Masked;
 impl std::io::Write for Masked {
     // the layer writes each event whole, its end of line included
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let event = masked(&String::from_utf8_lossy(bytes));
+        let event = mask_registered(&String::from_utf8_lossy(bytes));
         std::io::stderr().write_all(printable_lines(&event).as_bytes())?;
         Ok(bytes.len())
     }
@@ -320,16 +320,16 @@ pub fn raw(bytes: &[u8]) {
 
 /// A text for people that stands outside of a run.
 pub fn note(text: &str) {
-    eprint!("{}", printable_lines(&masked(text)));
+    eprint!("{}", printable_lines(&mask_registered(text)));
 }
 
 /// The failure that ends a run: text for people, or one more event where events were asked for.
 pub fn fatal(failure: &Failure, events: bool) {
     if events {
         let mut event = serde_json::json!({"event": "error", "error": failure});
-        masked_json(&mut event);
+        mask_registered_json(&mut event);
         eprintln!("{}", printable_json(&event.to_string()));
     } else {
-        eprint!("{}", printable_lines(&masked(&failure.render())));
+        eprint!("{}", printable_lines(&mask_registered(&failure.render())));
     }
 }

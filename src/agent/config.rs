@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::agent::session::http::{check_url, deregister};
 use crate::agent::session::identity::{Identity, StoredCredential};
 use crate::base::error::Failure;
-use crate::base::http::plain_proxy;
+use crate::base::http::credential_free_proxy;
 use crate::base::secret::Secret;
 use crate::base::trust::{Pin, Trust};
 use crate::contract::token::Role;
@@ -76,7 +76,7 @@ impl AgentConfig {
         let text = if path == AGENT_CONFIG {
             host.read(path)?
         } else {
-            Some(host.users_file(path).map_err(|e| unreadable(path, &e))?)
+            Some(host.read_user_file(path).map_err(|e| unreadable(path, &e))?)
         };
         let mut config: AgentConfig = match text {
             Some(text) => {
@@ -103,7 +103,8 @@ impl AgentConfig {
             .any(|name| var(name).is_some());
         let invalid =
             |why: String| wrong("CONFIG_INVALID", "the agent's settings are wrong".into(), why);
-        if config.https_proxy.as_deref().is_some_and(|proxy| plain_proxy(proxy).is_none()) {
+        if config.https_proxy.as_deref().is_some_and(|proxy| credential_free_proxy(proxy).is_none())
+        {
             return Err(invalid(
                 "https-proxy is http://HOST:PORT, without a user and a password: everybody can \
                  read this file"
@@ -112,7 +113,7 @@ impl AgentConfig {
         }
         check_url(config.url()).map_err(invalid)?;
         config.role()?;
-        config.trust(host)?.client().map_err(|why| {
+        config.trust(host)?.client_config().map_err(|why| {
             wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why)
         })?;
         if config.metrics_listen.is_some_and(|a| !a.ip().is_loopback()) {
@@ -135,7 +136,7 @@ impl AgentConfig {
 
     pub(super) fn role(&self) -> anyhow::Result<Role> {
         let name = self.max_role.as_deref().unwrap_or("operator");
-        Role::of(name).ok_or_else(|| {
+        Role::from_name(name).ok_or_else(|| {
             wrong(
                 "CONFIG_INVALID",
                 "the agent's settings are wrong".into(),
@@ -182,7 +183,7 @@ impl Deregistration {
     /// None when there is no agent, or it never registered.
     pub fn read(host: &Host) -> Option<Deregistration> {
         let config = AgentConfig::load(host, AGENT_CONFIG, &BTreeMap::new()).ok()?;
-        let state = host.peek_dir(STATE_DIR);
+        let state = host.read_only_state_dir(STATE_DIR);
         let stored = StoredCredential::load(&state, config.url())?;
         Some(Deregistration {
             id: Identity::stored_id(&state)?,

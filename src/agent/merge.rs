@@ -52,12 +52,12 @@ impl StatusMerger {
         self.status.send_if_modified(|status| {
             let changed = status.control != control.state
                 || status.control_reason != control.reason
-                || status.clock_offset != control.offset
+                || status.clock_offset != control.clock_offset
                 || status.tunnel != tunnel.state
                 || status.tunnel_reason != tunnel.reason;
             if changed {
                 (status.control, status.clock_offset, status.tunnel) =
-                    (control.state, control.offset, tunnel.state);
+                    (control.state, control.clock_offset, tunnel.state);
                 status.control_reason.clone_from(&control.reason);
                 status.tunnel_reason.clone_from(&tunnel.reason);
             }

@@ -48,7 +48,7 @@ struct Shutdown {
     /// The control plane knows that the agent stops, or does not answer.
     drain_reported: CancellationToken,
     /// What is still open ends.
-    cut: CancellationToken,
+    abort: CancellationToken,
     /// Every task ends.
     halt: CancellationToken,
 }
@@ -81,7 +81,7 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     host::raise_descriptor_limit();
     let state = host.state_dir(state)?;
-    let socket = host.at(config.socket.as_deref().unwrap_or(AGENT_SOCKET));
+    let socket = host.real_path(config.socket.as_deref().unwrap_or(AGENT_SOCKET));
     let listener =
         local::listen(&socket).with_context(|| format!("opening {}", socket.display()))?;
     let port = metrics_listener(&config).await?;
@@ -131,11 +131,11 @@ pub async fn run(
                 agent_status: agent.status.subscribe(),
                 audit_head,
                 limits: stream_limits(&agent.config),
-                operations: Operations::open(agent.state.sub("operations")?, finished),
+                operations: Operations::open(agent.state.subdir("operations")?, finished),
                 drain: agent.shutdown.drain.clone(),
-                cut: agent.shutdown.cut.clone(),
+                abort: agent.shutdown.abort.clone(),
             };
-            Some(Api::new(context, tls, AuditLog::open(agent.state.sub("audit")?)?))
+            Some(Api::new(context, tls, AuditLog::open(agent.state.subdir("audit")?)?))
         }
         None => None,
     };
@@ -181,10 +181,10 @@ fn load_identity(
 ) -> anyhow::Result<Option<Box<Identity>>> {
     let machine = identity::machine_digest(host);
     Ok(match Identity::load(state, &machine)? {
-        LoadedIdentity::Ours(identity) => Some(identity),
+        LoadedIdentity::Own(identity) => Some(identity),
         LoadedIdentity::Cloned if has_token => {
             tracing::warn!("this disk was copied from another machine: enrolling as a new agent");
-            Some(Box::new(Identity::replace_copied(state, &machine)?))
+            Some(Box::new(Identity::replace_cloned(state, &machine)?))
         }
         LoadedIdentity::Cloned => None,
     })
@@ -203,8 +203,8 @@ fn initial_status(id: &str) -> AgentStatus {
 
 fn stream_limits(config: &AgentConfig) -> StreamLimits {
     StreamLimits {
-        per_caller: config.streams_per_caller.unwrap_or(permits::PER_CALLER),
-        total: config.streams.unwrap_or(permits::TOTAL),
+        per_caller: config.streams_per_caller.unwrap_or(permits::STREAMS_PER_CALLER),
+        total: config.streams.unwrap_or(permits::STREAMS_TOTAL),
         watches_per_caller: config.watches_per_caller.unwrap_or(permits::WATCHES_PER_CALLER),
         watches_total: config.watches.unwrap_or(permits::WATCHES_TOTAL),
     }
@@ -342,18 +342,18 @@ impl Agent {
             && intact
         {
             let idle = async {
-                while api.open() > 0 {
+                while api.open_streams() > 0 {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             };
             if timeout(DRAIN_TIMEOUT, idle).await.is_err() {
                 tracing::info!(
-                    open = api.open(),
+                    open = api.open_streams(),
                     "ending the streams that are still open: their time is over"
                 );
             }
         }
-        self.shutdown.cut.cancel();
+        self.shutdown.abort.cancel();
         // the last bytes of what was cut
         tokio::time::sleep(Duration::from_millis(200)).await;
         self.shutdown.halt.cancel();

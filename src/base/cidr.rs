@@ -18,18 +18,18 @@ impl Cidr {
             Some((address, prefix)) => (address.parse::<IpAddr>().ok()?, Some(prefix)),
             None => (text.parse::<IpAddr>().ok()?, None),
         };
-        let most = if address.is_ipv4() { 32 } else { 128 };
+        let max = if address.is_ipv4() { 32 } else { 128 };
         let prefix = match prefix {
             Some(p) if !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()) => p.parse().ok()?,
             Some(_) => return None,
-            None => most,
+            None => max,
         };
-        (prefix <= most).then_some(Cidr { address, prefix })
+        (prefix <= max).then_some(Cidr { address, prefix })
     }
 
     fn net(&self) -> IpNet {
-        let most = if self.address.is_ipv4() { 32 } else { 128 };
-        IpNet::new_assert(self.address, self.prefix.min(most))
+        let max = if self.address.is_ipv4() { 32 } else { 128 };
+        IpNet::new_assert(self.address, self.prefix.min(max))
     }
 
     /// Whether the two ranges share an address.

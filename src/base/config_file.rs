@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn nothing_quoted_is_left_however_it_is_written() {
-        for (said, wanted) in [
+        for (said, expected) in [
             (
                 r#"invalid type: string "secret", expected a list"#,
                 "invalid type: string, expected a list",
@@ -176,7 +176,7 @@ mod tests {
             (r#"cut off "secret"#, "cut off"),
             ("nothing quoted ", "nothing quoted"),
         ] {
-            assert_eq!(super::unquoted(said), wanted);
+            assert_eq!(super::unquoted(said), expected);
         }
     }
 

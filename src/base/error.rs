@@ -54,7 +54,7 @@ impl Exit {
 
 /// An expected failure: caused by the world or the user, with a stable code and the next step.
 ///
-/// Travels inside `anyhow::Error`; [`Failure::of`] finds it again below any later context.
+/// Travels inside `anyhow::Error`; [`Failure::from_error`] finds it again below any later context.
 #[derive(Clone, Debug, Serialize, thiserror::Error)]
 #[error("{what}")]
 pub struct Failure {
@@ -90,7 +90,7 @@ impl Failure {
     }
 
     /// The failure inside `error`, or an internal error that carries the whole chain as evidence.
-    pub fn of(error: &anyhow::Error) -> Failure {
+    pub fn from_error(error: &anyhow::Error) -> Failure {
         if let Some(found) = error.downcast_ref::<Failure>() {
             return found.clone();
         }
@@ -176,7 +176,7 @@ mod tests {
         )
         .context("outermost")
         .unwrap_err();
-        assert_eq!(Failure::of(&error).exit, Exit::Refused);
+        assert_eq!(Failure::from_error(&error).exit, Exit::Refused);
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub fn explain(error: &reqwest::Error) -> String {
 
 /// A proxy's URL as it may stand in a file that everybody reads; none where it holds a user or
 /// password, or is none.
-pub fn plain_proxy(proxy: &str) -> Option<String> {
+pub fn credential_free_proxy(proxy: &str) -> Option<String> {
     let text = if proxy.contains("://") { proxy.to_owned() } else { format!("http://{proxy}") };
     let url = url::Url::parse(&text).ok()?;
     let plain = matches!(url.scheme(), "http" | "https")

@@ -25,7 +25,7 @@ const AGAIN: Duration = Duration::from_millis(1500);
 pub struct LookupError {
     pub why: String,
     /// No name server answered at all.
-    pub silent: bool,
+    pub unanswered: bool,
 }
 
 impl fmt::Display for LookupError {
@@ -56,7 +56,7 @@ async fn ask(
     config: &ResolverConfig,
     options: &ResolverOpts,
 ) -> Result<Vec<IpAddr>, LookupError> {
-    let no = |why: String, silent| LookupError { why: format!("{host}: {why}"), silent };
+    let no = |why: String, unanswered| LookupError { why: format!("{host}: {why}"), unanswered };
     // relaxed: DNS and /etc/hosts know names with `_`, and so does getaddrinfo
     let name =
         Name::from_str_relaxed(host).map_err(|e| no(format!("it cannot be a name: {e}"), false))?;
@@ -88,8 +88,8 @@ async fn ask(
     };
     let servers =
         || config.name_servers().iter().map(|s| s.ip.to_string()).collect::<Vec<_>>().join(", ");
-    let silent = || no(format!("no name server answered ({})", servers()), true);
-    let (v4, v6) = tokio::time::timeout(WHOLE, both).await.map_err(|_| silent())?;
+    let unanswered = || no(format!("no name server answered ({})", servers()), true);
+    let (v4, v6) = tokio::time::timeout(WHOLE, both).await.map_err(|_| unanswered())?;
     let found: Vec<IpAddr> =
         [&v4, &v6].into_iter().flatten().flatten().flatten().copied().collect();
     if !found.is_empty() {
@@ -98,7 +98,7 @@ async fn ask(
     let errors: Vec<String> =
         [v4, v6].into_iter().flatten().filter_map(Result::err).map(|e| e.to_string()).collect();
     if errors.iter().any(|e| e.contains("timed out") || e.contains("no connections available")) {
-        return Err(silent());
+        return Err(unanswered());
     }
     Err(no(
         format!("there is no such name ({})", errors.first().map_or("no address", String::as_str)),
@@ -199,14 +199,14 @@ mod tests {
             );
             assert!(begin.elapsed() < Duration::from_secs(3), "{drops:?}: {:?}", begin.elapsed());
         }
-        let silent = ask("k3s.example.com", &server(&[1, 28]).await, &ResolverOpts::default())
+        let unanswered = ask("k3s.example.com", &server(&[1, 28]).await, &ResolverOpts::default())
             .await
             .unwrap_err();
         assert!(
-            silent.silent
-                && silent.to_string()
+            unanswered.unanswered
+                && unanswered.to_string()
                     == "dns: k3s.example.com: no name server answered (127.0.0.1)",
-            "{silent}"
+            "{unanswered}"
         );
     }
 

@@ -19,7 +19,10 @@ impl Secret {
     }
 
     /// For `serialize_with`, in the few wire types whose purpose is to carry it.
-    pub fn reveal<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+    pub fn serialize_exposed<S: serde::Serializer>(
+        &self,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.0)
     }
 
@@ -48,7 +51,7 @@ pub const MASK: &str = "••••";
 /// of the words.
 const SHORTEST: usize = 6;
 
-/// Secrets of this run. Whatever is printed or logged goes through [`masked`], so that no text of
+/// Secrets of this run. Whatever is printed or logged goes through [`mask_registered`], so that no text of
 /// another program, of a library or of ours can show one of them.
 static KNOWN: Mutex<Vec<Secret>> = Mutex::new(Vec::new());
 
@@ -67,17 +70,17 @@ pub fn register_secret(text: &str) {
 }
 
 /// `text` without the secrets of this run, passwords in URLs, and anything shaped like a k3s token.
-pub fn masked(text: &str) -> String {
+pub fn mask_registered(text: &str) -> String {
     let known = KNOWN.lock();
     mask(text, &known)
 }
 
-/// Every string of `value` as [`masked`] has it.
-pub fn masked_json(value: &mut serde_json::Value) {
+/// Every string of `value` as [`mask_registered`] has it.
+pub fn mask_registered_json(value: &mut serde_json::Value) {
     match value {
-        serde_json::Value::String(text) => *text = masked(text),
-        serde_json::Value::Array(items) => items.iter_mut().for_each(masked_json),
-        serde_json::Value::Object(map) => map.values_mut().for_each(masked_json),
+        serde_json::Value::String(text) => *text = mask_registered(text),
+        serde_json::Value::Array(items) => items.iter_mut().for_each(mask_registered_json),
+        serde_json::Value::Object(map) => map.values_mut().for_each(mask_registered_json),
         _ => {}
     }
 }
@@ -112,7 +115,7 @@ fn tokens(text: &str) -> String {
 
 /// The secret parts of the URLs in `text`: passwords, users without a password (a token as a rule),
 /// secret query values. As they stand there and percent-decoded.
-pub fn in_urls(text: &str) -> Vec<String> {
+pub fn secrets_in_urls(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     urls(text, &mut found);
     found
@@ -265,7 +268,7 @@ mod tests {
             ("https://u:••••@h", "https://u:••••@h", vec![]),
         ] {
             assert_eq!(mask(text, &[]), shown);
-            assert_eq!(in_urls(text), secrets, "{text}");
+            assert_eq!(secrets_in_urls(text), secrets, "{text}");
         }
     }
 
@@ -298,9 +301,9 @@ mod tests {
     fn what_is_remembered_is_shown_nowhere() {
         register_secret("a-remembered-secret-0123456789");
         let mut value = serde_json::json!({"a": ["x a-remembered-secret-0123456789 y"]});
-        masked_json(&mut value);
+        mask_registered_json(&mut value);
         assert_eq!(value, serde_json::json!({"a": ["x •••• y"]}));
         register_secret("short");
-        assert_eq!(masked("short"), "short");
+        assert_eq!(mask_registered("short"), "short");
     }
 }

@@ -161,7 +161,7 @@ fn without_count(text: &str) -> &str {
 ///
 /// # Errors
 /// What is wrong with it, as the end of a sentence that begins with what the name is of.
-pub fn name(text: &str, most: usize) -> Result<(), String> {
+pub fn check_display_name(text: &str, max: usize) -> Result<(), String> {
     let long = text.chars().count();
     if let Some(c) = text.chars().find(|c| is_unprintable(*c)) {
         return Err(format!(
@@ -175,8 +175,8 @@ pub fn name(text: &str, most: usize) -> Result<(), String> {
     if text.trim() != text {
         return Err("begins or ends with a blank".into());
     }
-    if long > most {
-        return Err(format!("has {long} characters; {most} is the most"));
+    if long > max {
+        return Err(format!("has {long} characters; {max} is the most"));
     }
     Ok(())
 }
@@ -212,7 +212,7 @@ mod tests {
         enum Kind {
             Other(Box<Named>),
         }
-        for (json, wanted) in [
+        for (json, expected) in [
             ("[]", "invalid length 0, expected an object at line 1 column 2"),
             ("7", "invalid type: integer `7`, expected an object at line 1 column 1"),
             (
@@ -222,7 +222,7 @@ mod tests {
             (r#"{"name": 7}"#, "invalid type: integer `7`, expected a string at line 1 column 10"),
         ] {
             let error = serde_json::from_str::<Named>(json).unwrap_err();
-            assert_eq!(json_error(&error), wanted, "{json}");
+            assert_eq!(json_error(&error), expected, "{json}");
         }
         // nothing of a file with secrets, however it is quoted
         for json in
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn what_hurts_is_named_and_what_people_write_stays() {
-        for (given, wanted) in [
+        for (given, expected) in [
             ("plain text, grün, 日本語, ‏", "plain text, grün, 日本語, \\u{200f}"),
             ("\u{1b}[31mred", "\\u{1b}[31mred"),
             ("a\rb\nc\td\0e\u{7}", "a\\u{d}b\\u{a}c\\u{9}d\\u{0}e\\u{7}"),
@@ -261,7 +261,7 @@ mod tests {
             ("private\u{e000}\u{10fffd}", "private\\u{e000}\\u{10fffd}"),
             ("🚀 – „quoted“ ½", "🚀 – „quoted“ ½"),
         ] {
-            assert_eq!(printable(given), wanted);
+            assert_eq!(printable(given), expected);
         }
         assert_eq!(printable_lines("a\n\tb\u{1b}c\r"), "a\n\tb\\u{1b}c\\u{d}");
         let json = serde_json::to_string_pretty(
@@ -280,7 +280,7 @@ mod tests {
     fn a_name_is_seen_and_means_one_thing() {
         for good in ["a", "prod eu-1", "Łódź", "🚀", "東京 1", "<b>x</b>", &"ж".repeat(63)]
         {
-            assert_eq!(name(good, 63), Ok(()), "{good}");
+            assert_eq!(check_display_name(good, 63), Ok(()), "{good}");
         }
         for (bad, why) in [
             ("", "blank"),
@@ -298,9 +298,9 @@ mod tests {
             (&"x".repeat(64), "63 is the most"),
         ] {
             assert!(
-                name(bad, 63).is_err_and(|said| said.contains(why)),
+                check_display_name(bad, 63).is_err_and(|said| said.contains(why)),
                 "{bad:?}: {:?}",
-                name(bad, 63)
+                check_display_name(bad, 63)
             );
         }
     }

@@ -30,13 +30,13 @@ impl Pin {
     }
 
     /// The pin of a certificate.
-    pub fn of(certificate: &[u8]) -> Option<Pin> {
+    pub fn from_certificate(certificate: &[u8]) -> Option<Pin> {
         let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
-        Some(Pin::of_key(parsed.tbs_certificate.subject_pki.raw))
+        Some(Pin::from_spki(parsed.tbs_certificate.subject_pki.raw))
     }
 
     /// The pin of a SubjectPublicKeyInfo, DER.
-    pub fn of_key(spki: &[u8]) -> Pin {
+    pub fn from_spki(spki: &[u8]) -> Pin {
         Pin(Sha256::digest(spki).into())
     }
 }
@@ -48,7 +48,7 @@ impl std::fmt::Display for Pin {
 }
 
 /// A client's certificate, those that signed it, and its key.
-pub type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+pub type ClientIdentity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// What makes a server's certificate acceptable.
 #[derive(Clone, Debug, Default)]
@@ -65,15 +65,18 @@ pub struct Trust {
 impl Trust {
     /// # Errors
     /// What is wrong with the CA text or the system's roots.
-    pub fn client(&self) -> Result<ClientConfig, String> {
-        self.client_as(None)
+    pub fn client_config(&self) -> Result<ClientConfig, String> {
+        self.client_config_with(None)
     }
 
     /// The same, with a client certificate.
     ///
     /// # Errors
     /// What is wrong with the CA text, the system's roots or the identity.
-    pub fn client_as(&self, identity: Option<Identity>) -> Result<ClientConfig, String> {
+    pub fn client_config_with(
+        &self,
+        identity: Option<ClientIdentity>,
+    ) -> Result<ClientConfig, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let text = |e: Error| e.to_string();
         let builder = ClientConfig::builder_with_provider(provider.clone())
@@ -148,7 +151,7 @@ impl Verifier {
         now: UnixTime,
     ) -> Result<(), Error> {
         let ours = |certificate: &CertificateDer<'_>| {
-            Pin::of(certificate).is_some_and(|pin| self.pins.contains(&pin))
+            Pin::from_certificate(certificate).is_some_and(|pin| self.pins.contains(&pin))
         };
         if ours(end) {
             return Ok(());
@@ -156,7 +159,8 @@ impl Verifier {
         let anchors: Vec<CertificateDer<'static>> =
             others.iter().filter(|c| ours(c)).map(|c| c.clone().into_owned()).collect();
         if anchors.is_empty() {
-            let shown = Pin::of(end).map_or_else(|| "no key".into(), |pin| pin.to_string());
+            let shown =
+                Pin::from_certificate(end).map_or_else(|| "no key".into(), |pin| pin.to_string());
             return Err(Error::General(format!(
                 "the server shows key {shown}, which is not pinned"
             )));
@@ -298,7 +302,7 @@ mod tests {
     fn a_pin_is_no_good_when_it_is_only_shown() {
         let c = chain();
         let pin = |der: &CertificateDer<'_>| Trust {
-            pins: vec![Pin::of(der).unwrap()],
+            pins: vec![Pin::from_certificate(der).unwrap()],
             ..Trust::default()
         };
         assert!(verdict(&pin(&c.leaf), &c.leaf, &[], "cp.test").is_ok());
@@ -314,7 +318,7 @@ mod tests {
         );
         let both = |pin: &CertificateDer<'_>| Trust {
             ca_pem: Some(pem.clone()),
-            pins: vec![Pin::of(pin).unwrap()],
+            pins: vec![Pin::from_certificate(pin).unwrap()],
             accept_any: false,
         };
         assert!(verdict(&both(&c.leaf), &c.leaf, &[], "cp.test").is_ok());
@@ -329,6 +333,8 @@ mod tests {
         for wrong in ["", "sha256:", "sha256:AAAA", "sha1:AAAA", "sha256:***"] {
             assert!(Pin::parse(wrong).is_err(), "{wrong}");
         }
-        assert!(Trust { ca_pem: Some("no pem".into()), ..Trust::default() }.client().is_err());
+        assert!(
+            Trust { ca_pem: Some("no pem".into()), ..Trust::default() }.client_config().is_err()
+        );
     }
 }

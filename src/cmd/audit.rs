@@ -10,8 +10,8 @@ use crate::output::Printer;
 /// # Errors
 /// Exit 6 when the chain is broken, 1 when the log cannot be read.
 pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
-    let host = context.host(&args.rooted.root);
-    let dir = host.peek_dir(&format!("{STATE_DIR}/audit"));
+    let host = context.host(&args.root.root);
+    let dir = host.read_only_state_dir(&format!("{STATE_DIR}/audit"));
     let unreadable = |why: String| {
         Failure::new(Exit::Internal, "AUDIT_UNREADABLE", "the audit log cannot be read")
             .why(why)

@@ -12,7 +12,7 @@ use crate::agent::status::{KubernetesState, NodeStatus, Notice};
 use crate::base::cidr::host_in_url;
 use crate::base::error::{Exit, Failure};
 use crate::base::text::printable;
-use crate::cli::{ClusterInfo, OutputFormat};
+use crate::cli::{ClusterInfoArgs, OutputFormat};
 use crate::frp;
 use crate::host::Host;
 use crate::host::paths::AGENT_SOCKET;
@@ -76,11 +76,11 @@ struct Problem {
 
 /// # Errors
 /// Only for wrong usage; a part that is down is a line, and exit 13.
-pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> {
-    let host = context.host(&args.rooted.root);
+pub async fn info(context: &Context, args: ClusterInfoArgs) -> anyhow::Result<Exit> {
+    let host = context.host(&args.root.root);
     let printer = Printer::new(args.output == OutputFormat::Json, false, context.no_color());
     // only root can read the journal: for others a hidden one looks like none
-    if host.is_machine() && !nix::unistd::geteuid().is_root() {
+    if host.is_running_machine() && !nix::unistd::geteuid().is_root() {
         return Err(Failure::new(
             Exit::Preflight,
             "NOT_ROOT",
@@ -338,7 +338,7 @@ async fn agent(host: &Host) -> AgentInfo {
         .await
         .map(|u| u.active)
         .unwrap_or_else(|e| e.to_string());
-    match within(local::ask_status(&host.at(AGENT_SOCKET))).await {
+    match within(local::ask_status(&host.real_path(AGENT_SOCKET))).await {
         Ok(agent) => AgentInfo {
             unit,
             control: Some(agent.control),
@@ -377,7 +377,7 @@ async fn join_line(
         Some(token) => token,
         None => {
             let args = ["token", "create", "--ttl", "24h", "--description", TOKEN_NOTE];
-            let made = host.ask("k3s", &args, PART).await?;
+            let made = host.output("k3s", &args, PART).await?;
             let token = made.stdout.trim().to_owned();
             anyhow::ensure!(
                 made.ok() && !token.is_empty(),

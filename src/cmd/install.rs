@@ -4,13 +4,13 @@
 use super::Context;
 use super::installer::Installer;
 use crate::base::error::{Exit, Failure};
-use crate::cli::{InstallServer, JoinWorker};
+use crate::cli::{InstallServerArgs, JoinWorkerArgs};
 use crate::install::{components, planner, release};
 use crate::k3s::role::NodeRole;
 
 /// # Errors
 /// As in the table of exit codes.
-pub async fn server(context: &Context, args: InstallServer) -> anyhow::Result<Exit> {
+pub async fn server(context: &Context, args: InstallServerArgs) -> anyhow::Result<Exit> {
     match args.node_type.as_str() {
         "server" => {}
         "agent" => return worker_by_environment(context, args).await,
@@ -29,7 +29,7 @@ pub async fn server(context: &Context, args: InstallServer) -> anyhow::Result<Ex
     installer.end(result)
 }
 
-async fn worker_by_environment(context: &Context, args: InstallServer) -> anyhow::Result<Exit> {
+async fn worker_by_environment(context: &Context, args: InstallServerArgs) -> anyhow::Result<Exit> {
     let missing: Vec<&str> = [
         ("K3S_URL", args.k3s_url.is_none()),
         ("K3S_TOKEN", context.k3s_token.is_none() && args.token_file.is_none()),
@@ -46,7 +46,7 @@ async fn worker_by_environment(context: &Context, args: InstallServer) -> anyhow
         .hint("both stand in the line of `pipeops cluster-info --join` on the server")
         .into());
     };
-    let join = JoinWorker {
+    let join = JoinWorkerArgs {
         master,
         token: None,
         token_file: args.token_file,

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{Context, merged_options, secrets};
 use crate::base::error::{Exit, Failure};
-use crate::cli::{OutputFormat, RunFlags};
+use crate::cli::{InstallerArgs, OutputFormat};
 use crate::host::paths::LOGS;
 use crate::host::{Host, HostWriter, Owner};
 use crate::install::checks::{self, InstallTarget};
@@ -13,7 +13,7 @@ use crate::install::components::{self, Component};
 use crate::install::engine::journal::Journal;
 use crate::install::engine::{self, Outcome, Secrets};
 use crate::install::facts::Facts;
-use crate::install::finding::{Finding, Level, blocked};
+use crate::install::finding::{Finding, Level, has_errors};
 use crate::install::gather::{Probe, gather, gather_configured};
 use crate::install::plan::{CheckedPlan, Plan, ProgressEvent};
 use crate::install::planner::Release;
@@ -32,7 +32,7 @@ pub(super) struct Installer<'a> {
     pub(super) host: Host,
     pub(super) settings: Settings,
     pub(super) journal: Option<Journal>,
-    pub(super) run: RunFlags,
+    pub(super) run: InstallerArgs,
     pub(super) printer: Printer,
     pub(super) secrets: Secrets,
     pub(super) facts: Facts,
@@ -43,7 +43,7 @@ pub(super) struct Installer<'a> {
     pub(super) started: std::time::Instant,
 }
 
-impl RunFlags {
+impl InstallerArgs {
     pub(super) fn read_only(&self) -> bool {
         self.dry_run || self.plan_out.is_some()
     }
@@ -55,7 +55,7 @@ impl<'a> Installer<'a> {
         context: &'a Context,
         command: &'static str,
         flags: crate::install::settings::Options,
-        run: RunFlags,
+        run: InstallerArgs,
         role: NodeRole,
     ) -> anyhow::Result<Installer<'a>> {
         let host = context.host(&run.root);
@@ -70,17 +70,17 @@ impl<'a> Installer<'a> {
             run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
         let mut run = run;
         run.config = run.config.or_else(|| saved.as_ref()?.plan.inputs.get("config").cloned());
-        secrets::note(&flags, &context.env);
+        secrets::register(&flags, &context.env);
         let mut options = merged_options(&host, flags, run.config.as_deref())?;
-        secrets::from_plan(&mut options, saved.as_ref());
-        secrets::note(&options, &context.env);
+        secrets::adopt_paths(&mut options, saved.as_ref());
+        secrets::register(&options, &context.env);
         let settings = Settings::resolve(options, role, &checks::codes(), &components::names())?;
-        let root = !host.is_machine() || nix::unistd::geteuid().is_root();
+        let root = !host.is_running_machine() || nix::unistd::geteuid().is_root();
         let writer = if run.read_only() || !root { None } else { Some(host.lock()?) };
         let journal = if root { Journal::load(&host)? } else { None };
-        let ours = journal.as_ref().map(|j| j.role);
+        let installed_role = journal.as_ref().map(|j| j.role);
         let probe = if writer.is_some() { Probe::Disk } else { Probe::ReadOnly };
-        let mut facts = gather(&host, ours, &context.env, probe).await;
+        let mut facts = gather(&host, installed_role, &context.env, probe).await;
         // a node keeps its name, whatever the machine is called today or is asked to be
         if let Some(node) = journal
             .as_ref()
@@ -110,18 +110,18 @@ impl<'a> Installer<'a> {
             started: std::time::Instant::now(),
         };
         installer.secrets =
-            secrets::known(context, &installer.host, &installer.settings, &installer.facts)?;
-        let readable = secrets::readable(
+            secrets::load(context, &installer.host, &installer.settings, &installer.facts)?;
+        let readable = secrets::find_readable(
             &installer.host,
             installer.writer.as_ref(),
             &installer.run,
             &installer.settings.options,
             &installer.secrets,
         )?;
-        installer.facts.readable.extend(readable);
-        if ours == Some(NodeRole::Server) && installer.facts.k3s.active {
+        installer.facts.readable_secrets.extend(readable);
+        if installed_role == Some(NodeRole::Server) && installer.facts.k3s.active {
             installer.facts.retired_ingress = retired_ingress(&installer.host).await;
-            installer.facts.traefik = traefik(&installer.host).await;
+            installer.facts.bundled_traefik = traefik(&installer.host).await;
         }
         Ok(installer)
     }
@@ -147,7 +147,7 @@ impl<'a> Installer<'a> {
         let target = InstallTarget { settings: &self.settings, version, components };
         let findings = checks::run(&self.facts, &target);
         self.printer.findings(&findings);
-        if !blocked(&findings) {
+        if !has_errors(&findings) {
             return Ok(findings);
         }
         let codes: Vec<&str> =
@@ -181,13 +181,13 @@ impl<'a> Installer<'a> {
     ) -> anyhow::Result<Option<Outcome>> {
         let mut checked =
             engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings).await?;
-        checked.plan.inputs = secrets::inputs(&self.host, &self.run, &self.settings.options);
+        checked.plan.inputs = secrets::input_files(&self.host, &self.run, &self.settings.options);
         if let Some(then) = self.saved.take() {
             checked = self.saved(then, checked).await?;
         }
         if let Some(path) = &self.run.plan_out {
             self.host
-                .write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
+                .write_user_file(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
             self.printer.say(&format!(
                 "the plan is in {path} (mode 0600, without secrets); carry it out with \
                  --apply-plan {path}"
@@ -239,7 +239,7 @@ impl<'a> Installer<'a> {
                 }
             }
             // main prints it; it belongs in the log too
-            Err(error) => self.printer.log_only(&Failure::of(error).render()),
+            Err(error) => self.printer.log_only(&Failure::from_error(error).render()),
         }
         self.write_log();
         result.map(Some)
@@ -271,7 +271,7 @@ impl<'a> Installer<'a> {
 
     /// Once the engine runs, an interruption leaves a journal that the next run goes on from.
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
-        let mut failure = Failure::of(&error);
+        let mut failure = Failure::from_error(&error);
         match failure.exit {
             Exit::Interrupted => {
                 failure.hint = Some(format!(
@@ -305,7 +305,7 @@ impl<'a> Installer<'a> {
             )
             .into());
         }
-        if secrets::in_plain(&then) {
+        if secrets::holds_plain_secrets(&then) {
             return Err(stale(
                 "PLAN_STALE",
                 "this plan was made by an earlier pipeops, which wrote secrets into plans",
@@ -411,7 +411,7 @@ impl<'a> Installer<'a> {
     fn write_log(&mut self) {
         let Some(writer) = &self.writer else { return };
         let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
-        let text = crate::base::secret::masked(&self.printer.take_log());
+        let text = crate::base::secret::mask_registered(&self.printer.take_log());
         let path = format!("{LOGS}/{stamp}-{}.log", self.command);
         if let Err(error) = writer
             .mkdir(LOGS, 0o700)
@@ -424,7 +424,7 @@ impl<'a> Installer<'a> {
     /// Releases the lock; a run that wrote nothing leaves nothing behind.
     pub(super) fn end(self, result: anyhow::Result<Exit>) -> anyhow::Result<Exit> {
         if let Err(error) = &result {
-            let failure = Failure::of(error);
+            let failure = Failure::from_error(error);
             let (command, exit) = (self.command, failure.exit.number());
             self.printer.document(&json!({
                 "schema": "pipeops.result/v1",

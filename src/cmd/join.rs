@@ -9,25 +9,25 @@ use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::resolve::lookup;
 use crate::base::secret::{Secret, register_secret};
-use crate::cli::JoinWorker;
+use crate::cli::JoinWorkerArgs;
 use crate::host::paths::JOIN_TOKEN;
 use crate::install::checks::InstallTarget;
 use crate::install::engine::journal::Journal;
 use crate::install::facts::Facts;
 use crate::install::finding::{Finding, Level};
-use crate::install::join::{self, Server};
+use crate::install::join::{self, JoinClient};
 use crate::install::plan::{FileContent, Plan, Resource, SCHEMA, SecretName, Step};
 use crate::install::planner::config::JoinServer;
 use crate::install::{planner, release};
 use crate::k3s::paths::NODE_PASSWORD;
 use crate::k3s::role::NodeRole;
-use crate::k3s::token::{Token, cleaned};
+use crate::k3s::token::{Token, trimmed};
 use crate::k3s::user_input;
 use crate::k3s::version::Version;
 
 /// # Errors
 /// As in the table of exit codes.
-pub async fn worker(context: &Context, args: JoinWorker) -> anyhow::Result<Exit> {
+pub async fn worker(context: &Context, args: JoinWorkerArgs) -> anyhow::Result<Exit> {
     let url = user_input::server_url(&args.master)
         .map_err(|why| Failure::usage("MASTER_INVALID", why))?;
     let insecure = args.insecure_token;
@@ -76,7 +76,7 @@ async fn join(
     insecure: bool,
 ) -> anyhow::Result<Exit> {
     // what goes into k3s' token file is the token alone
-    let secret = Secret::new(cleaned(secret.expose()));
+    let secret = Secret::new(trimmed(secret.expose()));
     register_secret(secret.expose());
     let token = Token::parse(secret.expose()).map_err(|why| {
         Failure::new(Exit::Refused, "JOIN_TOKEN_MALFORMED", "this is not a k3s join token")
@@ -116,7 +116,7 @@ async fn install(
     installer: &mut Installer<'_>,
     url: &str,
     provisional: Version,
-    server: Option<&Server>,
+    server: Option<&JoinClient>,
     joined: bool,
 ) -> anyhow::Result<Exit> {
     // what needs no version stops the run before the name is reserved; the version is the server's,
@@ -145,7 +145,7 @@ async fn install(
     let result = match reserve(installer, server, &node).await {
         Ok(version) => finish(installer, url, version, &mut findings).await,
         // a worker that is up needs its token no more: it may have expired since
-        Err(error) if joined && Failure::of(&error).code != "VERSION_SKEW" => {
+        Err(error) if joined && Failure::from_error(&error).code != "VERSION_SKEW" => {
             installer
                 .printer
                 .say(&format!("note: the server's version was not asked for: {error}"));
@@ -153,7 +153,7 @@ async fn install(
         }
         Err(error) => Err(error),
     };
-    let refused = |error: &anyhow::Error| Failure::of(error).code == "NODE_NAME_TAKEN";
+    let refused = |error: &anyhow::Error| Failure::from_error(error).code == "NODE_NAME_TAKEN";
     if installer.journal.is_none() && result.as_ref().is_err_and(|e| !refused(e)) {
         // the name is ours on the server: keep the password, or this machine could not come back
         // under it
@@ -165,23 +165,23 @@ async fn install(
 /// Ties the name to this machine on the server, and settles the version.
 async fn reserve(
     installer: &mut Installer<'_>,
-    server: &Server,
+    server: &JoinClient,
     node: &str,
 ) -> anyhow::Result<Version> {
     let Some(password) = installer.secrets.get(&SecretName::NodePassword).cloned() else {
         anyhow::bail!("no node password")
     };
-    let theirs = server.reserve(node, &password).await?;
+    let server_version = server.reserve(node, &password).await?;
     if installer
         .settings
         .version
         .as_ref()
-        .is_some_and(|ours| (ours.major, ours.minor) > (theirs.major, theirs.minor))
+        .is_some_and(|ours| (ours.major, ours.minor) > (server_version.major, server_version.minor))
     {
         return Err(Failure::new(
             Exit::Preflight,
             "VERSION_SKEW",
-            format!("a worker must not be newer than its server ({theirs})"),
+            format!("a worker must not be newer than its server ({server_version})"),
         )
         .why(format!(
             "asked for {}",
@@ -191,10 +191,16 @@ async fn reserve(
         .into());
     }
     installer.printer.say(&format!(
-        "the server has reserved the name {node} for this machine; it runs k3s {theirs}"
+        "the server has reserved the name {node} for this machine; it runs k3s {server_version}"
     ));
-    release::version(&installer.host, &installer.settings, &installer.facts, None, Some(&theirs))
-        .await
+    release::version(
+        &installer.host,
+        &installer.settings,
+        &installer.facts,
+        None,
+        Some(&server_version),
+    )
+    .await
 }
 
 async fn finish(

@@ -46,9 +46,9 @@ impl Context {
     /// A token file of the user's; `-` is standard input.
     pub(crate) fn token_file(&self, host: &Host, path: &str) -> anyhow::Result<Secret> {
         let text = if path == "-" {
-            host.users_file("/dev/stdin")?
+            host.read_user_file("/dev/stdin")?
         } else {
-            host.users_file(path).map_err(|e| unreadable(path, &e))?
+            host.read_user_file(path).map_err(|e| unreadable(path, &e))?
         };
         match text.trim() {
             "" => Err(Failure::usage("TOKEN_EMPTY", format!("there is no token in {path}"))
@@ -86,7 +86,7 @@ pub(crate) fn merged_options(
         }
     }
     if let Some(path) = config {
-        let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
+        let text = host.read_user_file(path).map_err(|e| unreadable(path, &e))?;
         lower = parse_file(&text, path)?.layered_over(lower);
     }
     Ok(flags.layered_over(lower))

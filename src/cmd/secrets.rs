@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use super::{Context, unreadable};
 use crate::base::error::Failure;
-use crate::base::secret::{MASK, Secret, in_urls, is_secret_name, mask, register_secret};
+use crate::base::secret::{MASK, Secret, is_secret_name, mask, register_secret, secrets_in_urls};
 use crate::base::text::unquoted_json_error;
-use crate::cli::RunFlags;
+use crate::cli::InstallerArgs;
 use crate::host::{Host, HostWriter};
 use crate::install::engine::Secrets;
 use crate::install::facts::{Facts, ReadableSecret};
@@ -28,7 +28,7 @@ const CONFIG: &str = "/etc/pipeops";
 /// # Errors
 /// Exit 2 when it is none.
 pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<CheckedPlan> {
-    let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
+    let text = host.read_user_file(path).map_err(|e| unreadable(path, &e))?;
     let bad = |why: String| {
         Failure::usage("PLAN_INVALID", format!("{path} is not a plan of this pipeops"))
             .why(why)
@@ -46,7 +46,7 @@ pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<CheckedPlan>
 }
 
 /// Whether a plan holds secrets in plain text, as the first pipeops wrote it.
-pub(super) fn in_plain(then: &CheckedPlan) -> bool {
+pub(super) fn holds_plain_secrets(then: &CheckedPlan) -> bool {
     then.plan.options.contains_key("k3s") && !held(&then.plan.options).is_empty()
 }
 
@@ -64,7 +64,7 @@ fn names(table: &K3sTable, of: &str) -> Vec<String> {
 }
 
 /// The options that name a file of secrets, as a saved plan has them, where this run does not say.
-pub(super) fn from_plan(options: &mut Options, saved: Option<&CheckedPlan>) {
+pub(super) fn adopt_paths(options: &mut Options, saved: Option<&CheckedPlan>) {
     let Some(inputs) = saved.map(|s| &s.plan.inputs) else { return };
     options.registries = options.registries.take().or_else(|| inputs.get("registries").cloned());
     options.agent_token_file =
@@ -72,7 +72,11 @@ pub(super) fn from_plan(options: &mut Options, saved: Option<&CheckedPlan>) {
 }
 
 /// The files that secrets of this run come from, for the plan.
-pub(super) fn inputs(host: &Host, run: &RunFlags, options: &Options) -> BTreeMap<String, String> {
+pub(super) fn input_files(
+    host: &Host,
+    run: &InstallerArgs,
+    options: &Options,
+) -> BTreeMap<String, String> {
     [
         ("config", &run.config),
         ("registries", &options.registries),
@@ -80,22 +84,22 @@ pub(super) fn inputs(host: &Host, run: &RunFlags, options: &Options) -> BTreeMap
     ]
     .into_iter()
     .filter_map(|(key, path)| Some((key.to_owned(), path.as_ref().filter(|p| *p != "-")?)))
-    .map(|(key, path)| (key, host.users_path(path)))
+    .map(|(key, path)| (key, host.absolute_user_path(path)))
     .collect()
 }
 
 /// Registers every secret in the options before anything is printed about them.
-pub(super) fn note(options: &Options, env: &BTreeMap<String, String>) {
+pub(super) fn register(options: &Options, env: &BTreeMap<String, String>) {
     options.k3s.secret_words().iter().for_each(|word| register_secret(word));
     let urls = [&options.artifact_url, &options.control_plane_url]
         .into_iter()
         .flatten()
         .chain(env.values().filter(|v| v.contains("://")));
-    urls.flat_map(|text| in_urls(text)).for_each(|word| register_secret(&word));
+    urls.flat_map(|text| secrets_in_urls(text)).for_each(|word| register_secret(&word));
 }
 
 /// The contents of the files that hold secrets, each under its name.
-pub(super) fn known(
+pub(super) fn load(
     context: &Context,
     host: &Host,
     settings: &Settings,
@@ -120,11 +124,12 @@ pub(super) fn known(
     if let Some(fill) = options.k3s.secret_values() {
         secrets.insert(SecretName::K3sSettings, fill);
     }
-    if let Some(url) = options.artifact_url.as_ref().filter(|url| !in_urls(url).is_empty()) {
+    if let Some(url) = options.artifact_url.as_ref().filter(|url| !secrets_in_urls(url).is_empty())
+    {
         secrets.insert(SecretName::ArtifactLogin, Secret::new(url.as_str()));
     }
     if let Some(path) = &options.registries {
-        let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
+        let text = host.read_user_file(path).map_err(|e| unreadable(path, &e))?;
         let parsed = registries::validate(&text, &|file| host.exists(file)).map_err(|faults| {
             let mut failure = Failure::usage(
                 "REGISTRIES_INVALID",
@@ -140,22 +145,22 @@ pub(super) fn known(
 }
 
 /// Finds files with secrets that every user may read, and restricts those that pipeops owns.
-pub(super) fn readable(
+pub(super) fn find_readable(
     host: &Host,
     writer: Option<&HostWriter>,
-    run: &RunFlags,
+    run: &InstallerArgs,
     options: &Options,
     secrets: &Secrets,
 ) -> anyhow::Result<Vec<ReadableSecret>> {
     let mut readable = Vec::new();
     let named: Vec<&str> =
         [&run.apply_plan, &run.plan_out].into_iter().flatten().map(String::as_str).collect();
-    for plan in host.open_plans(&named) {
+    for plan in host.plans_readable_by_others(&named) {
         let holds = serde_json::from_str::<CheckedPlan>(&plan.text)
             .map(|c| held(&c.plan.options))
             .unwrap_or_default();
         if let Some(writer) = writer {
-            writer.close_file(&plan.path)?;
+            writer.make_private(&plan.path)?;
         }
         if !holds.is_empty() {
             let path = plan.path.display().to_string();
@@ -163,7 +168,7 @@ pub(super) fn readable(
                 path,
                 mode: plan.mode,
                 holds,
-                closed: writer.is_some(),
+                made_private: writer.is_some(),
             });
         }
     }
@@ -177,13 +182,13 @@ pub(super) fn readable(
         if let Some(writer) = writer {
             writer.chmod(&path, 0o600)?;
         }
-        readable.push(ReadableSecret { path, mode, holds, closed: writer.is_some() });
+        readable.push(ReadableSecret { path, mode, holds, made_private: writer.is_some() });
     }
     // the user's own files, which may be anywhere
     let outside = Host::new("/", None);
     let mut files = Vec::new();
     if let Some(path) = &run.config {
-        files.push((path, in_config(&host.users_file(path).unwrap_or_default())));
+        files.push((path, in_config(&host.read_user_file(path).unwrap_or_default())));
     }
     if let (Some(path), Some(text)) = (&options.registries, secrets.get(&SecretName::Registries)) {
         files.push((path, in_registries(text.expose())));
@@ -192,13 +197,13 @@ pub(super) fn readable(
         files.push((path, vec!["the enrolment token".into()]));
     }
     for (path, holds) in files {
-        let path = host.users_path(path);
+        let path = host.absolute_user_path(path);
         let passing = ["/dev/", "/proc/"].iter().any(|p| path.starts_with(p));
         if let Some(mode) = outside
             .mode(&path)
             .filter(|_| !holds.is_empty() && !passing && shown_to_all(&outside, &path))
         {
-            readable.push(ReadableSecret { path, mode, holds, closed: false });
+            readable.push(ReadableSecret { path, mode, holds, made_private: false });
         }
     }
     Ok(readable)
@@ -213,10 +218,10 @@ fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
             .map(|n| format!("{dir}/{n}"))
             .collect()
     };
-    let mut ours = vec![format!("{CONFIG}/config.toml")];
-    ours.extend(below(&format!("{CONFIG}/config.d"), ".toml"));
-    let mut theirs = vec![format!("{SETTINGS}/config.yaml")];
-    theirs.extend(
+    let mut own_files = vec![format!("{CONFIG}/config.toml")];
+    own_files.extend(below(&format!("{CONFIG}/config.d"), ".toml"));
+    let mut k3s_files = vec![format!("{SETTINGS}/config.yaml")];
+    k3s_files.extend(
         [".yaml", ".yml"].iter().flat_map(|end| below(&format!("{SETTINGS}/config.yaml.d"), end)),
     );
     let yaml = |path: &str| {
@@ -224,11 +229,11 @@ fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
             serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
         names(&map.into_iter().collect::<K3sTable>(), "")
     };
-    let ours = ours.into_iter().map(|p| (in_config(&host.text(&p)), p));
-    let theirs = theirs.into_iter().map(|p| (yaml(&p), p));
+    let own_files = own_files.into_iter().map(|p| (in_config(&host.text(&p)), p));
+    let k3s_files = k3s_files.into_iter().map(|p| (yaml(&p), p));
     let registries =
         std::iter::once((in_registries(&host.text(REGISTRIES)), REGISTRIES.to_owned()));
-    ours.chain(theirs).chain(registries).map(|(holds, path)| (path, holds)).collect()
+    own_files.chain(k3s_files).chain(registries).map(|(holds, path)| (path, holds)).collect()
 }
 
 /// Whether everybody may read the file and enter its directories.
@@ -243,7 +248,7 @@ fn in_config(text: &str) -> Vec<String> {
     let Ok(options) = parse_file(text, "") else { return Vec::new() };
     let login = options
         .artifact_url
-        .filter(|url| !in_urls(url).is_empty())
+        .filter(|url| !secrets_in_urls(url).is_empty())
         .map(|url| format!("artifact-url = {}", mask(&url, &[])));
     names(&options.k3s, "[k3s] ").into_iter().chain(login).collect()
 }
@@ -270,7 +275,7 @@ fn logins(name: &str, value: &serde_json::Value) -> Vec<(String, String)> {
         serde_json::Value::Array(items) => {
             items.iter().flat_map(|item| logins(name, item)).collect()
         }
-        serde_json::Value::String(text) => in_urls(text)
+        serde_json::Value::String(text) => secrets_in_urls(text)
             .into_iter()
             .map(|secret| (name.trim_end_matches('.').to_owned(), secret))
             .collect(),

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::Context;
 use super::installer::plural;
 use crate::base::error::{Exit, Failure};
-use crate::cli::{OutputFormat, Uninstall};
+use crate::cli::{OutputFormat, UninstallArgs};
 use crate::host::paths::{JOIN_TOKEN, LOGS, STATE};
 use crate::host::{Host, HostWriter, Owner};
 use crate::install::engine::journal::{Journal, PATH};
@@ -18,9 +18,9 @@ use crate::output::Printer;
 
 /// # Errors
 /// As in the table of exit codes; 10 when something had to stay.
-pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exit> {
-    let host = context.host(&args.rooted.root);
-    if host.is_machine() && !nix::unistd::geteuid().is_root() {
+pub async fn uninstall(context: &Context, args: UninstallArgs) -> anyhow::Result<Exit> {
+    let host = context.host(&args.root.root);
+    if host.is_running_machine() && !nix::unistd::geteuid().is_root() {
         return Err(Failure::new(Exit::Preflight, "NOT_ROOT", "this needs root")
             .hint("run the same command with sudo")
             .into());
@@ -69,7 +69,7 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
     let outcome =
         engine::undo_all(&writer, &mut journal, args.purge_data, &context.stop, &mut on_event)
             .await?;
-    let mut left = outcome.left.clone();
+    let mut left = outcome.leftovers.clone();
     // after the agent has ended: one that lives would register again
     if let Some(agent) = agent {
         match agent.send().await {
@@ -81,7 +81,7 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         outcome
             .failed
             .iter()
-            .filter(|(_, why)| !outcome.left.iter().any(|l| why.contains(l.as_str())))
+            .filter(|(_, why)| !outcome.leftovers.iter().any(|l| why.contains(l.as_str())))
             .map(|(title, why)| format!("{title}: {why}")),
     );
     let done = outcome.failed.is_empty();

@@ -267,7 +267,7 @@ mod tests {
             )),
             Ok("apply")
         );
-        for (text, wanted) in [
+        for (text, expected) in [
             ("", "no operation"),
             ("[]", "no operation"),
             (r#"{"kind":"dance","spec":{}}"#, "unknown variant `dance`"),
@@ -305,7 +305,7 @@ mod tests {
             (r#"{"kind":"cordon","spec":{"node":"a/b"}}"#, "name of a node"),
         ] {
             let said = verdict(text).unwrap_err();
-            assert!(said.contains(wanted), "{text}: {said}");
+            assert!(said.contains(expected), "{text}: {said}");
         }
         let long = format!(r#"{{"kind":"restart","spec":{{"object":{web},"timeout_s":0}}}}"#);
         assert!(verdict(&long).unwrap_err().contains("1 to 3600"));

@@ -34,7 +34,7 @@ impl Role {
     pub const ALL: [Role; 4] = [Role::Viewer, Role::Deployer, Role::Operator, Role::Admin];
 
     /// The role of that name.
-    pub fn of(name: &str) -> Option<Role> {
+    pub fn from_name(name: &str) -> Option<Role> {
         Role::ALL.into_iter().find(|r| r.name() == name)
     }
 
@@ -205,8 +205,8 @@ fn check_claims(
     if claims.nbf.or(claims.iat).is_some_and(|from| from > now.saturating_add(LEEWAY)) {
         return Err("the token is not valid yet");
     }
-    let plain = |text: &str, most: usize| {
-        !text.is_empty() && text.len() <= most && text.bytes().all(|b| b.is_ascii_graphic())
+    let plain = |text: &str, max: usize| {
+        !text.is_empty() && text.len() <= max && text.bytes().all(|b| b.is_ascii_graphic())
     };
     if !plain(&claims.sub, 253) || !plain(&claims.jti, 128) {
         return Err("subject or id of the token cannot be used");

@@ -12,7 +12,7 @@ use crate::frp::{TunnelConfig, TunnelState};
 
 /// Header with the base64 of an ECDSA P-256 signature (ASN.1) over the exact bytes of the body of a
 /// registration.
-pub const SIGNATURE: &str = "pipeops-signature";
+pub const SIGNATURE_HEADER: &str = "pipeops-signature";
 
 macro_rules! wire {
     ($(
@@ -64,7 +64,7 @@ wire! {
     Registered {
         agent_id: String,
         cluster_id: String,
-        #[serde(serialize_with = "Secret::reveal")]
+        #[serde(serialize_with = "Secret::serialize_exposed")]
         #[cfg_attr(test, schemars(with = "String"))]
         credential: Secret,
         /// RFC 3339.
@@ -135,7 +135,7 @@ wire! {
     Usage { memory_used_bytes: u64, memory_total_bytes: u64 }
     /// `POST …/{id}/credential`: the next one; the former stays valid for an overlap.
     Credential {
-        #[serde(serialize_with = "Secret::reveal")]
+        #[serde(serialize_with = "Secret::serialize_exposed")]
         #[cfg_attr(test, schemars(with = "String"))]
         credential: Secret,
         credential_expires_at: String,
@@ -225,7 +225,7 @@ impl OperationState {
 }
 
 /// Header that makes a request which is sent twice mean one operation.
-pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+pub const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";
 
 /// Id of the operation that `subject` asks for under `key`: the same one, whatever carries the
 /// request.

@@ -30,12 +30,12 @@ use crate::frp::codec::Io;
 
 /// A call of an agent's own API takes at most this long, and its answer is at most this large.
 const TIMEOUT: Duration = Duration::from_secs(10);
-const ANSWER: usize = 8 << 20;
+const MAX_ANSWER: usize = 8 << 20;
 /// An agent that has not begun an answer for this long gets a health check, and as long again for
 /// it.
-pub(super) const QUIET: Duration = Duration::from_secs(3);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// The same for one that did not respond a moment ago.
-const SILENT: Duration = Duration::from_millis(700);
+const ANSWER_TIMEOUT_AFTER_SILENCE: Duration = Duration::from_millis(700);
 /// Time between health checks while an answer is awaited.
 const CHECK_AGAIN: Duration = Duration::from_secs(10);
 
@@ -61,7 +61,7 @@ fn agent_silent() -> HttpError {
 
 /// The pin of a public key in PEM.
 pub(super) fn pin(public_key: &str) -> Option<trust::Pin> {
-    Some(trust::Pin::of_key(&spki(public_key)?))
+    Some(trust::Pin::from_spki(&spki(public_key)?))
 }
 
 /// Connects to agents through the FRP server; the host of the URI is the agent's id.
@@ -127,7 +127,8 @@ impl Service<Uri> for AgentConnector {
                 registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
             let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
             let io = frps.dial(&agent, &keys.stcp_key(&agent, None)).await?;
-            let mut tls = Trust { pins: vec![pin], ..Trust::default() }.client().map_err(other)?;
+            let mut tls =
+                Trust { pins: vec![pin], ..Trust::default() }.client_config().map_err(other)?;
             tls.alpn_protocols = vec![b"http/1.1".to_vec()];
             let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal")
                 .map_err(|e| other(e.to_string()))?;
@@ -172,7 +173,11 @@ impl AgentClients {
         target: &ClusterTarget,
     ) -> Result<Response<Incoming>, HttpError> {
         let known = &self.silent;
-        let quiet = if known.lock().contains(&target.agent) { SILENT } else { QUIET };
+        let quiet = if known.lock().contains(&target.agent) {
+            ANSWER_TIMEOUT_AFTER_SILENCE
+        } else {
+            ANSWER_TIMEOUT
+        };
         let silence = async {
             tokio::time::sleep(quiet).await;
             while self.is_alive(&target.agent, quiet).await {
@@ -182,7 +187,7 @@ impl AgentClients {
         };
         tokio::select! {
             answer = response => {
-                if quiet == SILENT {
+                if quiet == ANSWER_TIMEOUT_AFTER_SILENCE {
                     known.lock().remove(&target.agent);
                 }
                 answer.map_err(|error| {
@@ -232,7 +237,8 @@ impl AgentClients {
         let whole = async {
             let answer = self.pooled.request(request).await.ok()?;
             let status = answer.status();
-            let body = Limited::new(answer.into_body(), ANSWER).collect().await.ok()?.to_bytes();
+            let body =
+                Limited::new(answer.into_body(), MAX_ANSWER).collect().await.ok()?.to_bytes();
             Some((status, serde_json::from_slice::<Value>(&body).ok()?))
         };
         tokio::time::timeout(TIMEOUT, whole).await.ok().flatten().ok_or_else(agent_offline)

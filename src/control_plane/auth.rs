@@ -48,7 +48,7 @@ pub enum RequiredAuth {
 }
 
 /// A kind of caller: extracted from the head of a request, before its body is read.
-pub(super) trait Caller: FromRequestParts<ControlPlane> {
+pub(super) trait CallerExtractor: FromRequestParts<ControlPlane> {
     const REQUIRED_AUTH: RequiredAuth;
 }
 
@@ -95,7 +95,7 @@ pub(super) struct SessionCaller {
 /// Extracts each kind of caller from the head of a request.
 macro_rules! callers {
     ($($caller:ident requires $required_auth:ident: $extracted:expr;)*) => {$(
-        impl Caller for $caller {
+        impl CallerExtractor for $caller {
             const REQUIRED_AUTH: RequiredAuth = RequiredAuth::$required_auth;
         }
 
@@ -251,7 +251,7 @@ impl ControlPlane {
         }
         // for a Runner, a cluster outside its reach does not exist
         if let (Principal::AccessToken(access), false) = (&principal, id.is_empty()) {
-            self.registry().reaches(access, &id)?;
+            self.registry().check_access(access, &id)?;
         }
         Ok((principal, Some(hash)))
     }

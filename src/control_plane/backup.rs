@@ -22,7 +22,7 @@ struct Backup {
     format: String,
     /// Seconds since 1970.
     at: i64,
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     keys: Secret,
     rows: Vec<Row>,
 }
@@ -55,7 +55,7 @@ pub async fn write(
     url: Option<Secret>,
     file: &str,
 ) -> anyhow::Result<String> {
-    let state = host.peek_dir(data_dir);
+    let state = host.read_only_state_dir(data_dir);
     if Keys::stored(&state)?.is_none() {
         return Err(Failure::new(
             Exit::Preflight,
@@ -77,7 +77,7 @@ pub async fn write(
             client::call(host, data_dir, http::Method::GET, "/api/v1/backup", None).await?,
         ),
     };
-    host.users_new_file(file, text.expose())?;
+    host.create_user_file(file, text.expose())?;
     let backup: Backup = serde_json::from_str(text.expose())?;
     Ok(format!(
         "{} rows and the keys are in {file} (mode 0600); who has it can be this control plane",

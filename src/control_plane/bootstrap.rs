@@ -18,7 +18,7 @@ impl ControlPlane {
             self.registry().add_project("default", now()).await.map_err(failed)?;
         }
         let waiting = self.inner.state.read(BOOTSTRAP_TOKEN)?.is_some();
-        self.inner.bootstrap_token_waits.store(waiting, Relaxed);
+        self.inner.bootstrap_token_exists.store(waiting, Relaxed);
         if !self.registry().admins().is_empty() {
             return Ok(());
         }
@@ -39,7 +39,7 @@ impl ControlPlane {
             Some(show) => show(token.expose(), &line),
             None => {
                 self.inner.state.write(BOOTSTRAP_TOKEN, token.expose())?;
-                self.inner.bootstrap_token_waits.store(true, Relaxed);
+                self.inner.bootstrap_token_exists.store(true, Relaxed);
             }
         }
         Ok(())
@@ -47,7 +47,7 @@ impl ControlPlane {
 
     /// An administrator has called: the file with the first token is no longer needed.
     pub(super) fn remove_bootstrap_token(&self) {
-        if self.inner.bootstrap_token_waits.swap(false, Relaxed) {
+        if self.inner.bootstrap_token_exists.swap(false, Relaxed) {
             self.inner.state.remove(BOOTSTRAP_TOKEN);
         }
     }

@@ -48,7 +48,7 @@ impl<'a> CallerTokenRequest<'a> {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(super) struct RunnerToken {
     /// A JWT.
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     #[cfg_attr(test, schemars(with = "String"))]
     token: Secret,
     /// RFC 3339.
@@ -69,7 +69,7 @@ enum Endpoint {
         server_name: String,
         agent_pin: String,
         proxy: String,
-        #[serde(serialize_with = "Secret::reveal")]
+        #[serde(serialize_with = "Secret::serialize_exposed")]
         #[cfg_attr(test, schemars(with = "String"))]
         secret_key: Secret,
         #[serde(skip_serializing_if = "Option::is_none")]

@@ -34,7 +34,7 @@ pub struct CertificateFiles {
 impl CertificateFiles {
     fn read(&self, host: &Host) -> anyhow::Result<[String; 3]> {
         let read = |path: &str| {
-            host.users_file(path).map_err(|e| {
+            host.read_user_file(path).map_err(|e| {
                 Failure::new(
                     Exit::Preflight,
                     "CERTIFICATE_UNREADABLE",

@@ -25,7 +25,7 @@ pub async fn call(
     path: &str,
     body: Option<&Value>,
 ) -> anyhow::Result<String> {
-    let socket = host.at(data_dir).join(SOCKET);
+    let socket = host.real_path(data_dir).join(SOCKET);
     let away = |why: String| {
         Failure::new(
             Exit::Network,

@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn what_people_write_becomes_what_the_driver_reads() {
-        for (url, wanted) in [
+        for (url, expected) in [
             ("POSTGRES://u:p@db.test/cp", "postgres://u:p@db.test/cp"),
             (
                 "PostgreSQL://u:p@db.test:5433/cp?sslmode=require\n",
@@ -292,7 +292,7 @@ mod tests {
             ("sqlite://x.db?mode=rw", "sqlite://x.db?mode=rw"),
         ] {
             let made = database(&Secret::new(url)).unwrap_or_else(|why| panic!("{url}: {why}"));
-            assert_eq!(made.expose(), wanted);
+            assert_eq!(made.expose(), expected);
         }
     }
 

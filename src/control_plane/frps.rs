@@ -9,7 +9,7 @@ use crate::base::error::Failure;
 use crate::base::secret::Secret;
 use crate::frp::client::visit;
 use crate::frp::codec::Io;
-use crate::frp::dial::{Carrier, Dialer};
+use crate::frp::dial::{Connector, Dialer};
 use crate::frp::server::Server;
 use crate::frp::{TunnelAuth, TunnelConfig, TunnelTls};
 
@@ -35,7 +35,7 @@ pub(super) struct External {
 struct FrpsSession {
     /// Counts sessions, so that a caller with an old one does not end its successor.
     number: u64,
-    carrier: Option<(Carrier, JoinSet<()>)>,
+    connector: Option<(Connector, JoinSet<()>)>,
 }
 
 /// The name of an agent's proxy.
@@ -75,33 +75,33 @@ impl External {
         Ok(External { config, dialer, session: tokio::sync::Mutex::default() })
     }
 
-    async fn carrier(&self) -> std::io::Result<(u64, Carrier)> {
+    async fn connector(&self) -> std::io::Result<(u64, Connector)> {
         let mut session = self.session.lock().await;
-        if let Some((carrier, _)) = &session.carrier {
-            return Ok((session.number, carrier.clone()));
+        if let Some((connector, _)) = &session.connector {
+            return Ok((session.number, connector.clone()));
         }
         let mut tasks = JoinSet::new();
-        let carrier =
+        let connector =
             self.dialer.connect(&mut tasks).await.map_err(|e| std::io::Error::other(e.why))?;
         session.number += 1;
-        session.carrier = Some((carrier.clone(), tasks));
-        Ok((session.number, carrier))
+        session.connector = Some((connector.clone(), tasks));
+        Ok((session.number, connector))
     }
 
     /// A stream to a proxy. A session that gives none is replaced once; a refusal is an answer.
     async fn dial(&self, proxy: &str, key: &Secret) -> std::io::Result<Io> {
-        let (number, carrier) = self.carrier().await?;
-        match visit(&carrier, "", proxy, key).await {
+        let (number, connector) = self.connector().await?;
+        match visit(&connector, "", proxy, key).await {
             Ok(io) => return Ok(Box::new(io)),
             Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(e),
             Err(_) => {
                 let mut session = self.session.lock().await;
                 if session.number == number {
-                    session.carrier = None;
+                    session.connector = None;
                 }
             }
         }
-        Ok(Box::new(visit(&self.carrier().await?.1, "", proxy, key).await?))
+        Ok(Box::new(visit(&self.connector().await?.1, "", proxy, key).await?))
     }
 }
 

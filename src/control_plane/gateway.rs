@@ -8,7 +8,7 @@ use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Bytes, Incoming};
 use serde_json::Value;
 
-use super::agent_client::QUIET;
+use super::agent_client::ANSWER_TIMEOUT;
 use super::caller_token::CallerTokenRequest;
 use super::error::HttpError;
 use super::registry::Principal;
@@ -20,7 +20,7 @@ use crate::kubernetes::reverse_proxy::{self, ForwardError, Outward, StreamHooks}
 
 /// A 401 of an agent is about the token that was minted here: the caller cannot fix that.
 async fn token_rejected(body: Incoming) -> HttpError {
-    let body = tokio::time::timeout(QUIET, Limited::new(body, 64 << 10).collect()).await;
+    let body = tokio::time::timeout(ANSWER_TIMEOUT, Limited::new(body, 64 << 10).collect()).await;
     let body: Value = body
         .ok()
         .and_then(Result::ok)

@@ -38,7 +38,7 @@ const PREVIOUS_VALID: i64 = 900;
 /// `keys.json` in the data directory, 0600.
 #[derive(Serialize, Deserialize)]
 struct StoredKeys {
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     ca_key: Secret,
     ca_certificate: String,
     /// PKCS #8 of the Ed25519 keys, base64: the current one, the next one, and for a while the
@@ -48,10 +48,10 @@ struct StoredKeys {
     /// When the current key began to sign.
     #[serde(default)]
     signing_since: i64,
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     hash: Secret,
     /// The `auth.token` of FRP clients. Each agent has a proof of its own as well.
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     tunnel: Secret,
 }
 
@@ -364,5 +364,5 @@ fn generate(now: i64) -> anyhow::Result<StoredKeys> {
 
 /// The pin of the first certificate in a PEM text.
 pub(super) fn pin_of(pem: &str) -> Option<Pin> {
-    Pin::of(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)
+    Pin::from_certificate(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)
 }

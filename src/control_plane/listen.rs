@@ -66,7 +66,7 @@ pub(super) async fn bind(
 )]
 pub(super) fn local_socket(host: &Host, data_dir: &str) -> anyhow::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt as _;
-    let path = host.at(data_dir).join(SOCKET);
+    let path = host.real_path(data_dir).join(SOCKET);
     let _ = std::fs::remove_file(&path);
     let listener =
         UnixListener::bind(&path).with_context(|| format!("opening {}", path.display()))?;

@@ -28,10 +28,9 @@ impl ChangesListener {
         subject: String,
     ) -> Result<ChangesListener, HttpError> {
         let mut open = all.0.lock();
-        let full = |whose: &str, most: usize| {
-            let message = format!(
-                "{whose} {most} streams of changes open, and more are not served at a time"
-            );
+        let full = |whose: &str, max: usize| {
+            let message =
+                format!("{whose} {max} streams of changes open, and more are not served at a time");
             Err(HttpError::new(
                 503,
                 "too_many_listeners",

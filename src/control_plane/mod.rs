@@ -216,7 +216,7 @@ async fn open(
         broker_status: broker.as_ref().map(|_| Arc::default()),
         external_ca: Mutex::new(certificate.external_ca()),
         failures: FailureLimiter::default(),
-        bootstrap_token_waits: false.into(),
+        bootstrap_token_exists: false.into(),
         requests: 0.into(),
         open_connections: 0.into(),
         sessions: Sessions::default(),

@@ -43,7 +43,7 @@ pub(super) async fn database(
             check_data_dir(state.touch("pipeops.db"))?;
             Secret::new(format!(
                 "sqlite:{}?mode=rw",
-                host.at(data_dir).join("pipeops.db").display()
+                host.real_path(data_dir).join("pipeops.db").display()
             ))
         }
     };

@@ -20,7 +20,7 @@ use super::state::ControlPlane;
 use crate::base::encoding::hex;
 use crate::contract::token::Role;
 use crate::contract::types::{
-    IDEMPOTENCY_KEY, Operation, OperationState, check_idempotency_key, operation_id,
+    IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, operation_id,
 };
 
 /// Longest time in the queue, seconds.
@@ -154,7 +154,7 @@ impl ControlPlane {
         let request = Request::builder()
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/json")
-            .header(IDEMPOTENCY_KEY, &record.key);
+            .header(IDEMPOTENCY_KEY_HEADER, &record.key);
         self.agent_clients()
             .call(request, "api/v1/operations", target, &token, Bytes::from(body.to_owned()))
             .await
@@ -229,7 +229,7 @@ impl ControlPlane {
         let cluster = registry.cluster_of(&record.agent);
         let within = |principal: &Principal, cluster: &str| match principal {
             Principal::AccessToken(access) => {
-                registry.reaches(access, cluster).is_ok() && access.role >= Role::Deployer
+                registry.check_access(access, cluster).is_ok() && access.role >= Role::Deployer
             }
             _ => true,
         };

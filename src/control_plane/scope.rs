@@ -6,7 +6,7 @@ use super::error::HttpError;
 use super::registry::Principal;
 use crate::contract::token::Role;
 
-pub(super) const DAY: i64 = 86_400;
+pub(super) use super::keys::DAY;
 /// Longest lifetime of an enrolment token and of a Runner's token, seconds.
 pub(super) const YEAR: i64 = 366 * DAY;
 
@@ -21,23 +21,23 @@ pub(super) struct TokenRequest {
     pub(super) ttl_s: Option<i64>,
 }
 
-pub(super) fn parse_role(name: Option<&str>, otherwise: Role) -> Result<Role, HttpError> {
-    let Some(name) = name else { return Ok(otherwise) };
-    Role::of(name).ok_or_else(|| {
+pub(super) fn parse_role(name: Option<&str>, default: Role) -> Result<Role, HttpError> {
+    let Some(name) = name else { return Ok(default) };
+    Role::from_name(name).ok_or_else(|| {
         HttpError::new(400, "bad_role", "a role is viewer, deployer, operator or admin", None)
     })
 }
 
 pub(super) fn checked_ttl(
     requested: Option<i64>,
-    otherwise: i64,
-    most: i64,
+    default: i64,
+    max: i64,
 ) -> Result<i64, HttpError> {
-    let ttl = requested.unwrap_or(otherwise);
-    if (1..=most).contains(&ttl) {
+    let ttl = requested.unwrap_or(default);
+    if (1..=max).contains(&ttl) {
         Ok(ttl)
     } else {
-        Err(HttpError::new(400, "bad_ttl", format!("ttl_s is 1 to {most}"), None))
+        Err(HttpError::new(400, "bad_ttl", format!("ttl_s is 1 to {max}"), None))
     }
 }
 
@@ -46,16 +46,16 @@ pub(super) fn restrict(
     principal: &Principal,
     request: &TokenRequest,
 ) -> Result<(Role, Option<Vec<String>>), HttpError> {
-    let (most, limits) = match principal {
+    let (max, limits) = match principal {
         Principal::AccessToken(access) => (access.role, access.namespaces.clone()),
         _ => (Role::Operator, None),
     };
-    let role = parse_role(request.role.as_deref(), most)?;
-    if role > most && !principal.is_admin() {
+    let role = parse_role(request.role.as_deref(), max)?;
+    if role > max && !principal.is_admin() {
         return Err(HttpError::new(
             403,
             "role_exceeded",
-            format!("this token's role is {}", most.name()),
+            format!("this token's role is {}", max.name()),
             None,
         ));
     }

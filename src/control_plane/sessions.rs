@@ -38,9 +38,9 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
         .into_iter()
         .filter_map(|v| v.to_str().ok())
         .flat_map(|v| v.split(';'));
-    let mut ours = all.filter_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='));
+    let mut values = all.filter_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='));
     // of two cookies with this name one is not ours
-    ours.next().filter(|value| !value.is_empty() && value.len() <= 128 && ours.next().is_none())
+    values.next().filter(|value| !value.is_empty() && value.len() <= 128 && values.next().is_none())
 }
 
 /// The `Set-Cookie` that keeps a session; with no value and no lifetime, the one that ends it.

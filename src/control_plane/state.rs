@@ -19,7 +19,7 @@ use super::registry::{self, Registry};
 use super::sessions::Sessions;
 use super::settings::https_url;
 use super::store::Store;
-use super::tunnel::{AgentAuthorizer, TUNNEL};
+use super::tunnel::{AgentAuthorizer, TUNNEL_PROOF};
 use crate::base::secret::Secret;
 use crate::contract::types::{Config, RunnerAuth};
 use crate::frp::{Proxy, ProxyKind, TunnelAuth, TunnelConfig, TunnelTls};
@@ -48,7 +48,7 @@ pub(super) struct Inner {
     pub(super) external_ca: Mutex<Option<Option<String>>>,
     pub(super) failures: FailureLimiter,
     /// Whether the file with the first administrator's token is still there.
-    pub(super) bootstrap_token_waits: AtomicBool,
+    pub(super) bootstrap_token_exists: AtomicBool,
     pub(super) requests: AtomicU64,
     pub(super) open_connections: AtomicUsize,
     pub(super) sessions: Sessions,
@@ -131,7 +131,7 @@ impl ControlPlane {
         let mut tunnel = self.tunnel_endpoint();
         let metas = [
             ("agent".to_owned(), agent.to_owned()),
-            ("token".to_owned(), keys.derive(TUNNEL, agent).expose().to_owned()),
+            ("token".to_owned(), keys.derive(TUNNEL_PROOF, agent).expose().to_owned()),
         ];
         tunnel.auth.metas = metas.into();
         tunnel.proxies = vec![Proxy {
@@ -142,8 +142,8 @@ impl ControlPlane {
         }];
         let mut config = Config {
             config_version: 0,
-            heartbeat_interval_s: registry::HEARTBEAT,
-            status_interval_s: registry::STATUS,
+            heartbeat_interval_s: registry::HEARTBEAT_INTERVAL_S,
+            status_interval_s: registry::STATUS_INTERVAL_S,
             tunnel: Some(tunnel),
             runner_auth: RunnerAuth {
                 issuer: self.issuer(),

@@ -14,7 +14,7 @@ use crate::frp::server::{TunnelAuthorizer, Visitor, signed_by};
 use crate::frp::wire::{Login, NewProxy};
 
 /// The purpose for which an agent's proof at the FRP server is derived.
-pub(super) const TUNNEL: &str = "tunnel";
+pub(super) const TUNNEL_PROOF: &str = "tunnel";
 
 /// Authorizes tunnels: of an agent that is registered, with its own proof, for its own proxy.
 pub(super) struct AgentAuthorizer {
@@ -30,9 +30,9 @@ impl AgentAuthorizer {
     ) -> Result<(String, CancellationToken), String> {
         let agent = metas.get("agent").cloned().unwrap_or_default();
         let shown = metas.get("token").map(String::as_str).unwrap_or_default();
-        let proof = self.keys.derive(TUNNEL, &agent);
+        let proof = self.keys.derive(TUNNEL_PROOF, &agent);
         let revocation = if constant_time_eq(shown, proof.expose()) {
-            self.registry.tunnel(&agent, now())
+            self.registry.tunnel_revocation(&agent, now())
         } else {
             None
         };

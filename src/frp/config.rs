@@ -54,7 +54,7 @@ impl Default for TunnelTls {
 #[serde(default)]
 pub struct TunnelAuth {
     #[cfg_attr(test, schemars(with = "String"))]
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     pub token: Secret,
     pub user: Option<String>,
     pub metas: BTreeMap<String, String>,
@@ -92,7 +92,7 @@ pub struct Proxy {
     pub subdomain: String,
     pub custom_domains: Vec<String>,
     #[cfg_attr(test, schemars(with = "String"))]
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     pub secret_key: Secret,
     pub allow_users: Vec<String>,
     pub use_encryption: bool,

@@ -94,7 +94,7 @@ impl Dialer {
                     .into(),
             );
         }
-        let client = Trust { ca_pem: tls.ca_pem.clone(), pins, accept_any }.client()?;
+        let client = Trust { ca_pem: tls.ca_pem.clone(), pins, accept_any }.client_config()?;
         let name = tls
             .server_name
             .as_deref()
@@ -201,10 +201,10 @@ impl Dialer {
     ///
     /// # Errors
     /// The stage that failed, and why, in one line.
-    pub async fn connect(&self, tasks: &mut JoinSet<()>) -> Result<Carrier, DialError> {
+    pub async fn connect(&self, tasks: &mut JoinSet<()>) -> Result<Connector, DialError> {
         let io = self.dial().await?;
         if !self.tcp_mux {
-            return Ok(Carrier::Direct {
+            return Ok(Connector::Direct {
                 first: Arc::new(tokio::sync::Mutex::new(Some(io))),
                 target: self.clone(),
             });
@@ -213,7 +213,7 @@ impl Dialer {
         tasks.spawn(async move {
             driver.run().await;
         });
-        Ok(Carrier::Mux(mux))
+        Ok(Connector::Mux(mux))
     }
 }
 
@@ -229,7 +229,7 @@ impl std::fmt::Display for Dialer {
 
 /// A connection that opens byte streams to the server.
 #[derive(Clone)]
-pub enum Carrier {
+pub enum Connector {
     Mux(Mux),
     /// Without tcpMux every stream is a connection of its own; the first is already there.
     Direct {
@@ -238,13 +238,13 @@ pub enum Carrier {
     },
 }
 
-impl Carrier {
+impl Connector {
     /// # Errors
     /// When the session has ended, or a new connection fails.
     pub async fn open(&self) -> io::Result<Io> {
         match self {
-            Carrier::Mux(mux) => Ok(Box::new(mux.open().await?)),
-            Carrier::Direct { first, target } => {
+            Connector::Mux(mux) => Ok(Box::new(mux.open().await?)),
+            Connector::Direct { first, target } => {
                 let waiting = first.lock().await.take();
                 match waiting {
                     Some(io) => Ok(io),
@@ -257,8 +257,8 @@ impl Carrier {
     /// How long nothing was received, where it is known.
     pub fn silence(&self) -> Option<Duration> {
         match self {
-            Carrier::Mux(mux) => Some(mux.silence()),
-            Carrier::Direct { .. } => None,
+            Connector::Mux(mux) => Some(mux.silence()),
+            Connector::Direct { .. } => None,
         }
     }
 }

@@ -63,7 +63,7 @@ pub(super) struct Digests(Arc<Mutex<HashMap<FileIdentity, String>>>);
 
 impl Digests {
     /// sha256 of the whole file, in hexadecimal.
-    pub(super) fn of(&self, mut file: File) -> io::Result<String> {
+    pub(super) fn sha256(&self, mut file: File) -> io::Result<String> {
         let identity = FileIdentity::of(&file, SystemTime::now())?;
         if let Some(known) = identity.as_ref().and_then(|identity| self.get(identity)) {
             return Ok(known);

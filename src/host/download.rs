@@ -23,7 +23,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 const STALL: Duration = Duration::from_secs(15);
 const TRIES: u32 = 5;
 /// Lists and redirects are small.
-const MOST_LIST: usize = 1 << 20;
+const MAX_LIST: usize = 1 << 20;
 
 /// A client for release files; `redirects` off where the target itself is the answer.
 fn client(redirects: bool) -> anyhow::Result<Client> {
@@ -77,7 +77,7 @@ pub async fn text(url: &str) -> Result<String, Failure> {
         let mut body = Vec::new();
         loop {
             match answer.chunk().await {
-                Ok(Some(chunk)) if body.len() + chunk.len() <= MOST_LIST => {
+                Ok(Some(chunk)) if body.len() + chunk.len() <= MAX_LIST => {
                     body.extend_from_slice(&chunk)
                 }
                 Ok(Some(_)) => {
@@ -95,7 +95,7 @@ pub async fn text(url: &str) -> Result<String, Failure> {
 }
 
 /// The version that a release channel stands for.
-pub async fn channel(base: &str, name: &str) -> Result<Version, Failure> {
+pub async fn resolve_channel(base: &str, name: &str) -> Result<Version, Failure> {
     let url = format!("{}/{name}", base.trim_end_matches('/'));
     let client = client(false).map_err(|e| network(e.to_string()))?;
     let mut last = network(format!("cannot resolve channel {name}"));

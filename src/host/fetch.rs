@@ -52,7 +52,7 @@ pub async fn fetch(
     let dir = want.path.rsplit_once('/').map_or("/", |(dir, _)| dir);
     // named by digest: a half file of another version is never resumed
     let part = format!("{dir}/.{name}.{}.part", &want.sha256[..want.sha256.len().min(12)]);
-    let real = writer.at(&part);
+    let real = writer.real_path(&part);
     let result = match &want.source {
         ArtifactSource::File(from) => copy(from, &real, &mut progress),
         ArtifactSource::Url(url) => download::file(url, login, &real, &mut progress).await,
@@ -88,11 +88,11 @@ pub async fn fetch(
         )
         .into());
     }
-    writer.place(&real, &want.path, want.mode, keep)
+    writer.move_into_place(&real, &want.path, want.mode, keep)
 }
 
 /// Removes half downloads of `path`, whatever version they were of.
-pub fn clear_parts(writer: &HostWriter, path: &str) -> anyhow::Result<()> {
+pub fn remove_partial_downloads(writer: &HostWriter, path: &str) -> anyhow::Result<()> {
     let (dir, name) = path.rsplit_once('/').unwrap_or(("/", path));
     let prefix = format!(".{name}.");
     for file in writer.list(dir).iter().filter(|f| f.starts_with(&prefix) && f.ends_with(".part")) {

@@ -17,7 +17,7 @@ impl Host {
     /// Exit 12 when another run holds it.
     pub fn lock(&self) -> anyhow::Result<HostWriter> {
         let made = !self.exists(STATE);
-        let state = self.at(STATE);
+        let state = self.real_path(STATE);
         let fresh = || -> io::Result<File> {
             fs::create_dir_all(&state)?;
             fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
@@ -65,7 +65,7 @@ impl HostWriter {
 
     /// Removes our state directory, which by now holds nothing but the lock.
     pub fn forget_state(&self) {
-        let _ = fs::remove_file(self.at(STATE).join("lock"));
-        let _ = fs::remove_dir(self.at(STATE));
+        let _ = fs::remove_file(self.real_path(STATE).join("lock"));
+        let _ = fs::remove_dir(self.real_path(STATE));
     }
 }

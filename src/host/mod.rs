@@ -87,12 +87,12 @@ impl Host {
     }
 
     /// Whether this is the running machine itself.
-    pub fn is_machine(&self) -> bool {
+    pub fn is_running_machine(&self) -> bool {
         self.root == Path::new("/")
     }
 
     /// The real place of a path of the machine.
-    pub fn at(&self, path: &str) -> PathBuf {
+    pub fn real_path(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
 
@@ -105,18 +105,18 @@ impl Host {
     }
 
     /// The last bytes of a file that may be long; nothing when it cannot be read.
-    pub fn tail(&self, path: &str, most: u64) -> Option<String> {
+    pub fn tail(&self, path: &str, max: u64) -> Option<String> {
         use std::io::{Read as _, Seek as _};
-        let mut file = fs::File::open(self.at(path)).ok()?;
+        let mut file = fs::File::open(self.real_path(path)).ok()?;
         let length = file.metadata().ok()?.len();
-        file.seek(io::SeekFrom::Start(length.saturating_sub(most))).ok()?;
+        file.seek(io::SeekFrom::Start(length.saturating_sub(max))).ok()?;
         let mut bytes = Vec::new();
-        file.take(most).read_to_end(&mut bytes).ok()?;
+        file.take(max).read_to_end(&mut bytes).ok()?;
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     pub fn read_bytes(&self, path: &str) -> anyhow::Result<Option<Vec<u8>>> {
-        match fs::read(self.at(path)) {
+        match fs::read(self.real_path(path)) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(e)
                 if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
@@ -134,40 +134,40 @@ impl Host {
 
     /// Whether anything is there, dangling links included.
     pub fn exists(&self, path: &str) -> bool {
-        fs::symlink_metadata(self.at(path)).is_ok()
+        fs::symlink_metadata(self.real_path(path)).is_ok()
     }
 
     pub fn is_dir(&self, path: &str) -> bool {
-        fs::metadata(self.at(path)).is_ok_and(|m| m.is_dir())
+        fs::metadata(self.real_path(path)).is_ok_and(|m| m.is_dir())
     }
 
     /// Permission bits.
     pub fn mode(&self, path: &str) -> Option<u32> {
-        fs::metadata(self.at(path)).ok().map(|m| m.permissions().mode() & 0o7777)
+        fs::metadata(self.real_path(path)).ok().map(|m| m.permissions().mode() & 0o7777)
     }
 
     /// Seconds since 1970 of the last change.
     pub fn modified(&self, path: &str) -> Option<i64> {
-        fs::metadata(self.at(path)).ok().map(|m| m.mtime())
+        fs::metadata(self.real_path(path)).ok().map(|m| m.mtime())
     }
 
     /// Differs when a file was replaced or written again, also within one second.
     pub fn revision(&self, path: &str) -> Option<(u64, i64, i64)> {
-        fs::metadata(self.at(path)).ok().map(|m| (m.ino(), m.mtime(), m.mtime_nsec()))
+        fs::metadata(self.real_path(path)).ok().map(|m| (m.ino(), m.mtime(), m.mtime_nsec()))
     }
 
     /// Numeric owner and group.
     pub fn owner(&self, path: &str) -> Option<(u32, u32)> {
-        fs::metadata(self.at(path)).ok().map(|m| (m.uid(), m.gid()))
+        fs::metadata(self.real_path(path)).ok().map(|m| (m.uid(), m.gid()))
     }
 
     pub fn link_target(&self, path: &str) -> Option<String> {
-        fs::read_link(self.at(path)).ok().map(|t| t.to_string_lossy().into_owned())
+        fs::read_link(self.real_path(path)).ok().map(|t| t.to_string_lossy().into_owned())
     }
 
     /// Names in a directory, sorted; empty when it is not there.
     pub fn list(&self, path: &str) -> Vec<String> {
-        let mut names: Vec<String> = fs::read_dir(self.at(path))
+        let mut names: Vec<String> = fs::read_dir(self.real_path(path))
             .into_iter()
             .flatten()
             .flatten()
@@ -180,8 +180,8 @@ impl Host {
     /// sha256 of a file, streamed; `None` when it is not there. A large file that has not changed
     /// since is not read again.
     pub fn sha256(&self, path: &str) -> anyhow::Result<Option<String>> {
-        let digest = match File::open(self.at(path)) {
-            Ok(file) => self.digests.of(file).map(Some),
+        let digest = match File::open(self.real_path(path)) {
+            Ok(file) => self.digests.sha256(file).map(Some),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
         };
@@ -211,7 +211,7 @@ impl Host {
 
     /// The address from which this machine reaches others. Nothing is sent: the kernel is asked for
     /// the route.
-    pub fn outward_address(&self) -> Option<std::net::IpAddr> {
+    pub fn outbound_address(&self) -> Option<std::net::IpAddr> {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
         socket.connect("192.0.2.1:9").ok()?;
         socket.local_addr().ok().map(|a| a.ip()).filter(|a| !a.is_unspecified())
@@ -229,7 +229,7 @@ impl Host {
         mode: u32,
         owner: Owner<'_>,
     ) -> anyhow::Result<()> {
-        let target = self.at(path);
+        let target = self.real_path(path);
         let beside = beside(&target);
         let attempt = || -> anyhow::Result<()> {
             let _ = fs::remove_file(&beside);
@@ -249,7 +249,7 @@ impl Host {
     }
 
     fn chown(&self, path: &Path, owner: Owner<'_>) -> anyhow::Result<()> {
-        if !self.is_machine()
+        if !self.is_running_machine()
             || !nix::unistd::geteuid().is_root()
             || owner.user.is_none() && owner.group.is_none()
         {
@@ -278,7 +278,7 @@ impl Host {
         dir: &str,
         dir_mode: u32,
     ) -> anyhow::Result<()> {
-        let real = self.at(dir);
+        let real = self.real_path(dir);
         fs::create_dir_all(&real).with_context(|| format!("creating {dir}"))?;
         fs::set_permissions(&real, fs::Permissions::from_mode(dir_mode))
             .with_context(|| format!("setting the mode of {dir}"))?;
@@ -318,8 +318,14 @@ impl HostWriter {
     }
 
     /// Puts a finished file in place; the former one is kept as `PATH.old` when `keep` says so.
-    pub fn place(&self, from: &Path, path: &str, mode: u32, keep: bool) -> anyhow::Result<()> {
-        let target = self.at(path);
+    pub fn move_into_place(
+        &self,
+        from: &Path,
+        path: &str,
+        mode: u32,
+        keep: bool,
+    ) -> anyhow::Result<()> {
+        let target = self.real_path(path);
         let attempt = || -> io::Result<()> {
             fs::set_permissions(from, fs::Permissions::from_mode(mode))?;
             File::open(from)?.sync_all()?;
@@ -336,13 +342,13 @@ impl HostWriter {
 
     /// Copies a file beside its destination, then renames.
     pub fn copy(&self, from: &Path, path: &str, mode: u32, keep: bool) -> anyhow::Result<()> {
-        let beside = beside(&self.at(path));
+        let beside = beside(&self.real_path(path));
         let _ = fs::remove_file(&beside);
         let copied = fs::copy(from, &beside)
             .with_context(|| format!("copying {} to {path}", from.display()))
             .map(drop);
         copied
-            .and_then(|()| self.place(&beside, path, mode, keep))
+            .and_then(|()| self.move_into_place(&beside, path, mode, keep))
             .inspect_err(|_| drop(fs::remove_file(&beside)))
     }
 
@@ -356,7 +362,7 @@ impl HostWriter {
             at = at.rsplit_once('/').map_or("", |(parent, _)| parent);
         }
         for dir in missing.into_iter().rev() {
-            let real = self.at(&dir);
+            let real = self.real_path(&dir);
             fs::create_dir(&real).with_context(|| format!("creating {dir}"))?;
             let mode = if dir == path { mode } else { 0o755 };
             fs::set_permissions(&real, fs::Permissions::from_mode(mode))
@@ -367,18 +373,19 @@ impl HostWriter {
     }
 
     pub fn chmod(&self, path: &str, mode: u32) -> anyhow::Result<()> {
-        fs::set_permissions(self.at(path), fs::Permissions::from_mode(mode))
+        fs::set_permissions(self.real_path(path), fs::Permissions::from_mode(mode))
             .with_context(|| format!("setting the mode of {path}"))
     }
 
     /// Owner of an existing file.
-    pub fn own(&self, path: &str, owner: Owner<'_>) -> anyhow::Result<()> {
-        self.chown(&self.at(path), owner).with_context(|| format!("setting the owner of {path}"))
+    pub fn set_owner(&self, path: &str, owner: Owner<'_>) -> anyhow::Result<()> {
+        self.chown(&self.real_path(path), owner)
+            .with_context(|| format!("setting the owner of {path}"))
     }
 
     /// Removes a file or link; absent is fine.
     pub fn remove(&self, path: &str) -> anyhow::Result<()> {
-        match fs::remove_file(self.at(path)) {
+        match fs::remove_file(self.real_path(path)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 Err(e).with_context(|| format!("removing {path}"))
             }
@@ -388,13 +395,14 @@ impl HostWriter {
 
     /// Removes a directory if it is empty; says whether it is gone.
     pub fn remove_empty(&self, path: &str) -> bool {
-        let _ = fs::remove_dir(self.at(path));
+        let _ = fs::remove_dir(self.real_path(path));
         !self.exists(path)
     }
 
     /// A symbolic link.
     pub fn link(&self, path: &str, target: &str) -> anyhow::Result<()> {
-        std::os::unix::fs::symlink(target, self.at(path)).with_context(|| format!("linking {path}"))
+        std::os::unix::fs::symlink(target, self.real_path(path))
+            .with_context(|| format!("linking {path}"))
     }
 
     /// Appends to a file, mode 0600 when made.
@@ -403,7 +411,7 @@ impl HostWriter {
             .create(true)
             .append(true)
             .mode(0o600)
-            .open(self.at(path))
+            .open(self.real_path(path))
             .with_context(|| format!("opening {path}"))?;
         file.write_all(text.as_bytes()).with_context(|| format!("writing {path}"))
     }

@@ -18,7 +18,7 @@ const MARK: &str = "\"schema\": \"pipeops.plan/";
 /// A plan has some 100 KiB.
 const LARGEST: u64 = 8 << 20;
 /// Entries that are looked at, so that a directory of a million files costs no time.
-const MOST: usize = 5000;
+const MAX_FILES: usize = 5000;
 /// File systems that may not answer.
 const REMOTE: [&str; 6] = ["nfs", "cifs", "smb", "autofs", "fuse", "9p"];
 
@@ -34,14 +34,14 @@ pub struct SavedPlan {
 impl Host {
     /// Saved plans of this user that others may read: where people keep files, in this directory,
     /// and beside `named`.
-    pub fn open_plans(&self, named: &[&str]) -> Vec<SavedPlan> {
-        let mut left = MOST;
+    pub fn plans_readable_by_others(&self, named: &[&str]) -> Vec<SavedPlan> {
+        let mut left = MAX_FILES;
         let mut found = Vec::new();
         let remote: Vec<PathBuf> = self
             .mounts_under("/")
             .into_iter()
             .filter(|(_, kind)| REMOTE.iter().any(|r| kind.starts_with(r)))
-            .map(|(mount, _)| self.at(&mount))
+            .map(|(mount, _)| self.real_path(&mount))
             .collect();
         for path in named {
             look(Path::new(path), &mut found);
@@ -67,7 +67,7 @@ impl Host {
             ("/opt", 1),
             ("/srv", 1),
         ] {
-            walk(&self.at(dir), depth, &remote, &mut left, &mut found);
+            walk(&self.real_path(dir), depth, &remote, &mut left, &mut found);
         }
         let mut plans: Vec<SavedPlan> = found
             .into_iter()
@@ -85,7 +85,7 @@ impl HostWriter {
     ///
     /// # Errors
     /// Names the file.
-    pub fn close_file(&self, path: &Path) -> anyhow::Result<()> {
+    pub fn make_private(&self, path: &Path) -> anyhow::Result<()> {
         use anyhow::Context as _;
         let close =
             || -> io::Result<()> { open(path)?.set_permissions(fs::Permissions::from_mode(0o600)) };

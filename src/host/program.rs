@@ -11,7 +11,7 @@ use tokio::io::AsyncReadExt as _;
 use crate::host::{Host, HostWriter};
 
 /// Most bytes kept of a program's output.
-const MOST_OUTPUT: u64 = 4 << 20;
+const MAX_OUTPUT: u64 = 4 << 20;
 
 /// Variables that a child process gets from ours.
 const PASSED_ON: [&str; 6] =
@@ -37,12 +37,12 @@ impl Output {
 }
 
 impl Host {
-    /// Runs a program that only reports. By convention: nothing that is asked this way changes the
-    /// machine.
+    /// Runs a program to its end, whatever its status. By convention one that only reports: what
+    /// changes the machine is run by a [`HostWriter`], this way only where a failure is no error.
     ///
     /// # Errors
     /// When it is not there, cannot be started, or does not end in time.
-    pub async fn ask(
+    pub async fn output(
         &self,
         program: &str,
         args: &[&str],
@@ -74,12 +74,12 @@ impl Host {
             let (stdout, stderr) = streams;
             let read_out = async {
                 if let Some(s) = stdout {
-                    let _ = s.take(MOST_OUTPUT).read_to_end(&mut out).await;
+                    let _ = s.take(MAX_OUTPUT).read_to_end(&mut out).await;
                 }
             };
             let read_err = async {
                 if let Some(s) = stderr {
-                    let _ = s.take(MOST_OUTPUT).read_to_end(&mut err).await;
+                    let _ = s.take(MAX_OUTPUT).read_to_end(&mut err).await;
                 }
             };
             tokio::join!(read_out, read_err);
@@ -108,12 +108,12 @@ impl HostWriter {
         args: &[&str],
         within: Duration,
     ) -> anyhow::Result<String> {
-        let output = self.ask(program, args, within).await?;
+        let output = self.output(program, args, within).await?;
         if output.ok() {
             return Ok(output.stdout);
         }
-        let said: Vec<&str> = output.stderr.lines().chain(output.stdout.lines()).collect();
-        let last = said.iter().rev().take(5).rev().copied().collect::<Vec<_>>().join("\n");
+        let lines: Vec<&str> = output.stderr.lines().chain(output.stdout.lines()).collect();
+        let last = lines.iter().rev().take(5).rev().copied().collect::<Vec<_>>().join("\n");
         bail!("`{program} {}` ended with status {}\n{last}", args.join(" "), output.status)
     }
 }
@@ -152,11 +152,11 @@ mod tests {
         };
         let host = Host::new("/", None);
         let program = path.display().to_string();
-        let (said, ()) = tokio::join!(host.ask(&program, &[], Duration::from_secs(10)), release);
+        let (said, ()) = tokio::join!(host.output(&program, &[], Duration::from_secs(10)), release);
         assert_eq!(said.unwrap().stdout, "k3s version v1.35.0+k3s1\n");
         // a file that stays busy is named
         let _held = open();
-        let said = host.ask(&program, &[], Duration::from_secs(10)).await.unwrap_err();
+        let said = host.output(&program, &[], Duration::from_secs(10)).await.unwrap_err();
         assert!(format!("{said:#}").contains("Text file busy"), "{said:#}");
     }
 }

@@ -21,7 +21,7 @@ impl HostWriter {
         if mounts.iter().any(|m| m == path) {
             return Ok(vec![path.to_owned()]);
         }
-        let Ok(top) = fs::symlink_metadata(self.at(path)) else { return Ok(Vec::new()) };
+        let Ok(top) = fs::symlink_metadata(self.real_path(path)) else { return Ok(Vec::new()) };
         let mut left = Vec::new();
         if top.is_dir() {
             self.remove_below(path, top.dev(), &mounts, keep, &mut left)?;
@@ -43,7 +43,8 @@ impl HostWriter {
             left.push(path.to_owned());
             return Ok(());
         }
-        let entries = fs::read_dir(self.at(path)).with_context(|| format!("reading {path}"))?;
+        let entries =
+            fs::read_dir(self.real_path(path)).with_context(|| format!("reading {path}"))?;
         for entry in entries {
             let entry = entry.with_context(|| format!("reading {path}"))?;
             let name =
@@ -71,7 +72,7 @@ impl HostWriter {
         }
         let below = format!("{}/", path.trim_end_matches('/'));
         if !left.iter().any(|l| l.starts_with(&below)) {
-            match fs::remove_dir(self.at(path)) {
+            match fs::remove_dir(self.real_path(path)) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
                     return Err(e).with_context(|| format!("removing {path}"));
                 }

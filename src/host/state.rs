@@ -26,7 +26,7 @@ impl Host {
     /// # Errors
     /// Names the directory.
     pub fn state_dir(&self, path: &str) -> anyhow::Result<StateDir> {
-        let dir = self.at(path);
+        let dir = self.real_path(path);
         fs::create_dir_all(&dir).with_context(|| format!("creating {path}"))?;
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
             .with_context(|| format!("setting the mode of {path}"))?;
@@ -36,8 +36,8 @@ impl Host {
 
 impl Host {
     /// A directory to read from; it need not be there.
-    pub fn peek_dir(&self, path: &str) -> StateDir {
-        StateDir { dir: self.at(path) }
+    pub fn read_only_state_dir(&self, path: &str) -> StateDir {
+        StateDir { dir: self.real_path(path) }
     }
 }
 
@@ -66,7 +66,7 @@ impl StateDir {
     ///
     /// # Errors
     /// Names the directory.
-    pub fn sub(&self, name: &str) -> anyhow::Result<StateDir> {
+    pub fn subdir(&self, name: &str) -> anyhow::Result<StateDir> {
         let dir = self.dir.join(name);
         fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         Ok(StateDir { dir })
@@ -225,7 +225,7 @@ impl Appender {
     ///
     /// # Errors
     /// As the file system says; a line that was half-written is taken back.
-    pub fn line(&mut self, text: &str) -> io::Result<()> {
+    pub fn append_line(&mut self, text: &str) -> io::Result<()> {
         let bytes = format!("{text}\n");
         match self.file.write_all(bytes.as_bytes()) {
             Ok(()) => {

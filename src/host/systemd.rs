@@ -58,7 +58,7 @@ pub enum JournalPosition {
     Since(i64),
 }
 
-const ASK: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// `systemctl stop` waits for the unit's own stop time.
 const ACT: Duration = Duration::from_secs(120);
 
@@ -68,8 +68,9 @@ impl Host {
     pub async fn unit(&self, name: &str) -> anyhow::Result<Unit> {
         let properties = "LoadState,UnitFileState,ActiveState,SubState,MainPID,NRestarts,\
                           ExecMainStartTimestampMonotonic,NeedDaemonReload,StatusText,Type,Result";
-        let output = self.ask("systemctl", &["show", "--property", properties, name], ASK).await?;
-        let map = crate::host::systemd::pairs(&output.stdout);
+        let output =
+            self.output("systemctl", &["show", "--property", properties, name], TIMEOUT).await?;
+        let map = crate::host::systemd::parse_properties(&output.stdout);
         let get = |key: &str| map.get(key).cloned().unwrap_or_default();
         Ok(Unit {
             loaded: get("LoadState") == "loaded",
@@ -99,8 +100,9 @@ impl Host {
             "--no-pager",
             "--quiet",
         ];
-        let said = self.ask("journalctl", &args, ASK).await.map(|o| o.stdout).unwrap_or_default();
-        match said.lines().rev().find_map(|l| l.trim().strip_prefix("-- cursor: ")) {
+        let output =
+            self.output("journalctl", &args, TIMEOUT).await.map(|o| o.stdout).unwrap_or_default();
+        match output.lines().rev().find_map(|l| l.trim().strip_prefix("-- cursor: ")) {
             Some(cursor) => JournalPosition::Cursor(cursor.to_owned()),
             // from the next second on: what it said before it was started again is not its word now
             None => JournalPosition::Since(jiff::Timestamp::now().as_second() + 1),
@@ -126,7 +128,7 @@ impl Host {
             "--no-pager",
             "--quiet",
         ];
-        self.ask("journalctl", &args, ASK).await.map(|o| o.stdout).unwrap_or_default()
+        self.output("journalctl", &args, TIMEOUT).await.map(|o| o.stdout).unwrap_or_default()
     }
 }
 
@@ -181,7 +183,7 @@ impl HostWriter {
 }
 
 /// `key=value` lines, as `systemctl show` prints them.
-pub fn pairs(text: &str) -> BTreeMap<String, String> {
+pub fn parse_properties(text: &str) -> BTreeMap<String, String> {
     text.lines()
         .filter_map(|l| l.split_once('='))
         .map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned()))
@@ -196,7 +198,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_answer_of_systemctl_panics(text in "(?s).{0,300}") {
-            let _ = pairs(&text);
+            let _ = parse_properties(&text);
         }
     }
 }

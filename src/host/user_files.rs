@@ -15,7 +15,7 @@ impl Host {
     ///
     /// # Errors
     /// Names the file.
-    pub fn users_file(&self, path: &str) -> anyhow::Result<String> {
+    pub fn read_user_file(&self, path: &str) -> anyhow::Result<String> {
         let bytes = fs::read(path).with_context(|| format!("reading {path}"))?;
         String::from_utf8(bytes).ok().with_context(|| format!("{path} is not text"))
     }
@@ -24,7 +24,7 @@ impl Host {
     ///
     /// # Errors
     /// Exit 2 when it exists; else names the file.
-    pub fn users_new_file(&self, path: &str, content: &str) -> anyhow::Result<()> {
+    pub fn create_user_file(&self, path: &str, content: &str) -> anyhow::Result<()> {
         let opened = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path);
         let mut file = opened.map_err(|e| match e.kind() {
             std::io::ErrorKind::AlreadyExists => anyhow::Error::new(
@@ -43,7 +43,7 @@ impl Host {
     ///
     /// # Errors
     /// Names the directory.
-    pub fn users_dir(&self, path: &str) -> anyhow::Result<Vec<String>> {
+    pub fn list_user_dir(&self, path: &str) -> anyhow::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in fs::read_dir(path).with_context(|| format!("reading {path}"))? {
             names.push(
@@ -62,7 +62,7 @@ impl Host {
     ///
     /// # Errors
     /// Names the file.
-    pub fn users_sha256(&self, path: &str) -> anyhow::Result<String> {
+    pub fn user_file_sha256(&self, path: &str) -> anyhow::Result<String> {
         let machine = Host { root: "/".into(), ..self.clone() };
         machine.sha256(path)?.with_context(|| format!("{path} is not there"))
     }
@@ -72,7 +72,7 @@ impl Host {
     ///
     /// # Errors
     /// Names the file.
-    pub fn write_for_user(&self, path: &str, text: &str) -> anyhow::Result<()> {
+    pub fn write_user_file(&self, path: &str, text: &str) -> anyhow::Result<()> {
         let attempt = || -> std::io::Result<()> {
             // a link keeps its place; a pipe or a terminal is written to as it is
             let real = fs::canonicalize(path).unwrap_or_else(|_| PathBuf::from(path));
@@ -97,7 +97,7 @@ impl Host {
     }
 
     /// A path of the user's from the root on, so that it means the same in another directory.
-    pub fn users_path(&self, path: &str) -> String {
+    pub fn absolute_user_path(&self, path: &str) -> String {
         std::path::absolute(path).map_or_else(|_| path.to_owned(), |p| p.display().to_string())
     }
 }

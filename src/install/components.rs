@@ -9,7 +9,7 @@ use crate::install::plan::WaitCondition;
 
 /// Memory of a k3s server with SQLite, coredns, metrics-server and local-path, MiB (k3s
 /// documentation, resource profiling).
-pub const SERVER_MIB: u64 = 770;
+pub const SERVER_MEMORY_MIB: u64 = 770;
 
 /// A controller that `--components` can name.
 #[derive(Debug, Serialize)]
@@ -30,7 +30,7 @@ pub struct Component {
     pub ready: fn() -> Vec<WaitCondition>,
     /// Objects that need the controller to be working.
     #[serde(skip)]
-    pub after: fn(acme_email: Option<&str>) -> String,
+    pub objects_when_ready: fn(acme_email: Option<&str>) -> String,
 }
 
 /// Every component, in the order of installation. The order is a dependency order: certificates
@@ -52,7 +52,7 @@ pub const CATALOGUE: &[Component] = &[
                 WaitCondition::ApiService { name: "v1beta1.metrics.k8s.io".into() },
             ]
         },
-        after: |_| String::new(),
+        objects_when_ready: |_| String::new(),
     },
     Component {
         name: "storage",
@@ -71,7 +71,7 @@ pub const CATALOGUE: &[Component] = &[
                 WaitCondition::StorageClass { name: "local-path".into() },
             ]
         },
-        after: |_| String::new(),
+        objects_when_ready: |_| String::new(),
     },
     Component {
         name: "cert-manager",
@@ -101,7 +101,7 @@ pub const CATALOGUE: &[Component] = &[
                 },
             ]
         },
-        after: |email| {
+        objects_when_ready: |email| {
             let mut yaml =
                 include_str!("../../deployments/components/cert-manager-issuers.yaml").to_owned();
             if let Some(email) = email {
@@ -133,7 +133,7 @@ pub const CATALOGUE: &[Component] = &[
                 WaitCondition::Http { port: 80 },
             ]
         },
-        after: |_| String::new(),
+        objects_when_ready: |_| String::new(),
     },
     Component {
         name: "traefik",
@@ -152,7 +152,7 @@ pub const CATALOGUE: &[Component] = &[
                 WaitCondition::Http { port: 80 },
             ]
         },
-        after: |_| String::new(),
+        objects_when_ready: |_| String::new(),
     },
 ];
 
@@ -194,7 +194,7 @@ mod tests {
                 crate::install::plan::documents(&format!(
                     "{}\n---\n{}",
                     c.objects,
-                    (c.after)(Some("ops@example.com"))
+                    (c.objects_when_ready)(Some("ops@example.com"))
                 ))
                 .unwrap()
             })

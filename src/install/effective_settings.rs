@@ -104,15 +104,15 @@ impl EffectiveSettings {
         ours: impl FnOnce(&mut EffectiveSettings),
     ) -> EffectiveSettings {
         let mut effective = EffectiveSettings::default();
-        beside.iter().filter(|f| !f.after).for_each(|f| effective.read(f));
+        beside.iter().filter(|f| !f.after_ours).for_each(|f| effective.read(f));
         ours(&mut effective);
-        beside.iter().filter(|f| f.after).for_each(|f| effective.read(f));
+        beside.iter().filter(|f| f.after_ours).for_each(|f| effective.read(f));
         effective
     }
 
     /// Merges in the order of k3s: the unit's environment, `config.yaml`, then `config.yaml.d` by
     /// name with our file in its place (k3s-io/k3s, pkg/configfilearg/parser.go, readConfigFile).
-    pub fn of(facts: &Facts, settings: &Settings) -> EffectiveSettings {
+    pub fn planned(facts: &Facts, settings: &Settings) -> EffectiveSettings {
         let options = &settings.options;
         EffectiveSettings::merged(&facts.k3s.files, |effective| {
             for (key, value) in options.k3s.iter() {
@@ -207,7 +207,7 @@ impl EffectiveSettings {
     }
 
     /// `vxlan`, `host-gw`, `wireguard-native`, `none`, …; `None` when it is not set.
-    pub fn backend(&self) -> Option<String> {
+    pub fn flannel_backend(&self) -> Option<String> {
         self.text("flannel-backend")
     }
 
@@ -235,7 +235,7 @@ impl EffectiveSettings {
     }
 
     /// Whether k3s runs its own containerd.
-    pub fn own_containerd(&self) -> bool {
+    pub fn bundled_containerd(&self) -> bool {
         !self.flag("docker") && self.text("container-runtime-endpoint").is_none()
     }
 }
@@ -250,14 +250,14 @@ mod tests {
         let mut facts = Facts::default();
         for (text, after) in files {
             facts.k3s.files.push(SettingsFile {
-                after: *after,
+                after_ours: *after,
                 entries: read_file(text).unwrap(),
                 ..SettingsFile::default()
             });
         }
         let k3s = ours.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
         let options = Options { k3s, ..Options::default() };
-        EffectiveSettings::of(
+        EffectiveSettings::planned(
             &facts,
             &Settings::resolve(options, NodeRole::Server, &[], &[]).unwrap(),
         )

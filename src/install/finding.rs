@@ -52,6 +52,6 @@ impl Finding {
 }
 
 /// Whether anything stops the run.
-pub fn blocked(findings: &[Finding]) -> bool {
+pub fn has_errors(findings: &[Finding]) -> bool {
     findings.iter().any(|f| f.level == Level::Error)
 }

@@ -11,14 +11,14 @@ use crate::base::error::{Exit, Failure};
 use crate::base::http::{clock_offset, explain};
 use crate::base::resolve::Resolver;
 use crate::base::secret::Secret;
-use crate::k3s::token::{Credential, Token, ca_hash};
+use crate::k3s::token::{Token, TokenCredential, ca_hash};
 use crate::k3s::version::Version;
 
 const CONNECT: Duration = Duration::from_secs(5);
 const WHOLE: Duration = Duration::from_secs(10);
 
 /// A server whose CA is the one that the token names.
-pub struct Server {
+pub struct JoinClient {
     url: String,
     client: Client,
     ca: Vec<u8>,
@@ -107,7 +107,7 @@ async fn unreachable(url: &str, error: &reqwest::Error) -> Failure {
 ///
 /// # Errors
 /// Exit 5 when it cannot be reached, 7 when it is not the one. Nothing local is written.
-pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, Failure> {
+pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<JoinClient, Failure> {
     let builder = || {
         Client::builder()
             .dns_resolver(Resolver::shared())
@@ -147,13 +147,17 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
         joining(Exit::Network, "SERVER_NOT_K3S", format!("{url} is not a k3s server")).why(why)
     })?;
     match &token.ca_hash {
-        Some(wanted) if *wanted != hash => {
+        Some(expected) if *expected != hash => {
             return Err(joining(
                 Exit::Refused,
                 "JOIN_CA_MISMATCH",
                 "the token belongs to another cluster",
             )
-            .why(format!("the token names CA {}…, the server shows {}…", &wanted[..8], &hash[..8]))
+            .why(format!(
+                "the token names CA {}…, the server shows {}…",
+                &expected[..8],
+                &hash[..8]
+            ))
             .why(
                 "usual causes: the server was rebuilt, the address is another cluster's, or a \
                  proxy opens TLS",
@@ -173,7 +177,7 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
     }
     let roots = Certificate::from_pem_bundle(&ca).map_err(internal)?;
     let client = builder().tls_certs_only(roots).build().map_err(internal)?;
-    let mut server = Server { url: url.to_owned(), client, ca, token, clock_offset: None };
+    let mut server = JoinClient { url: url.to_owned(), client, ca, token, clock_offset: None };
     let again = match server.client.get(format!("{url}/ping")).send().await {
         Ok(v) => v,
         Err(e) => return Err(server.untrusted(&e).await),
@@ -182,7 +186,7 @@ pub async fn connect(url: &str, token: Token, insecure: bool) -> Result<Server, 
     Ok(server)
 }
 
-impl Server {
+impl JoinClient {
     async fn untrusted(&self, error: &reqwest::Error) -> Failure {
         let text = explain(error);
         let lower = text.to_lowercase();
@@ -238,7 +242,7 @@ impl Server {
         match answer.status() {
             StatusCode::OK => Ok(()),
             StatusCode::UNAUTHORIZED => {
-                let bootstrap = matches!(self.token.credential, Credential::Bootstrap { .. });
+                let bootstrap = matches!(self.token.credential, TokenCredential::Bootstrap { .. });
                 let what = if bootstrap {
                     "the server does not know this token: it has expired or was deleted"
                 } else {

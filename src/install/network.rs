@@ -12,7 +12,7 @@ use crate::k3s::role::NodeRole;
 /// Pod and service ranges: those chosen, else the defaults of k3s for the family of the node's
 /// first address (k3s-io/k3s, pkg/util/net.go, GetDefaultAddresses).
 pub fn ranges(facts: &Facts, settings: &Settings) -> Vec<(&'static str, Cidr)> {
-    let effective = EffectiveSettings::of(facts, settings);
+    let effective = EffectiveSettings::planned(facts, settings);
     let v6 = node_address(facts, settings).is_some_and(|a| a.is_ipv6());
     let mut found = Vec::new();
     for (name, key, v4_default, v6_default) in [
@@ -43,7 +43,7 @@ fn families(effective: &EffectiveSettings) -> Vec<bool> {
 /// The node's addresses, the main one first: what was chosen, else one of each family that is
 /// needed. This is the one choice that node-ip, certificates, NO_PROXY and checks follow.
 pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
-    let effective = EffectiveSettings::of(facts, settings);
+    let effective = EffectiveSettings::planned(facts, settings);
     let named: Vec<IpAddr> =
         effective.list("node-ip").iter().filter_map(|ip| ip.parse().ok()).collect();
     if !named.is_empty() {
@@ -52,11 +52,11 @@ pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
     // k3s takes the address from the interface that it is set to use (pkg/cli/server/server.go)
     let interface = effective.text("flannel-iface").and_then(|name| facts.interface(&name));
     let of = |v6: bool| match interface {
-        Some(interface) => interface.best(v6, None),
+        Some(interface) => interface.best_address(v6, None),
         None => facts.address_of_family(v6).map(|(_, address)| address),
     };
     let main = match interface {
-        Some(interface) => interface.best(false, None).is_none(),
+        Some(interface) => interface.best_address(false, None).is_none(),
         None => facts.primary().is_some_and(|(_, address)| address.is_ipv6()),
     };
     match families(&effective).as_slice() {
@@ -66,7 +66,7 @@ pub fn node_addresses(facts: &Facts, settings: &Settings) -> Vec<IpAddr> {
             [main, !main].into_iter().filter_map(of).collect()
         }
         [] => of(main).into_iter().collect(),
-        wanted => wanted.iter().filter_map(|v6| of(*v6)).collect(),
+        families => families.iter().filter_map(|v6| of(*v6)).collect(),
     }
 }
 
@@ -77,7 +77,7 @@ pub fn node_address(facts: &Facts, settings: &Settings) -> Option<IpAddr> {
 
 /// The interface of the pod network: `--flannel-iface`, else the one that has the node's address.
 pub fn flannel_iface(facts: &Facts, settings: &Settings) -> Option<String> {
-    EffectiveSettings::of(facts, settings).text("flannel-iface").or_else(|| {
+    EffectiveSettings::planned(facts, settings).text("flannel-iface").or_else(|| {
         let address = node_address(facts, settings)?;
         facts
             .interface_of(address)
@@ -88,22 +88,22 @@ pub fn flannel_iface(facts: &Facts, settings: &Settings) -> Option<String> {
 
 /// How pods of different nodes reach each other. A public address gets an encrypted way, for VXLAN
 /// would be readable on the way.
-pub fn backend(facts: &Facts, settings: &Settings) -> String {
-    EffectiveSettings::of(facts, settings).backend().unwrap_or_else(|| {
+pub fn flannel_backend(facts: &Facts, settings: &Settings) -> String {
+    EffectiveSettings::planned(facts, settings).flannel_backend().unwrap_or_else(|| {
         let public = node_address(facts, settings).is_some_and(globally_routable);
         if public { "wireguard-native" } else { "vxlan" }.into()
     })
 }
 
 /// Whether our file has to ask for the encrypted pod network.
-pub fn wireguard(facts: &Facts, settings: &Settings) -> bool {
-    backend(facts, settings).starts_with("wireguard")
+pub fn needs_wireguard(facts: &Facts, settings: &Settings) -> bool {
+    flannel_backend(facts, settings).starts_with("wireguard")
 }
 
 /// UDP ports of the pod network, with what for. IPv6 has a port of its own with WireGuard (flannel,
 /// pkg/backend/wireguard).
 pub fn overlay_ports(facts: &Facts, settings: &Settings) -> Vec<(u16, &'static str)> {
-    match backend(facts, settings).as_str() {
+    match flannel_backend(facts, settings).as_str() {
         "vxlan" => vec![(8472, "pod network (VXLAN)")],
         "wireguard-native" | "wireguard" => {
             let clusters: Vec<Cidr> = ranges(facts, settings)

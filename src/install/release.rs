@@ -9,7 +9,9 @@ use crate::install::plan::Resource;
 use crate::install::planner::Release;
 use crate::install::settings::{Options, Settings};
 use crate::k3s::paths::{BINARY, IMAGES_DIR};
-use crate::k3s::version::{Arch, CHANNELS, DEFAULT, RELEASES, Version, arch, known_digest, listed};
+use crate::k3s::version::{
+    Arch, CHANNELS, DEFAULT, RELEASES, Version, arch, digest_in_list, known_digest,
+};
 
 /// What was found out, and what the user should know about it.
 pub struct ResolvedRelease {
@@ -44,7 +46,9 @@ pub async fn version(
         return Ok(version.clone());
     }
     if let Some(channel) = &settings.channel {
-        return Ok(download::channel(&place(CHANNELS, "PIPEOPS_TEST_CHANNELS"), channel).await?);
+        return Ok(
+            download::resolve_channel(&place(CHANNELS, "PIPEOPS_TEST_CHANNELS"), channel).await?
+        );
     }
     if let Some(version) = server {
         return Ok(version.clone());
@@ -67,8 +71,9 @@ fn incomplete(what: impl Into<String>) -> Failure {
 async fn offline_version(host: &Host, dir: &str, arch: Arch) -> anyhow::Result<Version> {
     let path = format!("{dir}/{}", arch.binary);
     offline_digest(host, dir, arch, arch.binary)?;
-    let asked =
-        Host::new("/", None).ask(&path, &["--version"], std::time::Duration::from_secs(20)).await;
+    let asked = Host::new("/", None)
+        .output(&path, &["--version"], std::time::Duration::from_secs(20))
+        .await;
     let unknown = |why: String| {
         Failure::usage("K3S_VERSION_UNKNOWN", format!("{path} does not tell its version"))
             .why(why)
@@ -77,40 +82,41 @@ async fn offline_version(host: &Host, dir: &str, arch: Arch) -> anyhow::Result<V
     let output = asked.map_err(|error| unknown(format!("{error:#}")))?;
     let version = output.stdout.split_whitespace().nth(2).unwrap_or_default().parse();
     version.map_err(|_| {
-        let said = format!("{}\n{}", output.stdout, output.stderr);
-        let said = said.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("nothing");
+        let printed = format!("{}\n{}", output.stdout, output.stderr);
+        let printed =
+            printed.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("nothing");
         let status = output.status;
-        unknown(format!("`{path} --version` ended with status {status} and said: {said}")).into()
+        unknown(format!("`{path} --version` ended with status {status} and said: {printed}")).into()
     })
 }
 
 /// Digest of a file in the directory, held against the directory's own list.
 fn offline_digest(host: &Host, dir: &str, arch: Arch, file: &str) -> anyhow::Result<String> {
-    let list = host.users_file(&format!("{dir}/{}", arch.checksums)).map_err(|_| {
+    let list = host.read_user_file(&format!("{dir}/{}", arch.checksums)).map_err(|_| {
         incomplete(format!("{dir} has no {}", arch.checksums)).hint(
             "copy the whole release into it: the program, the checksum list, the image archive",
         )
     })?;
-    let wanted = listed(&list, file).ok_or_else(|| {
+    let expected = digest_in_list(&list, file).ok_or_else(|| {
         incomplete(format!("{dir}/{} does not list {file}", arch.checksums))
             .hint("take list and files from the same release")
     })?;
     let path = format!("{dir}/{file}");
-    let have = host.users_sha256(&path).map_err(|_| {
+    let have = host.user_file_sha256(&path).map_err(|_| {
         incomplete(format!("{dir} has no {file}")).hint("copy the whole release into it")
     })?;
-    if have != wanted {
+    if have != expected {
         return Err(Failure::new(
             Exit::Verification,
             "DIGEST_MISMATCH",
             format!("{path} is not what its list says"),
         )
-        .why(format!("listed {wanted}"))
+        .why(format!("listed {expected}"))
         .why(format!("is     {have}"))
         .hint("copy it again from the release")
         .into());
     }
-    Ok(wanted)
+    Ok(expected)
 }
 
 /// Files and digests for `version`.
@@ -204,7 +210,7 @@ async fn offline(
 /// The archive of images in an offline directory.
 fn offline_images(host: &Host, dir: &str, arch: Arch) -> anyhow::Result<Artifact> {
     let archives: Vec<String> =
-        host.users_dir(dir)?.into_iter().filter(|n| n.starts_with(arch.images)).collect();
+        host.list_user_dir(dir)?.into_iter().filter(|n| n.starts_with(arch.images)).collect();
     let Some(archive) =
         ["zst", "gz", "tar"].iter().find_map(|end| archives.iter().find(|a| a.ends_with(end)))
     else {
@@ -288,7 +294,7 @@ async fn published_digest(
         }
         Err(failure) => return Err(failure),
     };
-    listed(&list, arch.binary).ok_or_else(|| {
+    digest_in_list(&list, arch.binary).ok_or_else(|| {
         Failure::new(
             Exit::Verification,
             "DIGEST_UNKNOWN",

@@ -5,13 +5,13 @@
 use base64::Engine as _;
 use sha2::{Digest, Sha256};
 
-use super::user_input::{invisible, quote};
+use super::user_input::{is_invisible, is_quote};
 use crate::base::encoding::hex;
 use crate::base::secret::Secret;
 
 /// What a token says about who its holder is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Credential {
+pub enum TokenCredential {
     /// HTTP basic authentication.
     Basic { user: String, password: Secret },
     /// HTTP bearer authentication, `id.secret`; agents only, may expire.
@@ -24,21 +24,21 @@ pub struct Token {
     /// sha256 of the cluster's CA, hexadecimal, lower case; `None` for short tokens, which trust
     /// whoever answers.
     pub ca_hash: Option<String>,
-    pub credential: Credential,
+    pub credential: TokenCredential,
 }
 
 impl Token {
     /// # Errors
     /// What is wrong with the shape; never quotes the token.
     pub fn parse(text: &str) -> Result<Token, String> {
-        let text = cleaned(text);
+        let text = trimmed(text);
         let text = text.as_str();
         misread(text)?;
         let Some((head, rest)) = text.split_once("::") else {
             if text.starts_with("K10") && text.len() > 40 {
                 return Err("the token starts with K10 but has no `::`; it was cut off".into());
             }
-            let credential = bootstrap(text).unwrap_or_else(|| Credential::Basic {
+            let credential = bootstrap(text).unwrap_or_else(|| TokenCredential::Basic {
                 user: "node".into(),
                 password: Secret::new(text),
             });
@@ -70,7 +70,7 @@ impl Token {
                 }
                 // agents always come as `node`; a server's token lets them (pkg/agent/config)
                 let user = if user.is_empty() { "node" } else { user };
-                Credential::Basic { user: user.into(), password: Secret::new(password) }
+                TokenCredential::Basic { user: user.into(), password: Secret::new(password) }
             }
         };
         Ok(Token { ca_hash: (!hash.is_empty()).then(|| hash.to_ascii_lowercase()), credential })
@@ -79,19 +79,19 @@ impl Token {
     /// The value of the `Authorization` header that a worker sends.
     pub fn authorization(&self) -> Secret {
         Secret::new(match &self.credential {
-            Credential::Basic { password, .. } => {
+            TokenCredential::Basic { password, .. } => {
                 let pair = format!("node:{}", password.expose());
                 format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair))
             }
-            Credential::Bootstrap { token, .. } => format!("Bearer {}", token.expose()),
+            TokenCredential::Bootstrap { token, .. } => format!("Bearer {}", token.expose()),
         })
     }
 }
 
 /// The token alone: without blanks, quotes and invisible characters around it, as pasting leaves
 /// them.
-pub fn cleaned(text: &str) -> String {
-    text.trim_matches(|c: char| c.is_whitespace() || invisible(c) || quote(c)).to_owned()
+pub fn trimmed(text: &str) -> String {
+    text.trim_matches(|c: char| c.is_whitespace() || is_invisible(c) || is_quote(c)).to_owned()
 }
 
 /// What is no token at all, or one with something else around it; never quotes it.
@@ -99,7 +99,7 @@ fn misread(text: &str) -> Result<(), String> {
     if text.is_empty() {
         return Err("the token is empty".into());
     }
-    if let Some(c) = text.chars().find(|c| invisible(*c) && !c.is_whitespace()) {
+    if let Some(c) = text.chars().find(|c| is_invisible(*c) && !c.is_whitespace()) {
         return Err(format!(
             "there is an invisible character in the token (U+{:04X}): copy it again, as plain text",
             u32::from(c)
@@ -138,13 +138,13 @@ fn misread(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn bootstrap(text: &str) -> Option<Credential> {
+fn bootstrap(text: &str) -> Option<TokenCredential> {
     let (id, secret) = text.split_once('.')?;
     let plain = |part: &str, length: usize| {
         part.len() == length && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
     };
     (plain(id, 6) && plain(secret, 16))
-        .then(|| Credential::Bootstrap { id: id.into(), token: Secret::new(text) })
+        .then(|| TokenCredential::Bootstrap { id: id.into(), token: Secret::new(text) })
 }
 
 /// The hash that a token for this server carries, from the body of its `/cacerts`.
@@ -227,7 +227,7 @@ mod tests {
             "\t_ ",
         ] {
             assert_eq!(Token::parse(&around.replace('_', &token)).unwrap(), plain, "{around}");
-            assert_eq!(cleaned(&around.replace('_', &token)), token);
+            assert_eq!(trimmed(&around.replace('_', &token)), token);
         }
         let hash = "ab".repeat(32);
         for (bad, why) in [

@@ -3,13 +3,13 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Invisible characters: byte order mark, zero widths, soft hyphen, direction marks.
-pub fn invisible(c: char) -> bool {
+pub fn is_invisible(c: char) -> bool {
     matches!(c, '\u{feff}' | '\u{200b}'..='\u{200f}' | '\u{2060}'..='\u{2064}' | '\u{ad}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
         || c.is_control()
 }
 
 /// Quotes of keyboards and of word processors.
-pub fn quote(c: char) -> bool {
+pub fn is_quote(c: char) -> bool {
     matches!(c, '"' | '\'' | '`' | '“' | '”' | '„' | '‘' | '’' | '«' | '»')
 }
 
@@ -30,16 +30,16 @@ pub fn server_url(text: &str) -> Result<String, String> {
     let shown: String = if text.contains('@') {
         "MASTER".into()
     } else {
-        text.chars().map(|c| if invisible(c) { '�' } else { c }).collect()
+        text.chars().map(|c| if is_invisible(c) { '�' } else { c }).collect()
     };
     let fault = |why: &str| format!("`{shown}` is not the address of a server: {why}");
-    if let Some(c) = text.chars().find(|c| invisible(*c)) {
+    if let Some(c) = text.chars().find(|c| is_invisible(*c)) {
         return Err(fault(&format!(
             "there is an invisible character in it (U+{:04X}): type it instead of pasting it",
             u32::from(c)
         )));
     }
-    if let Some(c) = text.chars().find(|c| quote(*c)) {
+    if let Some(c) = text.chars().find(|c| is_quote(*c)) {
         return Err(fault(&format!("there is a quote in it ({c}): leave it out")));
     }
     let rest = match text.split_once("://") {

@@ -51,12 +51,12 @@ pub fn faults(table: &BTreeMap<String, Value>) -> Vec<String> {
             Some(("node-labels", labels)) => found.extend(
                 labels
                     .split(',')
-                    .filter_map(|l| label(l).err())
+                    .filter_map(|l| check_label(l).err())
                     .map(|why| format!("[k3s] kubelet-arg: {why}")),
             ),
             Some(("register-with-taints", taints)) => {
                 found.extend(
-                    self::taints(&taints.split(',').map(str::to_owned).collect::<Vec<_>>())
+                    self::taint_faults(&taints.split(',').map(str::to_owned).collect::<Vec<_>>())
                         .into_iter()
                         .map(|w| format!("[k3s] kubelet-arg: {w}")),
                 );
@@ -114,17 +114,17 @@ fn range(text: &str) -> Result<Cidr, String> {
             not(&format!("`{address}` is not an address"))
         };
     };
-    let most = if ip.is_ipv4() { 32 } else { 128 };
+    let max = if ip.is_ipv4() { 32 } else { 128 };
     // Go takes no sign and no leading zero
-    let number = length.parse::<u8>().ok().filter(|n| n.to_string() == length && *n <= most);
+    let number = length.parse::<u8>().ok().filter(|n| n.to_string() == length && *n <= max);
     match number {
         Some(prefix) => Ok(Cidr { address: ip, prefix }),
-        None => not(&format!("its length is a number from 0 to {most}")),
+        None => not(&format!("its length is a number from 0 to {max}")),
     }
 }
 
 /// Ranges with bits beyond their length, with the range that k3s makes of them.
-pub fn host_bits(table: &BTreeMap<String, Value>) -> Vec<(String, String, String)> {
+pub fn ranges_with_host_bits(table: &BTreeMap<String, Value>) -> Vec<(String, String, String)> {
     let mut found = Vec::new();
     for (key, value) in table.iter().filter(|(key, _)| {
         ["cluster-cidr", "service-cidr"].contains(&keys::canonical_key(key).as_str())
@@ -205,7 +205,7 @@ fn below(name: &str, suffix: &str) -> bool {
 ///
 /// # Errors
 /// A sentence that quotes it.
-pub fn label(text: &str) -> Result<(), String> {
+pub fn check_label(text: &str) -> Result<(), String> {
     let fault = |why: &str| Err(format!("`{text}` is not a label: {why}"));
     let Some((key, value)) = text.split_once('=') else { return fault("it is KEY=VALUE") };
     if let Err(why) = qualified(key) {
@@ -240,7 +240,7 @@ pub fn label(text: &str) -> Result<(), String> {
 }
 
 /// What is wrong with taints, as the kubelet reads them (kubernetes, `pkg/util/taints`).
-pub fn taints(list: &[String]) -> Vec<String> {
+pub fn taint_faults(list: &[String]) -> Vec<String> {
     const EFFECTS: [&str; 3] = ["NoSchedule", "PreferNoSchedule", "NoExecute"];
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
@@ -365,8 +365,11 @@ mod tests {
             let found = faults(&table(bad));
             assert!(found.len() == 1 && found[0].contains(why), "{bad}: {found:?}");
         }
-        assert_eq!(host_bits(&table(r#"{"cluster-cidr": "10.42.7.0/16"}"#))[0].2, "10.42.0.0/16");
-        assert!(host_bits(&table(r#"{"cluster-cidr": "10.42.0.0/16"}"#)).is_empty());
+        assert_eq!(
+            ranges_with_host_bits(&table(r#"{"cluster-cidr": "10.42.7.0/16"}"#))[0].2,
+            "10.42.0.0/16"
+        );
+        assert!(ranges_with_host_bits(&table(r#"{"cluster-cidr": "10.42.0.0/16"}"#)).is_empty());
     }
 
     #[test]
@@ -379,7 +382,7 @@ mod tests {
             "node.kubernetes.io/pool=x",
             "x.node.kubernetes.io/a=b",
         ] {
-            assert_eq!(label(good), Ok(()), "{good}");
+            assert_eq!(check_label(good), Ok(()), "{good}");
         }
         for (bad, why) in [
             ("node-role.kubernetes.io/worker=true", "kubectl label node"),
@@ -393,14 +396,18 @@ mod tests {
             ("Example.COM/a=b", "before the `/`"),
             ("a/b/c=d", "a key is"),
         ] {
-            assert!(label(bad).is_err_and(|w| w.contains(why)), "{bad}: {:?}", label(bad));
+            assert!(
+                check_label(bad).is_err_and(|w| w.contains(why)),
+                "{bad}: {:?}",
+                check_label(bad)
+            );
         }
-        assert_eq!(label("notkubernetes.io/a=b"), Ok(()));
+        assert_eq!(check_label("notkubernetes.io/a=b"), Ok(()));
     }
 
     #[test]
     fn taints_are_read_as_the_kubelet_reads_them() {
-        let one = |text: &str| taints(&[text.to_owned()]);
+        let one = |text: &str| taint_faults(&[text.to_owned()]);
         for good in [
             "a=b:NoSchedule",
             "a:NoExecute",
@@ -421,8 +428,12 @@ mod tests {
             assert!(one(bad)[0].contains(why), "{bad}: {:?}", one(bad));
         }
         assert_eq!(
-            taints(&["a=b:NoSchedule".into(), "a=c:NoSchedule".into(), "a=c:NoExecute".into()])
-                .len(),
+            taint_faults(&[
+                "a=b:NoSchedule".into(),
+                "a=c:NoSchedule".into(),
+                "a=c:NoExecute".into()
+            ])
+            .len(),
             1
         );
     }

@@ -83,7 +83,7 @@ impl Version {
         self.to_string().replace('+', "%2B")
     }
 
-    pub fn too_old(&self) -> bool {
+    pub fn is_too_old(&self) -> bool {
         self.major == 1 && self.minor < OLDEST_MINOR
     }
 }
@@ -140,7 +140,7 @@ pub fn arch(machine: &str) -> Option<Arch> {
 }
 
 /// The digest that a `sha256sum` list gives for `file`.
-pub fn listed(list: &str, file: &str) -> Option<String> {
+pub fn digest_in_list(list: &str, file: &str) -> Option<String> {
     list.lines().find_map(|line| {
         let mut words = line.split_whitespace();
         let (digest, name) = (words.next()?, words.next()?);
@@ -205,8 +205,8 @@ mod tests {
     #[test]
     fn checksum_lists_are_matched_by_whole_name() {
         let list = format!("{} *k3s-arm64\n{}  k3s\n", "a".repeat(64), "B".repeat(64));
-        assert_eq!(listed(&list, "k3s").unwrap(), "b".repeat(64));
-        assert_eq!(listed("abc  k3s", "k3s"), None);
+        assert_eq!(digest_in_list(&list, "k3s").unwrap(), "b".repeat(64));
+        assert_eq!(digest_in_list("abc  k3s", "k3s"), None);
     }
 
     proptest! {
@@ -216,7 +216,7 @@ mod tests {
                 prop_assert_eq!(version.to_string().parse::<Version>().unwrap(), version);
             }
             let _ = from_redirect(&text);
-            let _ = listed(&text, "k3s");
+            let _ = digest_in_list(&text, "k3s");
         }
     }
 }

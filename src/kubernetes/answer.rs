@@ -178,7 +178,7 @@ mod tests {
             assert_eq!(answer.headers().contains_key("www-authenticate"), status == 401);
             let body = answer.into_body().collect().await.unwrap().to_bytes();
             let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
-            let wanted = json!({
+            let expected = json!({
                 "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
                 "message": "what is wrong: what to do", "reason": reason, "code": status,
                 "details": {
@@ -186,7 +186,7 @@ mod tests {
                     "retryAfterSeconds": 3
                 }
             });
-            assert_eq!(body, wanted);
+            assert_eq!(body, expected);
         }
     }
 

@@ -15,7 +15,7 @@ use crate::base::error::{Exit, Failure};
 use crate::host::Host;
 
 /// Field manager of everything that the installer applies.
-pub const MANAGER: &str = "pipeops";
+pub const FIELD_MANAGER: &str = "pipeops";
 /// Time for a request and its whole answer; watches have their own.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 /// Waits before a request is repeated when the API server is busy or starting.
@@ -133,11 +133,11 @@ impl Cluster {
     /// Server-side apply without force: a field that another manager owns is a conflict.
     ///
     /// # Errors
-    /// [`CONFLICT`] as a [`Failure`] when another manager set a field to another value; else what
+    /// [`FIELD_CONFLICT`] as a [`Failure`] when another manager set a field to another value; else what
     /// the API server said.
     pub async fn apply(&self, object: &Value, dry: bool) -> anyhow::Result<Value> {
         let dry = if dry { "&dryRun=All" } else { "" };
-        let path = format!("{}?fieldManager={MANAGER}&force=false{dry}", path_of(object)?);
+        let path = format!("{}?fieldManager={FIELD_MANAGER}&force=false{dry}", path_of(object)?);
         let body = serde_json::to_vec(object)?;
         match self.send(Method::PATCH, &path, "application/apply-patch+yaml", body).await {
             Ok(applied) => Ok(applied),
@@ -230,7 +230,7 @@ pub fn status(error: &kube::Error) -> Option<u16> {
 }
 
 /// Code of the failure when another manager has set a field that we apply.
-pub const CONFLICT: &str = "FIELD_CONFLICT";
+pub const FIELD_CONFLICT: &str = "FIELD_CONFLICT";
 
 /// A field that another manager owns: its path and that manager.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -262,7 +262,7 @@ fn conflict_failure(object: &Value, owned: &[OwnedField]) -> Failure {
     let title = title_of(object);
     let mut failure = Failure::new(
         Exit::Partial,
-        CONFLICT,
+        FIELD_CONFLICT,
         format!("{title}: another manager has set fields that pipeops sets"),
     );
     for OwnedField { field, manager } in owned {

@@ -20,7 +20,7 @@ use serde::de::IgnoredAny;
 use tower::BoxError;
 
 use crate::base::secret::Secret;
-use crate::base::trust::{Identity, Trust};
+use crate::base::trust::{ClientIdentity, Trust};
 use crate::host::Host;
 
 /// A body of unknown length, in either direction.
@@ -112,7 +112,7 @@ impl Kubeconfig {
 }
 
 impl User {
-    fn identity(&self, host: &Host) -> anyhow::Result<Option<Identity>> {
+    fn identity(&self, host: &Host) -> anyhow::Result<Option<ClientIdentity>> {
         let certificate =
             text(host, self.client_certificate_data.as_deref(), self.client_certificate.as_deref())
                 .context("the client certificate")?;
@@ -198,7 +198,7 @@ impl Transport {
         )
         .context("the CA")?;
         let tls = Trust { ca_pem: ca, ..Trust::default() }
-            .client_as(user.identity(host)?)
+            .client_config_with(user.identity(host)?)
             .map_err(anyhow::Error::msg)?;
         let mut http = HttpConnector::new();
         http.enforce_http(false);

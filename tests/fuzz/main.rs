@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use pipeops::base::cidr::Cidr;
 use pipeops::install::facts::parse;
-use pipeops::install::settings::{parse_file, parse_time};
+use pipeops::install::settings::{parse_duration, parse_file};
 use pipeops::k3s::token::{Token, ca_hash};
-use pipeops::k3s::version::{Version, from_redirect, listed};
+use pipeops::k3s::version::{Version, digest_in_list, from_redirect};
 use pipeops::k3s::{logs, user_input};
 
 /// xorshift64*: the same seed gives the same run.
@@ -152,7 +152,7 @@ fn version() {
             if let Ok(version) = text.parse::<Version>() {
                 assert_eq!(version.to_string().parse::<Version>().as_ref(), Ok(&version));
             }
-            let _ = (from_redirect(text), listed(text, "k3s"), parse_time(text));
+            let _ = (from_redirect(text), digest_in_list(text, "k3s"), parse_duration(text));
         },
     );
 }
@@ -197,11 +197,11 @@ fn proc() {
             parse::cgroups(None, text),
             parse::cgroups(Some(text), ""),
             parse::iptables(text),
-            parse::numbers(text),
+            parse::version_numbers(text),
             pipeops::host::mountinfo::mounts_under(text, "/var"),
         );
         let _ = (
-            pipeops::host::systemd::pairs(text),
+            pipeops::host::systemd::parse_properties(text),
             logs::classify(text),
             logs::notable_lines(text, 5),
         );

@@ -7,7 +7,7 @@ use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::support::{Sandbox, said};
+use crate::support::{Sandbox, run_output};
 
 pub(crate) struct Agent {
     pub(crate) child: Child,
@@ -71,7 +71,7 @@ impl Agent {
     }
 
     /// Two more of the kind than there have been.
-    fn beats_twice(&self) {
+    fn wait_for_two_heartbeats(&self) {
         for _ in 0..2 {
             self.said.borrow_mut().clear();
             self.until("WATCHDOG=1");
@@ -89,7 +89,7 @@ impl Agent {
     }
 
     /// kill -9 where it still runs, and the same again.
-    pub(crate) fn again(&mut self, env: &[(&str, &str)]) {
+    pub(crate) fn restart(&mut self, env: &[(&str, &str)]) {
         let _ = self.child.kill();
         self.child.wait().unwrap();
         self.child = self
@@ -151,8 +151,8 @@ fn with_a_credential_it_tells_the_truth_about_the_cluster() {
         ],
     );
     // each is seen in its own time
-    for wanted in ["1 of 1 nodes ready", "connecting"] {
-        let state = agent.until(wanted);
+    for expected in ["1 of 1 nodes ready", "connecting"] {
+        let state = agent.until(expected);
         assert!(!state.contains("canary-4711-in-plain-text"), "{state}");
     }
     // the cluster is there, the control plane is not: that is not ready
@@ -168,7 +168,7 @@ fn with_a_credential_it_tells_the_truth_about_the_cluster() {
 #[test]
 fn the_watchdog_is_fed_in_time() {
     let agent = Agent::start(Sandbox::new(), &[("WATCHDOG_USEC", "3000000")]);
-    agent.beats_twice();
+    agent.wait_for_two_heartbeats();
     agent.stop();
 }
 
@@ -178,7 +178,7 @@ fn a_configuration_in_yaml_has_the_same_keys_and_a_named_file_must_be_there() {
     let run = |name: &str, text: &str| {
         let path = sandbox.path(name);
         std::fs::write(&path, text).unwrap();
-        said(sandbox.command(&["run", "--config", &path]).output().unwrap())
+        run_output(sandbox.command(&["run", "--config", &path]).output().unwrap())
     };
     for (name, text, word) in [
         (
@@ -206,9 +206,10 @@ fn a_configuration_in_yaml_has_the_same_keys_and_a_named_file_must_be_there() {
             answer.err
         );
     }
-    let gone =
-        said(sandbox.command(&["run", "--config", &sandbox.path("gone.yaml")]).output().unwrap())
-            .ended(2);
+    let gone = run_output(
+        sandbox.command(&["run", "--config", &sandbox.path("gone.yaml")]).output().unwrap(),
+    )
+    .ended(2);
     assert!(gone.err.contains("FILE_UNREADABLE") && gone.err.contains("gone.yaml"), "{}", gone.err);
     // and a right one is used
     let path = sandbox.path("right.yaml");
@@ -237,6 +238,6 @@ fn a_configuration_in_yaml_has_the_same_keys_and_a_named_file_must_be_there() {
 fn a_wrong_configuration_ends_with_two() {
     let sandbox = Sandbox::new();
     sandbox.put("/etc/pipeops/agent.toml", "control-plan-url = \"x\"\n");
-    let answer = said(sandbox.command(&["run"]).output().unwrap()).ended(2);
+    let answer = run_output(sandbox.command(&["run"]).output().unwrap()).ended(2);
     assert!(answer.err.contains("unknown field `control-plan-url`"), "{}", answer.err);
 }

@@ -11,8 +11,8 @@ use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties};
 use serde_json::{Value, json};
 
-use crate::hub::{DATA, Hub, Simulated, certificate, storm};
-use crate::plane::free_port;
+use crate::control_plane::{ControlPlane, DATA, SimulatedAgent, certificate, register_many};
+use crate::fake_control_plane::free_port;
 use crate::support::Sandbox;
 
 /// One of Debian's services on ports of its own, ended with the test.
@@ -62,7 +62,7 @@ impl Service {
         (done.status.code().unwrap_or(-1), String::from_utf8_lossy(&done.stderr).into_owned())
     }
 
-    fn again(&self) {
+    fn restart(&self) {
         let (code, said) = self.script("start");
         assert_eq!(code, 0, "{said}");
     }
@@ -76,7 +76,7 @@ impl Drop for Service {
 
 /// What a Runner hears: every copy on the wire, in its order.
 #[derive(Clone, Debug)]
-struct Heard {
+struct ReceivedEvent {
     id: String,
     seq: i64,
     topic: String,
@@ -84,7 +84,11 @@ struct Heard {
 }
 
 /// Consumes until `enough`, reconnecting as a Runner would.
-async fn hear(url: &str, heard: &mut Vec<Heard>, enough: impl Fn(&[Heard]) -> bool) {
+async fn receive(
+    url: &str,
+    heard: &mut Vec<ReceivedEvent>,
+    enough: impl Fn(&[ReceivedEvent]) -> bool,
+) {
     let begun = Instant::now();
     while !enough(heard) {
         assert!(
@@ -128,7 +132,7 @@ async fn hear(url: &str, heard: &mut Vec<Heard>, enough: impl Fn(&[Heard]) -> bo
             let id = delivery.properties.message_id().as_ref().unwrap().to_string();
             assert_eq!(body["message_id"], id.as_str());
             assert_eq!(body["type"], delivery.routing_key.as_str());
-            heard.push(Heard { id, seq, topic: delivery.routing_key.to_string(), body });
+            heard.push(ReceivedEvent { id, seq, topic: delivery.routing_key.to_string(), body });
             delivery.ack(BasicAckOptions::default()).await.unwrap();
         }
         let _ = connection.close(200, "bye".into()).await;
@@ -136,9 +140,10 @@ async fn hear(url: &str, heard: &mut Vec<Heard>, enough: impl Fn(&[Heard]) -> bo
 }
 
 /// Without the copies; what is left must be in order for each agent.
-fn once(heard: &[Heard]) -> Vec<Heard> {
+fn without_copies(heard: &[ReceivedEvent]) -> Vec<ReceivedEvent> {
     let mut seen = HashSet::new();
-    let all: Vec<Heard> = heard.iter().filter(|h| seen.insert(h.id.clone())).cloned().collect();
+    let all: Vec<ReceivedEvent> =
+        heard.iter().filter(|h| seen.insert(h.id.clone())).cloned().collect();
     let mut last: HashMap<&str, i64> = HashMap::new();
     for h in &all {
         let before = last.insert(h.body["agent_id"].as_str().unwrap(), h.seq);
@@ -147,13 +152,14 @@ fn once(heard: &[Heard]) -> Vec<Heard> {
     all
 }
 
-fn of<'a>(heard: &'a [Heard], topic: &str, agent: &str) -> Vec<&'a Heard> {
+fn events_of<'a>(heard: &'a [ReceivedEvent], topic: &str, agent: &str) -> Vec<&'a ReceivedEvent> {
     heard.iter().filter(|h| h.topic == topic && h.body["agent_id"] == agent).collect()
 }
 
-fn many(hub: &Hub) -> String {
-    hub.sandbox
-        .verb(&["control-plane", "token", "create", "--uses", "0"])
+fn unlimited_token(control_plane: &ControlPlane) -> String {
+    control_plane
+        .sandbox
+        .subcommand(&["control-plane", "token", "create", "--uses", "0"])
         .ended(0)
         .out
         .split_whitespace()
@@ -171,13 +177,14 @@ fn keys(value: &Value) -> Vec<&str> {
 #[tokio::test(flavor = "multi_thread")]
 async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
     let Some(rabbit) = Service::start("rabbitmq") else { return };
-    let mut hub = Hub::with(&["--amqp-url", &rabbit.url]);
+    let mut control_plane = ControlPlane::with(&["--amqp-url", &rabbit.url]);
     // the password is on no command line
-    let shown = std::fs::read_to_string(format!("/proc/{}/cmdline", hub.child.id())).unwrap();
+    let shown =
+        std::fs::read_to_string(format!("/proc/{}/cmdline", control_plane.child.id())).unwrap();
     assert!(shown.contains("--amqp-url") && !shown.contains("guest"), "{shown}");
-    let token = many(&hub);
+    let token = unlimited_token(&control_plane);
     let dir = tempfile::tempdir().unwrap();
-    let mut tasks = storm(&hub, dir.path(), &token, 120);
+    let mut tasks = register_many(&control_plane, dir.path(), &token, 120);
     let mut done = Vec::new();
     for round in 1..=4 {
         while done.len() < round * 20 {
@@ -186,11 +193,11 @@ async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
         match round {
             1 => drop(rabbit.script("kill")),
             // the broker is away, and the control plane dies with what waits
-            2 => hub.killed_and_back(),
-            3 => rabbit.again(),
+            2 => control_plane.kill_and_restart(),
+            3 => rabbit.restart(),
             _ => {
                 rabbit.script("stop");
-                rabbit.again();
+                rabbit.restart();
             }
         }
     }
@@ -198,13 +205,18 @@ async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
         done.push(registered.unwrap());
     }
     let mut heard = Vec::new();
-    let all =
-        |heard: &[Heard], topic: &str| done.iter().all(|(id, _)| !of(heard, topic, id).is_empty());
-    hear(&rabbit.url, &mut heard, |h| all(h, "agent.registered") && all(h, "agent.online")).await;
-    let single = once(&heard);
+    let all = |heard: &[ReceivedEvent], topic: &str| {
+        done.iter().all(|(id, _)| !events_of(heard, topic, id).is_empty())
+    };
+    receive(&rabbit.url, &mut heard, |h| all(h, "agent.registered") && all(h, "agent.online"))
+        .await;
+    let single = without_copies(&heard);
     for (id, credential) in &done {
         assert_eq!(
-            (of(&single, "agent.registered", id).len(), of(&single, "agent.online", id).len()),
+            (
+                events_of(&single, "agent.registered", id).len(),
+                events_of(&single, "agent.online", id).len()
+            ),
             (1, 1),
             "{id}"
         );
@@ -224,7 +236,12 @@ async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
     // all of it may have been published before the broker's last restart, and the control plane be on its way back to it
     let begun = Instant::now();
     let metrics = loop {
-        let metrics = hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
+        let metrics = control_plane
+            .ask("GET", "/metrics", &control_plane.admin, json!({}))
+            .await
+            .text()
+            .await
+            .unwrap();
         if metrics.contains("pipeops_broker_up 1\n") {
             break metrics;
         }
@@ -232,7 +249,11 @@ async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
     assert!(metrics.contains("pipeops_events_dropped_total 0\n"), "{metrics}");
-    assert!(!hub.log.lock().unwrap().contains("guest:guest"), "{}", hub.log.lock().unwrap());
+    assert!(
+        !control_plane.log.lock().unwrap().contains("guest:guest"),
+        "{}",
+        control_plane.log.lock().unwrap()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -241,17 +262,18 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), &rabbit.url).unwrap();
     // an agent that was there before there was a broker is told of when there is one
-    let mut hub = Hub::with(&[]);
-    let token = many(&hub);
+    let mut control_plane = ControlPlane::with(&[]);
+    let token = unlimited_token(&control_plane);
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    let early = Simulated::new(&hub, dirs[0].path(), &token).await;
-    hub.options_now(&["--amqp-url-file", file.path().to_str().unwrap()]);
-    hub.killed_and_back();
-    let agent = Simulated::new(&hub, dirs[1].path(), &token).await;
+    let early = SimulatedAgent::new(&control_plane, dirs[0].path(), &token).await;
+    control_plane.set_options(&["--amqp-url-file", file.path().to_str().unwrap()]);
+    control_plane.kill_and_restart();
+    let agent = SimulatedAgent::new(&control_plane, dirs[1].path(), &token).await;
     let path = |call: &str| format!("/api/v1/agents/{}/{call}", agent.id);
     // of what an agent reports only the latest waits
     for count in 1..=3 {
-        hub.json("POST", &path("status"), &agent.credential, json!({"at": format!("{count}")}))
+        control_plane
+            .json("POST", &path("status"), &agent.credential, json!({"at": format!("{count}")}))
             .await;
     }
     // the end of an operation, told again by an agent that did not hear the answer
@@ -259,16 +281,17 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
     let end = json!({"id": operation, "kind": "apply", "state": "succeeded", "subject": "r-1", "message": "", "created_at": "c", "finished_at": "f",
         "objects": [{"object": "Deployment beta/web", "outcome": "ready"}]});
     for _ in 0..2 {
-        hub.json(
-            "POST",
-            &path(&format!("operations/{operation}/result")),
-            &agent.credential,
-            end.clone(),
-        )
-        .await;
+        control_plane
+            .json(
+                "POST",
+                &path(&format!("operations/{operation}/result")),
+                &agent.credential,
+                end.clone(),
+            )
+            .await;
     }
     for wrong in ["o-1", "../status", operation.to_uppercase().as_str()] {
-        let answer = hub
+        let answer = control_plane
             .ask(
                 "POST",
                 &path(&format!("operations/{wrong}/result")),
@@ -281,31 +304,44 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
     let mut running = end.clone();
     running["state"] = "running".into();
     assert_eq!(
-        hub.ask(
-            "POST",
-            &path(&format!("operations/{operation}/result")),
-            &agent.credential,
-            running
-        )
-        .await
-        .status(),
+        control_plane
+            .ask(
+                "POST",
+                &path(&format!("operations/{operation}/result")),
+                &agent.credential,
+                running
+            )
+            .await
+            .status(),
         400
     );
     let mut heard = Vec::new();
-    hear(&rabbit.url, &mut heard, |h| {
-        !of(h, "agent.status", &agent.id).is_empty() && !of(h, "agent.online", &agent.id).is_empty()
+    receive(&rabbit.url, &mut heard, |h| {
+        !events_of(h, "agent.status", &agent.id).is_empty()
+            && !events_of(h, "agent.online", &agent.id).is_empty()
     })
     .await;
-    let cluster = of(&heard, "agent.registered", &agent.id)[0].body["cluster_id"]
+    let cluster = events_of(&heard, "agent.registered", &agent.id)[0].body["cluster_id"]
         .as_str()
         .unwrap()
         .to_owned();
-    hub.json("POST", &format!("/api/v1/clusters/{cluster}/revoke"), &hub.admin, json!({})).await;
-    hear(&rabbit.url, &mut heard, |h| !of(h, "agent.offline", &agent.id).is_empty()).await;
-    hub.json("DELETE", &format!("/api/v1/clusters/{cluster}"), &hub.admin, json!({})).await;
-    hear(&rabbit.url, &mut heard, |h| !of(h, "agent.deregistered", &agent.id).is_empty()).await;
-    let all = once(&heard);
-    assert_eq!(of(&all, "agent.registered", &early.id).len(), 1, "{all:?}");
+    control_plane
+        .json(
+            "POST",
+            &format!("/api/v1/clusters/{cluster}/revoke"),
+            &control_plane.admin,
+            json!({}),
+        )
+        .await;
+    receive(&rabbit.url, &mut heard, |h| !events_of(h, "agent.offline", &agent.id).is_empty())
+        .await;
+    control_plane
+        .json("DELETE", &format!("/api/v1/clusters/{cluster}"), &control_plane.admin, json!({}))
+        .await;
+    receive(&rabbit.url, &mut heard, |h| !events_of(h, "agent.deregistered", &agent.id).is_empty())
+        .await;
+    let all = without_copies(&heard);
+    assert_eq!(events_of(&all, "agent.registered", &early.id).len(), 1, "{all:?}");
     let common = [
         "agent_id",
         "agent_seq",
@@ -327,11 +363,11 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
         ("agent.status", &["status"]),
         ("operation.finished", &["operation"]),
     ] {
-        let found = of(&all, topic, &agent.id);
+        let found = events_of(&all, topic, &agent.id);
         let last = found.last().unwrap_or_else(|| panic!("{topic} was not heard"));
-        let mut wanted = [&common[..], more].concat();
-        wanted.sort_unstable();
-        assert_eq!(keys(&last.body), wanted, "{topic}");
+        let mut expected = [&common[..], more].concat();
+        expected.sort_unstable();
+        assert_eq!(keys(&last.body), expected, "{topic}");
         assert!(
             !last.body.to_string().contains("poa_")
                 && !last.body.to_string().contains("public_key"),
@@ -339,16 +375,16 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
             last.body
         );
     }
-    let offline = &of(&all, "agent.offline", &agent.id)[0].body;
+    let offline = &events_of(&all, "agent.offline", &agent.id)[0].body;
     assert_eq!(
         (&offline["state"], &offline["reason"]),
         (&json!("revoked"), &json!("revoked by an administrator"))
     );
     assert_eq!(
-        of(&all, "agent.registered", &agent.id)[0].body["endpoint"],
-        format!("{}/clusters/{cluster}", hub.url)
+        events_of(&all, "agent.registered", &agent.id)[0].body["endpoint"],
+        format!("{}/clusters/{cluster}", control_plane.url)
     );
-    let finished = of(&all, "operation.finished", &agent.id);
+    let finished = events_of(&all, "operation.finished", &agent.id);
     assert_eq!((finished.len(), &finished[0].body["operation"]), (1, &end));
     // the order of one life
     let order: Vec<&str> = all
@@ -374,32 +410,40 @@ async fn over_tls_the_broker_must_show_the_certificate_that_was_named() {
     let file = |name: &str| rabbit.dir.path().join(name).to_str().unwrap().to_owned();
     let (url, dirs) =
         (file("url-tls"), [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()]);
-    let mut hub = Hub::with(&["--amqp-url-file", &url, "--amqp-ca", &file("other.crt")]);
-    let token = many(&hub);
-    let agent = Simulated::new(&hub, dirs[0].path(), &token).await;
+    let mut control_plane =
+        ControlPlane::with(&["--amqp-url-file", &url, "--amqp-ca", &file("other.crt")]);
+    let token = unlimited_token(&control_plane);
+    let agent = SimulatedAgent::new(&control_plane, dirs[0].path(), &token).await;
     let begun = Instant::now();
-    while !hub.log.lock().unwrap().contains("no message broker: events wait") {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{}", hub.log.lock().unwrap());
+    while !control_plane.log.lock().unwrap().contains("no message broker: events wait") {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{}", control_plane.log.lock().unwrap());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let metrics = hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
+    let metrics = control_plane
+        .ask("GET", "/metrics", &control_plane.admin, json!({}))
+        .await
+        .text()
+        .await
+        .unwrap();
     assert!(metrics.contains("pipeops_broker_up 0\n"), "{metrics}");
-    hub.options_now(&["--amqp-url-file", &url, "--amqp-ca", &file("tls.crt")]);
-    hub.killed_and_back();
+    control_plane.set_options(&["--amqp-url-file", &url, "--amqp-ca", &file("tls.crt")]);
+    control_plane.kill_and_restart();
     let mut heard = Vec::new();
-    hear(&rabbit.url, &mut heard, |h| !of(h, "agent.registered", &agent.id).is_empty()).await;
+    receive(&rabbit.url, &mut heard, |h| !events_of(h, "agent.registered", &agent.id).is_empty())
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn on_postgresql_nobody_who_was_answered_is_lost() {
     let Some(postgres) = Service::start("postgres") else { return };
-    let mut hub = Hub::with(&["--database-url", &postgres.url]);
+    let mut control_plane = ControlPlane::with(&["--database-url", &postgres.url]);
     let password = postgres.url.split(['@', ':']).nth(2).unwrap().to_owned();
-    let shown = std::fs::read_to_string(format!("/proc/{}/cmdline", hub.child.id())).unwrap();
+    let shown =
+        std::fs::read_to_string(format!("/proc/{}/cmdline", control_plane.child.id())).unwrap();
     assert!(!shown.contains(&password), "{shown}");
-    let token = many(&hub);
+    let token = unlimited_token(&control_plane);
     let dir = tempfile::tempdir().unwrap();
-    let mut tasks = storm(&hub, dir.path(), &token, 120);
+    let mut tasks = register_many(&control_plane, dir.path(), &token, 120);
     let mut done = Vec::new();
     for round in 1..=3 {
         while done.len() < round * 25 {
@@ -408,14 +452,14 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
         match round {
             1 => {
                 postgres.script("kill");
-                postgres.again();
+                postgres.restart();
             }
-            2 => hub.killed_and_back(),
+            2 => control_plane.kill_and_restart(),
             _ => {
                 postgres.script("stop");
                 // without its database it goes on with what it knows, and takes nothing new
                 let (id, credential) = &done[0];
-                let beat = hub
+                let beat = control_plane
                     .ask(
                         "POST",
                         &format!("/api/v1/agents/{id}/heartbeat"),
@@ -426,14 +470,15 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
                 assert_eq!(beat.status(), 200);
                 // who asks for something that must be kept is told so in time
                 let asked = Instant::now();
-                let refused =
-                    hub.ask("POST", "/api/v1/projects", &hub.admin, json!({"name": "none"})).await;
+                let refused = control_plane
+                    .ask("POST", "/api/v1/projects", &control_plane.admin, json!({"name": "none"}))
+                    .await;
                 assert_eq!(refused.json::<Value>().await.unwrap()["code"], "database_unavailable");
                 println!(
                     "a write without a database is refused after {:.1} s",
                     asked.elapsed().as_secs_f32()
                 );
-                postgres.again();
+                postgres.restart();
             }
         }
     }
@@ -459,29 +504,30 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
         "{}",
         refused.err
     );
-    hub.killed_and_back();
-    let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    control_plane.kill_and_restart();
+    let clusters =
+        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 120);
     for (id, credential) in &done {
-        let beat = hub
+        let beat = control_plane
             .ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1}))
             .await;
         assert_eq!(beat.status(), 200, "{id} holds a credential that is not known");
     }
-    assert!(!hub.log.lock().unwrap().contains(&password));
+    assert!(!control_plane.log.lock().unwrap().contains(&password));
     // a backup of it fills a SQLite file: the same control plane, elsewhere
-    let backup = hub.sandbox.path("backup.json");
-    hub.sandbox.verb(&["control-plane", "backup", &backup]).ended(0);
+    let backup = control_plane.sandbox.path("backup.json");
+    control_plane.sandbox.subcommand(&["control-plane", "backup", &backup]).ended(0);
     let place = Sandbox::new();
     place.verb(&["control-plane", "restore", &backup]).ended(0);
     assert_eq!(
-        std::fs::read(hub.sandbox.root().join(DATA).join("keys.json")).unwrap(),
+        std::fs::read(control_plane.sandbox.root().join(DATA).join("keys.json")).unwrap(),
         std::fs::read(place.root().join(DATA).join("keys.json")).unwrap()
     );
     let again = place.verb(&["control-plane", "restore", &backup]).ended(3);
     assert!(again.err.contains("NOT_EMPTY"), "{}", again.err);
-    let restored = Hub::on(place);
-    let clusters = restored.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    let restored = ControlPlane::on(place);
+    let clusters = restored.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 120);
     let mode = std::os::unix::fs::PermissionsExt::mode(
         &std::fs::metadata(Path::new(&backup)).unwrap().permissions(),

@@ -6,7 +6,7 @@ use clap::CommandFactory;
 use pipeops::base::error::EXITS;
 use pipeops::cli::Cli;
 
-use crate::support::{program, said};
+use crate::support::{program, run_output};
 
 fn readme() -> String {
     std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap()
@@ -22,7 +22,7 @@ fn no_help_line_is_wider_than_a_terminal() {
     );
     for args in commands {
         let help =
-            said(Command::new(program()).args(&args).env("COLUMNS", "100").output().unwrap())
+            run_output(Command::new(program()).args(&args).env("COLUMNS", "100").output().unwrap())
                 .ended(0);
         for line in help.out.lines() {
             assert!(line.chars().count() <= 110, "{args:?}: {line}");
@@ -69,7 +69,8 @@ fn every_option_and_exit_code_stands_in_the_readme() {
 #[test]
 fn every_component_stands_in_the_readme_and_in_the_help() {
     let text = readme();
-    let help = said(Command::new(program()).args(["install-server", "--help"]).output().unwrap());
+    let help =
+        run_output(Command::new(program()).args(["install-server", "--help"]).output().unwrap());
     for component in pipeops::install::components::CATALOGUE {
         assert!(text.contains(&format!("\n| {} | ", component.name)), "{}", component.name);
         assert!(help.out.contains(component.name), "{}: {}", component.name, help.out);
@@ -93,8 +94,9 @@ fn committed_completions_and_manual_are_fresh() {
         (vec!["completions", "fish"], "pipeops.fish"),
         (vec!["man"], "pipeops.1"),
     ] {
-        let made =
-            said(Command::new(program()).args(&args).env_clear().output().unwrap()).ended(0).out;
+        let made = run_output(Command::new(program()).args(&args).env_clear().output().unwrap())
+            .ended(0)
+            .out;
         let path = format!("{dir}/{file}");
         if std::env::var_os("PIPEOPS_UPDATE").is_some() {
             std::fs::write(&path, &made).unwrap();
@@ -109,20 +111,22 @@ fn committed_completions_and_manual_are_fresh() {
 #[test]
 fn the_name_of_the_program_selects_the_command() {
     let dir = tempfile::tempdir().unwrap();
-    for (name, _) in pipeops::cli::NAMES {
+    for (name, _) in pipeops::cli::PROGRAM_NAMES {
         let link = dir.path().join(name);
         std::os::unix::fs::symlink(program(), &link).unwrap();
-        let help = said(Command::new(&link).arg("--help").output().unwrap()).ended(0);
-        let command = pipeops::cli::NAMES.iter().find(|(n, _)| n == name).unwrap().1;
+        let help = run_output(Command::new(&link).arg("--help").output().unwrap()).ended(0);
+        let command = pipeops::cli::PROGRAM_NAMES.iter().find(|(n, _)| n == name).unwrap().1;
         assert!(help.out.contains(&format!(" {command} ")), "{name}: {}", help.out);
     }
 }
 
 #[test]
 fn unknown_options_end_with_two() {
-    said(Command::new(program()).args(["install-server", "--nonsense"]).output().unwrap()).ended(2);
-    said(Command::new(program()).args(["cluster-info", "-o", "yaml"]).output().unwrap()).ended(2);
-    said(Command::new(program()).output().unwrap()).ended(2);
+    run_output(Command::new(program()).args(["install-server", "--nonsense"]).output().unwrap())
+        .ended(2);
+    run_output(Command::new(program()).args(["cluster-info", "-o", "yaml"]).output().unwrap())
+        .ended(2);
+    run_output(Command::new(program()).output().unwrap()).ended(2);
 }
 
 #[test]
@@ -157,7 +161,7 @@ fn it_runs_in_an_empty_chroot() {
     }
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(program(), dir.path().join("pipeops")).unwrap();
-    let answer = said(
+    let answer = run_output(
         Command::new("chroot")
             .arg(dir.path())
             .args(["/pipeops", "--version"])

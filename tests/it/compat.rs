@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::agent::Agent;
-use crate::hub::{DATA, Hub, Simulated};
-use crate::operations::{apply, asks, comes_to, deployment};
-use crate::support::{Said, Sandbox, program, said, same};
+use crate::control_plane::{ControlPlane, DATA, SimulatedAgent};
+use crate::operations::{apply, deployment, submit, wait_for_state};
+use crate::support::{RunOutput, Sandbox, assert_same_tree, program, run_output};
 use crate::world::{Kube, credential, serve_kube};
 use fixture::{Fixture, Names, metrics};
 
@@ -30,22 +30,22 @@ fn before(what: &str) -> Option<PathBuf> {
 }
 
 /// A control plane with a broker that nobody reaches: events wait.
-fn telling(sandbox: Sandbox) -> Hub {
+fn with_unreachable_broker(sandbox: Sandbox) -> ControlPlane {
     let _ = rustls::crypto::ring::default_provider().install_default();
     sandbox.beside("amqp-url", "amqp://guest:guest@127.0.0.1:9/\n", 0o600);
     let url = sandbox.path("amqp-url");
-    Hub::begin(sandbox, &["--amqp-url-file", &url])
+    ControlPlane::begin(sandbox, &["--amqp-url-file", &url])
 }
 
-fn hub_names(hub: &Hub) -> Names {
+fn control_plane_names(control_plane: &ControlPlane) -> Names {
     vec![
-        (hub.url.trim_start_matches("https://").into(), "127.0.0.1:8443".into()),
-        (format!("\"port\":{}", hub.ports.1), "\"port\":7000".into()),
+        (control_plane.url.trim_start_matches("https://").into(), "127.0.0.1:8443".into()),
+        (format!("\"port\":{}", control_plane.ports.1), "\"port\":7000".into()),
     ]
 }
 
-fn agent_names(hub: &Hub, sandbox: &Sandbox) -> Names {
-    [hub_names(hub), node_names(sandbox)].concat()
+fn agent_names(control_plane: &ControlPlane, sandbox: &Sandbox) -> Names {
+    [control_plane_names(control_plane), node_names(sandbox)].concat()
 }
 
 fn node_names(sandbox: &Sandbox) -> Names {
@@ -54,11 +54,12 @@ fn node_names(sandbox: &Sandbox) -> Names {
 }
 
 /// Everything that a control plane lists, but for what changes by itself.
-async fn lists(hub: &Hub, admin: &str, cluster: &str) -> Value {
+async fn lists(control_plane: &ControlPlane, admin: &str, cluster: &str) -> Value {
     let mut all = serde_json::Map::new();
     let operations = format!("clusters/{cluster}/operations");
     for list in ["projects", "admins", "runners", "tokens", "clusters", &operations] {
-        let mut answer = hub.json("GET", &format!("/api/v1/{list}"), admin, json!({})).await;
+        let mut answer =
+            control_plane.json("GET", &format!("/api/v1/{list}"), admin, json!({})).await;
         if list == "clusters" {
             for cluster in answer["items"].as_array_mut().unwrap() {
                 // they tell of now
@@ -73,26 +74,26 @@ async fn lists(hub: &Hub, admin: &str, cluster: &str) -> Value {
 }
 
 /// A control plane on what one of a version before left.
-fn on(fixture: &Fixture) -> (Hub, Value) {
+fn on(fixture: &Fixture) -> (ControlPlane, Value) {
     let sandbox = Sandbox::new();
     fixture.put("control-plane", &sandbox, &Names::new());
-    let mut hub = telling(sandbox);
+    let mut control_plane = with_unreachable_broker(sandbox);
     let said = fixture.json("control-plane.json");
-    hub.admin = said["tokens"]["first_admin"].as_str().unwrap().to_owned();
-    (hub, said)
+    control_plane.admin = said["tokens"]["first_admin"].as_str().unwrap().to_owned();
+    (control_plane, said)
 }
 
 /// Waits until the metrics have the names, types and labels that they had.
-async fn until_metrics(wanted: &str, what: &str, mut text: impl AsyncFnMut() -> String) {
+async fn until_metrics(expected: &str, what: &str, mut text: impl AsyncFnMut() -> String) {
     let begun = Instant::now();
     loop {
         let now = metrics(&text().await);
-        if now == wanted {
+        if now == expected {
             return;
         }
         assert!(
             begun.elapsed() < Duration::from_secs(20),
-            "metrics of the {what}\nbefore:\n{wanted}\nnow:\n{now}"
+            "metrics of the {what}\nbefore:\n{expected}\nnow:\n{now}"
         );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -101,20 +102,24 @@ async fn until_metrics(wanted: &str, what: &str, mut text: impl AsyncFnMut() -> 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_control_plane_goes_on_with_the_data_of_a_version_before() {
     for fixture in Fixture::all() {
-        let (hub, said) = on(&fixture);
+        let (control_plane, said) = on(&fixture);
         let (token, cluster) = (
             |name: &str| said["tokens"][name].as_str().unwrap(),
             said["cluster"].as_str().unwrap(),
         );
         for admin in ["first_admin", "second_admin"] {
-            assert_eq!(lists(&hub, token(admin), cluster).await, said["lists"], "{admin}");
+            assert_eq!(
+                lists(&control_plane, token(admin), cluster).await,
+                said["lists"],
+                "{admin}"
+            );
         }
         // who was let in is, who was not is not
         let status = async |who: &str, path: &str| {
-            hub.ask("GET", path, token(who), json!({})).await.status().as_u16()
+            control_plane.ask("GET", path, token(who), json!({})).await.status().as_u16()
         };
         let (list, version) = ("/api/v1/clusters", format!("/clusters/{cluster}/k8s/version"));
-        for (who, path, wanted) in [
+        for (who, path, expected) in [
             ("runner", list, 200),
             ("elsewhere", list, 200),
             ("revoked", list, 401),
@@ -124,34 +129,48 @@ async fn a_control_plane_goes_on_with_the_data_of_a_version_before() {
             ("kubeconfig", &version, 503),
             ("elsewhere", &version, 404),
         ] {
-            assert_eq!(status(who, path).await, wanted, "{who} {path}");
+            assert_eq!(status(who, path).await, expected, "{who} {path}");
         }
-        let show = hub.sandbox.verb(&["control-plane", "cluster", "show", cluster]).ended(0).out;
+        let show = control_plane
+            .sandbox
+            .subcommand(&["control-plane", "cluster", "show", cluster])
+            .ended(0)
+            .out;
         assert!(show.contains(cluster), "{show}");
         // an enrolment token has the uses that were left
         let dir = tempfile::tempdir().unwrap();
         for name in ["one", "two"] {
-            Simulated::new(&hub, &dir.path().join(name), token("enrolment")).await;
+            SimulatedAgent::new(&control_plane, &dir.path().join(name), token("enrolment")).await;
         }
-        let third = Simulated::identity(&dir.path().join("three"));
-        let body = Simulated::body(&third, "m");
-        let third =
-            Simulated::try_register(&hub.client, &hub.url, &third, token("enrolment"), body)
-                .await
-                .unwrap();
+        let third = SimulatedAgent::identity(&dir.path().join("three"));
+        let body = SimulatedAgent::body(&third, "m");
+        let third = SimulatedAgent::try_register(
+            &control_plane.client,
+            &control_plane.url,
+            &third,
+            token("enrolment"),
+            body,
+        )
+        .await
+        .unwrap();
         assert_eq!(third.json::<Value>().await.unwrap()["code"], "token_used_up");
         // what waited for the broker waits still, beside what those two are told of
         let before = said["events_waiting"].as_u64().unwrap();
         assert!(before > 2, "{before}");
-        events_waiting(&hub, before).await;
+        events_waiting(&control_plane, before).await;
     }
 }
 
 /// Events that wait for the broker: so many at least, once they have been counted.
-async fn events_waiting(hub: &Hub, least: u64) -> u64 {
+async fn events_waiting(control_plane: &ControlPlane, least: u64) -> u64 {
     let begun = Instant::now();
     loop {
-        let text = hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
+        let text = control_plane
+            .ask("GET", "/metrics", &control_plane.admin, json!({}))
+            .await
+            .text()
+            .await
+            .unwrap();
         let waiting = text
             .lines()
             .find_map(|line| line.strip_prefix("pipeops_events_waiting "))
@@ -170,7 +189,7 @@ async fn events_waiting(hub: &Hub, least: u64) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_goes_on_with_the_state_of_a_version_before() {
     for fixture in Fixture::all() {
-        let (hub, said) = on(&fixture);
+        let (control_plane, said) = on(&fixture);
         let (token, cluster) = (
             |name: &str| said["tokens"][name].as_str().unwrap(),
             said["cluster"].as_str().unwrap(),
@@ -178,20 +197,21 @@ async fn an_agent_goes_on_with_the_state_of_a_version_before() {
         let (kube, address) = serve_kube().await;
         kube.ready.store(true, Relaxed);
         let sandbox = Sandbox::new();
-        fixture.put("agent", &sandbox, &agent_names(&hub, &sandbox));
+        fixture.put("agent", &sandbox, &agent_names(&control_plane, &sandbox));
         credential(&sandbox, address);
         let file = |name: &str| sandbox.read(&format!("/var/lib/pipeops-agent/{name}"));
         let (identity, audit) = (file("identity.json"), file("audit/audit.jsonl"));
         assert!(audit.lines().count() > 2);
         let verified = |sandbox: &Sandbox| {
-            crate::support::said(sandbox.command(&["audit", "verify"]).output().unwrap()).ended(0)
+            crate::support::run_output(sandbox.command(&["audit", "verify"]).output().unwrap())
+                .ended(0)
         };
         verified(&sandbox);
         // no token: what it has is enough
         let agent = Agent::start(sandbox, &[("LOG_LEVEL", "debug")]);
         for operation in ["running", "waits"] {
-            comes_to(
-                &hub,
+            wait_for_state(
+                &control_plane,
                 cluster,
                 token("runner"),
                 said["operations"][operation].as_str().unwrap(),
@@ -199,16 +219,22 @@ async fn an_agent_goes_on_with_the_state_of_a_version_before() {
             )
             .await;
         }
-        assert_eq!(hub.version(cluster).await, 200);
+        assert_eq!(control_plane.version(cluster).await, 200);
         for who in ["runner", "kubeconfig"] {
             let path = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods");
-            assert_eq!(hub.ask("GET", &path, token(who), json!({})).await.status(), 200, "{who}");
+            assert_eq!(
+                control_plane.ask("GET", &path, token(who), json!({})).await.status(),
+                200,
+                "{who}"
+            );
         }
         // the request of then is the operation of then
         let (status, same) =
-            asks(&hub, cluster, token("runner"), "done", &apply(&[deployment("done")])).await;
+            submit(&control_plane, cluster, token("runner"), "done", &apply(&[deployment("done")]))
+                .await;
         assert_eq!((status, &same["id"]), (200, &said["operations"]["done"]), "{same}");
-        let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+        let clusters =
+            control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
         assert_eq!(clusters["items"].as_array().unwrap().len(), 1, "{clusters}");
         assert_eq!(agent.sandbox.read("/var/lib/pipeops-agent/identity.json"), identity);
         // one chain, over both
@@ -223,8 +249,14 @@ async fn an_agent_goes_on_with_the_state_of_a_version_before() {
                 .to_owned()
         };
         until_metrics(&fixture.text("agent.metrics"), "agent", local).await;
-        let remote =
-            async || hub.ask("GET", "/metrics", &hub.admin, json!({})).await.text().await.unwrap();
+        let remote = async || {
+            control_plane
+                .ask("GET", "/metrics", &control_plane.admin, json!({}))
+                .await
+                .text()
+                .await
+                .unwrap()
+        };
         until_metrics(&fixture.text("control-plane.metrics"), "control plane", remote).await;
     }
 }
@@ -243,7 +275,7 @@ fn machine(program: &Path) -> Sandbox {
 }
 
 /// With an option of each kind; fixtures were made with these.
-fn install(sandbox: &Sandbox, more: &[&str]) -> Said {
+fn install(sandbox: &Sandbox, more: &[&str]) -> RunOutput {
     let (release, registries) = (sandbox.path("release"), sandbox.path("registries.yaml"));
     let mut args = vec![
         "install-server",
@@ -298,7 +330,7 @@ fn a_node_of_a_version_before_is_known_and_can_be_undone() {
         assert_eq!(install(&sandbox, &[]).ended(0).json()["result"], "unchanged");
         assert!(!sandbox.calls().contains("restart --no-block k3s.service"), "{}", sandbox.calls());
         sandbox.run(&["uninstall", "--yes"]).ended(0);
-        same(&sandbox.tree(), &untouched, "");
+        assert_same_tree(&sandbox.tree(), &untouched, "");
     }
 }
 
@@ -346,7 +378,7 @@ fn a_node_is_upgraded_and_rolled_back() {
     }
     assert!(!sandbox.calls().contains("restart --no-block k3s.service"), "{}", sandbox.calls());
     sandbox.run(&["uninstall", "--yes"]).ended(0);
-    same(&sandbox.tree(), &untouched, "");
+    assert_same_tree(&sandbox.tree(), &untouched, "");
 }
 
 /// What was given out while the version before ran.
@@ -362,12 +394,12 @@ struct Given {
 }
 
 impl Given {
-    async fn by(hub: &Hub, cluster: String) -> Given {
-        let runner = hub.runner("deployer").await["token"].as_str().unwrap().to_owned();
-        let kubeconfig = hub
+    async fn by(control_plane: &ControlPlane, cluster: String) -> Given {
+        let runner = control_plane.runner("deployer").await["token"].as_str().unwrap().to_owned();
+        let kubeconfig = control_plane
             .json("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({}))
             .await;
-        let minted = hub
+        let minted = control_plane
             .json(
                 "POST",
                 &format!("/api/v1/clusters/{cluster}/token"),
@@ -376,8 +408,15 @@ impl Given {
             )
             .await;
         let (_, operation) =
-            asks(hub, &cluster, &runner, "first", &apply(&[deployment("first")])).await;
-        comes_to(hub, &cluster, &runner, operation["id"].as_str().unwrap(), "succeeded").await;
+            submit(control_plane, &cluster, &runner, "first", &apply(&[deployment("first")])).await;
+        wait_for_state(
+            control_plane,
+            &cluster,
+            &runner,
+            operation["id"].as_str().unwrap(),
+            "succeeded",
+        )
+        .await;
         let kubeconfig = kubeconfig["users"][0]["user"]["token"].as_str().unwrap().to_owned();
         let mut given = Given {
             cluster,
@@ -387,13 +426,14 @@ impl Given {
             minted,
             operation: operation["id"].clone(),
         };
-        given.listed = given.listed(hub).await.0;
+        given.listed = given.listed(control_plane).await.0;
         given
     }
 
     /// What stays of the cluster, and whether it is there.
-    async fn listed(&self, hub: &Hub) -> (Value, bool) {
-        let all = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    async fn listed(&self, control_plane: &ControlPlane) -> (Value, bool) {
+        let all =
+            control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
         let [cluster] = all["items"].as_array().unwrap().as_slice() else { panic!("{all}") };
         let stays = ["id", "name", "project", "agent_id", "registered_at", "max_role"]
             .map(|name| cluster[name].clone());
@@ -418,14 +458,16 @@ impl Given {
         };
         let mut tasks = tokio::task::JoinSet::new();
         let other = |e: &dyn std::fmt::Debug| std::io::Error::other(format!("{e:?}"));
-        let carrier = pipeops::frp::dial::Dialer::new(&config, false)
+        let connector = pipeops::frp::dial::Dialer::new(&config, false)
             .unwrap()
             .connect(&mut tasks)
             .await
             .map_err(|e| other(&e))?;
         let key = pipeops::base::secret::Secret::new(text("secret_key"));
-        let io = pipeops::frp::client::visit(&carrier, "", &text("proxy"), &key).await?;
-        let mut io = crate::plane::pinned(&text("agent_pin"), Box::new(io), b"http/1.1").await?;
+        let io = pipeops::frp::client::visit(&connector, "", &text("proxy"), &key).await?;
+        let mut io =
+            crate::fake_control_plane::pinned(&text("agent_pin"), Box::new(io), b"http/1.1")
+                .await?;
         let token = self.minted["token"].as_str().unwrap();
         let head = format!(
             "GET /k8s/version HTTP/1.1\r\nHost: agent\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"
@@ -439,19 +481,21 @@ impl Given {
     }
 
     /// All of it is worth what it was.
-    async fn holds(&self, hub: &Hub, kube: &Kube, step: &str) {
+    async fn holds(&self, control_plane: &ControlPlane, kube: &Kube, step: &str) {
         let begun = Instant::now();
         let pods = format!("/clusters/{}/k8s/api/v1/namespaces/beta/pods", self.cluster);
         loop {
             let mut found = Vec::new();
-            for token in [&hub.admin, &self.runner, &self.kubeconfig] {
-                found.push(hub.ask("GET", &pods, token, json!({})).await.status().as_u16());
+            for token in [&control_plane.admin, &self.runner, &self.kubeconfig] {
+                found.push(
+                    control_plane.ask("GET", &pods, token, json!({})).await.status().as_u16(),
+                );
             }
             let straight = self.straight().await.map_or_else(
                 |e| e.to_string(),
                 |text| text.lines().next().unwrap_or_default().to_owned(),
             );
-            let (listed, there) = self.listed(hub).await;
+            let (listed, there) = self.listed(control_plane).await;
             // never another one, not even for a moment
             assert_eq!(listed, self.listed, "{step}");
             if there && found == [200, 200, 200] && straight == "HTTP/1.1 200 OK" {
@@ -463,11 +507,17 @@ impl Given {
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        let (status, same) =
-            asks(hub, &self.cluster, &self.runner, "first", &apply(&[deployment("first")])).await;
+        let (status, same) = submit(
+            control_plane,
+            &self.cluster,
+            &self.runner,
+            "first",
+            &apply(&[deployment("first")]),
+        )
+        .await;
         assert_eq!((status, &same["id"]), (200, &self.operation), "{step}: {same}");
-        let (status, taken) = asks(
-            hub,
+        let (status, taken) = submit(
+            control_plane,
             &self.cluster,
             &self.runner,
             &step.replace(' ', "-"),
@@ -475,8 +525,14 @@ impl Given {
         )
         .await;
         assert_eq!(status, 202, "{step}: {taken}");
-        comes_to(hub, &self.cluster, &self.runner, taken["id"].as_str().unwrap(), "succeeded")
-            .await;
+        wait_for_state(
+            control_plane,
+            &self.cluster,
+            &self.runner,
+            taken["id"].as_str().unwrap(),
+            "succeeded",
+        )
+        .await;
         let done = kube
             .through()
             .iter()
@@ -492,13 +548,15 @@ async fn a_control_plane_and_its_agent_are_upgraded_and_rolled_back_while_tokens
         return;
     };
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut hub = Hub::begin(Sandbox::of(&before), &[]);
-    hub.admin = std::fs::read_to_string(hub.sandbox.root().join(DATA).join("admin-token")).unwrap();
+    let mut control_plane = ControlPlane::begin(Sandbox::of(&before), &[]);
+    control_plane.admin =
+        std::fs::read_to_string(control_plane.sandbox.root().join(DATA).join("admin-token"))
+            .unwrap();
     let (kube, address) = serve_kube().await;
     kube.ready.store(true, Relaxed);
-    let (mut agent, cluster) = hub.agent(address).await;
-    let given = Given::by(&hub, cluster).await;
-    given.holds(&hub, &kube, "before").await;
+    let (mut agent, cluster) = control_plane.agent(address).await;
+    let given = Given::by(&control_plane, cluster).await;
+    given.holds(&control_plane, &kube, "before").await;
     let identity = agent.sandbox.read("/var/lib/pipeops-agent/identity.json");
     let steps = [
         ("a new control plane, an old agent", Some(program()), None),
@@ -506,13 +564,13 @@ async fn a_control_plane_and_its_agent_are_upgraded_and_rolled_back_while_tokens
         ("an old control plane, a new agent", Some(&*before), None),
         ("both old", None, Some(&*before)),
     ];
-    for (step, control_plane, runs) in steps {
-        if let Some(program) = control_plane {
-            hub.stop();
-            hub.sandbox.program = program.to_owned();
-            hub.back();
+    for (step, new_control_plane, new_agent) in steps {
+        if let Some(program) = new_control_plane {
+            control_plane.stop();
+            control_plane.sandbox.program = program.to_owned();
+            control_plane.start_again();
         }
-        if let Some(program) = runs {
+        if let Some(program) = new_agent {
             nix::sys::signal::kill(
                 nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap()),
                 nix::sys::signal::Signal::SIGTERM,
@@ -521,11 +579,11 @@ async fn a_control_plane_and_its_agent_are_upgraded_and_rolled_back_while_tokens
             assert_eq!(tokio::task::block_in_place(|| agent.child.wait()).unwrap().code(), Some(0));
             agent.sandbox.program = program.to_owned();
             // without a token to enrol with
-            agent.again(&[("LOG_LEVEL", "debug")]);
+            agent.restart(&[("LOG_LEVEL", "debug")]);
         }
-        given.holds(&hub, &kube, step).await;
+        given.holds(&control_plane, &kube, step).await;
         let state = agent.sandbox.read("/var/lib/pipeops-agent/identity.json");
         assert_eq!(state, identity, "{step}");
-        said(agent.sandbox.command(&["audit", "verify"]).output().unwrap()).ended(0);
+        run_output(agent.sandbox.command(&["audit", "verify"]).output().unwrap()).ended(0);
     }
 }

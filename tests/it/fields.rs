@@ -49,13 +49,13 @@ impl Fields {
     }
 
     /// As an API server refuses an apply without force (k8s.io/apimachinery, `NewApplyConflict`).
-    pub(crate) fn conflict(&self, path: &str, known: &Value, wanted: &Value) -> Option<Value> {
-        let causes: Vec<Value> = fields_of(wanted)
+    pub(crate) fn conflict(&self, path: &str, known: &Value, desired: &Value) -> Option<Value> {
+        let causes: Vec<Value> = fields_of(desired)
             .into_iter()
             .filter(|(pointer, value)| known.pointer(pointer) != Some(value))
             .filter_map(|(pointer, _)| {
                 let manager = self.owners.get(&(path.to_owned(), pointer.clone()))?;
-                let message = format!("conflict with \"{manager}\" using {}", wanted["apiVersion"].as_str()?);
+                let message = format!("conflict with \"{manager}\" using {}", desired["apiVersion"].as_str()?);
                 Some(json!({"reason": "FieldManagerConflict", "message": message, "field": pointer.replace('/', ".")}))
             })
             .collect();
@@ -254,7 +254,9 @@ fn a_second_run_beside_controllers_that_rewrite_what_they_read_changes_nothing()
 fn every_object_is_written_in_the_form_in_which_it_is_kept() {
     let mut looked = 0;
     for component in pipeops::install::components::CATALOGUE {
-        for yaml in [component.objects.to_owned(), (component.after)(Some("ops@example.com"))] {
+        for yaml in
+            [component.objects.to_owned(), (component.objects_when_ready)(Some("ops@example.com"))]
+        {
             for object in pipeops::install::plan::documents(&yaml).unwrap() {
                 let (mut fields, mut kept) =
                     (Fields { controllers: true, ..Fields::default() }, object.clone());

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use pipeops::base::secret::Secret;
 use pipeops::frp::codec::{Duplex, encrypted};
-use pipeops::frp::dial::{Carrier, Dialer};
+use pipeops::frp::dial::{Connector, Dialer};
 use pipeops::frp::server::{Server, ServerConfig};
 use pipeops::frp::wire::{
     self, Key, Login, LoginResp, Message, NewProxy, NewWorkConn, Ping, StartWorkConn,
@@ -14,27 +14,27 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::plane::identity;
+use crate::fake_control_plane::identity;
 use crate::tunnel::{Frpc, Frps, TOKEN, echo, round_trip, settings};
 use pipeops::frp::TunnelState;
 
 /// A client by hand: logged in, everything else is the test's.
-struct ByHand {
-    carrier: Carrier,
+struct ManualClient {
+    connector: Connector,
     control: Box<dyn Duplex>,
     run_id: String,
     _tasks: JoinSet<()>,
 }
 
-impl ByHand {
-    async fn login(address: std::net::SocketAddr, pin: &str, run_id: &str) -> ByHand {
+impl ManualClient {
+    async fn login(address: std::net::SocketAddr, pin: &str, run_id: &str) -> ManualClient {
         let mut tasks = JoinSet::new();
-        let carrier = Dialer::new(&settings(address, true, pin), false)
+        let connector = Dialer::new(&settings(address, true, pin), false)
             .unwrap()
             .connect(&mut tasks)
             .await
             .unwrap();
-        let mut control = carrier.open().await.unwrap();
+        let mut control = connector.open().await.unwrap();
         let token = Secret::new(TOKEN);
         let login = Login {
             privilege_key: wire::privilege_key(&token, 7),
@@ -49,8 +49,8 @@ impl ByHand {
             panic!("no answer to the login")
         };
         assert_eq!(error, "");
-        ByHand {
-            carrier,
+        ManualClient {
+            connector,
             control: Box::new(encrypted(control, &Key::derive(&token))),
             run_id,
             _tasks: tasks,
@@ -92,7 +92,7 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
         let server = server.clone();
         async move { server.serve(listener, CancellationToken::new()).await }
     });
-    let mut client = ByHand::login(address, &pin, "").await;
+    let mut client = ManualClient::login(address, &pin, "").await;
     client.open("s").await;
     for _ in 0..20 {
         let users = server.clone();
@@ -101,7 +101,7 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
                 async move { round_trip(&mut users.dial("s").await.unwrap(), 1000).await },
             );
         assert!(matches!(wire::read(&mut client.control).await.unwrap(), Message::ReqWorkConn(_)));
-        let mut work = client.carrier.open().await.unwrap();
+        let mut work = client.connector.open().await.unwrap();
         wire::write(
             &mut work,
             NewWorkConn { run_id: client.run_id.clone(), ..NewWorkConn::default() },
@@ -118,7 +118,7 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
         user.await.unwrap();
     }
     // a wrong proof is still one too many
-    let mut work = client.carrier.open().await.unwrap();
+    let mut work = client.connector.open().await.unwrap();
     let hello =
         NewWorkConn { run_id: client.run_id.clone(), privilege_key: "wrong".into(), timestamp: 1 };
     wire::write(&mut work, hello).await.unwrap();
@@ -132,7 +132,7 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
     };
     assert_eq!(pong.error, "");
     // who pings and falls silent is gone, and the connection with him
-    let Carrier::Mux(mux) = &client.carrier else { unreachable!() };
+    let Connector::Mux(mux) = &client.connector else { unreachable!() };
     mux.ended().await;
 }
 
@@ -141,7 +141,7 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
 async fn a_takeover_does_not_wait_for_the_dead() {
     let (tls, pin) = identity();
     let frps = Frps::with(Some(&tls), true, 0).await;
-    let mut dead = ByHand::login(frps.address, &pin, "r").await;
+    let mut dead = ManualClient::login(frps.address, &pin, "r").await;
     dead.open("s").await;
     let mut users = JoinSet::new();
     for _ in 0..200 {
@@ -149,13 +149,13 @@ async fn a_takeover_does_not_wait_for_the_dead() {
         users.spawn(async move { server.dial("s").await.map(drop) });
     }
     // its users give up with it, and the name is free for the next one at once
-    let mut alive = ByHand::login(frps.address, &pin, "r").await;
+    let mut alive = ManualClient::login(frps.address, &pin, "r").await;
     alive.open("s").await;
     while let Some(user) = users.join_next().await {
         assert!(user.unwrap().is_err());
     }
     assert_eq!(frps.server.proxies(), ["s"]);
-    let Carrier::Mux(mux) = &dead.carrier else { unreachable!() };
+    let Connector::Mux(mux) = &dead.connector else { unreachable!() };
     mux.ended().await;
 }
 
@@ -184,25 +184,25 @@ async fn whoever_is_refused_has_time_to_read_it() {
     let frps = Frps::with(Some(&tls), true, 0).await;
     let mut tasks = JoinSet::new();
     for again in [false, true] {
-        let carrier = Dialer::new(&settings(frps.address, true, &pin), false)
+        let connector = Dialer::new(&settings(frps.address, true, &pin), false)
             .unwrap()
             .connect(&mut tasks)
             .await
             .unwrap();
         let wrong = || Login { privilege_key: "wrong".into(), timestamp: 7, ..Login::default() };
-        let mut control = carrier.open().await.unwrap();
+        let mut control = connector.open().await.unwrap();
         wire::write(&mut control, wrong()).await.unwrap();
         let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else {
             panic!("no answer to the login")
         };
         assert!(answer.error.contains("token"), "{}", answer.error);
-        let Carrier::Mux(mux) = &carrier else { unreachable!() };
+        let Connector::Mux(mux) = &connector else { unreachable!() };
         tokio::time::timeout(Duration::from_millis(500), mux.ended())
             .await
             .expect_err("the connection is closed at once");
         // nor is that time for another guess
         if again {
-            let mut second = carrier.open().await.unwrap();
+            let mut second = connector.open().await.unwrap();
             wire::write(&mut second, wrong()).await.unwrap();
             assert!(wire::read(&mut second).await.is_err(), "a second login is answered");
         }
@@ -216,7 +216,7 @@ async fn a_connection_of_which_nothing_comes_is_closed() {
     let (tls, pin) = identity();
     let frps = Frps::with(Some(&tls), true, 0).await;
     let mut tasks = JoinSet::new();
-    let Carrier::Mux(mux) = Dialer::new(&settings(frps.address, true, &pin), false)
+    let Connector::Mux(mux) = Dialer::new(&settings(frps.address, true, &pin), false)
         .unwrap()
         .connect(&mut tasks)
         .await

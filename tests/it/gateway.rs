@@ -6,7 +6,7 @@ use pipeops::control_plane::routes::RequiredAuth;
 use reqwest::{Client, Response};
 use serde_json::{Value, json};
 
-use crate::hub::Hub;
+use crate::control_plane::ControlPlane;
 use crate::world::{World, serve_kube};
 
 /// Checks that an answer is what kubectl shows the message of, and gives it.
@@ -37,8 +37,9 @@ async fn status_of(answer: Response, status: u16, code: &str) -> Value {
     body
 }
 
-fn http1(hub: &Hub) -> Client {
-    let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+fn http1(control_plane: &ControlPlane) -> Client {
+    let ca =
+        ControlPlane::stored(&control_plane.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
     Client::builder()
         .tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()])
         .no_proxy()
@@ -49,12 +50,12 @@ fn http1(hub: &Hub) -> Client {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let (_kube, address) = serve_kube().await;
-    let (agent, cluster) = hub.agent(address).await;
-    let runner = hub.runner("operator").await;
+    let (agent, cluster) = control_plane.agent(address).await;
+    let runner = control_plane.runner("operator").await;
     let token = runner["token"].as_str().unwrap();
-    let answer = hub
+    let answer = control_plane
         .ask(
             "POST",
             &format!("/api/v1/clusters/{cluster}/kubeconfig"),
@@ -65,7 +66,7 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
     let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
     let beta = config["users"][0]["user"]["token"].as_str().unwrap();
     let k8s = format!("/clusters/{cluster}/k8s");
-    let (enrolment, _) = hub.enrol();
+    let (enrolment, _) = control_plane.enrol();
     let long = "x".repeat(20_000);
     let long = [("x-long", long.as_str())];
     // method, path, token, headers of the client; status, code, reason, and a word of the message
@@ -213,9 +214,10 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
         "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json",
         "application/json, */*;stream=watch",
     ];
-    let client = http1(&hub);
+    let client = http1(&control_plane);
     let ask = |method: &str, path: &str, token: &str, headers: &[(&str, &str)]| {
-        let request = client.request(method.parse().unwrap(), format!("{}{path}", hub.url));
+        let request =
+            client.request(method.parse().unwrap(), format!("{}{path}", control_plane.url));
         let request = if token.is_empty() { request } else { request.bearer_auth(token) };
         headers.iter().fold(request, |request, (name, value)| request.header(*name, *value)).send()
     };
@@ -270,10 +272,10 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
     }
     status_of(ask("POST", &exec, token, &upgrade("h2c")).await.unwrap(), 400, "bad_upgrade").await;
     // calls of our own say it in their own words
-    let own = hub.ask("GET", "/api/v1/clusters/c-0", token, json!({})).await;
+    let own = control_plane.ask("GET", "/api/v1/clusters/c-0", token, json!({})).await;
     let own: Value = own.json().await.unwrap();
     assert_eq!((&own["code"], own.get("kind")), (&json!("not_found"), None));
-    let own: Value = hub
+    let own: Value = control_plane
         .ask("GET", &format!("/clusters/{cluster}/api/v1/nothing"), token, json!({}))
         .await
         .json()
@@ -314,8 +316,9 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
         begun.elapsed()
     );
     status_of(answer, 503, "agent_offline").await;
-    hub.sandbox
-        .verb(&["control-plane", "runner", "revoke", runner["id"].as_str().unwrap()])
+    control_plane
+        .sandbox
+        .subcommand(&["control-plane", "runner", "revoke", runner["id"].as_str().unwrap()])
         .ended(0);
     status_of(ask("GET", &format!("{k8s}/api"), token, &[]).await.unwrap(), 401, "token_unknown")
         .await;
@@ -323,40 +326,54 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_and_fifty_watches_leave_their_user_everything_else() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let (_kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
-    let answer = hub
-        .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({}))
+    let (_agent, cluster) = control_plane.agent(address).await;
+    let answer = control_plane
+        .ask(
+            "POST",
+            &format!("/api/v1/clusters/{cluster}/kubeconfig"),
+            &control_plane.admin,
+            json!({}),
+        )
         .await;
     let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
     let token = config["users"][0]["user"]["token"].as_str().unwrap();
     let k8s = format!("/clusters/{cluster}/k8s");
     // one after the other and all on one HTTP/2 connection, as a tool written in Go holds them; and as many by HTTP/1.1
-    let client = http1(&hub);
+    let client = http1(&control_plane);
     let mut held = Vec::new();
     for n in 0..150 {
         let path =
             format!("{k8s}/apis/group{n}.example/v1/things?allowWatchBookmarks=true&watch=true");
-        let client = if n % 3 == 0 { &client } else { &hub.client };
-        let watch =
-            client.get(format!("{}{path}", hub.url)).bearer_auth(token).send().await.unwrap();
+        let client = if n % 3 == 0 { &client } else { &control_plane.client };
+        let watch = client
+            .get(format!("{}{path}", control_plane.url))
+            .bearer_auth(token)
+            .send()
+            .await
+            .unwrap();
         assert_eq!(watch.status(), 200, "watch {n}");
         held.push(watch);
     }
     // and logs that are followed
     for _ in 0..20 {
         let path = format!("{k8s}/api/v1/namespaces/beta/pods/p/log?follow=true&watch=1");
-        let log =
-            hub.client.get(format!("{}{path}", hub.url)).bearer_auth(token).send().await.unwrap();
+        let log = control_plane
+            .client
+            .get(format!("{}{path}", control_plane.url))
+            .bearer_auth(token)
+            .send()
+            .await
+            .unwrap();
         assert_eq!(log.status(), 200);
         held.push(log);
     }
     let begun = Instant::now();
     for n in 0..40 {
-        let client = if n % 2 == 0 { &client } else { &hub.client };
+        let client = if n % 2 == 0 { &client } else { &control_plane.client };
         let pods = client
-            .get(format!("{}{k8s}/api/v1/namespaces/beta/pods", hub.url))
+            .get(format!("{}{k8s}/api/v1/namespaces/beta/pods", control_plane.url))
             .bearer_auth(token)
             .send()
             .await
@@ -368,12 +385,15 @@ async fn a_hundred_and_fifty_watches_leave_their_user_everything_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let (kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
+    let (_agent, cluster) = control_plane.agent(address).await;
     let client = Client::builder()
         .tls_certs_only([reqwest::Certificate::from_pem(
-            Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().as_bytes(),
+            ControlPlane::stored(&control_plane.sandbox)["ca_certificate"]
+                .as_str()
+                .unwrap()
+                .as_bytes(),
         )
         .unwrap()])
         .no_proxy()
@@ -385,13 +405,18 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
             url::form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
         let url = format!(
             "{}/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/answers?{query}",
-            hub.url
+            control_plane.url
         );
-        client.request(method.parse().unwrap(), url).bearer_auth(&hub.admin).send().await.unwrap()
+        client
+            .request(method.parse().unwrap(), url)
+            .bearer_auth(&control_plane.admin)
+            .send()
+            .await
+            .unwrap()
     };
     let here = format!("/clusters/{cluster}/k8s");
     // something was made, and the answer says so: where it is said to be is told where that can be said from here
-    for (location, wanted) in [
+    for (location, expected) in [
         ("https://10.0.0.5:6443/api/v1/namespaces/beta/pods/x", None),
         ("http://elsewhere.test/", None),
         ("//elsewhere.test/api", None),
@@ -413,14 +438,14 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
             assert_eq!(answer.status().as_str(), status, "{location}");
             for name in ["location", "content-location"] {
                 let told = answer.headers().get(name).map(|v| v.to_str().unwrap().to_owned());
-                assert_eq!(told, wanted, "{status} {name} {location}");
+                assert_eq!(told, expected, "{status} {name} {location}");
             }
             assert_eq!(answer.json::<Value>().await.unwrap(), json!({"made": true}));
         }
         // a redirect to elsewhere goes to nobody
         for status in ["301", "302", "303", "307", "308"] {
             let answer = ask("GET", &[("status", status), ("location", location)]).await;
-            match &wanted {
+            match &expected {
                 Some(place) => assert_eq!(
                     (answer.status().as_str(), answer.headers()["location"].to_str().unwrap()),
                     (status, place.as_str())
@@ -528,7 +553,7 @@ async fn an_answer_of_the_agent_is_readable_without_a_gateway_too() {
 /// Nobody is somebody: no route that needs nobody tells more for a token, a cookie, or the lack of both.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_anybody_may_call_is_told_of_nobody() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let mut routes = 0;
     for route in pipeops::control_plane::routes::table()
         .iter()
@@ -538,11 +563,11 @@ async fn what_anybody_may_call_is_told_of_nobody() {
         routes += 1;
         let path = path.replace("{secret}", "guessed");
         let mut answers = Vec::new();
-        for token in ["", "pom_wrong", hub.admin.as_str()] {
+        for token in ["", "pom_wrong", control_plane.admin.as_str()] {
             for cookie in ["", "__Host-pipeops=guessed"] {
-                let request = hub
+                let request = control_plane
                     .client
-                    .request(method.parse().unwrap(), format!("{}{path}", hub.url))
+                    .request(method.parse().unwrap(), format!("{}{path}", control_plane.url))
                     .header("cookie", cookie)
                     .json(&json!({}));
                 let answer = if token.is_empty() { request } else { request.bearer_auth(token) }
@@ -554,31 +579,37 @@ async fn what_anybody_may_call_is_told_of_nobody() {
                 answers.push((status, cookies, answer.text().await.unwrap()));
             }
         }
-        let wanted = match path.as_str() {
+        let expected = match path.as_str() {
             "/session" => 400,
             "/frp/handler/guessed" => 404,
             _ => 200,
         };
         assert!(
-            answers.iter().all(|a| *a == answers[0] && a.0 == wanted && !a.1),
+            answers.iter().all(|a| *a == answers[0] && a.0 == expected && !a.1),
             "{method} {path}: {answers:?}"
         );
         let text = &answers[0].2;
         assert!(
             !text.contains("admin:")
                 && !text.contains("\"admin\":true")
-                && !text.contains(&hub.admin),
+                && !text.contains(&control_plane.admin),
             "{path}: {text}"
         );
     }
     assert_eq!(routes, 9);
     // the socket is nobody's namesake: no administrator can be called as it is on record
-    let taken = hub.ask("POST", "/api/v1/admins", &hub.admin, json!({"name": "local"})).await;
+    let taken = control_plane
+        .ask("POST", "/api/v1/admins", &control_plane.admin, json!({"name": "local"}))
+        .await;
     assert_eq!(taken.status(), 409);
     // and what only the socket answers is refused to an administrator
     for path in ["/api/v1/backup", "/api/v1/frps"] {
-        for token in ["", hub.admin.as_str()] {
-            assert_eq!(hub.ask("GET", path, token, json!({})).await.status(), 403, "{path}");
+        for token in ["", control_plane.admin.as_str()] {
+            assert_eq!(
+                control_plane.ask("GET", path, token, json!({})).await.status(),
+                403,
+                "{path}"
+            );
         }
     }
 }
@@ -586,8 +617,8 @@ async fn what_anybody_may_call_is_told_of_nobody() {
 /// Names that a terminal would obey, that nobody can see, or that turn the text around them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown_harmless() {
-    let hub = Hub::with(&[]);
-    let (enrolment, _) = hub.enrol();
+    let control_plane = ControlPlane::with(&[]);
+    let (enrolment, _) = control_plane.enrol();
     let bad = [
         "\u{202e}txt.exe",
         "a\u{200b}b",
@@ -609,7 +640,9 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
             ("runners", json!({"name": name})),
             ("admins", json!({"name": name})),
         ] {
-            let answer = hub.ask("POST", &format!("/api/v1/{path}"), &hub.admin, body).await;
+            let answer = control_plane
+                .ask("POST", &format!("/api/v1/{path}"), &control_plane.admin, body)
+                .await;
             assert_eq!(answer.status(), 400, "{path} {name:?}");
             let text = answer.text().await.unwrap();
             assert!(
@@ -619,12 +652,15 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
         }
     }
     for good in ["prod eu-1", "Łódź", "東京", "🚀"] {
-        hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": good})).await;
+        control_plane
+            .json("POST", "/api/v1/projects", &control_plane.admin, json!({"name": good}))
+            .await;
     }
     // what an agent says of itself
     let dir = tempfile::tempdir().unwrap();
-    let identity = crate::hub::Simulated::identity(dir.path());
-    let plain: Value = serde_json::from_str(&crate::hub::Simulated::body(&identity, "m")).unwrap();
+    let identity = crate::control_plane::SimulatedAgent::identity(dir.path());
+    let plain: Value =
+        serde_json::from_str(&crate::control_plane::SimulatedAgent::body(&identity, "m")).unwrap();
     for (pointer, field) in [
         ("/cluster", "name"),
         ("/cluster", "region"),
@@ -640,9 +676,9 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
             let mut body = plain.clone();
             body.pointer_mut(pointer).unwrap()[field] =
                 if field == "labels" { json!({"zone": name}) } else { name.into() };
-            let answer = crate::hub::Simulated::try_register(
-                &hub.client,
-                &hub.url,
+            let answer = crate::control_plane::SimulatedAgent::try_register(
+                &control_plane.client,
+                &control_plane.url,
                 &identity,
                 &enrolment,
                 body.to_string(),
@@ -653,28 +689,34 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
             assert!(answer.text().await.unwrap().contains("bad_name"));
         }
     }
-    let agent = crate::hub::Simulated::new(&hub, dir.path(), &enrolment).await;
+    let agent =
+        crate::control_plane::SimulatedAgent::new(&control_plane, dir.path(), &enrolment).await;
     // what it reports of others' objects is kept as it is, and shown so that it does nothing
     let report = json!({"at": "", "kubernetes": "connected", "nodes": [{"name": "vm\u{202e}1", "ready": false, "role": "server\nnode          vm2 ready",
         "version": "v1", "address": "10.0.0.5", "note": "\u{1b}[2J\u{9b}31m\u{200b}"}]});
-    let told = hub
+    let told = control_plane
         .ask("POST", &format!("/api/v1/agents/{}/status", agent.id), &agent.credential, report)
         .await;
     assert_eq!(told.status(), 200);
-    let cluster =
-        hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"]
-            .as_str()
-            .unwrap()
-            .to_owned();
-    let text = hub.sandbox.verb(&["control-plane", "cluster", "show", &cluster]).ended(0).out;
+    let cluster = control_plane
+        .json("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
+        .await["items"][0]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let text = control_plane
+        .sandbox
+        .subcommand(&["control-plane", "cluster", "show", &cluster])
+        .ended(0)
+        .out;
     assert!(
         text.contains("vm\\u{202e}1") && text.contains("\\u{1b}[2J\\u{9b}31m\\u{200b}"),
         "{text}"
     );
     assert_eq!(text.lines().filter(|l| l.starts_with("node ")).count(), 1, "{text}");
-    let json = hub
+    let json = control_plane
         .sandbox
-        .verb(&["control-plane", "cluster", "show", &cluster, "-o", "json"])
+        .subcommand(&["control-plane", "cluster", "show", &cluster, "-o", "json"])
         .ended(0)
         .out;
     let value: Value = serde_json::from_str(&json).unwrap();
@@ -688,9 +730,9 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
     // a cluster is found by its name, blanks and all
     let mut body = plain.clone();
     body["cluster"]["name"] = "prod eu-1 ✓".into();
-    let again = crate::hub::Simulated::try_register(
-        &hub.client,
-        &hub.url,
+    let again = crate::control_plane::SimulatedAgent::try_register(
+        &control_plane.client,
+        &control_plane.url,
         &identity,
         &agent.credential,
         body.to_string(),
@@ -698,10 +740,19 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
     .await
     .unwrap();
     assert_eq!(again.status(), 200);
-    let text = hub.sandbox.verb(&["control-plane", "cluster", "show", "prod eu-1 ✓"]).ended(0).out;
+    let text = control_plane
+        .sandbox
+        .subcommand(&["control-plane", "cluster", "show", "prod eu-1 ✓"])
+        .ended(0)
+        .out;
     assert!(text.contains(&cluster), "{text}");
     // in an error as well, and what was typed
-    let refused = hub.sandbox.verb(&["control-plane", "cluster", "show", "x\u{202e}\u{1b}[31m"]);
+    let refused = control_plane.sandbox.subcommand(&[
+        "control-plane",
+        "cluster",
+        "show",
+        "x\u{202e}\u{1b}[31m",
+    ]);
     let refused = refused.ended(7).err;
     assert!(refused.contains("x\\u{202e}\\u{1b}[31m") && !refused.contains('\u{1b}'), "{refused}");
 }
@@ -739,21 +790,21 @@ async fn connect_proxy() -> (std::net::SocketAddr, std::sync::Arc<std::sync::Mut
 
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_a_proxy_calls_go_through_it_and_a_tunnel_that_cannot_says_so() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let (_kube, kube) = serve_kube().await;
     let (proxy, seen) = connect_proxy().await;
-    let (token, pin) = hub.enrol();
+    let (token, pin) = control_plane.enrol();
     let sandbox = crate::support::Sandbox::new();
     crate::world::credential(&sandbox, kube);
     let settings = format!(
         "control-plane-url = \"{}\"\ncontrol-plane-pin = [\"{pin}\"]\nhttps-proxy = \"http://{proxy}\"\n",
-        hub.url
+        control_plane.url
     );
     sandbox.put("/etc/pipeops/agent.toml", &settings);
     let agent = crate::agent::Agent::start(sandbox, &[("AGENT_TOKEN", &token)]);
     tokio::task::block_in_place(|| agent.until("tunnel up"));
     let asked = seen.lock().unwrap().clone();
-    let place = hub.url.trim_start_matches("https://");
+    let place = control_plane.url.trim_start_matches("https://");
     // its calls, and nothing but its calls
     assert!(
         !asked.is_empty() && asked.iter().all(|line| *line == format!("CONNECT {place} HTTP/1.1")),

@@ -194,7 +194,7 @@ fn settings_of_today_are_translated_for_old_ones() {
     let mut former: Vec<String> = ini(today).lines().map(str::to_owned).collect();
     assert_eq!(former.remove(0), "[common]");
     former.sort();
-    let mut wanted = vec![
+    let mut expected = vec![
         "[p]",
         "[v]",
         "[plugin.w]",
@@ -214,8 +214,8 @@ fn settings_of_today_are_translated_for_old_ones() {
         "use_encryption = true",
         "vhost_http_port = 1",
     ];
-    wanted.sort_unstable();
-    assert_eq!(former, wanted);
+    expected.sort_unstable();
+    assert_eq!(former, expected);
 }
 
 /// Ended with the test, and shown where it fails.

@@ -14,14 +14,14 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
+use crate::control_plane::{ControlPlane, SimulatedAgent, certificate};
+use crate::fake_control_plane::{free_port, identity};
 use crate::generations::Release;
-use crate::hub::{Hub, Simulated, certificate};
-use crate::plane::{free_port, identity};
 use crate::tunnel::{Frpc, Frps, TOKEN, echo, round_trip, try_round_trip};
 use crate::world::serve_kube;
 
 /// For a program that starts; the machine may be busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// More than all buffers on a way through frps hold, bytes.
 const PAUSED: u64 = 32_000_000;
@@ -88,7 +88,7 @@ async fn connected(port: u16, what: &str, dir: &Path) -> TcpStream {
         let texts = || {
             log().map(|e| std::fs::read_to_string(e.path()).unwrap_or_default()).collect::<String>()
         };
-        assert!(begun.elapsed() < PATIENCE, "{what} never listens: {}", texts());
+        assert!(begun.elapsed() < TIMEOUT, "{what} never listens: {}", texts());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -128,7 +128,7 @@ async fn our_client_behind_somebody_elses_frps() {
     let der = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes())
         .map(|c: rustls_pki_types::CertificateDer<'_>| c.into_owned())
         .unwrap();
-    let pin = Pin::of(&der).unwrap().to_string();
+    let pin = Pin::from_certificate(&der).unwrap().to_string();
     let all = Release::all("our client behind a genuine frps", "frps");
     let combinations = |release| {
         [Tls::Pinned, Tls::Unknown, Tls::Off]
@@ -204,10 +204,14 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         // our own visitor; what encrypts the stream is a matter of both its ends
         if !use_encryption {
             let mut tasks = tokio::task::JoinSet::new();
-            let carrier = Dialer::new(&config, !pinned).unwrap().connect(&mut tasks).await.unwrap();
-            round_trip(&mut visit(&carrier, "", "s", &Secret::new("sk")).await.unwrap(), 1_000_000)
-                .await;
-            assert!(visit(&carrier, "", "s", &Secret::new("wrong")).await.is_err());
+            let connector =
+                Dialer::new(&config, !pinned).unwrap().connect(&mut tasks).await.unwrap();
+            round_trip(
+                &mut visit(&connector, "", "s", &Secret::new("sk")).await.unwrap(),
+                1_000_000,
+            )
+            .await;
+            assert!(visit(&connector, "", "s", &Secret::new("wrong")).await.is_err());
         }
         if tls == Tls::Unknown && !use_encryption {
             its_own_key(release, &config, pem).await;
@@ -443,7 +447,7 @@ async fn somebody_elses_frpc_before_our_server() {
 async fn carries(remote: u16, dir: &Path) {
     let begun = Instant::now();
     while let Err(e) = try_round_trip(&mut connected(remote, "the tcp proxy", dir).await, 1).await {
-        assert!(begun.elapsed() < PATIENCE, "the tcp proxy never carries: {e}");
+        assert!(begun.elapsed() < TIMEOUT, "the tcp proxy never carries: {e}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -492,8 +496,8 @@ async fn before(release: &Release, tcp_mux: bool, with_tls: bool) {
 }
 
 /// What answers in clear as the control plane does; gives HOST:PORT.
-async fn in_clear(hub: &Hub) -> String {
-    let (client, url) = (hub.client.clone(), hub.url.clone());
+async fn in_clear(control_plane: &ControlPlane) -> String {
+    let (client, url) = (control_plane.client.clone(), control_plane.url.clone());
     let relay = async move |request: axum::extract::Request| {
         let (parts, body) = request.into_parts();
         let body = axum::body::to_bytes(body, 1_000_000).await.unwrap();
@@ -512,7 +516,7 @@ async fn a_control_plane_beside_a_genuine_frps() {
     let (pem, key) = certificate(10);
     let der: rustls_pki_types::CertificateDer<'_> =
         rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes()).unwrap();
-    let pin = Pin::of(&der).unwrap().to_string();
+    let pin = Pin::from_certificate(&der).unwrap().to_string();
     for release in Release::all("a control plane beside a genuine frps", "frps") {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str, text: &str| {
@@ -523,15 +527,23 @@ async fn a_control_plane_beside_a_genuine_frps() {
         let (crt, private, token) =
             (file("tls.crt", &pem), file("tls.key", &key), file("token", TOKEN));
         let address = format!("127.0.0.1:{}", free_port());
-        let hub = Hub::with(&["--frps", &address, "--frps-token-file", &token, "--frps-pin", &pin]);
+        let control_plane = ControlPlane::with(&[
+            "--frps",
+            &address,
+            "--frps-token-file",
+            &token,
+            "--frps-pin",
+            &pin,
+        ]);
         // the settings that the verb prints, with what only their owner knows
-        let settings = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;
+        let settings =
+            control_plane.sandbox.subcommand(&["control-plane", "frps-config"]).ended(0).out;
         let tls = format!(
             "transport.tls.force = true\ntransport.tls.certFile = \"{crt}\"\ntransport.tls.keyFile = \"{private}\""
         );
         // plugins are called over HTTPS from 0.36 on; an older frps needs something that terminates TLS between
         let settings = if release.before(36) {
-            settings.replace(&hub.url, &in_clear(&hub).await)
+            settings.replace(&control_plane.url, &in_clear(&control_plane).await)
         } else {
             settings
         };
@@ -540,18 +552,21 @@ async fn a_control_plane_beside_a_genuine_frps() {
             .replace("transport.tls.force = true", &tls);
         let _frps = release.run("frps", dir.path(), &settings);
         let (_kube, kube) = serve_kube().await;
-        let (_agent, cluster) = hub.agent(kube).await;
-        let bulk = hub
+        let (_agent, cluster) = control_plane.agent(kube).await;
+        let bulk = control_plane
             .ask(
                 "GET",
                 &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=1048576"),
-                &hub.admin,
+                &control_plane.admin,
                 json!({}),
             )
             .await;
         assert_eq!(bulk.bytes().await.unwrap().len(), 1_048_576);
-        hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
-        assert_eq!(hub.version(&cluster).await, 404);
+        control_plane
+            .sandbox
+            .subcommand(&["control-plane", "cluster", "revoke", &cluster])
+            .ended(0);
+        assert_eq!(control_plane.version(&cluster).await, 404);
         let way =
             if release.before(36) { " (in clear through a proxy: it knows no https)" } else { "" };
         println!("  {}: plugin asked{way}, gateway through it, revoked", release.name);
@@ -562,10 +577,10 @@ async fn a_control_plane_beside_a_genuine_frps() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_genuine_frpc_before_a_control_plane() {
     for release in Release::all("a genuine frpc before a control plane", "frpc") {
-        let (hub, dir) = (Hub::with(&[]), tempfile::tempdir().unwrap());
-        let (token, _) = hub.enrol();
-        let agent = Simulated::new(&hub, dir.path(), &token).await;
-        let config = hub
+        let (control_plane, dir) = (ControlPlane::with(&[]), tempfile::tempdir().unwrap());
+        let (token, _) = control_plane.enrol();
+        let agent = SimulatedAgent::new(&control_plane, dir.path(), &token).await;
+        let config = control_plane
             .json(
                 "GET",
                 &format!("/api/v1/agents/{}/config", agent.id),
@@ -577,7 +592,7 @@ async fn a_genuine_frpc_before_a_control_plane() {
         let ca = dir.path().join("ca.pem");
         std::fs::write(
             &ca,
-            hub.ask("GET", "/api/v1/ca", "", json!({})).await.bytes().await.unwrap(),
+            control_plane.ask("GET", "/api/v1/ca", "", json!({})).await.bytes().await.unwrap(),
         )
         .unwrap();
         let behind = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -604,32 +619,40 @@ async fn a_genuine_frpc_before_a_control_plane() {
             proxy("another"),
         );
         let frpc = release.run("frpc", dir.path(), &settings);
-        let said = async |wanted: &str| {
+        let said = async |expected: &str| {
             let begun = Instant::now();
             loop {
                 let text = frpc.log();
-                if text.contains(wanted) {
+                if text.contains(expected) {
                     return;
                 }
-                assert!(begun.elapsed() < PATIENCE, "it never says `{wanted}`: {text}");
+                assert!(begun.elapsed() < TIMEOUT, "it never says `{expected}`: {text}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
         said(&format!("[{}] start proxy success", own.name)).await;
         said("[another] start error").await;
-        let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+        let clusters =
+            control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
         let cluster = clusters["items"][0]["id"].as_str().unwrap();
         assert_eq!(clusters["items"][0]["tunnel"], "up", "{clusters}");
         // the gateway's hello to the agent arrives behind it
         let path = format!("/clusters/{cluster}/k8s/version");
-        let (answer, first) = tokio::join!(hub.ask("GET", &path, &hub.admin, json!({})), async {
-            let (mut stream, _) = behind.accept().await.unwrap();
-            let mut first = [0];
-            stream.read_exact(&mut first).await.unwrap();
-            first
-        });
+        let (answer, first) =
+            tokio::join!(control_plane.ask("GET", &path, &control_plane.admin, json!({})), async {
+                let (mut stream, _) = behind.accept().await.unwrap();
+                let mut first = [0];
+                stream.read_exact(&mut first).await.unwrap();
+                first
+            });
         assert_eq!((answer.status().as_u16(), first[0]), (503, 0x16));
-        hub.json("POST", &format!("/api/v1/clusters/{cluster}/revoke"), &hub.admin, json!({}))
+        control_plane
+            .json(
+                "POST",
+                &format!("/api/v1/clusters/{cluster}/revoke"),
+                &control_plane.admin,
+                json!({}),
+            )
             .await;
         said("this agent may not hold a tunnel here").await;
         println!(

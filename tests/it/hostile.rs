@@ -1,23 +1,23 @@
 //! Requests that try to be somebody else, to mean something else, or to smuggle: every row at least ten times, each by name. A
 //! recorder stands in front of the Kubernetes API; what the agent refuses never gets there, what it passes carries its own identity.
 
-use crate::world::{Seen, World};
+use crate::world::{RecordedRequest, World};
 
 /// The token's namespace is beta: this word reaches the API in no request.
 const FORBIDDEN: &str = "kube-system";
 const EVIL: &str = "evil-canary-4711-in-plain-text";
 
-struct Hostile {
+struct HostileRequest {
     name: String,
     bytes: Vec<u8>,
     /// Statuses that are right; 0 stands for a connection that is closed without an answer.
     right: &'static [u16],
 }
 
-fn corpus(token: &str) -> Vec<Hostile> {
+fn corpus(token: &str) -> Vec<HostileRequest> {
     let mut all = Vec::new();
     let mut add = |row: &str, n: usize, right: &'static [u16], head: String| {
-        all.push(Hostile { name: format!("{row} {n}"), bytes: head.into_bytes(), right })
+        all.push(HostileRequest { name: format!("{row} {n}"), bytes: head.into_bytes(), right })
     };
     let auth = format!("Authorization: Bearer {token}");
     let get = |target: &str, more: &str| {
@@ -367,7 +367,7 @@ fn corpus(token: &str) -> Vec<Hostile> {
     all
 }
 
-fn check(seen: &Seen) {
+fn check(seen: &RecordedRequest) {
     assert_eq!(seen.all("impersonate-user"), ["pipeops:runner"], "{seen:?}");
     assert_eq!(seen.all("impersonate-group"), ["pipeops:deployer"], "{seen:?}");
     assert_eq!(seen.all("impersonate-extra-pipeops.io%2fsubject"), ["runner-1"], "{seen:?}");
@@ -390,7 +390,7 @@ fn check(seen: &Seen) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
     let world = World::with("streams-per-caller = 512\n", |_| {}).await.up().await;
-    let token = world.plane.token(&world.id, "deployer", Some(&["beta"]));
+    let token = world.control_plane.token(&world.id, "deployer", Some(&["beta"]));
     let corpus = corpus(&token);
     let total = corpus.len();
     assert!(total >= 300, "{total}");
@@ -434,7 +434,7 @@ async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_hundred_odd_and_legitimate_requests_all_pass() {
     let world = World::with("streams-per-caller = 512\n", |_| {}).await.up().await;
-    let token = world.plane.token(&world.id, "deployer", Some(&["beta", "production"]));
+    let token = world.control_plane.token(&world.id, "deployer", Some(&["beta", "production"]));
     let mut asks: Vec<(String, String)> = Vec::new();
     for n in 0..10 {
         let mut get = |path: String| asks.push(("GET".into(), path));

@@ -1,6 +1,6 @@
 //! `install-server`, `cluster-info` and `uninstall` in a sandbox.
 
-use crate::support::{Said, Sandbox, VERSION, each_kill_point, same, sha256};
+use crate::support::{RunOutput, Sandbox, VERSION, assert_same_tree, each_kill_point, sha256};
 
 #[test]
 fn a_fresh_install_a_second_run_and_an_uninstall() {
@@ -37,7 +37,7 @@ fn a_fresh_install_a_second_run_and_an_uninstall() {
         (sandbox.tree(), sandbox.calls(), sandbox.api.writes.lock().unwrap().len());
     let again = sandbox.install(&[]).ended(0);
     assert!(again.out.contains("nothing to do"), "{}\n{}", again.out, again.err);
-    same(&sandbox.tree(), &tree, "");
+    assert_same_tree(&sandbox.tree(), &tree, "");
     assert_eq!(sandbox.api.writes.lock().unwrap().len(), writes);
     let new_calls = sandbox.calls()[calls.len()..].to_owned();
     for verb in
@@ -47,7 +47,7 @@ fn a_fresh_install_a_second_run_and_an_uninstall() {
     }
 
     sandbox.run(&["uninstall", "--yes"]).ended(0);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 /// What stands before an API server that begins or ends answers 502.
@@ -74,7 +74,7 @@ fn a_dry_run_writes_nothing_and_lists_everything() {
     let json = said.json();
     assert_eq!(json["result"], "dry_run");
     assert!(json["plan"].as_array().unwrap().len() > 20);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
     assert!(!sandbox.root().join("var/lib/pipeops").exists());
     assert!(!sandbox.root().join("var/log/pipeops").exists());
 }
@@ -115,14 +115,14 @@ fn six_planted_faults_are_reported_at_once_and_nothing_is_written() {
         assert!(codes.contains(&code), "{codes:?}");
     }
     assert!(said.err.contains("`nginx` (pid 812)"), "{}", said.err);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
 fn killed_after_every_write_of_the_journal_a_rerun_ends_the_same() {
     let whole = Sandbox::new();
     whole.install(&[]).ended(0);
-    let wanted = normal(&whole);
+    let expected = normal(&whole);
     let points = each_kill_point(|at| {
         let sandbox = Sandbox::new();
         let before = sandbox.tree();
@@ -135,11 +135,15 @@ fn killed_after_every_write_of_the_journal_a_rerun_ends_the_same() {
         assert_eq!(said.code, -1, "killed by a signal\n{}", said.err);
         sandbox.install(&[]).ended(0);
         let now = normal(&sandbox);
-        same(&now.0, &wanted.0, &format!("killed after write {at}"));
-        assert_eq!((&now.1, &now.2), (&wanted.1, &wanted.2), "killed after write {at}");
+        assert_same_tree(&now.0, &expected.0, &format!("killed after write {at}"));
+        assert_eq!((&now.1, &now.2), (&expected.1, &expected.2), "killed after write {at}");
         if at % 4 == 0 {
             sandbox.run(&["uninstall", "--yes"]).ended(0);
-            same(&sandbox.tree(), &before, &format!("killed after write {at}, then uninstalled"));
+            assert_same_tree(
+                &sandbox.tree(),
+                &before,
+                &format!("killed after write {at}, then uninstalled"),
+            );
         }
         true
     });
@@ -178,7 +182,7 @@ fn uninstall_can_be_killed_too() {
             sandbox.run_with(&["uninstall", "--yes"], &[("PIPEOPS_KILL_AT", &at.to_string())]);
         assert_eq!(killed.code, -1, "{}", killed.err);
         sandbox.run(&["uninstall", "--yes"]).ended(0);
-        same(&sandbox.tree(), &before, &format!("killed after write {at}"));
+        assert_same_tree(&sandbox.tree(), &before, &format!("killed after write {at}"));
     }
 }
 
@@ -317,7 +321,7 @@ fn a_saved_plan_is_carried_out_exactly_or_not_at_all() {
     let (release, plan) = (sandbox.path("release"), sandbox.path("plan.json"));
     let before = sandbox.tree();
     sandbox.run(&["install-server", "--offline-dir", &release, "--plan-out", &plan]).ended(0);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 
     let other = Sandbox::new();
     other.put("/etc/machine-id", "ffffffffffffffffffffffffffffffff\n");
@@ -460,16 +464,16 @@ fn wrong_inputs_leave_nothing_behind() {
         (&["--k3s-sha256", &"0".repeat(64)], 6, "DIGEST_MISMATCH"),
     ];
     for (args, code, text) in cases {
-        let said: Said = sandbox.install(args);
+        let said: RunOutput = sandbox.install(args);
         assert_eq!(said.code, *code, "{args:?}\n{}\n{}", said.out, said.err);
         assert!(said.err.contains(text), "{args:?}\n{}", said.err);
-        same(&sandbox.tree(), &before, &format!("{args:?}"));
+        assert_same_tree(&sandbox.tree(), &before, &format!("{args:?}"));
     }
     let said = sandbox.run_with(&["install-server", "--yes"], &[("NODE_TYPE", "agent")]).ended(2);
     assert!(said.err.contains("missing: K3S_URL, K3S_TOKEN"), "{}", said.err);
     sandbox.run_with(&["install-server", "--yes"], &[("NODE_TYPE", "boss")]).ended(2);
     sandbox.run(&["install-server", "--offline-dir", &sandbox.path("release")]).ended(11);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
@@ -499,7 +503,7 @@ fn an_incomplete_or_damaged_offline_directory_is_refused_before_writing() {
         }
         let said = sandbox.install(&[]);
         assert_eq!(said.code, exit, "{change}: {}", said.err);
-        same(&sandbox.tree(), &before, change);
+        assert_same_tree(&sandbox.tree(), &before, change);
     }
 }
 
@@ -631,7 +635,7 @@ fn what_was_there_before_comes_back() {
     assert!(sandbox.read("/etc/rancher/k3s/registries.yaml").contains("mirror"));
     assert_eq!(sandbox.read("/usr/local/bin/kubectl"), "mine");
     sandbox.run(&["uninstall", "--yes"]).ended(0);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
@@ -648,7 +652,7 @@ fn volumes_survive_an_uninstall_unless_purged() {
     sandbox.install(&[]).ended(0);
     sandbox.put(file, "precious");
     sandbox.run(&["uninstall", "--yes", "--purge-data"]).ended(0);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
@@ -667,7 +671,7 @@ fn api_allow_writes_a_table_of_its_own() {
             .contains("ExecStartPre=nft -f /etc/pipeops/api-allow.nft")
     );
     sandbox.run(&["uninstall", "--yes"]).ended(0);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
@@ -682,7 +686,7 @@ fn a_kubeconfig_for_a_user_is_his_alone_and_names_the_node() {
     sandbox.install(&[]).ended(0);
     assert!(!sandbox.root().join("home/ops/.kube").exists());
     sandbox.run(&["uninstall", "--yes"]).ended(0);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
@@ -736,7 +740,7 @@ fn without_systemd_nothing_is_tried() {
     let before = sandbox.tree();
     let said = sandbox.install(&["--ignore", "NO_SYSTEMD"]).ended(3);
     assert!(said.err.contains("NO_SYSTEMD"), "{}", said.err);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
@@ -746,7 +750,7 @@ fn a_machine_of_the_other_role_or_of_somebody_else_is_left_alone() {
     let before = sandbox.tree();
     let said = sandbox.install(&["--ignore", "K3S_FOREIGN"]).ended(3);
     assert!(said.err.contains("K3S_FOREIGN"), "{}", said.err);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 /// k3s empties the file of its token before it writes it again, at each start; one that dies in between never starts again.

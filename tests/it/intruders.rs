@@ -13,16 +13,17 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use crate::hub::Hub;
+use crate::control_plane::ControlPlane;
 use crate::world::serve_kube;
 
 /// Longest that an intruder is borne.
 const BORNE: Duration = Duration::from_secs(30);
 
-async fn tls(hub: &Hub) -> tokio_rustls::client::TlsStream<TcpStream> {
-    let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
-    let config = Trust { ca_pem: Some(ca), ..Default::default() }.client().unwrap();
-    let address = hub.url.trim_start_matches("https://");
+async fn tls(control_plane: &ControlPlane) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let ca =
+        ControlPlane::stored(&control_plane.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+    let config = Trust { ca_pem: Some(ca), ..Default::default() }.client_config().unwrap();
+    let address = control_plane.url.trim_start_matches("https://");
     let name = rustls_pki_types::ServerName::try_from("127.0.0.1").unwrap();
     tokio_rustls::TlsConnector::from(Arc::new(config))
         .connect(name, TcpStream::connect(address).await.unwrap())
@@ -31,8 +32,8 @@ async fn tls(hub: &Hub) -> tokio_rustls::client::TlsStream<TcpStream> {
 }
 
 /// What comes back for `bytes`, until the server hangs up or has said enough.
-async fn said(hub: &Hub, bytes: &[u8]) -> String {
-    let mut io = tls(hub).await;
+async fn said(control_plane: &ControlPlane, bytes: &[u8]) -> String {
+    let mut io = tls(control_plane).await;
     // it may hang up before it has heard all
     let _ = io.write_all(bytes).await;
     let _ = io.flush().await;
@@ -62,8 +63,8 @@ async fn said(hub: &Hub, bytes: &[u8]) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_requests_get_a_clear_error() {
-    let hub = Hub::with(&[]);
-    let (enrolment, _) = hub.enrol();
+    let control_plane = ControlPlane::with(&[]);
+    let (enrolment, _) = control_plane.enrol();
     let head = |method: &str, path: &str, token: &str, more: &str| {
         format!(
             "{method} {path} HTTP/1.1\r\nHost: cp\r\nAuthorization: Bearer {token}\r\n{more}\r\n"
@@ -74,7 +75,7 @@ async fn hostile_requests_get_a_clear_error() {
         head.extend_from_slice(body);
         head
     };
-    let admin = hub.admin.as_str();
+    let admin = control_plane.admin.as_str();
     let length = |n: usize| format!("Content-Length: {n}\r\n");
     let large = vec![b' '; 70_000];
     let deep = "[".repeat(100_000);
@@ -183,17 +184,18 @@ async fn hostile_requests_get_a_clear_error() {
             "too_slow",
         ),
     ];
-    let answers =
-        futures_util::future::join_all(cases.iter().map(|(_, bytes, _, _)| said(&hub, bytes)))
-            .await;
+    let answers = futures_util::future::join_all(
+        cases.iter().map(|(_, bytes, _, _)| said(&control_plane, bytes)),
+    )
+    .await;
     for ((name, _, status, code), answer) in cases.iter().zip(answers) {
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{name}: {answer}");
         assert!(answer.contains(code), "{name}: {answer}");
         assert!(!answer.contains(admin) && !answer.contains(&enrolment), "{name}");
     }
-    assert_eq!(hub.ask("GET", "/api/v1/health", "", json!({})).await.status(), 200);
+    assert_eq!(control_plane.ask("GET", "/api/v1/health", "", json!({})).await.status(), 200);
     assert_eq!(
-        hub.json("GET", "/api/v1/projects", admin, json!({})).await["items"]
+        control_plane.json("GET", "/api/v1/projects", admin, json!({})).await["items"]
             .as_array()
             .unwrap()
             .len(),
@@ -205,12 +207,13 @@ async fn hostile_requests_get_a_clear_error() {
         b"\x16\x03\x01\xff\xff\x01",
         b"\x80\x80\x80\x80",
     ] {
-        let mut io = TcpStream::connect(hub.url.trim_start_matches("https://")).await.unwrap();
+        let mut io =
+            TcpStream::connect(control_plane.url.trim_start_matches("https://")).await.unwrap();
         io.write_all(bytes).await.unwrap();
         let ended = tokio::time::timeout(BORNE, io.read_to_end(&mut Vec::new())).await;
         assert!(ended.is_ok(), "{bytes:?}");
     }
-    assert_eq!(hub.ask("GET", "/api/v1/health", "", json!({})).await.status(), 200);
+    assert_eq!(control_plane.ask("GET", "/api/v1/health", "", json!({})).await.status(), 200);
 }
 
 fn message(kind: u8, length: i64, body: &[u8]) -> Vec<u8> {
@@ -223,9 +226,9 @@ fn message(kind: u8, length: i64, body: &[u8]) -> Vec<u8> {
 /// Frames that break the protocol, and messages that break the peace, from somebody who knows what every agent knows.
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let (_kube, kube) = serve_kube().await;
-    let (agent, cluster) = hub.agent(kube).await;
+    let (agent, cluster) = control_plane.agent(kube).await;
     let kept = agent.sandbox.root().join("var/lib/pipeops-agent/credential.json");
     let kept: Value = serde_json::from_str(&std::fs::read_to_string(kept).unwrap()).unwrap();
     let known: TunnelConfig = serde_json::from_value(kept["config"]["tunnel"].clone()).unwrap();
@@ -274,7 +277,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
             pins: vec![Pin::parse(known.tls.pin.as_deref().unwrap()).unwrap()],
             ..Default::default()
         }
-        .client()
+        .client_config()
         .unwrap();
         let tcp = TcpStream::connect((address.0.as_str(), address.1)).await.unwrap();
         let name = rustls_pki_types::ServerName::try_from("127.0.0.1").unwrap();
@@ -288,7 +291,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
     }
     // first messages that are none
     let mut tasks = JoinSet::new();
-    let carrier = async |tasks: &mut JoinSet<()>| {
+    let connector = async |tasks: &mut JoinSet<()>| {
         Dialer::new(&config, false).unwrap().connect(tasks).await.unwrap()
     };
     for bytes in [
@@ -302,7 +305,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
         message(b'h', 2, b"{}"),
         message(b'4', 2, b"{}"),
     ] {
-        let mut stream = carrier(&mut tasks).await.open().await.unwrap();
+        let mut stream = connector(&mut tasks).await.open().await.unwrap();
         stream.write_all(&bytes).await.unwrap();
         stream.flush().await.unwrap();
         let mut rest = Vec::new();
@@ -314,7 +317,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
     }
     // what is well formed and not theirs
     let id =
-        hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["agent_id"]
+        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await["items"][0]["agent_id"]
             .as_str()
             .unwrap()
             .to_owned();
@@ -364,7 +367,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
         ),
     ];
     for (name, message, why) in asked {
-        let mut stream = carrier(&mut tasks).await.open().await.unwrap();
+        let mut stream = connector(&mut tasks).await.open().await.unwrap();
         wire::write(&mut stream, message).await.unwrap();
         let error =
             match tokio::time::timeout(BORNE, wire::read(&mut stream)).await.unwrap().unwrap() {
@@ -376,7 +379,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
         assert!(error.contains(why), "{name}: {error}");
     }
     // one who is let in opens nothing but his own
-    let mut control = carrier(&mut tasks).await.open().await.unwrap();
+    let mut control = connector(&mut tasks).await.open().await.unwrap();
     wire::write(&mut control, login(known.auth.metas.clone(), "")).await.unwrap();
     let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else {
         panic!("no answer")
@@ -407,6 +410,6 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
         assert!(error.contains("nothing else"), "{name} {kind}: {error}");
     }
     // whoever comes now is taken
-    carrier(&mut tasks).await;
-    assert_eq!(hub.version(&cluster).await, 200, "the agent's own tunnel");
+    connector(&mut tasks).await;
+    assert_eq!(control_plane.version(&cluster).await, 200, "the agent's own tunnel");
 }

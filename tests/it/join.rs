@@ -9,11 +9,11 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
-use crate::support::{Said, Sandbox, VERSION, each_kill_point, same, sha256};
+use crate::support::{RunOutput, Sandbox, VERSION, assert_same_tree, each_kill_point, sha256};
 
 /// How the server behaves.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) enum Mood {
+pub(crate) enum Behavior {
     #[default]
     Good,
     /// Its certificate comes from another CA than the one that it shows.
@@ -41,9 +41,9 @@ pub(crate) fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
 }
 
 impl Server {
-    pub(crate) fn start(mood: Mood) -> Server {
+    pub(crate) fn start(mood: Behavior) -> Server {
         let (ca, other) = (authority("k3s-server-ca@1"), authority("someone-else"));
-        let signer = if mood == Mood::OtherCa { &other } else { &ca };
+        let signer = if mood == Behavior::OtherCa { &other } else { &ca };
         let key = KeyPair::generate().unwrap();
         let cert = CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()])
             .unwrap()
@@ -64,7 +64,7 @@ impl Server {
             )
             .unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
-        let expired = Arc::new(std::sync::atomic::AtomicBool::new(mood == Mood::TokenExpired));
+        let expired = Arc::new(std::sync::atomic::AtomicBool::new(mood == Behavior::TokenExpired));
         let (pem, log, gone) = (ca.pem(), asked.clone(), expired.clone());
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -77,7 +77,7 @@ impl Server {
                 let mut held = Vec::new();
                 loop {
                     let (stream, _) = listener.accept().await.unwrap();
-                    if mood == Mood::Silent {
+                    if mood == Behavior::Silent {
                         held.push(stream);
                         continue;
                     }
@@ -95,7 +95,7 @@ impl Server {
                             ))
                         });
                         let builder = hyper::server::conn::http1::Builder::new();
-                        if mood == Mood::PlainHttp {
+                        if mood == Behavior::PlainHttp {
                             let _ = builder.serve_connection(TokioIo::new(stream), service).await;
                         } else if let Ok(stream) = acceptor.accept(stream).await {
                             let _ = builder.serve_connection(TokioIo::new(stream), service).await;
@@ -118,7 +118,7 @@ impl Server {
 }
 
 fn answer(
-    mood: Mood,
+    mood: Behavior,
     expired: bool,
     request: &Request<Incoming>,
     ca: &str,
@@ -128,7 +128,7 @@ fn answer(
     let path = request.uri().path().to_owned();
     log.lock().unwrap().push(path.clone());
     let (status, body) = match path.as_str() {
-        "/ping" if mood == Mood::Starting => (503, "starting".to_owned()),
+        "/ping" if mood == Behavior::Starting => (503, "starting".to_owned()),
         "/ping" => (200, "pong".to_owned()),
         "/cacerts" => (200, ca.to_owned()),
         path if expired && path.starts_with("/v1-k3s/") => (401, String::new()),
@@ -141,7 +141,7 @@ fn answer(
             (200, "{}".to_owned())
         }
         "/v1-k3s/config" => (401, String::new()),
-        "/v1-k3s/client-kubelet.crt" if mood == Mood::NameTaken => {
+        "/v1-k3s/client-kubelet.crt" if mood == Behavior::NameTaken => {
             (403, "Node password rejected".to_owned())
         }
         "/v1-k3s/client-kubelet.crt" => (200, kubelet.to_owned()),
@@ -151,13 +151,13 @@ fn answer(
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = StatusCode::from_u16(status).unwrap();
     let now = jiff::Timestamp::now()
-        + jiff::SignedDuration::from_secs(if mood == Mood::ClockAhead { 300 } else { 0 });
+        + jiff::SignedDuration::from_secs(if mood == Behavior::ClockAhead { 300 } else { 0 });
     let date = now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
     response.headers_mut().insert("date", date.parse().unwrap());
     Ok(response)
 }
 
-pub(crate) fn join(sandbox: &Sandbox, master: &str, token: &str, more: &[&str]) -> Said {
+pub(crate) fn join(sandbox: &Sandbox, master: &str, token: &str, more: &[&str]) -> RunOutput {
     let release = sandbox.path("release");
     let mut args =
         vec!["join-worker", master, token, "--offline-dir", &release, "--yes", "--timeout", "20s"];
@@ -167,7 +167,7 @@ pub(crate) fn join(sandbox: &Sandbox, master: &str, token: &str, more: &[&str]) 
 
 #[test]
 fn a_join_a_second_run_and_an_uninstall() {
-    let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
+    let (sandbox, server) = (Sandbox::new(), Server::start(Behavior::Good));
     let before = sandbox.tree();
     let said = join(&sandbox, &server.url, &server.token(), &[]).ended(0);
     assert!(
@@ -192,21 +192,21 @@ fn a_join_a_second_run_and_an_uninstall() {
     assert!(!sandbox.calls().contains("abcdef.0123456789abcdef"), "no argv holds the token");
     let again = join(&sandbox, &server.url, &server.token(), &[]).ended(0);
     assert!(again.out.contains("nothing to do"), "{}", again.err);
-    same(&sandbox.tree(), &tree, "");
+    assert_same_tree(&sandbox.tree(), &tree, "");
     let left = sandbox.run(&["uninstall", "--yes"]).ended(0);
     assert!(
         left.out.contains("kubectl delete node vm1") || left.out.contains("everything"),
         "{}",
         left.out
     );
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
 fn a_wrong_server_or_token_is_refused_before_a_write() {
-    let good = Server::start(Mood::Good);
+    let good = Server::start(Behavior::Good);
     let token = good.token();
-    let refused = format!("127.0.0.1:{}", crate::plane::free_port());
+    let refused = format!("127.0.0.1:{}", crate::fake_control_plane::free_port());
     let cases: Vec<(String, String, i32, &str)> = vec![
         (
             good.url.clone(),
@@ -229,33 +229,33 @@ fn a_wrong_server_or_token_is_refused_before_a_write() {
         assert_eq!(said.code, code, "{master} {text}\n{}", said.err);
         assert!(said.err.contains(text), "{}", said.err);
         assert!(!said.err.contains("abcdef.0123456789abcdef"), "{}", said.err);
-        same(&sandbox.tree(), &before, text);
+        assert_same_tree(&sandbox.tree(), &before, text);
     }
 }
 
 #[test]
 fn a_server_in_a_bad_mood_is_told_apart() {
     for (mood, code, text) in [
-        (Mood::OtherCa, 7, "JOIN_CA_MISMATCH"),
-        (Mood::TokenExpired, 7, "expired or was deleted"),
-        (Mood::NameTaken, 7, "kubectl delete node vm1"),
-        (Mood::ClockAhead, 3, "CLOCK_SKEW"),
-        (Mood::PlainHttp, 5, "SERVER_NOT_TLS"),
-        (Mood::Starting, 5, "SERVER_NOT_K3S"),
-        (Mood::Silent, 5, "SERVER_SILENT"),
+        (Behavior::OtherCa, 7, "JOIN_CA_MISMATCH"),
+        (Behavior::TokenExpired, 7, "expired or was deleted"),
+        (Behavior::NameTaken, 7, "kubectl delete node vm1"),
+        (Behavior::ClockAhead, 3, "CLOCK_SKEW"),
+        (Behavior::PlainHttp, 5, "SERVER_NOT_TLS"),
+        (Behavior::Starting, 5, "SERVER_NOT_K3S"),
+        (Behavior::Silent, 5, "SERVER_SILENT"),
     ] {
         let (sandbox, server) = (Sandbox::new(), Server::start(mood));
         let before = sandbox.tree();
         let said = join(&sandbox, &server.url, &server.token(), &[]);
         assert_eq!(said.code, code, "{mood:?}\n{}", said.err);
         assert!(said.err.contains(text), "{mood:?}\n{}", said.err);
-        same(&sandbox.tree(), &before, &format!("{mood:?}"));
+        assert_same_tree(&sandbox.tree(), &before, &format!("{mood:?}"));
     }
 }
 
 #[test]
 fn a_token_comes_as_argument_input_file_or_variable() {
-    let server = Server::start(Mood::Good);
+    let server = Server::start(Behavior::Good);
     let token = server.token();
     let dry = |sandbox: &Sandbox, more: &[&str], env: &[(&str, &str)]| {
         let release = sandbox.path("release");
@@ -278,13 +278,13 @@ fn a_token_comes_as_argument_input_file_or_variable() {
         "--dry-run",
     ]);
     command.stdin(std::fs::File::open(sandbox.path("token")).unwrap());
-    crate::support::said(command.output().unwrap()).ended(0);
+    crate::support::run_output(command.output().unwrap()).ended(0);
     assert!(!server.asked("/v1-k3s/client-kubelet.crt"), "a dry run reserves no name");
 }
 
 #[test]
 fn a_join_that_fails_after_the_name_was_reserved_can_be_repeated() {
-    let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
+    let (sandbox, server) = (Sandbox::new(), Server::start(Behavior::Good));
     let before = sandbox.tree();
     sandbox.beside("release/k3s-airgap-images-amd64.tar", "damaged", 0o644);
     let said = join(&sandbox, &server.url, &server.token(), &[]).ended(6);
@@ -295,12 +295,12 @@ fn a_join_that_fails_after_the_name_was_reserved_can_be_repeated() {
     join(&sandbox, &server.url, &server.token(), &[]).ended(0);
     assert_eq!(sandbox.read("/etc/rancher/node/password"), password);
     sandbox.run(&["uninstall", "--yes"]).ended(0);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
 fn without_a_terminal_and_yes_nothing_is_reserved() {
-    let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
+    let (sandbox, server) = (Sandbox::new(), Server::start(Behavior::Good));
     let release = sandbox.path("release");
     sandbox
         .run(&["join-worker", &server.url, &server.token(), "--offline-dir", &release])
@@ -310,7 +310,7 @@ fn without_a_terminal_and_yes_nothing_is_reserved() {
 
 #[test]
 fn a_worker_is_never_newer_than_its_server() {
-    let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
+    let (sandbox, server) = (Sandbox::new(), Server::start(Behavior::Good));
     let said =
         join(&sandbox, &server.url, &server.token(), &["--k3s-version", "v1.37.0+k3s1"]).ended(3);
     assert!(said.err.contains("VERSION_SKEW"), "{}", said.err);
@@ -318,7 +318,7 @@ fn a_worker_is_never_newer_than_its_server() {
 
 #[test]
 fn node_type_agent_joins_by_environment() {
-    let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
+    let (sandbox, server) = (Sandbox::new(), Server::start(Behavior::Good));
     let release = sandbox.path("release");
     let env =
         [("NODE_TYPE", "agent"), ("K3S_URL", server.url.as_str()), ("K3S_TOKEN", &server.token())];
@@ -330,7 +330,7 @@ fn node_type_agent_joins_by_environment() {
 
 #[test]
 fn killed_after_every_write_of_the_journal_a_join_resumes() {
-    let server = Server::start(Mood::Good);
+    let server = Server::start(Behavior::Good);
     let points = each_kill_point(|at| {
         let sandbox = Sandbox::new();
         let before = sandbox.tree();
@@ -355,7 +355,7 @@ fn killed_after_every_write_of_the_journal_a_join_resumes() {
             "killed after write {at}"
         );
         sandbox.run(&["uninstall", "--yes"]).ended(0);
-        same(&sandbox.tree(), &before, &format!("killed after write {at}"));
+        assert_same_tree(&sandbox.tree(), &before, &format!("killed after write {at}"));
         true
     });
     assert!(points > 20, "the run was killed at {points} points");
@@ -364,7 +364,7 @@ fn killed_after_every_write_of_the_journal_a_join_resumes() {
 #[test]
 fn what_depends_on_the_version_waits_for_the_servers() {
     // cgroup v1 is nothing to a server of 1.34; here it runs 1.36, so the finding comes, but only once that is known
-    let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
+    let (sandbox, server) = (Sandbox::new(), Server::start(Behavior::Good));
     std::fs::remove_file(sandbox.root().join("sys/fs/cgroup/cgroup.controllers")).unwrap();
     sandbox.put("/proc/cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t1\t1\t1\ncpuset\t2\t1\t1\nmemory\t3\t1\t1\npids\t4\t1\t1\n");
     let said = join(&sandbox, &server.url, &server.token(), &[]).ended(3);
@@ -378,7 +378,7 @@ fn what_depends_on_the_version_waits_for_the_servers() {
 
 #[test]
 fn a_worker_that_is_up_is_content_with_an_expired_token() {
-    let (sandbox, server) = (Sandbox::new(), Server::start(Mood::Good));
+    let (sandbox, server) = (Sandbox::new(), Server::start(Behavior::Good));
     join(&sandbox, &server.url, &server.token(), &[]).ended(0);
     server.expired.store(true, std::sync::atomic::Ordering::Relaxed);
     let again = join(&sandbox, &server.url, &server.token(), &[]).ended(0);

@@ -80,13 +80,13 @@ async fn a_rotated_ca_and_token_are_picked_up_while_the_tunnel_stays() {
         std::fs::rename(dir.join("fresh"), dir.join("kubeconfig")).unwrap();
     };
     let token = world.token("viewer");
-    let until = async |wanted: u16, bearer: &str| {
+    let until = async |expected: u16, bearer: &str| {
         let begun = Instant::now();
         loop {
             let (status, body) = world.call("GET", "/k8s/version", &token, "", "").await;
             let seen =
                 kube.through().pop().map(|s| s.all("authorization").concat()).unwrap_or_default();
-            if status == wanted && (wanted != 200 || seen == bearer) {
+            if status == expected && (expected != 200 || seen == bearer) {
                 return;
             }
             assert!(

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{Sandbox, said, same};
+use crate::support::{Sandbox, assert_same_tree, run_output};
 
 /// Codes, levels and evidence of a dry run.
 fn findings(sandbox: &Sandbox, more: &[&str]) -> Vec<String> {
@@ -462,7 +462,7 @@ fn a_group_or_user_of_the_agents_name_is_taken_and_stays() {
             );
         }
         sandbox.run(&["uninstall", "--yes"]).ended(0);
-        same(&sandbox.tree(), &before, "");
+        assert_same_tree(&sandbox.tree(), &before, "");
     };
     installs(&|s| s.put("/etc/group", "root:x:0:\npipeops-agent:x:555:\n"));
     installs(&|s| {
@@ -503,7 +503,7 @@ fn a_directory_that_is_really_read_only_ends_in_preflight() {
             println!("NOT RUN: no unshare here");
             return;
         };
-        let said = said(output);
+        let said = run_output(output);
         if said.err.contains("unshare failed")
             || said.err.contains("permission denied")
             || said.err.contains("must be superuser")
@@ -513,6 +513,6 @@ fn a_directory_that_is_really_read_only_ends_in_preflight() {
         }
         assert_eq!(said.code, 3, "{dir}\n{}\n{}", said.out, said.err);
         assert!(said.err.contains("MOUNT_READ_ONLY"), "{dir}\n{}", said.err);
-        same(&sandbox.tree(), &before, dir);
+        assert_same_tree(&sandbox.tree(), &before, dir);
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::hub::{DATA, Hub};
+use crate::control_plane::{ControlPlane, DATA};
 use crate::world::{Kube, Scripted, TOKEN, World, serve_kube};
 
 pub(crate) fn deployment(name: &str) -> Value {
@@ -64,9 +64,10 @@ impl World {
 
     /// The end as the control plane was told it.
     async fn told(&self, id: &str) -> Value {
-        let (plane, part) = (self.plane.clone(), format!("/operations/{id}/result"));
-        self.plane.until("the result", |_| !plane.calls(&part).is_empty()).await;
-        self.plane.calls(&part).pop().unwrap().2
+        let (control_plane, part) =
+            (self.control_plane.clone(), format!("/operations/{id}/result"));
+        self.control_plane.until("the result", |_| !control_plane.calls(&part).is_empty()).await;
+        self.control_plane.calls(&part).pop().unwrap().2
     }
 
     fn state(&self) -> std::path::PathBuf {
@@ -87,7 +88,10 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
     // nobody takes the result the first two times
     let busy =
         Scripted { path: "/operations/", status: 503, body: json!({}), headers: vec![], times: 2 };
-    let world = World::with("", |plane| plane.script.lock().unwrap().push(busy)).await.up().await;
+    let world = World::with("", |control_plane| control_plane.script.lock().unwrap().push(busy))
+        .await
+        .up()
+        .await;
     world.kube.ready.store(true, Relaxed);
     let token = world.token("deployer");
     let body = apply(&[secret(), deployment("web")]);
@@ -125,7 +129,7 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
     assert!(kept.contains("Secret beta/s") && !kept.contains("canary-9911-in-plain-text"));
     assert!(
         world
-            .plane
+            .control_plane
             .calls("/")
             .iter()
             .all(|c| !c.2.to_string().contains("canary-9911-in-plain-text"))
@@ -182,7 +186,7 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
     let token = world.token("deployer");
     let path = "/api/v1/operations";
     let whole = apply(&[deployment("web")]).to_string();
-    for (token, headers, body, wanted) in [
+    for (token, headers, body, expected) in [
         (&token, "", whole.as_str(), (400, "idempotency_key_needed")),
         (
             &token,
@@ -195,7 +199,7 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
         (&world.token("viewer"), "Idempotency-Key: k\r\n", &whole, (403, "role_exceeded")),
     ] {
         let (status, answer) = world.call("POST", path, token, headers, body).await;
-        assert_eq!((status, answer["code"].as_str().unwrap_or_default()), wanted, "{answer}");
+        assert_eq!((status, answer["code"].as_str().unwrap_or_default()), expected, "{answer}");
     }
     let big = format!("{{\"kind\":\"{}\"}}", "x".repeat(1 << 20));
     assert_eq!(world.call("POST", path, &token, "Idempotency-Key: k\r\n", &big).await.0, 413);
@@ -213,7 +217,7 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
     let elsewhere = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c", "namespace": "kube-system"}});
     let unknown = json!({"apiVersion": "none/v1", "kind": "Dance", "metadata": {"name": "d", "namespace": "beta"}});
     let lost = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}});
-    let scoped = world.plane.token(&world.id, "deployer", Some(&["beta"]));
+    let scoped = world.control_plane.token(&world.id, "deployer", Some(&["beta"]));
     for (key, token, object, text) in [
         ("e-1", &scoped, elsewhere, "namespace_scope"),
         ("e-2", &token, unknown, "no Dance in none/v1"),
@@ -404,7 +408,7 @@ async fn an_operation_can_be_followed_and_cancelled_and_eight_run_at_once() {
         (&json!("cancelled"), &json!("created"))
     );
     // another Runner's eyes and hands
-    let foreign = world.plane.token_of(&world.id, "runner-2", "deployer");
+    let foreign = world.control_plane.token_of(&world.id, "runner-2", "deployer");
     assert_eq!(world.call("GET", &path, &foreign, "", "").await.0, 404);
     assert_eq!(world.call("DELETE", &path, &foreign, "", "").await.0, 404);
     let (_, list) = world.call("GET", "/api/v1/operations", &foreign, "", "").await;
@@ -420,8 +424,8 @@ async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
     let (_, taken) = world.operate(&token, "k", &apply(&[deployment("web")])).await;
     let id = taken["id"].as_str().unwrap().to_owned();
     let kube = world.kube.clone();
-    world.plane.until("the write", |_| !written(&kube).is_empty()).await;
-    world.agent.again(&[("AGENT_TOKEN", TOKEN)]);
+    world.control_plane.until("the write", |_| !written(&kube).is_empty()).await;
+    world.agent.restart(&[("AGENT_TOKEN", TOKEN)]);
     let told = world.told(&id).await;
     assert!(
         told["state"] == "interrupted" && told["message"].as_str().unwrap().contains("may be done"),
@@ -430,7 +434,7 @@ async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
     assert_eq!(written(&world.kube).len(), 1, "nothing is done again by itself");
     // an orderly end tells it too, before or after the next start
     let frps = world.frps.clone();
-    world.plane.until("the tunnel", |_| frps.proxies() == ["agent"]).await;
+    world.control_plane.until("the tunnel", |_| frps.proxies() == ["agent"]).await;
     let begun = Instant::now();
     let second = loop {
         let (status, taken) =
@@ -451,29 +455,29 @@ async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
     )
     .unwrap();
     tokio::task::block_in_place(|| world.agent.child.wait().unwrap());
-    world.agent.again(&[("AGENT_TOKEN", TOKEN)]);
+    world.agent.restart(&[("AGENT_TOKEN", TOKEN)]);
     assert_eq!(world.told(&second).await["state"], "interrupted");
 }
 
 /// A Runner who asks the control plane.
-pub(crate) async fn asks(
-    hub: &Hub,
+pub(crate) async fn submit(
+    control_plane: &ControlPlane,
     cluster: &str,
     token: &str,
     key: &str,
     body: &Value,
 ) -> (u16, Value) {
-    let request = hub
+    let request = control_plane
         .client
-        .post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url))
+        .post(format!("{}/api/v1/clusters/{cluster}/operations", control_plane.url))
         .bearer_auth(token)
         .header("idempotency-key", key);
     let answer = request.json(body).send().await.unwrap();
     (answer.status().as_u16(), answer.json().await.unwrap_or_default())
 }
 
-pub(crate) async fn comes_to(
-    hub: &Hub,
+pub(crate) async fn wait_for_state(
+    control_plane: &ControlPlane,
     cluster: &str,
     token: &str,
     id: &str,
@@ -481,7 +485,7 @@ pub(crate) async fn comes_to(
 ) -> Value {
     let begun = Instant::now();
     loop {
-        let seen = hub
+        let seen = control_plane
             .json("GET", &format!("/api/v1/clusters/{cluster}/operations/{id}"), token, json!({}))
             .await;
         if seen["state"] == state {
@@ -490,7 +494,7 @@ pub(crate) async fn comes_to(
         assert!(
             begun.elapsed() < Duration::from_secs(40),
             "never {state}: {seen}; {}",
-            hub.log.lock().unwrap()
+            control_plane.log.lock().unwrap()
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -498,87 +502,101 @@ pub(crate) async fn comes_to(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outlives_both() {
-    let mut hub = Hub::with(&[]);
+    let mut control_plane = ControlPlane::with(&[]);
     let (kube, address) = serve_kube().await;
     kube.ready.store(true, Relaxed);
-    let (mut agent, cluster) = hub.agent(address).await;
-    let runner = hub.runner("deployer").await;
+    let (mut agent, cluster) = control_plane.agent(address).await;
+    let runner = control_plane.runner("deployer").await;
     let token = runner["token"].as_str().unwrap().to_owned();
     let id = |value: &Value| value["id"].as_str().unwrap().to_owned();
     // the agent is there: it has it at once
     let body = apply(&[deployment("web")]);
-    let (status, taken) = asks(&hub, &cluster, &token, "k-1", &body).await;
+    let (status, taken) = submit(&control_plane, &cluster, &token, "k-1", &body).await;
     assert_eq!((status, &taken["cluster_id"]), (202, &json!(cluster)), "{taken}");
-    comes_to(&hub, &cluster, &token, &id(&taken), "succeeded").await;
-    let (status, same) = asks(&hub, &cluster, &token, "k-1", &body).await;
+    wait_for_state(&control_plane, &cluster, &token, &id(&taken), "succeeded").await;
+    let (status, same) = submit(&control_plane, &cluster, &token, "k-1", &body).await;
     assert_eq!((status, id(&same)), (200, id(&taken)));
-    assert_eq!(asks(&hub, &cluster, &token, "k-1", &apply(&[deployment("other")])).await.0, 409);
+    assert_eq!(
+        submit(&control_plane, &cluster, &token, "k-1", &apply(&[deployment("other")])).await.0,
+        409
+    );
     // what the agent refuses is refused in its words
     let (status, answer) =
-        asks(&hub, &cluster, &token, "k-2", &json!({"kind": "dance", "spec": {}})).await;
+        submit(&control_plane, &cluster, &token, "k-2", &json!({"kind": "dance", "spec": {}}))
+            .await;
     assert_eq!((status, &answer["code"]), (400, &json!("bad_operation")));
-    let request = hub
+    let request = control_plane
         .client
-        .post(format!("{}/api/v1/clusters/{cluster}/operations", hub.url))
+        .post(format!("{}/api/v1/clusters/{cluster}/operations", control_plane.url))
         .bearer_auth(&token);
     assert_eq!(request.json(&body).send().await.unwrap().status(), 400, "no key");
-    let viewer = hub.runner("viewer").await;
+    let viewer = control_plane.runner("viewer").await;
     let viewer_token = viewer["token"].as_str().unwrap();
-    assert_eq!(asks(&hub, &cluster, viewer_token, "k", &body).await.0, 403);
+    assert_eq!(submit(&control_plane, &cluster, viewer_token, "k", &body).await.0, 403);
     assert_eq!(
-        hub.ask(
-            "GET",
-            &format!("/api/v1/clusters/{cluster}/operations/{}", id(&taken)),
-            viewer_token,
-            json!({})
-        )
-        .await
-        .status(),
+        control_plane
+            .ask(
+                "GET",
+                &format!("/api/v1/clusters/{cluster}/operations/{}", id(&taken)),
+                viewer_token,
+                json!({})
+            )
+            .await
+            .status(),
         404
     );
     // one that runs ends with the right to it
     kube.ready.store(false, Relaxed);
-    let gone = hub.runner("deployer").await;
-    let (_, running) = asks(
-        &hub,
+    let gone = control_plane.runner("deployer").await;
+    let (_, running) = submit(
+        &control_plane,
         &cluster,
         gone["token"].as_str().unwrap(),
         "k",
         &apply(&[deployment("running")]),
     )
     .await;
-    let admin = hub.admin.clone();
-    comes_to(&hub, &cluster, &admin, &id(&running), "running").await;
-    hub.sandbox.verb(&["control-plane", "runner", "revoke", gone["id"].as_str().unwrap()]).ended(0);
+    let admin = control_plane.admin.clone();
+    wait_for_state(&control_plane, &cluster, &admin, &id(&running), "running").await;
+    control_plane
+        .sandbox
+        .subcommand(&["control-plane", "runner", "revoke", gone["id"].as_str().unwrap()])
+        .ended(0);
     let begun = Instant::now();
-    comes_to(&hub, &cluster, &admin, &id(&running), "cancelled").await;
+    wait_for_state(&control_plane, &cluster, &admin, &id(&running), "cancelled").await;
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     kube.ready.store(true, Relaxed);
     // the agent is gone
     agent.child.kill().unwrap();
     agent.child.wait().unwrap();
     let begun = Instant::now();
-    while hub.version(&cluster).await == 200 {
+    while control_plane.version(&cluster).await == 200 {
         assert!(begun.elapsed() < Duration::from_secs(20), "the agent's tunnel stays");
     }
-    let (status, answer) = asks(&hub, &cluster, &token, "k-3", &body).await;
+    let (status, answer) = submit(&control_plane, &cluster, &token, "k-3", &body).await;
     assert_eq!((status, &answer["code"]), (503, &json!("agent_offline")));
     let waits = |objects: &[Value], ttl: i64| {
         let mut body = apply(objects);
         body["ttl_s"] = ttl.into();
         body
     };
-    assert_eq!(asks(&hub, &cluster, &token, "k-4", &waits(&[secret()], 0)).await.0, 400);
-    let (status, queued) = asks(&hub, &cluster, &token, "k-4", &waits(&[secret()], 600)).await;
+    assert_eq!(
+        submit(&control_plane, &cluster, &token, "k-4", &waits(&[secret()], 0)).await.0,
+        400
+    );
+    let (status, queued) =
+        submit(&control_plane, &cluster, &token, "k-4", &waits(&[secret()], 600)).await;
     assert_eq!((status, &queued["state"]), (202, &json!("queued")), "{queued}");
     let (_, second) =
-        asks(&hub, &cluster, &token, "k-5", &waits(&[deployment("second")], 600)).await;
-    let (_, short) = asks(&hub, &cluster, &token, "k-6", &waits(&[deployment("short")], 1)).await;
+        submit(&control_plane, &cluster, &token, "k-5", &waits(&[deployment("second")], 600)).await;
+    let (_, short) =
+        submit(&control_plane, &cluster, &token, "k-6", &waits(&[deployment("short")], 1)).await;
     let (_, unwanted) =
-        asks(&hub, &cluster, &token, "k-7", &waits(&[deployment("unwanted")], 600)).await;
-    let leaver = hub.runner("deployer").await;
-    let (_, orphan) = asks(
-        &hub,
+        submit(&control_plane, &cluster, &token, "k-7", &waits(&[deployment("unwanted")], 600))
+            .await;
+    let leaver = control_plane.runner("deployer").await;
+    let (_, orphan) = submit(
+        &control_plane,
         &cluster,
         leaver["token"].as_str().unwrap(),
         "k-8",
@@ -587,8 +605,8 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
     .await;
     for n in 0..12 {
         // 16 wait for one agent: with the one that has expired by now, or not yet
-        asks(
-            &hub,
+        submit(
+            &control_plane,
             &cluster,
             &token,
             &format!("m-{n}"),
@@ -597,26 +615,31 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
         .await;
     }
     let (status, answer) =
-        asks(&hub, &cluster, &token, "m-13", &waits(&[deployment("m-13")], 600)).await;
+        submit(&control_plane, &cluster, &token, "m-13", &waits(&[deployment("m-13")], 600)).await;
     assert_eq!((status, &answer["code"]), (429, &json!("queue_full")), "{answer}");
     let path = |op: &Value| format!("/api/v1/clusters/{cluster}/operations/{}", id(op));
-    assert_eq!(hub.json("DELETE", &path(&unwanted), &token, json!({})).await["state"], "cancelled");
-    hub.sandbox
-        .verb(&["control-plane", "runner", "revoke", leaver["id"].as_str().unwrap()])
+    assert_eq!(
+        control_plane.json("DELETE", &path(&unwanted), &token, json!({})).await["state"],
+        "cancelled"
+    );
+    control_plane
+        .sandbox
+        .subcommand(&["control-plane", "runner", "revoke", leaver["id"].as_str().unwrap()])
         .ended(0);
-    comes_to(&hub, &cluster, &token, &id(&short), "expired").await;
+    wait_for_state(&control_plane, &cluster, &token, &id(&short), "expired").await;
     // kill -9, and what waits is still there; nobody can read it in the database
-    hub.killed_and_back();
-    let data = texts(&hub.sandbox.root().join(DATA));
+    control_plane.kill_and_restart();
+    let data = texts(&control_plane.sandbox.root().join(DATA));
     assert!(data.contains(&id(&queued)) && !data.contains("canary-9911-in-plain-text"));
     let before = kube.through().len();
-    agent.again(&[]);
-    comes_to(&hub, &cluster, &token, &id(&second), "succeeded").await;
+    agent.restart(&[]);
+    wait_for_state(&control_plane, &cluster, &token, &id(&second), "succeeded").await;
     assert_eq!(
-        comes_to(&hub, &cluster, &token, &id(&queued), "succeeded").await["objects"][0]["object"],
+        wait_for_state(&control_plane, &cluster, &token, &id(&queued), "succeeded").await["objects"]
+            [0]["object"],
         "Secret beta/s"
     );
-    let failed = comes_to(&hub, &cluster, &admin, &id(&orphan), "failed").await;
+    let failed = wait_for_state(&control_plane, &cluster, &admin, &id(&orphan), "failed").await;
     assert!(failed["message"].as_str().unwrap().contains("may not do this any more"), "{failed}");
     // in the order in which they were asked for, and each once
     let begun = Instant::now();

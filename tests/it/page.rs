@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::browser::Browser;
-use crate::hub::{Hub, Simulated, storm};
+use crate::control_plane::{ControlPlane, SimulatedAgent, register_many};
 use crate::world::serve_kube;
 
 /// A session's cookie and what its page sends with it.
-async fn session(hub: &Hub, token: &str) -> (String, String) {
-    let answer = hub.ask("POST", "/session", "", json!({"token": token})).await;
+async fn session(control_plane: &ControlPlane, token: &str) -> (String, String) {
+    let answer = control_plane.ask("POST", "/session", "", json!({"token": token})).await;
     assert_eq!(answer.status(), 200);
     let set = answer.headers()["set-cookie"].to_str().unwrap().to_owned();
     for attribute in ["__Host-", "Path=/", "Secure", "HttpOnly", "SameSite=Strict"] {
@@ -22,14 +22,14 @@ async fn session(hub: &Hub, token: &str) -> (String, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let (kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
-    let (cookie, csrf) = session(&hub, &hub.admin).await;
+    let (_agent, cluster) = control_plane.agent(address).await;
+    let (cookie, csrf) = session(&control_plane, &control_plane.admin).await;
     let ask = async |method: &str, path: &str, headers: &[(&str, &str)]| {
-        let mut request = hub
+        let mut request = control_plane
             .client
-            .request(method.parse().unwrap(), format!("{}{path}", hub.url))
+            .request(method.parse().unwrap(), format!("{}{path}", control_plane.url))
             .header("cookie", &cookie);
         for (name, value) in headers {
             request = request.header(*name, *value);
@@ -69,11 +69,22 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
         assert!(matches!(ask("GET", path, &ours).await.status().as_u16(), 401 | 403), "{path}");
     }
     // what it shows of a cluster it asks as a viewer
-    hub.json("GET", &format!("/api/v1/clusters/{cluster}/inside/events"), &hub.admin, json!({}))
+    control_plane
+        .json(
+            "GET",
+            &format!("/api/v1/clusters/{cluster}/inside/events"),
+            &control_plane.admin,
+            json!({}),
+        )
         .await;
     assert_eq!(kube.through().pop().unwrap().all("impersonate-group"), ["pipeops:viewer"]);
-    let audit = hub
-        .json("GET", &format!("/api/v1/clusters/{cluster}/inside/audit"), &hub.admin, json!({}))
+    let audit = control_plane
+        .json(
+            "GET",
+            &format!("/api/v1/clusters/{cluster}/inside/audit"),
+            &control_plane.admin,
+            json!({}),
+        )
         .await;
     let records = audit["items"].as_array().unwrap();
     assert!(
@@ -81,56 +92,64 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
         "{audit}"
     );
     assert_eq!(
-        hub.ask(
-            "GET",
-            &format!("/api/v1/clusters/{cluster}/inside/secrets"),
-            &hub.admin,
-            json!({})
-        )
-        .await
-        .status(),
+        control_plane
+            .ask(
+                "GET",
+                &format!("/api/v1/clusters/{cluster}/inside/secrets"),
+                &control_plane.admin,
+                json!({})
+            )
+            .await
+            .status(),
         404
     );
     // logged out is logged out
     assert_eq!(ask("DELETE", "/session", &ours).await.status(), 200);
     assert_eq!(ask("GET", "/api/v1/clusters", &ours).await.status(), 401);
     // a Runner's session sees what the Runner sees, as long as he is one
-    let runner = hub
-        .json("POST", "/api/v1/runners", &hub.admin, json!({"name": "ci", "clusters": ["c-0"]}))
+    let runner = control_plane
+        .json(
+            "POST",
+            "/api/v1/runners",
+            &control_plane.admin,
+            json!({"name": "ci", "clusters": ["c-0"]}),
+        )
         .await;
-    let (cookie, _) = session(&hub, runner["token"].as_str().unwrap()).await;
+    let (cookie, _) = session(&control_plane, runner["token"].as_str().unwrap()).await;
     let list = async || {
-        hub.client
-            .get(format!("{}/api/v1/clusters", hub.url))
+        control_plane
+            .client
+            .get(format!("{}/api/v1/clusters", control_plane.url))
             .header("cookie", &cookie)
             .send()
             .await
             .unwrap()
     };
     assert_eq!(list().await.json::<Value>().await.unwrap()["items"], json!([]));
-    let two = hub
+    let two = control_plane
         .client
-        .get(format!("{}/api/v1/clusters", hub.url))
+        .get(format!("{}/api/v1/clusters", control_plane.url))
         .header("cookie", format!("{cookie}; {cookie}"))
         .send()
         .await
         .unwrap();
     assert_eq!(two.status(), 401);
-    let mut live = hub
+    let mut live = control_plane
         .client
-        .get(format!("{}/api/v1/changes", hub.url))
+        .get(format!("{}/api/v1/changes", control_plane.url))
         .header("cookie", &cookie)
         .send()
         .await
         .unwrap();
     assert!(live.chunk().await.unwrap().is_some());
-    hub.json(
-        "DELETE",
-        &format!("/api/v1/runners/{}", runner["id"].as_str().unwrap()),
-        &hub.admin,
-        json!({}),
-    )
-    .await;
+    control_plane
+        .json(
+            "DELETE",
+            &format!("/api/v1/runners/{}", runner["id"].as_str().unwrap()),
+            &control_plane.admin,
+            json!({}),
+        )
+        .await;
     assert_eq!(list().await.status(), 401);
     let ended = tokio::time::timeout(Duration::from_secs(5), async {
         while let Ok(Some(_)) = live.chunk().await {}
@@ -138,11 +157,13 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
     .await;
     assert!(ended.is_ok(), "the live updates go on");
     // nor is an administrator's worth more than he is
-    let other = hub.sandbox.verb(&["control-plane", "admin", "create", "Ada"]).ended(0).out;
-    let (cookie, _) = session(&hub, other.trim()).await;
+    let other =
+        control_plane.sandbox.subcommand(&["control-plane", "admin", "create", "Ada"]).ended(0).out;
+    let (cookie, _) = session(&control_plane, other.trim()).await;
     let list = async || {
-        hub.client
-            .get(format!("{}/api/v1/admins", hub.url))
+        control_plane
+            .client
+            .get(format!("{}/api/v1/admins", control_plane.url))
             .header("cookie", &cookie)
             .send()
             .await
@@ -156,44 +177,55 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
             .unwrap()
             .to_owned()
     };
-    hub.sandbox.verb(&["control-plane", "admin", "revoke", &id("Ada")]).ended(0);
+    control_plane.sandbox.subcommand(&["control-plane", "admin", "revoke", &id("Ada")]).ended(0);
     assert_eq!(list().await.status(), 401);
-    assert_eq!(hub.ask("GET", "/api/v1/clusters", other.trim(), json!({})).await.status(), 401);
-    let last = hub.sandbox.verb(&["control-plane", "admin", "revoke", &id("first")]).ended(7);
+    assert_eq!(
+        control_plane.ask("GET", "/api/v1/clusters", other.trim(), json!({})).await.status(),
+        401
+    );
+    let last = control_plane
+        .sandbox
+        .subcommand(&["control-plane", "admin", "revoke", &id("first")])
+        .ended(7);
     assert!(last.err.contains("LAST_ADMIN"), "{}", last.err);
     // a kubeconfig is no way to log in
-    let kubeconfig = hub
-        .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &hub.admin, json!({}))
+    let kubeconfig = control_plane
+        .ask(
+            "POST",
+            &format!("/api/v1/clusters/{cluster}/kubeconfig"),
+            &control_plane.admin,
+            json!({}),
+        )
         .await
         .text()
         .await
         .unwrap();
     let kubeconfig: Value = serde_json::from_str(&kubeconfig).unwrap();
-    let answer = hub
+    let answer = control_plane
         .ask("POST", "/session", "", json!({"token": kubeconfig["users"][0]["user"]["token"]}))
         .await;
     assert_eq!(answer.status(), 403);
 }
 
-fn log_in(browser: &mut Browser, hub: &Hub) {
-    browser.open(&format!("{}/", hub.url));
+fn log_in(browser: &mut Browser, control_plane: &ControlPlane) {
+    browser.open(&format!("{}/", control_plane.url));
     browser.until("document.querySelector('#login')?.hidden === false");
     browser.value("document.querySelector('#token').focus()");
-    browser.write(hub.admin.trim());
+    browser.write(control_plane.admin.trim());
     browser.press("Enter");
     browser.until("!document.querySelector('#fleet').hidden");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
-    let hub = Hub::with(&[]);
-    let pin = hub.enrol().1;
+    let control_plane = ControlPlane::with(&[]);
+    let pin = control_plane.enrol().1;
     let Some(mut browser) = Browser::start(&pin) else { return };
     let (_kube, address) = serve_kube().await;
-    // a name with markup, as hub.agent gives
-    let (_agent, cluster) = hub.agent(address).await;
+    // a name with markup, as control_plane.agent gives
+    let (_agent, cluster) = control_plane.agent(address).await;
     browser.size(1200, 800, false);
-    browser.open(&format!("{}/", hub.url));
+    browser.open(&format!("{}/", control_plane.url));
     browser.until("document.querySelector('#login')?.hidden === false");
     browser.picture("login");
     // a wrong token is said to be wrong, where it was typed
@@ -202,7 +234,7 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     browser.press("Enter");
     browser.until("document.querySelector('#login-error').textContent.includes('wrong')");
     browser.value("document.querySelector('#token').value = ''");
-    log_in(&mut browser, &hub);
+    log_in(&mut browser, &control_plane);
     browser.until("document.querySelectorAll('#rows tr').length === 1");
     assert_eq!(browser.text("#rows a"), "<b>x</b>");
     assert_eq!(browser.value("document.querySelectorAll('#rows b').length"), 0);
@@ -212,10 +244,11 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     assert_eq!(kept, "{}{}");
     // who comes is there at once, and who is revoked is shown so
     let dir = tempfile::tempdir().unwrap();
-    let token = hub.enrol().0;
-    let other = Simulated::new(&hub, dir.path(), &token).await;
+    let token = control_plane.enrol().0;
+    let other = SimulatedAgent::new(&control_plane, dir.path(), &token).await;
     browser.until("document.querySelectorAll('#rows tr').length === 2");
-    let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    let clusters =
+        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
     let theirs = clusters["items"]
         .as_array()
         .unwrap()
@@ -223,13 +256,14 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
         .find(|c| c["agent_id"] == other.id.as_str())
         .unwrap()["id"]
         .clone();
-    hub.json(
-        "POST",
-        &format!("/api/v1/clusters/{}/revoke", theirs.as_str().unwrap()),
-        &hub.admin,
-        json!({}),
-    )
-    .await;
+    control_plane
+        .json(
+            "POST",
+            &format!("/api/v1/clusters/{}/revoke", theirs.as_str().unwrap()),
+            &control_plane.admin,
+            json!({}),
+        )
+        .await;
     browser.until(
         "[...document.querySelectorAll('#rows .state')].some((s) => s.textContent === 'revoked')",
     );
@@ -245,7 +279,10 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     let line = browser.text("#install");
     assert!(
         line.starts_with("echo poe_")
-            && line.contains(&format!("--control-plane-url {} --control-plane-pin {pin}", hub.url)),
+            && line.contains(&format!(
+                "--control-plane-url {} --control-plane-pin {pin}",
+                control_plane.url
+            )),
         "{line}"
     );
     assert_eq!(browser.value("document.activeElement.id"), "copy");
@@ -287,10 +324,10 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     }
     // a restart of the control plane ends the session, and the page says so and lets people in again
     browser.content();
-    let mut hub = hub;
-    hub.killed_and_back();
+    let mut control_plane = control_plane;
+    control_plane.kill_and_restart();
     browser.until("!document.querySelector('#login').hidden");
-    log_in(&mut browser, &hub);
+    log_in(&mut browser, &control_plane);
     browser.until("document.querySelectorAll('#rows tr').length === 2");
     browser.content();
 }
@@ -298,16 +335,17 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
 /// Who falls silent is judged after 45 s; from then on people have it within five.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_verdict_of_offline_is_on_the_page_within_seconds() {
-    let hub = Hub::with(&[]);
-    let (token, pin) = hub.enrol();
+    let control_plane = ControlPlane::with(&[]);
+    let (token, pin) = control_plane.enrol();
     let Some(mut browser) = Browser::start(&pin) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let silent = Simulated::new(&hub, dir.path(), &token).await;
-    log_in(&mut browser, &hub);
+    let silent = SimulatedAgent::new(&control_plane, dir.path(), &token).await;
+    log_in(&mut browser, &control_plane);
     browser.until("document.querySelectorAll('#rows .state.online').length === 1");
     let begun = Instant::now();
     loop {
-        let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+        let clusters =
+            control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
         let state = clusters["items"]
             .as_array()
             .unwrap()
@@ -330,12 +368,12 @@ async fn a_verdict_of_offline_is_on_the_page_within_seconds() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_clusters_are_a_page_like_any_other() {
-    let hub = Hub::with(&[]);
-    let pin = hub.enrol().1;
+    let control_plane = ControlPlane::with(&[]);
+    let pin = control_plane.enrol().1;
     let Some(mut browser) = Browser::start(&pin) else { return };
-    let token = hub
+    let token = control_plane
         .sandbox
-        .verb(&["control-plane", "token", "create", "--uses", "0"])
+        .subcommand(&["control-plane", "token", "create", "--uses", "0"])
         .ended(0)
         .out
         .split_whitespace()
@@ -343,16 +381,16 @@ async fn a_thousand_clusters_are_a_page_like_any_other() {
         .unwrap()
         .to_owned();
     let dir = tempfile::tempdir().unwrap();
-    let mut tasks = storm(&hub, dir.path(), &token, 1000);
+    let mut tasks = register_many(&control_plane, dir.path(), &token, 1000);
     while let Some(done) = tasks.join_next().await {
         done.unwrap();
     }
     browser.size(1200, 800, false);
-    log_in(&mut browser, &hub);
+    log_in(&mut browser, &control_plane);
     browser.until("document.querySelectorAll('#rows tr').length === 1000");
     // loaded anew, with the session that is there
     let begun = Instant::now();
-    browser.open(&format!("{}/", hub.url));
+    browser.open(&format!("{}/", control_plane.url));
     browser.until("document.querySelectorAll('#rows tr').length === 1000");
     let usable = begun.elapsed();
     let typed = browser.value("(() => { const t = performance.now(); const f = document.querySelector('#find'); f.value = 'online'; f.dispatchEvent(new Event('input')); document.body.offsetHeight; return performance.now() - t; })()");
@@ -367,8 +405,9 @@ async fn a_thousand_clusters_are_a_page_like_any_other() {
 #[test]
 #[ignore = "takes the README's pictures of a control plane that runs, as scripts/try leaves one"]
 fn the_readmes_pictures() {
-    let plane = std::env::var("PIPEOPS_PLANE").expect("PIPEOPS_PLANE");
-    let [url, pin, token, cluster] = plane.split_whitespace().collect::<Vec<_>>()[..] else {
+    let control_plane = std::env::var("PIPEOPS_PLANE").expect("PIPEOPS_PLANE");
+    let [url, pin, token, cluster] = control_plane.split_whitespace().collect::<Vec<_>>()[..]
+    else {
         panic!("URL PIN TOKEN CLUSTER")
     };
     let mut browser = Browser::start(pin).expect("chromium");

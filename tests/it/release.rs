@@ -6,11 +6,11 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::support::{Said, Sandbox, VERSION, same, sha256};
+use crate::support::{RunOutput, Sandbox, VERSION, assert_same_tree, sha256};
 
 /// How the server treats one path.
 #[derive(Clone, Debug)]
-pub(crate) enum Mood {
+pub(crate) enum Behavior {
     Good,
     Status(u16),
     /// Sends half, then closes; a request with a range goes well.
@@ -24,7 +24,7 @@ pub(crate) enum Mood {
 }
 
 /// Path → body and how it is served.
-type Files = Arc<Mutex<BTreeMap<String, (Vec<u8>, Mood)>>>;
+type Files = Arc<Mutex<BTreeMap<String, (Vec<u8>, Behavior)>>>;
 
 /// A web server that speaks just enough HTTP to be rude.
 pub(crate) struct Site {
@@ -53,14 +53,14 @@ impl Site {
         self.files.lock().unwrap()[path].0.clone()
     }
 
-    pub(crate) fn put(&self, path: &str, body: &[u8], mood: Mood) {
+    pub(crate) fn put(&self, path: &str, body: &[u8], mood: Behavior) {
         self.files.lock().unwrap().insert(path.into(), (body.to_vec(), mood));
     }
 }
 
 fn serve(
     mut stream: TcpStream,
-    files: &Mutex<BTreeMap<String, (Vec<u8>, Mood)>>,
+    files: &Mutex<BTreeMap<String, (Vec<u8>, Behavior)>>,
     log: &Mutex<Vec<String>>,
 ) {
     let mut head = Vec::new();
@@ -94,18 +94,18 @@ fn serve(
     let ok =
         format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len());
     let _ = match mood {
-        Mood::Status(code) => stream.write_all(format!("HTTP/1.1 {code} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes()),
-        Mood::To(target) => {
+        Behavior::Status(code) => stream.write_all(format!("HTTP/1.1 {code} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes()),
+        Behavior::To(target) => {
             stream.write_all(format!("HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes())
         }
-        Mood::CutOnce if from == 0 => stream.write_all(ok.as_bytes()).and_then(|()| stream.write_all(&rest[..rest.len() / 2])),
-        Mood::StallAlways => {
+        Behavior::CutOnce if from == 0 => stream.write_all(ok.as_bytes()).and_then(|()| stream.write_all(&rest[..rest.len() / 2])),
+        Behavior::StallAlways => {
             let half = (body.len() / 2).saturating_sub(from);
             let _ = stream.write_all(ok.as_bytes()).and_then(|()| stream.write_all(&rest[..half])).and_then(|()| stream.flush());
             std::thread::sleep(Duration::from_secs(120));
             Ok(())
         }
-        Mood::Stall => {
+        Behavior::Stall => {
             let _ = stream.write_all(ok.as_bytes()).and_then(|()| stream.write_all(&rest[..rest.len() / 2])).and_then(|()| stream.flush());
             std::thread::sleep(Duration::from_secs(120));
             Ok(())
@@ -120,16 +120,16 @@ const ESCAPED: &str = "v1.36.2%2Bk3s1";
 fn site() -> (Sandbox, Site, Vec<u8>) {
     let (sandbox, site) = (Sandbox::new(), Site::start());
     let k3s = std::fs::read(sandbox.path("release/k3s")).unwrap();
-    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::Good);
+    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Behavior::Good);
     site.put(
         &format!("/{ESCAPED}/sha256sum-amd64.txt"),
         format!("{}  k3s\n", sha256(&k3s)).as_bytes(),
-        Mood::Good,
+        Behavior::Good,
     );
     (sandbox, site, k3s)
 }
 
-fn install(sandbox: &Sandbox, official: &str, more: &[&str]) -> Said {
+fn install(sandbox: &Sandbox, official: &str, more: &[&str]) -> RunOutput {
     let mut args = vec!["install-server", "--yes", "--components", "none", "--timeout", "20s"];
     args.extend(more);
     sandbox.run_with(
@@ -148,7 +148,7 @@ fn a_download_is_verified_against_the_official_list_and_says_so() {
 #[test]
 fn a_cut_download_is_resumed() {
     let (sandbox, site, k3s) = site();
-    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::CutOnce);
+    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Behavior::CutOnce);
     install(&sandbox, &site.url, &[]).ended(0);
     let log = site.log.lock().unwrap().clone();
     assert!(log.contains(&format!("/{ESCAPED}/k3s {}", k3s.len() / 2)), "{log:?}");
@@ -159,11 +159,11 @@ fn a_mirror_is_not_believed_about_itself() {
     let (sandbox, official, _) = site();
     let mirror = Site::start();
     let evil = b"#!/bin/sh\necho evil\n";
-    mirror.put(&format!("/{ESCAPED}/k3s"), evil, Mood::Good);
+    mirror.put(&format!("/{ESCAPED}/k3s"), evil, Behavior::Good);
     mirror.put(
         &format!("/{ESCAPED}/sha256sum-amd64.txt"),
         format!("{}  k3s\n", sha256(evil)).as_bytes(),
-        Mood::Good,
+        Behavior::Good,
     );
     let said = install(&sandbox, &official.url, &["--artifact-url", &mirror.url]).ended(6);
     assert!(said.err.contains("DIGEST_MISMATCH"), "{}", said.err);
@@ -177,7 +177,7 @@ fn a_mirror_is_not_believed_about_itself() {
         "{}",
         said.err
     );
-    same(&other.tree(), &before, "");
+    assert_same_tree(&other.tree(), &before, "");
     // and with a digest by hand the mirror will do
     install(
         &other,
@@ -206,7 +206,7 @@ fn a_k3s_of_the_offline_directory_that_does_not_tell_its_version_says_why() {
             "{why}: {}",
             said.err
         );
-        same(&sandbox.tree(), &before, why);
+        assert_same_tree(&sandbox.tree(), &before, why);
     }
 }
 
@@ -216,25 +216,25 @@ fn missing_and_refused_files_have_their_own_words() {
     let before = sandbox.tree();
     let said = install(&sandbox, &site.url, &["--k3s-version", "v1.36.9+k3s1"]).ended(5);
     assert!(said.err.contains("K3S_VERSION_UNKNOWN"), "{}", said.err);
-    same(&sandbox.tree(), &before, "");
-    site.put(&format!("/{ESCAPED}/sha256sum-amd64.txt"), b"nothing here\n", Mood::Good);
+    assert_same_tree(&sandbox.tree(), &before, "");
+    site.put(&format!("/{ESCAPED}/sha256sum-amd64.txt"), b"nothing here\n", Behavior::Good);
     let said = install(&sandbox, &site.url, &[]).ended(6);
     assert!(said.err.contains("DIGEST_UNKNOWN"), "{}", said.err);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
     site.put(
         &format!("/{ESCAPED}/sha256sum-amd64.txt"),
         format!("{}  k3s\n", sha256(&k3s)).as_bytes(),
-        Mood::Status(500),
+        Behavior::Status(500),
     );
     let said = install(&sandbox, &site.url, &[]).ended(5);
     assert!(said.err.contains("500"), "{}", said.err);
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 #[test]
 fn a_stalling_server_is_given_up_and_a_rerun_resumes() {
     let (sandbox, site, k3s) = site();
-    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::Stall);
+    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Behavior::Stall);
     let mut child = sandbox
         .command(&["install-server", "--yes", "--components", "none", "--timeout", "20s"])
         .envs([("PIPEOPS_TEST_RELEASES", &site.url)])
@@ -255,7 +255,7 @@ fn a_stalling_server_is_given_up_and_a_rerun_resumes() {
     }
     child.kill().unwrap();
     child.wait().unwrap();
-    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::Good);
+    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Behavior::Good);
     install(&sandbox, &site.url, &[]).ended(0);
     let log = site.log.lock().unwrap().clone();
     assert!(log.contains(&format!("/{ESCAPED}/k3s {}", k3s.len() / 2)), "{log:?}");
@@ -266,7 +266,7 @@ fn a_stalling_server_is_given_up_and_a_rerun_resumes() {
 #[test]
 fn a_server_that_always_stalls_ends_the_run() {
     let (sandbox, site, k3s) = site();
-    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::StallAlways);
+    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Behavior::StallAlways);
     let said = install(&sandbox, &site.url, &[]).ended(5);
     assert!(said.err.contains("the download resumes"), "{}", said.err);
     assert!(!sandbox.root().join("usr/local/bin/k3s").exists());
@@ -278,9 +278,9 @@ fn a_channel_is_a_redirect_or_an_error() {
     site.put(
         "/stable",
         b"",
-        Mood::To(format!("https://github.com/k3s-io/k3s/releases/tag/{VERSION}")),
+        Behavior::To(format!("https://github.com/k3s-io/k3s/releases/tag/{VERSION}")),
     );
-    site.put("/latest", b"stable", Mood::Good);
+    site.put("/latest", b"stable", Behavior::Good);
     let said = install(&sandbox, &site.url, &["--channel", "latest"]).ended(5);
     assert!(said.err.contains("instead of a redirect"), "{}", said.err);
     let said = install(&sandbox, &site.url, &["--channel", "stable"]).ended(0);
@@ -290,7 +290,7 @@ fn a_channel_is_a_redirect_or_an_error() {
 #[test]
 fn sigint_in_a_download_ends_with_130_and_says_how_to_go_on() {
     let (sandbox, site, k3s) = site();
-    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::Stall);
+    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Behavior::Stall);
     let child = sandbox
         .command(&["install-server", "--yes", "--components", "none"])
         .envs([("PIPEOPS_TEST_RELEASES", &site.url)])
@@ -306,8 +306,8 @@ fn sigint_in_a_download_ends_with_130_and_says_how_to_go_on() {
         nix::sys::signal::Signal::SIGINT,
     )
     .unwrap();
-    let said = crate::support::said(child.wait_with_output().unwrap()).ended(130);
+    let said = crate::support::run_output(child.wait_with_output().unwrap()).ended(130);
     assert!(said.err.contains("run the same command again"), "{}", said.err);
-    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Mood::Good);
+    site.put(&format!("/{ESCAPED}/k3s"), &k3s, Behavior::Good);
     install(&sandbox, &site.url, &[]).ended(0);
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use reqwest::{Certificate, Client, ClientBuilder, RequestBuilder, Response};
 use serde_json::{Value, json};
 
-use crate::hub::{DATA, Hub, Simulated};
+use crate::control_plane::{ControlPlane, DATA, SimulatedAgent};
 use crate::world::serve_kube;
 
 /// Path, and the methods that it takes. `{agent}` and `{cluster}` are ones that exist; what is asked of `none` by those who may would take
@@ -67,9 +67,9 @@ fn every_route_is_asked() {
     let asked = |method: &str, path: &str| {
         PATHS.iter().any(|(template, methods)| {
             let template = template.split('?').next().unwrap();
-            let (mut there, mut wanted) = (template.split('/'), path.split('/'));
+            let (mut there, mut expected) = (template.split('/'), path.split('/'));
             let same = loop {
-                match (wanted.next(), there.next()) {
+                match (expected.next(), there.next()) {
                     (None, None) | (Some("*"), Some(_)) => break true,
                     (Some(segment), Some(given))
                         if segment == given || segment.starts_with('{') && !given.is_empty() => {}
@@ -284,8 +284,12 @@ impl Golden {
     }
 }
 
-fn client(hub: &Hub, set: impl FnOnce(ClientBuilder) -> ClientBuilder) -> Client {
-    let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+fn client(
+    control_plane: &ControlPlane,
+    set: impl FnOnce(ClientBuilder) -> ClientBuilder,
+) -> Client {
+    let ca =
+        ControlPlane::stored(&control_plane.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
     let builder = Client::builder()
         .tls_certs_only([Certificate::from_pem(ca.as_bytes()).unwrap()])
         .no_proxy();
@@ -314,15 +318,16 @@ impl Caller {
     }
 }
 
-async fn session(hub: &Hub) -> (String, String) {
-    let answer = hub.ask("POST", "/session", "", json!({"token": hub.admin})).await;
+async fn session(control_plane: &ControlPlane) -> (String, String) {
+    let answer =
+        control_plane.ask("POST", "/session", "", json!({"token": control_plane.admin})).await;
     let cookie =
         answer.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned();
     (cookie, answer.json::<Value>().await.unwrap()["csrf"].as_str().unwrap().to_owned())
 }
 
-struct World {
-    hub: Hub,
+struct RouteTester {
+    control_plane: ControlPlane,
     callers: Vec<Caller>,
     agent: String,
     cluster: String,
@@ -331,23 +336,25 @@ struct World {
     _dir: tempfile::TempDir,
 }
 
-impl World {
-    async fn new() -> World {
-        let hub = Hub::with(&[]);
+impl RouteTester {
+    async fn new() -> RouteTester {
+        let control_plane = ControlPlane::with(&[]);
         let dir = tempfile::tempdir().unwrap();
-        let agent = Simulated::new(&hub, dir.path(), &hub.enrol().0).await;
-        let cluster = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]
-            ["id"]
+        let agent = SimulatedAgent::new(&control_plane, dir.path(), &control_plane.enrol().0).await;
+        let cluster = control_plane
+            .json("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
+            .await["items"][0]["id"]
             .as_str()
             .unwrap()
             .to_owned();
-        let other =
-            hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": "other"})).await["id"]
-                .as_str()
-                .unwrap()
-                .to_owned();
+        let other = control_plane
+            .json("POST", "/api/v1/projects", &control_plane.admin, json!({"name": "other"}))
+            .await["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
         let make = async |body: Value| {
-            hub.json("POST", "/api/v1/runners", &hub.admin, body).await["token"]
+            control_plane.json("POST", "/api/v1/runners", &control_plane.admin, body).await["token"]
                 .as_str()
                 .unwrap()
                 .to_owned()
@@ -355,7 +362,7 @@ impl World {
         let runner = make(json!({"name": "mine"})).await;
         let viewer = make(json!({"name": "viewer", "role": "viewer"})).await;
         let foreign = make(json!({"name": "foreign", "project": other})).await;
-        let kubeconfig = hub
+        let kubeconfig = control_plane
             .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({}))
             .await;
         let kubeconfig: Value = serde_json::from_str(&kubeconfig.text().await.unwrap()).unwrap();
@@ -363,29 +370,29 @@ impl World {
         let plain = Plain(vec![
             (agent.id.clone(), "AGENT"),
             (cluster.clone(), "CLUSTER"),
-            (hub.url.clone(), "URL"),
+            (control_plane.url.clone(), "URL"),
             ("-----BEGIN CERTIFICATE-----".into(), "CERTIFICATE"),
         ]);
         let tokens = [
             ("none", String::new()),
-            ("enrolment", hub.enrol().0),
+            ("enrolment", control_plane.enrol().0),
             ("agent", agent.credential.clone()),
             ("kubeconfig", kubeconfig),
             ("foreign", foreign),
             ("viewer", viewer),
             ("runner", runner),
-            ("admin", hub.admin.clone()),
+            ("admin", control_plane.admin.clone()),
         ];
         let network = |name, token: String, session| Caller {
             name,
-            client: hub.client.clone(),
-            url: hub.url.clone(),
+            client: control_plane.client.clone(),
+            url: control_plane.url.clone(),
             token,
             session,
         };
         let mut callers: Vec<Caller> =
             tokens.into_iter().map(|(name, token)| network(name, token, None)).collect();
-        let (cookie, csrf) = session(&hub).await;
+        let (cookie, csrf) = session(&control_plane).await;
         callers.push(network("cookie", String::new(), Some((cookie.clone(), csrf))));
         callers.push(network("foreign page", String::new(), Some((cookie, "guessed".into()))));
         callers.push(network(
@@ -393,7 +400,7 @@ impl World {
             String::new(),
             Some(("__Host-pipeops=guessed".into(), "guessed".into())),
         ));
-        let socket = hub.sandbox.root().join(DATA).join("admin.sock");
+        let socket = control_plane.sandbox.root().join(DATA).join("admin.sock");
         let local = Client::builder().no_proxy().unix_socket(socket.as_path()).build().unwrap();
         callers.push(Caller {
             name: "socket",
@@ -402,8 +409,8 @@ impl World {
             token: String::new(),
             session: None,
         });
-        World {
-            hub,
+        RouteTester {
+            control_plane,
             callers,
             agent: agent.id,
             cluster,
@@ -427,7 +434,7 @@ impl World {
             for (kind, body) in bodies {
                 if method == "DELETE" && template == "/session" && self.callers[at].name == "cookie"
                 {
-                    self.callers[at].session = Some(session(&self.hub).await);
+                    self.callers[at].session = Some(session(&self.control_plane).await);
                 }
                 let caller = &self.callers[at];
                 let request = caller.request(method, &path).body(*body);
@@ -461,7 +468,7 @@ impl World {
         self.golden.put(&format!("{method} {template}"), cases);
         // a new session where the last one was logged out
         if method == "DELETE" && template == "/session" {
-            let (cookie, csrf) = session(&self.hub).await;
+            let (cookie, csrf) = session(&self.control_plane).await;
             for caller in &mut self.callers {
                 match caller.name {
                     "cookie" => caller.session = Some((cookie.clone(), csrf.clone())),
@@ -502,22 +509,22 @@ fn with(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_of_every_route_is_the_one_on_record() {
-    let mut world = World::new().await;
+    let mut tester = RouteTester::new().await;
     for (template, methods) in PATHS {
         for method in *methods {
-            world.route(method, template).await;
+            tester.route(method, template).await;
         }
     }
     // a method that a path does not take; the gateway takes all
     for (template, methods) in PATHS {
-        let path = world.path(template);
+        let path = tester.path(template);
         // an administrator's DELETE of the cluster would be obeyed
         let takes = |m: &str| {
             methods.contains(&m) || (m == "DELETE" && *template == "/api/v1/clusters/{cluster}")
         };
         let others = METHODS.iter().filter(|m| !takes(m) && !template.starts_with("/clusters/"));
         let requests = others.map(|m| ((*m).to_owned(), with(m, path.clone(), |r| r))).collect();
-        world
+        tester
             .some(
                 &format!("another method {template}"),
                 &["none", "agent", "admin", "socket"],
@@ -526,18 +533,18 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
             .await;
     }
     for template in ODD {
-        let path = world.path(template);
+        let path = tester.path(template);
         let requests = ["GET", "POST", "DELETE", "HEAD"]
             .iter()
             .map(|m| ((*m).to_owned(), with(m, path.clone(), |r| r)))
             .collect();
-        world.some(template, &["none", "agent", "runner", "socket"], requests).await;
+        tester.some(template, &["none", "agent", "runner", "socket"], requests).await;
     }
     // an unknown token; after thirty of them an address is not listened to for a minute, so each route has its own
     for (n, (template, methods)) in PATHS.iter().enumerate() {
         let from = IpAddr::from(Ipv4Addr::new(127, 0, 1, n.try_into().unwrap()));
-        let client = client(&world.hub, |builder| builder.local_address(from));
-        let path = world.path(template);
+        let client = client(&tester.control_plane, |builder| builder.local_address(from));
+        let path = tester.path(template);
         let send = move |request: RequestBuilder, client: &Client| {
             let request = request.build().unwrap();
             client
@@ -549,7 +556,7 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
             let client = client.clone();
             ((*m).to_owned(), with(m, path.clone(), move |r| send(r, &client)))
         });
-        world.some(&format!("an unknown token {template}"), &["none"], requests.collect()).await;
+        tester.some(&format!("an unknown token {template}"), &["none"], requests.collect()).await;
     }
     // a body that is too long; who may not is told that first
     for (template, methods) in PATHS {
@@ -561,12 +568,12 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
             {
                 continue;
             }
-            let path = world.path(template);
+            let path = tester.path(template);
             let requests = methods.iter().filter(|m| **m != "GET").map(|m| {
                 let long = move |r: RequestBuilder| r.body(" ".repeat(length));
                 ((*m).to_owned(), with(m, path.clone(), long))
             });
-            world
+            tester
                 .some(
                     &format!("{size} {template}"),
                     &["none", "enrolment", "agent", "runner", "admin"],
@@ -575,15 +582,15 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
                 .await;
         }
     }
-    world.headers().await;
-    world.login().await;
-    std::mem::take(&mut world.golden).held("routes.golden");
+    tester.headers().await;
+    tester.login().await;
+    std::mem::take(&mut tester.golden).held("routes.golden");
 }
 
-impl World {
+impl RouteTester {
     /// Credentials that are odd, and headers that change what a body is worth.
     async fn headers(&mut self) {
-        let admin = self.hub.admin.clone();
+        let admin = self.control_plane.admin.clone();
         let set = |name: &'static str, value: String| {
             move |r: RequestBuilder| r.header(name, value.clone())
         };
@@ -652,7 +659,7 @@ impl World {
             })
         };
         let dir = tempfile::tempdir().unwrap();
-        let body = Simulated::body(&Simulated::identity(dir.path()), "m");
+        let body = SimulatedAgent::body(&SimulatedAgent::identity(dir.path()), "m");
         let requests: Vec<(String, Request)> = vec![
             ("no signature".into(), register("", body.clone())),
             ("wrong signature".into(), register("AAAA", body)),
@@ -663,7 +670,7 @@ impl World {
 
     /// What is shown at the page's door.
     async fn login(&mut self) {
-        let from = client(&self.hub, |builder| {
+        let from = client(&self.control_plane, |builder| {
             builder.local_address(IpAddr::from(Ipv4Addr::new(127, 0, 2, 1)))
         });
         let tokens: Vec<(&str, String)> = self
@@ -676,7 +683,7 @@ impl World {
         for (name, token) in
             tokens.into_iter().chain([("wrong", "por_wrong".into()), ("empty", String::new())])
         {
-            let (from, url) = (from.clone(), self.hub.url.clone());
+            let (from, url) = (from.clone(), self.control_plane.url.clone());
             let body = json!({"token": token}).to_string();
             requests.push((
                 name.into(),
@@ -687,7 +694,7 @@ impl World {
         let mut tried = BTreeSet::new();
         for _ in 0..100 {
             let answer = from
-                .get(format!("{}/api/v1/projects", self.hub.url))
+                .get(format!("{}/api/v1/projects", self.control_plane.url))
                 .bearer_auth("por_wrong")
                 .send()
                 .await;
@@ -703,12 +710,15 @@ impl World {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_never_ends_is_given_up_after_fifteen_seconds() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let endless = futures_util::stream::unfold(0_u8, |n| async move {
         tokio::time::sleep(Duration::from_millis(500)).await;
         Some((Ok::<_, std::io::Error>(vec![b' '; 10]), n))
     });
-    let request = hub.client.post(format!("{}/api/v1/projects", hub.url)).bearer_auth(&hub.admin);
+    let request = control_plane
+        .client
+        .post(format!("{}/api/v1/projects", control_plane.url))
+        .bearer_auth(&control_plane.admin);
     let answer = request.body(reqwest::Body::wrap_stream(endless)).send().await.unwrap();
     assert_eq!(
         (answer.status().as_u16(), answer.json::<Value>().await.unwrap()["code"].as_str()),
@@ -728,15 +738,16 @@ fn names(answer: &Response) -> Vec<String> {
 /// What an agent answers goes on as it is: no header is added to an answer without a body, none is lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_that_is_passed_on_is_the_one_on_record() {
-    let hub = Hub::with(&[]);
+    let control_plane = ControlPlane::with(&[]);
     let (_kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
-    let plain = Plain(vec![(cluster.clone(), "CLUSTER"), (hub.url.clone(), "URL")]);
+    let (_agent, cluster) = control_plane.agent(address).await;
+    let plain = Plain(vec![(cluster.clone(), "CLUSTER"), (control_plane.url.clone(), "URL")]);
     let mut golden = Golden::default();
     let path = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods");
-    for (version, client) in
-        [("h2", client(&hub, |b| b)), ("http/1.1", client(&hub, ClientBuilder::http1_only))]
-    {
+    for (version, client) in [
+        ("h2", client(&control_plane, |b| b)),
+        ("http/1.1", client(&control_plane, ClientBuilder::http1_only)),
+    ] {
         let mut cases: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for method in ["GET", "HEAD", "POST", "OPTIONS"] {
             for query in [
@@ -752,8 +763,11 @@ async fn every_answer_that_is_passed_on_is_the_one_on_record() {
                 "status=200&cache-control=private&x-content-type-options=none",
             ] {
                 let answer = client
-                    .request(method.parse().unwrap(), format!("{}{path}/answers?{query}", hub.url))
-                    .bearer_auth(&hub.admin);
+                    .request(
+                        method.parse().unwrap(),
+                        format!("{}{path}/answers?{query}", control_plane.url),
+                    )
+                    .bearer_auth(&control_plane.admin);
                 let (said, all) =
                     heard(answer.send().await.unwrap(), method == "HEAD", &plain).await;
                 golden.answers.insert(format!("{version} {method} {query}: {all}"));
@@ -761,8 +775,11 @@ async fn every_answer_that_is_passed_on_is_the_one_on_record() {
             }
             // one without a length
             let answer = client
-                .request(method.parse().unwrap(), format!("{}{path}/bulk/log?n=65536", hub.url))
-                .bearer_auth(&hub.admin);
+                .request(
+                    method.parse().unwrap(),
+                    format!("{}{path}/bulk/log?n=65536", control_plane.url),
+                )
+                .bearer_auth(&control_plane.admin);
             let mut answer = answer.send().await.unwrap();
             let headers = names(&answer);
             let mut length = 0;
@@ -777,8 +794,10 @@ async fn every_answer_that_is_passed_on_is_the_one_on_record() {
         golden.put(version, cases);
     }
     // an upgrade
-    let client = client(&hub, ClientBuilder::http1_only);
-    let exec = client.get(format!("{}{path}/p/exec?command=sh", hub.url)).bearer_auth(&hub.admin);
+    let client = client(&control_plane, ClientBuilder::http1_only);
+    let exec = client
+        .get(format!("{}{path}/p/exec?command=sh", control_plane.url))
+        .bearer_auth(&control_plane.admin);
     let answer =
         exec.header("connection", "Upgrade").header("upgrade", "SPDY/3.1").send().await.unwrap();
     let headers = names(&answer);

@@ -35,12 +35,13 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
             .raw(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes())
             .await;
         assert_eq!(status(&answer), 401, "{path}: {answer}");
-        let other =
-            world.ask("GET", path, &world.plane.token("another-agent", "viewer", None)).await;
+        let other = world
+            .ask("GET", path, &world.control_plane.token("another-agent", "viewer", None))
+            .await;
         assert_eq!(status(&other), 401, "{path}: {other}");
     }
     let token = world.token("deployer");
-    for (path, wanted) in [
+    for (path, expected) in [
         ("/readyz", 200),
         ("/version", 200),
         ("/metrics", 200),
@@ -49,7 +50,7 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
         ("/nothing", 404),
     ] {
         let answer = world.ask("GET", path, &token).await;
-        assert_eq!(status(&answer), wanted, "{path}: {answer}");
+        assert_eq!(status(&answer), expected, "{path}: {answer}");
         assert!(!answer.contains("canary-4711-in-plain-text"), "{answer}");
     }
     assert_eq!(status(&world.ask("POST", "/version", &token).await), 405);
@@ -67,13 +68,13 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
     assert_eq!(seen.all("impersonate-extra-pipeops.io%2fsubject"), ["runner-1"]);
     assert_eq!(seen.all("authorization"), ["Bearer sa-planted-canary-4711-in-plain-text"]);
     // the registration told what it should, and no more
-    let (_, bearer, body) = world.plane.calls("/register")[0].clone();
+    let (_, bearer, body) = world.control_plane.calls("/register")[0].clone();
     assert_eq!(
         (bearer.as_str(), body["agent"]["id"] == world.id.as_str(), &body["max_role"]),
         (TOKEN, true, &json!("operator"))
     );
     assert_eq!(body["cluster"]["name"], "test");
-    for (path, _, body) in world.plane.calls("/") {
+    for (path, _, body) in world.control_plane.calls("/") {
         assert!(!body.to_string().contains("canary-4711-in-plain-text"), "{path}: {body}");
     }
     let state = world.agent.sandbox.root().join("var/lib/pipeops-agent");
@@ -102,14 +103,14 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
 /// On an http proxy whoever runs the FRP server reads along: there it says that it lives, and nothing else.
 #[tokio::test(flavor = "multi_thread")]
 async fn on_a_plain_way_nothing_but_healthz_is_served() {
-    let world = World::with("", |plane| {
+    let world = World::with("", |control_plane| {
         let web = json!({"name": "web", "type": "http", "custom_domains": ["agent.test"]});
-        plane.config.lock().unwrap()["tunnel"]["proxies"].as_array_mut().unwrap().push(web);
+        control_plane.config.lock().unwrap()["tunnel"]["proxies"].as_array_mut().unwrap().push(web);
     })
     .await;
     let frps = world.frps.clone();
-    world.plane.until("both proxies", |_| frps.proxies() == ["agent", "web"]).await;
-    for (path, wanted) in [
+    world.control_plane.until("both proxies", |_| frps.proxies() == ["agent", "web"]).await;
+    for (path, expected) in [
         ("/healthz", "200"),
         ("/readyz", "403"),
         ("/k8s/api", "403"),
@@ -124,8 +125,8 @@ async fn on_a_plain_way_nothing_but_healthz_is_served() {
         io.flush().await.unwrap();
         let mut answer = String::new();
         let _ = io.read_to_string(&mut answer).await;
-        assert!(answer.starts_with(&format!("HTTP/1.1 {wanted}")), "{path}: {answer}");
-        assert_eq!(answer.contains("plain_transport"), wanted == "403", "{answer}");
+        assert!(answer.starts_with(&format!("HTTP/1.1 {expected}")), "{path}: {answer}");
+        assert_eq!(answer.contains("plain_transport"), expected == "403", "{answer}");
     }
 }
 
@@ -142,11 +143,14 @@ async fn what_changes_something_is_put_on_record_before_and_after() {
         log.iter().filter(|r| r["method"] == "DELETE").map(|r| &r["phase"]).collect();
     assert_eq!(phases, [&json!("start"), &json!("end")]);
     // the head of the chain is told in heartbeats, and the log verifies
-    let head = world.plane.calls("/heartbeat").len();
-    let plane = world.plane.clone();
-    world.plane.until("a later heartbeat", |_| plane.calls("/heartbeat").len() > head + 1).await;
-    let told = world.plane.calls("/heartbeat").pop().unwrap().2["audit_head"].clone();
-    let answer = crate::support::said(
+    let head = world.control_plane.calls("/heartbeat").len();
+    let control_plane = world.control_plane.clone();
+    world
+        .control_plane
+        .until("a later heartbeat", |_| control_plane.calls("/heartbeat").len() > head + 1)
+        .await;
+    let told = world.control_plane.calls("/heartbeat").pop().unwrap().2["audit_head"].clone();
+    let answer = crate::support::run_output(
         world.agent.sandbox.command(&["audit", "verify", "-o", "json"]).output().unwrap(),
     )
     .ended(0);
@@ -156,12 +160,13 @@ async fn what_changes_something_is_put_on_record_before_and_after() {
     let path = world.agent.sandbox.root().join("var/lib/pipeops-agent/audit/audit.jsonl");
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text.replacen("\"status\":200", "\"status\":404", 1)).unwrap();
-    let answer =
-        crate::support::said(world.agent.sandbox.command(&["audit", "verify"]).output().unwrap())
-            .ended(6);
+    let answer = crate::support::run_output(
+        world.agent.sandbox.command(&["audit", "verify"]).output().unwrap(),
+    )
+    .ended(6);
     assert!(answer.err.contains("the record was changed"), "{}", answer.err);
     assert!(
-        crate::support::said(
+        crate::support::run_output(
             world.agent.sandbox.command(&["audit", "tail", "-n", "1"]).output().unwrap()
         )
         .ended(0)
@@ -292,13 +297,13 @@ async fn too_many_watches_of_a_caller_are_refused_and_nothing_else_is() {
         world.token("deployer")
     );
     let mut shells = Vec::new();
-    for wanted in ["101", "101", "429"] {
+    for expected in ["101", "101", "429"] {
         let mut io = world.dial(b"http/1.1").await;
         io.write_all(exec.as_bytes()).await.unwrap();
         io.flush().await.unwrap();
         let mut first = [0; 12];
         io.read_exact(&mut first).await.unwrap();
-        assert_eq!(std::str::from_utf8(&first[9..]).unwrap(), wanted);
+        assert_eq!(std::str::from_utf8(&first[9..]).unwrap(), expected);
         shells.push(io);
     }
     assert_eq!(status(&world.ask("GET", "/k8s/api/v1/pods", &token).await), 200);
@@ -412,7 +417,7 @@ async fn a_stop_is_told_first_finishes_what_is_short_and_refuses_what_is_new() {
     };
     let kube = world.kube.clone();
     world
-        .plane
+        .control_plane
         .until("the slow call", |_| kube.through().iter().any(|s| s.uri.ends_with("/slow")))
         .await;
     let begun = Instant::now();
@@ -426,7 +431,7 @@ async fn a_stop_is_told_first_finishes_what_is_short_and_refuses_what_is_new() {
     let ended = tokio::task::block_in_place(|| world.agent.child.wait().unwrap());
     assert_eq!(ended.code(), Some(0));
     println!("stopped after {:?}", begun.elapsed());
-    assert_eq!(world.plane.calls("/heartbeat").last().unwrap().2["state"], "draining");
+    assert_eq!(world.control_plane.calls("/heartbeat").last().unwrap().2["state"], "draining");
     assert!(world.frps.proxies().is_empty());
     assert_eq!(
         audit(&world).iter().filter(|r| r["path"].as_str().unwrap().ends_with("/slow")).count(),
@@ -442,16 +447,19 @@ async fn the_identity_outlives_a_restart_and_the_token_is_used_once() {
     let run_id =
         std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id"))
             .unwrap();
-    let registrations = world.plane.calls("/register").len();
+    let registrations = world.control_plane.calls("/register").len();
     let mut again =
         world.agent.sandbox.command(&["run"]).env("AGENT_TOKEN", TOKEN).spawn().unwrap();
-    let beats = world.plane.calls("/heartbeat").len();
-    let plane = world.plane.clone();
-    world.plane.until("heartbeats again", |_| plane.calls("/heartbeat").len() > beats).await;
-    assert_eq!(world.plane.calls("/register").len(), registrations);
-    assert!(world.plane.calls("/heartbeat").last().unwrap().0.contains(&world.id));
+    let beats = world.control_plane.calls("/heartbeat").len();
+    let control_plane = world.control_plane.clone();
+    world
+        .control_plane
+        .until("heartbeats again", |_| control_plane.calls("/heartbeat").len() > beats)
+        .await;
+    assert_eq!(world.control_plane.calls("/register").len(), registrations);
+    assert!(world.control_plane.calls("/heartbeat").last().unwrap().0.contains(&world.id));
     let frps = world.frps.clone();
-    world.plane.until("the tunnel again", |_| frps.proxies() == ["agent"]).await;
+    world.control_plane.until("the tunnel again", |_| frps.proxies() == ["agent"]).await;
     assert_eq!(
         std::fs::read_to_string(world.agent.sandbox.root().join("var/lib/pipeops-agent/run-id"))
             .unwrap(),
@@ -464,10 +472,15 @@ async fn the_identity_outlives_a_restart_and_the_token_is_used_once() {
     let mut clone =
         world.agent.sandbox.command(&["run"]).env("AGENT_TOKEN", TOKEN).spawn().unwrap();
     world
-        .plane
-        .until("a registration of its own", |_| plane.calls("/register").len() > registrations)
+        .control_plane
+        .until("a registration of its own", |_| {
+            control_plane.calls("/register").len() > registrations
+        })
         .await;
-    assert_ne!(world.plane.calls("/register").last().unwrap().2["agent"]["id"], world.id.as_str());
+    assert_ne!(
+        world.control_plane.calls("/register").last().unwrap().2["agent"]["id"],
+        world.id.as_str()
+    );
     clone.kill().unwrap();
     clone.wait().unwrap();
 }
@@ -482,8 +495,13 @@ async fn refusals_and_faults_of_the_control_plane_become_states_and_heal() {
         times,
     };
     let begun = Instant::now();
-    let world = World::with("", |plane| {
-        plane.script.lock().unwrap().push(busy("/register", 503, 1, &[("retry-after", "3")]))
+    let world = World::with("", |control_plane| {
+        control_plane.script.lock().unwrap().push(busy(
+            "/register",
+            503,
+            1,
+            &[("retry-after", "3")],
+        ))
     })
     .await
     .up()
@@ -495,44 +513,52 @@ async fn refusals_and_faults_of_the_control_plane_become_states_and_heal() {
         busy("/heartbeat", 302, 1, &[("location", "http://127.0.0.1:1/")]),
         busy("/heartbeat", 200, 1, &[]),
     ] {
-        world.plane.script.lock().unwrap().push(script);
-        let beats = world.plane.calls("/heartbeat").len();
-        let plane = world.plane.clone();
-        world.plane.until("more heartbeats", |_| plane.calls("/heartbeat").len() > beats + 4).await;
+        world.control_plane.script.lock().unwrap().push(script);
+        let beats = world.control_plane.calls("/heartbeat").len();
+        let control_plane = world.control_plane.clone();
+        world
+            .control_plane
+            .until("more heartbeats", |_| control_plane.calls("/heartbeat").len() > beats + 4)
+            .await;
     }
     assert_eq!(world.frps.proxies(), ["agent"]);
     // revoked: registers again with the token by itself
-    world.plane.revoke();
-    let registrations = world.plane.calls("/register").len();
-    let plane = world.plane.clone();
+    world.control_plane.revoke();
+    let registrations = world.control_plane.calls("/register").len();
+    let control_plane = world.control_plane.clone();
     world
-        .plane
-        .until("a new registration", |_| plane.calls("/register").len() > registrations + 1)
+        .control_plane
+        .until("a new registration", |_| control_plane.calls("/register").len() > registrations + 1)
         .await;
-    assert_eq!(world.plane.calls("/register").last().unwrap().1, TOKEN);
+    assert_eq!(world.control_plane.calls("/register").last().unwrap().1, TOKEN);
     // asked to rotate
-    world.plane.directives.lock().unwrap().push("rotate_credential");
-    world.plane.until("a rotation", |_| !plane.calls("/credential").is_empty()).await;
-    let beats = world.plane.calls("/heartbeat").len();
+    world.control_plane.directives.lock().unwrap().push("rotate_credential");
     world
-        .plane
-        .until("heartbeats with the new one", |_| plane.calls("/heartbeat").len() > beats + 1)
+        .control_plane
+        .until("a rotation", |_| !control_plane.calls("/credential").is_empty())
+        .await;
+    let beats = world.control_plane.calls("/heartbeat").len();
+    world
+        .control_plane
+        .until("heartbeats with the new one", |_| {
+            control_plane.calls("/heartbeat").len() > beats + 1
+        })
         .await;
     // the clock of the control plane jumps by an hour: named, tolerated, and its tokens stay good
-    *world.plane.clock.lock().unwrap() = 3600;
+    *world.control_plane.clock.lock().unwrap() = 3600;
     world.agent.until("3600 s behind");
     assert_eq!(status(&world.ask("GET", "/version", &world.token("viewer")).await), 200);
     // a duplicate
-    *world.plane.clock.lock().unwrap() = 0;
-    world.plane.script.lock().unwrap().push(busy("/heartbeat", 409, 1, &[]));
+    *world.control_plane.clock.lock().unwrap() = 0;
+    world.control_plane.script.lock().unwrap().push(busy("/heartbeat", 409, 1, &[]));
     world.agent.until("STATUS=conflict");
     assert_eq!(world.frps.proxies(), ["agent"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn status_reports_wait_on_the_disk_while_nobody_takes_them() {
-    let world = World::with("", |plane| {
-        plane.script.lock().unwrap().push(Scripted {
+    let world = World::with("", |control_plane| {
+        control_plane.script.lock().unwrap().push(Scripted {
             path: "/status",
             status: 503,
             body: json!({}),
@@ -545,9 +571,12 @@ async fn status_reports_wait_on_the_disk_while_nobody_takes_them() {
     .await;
     let queue = world.agent.sandbox.root().join("var/lib/pipeops-agent/queue");
     let waiting = || std::fs::read_dir(&queue).map_or(0, Iterator::count);
-    let plane = world.plane.clone();
-    world.plane.until("the reports", |_| plane.calls("/status").len() >= 4 && waiting() == 0).await;
-    let last = world.plane.calls("/status").pop().unwrap().2;
+    let control_plane = world.control_plane.clone();
+    world
+        .control_plane
+        .until("the reports", |_| control_plane.calls("/status").len() >= 4 && waiting() == 0)
+        .await;
+    let last = world.control_plane.calls("/status").pop().unwrap().2;
     assert_eq!(
         (&last["kubernetes"], &last["nodes"][0]["name"]),
         (&json!("connected"), &json!("vm1"))
@@ -563,16 +592,16 @@ async fn another_control_plane_gets_nothing_that_was_for_the_former_one() {
         world.agent.child.kill().unwrap();
         std::fs::write(state.join("queue-url"), url).unwrap();
         std::fs::write(state.join("queue/0000000000000001-result-o-1.json"), "{}").unwrap();
-        let beats = world.plane.calls("/heartbeat").len();
-        world.agent.again(&[]);
-        let plane = world.plane.clone();
+        let beats = world.control_plane.calls("/heartbeat").len();
+        world.agent.restart(&[]);
+        let control_plane = world.control_plane.clone();
         let empty = || std::fs::read_dir(state.join("queue")).is_ok_and(|mut d| d.next().is_none());
         world
-            .plane
+            .control_plane
             .until("it is back and has nothing left to tell", |_| {
-                plane.calls("/heartbeat").len() > beats + 1 && empty()
+                control_plane.calls("/heartbeat").len() > beats + 1 && empty()
             })
             .await;
-        assert_eq!(!world.plane.calls("/operations/o-1/result").is_empty(), taken, "{url}");
+        assert_eq!(!world.control_plane.calls("/operations/o-1/result").is_empty(), taken, "{url}");
     }
 }

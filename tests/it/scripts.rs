@@ -2,8 +2,8 @@
 
 use std::process::{Command, Stdio};
 
-use crate::release::{Mood, Site};
-use crate::support::{Said, said, sha256};
+use crate::release::{Behavior, Site};
+use crate::support::{RunOutput, run_output, sha256};
 
 const SCRIPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts");
 /// Plays pipeops: tells how it was called and what it was handed.
@@ -33,9 +33,9 @@ fn site() -> Site {
     let list = ["amd64", "arm64", "arm"]
         .map(|a| format!("{}  pipeops-linux-{a}\n", sha256(PROGRAM.as_bytes())))
         .concat();
-    site.put("/sha256sums.txt", list.as_bytes(), Mood::Good);
+    site.put("/sha256sums.txt", list.as_bytes(), Behavior::Good);
     for arch in ["amd64", "arm64", "arm"] {
-        site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Mood::Good);
+        site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Behavior::Good);
     }
     site
 }
@@ -70,7 +70,7 @@ fn run(
     url: &str,
     env: &[(&str, &str)],
     uid: u32,
-) -> Said {
+) -> RunOutput {
     let programs = programs(uid);
     let path =
         format!("{}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", programs.path().display());
@@ -82,7 +82,7 @@ fn run(
         .env("PIPEOPS_RELEASE_URL", url)
         .envs(env.iter().copied())
         .stdin(Stdio::null());
-    said(command.output().unwrap())
+    run_output(command.output().unwrap())
 }
 
 #[test]
@@ -99,16 +99,16 @@ fn a_good_release_is_verified_and_handed_over_to() {
             ("LOG_LEVEL", "debug"),
         ];
         let server = run(&shell, "install.sh", &[], &site.url, &env, 0).ended(0);
-        let wanted = "args: install-server --control-plane-url https://cp --control-plane-pin sha256:x --cluster-name prod --agent-token-file - --yes --log-level debug\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
-        assert_eq!(server.out, wanted, "{shell:?}");
+        let expected = "args: install-server --control-plane-url https://cp --control-plane-pin sha256:x --cluster-name prod --agent-token-file - --yes --log-level debug\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
+        assert_eq!(server.out, expected, "{shell:?}");
         let env = [
             ("NODE_TYPE", "agent"),
             ("K3S_URL", "https://m:6443"),
             ("K3S_TOKEN", "planted-canary-4711-in-plain-text"),
         ];
         let worker = run(&shell, "install.sh", &[], &site.url, &env, 1000).ended(0);
-        let wanted = "args: join-worker https://m:6443 --token-file - --yes\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
-        assert_eq!(worker.out, format!("{}{wanted}", by_sudo(&shell)), "{shell:?}");
+        let expected = "args: join-worker https://m:6443 --token-file - --yes\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
+        assert_eq!(worker.out, format!("{}{expected}", by_sudo(&shell)), "{shell:?}");
         let info =
             run(&shell, "install.sh", &["cluster-info", "--join"], &site.url, &[], 0).ended(0);
         assert!(info.out.starts_with("args: cluster-info --join\n"), "{}", info.out);
@@ -128,7 +128,7 @@ fn it_works_through_a_pipe() {
             .env("PIPEOPS_RELEASE_URL", &site.url)
             .env("AGENT_TOKEN", "planted-canary-4711-in-plain-text");
         command.stdin(std::fs::File::open(format!("{SCRIPTS}/install.sh")).unwrap());
-        let answer = said(command.output().unwrap()).ended(0);
+        let answer = run_output(command.output().unwrap()).ended(0);
         assert!(
             answer.out.starts_with(by_sudo(&shell))
                 && answer.out.contains("input: planted-canary-4711-in-plain-text"),
@@ -146,7 +146,7 @@ fn it_works_through_a_pipe() {
             .env("PATH", "/usr/bin:/bin")
             .env("PIPEOPS_RELEASE_URL", &site.url)
             .stdin(std::fs::File::open(cut.path()).unwrap());
-        assert!(!said(command.output().unwrap()).out.contains("args:"), "{shell:?}");
+        assert!(!run_output(command.output().unwrap()).out.contains("args:"), "{shell:?}");
     }
 }
 
@@ -156,21 +156,21 @@ fn a_bad_release_is_refused() {
         (
             "/pipeops-linux-amd64",
             &PROGRAM.as_bytes()[..40],
-            Mood::Good,
+            Behavior::Good,
             6,
             "damaged or not genuine",
         ),
         (
             "/pipeops-linux-amd64",
             b"#!/bin/sh\necho evil\n",
-            Mood::Good,
+            Behavior::Good,
             6,
             "damaged or not genuine",
         ),
-        ("/sha256sums.txt", b"nothing\n", Mood::Good, 6, "does not list"),
-        ("/sha256sums.txt", b"", Mood::Status(404), 5, "cannot download"),
-        ("/pipeops-linux-amd64", b"", Mood::Status(500), 5, "cannot download"),
-        ("/pipeops-linux-amd64", PROGRAM.as_bytes(), Mood::CutOnce, 5, "cannot download"),
+        ("/sha256sums.txt", b"nothing\n", Behavior::Good, 6, "does not list"),
+        ("/sha256sums.txt", b"", Behavior::Status(404), 5, "cannot download"),
+        ("/pipeops-linux-amd64", b"", Behavior::Status(500), 5, "cannot download"),
+        ("/pipeops-linux-amd64", PROGRAM.as_bytes(), Behavior::CutOnce, 5, "cannot download"),
     ] {
         let site = site();
         for arch in ["amd64", "arm64", "arm"] {
@@ -194,7 +194,7 @@ fn a_bad_release_is_refused() {
 fn a_release_site_that_stalls_is_given_up() {
     let site = site();
     for arch in ["amd64", "arm64", "arm"] {
-        site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Mood::Stall);
+        site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Behavior::Stall);
     }
     let answer = run(&["sh"], "install.sh", &[], &site.url, &[], 0).ended(5);
     assert!(
@@ -264,7 +264,7 @@ fn shellcheck_is_content() {
     match Command::new("shellcheck").args(["-S", "warning"]).args(files).output() {
         Err(_) => println!("NOT RUN: shellcheck is not on this machine"),
         Ok(output) => {
-            let answer = said(output);
+            let answer = run_output(output);
             assert_eq!(answer.code, 0, "{}", answer.out);
         }
     }
@@ -319,7 +319,7 @@ fn laid_out() -> (Site, tempfile::TempDir) {
     assert!(status.success());
     for file in std::fs::read_dir(&out).unwrap().flatten() {
         let name = file.file_name().into_string().unwrap();
-        site.put(&format!("/{name}"), &std::fs::read(file.path()).unwrap(), Mood::Good);
+        site.put(&format!("/{name}"), &std::fs::read(file.path()).unwrap(), Behavior::Good);
     }
     (site, dir)
 }
@@ -332,7 +332,7 @@ fn piped(
     cwd: &std::path::Path,
     path: &str,
     env: &[(&str, &str)],
-) -> Said {
+) -> RunOutput {
     use std::io::Write as _;
     let mut command = Command::new(format!("/usr/bin/{}", shell[0]));
     command
@@ -350,7 +350,7 @@ fn piped(
         .spawn()
         .unwrap();
     child.stdin.take().unwrap().write_all(script).unwrap();
-    said(child.wait_with_output().unwrap())
+    run_output(child.wait_with_output().unwrap())
 }
 
 const CANARY: &str = "K10planted-4711-canary-of-a-join-token::server:pw";
@@ -468,7 +468,7 @@ fn a_script_uses_the_one_beside_it_only_where_nobody_else_can_change_it() {
                 .current_dir(cwd)
                 .env_clear()
                 .env("PATH", &path);
-            said(
+            run_output(
                 command
                     .env("PIPEOPS_RELEASE_URL", &site.url)
                     .stdin(Stdio::null())
@@ -552,7 +552,7 @@ fn what_is_installed_is_used_without_a_network() {
                 .env("PATH", format!("{}:/usr/bin:/bin", programs.path().display()))
                 .env("PIPEOPS_RELEASE_URL", url)
                 .stdin(Stdio::null());
-            said(command.output().unwrap())
+            run_output(command.output().unwrap())
         };
         let nobody = "http://127.0.0.1:9";
         for args in [
@@ -610,7 +610,7 @@ fn on_a_machine_with(
     url: &str,
     env: &[(&str, &str)],
     uid: u32,
-) -> Option<Said> {
+) -> Option<RunOutput> {
     let can = Command::new("unshare")
         .args(["-m", "true"])
         .stderr(Stdio::null())
@@ -635,7 +635,7 @@ fn on_a_machine_with(
         .env_clear()
         .env("PATH", format!("{}:/usr/bin:/bin:/usr/sbin:/sbin", keep.path().display()))
         .env("PIPEOPS_RELEASE_URL", url);
-    Some(said(command.envs(env.iter().copied()).stdin(Stdio::null()).output().unwrap()))
+    Some(run_output(command.envs(env.iter().copied()).stdin(Stdio::null()).output().unwrap()))
 }
 
 const NOEXEC: &str = "mount -t tmpfs -o mode=1777,noexec tmpfs";
@@ -648,9 +648,9 @@ fn a_tmp_in_which_nothing_runs_is_passed_over() {
     let list = ["amd64", "arm64", "arm"]
         .map(|a| format!("{}  pipeops-linux-{a}\n", sha256(program.as_bytes())))
         .concat();
-    site.put("/sha256sums.txt", list.as_bytes(), Mood::Good);
+    site.put("/sha256sums.txt", list.as_bytes(), Behavior::Good);
     for arch in ["amd64", "arm64", "arm"] {
-        site.put(&format!("/pipeops-linux-{arch}"), program.as_bytes(), Mood::Good);
+        site.put(&format!("/pipeops-linux-{arch}"), program.as_bytes(), Behavior::Good);
     }
     let mine = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let mine = mine.path().to_str().unwrap();
@@ -675,7 +675,7 @@ fn a_tmp_in_which_nothing_runs_is_passed_over() {
         (format!("chmod 0777 {mine}"), "from: /tmp/pipeops."),
     ];
     for shell in shells() {
-        for (mounts, wanted) in &cases {
+        for (mounts, expected) in &cases {
             let Some(answer) = on_a_machine_with(mounts, &shell, &site.url, &[("TMPDIR", mine)], 0)
             else {
                 return;
@@ -688,7 +688,7 @@ fn a_tmp_in_which_nothing_runs_is_passed_over() {
             }
             let answer = answer.ended(0);
             assert!(
-                answer.out.starts_with(wanted) && answer.out.contains(" 0022\n"),
+                answer.out.starts_with(expected) && answer.out.contains(" 0022\n"),
                 "{shell:?} {mounts}\n{}{}",
                 answer.out,
                 answer.err
@@ -765,7 +765,7 @@ fn sudo_that_cannot_ask_is_said_before_anything_is_fetched() {
         command
             .env("PATH", format!("{}:/usr/bin:/bin", programs.path().display()))
             .stdin(Stdio::null());
-        let answer = said(command.output().unwrap()).ended(3);
+        let answer = run_output(command.output().unwrap()).ended(3);
         assert!(
             answer.err.contains("without a terminal to ask on: run it as root"),
             "{shell:?} {}",
@@ -780,7 +780,7 @@ fn an_interrupted_download_leaves_nothing() {
     use std::os::unix::process::CommandExt as _;
     let (site, _dir) = laid_out();
     for arch in ["amd64", "arm64", "arm"] {
-        site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Mood::Stall);
+        site.put(&format!("/pipeops-linux-{arch}"), PROGRAM.as_bytes(), Behavior::Stall);
     }
     for shell in shells() {
         let tmp = tempfile::tempdir().unwrap();
@@ -805,7 +805,7 @@ fn an_interrupted_download_leaves_nothing() {
         }
         let group = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
         nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGINT).unwrap();
-        let answer = said(child.wait_with_output().unwrap());
+        let answer = run_output(child.wait_with_output().unwrap());
         assert!(
             answer.code == 130 && !answer.out.contains("args:"),
             "{shell:?} {} {}",

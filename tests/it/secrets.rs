@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::{Said, Sandbox};
+use crate::support::{RunOutput, Sandbox};
 
 /// Ends every planted secret: 20 characters and more, so that no digest holds it by chance.
 const CANARY: &str = "canary-0123456789-abcdef";
@@ -67,7 +67,7 @@ fn planted(text: &str) -> bool {
 
 /// No output, child or world-readable file holds a secret.
 #[track_caller]
-fn unseen(sandbox: &Sandbox, said: &Said, what: &str) {
+fn unseen(sandbox: &Sandbox, said: &RunOutput, what: &str) {
     for (name, text) in
         [("stdout", said.out.clone()), ("stderr", said.err.clone()), ("argv", sandbox.calls())]
     {
@@ -108,7 +108,7 @@ fn closed(dir: &Path, what: &str) {
     }
 }
 
-fn install(sandbox: &Sandbox, more: &[&str]) -> Said {
+fn install(sandbox: &Sandbox, more: &[&str]) -> RunOutput {
     let release = sandbox.path("release");
     let mut args = vec!["install-server", "--offline-dir", &release];
     if !more.contains(&"--timeout") {
@@ -143,8 +143,8 @@ fn a_secret_in_every_place_that_takes_one_is_shown_by_none() {
         install(&sandbox, &["--apply-plan", &plan, "--events", "json", "-o", "json"]).ended(0);
     unseen(&sandbox, &done, "apply");
     let drop_in = sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml");
-    let wanted: toml::Table = TABLE.parse().unwrap();
-    for (key, value) in wanted["k3s"].as_table().unwrap() {
+    let expected: toml::Table = TABLE.parse().unwrap();
+    for (key, value) in expected["k3s"].as_table().unwrap() {
         let shown = match value {
             toml::Value::Array(items) => items
                 .iter()

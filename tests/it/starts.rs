@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::join::{Mood, Server};
-use crate::support::{Said, Sandbox, VERSION, sha256};
+use crate::join::{Behavior, Server};
+use crate::support::{RunOutput, Sandbox, VERSION, sha256};
 
 /// Plays `k3s.service` or `k3s-agent.service` from its (re)start on: `act` is shell that sees `$age`, in tenths of a second, and
 /// prints what `systemctl show` prints of its state; `journal` prints the journal.
@@ -41,7 +41,7 @@ const UP: &str = "echo ActiveState=active; echo SubState=running; echo NRestarts
 const ACTIVATING: &str = "echo ActiveState=activating; echo SubState=start; echo NRestarts=0";
 
 /// Most of a case is waiting: all of them wait together.
-fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, one: impl Fn(T) + Sync) {
+fn in_parallel<T: Send>(cases: impl IntoIterator<Item = T>, one: impl Fn(T) + Sync) {
     std::thread::scope(|scope| {
         let all: Vec<_> = cases.into_iter().map(|case| scope.spawn(|| one(case))).collect();
         all.into_iter().for_each(|t| t.join().unwrap());
@@ -50,7 +50,7 @@ fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, one: impl Fn(T) + Sync) 
 
 /// It ended early, with this code and without a word of waiting longer.
 #[track_caller]
-fn ended_early(said: &Said, begin: Instant, code: i32, word: &str) {
+fn ended_early(said: &RunOutput, begin: Instant, code: i32, word: &str) {
     assert_eq!(said.code, code, "{}\n{}", said.out, said.err);
     assert!(
         begin.elapsed() < Duration::from_secs(30),
@@ -98,7 +98,7 @@ fn a_unit_that_ends_again_and_again_is_told_soon() {
         (ACTIVATING, format!("echo '{refused}'"), "SNAPSHOTTER_REFUSED"),
         (ACTIVATING, says(refused), "SNAPSHOTTER_REFUSED"),
     ];
-    at_once(cases, |(act, journal, code)| {
+    in_parallel(cases, |(act, journal, code)| {
         let sandbox = Sandbox::new();
         play(&sandbox, act, &journal);
         let begin = Instant::now();
@@ -135,7 +135,7 @@ fn a_start_that_takes_its_time_or_heals_is_waited_for() {
         (up_after(90, DIES), slow),
         (up_after(150, ACTIVATING), refused),
     ];
-    at_once(cases, |(act, journal)| {
+    in_parallel(cases, |(act, journal)| {
         let sandbox = Sandbox::new();
         play(&sandbox, &act, journal);
         sandbox.install(&["--timeout", "60s"]).ended(0);
@@ -145,7 +145,7 @@ fn a_start_that_takes_its_time_or_heals_is_waited_for() {
 
 #[test]
 fn a_worker_is_told_soon_too_and_waits_for_a_server_that_is_away() {
-    let server = Server::start(Mood::Good);
+    let server = Server::start(Behavior::Good);
     let join = |sandbox: &Sandbox| {
         let release = sandbox.path("release");
         sandbox.run(&[
@@ -253,7 +253,7 @@ fn ready_from_before_the_restart_is_not_ready() {
         ("the same, and the lease changes", at(3600), Some(-7200), 0),
         ("a day old, as a node object that outlived its machine's time", at(-86_400), Some(5), 0),
     ];
-    at_once(cases, |(name, first, then, wanted)| {
+    in_parallel(cases, |(name, first, then, expected)| {
         let sandbox = Sandbox::new();
         play(&sandbox, UP_SINCE, "");
         let objects = sandbox.api.objects.clone();
@@ -274,9 +274,9 @@ fn ready_from_before_the_restart_is_not_ready() {
         });
         let begin = Instant::now();
         let said = sandbox.install(&["--timeout", "12s"]);
-        assert_eq!(said.code, wanted, "{name}\n{}\n{}", said.out, said.err);
+        assert_eq!(said.code, expected, "{name}\n{}\n{}", said.out, said.err);
         assert!(begin.elapsed() > Duration::from_secs(2), "{name}: it did not wait");
-        if wanted != 0 {
+        if expected != 0 {
             assert!(
                 said.err.contains("no sign of life since k3s.service was started"),
                 "{name}\n{}",
@@ -344,7 +344,7 @@ fn a_chart_or_a_deployment_that_fails_says_what_its_pod_says() {
             "0 of 1 pods are ready: no node takes web-1: 0/1 nodes are available",
         ),
     ];
-    at_once(cases, |(done, namespace, status, wanted)| {
+    in_parallel(cases, |(done, namespace, status, expected)| {
         let sandbox = Sandbox::new();
         {
             let mut objects = sandbox.api.objects.lock().unwrap();
@@ -357,9 +357,9 @@ fn a_chart_or_a_deployment_that_fails_says_what_its_pod_says() {
             objects.insert(format!("/api/v1/namespaces/{namespace}/pods"), pod("web-1", status));
         }
         let said = sandbox.install(&["--components", "cert-manager", "--timeout", "3s"]).ended(10);
-        assert!(said.err.contains(wanted), "{wanted}\n{}", said.err);
+        assert!(said.err.contains(expected), "{expected}\n{}", said.err);
         let info = sandbox.run(&["cluster-info"]);
-        assert!(info.out.contains(wanted), "{wanted}\n{}", info.out);
+        assert!(info.out.contains(expected), "{expected}\n{}", info.out);
     });
 }
 
@@ -375,7 +375,7 @@ fn an_agent_that_ends_again_and_again_or_for_good_is_told_too() {
             "error: the state directory is planted-trouble-4711-canary [INTERNAL]",
         ),
     ];
-    at_once(cases, |(act, line)| {
+    in_parallel(cases, |(act, line)| {
         let sandbox = Sandbox::new();
         let real = std::fs::read_to_string(sandbox.path("bin/systemctl")).unwrap();
         sandbox.beside("systemctl-real", &real, 0o755);

@@ -114,20 +114,20 @@ pub(crate) struct Sandbox {
 }
 
 /// What a run said and how it ended.
-pub(crate) struct Said {
+pub(crate) struct RunOutput {
     pub(crate) code: i32,
     pub(crate) out: String,
     pub(crate) err: String,
 }
 
-impl Said {
+impl RunOutput {
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out)
             .unwrap_or_else(|e| panic!("stdout is not JSON ({e}):\n{}\n{}", self.out, self.err))
     }
 
     #[track_caller]
-    pub(crate) fn ended(self, code: i32) -> Said {
+    pub(crate) fn ended(self, code: i32) -> RunOutput {
         assert_eq!(self.code, code, "stdout:\n{}\nstderr:\n{}", self.out, self.err);
         self
     }
@@ -248,7 +248,7 @@ impl Sandbox {
     }
 
     /// The program with `--root` at the end: for verbs below a command.
-    pub(crate) fn verb(&self, args: &[&str]) -> Said {
+    pub(crate) fn subcommand(&self, args: &[&str]) -> RunOutput {
         let mut command = Command::new(&self.program);
         command
             .args(args)
@@ -257,19 +257,19 @@ impl Sandbox {
             .env_clear()
             .env("PATH", self.dir.path().join("bin"))
             .stdin(std::process::Stdio::null());
-        said(command.output().unwrap())
+        run_output(command.output().unwrap())
     }
 
-    pub(crate) fn run(&self, args: &[&str]) -> Said {
-        said(self.command(args).output().unwrap())
+    pub(crate) fn run(&self, args: &[&str]) -> RunOutput {
+        run_output(self.command(args).output().unwrap())
     }
 
-    pub(crate) fn run_with(&self, args: &[&str], env: &[(&str, &str)]) -> Said {
-        said(self.command(args).envs(env.iter().copied()).output().unwrap())
+    pub(crate) fn run_with(&self, args: &[&str], env: &[(&str, &str)]) -> RunOutput {
+        run_output(self.command(args).envs(env.iter().copied()).output().unwrap())
     }
 
     /// `install-server` from the offline directory.
-    pub(crate) fn install(&self, more: &[&str]) -> Said {
+    pub(crate) fn install(&self, more: &[&str]) -> RunOutput {
         let release = self.path("release");
         let mut args = vec!["install-server", "--offline-dir", &release, "--yes"];
         if !more.contains(&"--timeout") {
@@ -315,17 +315,21 @@ pub(crate) fn each_kill_point(try_at: impl Fn(u32) -> bool + Sync) -> u32 {
 
 /// Two trees are the same, or the test fails with what differs.
 #[track_caller]
-pub(crate) fn same(now: &BTreeMap<String, String>, wanted: &BTreeMap<String, String>, what: &str) {
+pub(crate) fn assert_same_tree(
+    now: &BTreeMap<String, String>,
+    expected: &BTreeMap<String, String>,
+    what: &str,
+) {
     let gone =
-        wanted.iter().filter(|(k, v)| now.get(*k) != Some(v)).map(|(k, v)| format!("- {k} {v}"));
+        expected.iter().filter(|(k, v)| now.get(*k) != Some(v)).map(|(k, v)| format!("- {k} {v}"));
     let new =
-        now.iter().filter(|(k, v)| wanted.get(*k) != Some(v)).map(|(k, v)| format!("+ {k} {v}"));
+        now.iter().filter(|(k, v)| expected.get(*k) != Some(v)).map(|(k, v)| format!("+ {k} {v}"));
     let difference: Vec<String> = gone.chain(new).collect();
     assert!(difference.is_empty(), "{what}: the trees differ:\n{}", difference.join("\n"));
 }
 
-pub(crate) fn said(output: Output) -> Said {
-    Said {
+pub(crate) fn run_output(output: Output) -> RunOutput {
+    RunOutput {
         code: output.status.code().unwrap_or(-1),
         out: String::from_utf8_lossy(&output.stdout).into_owned(),
         err: String::from_utf8_lossy(&output.stderr).into_owned(),

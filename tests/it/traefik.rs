@@ -61,7 +61,7 @@ fn two_for_the_same_ports_are_refused() {
     let before = sandbox.tree();
     let said = sandbox.install(&["--components", "metrics,traefik,ingress"]).ended(2);
     assert!(said.err.contains("80 and 443; choose one"), "{}", said.err);
-    crate::support::same(&sandbox.tree(), &before, "");
+    crate::support::assert_same_tree(&sandbox.tree(), &before, "");
 }
 
 /// A node of a version that let k3s bring it: nobody's ingress goes without a word.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::plane::{free_port, identity};
+use crate::fake_control_plane::{free_port, identity};
 use pipeops::base::secret::Secret;
 use pipeops::frp::client::{Client, WorkConnection};
 use pipeops::frp::codec::Io;
@@ -157,8 +157,8 @@ impl Frpc {
         self.wait(|s| s.reason.contains(text)).await.reason
     }
 
-    async fn wait(&mut self, wanted: impl FnMut(&TunnelStatus) -> bool) -> TunnelStatus {
-        let found = tokio::time::timeout(Duration::from_secs(40), self.status.wait_for(wanted))
+    async fn wait(&mut self, expected: impl FnMut(&TunnelStatus) -> bool) -> TunnelStatus {
+        let found = tokio::time::timeout(Duration::from_secs(40), self.status.wait_for(expected))
             .await
             .map(|s| s.unwrap().clone());
         found.unwrap_or_else(|_| panic!("it stays {:?}", *self.status.borrow()))
@@ -626,11 +626,11 @@ async fn a_visitor_with_the_wrong_key_is_refused_and_the_right_one_served() {
     frpc.until(TunnelState::Up).await;
     let target = pipeops::frp::dial::Dialer::new(&config, false).unwrap();
     let mut tasks = tokio::task::JoinSet::new();
-    let carrier = target.connect(&mut tasks).await.unwrap();
+    let connector = target.connect(&mut tasks).await.unwrap();
     for (name, key, refused) in
         [("s", "wrong", true), ("nobody", "sk", true), ("t", "sk", true), ("s", "sk", false)]
     {
-        match pipeops::frp::client::visit(&carrier, "", name, &Secret::new(key)).await {
+        match pipeops::frp::client::visit(&connector, "", name, &Secret::new(key)).await {
             Ok(mut io) => {
                 assert!(!refused, "{name} {key}");
                 round_trip(&mut io, 100_000).await;

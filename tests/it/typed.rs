@@ -1,17 +1,17 @@
 //! What people type and paste: names of settings, ranges, labels, addresses, tokens, registries.yaml. Each wrong one is told by
 //! its name before anything is written.
 
-use crate::join::{Mood, Server, join};
-use crate::support::{Said, Sandbox, same};
+use crate::join::{Behavior, Server, join};
+use crate::support::{RunOutput, Sandbox, assert_same_tree};
 
-fn plan(sandbox: &Sandbox, more: &[&str]) -> Said {
+fn plan(sandbox: &Sandbox, more: &[&str]) -> RunOutput {
     let release = sandbox.path("release");
     let mut args = vec!["install-server", "--offline-dir", &release, "--dry-run"];
     args.extend(more);
     sandbox.run(&args)
 }
 
-fn with_table(sandbox: &Sandbox, table: &str, more: &[&str]) -> Said {
+fn with_table(sandbox: &Sandbox, table: &str, more: &[&str]) -> RunOutput {
     sandbox.beside("typed.toml", &format!("[k3s]\n{table}\n"), 0o600);
     let config = sandbox.path("typed.toml");
     plan(sandbox, &[&["--config", &config], more].concat())
@@ -120,7 +120,7 @@ fn labels_taints_names_and_interfaces_are_judged_as_the_node_will() {
         let said = plan(&sandbox, args).ended(exit);
         assert!(said.err.contains(says), "{args:?}: {}", said.err);
     }
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
     let sans =
         ["--tls-san", "API.Example.COM", "--tls-san", "a.example.com, b.example.com ,k3s_master"];
     let good = [
@@ -211,7 +211,7 @@ fn a_machine_that_was_renamed_keeps_its_node() {
 
 #[test]
 fn a_master_by_name_takes_the_route_that_its_address_takes() {
-    let server = Server::start(Mood::Good);
+    let server = Server::start(Behavior::Good);
     for master in [
         server.url.clone(),
         server.url.replace("127.0.0.1", "localhost"),
@@ -259,7 +259,7 @@ fn a_master_that_is_none_is_told_by_its_fault() {
         "{}",
         swapped.err
     );
-    same(&sandbox.tree(), &before, "");
+    assert_same_tree(&sandbox.tree(), &before, "");
     // names that DNS and /etc/hosts may have are asked for, not judged
     let asked = join(&sandbox, "https://k3s_master.invalid:16443", "K10x::node:y", &[]);
     assert!(!asked.err.contains("invalid characters"), "{}", asked.err);
@@ -267,7 +267,7 @@ fn a_master_that_is_none_is_told_by_its_fault() {
 
 #[test]
 fn a_token_with_what_pasting_leaves_around_it_is_taken() {
-    let server = Server::start(Mood::Good);
+    let server = Server::start(Behavior::Good);
     let token = server.token();
     for around in ["\"_\"", "'_'", "\u{feff}_", "_\u{200b}", "_\r\n"] {
         let sandbox = Sandbox::new();

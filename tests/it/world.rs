@@ -20,19 +20,19 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-pub(crate) use crate::plane::{Plane, Scripted, TOKEN};
-use crate::plane::{identity, listen};
+pub(crate) use crate::fake_control_plane::{FakeControlPlane, Scripted, TOKEN};
+use crate::fake_control_plane::{identity, listen};
 use crate::support::Sandbox;
 
 /// A request that reached the fake Kubernetes API.
 #[derive(Clone, Debug)]
-pub(crate) struct Seen {
+pub(crate) struct RecordedRequest {
     pub(crate) method: String,
     pub(crate) uri: String,
     pub(crate) headers: Vec<(String, String)>,
 }
 
-impl Seen {
+impl RecordedRequest {
     pub(crate) fn all(&self, name: &str) -> Vec<&str> {
         self.headers.iter().filter(|(n, _)| n == name).map(|(_, v)| v.as_str()).collect()
     }
@@ -40,7 +40,7 @@ impl Seen {
 
 #[derive(Default)]
 pub(crate) struct Kube {
-    pub(crate) seen: Mutex<Vec<Seen>>,
+    pub(crate) seen: Mutex<Vec<RecordedRequest>>,
     /// What was applied, by path.
     pub(crate) objects: Mutex<BTreeMap<String, Value>>,
     touched: Mutex<BTreeSet<String>>,
@@ -89,9 +89,9 @@ impl Kube {
             "DELETE" => objects.remove(path).map_or_else(absent, |object| (200, object)),
             _ => match objects.get(path).cloned() {
                 Some(mut object) if object["kind"] == "Deployment" => {
-                    let wanted = object["spec"]["replicas"].as_u64().unwrap_or(1);
-                    let there = if self.ready.load(Relaxed) { wanted } else { 0 };
-                    object["status"] = json!({"replicas": wanted, "updatedReplicas": wanted, "availableReplicas": there});
+                    let desired = object["spec"]["replicas"].as_u64().unwrap_or(1);
+                    let there = if self.ready.load(Relaxed) { desired } else { 0 };
+                    object["status"] = json!({"replicas": desired, "updatedReplicas": desired, "availableReplicas": there});
                     (200, object)
                 }
                 Some(object) => (200, object),
@@ -101,7 +101,7 @@ impl Kube {
     }
 
     /// What came through the tunnel: the agent's own questions carry no impersonation.
-    pub(crate) fn through(&self) -> Vec<Seen> {
+    pub(crate) fn through(&self) -> Vec<RecordedRequest> {
         self.seen
             .lock()
             .unwrap()
@@ -114,7 +114,7 @@ impl Kube {
 
 async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
     let text = |v: &axum::http::HeaderValue| String::from_utf8_lossy(v.as_bytes()).into_owned();
-    kube.seen.lock().unwrap().push(Seen {
+    kube.seen.lock().unwrap().push(RecordedRequest {
         method: request.method().to_string(),
         uri: request.uri().to_string(),
         headers: request.headers().iter().map(|(n, v)| (n.to_string(), text(v))).collect(),
@@ -269,7 +269,7 @@ pub(crate) fn credential(sandbox: &Sandbox, kube: std::net::SocketAddr) {
 
 /// All of it, with a real `pipeops run` in the middle.
 pub(crate) struct World {
-    pub(crate) plane: Arc<Plane>,
+    pub(crate) control_plane: Arc<FakeControlPlane>,
     pub(crate) kube: Arc<Kube>,
     pub(crate) frps: Server,
     pub(crate) agent: Agent,
@@ -283,12 +283,12 @@ impl World {
     }
 
     /// With lines for `agent.toml`, and a hand on the control plane before the agent starts.
-    pub(crate) async fn with(toml: &str, prepare: impl FnOnce(&Plane)) -> World {
+    pub(crate) async fn with(toml: &str, prepare: impl FnOnce(&FakeControlPlane)) -> World {
         let (tls, pin) = identity();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let frps_address = listener.local_addr().unwrap();
         let config = ServerConfig {
-            token: Secret::new(crate::plane::FRP_TOKEN),
+            token: Secret::new(crate::fake_control_plane::FRP_TOKEN),
             tls: Some(tls),
             tcp_mux: true,
             tcp_bind: None,
@@ -301,33 +301,44 @@ impl World {
             async move { frps.serve(listener, stop).await }
         });
         let (kube_state, kube_address) = serve_kube().await;
-        let plane_state = Arc::new(Plane::new(frps_address, &pin));
-        prepare(&plane_state);
-        let plane_address = plane_state.clone().serve().await;
+        let control_plane_state = Arc::new(FakeControlPlane::new(frps_address, &pin));
+        prepare(&control_plane_state);
+        let control_plane_address = control_plane_state.clone().serve().await;
         let sandbox = Sandbox::new();
         sandbox.put("/etc/machine-id", "0123456789abcdef0123456789abcdef\n");
         sandbox.put(
             "/etc/pipeops/agent.toml",
             &format!(
-                "control-plane-url = \"http://{plane_address}\"\ncluster-name = \"test\"\n{toml}"
+                "control-plane-url = \"http://{control_plane_address}\"\ncluster-name = \"test\"\n{toml}"
             ),
         );
         credential(&sandbox, kube_address);
         let agent = Agent::start(sandbox, &[("AGENT_TOKEN", TOKEN), ("LOG_LEVEL", "debug")]);
-        World { plane: plane_state, kube: kube_state, frps, agent, id: String::new(), stop_frps }
+        World {
+            control_plane: control_plane_state,
+            kube: kube_state,
+            frps,
+            agent,
+            id: String::new(),
+            stop_frps,
+        }
     }
 
     /// Waits until a Runner can come through.
     pub(crate) async fn up(mut self) -> World {
         let frps = self.frps.clone();
-        self.plane.until("the tunnel", |_| frps.proxies() == ["agent"]).await;
-        let plane = self.plane.clone();
-        self.plane
+        self.control_plane.until("the tunnel", |_| frps.proxies() == ["agent"]).await;
+        let control_plane = self.control_plane.clone();
+        self.control_plane
             .until("a heartbeat that says so", |_| {
-                plane.calls("/heartbeat").last().is_some_and(|c| c.2["tunnel"]["state"] == "up")
+                control_plane
+                    .calls("/heartbeat")
+                    .last()
+                    .is_some_and(|c| c.2["tunnel"]["state"] == "up")
             })
             .await;
-        self.id = self.plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
+        self.id =
+            self.control_plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
         for _ in 0..500 {
             if tokio::task::block_in_place(|| self.agent.get("/readyz")).starts_with("HTTP/1.1 200")
             {
@@ -340,7 +351,7 @@ impl World {
 
     /// A TLS stream to the agent, its key pinned as the control plane knows it.
     pub(crate) async fn dial(&self, alpn: &[u8]) -> tokio_rustls::client::TlsStream<Io> {
-        self.plane.tls(self.frps.dial("agent").await.unwrap(), alpn).await.unwrap()
+        self.control_plane.tls(self.frps.dial("agent").await.unwrap(), alpn).await.unwrap()
     }
 
     /// Sends raw bytes on a stream of its own and reads what comes until the agent closes or falls silent.
@@ -391,7 +402,7 @@ impl World {
     }
 
     pub(crate) fn token(&self, role: &str) -> String {
-        self.plane.token(&self.id, role, None)
+        self.control_plane.token(&self.id, role, None)
     }
 }
 

@@ -15,10 +15,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::plane::{FRP_TOKEN, Plane, TOKEN, identity, listen};
+use crate::fake_control_plane::{FRP_TOKEN, FakeControlPlane, TOKEN, identity, listen};
 
 struct Rig {
-    plane: Arc<Plane>,
+    control_plane: Arc<FakeControlPlane>,
     frps: Server,
     agent: Agent,
     id: String,
@@ -38,8 +38,8 @@ impl Drop for Agent {
 }
 
 impl Agent {
-    pub(crate) async fn start(pipeops: &str, plane: &Arc<Plane>) -> Agent {
-        let control = plane.clone().serve().await;
+    pub(crate) async fn start(pipeops: &str, control_plane: &Arc<FakeControlPlane>) -> Agent {
+        let control = control_plane.clone().serve().await;
         Agent::start_at(pipeops, control).await
     }
 
@@ -125,12 +125,13 @@ impl Rig {
             let frps = frps.clone();
             async move { frps.serve(listener, CancellationToken::new()).await }
         });
-        let plane = Arc::new(Plane::new(address, &pin));
-        let control = plane.clone().serve().await;
+        let control_plane = Arc::new(FakeControlPlane::new(address, &pin));
+        let control = control_plane.clone().serve().await;
         let agent = Agent::start_at(pipeops, control).await;
-        let mut rig = Rig { plane, frps, agent, id: String::new() };
+        let mut rig = Rig { control_plane, frps, agent, id: String::new() };
         rig.up().await;
-        rig.id = rig.plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
+        rig.id =
+            rig.control_plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
         tokio::time::sleep(Duration::from_secs(2)).await;
         rig
     }
@@ -164,7 +165,11 @@ impl Rig {
     async fn client(
         &self,
     ) -> hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>> {
-        let io = self.plane.tls(self.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
+        let io = self
+            .control_plane
+            .tls(self.frps.dial("agent").await.unwrap(), b"http/1.1")
+            .await
+            .unwrap();
         let (sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
         tokio::spawn(connection);
@@ -291,7 +296,7 @@ where
 
 pub(crate) async fn bench(pipeops: &str, parts: &[&str]) {
     let rig = Rig::new(pipeops).await;
-    let token = rig.plane.token(&rig.id, "deployer", None);
+    let token = rig.control_plane.token(&rig.id, "deployer", None);
     let wanted = |part: &str| parts.is_empty() || parts.contains(&part);
     if wanted("idle") {
         idle(&rig).await;
@@ -475,7 +480,12 @@ async fn held(rig: &Rig, token: &str) {
     let empty = rig.proc(pid).0;
     let mut held = Vec::new();
     for _ in 0..1000 {
-        held.push(rig.plane.tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap());
+        held.push(
+            rig.control_plane
+                .tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1")
+                .await
+                .unwrap(),
+        );
     }
     let secured = rig.proc(pid).0;
     for io in &mut held {
@@ -515,9 +525,12 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
         };
     let aborted = async |n: u32| {
         for _ in 0..n {
-            let token = rig.plane.token(&rig.id, "deployer", None);
-            let mut io =
-                rig.plane.tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1").await.unwrap();
+            let token = rig.control_plane.token(&rig.id, "deployer", None);
+            let mut io = rig
+                .control_plane
+                .tls(rig.frps.dial("agent").await.unwrap(), b"http/1.1")
+                .await
+                .unwrap();
             let head = format!(
                 "GET /k8s/api/v1/namespaces/beta/pods/p/log?bulk=104857600 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n"
             );
@@ -586,7 +599,8 @@ impl Reconnecting {
         use pipeops::frp::client::Client;
         use pipeops::frp::{TunnelConfig, TunnelState, TunnelStatus};
         let mut base: TunnelConfig =
-            serde_json::from_value(rig.plane.config.lock().unwrap()["tunnel"].clone()).unwrap();
+            serde_json::from_value(rig.control_plane.config.lock().unwrap()["tunnel"].clone())
+                .unwrap();
         base.proxies[0].name = "here".into();
         let (settings, receiver) = tokio::sync::watch::channel(Some(base.clone()));
         let (publish, status) = tokio::sync::watch::channel(TunnelStatus {

@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::plane::{Plane, Scripted};
+use crate::fake_control_plane::{FakeControlPlane, Scripted};
 
 /// What stands in front of the FRP server does with connections.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -179,8 +179,8 @@ async fn status() -> Value {
         .unwrap_or_default()
 }
 
-async fn sample(plane: Arc<Plane>, samples: Arc<Mutex<Vec<Sample>>>) {
-    let (mut turn, mut beats) = (0, plane.calls("/heartbeat").len());
+async fn sample(control_plane: Arc<FakeControlPlane>, samples: Arc<Mutex<Vec<Sample>>>) {
+    let (mut turn, mut beats) = (0, control_plane.calls("/heartbeat").len());
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;
         turn += 1;
@@ -198,7 +198,7 @@ async fn sample(plane: Arc<Plane>, samples: Arc<Mutex<Vec<Sample>>>) {
         } else {
             None
         };
-        let all = plane.calls("/heartbeat");
+        let all = control_plane.calls("/heartbeat");
         let beat =
             (all.len() > beats).then(|| all.last().is_some_and(|c| c.2["tunnel"]["state"] == "up"));
         beats = all.len();
@@ -214,7 +214,7 @@ async fn sample(plane: Arc<Plane>, samples: Arc<Mutex<Vec<Sample>>>) {
 }
 
 pub(crate) struct Faults {
-    pub(crate) plane: Arc<Plane>,
+    pub(crate) control_plane: Arc<FakeControlPlane>,
     pub(crate) frps: Server,
     pub(crate) mode: watch::Sender<Mode>,
     pub(crate) port: u16,
@@ -239,15 +239,21 @@ impl Faults {
     }
 
     fn agent(&self) -> String {
-        self.plane.calls("/register").last().unwrap().2["agent"]["id"].as_str().unwrap().to_owned()
+        self.control_plane.calls("/register").last().unwrap().2["agent"]["id"]
+            .as_str()
+            .unwrap()
+            .to_owned()
     }
 
     /// One request through the tunnel, and its status.
     async fn request(&self, method: &str, path: &str, body: &str) -> Option<String> {
-        let token = self.plane.token(&self.agent(), "deployer", None);
+        let token = self.control_plane.token(&self.agent(), "deployer", None);
         let go = async {
-            let mut io =
-                self.plane.tls(self.frps.dial("agent").await.ok()?, b"http/1.1").await.ok()?;
+            let mut io = self
+                .control_plane
+                .tls(self.frps.dial("agent").await.ok()?, b"http/1.1")
+                .await
+                .ok()?;
             let head = format!(
                 "{method} {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
                 body.len()
@@ -356,7 +362,7 @@ impl Faults {
         let _ = self.until(60, async || status().await["control"] == "online").await;
         let headers = vec![("retry-after", "6".to_owned())];
         let body = json!({"code": "busy", "message": "later"});
-        self.plane.script.lock().unwrap().push(Scripted {
+        self.control_plane.script.lock().unwrap().push(Scripted {
             path: "/heartbeat",
             status: code,
             body,
@@ -365,12 +371,12 @@ impl Faults {
         });
         let _ = self
             .until(20, async || {
-                self.plane.script.lock().unwrap().last().is_some_and(|s| s.times == 0)
+                self.control_plane.script.lock().unwrap().last().is_some_and(|s| s.times == 0)
             })
             .await;
-        let calls = self.plane.calls("/heartbeat").len();
+        let calls = self.control_plane.calls("/heartbeat").len();
         let quiet = self
-            .until(30, async || self.plane.calls("/heartbeat").len() > calls)
+            .until(30, async || self.control_plane.calls("/heartbeat").len() > calls)
             .await
             .unwrap_or_default()
             .as_secs_f64();
@@ -382,7 +388,7 @@ impl Faults {
 
     pub(crate) async fn all(self: Arc<Self>, only: &str) -> String {
         only.clone_into(&mut self.only.lock().unwrap());
-        let sampler = tokio::spawn(sample(self.plane.clone(), self.samples.clone()));
+        let sampler = tokio::spawn(sample(self.control_plane.clone(), self.samples.clone()));
         let port = self.port;
         let drop = |rules: &str| {
             sh(&format!(
@@ -434,12 +440,12 @@ impl Faults {
         self.names().await;
         self.retry_after(429).await;
         self.retry_after(503).await;
-        let plane = &self.plane;
+        let control_plane = &self.control_plane;
         self.state(
             "clock an hour off",
             "skewed",
-            || *plane.clock.lock().unwrap() = 3600,
-            || *plane.clock.lock().unwrap() = 0,
+            || *control_plane.clock.lock().unwrap() = 3600,
+            || *control_plane.clock.lock().unwrap() = 0,
         )
         .await;
         let conflict = Scripted {
@@ -449,20 +455,26 @@ impl Faults {
             headers: vec![],
             times: 1,
         };
-        self.state("409", "conflict", || plane.script.lock().unwrap().push(conflict), || {}).await;
+        self.state(
+            "409",
+            "conflict",
+            || control_plane.script.lock().unwrap().push(conflict),
+            || {},
+        )
+        .await;
         // the agent still holds the token that let it in: that is refused as well, until a person sees to it
         let body = json!({"code": "token_unknown", "message": "revoked"});
         let refused =
             Scripted { path: "/register", status: 401, body, headers: vec![], times: usize::MAX };
         let revoke = || {
-            plane.script.lock().unwrap().push(refused);
-            plane.revoke();
+            control_plane.script.lock().unwrap().push(refused);
+            control_plane.revoke();
         };
         let again = || {
-            plane.script.lock().unwrap().clear();
+            control_plane.script.lock().unwrap().clear();
             sh(&format!(
                 "printf %s '{}' > /etc/pipeops/agent-token; systemctl restart pipeops-agent",
-                crate::plane::TOKEN
+                crate::fake_control_plane::TOKEN
             ));
         };
         self.state(
@@ -483,7 +495,7 @@ impl Faults {
         let server = tokio::spawn(names(socket, answer.clone()));
         sh("cp /etc/resolv.conf /tmp/resolv.faults; echo nameserver 127.0.0.1 > /etc/resolv.conf");
         let tell = |server: &str| {
-            let mut config = self.plane.config.lock().unwrap();
+            let mut config = self.control_plane.config.lock().unwrap();
             config["tunnel"]["server"] = server.into();
             config["config_version"] = (config["config_version"].as_u64().unwrap() + 1).into();
         };
@@ -493,7 +505,7 @@ impl Faults {
         // the old address is gone for good; a relay at the new one
         let (moved, at) =
             (watch::Sender::new(Mode::Gone), SocketAddr::from((elsewhere, self.port)));
-        let (tls, _) = crate::plane::identity();
+        let (tls, _) = crate::fake_control_plane::identity();
         let relay = tokio::spawn(front(at, self.back, tls, moved.subscribe()));
         let change = || {
             *answer.lock().unwrap() = elsewhere;
@@ -577,7 +589,7 @@ impl Faults {
             .request("GET", "/k8s/version", "")
             .await
             .is_some_and(|a| a.starts_with("HTTP/1.1 200"));
-        self.plane.script.lock().unwrap().push(Scripted {
+        self.control_plane.script.lock().unwrap().push(Scripted {
             path: "/status",
             status: 503,
             body: json!({}),
@@ -588,9 +600,9 @@ impl Faults {
         let alive = status().await["control"] == "online";
         sh(&format!("rm {state}/filler"));
         let after = self.until(60, async || create().await == "201").await;
-        let reports = self.plane.calls("/status").len();
+        let reports = self.control_plane.calls("/status").len();
         let flowing = self
-            .until(60, async || self.plane.calls("/status").len() > reports + 1)
+            .until(60, async || self.control_plane.calls("/status").len() > reports + 1)
             .await
             .is_some();
         self.say(

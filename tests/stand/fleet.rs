@@ -68,9 +68,9 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().to_str().unwrap().to_owned();
-    let port = crate::plane::free_port();
+    let port = crate::fake_control_plane::free_port();
     let url = format!("https://127.0.0.1:{port}");
-    let mut plane = spawn(pipeops, &root, port);
+    let mut control_plane = spawn(pipeops, &root, port);
     let mut line = String::new();
     for _ in 0..200 {
         let made = Command::new(pipeops)
@@ -94,7 +94,7 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
     let bodies: Vec<(String, String, String)> = (0..agents)
         .map(|n| {
             let state = Host::new(dir.path().join(format!("agents/{n}")), None).state_dir("/s").unwrap();
-            let LoadedIdentity::Ours(identity) = Identity::load(&state, "m").unwrap() else { panic!("a clone") };
+            let LoadedIdentity::Own(identity) = Identity::load(&state, "m").unwrap() else { panic!("a clone") };
             let identity: Identity = *identity;
             let body = json!({"agent": {"id": identity.id, "public_key": identity.public_key, "name": format!("n{n}"), "machine": "m", "version": "0.1.0"},
                 "cluster": {"name": format!("n{n}"), "provider": "k3s", "version": "v1.36.2+k3s1", "node_count": 1}, "capabilities": [], "max_role": "operator"});
@@ -102,7 +102,7 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
             (identity.id.clone(), identity.sign(body.as_bytes()).unwrap(), body)
         })
         .collect();
-    let before = rss(plane.id());
+    let before = rss(control_plane.id());
     let begun = Instant::now();
     let mut tasks = JoinSet::new();
     let (mut fleet, mut times) = (Vec::new(), Vec::new());
@@ -149,7 +149,7 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
         percentile(&mut times, 50),
         percentile(&mut times, 99)
     );
-    let held = rss(plane.id());
+    let held = rss(control_plane.id());
     println!(
         "memory: {before} kB before, {held} kB with {agents} agents connected: {:.1} KiB an agent (budget 100)",
         (held - before) as f64 / agents as f64
@@ -186,10 +186,10 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
         percentile(&mut times, 99)
     );
     while tasks.join_next().await.is_some() {}
-    plane.kill().unwrap();
-    plane.wait().unwrap();
+    control_plane.kill().unwrap();
+    control_plane.wait().unwrap();
     let begun = Instant::now();
-    let mut plane = spawn(pipeops, &root, port);
+    let mut control_plane = spawn(pipeops, &root, port);
     let mut tasks = JoinSet::new();
     for agent in fleet {
         let request = agent
@@ -221,6 +221,6 @@ pub(crate) async fn fleet(pipeops: &str, agents: usize) {
         "killed and started again: all {agents} agents back after {:.1} s (budget 60 s for 1,000)",
         begun.elapsed().as_secs_f64()
     );
-    plane.kill().unwrap();
-    plane.wait().unwrap();
+    control_plane.kill().unwrap();
+    control_plane.wait().unwrap();
 }

@@ -23,11 +23,11 @@
 )]
 
 mod bench;
+#[path = "../it/fake_control_plane.rs"]
+mod fake_control_plane;
 mod faults;
 mod fleet;
 mod outcomes;
-#[path = "../it/plane.rs"]
-mod plane;
 mod rights;
 mod runner;
 mod tunnel;
@@ -37,10 +37,10 @@ use std::time::Duration;
 
 use axum::extract::Query;
 use axum::routing::get;
+use fake_control_plane::{FRP_TOKEN, FakeControlPlane, identity};
 use faults::{Faults, Mode};
 use pipeops::base::secret::Secret;
 use pipeops::frp::server::{Server, ServerConfig};
-use plane::{FRP_TOKEN, Plane, identity};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -88,11 +88,11 @@ async fn serve(dir: &str) {
         let frps = frps.clone();
         async move { frps.serve(listener, CancellationToken::new()).await }
     });
-    let state = Arc::new(Plane::new(frps_address, &pin));
+    let state = Arc::new(FakeControlPlane::new(frps_address, &pin));
     let address = state.clone().serve().await;
     let tokens = state.clone();
     let faults = Arc::new(Faults {
-        plane: state.clone(),
+        control_plane: state.clone(),
         frps: frps.clone(),
         mode,
         port: frps_address.port(),
@@ -130,7 +130,7 @@ async fn serve(dir: &str) {
             tokio::task::spawn_blocking(move || here.block_on(faults.all(&only))).await.unwrap()
         }),
     );
-    let tokens = plane::listen(router, ()).await;
+    let tokens = fake_control_plane::listen(router, ()).await;
     let gateway = TcpListener::bind("0.0.0.0:0").await.unwrap();
     let port = gateway.local_addr().unwrap().port();
     std::fs::create_dir_all(dir).unwrap();
@@ -138,7 +138,7 @@ async fn serve(dir: &str) {
         format!("{dir}/env.new"),
         format!(
             "PLANE=http://{address}\nTOKENS=http://{tokens}\nGATEWAY={port}\nENROL={}\n",
-            plane::TOKEN
+            fake_control_plane::TOKEN
         ),
     )
     .unwrap();

@@ -43,14 +43,16 @@ impl Way {
             }
             Way::Direct { config, proxy, key, agent, token } => {
                 let mut tasks = tokio::task::JoinSet::new();
-                let carrier = pipeops::frp::dial::Dialer::new(config, false)
+                let connector = pipeops::frp::dial::Dialer::new(config, false)
                     .unwrap()
                     .connect(&mut tasks)
                     .await
                     .unwrap();
-                let io = pipeops::frp::client::visit(&carrier, "", proxy, key).await.unwrap();
+                let io = pipeops::frp::client::visit(&connector, "", proxy, key).await.unwrap();
                 // whoever runs the FRP server sees nothing: TLS to the agent's own key inside
-                let tls = Trust { pins: vec![agent.clone()], ..Trust::default() }.client().unwrap();
+                let tls = Trust { pins: vec![agent.clone()], ..Trust::default() }
+                    .client_config()
+                    .unwrap();
                 let name =
                     rustls_pki_types::ServerName::try_from("agent.pipeops.internal").unwrap();
                 let io = tokio_rustls::TlsConnector::from(Arc::new(tls))

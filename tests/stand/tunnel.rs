@@ -19,7 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::bench::{Agent, BULK, Load, download, kube, load, median};
-use crate::plane::{FRP_TOKEN, Plane, free_port};
+use crate::fake_control_plane::{FRP_TOKEN, FakeControlPlane, free_port};
 
 type Sender = hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>>;
 
@@ -42,9 +42,9 @@ async fn sender(io: Io) -> Sender {
 
 /// What stands behind frpc: the API in miniature, over TLS and plain.
 async fn targets() -> (SocketAddr, SocketAddr, String) {
-    let (tls, pin) = crate::plane::identity();
+    let (tls, pin) = crate::fake_control_plane::identity();
     let router = axum::Router::new().fallback(kube);
-    let plain = crate::plane::listen(router.clone(), ()).await;
+    let plain = crate::fake_control_plane::listen(router.clone(), ()).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let acceptor = tokio_rustls::TlsAcceptor::from(tls);
@@ -86,7 +86,7 @@ impl Site {
         let made = rcgen::generate_simple_self_signed(vec!["frps.test".into()]).unwrap();
         let (tls_target, plain_target, pin) = targets().await;
         let trust = Trust { pins: vec![Pin::parse(&pin).unwrap()], ..Trust::default() };
-        let trust = tokio_rustls::TlsConnector::from(Arc::new(trust.client().unwrap()));
+        let trust = tokio_rustls::TlsConnector::from(Arc::new(trust.client_config().unwrap()));
         Site { dir: tempfile::tempdir().unwrap(), made, tls_target, plain_target, trust }
     }
 
@@ -234,7 +234,7 @@ async fn answers(port: u16) {
 
 /// The real agent with a tcp proxy, and one of type http for `ours.test`.
 struct Ours {
-    plane: Arc<Plane>,
+    control_plane: Arc<FakeControlPlane>,
     port: u16,
     token: String,
     _agent: Agent,
@@ -242,23 +242,25 @@ struct Ours {
 
 impl Ours {
     async fn start(site: &Site, pipeops: &str, bind: u16) -> Ours {
-        let (pin, port) = (Pin::of(site.made.cert.der()).unwrap().to_string(), free_port());
-        let plane = Arc::new(Plane::new(SocketAddr::from(([127, 0, 0, 1], bind)), &pin));
-        plane.config.lock().unwrap()["tunnel"]["proxies"] = json!([
+        let (pin, port) =
+            (Pin::from_certificate(site.made.cert.der()).unwrap().to_string(), free_port());
+        let control_plane =
+            Arc::new(FakeControlPlane::new(SocketAddr::from(([127, 0, 0, 1], bind)), &pin));
+        control_plane.config.lock().unwrap()["tunnel"]["proxies"] = json!([
             {"name": "agent-tcp", "type": "tcp", "remote_port": port},
             {"name": "agent-http", "type": "http", "custom_domains": ["ours.test"]},
         ]);
-        let agent = Agent::start(pipeops, &plane).await;
+        let agent = Agent::start(pipeops, &control_plane).await;
         answers(port).await;
         tokio::time::sleep(Duration::from_secs(3)).await;
-        let id = plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
-        let token = plane.token(&id, "deployer", None);
-        Ours { plane, port, token, _agent: agent }
+        let id = control_plane.calls("/register")[0].2["agent"]["id"].as_str().unwrap().to_owned();
+        let token = control_plane.token(&id, "deployer", None);
+        Ours { control_plane, port, token, _agent: agent }
     }
 
     async fn caller(&self) -> Sender {
         let stream = TcpStream::connect(("127.0.0.1", self.port)).await.unwrap();
-        sender(Box::new(self.plane.tls(Box::new(stream), b"http/1.1").await.unwrap())).await
+        sender(Box::new(self.control_plane.tls(Box::new(stream), b"http/1.1").await.unwrap())).await
     }
 }
 

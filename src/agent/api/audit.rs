@@ -127,7 +127,7 @@ impl AuditLog {
             record,
         };
         let (text, hash) = seal(&serde_json::to_string(&line)?);
-        self.file.line(&text)?;
+        self.file.append_line(&text)?;
         self.head = AuditHead { seq, hash };
         Ok(())
     }
@@ -146,9 +146,9 @@ impl AuditLog {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn recent(&self, most: usize) -> anyhow::Result<Vec<String>> {
+    pub fn recent(&self, max: usize) -> anyhow::Result<Vec<String>> {
         let mut lines = self.dir.last_lines(CURRENT)?;
-        Ok(lines.split_off(lines.len().saturating_sub(most)))
+        Ok(lines.split_off(lines.len().saturating_sub(max)))
     }
 
     pub fn head(&self) -> &AuditHead {
@@ -201,9 +201,9 @@ pub fn verify(dir: &StateDir) -> Result<VerifiedLog, String> {
 ///
 /// # Errors
 /// When a file cannot be read.
-pub fn tail(dir: &StateDir, most: usize) -> Result<Vec<String>, String> {
+pub fn tail(dir: &StateDir, max: usize) -> Result<Vec<String>, String> {
     let all = lines(dir)?;
-    Ok(all.into_iter().rev().take(most).map(|(_, _, line)| line).rev().collect())
+    Ok(all.into_iter().rev().take(max).map(|(_, _, line)| line).rev().collect())
 }
 
 fn lines(dir: &StateDir) -> Result<Vec<(usize, String, String)>, String> {

@@ -55,7 +55,7 @@ pub struct ApiContext {
     /// Nothing new is taken.
     pub drain: CancellationToken,
     /// What is still open ends.
-    pub cut: CancellationToken,
+    pub abort: CancellationToken,
 }
 
 /// The API. Clones share its state.
@@ -70,12 +70,12 @@ struct Inner {
     audit: Mutex<AuditLog>,
     open: Mutex<OpenStreams>,
     verified_tokens: Mutex<token::VerifiedTokens>,
-    counts: Counts,
+    counters: ApiCounters,
 }
 
 /// Counters since the start, for metrics.
 #[derive(Default)]
-pub struct Counts {
+pub struct ApiCounters {
     pub requests: AtomicU64,
     pub refused: AtomicU64,
     pub upgrades: AtomicU64,
@@ -95,7 +95,7 @@ impl Api {
                 audit: Mutex::new(audit),
                 open: Mutex::default(),
                 verified_tokens: Mutex::default(),
-                counts: Counts::default(),
+                counters: ApiCounters::default(),
             }),
         };
         api.report_unreported();
@@ -108,12 +108,12 @@ impl Api {
     }
 
     /// Streams of callers that are open.
-    pub fn open(&self) -> usize {
-        self.inner.open.lock().all()
+    pub fn open_streams(&self) -> usize {
+        self.inner.open.lock().total()
     }
 
-    pub fn counts(&self) -> &Counts {
-        &self.inner.counts
+    pub fn counters(&self) -> &ApiCounters {
+        &self.inner.counters
     }
 
     /// Serves one stream of the tunnel to its end. The FRP server sees nothing but TLS.
@@ -168,7 +168,7 @@ impl Api {
         }
         tokio::select! {
             _ = connection => {}
-            () = parts.cut.cancelled() => {}
+            () = parts.abort.cancelled() => {}
         }
     }
 
@@ -189,11 +189,11 @@ impl Api {
     }
 
     async fn route(self, request: Request<Incoming>) -> Response<Body> {
-        self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
+        self.inner.counters.requests.fetch_add(1, Ordering::Relaxed);
         let (parts, body) = request.into_parts();
         let below_k8s = parts.uri.path() == "/k8s" || parts.uri.path().starts_with("/k8s/");
         let refusal = |problem: &ApiError| {
-            self.inner.counts.refused.fetch_add(1, Ordering::Relaxed);
+            self.inner.counters.refused.fetch_add(1, Ordering::Relaxed);
             match parts.uri.path().strip_prefix("/k8s").filter(|_| below_k8s) {
                 Some(path) => problem.status(is_discovery(path)),
                 None => problem.plain(),
@@ -315,7 +315,7 @@ impl Api {
 
     /// Adds what is counted in this API to `metrics`.
     pub fn write_metrics(&self, metrics: &mut MetricsText) {
-        let counts = &self.inner.counts;
+        let counts = &self.inner.counters;
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
         metrics.counter("pipeops_api_requests_total", &[], get(&counts.requests));
         metrics.counter("pipeops_api_refused_total", &[], get(&counts.refused));
@@ -323,7 +323,7 @@ impl Api {
         let bytes = "pipeops_api_bytes_total";
         metrics.counter(bytes, &[("direction", "in")], get(&counts.bytes_in));
         metrics.counter(bytes, &[("direction", "out")], get(&counts.bytes_out));
-        metrics.gauge("pipeops_api_open_streams", &[], self.open());
+        metrics.gauge("pipeops_api_open_streams", &[], self.open_streams());
         let tasks = tokio::runtime::Handle::try_current()
             .map_or(0, |runtime| runtime.metrics().num_alive_tasks());
         metrics.gauge("pipeops_tasks", &[], tasks);
@@ -337,7 +337,7 @@ impl Api {
         let config = parts.config.borrow();
         let auth = &config.as_ref().ok_or("this agent is not registered yet")?.runner_auth;
         // the times in a token are those of the control plane's clock
-        let now = jiff::Timestamp::now().as_second() - parts.control.borrow().offset;
+        let now = jiff::Timestamp::now().as_second() - parts.control.borrow().clock_offset;
         token::verify(token, auth, &parts.id, parts.max_role, now, &self.inner.verified_tokens)
     }
 
@@ -407,7 +407,7 @@ impl Api {
                 self.inner.context.audit_head.send_replace(audit.head().clone());
             }
             Err(error) => {
-                self.inner.counts.audit_failed.fetch_add(1, Ordering::Relaxed);
+                self.inner.counters.audit_failed.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(%error, "the audit log cannot be written");
             }
         }
@@ -443,8 +443,8 @@ impl Drop for AuditedRequest {
         record.duration_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         record.bytes_in = self.counted.bytes_in.load(Ordering::Relaxed);
         record.bytes_out = self.counted.bytes_out.load(Ordering::Relaxed);
-        self.api.inner.counts.bytes_in.fetch_add(record.bytes_in, Ordering::Relaxed);
-        self.api.inner.counts.bytes_out.fetch_add(record.bytes_out, Ordering::Relaxed);
+        self.api.inner.counters.bytes_in.fetch_add(record.bytes_in, Ordering::Relaxed);
+        self.api.inner.counters.bytes_out.fetch_add(record.bytes_out, Ordering::Relaxed);
         let _ = self.api.write(record);
     }
 }

@@ -12,8 +12,8 @@ use crate::kubernetes::path::KubernetesPath;
 
 /// Requests that end by themselves, and upgrades, of one caller and in all; the settings can change
 /// it.
-pub const PER_CALLER: usize = 64;
-pub const TOTAL: usize = 512;
+pub const STREAMS_PER_CALLER: usize = 64;
+pub const STREAMS_TOTAL: usize = 512;
 /// Watches and followed logs of one caller and in all: a tool like Argo CD holds one watch for each
 /// kind of object, a few hundred.
 pub const WATCHES_PER_CALLER: usize = 512;
@@ -31,8 +31,8 @@ pub struct StreamLimits {
 impl Default for StreamLimits {
     fn default() -> StreamLimits {
         StreamLimits {
-            per_caller: PER_CALLER,
-            total: TOTAL,
+            per_caller: STREAMS_PER_CALLER,
+            total: STREAMS_TOTAL,
             watches_per_caller: WATCHES_PER_CALLER,
             watches_total: WATCHES_TOTAL,
         }
@@ -91,7 +91,7 @@ pub(super) struct OpenStreams {
 }
 
 impl OpenStreams {
-    pub(super) fn all(&self) -> usize {
+    pub(super) fn total(&self) -> usize {
         self.all.iter().sum()
     }
 }

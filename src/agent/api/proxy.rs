@@ -81,7 +81,7 @@ impl Api {
         let (target, headers, upgrade) = match checked {
             Ok(checked) => checked,
             Err(problem) => {
-                self.counts().refused.fetch_add(1, Ordering::Relaxed);
+                self.counters().refused.fetch_add(1, Ordering::Relaxed);
                 let mut record = record;
                 (record.verdict, record.status) = (problem.code.into(), problem.status);
                 let _ = self.write(record);
@@ -215,9 +215,9 @@ impl Api {
         };
         call.status(answer.status.as_u16(), "allowed");
         if answer.status == StatusCode::SWITCHING_PROTOCOLS {
-            self.counts().upgrades.fetch_add(1, Ordering::Relaxed);
+            self.counters().upgrades.fetch_add(1, Ordering::Relaxed);
         }
-        let cut = self.inner.context.cut.clone();
+        let cut = self.inner.context.abort.clone();
         let cut = Box::pin(async move {
             cut.cancelled().await;
             "the agent stops"

@@ -21,7 +21,7 @@ use crate::base::secret::Secret;
 use crate::base::trust::Trust;
 use crate::contract::types::{
     AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, NodeReport,
-    Register, Registered, SIGNATURE, StatusReport, TunnelReport,
+    Register, Registered, SIGNATURE_HEADER, StatusReport, TunnelReport,
 };
 use crate::frp;
 use crate::host::state::StateDir;
@@ -167,7 +167,7 @@ impl ControlPlaneClient {
                 },
                 None => {
                     let draining = session.status().state == ControlPlaneState::Draining;
-                    let wake = session.wake();
+                    let wake = session.next_tick();
                     let timer = async {
                         match wake {
                             Some(at) => tokio::time::sleep_until(at).await,
@@ -212,7 +212,7 @@ impl ControlPlaneClient {
 
     fn begin(&self) -> anyhow::Result<(RunState, SessionEvent)> {
         let token = self.token.is_some();
-        let queue = Queue::open(self.state.sub("queue")?);
+        let queue = Queue::open(self.state.subdir("queue")?);
         // what was meant for one control plane is not sent to another one
         let former = self.state.read(QUEUE_URL)?;
         if former.as_ref().is_some_and(|url| *url != self.url) {
@@ -307,7 +307,7 @@ impl ControlPlaneClient {
         let request = agent
             .http
             .request(Method::POST, "/register", &bearer)
-            .header(SIGNATURE, signature)
+            .header(SIGNATURE_HEADER, signature)
             .body(body);
         let (answer, offset) = agent.http.send::<Registered>(request).await;
         let outcome = answer.and_then(|r| {
@@ -393,7 +393,7 @@ impl ControlPlaneClient {
             cluster_id,
             config: last,
         };
-        let lives = new.remaining_s(jiff::Timestamp::now());
+        let lifetime_s = new.remaining_s(jiff::Timestamp::now());
         if let Err(error) = new.store(&self.state) {
             tracing::error!(
                 error = format!("{error:#}"),
@@ -401,7 +401,7 @@ impl ControlPlaneClient {
             );
         }
         *stored = Some(new);
-        Ok(RequestOutcome::Credential { lives, config })
+        Ok(RequestOutcome::Credential { lifetime_s, config })
     }
 
     fn publish_config(&self, outcome: &RequestOutcome) {
@@ -450,7 +450,7 @@ impl ControlPlaneClient {
         let tunnel = self.reported.tunnel.borrow().clone();
         // in the control plane's time, as this clock may be wrong
         let at = |ago: Duration| {
-            let now = jiff::Timestamp::now().as_second() - status.offset;
+            let now = jiff::Timestamp::now().as_second() - status.clock_offset;
             jiff::Timestamp::from_second(now - i64::try_from(ago.as_secs()).unwrap_or(0))
                 .unwrap_or_default()
                 .to_string()

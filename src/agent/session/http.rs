@@ -64,7 +64,7 @@ impl HttpClient {
             );
         }
         let client = client
-            .tls_backend_preconfigured(trust.client()?)
+            .tls_backend_preconfigured(trust.client_config()?)
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(REQUEST_TIMEOUT)
             .dns_resolver(Resolver::shared())

@@ -22,7 +22,7 @@ const CREDENTIAL_FILE: &str = "credential.json";
 #[derive(Serialize, Deserialize)]
 struct IdentityFile {
     version: u32,
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     key: Secret,
     machine: String,
 }
@@ -39,7 +39,7 @@ pub struct Identity {
 
 /// Whether the identity on the disk belongs to this machine.
 pub enum LoadedIdentity {
-    Ours(Box<Identity>),
+    Own(Box<Identity>),
     /// The disk was copied: the identity belongs to the machine that generated it.
     Cloned,
 }
@@ -65,7 +65,7 @@ impl Identity {
     pub fn load(state: &StateDir, machine: &str) -> anyhow::Result<LoadedIdentity> {
         let Some(text) = state.read(IDENTITY_FILE)? else {
             return Identity::generate(state, machine)
-                .map(|made| LoadedIdentity::Ours(Box::new(made)));
+                .map(|made| LoadedIdentity::Own(Box::new(made)));
         };
         let damaged = |why: String| {
             Failure::new(Exit::Usage, "IDENTITY_DAMAGED", "the agent's identity cannot be read")
@@ -82,7 +82,7 @@ impl Identity {
         }
         let ours = Identity::from_pem(stored.key.expose(), stored.machine)
             .map_err(|e| damaged(format!("{e:#}")))?;
-        Ok(LoadedIdentity::Ours(Box::new(ours)))
+        Ok(LoadedIdentity::Own(Box::new(ours)))
     }
 
     /// The id of the stored identity; none is generated.
@@ -96,7 +96,7 @@ impl Identity {
     ///
     /// # Errors
     /// When the state directory cannot be written.
-    pub fn replace_copied(state: &StateDir, machine: &str) -> anyhow::Result<Identity> {
+    pub fn replace_cloned(state: &StateDir, machine: &str) -> anyhow::Result<Identity> {
         state.rename(IDENTITY_FILE, "identity.json.copied")?;
         state.remove(CREDENTIAL_FILE);
         Identity::generate(state, machine)
@@ -166,7 +166,7 @@ impl Identity {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StoredCredential {
     pub url: String,
-    #[serde(serialize_with = "Secret::reveal")]
+    #[serde(serialize_with = "Secret::serialize_exposed")]
     pub credential: Secret,
     pub expires_at: String,
     #[serde(default)]

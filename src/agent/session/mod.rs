@@ -59,9 +59,9 @@ pub struct ControlPlaneStatus {
     pub reason: String,
     pub since: Instant,
     /// When the last answer came that was no error.
-    pub heard: Option<Instant>,
+    pub last_answer: Option<Instant>,
     /// This clock minus the control plane's, seconds.
-    pub offset: i64,
+    pub clock_offset: i64,
     /// The control plane asks the agent to take nothing new.
     pub drain: bool,
 }
@@ -82,7 +82,7 @@ pub enum RequestKind {
 pub enum RequestOutcome {
     /// Registered or rotated; with the seconds that the credential is valid.
     Credential {
-        lives: u64,
+        lifetime_s: u64,
         config: Option<Box<Config>>,
     },
     Config(Box<Config>),

@@ -1,6 +1,6 @@
 //! `control-plane`: runs a control plane, or calls the one that runs on this machine.
 
-mod verbs;
+mod subcommands;
 
 use std::io::IsTerminal as _;
 use std::net::Ipv6Addr;
@@ -9,7 +9,7 @@ use http::Method;
 
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
-use crate::cli::{ControlPlaneArgs, ControlPlaneCommand, DataDirArgs, DatabaseArgs, Serve};
+use crate::cli::{ControlPlaneArgs, ControlPlaneCommand, DataDirArgs, DatabaseArgs, ServeArgs};
 use crate::cmd::{Context, unreadable};
 use crate::control_plane::certificate::CertificateFiles;
 use crate::control_plane::frps::ExternalFrps;
@@ -34,7 +34,7 @@ pub async fn control_plane(context: &Context, args: ControlPlaneArgs) -> anyhow:
         )
         .into());
     }
-    verb(context, command, &args.serve.place).await
+    subcommand(context, command, &args.serve.location).await
 }
 
 /// Options of the command line over those of the config file.
@@ -44,7 +44,7 @@ fn layered(
     config: Option<&str>,
 ) -> anyhow::Result<ControlPlaneOptions> {
     let text = match config {
-        Some(path) => Some(host.users_file(path).map_err(|e| unreadable(path, &e))?),
+        Some(path) => Some(host.read_user_file(path).map_err(|e| unreadable(path, &e))?),
         None => host.read(CONFIG).map_err(|e| unreadable(CONFIG, &e))?,
     };
     Ok(match text {
@@ -69,8 +69,8 @@ fn secret_url(
     }
 }
 
-async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
-    let host = context.host(&args.place.root);
+async fn serve(context: &Context, args: ServeArgs) -> anyhow::Result<Exit> {
+    let host = context.host(&args.location.root);
     let flags = args.options;
     let (database, amqp) = (flags.database_url_file.clone(), flags.amqp_url_file.clone());
     let options = layered(&host, flags, args.config.as_deref())?;
@@ -88,7 +88,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
         context.amqp_url.as_ref(),
         options.amqp_url_file.as_deref(),
     )?;
-    let text = |path: &str| host.users_file(path).map_err(|e| unreadable(path, &e));
+    let text = |path: &str| host.read_user_file(path).map_err(|e| unreadable(path, &e));
     let ca = options.amqp_ca.as_deref().map(text).transpose()?;
     let frps = match options.frps {
         Some(address) => {
@@ -107,7 +107,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
     };
     let mut names = options.public_name;
     if names.is_empty() {
-        names.extend(host.outward_address().map(|a| a.to_string()));
+        names.extend(host.outbound_address().map(|a| a.to_string()));
         names.extend(nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()));
     }
     names.extend(["localhost".into(), "127.0.0.1".into()]);
@@ -125,7 +125,7 @@ async fn serve(context: &Context, args: Serve) -> anyhow::Result<Exit> {
             key,
             ca: options.tls_ca,
         }),
-        data_dir: args.place.data_dir.clone(),
+        data_dir: args.location.data_dir.clone(),
         show: if terminal { Some(show_bootstrap_token) } else { None },
     };
     let ready = move |https: std::net::SocketAddr, tunnel: Option<std::net::SocketAddr>| {
@@ -154,9 +154,9 @@ fn show_bootstrap_token(token: &str, line: &str) {
 fn host_and_database(
     context: &Context,
     args: &DatabaseArgs,
-    place: &DataDirArgs,
+    location: &DataDirArgs,
 ) -> anyhow::Result<(Host, Option<Secret>)> {
-    let host = context.host(&place.root);
+    let host = context.host(&location.root);
     let database = secret_url(
         context,
         &host,
@@ -167,39 +167,45 @@ fn host_and_database(
     Ok((host, database))
 }
 
-async fn verb(
+async fn subcommand(
     context: &Context,
     command: ControlPlaneCommand,
-    place: &DataDirArgs,
+    location: &DataDirArgs,
 ) -> anyhow::Result<Exit> {
     let printer = || Printer::new(false, false, context.no_color());
     match command {
-        ControlPlaneCommand::Token(command) => verbs::token(context, place, command).await,
-        ControlPlaneCommand::Cluster(command) => verbs::cluster(context, place, command).await,
-        ControlPlaneCommand::Runner(command) => verbs::runner(context, place, command).await,
-        ControlPlaneCommand::Admin(command) => verbs::admin(context, place, command).await,
-        ControlPlaneCommand::Project(command) => verbs::project(context, place, command).await,
+        ControlPlaneCommand::Token(command) => subcommands::token(context, location, command).await,
+        ControlPlaneCommand::Cluster(command) => {
+            subcommands::cluster(context, location, command).await
+        }
+        ControlPlaneCommand::Runner(command) => {
+            subcommands::runner(context, location, command).await
+        }
+        ControlPlaneCommand::Admin(command) => subcommands::admin(context, location, command).await,
+        ControlPlaneCommand::Project(command) => {
+            subcommands::project(context, location, command).await
+        }
         ControlPlaneCommand::FrpsConfig => {
-            let host = context.host(&place.root);
+            let host = context.host(&location.root);
             let text =
-                client::call(&host, &place.data_dir, Method::GET, "/api/v1/frps", None).await?;
+                client::call(&host, &location.data_dir, Method::GET, "/api/v1/frps", None).await?;
             for line in text.lines() {
                 printer().data_with_secrets(line);
             }
             Ok(Exit::Done)
         }
         ControlPlaneCommand::Backup { file, database: args } => {
-            let (host, database) = host_and_database(context, &args, place)?;
+            let (host, database) = host_and_database(context, &args, location)?;
             let message =
-                control_plane::backup::write(&host, &place.data_dir, database, &file).await?;
+                control_plane::backup::write(&host, &location.data_dir, database, &file).await?;
             printer().say(&message);
             Ok(Exit::Done)
         }
         ControlPlaneCommand::Restore { file, database: args } => {
-            let (host, database) = host_and_database(context, &args, place)?;
-            let text = host.users_file(&file).map_err(|e| unreadable(&file, &e))?;
+            let (host, database) = host_and_database(context, &args, location)?;
+            let text = host.read_user_file(&file).map_err(|e| unreadable(&file, &e))?;
             let message =
-                control_plane::backup::restore(&host, &place.data_dir, database, &file, &text)
+                control_plane::backup::restore(&host, &location.data_dir, database, &file, &text)
                     .await?;
             printer().say(&message);
             Ok(Exit::Done)

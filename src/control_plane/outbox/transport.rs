@@ -91,7 +91,7 @@ async fn open_stream(uri: &AMQPUri, ca: Option<&str>) -> io::Result<Io> {
         return Ok(Box::new(stream));
     }
     let tls = Trust { ca_pem: ca.map(str::to_owned), ..Trust::default() }
-        .client()
+        .client_config()
         .map_err(io::Error::other)?;
     let name = rustls_pki_types::ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
         .map_err(io::Error::other)?;

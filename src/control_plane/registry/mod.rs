@@ -31,8 +31,8 @@ pub use entry::ClusterView;
 pub use principal::Principal;
 
 /// Intervals of heartbeats and of status reports, seconds.
-pub const HEARTBEAT: u64 = 10;
-pub const STATUS: u64 = 60;
+pub const HEARTBEAT_INTERVAL_S: u64 = 10;
+pub const STATUS_INTERVAL_S: u64 = 60;
 
 #[derive(Default)]
 struct Inner {
@@ -134,7 +134,7 @@ impl Registry {
     ///
     /// # Errors
     /// 404 for one outside its project or list: for this caller it does not exist.
-    pub fn reaches(&self, access: &AccessToken, id: &str) -> Result<(), HttpError> {
+    pub fn check_access(&self, access: &AccessToken, id: &str) -> Result<(), HttpError> {
         let inner = self.inner();
         let cluster = &inner.find(id, Some(&access.project))?.row.cluster_id;
         if access.includes(cluster) { Ok(()) } else { Err(not_found("cluster", id)) }
@@ -154,7 +154,7 @@ impl Registry {
             agent: entry.row.id.clone(),
             cluster: entry.row.cluster_id.clone(),
             public_key: entry.row.info.public_key.clone(),
-            max_role: Role::of(&entry.row.max_role).unwrap_or(Role::Viewer),
+            max_role: Role::from_name(&entry.row.max_role).unwrap_or(Role::Viewer),
             revocation: entry.revocation.clone(),
         })
     }
@@ -174,7 +174,7 @@ impl Registry {
     }
 
     /// Whether an agent may hold a tunnel, and what ends it.
-    pub fn tunnel(&self, agent: &str, now: i64) -> Option<CancellationToken> {
+    pub fn tunnel_revocation(&self, agent: &str, now: i64) -> Option<CancellationToken> {
         let inner = self.inner();
         let entry =
             inner.agents.get(agent).filter(|e| !e.row.revoked && e.conflict_until <= now)?;

@@ -13,7 +13,7 @@ pub(super) fn check_name(name: &str) -> Result<(), HttpError> {
     let hint = Some(
         "take letters, digits and punctuation that can be seen, without a blank at either end",
     );
-    text::name(name, MAX_NAME)
+    text::check_display_name(name, MAX_NAME)
         .map_err(|why| HttpError::new(400, "bad_name", format!("a name {why}"), hint))
 }
 
@@ -40,7 +40,7 @@ pub(super) fn check_facts(request: &Register) -> Result<(), HttpError> {
         plain.into_iter().chain(labels).chain(more).filter(|(_, text)| !text.is_empty())
     {
         let hint = Some("correct it on the node, then restart pipeops-agent");
-        text::name(text, MAX_FACT).map_err(|why| {
+        text::check_display_name(text, MAX_FACT).map_err(|why| {
             HttpError::new(400, "bad_name", format!("the agent's {what} {why}"), hint)
         })?;
     }

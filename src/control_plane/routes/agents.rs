@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::Routes;
 use crate::contract::types::{
-    Heartbeat, HeartbeatAnswer, Operation, Register, SIGNATURE, StatusReport,
+    Heartbeat, HeartbeatAnswer, Operation, Register, SIGNATURE_HEADER, StatusReport,
 };
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::{AgentCaller, EnrolmentCaller};
@@ -48,7 +48,7 @@ async fn register(
         ));
     }
     let request: Register = parsed(&bytes)?;
-    let signature = headers.get(SIGNATURE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let signature = headers.get(SIGNATURE_HEADER).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let done = control_plane
         .registry()
         .register(control_plane.keys(), &caller.principal, request, &bytes, signature, now())

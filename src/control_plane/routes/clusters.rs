@@ -19,7 +19,7 @@ use crate::control_plane::state::ControlPlane;
 use crate::kubernetes::readiness::workload::{PodCounts, WorkloadKind};
 
 /// The views into a cluster, and the path at its agent.
-pub(super) const INSIDE: &[(&str, &str, bool)] = &[
+pub(super) const CLUSTER_VIEWS: &[(&str, &str, bool)] = &[
     ("deployments", "k8s/apis/apps/v1/deployments?limit=500", false),
     ("statefulsets", "k8s/apis/apps/v1/statefulsets?limit=500", false),
     ("daemonsets", "k8s/apis/apps/v1/daemonsets?limit=500", false),
@@ -130,7 +130,7 @@ async fn look_inside(
     State(control_plane): State<ControlPlane>,
     PathSegments([id, what]): PathSegments<2>,
 ) -> Result<Response, HttpError> {
-    let found = INSIDE.iter().find(|i| i.0 == what);
+    let found = CLUSTER_VIEWS.iter().find(|i| i.0 == what);
     let (_, path, audit) = found.ok_or_else(|| {
         HttpError::new(404, "not_found", format!("there is no view {what}"), None)
     })?;
@@ -191,7 +191,7 @@ fn row(what: &str, item: &Value) -> Value {
                 "statefulsets" => WorkloadKind::StatefulSet,
                 _ => WorkloadKind::Deployment,
             };
-            let PodCounts { wanted, ready, .. } = PodCounts::of(kind, item);
+            let PodCounts { wanted: desired, ready, .. } = PodCounts::of(kind, item);
             let images: Vec<&Value> = item["spec"]["template"]["spec"]["containers"]
                 .as_array()
                 .into_iter()
@@ -200,7 +200,7 @@ fn row(what: &str, item: &Value) -> Value {
                 .collect();
             json!({
                 "namespace": meta["namespace"], "name": meta["name"],
-                "wanted": wanted, "ready": ready,
+                "wanted": desired, "ready": ready,
                 "images": images, "created": meta["creationTimestamp"],
             })
         }

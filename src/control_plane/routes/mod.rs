@@ -30,7 +30,7 @@ use serde_json::{Value, json};
 use tower::Service as _;
 
 use super::answer::error_answer;
-use super::auth::{Caller, Origin};
+use super::auth::{CallerExtractor, Origin};
 use super::body::{check_segments, path_not_found};
 use super::error::HttpError;
 use super::state::ControlPlane;
@@ -48,14 +48,14 @@ pub struct Route {
 }
 
 /// The authentication that a handler requires, by its first argument. A function whose first
-/// argument is not a [`Caller`] is no handler.
+/// argument is not a [`CallerExtractor`] is no handler.
 trait HandlerAuth {
     const REQUIRED_AUTH: RequiredAuth;
 }
 
 macro_rules! handler_auth {
     ($($more:ident)*) => {
-        impl<Via, C: Caller, $($more),*> HandlerAuth for (Via, C, $($more),*) {
+        impl<Via, C: CallerExtractor, $($more),*> HandlerAuth for (Via, C, $($more),*) {
             const REQUIRED_AUTH: RequiredAuth = C::REQUIRED_AUTH;
         }
     };

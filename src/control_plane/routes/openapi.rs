@@ -27,8 +27,8 @@ mod tests {
 
     use super::super::{NameRequest, clusters, page, runners, table, tokens};
     use crate::contract::types::{
-        Config, Credential, Heartbeat, HeartbeatAnswer, IDEMPOTENCY_KEY, Operation, Problem,
-        Register, Registered, SIGNATURE, StatusReport,
+        Config, Credential, Heartbeat, HeartbeatAnswer, IDEMPOTENCY_KEY_HEADER, Operation, Problem,
+        Register, Registered, SIGNATURE_HEADER, StatusReport,
     };
     use crate::control_plane::auth::RequiredAuth;
     use crate::control_plane::caller_token::RunnerToken;
@@ -184,7 +184,7 @@ mod tests {
                 "/api/v1/agents/register",
                 "Register, or register again with the same key",
             )
-            .header(SIGNATURE, signature)
+            .header(SIGNATURE_HEADER, signature)
             .takes(s.of::<Register>())
             .gives("200", "registered", s.of::<Registered>()),
             call("GET", "/api/v1/agents/{id}/config", "Settings of an agent").gives(
@@ -266,7 +266,7 @@ mod tests {
             ("cluster_id", "which cluster it is for"),
             ("expires_at", "RFC 3339: until when it waits for the agent, while it does"),
         ]);
-        let what = clusters::INSIDE.iter().map(|(what, ..)| *what).collect::<Vec<_>>();
+        let what = clusters::CLUSTER_VIEWS.iter().map(|(what, ..)| *what).collect::<Vec<_>>();
         let one_operation = "/api/v1/clusters/{id}/operations/{op}";
         let passed = |path, summary| {
             call("*", path, summary)
@@ -293,7 +293,7 @@ mod tests {
                 .gives("200", "rows: of workloads, of events, or of the agent's audit log", items(inside())),
             call("GET", "/api/v1/clusters/{id}/operations", "Operations that the caller may see").gives("200", "all of them", s.list::<Operation>()),
             call("POST", "/api/v1/clusters/{id}/operations", "Ask for an operation")
-                .header(IDEMPOTENCY_KEY, key)
+                .header(IDEMPOTENCY_KEY_HEADER, key)
                 .takes(s.of::<OperationRequest>())
                 .gives("200", "known already, under the same key", operation.clone())
                 .gives("202", "taken", operation.clone()),

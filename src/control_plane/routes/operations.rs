@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::Routes;
 use crate::contract::token::Role;
-use crate::contract::types::{IDEMPOTENCY_KEY, Operation, OperationState};
+use crate::contract::types::{IDEMPOTENCY_KEY_HEADER, Operation, OperationState};
 use crate::control_plane::answer::answer;
 use crate::control_plane::auth::RunnerCaller;
 use crate::control_plane::body::{PathSegments, RawBody, parsed};
@@ -50,7 +50,7 @@ async fn submit(
 ) -> Result<Response, HttpError> {
     let target = control_plane.registry().target(&id, caller.principal.project())?;
     let request: OperationRequest = parsed(&bytes)?;
-    let key = headers.get(IDEMPOTENCY_KEY).and_then(|v| v.to_str().ok());
+    let key = headers.get(IDEMPOTENCY_KEY_HEADER).and_then(|v| v.to_str().ok());
     match control_plane.submit_operation(&caller.principal, &target, request, key, now()).await? {
         Submission::Existing(record) => Ok(operation_answer(200, &record, &target.cluster)),
         Submission::Created(record) => Ok(operation_answer(202, &record, &target.cluster)),

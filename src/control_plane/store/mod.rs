@@ -187,10 +187,10 @@ impl Store {
     ///
     /// # Errors
     /// When the database does not answer.
-    pub async fn pending_events(&self, most: i64) -> anyhow::Result<Vec<PendingEvent>> {
+    pub async fn pending_events(&self, max: i64) -> anyhow::Result<Vec<PendingEvent>> {
         let rows =
             sqlx::query("SELECT seq, agent, topic, body FROM pipeops_outbox ORDER BY seq LIMIT $1")
-                .bind(most)
+                .bind(max)
                 .fetch_all(&self.pool)
                 .await?;
         rows.iter()

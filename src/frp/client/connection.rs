@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use super::WorkConnection;
 use super::control::ControlChannel;
-use crate::frp::dial::{Carrier, Dialer};
+use crate::frp::dial::{Connector, Dialer};
 use crate::frp::wire::{Login, Message};
 use crate::frp::{TunnelConfig, TunnelEvent};
 
@@ -17,7 +17,7 @@ use crate::frp::{TunnelConfig, TunnelEvent};
 pub(super) enum ConnectionEvent {
     Tunnel(TunnelEvent),
     /// The connection is there.
-    Carrier(Carrier),
+    Connected(Connector),
     /// The client is logged in, and messages for the control channel go here.
     Control(mpsc::Sender<Message>),
 }
@@ -40,14 +40,14 @@ pub(super) struct Connection {
     pub(super) number: u64,
     events: mpsc::Sender<(u64, ConnectionEvent)>,
     tasks: JoinSet<()>,
-    carrier: Option<Carrier>,
+    connector: Option<Connector>,
     control: Option<mpsc::Sender<Message>>,
 }
 
 impl Connection {
     /// None yet.
     pub(super) fn new(events: mpsc::Sender<(u64, ConnectionEvent)>) -> Connection {
-        Connection { number: 0, events, tasks: JoinSet::new(), carrier: None, control: None }
+        Connection { number: 0, events, tasks: JoinSet::new(), connector: None, control: None }
     }
 
     pub(super) fn begin(&mut self) {
@@ -59,7 +59,7 @@ impl Connection {
     pub(super) fn end(&mut self) {
         self.tasks.abort_all();
         self.tasks = JoinSet::new();
-        self.carrier = None;
+        self.connector = None;
         self.control = None;
     }
 
@@ -67,8 +67,8 @@ impl Connection {
     pub(super) fn take(&mut self, event: ConnectionEvent) -> Option<TunnelEvent> {
         match event {
             ConnectionEvent::Tunnel(event) => Some(event),
-            ConnectionEvent::Carrier(carrier) => {
-                self.carrier = Some(carrier);
+            ConnectionEvent::Connected(connector) => {
+                self.connector = Some(connector);
                 Some(TunnelEvent::Connected)
             }
             ConnectionEvent::Control(control) => {
@@ -80,7 +80,7 @@ impl Connection {
 
     /// How long nothing was received, where it is known.
     pub(super) fn silence(&self) -> Option<Duration> {
-        self.carrier.as_ref().and_then(Carrier::silence)
+        self.connector.as_ref().and_then(Connector::silence)
     }
 
     pub(super) fn send_control(&self, message: impl Into<Message>) {
@@ -99,11 +99,11 @@ impl Connection {
         self.tasks.spawn(async move {
             let mut tasks = JoinSet::new();
             let event = match dialer.connect(&mut tasks).await {
-                Ok(carrier) => ConnectionEvent::Carrier(carrier),
+                Ok(connector) => ConnectionEvent::Connected(connector),
                 Err(error) => {
                     let why = explain_unreachable(proxied, &dialer, error.why);
                     ConnectionEvent::Tunnel(if error.unanswered {
-                        TunnelEvent::Unanswered(why)
+                        TunnelEvent::ConnectTimedOut(why)
                     } else {
                         TunnelEvent::ConnectFailed(why)
                     })
@@ -121,9 +121,9 @@ impl Connection {
         config: Arc<TunnelConfig>,
         work_connections: mpsc::Sender<WorkConnection>,
     ) {
-        let Some(carrier) = self.carrier.clone() else { return };
+        let Some(connector) = self.connector.clone() else { return };
         let events = self.events();
-        let channel = ControlChannel::new(carrier, config, work_connections, events.clone());
+        let channel = ControlChannel::new(connector, config, work_connections, events.clone());
         self.tasks.spawn(async move {
             let end = channel.run(login).await;
             events.send(ConnectionEvent::Tunnel(end)).await;

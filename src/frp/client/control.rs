@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use super::connection::{ConnectionEvent, Events};
 use super::{QUEUE, WorkConnection, now};
 use crate::frp::codec::{Io, encrypted, layered};
-use crate::frp::dial::{Carrier, STAGE_TIMEOUT};
+use crate::frp::dial::{Connector, STAGE_TIMEOUT};
 use crate::frp::wire::{self, Key, Login, Message, NewProxy, NewWorkConn, StartWorkConn};
 use crate::frp::{Proxy, TunnelConfig, TunnelEvent};
 
@@ -60,27 +60,29 @@ pub(super) struct ControlChannel {
 
 impl ControlChannel {
     pub(super) fn new(
-        carrier: Carrier,
+        connector: Connector,
         config: Arc<TunnelConfig>,
         work_connections: mpsc::Sender<WorkConnection>,
         events: Events,
     ) -> ControlChannel {
         let proxies = config.proxies.iter().map(|p| (p.name.clone(), p.clone())).collect();
         let opening = Semaphore::new(MAX_OPENING);
-        let opener = WorkConnectionOpener { carrier, config, proxies, opening, work_connections };
+        let opener = WorkConnectionOpener { connector, config, proxies, opening, work_connections };
         ControlChannel { opener: Arc::new(opener), events }
     }
 
     /// Logs in and serves the channel; gives the event that ends it.
     pub(super) async fn run(self, login: Login) -> TunnelEvent {
         let (stream, run_id) = match timeout(STAGE_TIMEOUT, self.log_in(login)).await {
-            Err(_) => return TunnelEvent::LoginSilent,
-            Ok(Err(e)) => return TunnelEvent::Lost(e.to_string()),
+            Err(_) => return TunnelEvent::LoginTimedOut,
+            Ok(Err(e)) => return TunnelEvent::ConnectionLost(e.to_string()),
             Ok(Ok((stream, Message::LoginResp(r)))) if r.error.is_empty() => (stream, r.run_id),
             Ok(Ok((_, Message::LoginResp(r)))) => return TunnelEvent::LoginRefused(r.error),
             Ok(Ok((_, other))) => {
                 let kind = char::from(other.kind());
-                return TunnelEvent::Lost(format!("the login was answered with `{kind}`"));
+                return TunnelEvent::ConnectionLost(format!(
+                    "the login was answered with `{kind}`"
+                ));
             }
         };
         let key = Key::derive(&self.opener.config.auth.token);
@@ -95,36 +97,36 @@ impl ControlChannel {
             let message = match wire::read(&mut reader).await {
                 Ok(message) => message,
                 Err(e) if e.kind() == io::ErrorKind::InvalidData => {
-                    return TunnelEvent::Lost(format!(
+                    return TunnelEvent::ConnectionLost(format!(
                         "unreadable message (do both ends have the same token?): {e}"
                     ));
                 }
-                Err(e) => return TunnelEvent::Lost(e.to_string()),
+                Err(e) => return TunnelEvent::ConnectionLost(e.to_string()),
             };
             let event = match message {
                 Message::ReqWorkConn(_) => {
                     while tasks.try_join_next().is_some() {}
                     tasks.spawn(open_work_connection(self.opener.clone(), run_id.clone()));
-                    TunnelEvent::Heard
+                    TunnelEvent::Received
                 }
                 Message::NewProxyResp(r) => TunnelEvent::ProxyAnswer {
                     name: own_name(&self.opener.config, &r.proxy_name).to_owned(),
                     error: r.error,
                 },
-                Message::Pong(p) if p.error.is_empty() => TunnelEvent::Heard,
+                Message::Pong(p) if p.error.is_empty() => TunnelEvent::Received,
                 Message::Pong(p) => TunnelEvent::PongRefused(p.error),
                 // known, and not meant for a client: ignored, as frpc does
-                _ => TunnelEvent::Heard,
+                _ => TunnelEvent::Received,
             };
             if !self.events.send(ConnectionEvent::Tunnel(event)).await {
-                return TunnelEvent::Lost("stopped".into());
+                return TunnelEvent::ConnectionLost("stopped".into());
             }
         }
     }
 
     /// The stream of the channel, and the answer to the login.
     async fn log_in(&self, login: Login) -> io::Result<(Io, Message)> {
-        let mut stream = self.opener.carrier.open().await?;
+        let mut stream = self.opener.connector.open().await?;
         wire::write(&mut stream, login).await?;
         let answer = wire::read(&mut stream).await?;
         Ok((stream, answer))
@@ -153,7 +155,7 @@ async fn open_work_connection(opener: Arc<WorkConnectionOpener>, run_id: String)
 }
 
 struct WorkConnectionOpener {
-    carrier: Carrier,
+    connector: Connector,
     config: Arc<TunnelConfig>,
     /// By name.
     proxies: HashMap<String, Proxy>,
@@ -171,7 +173,7 @@ impl WorkConnectionOpener {
         let mut stream = {
             let _permit = self.opening.acquire().await.map_err(io::Error::other)?;
             let opened = timeout(STAGE_TIMEOUT * 2, async {
-                let mut stream = self.carrier.open().await?;
+                let mut stream = self.connector.open().await?;
                 wire::write(&mut stream, hello).await?;
                 Ok::<_, io::Error>(stream)
             });

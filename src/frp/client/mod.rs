@@ -15,7 +15,7 @@ use self::control::{new_proxy, wire_name};
 use crate::base::backoff::random;
 use crate::base::secret::Secret;
 use crate::frp::codec::{Duplex, Io};
-use crate::frp::dial::{Carrier, Dialer, STAGE_TIMEOUT};
+use crate::frp::dial::{Connector, Dialer, STAGE_TIMEOUT};
 use crate::frp::wire::{self, CloseProxy, Login, Message, Ping};
 use crate::frp::{
     ProxyKind, TunnelAction, TunnelConfig, TunnelEvent, TunnelStateMachine, TunnelStatus,
@@ -110,7 +110,7 @@ impl Driver {
     /// What happens next to the tunnel; `None` at the end.
     async fn next_event(&mut self) -> Option<TunnelEvent> {
         loop {
-            let wake = self.machine.wake();
+            let wake = self.machine.next_tick();
             let timer = async {
                 match wake {
                     Some(at) => tokio::time::sleep_until(at).await,
@@ -142,7 +142,7 @@ impl Driver {
                     if let Some(silence) = self.connection.silence()
                         && let Some(heard) = Instant::now().checked_sub(silence)
                     {
-                        self.machine.on(TunnelEvent::Heard, heard, 0.5);
+                        self.machine.on(TunnelEvent::Received, heard, 0.5);
                     }
                     return Some(TunnelEvent::Tick);
                 }
@@ -152,14 +152,14 @@ impl Driver {
 
     fn read_settings(&mut self) -> TunnelEvent {
         let latest = self.client.settings.borrow_and_update().clone();
-        let Some(latest) = latest else { return TunnelEvent::Settings(None) };
+        let Some(latest) = latest else { return TunnelEvent::Config(None) };
         match Dialer::new(&latest, self.client.allow_insecure) {
             Ok(dialer) => {
                 self.dialer = Some(dialer);
                 self.config = Arc::new(latest.clone());
-                TunnelEvent::Settings(Some(Box::new(latest)))
+                TunnelEvent::Config(Some(Box::new(latest)))
             }
-            Err(why) => TunnelEvent::Unusable(why),
+            Err(why) => TunnelEvent::ConfigUnusable(why),
         }
     }
 
@@ -183,13 +183,13 @@ impl Driver {
                 let work_connections = self.client.work_connections.clone();
                 self.connection.login(login, self.config.clone(), work_connections);
             }
-            TunnelAction::Open { name } if !self.drained => {
+            TunnelAction::OpenProxy { name } if !self.drained => {
                 if let Some(proxy) = self.config.proxies.iter().find(|p| p.name == name) {
                     self.connection.send_control(new_proxy(&self.config, proxy));
                 }
             }
-            TunnelAction::Open { .. } => {}
-            TunnelAction::Close { name } => {
+            TunnelAction::OpenProxy { .. } => {}
+            TunnelAction::CloseProxy { name } => {
                 let proxy_name = wire_name(&self.config, &name);
                 self.connection.send_control(CloseProxy { proxy_name });
             }
@@ -223,13 +223,13 @@ fn now() -> i64 {
 /// # Errors
 /// I/O errors, and the server's refusal as `PermissionDenied`.
 pub async fn visit(
-    carrier: &Carrier,
+    connector: &Connector,
     run_id: &str,
     proxy: &str,
     secret_key: &Secret,
 ) -> std::io::Result<impl Duplex + use<>> {
     let timestamp = now();
-    let mut stream = carrier.open().await?;
+    let mut stream = connector.open().await?;
     let hello = wire::NewVisitorConn {
         run_id: run_id.into(),
         proxy_name: proxy.into(),

@@ -250,8 +250,8 @@ impl StreamTable {
 
     /// Takes a stream that the peer opens, or resets it.
     fn open_incoming(&mut self, id: u32, side: Side) -> Result<(), CloseReason> {
-        let theirs = (id % 2 == 1) == (side == Side::Server);
-        if id == 0 || !theirs || self.streams.contains_key(&id) {
+        let from_peer = (id % 2 == 1) == (side == Side::Server);
+        if id == 0 || !from_peer || self.streams.contains_key(&id) {
             return Err(CloseReason::Protocol("a stream is opened with a number that is not free"));
         }
         if self.closing

@@ -30,13 +30,13 @@ fn pair() -> (Mux, Mux) {
 }
 
 async fn expect(peer: &mut DuplexStream, text: &str) {
-    let wanted = bytes(text);
-    let mut got = vec![0; wanted.len()];
+    let expected = bytes(text);
+    let mut got = vec![0; expected.len()];
     tokio::time::timeout(Duration::from_secs(5), peer.read_exact(&mut got))
         .await
         .expect("frames in time")
         .unwrap();
-    assert_eq!(got, wanted, "got {got:02x?}");
+    assert_eq!(got, expected, "got {got:02x?}");
 }
 
 #[tokio::test]

@@ -141,11 +141,11 @@ impl Registry {
     /// Closes what a session opened and ends it.
     fn release(&mut self, session: &Arc<ClientSession>) {
         self.proxies.retain(|_, open| {
-            let theirs = Arc::ptr_eq(&open.session, session);
-            if theirs {
+            let of_session = Arc::ptr_eq(&open.session, session);
+            if of_session {
                 open.closed.cancel();
             }
-            !theirs
+            !of_session
         });
         if self.sessions.get(&session.run_id).is_some_and(|c| Arc::ptr_eq(c, session)) {
             self.sessions.remove(&session.run_id);

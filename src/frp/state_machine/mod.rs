@@ -64,27 +64,27 @@ pub struct TunnelStatus {
 /// What happens to a session.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TunnelEvent {
-    Settings(Option<Box<TunnelConfig>>),
+    Config(Option<Box<TunnelConfig>>),
     /// The settings cannot be used, and why.
-    Unusable(String),
+    ConfigUnusable(String),
     Connected,
     /// DNS, TCP, TLS or the multiplexer failed or took too long.
     ConnectFailed(String),
     /// Nothing came back at all within the time of a stage.
-    Unanswered(String),
+    ConnectTimedOut(String),
     LoggedIn {
         run_id: String,
     },
     LoginRefused(String),
-    LoginSilent,
+    LoginTimedOut,
     ProxyAnswer {
         name: String,
         error: String,
     },
     /// Something was received: the link is alive.
-    Heard,
+    Received,
     PongRefused(String),
-    Lost(String),
+    ConnectionLost(String),
     Tick,
 }
 
@@ -97,10 +97,10 @@ pub enum TunnelAction {
     },
     /// Generate a new run id and store it.
     FreshRunId,
-    Open {
+    OpenProxy {
         name: String,
     },
-    Close {
+    CloseProxy {
         name: String,
     },
     Ping,
@@ -186,7 +186,7 @@ impl TunnelStateMachine {
     }
 
     /// When `Tick` is due next.
-    pub fn wake(&self) -> Option<Instant> {
+    pub fn next_tick(&self) -> Option<Instant> {
         match &self.phase {
             Phase::Idle | Phase::Connecting | Phase::LoggingIn => None,
             Phase::Waiting { until } => Some(*until),
@@ -206,16 +206,16 @@ impl TunnelStateMachine {
         let connecting = matches!(self.phase, Phase::Connecting);
         let logging_in = matches!(self.phase, Phase::LoggingIn);
         match event {
-            TunnelEvent::Settings(None) => {
+            TunnelEvent::Config(None) => {
                 self.stay_idle(TunnelState::Off, "no tunnel settings yet".into(), now)
             }
-            TunnelEvent::Unusable(why) => self.stay_idle(TunnelState::Refused, why, now),
-            TunnelEvent::Settings(Some(config)) => self.use_settings(&config, now),
+            TunnelEvent::ConfigUnusable(why) => self.stay_idle(TunnelState::Refused, why, now),
+            TunnelEvent::Config(Some(config)) => self.use_settings(&config, now),
             TunnelEvent::Connected if connecting => self.log_in(),
             TunnelEvent::ConnectFailed(why) if connecting => {
                 self.wait(TunnelState::Waiting, why, Duration::ZERO, now, random)
             }
-            TunnelEvent::Unanswered(why) if connecting => {
+            TunnelEvent::ConnectTimedOut(why) if connecting => {
                 // the attempt took its time already: when the network is back, so is the tunnel
                 self.set_status(TunnelState::Waiting, why, now);
                 let wait = RETRY_UNANSWERED.mul_f64(0.2 + random * 0.8);
@@ -224,9 +224,9 @@ impl TunnelStateMachine {
             }
             TunnelEvent::LoggedIn { run_id } if logging_in => self.logged_in(run_id, now),
             TunnelEvent::LoginRefused(why) if logging_in => self.login_refused(why, now, random),
-            TunnelEvent::LoginSilent if logging_in => self.login_unanswered(now, random),
+            TunnelEvent::LoginTimedOut if logging_in => self.login_unanswered(now, random),
             TunnelEvent::ProxyAnswer { name, error } => self.proxy_answered(name, &error, now),
-            TunnelEvent::Heard => {
+            TunnelEvent::Received => {
                 if let Phase::Session { heard, .. } = &mut self.phase {
                     *heard = now.max(*heard);
                 }
@@ -235,7 +235,7 @@ impl TunnelStateMachine {
             TunnelEvent::PongRefused(why) if matches!(self.phase, Phase::Session { .. }) => {
                 self.wait(TunnelState::Unauthorized, why, Duration::ZERO, now, random)
             }
-            TunnelEvent::Lost(why) => match self.phase {
+            TunnelEvent::ConnectionLost(why) => match self.phase {
                 Phase::Session { since, .. } => self.lost(&why, since, now, random),
                 Phase::LoggingIn => {
                     let why = format!("connection lost at login: {why}");
@@ -247,10 +247,10 @@ impl TunnelStateMachine {
             // an event of a session that has ended
             TunnelEvent::Connected
             | TunnelEvent::ConnectFailed(_)
-            | TunnelEvent::Unanswered(_)
+            | TunnelEvent::ConnectTimedOut(_)
             | TunnelEvent::LoggedIn { .. }
             | TunnelEvent::LoginRefused(_)
-            | TunnelEvent::LoginSilent
+            | TunnelEvent::LoginTimedOut
             | TunnelEvent::PongRefused(_) => Vec::new(),
         }
     }
@@ -302,7 +302,7 @@ impl TunnelStateMachine {
         let requested = |name: &String| (name.clone(), ProxyPhase::Requested { at: now });
         self.proxies = self.proxy_names.iter().map(requested).collect();
         self.update_proxies_state(now);
-        self.proxy_names.iter().map(|name| TunnelAction::Open { name: name.clone() }).collect()
+        self.proxy_names.iter().map(|name| TunnelAction::OpenProxy { name: name.clone() }).collect()
     }
 
     fn login_refused(&mut self, why: String, now: Instant, random: f64) -> Vec<TunnelAction> {
@@ -423,13 +423,13 @@ impl TunnelStateMachine {
                         // the server may have opened it late: our own name would then be taken
                         ProxyPhase::Requested { at } if now >= at + PROXY_TIMEOUT => {
                             actions.extend([
-                                TunnelAction::Close { name: name.clone() },
-                                TunnelAction::Open { name: name.clone() },
+                                TunnelAction::CloseProxy { name: name.clone() },
+                                TunnelAction::OpenProxy { name: name.clone() },
                             ]);
                             *proxy = ProxyPhase::Requested { at: now };
                         }
                         ProxyPhase::Retry { at } if now >= at => {
-                            actions.push(TunnelAction::Open { name: name.clone() });
+                            actions.push(TunnelAction::OpenProxy { name: name.clone() });
                             *proxy = ProxyPhase::Requested { at: now };
                         }
                         ProxyPhase::Requested { .. }

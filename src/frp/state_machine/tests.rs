@@ -31,7 +31,7 @@ impl Bench {
 
     /// Lets time pass to the next tick.
     fn tick(&mut self) -> Vec<TunnelAction> {
-        self.now = self.machine.wake().expect("a time to wake");
+        self.now = self.machine.next_tick().expect("a time to wake");
         self.on(TunnelEvent::Tick)
     }
 
@@ -39,7 +39,7 @@ impl Bench {
         self.on(TunnelEvent::Connected);
         assert_eq!(
             self.on(TunnelEvent::LoggedIn { run_id: "r1".into() }),
-            [TunnelAction::Open { name: "a".into() }]
+            [TunnelAction::OpenProxy { name: "a".into() }]
         );
         self.on(TunnelEvent::ProxyAnswer { name: "a".into(), error: String::new() });
         assert_eq!(self.state(), TunnelState::Up);
@@ -48,7 +48,7 @@ impl Bench {
 
 fn begun() -> Bench {
     let mut bench = Bench::new();
-    assert_eq!(bench.on(TunnelEvent::Settings(Some(config(&["a"])))), [TunnelAction::Connect]);
+    assert_eq!(bench.on(TunnelEvent::Config(Some(config(&["a"])))), [TunnelAction::Connect]);
     bench
 }
 
@@ -72,7 +72,7 @@ fn pings_go_out_every_four_seconds_and_twelve_silent_ones_are_the_end() {
     let start = b.now;
     assert_eq!(b.tick(), [TunnelAction::Ping]);
     assert_eq!(b.now - start, PING_INTERVAL);
-    b.on(TunnelEvent::Heard);
+    b.on(TunnelEvent::Received);
     assert_eq!(b.tick(), [TunnelAction::Ping]);
     assert_eq!(b.tick(), [TunnelAction::Ping]);
     assert_eq!(b.tick(), [TunnelAction::Disconnect]);
@@ -89,14 +89,14 @@ fn a_name_held_by_our_former_session_is_asked_for_soon_and_another_later() {
     b.on(TunnelEvent::ProxyAnswer { name: "a".into(), error: "proxy [a] already exists".into() });
     assert_eq!(b.state(), TunnelState::Conflict);
     let start = b.now;
-    while !b.tick().contains(&TunnelAction::Open { name: "a".into() }) {
-        b.on(TunnelEvent::Heard);
+    while !b.tick().contains(&TunnelAction::OpenProxy { name: "a".into() }) {
+        b.on(TunnelEvent::Received);
     }
     assert_eq!(b.now - start, RETRY_NAME_HELD);
     b.on(TunnelEvent::ProxyAnswer { name: "a".into(), error: "port not allowed".into() });
     let start = b.now;
-    while !b.tick().contains(&TunnelAction::Open { name: "a".into() }) {
-        b.on(TunnelEvent::Heard);
+    while !b.tick().contains(&TunnelAction::OpenProxy { name: "a".into() }) {
+        b.on(TunnelEvent::Received);
     }
     assert_eq!(b.now - start, RETRY_PROXY);
 }
@@ -108,12 +108,12 @@ fn an_unanswered_proxy_is_closed_and_asked_for_again() {
     b.on(TunnelEvent::LoggedIn { run_id: "r1".into() });
     loop {
         let actions = b.tick();
-        b.on(TunnelEvent::Heard);
+        b.on(TunnelEvent::Received);
         if actions != [TunnelAction::Ping] {
             assert!(
                 actions.ends_with(&[
-                    TunnelAction::Close { name: "a".into() },
-                    TunnelAction::Open { name: "a".into() }
+                    TunnelAction::CloseProxy { name: "a".into() },
+                    TunnelAction::OpenProxy { name: "a".into() }
                 ]),
                 "{actions:?}"
             );
@@ -126,11 +126,11 @@ fn an_unanswered_proxy_is_closed_and_asked_for_again() {
 fn two_silent_logins_take_a_fresh_run_id() {
     let mut b = begun();
     b.on(TunnelEvent::Connected);
-    assert_eq!(b.on(TunnelEvent::LoginSilent), [TunnelAction::Disconnect]);
+    assert_eq!(b.on(TunnelEvent::LoginTimedOut), [TunnelAction::Disconnect]);
     assert_eq!(b.tick(), [TunnelAction::Connect]);
     b.on(TunnelEvent::Connected);
     assert_eq!(
-        b.on(TunnelEvent::LoginSilent),
+        b.on(TunnelEvent::LoginTimedOut),
         [TunnelAction::Disconnect, TunnelAction::FreshRunId]
     );
 }
@@ -140,7 +140,7 @@ fn three_sessions_lost_at_once_are_a_fight_and_one_gives_in() {
     let mut b = begun();
     for n in 0..3 {
         b.up();
-        let actions = b.on(TunnelEvent::Lost("eof".into()));
+        let actions = b.on(TunnelEvent::ConnectionLost("eof".into()));
         assert_eq!(actions.contains(&TunnelAction::FreshRunId), n == 2, "{n}: {actions:?}");
         assert_eq!(b.state(), if n == 2 { TunnelState::Conflict } else { TunnelState::Waiting });
         assert_eq!(b.tick(), [TunnelAction::Connect]);
@@ -168,10 +168,10 @@ fn a_refused_token_is_not_tried_in_a_hurry() {
 fn without_settings_nothing_is_dialled() {
     let mut b = begun();
     b.up();
-    assert_eq!(b.on(TunnelEvent::Unusable("no pin".into())), [TunnelAction::Disconnect]);
-    assert_eq!((b.state(), b.machine.wake()), (TunnelState::Refused, None));
-    assert_eq!(b.on(TunnelEvent::Settings(Some(config(&["a"])))), [TunnelAction::Connect]);
-    assert_eq!(b.on(TunnelEvent::Settings(None)), [TunnelAction::Disconnect]);
+    assert_eq!(b.on(TunnelEvent::ConfigUnusable("no pin".into())), [TunnelAction::Disconnect]);
+    assert_eq!((b.state(), b.machine.next_tick()), (TunnelState::Refused, None));
+    assert_eq!(b.on(TunnelEvent::Config(Some(config(&["a"])))), [TunnelAction::Connect]);
+    assert_eq!(b.on(TunnelEvent::Config(None)), [TunnelAction::Disconnect]);
     assert_eq!(b.state(), TunnelState::Off);
 }
 
@@ -183,19 +183,19 @@ fn events() -> impl Strategy<Value = TunnelEvent> {
         Just("other".into())
     ];
     prop_oneof![
-        Just(TunnelEvent::Settings(None)),
-        Just(TunnelEvent::Settings(Some(config(&["a", "b"])))),
-        Just(TunnelEvent::Unusable("x".into())),
+        Just(TunnelEvent::Config(None)),
+        Just(TunnelEvent::Config(Some(config(&["a", "b"])))),
+        Just(TunnelEvent::ConfigUnusable("x".into())),
         Just(TunnelEvent::Connected),
         Just(TunnelEvent::ConnectFailed("x".into())),
-        Just(TunnelEvent::Unanswered("x".into())),
+        Just(TunnelEvent::ConnectTimedOut("x".into())),
         Just(TunnelEvent::LoggedIn { run_id: "r2".into() }),
         text.clone().prop_map(TunnelEvent::LoginRefused),
-        Just(TunnelEvent::LoginSilent),
+        Just(TunnelEvent::LoginTimedOut),
         text.clone().prop_map(|error| TunnelEvent::ProxyAnswer { name: "a".into(), error }),
-        Just(TunnelEvent::Heard),
+        Just(TunnelEvent::Received),
         text.prop_map(TunnelEvent::PongRefused),
-        Just(TunnelEvent::Lost("x".into())),
+        Just(TunnelEvent::ConnectionLost("x".into())),
         Just(TunnelEvent::Tick),
         Just(TunnelEvent::Tick),
     ]
@@ -215,8 +215,8 @@ proptest! {
                     TunnelAction::Connect => connections += 1,
                     TunnelAction::Disconnect => connections = 0,
                     TunnelAction::Login { .. }
-                    | TunnelAction::Open { .. }
-                    | TunnelAction::Close { .. }
+                    | TunnelAction::OpenProxy { .. }
+                    | TunnelAction::CloseProxy { .. }
                     | TunnelAction::Ping => prop_assert_eq!(connections, 1),
                     TunnelAction::FreshRunId => {}
                 }
@@ -233,15 +233,15 @@ proptest! {
 fn after_minutes_in_which_nothing_comes_back_the_next_try_is_a_second_away() {
     let mut b = begun();
     for _ in 0..40 {
-        b.on(TunnelEvent::Unanswered("tcp: frps:7000 did not answer in 5 s".into()));
-        assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
+        b.on(TunnelEvent::ConnectTimedOut("tcp: frps:7000 did not answer in 5 s".into()));
+        assert!(b.machine.next_tick().unwrap() - b.now <= Duration::from_secs(1));
         assert_eq!((b.tick(), b.state()), (vec![TunnelAction::Connect], TunnelState::Waiting));
     }
     b.up();
     // the link dies again, and soon: what was waited for before is forgotten
     b.now += LINK_TIMEOUT;
     b.on(TunnelEvent::Tick);
-    assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
+    assert!(b.machine.next_tick().unwrap() - b.now <= Duration::from_secs(1));
 }
 
 #[test]
@@ -254,5 +254,5 @@ fn a_link_that_died_silently_does_not_pay_for_trouble_before_it() {
     b.up();
     b.now += LINK_TIMEOUT;
     b.on(TunnelEvent::Tick);
-    assert!(b.machine.wake().unwrap() - b.now <= Duration::from_secs(1));
+    assert!(b.machine.next_tick().unwrap() - b.now <= Duration::from_secs(1));
 }

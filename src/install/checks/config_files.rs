@@ -106,13 +106,13 @@ fn entry(
 ) -> Option<Finding> {
     let (name, appends) = (key.trim_end_matches('+'), key.ends_with('+'));
     let options = &target.settings.options;
-    let said = value.as_str().unwrap_or_default().trim();
+    let text = value.as_str().unwrap_or_default().trim();
     let finding = |level, what: String| {
         Finding::new("K3S_CONFIG_CLASH", level, what, format!("{}: {key}", file.path))
     };
     if name == "data-dir" {
         // only the user's files set it, so that it applies whichever of them has it
-        let same = said.trim_end_matches('/') == DATA_DIR;
+        let same = text.trim_end_matches('/') == DATA_DIR;
         let what = format!(
             "k3s is configured to keep its data elsewhere, and pipeops looks in {DATA_DIR}"
         );
@@ -142,23 +142,23 @@ fn entry(
     let is_list = matches!(name, "tls-san" | "node-label" | "node-taint" | "disable");
     if is_list {
         // before ours it is appended to
-        return (file.after && !appends && lists).then(|| {
+        return (file.after_ours && !appends && lists).then(|| {
             finding(Level::Warning, format!("`{name}` of a later file replaces what pipeops sets"))
                 .fix(format!("write `{name}+:` there, so that the items are added"))
         });
     }
     let flag = owned_k3s_key(name)?;
     let unchanged = match name {
-        "node-name" => said.to_ascii_lowercase() == target.settings.node_name(&facts.hostname),
-        "secrets-encryption" => value == &serde_json::Value::Bool(true) || said == "true",
-        "write-kubeconfig-mode" => matches!(said, "0600" | "600"),
+        "node-name" => text.to_ascii_lowercase() == target.settings.node_name(&facts.hostname),
+        "secrets-encryption" => value == &serde_json::Value::Bool(true) || text == "true",
+        "write-kubeconfig-mode" => matches!(text, "0600" | "600"),
         _ => false,
     };
     if unchanged {
         return None;
     }
     let fix = format!("take it out of {}; instead: {flag}", file.path);
-    Some(if file.after {
+    Some(if file.after_ours {
         finding(
             Level::Error,
             format!(

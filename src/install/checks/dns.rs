@@ -11,9 +11,9 @@ const ETC: &str = "/etc/resolv.conf";
 const SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";
 /// Most that a pod gets (k8s.io/kubernetes, pkg/apis/core/validation: MaxDNSNameservers,
 /// MaxDNSSearchPaths, MaxDNSSearchListChars).
-const MOST_SERVERS: usize = 3;
-const MOST_DOMAINS: usize = 32;
-const MOST_CHARACTERS: usize = 2048;
+const MAX_SERVERS: usize = 3;
+const MAX_DOMAINS: usize = 32;
+const MAX_CHARACTERS: usize = 2048;
 /// What the cluster puts before the host's list: `default.svc.cluster.local svc.cluster.local
 /// cluster.local`.
 const CLUSTER_DOMAINS: (usize, usize) = (3, 58);
@@ -53,11 +53,11 @@ fn valid(file: Option<&ResolvConf>) -> bool {
 /// The file that pods get their servers from, and its path; `None` where k3s writes one with
 /// 8.8.8.8.
 fn used(facts: &Facts) -> Option<(&str, &ResolvConf)> {
-    let resolver = &facts.resolver;
-    if let Some((path, file)) = &resolver.chosen {
+    let resolv_confs = &facts.resolv_confs;
+    if let Some((path, file)) = &resolv_confs.chosen {
         return Some((path, file.as_ref()?));
     }
-    [(ETC, &resolver.etc), (SYSTEMD, &resolver.systemd)]
+    [(ETC, &resolv_confs.etc), (SYSTEMD, &resolv_confs.systemd)]
         .into_iter()
         .find(|(_, f)| valid(f.as_ref()))
         .and_then(|(p, f)| Some((p, f.as_ref()?)))
@@ -65,8 +65,8 @@ fn used(facts: &Facts) -> Option<(&str, &ResolvConf)> {
 
 /// A file that is to be used without systemd-resolved's or with nothing in it.
 pub(super) fn none(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
-    let resolver = &facts.resolver;
-    if let Some((path, file)) = &resolver.chosen {
+    let resolv_confs = &facts.resolv_confs;
+    if let Some((path, file)) = &resolv_confs.chosen {
         return match file {
             Some(file) if !file.pod_nameservers.is_empty() => Vec::new(),
             there => {
@@ -89,7 +89,7 @@ pub(super) fn none(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     }
     let named =
         |file: &Option<ResolvConf>| file.as_ref().is_some_and(|f| !f.nameservers.is_empty());
-    if named(&resolver.etc) || named(&resolver.systemd) {
+    if named(&resolv_confs.etc) || named(&resolv_confs.systemd) {
         return Vec::new();
     }
     vec![
@@ -104,7 +104,7 @@ pub(super) fn none(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn refused(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
-    let resolver = &facts.resolver;
+    let resolv_confs = &facts.resolv_confs;
     let flaws = |path: &str, file: &ResolvConf| -> Vec<String> {
         file.nameservers
             .iter()
@@ -113,7 +113,7 @@ pub(super) fn refused(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
             })
             .collect()
     };
-    if let Some((path, Some(file))) = &resolver.chosen {
+    if let Some((path, Some(file))) = &resolv_confs.chosen {
         // k3s takes it as it is; CoreDNS would ask itself
         let loops = file.pod_nameservers.iter().any(|s| flaw(s) == Some("is loopback"));
         if !loops {
@@ -125,10 +125,10 @@ pub(super) fn refused(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
                 .fix(format!("put servers into {path} that other machines can ask too")),
         ];
     }
-    if resolver.chosen.is_some() || used(facts).is_some() {
+    if resolv_confs.chosen.is_some() || used(facts).is_some() {
         return Vec::new();
     }
-    let files = [(ETC, &resolver.etc), (SYSTEMD, &resolver.systemd)];
+    let files = [(ETC, &resolv_confs.etc), (SYSTEMD, &resolv_confs.systemd)];
     let evidence: Vec<String> =
         files.iter().filter_map(|(p, f)| Some(flaws(p, f.as_ref()?))).flatten().collect();
     if evidence.is_empty() {
@@ -162,7 +162,7 @@ pub(super) fn refused(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn wildcard(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
-    let Some((path, file)) = used(facts).or_else(|| Some((ETC, facts.resolver.etc.as_ref()?)))
+    let Some((path, file)) = used(facts).or_else(|| Some((ETC, facts.resolv_confs.etc.as_ref()?)))
     else {
         return Vec::new();
     };
@@ -189,25 +189,25 @@ pub(super) fn wildcard(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
 pub(super) fn limits(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     let Some((path, file)) = used(facts) else { return Vec::new() };
     let mut over = Vec::new();
-    if file.pod_nameservers.len() > MOST_SERVERS {
+    if file.pod_nameservers.len() > MAX_SERVERS {
         over.push(format!(
-            "{} name servers, pods get the first {MOST_SERVERS}: {}",
+            "{} name servers, pods get the first {MAX_SERVERS}: {}",
             file.pod_nameservers.len(),
-            file.pod_nameservers[..MOST_SERVERS].join(", ")
+            file.pod_nameservers[..MAX_SERVERS].join(", ")
         ));
     }
     let (own, characters) = CLUSTER_DOMAINS;
     let length: usize = file.search.iter().map(|s| s.len() + 1).sum();
-    if file.search.len() + own > MOST_DOMAINS {
+    if file.search.len() + own > MAX_DOMAINS {
         over.push(format!(
             "{} search domains, pods get the first {} beside the cluster's {own}",
             file.search.len(),
-            MOST_DOMAINS - own
+            MAX_DOMAINS - own
         ));
-    } else if length + characters > MOST_CHARACTERS {
+    } else if length + characters > MAX_CHARACTERS {
         over.push(format!(
             "a search list of {length} characters, pods get as many domains as fit into {}",
-            MOST_CHARACTERS - characters
+            MAX_CHARACTERS - characters
         ));
     }
     if over.is_empty() {

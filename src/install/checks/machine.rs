@@ -1,7 +1,7 @@
 //! Rules about the machine itself: processor, memory, disks, clock, kernel.
 
 use super::InstallTarget;
-use super::size;
+use super::format_size;
 use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::{Disk, Facts};
 use crate::install::finding::{Finding, Level};
@@ -90,7 +90,7 @@ pub(super) fn memory(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> 
             "MEMORY_LOW",
             level,
             format!("little memory for a k3s {role}"),
-            format!("{} in all", size(facts.memory_bytes)),
+            format!("{} in all", format_size(facts.memory_bytes)),
         )
         .fix("k3s asks for 2 GB on a server and 512 MB on a worker; use a larger machine"),
     ]
@@ -101,12 +101,12 @@ pub(super) fn components_fit(facts: &Facts, target: &InstallTarget<'_>) -> Vec<F
         return Vec::new();
     }
     let sum: u64 =
-        components::SERVER_MIB + target.components.iter().map(|c| c.memory_mib).sum::<u64>();
+        components::SERVER_MEMORY_MIB + target.components.iter().map(|c| c.memory_mib).sum::<u64>();
     let have = facts.memory_bytes / MIB;
     if have >= sum {
         return Vec::new();
     }
-    let mut table = format!("k3s server {} MiB", components::SERVER_MIB);
+    let mut table = format!("k3s server {} MiB", components::SERVER_MEMORY_MIB);
     for component in target.components.iter().filter(|c| c.memory_mib > 0) {
         table.push_str(&format!(" + {} {} MiB", component.name, component.memory_mib));
     }
@@ -130,7 +130,7 @@ pub(super) fn swap(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
             "SWAP_ON",
             Level::Info,
             "swap is on",
-            format!("{} of swap", size(facts.swap_bytes)),
+            format!("{} of swap", format_size(facts.swap_bytes)),
         )
         .fix(
             "k3s tolerates it; pods may get slow instead of being ended. `swapoff -a` turns it off",
@@ -145,7 +145,7 @@ const UPGRADE: u64 = GIB;
 /// What is put where: path, bytes for a fresh node, inodes.
 fn needs(facts: &Facts, target: &InstallTarget<'_>) -> [(String, u64, u64); 4] {
     let data = if target.server() { 3 * GIB } else { 2 * GIB };
-    let kubelet = EffectiveSettings::of(facts, target.settings).kubelet_dir();
+    let kubelet = EffectiveSettings::planned(facts, target.settings).kubelet_dir();
     [
         ("/var/lib/rancher".into(), data, 40_000),
         (kubelet, 100 * MIB, 2_000),
@@ -174,7 +174,7 @@ fn by_disk<'a>(facts: &'a Facts, target: &InstallTarget<'_>) -> Vec<(String, u64
 
 pub(super) fn disk(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let mut sums = by_disk(facts, target);
-    if facts.k3s.ours.is_some() {
+    if facts.k3s.installed_role.is_some() {
         // what would fill the disk is there already, and the kubelet watches the rest; a new
         // version is unpacked beside the old one
         let same =
@@ -191,7 +191,7 @@ pub(super) fn disk(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
                 "DISK_LOW",
                 Level::Error,
                 format!("too little space for {paths}"),
-                format!("{} free, {} needed", size(disk.available_bytes), size(need)),
+                format!("{} free, {} needed", format_size(disk.available_bytes), format_size(need)),
             )
             .fix("free space or mount a larger disk there, then run again")
         })
@@ -363,25 +363,25 @@ pub(super) fn cgroup_v1(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Findin
 
 /// What k3s loads or needs, with the pod network that was chosen.
 pub(crate) fn needed_modules(facts: &Facts, target: &InstallTarget<'_>) -> Vec<&'static str> {
-    let effective = EffectiveSettings::of(facts, target.settings);
-    let mut wanted = vec!["br_netfilter", "nf_conntrack"];
-    if effective.own_containerd() && effective.snapshotter() == "overlayfs" {
-        wanted.push("overlay");
+    let effective = EffectiveSettings::planned(facts, target.settings);
+    let mut modules = vec!["br_netfilter", "nf_conntrack"];
+    if effective.bundled_containerd() && effective.snapshotter() == "overlayfs" {
+        modules.push("overlay");
     }
-    match network::backend(facts, target.settings).as_str() {
-        "vxlan" => wanted.push("vxlan"),
-        backend if backend.starts_with("wireguard") => wanted.push("wireguard"),
+    match network::flannel_backend(facts, target.settings).as_str() {
+        "vxlan" => modules.push("vxlan"),
+        backend if backend.starts_with("wireguard") => modules.push("wireguard"),
         _ => {}
     }
-    wanted
+    modules
 }
 
 pub(super) fn modules(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    if !facts.modules.known {
+    if !facts.modules.readable {
         return Vec::new();
     }
     let missing: Vec<&str> =
-        needed_modules(facts, target).into_iter().filter(|m| !facts.has(m)).collect();
+        needed_modules(facts, target).into_iter().filter(|m| !facts.has_module(m)).collect();
     if missing.is_empty() {
         return Vec::new();
     }

@@ -134,7 +134,7 @@ pub fn run(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
 }
 
 /// `1.5 GiB`: for evidence.
-pub(crate) fn size(bytes: u64) -> String {
+pub(crate) fn format_size(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {
         if value < 1024.0 {

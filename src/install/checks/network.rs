@@ -68,7 +68,7 @@ const IMAGE_NAMES: &[&str] = &[
 pub(super) fn image_name(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let name = target.settings.node_name(&facts.hostname);
     // a name that was given is meant
-    if target.settings.options.node_name.is_some() || facts.k3s.ours.is_some() {
+    if target.settings.options.node_name.is_some() || facts.k3s.installed_role.is_some() {
         return Vec::new();
     }
     let first = name.split('.').next().unwrap_or_default();
@@ -110,7 +110,7 @@ pub(super) fn no_route(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn ambiguous(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    let effective = EffectiveSettings::of(facts, target.settings);
+    let effective = EffectiveSettings::planned(facts, target.settings);
     if !effective.list("node-ip").is_empty()
         || effective.text("flannel-iface").is_some()
         || facts.route_to_server.is_some()
@@ -120,8 +120,8 @@ pub(super) fn ambiguous(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Findin
     let routes = facts.deciding_routes();
     let Some(best) = routes.first() else { return Vec::new() };
     let same = |r: &Route| {
-        (&r.to, r.metric, r.preference, r.down)
-            == (&best.to, best.metric, best.preference, best.down)
+        (&r.to, r.metric, r.preference, r.link_down)
+            == (&best.to, best.metric, best.preference, best.link_down)
     };
     let rivals: Vec<&str> = routes
         .iter()
@@ -157,7 +157,7 @@ pub(super) fn address_unknown(facts: &Facts, target: &InstallTarget<'_>) -> Vec<
     if facts.ip_fault.is_some() {
         return Vec::new();
     }
-    let effective = EffectiveSettings::of(facts, target.settings);
+    let effective = EffectiveSettings::planned(facts, target.settings);
     let have: Vec<String> =
         facts.interfaces.iter().flat_map(|i| i.addresses.iter().map(ToString::to_string)).collect();
     let absent = effective

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::InstallTarget;
 use crate::base::cidr::globally_routable;
-use crate::base::http::plain_proxy;
+use crate::base::http::credential_free_proxy;
 use crate::install::effective_settings::EffectiveSettings;
 use crate::install::facts::{Facts, Listener};
 use crate::install::finding::{Finding, Level};
@@ -50,7 +50,7 @@ fn port_of(address: Option<String>, default: u16) -> u16 {
 /// k3s-io/k3s: pkg/daemons/control/server.go, pkg/daemons/config/types.go StreamServerPort,
 /// pkg/etcd/etcd.go, pkg/spegel/spegel.go).
 pub(crate) fn needed_ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Port> {
-    let effective = EffectiveSettings::of(facts, target.settings);
+    let effective = EffectiveSettings::planned(facts, target.settings);
     let argument = |key: &str, name: &str, default: u16| {
         effective.argument(key, name).map_or(default, |p| p.parse().unwrap_or(default))
     };
@@ -103,7 +103,7 @@ pub(crate) fn needed_ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Por
                 "kube-proxy health",
             ));
         }
-        if effective.own_containerd() || effective.flag("docker") {
+        if effective.bundled_containerd() || effective.flag("docker") {
             ports.push(Port::local(10010, "containerd streams"));
         }
         let overlay = network::overlay_ports(facts, target.settings);
@@ -119,8 +119,8 @@ pub(crate) fn needed_ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Por
     ports
 }
 
-fn holders(facts: &Facts, wanted: &[Port]) -> Vec<(String, String)> {
-    wanted
+fn holders(facts: &Facts, needed: &[Port]) -> Vec<(String, String)> {
+    needed
         .iter()
         .filter_map(|port| {
             let holder = facts.listeners.iter().find(|l| port.meets(l))?;
@@ -141,7 +141,7 @@ fn holders(facts: &Facts, wanted: &[Port]) -> Vec<(String, String)> {
 }
 
 pub(super) fn ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    if facts.k3s.ours.is_some() && facts.k3s.active {
+    if facts.k3s.installed_role.is_some() && facts.k3s.active {
         return Vec::new();
     }
     holders(facts, &needed_ports(facts, target))
@@ -154,7 +154,7 @@ pub(super) fn ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn ingress_ports(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    if facts.k3s.ours.is_some() && facts.k3s.active || !target.ingress() {
+    if facts.k3s.installed_role.is_some() && facts.k3s.active || !target.ingress() {
         return Vec::new();
     }
     holders(facts, &[Port::tcp(80, "ingress"), Port::tcp(443, "ingress")])
@@ -176,7 +176,10 @@ fn openings(target: &InstallTarget<'_>, facts: &Facts) -> Vec<String> {
             .map(|(port, _)| format!("{port}/udp")),
     );
     if target.server() {
-        list.insert(0, format!("{}/tcp", EffectiveSettings::of(facts, target.settings).api_port()));
+        list.insert(
+            0,
+            format!("{}/tcp", EffectiveSettings::planned(facts, target.settings).api_port()),
+        );
         if target.ingress() {
             list.extend(["80/tcp".into(), "443/tcp".into()]);
         }
@@ -255,7 +258,7 @@ pub(super) fn proxy_tunnel(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Fin
         return Vec::new();
     };
     let Some(proxy) = network::https_proxy(facts, &host) else { return Vec::new() };
-    let calls = match plain_proxy(proxy) {
+    let calls = match credential_free_proxy(proxy) {
         Some(_) => format!("the agent asks {host} through the proxy of HTTPS_PROXY"),
         // a file that the agent reads is everybody's to read
         None => format!(
@@ -298,7 +301,7 @@ pub(super) fn public(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> 
         .collect();
     ports.push(10250);
     if target.server() {
-        ports.push(EffectiveSettings::of(facts, target.settings).api_port());
+        ports.push(EffectiveSettings::planned(facts, target.settings).api_port());
         if target.ingress() {
             ports.extend([80, 443]);
         }

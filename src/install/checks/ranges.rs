@@ -30,8 +30,8 @@ const OTHERS: &[&str] = &[
 /// name is its.
 fn own(facts: &Facts, effective: &EffectiveSettings, device: &str) -> bool {
     let any = |list: &[&str]| list.iter().any(|prefix| device.starts_with(prefix));
-    facts.k3s.ours.is_some()
-        && (any(OURS) || effective.backend().as_deref() == Some("none") && any(OTHERS))
+    facts.k3s.installed_role.is_some()
+        && (any(OURS) || effective.flannel_backend().as_deref() == Some("none") && any(OTHERS))
 }
 
 fn text(range: &Cidr) -> String {
@@ -39,7 +39,7 @@ fn text(range: &Cidr) -> String {
 }
 
 pub(super) fn overlap(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    let effective = EffectiveSettings::of(facts, target.settings);
+    let effective = EffectiveSettings::planned(facts, target.settings);
     let ranges = network::ranges(facts, target.settings);
     let mut found = Vec::new();
     for (name, range) in &ranges {
@@ -53,7 +53,7 @@ pub(super) fn overlap(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
             format!("the {name} range {} is in use here", text(range)),
             hits.join("; "),
         );
-        let left = facts.k3s.ours.is_none()
+        let left = facts.k3s.installed_role.is_none()
             && OURS.iter().any(|o| hits.iter().any(|h| h.contains(&format!(" {o}"))));
         if left {
             finding = finding.fix(
@@ -88,14 +88,14 @@ pub(super) fn overlap(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
 /// Routes and addresses of this machine that are inside a range.
 fn hits(facts: &Facts, effective: &EffectiveSettings, name: &str, range: &Cidr) -> Vec<String> {
     // with host-gw a node's pods are a route through that node
-    let through_nodes = facts.k3s.ours.is_some()
+    let through_nodes = facts.k3s.installed_role.is_some()
         && name == "cluster"
-        && effective.backend().as_deref() == Some("host-gw");
+        && effective.flannel_backend().as_deref() == Some("host-gw");
     let routes = facts
         .routes
         .iter()
         .filter(|r| {
-            !(r.general()
+            !(r.is_catch_all()
                 || own(facts, effective, &r.device)
                 || through_nodes && r.gateway.is_some())
         })
@@ -135,7 +135,7 @@ pub(super) fn misfit(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> 
     if !target.server() {
         return Vec::new();
     }
-    let effective = EffectiveSettings::of(facts, target.settings);
+    let effective = EffectiveSettings::planned(facts, target.settings);
     let ranges = network::ranges(facts, target.settings);
     let of = |name: &str| -> Vec<Cidr> {
         ranges.iter().filter(|(n, _)| *n == name).map(|(_, r)| *r).collect()

@@ -6,10 +6,10 @@ use crate::install::finding::{Finding, Level};
 
 pub(super) fn readable(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
     facts
-        .readable
+        .readable_secrets
         .iter()
         .map(|file| {
-            let (what, close) = match file.closed {
+            let (what, close) = match file.made_private {
                 true => ("could be read", "it is closed now (mode 0600)".to_owned()),
                 false => ("can be read", format!("close it: chmod 600 {}", file.path)),
             };

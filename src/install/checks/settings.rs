@@ -11,8 +11,8 @@ use crate::k3s::{keys, values};
 pub(super) fn renamed(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let Some(now) = &facts.current_hostname else { return Vec::new() };
     let node = &facts.hostname;
-    let wanted = target.settings.node_name(node);
-    if wanted == *node {
+    let requested = target.settings.node_name(node);
+    if requested == *node {
         let what = format!("this machine is called {now} now; its node stays {node}");
         let finding =
             Finding::new("NODE_RENAMED", Level::Info, what, format!("it was installed as {node}"));
@@ -26,7 +26,7 @@ pub(super) fn renamed(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
             "NODE_RENAMED",
             Level::Error,
             format!(
-                "this machine is the node {node} of its cluster, and --node-name wants {wanted}"
+                "this machine is the node {node} of its cluster, and --node-name wants {requested}"
             ),
             format!(
                 "a second Node would come, and {node} with its volumes and certificates would be \
@@ -68,8 +68,8 @@ pub(super) fn odd(_: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
             )
             .fix("give the names themselves")
         });
-    let ranges =
-        values::host_bits(&target.settings.options.k3s).into_iter().map(|(key, given, taken)| {
+    let ranges = values::ranges_with_host_bits(&target.settings.options.k3s).into_iter().map(
+        |(key, given, taken)| {
             let what = format!("[k3s] {key}: {given} has bits beyond its length");
             Finding::new(
                 "K3S_SETTING_ODD",
@@ -78,6 +78,7 @@ pub(super) fn odd(_: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
                 format!("k3s takes it as {taken}"),
             )
             .fix(format!("write {taken}, if that is meant"))
-        });
+        },
+    );
     stars.chain(ranges).collect()
 }

@@ -3,13 +3,13 @@
 use super::InstallTarget;
 use crate::host::paths::AGENT_USER;
 use crate::install::effective_settings::EffectiveSettings;
-use crate::install::facts::{Facts, iptables_bad};
+use crate::install::facts::{Facts, iptables_is_faulty};
 use crate::install::finding::{Finding, Level};
 use crate::k3s::role::NodeRole;
 use crate::k3s::version::{OLDEST_MINOR, Version};
 
 pub(super) fn foreign(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    if let Some(role) = facts.k3s.ours.filter(|role| *role != target.settings.role) {
+    if let Some(role) = facts.k3s.installed_role.filter(|role| *role != target.settings.role) {
         let is = if role == NodeRole::Server { "server" } else { "worker" };
         return vec![
             Finding::new(
@@ -21,7 +21,7 @@ pub(super) fn foreign(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
             .fix("`pipeops uninstall` first, then run this again"),
         ];
     }
-    if facts.k3s.ours.is_some() || facts.k3s.foreign.is_empty() {
+    if facts.k3s.installed_role.is_some() || facts.k3s.foreign.is_empty() {
         return Vec::new();
     }
     if facts.k3s.foreign.iter().all(|f| f.starts_with("/etc/rancher/k3s/config.yaml ")) {
@@ -56,7 +56,7 @@ pub(super) fn foreign(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
 }
 
 pub(super) fn too_old(_: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    let Some(version) = target.version.filter(|v| v.too_old()) else { return Vec::new() };
+    let Some(version) = target.version.filter(|v| v.is_too_old()) else { return Vec::new() };
     vec![
         Finding::new(
             "K3S_TOO_OLD",
@@ -74,7 +74,7 @@ pub(super) fn downgrade(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Findin
         .version
         .as_deref()
         .and_then(|v| v.parse::<Version>().ok())
-        .filter(|_| facts.k3s.ours.is_some())
+        .filter(|_| facts.k3s.installed_role.is_some())
     else {
         return Vec::new();
     };
@@ -91,7 +91,7 @@ pub(super) fn downgrade(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Findin
 }
 
 pub(super) fn token_conflict(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    if !target.server() || facts.k3s.ours.is_some() || !facts.k3s.server_data {
+    if !target.server() || facts.k3s.installed_role.is_some() || !facts.k3s.server_data {
         return Vec::new();
     }
     let evidence = match (facts.k3s.token_differs, facts.k3s.server_token) {
@@ -144,7 +144,7 @@ pub(super) fn selinux(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
 }
 
 pub(super) fn iptables(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
-    let Some(tool) = facts.iptables.as_ref().filter(|_| iptables_bad(facts)) else {
+    let Some(tool) = facts.iptables.as_ref().filter(|_| iptables_is_faulty(facts)) else {
         return Vec::new();
     };
     vec![
@@ -160,24 +160,25 @@ pub(super) fn iptables(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
 
 pub(super) fn tools(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let options = &target.settings.options;
-    let effective = EffectiveSettings::of(facts, target.settings);
+    let effective = EffectiveSettings::planned(facts, target.settings);
     let firewall = !options.api_allow.is_empty();
-    let agent = target.server() && facts.account.user.is_none() && facts.k3s.ours.is_none();
-    let fuse = effective.own_containerd() && effective.snapshotter() == "fuse-overlayfs";
+    let agent =
+        target.server() && facts.account.user.is_none() && facts.k3s.installed_role.is_none();
+    let fuse = effective.bundled_containerd() && effective.snapshotter() == "fuse-overlayfs";
     let red_hat = ["rhel", "fedora", "centos", "rocky", "almalinux", "ol", "amzn"]
         .iter()
         .any(|id| facts.os.id == *id || facts.os.id_like.contains(id));
     let iproute = if red_hat { "iproute" } else { "iproute2" };
-    let wanted = [
+    let expected = [
         ("modprobe", true, "kmod"),
         ("mount", true, "mount"),
         ("umount", true, "mount"),
         ("nft", firewall, "nftables"),
-        ("apparmor_parser", facts.apparmor && effective.own_containerd(), "apparmor"),
+        ("apparmor_parser", facts.apparmor && effective.bundled_containerd(), "apparmor"),
         ("useradd", agent, if red_hat { "shadow-utils" } else { "passwd" }),
         ("fuse-overlayfs", fuse, "fuse-overlayfs"),
     ];
-    let missing: Vec<_> = wanted
+    let missing: Vec<_> = expected
         .iter()
         .filter(|(name, needed, _)| *needed && !facts.programs.contains_key(*name))
         .collect();
@@ -216,7 +217,7 @@ pub(super) fn tools(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
 /// or not at all.
 pub(super) fn account(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     // what an earlier run made is as it should be
-    if !target.server() || facts.k3s.ours.is_some() {
+    if !target.server() || facts.k3s.installed_role.is_some() {
         return Vec::new();
     }
     let (mut level, mut evidence) = (Level::Warning, Vec::new());
@@ -225,7 +226,7 @@ pub(super) fn account(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding>
             level = Level::Error;
             evidence.push("its number is 0: it is root".to_owned());
         }
-        if user.directory {
+        if user.from_directory {
             level = Level::Error;
             evidence.push(
                 "a directory such as LDAP has it, and the agent reads /etc/passwd alone".to_owned(),
@@ -292,7 +293,10 @@ pub(super) fn retired_ingress(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Findi
 }
 
 pub(super) fn traefik_goes(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    if !facts.traefik || !target.server() || target.components.iter().any(|c| c.name == "traefik") {
+    if !facts.bundled_traefik
+        || !target.server()
+        || target.components.iter().any(|c| c.name == "traefik")
+    {
         return Vec::new();
     }
     vec![

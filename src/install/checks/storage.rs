@@ -35,7 +35,13 @@ pub(super) fn no_exec(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
         .mounts
         .iter()
         .filter(|m| m.no_exec && matches!(m.path.as_str(), "/var/lib/rancher" | "/usr/local/bin"))
-        .map(|m| format!("{} (mounted on {})", m.path, if m.at.is_empty() { "?" } else { &m.at }))
+        .map(|m| {
+            format!(
+                "{} (mounted on {})",
+                m.path,
+                if m.mount_point.is_empty() { "?" } else { &m.mount_point }
+            )
+        })
         .collect();
     if shut.is_empty() {
         return Vec::new();
@@ -76,26 +82,29 @@ const NO_UPPER: &[&str] = &[
 ];
 
 pub(super) fn snapshotter(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
-    let effective = EffectiveSettings::of(facts, target.settings);
+    let effective = EffectiveSettings::planned(facts, target.settings);
     let Some(mount) = facts
         .mounts
         .iter()
         .find(|m| m.path == "/var/lib/rancher")
-        .filter(|_| effective.own_containerd())
+        .filter(|_| effective.bundled_containerd())
     else {
         return Vec::new();
     };
-    let (snapshotter, kind) = (effective.snapshotter(), mount.kind.as_str());
+    let (snapshotter, kind) = (effective.snapshotter(), mount.fs_type.as_str());
     let alike = NO_UPPER.contains(&kind) || kind.starts_with("fuse.");
     let why = match snapshotter.as_str() {
         "overlayfs" | "stargz" if alike => {
-            format!("{} is {kind}", if mount.at.is_empty() { "/" } else { &mount.at })
+            format!(
+                "{} is {kind}",
+                if mount.mount_point.is_empty() { "/" } else { &mount.mount_point }
+            )
         }
         "overlayfs" | "stargz" if mount.entry_types == Some(false) => {
-            format!("the {kind} on {} was made with ftype=0", mount.at)
+            format!("the {kind} on {} was made with ftype=0", mount.mount_point)
         }
         "btrfs" | "zfs" if kind != snapshotter && !kind.is_empty() => {
-            format!("{} is {kind}", mount.at)
+            format!("{} is {kind}", mount.mount_point)
         }
         _ => return Vec::new(),
     };

@@ -43,7 +43,7 @@ pub(super) fn make_parent(writer: &HostWriter, path: &str) -> anyhow::Result<()>
 }
 
 /// Parent directories that were created with a file are removed when nothing else is in them.
-pub(super) fn remove_made(writer: &HostWriter, made: &[String]) {
+pub(super) fn remove_created(writer: &HostWriter, made: &[String]) {
     for dir in made.iter().rev() {
         writer.remove_empty(dir);
     }
@@ -59,7 +59,7 @@ pub(super) fn restore(writer: &HostWriter, path: &str, before: &PriorState) -> a
         }
         PriorState::Absent { made } => {
             writer.remove(path)?;
-            remove_made(writer, made);
+            remove_created(writer, made);
         }
         PriorState::Present | PriorState::Unit { .. } => {}
     }
@@ -70,22 +70,22 @@ pub(super) fn restore(writer: &HostWriter, path: &str, before: &PriorState) -> a
 pub(super) fn undo(writer: &HostWriter, entry: &JournalEntry, path: &str) -> anyhow::Result<()> {
     restore(writer, path, &entry.before)?;
     writer.remove(&format!("{path}.old"))?;
-    fetch::clear_parts(writer, path)
+    fetch::remove_partial_downloads(writer, path)
 }
 
 /// Before a file of ours is overwritten: an edit by somebody else is kept.
-pub(super) fn keep_edit_before_write(
+pub(super) fn back_up_edit_before_write(
     context: &mut StepContext<'_>,
     journal: &Journal,
     step: &Step,
     path: &str,
 ) -> anyhow::Result<()> {
     let written = journal.entry(&step.id).and_then(|e| e.digest.clone());
-    keep_edit(context, path, written.as_deref())
+    back_up_edit(context, path, written.as_deref())
 }
 
 /// Copies the file to the log directory when it is not as it was `written`, and says so.
-pub(super) fn keep_edit(
+pub(super) fn back_up_edit(
     context: &mut StepContext<'_>,
     path: &str,
     written: Option<&str>,
@@ -99,7 +99,7 @@ pub(super) fn keep_edit(
     let dir = format!("{LOGS}/kept");
     writer.mkdir(&dir, 0o700)?;
     let kept = format!("{dir}/{}.{}", path.trim_start_matches('/').replace('/', "_"), &now[..12]);
-    writer.copy(&writer.at(path), &kept, 0o600, false)?;
+    writer.copy(&writer.real_path(path), &kept, 0o600, false)?;
     (context.on_event)(ProgressEvent::Note {
         text: format!(
             "CONFIG_DRIFT: {path} was edited outside pipeops; that version is kept as {kept}"

@@ -143,7 +143,7 @@ impl Journal {
 
     /// Notes that a step begins. What was there before is recorded once and never overwritten by a
     /// later run.
-    pub fn intend(&mut self, entry: JournalEntry) {
+    pub fn record_intent(&mut self, entry: JournalEntry) {
         match self.entries.iter_mut().find(|e| e.id == entry.id) {
             Some(known) => {
                 known.title = entry.title;

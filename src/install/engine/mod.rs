@@ -34,7 +34,7 @@ pub struct Outcome {
     /// Optional steps that failed: title and reason.
     pub failed: Vec<(String, String)>,
     /// What uninstall could not or would not remove.
-    pub left: Vec<String>,
+    pub leftovers: Vec<String>,
 }
 
 /// Compares the plan with the machine. Never writes.
@@ -115,7 +115,7 @@ pub async fn apply(
             }
             Err(error) => error,
         };
-        let failure = Failure::of(&error);
+        let failure = Failure::from_error(&error);
         if step.optional && failure.exit != Exit::Interrupted {
             let what = failure.line();
             failed(&mut context, &step.id, &what, true);
@@ -208,7 +208,7 @@ async fn run_step(
             Some(known) => known.before.clone(),
             None => kinds::before(context.writer, step).await?,
         };
-        journal.intend(JournalEntry {
+        journal.record_intent(JournalEntry {
             id: step.id.clone(),
             title: step.title.clone(),
             want: step.want.clone(),
@@ -285,7 +285,7 @@ pub async fn undo_all(
                     journal.forget(&entry.id);
                     save(journal, writer)?;
                 }
-                outcome.left.extend(lines);
+                outcome.leftovers.extend(lines);
             }
             Err(error) => {
                 let what = format!("{error:#}");
@@ -295,7 +295,7 @@ pub async fn undo_all(
         }
     }
     writer.daemon_reload().await.ok();
-    outcome.left.extend(
+    outcome.leftovers.extend(
         teardown::kernel::changes(writer, &kernel).into_iter().map(|c| format!("kernel: {c}")),
     );
     Ok(outcome)

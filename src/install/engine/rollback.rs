@@ -31,8 +31,8 @@ pub(super) fn previous_file(
     step: &Step,
     secrets: &Secrets,
 ) -> anyhow::Result<Option<PreviousFile>> {
-    let Resource::File { path, mode, content: wanted, .. } = &step.want else { return Ok(None) };
-    let settings = match wanted {
+    let Resource::File { path, mode, content: desired, .. } = &step.want else { return Ok(None) };
+    let settings = match desired {
         FileContent::Text(_) | FileContent::Filled { .. } => true,
         FileContent::Secret(name) => {
             matches!(name, SecretName::Registries | SecretName::ProxyEnvironment)
@@ -42,8 +42,8 @@ pub(super) fn previous_file(
         return Ok(None);
     }
     let bytes = host.read_bytes(path)?;
-    let wanted = file::content(path, wanted, secrets, host)?;
-    if wanted.is_none() || bytes == wanted {
+    let desired = file::content(path, desired, secrets, host)?;
+    if desired.is_none() || bytes == desired {
         return Ok(None);
     }
     Ok(Some(PreviousFile {
@@ -64,7 +64,7 @@ pub(super) async fn roll_back(
     what: &[WaitCondition],
     error: &anyhow::Error,
 ) -> anyhow::Error {
-    let mut failure = Failure::of(error);
+    let mut failure = Failure::from_error(error);
     let node_unit = what.iter().find_map(|condition| match condition {
         WaitCondition::Node { unit, .. } => Some(unit.clone()),
         _ => None,

@@ -23,7 +23,7 @@ pub struct Route {
     /// Preference of a router's advertisement (RFC 4191): 0 high, 1 medium, 2 low.
     pub preference: u8,
     /// The line below is not connected.
-    pub down: bool,
+    pub link_down: bool,
 }
 
 impl Route {
@@ -39,7 +39,7 @@ impl Route {
     }
 
     /// Leads to everything or to so much that it says nothing about any one network.
-    pub fn general(&self) -> bool {
+    pub fn is_catch_all(&self) -> bool {
         Cidr::parse(&self.to).is_some_and(|c| c.prefix < 8)
     }
 }
@@ -56,7 +56,7 @@ pub struct Address {
     /// Changes by itself (RFC 8981).
     pub temporary: bool,
     /// Deprecated, or not known to be free yet: nothing new starts from it.
-    pub unfit: bool,
+    pub unusable: bool,
 }
 
 impl Address {
@@ -69,7 +69,7 @@ impl Address {
             dynamic: false,
             secondary: false,
             temporary: false,
-            unfit: false,
+            unusable: false,
         })
     }
 
@@ -86,7 +86,7 @@ impl Address {
     /// Lower is better as the node's address; the order of the kernel decides between equals.
     fn rank(&self, gateway: Option<IpAddr>) -> u8 {
         let reaches = gateway.is_some_and(|g| !self.alone() && self.range().contains(g));
-        u8::from(self.unfit) * 32
+        u8::from(self.unusable) * 32
             + u8::from(self.temporary) * 16
             + u8::from(!reaches) * 8
             + u8::from(self.secondary) * 4
@@ -105,7 +105,7 @@ impl std::fmt::Display for Address {
 pub struct Interface {
     pub name: String,
     /// Other names of the same interface (`ip link property add … altname`).
-    pub names: Vec<String>,
+    pub alternative_names: Vec<String>,
     pub addresses: Vec<Address>,
 }
 
@@ -113,13 +113,13 @@ impl Interface {
     pub fn new(name: &str, addresses: &[&str]) -> Interface {
         Interface {
             name: name.to_owned(),
-            names: Vec::new(),
+            alternative_names: Vec::new(),
             addresses: addresses.iter().filter_map(|a| Address::parse(a)).collect(),
         }
     }
 
     /// The best address of a family that others can reach.
-    pub fn best(&self, v6: bool, gateway: Option<IpAddr>) -> Option<IpAddr> {
+    pub fn best_address(&self, v6: bool, gateway: Option<IpAddr>) -> Option<IpAddr> {
         let usable = |a: &&Address| {
             a.ip.is_ipv6() == v6
                 && !link_local(a.ip)
@@ -130,7 +130,7 @@ impl Interface {
     }
 
     fn called(&self, name: &str) -> bool {
-        self.name == name || self.names.iter().any(|n| n == name)
+        self.name == name || self.alternative_names.iter().any(|n| n == name)
     }
 }
 
@@ -140,7 +140,7 @@ impl Facts {
     pub fn default_routes(&self, v6: bool) -> Vec<&Route> {
         let mut found: Vec<&Route> = self.routes.iter().filter(|r| r.default_of(v6)).collect();
         let prefix = |r: &Route| Cidr::parse(&r.to).map_or(0, |c| c.prefix);
-        found.sort_by_key(|r| (r.down, std::cmp::Reverse(prefix(r)), r.metric, r.preference));
+        found.sort_by_key(|r| (r.link_down, std::cmp::Reverse(prefix(r)), r.metric, r.preference));
         found
     }
 
@@ -170,10 +170,10 @@ impl Facts {
             .and_then(|s| s.parse().ok())
             .filter(|ip| self.interface_of(*ip).is_some());
         let gateway = route.gateway.as_deref().and_then(|g| g.parse().ok());
-        let of_interface = || self.interface(&route.device)?.best(v6, gateway);
+        let of_interface = || self.interface(&route.device)?.best_address(v6, gateway);
         // a router without addresses on its lines has one on loopback (RFC 5549; also in
         // ChooseHostInterface of apimachinery)
-        let of_loopback = || self.interface("lo")?.best(v6, None);
+        let of_loopback = || self.interface("lo")?.best_address(v6, None);
         named.or_else(of_interface).or_else(of_loopback)
     }
 

@@ -35,7 +35,7 @@ pub struct Facts {
     pub fsync_p99_us: Option<u64>,
     pub listeners: Vec<Listener>,
     pub clock: Clock,
-    pub resolver: Resolver,
+    pub resolv_confs: ResolvConfs,
     pub routes: Vec<Route>,
     pub interfaces: Vec<Interface>,
     /// The route that leads to the server of a worker: it decides before the default route does.
@@ -67,11 +67,11 @@ pub struct Facts {
     /// IngressClass controllers and images found in a running cluster that are retired.
     pub retired_ingress: Option<u32>,
     /// A k3s of ours runs its own traefik, which its settings do not turn off yet.
-    pub traefik: bool,
+    pub bundled_traefik: bool,
     /// The name that the machine has now, where its node was installed under another one.
     pub current_hostname: Option<String>,
     /// Files with secrets that every user may read.
-    pub readable: Vec<ReadableSecret>,
+    pub readable_secrets: Vec<ReadableSecret>,
 }
 
 /// A file that lays secrets open.
@@ -82,8 +82,8 @@ pub struct ReadableSecret {
     pub mode: u32,
     /// What it holds, without the secrets themselves.
     pub holds: Vec<String>,
-    /// Whether this run has closed it.
-    pub closed: bool,
+    /// Whether this run has made it private.
+    pub made_private: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
@@ -115,9 +115,9 @@ pub struct Mount {
     /// A path that we or k3s write to.
     pub path: String,
     /// Where its file system is mounted.
-    pub at: String,
+    pub mount_point: String,
     /// `ext4`, `overlay`, `nfs4`, …; empty when unknown.
-    pub kind: String,
+    pub fs_type: String,
     /// Nothing can be written there: mounted so, or the directory is immutable.
     pub read_only: bool,
     pub no_exec: bool,
@@ -153,7 +153,7 @@ pub struct User {
     pub gid: u32,
     pub shell: String,
     /// Known to a directory such as LDAP, not to this machine's own file.
-    pub directory: bool,
+    pub from_directory: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
@@ -182,7 +182,7 @@ pub struct ResolvConf {
 /// The files of name servers that k3s looks at, in its order; `None` for one that is not there.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 #[serde(default)]
-pub struct Resolver {
+pub struct ResolvConfs {
     /// `/etc/resolv.conf`.
     pub etc: Option<ResolvConf>,
     /// `/run/systemd/resolve/resolv.conf`, with the servers behind systemd-resolved.
@@ -198,7 +198,7 @@ pub struct Modules {
     pub loaded: BTreeSet<String>,
     pub available: BTreeSet<String>,
     /// Whether the module lists could be read at all; in many containers they cannot.
-    pub known: bool,
+    pub readable: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
@@ -234,7 +234,7 @@ pub struct K3s {
     /// where there is nothing else.
     pub foreign: Vec<String>,
     /// Whether our journal records an installation, and in which role.
-    pub ours: Option<crate::k3s::role::NodeRole>,
+    pub installed_role: Option<crate::k3s::role::NodeRole>,
     pub active: bool,
     /// `server/db` exists under the data directory.
     pub server_data: bool,
@@ -255,7 +255,7 @@ pub struct K3s {
 pub struct SettingsFile {
     pub path: String,
     /// Read after ours, so that it has the last word.
-    pub after: bool,
+    pub after_ours: bool,
     /// In the order of the file. Values are kept of keys that something here looks at, for others
     /// may be secrets.
     pub entries: Vec<(String, serde_json::Value)>,
@@ -264,15 +264,15 @@ pub struct SettingsFile {
 }
 
 impl Facts {
-    pub fn has(&self, module: &str) -> bool {
+    pub fn has_module(&self, module: &str) -> bool {
         self.modules.loaded.contains(module) || self.modules.available.contains(module)
     }
 }
 
 /// Versions that duplicate or lose rules (k3s documentation, "Known issues"; k3s#3117).
-pub fn iptables_bad(facts: &Facts) -> bool {
+pub fn iptables_is_faulty(facts: &Facts) -> bool {
     facts.iptables.as_ref().is_some_and(|tool| {
-        let numbers = parse::numbers(&tool.version);
+        let numbers = parse::version_numbers(&tool.version);
         numbers.starts_with(&[1, 8])
             && numbers.get(2).is_some_and(|patch| *patch <= 4)
             && tool.backend == "nft"

@@ -54,8 +54,8 @@ pub fn sockets(text: &str, protocol: &str) -> Vec<(Listener, u64)> {
             continue;
         };
         // 0A is LISTEN; a bound UDP socket is 07 (include/net/tcp_states.h)
-        let wanted = if protocol == "tcp" { "0A" } else { "07" };
-        if *state != wanted {
+        let expected = if protocol == "tcp" { "0A" } else { "07" };
+        if *state != expected {
             continue;
         }
         let Some((address, port)) = local.split_once(':') else { continue };
@@ -187,7 +187,7 @@ fn route(row: &serde_json::Value, v6: bool) -> Vec<Route> {
             (!device.is_empty() || base.kind != "unicast").then(|| Route {
                 device,
                 gateway,
-                down: flag(hop, "linkdown"),
+                link_down: flag(hop, "linkdown"),
                 ..base.clone()
             })
         })
@@ -200,7 +200,7 @@ pub fn ip_addresses(json: &str) -> Option<Vec<Interface>> {
 }
 
 fn interface(row: &serde_json::Value) -> Option<Interface> {
-    let names = row
+    let alternative_names = row
         .get("altnames")
         .and_then(|a| a.as_array())
         .into_iter()
@@ -208,8 +208,11 @@ fn interface(row: &serde_json::Value) -> Option<Interface> {
         .filter_map(|n| n.as_str())
         .map(str::to_owned)
         .collect();
-    let mut interface =
-        Interface { name: row.get("ifname")?.as_str()?.to_owned(), names, addresses: Vec::new() };
+    let mut interface = Interface {
+        name: row.get("ifname")?.as_str()?.to_owned(),
+        alternative_names,
+        addresses: Vec::new(),
+    };
     for info in row.get("addr_info").and_then(|a| a.as_array()).into_iter().flatten() {
         let (Some(local), Some(prefix)) =
             (info.get("local").and_then(|l| l.as_str()), info.get("prefixlen"))
@@ -223,7 +226,7 @@ fn interface(row: &serde_json::Value) -> Option<Interface> {
                 dynamic: flag("dynamic"),
                 secondary: flag("secondary") && !flag("temporary"),
                 temporary: flag("temporary"),
-                unfit: flag("deprecated") || flag("tentative") || flag("dadfailed"),
+                unusable: flag("deprecated") || flag("tentative") || flag("dadfailed"),
                 ..address
             });
         }
@@ -271,7 +274,7 @@ pub fn iptables(text: &str) -> Option<Iptables> {
 }
 
 /// Dotted version numbers, up to the first thing that is not one.
-pub fn numbers(version: &str) -> Vec<u32> {
+pub fn version_numbers(version: &str) -> Vec<u32> {
     version
         .split('.')
         .map_while(|part| {
@@ -366,7 +369,7 @@ mod tests {
         let flags: Vec<_> = found[0]
             .addresses
             .iter()
-            .map(|a| (a.dynamic, a.secondary, a.temporary, a.unfit))
+            .map(|a| (a.dynamic, a.secondary, a.temporary, a.unusable))
             .collect();
         let (no, yes) = (false, true);
         assert_eq!(
@@ -380,7 +383,7 @@ mod tests {
                 (no, no, no, yes)
             ]
         );
-        assert_eq!(found[0].names, ["enp0s3"]);
+        assert_eq!(found[0].alternative_names, ["enp0s3"]);
     }
 
     #[test]
@@ -393,7 +396,7 @@ mod tests {
         let found = ip_routes(text, false).unwrap();
         let seen: Vec<_> = found
             .iter()
-            .map(|r| (r.to.as_str(), r.device.as_str(), r.gateway.as_deref(), r.down))
+            .map(|r| (r.to.as_str(), r.device.as_str(), r.gateway.as_deref(), r.link_down))
             .collect();
         assert_eq!(
             seen,
@@ -456,7 +459,7 @@ mod tests {
         fn no_parser_panics(text in "(?s).{0,300}") {
             let _ = (os_release(&text), meminfo(&text, "MemTotal"), cpus(&text), sockets(&text, "tcp"), resolv_conf(&text));
             let _ = (ip_routes(&text, false), ip_addresses(&text), module_names(&text), cgroups(None, &text), cgroups(Some(&text), ""));
-            let _ = (iptables(&text), numbers(&text), crate::base::cidr::Cidr::parse(&text));
+            let _ = (iptables(&text), version_numbers(&text), crate::base::cidr::Cidr::parse(&text));
             let _ = shell_variable(&text, "ENABLED");
         }
     }

@@ -30,7 +30,7 @@ pub(super) fn disk(host: &Host, path: &str) -> Option<Disk> {
 
 /// The path itself, or its nearest parent that is there.
 pub(super) fn existing(host: &Host, path: &str) -> std::path::PathBuf {
-    let mut real = host.at(path);
+    let mut real = host.real_path(path);
     while !real.exists() && real.pop() {}
     real
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::ASK;
+use super::TIMEOUT;
 use crate::host::Host;
 use crate::host::paths::DROP_IN;
 use crate::install::effective_settings::{EffectiveSettings, flag_of_variable, read_file};
@@ -16,14 +16,14 @@ pub fn api_port(host: &Host) -> u16 {
     let path = DROP_IN;
     let entries =
         host.read(path).ok().flatten().and_then(|text| read_file(&text).ok()).unwrap_or_default();
-    let ours = SettingsFile { path: path.into(), entries, ..SettingsFile::default() };
-    EffectiveSettings::on_machine(&settings_files(host, None), &ours).api_port()
+    let our_file = SettingsFile { path: path.into(), entries, ..SettingsFile::default() };
+    EffectiveSettings::on_machine(&settings_files(host, None), &our_file).api_port()
 }
 
 /// What k3s reads beside our own file, in its order: variables of the unit, `config.yaml`,
 /// `config.yaml.d` by name.
-fn settings_files(host: &Host, ours: Option<NodeRole>) -> Vec<SettingsFile> {
-    let unit = ours.unwrap_or(NodeRole::Server).unit();
+fn settings_files(host: &Host, installed_role: Option<NodeRole>) -> Vec<SettingsFile> {
+    let unit = installed_role.unwrap_or(NodeRole::Server).unit();
     let variables = format!("/etc/systemd/system/{unit}.env");
     let text = host.text(&variables);
     let entries: Vec<(String, serde_json::Value)> = [
@@ -51,7 +51,7 @@ fn settings_files(host: &Host, ours: Option<NodeRole>) -> Vec<SettingsFile> {
     paths.extend(
         host.list(dir).into_iter().filter(|n| *n != own).map(|n| (format!("{dir}/{n}"), n > own)),
     );
-    for (path, after) in paths {
+    for (path, after_ours) in paths {
         let lower = path.to_ascii_lowercase();
         if !(lower.ends_with(".yaml") || lower.ends_with(".yml")) || host.is_dir(&path) {
             continue;
@@ -66,26 +66,26 @@ fn settings_files(host: &Host, ours: Option<NodeRole>) -> Vec<SettingsFile> {
             Ok(entries) => (entries, None),
             Err(why) => (Vec::new(), Some(why)),
         };
-        found.push(SettingsFile { path, after, entries, fault });
+        found.push(SettingsFile { path, after_ours, entries, fault });
     }
     found
 }
 
 pub(super) async fn facts(
     host: &Host,
-    ours: Option<NodeRole>,
+    installed_role: Option<NodeRole>,
     env: &BTreeMap<String, String>,
 ) -> K3s {
     let version = match host.which("k3s").is_some() && host.exists(BINARY) {
         true => host
-            .ask("k3s", &["--version"], ASK)
+            .output("k3s", &["--version"], TIMEOUT)
             .await
             .ok()
             .and_then(|o| o.stdout.split_whitespace().nth(2).map(str::to_owned)),
         false => None,
     };
     let mut foreign = Vec::new();
-    if ours.is_none() {
+    if installed_role.is_none() {
         for path in [
             BINARY,
             "/usr/bin/k3s",
@@ -110,22 +110,22 @@ pub(super) async fn facts(
             foreign.push("/etc/rancher/k3s/config.yaml exists".into());
         }
     }
-    let unit = ours.unwrap_or(NodeRole::Server).unit();
+    let unit = installed_role.unwrap_or(NodeRole::Server).unit();
     K3s {
         version,
         // on its way up or down counts: the ports are its own then too
-        active: ours.is_some()
+        active: installed_role.is_some()
             && host
                 .unit(unit)
                 .await
                 .is_ok_and(|u| !matches!(u.active.as_str(), "inactive" | "failed" | "")),
         foreign,
-        ours,
+        installed_role,
         server_data: host.exists("/var/lib/rancher/k3s/server/db"),
         server_token: host.exists("/var/lib/rancher/k3s/server/token"),
         token_differs: false,
         node_password: host.exists(NODE_PASSWORD),
-        files: settings_files(host, ours),
+        files: settings_files(host, installed_role),
         environment: env
             .iter()
             .filter(|(name, value)| !value.is_empty() && flag_of_variable(name).is_some())

@@ -1,15 +1,15 @@
 //! Addresses and routes, from the output of `ip`.
 
-use super::ASK;
+use super::TIMEOUT;
 use crate::host::{Host, program::Output};
 use crate::install::facts::{Interface, Route, parse};
 
 /// Interfaces and routes, and why they are not known where they are not.
 pub(super) async fn network(host: &Host) -> (Vec<Interface>, Vec<Route>, Option<String>) {
     let (addresses, routes, routes6) = tokio::join!(
-        host.ask("ip", &["-j", "address", "show"], ASK),
-        host.ask("ip", &["-j", "-4", "route", "show"], ASK),
-        host.ask("ip", &["-j", "-6", "route", "show"], ASK),
+        host.output("ip", &["-j", "address", "show"], TIMEOUT),
+        host.output("ip", &["-j", "-4", "route", "show"], TIMEOUT),
+        host.output("ip", &["-j", "-6", "route", "show"], TIMEOUT),
     );
     let interfaces = answer("ip -j address show", addresses, parse::ip_addresses);
     let routes = answer("ip -j -4 route show", routes, |text| parse::ip_routes(text, false));
@@ -33,15 +33,15 @@ pub(super) async fn network(host: &Host) -> (Vec<Interface>, Vec<Route>, Option<
 /// there, and succeed.
 fn answer<T>(
     line: &str,
-    said: anyhow::Result<Output>,
+    output: anyhow::Result<Output>,
     read: impl Fn(&str) -> Option<T>,
 ) -> Result<T, String> {
-    let said = said.map_err(|error| format!("{error:#}"))?;
-    if !said.ok() {
-        let why = said.stderr.lines().next().unwrap_or_default().trim().to_owned();
-        return Err(format!("`{line}` ended with {}: {why}", said.status)
+    let output = output.map_err(|error| format!("{error:#}"))?;
+    if !output.ok() {
+        let why = output.stderr.lines().next().unwrap_or_default().trim().to_owned();
+        return Err(format!("`{line}` ended with {}: {why}", output.status)
             .trim_end_matches([':', ' '])
             .to_owned());
     }
-    read(&said.stdout).ok_or_else(|| format!("`{line}` does not answer in JSON"))
+    read(&output.stdout).ok_or_else(|| format!("`{line}` does not answer in JSON"))
 }

@@ -12,13 +12,13 @@ use std::time::Duration;
 use crate::host::paths::AGENT_USER;
 use crate::host::{Host, program::Output};
 use crate::install::effective_settings::EffectiveSettings;
-use crate::install::facts::{Account, Clock, Facts, Modules, Resolver, Selinux, User, parse};
+use crate::install::facts::{Account, Clock, Facts, Modules, ResolvConfs, Selinux, User, parse};
 use crate::install::settings::Settings;
 use crate::k3s::role::NodeRole;
 
 pub use k3s::api_port;
 
-const ASK: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Directories whose file systems must have room.
 const DISKS: [&str; 5] =
     ["/var/lib/rancher", "/var/lib/kubelet", "/usr/local/bin", "/var/log", "/tmp"];
@@ -53,10 +53,10 @@ pub enum Probe {
     Disk,
 }
 
-/// Reads everything that checks and plans look at. `ours` is what the journal records.
+/// Reads everything that checks and plans look at. `installed_role` is what the journal records.
 pub async fn gather(
     host: &Host,
-    ours: Option<NodeRole>,
+    installed_role: Option<NodeRole>,
     env: &BTreeMap<String, String>,
     probe: Probe,
 ) -> Facts {
@@ -66,13 +66,13 @@ pub async fn gather(
     let ((interfaces, routes, ip_fault), account, iptables, systemd, firewalld) = tokio::join!(
         links::network(host),
         account(host),
-        host.ask("iptables", &["--version"], ASK),
-        host.ask("systemctl", &["--version"], ASK),
+        host.output("iptables", &["--version"], TIMEOUT),
+        host.output("systemctl", &["--version"], TIMEOUT),
         host.unit("firewalld.service"),
     );
     let stdout = |output: anyhow::Result<Output>| output.map(|o| o.stdout).unwrap_or_default();
     Facts {
-        uid: if host.is_machine() { nix::unistd::geteuid().as_raw() } else { 0 },
+        uid: if host.is_running_machine() { nix::unistd::geteuid().as_raw() } else { 0 },
         init: text("/proc/1/comm").trim().to_owned(),
         systemd: systemd_version(&stdout(systemd)),
         machine: machine(host),
@@ -85,12 +85,12 @@ pub async fn gather(
         disks: DISKS.iter().filter_map(|path| disks::disk(host, path)).collect(),
         mounts: mounts::gather(host),
         // another root is a directory of this machine: the disk below it is not the one to measure
-        fsync_p99_us: (probe == Probe::Disk && host.is_machine())
+        fsync_p99_us: (probe == Probe::Disk && host.is_running_machine())
             .then(|| disks::fsync_p99_us(host))
             .flatten(),
         listeners: sockets::listeners(host),
         clock: clock(host),
-        resolver: resolver(host),
+        resolv_confs: resolv_confs(host),
         routes,
         interfaces,
         route_to_server: None,
@@ -110,24 +110,24 @@ pub async fn gather(
         iptables: parse::iptables(&stdout(iptables)),
         proxy: proxy(env),
         trust_store: TRUST_STORES.iter().any(|path| host.exists(path)),
-        k3s: k3s::facts(host, ours, env).await,
+        k3s: k3s::facts(host, installed_role, env).await,
         other_kubernetes: k3s::other_kubernetes(host),
         programs: PROGRAMS
             .iter()
             .filter_map(|p| Some(((*p).to_owned(), host.which(p)?.to_string_lossy().into_owned())))
             .collect(),
         current_hostname: None,
-        readable: Vec::new(),
+        readable_secrets: Vec::new(),
         retired_ingress: None,
-        traefik: false,
+        bundled_traefik: false,
         kernel,
     }
 }
 
-fn systemd_version(said: &str) -> u32 {
-    said.split_whitespace()
+fn systemd_version(text: &str) -> u32 {
+    text.split_whitespace()
         .nth(1)
-        .and_then(|version| parse::numbers(version).first().copied())
+        .and_then(|version| parse::version_numbers(version).first().copied())
         .unwrap_or(0)
 }
 
@@ -141,9 +141,9 @@ fn machine(host: &Host) -> String {
     }
 }
 
-fn resolver(host: &Host) -> Resolver {
+fn resolv_confs(host: &Host) -> ResolvConfs {
     let read = |path: &str| host.read(path).ok().flatten().map(|text| parse::resolv_conf(&text));
-    Resolver {
+    ResolvConfs {
         etc: read("/etc/resolv.conf"),
         systemd: read("/run/systemd/resolve/resolv.conf"),
         chosen: None,
@@ -207,7 +207,7 @@ fn modules(host: &Host, kernel: &str) -> Modules {
         available.extend(parse::module_names(&host.text(&format!("{dir}/modules.dep"))));
         available.extend(parse::module_names(&host.text(&format!("{dir}/modules.builtin"))));
     }
-    Modules { known: dir.is_some(), loaded, available }
+    Modules { readable: dir.is_some(), loaded, available }
 }
 
 fn container(host: &Host) -> Option<String> {
@@ -271,7 +271,7 @@ async fn account(host: &Host) -> Account {
     let local = of(&host.text("/etc/passwd"));
     let remote = match &local {
         None if host.which("getent").is_some() => host
-            .ask("getent", &["passwd", AGENT_USER], ASK)
+            .output("getent", &["passwd", AGENT_USER], TIMEOUT)
             .await
             .ok()
             .filter(Output::ok)
@@ -284,7 +284,7 @@ async fn account(host: &Host) -> Account {
             uid: fields.get(2).and_then(|u| u.parse().ok()).unwrap_or(u32::MAX),
             gid: fields.get(3).and_then(|g| g.parse().ok()).unwrap_or(u32::MAX),
             shell: fields.get(6).cloned().unwrap_or_default(),
-            directory,
+            from_directory: directory,
         },
     );
     let gid =
@@ -294,8 +294,8 @@ async fn account(host: &Host) -> Account {
 
 /// Facts that depend on the settings: the file of name servers, and directories elsewhere.
 pub fn gather_configured(host: &Host, facts: &mut Facts, settings: &Settings) {
-    let effective = EffectiveSettings::of(facts, settings);
-    facts.resolver.chosen = effective.resolv_conf().map(|path| {
+    let effective = EffectiveSettings::planned(facts, settings);
+    facts.resolv_confs.chosen = effective.resolv_conf().map(|path| {
         let read = host.read(&path).ok().flatten().map(|text| parse::resolv_conf(&text));
         (path, read)
     });

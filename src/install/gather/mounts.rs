@@ -29,15 +29,18 @@ pub(super) fn gather(host: &Host) -> Vec<Mount> {
 
 fn mount(host: &Host, mountinfo: &str, path: &str) -> Mount {
     let there = super::disks::existing(host, path);
-    let rest =
-        host.at(path).strip_prefix(&there).map(std::path::Path::to_owned).unwrap_or_default();
+    let rest = host
+        .real_path(path)
+        .strip_prefix(&there)
+        .map(std::path::Path::to_owned)
+        .unwrap_or_default();
     // a link may lead to another disk
     let real = std::fs::canonicalize(&there).unwrap_or(there);
-    let root = std::fs::canonicalize(host.at("/")).unwrap_or_else(|_| host.at("/"));
+    let root = std::fs::canonicalize(host.real_path("/")).unwrap_or_else(|_| host.real_path("/"));
     let named = real
         .strip_prefix(&root)
         .map_or_else(|_| path.to_owned(), |p| format!("/{}", p.join(rest).display()));
-    let (at, kind, options) =
+    let (mount_point, fs_type, options) =
         crate::host::mountinfo::mount_of(mountinfo, &named).unwrap_or_default();
     let flags = statvfs(&real).map(|s| s.flags()).unwrap_or(FsFlags::empty());
     let has = |option: &str| options.iter().any(|o| o == option);
@@ -46,8 +49,8 @@ fn mount(host: &Host, mountinfo: &str, path: &str) -> Mount {
         read_only: flags.contains(FsFlags::ST_RDONLY) || has("ro") || immutable(&real),
         no_exec: flags.contains(FsFlags::ST_NOEXEC) || has("noexec"),
         entry_types: (path == WRITTEN[0]).then(|| entry_types(&real)).flatten(),
-        at,
-        kind,
+        mount_point,
+        fs_type,
     }
 }
 

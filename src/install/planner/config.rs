@@ -6,12 +6,12 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use crate::base::http::plain_proxy;
+use crate::base::http::credential_free_proxy;
 use crate::contract::token::Role;
 use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
 use crate::install::components::Component;
 use crate::install::effective_settings::EffectiveSettings;
-use crate::install::facts::{Facts, iptables_bad};
+use crate::install::facts::{Facts, iptables_is_faulty};
 use crate::install::network;
 use crate::install::settings::Settings;
 use crate::k3s::role::NodeRole;
@@ -43,7 +43,7 @@ fn common(facts: &Facts, settings: &Settings, version: &Version) -> BTreeMap<Str
             map.insert(key.into(), json!(list));
         }
     }
-    if iptables_bad(facts) {
+    if iptables_is_faulty(facts) {
         map.insert("prefer-bundled-bin".into(), json!(true));
     }
     let mut kubelet = Vec::new();
@@ -89,7 +89,7 @@ fn join_lists(map: &mut BTreeMap<String, Value>, facts: &Facts) {
         .k3s
         .files
         .iter()
-        .filter(|f| !f.after)
+        .filter(|f| !f.after_ours)
         .flat_map(|f| &f.entries)
         .map(|(key, _)| key.trim_end_matches('+'));
     let known: std::collections::BTreeSet<&str> = before.collect();
@@ -143,7 +143,7 @@ pub fn server_drop_in(
     sans.sort();
     sans.dedup();
     map.insert("tls-san".into(), json!(sans));
-    if network::wireguard(facts, settings) {
+    if network::needs_wireguard(facts, settings) {
         map.insert("flannel-backend".into(), json!("wireguard-native"));
     }
     pass_through(&mut map, &settings.options.k3s.with_placeholders());
@@ -157,10 +157,10 @@ pub fn worker_drop_in(
     facts: &Facts,
     settings: &Settings,
     version: &Version,
-    master: &JoinServer,
+    server: &JoinServer,
 ) -> String {
     let mut map = common(facts, settings, version);
-    map.insert("server".into(), json!(master.url));
+    map.insert("server".into(), json!(server.url));
     map.insert("token-file".into(), json!(crate::host::paths::JOIN_TOKEN));
     pass_through(&mut map, &settings.options.k3s.with_placeholders());
     join_lists(&mut map, facts);
@@ -169,7 +169,7 @@ pub fn worker_drop_in(
 
 /// Deployments that k3s itself brings, less what the user disabled.
 pub fn system_deployments(facts: &Facts, settings: &Settings) -> Vec<String> {
-    let disabled = EffectiveSettings::of(facts, settings).list("disable");
+    let disabled = EffectiveSettings::planned(facts, settings).list("disable");
     [
         ("coredns", "coredns"),
         ("local-path-provisioner", "local-storage"),
@@ -211,7 +211,7 @@ pub fn state_dirs(role: NodeRole) -> Vec<String> {
 
 /// The unit of k3s; `systemd/` holds the templates. The firewall table is loaded before anything
 /// listens, or k3s stays down.
-pub fn unit(settings: &Settings) -> String {
+pub fn k3s_unit(settings: &Settings) -> String {
     let template = match settings.role {
         NodeRole::Server => include_str!("../../../systemd/k3s.service"),
         NodeRole::Worker => include_str!("../../../systemd/k3s-agent.service"),
@@ -226,7 +226,7 @@ pub fn unit(settings: &Settings) -> String {
 
 /// An nftables table of our own: everything that is not loopback, pods, an answer, ICMP, 80, 443 or
 /// an allowed network is dropped. Only ports of k3s are closed, so that ssh stays reachable.
-pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String {
+pub fn firewall_rules(allow: &[String], settings: &Settings, facts: &Facts) -> String {
     let mut text = format!(
         "# Written by pipeops (--api-allow). A table of its own: other tables are not touched.\n\
          table inet {t} {{}}\ndelete table inet {t}\ntable inet {t} {{\n  chain input {{\n    type filter hook input priority -10; policy accept;\n    \
@@ -237,7 +237,7 @@ pub fn firewall(allow: &[String], settings: &Settings, facts: &Facts) -> String 
         .into_iter()
         .map(|(_, r)| format!("{}/{}", r.address, r.prefix));
     let own = network::node_addresses(facts, settings).into_iter().map(|a| a.to_string());
-    let api = EffectiveSettings::of(facts, settings).api_port();
+    let api = EffectiveSettings::planned(facts, settings).api_port();
     let api =
         if api == 6443 { String::new() } else { format!("{api}, {}, ", api.saturating_add(1)) };
     for source in ranges.chain(own).chain(allow.iter().cloned()) {
@@ -284,7 +284,7 @@ pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
     if let Some(proxy) = settings
         .control_plane_host()
         .and_then(|host| network::https_proxy(facts, &host))
-        .and_then(plain_proxy)
+        .and_then(credential_free_proxy)
     {
         let _ = writeln!(text, "https-proxy = {}", json!(proxy));
     }
@@ -295,7 +295,7 @@ pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
 }
 
 /// The right to impersonate exactly the groups up to `max_role`, and nobody else.
-pub fn impersonation(max_role: Role) -> String {
+pub fn impersonation_rbac(max_role: Role) -> String {
     let groups: Vec<String> = Role::ALL
         .into_iter()
         .filter(|r| *r <= max_role)
@@ -326,8 +326,8 @@ mod tests {
 
     #[test]
     fn admin_may_be_impersonated_only_when_asked_for() {
-        assert!(!impersonation(Role::Operator).contains("pipeops:admin"));
-        assert!(impersonation(Role::Admin).contains("pipeops:admin"));
-        assert!(!impersonation(Role::Viewer).contains("pipeops:deployer"));
+        assert!(!impersonation_rbac(Role::Operator).contains("pipeops:admin"));
+        assert!(impersonation_rbac(Role::Admin).contains("pipeops:admin"));
+        assert!(!impersonation_rbac(Role::Viewer).contains("pipeops:deployer"));
     }
 }

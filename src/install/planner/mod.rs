@@ -194,7 +194,7 @@ fn k3s_service(facts: &Facts, settings: &Settings) -> Vec<Step> {
         ));
     }
     if !settings.options.api_allow.is_empty() {
-        let rules = config::firewall(&settings.options.api_allow, settings, facts);
+        let rules = config::firewall_rules(&settings.options.api_allow, settings, facts);
         steps.push(step(
             "firewall-file",
             "write the firewall table",
@@ -208,7 +208,7 @@ fn k3s_service(facts: &Facts, settings: &Settings) -> Vec<Step> {
         "k3s-unit",
         format!("write {unit}"),
         "k3s under systemd",
-        text(&format!("{UNITS}/{unit}"), config::unit(settings), 0o644),
+        text(&format!("{UNITS}/{unit}"), config::k3s_unit(settings), 0o644),
     ));
     if settings.role == NodeRole::Worker {
         inputs.push(JOIN_TOKEN.into());
@@ -280,7 +280,10 @@ pub fn server_plan(
             .map_or_else(|| "127.0.0.1".to_owned(), |a| host_in_url(&a.to_string()));
         let want = Resource::Kubeconfig {
             user: user.clone(),
-            server: format!("https://{host}:{}", EffectiveSettings::of(facts, settings).api_port()),
+            server: format!(
+                "https://{host}:{}",
+                EffectiveSettings::planned(facts, settings).api_port()
+            ),
         };
         steps.push(step(
             "kubeconfig",
@@ -304,8 +307,8 @@ pub fn server_plan(
             Resource::Ready { what: (component.ready)(), within_s },
         ));
         let class = components::ingress_class(components).unwrap_or("nginx");
-        let after =
-            (component.after)(settings.options.acme_email.as_deref()).replace("ACME_CLASS", class);
+        let after = (component.objects_when_ready)(settings.options.acme_email.as_deref())
+            .replace("ACME_CLASS", class);
         if !after.is_empty() {
             parts.push((
                 "after",
@@ -327,7 +330,7 @@ pub fn server_plan(
 fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
     let mut rbac = include_str!("../../../deployments/rbac.yaml").to_owned();
     rbac.push_str("\n---\n");
-    rbac.push_str(&config::impersonation(settings.max_role));
+    rbac.push_str(&config::impersonation_rbac(settings.max_role));
     if settings.max_role == Role::Admin {
         rbac.push_str("\n---\n");
         rbac.push_str(include_str!("../../../deployments/rbac-admin.yaml"));
@@ -444,19 +447,19 @@ fn agent_starts() -> Vec<Step> {
     ]
 }
 
-/// The plan that makes this machine a worker of `master`.
+/// The plan that makes this machine a worker of `server`.
 pub fn worker_plan(
     facts: &Facts,
     settings: &Settings,
     release: &Release,
-    master: &JoinServer,
+    server: &JoinServer,
 ) -> Plan {
     let node = settings.node_name(&facts.hostname);
     let mut steps = base(
         facts,
         settings,
         release,
-        config::worker_drop_in(facts, settings, &release.version, master),
+        config::worker_drop_in(facts, settings, &release.version, server),
     );
     let what = vec![node_ready(node, KUBELET_KUBECONFIG, settings, release)];
     steps.push(step(
@@ -467,7 +470,7 @@ pub fn worker_plan(
     ));
     steps.push(old_data());
     let mut plan = plan("join-worker", facts, settings, release, steps);
-    plan.options.insert("server".into(), master.url.clone());
+    plan.options.insert("server".into(), server.url.clone());
     plan
 }
 

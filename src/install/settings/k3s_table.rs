@@ -8,7 +8,7 @@ use std::ops::Deref;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 
-use crate::base::secret::{MASK, Secret, in_urls, is_secret_name, mask};
+use crate::base::secret::{MASK, Secret, is_secret_name, mask, secrets_in_urls};
 use crate::k3s::keys;
 
 /// Settings by their k3s name. Reads like a map; `Debug` and `Serialize` show dots where a value is
@@ -187,7 +187,7 @@ fn secrets(name: Name<'_>, value: &str) -> Vec<String> {
     if key == "datastore-endpoint" && !value.contains("://") && value.contains('@') {
         return vec![value.to_owned()];
     }
-    let mut found = in_urls(value);
+    let mut found = secrets_in_urls(value);
     if let Some((flag, text)) = value.split_once('=')
         && is_secret_name(flag.trim_start_matches('-'))
         && !text.is_empty()

@@ -113,7 +113,7 @@ pub fn owned_k3s_key(key: &str) -> Option<&'static str> {
 
 /// Seconds (`90`), or a duration as jiff reads it (`90s`, `10m`, `1h30m`); `None` for anything else,
 /// for less than nothing and beyond a day.
-pub fn parse_time(text: &str) -> Option<Duration> {
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let time = if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
         Duration::from_secs(text.parse().ok()?)
     } else {
@@ -181,10 +181,10 @@ mod tests {
     #[test]
     fn times_have_units_and_bounds() {
         for (text, seconds) in [("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400)] {
-            assert_eq!(parse_time(text), Some(Duration::from_secs(seconds)), "{text}");
+            assert_eq!(parse_duration(text), Some(Duration::from_secs(seconds)), "{text}");
         }
         for bad in ["", "s", "-1", "-1s", "+5", "1d", "25h", "99999999999999999999", "é"] {
-            assert_eq!(parse_time(bad), None, "{bad}");
+            assert_eq!(parse_duration(bad), None, "{bad}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use super::{Options, owned_k3s_key, parse_time};
+use super::{Options, owned_k3s_key, parse_duration};
 use crate::base::cidr::Cidr;
 use crate::base::error::nearest;
 use crate::base::text::is_dns_name;
@@ -72,11 +72,13 @@ pub(super) fn node(options: &Options, faults: &mut Vec<String>) {
         options
             .node_label
             .iter()
-            .filter_map(|l| values::label(l).err())
+            .filter_map(|l| values::check_label(l).err())
             .map(|why| format!("--node-label: {why}")),
     );
     faults.extend(
-        values::taints(&options.node_taint).into_iter().map(|why| format!("--node-taint: {why}")),
+        values::taint_faults(&options.node_taint)
+            .into_iter()
+            .map(|why| format!("--node-taint: {why}")),
     );
 }
 
@@ -126,7 +128,7 @@ pub(super) fn components(
 pub(super) fn max_role(options: &Options, faults: &mut Vec<String>) -> Role {
     match options.max_role.as_deref() {
         None => Role::Operator,
-        Some(text) => Role::of(text).unwrap_or_else(|| {
+        Some(text) => Role::from_name(text).unwrap_or_else(|| {
             faults
                 .push(format!("--max-role: `{text}` is none of viewer, deployer, operator, admin"));
             Role::Operator
@@ -135,7 +137,7 @@ pub(super) fn max_role(options: &Options, faults: &mut Vec<String>) -> Role {
 }
 
 pub(super) fn timeout(options: &Options, faults: &mut Vec<String>) -> Duration {
-    match options.timeout.as_deref().map(parse_time) {
+    match options.timeout.as_deref().map(parse_duration) {
         None => Duration::from_secs(300),
         Some(Some(time)) if !time.is_zero() => time,
         Some(_) => {

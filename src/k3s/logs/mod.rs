@@ -144,15 +144,16 @@ pub fn final_failure(log: &str, exits: u32, health: UnitHealth) -> Option<Diagno
 /// that count is older.
 pub fn exit_count(log: &str, health: UnitHealth) -> u32 {
     let lines = |mark: &str| log.lines().filter(|l| l.contains(mark)).count();
-    let said = ["level=fatal", "level=panic", "Shutdown request received: ", "Main process exited"]
-        .map(lines)
-        .into_iter()
-        .max()
-        .unwrap_or(0);
+    let exits =
+        ["level=fatal", "level=panic", "Shutdown request received: ", "Main process exited"]
+            .map(lines)
+            .into_iter()
+            .max()
+            .unwrap_or(0);
     health.restarts_during_wait.max(if health.running {
         0
     } else {
-        u32::try_from(said).unwrap_or(u32::MAX).min(health.restarts)
+        u32::try_from(exits).unwrap_or(u32::MAX).min(health.restarts)
     })
 }
 
@@ -175,10 +176,10 @@ pub fn related_warning(log: &str) -> Option<Diagnosis> {
 
 fn find<'a>(
     lines: impl DoubleEndedIterator<Item = &'a str>,
-    wanted: impl Fn(&KnownCause) -> bool,
+    filter: impl Fn(&KnownCause) -> bool,
 ) -> Option<Diagnosis> {
     let lower: Vec<(&str, String)> = lines.map(|l| (l, l.to_lowercase())).collect();
-    TABLES.into_iter().flatten().filter(|(_, cause)| wanted(cause)).find_map(
+    TABLES.into_iter().flatten().filter(|(_, cause)| filter(cause)).find_map(
         |(fragments, cause)| {
             let mut hits = lower
                 .iter()
@@ -302,7 +303,7 @@ pub fn with_count(text: &str, count: usize) -> String {
 
 /// The last lines worth showing: errors and warnings, or all where there are none; equal ones once,
 /// with their number.
-pub fn notable_lines(log: &str, most: usize) -> Vec<String> {
+pub fn notable_lines(log: &str, max: usize) -> Vec<String> {
     let marks = [
         "level=error",
         "level=fatal",
@@ -325,6 +326,6 @@ pub fn notable_lines(log: &str, most: usize) -> Vec<String> {
             None => shown.push((key, line, 1)),
         }
     }
-    shown.truncate(most);
+    shown.truncate(max);
     shown.iter().rev().map(|(_, line, count)| with_count(without_time(line), *count)).collect()
 }

@@ -177,15 +177,15 @@ fn code(log: &str) -> Option<&'static str> {
 
 #[test]
 fn every_fixture_gets_its_code_also_among_warnings() {
-    for (wanted, line) in FIXTURES {
+    for (expected, line) in FIXTURES {
         let log = format!(
             "{BOOT}time=\"2026-11-27T05:00:01Z\" {line}\nlevel=info msg=\"later chatter\"\n"
         );
-        assert_eq!(code(&log), Some(*wanted), "{line}");
+        assert_eq!(code(&log), Some(*expected), "{line}");
         for (_, weak) in WEAK {
             assert_eq!(
                 code(&format!("{weak}\n{log}{weak}\n")),
-                Some(*wanted),
+                Some(*expected),
                 "{line} beside {weak}"
             );
         }
@@ -210,9 +210,9 @@ fn the_readme_names_every_code_and_every_entry_has_a_next_step() {
 #[test]
 fn warnings_and_chatter_have_no_code() {
     let mut all = BOOT.to_owned();
-    for (wanted, line) in WEAK {
+    for (expected, line) in WEAK {
         assert_eq!(classify(line), None, "{line}");
-        assert_eq!(related_warning(line).map(|s| s.cause.code), Some(*wanted), "{line}");
+        assert_eq!(related_warning(line).map(|s| s.cause.code), Some(*expected), "{line}");
         all.push_str(&format!("{line}\n"));
     }
     for line in HARMLESS {
@@ -379,10 +379,10 @@ fn other_cases() -> Vec<WaitCase> {
 
 #[test]
 fn when_a_wait_ends_and_when_it_does_not() {
-    for (name, log, health, wanted) in exit_cases().into_iter().chain(other_cases()) {
+    for (name, log, health, expected) in exit_cases().into_iter().chain(other_cases()) {
         assert_eq!(
             final_failure(&log, exit_count(&log, health), health).map(|s| s.cause.code),
-            wanted,
+            expected,
             "{name}"
         );
     }

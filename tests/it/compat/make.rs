@@ -9,11 +9,11 @@ use sqlx::Row as _;
 
 use super::fixture::{DIR, Fixture, metrics};
 use super::{
-    PLAN_CASES, agent_names, before, events_waiting, hub_names, install, lists, machine,
-    node_names, plan_case, telling,
+    PLAN_CASES, agent_names, before, control_plane_names, events_waiting, install, lists, machine,
+    node_names, plan_case, with_unreachable_broker,
 };
-use crate::hub::DATA;
-use crate::operations::{apply, asks, comes_to, deployment};
+use crate::control_plane::DATA;
+use crate::operations::{apply, deployment, submit, wait_for_state};
 use crate::support::Sandbox;
 use crate::world::serve_kube;
 
@@ -60,18 +60,22 @@ async fn stretch_database(file: &Path) {
 
 /// A control plane with everything that it can hold, and an agent that the control plane left while an operation ran.
 async fn both(fixture: &Fixture, program: &Path) {
-    let mut hub = telling(Sandbox::of(program));
-    let first = std::fs::read_to_string(hub.sandbox.root().join(DATA).join("admin-token")).unwrap();
-    hub.admin.clone_from(&first);
+    let mut control_plane = with_unreachable_broker(Sandbox::of(program));
+    let first =
+        std::fs::read_to_string(control_plane.sandbox.root().join(DATA).join("admin-token"))
+            .unwrap();
+    control_plane.admin.clone_from(&first);
     let (kube, address) = serve_kube().await;
     kube.ready.store(true, Relaxed);
-    let (mut agent, cluster) = hub.agent(address).await;
-    let other = hub.json("POST", "/api/v1/projects", &first, json!({"name": "other"})).await["id"]
+    let (mut agent, cluster) = control_plane.agent(address).await;
+    let other = control_plane
+        .json("POST", "/api/v1/projects", &first, json!({"name": "other"}))
+        .await["id"]
         .as_str()
         .unwrap()
         .to_owned();
     let make = async |what: &str, body: Value| {
-        hub.json("POST", &format!("/api/v1/{what}"), &first, body).await
+        control_plane.json("POST", &format!("/api/v1/{what}"), &first, body).await
     };
     let admin = make("admins", json!({"name": "second"})).await;
     let runner = make(
@@ -82,16 +86,17 @@ async fn both(fixture: &Fixture, program: &Path) {
     let elsewhere =
         make("runners", json!({"name": "elsewhere", "project": other, "ttl_s": 3600})).await;
     let revoked = make("runners", json!({"name": "revoked"})).await;
-    hub.json(
-        "DELETE",
-        &format!("/api/v1/runners/{}", revoked["id"].as_str().unwrap()),
-        &first,
-        json!({}),
-    )
-    .await;
+    control_plane
+        .json(
+            "DELETE",
+            &format!("/api/v1/runners/{}", revoked["id"].as_str().unwrap()),
+            &first,
+            json!({}),
+        )
+        .await;
     let enrolment = make("tokens", json!({"name": "for two", "uses": 2})).await;
     let token = runner["token"].as_str().unwrap().to_owned();
-    let kubeconfig = hub
+    let kubeconfig = control_plane
         .json(
             "POST",
             &format!("/api/v1/clusters/{cluster}/kubeconfig"),
@@ -100,23 +105,27 @@ async fn both(fixture: &Fixture, program: &Path) {
         )
         .await;
     // one that is done, one that runs
-    let (_, done) = asks(&hub, &cluster, &token, "done", &apply(&[deployment("done")])).await;
+    let (_, done) =
+        submit(&control_plane, &cluster, &token, "done", &apply(&[deployment("done")])).await;
     let id = |operation: &Value| operation["id"].as_str().unwrap().to_owned();
-    comes_to(&hub, &cluster, &token, &id(&done), "succeeded").await;
+    wait_for_state(&control_plane, &cluster, &token, &id(&done), "succeeded").await;
     kube.ready.store(false, Relaxed);
     let (_, running) =
-        asks(&hub, &cluster, &token, "running", &apply(&[deployment("running")])).await;
-    comes_to(&hub, &cluster, &token, &id(&running), "running").await;
-    hub.json(
-        "GET",
-        &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"),
-        &token,
-        json!({}),
-    )
-    .await;
+        submit(&control_plane, &cluster, &token, "running", &apply(&[deployment("running")])).await;
+    wait_for_state(&control_plane, &cluster, &token, &id(&running), "running").await;
+    control_plane
+        .json(
+            "GET",
+            &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"),
+            &token,
+            json!({}),
+        )
+        .await;
     fixture.write(
         "control-plane.metrics",
-        &metrics(&hub.ask("GET", "/metrics", &first, json!({})).await.text().await.unwrap()),
+        &metrics(
+            &control_plane.ask("GET", "/metrics", &first, json!({})).await.text().await.unwrap(),
+        ),
     );
     fixture.write(
         "agent.metrics",
@@ -125,7 +134,7 @@ async fn both(fixture: &Fixture, program: &Path) {
         ),
     );
     // the end of the one that runs has nobody to hear it
-    hub.stop();
+    control_plane.stop();
     kube.ready.store(true, Relaxed);
     let begun = Instant::now();
     let queue = agent.sandbox.root().join("var/lib/pipeops-agent/queue");
@@ -143,33 +152,38 @@ async fn both(fixture: &Fixture, program: &Path) {
     .unwrap();
     tokio::task::block_in_place(|| agent.child.wait().unwrap());
     // and one waits for the agent
-    hub.back();
+    control_plane.start_again();
     let mut waits = apply(&[deployment("waits")]);
     waits["ttl_s"] = 3600.into();
-    let (status, waits) = asks(&hub, &cluster, &token, "waits", &waits).await;
+    let (status, waits) = submit(&control_plane, &cluster, &token, "waits", &waits).await;
     assert_eq!((status, &waits["state"]), (202, &json!("queued")), "{waits}");
-    hub.stop();
+    control_plane.stop();
 
-    stretch_database(&hub.sandbox.root().join(DATA).join("pipeops.db")).await;
+    stretch_database(&control_plane.sandbox.root().join(DATA).join("pipeops.db")).await;
     let kept = agent.sandbox.root().join("var/lib/pipeops-agent/credential.json");
     let mut credential: Value =
         serde_json::from_str(&std::fs::read_to_string(&kept).unwrap()).unwrap();
     stretch(&mut credential);
     std::fs::write(&kept, credential.to_string()).unwrap();
-    hub.back();
+    control_plane.start_again();
     let text = |value: &Value| value["token"].as_str().unwrap().to_owned();
     let said = json!({"cluster": cluster, "tokens": {"first_admin": first, "second_admin": text(&admin), "runner": token, "elsewhere": text(&elsewhere),
         "revoked": text(&revoked), "enrolment": text(&enrolment), "kubeconfig": kubeconfig["users"][0]["user"]["token"]},
-        "events_waiting": events_waiting(&hub, 1).await, "operations": {"done": id(&done), "running": id(&running), "waits": id(&waits)},
-        "lists": lists(&hub, &first, &cluster).await});
-    hub.stop();
+        "events_waiting": events_waiting(&control_plane, 1).await, "operations": {"done": id(&done), "running": id(&running), "waits": id(&waits)},
+        "lists": lists(&control_plane, &first, &cluster).await});
+    control_plane.stop();
     fixture.write_json("control-plane.json", &said);
-    fixture.keep("control-plane", &hub.sandbox, &[DATA], &hub_names(&hub));
+    fixture.keep(
+        "control-plane",
+        &control_plane.sandbox,
+        &[DATA],
+        &control_plane_names(&control_plane),
+    );
     fixture.keep(
         "agent",
         &agent.sandbox,
         &["etc/pipeops", "var/lib/pipeops-agent"],
-        &agent_names(&hub, &agent.sandbox),
+        &agent_names(&control_plane, &agent.sandbox),
     );
 }
 

@@ -31,11 +31,12 @@ impl Api {
             Ok(permit) => permit,
             Err(problem) => return problem.plain(),
         };
-        let Some(mut news) = self.operations().all.lock().get(&id).map(|l| l.news.subscribe())
+        let Some(mut changes) =
+            self.operations().all.lock().get(&id).map(|l| l.changes.subscribe())
         else {
             return not_found();
         };
-        news.mark_changed();
+        changes.mark_changed();
         let last = headers
             .get("last-event-id")
             .and_then(|v| v.to_str().ok())
@@ -43,7 +44,7 @@ impl Api {
         let begin = EventListener {
             api: self.clone(),
             id,
-            news,
+            changes,
             next: last.unwrap_or(0),
             ended: false,
             _permit: permit,
@@ -66,7 +67,7 @@ impl Api {
 struct EventListener {
     api: Api,
     id: String,
-    news: watch::Receiver<()>,
+    changes: watch::Receiver<()>,
     /// Number of the next event to send.
     next: usize,
     ended: bool,
@@ -80,9 +81,9 @@ impl EventListener {
         }
         loop {
             tokio::select! {
-                changed = self.news.changed() => changed.ok()?,
+                changed = self.changes.changed() => changed.ok()?,
                 () = sleep(KEEPALIVE) => return Some(": quiet\n\n".into()),
-                () = self.api.inner.context.cut.cancelled() => return None,
+                () = self.api.inner.context.abort.cancelled() => return None,
             }
             let all = self.api.operations().all.lock();
             let live = all.get(&self.id)?;

@@ -22,7 +22,7 @@ use crate::kubernetes::readiness::rollout::{self, RolloutStatus};
 use crate::kubernetes::upstream::Upstream;
 
 /// Field manager of what Runners apply; it takes no field from another one.
-const MANAGER: &str = "pipeops-runner";
+const FIELD_MANAGER: &str = "pipeops-runner";
 /// Between looks at an object that is waited for.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Between looks at the pods of a workload that is not ready: each takes some requests.
@@ -38,7 +38,7 @@ pub(super) struct Executor<'a> {
     /// The caller cancels the operation.
     pub(super) cancel: CancellationToken,
     /// The agent stops.
-    pub(super) cut: CancellationToken,
+    pub(super) abort: CancellationToken,
     /// Requests sent so far.
     pub(super) calls: u32,
     /// By `apiVersion`.
@@ -54,9 +54,17 @@ pub(super) async fn run(
     progress: &Progress,
     cancel: CancellationToken,
 ) -> Result<(), ExecutionError> {
-    let cut = api.inner.context.cut.clone();
-    let mut executor =
-        Executor { api, upstream, caller, progress, cancel, cut, calls: 0, kinds: HashMap::new() };
+    let abort = api.inner.context.abort.clone();
+    let mut executor = Executor {
+        api,
+        upstream,
+        caller,
+        progress,
+        cancel,
+        abort,
+        calls: 0,
+        kinds: HashMap::new(),
+    };
     match operation {
         OperationRequest::Apply(apply) => executor.apply(apply).await,
         OperationRequest::Delete(delete) => executor.delete(delete).await,
@@ -106,7 +114,7 @@ impl Executor<'_> {
             paths.push(path);
         }
         let query = format!(
-            "fieldManager={MANAGER}&force=false{}",
+            "fieldManager={FIELD_MANAGER}&force=false{}",
             if apply.dry_run { "&dryRun=All" } else { "" }
         );
         let mut done = Vec::new();
@@ -208,7 +216,7 @@ impl Executor<'_> {
         outcome: &str,
     ) -> Result<String, ExecutionError> {
         let path = self.known_path_of(reference).await?;
-        let query = format!("fieldManager={MANAGER}");
+        let query = format!("fieldManager={FIELD_MANAGER}");
         let (status, answer) = self
             .request(
                 &format!("{path}{below}"),
@@ -233,7 +241,7 @@ impl Executor<'_> {
         patch: &Value,
         outcome: &str,
     ) -> Result<(), ExecutionError> {
-        let query = format!("fieldManager={MANAGER}");
+        let query = format!("fieldManager={FIELD_MANAGER}");
         let request = KubernetesRequest {
             method: Method::PATCH,
             query: &query,
@@ -267,7 +275,7 @@ impl Executor<'_> {
         tokio::select! {
             () = sleep(POLL_INTERVAL) => Ok(()),
             () = self.cancel.cancelled() => Err(ExecutionError::Cancelled),
-            () = self.cut.cancelled() => Err(ExecutionError::Interrupted),
+            () = self.abort.cancelled() => Err(ExecutionError::Interrupted),
         }
     }
 
@@ -335,7 +343,7 @@ impl Executor<'_> {
             }
             if missing != last {
                 let reason = cause.as_ref().map_or("", |cause| cause.reason.code());
-                self.progress.say(format!("{title}: {missing}"), reason);
+                self.progress.message(format!("{title}: {missing}"), reason);
                 last = missing;
             }
             self.pause().await?;

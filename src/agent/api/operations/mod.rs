@@ -31,13 +31,13 @@ use crate::base::encoding::hex;
 use crate::contract::operation::OperationRequest;
 use crate::contract::token::{Caller, Role};
 use crate::contract::types::{
-    IDEMPOTENCY_KEY, Operation, OperationState, check_idempotency_key, operation_id,
+    IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, operation_id,
 };
 use crate::kubernetes::answer::{ApiError, plain};
 use crate::kubernetes::upstream::{Body, Upstream};
 use requests::{ExecutionError, ExecutionFailure};
 pub use store::Operations;
-use store::{OperationRecord, Progress, TrackedOperation, now};
+use store::{Progress, StoredOperation, TrackedOperation, now};
 
 /// Operations that run at the same time.
 const MAX_RUNNING: usize = 8;
@@ -57,7 +57,7 @@ impl Api {
 
     /// Reports the results that an earlier run of the agent could not report.
     pub(super) fn report_unreported(&self) {
-        let unreported: Vec<OperationRecord> = self
+        let unreported: Vec<StoredOperation> = self
             .operations()
             .all
             .lock()
@@ -131,7 +131,8 @@ impl Api {
         if self.draining() {
             return problem(503, "draining", "the agent takes nothing new", None);
         }
-        let mut keys = parts.headers.get_all(IDEMPOTENCY_KEY).iter().map(HeaderValue::to_str);
+        let mut keys =
+            parts.headers.get_all(IDEMPOTENCY_KEY_HEADER).iter().map(HeaderValue::to_str);
         let key = match (keys.next(), keys.next()) {
             (Some(Ok(key)), None) => Some(key),
             _ => None,
@@ -177,7 +178,7 @@ impl Api {
             created_at: now(),
             ..Operation::default()
         };
-        let stored = OperationRecord { operation, request, reported: false };
+        let stored = StoredOperation { operation, request, reported: false };
         let cancel = match self.admit(&stored) {
             Ok(cancel) => cancel,
             Err(refused) => {
@@ -202,7 +203,7 @@ impl Api {
     }
 
     /// Stores a new operation: it is durable from here on.
-    fn admit(&self, stored: &OperationRecord) -> Result<CancellationToken, Box<Response<Body>>> {
+    fn admit(&self, stored: &StoredOperation) -> Result<CancellationToken, Box<Response<Body>>> {
         let operations = self.operations();
         let mut all = operations.all.lock();
         operations.remove_expired(&mut all);
@@ -281,7 +282,7 @@ impl Api {
             tokio::select! {
                 () = sleep(RETRY) => {}
                 // on disk it still runs: the next start marks it as interrupted
-                () = self.inner.context.cut.cancelled() => return,
+                () = self.inner.context.abort.cancelled() => return,
             }
         }
         drop(call);
@@ -289,7 +290,7 @@ impl Api {
     }
 
     /// Hands a result to the queue for the control plane, until it is there.
-    async fn report(self, mut stored: OperationRecord) {
+    async fn report(self, mut stored: StoredOperation) {
         let id = stored.operation.id.clone();
         loop {
             let Ok(body) = serde_json::to_string(&stored.operation) else { return };
@@ -346,7 +347,7 @@ fn not_found() -> Response<Body> {
 }
 
 /// Answers a second request under a key: the same one, or another one by mistake.
-fn answer_repeated(known: &OperationRecord, request: &str) -> Response<Body> {
+fn answer_repeated(known: &StoredOperation, request: &str) -> Response<Body> {
     if known.request == request {
         return operation_response(200, &known.operation);
     }

@@ -96,7 +96,7 @@ impl Executor<'_> {
         path: &str,
         request: KubernetesRequest<'_>,
     ) -> Result<(u16, Bytes), ExecutionError> {
-        if self.cut.is_cancelled() {
+        if self.abort.is_cancelled() {
             return Err(ExecutionError::Interrupted);
         }
         if self.cancel.is_cancelled() {

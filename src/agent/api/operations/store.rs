@@ -20,7 +20,7 @@ const REMEMBERED_S: i64 = 7 * 86_400;
 
 /// An operation as it is stored.
 #[derive(Clone, Serialize, Deserialize)]
-pub(super) struct OperationRecord {
+pub(super) struct StoredOperation {
     pub(super) operation: Operation,
     /// Digest of the request: the same key with another request is a mistake.
     pub(super) request: String,
@@ -30,19 +30,19 @@ pub(super) struct OperationRecord {
 }
 
 pub(super) struct TrackedOperation {
-    pub(super) stored: OperationRecord,
+    pub(super) stored: StoredOperation,
     /// What happened so far, each event as JSON.
     pub(super) events: Vec<String>,
-    pub(super) news: watch::Sender<()>,
+    pub(super) changes: watch::Sender<()>,
     pub(super) cancel: CancellationToken,
 }
 
 impl TrackedOperation {
-    pub(super) fn new(stored: OperationRecord) -> TrackedOperation {
+    pub(super) fn new(stored: StoredOperation) -> TrackedOperation {
         TrackedOperation {
             stored,
             events: Vec::new(),
-            news: watch::Sender::new(()),
+            changes: watch::Sender::new(()),
             cancel: CancellationToken::new(),
         }
     }
@@ -69,7 +69,7 @@ impl Operations {
     pub fn open(dir: StateDir, results: mpsc::Sender<FinishedOperation>) -> Operations {
         let mut all = BTreeMap::new();
         for name in dir.list() {
-            let stored: Option<OperationRecord> =
+            let stored: Option<StoredOperation> =
                 dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
             let Some(mut stored) = stored.filter(|s| file(&s.operation.id) == name) else {
                 // no crash leaves part of a file, as files are replaced whole: it is not ours
@@ -115,7 +115,7 @@ impl Operations {
         }
     }
 
-    pub(super) fn store(&self, stored: &OperationRecord) -> anyhow::Result<()> {
+    pub(super) fn store(&self, stored: &StoredOperation) -> anyhow::Result<()> {
         self.dir.write(&file(&stored.operation.id), &serde_json::to_string(stored)?)
     }
 
@@ -123,11 +123,11 @@ impl Operations {
         &self,
         id: &str,
         change: impl FnOnce(&mut TrackedOperation),
-    ) -> Option<OperationRecord> {
+    ) -> Option<StoredOperation> {
         let mut all = self.all.lock();
         let live = all.get_mut(id)?;
         change(live);
-        live.news.send_replace(());
+        live.changes.send_replace(());
         Some(live.stored.clone())
     }
 }
@@ -140,7 +140,7 @@ pub(super) struct Progress {
 
 impl Progress {
     /// Sends a message to the listeners, with the code of what is waited for where it has one.
-    pub(super) fn say(&self, message: String, reason: &str) {
+    pub(super) fn message(&self, message: String, reason: &str) {
         self.api.operations().change(&self.id, |live| {
             let mut event = json!({"at": now(), "message": message});
             if !reason.is_empty() {

@@ -59,8 +59,8 @@ impl ControlPlaneSession {
             state: ControlPlaneState::Unenrolled,
             reason: "no AGENT_TOKEN".into(),
             since: now,
-            heard: None,
-            offset: 0,
+            last_answer: None,
+            clock_offset: 0,
             drain: false,
         };
         ControlPlaneSession {
@@ -92,7 +92,7 @@ impl ControlPlaneSession {
     }
 
     /// When `Tick` is due next; never while a request is under way.
-    pub fn wake(&self) -> Option<Instant> {
+    pub fn next_tick(&self) -> Option<Instant> {
         if self.busy {
             return None;
         }
@@ -142,7 +142,7 @@ impl ControlPlaneSession {
             SessionEvent::Done { call, outcome, offset } => {
                 self.busy = false;
                 if let Some(offset) = offset {
-                    self.status.offset = offset;
+                    self.status.clock_offset = offset;
                 }
                 self.request_done(call, outcome, now, random);
             }
@@ -261,16 +261,16 @@ impl ControlPlaneSession {
             outcome,
             RequestOutcome::Refused { .. } | RequestOutcome::Unreachable(_) | RequestOutcome::Idle
         ) {
-            self.status.heard = Some(now);
+            self.status.last_answer = Some(now);
             self.refusals = 0;
             self.backoff.reset();
         }
         match outcome {
-            RequestOutcome::Credential { lives, config } => {
+            RequestOutcome::Credential { lifetime_s, config } => {
                 (self.credential, self.last_auth, self.want_register) = (true, None, false);
-                self.expires = Some(now + Duration::from_secs(lives));
+                self.expires = Some(now + Duration::from_secs(lifetime_s));
                 self.due.rotate =
-                    Some(now + Duration::from_secs(lives).mul_f64(0.6 + random * 0.1));
+                    Some(now + Duration::from_secs(lifetime_s).mul_f64(0.6 + random * 0.1));
                 match config {
                     Some(config) => self.apply_config(*config, now),
                     None if call == RequestKind::Register => self.want_config = true,
@@ -350,7 +350,7 @@ impl ControlPlaneSession {
     }
 
     fn set_online(&mut self, now: Instant) {
-        let offset = self.status.offset;
+        let offset = self.status.clock_offset;
         if offset.abs() > LEEWAY {
             let side = if offset > 0 { "ahead of" } else { "behind" };
             self.set_status(

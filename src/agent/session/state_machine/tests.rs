@@ -34,7 +34,7 @@ impl Bench {
     fn tick(&mut self) -> (Duration, Vec<SessionAction>) {
         let begun = self.now;
         for _ in 0..100 {
-            self.now = self.session.wake().expect("a time to wake");
+            self.now = self.session.next_tick().expect("a time to wake");
             let actions = self.on(SessionEvent::Tick);
             if !actions.is_empty() {
                 return (self.now - begun, actions);
@@ -52,7 +52,7 @@ impl Bench {
         let (mut b, actions) = Bench::start(true, None);
         assert_eq!(actions, [SessionAction::Register(RegistrationAuth::Token)]);
         let registered =
-            RequestOutcome::Credential { lives: 3600, config: Some(Box::new(config(1))) };
+            RequestOutcome::Credential { lifetime_s: 3600, config: Some(Box::new(config(1))) };
         assert_eq!(b.done(RequestKind::Register, registered), [SessionAction::Heartbeat]);
         b.done(RequestKind::Heartbeat, heartbeat_response(1, &[]));
         b.done(RequestKind::Deliver, RequestOutcome::Idle);
@@ -141,7 +141,7 @@ fn directives_are_followed() {
         ),
         [SessionAction::Rotate]
     );
-    b.done(RequestKind::Rotate, RequestOutcome::Credential { lives: 3600, config: None });
+    b.done(RequestKind::Rotate, RequestOutcome::Credential { lifetime_s: 3600, config: None });
     b.tick();
     b.done(RequestKind::Heartbeat, heartbeat_response(1, &[Directive::Drain]));
     assert!(b.session.status().drain);
@@ -189,7 +189,7 @@ fn one_refusal_wipes_nothing_and_many_become_slow() {
     assert_eq!(actions, [SessionAction::Register(RegistrationAuth::Credential)]);
     b.done(
         RequestKind::Register,
-        RequestOutcome::Credential { lives: 3600, config: Some(Box::new(config(1))) },
+        RequestOutcome::Credential { lifetime_s: 3600, config: Some(Box::new(config(1))) },
     );
     assert_eq!(b.state(), ControlPlaneState::Online);
 }
@@ -202,7 +202,7 @@ fn a_duplicate_is_a_conflict_and_tried_rarely() {
     assert!(b.tick().0 >= Duration::from_secs(45));
     let (mut b, _) = Bench::start(false, None);
     b.on(SessionEvent::Cloned);
-    assert_eq!((b.state(), b.session.wake().is_some()), (ControlPlaneState::Conflict, true));
+    assert_eq!((b.state(), b.session.next_tick().is_some()), (ControlPlaneState::Conflict, true));
 }
 
 #[test]
@@ -312,7 +312,7 @@ fn the_queue_is_emptied_one_by_one_and_waits_out_an_outage() {
 
 fn outcomes() -> impl Strategy<Value = RequestOutcome> {
     prop_oneof![
-        Just(RequestOutcome::Credential { lives: 100, config: None }),
+        Just(RequestOutcome::Credential { lifetime_s: 100, config: None }),
         Just(RequestOutcome::Config(Box::new(config(1)))),
         prop::sample::select(vec![400_u16, 401, 403, 404, 409, 410, 429, 500, 503])
             .prop_map(|s| refused(s, "")),
@@ -351,7 +351,7 @@ proptest! {
                 None if queued => SessionEvent::Queued,
                 None => {
                     // something is always due
-                    let wake = b.session.wake();
+                    let wake = b.session.next_tick();
                     prop_assert!(wake.is_some());
                     b.now = b.now.max(wake.unwrap());
                     SessionEvent::Tick

@@ -108,7 +108,7 @@ const CHOICES: &[(&str, Change, &[&str])] = &[
                 &["2001:db8:1::a/64", "2001:db8:1::b/64", "2001:db8:1::c/64", "2001:db8:1::5/64"],
             );
             let list = &mut c.facts.interfaces[0].addresses;
-            (list[0].temporary, list[1].unfit, list[2].unfit) = (true, true, true);
+            (list[0].temporary, list[1].unusable, list[2].unusable) = (true, true, true);
             c.facts.routes = vec![route("::/0", "eth0")];
         },
         &["2001:db8:1::5"],
@@ -127,7 +127,7 @@ const CHOICES: &[(&str, Change, &[&str])] = &[
         "a line that is down",
         |c| {
             c.facts.interfaces.push(Interface::new("eth1", &["10.1.0.5/24"]));
-            c.facts.routes[0].down = true;
+            c.facts.routes[0].link_down = true;
             c.facts.routes.push(Route { metric: 900, ..route("0.0.0.0/0", "eth1") });
         },
         &["10.1.0.5"],
@@ -161,8 +161,8 @@ const CHOICES: &[(&str, Change, &[&str])] = &[
 
 #[test]
 fn one_choice_of_address() {
-    for (seen, change, wanted) in CHOICES {
-        assert_eq!(chosen_addresses(*change), *wanted, "{seen}");
+    for (seen, change, expected) in CHOICES {
+        assert_eq!(chosen_addresses(*change), *expected, "{seen}");
     }
 }
 

@@ -9,7 +9,7 @@ use crate::install::effective_settings::read_file;
 use crate::install::facts::{
     Clock, Disk, Interface, Iptables, Listener, Mount, ResolvConf, Route, SettingsFile, User, parse,
 };
-use crate::install::finding::{Finding, blocked};
+use crate::install::finding::{Finding, has_errors};
 use crate::install::settings::Options;
 
 const GIB: u64 = 1 << 30;
@@ -34,10 +34,10 @@ fn resolv(text: &str) -> Option<ResolvConf> {
 
 /// A file of k3s' settings beside ours; by its name it is read before or after.
 fn beside(case: &mut Case, name: &str, text: &str) {
-    let after = name > "50-pipeops.yaml" && name != "config.yaml";
+    let after_ours = name > "50-pipeops.yaml" && name != "config.yaml";
     case.facts.k3s.files.push(SettingsFile {
         path: name.into(),
-        after,
+        after_ours,
         entries: read_file(text).unwrap(),
         fault: None,
     });
@@ -86,14 +86,14 @@ fn healthy() -> Facts {
         ..Facts::default()
     };
     facts.os.id = "debian".into();
-    facts.resolver.etc = resolv("nameserver 10.0.0.1\n");
-    facts.modules.known = true;
+    facts.resolv_confs.etc = resolv("nameserver 10.0.0.1\n");
+    facts.modules.readable = true;
     facts.modules.available =
         set(&["br_netfilter", "overlay", "nf_conntrack", "vxlan", "wireguard"]);
     let mount = |path: &str| Mount {
         path: path.into(),
-        at: "/".into(),
-        kind: "ext4".into(),
+        mount_point: "/".into(),
+        fs_type: "ext4".into(),
         entry_types: Some(true),
         ..Mount::default()
     };
@@ -202,14 +202,14 @@ fn a_healthy_machine_raises_nothing() {
 #[test]
 fn ignoring_works_by_code_and_not_for_everything() {
     let mut ignored = case();
-    ignored.facts.resolver.etc = resolv("nameserver 127.0.0.53\n");
-    assert!(blocked(&found(&ignored)));
+    ignored.facts.resolv_confs.etc = resolv("nameserver 127.0.0.53\n");
+    assert!(has_errors(&found(&ignored)));
     ignored.options.ignore = vec!["DNS_LOOPBACK".into()];
     let findings = found(&ignored);
-    assert!(!blocked(&findings) && findings.iter().any(|f| f.ignored));
+    assert!(!has_errors(&findings) && findings.iter().any(|f| f.ignored));
     ignored.facts.uid = 1000;
     ignored.options.ignore.push("NOT_ROOT".into());
-    assert!(blocked(&found(&ignored)), "nobody but root can do it");
+    assert!(has_errors(&found(&ignored)), "nobody but root can do it");
 }
 
 #[test]
@@ -269,7 +269,7 @@ fn an_upgrade_asks_for_its_own_room() {
         ("v1.35.0+k3s1", 2 * GIB, false),
     ] {
         let mut facts = healthy();
-        facts.k3s.ours = Some(NodeRole::Server);
+        facts.k3s.installed_role = Some(NodeRole::Server);
         facts.k3s.version = Some(installed.into());
         facts.disks.iter_mut().for_each(|d| d.available_bytes = free);
         let settings =

@@ -16,7 +16,7 @@ pub(super) const ROWS: &[(&str, Change, Change)] = &[
         |c| c.facts.k3s.foreign = vec!["unit k3s.service".into()],
         |c| {
             c.facts.k3s.foreign = vec!["unit k3s.service".into()];
-            c.facts.k3s.ours = Some(NodeRole::Server);
+            c.facts.k3s.installed_role = Some(NodeRole::Server);
         },
     ),
     (
@@ -40,11 +40,11 @@ pub(super) const ROWS: &[(&str, Change, Change)] = &[
         "K3S_DOWNGRADE",
         |c| {
             c.facts.k3s.version = Some("v1.36.3+k3s1".into());
-            c.facts.k3s.ours = Some(NodeRole::Server);
+            c.facts.k3s.installed_role = Some(NodeRole::Server);
         },
         |c| {
             c.facts.k3s.version = Some("v1.36.2+k3s1".into());
-            c.facts.k3s.ours = Some(NodeRole::Server);
+            c.facts.k3s.installed_role = Some(NodeRole::Server);
         },
     ),
     (
@@ -84,14 +84,14 @@ pub(super) const ROWS: &[(&str, Change, Change)] = &[
     (
         "MOUNT_READ_ONLY",
         |c| c.facts.mounts[2].read_only = true,
-        |c| c.facts.mounts.iter_mut().for_each(|m| m.at = "/ro".into()),
+        |c| c.facts.mounts.iter_mut().for_each(|m| m.mount_point = "/ro".into()),
     ),
     ("MOUNT_NOEXEC", |c| c.facts.mounts[0].no_exec = true, |c| c.facts.mounts[3].no_exec = true),
     (
         "SNAPSHOTTER_UNFIT",
-        |c| c.facts.mounts[0].kind = "zfs".into(),
+        |c| c.facts.mounts[0].fs_type = "zfs".into(),
         |c| {
-            c.facts.mounts[0].kind = "zfs".into();
+            c.facts.mounts[0].fs_type = "zfs".into();
             k3s(c, "snapshotter", "native");
         },
     ),
@@ -211,9 +211,9 @@ pub(super) const ROWS: &[(&str, Change, Change)] = &[
     ),
     (
         "TRAEFIK_GOES",
-        |c| c.facts.traefik = true,
+        |c| c.facts.bundled_traefik = true,
         |c| {
-            c.facts.traefik = true;
+            c.facts.bundled_traefik = true;
             c.options.components = vec!["traefik".into()];
         },
     ),
@@ -251,7 +251,7 @@ pub(super) const ROWS: &[(&str, Change, Change)] = &[
         |c| c.facts.routes.push(route("10.43.1.0/24", "vpn0")),
         |c| {
             // k3s' own
-            c.facts.k3s.ours = Some(NodeRole::Server);
+            c.facts.k3s.installed_role = Some(NodeRole::Server);
             c.facts.routes.push(route("10.42.0.0/24", "cni0"));
         },
     ),
@@ -262,33 +262,33 @@ pub(super) const ROWS: &[(&str, Change, Change)] = &[
     ),
     (
         "DNS_NONE",
-        |c| c.facts.resolver.etc = resolv("search example.com\n"),
+        |c| c.facts.resolv_confs.etc = resolv("search example.com\n"),
         |c| {
-            c.facts.resolver.etc = None;
-            c.facts.resolver.systemd = resolv("nameserver 10.0.0.1\n");
+            c.facts.resolv_confs.etc = None;
+            c.facts.resolv_confs.systemd = resolv("nameserver 10.0.0.1\n");
         },
     ),
     (
         "DNS_LOOPBACK",
-        |c| c.facts.resolver.etc = resolv("nameserver 127.0.0.53\n"),
+        |c| c.facts.resolv_confs.etc = resolv("nameserver 127.0.0.53\n"),
         |c| {
-            c.facts.resolver.etc = resolv("nameserver 127.0.0.53\n");
-            c.facts.resolver.systemd = resolv("nameserver 10.0.0.1\n");
+            c.facts.resolv_confs.etc = resolv("nameserver 127.0.0.53\n");
+            c.facts.resolv_confs.systemd = resolv("nameserver 10.0.0.1\n");
         },
     ),
     (
         "DNS_WILDCARD",
-        |c| c.facts.resolver.etc = resolv("nameserver 10.0.0.1\nsearch .\n"),
-        |c| c.facts.resolver.etc = resolv("nameserver 10.0.0.1\nsearch example.com.\n"),
+        |c| c.facts.resolv_confs.etc = resolv("nameserver 10.0.0.1\nsearch .\n"),
+        |c| c.facts.resolv_confs.etc = resolv("nameserver 10.0.0.1\nsearch example.com.\n"),
     ),
     (
         "DNS_LIMITS",
         |c| {
-            c.facts.resolver.etc =
+            c.facts.resolv_confs.etc =
                 resolv(&(1..=4).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>())
         },
         |c| {
-            c.facts.resolver.etc =
+            c.facts.resolv_confs.etc =
                 resolv(&(1..=3).map(|n| format!("nameserver 10.0.0.{n}\n")).collect::<String>())
         },
     ),
@@ -356,11 +356,11 @@ pub(super) const ROWS: &[(&str, Change, Change)] = &[
         "SECRET_READABLE",
         |c| {
             let holds = vec!["[k3s] datastore-endpoint = postgres://u:••••@h/db".into()];
-            c.facts.readable.push(crate::install::facts::ReadableSecret {
+            c.facts.readable_secrets.push(crate::install::facts::ReadableSecret {
                 path: "/root/plan.json".into(),
                 mode: 0o644,
                 holds,
-                closed: true,
+                made_private: true,
             });
         },
         |_| {},

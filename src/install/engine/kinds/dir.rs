@@ -1,7 +1,7 @@
 //! A directory.
 
 use crate::host::{Host, HostWriter};
-use crate::install::engine::files::{missing_parents, remove_made};
+use crate::install::engine::files::{missing_parents, remove_created};
 use crate::install::engine::journal::{JournalEntry, PriorState};
 use crate::install::engine::leftover::Leftover;
 use crate::install::plan::StepStatus;
@@ -45,6 +45,6 @@ pub(super) fn undo(writer: &HostWriter, path: &str, before: &PriorState) -> Vec<
             "{path}: not empty, it holds files that pipeops did not write"
         ))];
     }
-    remove_made(writer, made);
+    remove_created(writer, made);
     Vec::new()
 }

@@ -5,7 +5,7 @@ use crate::base::secret::Secret;
 use crate::host::fetch::{self, Artifact, ArtifactSource};
 use crate::host::{Host, HostWriter, download};
 use crate::install::engine::context::{Secrets, StepContext};
-use crate::install::engine::files::{self, keep_edit, keep_edit_before_write, make_parent};
+use crate::install::engine::files::{self, back_up_edit, back_up_edit_before_write, make_parent};
 use crate::install::engine::journal::{Journal, JournalEntry, PriorState};
 use crate::install::plan::{ProgressEvent, SecretName, Step, StepStatus};
 
@@ -42,7 +42,7 @@ pub(super) async fn apply(
 ) -> anyhow::Result<String> {
     let writer = context.writer;
     make_parent(writer, &artifact.path)?;
-    keep_edit_before_write(context, journal, step, &artifact.path)?;
+    back_up_edit_before_write(context, journal, step, &artifact.path)?;
     let (on_event, stop) = (&mut *context.on_event, context.stop);
     let progress = |done, total| {
         on_event(ProgressEvent::Progress { id: step.id.clone(), done, total, note: None });
@@ -64,6 +64,6 @@ pub(super) fn undo(
     entry: &JournalEntry,
     artifact: &Artifact,
 ) -> anyhow::Result<()> {
-    keep_edit(context, &artifact.path, entry.digest.as_deref())?;
+    back_up_edit(context, &artifact.path, entry.digest.as_deref())?;
     files::undo(context.writer, entry, &artifact.path)
 }

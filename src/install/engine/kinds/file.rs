@@ -4,7 +4,9 @@ use crate::base::error::Failure;
 use crate::base::secret::Secret;
 use crate::host::{Host, HostWriter, Owner};
 use crate::install::engine::context::{Secrets, StepContext};
-use crate::install::engine::files::{self, digest, keep_edit, keep_edit_before_write, make_parent};
+use crate::install::engine::files::{
+    self, back_up_edit, back_up_edit_before_write, digest, make_parent,
+};
 use crate::install::engine::journal::{Journal, JournalEntry, PriorState};
 use crate::install::plan::{FileContent, SecretName, Step, StepStatus};
 use crate::install::settings::k3s_table::fill_placeholders;
@@ -54,11 +56,11 @@ pub(super) fn check(
     entry: Option<&JournalEntry>,
     secrets: &Secrets,
     path: &str,
-    wanted: &FileContent,
+    desired: &FileContent,
     mode: u32,
 ) -> anyhow::Result<StepStatus> {
-    let Some(bytes) = content(path, wanted, secrets, host)? else { return Ok(StepStatus::Done) };
-    if *wanted == AGENT_TOKEN {
+    let Some(bytes) = content(path, desired, secrets, host)? else { return Ok(StepStatus::Done) };
+    if *desired == AGENT_TOKEN {
         let delivered = entry.and_then(|e| e.digest.clone());
         let unchanged =
             host.exists(path) && delivered == token_digest(secrets).or(delivered.clone());
@@ -87,16 +89,16 @@ pub(super) fn apply(
     journal: &Journal,
     step: &Step,
     path: &str,
-    wanted: &FileContent,
+    desired: &FileContent,
     mode: u32,
     group: Option<&str>,
 ) -> anyhow::Result<Option<String>> {
     let writer = context.writer;
-    let Some(bytes) = content(path, wanted, context.secrets, writer)? else { return Ok(None) };
+    let Some(bytes) = content(path, desired, context.secrets, writer)? else { return Ok(None) };
     make_parent(writer, path)?;
-    keep_edit_before_write(context, journal, step, path)?;
+    back_up_edit_before_write(context, journal, step, path)?;
     writer.write(path, &bytes, mode, Owner { user: None, group })?;
-    Ok(Some(if *wanted == AGENT_TOKEN {
+    Ok(Some(if *desired == AGENT_TOKEN {
         token_digest(context.secrets).unwrap_or_else(|| digest(b""))
     } else {
         digest(&bytes)
@@ -119,7 +121,7 @@ pub(super) fn undo(
     content: &FileContent,
 ) -> anyhow::Result<()> {
     if *content != AGENT_TOKEN {
-        keep_edit(context, path, entry.digest.as_deref())?;
+        back_up_edit(context, path, entry.digest.as_deref())?;
     }
     files::undo(context.writer, entry, path)
 }

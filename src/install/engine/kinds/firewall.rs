@@ -11,7 +11,7 @@ const QUICK: Duration = Duration::from_secs(20);
 const LOADED: &str = "firewall";
 
 async fn is_loaded(host: &Host, table: &str) -> bool {
-    host.ask("nft", &["list", "table", "inet", table], QUICK).await.is_ok_and(|o| o.ok())
+    host.output("nft", &["list", "table", "inet", table], QUICK).await.is_ok_and(|o| o.ok())
 }
 
 pub(super) async fn check(
@@ -33,7 +33,7 @@ pub(super) async fn apply(
     journal: &mut Journal,
     path: &str,
 ) -> anyhow::Result<()> {
-    writer.run("nft", &["-f", &writer.at(path).display().to_string()], QUICK).await?;
+    writer.run("nft", &["-f", &writer.real_path(path).display().to_string()], QUICK).await?;
     if let Some(digest) = writer.sha256(path)? {
         journal.units.insert(LOADED.into(), digest);
     }

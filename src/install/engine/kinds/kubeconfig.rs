@@ -51,7 +51,7 @@ pub(super) fn apply(writer: &HostWriter, user: &str, server: &str) -> anyhow::Re
     make_parent(writer, &path)?;
     let owner = Owner { user: Some(user), group: None };
     if let Some((dir, _)) = path.rsplit_once('/') {
-        writer.own(dir, owner)?;
+        writer.set_owner(dir, owner)?;
     }
     let text = with_server(&admin, server);
     writer.write(&path, text.as_bytes(), 0o600, owner)?;

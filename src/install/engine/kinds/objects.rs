@@ -6,7 +6,7 @@ use crate::base::error::Failure;
 use crate::host::Host;
 use crate::install::plan::{StepStatus, documents};
 use crate::k3s::paths::ADMIN_KUBECONFIG;
-use crate::kubernetes::client::{CONFLICT, Cluster, is_transient, path_of, status, title_of};
+use crate::kubernetes::client::{Cluster, FIELD_CONFLICT, is_transient, path_of, status, title_of};
 
 /// Whether the API server did not answer: no answer at all, or one of what stands in front of it.
 fn unanswered(error: &anyhow::Error) -> bool {
@@ -14,7 +14,7 @@ fn unanswered(error: &anyhow::Error) -> bool {
 }
 
 fn is_conflict(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Failure>().is_some_and(|f| f.code == CONFLICT)
+    error.downcast_ref::<Failure>().is_some_and(|f| f.code == FIELD_CONFLICT)
 }
 
 /// # Errors
@@ -41,7 +41,7 @@ async fn compare(cluster: &Cluster, yaml: &str) -> anyhow::Result<StepStatus> {
             // the step itself fails over it; here it must not hide the state of all other steps
             Err(e) if is_conflict(&e) => {
                 changes.push(format!(
-                    "change {}, where another manager has set fields: {CONFLICT}",
+                    "change {}, where another manager has set fields: {FIELD_CONFLICT}",
                     title_of(&object)
                 ));
                 continue;

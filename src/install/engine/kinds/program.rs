@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::host::{Host, HostWriter};
 use crate::install::engine::context::StepContext;
-use crate::install::engine::files::{self, keep_edit, make_parent};
+use crate::install::engine::files::{self, back_up_edit, make_parent};
 use crate::install::engine::journal::{JournalEntry, PriorState};
 use crate::install::plan::StepStatus;
 
@@ -12,7 +12,7 @@ const SELF: &str = "/proc/self/exe";
 
 pub(super) fn check(host: &Host, path: &str) -> anyhow::Result<StepStatus> {
     Ok(match host.sha256(path)? {
-        Some(have) if have == host.users_sha256(SELF)? => StepStatus::Done,
+        Some(have) if have == host.user_file_sha256(SELF)? => StepStatus::Done,
         Some(_) => StepStatus::todo(format!("replace {path}, keep the former one as {path}.old")),
         None => StepStatus::todo(format!("create {path}")),
     })
@@ -25,7 +25,7 @@ pub(super) fn before(writer: &HostWriter, id: &str, path: &str) -> anyhow::Resul
 pub(super) fn apply(writer: &HostWriter, path: &str) -> anyhow::Result<String> {
     make_parent(writer, path)?;
     writer.copy(Path::new(SELF), path, 0o755, true)?;
-    writer.users_sha256(SELF)
+    writer.user_file_sha256(SELF)
 }
 
 pub(super) fn undo(
@@ -33,6 +33,6 @@ pub(super) fn undo(
     entry: &JournalEntry,
     path: &str,
 ) -> anyhow::Result<()> {
-    keep_edit(context, path, entry.digest.as_deref())?;
+    back_up_edit(context, path, entry.digest.as_deref())?;
     files::undo(context.writer, entry, path)
 }

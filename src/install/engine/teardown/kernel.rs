@@ -52,9 +52,10 @@ pub(in crate::install::engine) async fn state(host: &Host) -> BTreeMap<String, S
 
 /// nftables tables, as `FAMILY/NAME`.
 pub(super) async fn tables(host: &Host) -> Vec<String> {
-    let said =
-        host.ask("nft", &["list", "tables"], QUICK).await.map(|o| o.stdout).unwrap_or_default();
-    said.lines()
+    let listed =
+        host.output("nft", &["list", "tables"], QUICK).await.map(|o| o.stdout).unwrap_or_default();
+    listed
+        .lines()
         .filter_map(|l| l.strip_prefix("table "))
         .map(|l| l.trim().replace(' ', "/"))
         .collect()

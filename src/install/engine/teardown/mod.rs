@@ -39,7 +39,7 @@ pub(super) async fn node(
 ) -> anyhow::Result<Vec<Leftover>> {
     let writer = context.writer;
     writer.disable(journal.role.unit()).await?;
-    if writer.is_machine() {
+    if writer.is_running_machine() {
         pods::kill(writer).await;
     }
     let mut left = unmount(writer).await;
@@ -49,7 +49,7 @@ pub(super) async fn node(
     }
     // with systemd's cgroup driver each pod has a transient unit below this one; an error says that
     // there is none
-    let _ = writer.ask("systemctl", &["stop", SLICE], STOP).await;
+    let _ = writer.output("systemctl", &["stop", SLICE], STOP).await;
     // the cgroups of killed processes are busy until those are gone, which takes a moment
     for _ in 0..50 {
         if remove_cgroups(writer) {
@@ -89,11 +89,11 @@ async fn unmount(writer: &HostWriter) -> Vec<Leftover> {
             .filter(|(_, last)| last.ends_with('-'))
             .map_or((*root, None), |(dir, prefix)| (dir, Some(prefix)));
         for (path, kind) in writer.mounts_under(dir) {
-            let wanted = prefix.is_none_or(|p| {
+            let selected = prefix.is_none_or(|p| {
                 path.strip_prefix(dir)
                     .is_some_and(|rest| rest.trim_start_matches('/').starts_with(p))
             });
-            if !wanted {
+            if !selected {
                 continue;
             }
             if let Err(e) = writer.run("umount", &[&path], UNMOUNT).await {

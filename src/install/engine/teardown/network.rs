@@ -18,7 +18,7 @@ const INTERFACES: &[&str] = &[
 
 /// A program of this machine, or else the one that k3s brought: its directories are removed last.
 fn program(writer: &HostWriter, name: &str) -> Option<String> {
-    let own = writer.at(&format!("{AUX}/{name}")).display().to_string();
+    let own = writer.real_path(&format!("{AUX}/{name}")).display().to_string();
     [name.to_owned(), own].into_iter().find(|p| writer.which(p).is_some())
 }
 
@@ -26,7 +26,7 @@ fn program(writer: &HostWriter, name: &str) -> Option<String> {
 /// touched. Gives what could not be removed.
 pub(super) async fn remove(writer: &HostWriter) -> Vec<Leftover> {
     for name in writer.list("/run/netns").iter().filter(|n| n.starts_with("cni-")) {
-        let _ = writer.ask("ip", &["netns", "delete", name], QUICK).await;
+        let _ = writer.output("ip", &["netns", "delete", name], QUICK).await;
     }
     let links = writer.list("/sys/class/net");
     let (pods, own): (Vec<&String>, Vec<&String>) = links
@@ -38,18 +38,19 @@ pub(super) async fn remove(writer: &HostWriter) -> Vec<Leftover> {
         .partition(|n| n.starts_with("veth"));
     // the pods' ends first: they are known by the bridge that they are attached to
     for name in pods.into_iter().chain(own) {
-        let _ = writer.ask("ip", &["link", "delete", name], QUICK).await;
+        let _ = writer.output("ip", &["link", "delete", name], QUICK).await;
     }
     for tool in ["iptables", "ip6tables"] {
         let Some(tool) = program(writer, tool) else { continue };
         for table in ["mangle", "nat", "filter"] {
-            let Ok(saved) = writer.ask(&format!("{tool}-save"), &["-t", table], QUICK).await else {
+            let Ok(saved) = writer.output(&format!("{tool}-save"), &["-t", table], QUICK).await
+            else {
                 continue;
             };
             for args in rules::removals(&saved.stdout, table) {
                 let args: Vec<&str> =
                     std::iter::once("-w").chain(args.iter().map(String::as_str)).collect();
-                let _ = writer.ask(&tool, &args, QUICK).await;
+                let _ = writer.output(&tool, &args, QUICK).await;
             }
         }
     }
@@ -60,7 +61,9 @@ pub(super) async fn remove(writer: &HostWriter) -> Vec<Leftover> {
 /// are still in use are named.
 async fn remove_sets(writer: &HostWriter) -> Vec<Leftover> {
     let Some(ipset) = program(writer, "ipset") else { return Vec::new() };
-    let Ok(listed) = writer.ask(&ipset, &["list", "-name"], QUICK).await else { return Vec::new() };
+    let Ok(listed) = writer.output(&ipset, &["list", "-name"], QUICK).await else {
+        return Vec::new();
+    };
     let mut left = Vec::new();
     for name in listed
         .stdout
@@ -68,7 +71,7 @@ async fn remove_sets(writer: &HostWriter) -> Vec<Leftover> {
         .map(str::trim)
         .filter(|n| rules::is_kubernetes(n.trim_start_matches("inet6:")))
     {
-        if !writer.ask(&ipset, &["destroy", name], QUICK).await.is_ok_and(|o| o.ok()) {
+        if !writer.output(&ipset, &["destroy", name], QUICK).await.is_ok_and(|o| o.ok()) {
             left.push(Leftover::kept(format!(
                 "ipset {name}: another program's rule uses it (`ipset destroy {name}` once it is \
                  gone)"
@@ -92,10 +95,11 @@ pub(super) async fn drop_tables(writer: &HostWriter, before: &str) {
             continue;
         }
         if alone {
-            let _ = writer.ask("nft", &["delete", "table", family, name], QUICK).await;
+            let _ = writer.output("nft", &["delete", "table", family, name], QUICK).await;
             continue;
         }
-        let Ok(listing) = writer.ask("nft", &["list", "table", family, name], QUICK).await else {
+        let Ok(listing) = writer.output("nft", &["list", "table", family, name], QUICK).await
+        else {
             continue;
         };
         let built_in = |line: &str| {
@@ -107,7 +111,7 @@ pub(super) async fn drop_tables(writer: &HostWriter, before: &str) {
                 || chain.is_some_and(|c| c.chars().all(|c| c.is_ascii_uppercase()))
         };
         if listing.ok() && listing.stdout.lines().all(|l| built_in(l.trim())) {
-            let _ = writer.ask("nft", &["delete", "table", family, name], QUICK).await;
+            let _ = writer.output("nft", &["delete", "table", family, name], QUICK).await;
         }
     }
 }

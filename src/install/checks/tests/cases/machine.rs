@@ -79,7 +79,7 @@ pub(super) const ROWS: &[Row] = &[
                 uid: 997,
                 gid: 997,
                 shell: "/usr/sbin/nologin".into(),
-                directory: true,
+                from_directory: true,
             })
         },
         |c| {
@@ -91,20 +91,22 @@ pub(super) const ROWS: &[Row] = &[
     (
         "k3s#3266",
         "SNAPSHOTTER_UNFIT",
-        |c| c.facts.mounts[0].kind = "nfs4".into(),
-        |c| c.facts.mounts[0].kind = "btrfs".into(),
+        |c| c.facts.mounts[0].fs_type = "nfs4".into(),
+        |c| c.facts.mounts[0].fs_type = "btrfs".into(),
     ),
     (
         "k3s-ansible#230",
         "SNAPSHOTTER_UNFIT",
-        |c| c.facts.mounts[0].kind = "overlay".into(),
-        |c| c.facts.mounts[1].kind = "overlay".into(),
+        |c| c.facts.mounts[0].fs_type = "overlay".into(),
+        |c| c.facts.mounts[1].fs_type = "overlay".into(),
     ),
     (
         "XFS of old",
         "SNAPSHOTTER_UNFIT",
-        |c| (c.facts.mounts[0].kind, c.facts.mounts[0].entry_types) = ("xfs".into(), Some(false)),
-        |c| (c.facts.mounts[0].kind, c.facts.mounts[0].entry_types) = ("xfs".into(), Some(true)),
+        |c| {
+            (c.facts.mounts[0].fs_type, c.facts.mounts[0].entry_types) = ("xfs".into(), Some(false))
+        },
+        |c| (c.facts.mounts[0].fs_type, c.facts.mounts[0].entry_types) = ("xfs".into(), Some(true)),
     ),
     (
         "a snapshotter of another file system",
@@ -112,7 +114,7 @@ pub(super) const ROWS: &[Row] = &[
         |c| k3s(c, "snapshotter", "btrfs"),
         |c| {
             k3s(c, "snapshotter", "btrfs");
-            c.facts.mounts[0].kind = "btrfs".into();
+            c.facts.mounts[0].fs_type = "btrfs".into();
         },
     ),
     (

@@ -11,7 +11,7 @@ use super::*;
 type Row = (&'static str, &'static str, Change, Change);
 
 fn etc(case: &mut Case, text: &str) {
-    case.facts.resolver.etc = resolv(text);
+    case.facts.resolv_confs.etc = resolv(text);
 }
 
 fn public_address(case: &mut Case) {
@@ -20,7 +20,7 @@ fn public_address(case: &mut Case) {
 }
 
 fn ours(case: &mut Case) {
-    case.facts.k3s.ours = Some(NodeRole::Server);
+    case.facts.k3s.installed_role = Some(NodeRole::Server);
 }
 
 fn held(case: &mut Case, protocol: &str, port: u16, address: &str) {

@@ -51,27 +51,27 @@ pub(super) const ROWS: &[Row] = &[
         "DNS_LOOPBACK",
         |c| {
             etc(c, "nameserver 127.0.0.53\n");
-            c.facts.resolver.systemd = resolv("nameserver 10.0.0.1\nnameserver fe80::1%2\n");
+            c.facts.resolv_confs.systemd = resolv("nameserver 10.0.0.1\nnameserver fe80::1%2\n");
         },
         |c| {
             etc(c, "nameserver 127.0.0.53\n");
-            c.facts.resolver.systemd = resolv("nameserver 10.0.0.1\nnameserver 2001:db8::1\n");
+            c.facts.resolv_confs.systemd = resolv("nameserver 10.0.0.1\nnameserver 2001:db8::1\n");
         },
     ),
     (
         "the setting resolv-conf",
         "DNS_LOOPBACK",
-        |c| c.facts.resolver.chosen = Some(("/etc/r".into(), resolv("nameserver 127.0.0.1\n"))),
+        |c| c.facts.resolv_confs.chosen = Some(("/etc/r".into(), resolv("nameserver 127.0.0.1\n"))),
         |c| {
             etc(c, "nameserver 127.0.0.1\n");
-            c.facts.resolver.chosen = Some(("/etc/r".into(), resolv("nameserver 10.0.0.1\n")));
+            c.facts.resolv_confs.chosen = Some(("/etc/r".into(), resolv("nameserver 10.0.0.1\n")));
         },
     ),
     (
         "the setting resolv-conf names nothing",
         "DNS_NONE",
-        |c| c.facts.resolver.chosen = Some(("/etc/r".into(), None)),
-        |c| c.facts.resolver.chosen = Some(("/etc/r".into(), resolv("nameserver 10.0.0.1\n"))),
+        |c| c.facts.resolv_confs.chosen = Some(("/etc/r".into(), None)),
+        |c| c.facts.resolv_confs.chosen = Some(("/etc/r".into(), resolv("nameserver 10.0.0.1\n"))),
     ),
     (
         "k3s#5836: domains",
@@ -177,10 +177,10 @@ pub(super) const ROWS: &[Row] = &[
         "another name of the interface",
         "ADDRESS_UNKNOWN",
         |c| {
-            c.facts.interfaces[0].names = vec!["enp0s3".into()];
+            c.facts.interfaces[0].alternative_names = vec!["enp0s3".into()];
             c.options.flannel_iface = Some("enp0s3".into());
         },
-        |c| c.facts.interfaces[0].names = vec!["enp0s3".into()],
+        |c| c.facts.interfaces[0].alternative_names = vec!["enp0s3".into()],
     ),
     (
         "node-ip of a file beside ours",

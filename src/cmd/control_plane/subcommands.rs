@@ -16,13 +16,17 @@ use crate::output::{Printer, table};
 struct AdminClient<'a> {
     context: &'a Context,
     host: Host,
-    place: &'a DataDirArgs,
-    verb: OutputArgs,
+    location: &'a DataDirArgs,
+    output: OutputArgs,
 }
 
 impl AdminClient<'_> {
-    fn new<'a>(context: &'a Context, place: &'a DataDirArgs, verb: OutputArgs) -> AdminClient<'a> {
-        AdminClient { context, host: context.host(&place.root), place, verb }
+    fn new<'a>(
+        context: &'a Context,
+        location: &'a DataDirArgs,
+        output: OutputArgs,
+    ) -> AdminClient<'a> {
+        AdminClient { context, host: context.host(&location.root), location, output }
     }
 
     async fn call(
@@ -31,17 +35,17 @@ impl AdminClient<'_> {
         path: &str,
         body: Option<&Value>,
     ) -> anyhow::Result<String> {
-        client::call(&self.host, &self.place.data_dir, method, path, body).await
+        client::call(&self.host, &self.location.data_dir, method, path, body).await
     }
 
     fn printer(&self) -> Printer {
-        Printer::new(self.verb.output == OutputFormat::Json, false, self.context.no_color())
+        Printer::new(self.output.output == OutputFormat::Json, false, self.context.no_color())
     }
 
     /// Prints the answer: as JSON where requested, else as `text` formats it.
     fn show(&self, answer: &str, text: impl FnOnce(&Value) -> String) -> anyhow::Result<Exit> {
         let value: Value = serde_json::from_str(answer)?;
-        if self.verb.output == OutputFormat::Json {
+        if self.output.output == OutputFormat::Json {
             self.printer().document_with_secrets(&value);
         } else {
             for line in text(&value).lines() {
@@ -71,9 +75,9 @@ impl AdminClient<'_> {
         self.show(&answer, |v| text(&v[field]))
     }
 
-    async fn act(&self, method: Method, path: &str, said: &str) -> anyhow::Result<Exit> {
+    async fn act(&self, method: Method, path: &str, message: &str) -> anyhow::Result<Exit> {
         let answer = self.call(method, path, None).await?;
-        self.show(&answer, |_| said.to_owned())
+        self.show(&answer, |_| message.to_owned())
     }
 }
 
@@ -106,18 +110,18 @@ fn segment(text: &str) -> anyhow::Result<String> {
 
 pub(super) async fn token(
     context: &Context,
-    place: &DataDirArgs,
+    location: &DataDirArgs,
     command: TokenCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        TokenCommand::Create { project, name, ttl, uses, verb } => {
-            let client = AdminClient::new(context, place, verb);
+        TokenCommand::Create { project, name, ttl, uses, output } => {
+            let client = AdminClient::new(context, location, output);
             let body = json!({"project": project, "name": name, "ttl_s": ttl, "uses": uses});
             let answer = client.call(Method::POST, "/api/v1/tokens", Some(&body)).await?;
             client.show(&answer, |v| text(&v["install"]))
         }
-        TokenCommand::List { verb } => {
-            AdminClient::new(context, place, verb)
+        TokenCommand::List { output } => {
+            AdminClient::new(context, location, output)
                 .list(
                     "/api/v1/tokens",
                     &["ID", "NAME", "PROJECT", "USES LEFT", "EXPIRES", "REVOKED"],
@@ -132,8 +136,8 @@ pub(super) async fn token(
                 )
                 .await
         }
-        TokenCommand::Revoke { id, verb } => {
-            AdminClient::new(context, place, verb)
+        TokenCommand::Revoke { id, output } => {
+            AdminClient::new(context, location, output)
                 .act(Method::DELETE, &format!("/api/v1/tokens/{}", segment(&id)?), "revoked")
                 .await
         }
@@ -142,14 +146,14 @@ pub(super) async fn token(
 
 pub(super) async fn cluster(
     context: &Context,
-    place: &DataDirArgs,
+    location: &DataDirArgs,
     command: ClusterCommand,
 ) -> anyhow::Result<Exit> {
     let path =
         |cluster: &str| Ok::<_, anyhow::Error>(format!("/api/v1/clusters/{}", segment(cluster)?));
     match command {
-        ClusterCommand::List { verb } => {
-            AdminClient::new(context, place, verb)
+        ClusterCommand::List { output } => {
+            AdminClient::new(context, location, output)
                 .list(
                     "/api/v1/clusters",
                     &["ID", "NAME", "STATE", "VERSION", "NODES", "TUNNEL", "SEEN", "REASON"],
@@ -164,26 +168,26 @@ pub(super) async fn cluster(
                 )
                 .await
         }
-        ClusterCommand::Show { cluster, verb } => {
-            let client = AdminClient::new(context, place, verb);
+        ClusterCommand::Show { cluster, output } => {
+            let client = AdminClient::new(context, location, output);
             let answer = client.call(Method::GET, &path(&cluster)?, None).await?;
             client.show(&answer, cluster_details)
         }
-        ClusterCommand::Kubeconfig { cluster, role, namespaces, verb } => {
-            let client = AdminClient::new(context, place, verb);
+        ClusterCommand::Kubeconfig { cluster, role, namespaces, output } => {
+            let client = AdminClient::new(context, location, output);
             let body = json!({"role": role, "namespaces": namespaces});
             let path = format!("{}/kubeconfig", path(&cluster)?);
             let answer = client.call(Method::POST, &path, Some(&body)).await?;
             client.show(&answer, |_| answer.clone())
         }
-        ClusterCommand::Revoke { cluster, verb } => {
+        ClusterCommand::Revoke { cluster, output } => {
             let path = format!("{}/revoke", path(&cluster)?);
-            AdminClient::new(context, place, verb)
+            AdminClient::new(context, location, output)
                 .act(Method::POST, &path, "revoked; its streams have ended")
                 .await
         }
-        ClusterCommand::Remove { cluster, verb } => {
-            AdminClient::new(context, place, verb)
+        ClusterCommand::Remove { cluster, output } => {
+            AdminClient::new(context, location, output)
                 .act(Method::DELETE, &path(&cluster)?, "removed")
                 .await
         }
@@ -222,12 +226,12 @@ fn cluster_details(cluster: &Value) -> String {
 
 pub(super) async fn runner(
     context: &Context,
-    place: &DataDirArgs,
+    location: &DataDirArgs,
     command: RunnerCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        RunnerCommand::Create { name, project, role, clusters, namespaces, ttl, verb } => {
-            let client = AdminClient::new(context, place, verb);
+        RunnerCommand::Create { name, project, role, clusters, namespaces, ttl, output } => {
+            let client = AdminClient::new(context, location, output);
             let body = json!({
                 "name": name, "project": project, "role": role,
                 "clusters": clusters, "namespaces": namespaces, "ttl_s": ttl,
@@ -235,8 +239,8 @@ pub(super) async fn runner(
             let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
             client.show(&answer, |v| text(&v["token"]))
         }
-        RunnerCommand::List { verb } => {
-            AdminClient::new(context, place, verb)
+        RunnerCommand::List { output } => {
+            AdminClient::new(context, location, output)
                 .list(
                     "/api/v1/runners",
                     &["ID", "NAME", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"],
@@ -251,9 +255,9 @@ pub(super) async fn runner(
                 )
                 .await
         }
-        RunnerCommand::Revoke { id, verb } => {
+        RunnerCommand::Revoke { id, output } => {
             let path = format!("/api/v1/runners/{}", segment(&id)?);
-            AdminClient::new(context, place, verb)
+            AdminClient::new(context, location, output)
                 .act(Method::DELETE, &path, "revoked; its streams have ended")
                 .await
         }
@@ -262,21 +266,23 @@ pub(super) async fn runner(
 
 pub(super) async fn admin(
     context: &Context,
-    place: &DataDirArgs,
+    location: &DataDirArgs,
     command: AdminCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        AdminCommand::Create { name, verb } => {
-            AdminClient::new(context, place, verb).create("/api/v1/admins", &name, "token").await
+        AdminCommand::Create { name, output } => {
+            AdminClient::new(context, location, output)
+                .create("/api/v1/admins", &name, "token")
+                .await
         }
-        AdminCommand::List { verb } => {
-            AdminClient::new(context, place, verb)
+        AdminCommand::List { output } => {
+            AdminClient::new(context, location, output)
                 .list("/api/v1/admins", &["ID", "NAME", "CREATED"], created_row)
                 .await
         }
-        AdminCommand::Revoke { id, verb } => {
+        AdminCommand::Revoke { id, output } => {
             let path = format!("/api/v1/admins/{}", segment(&id)?);
-            AdminClient::new(context, place, verb)
+            AdminClient::new(context, location, output)
                 .act(Method::DELETE, &path, "revoked; its sessions have ended")
                 .await
         }
@@ -285,15 +291,17 @@ pub(super) async fn admin(
 
 pub(super) async fn project(
     context: &Context,
-    place: &DataDirArgs,
+    location: &DataDirArgs,
     command: ProjectCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        ProjectCommand::Create { name, verb } => {
-            AdminClient::new(context, place, verb).create("/api/v1/projects", &name, "id").await
+        ProjectCommand::Create { name, output } => {
+            AdminClient::new(context, location, output)
+                .create("/api/v1/projects", &name, "id")
+                .await
         }
-        ProjectCommand::List { verb } => {
-            AdminClient::new(context, place, verb)
+        ProjectCommand::List { output } => {
+            AdminClient::new(context, location, output)
                 .list("/api/v1/projects", &["ID", "NAME", "CREATED"], created_row)
                 .await
         }

@@ -38,7 +38,7 @@ pub(crate) fn identity() -> (Arc<rustls::ServerConfig>, String) {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let made = rcgen::generate_simple_self_signed(vec!["frps.test".into()]).unwrap();
     let key = rustls_pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let pin = Pin::of(made.cert.der()).unwrap().to_string();
+    let pin = Pin::from_certificate(made.cert.der()).unwrap().to_string();
     let config = rustls::ServerConfig::builder()
         .with_no_client_auth()
         .with_single_cert(vec![made.cert.der().clone()], key)
@@ -59,7 +59,7 @@ pub(crate) struct Scripted {
 }
 
 #[derive(Default)]
-pub(crate) struct Plane {
+pub(crate) struct FakeControlPlane {
     pub(crate) calls: Mutex<Vec<(String, String, Value)>>,
     pub(crate) config: Mutex<Value>,
     pub(crate) directives: Mutex<Vec<&'static str>>,
@@ -71,7 +71,7 @@ pub(crate) struct Plane {
     credential: Mutex<u32>,
 }
 
-async fn plane(State(plane): State<Arc<Plane>>, request: Request) -> Response {
+async fn handle(State(control_plane): State<Arc<FakeControlPlane>>, request: Request) -> Response {
     let path = request.uri().path().to_owned();
     let headers: HeaderMap = request.headers().clone();
     let method = request.method().to_string();
@@ -83,9 +83,13 @@ async fn plane(State(plane): State<Arc<Plane>>, request: Request) -> Response {
         .unwrap_or_default()
         .trim_start_matches("Bearer ")
         .to_owned();
-    plane.calls.lock().unwrap().push((format!("{method} {path}"), bearer.clone(), value.clone()));
-    let mut answer = respond(&plane, &path, &headers, &body, &value, &bearer);
-    let then = jiff::Timestamp::now().as_second() + *plane.clock.lock().unwrap();
+    control_plane.calls.lock().unwrap().push((
+        format!("{method} {path}"),
+        bearer.clone(),
+        value.clone(),
+    ));
+    let mut answer = respond(&control_plane, &path, &headers, &body, &value, &bearer);
+    let then = jiff::Timestamp::now().as_second() + *control_plane.clock.lock().unwrap();
     let date = jiff::fmt::rfc2822::to_string(
         &jiff::Timestamp::from_second(then).unwrap().to_zoned(jiff::tz::TimeZone::UTC),
     )
@@ -95,7 +99,7 @@ async fn plane(State(plane): State<Arc<Plane>>, request: Request) -> Response {
 }
 
 fn respond(
-    plane: &Plane,
+    control_plane: &FakeControlPlane,
     path: &str,
     headers: &HeaderMap,
     body: &Bytes,
@@ -103,7 +107,7 @@ fn respond(
     bearer: &str,
 ) -> Response {
     {
-        let mut script = plane.script.lock().unwrap();
+        let mut script = control_plane.script.lock().unwrap();
         if let Some(at) = script.iter().position(|s| path.contains(s.path) && s.times > 0) {
             script[at].times -= 1;
             let s = script[at].clone();
@@ -117,7 +121,7 @@ fn respond(
     }
     let credential = format!(
         "credential-planted-canary-4711-in-plain-text-{}",
-        plane.credential.lock().unwrap()
+        control_plane.credential.lock().unwrap()
     );
     let refuse = |status: u16, code: &str| {
         (StatusCode::from_u16(status).unwrap(), axum::Json(json!({"code": code, "message": "no"})))
@@ -143,8 +147,8 @@ fn respond(
         {
             return refuse(400, "bad_signature");
         }
-        *plane.public_key.lock().unwrap() = pem.to_owned();
-        let config = plane.config.lock().unwrap().clone();
+        *control_plane.public_key.lock().unwrap() = pem.to_owned();
+        let config = control_plane.config.lock().unwrap().clone();
         return axum::Json(
             json!({"agent_id": value["agent"]["id"], "cluster_id": "c-1", "credential": credential, "credential_expires_at": expires(3600),
             "config": config}),
@@ -152,17 +156,17 @@ fn respond(
         .into_response();
     }
     if path.ends_with("/config") {
-        return axum::Json(plane.config.lock().unwrap().clone()).into_response();
+        return axum::Json(control_plane.config.lock().unwrap().clone()).into_response();
     }
     if path.ends_with("/heartbeat") {
-        let directives: Vec<&str> = std::mem::take(&mut plane.directives.lock().unwrap());
-        return axum::Json(json!({"config_version": plane.config.lock().unwrap()["config_version"], "directives": directives})).into_response();
+        let directives: Vec<&str> = std::mem::take(&mut control_plane.directives.lock().unwrap());
+        return axum::Json(json!({"config_version": control_plane.config.lock().unwrap()["config_version"], "directives": directives})).into_response();
     }
     if path.ends_with("/credential") {
-        *plane.credential.lock().unwrap() += 1;
+        *control_plane.credential.lock().unwrap() += 1;
         let credential = format!(
             "credential-planted-canary-4711-in-plain-text-{}",
-            plane.credential.lock().unwrap()
+            control_plane.credential.lock().unwrap()
         );
         return axum::Json(
             json!({"credential": credential, "credential_expires_at": expires(3600)}),
@@ -172,9 +176,9 @@ fn respond(
     StatusCode::NO_CONTENT.into_response()
 }
 
-impl Plane {
+impl FakeControlPlane {
     /// One whose agents get a tunnel through the FRP server at `frps`.
-    pub(crate) fn new(frps: SocketAddr, pin: &str) -> Plane {
+    pub(crate) fn new(frps: SocketAddr, pin: &str) -> FakeControlPlane {
         let key = Ed25519KeyPair::from_pkcs8(
             Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap().as_ref(),
         )
@@ -184,15 +188,15 @@ impl Plane {
             "tunnel": {"server": frps.ip().to_string(), "port": frps.port(), "tcp_mux": true, "pool_count": 2, "tls": {"pin": pin, "server_name": "frps.test"},
                 "auth": {"token": FRP_TOKEN}, "proxies": [{"name": "agent", "type": "stcp", "secret_key": "sk-planted-canary-4711-in-plain-text"}]},
             "runner_auth": {"issuer": "cp", "audience": "", "jwks": {"keys": [jwk]}}});
-        Plane {
+        FakeControlPlane {
             key: Mutex::new(Some(Arc::new(key))),
             config: Mutex::new(config),
-            ..Plane::default()
+            ..FakeControlPlane::default()
         }
     }
 
-    pub(crate) async fn serve(self: Arc<Plane>) -> SocketAddr {
-        listen(Router::new().fallback(plane), self).await
+    pub(crate) async fn serve(self: Arc<FakeControlPlane>) -> SocketAddr {
+        listen(Router::new().fallback(handle), self).await
     }
 
     /// TLS to the agent over a stream of the tunnel, the key pinned that was registered.
@@ -223,7 +227,7 @@ impl Plane {
             .collect()
     }
 
-    pub(crate) async fn until(&self, what: &str, mut met: impl FnMut(&Plane) -> bool) {
+    pub(crate) async fn until(&self, what: &str, mut met: impl FnMut(&FakeControlPlane) -> bool) {
         for _ in 0..1500 {
             if met(self) {
                 return;
@@ -275,7 +279,7 @@ pub(crate) async fn pinned(
     alpn: &[u8],
 ) -> std::io::Result<tokio_rustls::client::TlsStream<Io>> {
     let mut client =
-        Trust { pins: vec![Pin::parse(pin).unwrap()], ..Trust::default() }.client().unwrap();
+        Trust { pins: vec![Pin::parse(pin).unwrap()], ..Trust::default() }.client_config().unwrap();
     client.alpn_protocols = vec![alpn.to_vec()];
     let name = rustls_pki_types::ServerName::try_from("agent.test").unwrap();
     tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, io).await

@@ -12,12 +12,12 @@ use reqwest::{Client, Method, Response};
 use serde_json::{Value, json};
 
 use crate::agent::Agent;
-use crate::plane::free_port;
+use crate::fake_control_plane::free_port;
 use crate::support::Sandbox;
 use crate::world::{credential, serve_kube};
 
 /// A control plane in a sandbox of its own.
-pub(crate) struct Hub {
+pub(crate) struct ControlPlane {
     pub(crate) sandbox: Sandbox,
     pub(crate) child: Child,
     pub(crate) url: String,
@@ -30,7 +30,7 @@ pub(crate) struct Hub {
     options: Vec<String>,
 }
 
-impl Drop for Hub {
+impl Drop for ControlPlane {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -98,31 +98,32 @@ fn spawn(
     }
 }
 
-impl Hub {
-    fn start() -> Hub {
-        Hub::with(&[])
+impl ControlPlane {
+    fn start() -> ControlPlane {
+        ControlPlane::with(&[])
     }
 
-    pub(crate) fn with(options: &[&str]) -> Hub {
+    pub(crate) fn with(options: &[&str]) -> ControlPlane {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut hub = Hub::begin(Sandbox::new(), options);
-        hub.admin =
-            std::fs::read_to_string(hub.sandbox.root().join(DATA).join("admin-token")).unwrap();
-        hub
+        let mut control_plane = ControlPlane::begin(Sandbox::new(), options);
+        control_plane.admin =
+            std::fs::read_to_string(control_plane.sandbox.root().join(DATA).join("admin-token"))
+                .unwrap();
+        control_plane
     }
 
-    pub(crate) fn begin(sandbox: Sandbox, options: &[&str]) -> Hub {
+    pub(crate) fn begin(sandbox: Sandbox, options: &[&str]) -> ControlPlane {
         let ports = (free_port(), free_port());
         let (log, options) =
             (Arc::default(), options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>());
         let (child, port) = spawn(&sandbox, ports, &options, &log);
-        let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+        let ca = ControlPlane::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
         let client = Client::builder()
             .tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()])
             .no_proxy()
             .build()
             .unwrap();
-        Hub {
+        ControlPlane {
             sandbox,
             child,
             url: format!("https://127.0.0.1:{port}"),
@@ -135,20 +136,20 @@ impl Hub {
     }
 
     /// On what a sandbox already holds; its administrators are those of before.
-    pub(crate) fn on(sandbox: Sandbox) -> Hub {
-        Hub::begin(sandbox, &[])
+    pub(crate) fn on(sandbox: Sandbox) -> ControlPlane {
+        ControlPlane::begin(sandbox, &[])
     }
 
     /// From its next start on.
-    pub(crate) fn options_now(&mut self, options: &[&str]) {
+    pub(crate) fn set_options(&mut self, options: &[&str]) {
         self.options = options.iter().map(|o| (*o).to_owned()).collect();
     }
 
     /// kill -9, and the same again on the same port.
-    pub(crate) fn killed_and_back(&mut self) {
+    pub(crate) fn kill_and_restart(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.back();
+        self.start_again();
     }
 
     /// SIGTERM, as systemd ends it.
@@ -159,7 +160,7 @@ impl Hub {
     }
 
     /// The program of the sandbox on the same data and the same ports.
-    pub(crate) fn back(&mut self) {
+    pub(crate) fn start_again(&mut self) {
         self.child = spawn(&self.sandbox, self.ports, &self.options, &self.log).0;
     }
 
@@ -189,7 +190,7 @@ impl Hub {
 
     /// What the verb prints that makes an enrolment token.
     pub(crate) fn enrol(&self) -> (String, String) {
-        let line = self.sandbox.verb(&["control-plane", "token", "create"]).ended(0).out;
+        let line = self.sandbox.subcommand(&["control-plane", "token", "create"]).ended(0).out;
         let words: Vec<&str> = line.split_whitespace().collect();
         let after = |name: &str| {
             words.iter().position(|w| *w == name).map(|at| words[at + 1].to_owned()).unwrap()
@@ -248,15 +249,15 @@ impl Hub {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_revoked() {
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let (kube, address) = serve_kube().await;
-    let (agent, cluster) = hub.agent(address).await;
-    let runner = hub.runner("deployer").await;
+    let (agent, cluster) = control_plane.agent(address).await;
+    let runner = control_plane.runner("deployer").await;
     let token = runner["token"].as_str().unwrap();
     // the API as the Runner, with nothing of his own credential
     let pods = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods?limit=5");
     assert_eq!(
-        hub.json("GET", &pods, token, json!({})).await["path"],
+        control_plane.json("GET", &pods, token, json!({})).await["path"],
         "/api/v1/namespaces/beta/pods"
     );
     let seen = kube.through().pop().unwrap();
@@ -266,11 +267,13 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     );
     assert!(seen.headers.iter().all(|(_, v)| !v.contains(token)), "{seen:?}");
     assert_eq!(
-        hub.json("GET", &format!("/clusters/{cluster}/api/v1/status"), token, json!({})).await["control"],
+        control_plane
+            .json("GET", &format!("/clusters/{cluster}/api/v1/status"), token, json!({}))
+            .await["control"],
         "online"
     );
     // a body of 32 MiB, both sizes of client connection
-    let bulk = hub
+    let bulk = control_plane
         .ask(
             "GET",
             &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=33554432"),
@@ -279,13 +282,12 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
         )
         .await;
     assert_eq!(bulk.headers()["content-security-policy"], "sandbox");
-    let whole = bulk
-        .bytes()
-        .await
-        .unwrap_or_else(|e| panic!("{e:?}\n{}\n{}", hub.log.lock().unwrap(), agent.log()));
+    let whole = bulk.bytes().await.unwrap_or_else(|e| {
+        panic!("{e:?}\n{}\n{}", control_plane.log.lock().unwrap(), agent.log())
+    });
     assert_eq!(whole.len(), 33_554_432);
     // a kubeconfig carries its own way in
-    let answer = hub
+    let answer = control_plane
         .ask(
             "POST",
             &format!("/api/v1/clusters/{cluster}/kubeconfig"),
@@ -301,17 +303,18 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     let own = config["users"][0]["user"]["token"].as_str().unwrap();
     assert_eq!(
         config["clusters"][0]["cluster"]["server"],
-        format!("{}/clusters/{cluster}/k8s", hub.url)
+        format!("{}/clusters/{cluster}/k8s", control_plane.url)
     );
-    hub.json(
-        "GET",
-        &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"),
-        own,
-        json!({}),
-    )
-    .await;
+    control_plane
+        .json(
+            "GET",
+            &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods"),
+            own,
+            json!({}),
+        )
+        .await;
     assert_eq!(kube.through().pop().unwrap().all("impersonate-group"), ["pipeops:viewer"]);
-    let scope = hub
+    let scope = control_plane
         .ask(
             "GET",
             &format!("/clusters/{cluster}/k8s/api/v1/namespaces/production/pods"),
@@ -322,62 +325,75 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     assert_eq!(scope.status(), 403);
     // it opens the gateway and nothing else
     assert_eq!(
-        hub.ask("POST", &format!("/api/v1/clusters/{cluster}/token"), own, json!({}))
+        control_plane
+            .ask("POST", &format!("/api/v1/clusters/{cluster}/token"), own, json!({}))
             .await
             .status(),
         403
     );
     // a stream that is open ends with the right to it
-    let mut watch = hub
+    let mut watch = control_plane
         .ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({}))
         .await;
     assert_eq!(watch.status(), 200);
     let id = runner["id"].as_str().unwrap();
-    hub.sandbox.verb(&["control-plane", "runner", "revoke", id]).ended(0);
+    control_plane.sandbox.subcommand(&["control-plane", "runner", "revoke", id]).ended(0);
     let ended = tokio::time::timeout(Duration::from_secs(5), async {
         while let Ok(Some(_)) = watch.chunk().await {}
     })
     .await;
     assert!(ended.is_ok(), "the watch goes on");
-    assert_eq!(hub.ask("GET", &pods, token, json!({})).await.status(), 401);
+    assert_eq!(control_plane.ask("GET", &pods, token, json!({})).await.status(), 401);
     // and what he has made
-    assert_eq!(hub.ask("GET", &pods, own, json!({})).await.status(), 401);
+    assert_eq!(control_plane.ask("GET", &pods, own, json!({})).await.status(), 401);
     // so does everything of an agent that is revoked
-    let mut watch = hub
-        .ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), &hub.admin, json!({}))
+    let mut watch = control_plane
+        .ask(
+            "GET",
+            &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"),
+            &control_plane.admin,
+            json!({}),
+        )
         .await;
-    hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
+    control_plane.sandbox.subcommand(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
     let ended = tokio::time::timeout(Duration::from_secs(5), async {
         while let Ok(Some(_)) = watch.chunk().await {}
     })
     .await;
     assert!(ended.is_ok(), "the watch goes on");
-    let show = hub.sandbox.verb(&["control-plane", "cluster", "show", &cluster]).ended(0).out;
+    let show = control_plane
+        .sandbox
+        .subcommand(&["control-plane", "cluster", "show", &cluster])
+        .ended(0)
+        .out;
     assert!(show.contains("revoked"), "{show}");
     // nothing that opens anything stands in the database
     let mut database = Vec::new();
     for file in ["pipeops.db", "pipeops.db-wal"] {
-        database
-            .extend(std::fs::read(hub.sandbox.root().join(DATA).join(file)).unwrap_or_default());
+        database.extend(
+            std::fs::read(control_plane.sandbox.root().join(DATA).join(file)).unwrap_or_default(),
+        );
     }
     let database = String::from_utf8_lossy(&database).into_owned();
-    for secret in [token, own, &hub.admin] {
+    for secret in [token, own, &control_plane.admin] {
         assert!(!database.contains(secret) && !database.contains(&secret[4..]));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn where_it_keeps_things_may_be_said_before_a_verb_or_behind_it() {
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let data = format!("/{DATA}");
     for args in [
         ["control-plane", "--data-dir", &data, "cluster", "list"],
         ["control-plane", "cluster", "--data-dir", &data, "list"],
     ] {
-        assert_eq!(hub.sandbox.run(&args).ended(0).out.trim(), "none yet");
+        assert_eq!(control_plane.sandbox.run(&args).ended(0).out.trim(), "none yet");
     }
-    let said =
-        hub.sandbox.run(&["control-plane", "--listen", "127.0.0.1:1", "cluster", "list"]).ended(2);
+    let said = control_plane
+        .sandbox
+        .run(&["control-plane", "--listen", "127.0.0.1:1", "cluster", "list"])
+        .ended(2);
     assert!(said.err.contains("SERVING_OPTION"), "{}", said.err);
 }
 
@@ -418,7 +434,7 @@ async fn on_a_terminal_it_shows_the_first_token_and_the_line_to_paste() {
     );
     let url = words[words.iter().position(|w| *w == "--control-plane-url").unwrap() + 1];
     assert!(lines.any(|l| l.contains("serving")));
-    let ca = Hub::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+    let ca = ControlPlane::stored(&sandbox)["ca_certificate"].as_str().unwrap().to_owned();
     let client = Client::builder()
         .tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()])
         .no_proxy()
@@ -451,11 +467,11 @@ async fn on_a_terminal_it_shows_the_first_token_and_the_line_to_paste() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kubeconfig_ends_with_whoever_made_it() {
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let (_kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
+    let (_agent, cluster) = control_plane.agent(address).await;
     let made = async |token: &str| {
-        let text = hub
+        let text = control_plane
             .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), token, json!({}))
             .await
             .text()
@@ -467,7 +483,8 @@ async fn a_kubeconfig_ends_with_whoever_made_it() {
             .to_owned()
     };
     let watch = async |token: &str| {
-        hub.ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({}))
+        control_plane
+            .ask("GET", &format!("/clusters/{cluster}/k8s/api/v1/pods?watch=1"), token, json!({}))
             .await
     };
     let ends = async |mut stream: Response| {
@@ -477,30 +494,36 @@ async fn a_kubeconfig_ends_with_whoever_made_it() {
         .await;
         assert!(ended.is_ok(), "the watch goes on");
     };
-    let runner = hub
+    let runner = control_plane
         .json(
             "POST",
             "/api/v1/runners",
-            &hub.admin,
+            &control_plane.admin,
             json!({"name": "ci", "role": "viewer", "ttl_s": 3600}),
         )
         .await;
-    let admin = hub.json("POST", "/api/v1/admins", &hub.admin, json!({"name": "eve"})).await;
+    let admin = control_plane
+        .json("POST", "/api/v1/admins", &control_plane.admin, json!({"name": "eve"}))
+        .await;
     for taken in ["eve", "local"] {
         assert_eq!(
-            hub.ask("POST", "/api/v1/admins", &hub.admin, json!({"name": taken})).await.status(),
+            control_plane
+                .ask("POST", "/api/v1/admins", &control_plane.admin, json!({"name": taken}))
+                .await
+                .status(),
             409,
             "{taken}"
         );
     }
-    let others = made(&hub.admin).await;
+    let others = made(&control_plane.admin).await;
     for (who, path) in [(&runner, "runners"), (&admin, "admins")] {
         let (token, id) = (who["token"].as_str().unwrap(), who["id"].as_str().unwrap());
         let kubeconfig = made(token).await;
         let streams = [watch(token).await, watch(&kubeconfig).await];
         assert!(streams.iter().all(|s| s.status() == 200));
         // it does not outlive a token that has an end
-        let rows = hub.json("GET", "/api/v1/runners", &hub.admin, json!({})).await;
+        let rows =
+            control_plane.json("GET", "/api/v1/runners", &control_plane.admin, json!({})).await;
         let row = rows["items"].as_array().unwrap().iter().find(|r| {
             r["kind"] == "kubeconfig"
                 && r["maker"].as_str().unwrap().contains(if path == "admins" { "eve" } else { id })
@@ -509,7 +532,8 @@ async fn a_kubeconfig_ends_with_whoever_made_it() {
             assert_eq!(row.unwrap()["expires_at"], end);
         }
         assert_eq!(
-            hub.ask("DELETE", &format!("/api/v1/{path}/{id}"), &hub.admin, json!({}))
+            control_plane
+                .ask("DELETE", &format!("/api/v1/{path}/{id}"), &control_plane.admin, json!({}))
                 .await
                 .status(),
             200
@@ -527,64 +551,78 @@ async fn a_kubeconfig_ends_with_whoever_made_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_month_the_next_key_signs_and_nobody_notices() {
-    let mut hub = Hub::start();
+    let mut control_plane = ControlPlane::start();
     let (_kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
-    let before = Hub::stored(&hub.sandbox);
-    let since = |hub: &Hub, value: Option<i64>| {
-        let mut stored = Hub::stored(&hub.sandbox);
+    let (_agent, cluster) = control_plane.agent(address).await;
+    let before = ControlPlane::stored(&control_plane.sandbox);
+    let since = |control_plane: &ControlPlane, value: Option<i64>| {
+        let mut stored = ControlPlane::stored(&control_plane.sandbox);
         stored.as_object_mut().unwrap().remove("signing_since");
         if let Some(value) = value {
             stored["signing_since"] = json!(value);
         }
-        std::fs::write(hub.sandbox.root().join(DATA).join("keys.json"), stored.to_string())
-            .unwrap();
+        std::fs::write(
+            control_plane.sandbox.root().join(DATA).join("keys.json"),
+            stored.to_string(),
+        )
+        .unwrap();
     };
-    let turned = async |hub: &Hub, done: &dyn Fn(&Value) -> bool| {
+    let turned = async |control_plane: &ControlPlane, done: &dyn Fn(&Value) -> bool| {
         let begun = Instant::now();
         // through the gateway, with a token that the key of this moment has signed
-        while !done(&Hub::stored(&hub.sandbox)) || hub.version(&cluster).await != 200 {
-            assert!(begun.elapsed() < Duration::from_secs(40), "{}", hub.log.lock().unwrap());
+        while !done(&ControlPlane::stored(&control_plane.sandbox))
+            || control_plane.version(&cluster).await != 200
+        {
+            assert!(
+                begun.elapsed() < Duration::from_secs(40),
+                "{}",
+                control_plane.log.lock().unwrap()
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        Hub::stored(&hub.sandbox)["signing"].clone()
+        ControlPlane::stored(&control_plane.sandbox)["signing"].clone()
     };
-    since(&hub, Some(1_700_000_000));
-    hub.killed_and_back();
-    let month = turned(&hub, &|s| s["signing_since"].as_i64() > Some(1_700_000_000)).await;
+    since(&control_plane, Some(1_700_000_000));
+    control_plane.kill_and_restart();
+    let month =
+        turned(&control_plane, &|s| s["signing_since"].as_i64() > Some(1_700_000_000)).await;
     assert_eq!(
         (&month[0], &month[2], month.as_array().unwrap().len()),
         (&before["signing"][1], &before["signing"][0], 3)
     );
     // the one before is forgotten when no token of it lives
-    since(&hub, Some(jiff::Timestamp::now().as_second() - 1000));
-    hub.killed_and_back();
-    let later = turned(&hub, &|s| s["signing"].as_array().unwrap().len() == 2).await;
+    since(&control_plane, Some(jiff::Timestamp::now().as_second() - 1000));
+    control_plane.kill_and_restart();
+    let later = turned(&control_plane, &|s| s["signing"].as_array().unwrap().len() == 2).await;
     assert_eq!((&later[0], &later[1]), (&month[0], &month[1]));
     // keys from before there was a date begin their month now
-    since(&hub, None);
-    hub.killed_and_back();
-    assert_eq!(turned(&hub, &|s| s["signing_since"].as_i64() > Some(1_700_000_000)).await, later);
+    since(&control_plane, None);
+    control_plane.kill_and_restart();
+    assert_eq!(
+        turned(&control_plane, &|s| s["signing_since"].as_i64() > Some(1_700_000_000)).await,
+        later
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn upgrades_pass_through_the_gateway() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let (_kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
-    let answer = hub
+    let (_agent, cluster) = control_plane.agent(address).await;
+    let answer = control_plane
         .client
         .get(format!(
             "{}/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/p/exec?command=sh",
-            hub.url
+            control_plane.url
         ))
         .version(reqwest::Version::HTTP_11)
-        .bearer_auth(&hub.admin)
+        .bearer_auth(&control_plane.admin)
         .header("connection", "Upgrade")
         .header("upgrade", "SPDY/3.1");
     // over h2 an upgrade has no meaning: a client of its own that speaks HTTP/1.1
-    let ca = Hub::stored(&hub.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
+    let ca =
+        ControlPlane::stored(&control_plane.sandbox)["ca_certificate"].as_str().unwrap().to_owned();
     let http1 = Client::builder()
         .tls_certs_only([reqwest::Certificate::from_pem(ca.as_bytes()).unwrap()])
         .no_proxy()
@@ -598,7 +636,7 @@ async fn upgrades_pass_through_the_gateway() {
     let mut back = [0; 5];
     io.read_exact(&mut back).await.unwrap();
     assert_eq!(&back, b"hello");
-    hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
+    control_plane.sandbox.subcommand(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
     let ended = tokio::time::timeout(Duration::from_secs(5), io.read(&mut back)).await;
     assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
 }
@@ -606,17 +644,18 @@ async fn upgrades_pass_through_the_gateway() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() {
     use tokio::io::AsyncReadExt as _;
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let (_kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
+    let (_agent, cluster) = control_plane.agent(address).await;
     let mut streams = Vec::new();
     for (who, body) in [
         ("revoked", json!({"name": "a"})),
         ("stays", json!({"name": "b"})),
         ("elsewhere", json!({"name": "c", "clusters": ["c-0"]})),
     ] {
-        let runner = hub.json("POST", "/api/v1/runners", &hub.admin, body).await;
-        let minted = hub
+        let runner =
+            control_plane.json("POST", "/api/v1/runners", &control_plane.admin, body).await;
+        let minted = control_plane
             .ask(
                 "POST",
                 &format!("/api/v1/clusters/{cluster}/token"),
@@ -645,14 +684,14 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
             ..Default::default()
         };
         let mut tasks = tokio::task::JoinSet::new();
-        let carrier = pipeops::frp::dial::Dialer::new(&config, false)
+        let connector = pipeops::frp::dial::Dialer::new(&config, false)
             .unwrap()
             .connect(&mut tasks)
             .await
             .unwrap();
         let visit = async |key: String| {
             pipeops::frp::client::visit(
-                &carrier,
+                &connector,
                 "",
                 &text("proxy"),
                 &pipeops::base::secret::Secret::new(key),
@@ -664,8 +703,9 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
         streams.push((runner["id"].clone(), visit(text("secret_key")).await.unwrap(), tasks));
     }
     assert_ne!(streams[0].0, streams[1].0);
-    hub.sandbox
-        .verb(&["control-plane", "runner", "revoke", streams[0].0.as_str().unwrap()])
+    control_plane
+        .sandbox
+        .subcommand(&["control-plane", "runner", "revoke", streams[0].0.as_str().unwrap()])
         .ended(0);
     let mut byte = [0];
     let ended = tokio::time::timeout(Duration::from_secs(5), streams[0].1.read(&mut byte)).await;
@@ -677,17 +717,18 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_route_refuses_every_token_that_is_not_for_it() {
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let (_kube, address) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(address).await;
-    let (enrolment, _) = hub.enrol();
-    let other =
-        hub.json("POST", "/api/v1/projects", &hub.admin, json!({"name": "other"})).await["id"]
-            .as_str()
-            .unwrap()
-            .to_owned();
+    let (_agent, cluster) = control_plane.agent(address).await;
+    let (enrolment, _) = control_plane.enrol();
+    let other = control_plane
+        .json("POST", "/api/v1/projects", &control_plane.admin, json!({"name": "other"}))
+        .await["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let make = async |body: Value| {
-        hub.json("POST", "/api/v1/runners", &hub.admin, body).await["token"]
+        control_plane.json("POST", "/api/v1/runners", &control_plane.admin, body).await["token"]
             .as_str()
             .unwrap()
             .to_owned()
@@ -696,7 +737,7 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
     let foreign = make(json!({"name": "foreign", "project": other})).await;
     let elsewhere = make(json!({"name": "elsewhere", "clusters": ["c-0"]})).await;
     let short = make(json!({"name": "short", "ttl_s": 1})).await;
-    let kubeconfig = hub
+    let kubeconfig = control_plane
         .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({}))
         .await
         .text()
@@ -706,9 +747,9 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
     let kubeconfig = kubeconfig["users"][0]["user"]["token"].as_str().unwrap().to_owned();
     // an agent of the test's own, for the tokens of one
     let dir = tempfile::tempdir().unwrap();
-    let agent = Simulated::new(&hub, dir.path(), &enrolment).await;
+    let agent = SimulatedAgent::new(&control_plane, dir.path(), &enrolment).await;
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    let (fresh, _) = hub.enrol();
+    let (fresh, _) = control_plane.enrol();
     let tokens = [
         ("none", ""),
         ("wrong", "por_wrong"),
@@ -719,7 +760,7 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         ("foreign", &foreign),
         ("elsewhere", &elsewhere),
         ("runner", &runner),
-        ("admin", &hub.admin),
+        ("admin", &control_plane.admin),
     ];
     // a kubeconfig is for its cluster alone; a Runner of another project or cluster does not learn that there is one
     let allowed = |required_auth: RequiredAuth, path: &str, who: &str| match required_auth {
@@ -758,8 +799,9 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
                 .replace("{op}", "o-1")
                 .replace("{what}", "events")
                 .replace('*', "version");
-            let answer =
-                hub.ask(if method == "*" { "GET" } else { method }, &path, token, json!({})).await;
+            let answer = control_plane
+                .ask(if method == "*" { "GET" } else { method }, &path, token, json!({}))
+                .await;
             let status = answer.status().as_u16();
             // after thirty wrong ones an address is not listened to for a while
             let slowed = status == 429 && matches!(who, "wrong" | "expired");
@@ -778,13 +820,16 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
     assert!(checked > 200, "{checked}");
     // another agent's path is not this agent's
     assert_eq!(
-        hub.ask("GET", "/api/v1/agents/a-0/config", &agent.credential, json!({})).await.status(),
+        control_plane
+            .ask("GET", "/api/v1/agents/a-0/config", &agent.credential, json!({}))
+            .await
+            .status(),
         403
     );
     // guessing is slowed; what was good before goes on
     let mut last = 0;
     for n in 0..60 {
-        last = hub
+        last = control_plane
             .ask("GET", "/api/v1/clusters", &format!("por_{n}"), json!({}))
             .await
             .status()
@@ -794,18 +839,21 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         }
     }
     assert_eq!(last, 429);
-    assert_eq!(hub.ask("GET", "/api/v1/clusters", &runner, json!({})).await.status(), 200);
+    assert_eq!(
+        control_plane.ask("GET", "/api/v1/clusters", &runner, json!({})).await.status(),
+        200
+    );
     // the first administrator's token is no longer in a file
-    assert!(!hub.sandbox.root().join(DATA).join("admin-token").exists());
+    assert!(!control_plane.sandbox.root().join(DATA).join("admin-token").exists());
 }
 
 /// An agent that only registers.
-pub(crate) struct Simulated {
+pub(crate) struct SimulatedAgent {
     pub(crate) id: String,
     pub(crate) credential: String,
 }
 
-impl Simulated {
+impl SimulatedAgent {
     pub(crate) fn body(identity: &Identity, machine: &str) -> String {
         json!({"agent": {"id": identity.id, "public_key": identity.public_key, "name": "n", "machine": machine},
             "cluster": {"name": "n", "node_count": 1}, "capabilities": [], "max_role": "operator"})
@@ -815,7 +863,7 @@ impl Simulated {
     pub(crate) fn identity(dir: &std::path::Path) -> Box<Identity> {
         let state = Host::new(dir, None).state_dir("/s").unwrap();
         match Identity::load(&state, "m").unwrap() {
-            LoadedIdentity::Ours(found) => found,
+            LoadedIdentity::Own(found) => found,
             LoadedIdentity::Cloned => panic!("a clone"),
         }
     }
@@ -837,14 +885,18 @@ impl Simulated {
             .await
     }
 
-    pub(crate) async fn new(hub: &Hub, dir: &std::path::Path, token: &str) -> Simulated {
-        let identity = Simulated::identity(dir);
-        let answer = Simulated::try_register(
-            &hub.client,
-            &hub.url,
+    pub(crate) async fn new(
+        control_plane: &ControlPlane,
+        dir: &std::path::Path,
+        token: &str,
+    ) -> SimulatedAgent {
+        let identity = SimulatedAgent::identity(dir);
+        let answer = SimulatedAgent::try_register(
+            &control_plane.client,
+            &control_plane.url,
             &identity,
             token,
-            Simulated::body(&identity, "m"),
+            SimulatedAgent::body(&identity, "m"),
         )
         .await
         .unwrap();
@@ -852,7 +904,7 @@ impl Simulated {
         let text = answer.text().await.unwrap();
         assert_eq!(status, 200, "{text}");
         let value: Value = serde_json::from_str(&text).unwrap();
-        Simulated {
+        SimulatedAgent {
             id: identity.id.clone(),
             credential: value["credential"].as_str().unwrap().to_owned(),
         }
@@ -861,49 +913,66 @@ impl Simulated {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_identity_belongs_to_its_key_and_its_machine() {
-    let hub = Hub::start();
-    let (token, _) = hub.enrol();
+    let control_plane = ControlPlane::start();
+    let (token, _) = control_plane.enrol();
     let dir = tempfile::tempdir().unwrap();
-    let identity = Simulated::identity(dir.path());
+    let identity = SimulatedAgent::identity(dir.path());
     let register = async |token: &str, body: String| {
-        let answer =
-            Simulated::try_register(&hub.client, &hub.url, &identity, token, body).await.unwrap();
+        let answer = SimulatedAgent::try_register(
+            &control_plane.client,
+            &control_plane.url,
+            &identity,
+            token,
+            body,
+        )
+        .await
+        .unwrap();
         (answer.status().as_u16(), answer.json::<Value>().await.unwrap())
     };
-    let agent = Simulated::new(&hub, dir.path(), &token).await;
+    let agent = SimulatedAgent::new(&control_plane, dir.path(), &token).await;
     // again, with the token that is used up: the key is known, and no use is taken
-    assert_eq!(register(&token, Simulated::body(&identity, "m")).await.0, 200);
+    assert_eq!(register(&token, SimulatedAgent::body(&identity, "m")).await.0, 200);
     // somebody else's key under this id, a changed body, no signature: never
     let stranger_dir = tempfile::tempdir().unwrap();
-    let stranger = Simulated::identity(stranger_dir.path());
-    let (fresh, _) = hub.enrol();
-    let stolen = Simulated::body(&stranger, "m").replace(&stranger.id, &identity.id);
-    let answer =
-        Simulated::try_register(&hub.client, &hub.url, &stranger, &fresh, stolen).await.unwrap();
+    let stranger = SimulatedAgent::identity(stranger_dir.path());
+    let (fresh, _) = control_plane.enrol();
+    let stolen = SimulatedAgent::body(&stranger, "m").replace(&stranger.id, &identity.id);
+    let answer = SimulatedAgent::try_register(
+        &control_plane.client,
+        &control_plane.url,
+        &stranger,
+        &fresh,
+        stolen,
+    )
+    .await
+    .unwrap();
     assert_eq!(answer.status(), 400);
     let signature = identity.sign(b"something else").unwrap();
-    let changed = hub
+    let changed = control_plane
         .client
-        .post(format!("{}/api/v1/agents/register", hub.url))
+        .post(format!("{}/api/v1/agents/register", control_plane.url))
         .bearer_auth(&fresh)
         .header("pipeops-signature", signature);
-    assert_eq!(changed.body(Simulated::body(&identity, "m")).send().await.unwrap().status(), 400);
+    assert_eq!(
+        changed.body(SimulatedAgent::body(&identity, "m")).send().await.unwrap().status(),
+        400
+    );
     // a token for one server lets one in
-    let answer = Simulated::try_register(
-        &hub.client,
-        &hub.url,
+    let answer = SimulatedAgent::try_register(
+        &control_plane.client,
+        &control_plane.url,
         &stranger,
         &token,
-        Simulated::body(&stranger, "m"),
+        SimulatedAgent::body(&stranger, "m"),
     )
     .await
     .unwrap();
     assert_eq!(answer.json::<Value>().await.unwrap()["code"], "token_used_up");
     // the same key on another machine: both are told, neither is believed
     let (status, problem) =
-        register(&agent.credential, Simulated::body(&identity, "another")).await;
+        register(&agent.credential, SimulatedAgent::body(&identity, "another")).await;
     assert_eq!((status, &problem["code"]), (409, &json!("duplicate_identity")));
-    let beat = hub
+    let beat = control_plane
         .ask(
             "POST",
             &format!("/api/v1/agents/{}/heartbeat", agent.id),
@@ -912,40 +981,45 @@ async fn an_identity_belongs_to_its_key_and_its_machine() {
         )
         .await;
     assert_eq!(beat.status(), 409);
-    let list = hub.sandbox.verb(&["control-plane", "cluster", "list"]).ended(0).out;
+    let list = control_plane.sandbox.subcommand(&["control-plane", "cluster", "list"]).ended(0).out;
     assert!(list.contains("duplicate"), "{list}");
     // a removed one needs a token to come back
-    let cluster =
-        hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["id"]
-            .as_str()
-            .unwrap()
-            .to_owned();
-    hub.sandbox.verb(&["control-plane", "cluster", "remove", &cluster]).ended(0);
-    assert_eq!(register(&agent.credential, Simulated::body(&identity, "m")).await.0, 401);
-    assert_eq!(register(&fresh, Simulated::body(&identity, "m")).await.0, 200);
+    let cluster = control_plane
+        .json("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
+        .await["items"][0]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    control_plane.sandbox.subcommand(&["control-plane", "cluster", "remove", &cluster]).ended(0);
+    assert_eq!(register(&agent.credential, SimulatedAgent::body(&identity, "m")).await.0, 401);
+    assert_eq!(register(&fresh, SimulatedAgent::body(&identity, "m")).await.0, 200);
 }
 
 /// Agents that register until they are answered, as agents do; each gives its id and credential.
-pub(crate) fn storm(
-    hub: &Hub,
+pub(crate) fn register_many(
+    control_plane: &ControlPlane,
     dir: &std::path::Path,
     token: &str,
     count: usize,
 ) -> tokio::task::JoinSet<(String, String)> {
     let mut tasks = tokio::task::JoinSet::new();
     for n in 0..count {
-        let (path, url, client, token) =
-            (dir.join(n.to_string()), hub.url.clone(), hub.client.clone(), token.to_owned());
+        let (path, url, client, token) = (
+            dir.join(n.to_string()),
+            control_plane.url.clone(),
+            control_plane.client.clone(),
+            token.to_owned(),
+        );
         tasks.spawn(async move {
-            let identity = Simulated::identity(&path);
+            let identity = SimulatedAgent::identity(&path);
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(60) {
-                if let Ok(answer) = Simulated::try_register(
+                if let Ok(answer) = SimulatedAgent::try_register(
                     &client,
                     &url,
                     &identity,
                     &token,
-                    Simulated::body(&identity, "m"),
+                    SimulatedAgent::body(&identity, "m"),
                 )
                 .await
                     && answer.status() == 200
@@ -963,26 +1037,31 @@ pub(crate) fn storm(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_under_registrations_it_knows_whom_it_answered_and_nobody_half() {
-    let mut hub = Hub::start();
-    let line = hub.sandbox.verb(&["control-plane", "token", "create", "--uses", "0"]).ended(0).out;
+    let mut control_plane = ControlPlane::start();
+    let line = control_plane
+        .sandbox
+        .subcommand(&["control-plane", "token", "create", "--uses", "0"])
+        .ended(0)
+        .out;
     let token = line.split_whitespace().nth(1).unwrap().to_owned();
     let dir = tempfile::tempdir().unwrap();
-    let mut tasks = storm(&hub, dir.path(), &token, 200);
+    let mut tasks = register_many(&control_plane, dir.path(), &token, 200);
     let mut done = Vec::new();
     for round in 1..=3 {
         // killed when a part is through: at no particular line
         while done.len() < round * 40 {
             done.push(tasks.join_next().await.unwrap().unwrap());
         }
-        hub.killed_and_back();
+        control_plane.kill_and_restart();
     }
     while let Some(registered) = tasks.join_next().await {
         done.push(registered.unwrap());
     }
-    let clusters = hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await;
+    let clusters =
+        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 200);
     for (id, credential) in &done {
-        let beat = hub
+        let beat = control_plane
             .ask("POST", &format!("/api/v1/agents/{id}/heartbeat"), credential, json!({"seq": 1}))
             .await;
         assert_eq!(beat.status(), 200, "{id} holds a credential that is not known");
@@ -1068,19 +1147,19 @@ fn what_it_cannot_use_is_named() {
             keys.err
         );
     }
-    let away = sandbox.verb(&["control-plane", "cluster", "list"]).ended(5);
+    let away = sandbox.subcommand(&["control-plane", "cluster", "list"]).ended(5);
     assert!(away.err.contains("CONTROL_PLANE_AWAY"), "{}", away.err);
 }
 
 /// Asks its auth plugin as frps does (`pkg/plugin/server/http.go`): on Login the metas stand in the content, later in its user.
-struct Plugged {
+struct FrpsPlugin {
     url: String,
     pub(crate) client: Client,
     /// Who logged in, by run: later calls carry his metas.
     metas: Mutex<std::collections::BTreeMap<String, String>>,
 }
 
-impl Plugged {
+impl FrpsPlugin {
     fn ask(&self, op: &str, content: Value) -> Result<(), String> {
         let call = self
             .client
@@ -1108,7 +1187,7 @@ impl Plugged {
     }
 }
 
-impl pipeops::frp::server::TunnelAuthorizer for Plugged {
+impl pipeops::frp::server::TunnelAuthorizer for FrpsPlugin {
     fn login(
         &self,
         login: &pipeops::frp::wire::Login,
@@ -1142,11 +1221,11 @@ impl pipeops::frp::server::TunnelAuthorizer for Plugged {
 /// `kubectl logs | less`: nothing on the way from the API server to the pager gives up on him.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_at_the_gateway_who_pauses_is_waited_for() {
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let (_kube, kube) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(kube).await;
+    let (_agent, cluster) = control_plane.agent(kube).await;
     let path = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=67108864");
-    let log = hub.ask("GET", &path, &hub.admin, json!({})).await;
+    let log = control_plane.ask("GET", &path, &control_plane.admin, json!({})).await;
     tokio::time::sleep(Duration::from_secs(20)).await;
     assert_eq!(log.bytes().await.unwrap().len(), 67_108_864);
 }
@@ -1155,12 +1234,12 @@ async fn a_reader_at_the_gateway_who_pauses_is_waited_for() {
 async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     use pipeops::frp::server::{Server, ServerConfig};
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let (tls, pin) = crate::plane::identity();
+    let (tls, pin) = crate::fake_control_plane::identity();
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let token = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(token.path(), "frps-planted-canary-4711-in-plain-text").unwrap();
-    let hub = Hub::with(&[
+    let control_plane = ControlPlane::with(&[
         "--frps",
         &address,
         "--frps-token-file",
@@ -1168,7 +1247,7 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
         "--frps-pin",
         &pin,
     ]);
-    let config = hub.sandbox.verb(&["control-plane", "frps-config"]).ended(0).out;
+    let config = control_plane.sandbox.subcommand(&["control-plane", "frps-config"]).ended(0).out;
     let path = config
         .lines()
         .find_map(|l| l.strip_prefix("path = \""))
@@ -1176,13 +1255,13 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
         .trim_end_matches('"')
         .to_owned();
     assert!(
-        config.contains(&format!("addr = \"{}\"", hub.url))
+        config.contains(&format!("addr = \"{}\"", control_plane.url))
             && !config.contains("canary-4711-in-plain-text"),
         "{config}"
     );
-    let plugged = Arc::new(Plugged {
-        url: format!("{}{path}", hub.url),
-        client: hub.client.clone(),
+    let plugin = Arc::new(FrpsPlugin {
+        url: format!("{}{path}", control_plane.url),
+        client: control_plane.client.clone(),
         metas: Mutex::default(),
     });
     let serve = |listener: tokio::net::TcpListener| {
@@ -1192,7 +1271,7 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
             tcp_mux: true,
             tcp_bind: None,
             heartbeat: Duration::from_secs(30),
-            authorizer: Some(plugged.clone()),
+            authorizer: Some(plugin.clone()),
         });
         let halt = tokio_util::sync::CancellationToken::new();
         let task = tokio::spawn({
@@ -1204,39 +1283,47 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     let (frps, halt, task) = serve(listener);
     // strangers, and whoever guesses the path, get nothing
     assert!(
-        plugged
+        plugin
             .ask("Login", json!({"metas": {"agent": "a-0", "token": "guessed"}}))
             .unwrap_err()
             .contains("may not")
     );
     assert!(
-        plugged.ask("Ping", json!({"user": {"user": "", "metas": null, "run_id": "r"}})).is_err()
+        plugin.ask("Ping", json!({"user": {"user": "", "metas": null, "run_id": "r"}})).is_err()
     );
     assert!(
-        plugged
+        plugin
             .ask("Login", json!({"version": "0.58.1", "user": "", "metas": null}))
             .unwrap_err()
             .contains("may not")
     );
     assert_eq!(
-        hub.ask("POST", "/frp/handler/guessed?op=Login", "", json!({"content": {}})).await.status(),
+        control_plane
+            .ask("POST", "/frp/handler/guessed?op=Login", "", json!({"content": {}}))
+            .await
+            .status(),
         404
     );
     // the agent holds its tunnel there, and the gateway goes through it
     let (_kube, kube) = serve_kube().await;
-    let (_agent, cluster) = hub.agent(kube).await;
-    let bulk = hub
+    let (_agent, cluster) = control_plane.agent(kube).await;
+    let bulk = control_plane
         .ask(
             "GET",
             &format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=1048576"),
-            &hub.admin,
+            &control_plane.admin,
             json!({}),
         )
         .await;
     assert_eq!(bulk.bytes().await.unwrap().len(), 1_048_576);
-    assert!(
-        frps.has_proxy(&format!("agent-{}", hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"][0]["agent_id"].as_str().unwrap()))
-    );
+    assert!(frps.has_proxy(&format!(
+                "agent-{}",
+                control_plane
+                    .json("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
+                    .await["items"][0]["agent_id"]
+                    .as_str()
+                    .unwrap()
+            )));
     // it dies and comes back: so do the agent's tunnel and the gateway's session
     halt.cancel();
     drop(frps);
@@ -1249,18 +1336,18 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
     };
     let (_frps, halt, _) = serve(listener);
     let begun = Instant::now();
-    while hub.version(&cluster).await != 200 {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{}", hub.log.lock().unwrap());
+    while control_plane.version(&cluster).await != 200 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{}", control_plane.log.lock().unwrap());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     // revoked: no login and no sign of life any more
-    let metas = plugged.metas.lock().unwrap().clone();
+    let metas = plugin.metas.lock().unwrap().clone();
     let user = json!({"user": {"user": "", "metas": metas, "run_id": "r"}});
-    assert!(plugged.ask("Ping", user.clone()).is_ok());
-    hub.sandbox.verb(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
-    assert!(plugged.ask("Ping", user.clone()).is_err());
-    assert!(plugged.ask("CloseProxy", user).is_ok());
-    assert_eq!(hub.version(&cluster).await, 404);
+    assert!(plugin.ask("Ping", user.clone()).is_ok());
+    control_plane.sandbox.subcommand(&["control-plane", "cluster", "revoke", &cluster]).ended(0);
+    assert!(plugin.ask("Ping", user.clone()).is_err());
+    assert!(plugin.ask("CloseProxy", user).is_ok());
+    assert_eq!(control_plane.version(&cluster).await, 404);
     halt.cancel();
 }
 
@@ -1316,7 +1403,7 @@ async fn a_certificate_of_ones_own_is_checked_shown_and_read_anew() {
             refused.err
         );
     }
-    let hub = Hub::with(&[
+    let control_plane = ControlPlane::with(&[
         "--tls-cert",
         &path("good"),
         "--tls-key",
@@ -1330,7 +1417,7 @@ async fn a_certificate_of_ones_own_is_checked_shown_and_read_anew() {
     };
     let health = async |client: &Client| {
         client
-            .get(format!("{}/api/v1/health", hub.url))
+            .get(format!("{}/api/v1/health", control_plane.url))
             .send()
             .await
             .map(|a| a.status().as_u16())
@@ -1338,8 +1425,8 @@ async fn a_certificate_of_ones_own_is_checked_shown_and_read_anew() {
     };
     assert_eq!(health(&trusting(&good)).await, Some(200));
     // its own CA is the tunnel's; the line pins the one that was given
-    assert!(health(&hub.client).await.is_none());
-    let (token, pin) = hub.enrol();
+    assert!(health(&control_plane.client).await.is_none());
+    let (token, pin) = control_plane.enrol();
     assert!(token.starts_with("poe_") && pin.starts_with("sha256:"));
     // an agent comes by that line, over the one certificate and the other
     let (_kube, address) = serve_kube().await;
@@ -1349,12 +1436,12 @@ async fn a_certificate_of_ones_own_is_checked_shown_and_read_anew() {
     let client = trusting(&renewed.0);
     let begun = Instant::now();
     while health(&client).await != Some(200) {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{}", hub.log.lock().unwrap());
+        assert!(begun.elapsed() < Duration::from_secs(20), "{}", control_plane.log.lock().unwrap());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let mut hub = hub;
-    hub.client = client;
-    hub.agent(address).await;
+    let mut control_plane = control_plane;
+    control_plane.client = client;
+    control_plane.agent(address).await;
 }
 
 #[tokio::test]
@@ -1395,14 +1482,15 @@ async fn a_database_that_is_none_or_of_another_time_is_left_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_without_its_keys_is_left_alone() {
-    let mut hub = Hub::start();
-    let data = hub.sandbox.root().join(DATA);
+    let mut control_plane = ControlPlane::start();
+    let data = control_plane.sandbox.root().join(DATA);
     let (keys, aside) = (data.join("keys.json"), data.join("aside.json"));
-    hub.child.kill().unwrap();
-    hub.child.wait().unwrap();
+    control_plane.child.kill().unwrap();
+    control_plane.child.wait().unwrap();
     std::fs::rename(&keys, &aside).unwrap();
     let serve = || {
-        hub.sandbox
+        control_plane
+            .sandbox
             .run(&["control-plane", "--listen", "127.0.0.1:0", "--tunnel-listen", "127.0.0.1:0"])
             .ended(3)
     };
@@ -1416,13 +1504,19 @@ async fn a_database_without_its_keys_is_left_alone() {
     assert!(!keys.exists());
     std::fs::write(
         &keys,
-        std::fs::read(Hub::start().sandbox.root().join(DATA).join("keys.json")).unwrap(),
+        std::fs::read(ControlPlane::start().sandbox.root().join(DATA).join("keys.json")).unwrap(),
     )
     .unwrap();
     assert!(serve().err.contains("KEYS_FOREIGN"));
     std::fs::rename(&aside, &keys).unwrap();
-    hub.killed_and_back();
-    assert_eq!(hub.ask("GET", "/api/v1/clusters", &hub.admin, json!({})).await.status(), 200);
+    control_plane.kill_and_restart();
+    assert_eq!(
+        control_plane
+            .ask("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
+            .await
+            .status(),
+        200
+    );
 }
 
 #[test]
@@ -1447,14 +1541,16 @@ fn a_config_file_lies_under_the_flags_and_its_mistakes_are_named() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_uninstalled_is_listed_no_more() {
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let install = |sandbox: &Sandbox| {
-        let (token, pin) = hub.enrol();
-        sandbox.install(&["--control-plane-url", &hub.url, "--control-plane-pin", &pin]).ended(0);
+        let (token, pin) = control_plane.enrol();
+        sandbox
+            .install(&["--control-plane-url", &control_plane.url, "--control-plane-pin", &pin])
+            .ended(0);
         token
     };
     let clusters = async || {
-        hub.json("GET", "/api/v1/clusters", &hub.admin, json!({})).await["items"]
+        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await["items"]
             .as_array()
             .unwrap()
             .len()
@@ -1469,7 +1565,7 @@ async fn what_is_uninstalled_is_listed_no_more() {
         agent.child.wait().unwrap();
         if away {
             nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(hub.child.id().try_into().unwrap()),
+                nix::unistd::Pid::from_raw(control_plane.child.id().try_into().unwrap()),
                 nix::sys::signal::Signal::SIGKILL,
             )
             .unwrap();
