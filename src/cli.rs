@@ -242,7 +242,7 @@ pub struct ControlPlaneArgs {
     pub serve: ServeArgs,
 }
 
-/// Without a verb: serve.
+/// Without a subcommand: serve.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
@@ -254,7 +254,7 @@ pub struct ServeArgs {
     pub location: DataDirArgs,
 }
 
-/// Which control plane: before a verb or behind it.
+/// Which control plane: before a subcommand or after it.
 #[derive(Debug, Args)]
 pub struct DataDirArgs {
     /// Directory with its keys and database

@@ -227,14 +227,17 @@ async fn open(
     Ok(Opened { control_plane, certificate, tunnel_server, broker, https, tunnel, socket })
 }
 
+/// Key in the database for whether events went to a broker when it was last opened.
+const ANNOUNCED: &str = "tells";
+
 /// Announces the agents that are there already to a broker that is configured for the first time.
 async fn announce_existing(control_plane: &ControlPlane, broker: bool) -> anyhow::Result<()> {
     let store = &control_plane.inner.store;
     let announced = if broker { "yes" } else { "no" };
-    if broker && store.metadata("tells").await?.as_deref() != Some(announced) {
+    if broker && store.metadata(ANNOUNCED).await?.as_deref() != Some(announced) {
         control_plane.registry().announce_all(now()).await?;
     }
-    store.set_metadata("tells", announced).await
+    store.set_metadata(ANNOUNCED, announced).await
 }
 
 /// Starts the tasks that serve: no new connection after `stop`, none at all after `halt`.

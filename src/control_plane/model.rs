@@ -87,7 +87,7 @@ pub struct AccessToken {
     pub created_at: i64,
     pub expires_at: Option<i64>,
     pub revoked: bool,
-    /// Subject of whoever made it, for a kubeconfig: it ends with him.
+    /// Subject of the principal that made it: a kubeconfig is revoked with its maker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maker: Option<String>,
 }

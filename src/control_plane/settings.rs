@@ -30,8 +30,8 @@ pub struct ControlPlaneOptions {
     /// Address and port of the tunnel (FRP) server [default: [::]:7000]
     #[arg(long, value_name = "ADDRESS")]
     pub tunnel_listen: Option<SocketAddr>,
-    /// Name or address under which agents and Runners reach this machine; the first is handed out
-    /// [default: the address of its route]
+    /// Name or address by which agents and Runners reach this machine; the first one is given to
+    /// them [default: the address of the default route]
     #[arg(long, value_name = "NAME")]
     pub public_name: Vec<String>,
     /// PostgreSQL database, postgres://USER:PASSWORD@HOST/DATABASE [default: a SQLite file in the
@@ -42,37 +42,37 @@ pub struct ControlPlaneOptions {
     /// File with that URL
     #[arg(long, value_name = "FILE")]
     pub database_url_file: Option<String>,
-    /// RabbitMQ that Runners hear of agents from, amqp[s]://USER:PASSWORD@HOST/VHOST
+    /// RabbitMQ server to publish events about agents to, amqp[s]://USER:PASSWORD@HOST/VHOST
     #[arg(long, value_name = "URL", conflicts_with = "amqp_url_file")]
     #[serde(skip)]
     pub amqp_url: Option<String>,
     /// File with that URL
     #[arg(long, value_name = "FILE")]
     pub amqp_url_file: Option<String>,
-    /// CA of RabbitMQ's certificate, PEM, where the system does not know it
+    /// CA of RabbitMQ's certificate, PEM, where the system does not trust it
     #[arg(long, value_name = "FILE")]
     pub amqp_ca: Option<String>,
-    /// Somebody's frps instead of the tunnel server of this program; `frps-config` prints what to
-    /// put into its configuration
+    /// A genuine frps instead of the tunnel server of this program; `frps-config` prints the
+    /// settings that it needs
     #[arg(long, value_name = "HOST:PORT")]
     pub frps: Option<String>,
-    /// File with its auth.token
+    /// File with the auth.token of that frps
     #[arg(long, value_name = "FILE")]
     pub frps_token_file: Option<String>,
     /// CA of its certificate, PEM
     #[arg(long, value_name = "FILE")]
     pub frps_ca: Option<String>,
-    /// Or a key in its certificate chain, `sha256:` and base64
+    /// Or the pin of a key in its certificate chain, `sha256:` and base64
     #[arg(long, value_name = "PIN", conflicts_with = "frps_ca")]
     pub frps_pin: Option<String>,
-    /// Certificate chain for the HTTPS API instead of a self-made one, PEM; read anew when it
-    /// changes
+    /// Certificate chain for the HTTPS API instead of one from the control plane's own CA, PEM;
+    /// reloaded when it changes
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<String>,
     /// Its key, PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<String>,
-    /// CA of that certificate, PEM, where clients do not know it already
+    /// CA of that certificate, PEM, where clients do not trust it already
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_ca: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! The control plane as a program: agents come, Runners go through it, nobody gets what is not his.
+//! The control plane as a program: agents come, Runners go through it, nobody gets what belongs to another.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -254,7 +254,7 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     let (agent, cluster) = control_plane.agent(address).await;
     let runner = control_plane.runner("deployer").await;
     let token = runner["token"].as_str().unwrap();
-    // the API as the Runner, with nothing of his own credential
+    // the API as the Runner, with nothing of its own credential
     let pods = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods?limit=5");
     assert_eq!(
         control_plane.json("GET", &pods, token, json!({})).await["path"],
@@ -344,7 +344,7 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     .await;
     assert!(ended.is_ok(), "the watch goes on");
     assert_eq!(control_plane.ask("GET", &pods, token, json!({})).await.status(), 401);
-    // and what he has made
+    // and what it has made
     assert_eq!(control_plane.ask("GET", &pods, own, json!({})).await.status(), 401);
     // so does everything of an agent that is revoked
     let mut watch = control_plane
@@ -1155,7 +1155,7 @@ fn what_it_cannot_use_is_named() {
 struct FrpsPlugin {
     url: String,
     pub(crate) client: Client,
-    /// Who logged in, by run: later calls carry his metas.
+    /// Who logged in, by run: later calls carry its metas.
     metas: Mutex<std::collections::BTreeMap<String, String>>,
 }
 
@@ -1218,7 +1218,7 @@ impl pipeops::frp::server::TunnelAuthorizer for FrpsPlugin {
     }
 }
 
-/// `kubectl logs | less`: nothing on the way from the API server to the pager gives up on him.
+/// `kubectl logs | less`: nothing on the way from the API server to the pager gives up on it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_at_the_gateway_who_pauses_is_waited_for() {
     let control_plane = ControlPlane::start();

@@ -131,7 +131,7 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
         panic!("no pong")
     };
     assert_eq!(pong.error, "");
-    // who pings and falls silent is gone, and the connection with him
+    // a client that pings and falls silent is gone, and its connection too
     let Connector::Mux(mux) = &client.connector else { unreachable!() };
     mux.ended().await;
 }

@@ -378,7 +378,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
             };
         assert!(error.contains(why), "{name}: {error}");
     }
-    // one who is let in opens nothing but his own
+    // an agent that is let in opens nothing but its own
     let mut control = connector(&mut tasks).await.open().await.unwrap();
     wire::write(&mut control, login(known.auth.metas.clone(), "")).await.unwrap();
     let Message::LoginResp(answer) = wire::read(&mut control).await.unwrap() else {

@@ -106,7 +106,7 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
     assert_eq!((&end["state"], &end["message"]), (&json!("succeeded"), &json!("")), "{end}");
     let objects = json!([{"object": "Secret beta/s", "outcome": "created"}, {"object": "Deployment beta/web", "outcome": "ready"}]);
     assert_eq!(end["objects"], objects);
-    // as what he is, and taking no field from anybody
+    // with its own role, and taking no field from anybody
     let seen = world.kube.through().into_iter().filter(|s| s.method == "PATCH").collect::<Vec<_>>();
     let query = "fieldManager=pipeops-runner&force=false";
     assert_eq!(seen[0].uri, format!("/api/v1/namespaces/beta/secrets/s?{query}"));
@@ -120,7 +120,7 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
     assert_eq!((status, &same["id"], seen.len()), (200, &json!(id), 2));
     let (status, other) = world.operate(&token, "k-1", &apply(&[deployment("other")])).await;
     assert_eq!((status, &other["code"]), (409, &json!("idempotency_mismatch")));
-    // another caller under the same key asks for something of his own, and does not see this one
+    // another caller under the same key asks for something of its own, and does not see this one
     assert_eq!(world.told(id).await, end);
     let (_, list) = world.call("GET", "/api/v1/operations", &token, "", "").await;
     assert_eq!(list["items"].as_array().unwrap().len(), 1);
@@ -237,7 +237,7 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
         );
     }
     assert!(written(&world.kube).is_empty(), "{:?}", written(&world.kube));
-    // a field that belongs to somebody else stays his; what is quoted of a Secret goes nowhere
+    // a field that another manager owns stays as it is; what is quoted of a Secret goes nowhere
     for (key, kind, text) in
         [("f-1", "ConfigMap", "conflict with"), ("f-2", "Secret", "409: Conflict")]
     {

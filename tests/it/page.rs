@@ -1,4 +1,4 @@
-//! The page for people: in a real browser, and against whoever would use a session that is not his.
+//! The page for people: in a real browser, and against callers that use a session that is not theirs.
 
 use std::time::{Duration, Instant};
 
@@ -106,7 +106,7 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
     // logged out is logged out
     assert_eq!(ask("DELETE", "/session", &ours).await.status(), 200);
     assert_eq!(ask("GET", "/api/v1/clusters", &ours).await.status(), 401);
-    // a Runner's session sees what the Runner sees, as long as he is one
+    // a Runner's session sees what the Runner sees, as long as its token is valid
     let runner = control_plane
         .json(
             "POST",
@@ -156,7 +156,7 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
     })
     .await;
     assert!(ended.is_ok(), "the live updates go on");
-    // nor is an administrator's worth more than he is
+    // nor does an administrator's session outlive the administrator
     let other =
         control_plane.sandbox.subcommand(&["control-plane", "admin", "create", "Ada"]).ended(0).out;
     let (cookie, _) = session(&control_plane, other.trim()).await;

@@ -596,7 +596,7 @@ async fn a_server_that_wants_the_byte_before_tls_gets_it() {
             Frpc::start(settings(choosy(&[0x16], frps.address).await, tcp_mux, &pin), "");
         frpc.until(TunnelState::Up).await;
         round_trip(&mut frps.server.dial("s").await.unwrap(), 100_000).await;
-        // who hangs up either way is told as he is
+        // a peer that hangs up either way is reported as it is
         let mut frpc =
             Frpc::start(settings(choosy(&[0x16, 0x17], frps.address).await, tcp_mux, &pin), "");
         let reason = frpc.until(TunnelState::Waiting).await;

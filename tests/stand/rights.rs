@@ -107,7 +107,7 @@ const READABLE: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// Written by a deployer in his namespaces.
+/// Written by a deployer in its namespaces.
 const DEPLOYABLE: &[(&str, &[&str])] = &[
     (
         "",

@@ -103,7 +103,7 @@ impl Way {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         let ready = begun.elapsed();
-        // what a deployer may not, he may not
+        // what is forbidden to a deployer is forbidden to it
         let (refused, _) =
             self.call("GET", "/k8s/api/v1/namespaces/production/secrets", None).await;
         if refused != 403 {

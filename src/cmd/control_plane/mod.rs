@@ -26,11 +26,11 @@ pub async fn control_plane(context: &Context, args: ControlPlaneArgs) -> anyhow:
     if args.serve.options != ControlPlaneOptions::default() || args.serve.config.is_some() {
         return Err(Failure::usage(
             "SERVING_OPTION",
-            "an option that is for serving only stands before a verb",
+            "an option that is for serving only stands before a subcommand",
         )
         .hint(
-            "a verb is for the control plane that runs here: it takes --data-dir, and its own \
-             options behind it (--help)",
+            "a subcommand is for the control plane that runs here: it takes --data-dir, and its \
+             own options after it (--help)",
         )
         .into());
     }

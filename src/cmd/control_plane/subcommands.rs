@@ -1,4 +1,4 @@
-//! The verbs of an administrator: calls of the control plane that runs on this machine.
+//! The subcommands of an administrator: calls of the control plane that runs on this machine.
 
 use http::Method;
 use serde_json::{Value, json};
