@@ -7,7 +7,8 @@ use crate::install::settings::Options;
 
 /// Turns bare VMs into managed k3s clusters.
 #[derive(Debug, Parser)]
-#[command(name = "pipeops", version, max_term_width = 100, disable_help_subcommand = true, after_help = EXIT_HELP)]
+#[command(name = "pipeops", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(after_help = EXIT_HELP)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -470,8 +471,7 @@ pub const PROGRAM_NAMES: &[(&str, &str)] = &[
 
 /// The arguments with the command that the program's name stands for put in.
 pub fn expand_program_name(mut args: Vec<String>) -> Vec<String> {
-    let name =
-        args.first().map(|a| a.rsplit('/').next().unwrap_or(a).to_owned()).unwrap_or_default();
+    let name = args.first().and_then(|a| a.rsplit('/').next()).unwrap_or_default().to_owned();
     if let Some((_, command)) = PROGRAM_NAMES.iter().find(|(n, _)| *n == name) {
         args.insert(1, (*command).to_owned());
     }

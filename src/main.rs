@@ -1,4 +1,5 @@
-//! The program: hides secrets, parses, runs one command, prints what failed, ends with its exit code.
+//! The program: hides secrets, parses, runs one command, prints what failed, ends with its exit
+//! code.
 #![expect(clippy::disallowed_methods, reason = "the environment is read here and nowhere else")]
 
 use std::collections::BTreeMap;
@@ -90,7 +91,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Help goes out as clap has it; an error quotes what was typed, which may be a secret in the wrong place.
+/// Help goes out as clap has it; an error quotes what was typed, which may be a secret in the wrong
+/// place.
 fn refuse(error: &clap::Error) -> Cli {
     let text = error.to_string();
     if !error.use_stderr() || mask_registered(&text) == text {
@@ -101,7 +103,8 @@ fn refuse(error: &clap::Error) -> Cli {
     std::process::exit(i32::from(Exit::Usage.number()))
 }
 
-/// The first SIGINT or SIGTERM stops in order; the second ends the process at once: the journal already knows.
+/// The first SIGINT or SIGTERM stops in order; the second ends the process at once: the journal
+/// already knows.
 fn watch_signals(
     stop: CancellationToken,
     terminated: std::sync::Arc<std::sync::atomic::AtomicBool>,
@@ -192,8 +195,9 @@ async fn run(
     }
 }
 
-/// Takes secrets out of sight. One that came as argument or in the environment stands in `/proc/PID/` for everybody or for root's
-/// tools to read: it moves to a sealed memory file, and the program executes itself again without it.
+/// Takes secrets out of sight. One that came as argument or in the environment stands in
+/// `/proc/PID/` for everybody or for root's tools to read: it moves to a sealed memory file, and
+/// the program executes itself again without it.
 fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String>> {
     let mut secrets: BTreeMap<String, String> = SECRET_VARIABLES
         .iter()
@@ -224,7 +228,8 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
             }
         }
     }
-    // a login in a URL, a token in another place than its own: the arguments themselves are handed over
+    // a login in a URL, a token in another place than its own: the arguments themselves are handed
+    // over
     let typed = shown.clone();
     shown.iter_mut().skip(1).for_each(|arg| *arg = mask_registered(arg));
     if shown != typed {
@@ -252,7 +257,8 @@ fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String
     Ok(secrets)
 }
 
-/// Reads what the former self left, and closes it: no child inherits it. `None` when there is no former self.
+/// Reads what the former self left, and closes it: no child inherits it. `None` when there is no
+/// former self.
 fn received() -> anyhow::Result<Option<BTreeMap<String, String>>> {
     let Some(fd) = std::env::var(SECRETS_FD).ok().and_then(|n| n.parse::<i32>().ok()) else {
         return Ok(None);

@@ -51,7 +51,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn quick_at_first_and_never_over_half_a_minute(randoms in prop::collection::vec(0.0_f64..=1.0, 1..60)) {
+        fn quick_at_first_and_never_over_half_a_minute(
+            randoms in prop::collection::vec(0.0_f64..=1.0, 1..60)
+        ) {
             let mut backoff = Backoff::default();
             let mut waited = Duration::ZERO;
             for r in randoms {

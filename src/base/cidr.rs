@@ -61,8 +61,10 @@ pub fn globally_routable(address: IpAddr) -> bool {
                 || v4.is_multicast()
                 || a == 0
                 || a >= 240
-                || (a == 100 && (64..128).contains(&b)) // carrier NAT, RFC 6598; Tailscale lives there too
-                || (a == 198 && (18..20).contains(&b)) // benchmarks, RFC 2544
+                // carrier NAT, RFC 6598; Tailscale lives there too
+                || (a == 100 && (64..128).contains(&b))
+                // benchmarks, RFC 2544
+                || (a == 198 && (18..20).contains(&b))
                 || (a == 192 && b == 0 && c == 0))
         }
         IpAddr::V6(v6) => (v6.segments()[0] & 0xe000) == 0x2000,

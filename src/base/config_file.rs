@@ -182,19 +182,24 @@ mod tests {
 
     #[test]
     fn yaml_says_what_toml_says() {
-        let toml = parse_file("tls-san = [\"a\", \"b\"]\nnode-name = \"vm1\"\n[k3s]\nkubelet-arg = [\"max-pods=200\"]\n", "c.toml").unwrap();
+        let text = "tls-san = [\"a\", \"b\"]\nnode-name = \"vm1\"\n\
+                    [k3s]\nkubelet-arg = [\"max-pods=200\"]\n";
+        let toml = parse_file(text, "c.toml").unwrap();
         for (name, text) in [
             (
                 "c.yaml",
-                "# mine\ntls-san: [a, b]\nnode-name: vm1\nk3s:\n  kubelet-arg:\n    - max-pods=200\n",
+                "# mine\ntls-san: [a, b]\nnode-name: vm1\n\
+                 k3s:\n  kubelet-arg:\n    - max-pods=200\n",
             ),
             (
                 "c.yml",
-                "---\ntls-san:\n- a\n- b\nnode-name: \"vm1\"\ncluster-name:\nk3s: {kubelet-arg: [\"max-pods=200\"]}\n",
+                "---\ntls-san:\n- a\n- b\nnode-name: \"vm1\"\ncluster-name:\n\
+                 k3s: {kubelet-arg: [\"max-pods=200\"]}\n",
             ),
             (
                 "/a.b/C.YAML",
-                "{\"tls-san\": [\"a\", \"b\"], \"node-name\": \"vm1\", \"k3s\": {\"kubelet-arg\": [\"max-pods=200\"]}}",
+                "{\"tls-san\": [\"a\", \"b\"], \"node-name\": \"vm1\", \
+                 \"k3s\": {\"kubelet-arg\": [\"max-pods=200\"]}}",
             ),
         ] {
             assert_eq!(parse_file(text, name).unwrap(), toml, "{name}");

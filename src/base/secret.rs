@@ -51,8 +51,8 @@ pub const MASK: &str = "••••";
 /// of the words.
 const SHORTEST: usize = 6;
 
-/// Secrets of this run. Whatever is printed or logged goes through [`mask_registered`], so that no text of
-/// another program, of a library or of ours can show one of them.
+/// Secrets of this run. Whatever is printed or logged goes through [`mask_registered`], so that no
+/// text of another program, of a library or of ours can show one of them.
 static KNOWN: Mutex<Vec<Secret>> = Mutex::new(Vec::new());
 
 /// Takes note of a secret that no output may show.

@@ -137,7 +137,8 @@ pub const CATALOGUE: &[Component] = &[
     },
     Component {
         name: "traefik",
-        summary: "traefik on ports 80 and 443, class traefik, as bundled with k3s; instead of ingress",
+        summary: "traefik on ports 80 and 443, class traefik, as bundled with k3s; instead of \
+                  ingress",
         memory_mib: 64,
         source: "",
         by_default: false,

@@ -48,7 +48,8 @@ const READ: &[&str] = &[
 /// Says in a few words why k3s would stop over it.
 pub fn read_file(text: &str) -> Result<Vec<(String, Value)>, String> {
     // yaml.v2, which k3s uses here, lets the last of equal keys win
-    let options = serde_saphyr::options! { duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::LastWins };
+    let last_wins = serde_saphyr::options::DuplicateKeyPolicy::LastWins;
+    let options = serde_saphyr::options! { duplicate_keys: last_wins };
     let document: Value = serde_saphyr::from_str_with_options(text, options)
         .map_err(|_| "it is not valid YAML".to_owned())?;
     match document {

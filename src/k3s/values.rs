@@ -335,9 +335,11 @@ mod tests {
     fn ranges_are_judged_as_k3s_does() {
         for good in [
             r#"{"cluster-cidr": "10.52.0.0/16"}"#,
-            r#"{"cluster-cidr": ["10.42.0.0/16", "fd42::/56"], "service-cidr": "10.43.0.0/16,fd43::/112", "cluster-dns": "10.43.0.10"}"#,
+            r#"{"cluster-cidr": ["10.42.0.0/16", "fd42::/56"],
+                "service-cidr": "10.43.0.0/16,fd43::/112", "cluster-dns": "10.43.0.10"}"#,
             r#"{"cluster-cidr": "fd42::/56", "service-cidr": "fd43::/112"}"#,
-            r#"{"cluster-cidr": "10.0.0.0/26", "kube-controller-manager-arg": "node-cidr-mask-size=28"}"#,
+            r#"{"cluster-cidr": "10.0.0.0/26",
+                "kube-controller-manager-arg": "node-cidr-mask-size=28"}"#,
             r#"{"service-cidr": "10.43.0.0/24", "service-node-port-range": "30000-31000"}"#,
         ] {
             assert_eq!(faults(&table(good)), Vec::<String>::new(), "{good}");
@@ -349,7 +351,8 @@ mod tests {
             (r#"{"cluster-cidr": "10.42.0.0/016"}"#, "from 0 to 32"),
             (r#"{"cluster-cidr": "10.42.0.0-10.42.255.255"}"#, "looks like"),
             (
-                r#"{"cluster-cidr": "10.42.0.0/16, fd42::/56", "service-cidr": "10.43.0.0/16,fd43::/112"}"#,
+                r#"{"cluster-cidr": "10.42.0.0/16, fd42::/56",
+                    "service-cidr": "10.43.0.0/16,fd43::/112"}"#,
                 "blank",
             ),
             (r#"{"cluster-cidr": "10.42.0.300/16"}"#, "not an address"),

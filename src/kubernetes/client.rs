@@ -133,8 +133,8 @@ impl Cluster {
     /// Server-side apply without force: a field that another manager owns is a conflict.
     ///
     /// # Errors
-    /// [`FIELD_CONFLICT`] as a [`Failure`] when another manager set a field to another value; else what
-    /// the API server said.
+    /// [`FIELD_CONFLICT`] as a [`Failure`] when another manager set a field to another value; else
+    /// what the API server said.
     pub async fn apply(&self, object: &Value, dry: bool) -> anyhow::Result<Value> {
         let dry = if dry { "&dryRun=All" } else { "" };
         let path = format!("{}?fieldManager={FIELD_MANAGER}&force=false{dry}", path_of(object)?);

@@ -1,6 +1,8 @@
-//! Fuzz targets for every parser that reads what others wrote, as seeded loops: mutations of a small corpus, no crash.
+//! Fuzz targets for every parser that reads what others wrote, as seeded loops: mutations of a
+//! small corpus, no crash.
 //!
-//! `scripts/fuzz SECONDS` gives each target that long; by default each runs for a blink, so that they cannot rot.
+//! `scripts/fuzz SECONDS` gives each target that long; by default each runs for a blink, so that
+//! they cannot rot.
 #![allow(
     clippy::disallowed_methods,
     clippy::print_stdout,

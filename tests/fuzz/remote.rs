@@ -46,7 +46,8 @@ fn frame() {
     run_bytes("frame", &seeds, |bytes| {
         runtime.block_on(async {
             if let Ok(message) = wire::read(&mut &*bytes).await {
-                // what was read can be written again, unless escapes made it longer than the protocol carries
+                // what was read can be written again, unless escapes made it longer than the
+                // protocol carries
                 let _ = message.encode();
             }
             let mut plain = Vec::new();
@@ -132,7 +133,8 @@ fn jwt() {
     });
 }
 
-/// Through hyper's parser, as on a tunnel stream: whatever passes carries the identity that we give it and no other.
+/// Through hyper's parser, as on a tunnel stream: whatever passes carries the identity that we give
+/// it and no other.
 #[test]
 fn head() {
     let seeds: [&[u8]; 5] = [
@@ -187,7 +189,8 @@ fn head() {
     });
 }
 
-/// A control plane that runs: whole requests, damaged, by somebody who may do everything; afterwards it is as it was.
+/// A control plane that runs: whole requests, damaged, by somebody who may do everything;
+/// afterwards it is as it was.
 #[test]
 fn plane() {
     use std::io::{Read as _, Write as _};
@@ -265,7 +268,8 @@ fn plane() {
     assert!(matches!(ended, Ok(Ok(()))), "{ended:?}");
 }
 
-/// What Runners ask for: taken, or refused with a code; what is taken names objects that a path can hold.
+/// What Runners ask for: taken, or refused with a code; what is taken names objects that a path can
+/// hold.
 #[test]
 fn operations() {
     use pipeops::contract::operation::OperationRequest;

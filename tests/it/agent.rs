@@ -121,8 +121,10 @@ impl Drop for Agent {
 
 fn credential(sandbox: &Sandbox) {
     let api = std::fs::read_to_string(sandbox.path("api")).unwrap();
-    let kubeconfig = serde_json::json!({"apiVersion": "v1", "kind": "Config", "current-context": "c", "clusters": [{"name": "l", "cluster": {"server": api}}],
-        "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "t"}}]});
+    let kubeconfig = serde_json::json!({"apiVersion": "v1", "kind": "Config",
+        "current-context": "c", "clusters": [{"name": "l", "cluster": {"server": api}}],
+        "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}],
+        "users": [{"name": "u", "user": {"token": "t"}}]});
     sandbox.put("/run/pipeops-credential/kubeconfig", &kubeconfig.to_string());
 }
 

@@ -8,7 +8,8 @@ use std::path::Path;
 
 use reader::{Module, module_of, used};
 
-/// Rooms from the bottom up, a row a rank. A room uses rooms of lower ranks only, so the three programs know nothing of each other.
+/// Rooms from the bottom up, a row a rank. A room uses rooms of lower ranks only, so the three
+/// programs know nothing of each other.
 const ROOMS: Rows = &[
     &["base"],
     &["k3s", "frp"],
@@ -127,8 +128,8 @@ const TABLE: Table = Table { rooms: ROOMS, inside: INSIDE };
 /// A room is a file; past this it likely holds two ideas.
 const MAX_LINES: usize = 500;
 
-/// Files that were longer when the width became 100, with their lines then. None is added and none grows; one that is short
-/// enough goes from here.
+/// Files that were longer when the width became 100, with their lines then. None is added and none
+/// grows; one that is short enough goes from here.
 const TO_SPLIT: &[(&str, usize)] = &[];
 
 fn sources(dir: &Path, found: &mut Vec<(String, String)>) {
@@ -334,7 +335,8 @@ fn what_the_linker_sets_apart_is_there() {
     assert!(seen > 4, "only {seen} rooms are set apart");
 }
 
-/// Four digits stand in some random hash of every 25th run; a planted secret that is looked for afterwards is 20 characters or more.
+/// Four digits stand in some random hash of every 25th run; a planted secret that is looked for
+/// afterwards is 20 characters or more.
 #[test]
 fn a_planted_secret_is_too_long_to_be_found_by_chance() {
     let marks = [concat!("planted", "-"), concat!("canary", "-"), concat!("clear-", "text-")];

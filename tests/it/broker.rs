@@ -1,4 +1,5 @@
-//! The control plane with a genuine RabbitMQ and PostgreSQL: Runners hear of every agent, whatever dies on the way.
+//! The control plane with a genuine RabbitMQ and PostgreSQL: Runners hear of every agent, whatever
+//! dies on the way.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -233,7 +234,8 @@ async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
         heard.len(),
         heard.len() - single.len()
     );
-    // all of it may have been published before the broker's last restart, and the control plane be on its way back to it
+    // all of it may have been published before the broker's last restart, and the control plane be
+    // on its way back to it
     let begun = Instant::now();
     let metrics = loop {
         let metrics = control_plane
@@ -278,7 +280,8 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
     }
     // the end of an operation, told again by an agent that did not hear the answer
     let operation = format!("o-{}", "0a".repeat(16));
-    let end = json!({"id": operation, "kind": "apply", "state": "succeeded", "subject": "r-1", "message": "", "created_at": "c", "finished_at": "f",
+    let end = json!({"id": operation, "kind": "apply", "state": "succeeded", "subject": "r-1",
+        "message": "", "created_at": "c", "finished_at": "f",
         "objects": [{"object": "Deployment beta/web", "outcome": "ready"}]});
     for _ in 0..2 {
         control_plane

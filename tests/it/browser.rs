@@ -27,7 +27,8 @@ impl Drop for Browser {
 }
 
 impl Browser {
-    /// None where there is no Chromium; the output says so. `pin` is `sha256:…` of the CA that it may believe.
+    /// None where there is no Chromium; the output says so. `pin` is `sha256:…` of the CA that it
+    /// may believe.
     pub(crate) fn start(pin: &str) -> Option<Browser> {
         let Ok(program) = which::which("chromium") else {
             println!(
@@ -179,7 +180,11 @@ impl Browser {
         };
         for kind in ["keyDown", "keyUp"] {
             let text = if kind == "keyDown" { text } else { "" };
-            self.call("Input.dispatchKeyEvent", json!({"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code, "text": text}));
+            self.call(
+                "Input.dispatchKeyEvent",
+                json!({"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code,
+                    "text": text}),
+            );
         }
     }
 
@@ -188,7 +193,11 @@ impl Browser {
     }
 
     pub(crate) fn size(&mut self, width: u32, height: u32, dark: bool) {
-        self.call("Emulation.setDeviceMetricsOverride", json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}));
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            json!({"width": width, "height": height, "deviceScaleFactor": 1,
+                "mobile": width < 500}),
+        );
         let scheme = if dark { "dark" } else { "light" };
         self.call(
             "Emulation.setEmulatedMedia",

@@ -1,7 +1,8 @@
-//! What versions before this one left is read by this one, and a running loop is upgraded and rolled back.
+//! What versions before this one left is read by this one, and a running loop is upgraded and
+//! rolled back.
 //!
-//! `fixtures/` holds what each version left, made with its own program. `PIPEOPS_TEST_BEFORE` names the program of a version before, to be
-//! upgraded from while it runs.
+//! `fixtures/` holds what each version left, made with its own program. `PIPEOPS_TEST_BEFORE` names
+//! the program of a version before, to be upgraded from while it runs.
 
 mod fixture;
 mod make;
@@ -348,7 +349,8 @@ fn plan_case(case: &str, program: &Path, fixture: &Fixture) -> Value {
     sandbox.beside("plan.json", &fixture.named("plan.json", &node_names(&sandbox)), 0o600);
     let said = install(&sandbox, &["--apply-plan", &sandbox.path("plan.json")]);
     let json = said.json();
-    json!({"exit": said.code, "result": json["result"], "code": json["error"]["code"], "changes": json["changes"]})
+    json!({"exit": said.code, "result": json["result"], "code": json["error"]["code"],
+        "changes": json["changes"]})
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The control plane as a program: agents come, Runners go through it, nobody gets what belongs to another.
+//! The control plane as a program: agents come, Runners go through it, nobody gets what belongs to
+//! another.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -440,7 +441,8 @@ async fn on_a_terminal_it_shows_the_first_token_and_the_line_to_paste() {
         .no_proxy()
         .build()
         .unwrap();
-    // the one opens the API, the other lets an agent in: all that is wrong with this one is that it says nothing of itself
+    // the one opens the API, the other lets an agent in: all that is wrong with this one is that it
+    // says nothing of itself
     assert_eq!(
         client
             .get(format!("{url}/api/v1/clusters"))
@@ -762,7 +764,8 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         ("runner", &runner),
         ("admin", &control_plane.admin),
     ];
-    // a kubeconfig is for its cluster alone; a Runner of another project or cluster does not learn that there is one
+    // a kubeconfig is for its cluster alone; a Runner of another project or cluster does not learn
+    // that there is one
     let allowed = |required_auth: RequiredAuth, path: &str, who: &str| match required_auth {
         RequiredAuth::None => true,
         RequiredAuth::Enrolment => matches!(who, "enrolment" | "agent"),
@@ -855,7 +858,8 @@ pub(crate) struct SimulatedAgent {
 
 impl SimulatedAgent {
     pub(crate) fn body(identity: &Identity, machine: &str) -> String {
-        json!({"agent": {"id": identity.id, "public_key": identity.public_key, "name": "n", "machine": machine},
+        json!({"agent": {"id": identity.id, "public_key": identity.public_key, "name": "n",
+            "machine": machine},
             "cluster": {"name": "n", "node_count": 1}, "capabilities": [], "max_role": "operator"})
         .to_string()
     }
@@ -1151,7 +1155,8 @@ fn what_it_cannot_use_is_named() {
     assert!(away.err.contains("CONTROL_PLANE_AWAY"), "{}", away.err);
 }
 
-/// Asks its auth plugin as frps does (`pkg/plugin/server/http.go`): on Login the metas stand in the content, later in its user.
+/// Asks its auth plugin as frps does (`pkg/plugin/server/http.go`): on Login the metas stand in the
+/// content, later in its user.
 struct FrpsPlugin {
     url: String,
     pub(crate) client: Client,
@@ -1192,7 +1197,11 @@ impl pipeops::frp::server::TunnelAuthorizer for FrpsPlugin {
         &self,
         login: &pipeops::frp::wire::Login,
     ) -> Result<(String, tokio_util::sync::CancellationToken), String> {
-        self.ask("Login", json!({"version": "0.58.1", "user": "", "metas": login.metas, "client_address": "127.0.0.1:1"}))?;
+        self.ask(
+            "Login",
+            json!({"version": "0.58.1", "user": "", "metas": login.metas,
+                "client_address": "127.0.0.1:1"}),
+        )?;
         *self.metas.lock().unwrap() = login.metas.clone();
         Ok((login.metas["agent"].clone(), tokio_util::sync::CancellationToken::new()))
     }
@@ -1550,7 +1559,8 @@ async fn what_is_uninstalled_is_listed_no_more() {
         token
     };
     let clusters = async || {
-        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await["items"]
+        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin,
+            json!({})).await["items"]
             .as_array()
             .unwrap()
             .len()

@@ -1,4 +1,5 @@
-//! A control plane in miniature: registers, hands out a tunnel, signs tokens, and misbehaves on request.
+//! A control plane in miniature: registers, hands out a tunnel, signs tokens, and misbehaves on
+//! request.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -17,9 +18,10 @@ use ring::signature::{ECDSA_P256_SHA256_ASN1, Ed25519KeyPair, KeyPair as _, Unpa
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpSocket};
 
-/// A port on which nobody listens. It stays bound for as long as the tests run, so that nothing else is given it meanwhile;
-/// who asks for it by its number gets it all the same: a bound socket that does not listen stands in nobody's way. It is held on
-/// all addresses: RabbitMQ listens on them all, and another test's client may be at 127.0.0.3 with the same port.
+/// A port on which nobody listens. It stays bound for as long as the tests run, so that nothing
+/// else is given it meanwhile; who asks for it by its number gets it all the same: a bound socket
+/// that does not listen stands in nobody's way. It is held on all addresses: RabbitMQ listens on
+/// them all, and another test's client may be at 127.0.0.3 with the same port.
 pub(crate) fn free_port() -> u16 {
     static HELD: Mutex<Vec<TcpSocket>> = Mutex::new(Vec::new());
     let socket = TcpSocket::new_v4().unwrap();
@@ -150,7 +152,8 @@ fn respond(
         *control_plane.public_key.lock().unwrap() = pem.to_owned();
         let config = control_plane.config.lock().unwrap().clone();
         return axum::Json(
-            json!({"agent_id": value["agent"]["id"], "cluster_id": "c-1", "credential": credential, "credential_expires_at": expires(3600),
+            json!({"agent_id": value["agent"]["id"], "cluster_id": "c-1", "credential": credential,
+                "credential_expires_at": expires(3600),
             "config": config}),
         )
         .into_response();
@@ -183,10 +186,14 @@ impl FakeControlPlane {
             Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap().as_ref(),
         )
         .unwrap();
-        let jwk = json!({"kid": "k1", "kty": "OKP", "crv": "Ed25519", "x": URL_SAFE_NO_PAD.encode(key.public_key())});
+        let jwk = json!({"kid": "k1", "kty": "OKP", "crv": "Ed25519",
+            "x": URL_SAFE_NO_PAD.encode(key.public_key())});
         let config = json!({"config_version": 1, "heartbeat_interval_s": 1, "status_interval_s": 5,
-            "tunnel": {"server": frps.ip().to_string(), "port": frps.port(), "tcp_mux": true, "pool_count": 2, "tls": {"pin": pin, "server_name": "frps.test"},
-                "auth": {"token": FRP_TOKEN}, "proxies": [{"name": "agent", "type": "stcp", "secret_key": "sk-planted-canary-4711-in-plain-text"}]},
+            "tunnel": {"server": frps.ip().to_string(), "port": frps.port(), "tcp_mux": true,
+                "pool_count": 2, "tls": {"pin": pin, "server_name": "frps.test"},
+                "auth": {"token": FRP_TOKEN},
+                "proxies": [{"name": "agent", "type": "stcp",
+                "secret_key": "sk-planted-canary-4711-in-plain-text"}]},
             "runner_auth": {"issuer": "cp", "audience": "", "jwks": {"keys": [jwk]}}});
         FakeControlPlane {
             key: Mutex::new(Some(Arc::new(key))),
@@ -261,7 +268,8 @@ impl FakeControlPlane {
         namespaces: Option<&[&str]>,
     ) -> String {
         let now = jiff::Timestamp::now().as_second() + *self.clock.lock().unwrap();
-        let mut claims = json!({"iss": "cp", "aud": agent, "exp": now + 200, "sub": subject, "role": role, "jti": "t1"});
+        let mut claims = json!({"iss": "cp", "aud": agent, "exp": now + 200, "sub": subject,
+            "role": role, "jti": "t1"});
         if let Some(namespaces) = namespaces {
             claims["namespaces"] = json!(namespaces);
         }

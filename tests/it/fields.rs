@@ -1,4 +1,5 @@
-//! Fields of Kubernetes objects that somebody else owns: controllers that write values back in their own form, and people.
+//! Fields of Kubernetes objects that somebody else owns: controllers that write values back in
+//! their own form, and people.
 
 use std::collections::BTreeMap;
 
@@ -55,13 +56,18 @@ impl Fields {
             .filter(|(pointer, value)| known.pointer(pointer) != Some(value))
             .filter_map(|(pointer, _)| {
                 let manager = self.owners.get(&(path.to_owned(), pointer.clone()))?;
-                let message = format!("conflict with \"{manager}\" using {}", desired["apiVersion"].as_str()?);
-                Some(json!({"reason": "FieldManagerConflict", "message": message, "field": pointer.replace('/', ".")}))
+                let message = format!(
+                    "conflict with \"{manager}\" using {}",
+                    desired["apiVersion"].as_str()?
+                );
+                Some(json!({"reason": "FieldManagerConflict", "message": message,
+                    "field": pointer.replace('/', ".")}))
             })
             .collect();
         let message =
             format!("Apply failed with {} conflict: planted-value-of-a-field-8315", causes.len());
-        let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "Conflict", "code": 409,
+        let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {},
+            "status": "Failure", "reason": "Conflict", "code": 409,
             "message": message, "details": {"causes": causes}});
         (!causes.is_empty()).then_some(status)
     }
@@ -77,7 +83,8 @@ impl Fields {
         }
     }
 
-    /// The controller of the kind reads the object and writes it back: what has another form in its types is its own from then on.
+    /// The controller of the kind reads the object and writes it back: what has another form in its
+    /// types is its own from then on.
     pub(crate) fn rewrite(&mut self, path: &str, object: &mut Value) {
         if !self.controllers {
             return;
@@ -118,7 +125,8 @@ fn duration(text: &str) -> Option<String> {
     }
 }
 
-/// A quantity as the API server writes it, as far as it is used here: the largest unit that leaves a whole number.
+/// A quantity as the API server writes it, as far as it is used here: the largest unit that leaves
+/// a whole number.
 fn quantity(text: &str) -> Option<String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = &text[digits.len()..];
@@ -197,7 +205,8 @@ pub(crate) fn charts_come_up(sandbox: &Sandbox) {
         let path = format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}");
         status(
             path,
-            json!({"readyReplicas": 1, "updatedReplicas": 1, "availableReplicas": 1, "replicas": 1, "observedGeneration": 1}),
+            json!({"readyReplicas": 1, "updatedReplicas": 1, "availableReplicas": 1, "replicas": 1,
+                "observedGeneration": 1}),
         );
     }
 }
@@ -211,7 +220,8 @@ const ALL: &[&str] = &[
     "admin",
 ];
 
-/// Every kind of object that a plan applies is applied twice beside controllers that own what they rewrite.
+/// Every kind of object that a plan applies is applied twice beside controllers that own what they
+/// rewrite.
 #[test]
 fn a_second_run_beside_controllers_that_rewrite_what_they_read_changes_nothing() {
     let sandbox = Sandbox::new();
@@ -249,7 +259,8 @@ fn a_second_run_beside_controllers_that_rewrite_what_they_read_changes_nothing()
     );
 }
 
-/// The chart of ingress waits for an answer on port 80 of this machine, so its objects are looked at by themselves.
+/// The chart of ingress waits for an answer on port 80 of this machine, so its objects are looked
+/// at by themselves.
 #[test]
 fn every_object_is_written_in_the_form_in_which_it_is_kept() {
     let mut looked = 0;

@@ -1,4 +1,5 @@
-//! Our FRP server half before clients that are not ours: frpc with its defaults, crowds, and the dead.
+//! Our FRP server half before clients that are not ours: frpc with its defaults, crowds, and the
+//! dead.
 
 use std::time::Duration;
 
@@ -72,13 +73,15 @@ impl ManualClient {
     }
 }
 
-/// frpc proves the token at the login and, unless told to, never again; with the multiplexer it has sent no pings since 0.58.
+/// frpc proves the token at the login and, unless told to, never again; with the multiplexer it has
+/// sent no pings since 0.58.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
     let (tls, pin) = identity();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    // whoever pings has this long for the next one: any wait at all would end a client that does not
+    // whoever pings has this long for the next one: any wait at all would end a client that does
+    // not
     let config = ServerConfig {
         token: Secret::new(TOKEN),
         tls: Some(tls),
@@ -136,7 +139,8 @@ async fn a_client_that_proves_itself_once_and_never_pings_is_served() {
     mux.ended().await;
 }
 
-/// A session in a connection that is dead but not closed: it does not read, and its queue of orders is full.
+/// A session in a connection that is dead but not closed: it does not read, and its queue of orders
+/// is full.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_takeover_does_not_wait_for_the_dead() {
     let (tls, pin) = identity();
@@ -159,7 +163,8 @@ async fn a_takeover_does_not_wait_for_the_dead() {
     mux.ended().await;
 }
 
-/// Connections that say nothing fill the part of their own address; from another one a client comes in.
+/// Connections that say nothing fill the part of their own address; from another one a client comes
+/// in.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crowd_from_one_address_keeps_nobody_else_out() {
     let (tls, pin) = identity();
@@ -177,7 +182,8 @@ async fn a_crowd_from_one_address_keeps_nobody_else_out() {
     assert_eq!(crowd.remove(0).read(&mut byte).await.unwrap_or(0), 0);
 }
 
-/// Of an answer and a hang-up that come together hashicorp/yamux may give its reader only the latter: frpc hangs up itself.
+/// Of an answer and a hang-up that come together hashicorp/yamux may give its reader only the
+/// latter: frpc hangs up itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_is_refused_has_time_to_read_it() {
     let (tls, pin) = identity();

@@ -1,4 +1,5 @@
-//! What the gateway and the agent say to clients of Kubernetes: refusals that they can read, headers that hold here, many watches.
+//! What the gateway and the agent say to clients of Kubernetes: refusals that they can read,
+//! headers that hold here, many watches.
 
 use std::time::{Duration, Instant};
 
@@ -288,7 +289,8 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
         .await
         .unwrap();
     assert!(slow.status() == 200 && begun.elapsed() >= Duration::from_secs(8), "{slow:?}");
-    // an agent that is stopped holds its tunnel: that is said soon, and without a Retry-After, with which clients go on in silence
+    // an agent that is stopped holds its tunnel: that is said soon, and without a Retry-After, with
+    // which clients go on in silence
     let pid = nix::unistd::Pid::from_raw(agent.child.id().try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
     // its threads stop one after the other: on a busy machine the last of them could still answer
@@ -340,7 +342,8 @@ async fn a_hundred_and_fifty_watches_leave_their_user_everything_else() {
     let config: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
     let token = config["users"][0]["user"]["token"].as_str().unwrap();
     let k8s = format!("/clusters/{cluster}/k8s");
-    // one after the other and all on one HTTP/2 connection, as a tool written in Go holds them; and as many by HTTP/1.1
+    // one after the other and all on one HTTP/2 connection, as a tool written in Go holds them; and
+    // as many by HTTP/1.1
     let client = http1(&control_plane);
     let mut held = Vec::new();
     for n in 0..150 {
@@ -415,7 +418,8 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
             .unwrap()
     };
     let here = format!("/clusters/{cluster}/k8s");
-    // something was made, and the answer says so: where it is said to be is told where that can be said from here
+    // something was made, and the answer says so: where it is said to be is told where that can be
+    // said from here
     for (location, expected) in [
         ("https://10.0.0.5:6443/api/v1/namespaces/beta/pods/x", None),
         ("http://elsewhere.test/", None),
@@ -454,7 +458,8 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
             }
         }
     }
-    // what a server says to a browser about its own name is not said here; what it says to the caller is
+    // what a server says to a browser about its own name is not said here; what it says to the
+    // caller is
     let dropped = [
         ("set-cookie", "a=b"),
         ("set-cookie2", "a=b"),
@@ -511,7 +516,8 @@ async fn headers_of_an_answer_hold_on_the_way_that_it_came() {
         );
         assert!(answer.bytes().await.unwrap().is_empty());
     }
-    // on the way in: whoever passes it on says so, once, and what was meant for the first server stays there
+    // on the way in: whoever passes it on says so, once, and what was meant for the first server
+    // stays there
     let seen = kube.through().pop().unwrap();
     assert_eq!(seen.all("via"), ["1.1 pipeops"]);
     for name in ["forwarded", "x-forwarded-for", "cookie", "te", "connection"] {
@@ -550,7 +556,8 @@ async fn an_answer_of_the_agent_is_readable_without_a_gateway_too() {
     }
 }
 
-/// Nobody is somebody: no route that needs nobody tells more for a token, a cookie, or the lack of both.
+/// Nobody is somebody: no route that needs nobody tells more for a token, a cookie, or the lack of
+/// both.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_anybody_may_call_is_told_of_nobody() {
     let control_plane = ControlPlane::with(&[]);
@@ -692,7 +699,8 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
     let agent =
         crate::control_plane::SimulatedAgent::new(&control_plane, dir.path(), &enrolment).await;
     // what it reports of others' objects is kept as it is, and shown so that it does nothing
-    let report = json!({"at": "", "kubernetes": "connected", "nodes": [{"name": "vm\u{202e}1", "ready": false, "role": "server\nnode          vm2 ready",
+    let report = json!({"at": "", "kubernetes": "connected",
+        "nodes": [{"name": "vm\u{202e}1", "ready": false, "role": "server\nnode          vm2 ready",
         "version": "v1", "address": "10.0.0.5", "note": "\u{1b}[2J\u{9b}31m\u{200b}"}]});
     let told = control_plane
         .ask("POST", &format!("/api/v1/agents/{}/status", agent.id), &agent.credential, report)

@@ -1,5 +1,5 @@
-//! Genuine frp, old and new: the generations that `scripts/parts` builds from Go modules, and every directory with `frps`, `frpc` or both that
-//! `PIPEOPS_TEST_FRP_DIR` names or holds.
+//! Genuine frp, old and new: the generations that `scripts/parts` builds from Go modules, and every
+//! directory with `frps`, `frpc` or both that `PIPEOPS_TEST_FRP_DIR` names or holds.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,8 @@ pub(crate) struct Release {
 }
 
 impl Release {
-    /// Those that can be had, with that program, oldest first; whatever is missing is said under the name of the test.
+    /// Those that can be had, with that program, oldest first; whatever is missing is said under
+    /// the name of the test.
     pub(crate) fn all(test: &str, program: &str) -> Vec<Release> {
         let mut all = Vec::new();
         for built in built() {

@@ -47,7 +47,8 @@ fn frps_settings(
     )
 }
 
-/// Settings of a client with a tcp proxy on `remote`, an stcp proxy `s` and its visitor, before what echoes.
+/// Settings of a client with a tcp proxy on `remote`, an stcp proxy `s` and its visitor, before
+/// what echoes.
 fn frpc_settings(
     port: u16,
     (remote, visitor, echoing): (u16, u16, u16),
@@ -216,7 +217,8 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
         if tls == Tls::Unknown && !use_encryption {
             its_own_key(release, &config, pem).await;
         }
-        // a user who reads nothing for longer than it takes to call a peer dead: every window on the way is closed
+        // a user who reads nothing for longer than it takes to call a peer dead: every window on
+        // the way is closed
         let paused = (tls == Tls::Off && !use_encryption).then(async || {
             let (r, mut w) = connected(remote, "the tcp proxy", dir.path()).await.into_split();
             // its half of the stream is kept: the end of one direction is the end of both
@@ -242,9 +244,10 @@ async fn behind(release: &Release, tcp_mux: bool, tls: Tls, (pem, key, pin): (&s
     }
 }
 
-/// One of many users at once. More than one attempt is for a fault of the peer itself: with compression, frp 0.34.3 gives the
-/// reader and writer of a connection that ends to the next one while they are still in use, and so breaks somebody's stream
-/// (fatedier/golib 1f870741e185, `io/io.go`, `WithCompression`; later ones do not).
+/// One of many users at once. More than one attempt is for a fault of the peer itself: with
+/// compression, frp 0.34.3 gives the reader and writer of a connection that ends to the next one
+/// while they are still in use, and so breaks somebody's stream (fatedier/golib 1f870741e185,
+/// `io/io.go`, `WithCompression`; later ones do not).
 async fn user(port: u16, attempts: u32) {
     for attempt in 1..=attempts {
         let mut io = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
@@ -258,8 +261,8 @@ async fn user(port: u16, attempts: u32) {
     }
 }
 
-/// A certificate that frps makes for itself at its start: nobody is proven by it, and the reason says so; a pin of it holds till the next start,
-/// unless it is none that can be checked.
+/// A certificate that frps makes for itself at its start: nobody is proven by it, and the reason
+/// says so; a pin of it holds till the next start, unless it is none that can be checked.
 async fn its_own_key(release: &Release, config: &TunnelConfig, pem: &str) {
     let refused = async |tls: TunnelTls| {
         let mut config = config.clone();
@@ -310,7 +313,8 @@ fn one_proxy(port: u16, tcp_mux: bool, remote_port: u16) -> TunnelConfig {
     }
 }
 
-/// One that wants every message proven, is killed, and comes back; what it refuses has the state that it should.
+/// One that wants every message proven, is killed, and comes back; what it refuses has the state
+/// that it should.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_genuine_frps_is_restarted_and_refuses() {
     let all = Release::all("a genuine frps that is restarted and refuses", "frps");
@@ -357,7 +361,8 @@ async fn restarted_and_refuses(release: &Release) {
     println!("  {}: scopes proven, refusals told apart, back with its run id", release.name);
 }
 
-/// A way to `to` that can break without either end being told: what is open then carries nothing any more, and is never closed.
+/// A way to `to` that can break without either end being told: what is open then carries nothing
+/// any more, and is never closed.
 async fn breakable(to: u16, broken: tokio::sync::watch::Receiver<u32>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -379,7 +384,8 @@ async fn breakable(to: u16, broken: tokio::sync::watch::Receiver<u32>) -> u16 {
     port
 }
 
-/// frps 0.65 to 0.70 may never answer a login with the run id of a session that it does not know to be dead (fatedier/frp issue 5391).
+/// frps 0.65 to 0.70 may never answer a login with the run id of a session that it does not know to
+/// be dead (fatedier/frp issue 5391).
 #[tokio::test(flavor = "multi_thread")]
 async fn back_at_a_genuine_frps_that_still_believes_in_the_former_session() {
     let all = Release::all("a genuine frps that believes in a dead session", "frps");
@@ -541,7 +547,8 @@ async fn a_control_plane_beside_a_genuine_frps() {
         let tls = format!(
             "transport.tls.force = true\ntransport.tls.certFile = \"{crt}\"\ntransport.tls.keyFile = \"{private}\""
         );
-        // plugins are called over HTTPS from 0.36 on; an older frps needs something that terminates TLS between
+        // plugins are called over HTTPS from 0.36 on; an older frps needs something that terminates
+        // TLS between
         let settings = if release.before(36) {
             settings.replace(&control_plane.url, &in_clear(&control_plane).await)
         } else {
@@ -573,7 +580,8 @@ async fn a_control_plane_beside_a_genuine_frps() {
     }
 }
 
-/// A genuine frpc with what the control plane tells an agent: its own proxy is let in, nobody else's, and it ends when it is revoked.
+/// A genuine frpc with what the control plane tells an agent: its own proxy is let in, nobody
+/// else's, and it ends when it is revoked.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_genuine_frpc_before_a_control_plane() {
     for release in Release::all("a genuine frpc before a control plane", "frpc") {

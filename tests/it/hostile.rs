@@ -1,5 +1,6 @@
-//! Requests that try to be somebody else, to mean something else, or to smuggle: every row at least ten times, each by name. A
-//! recorder stands in front of the Kubernetes API; what the agent refuses never gets there, what it passes carries its own identity.
+//! Requests that try to be somebody else, to mean something else, or to smuggle: every row at least
+//! ten times, each by name. A recorder stands in front of the Kubernetes API; what the agent
+//! refuses never gets there, what it passes carries its own identity.
 
 use crate::world::{RecordedRequest, World};
 
@@ -204,8 +205,8 @@ fn corpus(token: &str) -> Vec<HostileRequest> {
         let head = format!(
             "POST /k8s/api/v1/namespaces/beta/pods HTTP/1.1\r\nHost: agent\r\n{auth}\r\n{framing}\r\n{smuggled}"
         );
-        // length and chunked together: hyper reads it as chunked, as RFC 9112 §6.3 allows, and what goes on is framed anew; the
-        // request behind it is judged as one of its own
+        // length and chunked together: hyper reads it as chunked, as RFC 9112 §6.3 allows, and what
+        // goes on is framed anew; the request behind it is judged as one of its own
         add("framing", n, if n < 2 { &[400, 200] } else { &[400, 0] }, head);
     }
 
@@ -427,7 +428,8 @@ async fn nothing_hostile_arrives_as_somebody_else_or_for_something_else() {
         through.len()
     );
     assert!(wrong.is_empty(), "{} of {total}:\n{}", wrong.len(), wrong.join("\n"));
-    // 12 of each of the two rows that are cleaned and served, the two that are framed anew, and no more
+    // 12 of each of the two rows that are cleaned and served, the two that are framed anew, and no
+    // more
     assert_eq!(through.len(), 26, "{:?}", through.iter().map(|s| &s.uri).collect::<Vec<_>>());
 }
 

@@ -1,4 +1,5 @@
-//! Machines as five distributions ship them, modelled from their documentation: none raises an error.
+//! Machines as five distributions ship them, modelled from their documentation: none raises an
+//! error.
 
 use crate::support::Sandbox;
 

@@ -58,7 +58,8 @@ fn an_api_server_that_falters_is_asked_again() {
     *sandbox.api.faltering.lock().unwrap() = 2;
     let again = sandbox.install(&[]).ended(0);
     assert!(again.out.contains("nothing to do"), "{}\n{}", again.out, again.err);
-    // longer than it is waited for while looking: what it is then comes out when the step has its turn
+    // longer than it is waited for while looking: what it is then comes out when the step has its
+    // turn
     *sandbox.api.faltering.lock().unwrap() = 8;
     sandbox.install(&[]).ended(0);
 }
@@ -753,7 +754,8 @@ fn a_machine_of_the_other_role_or_of_somebody_else_is_left_alone() {
     assert_same_tree(&sandbox.tree(), &before, "");
 }
 
-/// k3s empties the file of its token before it writes it again, at each start; one that dies in between never starts again.
+/// k3s empties the file of its token before it writes it again, at each start; one that dies in
+/// between never starts again.
 #[test]
 fn a_token_that_k3s_lost_when_it_died_is_restored() {
     let sandbox = Sandbox::new();

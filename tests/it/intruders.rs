@@ -1,4 +1,5 @@
-//! Hostile, broken and slow clients at the control plane's two ports: each gets a clear answer or is hung up on, nobody else notices.
+//! Hostile, broken and slow clients at the control plane's two ports: each gets a clear answer or
+//! is hung up on, nobody else notices.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -223,7 +224,8 @@ fn message(kind: u8, length: i64, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Frames that break the protocol, and messages that break the peace, from somebody who knows what every agent knows.
+/// Frames that break the protocol, and messages that break the peace, from somebody who knows what
+/// every agent knows.
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
     let control_plane = ControlPlane::with(&[]);
@@ -255,7 +257,8 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
             "{bytes:?}"
         );
     }
-    // under TLS, no multiplexer: version, kind, flags, a stream of the other side, one that is taken, more than the window
+    // under TLS, no multiplexer: version, kind, flags, a stream of the other side, one that is
+    // taken, more than the window
     let frame = |version: u8, kind: u8, flags: u16, stream: u32, length: u32| {
         let mut bytes = vec![version, kind];
         bytes.extend_from_slice(&flags.to_be_bytes());
@@ -317,7 +320,8 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
     }
     // what is well formed and not theirs
     let id =
-        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await["items"][0]["agent_id"]
+        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin,
+            json!({})).await["items"][0]["agent_id"]
             .as_str()
             .unwrap()
             .to_owned();

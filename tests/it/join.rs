@@ -1,4 +1,5 @@
-//! `join-worker` against a supervisor of its own: what is refused, when, and that nothing is written then.
+//! `join-worker` against a supervisor of its own: what is refused, when, and that nothing is
+//! written then.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
@@ -363,7 +364,8 @@ fn killed_after_every_write_of_the_journal_a_join_resumes() {
 
 #[test]
 fn what_depends_on_the_version_waits_for_the_servers() {
-    // cgroup v1 is nothing to a server of 1.34; here it runs 1.36, so the finding comes, but only once that is known
+    // cgroup v1 is nothing to a server of 1.34; here it runs 1.36, so the finding comes, but only
+    // once that is known
     let (sandbox, server) = (Sandbox::new(), Server::start(Behavior::Good));
     std::fs::remove_file(sandbox.root().join("sys/fs/cgroup/cgroup.controllers")).unwrap();
     sandbox.put("/proc/cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t1\t1\t1\ncpuset\t2\t1\t1\nmemory\t3\t1\t1\npids\t4\t1\t1\n");

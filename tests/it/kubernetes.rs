@@ -72,8 +72,10 @@ async fn a_rotated_ca_and_token_are_picked_up_while_the_tunnel_stays() {
     let credential = |ca: &str, token: &str| {
         let ca = base64::engine::general_purpose::STANDARD.encode(ca);
         let text = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "l", "cluster": {"server": format!("https://{address}"), "certificate-authority-data": ca}}],
-            "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": token}}]});
+            "clusters": [{"name": "l", "cluster": {"server": format!("https://{address}"),
+                "certificate-authority-data": ca}}],
+            "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}],
+            "users": [{"name": "u", "user": {"token": token}}]});
         // as whoever mints it does: a new file in the place of the old one
         world.agent.sandbox.put("/run/pipeops-credential/fresh", &text.to_string());
         let dir = world.agent.sandbox.root().join("run/pipeops-credential");

@@ -1,4 +1,5 @@
-//! Symptoms that people reported of other people's machines, through the front door: what the machine has, and what is said of it.
+//! Symptoms that people reported of other people's machines, through the front door: what the
+//! machine has, and what is said of it.
 
 use std::process::Command;
 
@@ -60,7 +61,8 @@ fn wireguard(sandbox: &Sandbox) {
     sandbox.put(list, &text);
 }
 
-/// Where it was seen, what is raised (start of the line, and words in it), the machine, and one that comes near.
+/// Where it was seen, what is raised (start of the line, and words in it), the machine, and one
+/// that comes near.
 const ROWS: &[(&str, &str, &str, Prepare, Prepare)] = &[
     (
         "k3s#4087",

@@ -10,11 +10,13 @@ use crate::control_plane::{ControlPlane, DATA};
 use crate::world::{Kube, Scripted, TOKEN, World, serve_kube};
 
 pub(crate) fn deployment(name: &str) -> Value {
-    json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": "beta"}, "spec": {"replicas": 2}})
+    json!({"apiVersion": "apps/v1", "kind": "Deployment",
+        "metadata": {"name": name, "namespace": "beta"}, "spec": {"replicas": 2}})
 }
 
 fn secret() -> Value {
-    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "beta"}, "stringData": {"password": "planted-canary-9911-in-plain-text"}})
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "beta"},
+        "stringData": {"password": "planted-canary-9911-in-plain-text"}})
 }
 
 pub(crate) fn apply(objects: &[Value]) -> Value {
@@ -104,7 +106,8 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
     let id = taken["id"].as_str().unwrap();
     let end = world.ended(&token, id).await;
     assert_eq!((&end["state"], &end["message"]), (&json!("succeeded"), &json!("")), "{end}");
-    let objects = json!([{"object": "Secret beta/s", "outcome": "created"}, {"object": "Deployment beta/web", "outcome": "ready"}]);
+    let objects = json!([{"object": "Secret beta/s", "outcome": "created"},
+        {"object": "Deployment beta/web", "outcome": "ready"}]);
     assert_eq!(end["objects"], objects);
     // with its own role, and taking no field from anybody
     let seen = world.kube.through().into_iter().filter(|s| s.method == "PATCH").collect::<Vec<_>>();
@@ -148,7 +151,9 @@ async fn an_operation_is_carried_out_as_its_caller_and_its_end_is_told() {
         ("k-3", json!({"kind": "restart", "spec": {"object": web, "wait": false}}), "restarted"),
         (
             "k-4",
-            json!({"kind": "delete", "spec": {"objects": [web, {"apiVersion": "v1", "kind": "ConfigMap", "name": "c", "namespace": "beta"}]}}),
+            json!({"kind": "delete",
+                "spec": {"objects": [web, {"apiVersion": "v1", "kind": "ConfigMap", "name": "c",
+                "namespace": "beta"}]}}),
             "absent",
         ),
     ] {
@@ -214,8 +219,10 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
     }
     assert!(written(&world.kube).is_empty());
     // found before anything is written
-    let elsewhere = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c", "namespace": "kube-system"}});
-    let unknown = json!({"apiVersion": "none/v1", "kind": "Dance", "metadata": {"name": "d", "namespace": "beta"}});
+    let elsewhere = json!({"apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": {"name": "c", "namespace": "kube-system"}});
+    let unknown = json!({"apiVersion": "none/v1", "kind": "Dance",
+        "metadata": {"name": "d", "namespace": "beta"}});
     let lost = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}});
     let scoped = world.control_plane.token(&world.id, "deployer", Some(&["beta"]));
     for (key, token, object, text) in [
@@ -241,7 +248,8 @@ async fn what_cannot_be_done_is_named_and_leaves_nothing_behind() {
     for (key, kind, text) in
         [("f-1", "ConfigMap", "conflict with"), ("f-2", "Secret", "409: Conflict")]
     {
-        let owned = json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": "owned", "namespace": "beta"}});
+        let owned = json!({"apiVersion": "v1", "kind": kind,
+            "metadata": {"name": "owned", "namespace": "beta"}});
         let (_, taken) = world.operate(&token, key, &apply(&[owned])).await;
         let end = world.ended(&token, taken["id"].as_str().unwrap()).await;
         assert!(

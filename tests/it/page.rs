@@ -1,4 +1,5 @@
-//! The page for people: in a real browser, and against callers that use a session that is not theirs.
+//! The page for people: in a real browser, and against callers that use a session that is not
+//! theirs.
 
 use std::time::{Duration, Instant};
 
@@ -55,7 +56,8 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
         ask("GET", "/api/v1/clusters", &[("sec-fetch-site", "same-site")]).await.status(),
         403
     );
-    // what a cluster serves runs in no session: the gateway takes no cookie, and its answers are sandboxed
+    // what a cluster serves runs in no session: the gateway takes no cookie, and its answers are
+    // sandboxed
     let through = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods");
     let before = kube.through().len();
     let refused = ask("GET", &through, &ours).await;
@@ -322,7 +324,8 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
             assert!(wide.as_u64().unwrap() <= u64::from(width), "{hash} at {width}: {wide}");
         }
     }
-    // a restart of the control plane ends the session, and the page says so and lets people in again
+    // a restart of the control plane ends the session, and the page says so and lets people in
+    // again
     browser.content();
     let mut control_plane = control_plane;
     control_plane.kill_and_restart();
@@ -401,7 +404,8 @@ async fn a_thousand_clusters_are_a_page_like_any_other() {
     browser.content();
 }
 
-/// `PIPEOPS_PLANE="URL PIN TOKEN CLUSTER" PIPEOPS_PICTURES=deployments/pictures cargo test --test it -- --ignored the_readmes_pictures`
+/// `PIPEOPS_PLANE="URL PIN TOKEN CLUSTER" PIPEOPS_PICTURES=deployments/pictures \
+/// cargo test --test it -- --ignored the_readmes_pictures`
 #[test]
 #[ignore = "takes the README's pictures of a control plane that runs, as scripts/try leaves one"]
 fn the_readmes_pictures() {

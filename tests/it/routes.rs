@@ -1,7 +1,8 @@
-//! What the control plane answers to every route in every hand, with good bodies and bad ones: held against a recorded answer.
+//! What the control plane answers to every route in every hand, with good bodies and bad ones: held
+//! against a recorded answer.
 //!
-//! `routes.golden` was first recorded from a router written by hand; a change of it is a change of what callers see.
-//! `PIPEOPS_UPDATE=1 cargo test --test it every_answer` records it anew.
+//! `routes.golden` was first recorded from a router written by hand; a change of it is a change of
+//! what callers see. `PIPEOPS_UPDATE=1 cargo test --test it every_answer` records it anew.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -14,8 +15,8 @@ use serde_json::{Value, json};
 use crate::control_plane::{ControlPlane, DATA, SimulatedAgent};
 use crate::world::serve_kube;
 
-/// Path, and the methods that it takes. `{agent}` and `{cluster}` are ones that exist; what is asked of `none` by those who may would take
-/// the ground from under the rest.
+/// Path, and the methods that it takes. `{agent}` and `{cluster}` are ones that exist; what is
+/// asked of `none` by those who may would take the ground from under the rest.
 const PATHS: &[(&str, &[&str])] = &[
     ("/", &["GET"]),
     ("/page.js", &["GET"]),
@@ -170,7 +171,8 @@ impl Plain {
     }
 }
 
-/// The names and types in a value, an object in its order; of a list each that differs from the others, as rows come by a random id.
+/// The names and types in a value, an object in its order; of a list each that differs from the
+/// others, as rows come by a random id.
 fn shape(value: &Value) -> Value {
     match value {
         Value::Object(fields) => {
@@ -187,7 +189,8 @@ fn shape(value: &Value) -> Value {
     }
 }
 
-/// Status and code, and all of what was said: headers and body. An answer to HEAD has no body to read.
+/// Status and code, and all of what was said: headers and body. An answer to HEAD has no body to
+/// read.
 async fn heard(mut answer: Response, head: bool, plain: &Plain) -> (String, String) {
     let status = answer.status().as_u16();
     let mut headers: Vec<String> = Vec::new();
@@ -540,7 +543,8 @@ async fn every_answer_of_every_route_is_the_one_on_record() {
             .collect();
         tester.some(template, &["none", "agent", "runner", "socket"], requests).await;
     }
-    // an unknown token; after thirty of them an address is not listened to for a minute, so each route has its own
+    // an unknown token; after thirty of them an address is not listened to for a minute, so each
+    // route has its own
     for (n, (template, methods)) in PATHS.iter().enumerate() {
         let from = IpAddr::from(Ipv4Addr::new(127, 0, 1, n.try_into().unwrap()));
         let client = client(&tester.control_plane, |builder| builder.local_address(from));
@@ -735,7 +739,8 @@ fn names(answer: &Response) -> Vec<String> {
     headers
 }
 
-/// What an agent answers goes on as it is: no header is added to an answer without a body, none is lost.
+/// What an agent answers goes on as it is: no header is added to an answer without a body, none is
+/// lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_that_is_passed_on_is_the_one_on_record() {
     let control_plane = ControlPlane::with(&[]);

@@ -1,4 +1,5 @@
-//! A Runner's way: control plane, tunnel, TLS to the agent, Kubernetes API. The real executable in the middle.
+//! A Runner's way: control plane, tunnel, TLS to the agent, Kubernetes API. The real executable in
+//! the middle.
 
 use std::time::{Duration, Instant};
 
@@ -100,7 +101,8 @@ async fn a_runner_reaches_the_cluster_as_what_it_is_and_nobody_sees_a_secret() {
     );
 }
 
-/// On an http proxy whoever runs the FRP server reads along: there it says that it lives, and nothing else.
+/// On an http proxy whoever runs the FRP server reads along: there it says that it lives, and
+/// nothing else.
 #[tokio::test(flavor = "multi_thread")]
 async fn on_a_plain_way_nothing_but_healthz_is_served() {
     let world = World::with("", |control_plane| {

@@ -1,4 +1,5 @@
-//! `scripts/install.sh` and `join-worker.sh` under three shells, from a web server that plays the release site.
+//! `scripts/install.sh` and `join-worker.sh` under three shells, from a web server that plays the
+//! release site.
 
 use std::process::{Command, Stdio};
 
@@ -270,7 +271,8 @@ fn shellcheck_is_content() {
     }
 }
 
-/// A directory that someone else prepared: whatever a script could stumble over, each telling that it ran, and with what.
+/// A directory that someone else prepared: whatever a script could stumble over, each telling that
+/// it ran, and with what.
 fn hostile() -> tempfile::TempDir {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
@@ -602,8 +604,8 @@ fn what_is_installed_is_used_without_a_network() {
     }
 }
 
-/// Runs install.sh where `mounts` (shell commands in a mount namespace of its own) have been carried out before; `None`
-/// where this machine lets nobody mount.
+/// Runs install.sh where `mounts` (shell commands in a mount namespace of its own) have been
+/// carried out before; `None` where this machine lets nobody mount.
 fn on_a_machine_with(
     mounts: &str,
     shell: &[&str],
@@ -785,7 +787,8 @@ fn an_interrupted_download_leaves_nothing() {
     for shell in shells() {
         let tmp = tempfile::tempdir().unwrap();
         let seen = site.log.lock().unwrap().len();
-        // a shell cannot trap what was ignored when it began, as it is in whatever a script starts with `&`
+        // a shell cannot trap what was ignored when it began, as it is in whatever a script starts
+        // with `&`
         let mut command = Command::new("env");
         command.arg("--default-signal=INT").args(&shell).arg(format!("{SCRIPTS}/install.sh"));
         command.env_clear().env("PATH", "/usr/bin:/bin").env("TMPDIR", tmp.path());

@@ -41,7 +41,8 @@ const ENV: &[(&str, &str)] = &[
     ("K3S_DATASTORE_ENDPOINT", "mysql://u:environ-canary-0123456789-abcdef@tcp(db.invalid)/k3s"),
 ];
 
-/// A sandbox whose programs also write down their environment and the arguments of whoever called them.
+/// A sandbox whose programs also write down their environment and the arguments of whoever called
+/// them.
 fn watched() -> Sandbox {
     let sandbox = Sandbox::new();
     sandbox.beside("mine.toml", TABLE, 0o600);
@@ -247,7 +248,8 @@ fn a_url_with_a_login_is_in_no_argv() {
     );
 }
 
-/// What the first pipeops left: a plan for everybody to read, a journal with the table as it was given.
+/// What the first pipeops left: a plan for everybody to read, a journal with the table as it was
+/// given.
 #[test]
 fn what_an_earlier_pipeops_laid_open_is_closed() {
     let sandbox = watched();

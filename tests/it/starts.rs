@@ -1,4 +1,5 @@
-//! Starts that go wrong, starts that only take their time, and what is told of them: a machine whose unit is played by the clock.
+//! Starts that go wrong, starts that only take their time, and what is told of them: a machine
+//! whose unit is played by the clock.
 
 use std::time::{Duration, Instant};
 
@@ -7,8 +8,9 @@ use serde_json::{Value, json};
 use crate::join::{Behavior, Server};
 use crate::support::{RunOutput, Sandbox, VERSION, sha256};
 
-/// Plays `k3s.service` or `k3s-agent.service` from its (re)start on: `act` is shell that sees `$age`, in tenths of a second, and
-/// prints what `systemctl show` prints of its state; `journal` prints the journal.
+/// Plays `k3s.service` or `k3s-agent.service` from its (re)start on: `act` is shell that sees
+/// `$age`, in tenths of a second, and prints what `systemctl show` prints of its state; `journal`
+/// prints the journal.
 fn play(sandbox: &Sandbox, act: &str, journal: &str) {
     let real = std::fs::read_to_string(sandbox.path("bin/systemctl")).unwrap();
     if !real.contains("# played") {
@@ -233,9 +235,12 @@ fn a_change_that_keeps_killing_the_node_is_taken_back_soon() {
 const UP_SINCE: &str = "echo ActiveState=active; echo SubState=running; echo NRestarts=0; up=$(cut -d' ' -f1 /proc/uptime | tr -d .)0000; echo ExecMainStartTimestampMonotonic=$((up - age * 100000))";
 
 fn node(beat: &str, version: &str) -> Value {
-    json!({"metadata": {"name": "vm1", "labels": {"node-role.kubernetes.io/control-plane": "true"}}, "status": {
-        "conditions": [{"type": "Ready", "status": "True", "message": "ok", "lastHeartbeatTime": beat}],
-        "addresses": [{"type": "InternalIP", "address": "10.0.0.5"}], "nodeInfo": {"kubeletVersion": version}}})
+    json!({"metadata": {"name": "vm1",
+        "labels": {"node-role.kubernetes.io/control-plane": "true"}}, "status": {
+        "conditions": [{"type": "Ready", "status": "True", "message": "ok",
+            "lastHeartbeatTime": beat}],
+        "addresses": [{"type": "InternalIP", "address": "10.0.0.5"}],
+        "nodeInfo": {"kubeletVersion": version}}})
 }
 
 const LEASE: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/vm1";
@@ -312,12 +317,20 @@ fn after_an_upgrade_the_node_reports_the_new_version_or_is_not_ready() {
 
 #[test]
 fn a_chart_or_a_deployment_that_fails_says_what_its_pod_says() {
-    let pod = |name: &str, status: Value| json!({"kind": "PodList", "items": [{"metadata": {"name": name}, "status": status}]});
+    let pod = |name: &str, status: Value| {
+        json!({"kind": "PodList",
+            "items": [{"metadata": {"name": name}, "status": status}]})
+    };
     let crash = json!({"phase": "Running", "containerStatuses": [{"restartCount": 6,
         "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s"}},
-        "lastState": {"terminated": {"exitCode": 1, "reason": "Error", "message": "+ helm install\nError: INSTALLATION FAILED: planted trouble\n"}}}]});
-    let pull = json!({"phase": "Pending", "containerStatuses": [{"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image \"quay.io/x\""}}}]});
-    let nowhere = json!({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available: 1 Insufficient cpu."}]});
+        "lastState": {"terminated": {"exitCode": 1, "reason": "Error",
+            "message": "+ helm install\nError: INSTALLATION FAILED: planted trouble\n"}}}]});
+    let pull = json!({"phase": "Pending",
+        "containerStatuses": [{"state": {"waiting": {"reason": "ImagePullBackOff",
+        "message": "Back-off pulling image \"quay.io/x\""}}}]});
+    let nowhere = json!({"phase": "Pending",
+        "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+        "message": "0/1 nodes are available: 1 Insufficient cpu."}]});
     let chart = "/apis/helm.cattle.io/v1/namespaces/kube-system/helmcharts/cert-manager";
     let job = "/apis/batch/v1/namespaces/kube-system/jobs/helm-install-cert-manager";
     let deployment = "/apis/apps/v1/namespaces/cert-manager/deployments/cert-manager";

@@ -1,4 +1,5 @@
-//! A sandbox: a directory that stands for the machine, programs that record, a Kubernetes API that remembers.
+//! A sandbox: a directory that stands for the machine, programs that record, a Kubernetes API that
+//! remembers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +18,8 @@ use serde_json::{Value, json};
 
 pub(crate) const VERSION: &str = "v1.36.2+k3s1";
 
-/// Programs of the machine, played by shell: they keep state under the root and log how they were called.
+/// Programs of the machine, played by shell: they keep state under the root and log how they were
+/// called.
 const PROGRAMS: &[(&str, &str)] = &[
     (
         "systemctl",
@@ -100,7 +102,8 @@ esac
 pub(crate) struct Api {
     pub(crate) objects: Arc<Mutex<BTreeMap<String, Value>>>,
     pub(crate) writes: Arc<Mutex<Vec<String>>>,
-    /// So many of the next requests find nobody behind the proxy in front, as while k3s begins or ends.
+    /// So many of the next requests find nobody behind the proxy in front, as while k3s begins or
+    /// ends.
     pub(crate) faltering: Arc<Mutex<usize>>,
     /// Who else set which fields, as server-side apply keeps it.
     pub(crate) fields: Arc<Mutex<crate::fields::Fields>>,
@@ -133,8 +136,9 @@ impl RunOutput {
     }
 }
 
-/// The program under test without its debug information: it is copied and hashed many times. Made once for each build, and
-/// put in place by a rename, because several runs may want it at the same time.
+/// The program under test without its debug information: it is copied and hashed many times. Made
+/// once for each build, and put in place by a rename, because several runs may want it at the same
+/// time.
 pub(crate) fn program() -> &'static Path {
     static SLIM: OnceLock<PathBuf> = OnceLock::new();
     SLIM.get_or_init(|| {
@@ -292,7 +296,8 @@ impl Sandbox {
     }
 }
 
-/// Calls `try_at` with 1, 2, 3… until it says that nothing was killed any more, four at a time; how many points there were.
+/// Calls `try_at` with 1, 2, 3… until it says that nothing was killed any more, four at a time; how
+/// many points there were.
 pub(crate) fn each_kill_point(try_at: impl Fn(u32) -> bool + Sync) -> u32 {
     let (next, end) = (AtomicU32::new(1), AtomicU32::new(200));
     std::thread::scope(|scope| {
@@ -418,7 +423,8 @@ async fn answer(
     let missing = || {
         (
             StatusCode::NOT_FOUND,
-            axum::Json(json!({"kind": "Status", "status": "Failure", "message": format!("{path} not found"), "reason": "NotFound", "code": 404})),
+            axum::Json(json!({"kind": "Status", "status": "Failure",
+                "message": format!("{path} not found"), "reason": "NotFound", "code": 404})),
         )
             .into_response()
     };
@@ -432,9 +438,10 @@ async fn answer(
         Method::GET if path == "/api/v1/nodes" => {
             found(json!({"kind": "NodeList", "items": [node("vm1")]}))
         }
-        Method::GET if path.contains("/kube-system/deployments/") => found(
-            json!({"metadata": {"generation": 1}, "spec": {"replicas": 1}, "status": {"readyReplicas": 1, "observedGeneration": 1}}),
-        ),
+        Method::GET if path.contains("/kube-system/deployments/") => {
+            found(json!({"metadata": {"generation": 1}, "spec": {"replicas": 1},
+                "status": {"readyReplicas": 1, "observedGeneration": 1}}))
+        }
         Method::GET if path.ends_with("/apiservices/v1beta1.metrics.k8s.io") => {
             found(json!({"status": {"conditions": [{"type": "Available", "status": "True"}]}}))
         }
@@ -483,5 +490,7 @@ async fn answer(
 
 fn node(name: &str) -> Value {
     json!({"metadata": {"name": name, "labels": {"node-role.kubernetes.io/control-plane": "true"}},
-        "status": {"conditions": [{"type": "Ready", "status": "True", "message": "ok"}], "addresses": [{"type": "InternalIP", "address": "10.0.0.5"}], "nodeInfo": {"kubeletVersion": VERSION}}})
+        "status": {"conditions": [{"type": "Ready", "status": "True", "message": "ok"}],
+            "addresses": [{"type": "InternalIP", "address": "10.0.0.5"}],
+            "nodeInfo": {"kubeletVersion": VERSION}}})
 }

@@ -1,4 +1,5 @@
-//! What k3s leaves in the kernel and in systemd, taken away by programs that record; k3s' own `k3s-killall.sh` is the measure.
+//! What k3s leaves in the kernel and in systemd, taken away by programs that record; k3s' own
+//! `k3s-killall.sh` is the measure.
 
 use crate::support::Sandbox;
 
@@ -13,7 +14,8 @@ const SAVED: &str = "*filter
 COMMIT
 ";
 
-/// A node whose kernel k3s has filled; `ipset destroy` is refused for a set that somebody else uses.
+/// A node whose kernel k3s has filled; `ipset destroy` is refused for a set that somebody else
+/// uses.
 fn filled() -> Sandbox {
     let sandbox = Sandbox::new();
     sandbox.put("/proc/sys/net/ipv4/conf/all/route_localnet", "0\n");
@@ -85,7 +87,8 @@ fn rules_sets_slices_and_sockets_of_pods_go_and_foreign_ones_stay() {
     }
 }
 
-/// A journal of a version that did not look at a sysctl says nothing about it, rather than something false.
+/// A journal of a version that did not look at a sysctl says nothing about it, rather than
+/// something false.
 #[test]
 fn what_was_never_looked_at_is_not_called_new() {
     let sandbox = filled();
@@ -119,7 +122,8 @@ fn undoing_counts_its_steps_up() {
     assert_eq!(started, (1..=of).map(|n| (n, of)).collect::<Vec<_>>());
 }
 
-/// k3s keeps each version that it ever unpacked; the current and the former stay, and what a pod's shim runs from.
+/// k3s keeps each version that it ever unpacked; the current and the former stay, and what a pod's
+/// shim runs from.
 #[test]
 fn what_versions_before_the_former_unpacked_goes_once_the_node_is_ready() {
     let sandbox = Sandbox::new();

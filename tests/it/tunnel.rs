@@ -227,7 +227,8 @@ pub(crate) fn round_trip(
     }
 }
 
-/// Somebody who scrolls back, or a debugger at a stop: every window on the way is closed for longer than a dead peer is waited for.
+/// Somebody who scrolls back, or a debugger at a stop: every window on the way is closed for longer
+/// than a dead peer is waited for.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_who_pauses_is_waited_for() {
     const BYTES: u64 = 64_000_000;
@@ -262,7 +263,8 @@ async fn a_reader_who_pauses_is_waited_for() {
     tokio::join!(paused(true), paused(false));
 }
 
-/// What waits in the kernel cannot be overtaken, so little waits there: the server is behind a slow line.
+/// What waits in the kernel cannot be overtaken, so little waits there: the server is behind a slow
+/// line.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_small_answer_does_not_queue_behind_megabytes_of_a_copy() {
     let (tls, pin) = identity();

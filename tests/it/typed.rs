@@ -1,5 +1,5 @@
-//! What people type and paste: names of settings, ranges, labels, addresses, tokens, registries.yaml. Each wrong one is told by
-//! its name before anything is written.
+//! What people type and paste: names of settings, ranges, labels, addresses, tokens,
+//! registries.yaml. Each wrong one is told by its name before anything is written.
 
 use crate::join::{Behavior, Server, join};
 use crate::support::{RunOutput, Sandbox, assert_same_tree};

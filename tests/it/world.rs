@@ -1,4 +1,5 @@
-//! Everything around the agent, in this process: a control plane, an FRP server, a Kubernetes API that records.
+//! Everything around the agent, in this process: a control plane, an FRP server, a Kubernetes API
+//! that records.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -65,7 +66,8 @@ impl Kube {
         let absent = || {
             (
                 404,
-                json!({"kind": "Status", "reason": "NotFound", "message": format!("{path} not found")}),
+                json!({"kind": "Status", "reason": "NotFound",
+                    "message": format!("{path} not found")}),
             )
         };
         match method {
@@ -91,7 +93,8 @@ impl Kube {
                 Some(mut object) if object["kind"] == "Deployment" => {
                     let desired = object["spec"]["replicas"].as_u64().unwrap_or(1);
                     let there = if self.ready.load(Relaxed) { desired } else { 0 };
-                    object["status"] = json!({"replicas": desired, "updatedReplicas": desired, "availableReplicas": there});
+                    object["status"] = json!({"replicas": desired, "updatedReplicas": desired,
+                        "availableReplicas": there});
                     (200, object)
                 }
                 Some(object) => (200, object),
@@ -167,14 +170,13 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         None => {}
     }
     match path.as_str() {
-        "/api/v1" => yes(
-            json!({"items": [], "path": path, "resources": [{"name": "configmaps", "kind": "ConfigMap", "namespaced": true},
-            {"name": "secrets", "kind": "Secret", "namespaced": true}, {"name": "namespaces", "kind": "Namespace", "namespaced": false}]}),
-        ),
-        "/apis/apps/v1" => yes(
-            json!({"items": [], "path": path, "resources": [{"name": "deployments", "kind": "Deployment", "namespaced": true},
-            {"name": "deployments/scale", "kind": "Scale", "namespaced": true}]}),
-        ),
+        "/api/v1" => yes(json!({"items": [], "path": path, "resources": [
+            {"name": "configmaps", "kind": "ConfigMap", "namespaced": true},
+            {"name": "secrets", "kind": "Secret", "namespaced": true},
+            {"name": "namespaces", "kind": "Namespace", "namespaced": false}]})),
+        "/apis/apps/v1" => yes(json!({"items": [], "path": path, "resources": [
+            {"name": "deployments", "kind": "Deployment", "namespaced": true},
+            {"name": "deployments/scale", "kind": "Scale", "namespaced": true}]})),
         "/apis/none/v1" => StatusCode::NOT_FOUND.into_response(),
         "/version" => yes(json!({"gitVersion": "v1.36.2+k3s1"})),
         _ if query.contains("watch=") => {
@@ -194,10 +196,10 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
                 || (a["resource"] == "pods" && (a["verb"] == "list" || a["verb"] == "watch"));
             yes(json!({"status": {"allowed": allowed}}))
         }
-        "/api/v1/nodes" => yes(
-            json!({"metadata": {"resourceVersion": "7"}, "items": [{"metadata": {"name": "vm1", "uid": "n"},
-            "status": {"conditions": [{"type": "Ready", "status": "True"}], "nodeInfo": {"kubeletVersion": "v1.36.2+k3s1"}}}]}),
-        ),
+        "/api/v1/nodes" => yes(json!({"metadata": {"resourceVersion": "7"}, "items": [{
+            "metadata": {"name": "vm1", "uid": "n"},
+            "status": {"conditions": [{"type": "Ready", "status": "True"}],
+                "nodeInfo": {"kubeletVersion": "v1.36.2+k3s1"}}}]})),
         "/apis/helm.cattle.io/v1/helmcharts" => StatusCode::NOT_FOUND.into_response(),
         "/api/v1/namespaces/beta/pods/redirect" => {
             (StatusCode::FOUND, [("location", "https://evil.test/")]).into_response()
@@ -231,7 +233,8 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
             yes(json!({"slow": true}))
         }
         "/api/v1/namespaces/beta/pods/bulk/log" => {
-            // a connection that is closed with a body unread is reset, and takes what was sent with it
+            // a connection that is closed with a body unread is reset, and takes what was sent with
+            // it
             let _ = axum::body::to_bytes(request.into_body(), 1 << 20).await;
             let n: u64 = query.trim_start_matches("n=").parse().unwrap_or(0);
             let piece = Bytes::from(vec![b'x'; 64 * 1024]);
@@ -263,7 +266,8 @@ pub(crate) async fn serve_kube() -> (Arc<Kube>, std::net::SocketAddr) {
 pub(crate) fn credential(sandbox: &Sandbox, kube: std::net::SocketAddr) {
     let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
         "clusters": [{"name": "l", "cluster": {"server": format!("http://{kube}")}}],
-        "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}], "users": [{"name": "u", "user": {"token": "sa-planted-canary-4711-in-plain-text"}}]});
+        "contexts": [{"name": "c", "context": {"cluster": "l", "user": "u"}}],
+        "users": [{"name": "u", "user": {"token": "sa-planted-canary-4711-in-plain-text"}}]});
     sandbox.put("/run/pipeops-credential/kubeconfig", &kubeconfig.to_string());
 }
 
@@ -354,7 +358,8 @@ impl World {
         self.control_plane.tls(self.frps.dial("agent").await.unwrap(), alpn).await.unwrap()
     }
 
-    /// Sends raw bytes on a stream of its own and reads what comes until the agent closes or falls silent.
+    /// Sends raw bytes on a stream of its own and reads what comes until the agent closes or falls
+    /// silent.
     pub(crate) async fn raw(&self, request: &[u8]) -> String {
         let mut io = self.dial(b"http/1.1").await;
         io.write_all(request).await.unwrap();

@@ -1,4 +1,5 @@
-//! The real executable under load, from a Runner's side: what it carries, what it costs, what it leaves behind.
+//! The real executable under load, from a Runner's side: what it carries, what it costs, what it
+//! leaves behind.
 
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -587,7 +588,8 @@ pub(crate) async fn soak(pipeops: &str, n: u32) -> i32 {
     wrong
 }
 
-/// A client in this process: new settings make it connect anew at once, without the waits between tries.
+/// A client in this process: new settings make it connect anew at once, without the waits between
+/// tries.
 struct Reconnecting {
     settings: tokio::sync::watch::Sender<Option<pipeops::frp::TunnelConfig>>,
     status: tokio::sync::watch::Receiver<pipeops::frp::TunnelStatus>,

@@ -1,5 +1,6 @@
-//! Faults around a real agent, one after the other, each with its times; the agent's four accounts of itself sampled all the while.
-//! Runs as root in the VM of the agent: it drops packets with nftables and answers names in place of a DNS server.
+//! Faults around a real agent, one after the other, each with its times; the agent's four accounts
+//! of itself sampled all the while. Runs as root in the VM of the agent: it drops packets with
+//! nftables and answers names in place of a DNS server.
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -282,7 +283,8 @@ impl Faults {
         None
     }
 
-    /// A fault of the link: begins, holds, ends; when it was noticed, when a request came through again, and whether anything lied.
+    /// A fault of the link: begins, holds, ends; when it was noticed, when a request came through
+    /// again, and whether anything lied.
     async fn link(
         &self,
         name: &str,
@@ -335,7 +337,8 @@ impl Faults {
         self.say(lies.is_empty() && back.is_some_and(|b| b <= budget), &text);
     }
 
-    /// A fault of the control plane: which state it becomes, how soon, whether the tunnel stays, how soon it heals.
+    /// A fault of the control plane: which state it becomes, how soon, whether the tunnel stays,
+    /// how soon it heals.
     async fn state(&self, name: &str, wanted: &str, begin: impl FnOnce(), end: impl FnOnce()) {
         let control = async |state: &str| status().await["control"] == state;
         let _ = self.until(60, async || control("online").await).await;
@@ -462,7 +465,8 @@ impl Faults {
             || {},
         )
         .await;
-        // the agent still holds the token that let it in: that is refused as well, until a person sees to it
+        // the agent still holds the token that let it in: that is refused as well, until a person
+        // sees to it
         let body = json!({"code": "token_unknown", "message": "revoked"});
         let refused =
             Scripted { path: "/register", status: 401, body, headers: vec![], times: usize::MAX };

@@ -1,4 +1,5 @@
-//! Many simulated agents at one real control plane on this machine: registrations, heartbeats, memory, a restart.
+//! Many simulated agents at one real control plane on this machine: registrations, heartbeats,
+//! memory, a restart.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};

@@ -1,15 +1,21 @@
-//! Stands in for what is outside a VM: control plane, FRP server, a gateway for kubectl; and asks a real API server for verdicts.
+//! Stands in for what is outside a VM: control plane, FRP server, a gateway for kubectl; and asks a
+//! real API server for verdicts.
 //!
 //!     stand serve DIR           writes DIR/env with PLANE and GATEWAY, then serves
-//!     stand rights KUBECONFIG   role × verb × resource × namespace, against what is written here by hand
-//!     stand bench PIPEOPS [idle held requests bulk]   requests, bulk and memory through the real executable; kubectl proxy beside it
-//!     stand tunnel PIPEOPS      our client beside frpc behind a genuine frps (in PIPEOPS_BENCH_FRP); both halves ours beside two nginx
-//!                               (PIPEOPS_BENCH_NGINX, the program, and PIPEOPS_BENCH_NGINX_STREAM, the module) and rathole
+//!     stand rights KUBECONFIG   role × verb × resource × namespace, against what is written here
+//!     stand bench PIPEOPS [idle held requests bulk]
+//!                               requests, bulk and memory through the real executable, with
+//!                               kubectl proxy beside it
+//!     stand tunnel PIPEOPS      our client beside frpc behind a genuine frps (PIPEOPS_BENCH_FRP);
+//!                               both halves ours beside rathole and two nginx
+//!                               (PIPEOPS_BENCH_NGINX, the program, and
+//!                               PIPEOPS_BENCH_NGINX_STREAM, the module)
 //!     stand fleet PIPEOPS N     N simulated agents at a real control plane
-//!     stand runner DIR IMAGE    the reference Runner: hears of a cluster, deploys IMAGE to it both ways
-//!     stand outcomes DIR IMAGE  workloads that can't run: what the operation that makes them says
+//!     stand runner DIR IMAGE    the reference Runner: hears of a cluster, deploys IMAGE both ways
+//!     stand outcomes DIR IMAGE  workloads that can't run: what their operations say
 //!     stand registry            a registry of images that has none
-//!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and descriptors do
+//!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and
+//!                               descriptors do
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -71,7 +77,8 @@ async fn serve(dir: &str) {
     let (tls, pin) = identity();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let back = listener.local_addr().unwrap();
-    // agents come through a relay that can be made to misbehave; its port must be free again at once
+    // agents come through a relay that can be made to misbehave; its port must be free again at
+    // once
     let frps_address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let mode = watch::Sender::new(Mode::Pass);
     tokio::spawn(faults::front(frps_address, back, tls.clone(), mode.subscribe()));

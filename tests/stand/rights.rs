@@ -1,4 +1,5 @@
-//! Who may do what, written by hand from the promise to users, and asked of a real API server for everything that it serves.
+//! Who may do what, written by hand from the promise to users, and asked of a real API server for
+//! everything that it serves.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -35,7 +36,8 @@ const ROLES: &[&str] = &["viewer", "deployer", "operator"];
 const NAMESPACES: &[&str] =
     &["", "production", "beta", "monitoring", "pipeops", "kube-system", "default"];
 
-/// What everybody who is authenticated may do in any cluster: ask about themselves (`system:basic-user`).
+/// What everybody who is authenticated may do in any cluster: ask about themselves
+/// (`system:basic-user`).
 fn own(group: &str, resource: &str, verb: &str) -> bool {
     verb == "create"
         && matches!(
@@ -45,7 +47,8 @@ fn own(group: &str, resource: &str, verb: &str) -> bool {
         )
 }
 
-/// Read by all three roles, everywhere. Not in this list: secrets, and every subresource that is not named.
+/// Read by all three roles, everywhere. Not in this list: secrets, and every subresource that is
+/// not named.
 const READABLE: &[(&str, &[&str])] = &[
     (
         "",
@@ -339,7 +342,8 @@ pub(crate) async fn check(kubeconfig: &str) -> i32 {
     for role in ROLES {
         for (title, method, path, body) in escalations() {
             match ask(&client, role, method, &path, &body).await {
-                // a kind that this server does not have is refused by authorization all the same, or not there
+                // a kind that this server does not have is refused by authorization all the same,
+                // or not there
                 Err(403) => println!("refused to {role}: {title}"),
                 Err(404) if path.contains("helm.cattle.io") => {
                     println!("NOT RUN {role}: {title}: this server has no such kind")

@@ -1,5 +1,5 @@
-//! The reference Runner: hears of a cluster over RabbitMQ, deploys to it through the gateway, once more straight
-//! through the tunnel, and once as an operation whose end it hears.
+//! The reference Runner: hears of a cluster over RabbitMQ, deploys to it through the gateway, once
+//! more straight through the tunnel, and once as an operation whose end it hears.
 //!
 //! DIR holds what a Runner is given: `amqp-url`, `control-plane` (URL), `ca.pem`, `token`.
 

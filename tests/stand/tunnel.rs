@@ -1,5 +1,6 @@
-//! Our client beside a genuine frpc, both behind the same genuine frps; both halves ours beside two nginx stream proxies with TLS between them, and
-//! beside rathole with TLS. One load generator, in this program, for all; so are the API that the others stand before and our server half.
+//! Our client beside a genuine frpc, both behind the same genuine frps; both halves ours beside two
+//! nginx stream proxies with TLS between them, and beside rathole with TLS. One load generator, in
+//! this program, for all; so are the API that the others stand before and our server half.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -111,7 +112,8 @@ impl Site {
         sender(Box::new(self.trust.connect(name, stream).await.unwrap())).await
     }
 
-    /// nginx, once at the callers' end, once before the target, TLS between them; the port that callers use.
+    /// nginx, once at the callers' end, once before the target, TLS between them; the port that
+    /// callers use.
     async fn nginx(&self, program: &str, module: &str) -> (u16, [Running; 2]) {
         let (near, far) = (free_port(), free_port());
         let (certificate, key) = self.identity();
@@ -148,7 +150,8 @@ impl Site {
         (near, [before, behind])
     }
 
-    /// rathole with TLS: its server on this machine, its client before the target; the port that callers use.
+    /// rathole with TLS: its server on this machine, its client before the target; the port that
+    /// callers use.
     async fn rathole(&self, program: &str) -> (u16, [Running; 2]) {
         let (bind, exposed, target) = (free_port(), free_port(), self.tls_target);
         let (certificate, key) = self.identity();

@@ -139,7 +139,10 @@ pub(super) fn selinux(facts: &Facts, _: &InstallTarget<'_>) -> Vec<Finding> {
             "SELinux is enforcing and the policy for k3s is missing",
             "no module k3s under /var/lib/selinux or /usr/share/selinux",
         )
-        .fix("dnf install container-selinux and k3s-selinux (https://rpm.rancher.io), then run again"),
+        .fix(
+            "dnf install container-selinux and k3s-selinux (https://rpm.rancher.io), then run \
+             again",
+        ),
     ]
 }
 

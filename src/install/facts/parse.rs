@@ -449,7 +449,8 @@ mod tests {
     #[test]
     fn module_lists_of_three_kinds_give_names() {
         let names = module_names(
-            "br_netfilter 32768 0 - Live 0x0\nkernel/net/ipv4/vxlan-x.ko.xz: a b\nkernel/fs/overlayfs/overlay.ko\n",
+            "br_netfilter 32768 0 - Live 0x0\nkernel/net/ipv4/vxlan-x.ko.xz: a b\n\
+             kernel/fs/overlayfs/overlay.ko\n",
         );
         assert_eq!(names.into_iter().collect::<Vec<_>>(), ["br_netfilter", "overlay", "vxlan_x"]);
     }
@@ -457,9 +458,12 @@ mod tests {
     proptest! {
         #[test]
         fn no_parser_panics(text in "(?s).{0,300}") {
-            let _ = (os_release(&text), meminfo(&text, "MemTotal"), cpus(&text), sockets(&text, "tcp"), resolv_conf(&text));
-            let _ = (ip_routes(&text, false), ip_addresses(&text), module_names(&text), cgroups(None, &text), cgroups(Some(&text), ""));
-            let _ = (iptables(&text), version_numbers(&text), crate::base::cidr::Cidr::parse(&text));
+            let _ = (os_release(&text), meminfo(&text, "MemTotal"), cpus(&text));
+            let _ = (sockets(&text, "tcp"), resolv_conf(&text), module_names(&text));
+            let _ = (ip_routes(&text, false), ip_addresses(&text));
+            let _ = (cgroups(None, &text), cgroups(Some(&text), ""));
+            let _ = (iptables(&text), version_numbers(&text));
+            let _ = crate::base::cidr::Cidr::parse(&text);
             let _ = shell_variable(&text, "ENABLED");
         }
     }

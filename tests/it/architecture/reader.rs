@@ -1,5 +1,6 @@
-//! Which modules of the crate a source file names: its use trees, and the paths in its expressions and types, followed through
-//! `crate`, `self`, `super`, child modules, and the names that a use brings in. Comments, strings and test modules are left out.
+//! Which modules of the crate a source file names: its use trees, and the paths in its expressions
+//! and types, followed through `crate`, `self`, `super`, child modules, and the names that a use
+//! brings in. Comments, strings and test modules are left out.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -134,7 +135,8 @@ fn without_tests(all: &[Token]) -> Vec<Token> {
     found
 }
 
-/// The paths of the use tree that begins at `at`, each with the name that it brings in, and where the tree ends.
+/// The paths of the use tree that begins at `at`, each with the name that it brings in, and where
+/// the tree ends.
 fn tree(tokens: &[Token], mut at: usize, before: &[String], found: &mut Vec<Import>) -> usize {
     let mut path = before.to_vec();
     loop {
@@ -207,7 +209,8 @@ pub(super) fn module_of(file: &str) -> Module {
     path
 }
 
-/// The modules that a file uses: the deepest that each path names. `modules` are those that there are.
+/// The modules that a file uses: the deepest that each path names. `modules` are those that there
+/// are.
 pub(super) fn used(module: &Module, text: &str, modules: &BTreeSet<Module>) -> BTreeSet<Module> {
     let (uses, mut others) = paths(&without_tests(&tokens(text)));
     let mut names: BTreeMap<&str, &Vec<String>> = BTreeMap::new();

@@ -1,6 +1,8 @@
-//! What a version of pipeops left behind, kept as files: how it is put away, and how a sandbox gets it back.
+//! What a version of pipeops left behind, kept as files: how it is put away, and how a sandbox gets
+//! it back.
 //!
-//! A part is a directory of files, as they stood below `/`, and `modes`, which names each of them with its mode, and directories and links.
+//! A part is a directory of files, as they stood below `/`, and `modes`, which names each of them
+//! with its mode, and directories and links.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -19,7 +21,8 @@ const LARGE: u64 = 1 << 20;
 
 pub(super) const DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/fixtures");
 
-/// Texts that are others in each sandbox (ports, its directory), and what stands in the fixture for them.
+/// Texts that are others in each sandbox (ports, its directory), and what stands in the fixture for
+/// them.
 pub(super) type Names = Vec<(String, String)>;
 
 /// A directory of `fixtures/`.
@@ -100,7 +103,8 @@ impl Fixture {
         }
     }
 
-    /// Puts away what stands in `sandbox` below `places` and does not stand in a sandbox that nobody has used.
+    /// Puts away what stands in `sandbox` below `places` and does not stand in a sandbox that
+    /// nobody has used.
     pub(super) fn keep(&self, part: &str, sandbox: &Sandbox, places: &[&str], names: &Names) {
         let (to, root, fresh) = (self.dir.join(part), sandbox.root(), Sandbox::new());
         let mut found = BTreeSet::new();

@@ -58,7 +58,8 @@ async fn stretch_database(file: &Path) {
     pool.close().await;
 }
 
-/// A control plane with everything that it can hold, and an agent that the control plane left while an operation ran.
+/// A control plane with everything that it can hold, and an agent that the control plane left while
+/// an operation ran.
 async fn both(fixture: &Fixture, program: &Path) {
     let mut control_plane = with_unreachable_broker(Sandbox::of(program));
     let first =
@@ -167,9 +168,12 @@ async fn both(fixture: &Fixture, program: &Path) {
     std::fs::write(&kept, credential.to_string()).unwrap();
     control_plane.start_again();
     let text = |value: &Value| value["token"].as_str().unwrap().to_owned();
-    let said = json!({"cluster": cluster, "tokens": {"first_admin": first, "second_admin": text(&admin), "runner": token, "elsewhere": text(&elsewhere),
-        "revoked": text(&revoked), "enrolment": text(&enrolment), "kubeconfig": kubeconfig["users"][0]["user"]["token"]},
-        "events_waiting": events_waiting(&control_plane, 1).await, "operations": {"done": id(&done), "running": id(&running), "waits": id(&waits)},
+    let said = json!({"cluster": cluster, "tokens": {"first_admin": first,
+        "second_admin": text(&admin), "runner": token, "elsewhere": text(&elsewhere),
+        "revoked": text(&revoked), "enrolment": text(&enrolment),
+        "kubeconfig": kubeconfig["users"][0]["user"]["token"]},
+        "events_waiting": events_waiting(&control_plane, 1).await,
+        "operations": {"done": id(&done), "running": id(&running), "waits": id(&waits)},
         "lists": lists(&control_plane, &first, &cluster).await});
     control_plane.stop();
     fixture.write_json("control-plane.json", &said);

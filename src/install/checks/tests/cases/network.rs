@@ -133,10 +133,14 @@ pub(super) const ROWS: &[Row] = &[
         "kube-vip#1371",
         "NIC_AMBIGUOUS",
         |c| {
-            c.facts.routes.extend(parse::ip_routes(r#"[{"dst":"default","metric":9,"flags":[],"nexthops":[{"gateway":"10.0.0.1","dev":"eth0"},{"gateway":"10.1.0.1","dev":"eth1"}]}]"#, false).unwrap())
+            let json = r#"[{"dst":"default","metric":9,"flags":[],"nexthops":
+                [{"gateway":"10.0.0.1","dev":"eth0"},{"gateway":"10.1.0.1","dev":"eth1"}]}]"#;
+            c.facts.routes.extend(parse::ip_routes(json, false).unwrap())
         },
         |c| {
-            c.facts.routes.extend(parse::ip_routes(r#"[{"dst":"default","metric":9,"flags":[],"nexthops":[{"gateway":"10.0.0.1","dev":"eth0"},{"gateway":"10.0.0.2","dev":"eth0"}]}]"#, false).unwrap())
+            let json = r#"[{"dst":"default","metric":9,"flags":[],"nexthops":
+                [{"gateway":"10.0.0.1","dev":"eth0"},{"gateway":"10.0.0.2","dev":"eth0"}]}]"#;
+            c.facts.routes.extend(parse::ip_routes(json, false).unwrap())
         },
     ),
     (
@@ -151,7 +155,8 @@ pub(super) const ROWS: &[Row] = &[
         },
         |c| {
             c.facts.routes = parse::ip_routes(
-                r#"[{"dst":"0.0.0.0/1","gateway":"10.8.0.1","dev":"eth0"},{"dst":"128.0.0.0/1","gateway":"10.8.0.1","dev":"eth0"}]"#,
+                r#"[{"dst":"0.0.0.0/1","gateway":"10.8.0.1","dev":"eth0"},
+                    {"dst":"128.0.0.0/1","gateway":"10.8.0.1","dev":"eth0"}]"#,
                 false,
             )
             .unwrap()
