@@ -160,10 +160,11 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
             kube.object(&method, &path, &serde_json::from_slice(&body).unwrap_or_default());
         return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();
     }
-    let planted = kube.planted.lock().unwrap();
-    let answer = planted.iter().find(|(at, part, _)| *at == path && query.contains(part));
-    let answer = answer.map(|(_, _, answer)| answer.clone());
-    drop(planted);
+    let answer = {
+        let planted = kube.planted.lock().unwrap();
+        let found = planted.iter().find(|(at, part, _)| *at == path && query.contains(part));
+        found.map(|(_, _, answer)| answer.clone())
+    };
     match answer {
         Some(Value::String(text)) => return text.into_response(),
         Some(answer) => return yes(answer),
