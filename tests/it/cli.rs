@@ -160,7 +160,11 @@ fn it_runs_in_an_empty_chroot() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    std::fs::copy(program(), dir.path().join("pipeops")).unwrap();
+    // by another process: what this one has open for writing a child of another test inherits
+    // until it executes its program, and a file that is open for writing can't be started
+    let copy = dir.path().join("pipeops");
+    let copied = Command::new("cp").arg(program()).arg(copy).status().unwrap();
+    assert!(copied.success());
     let answer = run_output(
         Command::new("chroot")
             .arg(dir.path())
