@@ -104,6 +104,7 @@ const INSIDE: &[(&str, Rows)] = &[
             &["mod"],
         ],
     ),
+    ("cli", &[&["common"], &["control_plane"], &["mod"]]),
     (
         "cmd",
         &[

@@ -1,0 +1,226 @@
+//! The arguments of `control-plane` and its subcommands.
+
+use clap::{Args, Subcommand};
+
+use super::common::OutputArgs;
+use crate::control_plane::settings::ControlPlaneOptions;
+
+#[derive(Debug, Args)]
+#[command(subcommand_negates_reqs = true)]
+pub struct ControlPlaneArgs {
+    #[command(subcommand)]
+    pub command: Option<ControlPlaneCommand>,
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// Without a subcommand: serve.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub options: ControlPlaneOptions,
+    /// Read this config file instead of /etc/pipeops/control-plane.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<String>,
+    #[command(flatten)]
+    pub location: DataDirArgs,
+}
+
+/// Which control plane: before a subcommand or after it.
+#[derive(Debug, Args)]
+pub struct DataDirArgs {
+    /// Directory with its keys and database
+    #[arg(long, value_name = "DIR", default_value = crate::control_plane::STATE, global = true)]
+    pub data_dir: String,
+    /// Work in a directory that stands for the machine
+    #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true, global = true)]
+    pub root: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ControlPlaneCommand {
+    /// Tokens that let new servers in
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Clusters that have registered
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+    /// Whoever drives clusters through this control plane
+    #[command(subcommand)]
+    Runner(RunnerCommand),
+    /// Owners of tokens, clusters and Runners
+    #[command(subcommand)]
+    Project(ProjectCommand),
+    /// People who may do everything here, on the page as well
+    #[command(subcommand)]
+    Admin(AdminCommand),
+    /// Print what an external frps needs in its configuration; there is a secret in it
+    FrpsConfig,
+    /// Write all that it knows and its keys into a file; it may go on running
+    Backup {
+        /// A new file
+        file: String,
+        #[command(flatten)]
+        database: DatabaseArgs,
+    },
+    /// Make what a backup holds of an empty data directory and database
+    Restore {
+        file: String,
+        #[command(flatten)]
+        database: DatabaseArgs,
+    },
+}
+
+/// Where a control plane keeps what it knows.
+#[derive(Debug, Args)]
+pub struct DatabaseArgs {
+    /// File with the URL of its PostgreSQL database, where it has one
+    #[arg(long, value_name = "FILE")]
+    pub database_url_file: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make one and print the line to paste on a VM
+    Create {
+        /// Project that its servers belong to
+        #[arg(long, default_value = "default")]
+        project: String,
+        /// What it is for
+        #[arg(long, default_value = "token")]
+        name: String,
+        /// How long it lets servers in, seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 86_400)]
+        ttl: i64,
+        /// How many servers it lets in; 0: any number
+        #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+        uses: u32,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show all; never the tokens themselves
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Let nobody in with it from now on
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Show all with their state
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show one, with what its agent sees
+    Show {
+        /// Id or name
+        cluster: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Print a kubeconfig with which kubectl reaches it for a day
+    Kubeconfig {
+        /// Id or name
+        cluster: String,
+        /// viewer, deployer, operator or admin
+        #[arg(long, default_value = "operator")]
+        role: String,
+        /// Only these namespaces
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        namespaces: Option<Vec<String>>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Refuse its agent from now on and end its streams
+    Revoke {
+        /// Id or name
+        cluster: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Forget it; its agent needs a token to come back
+    Remove {
+        /// Id or name
+        cluster: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RunnerCommand {
+    /// Make one and print its token
+    Create {
+        name: String,
+        #[arg(long, default_value = "default")]
+        project: String,
+        /// Highest role that it acts in: viewer, deployer, operator or admin
+        #[arg(long, default_value = "deployer")]
+        role: String,
+        /// Only these clusters, by id
+        #[arg(long, value_name = "IDS", value_delimiter = ',')]
+        clusters: Option<Vec<String>>,
+        /// Only these namespaces
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        namespaces: Option<Vec<String>>,
+        /// How long it is good, seconds; without: until it is revoked
+        #[arg(long, value_name = "SECONDS")]
+        ttl: Option<i64>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show all, kubeconfigs too
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Refuse it from now on and end its streams
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AdminCommand {
+    /// Make one and print the token, shown this once
+    Create {
+        name: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show all
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Refuse the token from now on and end its sessions
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ProjectCommand {
+    /// Make one
+    Create {
+        name: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show all
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
