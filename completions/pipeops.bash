@@ -28,6 +28,9 @@ _pipeops() {
             pipeops,control-plane)
                 cmd="pipeops__subcmd__control__subcmd__plane"
                 ;;
+            pipeops,explain)
+                cmd="pipeops__subcmd__explain"
+                ;;
             pipeops,install-server)
                 cmd="pipeops__subcmd__install__subcmd__server"
                 ;;
@@ -131,7 +134,7 @@ _pipeops() {
 
     case "${cmd}" in
         pipeops)
-            opts="-h -V --log-level --help --version install-server join-worker cluster-info run uninstall control-plane audit completions man mint-credential"
+            opts="-h -V --log-level --help --version install-server join-worker cluster-info run uninstall control-plane audit explain completions man mint-credential"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1151,6 +1154,32 @@ _pipeops() {
                     ;;
                 --root)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__explain)
+            opts="-o -h --output --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
                     return 0
                     ;;
                 --log-level)

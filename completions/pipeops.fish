@@ -37,6 +37,7 @@ complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "run" -d 'Run the ag
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "uninstall" -d 'Undo what install-server or join-worker did'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "control-plane" -d 'Run a control plane of your own, or manage one that runs on this machine'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "audit" -d 'Check or show the record of what was done through the tunnel'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "explain" -d 'Explain a code of a finding, an error or an operation'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "completions" -d 'Print shell completions'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "man" -d 'Print the manual page'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "mint-credential" -d 'Mint the agent\'s Kubernetes credential; run by its unit'
@@ -274,6 +275,13 @@ info\t''
 warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from tail" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand explain" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand explain" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand explain" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand completions" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''

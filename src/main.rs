@@ -175,6 +175,7 @@ async fn run(
         }
         Command::ControlPlane(args) => cmd::control_plane::control_plane(&context, args).await,
         Command::Audit(args) => cmd::audit::audit(&context, &args),
+        Command::Explain(args) => cmd::explain::explain(&context, &args),
         Command::MintCredential(args) => {
             let host = host::Host::new(&args.root, context.env.get("PATH").map(Into::into));
             credential::mint(&host, &context.stop).await?;

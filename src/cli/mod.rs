@@ -60,6 +60,8 @@ pub enum Command {
     ControlPlane(ControlPlaneArgs),
     /// Check or show the record of what was done through the tunnel
     Audit(AuditArgs),
+    /// Explain a code of a finding, an error or an operation
+    Explain(Explain),
     /// Print shell completions
     Completions {
         /// bash, elvish, fish, powershell, zsh
@@ -222,6 +224,14 @@ pub enum AuditCommand {
         #[arg(long = "lines", short = 'n', value_name = "NUMBER", default_value_t = 20)]
         lines: usize,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// Code of a finding, an error, a notice or an operation; without one all are listed
+    pub code: Option<String>,
+    #[command(flatten)]
+    pub verb: OutputArgs,
 }
 
 /// Other names of the program, and the command that each stands for.

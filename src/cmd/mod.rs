@@ -2,6 +2,7 @@
 
 pub mod audit;
 pub mod control_plane;
+pub mod explain;
 pub mod info;
 pub mod install;
 mod installer;

@@ -109,7 +109,7 @@ const INSIDE: &[(&str, Rows)] = &[
         "cmd",
         &[
             &["mod"],
-            &["audit", "control_plane", "info", "secrets"],
+            &["audit", "control_plane", "explain", "info", "secrets"],
             &["installer"],
             &["join", "uninstall"],
             &["install"],

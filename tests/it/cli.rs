@@ -86,6 +86,42 @@ fn every_finding_code_stands_in_the_readme() {
 }
 
 #[test]
+fn a_code_is_explained_listed_or_unknown() {
+    let explain = |args: &[&str]| {
+        said(Command::new(program()).arg("explain").args(args).env_clear().output().unwrap())
+    };
+    let one = explain(&["clock-skew"]).ended(0);
+    assert!(one.out.starts_with("CLOCK_SKEW\n\nThe clock of this machine"), "{}", one.out);
+    assert!(one.out.contains("timedatectl set-ntp true") && one.err.is_empty(), "{}", one.out);
+    // an example of a URL is no secret
+    let url = explain(&["DATABASE_URL_WRONG"]).ended(0);
+    assert!(url.out.contains("postgres://USER:PASSWORD@HOST"), "{}", url.out);
+
+    let all = explain(&[]).ended(0);
+    for code in pipeops::install::checks::codes().into_iter().chain(["crash_loop"]) {
+        let line = all.out.lines().find(|line| line.split(' ').next() == Some(code));
+        assert!(line.is_some_and(|line| line.ends_with('.')), "{code}: {}", all.out);
+    }
+    assert!(all.out.lines().all(|line| line.chars().count() <= 100), "{}", all.out);
+
+    let json = |args: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&explain(args).ended(0).out).unwrap()
+    };
+    let one = json(&["out_of_memory", "-o", "json"]);
+    assert_eq!(one["code"], "out_of_memory");
+    assert!(one["text"].as_str().unwrap().contains("OOMKilled"), "{one}");
+    let list = json(&["--output", "json"]);
+    assert_eq!(list.as_array().unwrap().len(), all.out.lines().count());
+
+    let unknown = explain(&["CLOCK_SKW"]).ended(2);
+    assert!(unknown.out.is_empty(), "{}", unknown.out);
+    assert!(unknown.err.contains("did you mean `CLOCK_SKEW`?"), "{}", unknown.err);
+    assert!(unknown.err.contains("[CODE_UNKNOWN]"), "{}", unknown.err);
+    let far = explain(&["qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq"]).ended(2);
+    assert!(!far.err.contains("did you mean"), "{}", far.err);
+}
+
+#[test]
 fn committed_completions_and_manual_are_fresh() {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/completions");
     for (args, file) in [

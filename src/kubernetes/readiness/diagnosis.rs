@@ -61,6 +61,29 @@ pub enum Reason {
 }
 
 impl Reason {
+    pub const ALL: [Reason; 20] = [
+        Reason::ImageNotFound,
+        Reason::ImageUnauthorized,
+        Reason::ImageNameInvalid,
+        Reason::ImagePullFailed,
+        Reason::RunsAsRoot,
+        Reason::CommandNotFound,
+        Reason::ConfigMissing,
+        Reason::OutOfMemory,
+        Reason::CrashLoop,
+        Reason::ExitedWithError,
+        Reason::ProbeFailed,
+        Reason::Unschedulable,
+        Reason::VolumePending,
+        Reason::QuotaExceeded,
+        Reason::LimitExceeded,
+        Reason::PodSecurity,
+        Reason::WebhookFailed,
+        Reason::AdmissionDenied,
+        Reason::SandboxFailed,
+        Reason::Evicted,
+    ];
+
     /// Whether it can end without a change of what was asked for. Where it can't, waiting is of no
     /// use.
     pub fn can_heal(self) -> bool {
