@@ -522,12 +522,12 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
     let backup = control_plane.sandbox.path("backup.json");
     control_plane.sandbox.subcommand(&["control-plane", "backup", &backup]).ended(0);
     let place = Sandbox::new();
-    place.verb(&["control-plane", "restore", &backup]).ended(0);
+    place.subcommand(&["control-plane", "restore", &backup]).ended(0);
     assert_eq!(
         std::fs::read(control_plane.sandbox.root().join(DATA).join("keys.json")).unwrap(),
         std::fs::read(place.root().join(DATA).join("keys.json")).unwrap()
     );
-    let again = place.verb(&["control-plane", "restore", &backup]).ended(3);
+    let again = place.subcommand(&["control-plane", "restore", &backup]).ended(3);
     assert!(again.err.contains("NOT_EMPTY"), "{}", again.err);
     let restored = ControlPlane::on(place);
     let clusters = restored.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;

@@ -88,7 +88,7 @@ fn every_finding_code_stands_in_the_readme() {
 #[test]
 fn a_code_is_explained_listed_or_unknown() {
     let explain = |args: &[&str]| {
-        said(Command::new(program()).arg("explain").args(args).env_clear().output().unwrap())
+        run_output(Command::new(program()).arg("explain").args(args).env_clear().output().unwrap())
     };
     let one = explain(&["clock-skew"]).ended(0);
     assert!(one.out.starts_with("CLOCK_SKEW\n\nThe clock of this machine"), "{}", one.out);

@@ -17,7 +17,7 @@ const TOLD_WITHIN: Duration = Duration::from_secs(60);
 /// No more than an agent carries out at once.
 const AT_ONCE: usize = 7;
 /// Where `stand registry` listens.
-pub const REGISTRY: &str = "127.0.0.1:5999";
+pub(crate) const REGISTRY: &str = "127.0.0.1:5999";
 
 /// How an operation must end.
 #[derive(Clone, Copy, PartialEq)]
@@ -370,7 +370,7 @@ impl Runner {
 }
 
 /// Checks each outcome, and prints a line for it. The result is the exit code.
-pub async fn outcomes(dir: &str, image: &str) -> i32 {
+pub(crate) async fn outcomes(dir: &str, image: &str) -> i32 {
     let file =
         |name: &str| std::fs::read_to_string(Path::new(dir).join(name)).unwrap().trim().to_owned();
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -400,7 +400,7 @@ pub async fn outcomes(dir: &str, image: &str) -> i32 {
 }
 
 /// A registry that has no image, and wants a password for `private`.
-pub async fn registry() {
+pub(crate) async fn registry() {
     let router = axum::Router::new().fallback(async |request: axum::extract::Request| {
         let private = request.uri().path().starts_with("/v2/private/");
         let basic = ("www-authenticate", "Basic realm=\"stand\"");
