@@ -1,3 +1,5 @@
+//! What Kubernetes says of each outcome, and what is made of it.
+
 use super::*;
 use serde_json::json;
 
