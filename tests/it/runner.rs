@@ -242,9 +242,24 @@ async fn answers_of_the_cluster_that_lead_elsewhere_or_blame_the_caller_are_not_
     assert!(
         status(&answer) == 503
             && answer.contains("kubernetes_credential")
-            && answer.to_lowercase().contains("retry-after"),
+            && !answer.to_lowercase().contains("retry-after"),
         "{answer}"
     );
+    // nor does a client of Kubernetes wait in silence for one that is away
+    world.agent.sandbox.put("/run/pipeops-credential/kubeconfig", "");
+    let begun = Instant::now();
+    loop {
+        let answer = world.ask("GET", "/k8s/api/v1/pods", &token).await;
+        if answer.contains("kubernetes_waiting") {
+            assert!(
+                status(&answer) == 503 && !answer.to_lowercase().contains("retry-after"),
+                "{answer}"
+            );
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{answer}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,6 @@
 //! `/k8s/…`: the Kubernetes API as the caller, as a stream in both directions.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -43,19 +44,49 @@ fn namespace_refusal(target: &KubernetesPath, namespaces: &[String]) -> ApiError
     )
 }
 
+/// The Kubernetes API cannot be asked. There is no `Retry-After`: with one, client-go repeats any
+/// 429 or 5xx ten times in silence, each time after that many seconds (kubernetes/client-go
+/// `rest/with_retry.go`), and kubectl asks for what a cluster serves five times: it would say why
+/// after a minute, or, with a `--request-timeout`, not at all. A cluster that is away stays away
+/// for longer than that.
+fn unavailable(
+    code: &'static str,
+    message: impl Into<Cow<'static, str>>,
+    hint: &'static str,
+) -> ApiError {
+    ApiError::new(503, code, message, Some(hint))
+}
+
+/// The agent itself has no connection to the Kubernetes API, for the reason in its status.
+fn waiting(reason: &str) -> ApiError {
+    let mut message = "the agent has no way to the Kubernetes API at the moment".to_owned();
+    if !reason.is_empty() {
+        message.push_str(": ");
+        message.push_str(reason);
+    }
+    unavailable("kubernetes_waiting", message, "the tunnel stays up; try again soon")
+}
+
+/// A stopping agent. One that is restarted is back within seconds, so here the few silent
+/// repetitions of client-go help; when it stays away the control plane says so without a
+/// `Retry-After`.
+fn draining() -> ApiError {
+    let hint = Some("it is being stopped or restarted");
+    ApiError::new(503, "draining", "the agent takes nothing new", hint).retry_after_s(1)
+}
+
 /// What the caller is told when there is no answer for it.
 fn refusal(error: ForwardError<Incoming, BoxError>) -> ApiError {
-    let soon = |code, message, hint| ApiError::new(503, code, message, Some(hint)).retry_after_s(1);
     let never = |code, message| ApiError::new(502, code, message, None);
     match error {
         ForwardError::NoAnswer(error) => {
             tracing::debug!(error, "the Kubernetes API did not answer");
             let hint = "the tunnel stays up; try again soon";
-            soon("kubernetes_unavailable", "the Kubernetes API does not answer", hint)
+            unavailable("kubernetes_unavailable", "the Kubernetes API does not answer", hint)
         }
         ForwardError::Unauthorized(_) => {
             let message = "the Kubernetes API refuses the agent's credential";
-            soon("kubernetes_credential", message, "a fresh one is minted within a minute")
+            unavailable("kubernetes_credential", message, "a fresh one is minted within a minute")
         }
         ForwardError::Redirect => never(
             "redirect_refused",
@@ -100,16 +131,9 @@ impl Api {
         };
         let upstream = self.inner.context.upstream.borrow().clone();
         let Some(upstream) = upstream else {
-            call.status(503, "kubernetes_waiting");
-            let hint = Some("the tunnel stays up; try again soon");
-            return ApiError::new(
-                503,
-                "kubernetes_waiting",
-                "the agent has no way to the Kubernetes API at the moment",
-                hint,
-            )
-            .retry_after_s(1)
-            .status(is_discovery(raw));
+            let problem = waiting(&self.inner.context.agent_status.borrow().reason);
+            call.status(problem.status, problem.code);
+            return problem.status(is_discovery(raw));
         };
         let mut answer = self
             .forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call)
@@ -129,13 +153,7 @@ impl Api {
         id: &str,
     ) -> Result<(KubernetesPath, HeaderMap, bool), ApiError> {
         if self.draining() {
-            return Err(ApiError::new(
-                503,
-                "draining",
-                "the agent takes nothing new",
-                Some("it is being stopped or restarted"),
-            )
-            .retry_after_s(1));
+            return Err(draining());
         }
         let target = path::parse(raw).map_err(|refusal| match refusal {
             PathError::Invalid(why) => ApiError::new(400, "bad_path", why, None),
@@ -290,6 +308,21 @@ async fn copy(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kubectl_says_at_once_that_kubernetes_is_away_and_waits_for_an_agent_that_restarts() {
+        let away = [
+            waiting("/k is not there yet"),
+            refusal(ForwardError::NoAnswer("connection refused".into())),
+        ];
+        for problem in away {
+            assert_eq!((problem.status, problem.retry_after), (503, None), "{problem:?}");
+            assert!(!problem.status(false).headers().contains_key("retry-after"), "{problem:?}");
+        }
+        assert!(waiting("/k is absent").message.ends_with("at the moment: /k is absent"));
+        assert!(waiting("").message.ends_with("at the moment"));
+        assert_eq!(draining().retry_after, Some(1));
+    }
 
     #[tokio::test]
     async fn what_an_end_sent_before_it_closed_is_passed_on_and_the_other_is_not_waited_for() {
