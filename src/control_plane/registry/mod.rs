@@ -1,6 +1,7 @@
 //! The registry: projects, tokens, agents, Runners. Decisions are made in memory, under one lock
 //! that is never held across an await, and are durable before they are answered.
 
+mod access;
 mod admin;
 mod agents;
 pub mod enrol;
