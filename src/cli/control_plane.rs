@@ -164,7 +164,7 @@ pub enum RunnerCommand {
         /// Highest role that it acts in: viewer, deployer, operator or admin
         #[arg(long, default_value = "deployer")]
         role: String,
-        /// Only these clusters, by id
+        /// Only these clusters, by id or name
         #[arg(long, value_name = "IDS", value_delimiter = ',')]
         clusters: Option<Vec<String>>,
         /// Only these namespaces
@@ -183,7 +183,8 @@ pub enum RunnerCommand {
     },
     /// Refuse it from now on and end its streams
     Revoke {
-        id: String,
+        /// Id or name
+        runner: String,
         #[command(flatten)]
         output: OutputArgs,
     },

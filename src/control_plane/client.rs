@@ -1,6 +1,6 @@
 //! Calls of the administrator on this machine, over the socket in the data directory.
 
-use http::{Method, Request, header};
+use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -17,7 +17,8 @@ pub const SOCKET: &str = "admin.sock";
 /// One call; returns the body of the answer.
 ///
 /// # Errors
-/// Exit 7 when the control plane refuses, 5 when none runs on this machine.
+/// Exit 2 when the request itself is wrong, 7 when the control plane refuses it for another reason,
+/// 5 when none runs on this machine.
 pub async fn call(
     host: &Host,
     data_dir: &str,
@@ -61,7 +62,10 @@ pub async fn call(
         return Ok(text);
     }
     let problem: Problem = serde_json::from_str(&text).unwrap_or_default();
-    let mut failure = Failure::new(Exit::Refused, &problem.code.to_uppercase(), problem.message);
+    // what the caller wrote is wrong, or could mean several things
+    let usage = status == StatusCode::BAD_REQUEST || problem.code == "name_ambiguous";
+    let exit = if usage { Exit::Usage } else { Exit::Refused };
+    let mut failure = Failure::new(exit, &problem.code.to_uppercase(), problem.message);
     failure.hint = problem.hint;
     Err(failure.into())
 }

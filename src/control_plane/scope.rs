@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 use super::error::HttpError;
 use super::registry::Principal;
+use crate::base::text::{is_dns_label, printable};
 use crate::contract::token::Role;
 
 pub(super) use super::keys::DAY;
@@ -41,6 +42,25 @@ pub(super) fn checked_ttl(
     }
 }
 
+/// A token for a namespace that cannot exist would reach nothing.
+///
+/// # Errors
+/// 400 for the first that is no RFC 1123 label.
+pub(super) fn check_namespaces(names: Option<&[String]>) -> Result<(), HttpError> {
+    match names.unwrap_or_default().iter().find(|name| !is_dns_label(name)) {
+        None => Ok(()),
+        Some(wrong) => {
+            let wrong: String = printable(wrong).chars().take(80).collect();
+            Err(HttpError::new(
+                400,
+                "bad_name",
+                format!("`{wrong}` is no name of a namespace"),
+                Some("a namespace has 1 to 63 lower-case letters, digits and -, as in team-a"),
+            ))
+        }
+    }
+}
+
 /// Role and namespaces of a requested token, never more than the caller has.
 pub(super) fn restrict(
     principal: &Principal,
@@ -59,6 +79,7 @@ pub(super) fn restrict(
             None,
         ));
     }
+    check_namespaces(request.namespaces.as_deref())?;
     let namespaces = match (request.namespaces.clone(), limits) {
         (Some(requested), Some(limits)) if requested.iter().any(|n| !limits.contains(n)) => {
             return Err(HttpError::new(
@@ -124,5 +145,17 @@ mod tests {
             restrict(&deployer, &requested(Some("root"), None)).unwrap_err().code,
             "bad_role"
         );
+    }
+
+    #[test]
+    fn a_namespace_that_cannot_exist_is_refused() {
+        let check = |name: &str| check_namespaces(Some(&["beta".into(), name.into()]));
+        for name in ["team-a", "0", &"x".repeat(63)] {
+            assert_eq!(check(name), Ok(()), "{name}");
+        }
+        for name in ["A B", "Beta", "", "-a", "a-", "a.b", "a_b", "a\n", &"x".repeat(64)] {
+            assert_eq!(check(name).unwrap_err().code, "bad_name", "{name}");
+        }
+        assert_eq!(check_namespaces(None), Ok(()));
     }
 }

@@ -3,6 +3,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -243,8 +244,30 @@ impl ControlPlane {
             .as_u16()
     }
 
+    /// A new Runner; each has a name of its own.
     pub(crate) async fn runner(&self, role: &str) -> Value {
-        self.json("POST", "/api/v1/runners", &self.admin, json!({"name": "ci", "role": role})).await
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("ci-{}", MADE.fetch_add(1, Ordering::Relaxed));
+        self.json("POST", "/api/v1/runners", &self.admin, json!({"name": name, "role": role})).await
+    }
+
+    /// A Runner for one cluster, which is gone: it reaches none.
+    pub(crate) async fn runner_for_nothing(&self, name: &str) -> Value {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = SimulatedAgent::new(self, dir.path(), &self.enrol().0).await;
+        let clusters = self.json("GET", "/api/v1/clusters", &self.admin, json!({})).await;
+        let cluster = clusters["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|c| c["agent_id"] == agent.id.as_str())
+            .unwrap()["id"]
+            .clone();
+        let body = json!({"name": name, "clusters": [&cluster]});
+        let runner = self.json("POST", "/api/v1/runners", &self.admin, body).await;
+        let path = format!("/api/v1/clusters/{}", cluster.as_str().unwrap());
+        self.json("DELETE", &path, &self.admin, json!({})).await;
+        runner
     }
 }
 
@@ -379,6 +402,58 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     for secret in [token, own, &control_plane.admin] {
         assert!(!database.contains(secret) && !database.contains(&secret[4..]));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runner_that_would_reach_nothing_is_refused_and_one_is_revoked_by_its_name() {
+    let control_plane = ControlPlane::start();
+    let dir = tempfile::tempdir().unwrap();
+    let agent = SimulatedAgent::new(&control_plane, dir.path(), &control_plane.enrol().0).await;
+    let runner = |args: &[&str]| {
+        control_plane.sandbox.subcommand(&[&["control-plane", "runner"][..], args].concat())
+    };
+    for (args, code, said) in [
+        (&["--clusters", "nope"][..], 7, "there is no cluster nope"),
+        (&["--namespaces", "A B"][..], 2, "`A B` is no name of a namespace"),
+        (&["--role", "root"][..], 2, "viewer, deployer, operator or admin"),
+    ] {
+        let refused = runner(&[&["create", "ci"], args].concat()).ended(code);
+        assert!(refused.err.contains(said), "{args:?}: {}", refused.err);
+    }
+    assert_eq!(runner(&["list"]).ended(0).out.trim(), "none yet");
+    // the token alone is on standard output; the id stands beside it
+    let made = runner(&["create", "ci", "--clusters", "n"]).ended(0);
+    assert!(made.out.starts_with("por_") && made.out.trim().lines().count() == 1, "{}", made.out);
+    let id = made.err.split_whitespace().find(|w| w.starts_with("r-")).unwrap().to_owned();
+    let again = runner(&["create", "ci"]).ended(7);
+    assert!(again.err.contains("NAME_TAKEN"), "{}", again.err);
+    let free = runner(&["create", "free"]).ended(0);
+    assert!(!free.out.contains(&id));
+    let rows = runner(&["list", "-o", "json"]).ended(0).json();
+    let row = rows["items"].as_array().unwrap().iter().find(|r| r["id"] == id.as_str()).unwrap();
+    let clusters =
+        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
+    assert_eq!(clusters["items"][0]["agent_id"], agent.id.as_str());
+    assert_eq!(row["clusters"], json!([clusters["items"][0]["id"]]));
+    let table = runner(&["list"]).ended(0).out;
+    let line = table.lines().find(|l| l.contains("free")).unwrap();
+    assert!(
+        table.contains("PROJECT")
+            && line.contains(row["project"].as_str().unwrap())
+            && line.matches(" all ").count() == 2,
+        "{table}"
+    );
+    // the same name in another project: then it is asked for the id
+    control_plane
+        .json("POST", "/api/v1/projects", &control_plane.admin, json!({"name": "other"}))
+        .await;
+    runner(&["create", "ci", "--project", "other"]).ended(0);
+    let ambiguous = runner(&["revoke", "ci"]).ended(2);
+    assert!(ambiguous.err.contains("NAME_AMBIGUOUS"), "{}", ambiguous.err);
+    assert!(ambiguous.err.contains(&id), "{}", ambiguous.err);
+    runner(&["revoke", &id]).ended(0);
+    runner(&["revoke", "ci"]).ended(0);
+    runner(&["revoke", "ci"]).ended(7);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -650,13 +725,11 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
     let (_kube, address) = serve_kube().await;
     let (_agent, cluster) = control_plane.agent(address).await;
     let mut streams = Vec::new();
-    for (who, body) in [
-        ("revoked", json!({"name": "a"})),
-        ("stays", json!({"name": "b"})),
-        ("elsewhere", json!({"name": "c", "clusters": ["c-0"]})),
+    for (who, runner) in [
+        ("revoked", control_plane.runner("deployer").await),
+        ("stays", control_plane.runner("deployer").await),
+        ("elsewhere", control_plane.runner_for_nothing("c").await),
     ] {
-        let runner =
-            control_plane.json("POST", "/api/v1/runners", &control_plane.admin, body).await;
         let minted = control_plane
             .ask(
                 "POST",
@@ -737,7 +810,8 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
     };
     let runner = make(json!({"name": "mine"})).await;
     let foreign = make(json!({"name": "foreign", "project": other})).await;
-    let elsewhere = make(json!({"name": "elsewhere", "clusters": ["c-0"]})).await;
+    let elsewhere =
+        control_plane.runner_for_nothing("elsewhere").await["token"].as_str().unwrap().to_owned();
     let short = make(json!({"name": "short", "ttl_s": 1})).await;
     let kubeconfig = control_plane
         .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({}))

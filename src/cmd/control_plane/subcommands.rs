@@ -91,6 +91,11 @@ fn text(value: &Value) -> String {
     }
 }
 
+/// A list that limits; without one there is no limit.
+fn limit_text(value: &Value) -> String {
+    if value.is_null() { "all".into() } else { text(value) }
+}
+
 fn time_text(value: &Value) -> String {
     value
         .as_i64()
@@ -237,26 +242,45 @@ pub(super) async fn runner(
                 "clusters": clusters, "namespaces": namespaces, "ttl_s": ttl,
             });
             let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
-            client.show(&answer, |v| text(&v["token"]))
+            // standard output has the token alone: scripts write it into a file
+            client.show(&answer, |v| {
+                client.printer().say(&format!(
+                    "made Runner {} {}",
+                    text(&v["id"]),
+                    text(&v["name"])
+                ));
+                text(&v["token"])
+            })
         }
         RunnerCommand::List { output } => {
             AdminClient::new(context, location, output)
                 .list(
                     "/api/v1/runners",
-                    &["ID", "NAME", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"],
+                    &[
+                        "ID",
+                        "NAME",
+                        "PROJECT",
+                        "KIND",
+                        "ROLE",
+                        "CLUSTERS",
+                        "NAMESPACES",
+                        "EXPIRES",
+                        "REVOKED",
+                    ],
                     |v| {
-                        let fields = ["id", "name", "kind", "role", "clusters", "namespaces"];
+                        let fields = ["id", "name", "project", "kind", "role"];
                         fields
                             .iter()
                             .map(|f| text(&v[f]))
+                            .chain(["clusters", "namespaces"].iter().map(|f| limit_text(&v[f])))
                             .chain([time_text(&v["expires_at"]), text(&v["revoked"])])
                             .collect()
                     },
                 )
                 .await
         }
-        RunnerCommand::Revoke { id, output } => {
-            let path = format!("/api/v1/runners/{}", segment(&id)?);
+        RunnerCommand::Revoke { runner, output } => {
+            let path = format!("/api/v1/runners/{}", segment(&runner)?);
             AdminClient::new(context, location, output)
                 .act(Method::DELETE, &path, "revoked; its streams have ended")
                 .await

@@ -12,10 +12,12 @@ use crate::control_plane::store::{Change, RowKind};
 const RETENTION: i64 = 7 * 86_400;
 
 impl Registry {
-    /// A Runner's token, or one for a kubeconfig.
+    /// A Runner's token, or one for a kubeconfig. A Runner's clusters may be given by name; its own
+    /// name is free again once it is revoked or has expired.
     ///
     /// # Errors
-    /// A bad name or project, or a database that cannot be written.
+    /// A bad name, project or cluster, a Runner's name that is taken in its project, or a database
+    /// that cannot be written.
     pub async fn add_access_token(
         &self,
         keys: &Keys,
@@ -23,6 +25,12 @@ impl Registry {
     ) -> Result<(AccessToken, Secret), HttpError> {
         check_name(&row.name)?;
         row.project = self.project(&row.project)?.id;
+        if let Some(clusters) = &mut row.clusters {
+            let inner = self.inner();
+            for cluster in clusters {
+                *cluster = inner.find(cluster, Some(&row.project))?.row.cluster_id.clone();
+            }
+        }
         let prefix = if row.kind == AccessKind::Runner { "por" } else { "pok" };
         let (token, hash) = mint_token(keys, prefix)?;
         (row.id, row.hash) = (self.random_id("r")?, hash);
@@ -34,6 +42,18 @@ impl Registry {
                 .is_some_and(|maker| inner.resolve_subject(maker, row.created_at).is_none())
             {
                 return Err(HttpError::new(401, "token_unknown", "the token was revoked", None));
+            }
+            let taken = row.kind == AccessKind::Runner
+                && inner
+                    .runners_called(&row.name, row.created_at)
+                    .any(|other| other.project == row.project);
+            if taken {
+                return Err(HttpError::new(
+                    409,
+                    "name_taken",
+                    format!("its project has a Runner {} already", row.name),
+                    Some("choose another name, or revoke that Runner first"),
+                ));
             }
             inner.insert_access_token(row.clone());
             Ok((vec![Change::put(RowKind::Access, &row.id, &row)?], ()))
@@ -50,17 +70,15 @@ impl Registry {
         self.inner().access_tokens.values().map(|a| a.0.clone()).collect()
     }
 
-    /// Revokes a Runner or kubeconfig, and the kubeconfigs that a Runner has made; their streams
-    /// end.
+    /// Revokes a Runner by id or name, or a kubeconfig by id, and the kubeconfigs that a Runner
+    /// made; their streams end.
     ///
     /// # Errors
-    /// 404, or a database that cannot be written.
-    pub async fn revoke_access_token(&self, id: &str) -> Result<(), HttpError> {
+    /// 404; 409 for a name that several Runners have; a database that cannot be written.
+    pub async fn revoke_access_token(&self, id: &str, now: i64) -> Result<(), HttpError> {
         let change = |inner: &mut Inner| {
-            if !inner.access_tokens.contains_key(id) {
-                return Err(not_found("runner", id));
-            }
-            inner.revoke_access_tokens(|row| row.id == id || row.maker.as_deref() == Some(id))
+            let id = inner.access_id(id, now)?;
+            inner.revoke_access_tokens(|row| row.id == id || row.maker.as_ref() == Some(&id))
         };
         self.transact(change, Inner::restore_access_tokens, Inner::end_access_tokens).await
     }
@@ -117,6 +135,38 @@ impl Registry {
 }
 
 impl Inner {
+    /// Runners of that name, in any project, that are neither revoked nor expired.
+    fn runners_called(&self, name: &str, now: i64) -> impl Iterator<Item = &AccessToken> {
+        self.access_tokens.values().map(|(row, _)| row).filter(move |row| {
+            row.kind == AccessKind::Runner
+                && row.name == name
+                && !row.revoked
+                && row.expires_at.is_none_or(|at| at > now)
+        })
+    }
+
+    /// The id of an access: `text` itself, or that of the one Runner of this name.
+    fn access_id(&self, text: &str, now: i64) -> Result<String, HttpError> {
+        if self.access_tokens.contains_key(text) {
+            return Ok(text.to_owned());
+        }
+        let named: Vec<&AccessToken> = self.runners_called(text, now).collect();
+        match named[..] {
+            [row] => Ok(row.id.clone()),
+            [] => Err(not_found("runner", text)),
+            _ => {
+                let ids: Vec<String> =
+                    named.iter().map(|row| format!("{} in {}", row.id, row.project)).collect();
+                Err(HttpError::new(
+                    409,
+                    "name_ambiguous",
+                    format!("{} Runners are called {text}: {}", named.len(), ids.join(", ")),
+                    Some("use the id"),
+                ))
+            }
+        }
+    }
+
     /// Revokes accesses; returns what to write, and their ids.
     pub(super) fn revoke_access_tokens(
         &mut self,
@@ -153,6 +203,8 @@ impl Inner {
 pub(super) mod tests {
     use super::*;
     use crate::contract::token::Role;
+    use crate::control_plane::store::Store;
+    use crate::host::Host;
 
     /// A Runner that may only look.
     pub(in crate::control_plane::registry) fn row(maker: Option<String>) -> AccessToken {
@@ -170,5 +222,44 @@ pub(super) mod tests {
             revoked: false,
             maker,
         }
+    }
+
+    pub(in crate::control_plane::registry) fn named(name: &str) -> AccessToken {
+        AccessToken { name: name.into(), ..row(None) }
+    }
+
+    #[tokio::test]
+    async fn a_runner_is_called_as_no_other_of_its_project_and_revoked_by_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let registry =
+            Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
+        registry.add_project("default", 1).await.unwrap();
+        registry.add_project("other", 1).await.unwrap();
+        let add = async |row| registry.add_access_token(&keys, row).await.map(|(row, _)| row);
+        let code = |result: Result<(), HttpError>| result.unwrap_err().code;
+        let first = add(named("ci")).await.unwrap();
+        assert_eq!(code(add(named("ci")).await.map(drop)), "name_taken");
+        // a kubeconfig is no Runner, another project has names of its own
+        add(AccessToken { kind: AccessKind::Kubeconfig, ..named("ci") }).await.unwrap();
+        let other = add(AccessToken { project: "other".into(), ..named("ci") }).await.unwrap();
+        let ambiguous = registry.revoke_access_token("ci", 2).await.unwrap_err();
+        assert_eq!(ambiguous.code, "name_ambiguous");
+        assert!(
+            ambiguous.message.contains(&first.id) && ambiguous.message.contains(&other.id),
+            "{}",
+            ambiguous.message
+        );
+        registry.revoke_access_token(&other.id, 2).await.unwrap();
+        registry.revoke_access_token("ci", 2).await.unwrap();
+        assert!(registry.access_token(&first.id).unwrap().revoked);
+        assert_eq!(code(registry.revoke_access_token("ci", 2).await), "not_found");
+        // then the name is free, also that of one whose time is over
+        add(AccessToken { expires_at: Some(5), ..named("ci") }).await.unwrap();
+        add(AccessToken { created_at: 5, ..named("ci") }).await.unwrap();
+        // and its clusters must be there
+        let nowhere = AccessToken { clusters: Some(vec!["nope".into()]), ..named("more") };
+        assert_eq!(code(add(nowhere).await.map(drop)), "not_found");
     }
 }

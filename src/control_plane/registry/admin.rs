@@ -229,7 +229,7 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
-    use super::super::access::tests::row;
+    use super::super::access::tests::{named, row};
     use super::*;
     use crate::control_plane::store::Store;
     use crate::host::Host;
@@ -271,10 +271,10 @@ mod tests {
         for error in [
             code(registry.add_project("more", 2).await.map(drop)),
             code(registry.add_admin(&keys, "more", 2).await.map(drop)),
-            code(registry.add_access_token(&keys, row(None)).await.map(drop)),
+            code(registry.add_access_token(&keys, named("more")).await.map(drop)),
             code(registry.add_enrolment(&keys, "default", "more", 60, None, 2).await.map(drop)),
             code(registry.revoke_enrolment(&enrolment.id).await),
-            code(registry.revoke_access_token(&access.id).await),
+            code(registry.revoke_access_token(&access.id, 2).await),
             code(registry.remove_admin(&admin.id).await),
         ] {
             assert_eq!(error, "database_unavailable");

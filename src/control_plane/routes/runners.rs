@@ -13,7 +13,7 @@ use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::model::{AccessKind, AccessToken};
-use crate::control_plane::scope::{DAY, YEAR, checked_ttl, parse_role};
+use crate::control_plane::scope::{DAY, YEAR, check_namespaces, checked_ttl, parse_role};
 use crate::control_plane::state::ControlPlane;
 
 #[derive(Deserialize)]
@@ -53,13 +53,15 @@ async fn add(
         .map(|ttl| checked_ttl(Some(ttl), DAY, YEAR))
         .transpose()?
         .map(|ttl| now + ttl);
+    let role = parse_role(request.role.as_deref(), Role::Deployer)?;
+    check_namespaces(request.namespaces.as_deref())?;
     let row = AccessToken {
         id: String::new(),
         project: request.project.unwrap_or_else(|| "default".into()),
         name: request.name,
         kind: AccessKind::Runner,
         hash: String::new(),
-        role: parse_role(request.role.as_deref(), Role::Deployer)?,
+        role,
         clusters: request.clusters,
         namespaces: request.namespaces,
         created_at: now,
@@ -77,6 +79,6 @@ async fn revoke(
     PathSegments([id]): PathSegments<1>,
     _: RawBody,
 ) -> Result<Response, HttpError> {
-    control_plane.registry().revoke_access_token(&id).await?;
+    control_plane.registry().revoke_access_token(&id, now()).await?;
     Ok(answer(200, &json!({})))
 }
