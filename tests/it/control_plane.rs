@@ -457,6 +457,35 @@ async fn a_runner_that_would_reach_nothing_is_refused_and_one_is_revoked_by_its_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_whose_kubernetes_is_away_is_listed_with_the_reason_and_shown_as_its_agent_sees_it()
+ {
+    let hub = Hub::start();
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Simulated::new(&hub, dir.path(), &hub.enrol().0).await;
+    let told = hub
+        .ask(
+            "POST",
+            &format!("/api/v1/agents/{}/status", agent.id),
+            &agent.credential,
+            json!({"kubernetes": "waiting", "reason": "/k is not there yet",
+                   "usage": {"memory_used_bytes": 1 << 30, "memory_total_bytes": 1u64 << 31}}),
+        )
+        .await;
+    assert_eq!(told.status(), 200);
+    let list = hub.sandbox.verb(&["control-plane", "cluster", "list"]).ended(0).out;
+    assert!(list.contains("kubernetes waiting: /k is not there yet"), "{list}");
+    let show = hub.sandbox.verb(&["control-plane", "cluster", "show", "n"]).ended(0).out;
+    for line in [
+        "reason        kubernetes waiting: /k is not there yet",
+        "kubernetes    waiting: /k is not there yet",
+        "pods          0 of 0 running",
+        "memory        1024 of 2048 MiB used",
+    ] {
+        assert!(show.lines().any(|l| l == line), "{line}: {show}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn where_it_keeps_things_may_be_said_before_a_verb_or_behind_it() {
     let control_plane = ControlPlane::start();
     let data = format!("/{DATA}");

@@ -4,6 +4,7 @@ use http::Method;
 use serde_json::{Value, json};
 
 use crate::base::error::{Exit, Failure};
+use crate::base::text::printable;
 use crate::cli::{
     AdminCommand, ClusterCommand, DataDirArgs, OutputArgs, OutputFormat, ProjectCommand,
     RunnerCommand, TokenCommand,
@@ -84,7 +85,7 @@ impl AdminClient<'_> {
 fn text(value: &Value) -> String {
     match value {
         // text of an agent cannot add lines
-        Value::String(text) => crate::base::text::printable(text).into_owned(),
+        Value::String(text) => printable(text).into_owned(),
         Value::Null => "-".into(),
         Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(","),
         other => other.to_string(),
@@ -216,6 +217,7 @@ fn cluster_details(cluster: &Value) -> String {
     let mut lines: Vec<String> =
         fields.map(|field| format!("{field:<14}{}", text(&cluster[field]))).into();
     lines.push(format!("{:<14}{}", "seen", time_text(&cluster["seen_at"])));
+    lines.extend(report_lines(&cluster["report"]));
     for node in cluster["report"]["nodes"].as_array().into_iter().flatten() {
         let ready = if node["ready"] == true { "ready" } else { "not ready" };
         lines.push(format!(
@@ -227,6 +229,37 @@ fn cluster_details(cluster: &Value) -> String {
         ));
     }
     lines.join("\n")
+}
+
+/// What an agent saw of its cluster when it last reported; nothing when it has not yet.
+fn report_lines(report: &Value) -> Vec<String> {
+    if report.is_null() {
+        return Vec::new();
+    }
+    let number = |value: &Value| value.as_u64().unwrap_or_default();
+    let work = &report["workloads"];
+    let counts = |part: &str, all: &str, word: &str| {
+        format!("{} of {} {word}", number(&work[part]), number(&work[all]))
+    };
+    let mut kubernetes = text(&report["kubernetes"]);
+    if let Some(reason) = report["reason"].as_str().filter(|reason| !reason.is_empty()) {
+        kubernetes = format!("{kubernetes}: {}", printable(reason));
+    }
+    let mebibytes = |field: &str| number(&report["usage"][field]) >> 20;
+    let memory = format!(
+        "{} of {} MiB used",
+        mebibytes("memory_used_bytes"),
+        mebibytes("memory_total_bytes")
+    );
+    [
+        ("reported", text(&report["at"])),
+        ("kubernetes", kubernetes),
+        ("pods", counts("pods_running", "pods", "running")),
+        ("deployments", counts("deployments_ready", "deployments", "ready")),
+        ("memory", memory),
+    ]
+    .map(|(name, value)| format!("{name:<14}{value}"))
+    .into()
 }
 
 pub(super) async fn runner(

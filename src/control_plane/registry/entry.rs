@@ -9,6 +9,8 @@ use crate::control_plane::model::{Agent, Liveness};
 /// A heartbeat is late after this many seconds, and the agent offline after these.
 const LATE: i64 = 25;
 const OFFLINE: i64 = 45;
+/// Longest reason of an agent that is shown in lists, characters.
+const MAX_REASON: usize = 200;
 
 /// An agent in memory: its row, and what is not written with each heartbeat.
 pub(super) struct Entry {
@@ -103,8 +105,24 @@ impl Entry {
         }
     }
 
+    /// Why an agent that is online cannot serve: what its last report says of Kubernetes, or
+    /// nothing.
+    fn kubernetes_reason(&self) -> String {
+        let Some(report) = &self.report else { return String::new() };
+        match report.kubernetes.as_str() {
+            "" | "connected" => String::new(),
+            state => {
+                let reason: String = report.reason.chars().take(MAX_REASON).collect();
+                format!("kubernetes {state}: {reason}")
+            }
+        }
+    }
+
     pub(super) fn view(&self, now: i64, started: i64, deep: bool) -> ClusterView {
-        let (state, reason) = self.liveness(now, started);
+        let (state, mut reason) = self.liveness(now, started);
+        if reason.is_empty() {
+            reason = self.kubernetes_reason();
+        }
         let row = &self.row;
         // what it runs now, not what it ran at registration
         let server = self.report.as_ref().and_then(|r| r.nodes.iter().find(|n| n.role == "server"));
@@ -129,5 +147,44 @@ impl Entry {
             uptime_s: self.uptime_s,
             report: self.report.clone().filter(|_| deep),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::types::{AgentInfo, ClusterInfo};
+
+    #[test]
+    fn an_agent_that_is_online_says_why_its_cluster_cannot_be_reached() {
+        let mut entry = Entry::new(Agent {
+            id: "a-1".into(),
+            cluster_id: "c-1".into(),
+            project: "p-1".into(),
+            info: AgentInfo::default(),
+            cluster: ClusterInfo::default(),
+            capabilities: Vec::new(),
+            max_role: "operator".into(),
+            credentials: Vec::new(),
+            registered_at: 0,
+            seen_at: 100,
+            revoked: false,
+            online: true,
+        });
+        let reason = |entry: &Entry, now| entry.view(now, 0, false).reason;
+        assert_eq!(reason(&entry, 101), "");
+        let report = |kubernetes: &str, reason: &str| {
+            Some(StatusReport {
+                kubernetes: kubernetes.into(),
+                reason: reason.into(),
+                ..StatusReport::default()
+            })
+        };
+        entry.report = report("connected", "");
+        assert_eq!(reason(&entry, 101), "");
+        entry.report = report("waiting", "/k is not there yet");
+        assert_eq!(reason(&entry, 101), "kubernetes waiting: /k is not there yet");
+        // of one that is silent nobody knows
+        assert_eq!(reason(&entry, 100 + LATE + 1), "no heartbeat for 26 s");
     }
 }
