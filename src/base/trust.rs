@@ -14,6 +14,8 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use sha2::{Digest as _, Sha256};
 
+use crate::base::text::printable;
+
 /// SHA-256 of a certificate's SubjectPublicKeyInfo, written `sha256:` and base64.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pin([u8; 32]);
@@ -130,6 +132,31 @@ fn anchored(
         .map_err(|e| e.to_string())
 }
 
+/// Most certificates of a presented chain that are named, and longest subject, characters.
+const SHOWN_KEYS: usize = 6;
+const SHOWN_SUBJECT: usize = 80;
+
+/// Every key of a presented chain as a pin, with the subject of its certificate: which of them a
+/// pin was meant for, only a person can know.
+fn shown_keys(leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>]) -> String {
+    let shown = |(certificate, leaf): (&CertificateDer<'_>, bool)| {
+        let Ok((_, parsed)) = x509_parser::parse_x509_certificate(certificate) else {
+            return "a certificate that cannot be read".to_owned();
+        };
+        let pin = Pin::of_key(parsed.tbs_certificate.subject_pki.raw);
+        let subject = parsed.subject().to_string();
+        let subject: String = printable(&subject).chars().take(SHOWN_SUBJECT).collect();
+        format!("{pin} ({}{subject})", if leaf { "its own: " } else { "" })
+    };
+    let chain = std::iter::once((leaf, true)).chain(others.iter().map(|other| (other, false)));
+    let mut keys: Vec<String> = chain.take(SHOWN_KEYS).map(shown).collect();
+    let more = (others.len() + 1).saturating_sub(SHOWN_KEYS);
+    if more > 0 {
+        keys.push(format!("{more} more"));
+    }
+    keys.join(", ")
+}
+
 #[derive(Debug)]
 struct Verifier {
     base: Option<Arc<dyn ServerCertVerifier>>,
@@ -159,10 +186,9 @@ impl Verifier {
         let anchors: Vec<CertificateDer<'static>> =
             others.iter().filter(|c| ours(c)).map(|c| c.clone().into_owned()).collect();
         if anchors.is_empty() {
-            let shown =
-                Pin::from_certificate(end).map_or_else(|| "no key".into(), |pin| pin.to_string());
             return Err(Error::General(format!(
-                "the server shows key {shown}, which is not pinned"
+                "the server's keys are not pinned: {}",
+                shown_keys(end, others)
             )));
         }
         let verifier = anchored(&anchors, &self.provider).map_err(Error::General)?;
@@ -221,11 +247,11 @@ impl ServerCertVerifier for Verifier {
 pub fn explain(text: &str) -> Option<(&'static str, &'static str)> {
     let expired = format!("{:?}", CertificateError::Expired);
     let has = |needles: &[&str]| needles.iter().any(|n| text.contains(n));
-    if has(&["is not pinned"]) {
+    if has(&["not pinned"]) {
         Some((
             "tls_pin",
-            "the key of the server changed, or another machine answers in its place; compare the \
-             pin with the server's",
+            "compare the pin with the keys that the server has: it has new ones, or another \
+             machine answers in its place",
         ))
     } else if has(&["expired", expired.as_str()]) {
         Some((
@@ -324,6 +350,25 @@ mod tests {
         assert!(verdict(&both(&c.leaf), &c.leaf, &[], "cp.test").is_ok());
         assert!(verdict(&both(&c.stranger), &c.leaf, &[], "cp.test").is_err());
         assert!(verdict(&both(&c.stranger), &c.stranger, &[], "cp.test").is_err());
+    }
+
+    #[test]
+    fn a_key_that_is_not_pinned_is_named_with_all_others_of_the_chain() {
+        let c = chain();
+        let trust = Trust { pins: vec![Pin([7; 32])], ..Trust::default() };
+        let others = [c.ca.clone(), c.stranger.clone()];
+        let said = verdict(&trust, &c.leaf, &others, "cp.test").unwrap_err().to_string();
+        let pin = |der: &CertificateDer<'_>| Pin::from_certificate(der).unwrap();
+        assert!(said.contains(&format!("not pinned: {} (its own: CN=", pin(&c.leaf))), "{said}");
+        for other in &others {
+            assert!(said.contains(&format!("{} (CN=", pin(other))), "{said}");
+        }
+        assert_eq!(explain(&said).unwrap().0, "tls_pin");
+        // a chain is not read to its end, and what it cannot be read from is said
+        let many = vec![CertificateDer::from(vec![0u8]); 40];
+        let said = verdict(&trust, &c.leaf, &many, "cp.test").unwrap_err().to_string();
+        assert!(said.ends_with("that cannot be read, 35 more"), "{said}");
+        assert_eq!(said.matches("cannot be read").count(), 5, "{said}");
     }
 
     #[test]

@@ -27,9 +27,9 @@ const INSIDE: &[(&str, Rows)] = &[
         &[
             &[
                 "backoff", "cidr", "encoding", "error", "http", "metrics", "resolve", "secret",
-                "text", "trust",
+                "text",
             ],
-            &["config_file"],
+            &["config_file", "trust"],
         ],
     ),
     (
