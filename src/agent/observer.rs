@@ -126,15 +126,17 @@ impl Observer {
     ) -> anyhow::Result<String> {
         let Some(written) = self.host.revision(&self.credential) else {
             *connection = None;
-            anyhow::bail!("{} is not there yet", self.credential);
+            anyhow::bail!("{} is not there yet", self.host.at(&self.credential).display());
         };
         let current = match connection {
             Some(current) if current.written == written => current,
             _ => {
+                // the file and what is wrong with it, in one line
+                let wrong = |error: anyhow::Error| anyhow::anyhow!("{error:#}");
                 let opened = ClusterConnection {
                     written,
-                    cluster: Cluster::open(&self.host, &self.credential)?,
-                    upstream: Upstream::open(&self.host, &self.credential)?,
+                    cluster: Cluster::open(&self.host, &self.credential).map_err(wrong)?,
+                    upstream: Upstream::open(&self.host, &self.credential).map_err(wrong)?,
                 };
                 // open streams continue with the former credential; new ones use this one
                 self.upstream.send_replace(None);
@@ -412,4 +414,31 @@ async fn has_right(
     let answer =
         cluster.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review).await?;
     Ok(answer["status"]["allowed"] == true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_credential_that_is_absent_and_one_that_is_no_kubeconfig_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let observer = Observer {
+            host: Host::new(dir.path(), None),
+            credential: "/s/name".into(),
+            max_role: "operator".into(),
+            agent_status: watch::Sender::new(AgentStatus::default()),
+            upstream: watch::Sender::new(None),
+            liveness: ObserverLiveness::default(),
+            stop: CancellationToken::new(),
+        };
+        let why = async || {
+            let error = observer.check_cluster(&mut None, &mut JoinSet::new()).await.unwrap_err();
+            error.root_cause().to_string()
+        };
+        let path = dir.path().join("s/name");
+        assert_eq!(why().await, format!("{} is not there yet", path.display()));
+        observer.host.state_dir("/s").unwrap().write("name", "vm1\n").unwrap();
+        assert_eq!(why().await, "/s/name: it is no kubeconfig in YAML");
+    }
 }

@@ -169,7 +169,7 @@ impl Transport {
     pub(super) fn open(host: &Host, kubeconfig: &str, idle: usize) -> anyhow::Result<Transport> {
         let yaml =
             host.read(kubeconfig)?.with_context(|| format!("{kubeconfig} is not there yet"))?;
-        Transport::from_yaml(host, &yaml, idle).with_context(|| format!("reading {kubeconfig}"))
+        Transport::from_yaml(host, &yaml, idle).with_context(|| kubeconfig.to_owned())
     }
 
     fn from_yaml(host: &Host, yaml: &str, idle: usize) -> anyhow::Result<Transport> {

@@ -134,6 +134,9 @@ fn without_anything_it_is_ready_unenrolled_and_waiting() {
     let ready = agent.until("READY=1");
     assert!(ready.contains("STATUS=unenrolled"), "{ready}");
     agent.until("kubeconfig is not there yet");
+    // nor is any other file waited for as if it were absent
+    agent.sandbox.put("/run/pipeops-credential/kubeconfig", "vm1\n");
+    agent.until("/run/pipeops-credential/kubeconfig: it is no kubeconfig");
     assert!(agent.get("/healthz").starts_with("HTTP/1.1 200"));
     assert!(agent.get("/readyz").starts_with("HTTP/1.1 503"));
     assert!(agent.get("/metrics").contains("pipeops_kubernetes_connected 0"));
