@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::agent::session::http::{check_url, deregister};
 use crate::agent::session::identity::{Identity, StoredCredential};
+use crate::base::config_file::parse_checked;
 use crate::base::error::Failure;
 use crate::base::http::credential_free_proxy;
 use crate::base::secret::Secret;
@@ -49,6 +50,30 @@ pub struct AgentConfig {
     pub watches: Option<usize>,
 }
 
+/// The keys of the file; a test holds them against [`AgentConfig`].
+const KEYS: &[&str] = &[
+    "control-plane-url",
+    "control-plane-pin",
+    "control-plane-ca",
+    "cluster-name",
+    "max-role",
+    "kubeconfig",
+    "socket",
+    "metrics-listen",
+    "https-proxy",
+    "allow-insecure-tunnel",
+    "streams-per-caller",
+    "streams",
+    "watches-per-caller",
+    "watches",
+];
+
+/// What `run --help` says of the file.
+pub const KEYS_HELP: &str = "\
+Keys of FILE (TOML, or YAML where its name ends so): control-plane-url, control-plane-pin,
+control-plane-ca, cluster-name, max-role, kubeconfig, socket, metrics-listen, https-proxy,
+allow-insecure-tunnel, streams-per-caller, streams, watches-per-caller, watches";
+
 fn wrong(code: &str, what: String, why: String) -> anyhow::Error {
     let hint = "correct it, or run `pipeops install-server` again, then `systemctl restart \
                 pipeops-agent`";
@@ -79,17 +104,7 @@ impl AgentConfig {
             Some(host.read_user_file(path).map_err(|e| unreadable(path, &e))?)
         };
         let mut config: AgentConfig = match text {
-            Some(text) => {
-                let fault = |fault: crate::base::config_file::Fault| {
-                    wrong(
-                        "CONFIG_INVALID",
-                        format!("{}, line {}", fault.what, fault.line),
-                        fault.why,
-                    )
-                };
-                let table = crate::base::config_file::table(&text, path).map_err(fault)?;
-                crate::base::config_file::values(&table, &text, path).map_err(fault)?
-            }
+            Some(text) => parse_checked(&text, path, &[], KEYS, "pipeops run")?,
             None => AgentConfig::default(),
         };
         let var = |name: &str| env.get(name).filter(|v| !v.is_empty()).cloned();
@@ -224,4 +239,27 @@ pub fn check_token(token: &Secret) -> anyhow::Result<()> {
         .into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keys_that_are_named_are_those_that_are_read() {
+        // serde lists what it knows
+        let error = toml::from_str::<AgentConfig>("none = 1").unwrap_err().to_string();
+        let known: Vec<&str> =
+            error.split_once("one of").unwrap().1.split('`').skip(1).step_by(2).collect();
+        assert_eq!(known, KEYS);
+        let help: Vec<&str> = KEYS_HELP
+            .split_once("): ")
+            .unwrap()
+            .1
+            .split([',', '\n'])
+            .map(str::trim)
+            .filter(|key| !key.is_empty())
+            .collect();
+        assert_eq!(help, KEYS);
+    }
 }

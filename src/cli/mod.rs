@@ -170,6 +170,7 @@ pub struct ClusterInfoArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = crate::agent::config::KEYS_HELP)]
 pub struct RunArgs {
     /// Settings of the agent
     #[arg(long, value_name = "FILE", default_value = crate::host::paths::AGENT_CONFIG)]

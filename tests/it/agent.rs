@@ -187,9 +187,14 @@ fn a_configuration_in_yaml_has_the_same_keys_and_a_named_file_must_be_there() {
     };
     for (name, text, word) in [
         (
+            "c.toml",
+            "max-role = \"viewer\"\ncontrol-plane-urll = \"https://cp.test\"\n",
+            "did you mean `control-plane-url`?",
+        ),
+        (
             "c.yaml",
             "control-plane-url: https://cp.test\ncontrol-plan-pin: x\n",
-            "unknown field `control-plan-pin`",
+            "unknown key `control-plan-pin`",
         ),
         ("c.yaml", "# one\ncontrol-plane-url: https://cp.test\nmax-role: 7\n", "line 3"),
         ("c.yml", "control-plane-url: ftp://cp.test\n", "`ftp` is no scheme"),
@@ -205,7 +210,13 @@ fn a_configuration_in_yaml_has_the_same_keys_and_a_named_file_must_be_there() {
         let answer = run(name, text).ended(2);
         assert!(
             answer.err.contains(word)
-                && answer.err.contains("CONFIG_INVALID")
+                && answer.err.contains(
+                    if text.contains("control-plan-") || text.contains("urll") {
+                        "CONFIG_UNKNOWN_KEY"
+                    } else {
+                        "CONFIG_INVALID"
+                    }
+                )
                 && !answer.err.contains("canary-4711-in-plain-text"),
             "{text}: {}",
             answer.err
@@ -244,5 +255,12 @@ fn a_wrong_configuration_ends_with_two() {
     let sandbox = Sandbox::new();
     sandbox.put("/etc/pipeops/agent.toml", "control-plan-url = \"x\"\n");
     let answer = run_output(sandbox.command(&["run"]).output().unwrap()).ended(2);
-    assert!(answer.err.contains("unknown field `control-plan-url`"), "{}", answer.err);
+    assert!(
+        answer.err.contains("unknown key `control-plan-url`")
+            && answer.err.contains("did you mean `control-plane-url`?"),
+        "{}",
+        answer.err
+    );
+    let help = run_output(sandbox.command(&["run", "--help"]).output().unwrap()).ended(0);
+    assert!(help.out.contains("watches-per-caller"), "{}", help.out);
 }
