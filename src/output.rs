@@ -290,15 +290,23 @@ impl std::io::Write for Masked {
     }
 }
 
-/// Logs of the library go to stderr, without time stamps under systemd, which has its own.
-pub fn logging(level: &str, journal: bool) {
-    let level = level.parse().unwrap_or(LevelFilter::INFO);
+/// What libraries may log: warnings at most.
+fn targets(level: LevelFilter) -> Targets {
     // sqlx logs at each start that its tables exist already
     let quiet =
         ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower", "sqlx"];
-    let filter = Targets::new()
+    Targets::new()
         .with_default(level)
-        .with_targets(quiet.map(|target| (target, level.min(LevelFilter::WARN))));
+        .with_targets(quiet.map(|target| (target, level.min(LevelFilter::WARN))))
+        // an error line for each handshake, without the server and the next step: whoever called
+        // says both
+        .with_target("rustls_platform_verifier", LevelFilter::OFF)
+}
+
+/// Logs of the library go to stderr, without time stamps under systemd, which has its own.
+pub fn logging(level: &str, journal: bool) {
+    let level = level.parse().unwrap_or(LevelFilter::INFO);
+    let filter = targets(level);
     let plain = tracing_subscriber::fmt::layer()
         .with_writer(Masked::default)
         .with_ansi(false)
@@ -331,5 +339,22 @@ pub fn fatal(failure: &Failure, events: bool) {
         eprintln!("{}", printable_json(&event.to_string()));
     } else {
         eprint!("{}", printable_lines(&mask_registered(&failure.render())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing_subscriber::filter::LevelFilter;
+
+    #[test]
+    fn a_library_does_not_log_what_its_caller_says() {
+        let targets = super::targets(LevelFilter::DEBUG);
+        let logs = |target: &str, level| targets.would_enable(target, &level);
+        assert!(logs("pipeops::agent::local", tracing::Level::DEBUG));
+        assert!(logs("rustls::client", tracing::Level::WARN));
+        assert!(!logs("rustls::client", tracing::Level::INFO));
+        // rustls-platform-verifier 0.7, src/verification/others.rs
+        let verifier = "rustls_platform_verifier::verification::others";
+        assert!(!logs(verifier, tracing::Level::ERROR));
     }
 }

@@ -78,9 +78,9 @@ pub(super) async fn notify(
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let every = sd_notify::watchdog_enabled().map_or(Duration::from_secs(20), |w| w / 3);
-    let mut last_status = state.borrow_and_update().summary();
+    let (mut last_status, needs_help) = summarized(&mut state);
     systemd.send(Some(NotifyState::Ready), Some(&last_status));
-    tracing::info!(status = last_status, "ready");
+    log_status("ready", &last_status, needs_help);
     let mut tick = tokio::time::interval(every);
     loop {
         tokio::select! {
@@ -100,14 +100,29 @@ pub(super) async fn notify(
                 if changed.is_err() {
                     return Ok(());
                 }
-                let line = state.borrow_and_update().summary();
+                let (line, needs_help) = summarized(&mut state);
                 if line != last_status {
                     systemd.send(None, Some(&line));
-                    tracing::info!(status = line, "state");
+                    log_status("state", &line, needs_help);
                     last_status = line;
                 }
             }
         }
+    }
+}
+
+/// The line for systemd and the log, and whether a person has to do something.
+fn summarized(state: &mut watch::Receiver<AgentStatus>) -> (String, bool) {
+    let state = state.borrow_and_update();
+    (state.summary(), state.needs_help())
+}
+
+/// A log that shows warnings alone still has what a person has to do.
+fn log_status(event: &str, status: &str, needs_help: bool) {
+    if needs_help {
+        tracing::warn!(status, "{event}");
+    } else {
+        tracing::info!(status, "{event}");
     }
 }
 

@@ -19,9 +19,9 @@ use crate::agent::config::AgentConfig;
 use crate::agent::local::{self, ObserverLiveness};
 use crate::agent::merge::{StatusMerger, cluster_info, hostname};
 use crate::agent::observer::Observer;
-use crate::agent::session;
 use crate::agent::session::client::{ControlPlaneClient, ReportedState};
 use crate::agent::session::identity::{self, Identity, LoadedIdentity};
+use crate::agent::session::{self, ControlPlaneStatus};
 use crate::agent::status::AgentStatus;
 use crate::base::secret::Secret;
 use crate::contract::types::{AuditHead, ClusterInfo, Config, StatusReport};
@@ -88,13 +88,13 @@ pub async fn run(
     let identity = load_identity(&host, &state, token.is_some())?;
     let tls = identity.as_ref().map(|i| i.tls_config()).transpose()?;
     let id = identity.as_ref().map(|i| i.id.clone()).unwrap_or_default();
-    let first = initial_status(&id);
+    let known = session::initial_status(identity.is_some(), token.is_some(), &state, config.url());
+    let first = initial_status(&id, &known);
     let (cluster, clusters) = watch::channel(cluster_info(&first, &config));
     let mut agent = Agent::new(host, config, state, first);
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
-    let (control_status, control) =
-        watch::channel(session::ControlPlaneSession::new(Instant::now()).status().clone());
+    let (control_status, control) = watch::channel(known);
     let (tunnel_status, tunnel) = watch::channel(
         frp::TunnelStateMachine::new(String::new(), Instant::now()).status().clone(),
     );
@@ -153,7 +153,7 @@ pub async fn run(
     };
     agent.tasks.spawn(async move { ("account", merger.run().await) });
     agent.start_local(listener, port, api.clone(), liveness);
-    let result = agent.wait(&stop).await;
+    let result = agent.wait(&stop, api.as_ref()).await;
     agent.shut_down(api.as_ref(), result.is_ok()).await;
     remove_unused(&socket);
     result
@@ -190,11 +190,12 @@ fn load_identity(
     })
 }
 
-fn initial_status(id: &str) -> AgentStatus {
+fn initial_status(id: &str, known: &ControlPlaneStatus) -> AgentStatus {
     AgentStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         id: id.into(),
-        control_reason: "starting".into(),
+        control: known.state,
+        control_reason: known.reason.clone(),
         reason: "not looked yet".into(),
         started_at: jiff::Timestamp::now().as_second(),
         ..AgentStatus::default()
@@ -322,9 +323,15 @@ impl Agent {
     }
 
     /// Waits for `stop`, or for the end of a task: none should end before.
-    async fn wait(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+    async fn wait(&mut self, stop: &CancellationToken, api: Option<&Api>) -> anyhow::Result<()> {
         tokio::select! {
-            () = stop.cancelled() => Ok(()),
+            () = stop.cancelled() => {
+                tracing::info!(
+                    open = api.map_or(0, Api::open),
+                    "asked to stop: finishing what is under way"
+                );
+                Ok(())
+            }
             Some(ended) = self.tasks.join_next() => Err(match ended {
                 Ok((name, Ok(()))) => anyhow::anyhow!("task {name} ended by itself"),
                 Ok((name, Err(error))) => error.context(format!("task {name}")),

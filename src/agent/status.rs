@@ -164,6 +164,25 @@ impl AgentStatus {
         }
     }
 
+    /// Whether a person has to do something before it works: somebody refuses the agent, or a
+    /// server cannot be trusted. Everything else heals when a server is back.
+    pub fn needs_help(&self) -> bool {
+        let refused = matches!(
+            self.control,
+            ControlPlaneState::Unauthorized
+                | ControlPlaneState::Expired
+                | ControlPlaneState::Conflict
+        ) || matches!(
+            self.tunnel,
+            frp::TunnelState::Refused | frp::TunnelState::Unauthorized | frp::TunnelState::Conflict
+        ) || self.kubernetes == KubernetesState::Refused;
+        // the codes of `base/trust.rs`
+        refused
+            || [&self.control_reason, &self.tunnel_reason]
+                .iter()
+                .any(|reason| reason.starts_with("tls_"))
+    }
+
     /// One line for `systemctl status`.
     pub fn summary(&self) -> String {
         let mut parts = vec![self.control_line()];
@@ -223,5 +242,31 @@ pub fn tunnel_name(state: frp::TunnelState) -> &'static str {
         frp::TunnelState::Refused => "refused",
         frp::TunnelState::Unauthorized => "unauthorized",
         frp::TunnelState::Conflict => "conflict",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_person_has_to_do_is_told_from_what_heals_by_itself() {
+        let waits = AgentStatus {
+            control: ControlPlaneState::Connecting,
+            control_reason: "connection refused".into(),
+            tunnel: frp::TunnelState::Waiting,
+            kubernetes: KubernetesState::Waiting,
+            ..AgentStatus::default()
+        };
+        assert!(!waits.needs_help() && !AgentStatus::default().needs_help());
+        for helpless in [
+            AgentStatus { control: ControlPlaneState::Unauthorized, ..waits.clone() },
+            AgentStatus { control_reason: "tls_untrusted: unknown CA".into(), ..waits.clone() },
+            AgentStatus { tunnel_reason: "tls_pin: not pinned".into(), ..waits.clone() },
+            AgentStatus { tunnel: frp::TunnelState::Refused, ..waits.clone() },
+            AgentStatus { kubernetes: KubernetesState::Refused, ..waits.clone() },
+        ] {
+            assert!(helpless.needs_help(), "{helpless:?}");
+        }
     }
 }

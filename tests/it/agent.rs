@@ -155,6 +155,9 @@ fn with_a_credential_it_tells_the_truth_about_the_cluster() {
             ("PIPEOPS_CONTROL_PLANE_URL", "http://127.0.0.1:1"),
         ],
     );
+    // it never was without a token
+    let ready = agent.until("READY=1");
+    assert!(ready.contains("STATUS=connecting"), "{ready}");
     // each is seen in its own time
     for expected in ["1 of 1 nodes ready", "connecting"] {
         let state = agent.until(expected);

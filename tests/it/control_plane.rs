@@ -485,6 +485,48 @@ async fn a_cluster_whose_kubernetes_is_away_is_listed_with_the_reason_and_shown_
     }
 }
 
+/// Waits for a line in an agent's log.
+async fn logged(agent: &Agent, wanted: &str) -> String {
+    let begun = Instant::now();
+    loop {
+        if let Some(line) = agent.log().lines().find(|l| l.contains(wanted)) {
+            return line.to_owned();
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{wanted}: {}", agent.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_refused_or_mistrusts_warns_and_says_that_it_is_stopped() {
+    let hub = Hub::start();
+    let (token, pin) = hub.enrol();
+    let start = |toml: &str, env: &[(&str, &str)]| {
+        let sandbox = Sandbox::of(&hub.sandbox.program);
+        sandbox.put("/etc/machine-id", "0123456789abcdef0123456789abcdef\n");
+        let url = &hub.url;
+        sandbox.put("/etc/pipeops/agent.toml", &format!("control-plane-url = \"{url}\"\n{toml}"));
+        Agent::start(sandbox, env)
+    };
+    let pinned = format!("control-plane-pin = [\"{pin}\"]\n");
+    let wrong = "poe_a-token-that-nobody-has-made";
+    let refused = start(&pinned, &[("AGENT_TOKEN", wrong), ("LOG_LEVEL", "warn")]);
+    let line = logged(&refused, "unauthorized").await;
+    assert!(line.contains("WARN"), "{line}");
+    // every key of the server is named, the one that the line to paste has among them
+    let other = format!("sha256:{}=", "A".repeat(43));
+    let toml = format!("control-plane-pin = [\"{other}\"]\n");
+    let mistrusts = start(&toml, &[("AGENT_TOKEN", &token)]);
+    let line = logged(&mistrusts, "tls_pin").await;
+    assert!(line.contains("WARN") && line.contains(&pin) && line.contains("its own"), "{line}");
+    let pid = nix::unistd::Pid::from_raw(mistrusts.child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    mistrusts.until("STOPPING=1");
+    logged(&mistrusts, "asked to stop").await;
+    let log = mistrusts.log();
+    assert_eq!(log.matches("asked to stop").count(), 1, "{log}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn where_it_keeps_things_may_be_said_before_a_verb_or_behind_it() {
     let control_plane = ControlPlane::start();

@@ -14,7 +14,7 @@ use super::identity::{Identity, StoredCredential};
 use super::queue::{EntryKind, Queue};
 use super::{
     ControlPlaneSession, ControlPlaneState, ControlPlaneStatus, RegistrationAuth, RequestKind,
-    RequestOutcome, SessionAction, SessionEvent, is_permanent_refusal,
+    RequestOutcome, SessionAction, SessionEvent, first_event, is_permanent_refusal,
 };
 use crate::base::backoff::random;
 use crate::base::secret::Secret;
@@ -229,18 +229,11 @@ impl ControlPlaneClient {
             queue,
             seq: 0,
         };
-        let event = if self.identity.is_some() {
-            SessionEvent::Start {
-                token,
-                credential: state
-                    .credential
-                    .as_ref()
-                    .map(|c| c.remaining_s(jiff::Timestamp::now())),
-            }
-        } else {
+        let ours = self.identity.is_some();
+        let event = first_event(ours, token, state.credential.as_ref());
+        if !ours {
             state.credential = None;
-            SessionEvent::Cloned
-        };
+        }
         if let Some(config) = state.credential.as_ref().and_then(|c| c.config.clone()) {
             self.config.send_replace(Some(config));
         }

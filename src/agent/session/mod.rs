@@ -12,7 +12,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use crate::base::backoff::random;
 use crate::contract::types::{Config, HeartbeatAnswer};
+use crate::host::state::StateDir;
+use identity::StoredCredential;
 pub use state_machine::ControlPlaneSession;
 
 /// State of the connection to the control plane.
@@ -145,4 +148,51 @@ pub enum SessionAction {
 /// Whether the refusal of a queued entry is final: it will never be taken.
 pub(crate) fn is_permanent_refusal(status: u16) -> bool {
     matches!(status, 400 | 404 | 405 | 409 | 410 | 413 | 415 | 422)
+}
+
+/// The first event of a session. `ours`: the identity on this disk is this machine's.
+fn first_event(ours: bool, token: bool, stored: Option<&StoredCredential>) -> SessionEvent {
+    if !ours {
+        return SessionEvent::Cloned;
+    }
+    let credential = stored.map(|c| c.remaining_s(jiff::Timestamp::now()));
+    SessionEvent::Start { token, credential }
+}
+
+/// What is known of the control plane at `url` before anything was asked.
+pub fn initial_status(ours: bool, token: bool, state: &StateDir, url: &str) -> ControlPlaneStatus {
+    let now = Instant::now();
+    let mut session = ControlPlaneSession::new(now);
+    let stored = StoredCredential::load(state, url);
+    session.on(first_event(ours, token, stored.as_ref()), now, random());
+    session.status().clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::secret::Secret;
+    use crate::host::Host;
+
+    #[test]
+    fn the_first_state_is_that_of_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = Host::new(dir.path(), None).state_dir("/s").unwrap();
+        let url = "https://cp.test";
+        let first = |ours, token| initial_status(ours, token, &state, url).state;
+        assert_eq!(first(true, false), ControlPlaneState::Unenrolled);
+        assert_eq!(first(true, true), ControlPlaneState::Connecting);
+        assert_eq!(first(false, false), ControlPlaneState::Conflict);
+        let stored = StoredCredential {
+            url: url.into(),
+            credential: Secret::new("poc_x"),
+            expires_at: String::new(),
+            cluster_id: String::new(),
+            config: None,
+        };
+        stored.store(&state).unwrap();
+        assert_eq!(first(true, false), ControlPlaneState::Connecting);
+        let other = initial_status(true, false, &state, "https://other.test").state;
+        assert_eq!(other, ControlPlaneState::Unenrolled);
+    }
 }
