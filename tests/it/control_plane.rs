@@ -1632,6 +1632,32 @@ async fn a_database_that_is_none_or_of_another_time_is_left_alone() {
         "{}",
         refused.err
     );
+    // one whose first page is overwritten behind its header: said once, with the next step
+    let damaged = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&damaged, &[0xab; 3900], 100).unwrap();
+    let refused = serve();
+    assert!(
+        refused.err.contains("DATABASE_UNUSABLE")
+            && refused.err.contains("restore FILE")
+            && !refused.err.contains("pool timed out")
+            && !refused.err.contains("ERROR"),
+        "{}",
+        refused.err
+    );
+    // and a PostgreSQL that is not there
+    let url = sandbox.path("url");
+    std::fs::write(&url, format!("postgres://u:pw@127.0.0.1:{}/d\n", free_port())).unwrap();
+    let away = sandbox.run(&[
+        "control-plane",
+        "--listen",
+        "127.0.0.1:0",
+        "--tunnel-listen",
+        "127.0.0.1:0",
+        "--database-url-file",
+        &url,
+    ]);
+    let away = away.ended(3).err;
+    assert!(away.contains("DATABASE_UNUSABLE") && away.contains("refused"), "{away}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
