@@ -548,7 +548,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane__subcmd__cluster__subcmd__kubeconfig)
-            opts="-o -h --role --namespaces --output --data-dir --root --log-level --help"
+            opts="-o -h --role --namespaces --write --output --data-dir --root --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -559,6 +559,10 @@ _pipeops() {
                     return 0
                     ;;
                 --namespaces)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --write)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

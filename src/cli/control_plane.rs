@@ -135,6 +135,9 @@ pub enum ClusterCommand {
         /// Only these namespaces
         #[arg(long, value_name = "NAMES", value_delimiter = ',')]
         namespaces: Option<Vec<String>>,
+        /// Write it to this file, mode 0600, and print nothing
+        #[arg(long, value_name = "FILE")]
+        write: Option<String>,
         #[command(flatten)]
         output: OutputArgs,
     },

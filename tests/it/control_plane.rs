@@ -459,10 +459,10 @@ async fn a_runner_that_would_reach_nothing_is_refused_and_one_is_revoked_by_its_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_whose_kubernetes_is_away_is_listed_with_the_reason_and_shown_as_its_agent_sees_it()
  {
-    let hub = Hub::start();
+    let control_plane = ControlPlane::start();
     let dir = tempfile::tempdir().unwrap();
-    let agent = Simulated::new(&hub, dir.path(), &hub.enrol().0).await;
-    let told = hub
+    let agent = SimulatedAgent::new(&control_plane, dir.path(), &control_plane.enrol().0).await;
+    let told = control_plane
         .ask(
             "POST",
             &format!("/api/v1/agents/{}/status", agent.id),
@@ -472,9 +472,19 @@ async fn a_cluster_whose_kubernetes_is_away_is_listed_with_the_reason_and_shown_
         )
         .await;
     assert_eq!(told.status(), 200);
-    let list = hub.sandbox.verb(&["control-plane", "cluster", "list"]).ended(0).out;
+    let list = control_plane.sandbox.subcommand(&["control-plane", "cluster", "list"]).ended(0).out;
     assert!(list.contains("kubernetes waiting: /k is not there yet"), "{list}");
-    let show = hub.sandbox.verb(&["control-plane", "cluster", "show", "n"]).ended(0).out;
+    let show =
+        control_plane.sandbox.subcommand(&["control-plane", "cluster", "show", "n"]).ended(0).out;
+    // its kubeconfig is nobody else's to read, also where another file was
+    let file = control_plane.sandbox.path("n.yaml");
+    std::fs::write(&file, "old").unwrap();
+    let args = ["control-plane", "cluster", "kubeconfig", "n", "--write", &file];
+    assert_eq!(control_plane.sandbox.subcommand(&args).ended(0).out, "");
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&file).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(std::fs::read_to_string(&file).unwrap().contains("current-context"));
     for line in [
         "reason        kubernetes waiting: /k is not there yet",
         "kubernetes    waiting: /k is not there yet",
@@ -499,12 +509,12 @@ async fn logged(agent: &Agent, wanted: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_refused_or_mistrusts_warns_and_says_that_it_is_stopped() {
-    let hub = Hub::start();
-    let (token, pin) = hub.enrol();
+    let control_plane = ControlPlane::start();
+    let (token, pin) = control_plane.enrol();
     let start = |toml: &str, env: &[(&str, &str)]| {
-        let sandbox = Sandbox::of(&hub.sandbox.program);
+        let sandbox = Sandbox::of(&control_plane.sandbox.program);
         sandbox.put("/etc/machine-id", "0123456789abcdef0123456789abcdef\n");
-        let url = &hub.url;
+        let url = &control_plane.url;
         sandbox.put("/etc/pipeops/agent.toml", &format!("control-plane-url = \"{url}\"\n{toml}"));
         Agent::start(sandbox, env)
     };

@@ -179,12 +179,21 @@ pub(super) async fn cluster(
             let answer = client.call(Method::GET, &path(&cluster)?, None).await?;
             client.show(&answer, cluster_details)
         }
-        ClusterCommand::Kubeconfig { cluster, role, namespaces, output } => {
+        ClusterCommand::Kubeconfig { cluster, role, namespaces, write, output } => {
             let client = AdminClient::new(context, location, output);
             let body = json!({"role": role, "namespaces": namespaces});
             let path = format!("{}/kubeconfig", path(&cluster)?);
             let answer = client.call(Method::POST, &path, Some(&body)).await?;
-            client.show(&answer, |_| answer.clone())
+            match write {
+                Some(file) => {
+                    client.host.write_for_user(&file, &answer)?;
+                    client
+                        .printer()
+                        .say(&format!("{file} (mode 0600) opens the cluster for a day"));
+                    Ok(Exit::Done)
+                }
+                None => client.show(&answer, |_| answer.clone()),
+            }
         }
         ClusterCommand::Revoke { cluster, output } => {
             let path = format!("{}/revoke", path(&cluster)?);
