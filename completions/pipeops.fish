@@ -264,12 +264,14 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_se
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -f -a "tail" -d 'Show the last records, as JSON lines'
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from verify" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
 json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from verify" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from verify" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from verify" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from tail" -s n -l lines -d 'How many' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from tail" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and __fish_seen_subcommand_from tail" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''

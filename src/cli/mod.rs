@@ -207,8 +207,9 @@ pub struct UninstallArgs {
 pub struct AuditArgs {
     #[command(subcommand)]
     pub command: AuditCommand,
-    #[command(flatten)]
-    pub root: RootArgs,
+    /// Work in a directory that stands for the machine
+    #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true, global = true)]
+    pub root: String,
 }
 
 #[derive(Debug, Subcommand)]

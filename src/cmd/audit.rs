@@ -8,18 +8,19 @@ use crate::cmd::Context;
 use crate::output::Printer;
 
 /// # Errors
-/// Exit 6 when the chain is broken, 1 when the log cannot be read.
+/// Exit 6 when the chain is broken, 3 when the log cannot be read, 2 for a root that is not there.
 pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
-    let host = context.host(&args.root.root);
+    let host = context.existing_host(&args.root)?;
     let dir = host.read_only_state_dir(&format!("{STATE_DIR}/audit"));
     let unreadable = |why: String| {
-        Failure::new(Exit::Internal, "AUDIT_UNREADABLE", "the audit log cannot be read")
+        Failure::new(Exit::Preflight, "AUDIT_UNREADABLE", "the audit log cannot be read")
             .why(why)
             .hint("run it as root on the server")
     };
     match &args.command {
         AuditCommand::Verify { output } => {
-            let printer = Printer::new(*output == OutputFormat::Json, false, context.no_color());
+            let mut printer =
+                Printer::new(*output == OutputFormat::Json, false, context.no_color());
             let found = audit::verify(&dir).map_err(|broken| {
                 if broken.contains("reading ") {
                     unreadable(broken)
@@ -27,8 +28,8 @@ pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
                     Failure::new(Exit::Verification, "AUDIT_BROKEN", "the audit log was changed")
                         .why(broken)
                         .hint(
-                            "compare with the heads that the control plane kept from heartbeats: \
-                             what came before the break is good",
+                            "what came before the break is as it was written; keep a copy of \
+                             /var/lib/pipeops-agent/audit before it is rotated away",
                         )
                 }
             })?;
@@ -41,6 +42,8 @@ pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
                     "{} records, from {} on, each following the one before; head {} {}",
                     found.records, found.first, found.head.seq, found.head.hash
                 ));
+                // a chain does not show what is missing behind its last record
+                printer.say("what was cut off at the end shows only in a head noted before");
             }
         }
         AuditCommand::Tail { lines } => {

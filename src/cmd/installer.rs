@@ -58,14 +58,7 @@ impl<'a> Installer<'a> {
         run: InstallerArgs,
         role: NodeRole,
     ) -> anyhow::Result<Installer<'a>> {
-        let host = context.host(&run.root);
-        if !host.is_dir("/") {
-            return Err(Failure::usage(
-                "ROOT_MISSING",
-                format!("--root {}: there is no such directory", run.root),
-            )
-            .into());
-        }
+        let host = context.existing_host(&run.root)?;
         let saved =
             run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
         let mut run = run;

@@ -40,6 +40,19 @@ impl Context {
         Host::new(root, self.env.get("PATH").map(Into::into))
     }
 
+    /// The machine below `root`.
+    ///
+    /// # Errors
+    /// Exit 2 when there is no such directory.
+    pub(crate) fn existing_host(&self, root: &str) -> anyhow::Result<Host> {
+        let host = self.host(root);
+        if host.is_dir("/") {
+            return Ok(host);
+        }
+        let what = format!("--root {root}: there is no such directory");
+        Err(Failure::usage("ROOT_MISSING", what).into())
+    }
+
     pub(crate) fn no_color(&self) -> bool {
         self.env.get("NO_COLOR").is_some_and(|v| !v.is_empty())
     }

@@ -181,6 +181,18 @@ fn unknown_options_end_with_two() {
 }
 
 #[test]
+fn a_root_that_is_not_there_is_wrong_before_a_verb_and_behind_it() {
+    for args in [
+        &["audit", "verify", "--root", "/no/such/directory"][..],
+        &["audit", "tail", "--root", "/no/such/directory"],
+        &["audit", "--root", "/no/such/directory", "verify"],
+    ] {
+        let refused = run_output(Command::new(program()).args(args).output().unwrap()).ended(2);
+        assert!(refused.err.contains("ROOT_MISSING"), "{args:?}: {}", refused.err);
+    }
+}
+
+#[test]
 fn the_program_is_static() {
     let bytes = std::fs::read(program()).unwrap();
     // PT_INTERP is program header type 3 (elf(5))
