@@ -99,7 +99,7 @@ impl AgentConfig {
     ) -> anyhow::Result<AgentConfig> {
         // a file that was named must be there; the usual one may be absent
         let text = if path == AGENT_CONFIG {
-            host.read(path)?
+            host.read(path).map_err(|e| unreadable(path, &e))?
         } else {
             Some(host.read_user_file(path).map_err(|e| unreadable(path, &e))?)
         };

@@ -23,6 +23,7 @@ use crate::agent::session::client::{ControlPlaneClient, ReportedState};
 use crate::agent::session::identity::{self, Identity, LoadedIdentity};
 use crate::agent::session::{self, ControlPlaneStatus};
 use crate::agent::status::AgentStatus;
+use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::contract::types::{AuditHead, ClusterInfo, Config, StatusReport};
 use crate::frp::client::{Client, WorkConnection};
@@ -80,10 +81,10 @@ pub async fn run(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     host::raise_descriptor_limit();
-    let state = host.state_dir(state)?;
+    let state = permitted(host.state_dir(state))?;
     let socket = host.real_path(config.socket.as_deref().unwrap_or(AGENT_SOCKET));
-    let listener =
-        local::listen(&socket).with_context(|| format!("opening {}", socket.display()))?;
+    let opened = local::listen(&socket).with_context(|| format!("opening {}", socket.display()));
+    let listener = permitted(opened)?;
     let port = metrics_listener(&config).await?;
     let identity = load_identity(&host, &state, token.is_some())?;
     let tls = identity.as_ref().map(|i| i.tls_config()).transpose()?;
@@ -157,6 +158,20 @@ pub async fn run(
     agent.shut_down(api.as_ref(), result.is_ok()).await;
     remove_unused(&socket);
     result
+}
+
+/// Tells a user without the rights from a fault of the program.
+fn permitted<T>(result: anyhow::Result<T>) -> anyhow::Result<T> {
+    result.map_err(|error| {
+        let cause = error.root_cause().downcast_ref::<std::io::Error>();
+        if cause.is_none_or(|e| e.kind() != std::io::ErrorKind::PermissionDenied) {
+            return error;
+        }
+        Failure::new(Exit::Preflight, "NOT_PERMITTED", "this user may not run the agent")
+            .why(format!("{error:#}"))
+            .hint("start its unit, `systemctl start pipeops-agent`, or run it as root")
+            .into()
+    })
 }
 
 /// Removes the socket, unless another agent already listens on it.
@@ -409,5 +424,21 @@ async fn accept(
                 });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_without_the_rights_is_told_from_a_fault() {
+        let ends = |kind: std::io::ErrorKind| {
+            let error = Err::<(), _>(std::io::Error::from(kind)).context("making /var/lib/x");
+            let failure = Failure::of(&permitted(error).unwrap_err());
+            (failure.exit, failure.hint.is_some())
+        };
+        assert_eq!(ends(std::io::ErrorKind::PermissionDenied), (Exit::Preflight, true));
+        assert_eq!(ends(std::io::ErrorKind::NotADirectory), (Exit::Internal, false));
     }
 }

@@ -3,6 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::common::OutputArgs;
+use crate::control_plane::LONGEST_TTL;
 use crate::control_plane::settings::ControlPlaneOptions;
 
 #[derive(Debug, Args)]
@@ -79,6 +80,11 @@ pub struct DatabaseArgs {
     pub database_url_file: Option<String>,
 }
 
+/// What the control plane would refuse is refused with the name of the flag.
+fn ttl() -> clap::builder::RangedI64ValueParser<i64> {
+    clap::value_parser!(i64).range(1..=LONGEST_TTL)
+}
+
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
     /// Make one and print the line to paste on a VM
@@ -90,7 +96,7 @@ pub enum TokenCommand {
         #[arg(long, default_value = "token")]
         name: String,
         /// How long it lets servers in, seconds
-        #[arg(long, value_name = "SECONDS", default_value_t = 86_400)]
+        #[arg(long, value_name = "SECONDS", default_value_t = 86_400, value_parser = ttl())]
         ttl: i64,
         /// How many servers it lets in; 0: any number
         #[arg(long, value_name = "NUMBER", default_value_t = 1)]
@@ -174,7 +180,7 @@ pub enum RunnerCommand {
         #[arg(long, value_name = "NAMES", value_delimiter = ',')]
         namespaces: Option<Vec<String>>,
         /// How long it is good, seconds; without: until it is revoked
-        #[arg(long, value_name = "SECONDS")]
+        #[arg(long, value_name = "SECONDS", value_parser = ttl())]
         ttl: Option<i64>,
         #[command(flatten)]
         output: OutputArgs,

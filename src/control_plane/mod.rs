@@ -67,6 +67,7 @@ use state::{ControlPlane, Inner};
 use tunnel::AgentAuthorizer;
 
 pub use client::SOCKET;
+pub use scope::YEAR as LONGEST_TTL;
 
 /// The default data directory.
 pub const STATE: &str = "/var/lib/pipeops-control-plane";

@@ -9,7 +9,7 @@ use crate::contract::token::Role;
 
 pub(super) use super::keys::DAY;
 /// Longest lifetime of an enrolment token and of a Runner's token, seconds.
-pub(super) const YEAR: i64 = 366 * DAY;
+pub const YEAR: i64 = 366 * DAY;
 
 /// For a Runner's JWT and for a kubeconfig alike.
 #[derive(Default, Deserialize)]

@@ -1,7 +1,7 @@
 //! Files of the user's, by the path that was typed: never below another root.
 
 use std::fs::{self, OpenOptions};
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 
@@ -9,6 +9,28 @@ use anyhow::Context as _;
 
 use super::Host;
 use crate::base::error::Failure;
+
+/// A path of the user's that cannot be written to is a wrong value; anything else, as a full disk,
+/// is not.
+fn unwritable(path: &str, error: io::Error) -> anyhow::Error {
+    use io::ErrorKind as Kind;
+    let wrong = matches!(
+        error.kind(),
+        Kind::NotFound
+            | Kind::NotADirectory
+            | Kind::IsADirectory
+            | Kind::InvalidInput
+            | Kind::PermissionDenied
+            | Kind::ReadOnlyFilesystem
+    );
+    if !wrong {
+        return anyhow::Error::new(error).context(format!("writing {path}"));
+    }
+    Failure::usage("FILE_UNWRITABLE", format!("cannot write {path}"))
+        .why(error.to_string())
+        .hint("check that its directory is there, and who may write it")
+        .into()
+}
 
 impl Host {
     /// Text of a file of the user's (offline directory, token file), outside any sandbox root.
@@ -23,15 +45,15 @@ impl Host {
     /// Writes a new file of the user's with secrets in it, mode 0600: durable, or not there.
     ///
     /// # Errors
-    /// Exit 2 when it exists; else names the file.
+    /// Exit 2 when it exists or its directory is not there; else names the file.
     pub fn create_user_file(&self, path: &str, content: &str) -> anyhow::Result<()> {
         let opened = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path);
         let mut file = opened.map_err(|e| match e.kind() {
-            std::io::ErrorKind::AlreadyExists => anyhow::Error::new(
+            io::ErrorKind::AlreadyExists => anyhow::Error::new(
                 Failure::usage("FILE_EXISTS", format!("{path} exists already"))
                     .hint("name a new file"),
             ),
-            _ => anyhow::Error::new(e).context(format!("writing {path}")),
+            _ => unwritable(path, e),
         })?;
         let written = file.write_all(content.as_bytes()).and_then(|()| file.sync_all());
         written
@@ -71,19 +93,16 @@ impl Host {
     /// mode was there.
     ///
     /// # Errors
-    /// Names the file.
+    /// Exit 2 when its directory is not there; else names the file.
     pub fn write_user_file(&self, path: &str, text: &str) -> anyhow::Result<()> {
-        let attempt = || -> std::io::Result<()> {
+        let attempt = || -> io::Result<()> {
             // a link keeps its place; a pipe or a terminal is written to as it is
             let real = fs::canonicalize(path).unwrap_or_else(|_| PathBuf::from(path));
             if fs::metadata(&real).is_ok_and(|m| !m.is_file()) {
                 return OpenOptions::new().write(true).open(&real)?.write_all(text.as_bytes());
             }
-            let name = real
-                .file_name()
-                .ok_or(std::io::ErrorKind::InvalidInput)?
-                .to_string_lossy()
-                .into_owned();
+            let name =
+                real.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
             let beside = real.with_file_name(format!(".{name}.{}.new", std::process::id()));
             let mut file =
                 OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside)?;
@@ -93,11 +112,31 @@ impl Host {
                 .and_then(|()| fs::rename(&beside, &real));
             written.inspect_err(|_| drop(fs::remove_file(&beside)))
         };
-        attempt().with_context(|| format!("writing {path}"))
+        attempt().map_err(|error| unwritable(path, error))
     }
 
     /// A path of the user's from the root on, so that it means the same in another directory.
     pub fn absolute_user_path(&self, path: &str) -> String {
         std::path::absolute(path).map_or_else(|_| path.to_owned(), |p| p.display().to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::error::Exit;
+
+    #[test]
+    fn a_file_in_no_directory_is_a_wrong_value_and_a_full_disk_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = Host::new("/", None);
+        let path = dir.path().join("none/x").display().to_string();
+        for written in [host.create_user_file(&path, "x"), host.write_user_file(&path, "x")] {
+            let failure = Failure::of(&written.unwrap_err());
+            assert_eq!((failure.exit, failure.code.as_str()), (Exit::Usage, "FILE_UNWRITABLE"));
+            assert!(failure.what.contains(&path) && failure.hint.is_some(), "{failure:?}");
+        }
+        let full = Failure::of(&unwritable("/x", io::ErrorKind::StorageFull.into()));
+        assert_eq!(full.code, "DISK_FULL");
     }
 }

@@ -416,6 +416,7 @@ async fn a_runner_that_would_reach_nothing_is_refused_and_one_is_revoked_by_its_
         (&["--clusters", "nope"][..], 7, "there is no cluster nope"),
         (&["--namespaces", "A B"][..], 2, "`A B` is no name of a namespace"),
         (&["--role", "root"][..], 2, "viewer, deployer, operator or admin"),
+        (&["--ttl", "0"][..], 2, "--ttl"),
     ] {
         let refused = runner(&[&["create", "ci"], args].concat()).ended(code);
         assert!(refused.err.contains(said), "{args:?}: {}", refused.err);
@@ -476,6 +477,14 @@ async fn a_cluster_whose_kubernetes_is_away_is_listed_with_the_reason_and_shown_
     assert!(list.contains("kubernetes waiting: /k is not there yet"), "{list}");
     let show =
         control_plane.sandbox.subcommand(&["control-plane", "cluster", "show", "n"]).ended(0).out;
+    let nowhere = control_plane.sandbox.path("nowhere/x");
+    for args in [
+        &["control-plane", "backup", &nowhere][..],
+        &["control-plane", "cluster", "kubeconfig", "n", "--write", &nowhere],
+    ] {
+        let refused = control_plane.sandbox.subcommand(args).ended(2);
+        assert!(refused.err.contains("FILE_UNWRITABLE"), "{args:?}: {}", refused.err);
+    }
     // its kubeconfig is nobody else's to read, also where another file was
     let file = control_plane.sandbox.path("n.yaml");
     std::fs::write(&file, "old").unwrap();

@@ -186,7 +186,7 @@ pub(super) async fn cluster(
             let answer = client.call(Method::POST, &path, Some(&body)).await?;
             match write {
                 Some(file) => {
-                    client.host.write_for_user(&file, &answer)?;
+                    client.host.write_user_file(&file, &answer)?;
                     client
                         .printer()
                         .say(&format!("{file} (mode 0600) opens the cluster for a day"));
