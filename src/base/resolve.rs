@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{LookupIpStrategy, ResolverConfig, ResolverOpts};
+use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::Name;
 use hickory_resolver::system_conf::read_system_conf;
@@ -71,7 +72,7 @@ async fn ask(
         let (resolver, name) = (builder.build(), name.clone());
         async move {
             let found = resolver?.lookup_ip(name).await?;
-            Ok::<Vec<IpAddr>, hickory_resolver::net::NetError>(found.iter().collect())
+            Ok::<Vec<IpAddr>, NetError>(found.iter().collect())
         }
     };
     let (v4, v6) = (family(LookupIpStrategy::Ipv4Only), family(LookupIpStrategy::Ipv6Only));
@@ -95,15 +96,27 @@ async fn ask(
     if !found.is_empty() {
         return Ok(found);
     }
-    let errors: Vec<String> =
-        [v4, v6].into_iter().flatten().filter_map(Result::err).map(|e| e.to_string()).collect();
-    if errors.iter().any(|e| e.contains("timed out") || e.contains("no connections available")) {
+    let errors: Vec<NetError> = [v4, v6].into_iter().flatten().filter_map(Result::err).collect();
+    let no_answer = |e: &NetError| {
+        let text = e.to_string();
+        text.contains("timed out") || text.contains("no connections available")
+    };
+    if errors.iter().any(no_answer) {
         return Err(unanswered());
     }
-    Err(no(
-        format!("there is no such name ({})", errors.first().map_or("no address", String::as_str)),
-        false,
-    ))
+    Err(no(no_address(&errors), false))
+}
+
+/// Why there is no address, without the query that the library shows as its own code has it.
+fn no_address(errors: &[NetError]) -> String {
+    let other = errors.iter().find(|e| !e.is_no_records_found());
+    if errors.iter().any(NetError::is_nx_domain) {
+        "there is no such name".into()
+    } else if let Some(other) = other {
+        format!("it cannot be looked up: {other}")
+    } else {
+        "the name is there and has no address".into()
+    }
 }
 
 /// For reqwest.
@@ -135,6 +148,43 @@ mod tests {
     use tokio::net::UdpSocket;
 
     use super::*;
+
+    /// A name server that answers with a code and nothing else: 3 is NXDOMAIN (RFC 1035, 4.1.1).
+    async fn empty_server(code: u8) -> ResolverConfig {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let port = socket.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let mut packet = [0; 512];
+            while let Ok((_, from)) = socket.recv_from(&mut packet).await {
+                let end = 12 + packet[12..].iter().position(|b| *b == 0).unwrap();
+                let mut answer = packet[..2].to_vec();
+                answer.extend([0x81, 0x80 | code, 0, 1, 0, 0, 0, 0, 0, 0]);
+                answer.extend(&packet[12..end + 5]);
+                socket.send_to(&answer, from).await.unwrap();
+            }
+        });
+        config(port)
+    }
+
+    fn config(port: u16) -> ResolverConfig {
+        let mut connection = ConnectionConfig::udp();
+        connection.port = port;
+        let server = NameServerConfig::new("127.0.0.1".parse().unwrap(), true, vec![connection]);
+        ResolverConfig::from_parts(None, Vec::new(), vec![server])
+    }
+
+    #[tokio::test]
+    async fn a_name_that_is_not_there_is_said_in_words() {
+        for (code, wanted) in [
+            (3, "dns: k3s.example.com: there is no such name"),
+            (0, "dns: k3s.example.com: the name is there and has no address"),
+        ] {
+            let options = ResolverOpts::default();
+            let error =
+                ask("k3s.example.com", &empty_server(code).await, &options).await.unwrap_err();
+            assert_eq!((error.to_string().as_str(), error.silent), (wanted, false));
+        }
+    }
 
     /// A name server that answers A with 10.0.0.5 and AAAA with fd00::5, or drops the questions of
     /// a type.
@@ -175,10 +225,7 @@ mod tests {
                 socket.send_to(&answer, from).await.unwrap();
             }
         });
-        let mut connection = ConnectionConfig::udp();
-        connection.port = port;
-        let server = NameServerConfig::new("127.0.0.1".parse().unwrap(), true, vec![connection]);
-        ResolverConfig::from_parts(None, Vec::new(), vec![server])
+        config(port)
     }
 
     fn addresses(list: &[&str]) -> Vec<IpAddr> {

@@ -121,6 +121,9 @@ pub fn secrets_in_urls(text: &str) -> Vec<String> {
     found
 }
 
+/// Stands for a password in a text that shows what a URL looks like.
+const PLACEHOLDER: &str = "PASSWORD";
+
 /// Replaces what is secret in URLs and adds it to `found`.
 ///
 /// Passwords are often typed with `/`, `#` or `@` unencoded, so everything up to the last `@` of
@@ -143,7 +146,7 @@ fn urls(text: &str, found: &mut Vec<String>) -> String {
                     Some((user, password)) if !user.contains('/') => (Some(user), password),
                     _ => (None, login),
                 };
-                if password.is_empty() || password == MASK {
+                if password.is_empty() || password == MASK || password == PLACEHOLDER {
                     out.push_str(login);
                 } else {
                     note(password, found);
@@ -247,6 +250,8 @@ mod tests {
     fn passwords_in_urls_are_found_however_they_are_typed() {
         for (text, shown, secrets) in [
             ("postgres://u:hunter2@h/db", "postgres://u:••••@h/db", vec!["hunter2"]),
+            // what a URL looks like is no URL
+            ("postgres://USER:PASSWORD@HOST/DB", "postgres://USER:PASSWORD@HOST/DB", vec![]),
             (
                 "at `https://u:p%40ss@h:1/x`: no",
                 "at `https://u:••••@h:1/x`: no",

@@ -19,16 +19,24 @@ pub(super) fn https_url(name: &str, port: u16) -> String {
     }
 }
 
+fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        let text = text.trim_start_matches(':');
+        let port = text.parse::<u16>().map_or_else(|_| "PORT".to_owned(), |port| port.to_string());
+        format!("it is an IP address with a port: [::]:{port} for all, or 127.0.0.1:{port}")
+    })
+}
+
 /// All optional, so that flags override the file.
 #[derive(Clone, Debug, Default, clap::Args, Deserialize, PartialEq)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 #[allow(rustdoc::broken_intra_doc_links, reason = "help texts: what stands in brackets is no link")]
 pub struct ControlPlaneOptions {
     /// Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = listen_address)]
     pub listen: Option<SocketAddr>,
     /// Address and port of the tunnel (FRP) server [default: [::]:7000]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = listen_address)]
     pub tunnel_listen: Option<SocketAddr>,
     /// Name or address by which agents and Runners reach this machine; the first one is given to
     /// them [default: the address of the default route]
@@ -123,6 +131,19 @@ pub fn parse_file(text: &str, origin: &str) -> Result<ControlPlaneOptions, Failu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_without_its_half_is_answered_with_a_whole_one() {
+        assert_eq!(listen_address("[::]:8443").map(|a| a.port()), Ok(8443));
+        for text in ["8443", ":8443"] {
+            let said = listen_address(text).unwrap_err();
+            assert!(said.contains("[::]:8443"), "{text}: {said}");
+        }
+        for text in ["cp.test:8443", "10.0.0.5", ""] {
+            let said = listen_address(text).unwrap_err();
+            assert!(said.contains("127.0.0.1:PORT"), "{text}: {said}");
+        }
+    }
 
     #[test]
     fn flags_lie_over_the_file_and_a_password_has_no_place_in_it() {
