@@ -126,7 +126,7 @@ impl Observer {
     ) -> anyhow::Result<String> {
         let Some(written) = self.host.revision(&self.credential) else {
             *connection = None;
-            anyhow::bail!("{} is not there yet", self.host.at(&self.credential).display());
+            anyhow::bail!("{} is not there yet", self.host.real_path(&self.credential).display());
         };
         let current = match connection {
             Some(current) if current.written == written => current,

@@ -342,7 +342,7 @@ impl Agent {
         tokio::select! {
             () = stop.cancelled() => {
                 tracing::info!(
-                    open = api.map_or(0, Api::open),
+                    open = api.map_or(0, Api::open_streams),
                     "asked to stop: finishing what is under way"
                 );
                 Ok(())
@@ -435,7 +435,7 @@ mod tests {
     fn a_user_without_the_rights_is_told_from_a_fault() {
         let ends = |kind: std::io::ErrorKind| {
             let error = Err::<(), _>(std::io::Error::from(kind)).context("making /var/lib/x");
-            let failure = Failure::of(&permitted(error).unwrap_err());
+            let failure = Failure::from_error(&permitted(error).unwrap_err());
             (failure.exit, failure.hint.is_some())
         };
         assert_eq!(ends(std::io::ErrorKind::PermissionDenied), (Exit::Preflight, true));

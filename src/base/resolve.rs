@@ -182,7 +182,7 @@ mod tests {
             let options = ResolverOpts::default();
             let error =
                 ask("k3s.example.com", &empty_server(code).await, &options).await.unwrap_err();
-            assert_eq!((error.to_string().as_str(), error.silent), (wanted, false));
+            assert_eq!((error.to_string().as_str(), error.unanswered), (wanted, false));
         }
     }
 

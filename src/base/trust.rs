@@ -143,7 +143,7 @@ fn shown_keys(leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>]) -> Strin
         let Ok((_, parsed)) = x509_parser::parse_x509_certificate(certificate) else {
             return "a certificate that cannot be read".to_owned();
         };
-        let pin = Pin::of_key(parsed.tbs_certificate.subject_pki.raw);
+        let pin = Pin::from_spki(parsed.tbs_certificate.subject_pki.raw);
         let subject = parsed.subject().to_string();
         let subject: String = printable(&subject).chars().take(SHOWN_SUBJECT).collect();
         format!("{pin} ({}{subject})", if leaf { "its own: " } else { "" })

@@ -132,11 +132,11 @@ mod tests {
         let host = Host::new("/", None);
         let path = dir.path().join("none/x").display().to_string();
         for written in [host.create_user_file(&path, "x"), host.write_user_file(&path, "x")] {
-            let failure = Failure::of(&written.unwrap_err());
+            let failure = Failure::from_error(&written.unwrap_err());
             assert_eq!((failure.exit, failure.code.as_str()), (Exit::Usage, "FILE_UNWRITABLE"));
             assert!(failure.what.contains(&path) && failure.hint.is_some(), "{failure:?}");
         }
-        let full = Failure::of(&unwritable("/x", io::ErrorKind::StorageFull.into()));
+        let full = Failure::from_error(&unwritable("/x", io::ErrorKind::StorageFull.into()));
         assert_eq!(full.code, "DISK_FULL");
     }
 }

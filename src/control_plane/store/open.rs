@@ -214,7 +214,7 @@ mod tests {
         let state = Host::new(dir.path(), None).state_dir("/s").unwrap();
         state.write("t.db", &format!("SQLite format 3\0{}", "x".repeat(8192))).unwrap();
         let url = Secret::new(format!("sqlite:{}", dir.path().join("s/t.db").display()));
-        let damaged = Failure::of(&Store::open(&url, "i").await.err().unwrap());
+        let damaged = Failure::from_error(&Store::open(&url, "i").await.err().unwrap());
         assert_eq!(damaged.code, "DATABASE_UNUSABLE");
         assert_eq!(damaged.hint.as_deref(), Some(DAMAGED_HINT), "{damaged:?}");
     }
