@@ -1,7 +1,7 @@
 //! Output: data on stdout, messages on stderr, progress from the engine's events.
 #![expect(clippy::print_stderr, reason = "the one room that prints")]
 
-use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -231,15 +231,19 @@ impl Printer {
         }
     }
 
-    /// Asks for confirmation. `None` without a terminal.
-    pub fn confirm(&mut self, question: &str) -> Option<bool> {
+    /// Asks for confirmation. `None` without a terminal. Whoever drops it waits no longer; the
+    /// thread that reads the terminal then goes with the process.
+    pub async fn confirm(&mut self, question: &str) -> Option<bool> {
         if !std::io::stdin().is_terminal() || !self.terminal {
             return None;
         }
         eprint!("{question} [y/N] ");
         let _ = std::io::stderr().flush();
-        let mut answer = String::new();
-        std::io::stdin().lock().read_line(&mut answer).ok()?;
+        let read = tokio::task::spawn_blocking(|| {
+            let mut answer = String::new();
+            std::io::stdin().read_line(&mut answer).map(|_| answer)
+        });
+        let answer = read.await.ok()?.ok()?;
         Some(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
     }
 }

@@ -99,8 +99,9 @@ pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> 
         .into());
     };
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
-    let info =
-        collect(&host, &journal, args.join || terminal && args.output == OutputFormat::Text).await;
+    let join = args.join || terminal && args.output == OutputFormat::Text;
+    let info = async { Ok::<_, Failure>(collect(&host, &journal, join).await) };
+    let info = context.unless_stopped(info).await?;
     printer.document_with_secrets(&info);
     printer.data_with_secrets(render(&info).trim_end());
     Ok(if info.problems.is_empty() { Exit::Done } else { Exit::Problems })

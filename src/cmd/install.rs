@@ -22,9 +22,9 @@ pub async fn server(context: &Context, args: InstallServer) -> anyhow::Result<Ex
             .into());
         }
     }
-    let mut installer =
-        Installer::begin(context, "install-server", args.options, args.run, NodeRole::Server)
-            .await?;
+    let begin =
+        Installer::begin(context, "install-server", args.options, args.run, NodeRole::Server);
+    let mut installer = context.unless_stopped(begin).await?;
     let result = run_install(&mut installer).await;
     installer.end(result)
 }
@@ -64,8 +64,8 @@ async fn run_install(installer: &mut Installer<'_>) -> anyhow::Result<Exit> {
         &installer.facts,
         installer.journal.as_ref(),
         None,
-    )
-    .await?;
+    );
+    let version = installer.context.unless_stopped(version).await?;
     let offline = installer.settings.options.offline_dir.is_some();
     let selected = components::selected(
         installer.settings.components.as_deref(),

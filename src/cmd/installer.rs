@@ -110,7 +110,7 @@ impl<'a> Installer<'a> {
             started: std::time::Instant::now(),
         };
         installer.secrets =
-            secrets::known(context, &installer.host, &installer.settings, &installer.facts)?;
+            secrets::known(context, &installer.host, &installer.settings, &installer.facts).await?;
         let readable = secrets::readable(
             &installer.host,
             installer.writer.as_ref(),
@@ -132,8 +132,8 @@ impl<'a> Installer<'a> {
         version: k3s::version::Version,
     ) -> anyhow::Result<Release> {
         let journal = self.journal.as_ref();
-        let resolved =
-            release::resolve(&self.host, &self.settings, &self.facts, journal, version).await?;
+        let resolved = release::resolve(&self.host, &self.settings, &self.facts, journal, version);
+        let resolved = self.context.unless_stopped(resolved).await?;
         resolved.notes.iter().for_each(|n| self.printer.say(&format!("note: {n}")));
         Ok(resolved.release)
     }
@@ -179,11 +179,11 @@ impl<'a> Installer<'a> {
         plan: Plan,
         findings: Vec<Finding>,
     ) -> anyhow::Result<Option<Outcome>> {
-        let mut checked =
-            engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings).await?;
+        let check = engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings);
+        let mut checked = self.context.unless_stopped(check).await?;
         checked.plan.inputs = secrets::inputs(&self.host, &self.run, &self.settings.options);
         if let Some(then) = self.saved.take() {
-            checked = self.saved(then, checked).await?;
+            checked = self.context.unless_stopped(self.saved(then, checked)).await?;
         }
         if let Some(path) = &self.run.plan_out {
             self.host
@@ -208,7 +208,7 @@ impl<'a> Installer<'a> {
             self.report(&checked, "dry_run", &Outcome::default());
             return Ok(None);
         }
-        self.ask(&checked)?;
+        self.ask(&checked).await?;
         let Some(writer) = &self.writer else { anyhow::bail!("no lock is held") };
         let mut journal = self.journal.take().unwrap_or_else(|| {
             Journal::new(self.settings.role, &checked.plan.node, &checked.plan.k3s_version)
@@ -343,7 +343,7 @@ impl<'a> Installer<'a> {
     }
 
     /// Shows options that are about to go, then asks once.
-    fn ask(&mut self, checked: &CheckedPlan) -> anyhow::Result<()> {
+    async fn ask(&mut self, checked: &CheckedPlan) -> anyhow::Result<()> {
         if let Some(journal) = &self.journal {
             for (key, was) in &journal.options {
                 match checked.plan.options.get(key) {
@@ -374,15 +374,7 @@ impl<'a> Installer<'a> {
         if self.run.yes || self.run.apply_plan.is_some() {
             return Ok(());
         }
-        let declined =
-            |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
-        match self.printer.confirm("go on?") {
-            Some(true) => Ok(()),
-            Some(false) => Err(declined("declined").into()),
-            None => Err(declined("there is no terminal to ask on")
-                .hint("run again with --yes, or look with --dry-run")
-                .into()),
-        }
+        self.context.confirm(&mut self.printer, "go on?").await
     }
 
     fn report(&self, checked: &CheckedPlan, result: &str, outcome: &Outcome) {
@@ -421,7 +413,7 @@ impl<'a> Installer<'a> {
         }
     }
 
-    /// Releases the lock; a run that wrote nothing leaves nothing behind.
+    /// Reports what went wrong, and gives the lock back.
     pub(super) fn end(self, result: anyhow::Result<Exit>) -> anyhow::Result<Exit> {
         if let Err(error) = &result {
             let failure = Failure::of(error);
@@ -433,9 +425,6 @@ impl<'a> Installer<'a> {
                 "exit": exit,
                 "error": failure,
             }));
-        }
-        if let Some(writer) = self.writer {
-            writer.release();
         }
         result
     }

@@ -17,6 +17,7 @@ use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::host::Host;
 use crate::install::settings::{Options, parse_file};
+use crate::output::Printer;
 
 /// What `main` hands to a command.
 pub struct Context {
@@ -43,15 +44,62 @@ impl Context {
         self.env.get("NO_COLOR").is_some_and(|v| !v.is_empty())
     }
 
+    /// The result of `work`, unless the user interrupts it: for all that waits before the first
+    /// change.
+    ///
+    /// # Errors
+    /// Exit 130 when interrupted, else that of `work`.
+    pub(crate) async fn unless_stopped<T, E: Into<anyhow::Error>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> anyhow::Result<T> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => {
+                Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted")
+                    .why("nothing was changed")
+                    .into())
+            }
+            done = work => done.map_err(Into::into),
+        }
+    }
+
+    /// Asks whether to go on.
+    ///
+    /// # Errors
+    /// Exit 11 unless the answer is yes, 130 when interrupted.
+    pub(crate) async fn confirm(
+        &self,
+        printer: &mut Printer,
+        question: &str,
+    ) -> anyhow::Result<()> {
+        let declined =
+            |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
+        let answer = async { Ok::<_, Failure>(printer.confirm(question).await) };
+        match self.unless_stopped(answer).await {
+            Ok(Some(true)) => Ok(()),
+            Ok(Some(false)) => Err(declined("declined").into()),
+            Ok(None) => Err(declined("there is no terminal to ask on")
+                .hint("run again with --yes, or look with --dry-run")
+                .into()),
+            Err(interrupted) => {
+                // the question has left the cursor in its line
+                printer.say("");
+                Err(interrupted)
+            }
+        }
+    }
+
     /// A token file of the user's; `-` is standard input.
-    pub(crate) fn token_file(&self, host: &Host, path: &str) -> anyhow::Result<Secret> {
-        let text = if path == "-" {
-            host.users_file("/dev/stdin")?
-        } else {
-            host.users_file(path).map_err(|e| unreadable(path, &e))?
-        };
+    pub(crate) async fn token_file(&self, host: &Host, path: &str) -> anyhow::Result<Secret> {
+        let (from, name) =
+            if path == "-" { ("/dev/stdin", "standard input") } else { (path, path) };
+        let (host, from) = (host.clone(), from.to_owned());
+        // a terminal or a pipe gives nothing for as long as it likes
+        let read = tokio::task::spawn_blocking(move || host.users_file(&from));
+        let text = self.unless_stopped(read).await?.map_err(|e| unreadable(name, &e))?;
         match text.trim() {
-            "" => Err(Failure::usage("TOKEN_EMPTY", format!("there is no token in {path}"))
+            "" => Err(Failure::usage("TOKEN_EMPTY", format!("there is no token in {name}"))
                 .hint("put the token, and nothing else, into it")
                 .into()),
             token => Ok(Secret::new(token)),

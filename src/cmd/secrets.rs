@@ -95,7 +95,7 @@ pub(super) fn note(options: &Options, env: &BTreeMap<String, String>) {
 }
 
 /// The contents of the files that hold secrets, each under its name.
-pub(super) fn known(
+pub(super) async fn known(
     context: &Context,
     host: &Host,
     settings: &Settings,
@@ -104,7 +104,7 @@ pub(super) fn known(
     let mut secrets = Secrets::new();
     let options = &settings.options;
     let agent = match &options.agent_token_file {
-        Some(path) => Some(context.token_file(host, path)?),
+        Some(path) => Some(context.token_file(host, path).await?),
         None => context.agent_token.clone(),
     };
     if let Some(token) = agent {

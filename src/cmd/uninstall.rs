@@ -51,19 +51,14 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
     }
     let writer = host.lock()?;
     if !args.yes {
-        match printer.confirm("this takes the node down and removes it; go on?") {
-            Some(true) => {}
-            answer => {
-                let what =
-                    if answer.is_some() { "declined" } else { "there is no terminal to ask on" };
-                return Err(Failure::new(Exit::Declined, "DECLINED", what)
-                    .why("nothing was changed")
-                    .hint("run again with --yes, or look with --dry-run")
-                    .into());
-            }
-        }
+        let question = "this takes the node down and removes it; go on?";
+        context.confirm(&mut printer, question).await?;
     }
-    let farewell = leave_cluster(&writer, &journal).await;
+    let farewell = tokio::select! {
+        farewell = leave_cluster(&writer, &journal) => farewell,
+        // the engine says so
+        () = context.stop.cancelled() => None,
+    };
     let agent = crate::agent::config::Deregistration::read(&writer);
     let mut on_event = |event: ProgressEvent| printer.event(&event);
     let outcome =

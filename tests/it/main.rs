@@ -23,6 +23,7 @@ mod hostile;
 mod hosts;
 mod hub;
 mod install;
+mod interrupts;
 mod intruders;
 mod join;
 mod kubernetes;
