@@ -176,3 +176,55 @@ fn a_signal_ends_a_run_that_waits_for_a_token() {
         same(&sandbox.tree(), &before, args[0]);
     }
 }
+
+/// A pipe that nobody reads any more, and a disk without room.
+fn unread() -> [Stdio; 2] {
+    let (_, writer) = std::io::pipe().unwrap();
+    [writer.into(), File::options().write(true).open("/dev/full").unwrap().into()]
+}
+
+#[test]
+fn output_that_nobody_takes_stops_no_run() {
+    for (out, err) in unread().into_iter().zip(unread()) {
+        let sandbox = Sandbox::new();
+        let before = sandbox.tree();
+        let release = sandbox.path("release");
+        let args = ["install-server", "--offline-dir", &release, "--yes", "--timeout", "20s"];
+        let mut command = sandbox.command(&args);
+        assert_eq!(command.stdout(out).stderr(err).status().unwrap().code(), Some(0));
+        let log = std::fs::read_dir(sandbox.root().join("var/log/pipeops")).unwrap().next();
+        let log = std::fs::read_to_string(log.unwrap().unwrap().path()).unwrap();
+        assert!(log.contains("start k3s.service"), "{log}");
+
+        for (args, code) in [
+            (&["cluster-info"][..], 13),
+            (&["install-server", "--no-such-flag"][..], 2),
+            (&["install-server", "--events", "json", "--node-type", "x"][..], 2),
+            (&["uninstall", "--yes", "--events", "json"][..], 0),
+        ] {
+            let [out, err] = unread();
+            let mut command = sandbox.command(args);
+            let ended = command.stdout(out).stderr(err).status().unwrap().code();
+            assert_eq!(ended, Some(code), "{args:?}");
+        }
+        same(&sandbox.tree(), &before, "");
+    }
+}
+
+/// Logs go the same way: the agent writes its own for as long as it lives.
+#[test]
+fn an_agent_whose_log_nobody_takes_goes_on() {
+    for err in unread() {
+        let sandbox = Sandbox::new();
+        let mut child = sandbox.command(&["run"]).stderr(err).spawn().unwrap();
+        let socket = sandbox.root().join(&pipeops::host::paths::AGENT_SOCKET[1..]);
+        let begin = Instant::now();
+        while !socket.exists() {
+            assert_eq!(child.try_wait().unwrap(), None, "it ended");
+            assert!(begin.elapsed() < Duration::from_secs(30), "it never served");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        send(&child, SIGTERM);
+        assert_eq!(ends(&mut child, Duration::from_secs(20)), Some(0));
+    }
+}
