@@ -166,7 +166,8 @@ async fn run(
                 .get("STATE_DIRECTORY")
                 .map_or(config::STATE_DIR, |d| d.split(':').next().unwrap_or(config::STATE_DIR))
                 .to_owned();
-            agent::run::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
+            let kubeconfig = args.kubeconfig.map(|path| host.typed_path(&path));
+            agent::run::run(host, config, kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }
         Command::ControlPlane(args) => cmd::control_plane::control_plane(&context, args).await,

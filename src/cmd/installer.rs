@@ -66,13 +66,16 @@ impl<'a> Installer<'a> {
             )
             .into());
         }
+        let mut run = run;
+        let named = [&mut run.config, &mut run.plan_out, &mut run.apply_plan];
+        named.into_iter().flatten().for_each(|path| *path = host.users_path(path));
         let saved =
             run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
-        let mut run = run;
         run.config = run.config.or_else(|| saved.as_ref()?.plan.inputs.get("config").cloned());
         secrets::note(&flags, &context.env);
         let mut options = merged_options(&host, flags, run.config.as_deref())?;
         secrets::from_plan(&mut options, saved.as_ref());
+        options.paths_mut().for_each(|path| *path = host.users_path(path));
         secrets::note(&options, &context.env);
         let settings = Settings::resolve(options, role, &checks::codes(), &components::names())?;
         let root = !host.is_machine() || nix::unistd::geteuid().is_root();

@@ -354,6 +354,36 @@ fn a_saved_plan_is_carried_out_exactly_or_not_at_all() {
         .ended(2);
 }
 
+/// What a user types is meant from the directory where it is typed, and stays so in a plan.
+#[test]
+fn paths_are_meant_from_the_current_directory() {
+    let sandbox = Sandbox::new();
+    let before = sandbox.tree();
+    sandbox.beside("registries.yaml", "mirrors: {}\n", 0o600);
+    sandbox.beside("mine.toml", "node-label = [\"a=b\"]\n", 0o600);
+    sandbox.beside("token", "enrolment-token-0001", 0o600);
+    let run = |dir: &str, args: &[&str]| {
+        let mut command = std::process::Command::new(&sandbox.program);
+        command.args(args).env_clear().env("PATH", sandbox.path("bin")).current_dir(dir);
+        crate::support::said(command.stdin(std::process::Stdio::null()).output().unwrap())
+    };
+    let given = ["--offline-dir", "release", "--registries", "registries.yaml"];
+    let files = ["--config", "mine.toml", "--agent-token-file", "./token", "--plan-out", "p.json"];
+    let here = [&["install-server", "--root", "root"][..], &given, &files].concat();
+    run(&sandbox.path("."), &here).ended(0);
+    let plan = std::fs::read_to_string(sandbox.path("p.json")).unwrap();
+    assert!(plan.contains(&sandbox.path("release/k3s")), "{plan}");
+    let (root, release, file) =
+        (sandbox.path("root"), sandbox.path("release"), sandbox.path("p.json"));
+    let there = ["install-server", "--root", &root, "--offline-dir", &release, "--yes"];
+    let plan = ["--apply-plan", &file, "--timeout", "20s"];
+    run("/", &[&there[..], &plan].concat()).ended(0);
+    assert_eq!(sandbox.read("/etc/pipeops/agent-token"), "enrolment-token-0001");
+    assert!(sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("a=b"));
+    run(&sandbox.path("."), &["uninstall", "--root", "root", "--yes"]).ended(0);
+    same(&sandbox.tree(), &before, "");
+}
+
 #[test]
 fn a_second_run_at_the_same_time_is_refused() {
     let sandbox = Sandbox::new();

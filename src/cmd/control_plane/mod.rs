@@ -22,6 +22,9 @@ use crate::output::Printer;
 /// # Errors
 /// The error of the control plane that is run or called.
 pub async fn control_plane(context: &Context, args: ControlPlaneArgs) -> anyhow::Result<Exit> {
+    let mut args = args;
+    let place = &mut args.serve.place;
+    place.data_dir = context.host(&place.root).typed_path(&place.data_dir);
     let Some(command) = args.command else { return serve(context, args.serve).await };
     if args.serve.options != ControlPlaneOptions::default() || args.serve.config.is_some() {
         return Err(Failure::usage(

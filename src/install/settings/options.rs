@@ -169,6 +169,13 @@ impl Options {
         }
     }
 
+    /// Those that name a file or directory of the user's.
+    pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut String> {
+        [&mut self.offline_dir, &mut self.registries, &mut self.agent_token_file]
+            .into_iter()
+            .flatten()
+    }
+
     /// The options that shape the installation and so are compared between runs, as key and text
     /// without secrets.
     pub fn recorded(&self) -> BTreeMap<String, String> {
