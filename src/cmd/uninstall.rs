@@ -11,7 +11,7 @@ use crate::host::{Host, HostWriter, Owner};
 use crate::install::engine::journal::{Journal, PATH};
 use crate::install::engine::{self, Outcome};
 use crate::install::plan::{ProgressEvent, Resource, step_id};
-use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD};
+use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD, VOLUMES};
 use crate::k3s::role::NodeRole;
 use crate::kubernetes::client::Cluster;
 use crate::output::Printer;
@@ -28,6 +28,14 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
     let mut printer =
         Printer::new(args.output == OutputFormat::Json, args.events.is_some(), context.no_color());
     let Some(mut journal) = Journal::load(&host)? else {
+        // of a node that is gone, or of a k3s that is not ours: nothing tells them apart
+        if args.purge_data && !host.list(VOLUMES).is_empty() {
+            let what = format!("{VOLUMES} is there, and no journal says that it is ours");
+            return Err(Failure::new(Exit::Preflight, "VOLUMES_UNKNOWN", what)
+                .why("nothing was changed")
+                .hint(format!("only `rm -rf {VOLUMES}` removes it now"))
+                .into());
+        }
         printer.data("nothing to do: pipeops has not installed anything here");
         printer.document(
             &json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": "unchanged"}),

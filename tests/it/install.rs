@@ -673,7 +673,14 @@ fn volumes_survive_an_uninstall_unless_purged() {
     sandbox.put(file, "precious");
     let said = sandbox.run(&["uninstall", "--yes"]).ended(0);
     assert!(said.out.contains("volumes, kept"), "{}", said.out);
+    let remove = "rm -rf /var/lib/rancher/k3s/storage";
+    assert!(said.out.contains(remove), "{}", said.out);
     assert_eq!(sandbox.read(file), "precious");
+    // whose they are is known no more: they are left, and that is no success
+    let late = sandbox.run(&["uninstall", "--yes", "--purge-data"]).ended(3);
+    assert!(late.err.contains("VOLUMES_UNKNOWN") && late.err.contains(remove), "{}", late.err);
+    assert_eq!(sandbox.read(file), "precious");
+    sandbox.run(&["uninstall", "--yes"]).ended(0);
     std::fs::remove_dir_all(sandbox.root().join("var/lib/rancher")).unwrap();
     sandbox.install(&[]).ended(0);
     sandbox.put(file, "precious");
