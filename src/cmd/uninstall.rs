@@ -42,7 +42,7 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
         );
         return Ok(Exit::Done);
     };
-    announce(&mut printer, &journal);
+    announce(&mut printer, &host, &journal, args.purge_data);
     if args.dry_run {
         printer.data(&format!(
             "{} would be undone; nothing was written",
@@ -101,8 +101,8 @@ pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exi
     Ok(if done { Exit::Done } else { Exit::Partial })
 }
 
-/// What will be undone, and which directories go with it.
-fn announce(printer: &mut Printer, journal: &Journal) {
+/// What will be undone, which directories go with it, and what becomes of the volumes in them.
+fn announce(printer: &mut Printer, host: &Host, journal: &Journal, purge: bool) {
     printer.say(&format!("uninstall on {}:", journal.node));
     for entry in
         journal.entries.iter().rev().filter(|e| !matches!(e.want, Resource::Objects { .. }))
@@ -111,6 +111,10 @@ fn announce(printer: &mut Printer, journal: &Journal) {
         if let Resource::Node { dirs, .. } = &entry.want {
             dirs.iter().for_each(|d| printer.say(&format!("      {d}")));
         }
+    }
+    if !host.list(VOLUMES).is_empty() {
+        let (sign, verb) = if purge { ('-', "remove") } else { ('=', "keep") };
+        printer.say(&format!("  {sign} {verb} {VOLUMES} (volumes)"));
     }
 }
 

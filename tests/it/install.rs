@@ -671,6 +671,10 @@ fn volumes_survive_an_uninstall_unless_purged() {
     sandbox.install(&[]).ended(0);
     let file = "/var/lib/rancher/k3s/storage/pvc-1_production_db/data";
     sandbox.put(file, "precious");
+    let plan = sandbox.run(&["uninstall", "--dry-run"]).ended(0);
+    assert!(plan.err.contains("= keep /var/lib/rancher/k3s/storage (volumes)"), "{}", plan.err);
+    let plan = sandbox.run(&["uninstall", "--dry-run", "--purge-data"]).ended(0);
+    assert!(plan.err.contains("- remove /var/lib/rancher/k3s/storage (volumes)"), "{}", plan.err);
     let said = sandbox.run(&["uninstall", "--yes"]).ended(0);
     assert!(said.out.contains("volumes, kept"), "{}", said.out);
     let remove = "rm -rf /var/lib/rancher/k3s/storage";
