@@ -3,13 +3,14 @@
 
 use serde_json::json;
 
-use super::{Context, merged_options, secrets};
+use super::given::{self, quoted};
+use super::{Context, secrets};
 use crate::base::error::{Exit, Failure};
 use crate::cli::{OutputFormat, RunFlags};
 use crate::host::paths::LOGS;
 use crate::host::{Host, HostWriter, Owner};
 use crate::install::checks::{self, InstallTarget};
-use crate::install::components::{self, Component};
+use crate::install::components::Component;
 use crate::install::engine::journal::Journal;
 use crate::install::engine::{self, Outcome, Secrets};
 use crate::install::facts::Facts;
@@ -18,7 +19,7 @@ use crate::install::gather::{Probe, gather, gather_configured};
 use crate::install::plan::{CheckedPlan, Plan, ProgressEvent};
 use crate::install::planner::Release;
 use crate::install::release;
-use crate::install::settings::Settings;
+use crate::install::settings::{Options, Settings};
 use crate::k3s;
 use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::k3s::role::NodeRole;
@@ -29,6 +30,8 @@ use crate::output::Printer;
 pub(super) struct Installer<'a> {
     pub(super) context: &'a Context,
     pub(super) command: &'static str,
+    /// What was typed behind the command, for a line that says it again.
+    pub(super) typed: Vec<String>,
     pub(super) host: Host,
     pub(super) settings: Settings,
     pub(super) journal: Option<Journal>,
@@ -54,8 +57,8 @@ impl<'a> Installer<'a> {
     pub(super) async fn begin(
         context: &'a Context,
         command: &'static str,
-        flags: crate::install::settings::Options,
-        run: RunFlags,
+        mut flags: Options,
+        mut run: RunFlags,
         role: NodeRole,
     ) -> anyhow::Result<Installer<'a>> {
         let host = context.host(&run.root);
@@ -66,18 +69,14 @@ impl<'a> Installer<'a> {
             )
             .into());
         }
-        let mut run = run;
+        run.root = host.users_path(&run.root);
         let named = [&mut run.config, &mut run.plan_out, &mut run.apply_plan];
-        named.into_iter().flatten().for_each(|path| *path = host.users_path(path));
+        let named = named.into_iter().flatten().chain(flags.paths_mut());
+        named.for_each(|path| *path = host.users_path(path));
         let saved =
             run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
         run.config = run.config.or_else(|| saved.as_ref()?.plan.inputs.get("config").cloned());
-        secrets::note(&flags, &context.env);
-        let mut options = merged_options(&host, flags, run.config.as_deref())?;
-        secrets::from_plan(&mut options, saved.as_ref());
-        options.paths_mut().for_each(|path| *path = host.users_path(path));
-        secrets::note(&options, &context.env);
-        let settings = Settings::resolve(options, role, &checks::codes(), &components::names())?;
+        let settings = given::settings(context, &host, &flags, &run, role, saved.as_ref())?;
         let root = !host.is_machine() || nix::unistd::geteuid().is_root();
         let writer = if run.read_only() || !root { None } else { Some(host.lock()?) };
         let journal = if root { Journal::load(&host)? } else { None };
@@ -101,6 +100,7 @@ impl<'a> Installer<'a> {
         let mut installer = Installer {
             context,
             command,
+            typed: given::typed(&flags, &run),
             host,
             settings,
             journal,
@@ -191,9 +191,13 @@ impl<'a> Installer<'a> {
         if let Some(path) = &self.run.plan_out {
             self.host
                 .write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
+            let token = self.context.agent_token.as_ref().map_or("", |_| "AGENT_TOKEN=… ");
+            let mut words = vec![format!("{token}pipeops {}", self.command)];
+            words.extend(self.typed.iter().cloned());
+            words.push(format!("--apply-plan {}", quoted(path)));
             self.printer.say(&format!(
-                "the plan is in {path} (mode 0600, without secrets); carry it out with \
-                 --apply-plan {path}"
+                "the plan is in {path} (mode 0600, without secrets); carry it out with:\n  {}",
+                words.join(" ")
             ));
         }
         if checked.done() {
@@ -300,6 +304,16 @@ impl<'a> Installer<'a> {
                 .why("nothing was changed")
                 .hint("look at a new plan with --dry-run and save it with --plan-out")
         };
+        let named = then.plan.options.get("node-name").cloned();
+        let node = named.unwrap_or_else(|| self.settings.node_name(&self.facts.hostname));
+        if then.plan.node != node {
+            return Err(stale(
+                "PLAN_OTHER_HOST",
+                "this plan was made for a node of another name",
+                format!("for {}; this machine would be {node}", then.plan.node),
+            )
+            .into());
+        }
         if then.plan.machine_id != self.facts.machine_id || then.plan.command != self.command {
             return Err(stale(
                 "PLAN_OTHER_HOST",

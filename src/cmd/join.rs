@@ -3,6 +3,7 @@
 use std::io::Read as _;
 
 use super::Context;
+use super::given::quoted;
 use super::installer::Installer;
 use crate::base::cidr::Cidr;
 use crate::base::encoding::hex;
@@ -33,6 +34,15 @@ pub async fn worker(context: &Context, args: JoinWorker) -> anyhow::Result<Exit>
     let insecure = args.insecure_token;
     let begin = Installer::begin(context, "join-worker", args.options, args.run, NodeRole::Worker);
     let mut installer = context.unless_stopped(begin).await?;
+    installer.typed.insert(0, quoted(&args.master));
+    installer.typed.insert(
+        1,
+        match &args.token_file {
+            Some(path) => format!("--token-file {}", quoted(&installer.host.users_path(path))),
+            None => "TOKEN".into(),
+        },
+    );
+    installer.typed.extend(insecure.then(|| "--insecure-token".to_owned()));
     let result = async {
         let token = token(&installer, args.token.as_deref(), args.token_file.as_deref()).await?;
         join(&mut installer, &url, token, insecure).await

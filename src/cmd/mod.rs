@@ -2,6 +2,7 @@
 
 pub mod audit;
 pub mod control_plane;
+mod given;
 pub mod info;
 pub mod install;
 mod installer;
@@ -16,7 +17,6 @@ use tokio_util::sync::CancellationToken;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::host::Host;
-use crate::install::settings::{Options, parse_file};
 use crate::output::Printer;
 
 /// What `main` hands to a command.
@@ -111,33 +111,6 @@ pub(crate) fn unreadable(path: &str, error: &anyhow::Error) -> Failure {
     Failure::usage("FILE_UNREADABLE", format!("cannot read {path}"))
         .why(format!("{:#}", error.root_cause()))
         .hint("check the path and who may read it")
-}
-
-/// Options of the files, lowest layer first, under those of the command line.
-pub(crate) fn merged_options(
-    host: &Host,
-    flags: Options,
-    config: Option<&str>,
-) -> anyhow::Result<Options> {
-    let mut files =
-        vec!["/usr/lib/pipeops/config.toml".to_owned(), "/etc/pipeops/config.toml".into()];
-    files.extend(
-        host.list("/etc/pipeops/config.d")
-            .into_iter()
-            .filter(|n| n.ends_with(".toml"))
-            .map(|n| format!("/etc/pipeops/config.d/{n}")),
-    );
-    let mut lower = Options::default();
-    for path in &files {
-        if let Some(text) = host.read(path)? {
-            lower = parse_file(&text, path)?.layered_over(lower);
-        }
-    }
-    if let Some(path) = config {
-        let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
-        lower = parse_file(&text, path)?.layered_over(lower);
-    }
-    Ok(flags.layered_over(lower))
 }
 
 /// The exit code of a failure; SIGTERM has another one than SIGINT.

@@ -108,6 +108,7 @@ const INSIDE: &[(&str, Rows)] = &[
         &[
             &["mod"],
             &["audit", "control_plane", "info", "secrets"],
+            &["given"],
             &["installer"],
             &["join", "uninstall"],
             &["install"],

@@ -354,6 +354,42 @@ fn a_saved_plan_is_carried_out_exactly_or_not_at_all() {
         .ended(2);
 }
 
+/// The line that is printed is the one that works, and nothing beside a plan is ignored.
+#[test]
+fn a_saved_plan_says_how_it_is_carried_out_and_takes_no_other_options() {
+    let sandbox = Sandbox::new();
+    sandbox.put("/etc/resolv.conf", "nameserver 127.0.0.53\n");
+    let (release, plan) = (sandbox.path("release"), sandbox.path("it's a plan.json"));
+    let given = ["--cluster-name", "prod eu", "--ignore", "DNS_LOOPBACK,DISK_LOW"];
+    let base = ["install-server", "--offline-dir", &release, "--timeout", "20s"];
+    let out = [&base[..], &given, &["--plan-out", &plan]].concat();
+    let said = sandbox.run(&out).ended(0);
+    let line = said.err.lines().find(|l| l.contains("--apply-plan")).unwrap().trim().to_owned();
+
+    for (more, named) in [
+        (&["--components", "metrics"][..], "--components"),
+        (&["--node-name", "zzz"][..], "--node-name"),
+        (&["--cluster-name", "other"][..], "--cluster-name"),
+    ] {
+        let args = [&base[..], &["--apply-plan", &plan, "--dry-run"], more].concat();
+        let said = sandbox.run(&args).ended(2);
+        assert!(said.err.contains("PLAN_OPTIONS") && said.err.contains(named), "{}", said.err);
+    }
+
+    let edited = std::fs::read_to_string(&plan).unwrap();
+    let edited = edited.replace("\"node\": \"vm1\"", "\"node\": \"vm2\"");
+    sandbox.beside("edited.json", &edited, 0o600);
+    let other = sandbox.path("edited.json");
+    let args = [&base[..], &given[2..], &["--apply-plan", &other, "--dry-run"]].concat();
+    let said = sandbox.run(&args).ended(3);
+    assert!(said.err.contains("PLAN_OTHER_HOST") && said.err.contains("vm2"), "{}", said.err);
+
+    let typed = line.replacen("pipeops", &sandbox.program.display().to_string(), 1);
+    let mut shell = std::process::Command::new("/bin/sh");
+    shell.arg("-c").arg(typed).env_clear().env("PATH", sandbox.path("bin"));
+    crate::support::said(shell.output().unwrap()).ended(0);
+}
+
 /// What a user types is meant from the directory where it is typed, and stays so in a plan.
 #[test]
 fn paths_are_meant_from_the_current_directory() {
