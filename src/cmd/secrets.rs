@@ -56,11 +56,11 @@ fn held(options: &BTreeMap<String, String>) -> Vec<String> {
         .get("k3s")
         .and_then(|text| serde_json::from_str::<K3sTable>(text).ok())
         .unwrap_or_default();
-    names(&table, "[k3s] ")
+    names(table.secret_keys(), "[k3s] ")
 }
 
-fn names(table: &K3sTable, of: &str) -> Vec<String> {
-    table.secret_keys().into_iter().map(|(key, shown)| format!("{of}{key} = {shown}")).collect()
+fn names(keys: Vec<(String, serde_json::Value)>, of: &str) -> Vec<String> {
+    keys.into_iter().map(|(key, shown)| format!("{of}{key} = {shown}")).collect()
 }
 
 /// The options that name a file of secrets, as a saved plan has them, where this run does not say.
@@ -222,7 +222,7 @@ fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
     let yaml = |path: &str| {
         let map: BTreeMap<String, serde_json::Value> =
             serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
-        names(&map.into_iter().collect::<K3sTable>(), "")
+        names(map.into_iter().collect::<K3sTable>().known_secret_keys(), "")
     };
     let ours = ours.into_iter().map(|p| (in_config(&host.text(&p)), p));
     let theirs = theirs.into_iter().map(|p| (yaml(&p), p));
@@ -245,7 +245,7 @@ fn in_config(text: &str) -> Vec<String> {
         .artifact_url
         .filter(|url| !in_urls(url).is_empty())
         .map(|url| format!("artifact-url = {}", mask(&url, &[])));
-    names(&options.k3s, "[k3s] ").into_iter().chain(login).collect()
+    names(options.k3s.known_secret_keys(), "[k3s] ").into_iter().chain(login).collect()
 }
 
 fn in_registries(text: &str) -> Vec<String> {
