@@ -77,7 +77,7 @@ struct Problem {
 /// # Errors
 /// Only for wrong usage; a part that is down is a line, and exit 13.
 pub async fn info(context: &Context, args: ClusterInfo) -> anyhow::Result<Exit> {
-    let host = context.host(&args.rooted.root);
+    let host = context.machine(&args.rooted.root)?;
     let printer = Printer::new(args.output == OutputFormat::Json, false, context.no_color());
     // only root can read the journal: for others a hidden one looks like none
     if host.is_machine() && !nix::unistd::geteuid().is_root() {

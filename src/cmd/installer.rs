@@ -4,7 +4,7 @@
 use serde_json::json;
 
 use super::given::{self, quoted};
-use super::{Context, secrets};
+use super::{Context, secrets, unwritable};
 use crate::base::error::{Exit, Failure};
 use crate::cli::{OutputFormat, RunFlags};
 use crate::host::paths::LOGS;
@@ -61,14 +61,7 @@ impl<'a> Installer<'a> {
         mut run: RunFlags,
         role: NodeRole,
     ) -> anyhow::Result<Installer<'a>> {
-        let host = context.host(&run.root);
-        if !host.is_dir("/") {
-            return Err(Failure::usage(
-                "ROOT_MISSING",
-                format!("--root {}: there is no such directory", run.root),
-            )
-            .into());
-        }
+        let host = context.machine(&run.root)?;
         run.root = host.users_path(&run.root);
         let named = [&mut run.config, &mut run.plan_out, &mut run.apply_plan];
         let named = named.into_iter().flatten().chain(flags.paths_mut());
@@ -189,8 +182,8 @@ impl<'a> Installer<'a> {
             checked = self.context.unless_stopped(self.saved(then, checked)).await?;
         }
         if let Some(path) = &self.run.plan_out {
-            self.host
-                .write_for_user(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
+            let text = format!("{}\n", serde_json::to_string_pretty(&checked)?);
+            self.host.write_for_user(path, &text).map_err(|e| unwritable(path, e))?;
             let token = self.context.agent_token.as_ref().map_or("", |_| "AGENT_TOKEN=… ");
             let mut words = vec![format!("{token}pipeops {}", self.command)];
             words.extend(self.typed.iter().cloned());
@@ -287,9 +280,13 @@ impl<'a> Installer<'a> {
                     plural(self.journal.as_ref().map_or(0, |j| j.entries.len()), "step")
                 ));
             }
-            Exit::Internal if failure.hint.is_none() => {
-                failure.hint =
-                    Some(format!("run the same command again: it resumes. The log is in {LOGS}"));
+            // a step that the machine did not carry out; those before it are done
+            Exit::Internal => {
+                failure.exit = Exit::Partial;
+                failure.code = "STEP_FAILED".into();
+                failure.hint.get_or_insert(format!(
+                    "run the same command again: it resumes. The log is in {LOGS}"
+                ));
             }
             _ => {}
         }

@@ -89,7 +89,7 @@ async fn join(
     let secret = Secret::new(cleaned(secret.expose()));
     register_secret(secret.expose());
     let token = Token::parse(secret.expose()).map_err(|why| {
-        Failure::new(Exit::Refused, "JOIN_TOKEN_MALFORMED", "this is not a k3s join token")
+        Failure::usage("JOIN_TOKEN_MALFORMED", "this is not a k3s join token")
             .why(why)
             .hint("get a fresh line on the server with `pipeops cluster-info --join`")
     })?;

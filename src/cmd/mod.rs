@@ -40,6 +40,18 @@ impl Context {
         Host::new(root, self.env.get("PATH").map(Into::into))
     }
 
+    /// The machine, or the directory that stands for it.
+    ///
+    /// # Errors
+    /// Exit 2 when that is not there.
+    pub(crate) fn machine(&self, root: &str) -> Result<Host, Failure> {
+        let host = self.host(root);
+        if host.is_dir("/") {
+            return Ok(host);
+        }
+        Err(Failure::usage("ROOT_MISSING", format!("--root {root}: there is no such directory")))
+    }
+
     pub(crate) fn no_color(&self) -> bool {
         self.env.get("NO_COLOR").is_some_and(|v| !v.is_empty())
     }
@@ -111,6 +123,17 @@ pub(crate) fn unreadable(path: &str, error: &anyhow::Error) -> Failure {
     Failure::usage("FILE_UNREADABLE", format!("cannot read {path}"))
         .why(format!("{:#}", error.root_cause()))
         .hint("check the path and who may read it")
+}
+
+/// A file of the user's that cannot be written; a disk that is full is another matter.
+pub(crate) fn unwritable(path: &str, error: anyhow::Error) -> anyhow::Error {
+    if Failure::of(&error).code == "DISK_FULL" {
+        return error;
+    }
+    Failure::usage("FILE_UNWRITABLE", format!("cannot write {path}"))
+        .why(format!("{:#}", error.root_cause()))
+        .hint("check that its directory is there and who may write to it")
+        .into()
 }
 
 /// The exit code of a failure; SIGTERM has another one than SIGINT.

@@ -19,7 +19,7 @@ use crate::output::Printer;
 /// # Errors
 /// As in the table of exit codes; 10 when something had to stay.
 pub async fn uninstall(context: &Context, args: Uninstall) -> anyhow::Result<Exit> {
-    let host = context.host(&args.rooted.root);
+    let host = context.machine(&args.rooted.root)?;
     if host.is_machine() && !nix::unistd::geteuid().is_root() {
         return Err(Failure::new(Exit::Preflight, "NOT_ROOT", "this needs root")
             .hint("run the same command with sudo")

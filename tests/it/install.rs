@@ -421,6 +421,46 @@ fn paths_are_meant_from_the_current_directory() {
 }
 
 #[test]
+fn a_place_that_is_not_there_is_wrong_usage() {
+    let sandbox = Sandbox::new();
+    let before = sandbox.tree();
+    let (release, nowhere) = (sandbox.path("release"), sandbox.path("nowhere"));
+    let plan = format!("{nowhere}/p.json");
+    for (args, code) in [
+        (
+            &["install-server", "--offline-dir", &release, "--plan-out", &plan][..],
+            "FILE_UNWRITABLE",
+        ),
+        (&["install-server", "--offline-dir", &nowhere, "--yes"][..], "OFFLINE_DIR_MISSING"),
+    ] {
+        let said = sandbox.run(args).ended(2);
+        assert!(said.err.contains(code) && said.err.contains("hint:"), "{}", said.err);
+    }
+    for command in ["install-server", "uninstall", "cluster-info"] {
+        let mut program = std::process::Command::new(&sandbox.program);
+        let output = program.args([command, "--root", &nowhere]).output().unwrap();
+        let said = crate::support::said(output).ended(2);
+        assert!(said.err.contains("ROOT_MISSING"), "{}", said.err);
+    }
+    same(&sandbox.tree(), &before, "");
+}
+
+#[test]
+fn a_step_that_fails_leaves_a_run_that_resumes() {
+    let sandbox = Sandbox::new();
+    let real = std::fs::read_to_string(sandbox.path("bin/systemctl")).unwrap();
+    let fails = "#!/bin/sh\n[ $1 = daemon-reload ] && { echo planted trouble >&2; exit 1; }\n\
+                 exec \"$PIPEOPS_ROOT/../systemctl-real\" \"$@\"\n";
+    sandbox.beside("systemctl-real", &real, 0o755);
+    sandbox.beside("bin/systemctl", fails, 0o755);
+    let said = sandbox.install(&[]).ended(10);
+    assert!(said.err.contains("STEP_FAILED") && said.err.contains("planted"), "{}", said.err);
+    assert!(said.err.contains("it resumes"), "{}", said.err);
+    sandbox.beside("bin/systemctl", &real, 0o755);
+    sandbox.install(&[]).ended(0);
+}
+
+#[test]
 fn a_second_run_at_the_same_time_is_refused() {
     let sandbox = Sandbox::new();
     std::fs::create_dir_all(sandbox.root().join("var/lib/pipeops")).unwrap();
