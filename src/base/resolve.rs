@@ -95,8 +95,12 @@ async fn ask(
     if !found.is_empty() {
         return Ok(found);
     }
-    let errors: Vec<String> =
-        [v4, v6].into_iter().flatten().filter_map(Result::err).map(|e| e.to_string()).collect();
+    let errors: Vec<String> = [v4, v6]
+        .into_iter()
+        .flatten()
+        .filter_map(Result::err)
+        .map(|e| without_query(&e.to_string()))
+        .collect();
     if errors.iter().any(|e| e.contains("timed out") || e.contains("no connections available")) {
         return Err(silent());
     }
@@ -104,6 +108,12 @@ async fn ask(
         format!("there is no such name ({})", errors.first().map_or("no address", String::as_str)),
         false,
     ))
+}
+
+/// An error of the resolver's without the query that it prints, as Rust sees it: the name stands
+/// before it already.
+fn without_query(error: &str) -> String {
+    error.split(" for Query {").next().unwrap_or_default().to_owned()
 }
 
 /// For reqwest.
@@ -208,6 +218,13 @@ mod tests {
                     == "dns: k3s.example.com: no name server answered (127.0.0.1)",
             "{silent}"
         );
+    }
+
+    #[test]
+    fn an_error_has_no_query_of_rust() {
+        let said = "no records found for Query { name: Name(\"github.com.\"), query_type: A }";
+        assert_eq!(without_query(said), "no records found");
+        assert_eq!(without_query("request refused"), "request refused");
     }
 
     #[tokio::test]

@@ -2,6 +2,7 @@
 //! it once more.
 
 use super::{Context, secrets, unreadable};
+use crate::base::config_file::line_of;
 use crate::base::error::Failure;
 use crate::cli::RunFlags;
 use crate::host::Host;
@@ -28,34 +29,76 @@ pub(super) fn settings(
     if let Some(saved) = saved {
         fits(flags, saved)?;
     }
-    let mut options = merged(host, flags.clone(), run.config.as_deref())?;
+    let files = config_files(host, run.config.as_deref())?;
+    let mut options = files
+        .iter()
+        .fold(Options::default(), |lower, file| file.options.clone().layered_over(lower));
+    options = flags.clone().layered_over(options);
     secrets::from_plan(&mut options, saved);
     options.paths_mut().for_each(|path| *path = host.users_path(path));
     secrets::note(&options, &context.env);
-    Ok(Settings::resolve(options, role, &checks::codes(), &components::names())?)
+    Ok(resolve(options, role).map_err(|failure| located(failure, flags, &files, role))?)
 }
 
-/// Options of the files, lowest layer first, under those of the command line.
-fn merged(host: &Host, flags: Options, config: Option<&str>) -> anyhow::Result<Options> {
-    let mut files =
+fn resolve(options: Options, role: NodeRole) -> Result<Settings, Failure> {
+    Settings::resolve(options, role, &checks::codes(), &components::names())
+}
+
+/// A config file of the installers.
+struct ConfigFile {
+    path: String,
+    text: String,
+    options: Options,
+}
+
+impl ConfigFile {
+    fn parse(path: &str, text: String) -> Result<ConfigFile, Failure> {
+        Ok(ConfigFile { path: path.to_owned(), options: parse_file(&text, path)?, text })
+    }
+}
+
+/// The config files, lowest layer first.
+fn config_files(host: &Host, config: Option<&str>) -> anyhow::Result<Vec<ConfigFile>> {
+    let mut paths =
         vec!["/usr/lib/pipeops/config.toml".to_owned(), "/etc/pipeops/config.toml".into()];
-    files.extend(
+    paths.extend(
         host.list("/etc/pipeops/config.d")
             .into_iter()
             .filter(|n| n.ends_with(".toml"))
             .map(|n| format!("/etc/pipeops/config.d/{n}")),
     );
-    let mut lower = Options::default();
-    for path in &files {
+    let mut files = Vec::new();
+    for path in &paths {
         if let Some(text) = host.read(path)? {
-            lower = parse_file(&text, path)?.layered_over(lower);
+            files.push(ConfigFile::parse(path, text)?);
         }
     }
     if let Some(path) = config {
         let text = host.users_file(path).map_err(|e| unreadable(path, &e))?;
-        lower = parse_file(&text, path)?.layered_over(lower);
+        files.push(ConfigFile::parse(path, text)?);
     }
-    Ok(flags.layered_over(lower))
+    Ok(files)
+}
+
+/// A fault is told in the words of the flag; one that comes from a config file gets its place.
+fn located(mut failure: Failure, flags: &Options, files: &[ConfigFile], role: NodeRole) -> Failure {
+    let has = |options: &Options, fault: &String| {
+        resolve(options.clone(), role).is_err_and(|f| f.what == *fault || f.why.contains(fault))
+    };
+    let place = |fault: &mut String| {
+        if has(flags, fault) {
+            return;
+        }
+        let Some(file) = files.iter().rev().find(|file| has(&file.options, fault)) else { return };
+        let told = fault.trim_start_matches("--");
+        let key = told.trim_start_matches("[k3s] ").split(':').next().unwrap_or_default();
+        *fault = format!("{told} ({}, line {})", file.path, line_of(&file.text, key));
+    };
+    match failure.why.as_mut_slice() {
+        [] => place(&mut failure.what),
+        faults => faults.iter_mut().for_each(place),
+    }
+    failure
 }
 
 /// Whether the flags say what the saved plan was made with: it is carried out as it is, and another
@@ -109,6 +152,31 @@ pub(super) fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fault_names_the_file_that_it_comes_from() {
+        let file = |path: &str, text: &str| ConfigFile::parse(path, text.to_owned()).unwrap();
+        let files = [
+            file("/etc/pipeops/config.toml", "# ours\nmax-role = \"king\"\n"),
+            file("/tmp/mine.toml", "[k3s]\ndebug = true\ntoken = \"x\"\n"),
+        ];
+        let told = |flags: &Options| {
+            let lower = files
+                .iter()
+                .fold(Options::default(), |lower, file| file.options.clone().layered_over(lower));
+            let failure = resolve(flags.clone().layered_over(lower), NodeRole::Server).unwrap_err();
+            located(failure, flags, &files, NodeRole::Server).render()
+        };
+        let all = told(&Options::default());
+        for line in
+            ["  max-role: `king`", "(/etc/pipeops/config.toml, line 2)", "mine.toml, line 3"]
+        {
+            assert!(all.contains(line), "{line}:\n{all}");
+        }
+        let flag = told(&Options { max_role: Some("emperor".into()), ..Options::default() });
+        assert!(flag.contains("--max-role: `emperor` is none of"), "{flag}");
+        assert!(!flag.contains("config.toml"), "{flag}");
+    }
 
     #[test]
     fn a_word_is_quoted_where_a_shell_would_read_something_else() {

@@ -78,6 +78,13 @@ async fn run_install(installer: &mut Installer<'_>) -> anyhow::Result<Exit> {
              what to try anyway)",
         );
     }
+    if installer.settings.options.acme_email.is_some()
+        && selected.iter().all(|component| component.name != "cert-manager")
+    {
+        installer
+            .printer
+            .say("note: --acme-email does nothing without cert-manager: name it in --components");
+    }
     let release = installer.resolve(version).await?;
     let plan = planner::server_plan(&installer.facts, &installer.settings, &release, &selected);
     let Some(outcome) = installer.carry_out(plan, findings).await? else { return Ok(Exit::Done) };

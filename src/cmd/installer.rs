@@ -165,7 +165,7 @@ impl<'a> Installer<'a> {
             ),
         )
         .why("nothing was changed")
-        .hint("fix them and run again; a finding can be overruled with --ignore CODE")
+        .hint(way_on(&codes))
         .into())
     }
 
@@ -442,6 +442,20 @@ impl<'a> Installer<'a> {
         }
         result
     }
+}
+
+/// What can be done about errors of these codes.
+fn way_on(codes: &[&str]) -> String {
+    let (ignored, firm): (Vec<&str>, Vec<&str>) =
+        codes.iter().copied().partition(|code| checks::can_be_ignored(code));
+    let mut hint = "fix them and run again".to_owned();
+    if !ignored.is_empty() {
+        hint.push_str("; a finding can be overruled with --ignore CODE");
+    }
+    if !firm.is_empty() {
+        hint.push_str(&format!("; --ignore has no effect on {}", firm.join(", ")));
+    }
+    hint
 }
 
 pub(super) fn plural(count: usize, word: &str) -> String {

@@ -446,6 +446,17 @@ fn a_place_that_is_not_there_is_wrong_usage() {
 }
 
 #[test]
+fn what_has_no_effect_is_said() {
+    let sandbox = Sandbox::new();
+    let said = sandbox.install(&["--acme-email", "ops@example.com", "--dry-run"]).ended(0);
+    assert!(said.err.contains("--acme-email does nothing without cert-manager"), "{}", said.err);
+    sandbox.put("/proc/1/comm", "init\n");
+    let said = sandbox.install(&["--ignore", "NO_SYSTEMD"]).ended(3);
+    assert!(said.err.contains("--ignore has no effect on NO_SYSTEMD"), "{}", said.err);
+    assert!(!said.err.contains("can be overruled"), "{}", said.err);
+}
+
+#[test]
 fn a_step_that_fails_leaves_a_run_that_resumes() {
     let sandbox = Sandbox::new();
     let real = std::fs::read_to_string(sandbox.path("bin/systemctl")).unwrap();
