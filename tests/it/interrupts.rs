@@ -177,6 +177,23 @@ fn a_signal_ends_a_run_that_waits_for_a_token() {
     }
 }
 
+/// What no program can leave in order ends at the second signal.
+#[test]
+fn a_second_signal_ends_a_run_that_is_held_up() {
+    let sandbox = Sandbox::new();
+    let fifo = sandbox.path("config.toml");
+    nix::unistd::mkfifo(fifo.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut command = sandbox.command(&["install-server", "--config", &fifo, "--yes"]);
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    until_it_listens(&child);
+    send(&child, SIGINT);
+    // two signals at once may be one
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(child.try_wait().unwrap(), None, "it waits for the file");
+    send(&child, SIGINT);
+    assert_eq!(ends(&mut child, SOON), Some(130));
+}
+
 /// A pipe that nobody reads any more, and a disk without room.
 fn unread() -> [Stdio; 2] {
     let (_, writer) = std::io::pipe().unwrap();
