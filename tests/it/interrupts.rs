@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -126,10 +126,44 @@ fn a_signal_at_the_question_ends_the_run_and_changes_nothing() {
 }
 
 /// Somebody who takes a connection and then says nothing.
-#[test]
-fn a_signal_ends_a_run_that_waits_for_an_answer() {
+fn silent() -> TcpListener {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     silent.set_nonblocking(true).unwrap();
+    silent
+}
+
+#[track_caller]
+fn accepted(silent: &TcpListener) -> TcpStream {
+    let begin = Instant::now();
+    loop {
+        match silent.accept() {
+            Ok((stream, _)) => return stream,
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+        assert!(begin.elapsed() < Duration::from_secs(30), "nobody asks");
+    }
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_an_api_that_says_nothing() {
+    let (sandbox, silent) = (Sandbox::new(), silent());
+    let before = sandbox.tree();
+    let release = sandbox.path("release");
+    sandbox.beside("api", &format!("http://{}", silent.local_addr().unwrap()), 0o644);
+    let mut command = sandbox.command(&["install-server", "--offline-dir", &release, "--yes"]);
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    let held = accepted(&silent);
+    send(&child, SIGTERM);
+    assert_eq!(ends(&mut child, SOON), Some(143));
+    drop(held);
+    assert!(sandbox.read("/var/lib/pipeops/journal.json").contains("\"complete\": false"));
+    sandbox.run(&["uninstall", "--yes"]).ended(0);
+    same(&sandbox.tree(), &before, "");
+}
+
+#[test]
+fn a_signal_ends_a_run_that_waits_for_an_answer() {
+    let silent = silent();
     let address = silent.local_addr().unwrap().to_string();
     let (url, token) =
         (format!("http://{address}"), format!("K10{}::abcdef.0123456789abcdef", "a".repeat(64)));
@@ -143,14 +177,7 @@ fn a_signal_ends_a_run_that_waits_for_an_answer() {
             let mut command = sandbox.command(&args);
             command.env("PIPEOPS_TEST_CHANNELS", &url).stderr(Stdio::null());
             let mut child = command.spawn().unwrap();
-            let begin = Instant::now();
-            let held = loop {
-                match silent.accept() {
-                    Ok((stream, _)) => break stream,
-                    Err(_) => std::thread::sleep(Duration::from_millis(5)),
-                }
-                assert!(begin.elapsed() < Duration::from_secs(30), "{args:?} asks nobody");
-            };
+            let held = accepted(&silent);
             send(&child, signal);
             assert_eq!(ends(&mut child, SOON), Some(code), "{args:?}");
             drop(held);
