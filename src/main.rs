@@ -62,12 +62,13 @@ fn main() -> ExitCode {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let level = format!("{:?}", parsed.log_level).to_lowercase();
     output::logging(&level, std::env::var_os("JOURNAL_STREAM").is_some());
-    let runtime = match &parsed.command {
-        Command::Run(_) | Command::ControlPlane(cli::ControlPlaneArgs { command: None, .. }) => {
-            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
-        }
-        _ => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+    // one beside the main thread at least: it sees signals while a command is held up by a file
+    let workers = match &parsed.command {
+        Command::Run(_) | Command::ControlPlane(cli::ControlPlaneArgs { command: None, .. }) => 2,
+        _ => 1,
     };
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(e) => {
@@ -170,7 +171,8 @@ async fn run(
                 .get("STATE_DIRECTORY")
                 .map_or(config::STATE_DIR, |d| d.split(':').next().unwrap_or(config::STATE_DIR))
                 .to_owned();
-            agent::run::run(host, config, args.kubeconfig, given, &state, context.stop).await?;
+            let kubeconfig = args.kubeconfig.map(|path| host.typed_path(&path));
+            agent::run::run(host, config, kubeconfig, given, &state, context.stop).await?;
             Ok(Exit::Done)
         }
         Command::ControlPlane(args) => cmd::control_plane::control_plane(&context, args).await,

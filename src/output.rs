@@ -1,7 +1,5 @@
 //! Output: data on stdout, messages on stderr, progress from the engine's events.
-#![expect(clippy::print_stderr, reason = "the one room that prints")]
-
-use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -75,8 +73,8 @@ impl Printer {
                 word.to_owned()
             };
             match &self.bar {
-                Some(bar) => bar.suspend(|| eprintln!("{word}{line}")),
-                None => eprintln!("{word}{line}"),
+                Some(bar) => bar.suspend(|| to_stderr(&format!("{word}{line}\n"))),
+                None => to_stderr(&format!("{word}{line}\n")),
             }
         }
     }
@@ -165,7 +163,7 @@ impl Printer {
             && let Ok(mut event) = serde_json::to_value(event)
         {
             mask_registered_json(&mut event);
-            eprintln!("{}", printable_json(&event.to_string()));
+            to_stderr(&format!("{}\n", printable_json(&event.to_string())));
         }
         match event {
             ProgressEvent::Started { title, number, of, .. } => {
@@ -231,15 +229,18 @@ impl Printer {
         }
     }
 
-    /// Asks for confirmation. `None` without a terminal.
-    pub fn confirm(&mut self, question: &str) -> Option<bool> {
+    /// Asks for confirmation. `None` without a terminal. Whoever drops it waits no longer; the
+    /// thread that reads the terminal then goes with the process.
+    pub async fn confirm(&mut self, question: &str) -> Option<bool> {
         if !std::io::stdin().is_terminal() || !self.terminal {
             return None;
         }
-        eprint!("{question} [y/N] ");
-        let _ = std::io::stderr().flush();
-        let mut answer = String::new();
-        std::io::stdin().lock().read_line(&mut answer).ok()?;
+        to_stderr(&format!("{question} [y/N] "));
+        let read = tokio::task::spawn_blocking(|| {
+            let mut answer = String::new();
+            std::io::stdin().read_line(&mut answer).map(|_| answer)
+        });
+        let answer = read.await.ok()?.ok()?;
         Some(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
     }
 }
@@ -273,6 +274,12 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
+/// Text for standard error. Nobody may be there to read it, or its disk be full: a run goes on
+/// without, and its log file has what was said.
+fn to_stderr(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
 /// Standard error with secrets masked and control characters escaped: one event is one write.
 #[derive(Default)]
 struct Masked;
@@ -281,12 +288,13 @@ impl std::io::Write for Masked {
     // the layer writes each event whole, its end of line included
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let event = mask_registered(&String::from_utf8_lossy(bytes));
-        std::io::stderr().write_all(printable_lines(&event).as_bytes())?;
+        // an error would be printed by the layer, and that panics
+        to_stderr(&printable_lines(&event));
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        Ok(())
     }
 }
 
@@ -328,7 +336,7 @@ pub fn raw(bytes: &[u8]) {
 
 /// A text for people that stands outside of a run.
 pub fn note(text: &str) {
-    eprint!("{}", printable_lines(&mask_registered(text)));
+    to_stderr(&printable_lines(&mask_registered(text)));
 }
 
 /// The failure that ends a run: text for people, or one more event where events were asked for.
@@ -336,9 +344,9 @@ pub fn fatal(failure: &Failure, events: bool) {
     if events {
         let mut event = serde_json::json!({"event": "error", "error": failure});
         mask_registered_json(&mut event);
-        eprintln!("{}", printable_json(&event.to_string()));
+        to_stderr(&format!("{}\n", printable_json(&event.to_string())));
     } else {
-        eprint!("{}", printable_lines(&mask_registered(&failure.render())));
+        to_stderr(&printable_lines(&mask_registered(&failure.render())));
     }
 }
 

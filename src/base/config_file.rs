@@ -27,7 +27,7 @@ fn yaml(origin: &str) -> bool {
 }
 
 /// The line that a top-level key stands in.
-fn line_of(text: &str, key: &str) -> usize {
+pub fn line_of(text: &str, key: &str) -> usize {
     text.lines()
         .position(|l| l.trim_start().trim_start_matches(['[', '"', '\'']).starts_with(key))
         .map_or(1, |n| n + 1)
@@ -137,6 +137,8 @@ pub fn parse_checked<T: DeserializeOwned>(
 
 /// A parser's message without the text that it quotes, which may be a secret.
 pub fn unquoted(message: &str) -> String {
+    // the one quote that is meant
+    let message = &message.replace("`\"`", "a double quote");
     let (before, rest) = message.split_once('"').unwrap_or((message, ""));
     let mut out = before.trim_end().to_owned();
     let (mut quoted, mut rest) = (true, rest.chars());
@@ -175,6 +177,10 @@ mod tests {
             (r#"two "secret" and "secret" more"#, "two and  more"),
             (r#"cut off "secret"#, "cut off"),
             ("nothing quoted ", "nothing quoted"),
+            (
+                "invalid basic string \"secret\", expected `\"`",
+                "invalid basic string, expected a double quote",
+            ),
         ] {
             assert_eq!(super::unquoted(said), expected);
         }

@@ -77,7 +77,7 @@ struct Problem {
 /// # Errors
 /// Only for wrong usage; a part that is down is a line, and exit 13.
 pub async fn info(context: &Context, args: ClusterInfoArgs) -> anyhow::Result<Exit> {
-    let host = context.host(&args.root.root);
+    let host = context.existing_host(&args.root.root)?;
     let printer = Printer::new(args.output == OutputFormat::Json, false, context.no_color());
     // only root can read the journal: for others a hidden one looks like none
     if host.is_running_machine() && !nix::unistd::geteuid().is_root() {
@@ -99,8 +99,9 @@ pub async fn info(context: &Context, args: ClusterInfoArgs) -> anyhow::Result<Ex
         .into());
     };
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
-    let info =
-        collect(&host, &journal, args.join || terminal && args.output == OutputFormat::Text).await;
+    let join = args.join || terminal && args.output == OutputFormat::Text;
+    let info = async { Ok::<_, Failure>(collect(&host, &journal, join).await) };
+    let info = context.unless_stopped(info).await?;
     printer.document_with_secrets(&info);
     printer.data_with_secrets(render(&info).trim_end());
     Ok(if info.problems.is_empty() { Exit::Done } else { Exit::Problems })

@@ -22,9 +22,9 @@ pub async fn server(context: &Context, args: InstallServerArgs) -> anyhow::Resul
             .into());
         }
     }
-    let mut installer =
-        Installer::begin(context, "install-server", args.options, args.run, NodeRole::Server)
-            .await?;
+    let begin =
+        Installer::begin(context, "install-server", args.options, args.run, NodeRole::Server);
+    let mut installer = context.unless_stopped(begin).await?;
     let result = run_install(&mut installer).await;
     installer.end(result)
 }
@@ -64,8 +64,8 @@ async fn run_install(installer: &mut Installer<'_>) -> anyhow::Result<Exit> {
         &installer.facts,
         installer.journal.as_ref(),
         None,
-    )
-    .await?;
+    );
+    let version = installer.context.unless_stopped(version).await?;
     let offline = installer.settings.options.offline_dir.is_some();
     let selected = components::selected(
         installer.settings.components.as_deref(),
@@ -77,6 +77,13 @@ async fn run_install(installer: &mut Installer<'_>) -> anyhow::Result<Exit> {
             "note: no components: the offline directory has no chart archives (--components names \
              what to try anyway)",
         );
+    }
+    if installer.settings.options.acme_email.is_some()
+        && selected.iter().all(|component| component.name != "cert-manager")
+    {
+        installer
+            .printer
+            .say("note: --acme-email does nothing without cert-manager: name it in --components");
     }
     let release = installer.resolve(version).await?;
     let plan = planner::server_plan(&installer.facts, &installer.settings, &release, &selected);

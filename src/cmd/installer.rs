@@ -3,13 +3,14 @@
 
 use serde_json::json;
 
-use super::{Context, merged_options, secrets};
+use super::given::{self, quoted};
+use super::{Context, secrets};
 use crate::base::error::{Exit, Failure};
 use crate::cli::{InstallerArgs, OutputFormat};
 use crate::host::paths::LOGS;
 use crate::host::{Host, HostWriter, Owner};
 use crate::install::checks::{self, InstallTarget};
-use crate::install::components::{self, Component};
+use crate::install::components::Component;
 use crate::install::engine::journal::Journal;
 use crate::install::engine::{self, Outcome, Secrets};
 use crate::install::facts::Facts;
@@ -18,7 +19,7 @@ use crate::install::gather::{Probe, gather, gather_configured};
 use crate::install::plan::{CheckedPlan, Plan, ProgressEvent};
 use crate::install::planner::Release;
 use crate::install::release;
-use crate::install::settings::Settings;
+use crate::install::settings::{Options, Settings};
 use crate::k3s;
 use crate::k3s::paths::ADMIN_KUBECONFIG;
 use crate::k3s::role::NodeRole;
@@ -29,6 +30,8 @@ use crate::output::Printer;
 pub(super) struct Installer<'a> {
     pub(super) context: &'a Context,
     pub(super) command: &'static str,
+    /// What was typed behind the command, for a line that says it again.
+    pub(super) typed: Vec<String>,
     pub(super) host: Host,
     pub(super) settings: Settings,
     pub(super) journal: Option<Journal>,
@@ -54,20 +57,19 @@ impl<'a> Installer<'a> {
     pub(super) async fn begin(
         context: &'a Context,
         command: &'static str,
-        flags: crate::install::settings::Options,
-        run: InstallerArgs,
+        mut flags: Options,
+        mut run: InstallerArgs,
         role: NodeRole,
     ) -> anyhow::Result<Installer<'a>> {
         let host = context.existing_host(&run.root)?;
+        run.root = host.absolute_user_path(&run.root);
+        let named = [&mut run.config, &mut run.plan_out, &mut run.apply_plan];
+        let named = named.into_iter().flatten().chain(flags.paths_mut());
+        named.for_each(|path| *path = host.absolute_user_path(path));
         let saved =
             run.apply_plan.as_deref().map(|path| secrets::saved_plan(&host, path)).transpose()?;
-        let mut run = run;
         run.config = run.config.or_else(|| saved.as_ref()?.plan.inputs.get("config").cloned());
-        secrets::register(&flags, &context.env);
-        let mut options = merged_options(&host, flags, run.config.as_deref())?;
-        secrets::adopt_paths(&mut options, saved.as_ref());
-        secrets::register(&options, &context.env);
-        let settings = Settings::resolve(options, role, &checks::codes(), &components::names())?;
+        let settings = given::settings(context, &host, &flags, &run, role, saved.as_ref())?;
         let root = !host.is_running_machine() || nix::unistd::geteuid().is_root();
         let writer = if run.read_only() || !root { None } else { Some(host.lock()?) };
         let journal = if root { Journal::load(&host)? } else { None };
@@ -91,6 +93,7 @@ impl<'a> Installer<'a> {
         let mut installer = Installer {
             context,
             command,
+            typed: given::typed(&flags, &run),
             host,
             settings,
             journal,
@@ -103,7 +106,7 @@ impl<'a> Installer<'a> {
             started: std::time::Instant::now(),
         };
         installer.secrets =
-            secrets::load(context, &installer.host, &installer.settings, &installer.facts)?;
+            secrets::load(context, &installer.host, &installer.settings, &installer.facts).await?;
         let readable = secrets::find_readable(
             &installer.host,
             installer.writer.as_ref(),
@@ -125,8 +128,8 @@ impl<'a> Installer<'a> {
         version: k3s::version::Version,
     ) -> anyhow::Result<Release> {
         let journal = self.journal.as_ref();
-        let resolved =
-            release::resolve(&self.host, &self.settings, &self.facts, journal, version).await?;
+        let resolved = release::resolve(&self.host, &self.settings, &self.facts, journal, version);
+        let resolved = self.context.unless_stopped(resolved).await?;
         resolved.notes.iter().for_each(|n| self.printer.say(&format!("note: {n}")));
         Ok(resolved.release)
     }
@@ -162,7 +165,7 @@ impl<'a> Installer<'a> {
             ),
         )
         .why("nothing was changed")
-        .hint("fix them and run again; a finding can be overruled with --ignore CODE")
+        .hint(way_on(&codes))
         .into())
     }
 
@@ -172,18 +175,22 @@ impl<'a> Installer<'a> {
         plan: Plan,
         findings: Vec<Finding>,
     ) -> anyhow::Result<Option<Outcome>> {
-        let mut checked =
-            engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings).await?;
+        let check = engine::check(&self.host, plan, self.journal.as_ref(), &self.secrets, findings);
+        let mut checked = self.context.unless_stopped(check).await?;
         checked.plan.inputs = secrets::input_files(&self.host, &self.run, &self.settings.options);
         if let Some(then) = self.saved.take() {
-            checked = self.saved(then, checked).await?;
+            checked = self.context.unless_stopped(self.saved(then, checked)).await?;
         }
         if let Some(path) = &self.run.plan_out {
-            self.host
-                .write_user_file(path, &format!("{}\n", serde_json::to_string_pretty(&checked)?))?;
+            let text = format!("{}\n", serde_json::to_string_pretty(&checked)?);
+            self.host.write_user_file(path, &text)?;
+            let token = self.context.agent_token.as_ref().map_or("", |_| "AGENT_TOKEN=… ");
+            let mut words = vec![format!("{token}pipeops {}", self.command)];
+            words.extend(self.typed.iter().cloned());
+            words.push(format!("--apply-plan {}", quoted(path)));
             self.printer.say(&format!(
-                "the plan is in {path} (mode 0600, without secrets); carry it out with \
-                 --apply-plan {path}"
+                "the plan is in {path} (mode 0600, without secrets); carry it out with:\n  {}",
+                words.join(" ")
             ));
         }
         if checked.done() {
@@ -201,7 +208,7 @@ impl<'a> Installer<'a> {
             self.report(&checked, "dry_run", &Outcome::default());
             return Ok(None);
         }
-        self.ask(&checked)?;
+        self.ask(&checked).await?;
         let Some(writer) = &self.writer else { anyhow::bail!("no lock is held") };
         let mut journal = self.journal.take().unwrap_or_else(|| {
             Journal::new(self.settings.role, &checked.plan.node, &checked.plan.k3s_version)
@@ -273,9 +280,13 @@ impl<'a> Installer<'a> {
                     plural(self.journal.as_ref().map_or(0, |j| j.entries.len()), "step")
                 ));
             }
-            Exit::Internal if failure.hint.is_none() => {
-                failure.hint =
-                    Some(format!("run the same command again: it resumes. The log is in {LOGS}"));
+            // a step that the machine did not carry out; those before it are done
+            Exit::Internal => {
+                failure.exit = Exit::Partial;
+                failure.code = "STEP_FAILED".into();
+                failure.hint.get_or_insert(format!(
+                    "run the same command again: it resumes. The log is in {LOGS}"
+                ));
             }
             _ => {}
         }
@@ -290,6 +301,16 @@ impl<'a> Installer<'a> {
                 .why("nothing was changed")
                 .hint("look at a new plan with --dry-run and save it with --plan-out")
         };
+        let named = then.plan.options.get("node-name").cloned();
+        let node = named.unwrap_or_else(|| self.settings.node_name(&self.facts.hostname));
+        if then.plan.node != node {
+            return Err(stale(
+                "PLAN_OTHER_HOST",
+                "this plan was made for a node of another name",
+                format!("for {}; this machine would be {node}", then.plan.node),
+            )
+            .into());
+        }
         if then.plan.machine_id != self.facts.machine_id || then.plan.command != self.command {
             return Err(stale(
                 "PLAN_OTHER_HOST",
@@ -336,7 +357,7 @@ impl<'a> Installer<'a> {
     }
 
     /// Shows options that are about to go, then asks once.
-    fn ask(&mut self, checked: &CheckedPlan) -> anyhow::Result<()> {
+    async fn ask(&mut self, checked: &CheckedPlan) -> anyhow::Result<()> {
         if let Some(journal) = &self.journal {
             for (key, was) in &journal.options {
                 match checked.plan.options.get(key) {
@@ -367,15 +388,7 @@ impl<'a> Installer<'a> {
         if self.run.yes || self.run.apply_plan.is_some() {
             return Ok(());
         }
-        let declined =
-            |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
-        match self.printer.confirm("go on?") {
-            Some(true) => Ok(()),
-            Some(false) => Err(declined("declined").into()),
-            None => Err(declined("there is no terminal to ask on")
-                .hint("run again with --yes, or look with --dry-run")
-                .into()),
-        }
+        self.context.confirm(&mut self.printer, "go on?").await
     }
 
     fn report(&self, checked: &CheckedPlan, result: &str, outcome: &Outcome) {
@@ -414,7 +427,7 @@ impl<'a> Installer<'a> {
         }
     }
 
-    /// Releases the lock; a run that wrote nothing leaves nothing behind.
+    /// Reports what went wrong, and gives the lock back.
     pub(super) fn end(self, result: anyhow::Result<Exit>) -> anyhow::Result<Exit> {
         if let Err(error) = &result {
             let failure = Failure::from_error(error);
@@ -427,11 +440,22 @@ impl<'a> Installer<'a> {
                 "error": failure,
             }));
         }
-        if let Some(writer) = self.writer {
-            writer.release();
-        }
         result
     }
+}
+
+/// What can be done about errors of these codes.
+fn way_on(codes: &[&str]) -> String {
+    let (ignored, firm): (Vec<&str>, Vec<&str>) =
+        codes.iter().copied().partition(|code| checks::can_be_ignored(code));
+    let mut hint = "fix them and run again".to_owned();
+    if !ignored.is_empty() {
+        hint.push_str("; a finding can be overruled with --ignore CODE");
+    }
+    if !firm.is_empty() {
+        hint.push_str(&format!("; --ignore has no effect on {}", firm.join(", ")));
+    }
+    hint
 }
 
 pub(super) fn plural(count: usize, word: &str) -> String {

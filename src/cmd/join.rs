@@ -3,6 +3,7 @@
 use std::io::Read as _;
 
 use super::Context;
+use super::given::quoted;
 use super::installer::Installer;
 use crate::base::cidr::Cidr;
 use crate::base::encoding::hex;
@@ -31,10 +32,21 @@ pub async fn worker(context: &Context, args: JoinWorkerArgs) -> anyhow::Result<E
     let url = user_input::server_url(&args.master)
         .map_err(|why| Failure::usage("MASTER_INVALID", why))?;
     let insecure = args.insecure_token;
-    let mut installer =
-        Installer::begin(context, "join-worker", args.options, args.run, NodeRole::Worker).await?;
+    let begin = Installer::begin(context, "join-worker", args.options, args.run, NodeRole::Worker);
+    let mut installer = context.unless_stopped(begin).await?;
+    installer.typed.insert(0, quoted(&args.master));
+    installer.typed.insert(
+        1,
+        match &args.token_file {
+            Some(path) => {
+                format!("--token-file {}", quoted(&installer.host.absolute_user_path(path)))
+            }
+            None => "TOKEN".into(),
+        },
+    );
+    installer.typed.extend(insecure.then(|| "--insecure-token".to_owned()));
     let result = async {
-        let token = token(&installer, args.token.as_deref(), args.token_file.as_deref())?;
+        let token = token(&installer, args.token.as_deref(), args.token_file.as_deref()).await?;
         join(&mut installer, &url, token, insecure).await
     }
     .await;
@@ -43,20 +55,20 @@ pub async fn worker(context: &Context, args: JoinWorkerArgs) -> anyhow::Result<E
 
 /// Where the token comes from: the argument or `-`, a file, the environment; on a re-run the one
 /// that is there.
-fn token(
+async fn token(
     installer: &Installer<'_>,
     argument: Option<&str>,
     file: Option<&str>,
 ) -> anyhow::Result<Secret> {
     // main has put a token typed as argument, or K3S_TOKEN, out of sight already
     if let Some(path) = file {
-        return installer.context.token_file(&installer.host, path);
+        return installer.context.token_file(&installer.host, path).await;
     }
     if let Some(secret) = &installer.context.k3s_token {
         return Ok(secret.clone());
     }
     if argument == Some("-") {
-        return installer.context.token_file(&installer.host, "-");
+        return installer.context.token_file(&installer.host, "-").await;
     }
     match installer.host.read(JOIN_TOKEN) {
         Ok(Some(text)) => Ok(Secret::new(text.trim())),
@@ -79,12 +91,13 @@ async fn join(
     let secret = Secret::new(trimmed(secret.expose()));
     register_secret(secret.expose());
     let token = Token::parse(secret.expose()).map_err(|why| {
-        Failure::new(Exit::Refused, "JOIN_TOKEN_MALFORMED", "this is not a k3s join token")
+        Failure::usage("JOIN_TOKEN_MALFORMED", "this is not a k3s join token")
             .why(why)
             .hint("get a fresh line on the server with `pipeops cluster-info --join`")
     })?;
     installer.secrets.insert(SecretName::K3sToken, secret);
-    choose_route(&mut installer.facts, url).await;
+    let context = installer.context;
+    context.unless_stopped(choose_route(&mut installer.facts, url)).await?;
     // local checks that need no version come first: they cost the server nothing
     let provisional = release::version(
         &installer.host,
@@ -92,22 +105,22 @@ async fn join(
         &installer.facts,
         installer.journal.as_ref(),
         None,
-    )
-    .await?;
+    );
+    let provisional = context.unless_stopped(provisional).await?;
     let joined = installer.journal.is_some()
         && installer.host.exists(JOIN_TOKEN)
         && installer.facts.k3s.active;
-    let server = match join::connect(url, token, insecure).await {
+    let server = match context.unless_stopped(join::connect(url, token, insecure)).await {
         // a worker that is up already can be checked and changed while its server is away
-        Err(failure) if joined && failure.exit == Exit::Network => {
-            installer.printer.say(&format!("note: {} – going on with what is known", failure.what));
+        Err(error) if joined && Failure::from_error(&error).exit == Exit::Network => {
+            installer.printer.say(&format!("note: {error} – going on with what is known"));
             return install(installer, url, provisional, None, joined).await;
         }
         other => other?,
     };
     installer.facts.clock.offset = server.clock_offset.map(|offset| (offset, url.to_owned()));
     if !joined {
-        server.authorize().await?;
+        context.unless_stopped(server.authorize()).await?;
     }
     install(installer, url, provisional, Some(&server), joined).await
 }
@@ -140,7 +153,8 @@ async fn install(
         return finish(installer, url, provisional, &mut findings).await;
     }
     if !installer.run.yes && installer.run.apply_plan.is_none() && installer.journal.is_none() {
-        ask_first(installer, url, &node)?;
+        let question = format!("reserve the name {node} at {url} and plan the join?");
+        installer.context.confirm(&mut installer.printer, &question).await?;
     }
     let result = match reserve(installer, server, &node).await {
         Ok(version) => finish(installer, url, version, &mut findings).await,
@@ -171,7 +185,14 @@ async fn reserve(
     let Some(password) = installer.secrets.get(&SecretName::NodePassword).cloned() else {
         anyhow::bail!("no node password")
     };
-    let server_version = server.reserve(node, &password).await?;
+    let server_version = tokio::select! {
+        version = server.reserve(node, &password) => version?,
+        // the server may have taken the name by then
+        () = installer.context.stop.cancelled() => {
+            let what = "interrupted while the server was asked for the name";
+            return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", what).into());
+        }
+    };
     if installer
         .settings
         .version
@@ -230,21 +251,6 @@ async fn finish(
     let name = installer.settings.node_name(&installer.facts.hostname);
     installer.printer.data(&format!("{name} is a k3s {} worker of {url}, Ready.", release.version));
     Ok(Exit::Done)
-}
-
-/// Without a terminal and `--yes` nothing is reserved either.
-fn ask_first(installer: &mut Installer<'_>, url: &str, node: &str) -> anyhow::Result<()> {
-    match installer.printer.confirm(&format!("reserve the name {node} at {url} and plan the join?"))
-    {
-        Some(true) => Ok(()),
-        answer => {
-            let what = if answer.is_some() { "declined" } else { "there is no terminal to ask on" };
-            Err(Failure::new(Exit::Declined, "DECLINED", what)
-                .why("nothing was changed")
-                .hint("run again with --yes, or look with --dry-run")
-                .into())
-        }
-    }
 }
 
 /// The password that ties the name to this machine: the one that is there, or a new one (format as
@@ -316,9 +322,9 @@ async fn keep_password(installer: &mut Installer<'_>, url: &str) {
 
 /// A worker takes the address that leads to its server: `ip route get` would say the same. A name
 /// is looked up first; where it cannot be found, the connection says so.
-async fn choose_route(facts: &mut Facts, url: &str) {
+async fn choose_route(facts: &mut Facts, url: &str) -> anyhow::Result<()> {
     let Some(host) = url::Url::parse(url).ok().and_then(|u| u.host_str().map(str::to_owned)) else {
-        return;
+        return Ok(());
     };
     let leads = |master: std::net::IpAddr| {
         let ways = facts.routes.iter().filter(|r| {
@@ -331,4 +337,5 @@ async fn choose_route(facts: &mut Facts, url: &str) {
     };
     // what leads there decides about address and interface before the default route does
     facts.route_to_server = lookup(&host).await.unwrap_or_default().into_iter().find_map(leads);
+    Ok(())
 }

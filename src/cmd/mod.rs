@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod control_plane;
 pub mod explain;
+mod given;
 pub mod info;
 pub mod install;
 mod installer;
@@ -17,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::host::Host;
-use crate::install::settings::{Options, parse_file};
+use crate::output::Printer;
 
 /// What `main` hands to a command.
 pub struct Context {
@@ -57,15 +58,62 @@ impl Context {
         self.env.get("NO_COLOR").is_some_and(|v| !v.is_empty())
     }
 
+    /// The result of `work`, unless the user interrupts it: for all that waits before the first
+    /// change.
+    ///
+    /// # Errors
+    /// Exit 130 when interrupted, else that of `work`.
+    pub(crate) async fn unless_stopped<T, E: Into<anyhow::Error>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> anyhow::Result<T> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => {
+                Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted")
+                    .why("nothing was changed")
+                    .into())
+            }
+            done = work => done.map_err(Into::into),
+        }
+    }
+
+    /// Asks whether to go on.
+    ///
+    /// # Errors
+    /// Exit 11 unless the answer is yes, 130 when interrupted.
+    pub(crate) async fn confirm(
+        &self,
+        printer: &mut Printer,
+        question: &str,
+    ) -> anyhow::Result<()> {
+        let declined =
+            |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
+        let answer = async { Ok::<_, Failure>(printer.confirm(question).await) };
+        match self.unless_stopped(answer).await {
+            Ok(Some(true)) => Ok(()),
+            Ok(Some(false)) => Err(declined("declined").into()),
+            Ok(None) => Err(declined("there is no terminal to ask on")
+                .hint("run again with --yes, or look with --dry-run")
+                .into()),
+            Err(interrupted) => {
+                // the question has left the cursor in its line
+                printer.say("");
+                Err(interrupted)
+            }
+        }
+    }
+
     /// A token file of the user's; `-` is standard input.
-    pub(crate) fn token_file(&self, host: &Host, path: &str) -> anyhow::Result<Secret> {
-        let text = if path == "-" {
-            host.read_user_file("/dev/stdin")?
-        } else {
-            host.read_user_file(path).map_err(|e| unreadable(path, &e))?
-        };
+    pub(crate) async fn token_file(&self, host: &Host, path: &str) -> anyhow::Result<Secret> {
+        let (from, name) =
+            if path == "-" { ("/dev/stdin", "standard input") } else { (path, path) };
+        let (host, from) = (host.clone(), from.to_owned());
+        // a terminal or a pipe gives nothing for as long as it likes
+        let read = tokio::task::spawn_blocking(move || host.read_user_file(&from));
+        let text = self.unless_stopped(read).await?.map_err(|e| unreadable(name, &e))?;
         match text.trim() {
-            "" => Err(Failure::usage("TOKEN_EMPTY", format!("there is no token in {path}"))
+            "" => Err(Failure::usage("TOKEN_EMPTY", format!("there is no token in {name}"))
                 .hint("put the token, and nothing else, into it")
                 .into()),
             token => Ok(Secret::new(token)),
@@ -77,33 +125,6 @@ pub(crate) fn unreadable(path: &str, error: &anyhow::Error) -> Failure {
     Failure::usage("FILE_UNREADABLE", format!("cannot read {path}"))
         .why(format!("{:#}", error.root_cause()))
         .hint("check the path and who may read it")
-}
-
-/// Options of the files, lowest layer first, under those of the command line.
-pub(crate) fn merged_options(
-    host: &Host,
-    flags: Options,
-    config: Option<&str>,
-) -> anyhow::Result<Options> {
-    let mut files =
-        vec!["/usr/lib/pipeops/config.toml".to_owned(), "/etc/pipeops/config.toml".into()];
-    files.extend(
-        host.list("/etc/pipeops/config.d")
-            .into_iter()
-            .filter(|n| n.ends_with(".toml"))
-            .map(|n| format!("/etc/pipeops/config.d/{n}")),
-    );
-    let mut lower = Options::default();
-    for path in &files {
-        if let Some(text) = host.read(path)? {
-            lower = parse_file(&text, path)?.layered_over(lower);
-        }
-    }
-    if let Some(path) = config {
-        let text = host.read_user_file(path).map_err(|e| unreadable(path, &e))?;
-        lower = parse_file(&text, path)?.layered_over(lower);
-    }
-    Ok(flags.layered_over(lower))
 }
 
 /// The exit code of a failure; SIGTERM has another one than SIGINT.

@@ -56,11 +56,11 @@ fn held(options: &BTreeMap<String, String>) -> Vec<String> {
         .get("k3s")
         .and_then(|text| serde_json::from_str::<K3sTable>(text).ok())
         .unwrap_or_default();
-    names(&table, "[k3s] ")
+    names(table.secret_keys(), "[k3s] ")
 }
 
-fn names(table: &K3sTable, of: &str) -> Vec<String> {
-    table.secret_keys().into_iter().map(|(key, shown)| format!("{of}{key} = {shown}")).collect()
+fn names(keys: Vec<(String, serde_json::Value)>, of: &str) -> Vec<String> {
+    keys.into_iter().map(|(key, shown)| format!("{of}{key} = {shown}")).collect()
 }
 
 /// The options that name a file of secrets, as a saved plan has them, where this run does not say.
@@ -99,7 +99,7 @@ pub(super) fn register(options: &Options, env: &BTreeMap<String, String>) {
 }
 
 /// The contents of the files that hold secrets, each under its name.
-pub(super) fn load(
+pub(super) async fn load(
     context: &Context,
     host: &Host,
     settings: &Settings,
@@ -108,7 +108,7 @@ pub(super) fn load(
     let mut secrets = Secrets::new();
     let options = &settings.options;
     let agent = match &options.agent_token_file {
-        Some(path) => Some(context.token_file(host, path)?),
+        Some(path) => Some(context.token_file(host, path).await?),
         None => context.agent_token.clone(),
     };
     if let Some(token) = agent {
@@ -227,7 +227,7 @@ fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
     let yaml = |path: &str| {
         let map: BTreeMap<String, serde_json::Value> =
             serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
-        names(&map.into_iter().collect::<K3sTable>(), "")
+        names(map.into_iter().collect::<K3sTable>().known_secret_keys(), "")
     };
     let own_files = own_files.into_iter().map(|p| (in_config(&host.text(&p)), p));
     let k3s_files = k3s_files.into_iter().map(|p| (yaml(&p), p));
@@ -250,7 +250,7 @@ fn in_config(text: &str) -> Vec<String> {
         .artifact_url
         .filter(|url| !secrets_in_urls(url).is_empty())
         .map(|url| format!("artifact-url = {}", mask(&url, &[])));
-    names(&options.k3s, "[k3s] ").into_iter().chain(login).collect()
+    names(options.k3s.known_secret_keys(), "[k3s] ").into_iter().chain(login).collect()
 }
 
 fn in_registries(text: &str) -> Vec<String> {

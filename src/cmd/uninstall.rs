@@ -11,7 +11,7 @@ use crate::host::{Host, HostWriter, Owner};
 use crate::install::engine::journal::{Journal, PATH};
 use crate::install::engine::{self, Outcome};
 use crate::install::plan::{ProgressEvent, Resource, step_id};
-use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD};
+use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD, VOLUMES};
 use crate::k3s::role::NodeRole;
 use crate::kubernetes::client::Cluster;
 use crate::output::Printer;
@@ -19,7 +19,7 @@ use crate::output::Printer;
 /// # Errors
 /// As in the table of exit codes; 10 when something had to stay.
 pub async fn uninstall(context: &Context, args: UninstallArgs) -> anyhow::Result<Exit> {
-    let host = context.host(&args.root.root);
+    let host = context.existing_host(&args.root.root)?;
     if host.is_running_machine() && !nix::unistd::geteuid().is_root() {
         return Err(Failure::new(Exit::Preflight, "NOT_ROOT", "this needs root")
             .hint("run the same command with sudo")
@@ -28,13 +28,21 @@ pub async fn uninstall(context: &Context, args: UninstallArgs) -> anyhow::Result
     let mut printer =
         Printer::new(args.output == OutputFormat::Json, args.events.is_some(), context.no_color());
     let Some(mut journal) = Journal::load(&host)? else {
+        // of a node that is gone, or of a k3s that is not ours: nothing tells them apart
+        if args.purge_data && !host.list(VOLUMES).is_empty() {
+            let what = format!("{VOLUMES} is there, and no journal says that it is ours");
+            return Err(Failure::new(Exit::Preflight, "VOLUMES_UNKNOWN", what)
+                .why("nothing was changed")
+                .hint(format!("only `rm -rf {VOLUMES}` removes it now"))
+                .into());
+        }
         printer.data("nothing to do: pipeops has not installed anything here");
         printer.document(
             &json!({"schema": "pipeops.result/v1", "command": "uninstall", "result": "unchanged"}),
         );
         return Ok(Exit::Done);
     };
-    announce(&mut printer, &journal);
+    announce(&mut printer, &host, &journal, args.purge_data);
     if args.dry_run {
         printer.data(&format!(
             "{} would be undone; nothing was written",
@@ -51,19 +59,14 @@ pub async fn uninstall(context: &Context, args: UninstallArgs) -> anyhow::Result
     }
     let writer = host.lock()?;
     if !args.yes {
-        match printer.confirm("this takes the node down and removes it; go on?") {
-            Some(true) => {}
-            answer => {
-                let what =
-                    if answer.is_some() { "declined" } else { "there is no terminal to ask on" };
-                return Err(Failure::new(Exit::Declined, "DECLINED", what)
-                    .why("nothing was changed")
-                    .hint("run again with --yes, or look with --dry-run")
-                    .into());
-            }
-        }
+        let question = "this takes the node down and removes it; go on?";
+        context.confirm(&mut printer, question).await?;
     }
-    let farewell = leave_cluster(&writer, &journal).await;
+    let farewell = tokio::select! {
+        farewell = leave_cluster(&writer, &journal) => farewell,
+        // the engine says so
+        () = context.stop.cancelled() => None,
+    };
     let agent = crate::agent::config::Deregistration::read(&writer);
     let mut on_event = |event: ProgressEvent| printer.event(&event);
     let outcome =
@@ -98,8 +101,8 @@ pub async fn uninstall(context: &Context, args: UninstallArgs) -> anyhow::Result
     Ok(if done { Exit::Done } else { Exit::Partial })
 }
 
-/// What will be undone, and which directories go with it.
-fn announce(printer: &mut Printer, journal: &Journal) {
+/// What will be undone, which directories go with it, and what becomes of the volumes in them.
+fn announce(printer: &mut Printer, host: &Host, journal: &Journal, purge: bool) {
     printer.say(&format!("uninstall on {}:", journal.node));
     for entry in
         journal.entries.iter().rev().filter(|e| !matches!(e.want, Resource::Objects { .. }))
@@ -108,6 +111,10 @@ fn announce(printer: &mut Printer, journal: &Journal) {
         if let Resource::Node { dirs, .. } = &entry.want {
             dirs.iter().for_each(|d| printer.say(&format!("      {d}")));
         }
+    }
+    if !host.list(VOLUMES).is_empty() {
+        let (sign, verb) = if purge { ('-', "remove") } else { ('=', "keep") };
+        printer.say(&format!("  {sign} {verb} {VOLUMES} (volumes)"));
     }
 }
 

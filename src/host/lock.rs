@@ -55,14 +55,17 @@ impl Host {
     }
 }
 
-impl HostWriter {
-    /// Gives the lock back; a run that wrote no journal leaves not even its directory behind.
-    pub fn release(self) {
+impl Drop for HostWriter {
+    /// The lock goes back; a run that wrote no journal leaves not even its directory behind,
+    /// however it ends.
+    fn drop(&mut self) {
         if self.made_state && !self.exists(&format!("{STATE}/journal.json")) {
             self.forget_state();
         }
     }
+}
 
+impl HostWriter {
     /// Removes our state directory, which by now holds nothing but the lock.
     pub fn forget_state(&self) {
         let _ = fs::remove_file(self.real_path(STATE).join("lock"));

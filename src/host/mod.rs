@@ -70,9 +70,12 @@ fn with_sbin(path: OsString) -> OsString {
 }
 
 impl Host {
-    /// `root` is `/` in production; `path` is where programs are looked for.
+    /// `root` is `/` in production, or a directory, as seen from the current one; `path` is where
+    /// programs are looked for.
     pub fn new(root: impl Into<PathBuf>, path: Option<OsString>) -> Host {
         let root = root.into();
+        // programs are looked for and started from elsewhere
+        let root = std::path::absolute(&root).unwrap_or(root);
         let mut path = with_sbin(path.unwrap_or_default());
         if !path.is_empty() {
             path.push(":");

@@ -41,7 +41,9 @@ impl Unit {
 
     /// How it does, for people: `activating (auto-restart)`.
     pub fn state_text(&self) -> String {
-        if self.sub.is_empty() || self.sub == self.active {
+        if self.active.is_empty() {
+            "not known to systemd".into()
+        } else if self.sub.is_empty() || self.sub == self.active {
             self.active.clone()
         } else {
             format!("{} ({})", self.active, self.sub)

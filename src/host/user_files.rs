@@ -86,7 +86,9 @@ impl Host {
     /// Names the file.
     pub fn user_file_sha256(&self, path: &str) -> anyhow::Result<String> {
         let machine = Host { root: "/".into(), ..self.clone() };
-        machine.sha256(path)?.with_context(|| format!("{path} is not there"))
+        machine
+            .sha256(&self.absolute_user_path(path))?
+            .with_context(|| format!("{path} is not there"))
     }
 
     /// Writes a file for the user, for example a saved plan: mode 0600, also where one of another
@@ -115,9 +117,18 @@ impl Host {
         attempt().map_err(|error| unwritable(path, error))
     }
 
-    /// A path of the user's from the root on, so that it means the same in another directory.
+    /// A path of the user's from the root on, so that it means the same in another directory; `-`
+    /// stays standard input.
     pub fn absolute_user_path(&self, path: &str) -> String {
-        std::path::absolute(path).map_or_else(|_| path.to_owned(), |p| p.display().to_string())
+        match std::path::absolute(path) {
+            Ok(absolute) if path != "-" => absolute.display().to_string(),
+            _ => path.to_owned(),
+        }
+    }
+
+    /// A path that the user typed for one of the machine: below another root it is that machine's.
+    pub fn typed_path(&self, path: &str) -> String {
+        if self.is_running_machine() { self.absolute_user_path(path) } else { path.to_owned() }
     }
 }
 
@@ -125,6 +136,25 @@ impl Host {
 mod tests {
     use super::*;
     use crate::base::error::Exit;
+
+    #[test]
+    fn a_path_is_meant_from_the_current_directory() {
+        let here = std::env::current_dir().unwrap().display().to_string();
+        let (machine, other) = (Host::new("/", None), Host::new("below", None));
+        for (path, wanted) in [
+            ("off", format!("{here}/off")),
+            ("./off", format!("{here}/off")),
+            ("/off", "/off".into()),
+            ("-", "-".into()),
+        ] {
+            assert_eq!(machine.absolute_user_path(path), wanted);
+            assert_eq!(other.absolute_user_path(path), wanted);
+        }
+        assert_eq!(machine.typed_path("data"), format!("{here}/data"));
+        assert_eq!(other.typed_path("data"), "data");
+        assert_eq!(other.real_path("/etc").display().to_string(), format!("{here}/below/etc"));
+        assert_eq!(machine.user_file_sha256("Cargo.toml").unwrap().len(), 64);
+    }
 
     #[test]
     fn a_file_in_no_directory_is_a_wrong_value_and_a_full_disk_is_not() {

@@ -93,7 +93,14 @@ async fn offline_version(host: &Host, dir: &str, arch: Arch) -> anyhow::Result<V
 /// Digest of a file in the directory, held against the directory's own list.
 fn offline_digest(host: &Host, dir: &str, arch: Arch, file: &str) -> anyhow::Result<String> {
     let list = host.read_user_file(&format!("{dir}/{}", arch.checksums)).map_err(|_| {
-        incomplete(format!("{dir} has no {}", arch.checksums)).hint(
+        let failure = match Host::new("/", None).is_dir(dir) {
+            true => incomplete(format!("{dir} has no {}", arch.checksums)),
+            false => Failure::usage(
+                "OFFLINE_DIR_MISSING",
+                format!("--offline-dir: there is no directory {dir}"),
+            ),
+        };
+        failure.hint(
             "copy the whole release into it: the program, the checksum list, the image archive",
         )
     })?;

@@ -110,6 +110,7 @@ const INSIDE: &[(&str, Rows)] = &[
         &[
             &["mod"],
             &["audit", "control_plane", "explain", "info", "secrets"],
+            &["given"],
             &["installer"],
             &["join", "uninstall"],
             &["install"],

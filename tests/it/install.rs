@@ -359,6 +359,123 @@ fn a_saved_plan_is_carried_out_exactly_or_not_at_all() {
         .ended(2);
 }
 
+/// The line that is printed is the one that works, and nothing beside a plan is ignored.
+#[test]
+fn a_saved_plan_says_how_it_is_carried_out_and_takes_no_other_options() {
+    let sandbox = Sandbox::new();
+    sandbox.put("/etc/resolv.conf", "nameserver 127.0.0.53\n");
+    let (release, plan) = (sandbox.path("release"), sandbox.path("it's a plan.json"));
+    let given = ["--cluster-name", "prod eu", "--ignore", "DNS_LOOPBACK,DISK_LOW"];
+    let base = ["install-server", "--offline-dir", &release, "--timeout", "20s"];
+    let out = [&base[..], &given, &["--plan-out", &plan]].concat();
+    let said = sandbox.run(&out).ended(0);
+    let line = said.err.lines().find(|l| l.contains("--apply-plan")).unwrap().trim().to_owned();
+
+    for (more, named) in [
+        (&["--components", "metrics"][..], "--components"),
+        (&["--node-name", "zzz"][..], "--node-name"),
+        (&["--cluster-name", "other"][..], "--cluster-name"),
+    ] {
+        let args = [&base[..], &["--apply-plan", &plan, "--dry-run"], more].concat();
+        let said = sandbox.run(&args).ended(2);
+        assert!(said.err.contains("PLAN_OPTIONS") && said.err.contains(named), "{}", said.err);
+    }
+
+    let edited = std::fs::read_to_string(&plan).unwrap();
+    let edited = edited.replace("\"node\": \"vm1\"", "\"node\": \"vm2\"");
+    sandbox.beside("edited.json", &edited, 0o600);
+    let other = sandbox.path("edited.json");
+    let args = [&base[..], &given[2..], &["--apply-plan", &other, "--dry-run"]].concat();
+    let said = sandbox.run(&args).ended(3);
+    assert!(said.err.contains("PLAN_OTHER_HOST") && said.err.contains("vm2"), "{}", said.err);
+
+    let typed = line.replacen("pipeops", &sandbox.program.display().to_string(), 1);
+    let mut shell = std::process::Command::new("/bin/sh");
+    shell.arg("-c").arg(typed).env_clear().env("PATH", sandbox.path("bin"));
+    crate::support::run_output(shell.output().unwrap()).ended(0);
+}
+
+/// What a user types is meant from the directory where it is typed, and stays so in a plan.
+#[test]
+fn paths_are_meant_from_the_current_directory() {
+    let sandbox = Sandbox::new();
+    let before = sandbox.tree();
+    sandbox.beside("registries.yaml", "mirrors: {}\n", 0o600);
+    sandbox.beside("mine.toml", "node-label = [\"a=b\"]\n", 0o600);
+    sandbox.beside("token", "enrolment-token-0001", 0o600);
+    let run = |dir: &str, args: &[&str]| {
+        let mut command = std::process::Command::new(&sandbox.program);
+        command.args(args).env_clear().env("PATH", sandbox.path("bin")).current_dir(dir);
+        crate::support::run_output(command.stdin(std::process::Stdio::null()).output().unwrap())
+    };
+    let given = ["--offline-dir", "release", "--registries", "registries.yaml"];
+    let files = ["--config", "mine.toml", "--agent-token-file", "./token", "--plan-out", "p.json"];
+    let here = [&["install-server", "--root", "root"][..], &given, &files].concat();
+    run(&sandbox.path("."), &here).ended(0);
+    let plan = std::fs::read_to_string(sandbox.path("p.json")).unwrap();
+    assert!(plan.contains(&sandbox.path("release/k3s")), "{plan}");
+    let (root, release, file) =
+        (sandbox.path("root"), sandbox.path("release"), sandbox.path("p.json"));
+    let there = ["install-server", "--root", &root, "--offline-dir", &release, "--yes"];
+    let plan = ["--apply-plan", &file, "--timeout", "20s"];
+    run("/", &[&there[..], &plan].concat()).ended(0);
+    assert_eq!(sandbox.read("/etc/pipeops/agent-token"), "enrolment-token-0001");
+    assert!(sandbox.read("/etc/rancher/k3s/config.yaml.d/50-pipeops.yaml").contains("a=b"));
+    run(&sandbox.path("."), &["uninstall", "--root", "root", "--yes"]).ended(0);
+    assert_same_tree(&sandbox.tree(), &before, "");
+}
+
+#[test]
+fn a_place_that_is_not_there_is_wrong_usage() {
+    let sandbox = Sandbox::new();
+    let before = sandbox.tree();
+    let (release, nowhere) = (sandbox.path("release"), sandbox.path("nowhere"));
+    let plan = format!("{nowhere}/p.json");
+    for (args, code) in [
+        (
+            &["install-server", "--offline-dir", &release, "--plan-out", &plan][..],
+            "FILE_UNWRITABLE",
+        ),
+        (&["install-server", "--offline-dir", &nowhere, "--yes"][..], "OFFLINE_DIR_MISSING"),
+    ] {
+        let said = sandbox.run(args).ended(2);
+        assert!(said.err.contains(code) && said.err.contains("hint:"), "{}", said.err);
+    }
+    for command in ["install-server", "uninstall", "cluster-info"] {
+        let mut program = std::process::Command::new(&sandbox.program);
+        let output = program.args([command, "--root", &nowhere]).output().unwrap();
+        let said = crate::support::run_output(output).ended(2);
+        assert!(said.err.contains("ROOT_MISSING"), "{}", said.err);
+    }
+    assert_same_tree(&sandbox.tree(), &before, "");
+}
+
+#[test]
+fn what_has_no_effect_is_said() {
+    let sandbox = Sandbox::new();
+    let said = sandbox.install(&["--acme-email", "ops@example.com", "--dry-run"]).ended(0);
+    assert!(said.err.contains("--acme-email does nothing without cert-manager"), "{}", said.err);
+    sandbox.put("/proc/1/comm", "init\n");
+    let said = sandbox.install(&["--ignore", "NO_SYSTEMD"]).ended(3);
+    assert!(said.err.contains("--ignore has no effect on NO_SYSTEMD"), "{}", said.err);
+    assert!(!said.err.contains("can be overruled"), "{}", said.err);
+}
+
+#[test]
+fn a_step_that_fails_leaves_a_run_that_resumes() {
+    let sandbox = Sandbox::new();
+    let real = std::fs::read_to_string(sandbox.path("bin/systemctl")).unwrap();
+    let fails = "#!/bin/sh\n[ $1 = daemon-reload ] && { echo planted trouble >&2; exit 1; }\n\
+                 exec \"$PIPEOPS_ROOT/../systemctl-real\" \"$@\"\n";
+    sandbox.beside("systemctl-real", &real, 0o755);
+    sandbox.beside("bin/systemctl", fails, 0o755);
+    let said = sandbox.install(&[]).ended(10);
+    assert!(said.err.contains("STEP_FAILED") && said.err.contains("planted"), "{}", said.err);
+    assert!(said.err.contains("it resumes"), "{}", said.err);
+    sandbox.beside("bin/systemctl", &real, 0o755);
+    sandbox.install(&[]).ended(0);
+}
+
 #[test]
 fn a_second_run_at_the_same_time_is_refused() {
     let sandbox = Sandbox::new();
@@ -646,9 +763,20 @@ fn volumes_survive_an_uninstall_unless_purged() {
     sandbox.install(&[]).ended(0);
     let file = "/var/lib/rancher/k3s/storage/pvc-1_production_db/data";
     sandbox.put(file, "precious");
+    let plan = sandbox.run(&["uninstall", "--dry-run"]).ended(0);
+    assert!(plan.err.contains("= keep /var/lib/rancher/k3s/storage (volumes)"), "{}", plan.err);
+    let plan = sandbox.run(&["uninstall", "--dry-run", "--purge-data"]).ended(0);
+    assert!(plan.err.contains("- remove /var/lib/rancher/k3s/storage (volumes)"), "{}", plan.err);
     let said = sandbox.run(&["uninstall", "--yes"]).ended(0);
     assert!(said.out.contains("volumes, kept"), "{}", said.out);
+    let remove = "rm -rf /var/lib/rancher/k3s/storage";
+    assert!(said.out.contains(remove), "{}", said.out);
     assert_eq!(sandbox.read(file), "precious");
+    // whose they are is known no more: they are left, and that is no success
+    let late = sandbox.run(&["uninstall", "--yes", "--purge-data"]).ended(3);
+    assert!(late.err.contains("VOLUMES_UNKNOWN") && late.err.contains(remove), "{}", late.err);
+    assert_eq!(sandbox.read(file), "precious");
+    sandbox.run(&["uninstall", "--yes"]).ended(0);
     std::fs::remove_dir_all(sandbox.root().join("var/lib/rancher")).unwrap();
     sandbox.install(&[]).ended(0);
     sandbox.put(file, "precious");

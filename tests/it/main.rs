@@ -24,6 +24,7 @@ mod genuine;
 mod hostile;
 mod hosts;
 mod install;
+mod interrupts;
 mod intruders;
 mod join;
 mod kubernetes;

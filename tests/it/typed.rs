@@ -295,7 +295,7 @@ fn a_token_with_what_pasting_leaves_around_it_is_taken() {
         (token.replace("::", ":::"), "three colons"),
         (token.replace("::", "\u{200b}::"), "U+200B"),
     ] {
-        let said = join(&sandbox, &server.url, &typed, &[]).ended(7);
+        let said = join(&sandbox, &server.url, &typed, &[]).ended(2);
         assert!(
             said.err.contains("JOIN_TOKEN_MALFORMED") && said.err.contains(says),
             "{}",

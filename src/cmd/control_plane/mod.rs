@@ -22,6 +22,9 @@ use crate::output::Printer;
 /// # Errors
 /// The error of the control plane that is run or called.
 pub async fn control_plane(context: &Context, args: ControlPlaneArgs) -> anyhow::Result<Exit> {
+    let mut args = args;
+    let location = &mut args.serve.location;
+    location.data_dir = context.host(&location.root).typed_path(&location.data_dir);
     let Some(command) = args.command else { return serve(context, args.serve).await };
     if args.serve.options != ControlPlaneOptions::default() || args.serve.config.is_some() {
         return Err(Failure::usage(
@@ -55,7 +58,7 @@ fn layered(
 
 /// A URL with a password in it. In this order: the file that a flag names, the command line or the
 /// environment, the file that the config names.
-fn secret_url(
+async fn secret_url(
     context: &Context,
     host: &Host,
     flag: Option<&str>,
@@ -64,7 +67,9 @@ fn secret_url(
 ) -> anyhow::Result<Option<Secret>> {
     match (flag, given, config) {
         (None, Some(given), _) => Ok(Some(given.clone())),
-        (Some(path), ..) | (None, None, Some(path)) => context.token_file(host, path).map(Some),
+        (Some(path), ..) | (None, None, Some(path)) => {
+            context.token_file(host, path).await.map(Some)
+        }
         (None, None, None) => Ok(None),
     }
 }
@@ -80,14 +85,16 @@ async fn serve(context: &Context, args: ServeArgs) -> anyhow::Result<Exit> {
         database.as_deref(),
         context.database_url.as_ref(),
         options.database_url_file.as_deref(),
-    )?;
+    )
+    .await?;
     let broker = secret_url(
         context,
         &host,
         amqp.as_deref(),
         context.amqp_url.as_ref(),
         options.amqp_url_file.as_deref(),
-    )?;
+    )
+    .await?;
     let text = |path: &str| host.read_user_file(path).map_err(|e| unreadable(path, &e));
     let ca = options.amqp_ca.as_deref().map(text).transpose()?;
     let frps = match options.frps {
@@ -98,7 +105,7 @@ async fn serve(context: &Context, args: ServeArgs) -> anyhow::Result<Exit> {
             let ca = options.frps_ca.as_deref().map(text).transpose()?;
             Some(ExternalFrps {
                 address,
-                token: context.token_file(&host, &path)?,
+                token: context.token_file(&host, &path).await?,
                 ca,
                 pin: options.frps_pin,
             })
@@ -151,7 +158,7 @@ fn show_bootstrap_token(token: &str, line: &str) {
     printer.say(&format!("  {line}"));
 }
 
-fn host_and_database(
+async fn host_and_database(
     context: &Context,
     args: &DatabaseArgs,
     location: &DataDirArgs,
@@ -163,7 +170,8 @@ fn host_and_database(
         args.database_url_file.as_deref(),
         context.database_url.as_ref(),
         None,
-    )?;
+    )
+    .await?;
     Ok((host, database))
 }
 
@@ -195,14 +203,14 @@ async fn subcommand(
             Ok(Exit::Done)
         }
         ControlPlaneCommand::Backup { file, database: args } => {
-            let (host, database) = host_and_database(context, &args, location)?;
+            let (host, database) = host_and_database(context, &args, location).await?;
             let message =
                 control_plane::backup::write(&host, &location.data_dir, database, &file).await?;
             printer().say(&message);
             Ok(Exit::Done)
         }
         ControlPlaneCommand::Restore { file, database: args } => {
-            let (host, database) = host_and_database(context, &args, location)?;
+            let (host, database) = host_and_database(context, &args, location).await?;
             let text = host.read_user_file(&file).map_err(|e| unreadable(&file, &e))?;
             let message =
                 control_plane::backup::restore(&host, &location.data_dir, database, &file, &text)

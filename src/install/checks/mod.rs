@@ -114,6 +114,11 @@ pub fn codes() -> Vec<&'static str> {
     RULES.iter().map(|rule| rule.0).collect()
 }
 
+/// Whether `--ignore` turns an error of this code into a warning.
+pub fn can_be_ignored(code: &str) -> bool {
+    RULES.iter().any(|(known, ignore, _)| *known == code && *ignore == Ignore::Allowed)
+}
+
 /// Runs every rule; `--ignore` is applied here.
 pub fn run(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     let mut found = Vec::new();

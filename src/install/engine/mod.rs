@@ -191,7 +191,10 @@ async fn run_step(
     journal: &mut Journal,
     step: &Step,
 ) -> anyhow::Result<bool> {
-    let state = kinds::check(context.writer, Some(journal), context.secrets, step).await?;
+    let state = tokio::select! {
+        state = kinds::check(context.writer, Some(journal), context.secrets, step) => state?,
+        () = context.stop.cancelled() => return Err(between_steps().into()),
+    };
     if state == StepStatus::Done {
         // a step that was done but not noted as such before a crash
         if journal
@@ -302,14 +305,11 @@ pub async fn undo_all(
 }
 
 fn interrupted(stop: &CancellationToken) -> Result<(), Failure> {
-    if stop.is_cancelled() {
-        return Err(Failure::new(
-            Exit::Interrupted,
-            "INTERRUPTED",
-            "interrupted between two steps",
-        ));
-    }
-    Ok(())
+    if stop.is_cancelled() { Err(between_steps()) } else { Ok(()) }
+}
+
+fn between_steps() -> Failure {
+    Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted between two steps")
 }
 
 fn save(journal: &Journal, writer: &HostWriter) -> anyhow::Result<()> {

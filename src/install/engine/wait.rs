@@ -220,6 +220,24 @@ pub(super) async fn wait_until(
     optional: bool,
     stop: &CancellationToken,
     secrets: &[Secret],
+    progress: impl FnMut(String),
+) -> anyhow::Result<()> {
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => {
+            let what = "interrupted while waiting";
+            Err(Failure::new(Exit::Interrupted, "INTERRUPTED", what).into())
+        }
+        met = all_met(writer, what, within, optional, secrets, progress) => met,
+    }
+}
+
+async fn all_met(
+    writer: &HostWriter,
+    what: &[WaitCondition],
+    within: Duration,
+    optional: bool,
+    secrets: &[Secret],
     mut progress: impl FnMut(String),
 ) -> anyhow::Result<()> {
     let begin = Instant::now();
@@ -248,13 +266,7 @@ pub(super) async fn wait_until(
                     .await
                     .into());
             }
-            tokio::select! {
-                () = stop.cancelled() => {
-                    let what = "interrupted while waiting";
-                    return Err(Failure::new(Exit::Interrupted, "INTERRUPTED", what).into());
-                }
-                () = tokio::time::sleep(Duration::from_millis(500)) => {}
-            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
         }
     }
     Ok(())

@@ -118,6 +118,22 @@ impl K3sTable {
         shown.into_iter().collect()
     }
 
+    /// Those of them that are known to hold one. An unknown key is hidden out of caution: it may be
+    /// a misspelt setting that is no secret.
+    pub fn known_secret_keys(&self) -> Vec<(String, Value)> {
+        let mut known = self.secret_keys();
+        known.retain(|(key, _)| {
+            let name = keys::canonical_key(key);
+            keys::value_type(&name).is_some()
+                || is_secret_name(&name)
+                || self
+                    .0
+                    .get(key)
+                    .is_some_and(|value| !secrets_in_urls(&value.to_string()).is_empty())
+        });
+        known
+    }
+
     /// The table with each string replaced: `change` gets its name, `KEY` or `KEY.NUMBER` in a
     /// list, and the string.
     fn each(&self, mut change: impl FnMut(Name<'_>, &String) -> Value) -> BTreeMap<String, Value> {
@@ -271,6 +287,20 @@ mod tests {
             table.secret_words().iter().filter(|w| w.contains("canary-4711-in-plain-text")).count(),
             7
         );
+    }
+
+    #[test]
+    fn an_unknown_key_is_hidden_and_not_called_a_secret() {
+        let table = K3sTable::from([
+            ("kubelet-argg".to_owned(), json!(["max-pods=200"])),
+            ("db".to_owned(), json!("postgres://u:planted-canary-4711-in-plain-text@h/db")),
+            ("agent-tokn-password".to_owned(), json!("planted-canary-4711-in-plain-text")),
+            ("etcd-s3-secret-key".to_owned(), json!("planted-canary-4711-in-plain-text")),
+        ]);
+        assert_eq!(table.secret_keys().len(), 4);
+        let known: Vec<String> =
+            table.known_secret_keys().into_iter().map(|(key, _)| key).collect();
+        assert_eq!(known, ["agent-tokn-password", "db", "etcd-s3-secret-key"]);
     }
 
     #[test]

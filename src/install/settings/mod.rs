@@ -73,11 +73,18 @@ impl Settings {
                 control_plane_url,
                 options,
             }),
-            1 => Err(invalid(faults.remove(0))),
             count => {
-                let mut failure = invalid(format!("{count} settings are wrong"));
+                let k3s = faults.iter().all(|fault| fault.starts_with("[k3s]"));
+                let mut failure = match count {
+                    1 => Failure::usage("SETTINGS_INVALID", faults.remove(0)),
+                    _ => Failure::usage("SETTINGS_INVALID", format!("{count} settings are wrong")),
+                };
                 failure.why = faults;
-                Err(failure)
+                Err(failure.hint(match role {
+                    _ if k3s => "the values are those of k3s: see https://docs.k3s.io/cli",
+                    NodeRole::Server => "see `pipeops install-server --help`",
+                    NodeRole::Worker => "see `pipeops join-worker --help`",
+                }))
             }
         }
     }
@@ -86,10 +93,6 @@ impl Settings {
     pub fn node_name(&self, hostname: &str) -> String {
         self.options.node_name.clone().unwrap_or_else(|| hostname.to_ascii_lowercase())
     }
-}
-
-fn invalid(what: String) -> Failure {
-    Failure::usage("SETTINGS_INVALID", what).hint("see `pipeops install-server --help`")
 }
 
 /// Our flag for a k3s setting that the drop-in owns, `None` for settings that pass through.
@@ -162,6 +165,43 @@ mod tests {
         let failure = resolve(options).unwrap_err();
         assert_eq!(failure.why.len(), 5, "{failure:?}");
         assert!(failure.why[0].contains("did you mean CLOCK_SKEW"));
+    }
+
+    #[test]
+    fn a_fault_says_what_to_write_instead() {
+        for (options, word) in [
+            (
+                Options {
+                    control_plane_url: Some("cp.example.com:8443".into()),
+                    ..Options::default()
+                },
+                "write https://cp.example.com:8443",
+            ),
+            (
+                Options { components: vec!["none".into(), "ingress".into()], ..Options::default() },
+                "`none` stands alone",
+            ),
+            (
+                Options {
+                    channel: Some("stable".into()),
+                    offline_dir: Some("/opt/release".into()),
+                    ..Options::default()
+                },
+                "--k3s-version",
+            ),
+        ] {
+            let failure = resolve(options).unwrap_err();
+            assert!(failure.what.contains(word), "{failure:?}");
+            assert!(failure.hint.unwrap().contains("install-server --help"));
+        }
+        let login = Options { control_plane_url: Some("u:pw@cp:1".into()), ..Options::default() };
+        assert!(!resolve(login).unwrap_err().render().contains("pw"));
+        let k3s = [("token".to_owned(), serde_json::json!("x"))].into();
+        let failure = resolve(Options { k3s, ..Options::default() }).unwrap_err();
+        assert!(failure.hint.unwrap().contains("docs.k3s.io"));
+        let worker = Options { max_role: Some("king".into()), ..Options::default() };
+        let failure = Settings::resolve(worker, NodeRole::Worker, &[], &[]).unwrap_err();
+        assert!(failure.hint.unwrap().contains("join-worker --help"));
     }
 
     #[test]

@@ -169,6 +169,22 @@ impl Options {
         }
     }
 
+    /// Flags with which all but the `[k3s]` table is said again, as name and value.
+    pub fn as_flags(&self) -> Vec<(String, String)> {
+        let Ok(serde_json::Value::Object(map)) = serde_json::to_value(self) else {
+            return Vec::new();
+        };
+        let plain = map.iter().filter(|(key, _)| *key != "k3s");
+        plain.map(|(key, value)| (key.clone(), text_of(value))).collect()
+    }
+
+    /// Those that name a file or directory of the user's.
+    pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut String> {
+        [&mut self.offline_dir, &mut self.registries, &mut self.agent_token_file]
+            .into_iter()
+            .flatten()
+    }
+
     /// The options that shape the installation and so are compared between runs, as key and text
     /// without secrets.
     pub fn recorded(&self) -> BTreeMap<String, String> {

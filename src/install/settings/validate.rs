@@ -37,6 +37,13 @@ pub(super) fn release(options: &Options, faults: &mut Vec<String>) -> Option<Ver
     if options.k3s_version.is_some() && options.channel.is_some() {
         faults.push("--k3s-version and --channel exclude each other".into());
     }
+    if options.channel.is_some() && options.offline_dir.is_some() {
+        faults.push(
+            "--channel and --offline-dir exclude each other: a channel is looked up in the \
+             network; name the version with --k3s-version"
+                .into(),
+        );
+    }
     if let Some(channel) = &options.channel
         && (channel.is_empty()
             || !channel.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-')))
@@ -110,7 +117,10 @@ pub(super) fn components(
         [only] if only == "none" => return Some(Vec::new()),
         list => list,
     };
-    for name in list.iter().filter(|name| !known.contains(&name.as_str())) {
+    if list.iter().any(|name| name == "none") {
+        faults.push("--components: `none` stands alone, or not at all".into());
+    }
+    for name in list.iter().filter(|name| *name != "none" && !known.contains(&name.as_str())) {
         let (near, all) = (suggestion(name, known), known.join(", "));
         faults.push(format!(
             "--components: unknown component `{name}`{near} (known: {all}, or none alone)"
@@ -187,6 +197,11 @@ pub(super) fn k3s_table(options: &Options, faults: &mut Vec<String>) {
 
 /// https anywhere, plain http only to this machine itself.
 fn control_plane_url(text: &str) -> Result<(), String> {
+    // `name:8443` is a URL too, of the scheme `name`; a login is never shown
+    let https = format!("https://{text}");
+    if !text.contains("://") && !text.contains('@') && url::Url::parse(&https).is_ok() {
+        return Err(format!("--control-plane-url: `{text}` has no scheme; write {https}"));
+    }
     let url = url::Url::parse(text)
         .map_err(|e| format!("--control-plane-url: `{text}` is not a URL ({e})"))?;
     if !url.username().is_empty() || url.password().is_some() {

@@ -13,14 +13,13 @@ use super::journal::Journal;
 use super::leftover::Leftover;
 use crate::host::HostWriter;
 use crate::install::plan::ProgressEvent;
+use crate::k3s::paths::VOLUMES;
 
 const QUICK: Duration = Duration::from_secs(10);
 /// Hundreds of slices end in this time.
 const STOP: Duration = Duration::from_secs(60);
 /// A network mount whose server is gone never answers; after this it is left and named.
 const UNMOUNT: Duration = Duration::from_secs(15);
-/// Local-path volumes: the users' data.
-const VOLUMES: &str = "/var/lib/rancher/k3s/storage";
 /// Where k3s and the kubelet mount, beside the data directories.
 const MOUNT_ROOTS: &[&str] =
     &["/run/k3s", "/var/lib/rancher/k3s", "/var/lib/kubelet", "/run/netns/cni-"];
@@ -60,9 +59,7 @@ pub(super) async fn node(
     let mut keep = Vec::new();
     if !purge && !writer.list(VOLUMES).is_empty() {
         keep.push(VOLUMES.to_owned());
-        (context.on_event)(ProgressEvent::Note {
-            text: format!("volumes are kept in {VOLUMES}; --purge-data removes them"),
-        });
+        (context.on_event)(ProgressEvent::Note { text: format!("volumes are kept in {VOLUMES}") });
     }
     for dir in dirs.iter().filter(|dir| made.contains(dir)) {
         for path in writer.remove_tree(dir, &keep)? {
@@ -70,7 +67,10 @@ pub(super) async fn node(
                 continue;
             }
             left.push(if keep.contains(&path) {
-                Leftover::kept(format!("{path}: volumes, kept without --purge-data"))
+                // the journal goes, and with it what --purge-data needs to know
+                Leftover::kept(format!(
+                    "{path}: volumes, kept without --purge-data; `rm -rf {path}` removes them now"
+                ))
             } else {
                 Leftover::busy(&path, "something is mounted there, nothing on it was touched")
             });
