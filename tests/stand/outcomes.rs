@@ -376,7 +376,7 @@ pub(crate) async fn outcomes(dir: &str, image: &str) -> i32 {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let ca = reqwest::Certificate::from_pem(file("ca.pem").as_bytes()).unwrap();
     let client = reqwest::Client::builder().tls_certs_only([ca]).no_proxy().build().unwrap();
-    let base = format!("{}/clusters/{}/api", file("control-plane"), file("cluster"));
+    let base = format!("{}/clusters/{}", file("control-plane"), file("cluster"));
     let runner = Arc::new(Runner { client, base, token: file("token") });
     let (turns, mut tasks) = (Arc::new(Semaphore::new(AT_ONCE)), tokio::task::JoinSet::new());
     for case in cases(image) {
