@@ -134,7 +134,12 @@ fn deployments(image: &str) -> Vec<Case> {
             "no-config",
             "config_missing",
             End::Cancelled,
-            Box::new(set("/spec/volumes", json!([{"name": "v", "configMap": {"name": "none"}}]))),
+            // a volume that no container mounts is not made
+            Box::new(|t| {
+                let spec = &mut t["spec"];
+                spec["volumes"] = json!([{"name": "v", "configMap": {"name": "none"}}]);
+                spec["containers"][0]["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
+            }),
         ),
         (
             "no-account",
@@ -216,7 +221,11 @@ fn deployments(image: &str) -> Vec<Case> {
         ),
     ];
     let cases = rows.into_iter().map(|(name, reason, end, change)| {
-        let object = workload("Deployment", "production", name, &template(name, image, change));
+        let mut object = workload("Deployment", "production", name, &template(name, image, change));
+        if name == "not-alive" {
+            // longer than it lives
+            object["spec"]["minReadySeconds"] = 60.into();
+        }
         Case { name, reason, end, object }
     });
     cases.collect()
@@ -243,7 +252,7 @@ fn cases(image: &str) -> Vec<Case> {
         "stuck",
         &template("stuck", image, set("/spec/nodeSelector", json!({"disk": "none"}))),
     );
-    stuck["spec"]["progressDeadlineSeconds"] = 5.into();
+    stuck["spec"]["progressDeadlineSeconds"] = 8.into();
     cases.extend([
         case(
             "stateful",
@@ -376,7 +385,7 @@ pub(crate) async fn outcomes(dir: &str, image: &str) -> i32 {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let ca = reqwest::Certificate::from_pem(file("ca.pem").as_bytes()).unwrap();
     let client = reqwest::Client::builder().tls_certs_only([ca]).no_proxy().build().unwrap();
-    let base = format!("{}/clusters/{}/api", file("control-plane"), file("cluster"));
+    let base = format!("{}/clusters/{}", file("control-plane"), file("cluster"));
     let runner = Arc::new(Runner { client, base, token: file("token") });
     let (turns, mut tasks) = (Arc::new(Semaphore::new(AT_ONCE)), tokio::task::JoinSet::new());
     for case in cases(image) {
