@@ -264,7 +264,7 @@ mod tests {
             AgentStatus { control_reason: "tls_untrusted: unknown CA".into(), ..waits.clone() },
             AgentStatus { tunnel_reason: "tls_pin: not pinned".into(), ..waits.clone() },
             AgentStatus { tunnel: frp::TunnelState::Refused, ..waits.clone() },
-            AgentStatus { kubernetes: KubernetesState::Refused, ..waits.clone() },
+            AgentStatus { kubernetes: KubernetesState::Refused, ..waits },
         ] {
             assert!(helpless.needs_help(), "{helpless:?}");
         }

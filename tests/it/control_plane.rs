@@ -1652,6 +1652,9 @@ async fn a_database_that_is_none_or_of_another_time_is_left_alone() {
         refused.err
     );
     // one whose first page is overwritten behind its header: said once, with the next step
+    for beside in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(format!("{}{beside}", file.display()));
+    }
     let damaged = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&damaged, &[0xab; 3900], 100).unwrap();
     let refused = serve();

@@ -47,31 +47,12 @@ fn unscheduled(message: &str) -> Evidence {
     Evidence { pods: vec![pod], ..Evidence::default() }
 }
 
-/// Each reason with the words of Kubernetes for it, and what is said.
-#[test]
-fn each_outcome_has_its_reason() {
-    let crash = json!({
-        "restartCount": 3, "state": {"waiting": {"reason": "CrashLoopBackOff", "message":
-            "back-off 40s restarting failed container=web pod=web-1_beta(p)"}},
-        "lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}
-    });
-    let killed = json!({
-        "restartCount": 1, "state": {"running": {}},
-        "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
-    });
-    let exec = "failed to create containerd task: failed to create shim task: OCI runtime create \
-                failed: runc create failed: unable to start container process: error during \
-                container init: exec: \"nope\": executable file not found in $PATH";
-    let unstarted = json!({
-        "restartCount": 2, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
-        "lastState": {"terminated": {"exitCode": 128, "reason": "StartError", "message": exec}}
-    });
-    let live = json!({
-        "restartCount": 2, "state": {"running": {}},
-        "lastState": {"terminated": {"exitCode": 143, "reason": "Error"}}
-    });
-    let once = json!({"state": {"terminated": {"exitCode": 3, "reason": "Error"}}});
-    let table: Vec<(Evidence, &str, &str)> = vec![
+/// What the cluster shows, the code, and a part of what is said.
+type Outcome = (Evidence, &'static str, &'static str);
+
+/// Containers whose image or configuration is not there.
+fn images() -> Vec<Outcome> {
+    vec![
         (
             pod(
                 waiting(
@@ -147,6 +128,33 @@ fn each_outcome_has_its_reason() {
             "config_missing",
             "configmap \"app\" not found",
         ),
+    ]
+}
+
+/// Containers that end, do not start, or are not ready.
+fn containers() -> Vec<Outcome> {
+    let crash = json!({
+        "restartCount": 3, "state": {"waiting": {"reason": "CrashLoopBackOff", "message":
+            "back-off 40s restarting failed container=web pod=web-1_beta(p)"}},
+        "lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}
+    });
+    let killed = json!({
+        "restartCount": 1, "state": {"running": {}},
+        "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    });
+    let exec = "failed to create containerd task: failed to create shim task: OCI runtime create \
+                failed: runc create failed: unable to start container process: error during \
+                container init: exec: \"nope\": executable file not found in $PATH";
+    let unstarted = json!({
+        "restartCount": 2, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+        "lastState": {"terminated": {"exitCode": 128, "reason": "StartError", "message": exec}}
+    });
+    let live = json!({
+        "restartCount": 2, "state": {"running": {}},
+        "lastState": {"terminated": {"exitCode": 143, "reason": "Error"}}
+    });
+    let once = json!({"state": {"terminated": {"exitCode": 3, "reason": "Error"}}});
+    vec![
         (pod(unstarted, &[]), "command_not_found", "exec: \"nope\": executable file not found"),
         (pod(crash, &[]), "crash_loop", "ends again and again: exit code 1, restarted 3 times"),
         (pod(killed, &[]), "out_of_memory", "more memory than its limit of 64Mi"),
@@ -170,6 +178,12 @@ fn each_outcome_has_its_reason() {
             "probe_failed",
             "pod web-1 is not ready: Readiness probe failed",
         ),
+    ]
+}
+
+/// Pods that are not made, or that no node runs.
+fn placement() -> Vec<Outcome> {
+    vec![
         (
             pod(
                 waiting("ContainerCreating", ""),
@@ -235,7 +249,13 @@ fn each_outcome_has_its_reason() {
             "config_missing",
             "serviceaccount \"x\" not found",
         ),
-    ];
+    ]
+}
+
+/// Each reason with the words of Kubernetes for it, and what is said.
+#[test]
+fn each_outcome_has_its_reason() {
+    let table = images().into_iter().chain(containers()).chain(placement());
     for (evidence, code, part) in table {
         let cause = diagnose(&evidence).unwrap_or_else(|| panic!("no cause: {evidence:?}"));
         assert_eq!(cause.reason.code(), code, "{cause:?}");
