@@ -71,7 +71,11 @@ impl Registry {
             }
             Topic::Deregistered => Vec::new(),
             Topic::Status(report) => vec![("status", json!(report?))],
-            Topic::Finished(operation) => vec![("operation", json!(operation))],
+            Topic::Finished(operation) => {
+                // a reader of the queue sees all projects: what a container printed is not for it
+                let shown = Operation { log: Vec::new(), ..(*operation).clone() };
+                vec![("operation", json!(shown))]
+            }
         };
         for (name, value) in more {
             body[name] = value;

@@ -36,7 +36,8 @@ async fn list(
     let operations = control_plane.registry().operations(&target.agent).into_iter();
     let items: Vec<Operation> = operations
         .filter(|record| may_see(&caller.principal, record))
-        .map(|record| record.operation)
+        // one is asked for by its id with its log
+        .map(|record| Operation { log: Vec::new(), ..record.operation })
         .collect();
     Ok(answer(200, &json!({"items": items})))
 }

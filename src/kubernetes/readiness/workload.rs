@@ -80,7 +80,7 @@ impl JobCounts {
 
 /// Whether the controller of an object has seen its latest change: until then the status is about
 /// the object as it was.
-pub(super) fn is_observed(object: &Value) -> bool {
+pub fn is_observed(object: &Value) -> bool {
     number(object, "/status/observedGeneration") >= number(object, "/metadata/generation")
 }
 

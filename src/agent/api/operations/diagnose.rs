@@ -8,56 +8,71 @@ use crate::base::text::printable;
 use crate::contract::operation::Reference;
 use crate::kubernetes::readiness::condition;
 use crate::kubernetes::readiness::diagnosis::{
-    Cause, Evidence, diagnose, is_of, newest_replica_set,
+    Cause, Evidence, diagnose, is_of, is_owned, newest_replica_set,
 };
-use crate::kubernetes::readiness::workload::selector;
+use crate::kubernetes::readiness::workload::{is_observed, selector};
 
 /// Lines of a log that are told, and the longest of them, characters.
 const MAX_LOG_LINES: usize = 20;
-const MAX_LOG_LINE: usize = 400;
+const MAX_LOG_LINE: usize = 200;
 /// Pods whose events are read.
 const MAX_PODS: usize = 3;
 
 impl Executor<'_> {
-    /// Why an object is not ready. A request that Kubernetes refuses or does not answer shows
-    /// nothing.
+    /// Why an object is not ready, by what is there since `since` (RFC 3339). A request that
+    /// Kubernetes refuses or does not answer shows nothing. Only the first look is on record.
     pub(super) async fn diagnose(
         &mut self,
         reference: &Reference,
         object: &Value,
+        since: &str,
     ) -> Result<Option<Cause>, ExecutionError> {
-        let (Some(namespace), Some(selector)) = (&reference.namespace, selector(object)) else {
+        let (Some(namespace), Some(labels)) = (&reference.namespace, selector(object)) else {
             return Ok(None);
         };
-        let selected = format!("labelSelector={selector}&limit=500");
-        let mut evidence = Evidence::default();
+        // until then its newest template is the one before
+        if reference.kind != "Job" && !is_observed(object) {
+            return Ok(None);
+        }
+        let mut evidence = Evidence { since: since.into(), ..Evidence::default() };
         if reference.kind == "Deployment" {
             let path = format!("/apis/apps/v1/namespaces/{namespace}/replicasets");
-            let sets = self.list(&path, &selected).await?;
+            let sets = self.list(&path, &format!("labelSelector={labels}&limit=100")).await?;
             let Some(newest) = newest_replica_set(object, &sets) else { return Ok(None) };
             evidence.replica_set = newest.clone();
         }
-        let maker = if evidence.replica_set.is_null() { object } else { &evidence.replica_set };
-        let pods = self.list(&format!("/api/v1/namespaces/{namespace}/pods"), &selected).await?;
-        evidence.pods = pods.into_iter().filter(|pod| is_of(pod, maker)).collect();
-        let uid =
-            |object: &Value| object["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
-        let ready = |pod: &&Value| condition(pod, "Ready").is_some_and(|ready| ready.is_true());
-        let mut uids = vec![uid(maker)];
-        let waits = evidence.pods.iter().filter(|pod| !ready(pod)).take(MAX_PODS);
-        uids.extend(waits.map(uid));
+        let owner = if evidence.replica_set.is_null() { object } else { &evidence.replica_set };
+        // a ReplicaSet's own selector finds the pods of its template alone
+        let own = selector(owner).unwrap_or(labels);
+        let path = format!("/api/v1/namespaces/{namespace}/pods");
+        let pods = self.list(&path, &format!("labelSelector={own}&limit=100")).await?;
+        let ready = |pod: &Value| condition(pod, "Ready").is_some_and(|ready| ready.is_true());
+        let (newest, former): (Vec<Value>, Vec<Value>) =
+            pods.into_iter().filter(|pod| is_owned(pod, owner)).partition(|pod| is_of(pod, owner));
+        // a StatefulSet waits for pods of its former template too
+        evidence.is_former =
+            reference.kind == "StatefulSet" && !former.is_empty() && newest.iter().all(ready);
+        let uid = |of: &Value| of["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+        let mut uids = vec![uid(owner)];
+        evidence.pods = if evidence.is_former { former } else { newest };
+        let mut waits: Vec<&Value> = evidence.pods.iter().filter(|pod| !ready(pod)).collect();
+        waits.sort_by_key(|pod| {
+            pod["status"]["phase"] != "Pending" && pod["status"]["phase"] != "Running"
+        });
+        uids.extend(waits.into_iter().take(MAX_PODS).map(uid));
         let path = format!("/api/v1/namespaces/{namespace}/events");
         for uid in uids.iter().filter(|uid| !uid.is_empty()) {
             let query = format!("fieldSelector=involvedObject.uid={uid}&limit=100");
             let events = self.list(&path, &query).await?;
             evidence.events.extend(events);
         }
+        self.looked = true;
         Ok(diagnose(&evidence))
     }
 
     /// The items of a list; none where it is refused.
     async fn list(&mut self, path: &str, query: &str) -> Result<Vec<Value>, ExecutionError> {
-        let request = KubernetesRequest { query, recorded: false, ..GET };
+        let request = KubernetesRequest { query, recorded: !self.looked, ..GET };
         match self.request(path, request).await {
             Ok((200, mut answer)) => Ok(match answer["items"].take() {
                 Value::Array(items) => items,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http::Method;
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Progress;
@@ -25,8 +25,12 @@ use crate::kubernetes::upstream::Upstream;
 const FIELD_MANAGER: &str = "pipeops-runner";
 /// Between looks at an object that is waited for.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Between looks at the pods of a workload that is not ready: each takes some requests.
+/// Between looks at the pods of a workload that is not ready, at first and later: each takes some
+/// requests, and reads the events of the namespace.
 const DIAGNOSIS_INTERVAL: Duration = Duration::from_secs(3);
+const MAX_DIAGNOSIS_INTERVAL: Duration = Duration::from_secs(9);
+/// Time for such a look; a longer one shows nothing.
+const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a kind may take to be served after its definition was applied.
 const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -43,6 +47,8 @@ pub(super) struct Executor<'a> {
     pub(super) calls: u32,
     /// By `apiVersion`.
     pub(super) kinds: HashMap<String, Vec<ResourceKind>>,
+    /// It has looked for what keeps a workload.
+    pub(super) looked: bool,
 }
 
 /// Carries out what was asked for.
@@ -64,6 +70,7 @@ pub(super) async fn run(
         abort,
         calls: 0,
         kinds: HashMap::new(),
+        looked: false,
     };
     match operation {
         OperationRequest::Apply(apply) => executor.apply(apply).await,
@@ -305,7 +312,9 @@ impl Executor<'_> {
     ) -> Result<(), ExecutionError> {
         let title = reference.title();
         let (mut first, mut last) = (true, String::new());
-        let (mut looked, mut cause) = (Instant::now(), None);
+        let since = super::store::now();
+        let (mut looked, mut interval) = (Instant::now(), DIAGNOSIS_INTERVAL);
+        let mut cause: Option<Cause> = None;
         loop {
             let (object, missing, over) = match self.poll(path, std::mem::take(&mut first)).await? {
                 Some((200, object)) => match rollout::status(&object) {
@@ -318,27 +327,33 @@ impl Executor<'_> {
                     }
                 },
                 Some((status, answer)) => return refused(reference, status, &answer),
-                None => (None, "the Kubernetes API does not answer".into(), None),
+                None => {
+                    cause = None;
+                    (None, "the Kubernetes API does not answer".into(), None)
+                }
             };
             let over = over.or((Instant::now() > end).then_some("timed_out"));
             if let Some(object) = &object
-                && (over.is_some() || looked.elapsed() >= DIAGNOSIS_INTERVAL)
+                && (over.is_some() || looked.elapsed() >= interval)
             {
-                cause = self.diagnose(reference, object).await?;
+                let look = self.diagnose(reference, object, &since);
+                cause = timeout(DIAGNOSIS_TIMEOUT, look).await.unwrap_or(Ok(None))?;
                 looked = Instant::now();
+                interval = (interval * 2).min(MAX_DIAGNOSIS_INTERVAL);
             }
             let missing = match &cause {
                 Some(cause) => format!("{missing}: {}", cause.message),
                 None => missing,
             };
-            let hopeless = cause.as_ref().is_some_and(|cause: &Cause| !cause.reason.can_heal());
+            let hopeless = cause.as_ref().is_some_and(|cause| cause.is_final);
             if let Some(code) = over.or(hopeless.then_some("")) {
                 let message = match code {
                     "timed_out" => format!("{title} is not ready after {timeout_s} s: {missing}"),
                     _ => format!("{title}: {missing}"),
                 };
                 let reason = cause.as_ref().map_or(code, |cause| cause.reason.code());
-                let log = self.last_lines(reference, cause.as_ref()).await?;
+                let read = self.last_lines(reference, cause.as_ref());
+                let log = timeout(DIAGNOSIS_TIMEOUT, read).await.unwrap_or(Ok(Vec::new()))?;
                 return Err(ExecutionError::Failed(ExecutionFailure { message, reason, log }));
             }
             if missing != last {

@@ -84,10 +84,12 @@ impl Api {
             (&Method::POST, None, ..) => self.begin(parts, body, caller).await,
             (&Method::GET, None, ..) => {
                 let all = self.operations().all.lock();
-                let mut mine: Vec<&Operation> = all
+                let mut mine: Vec<Operation> = all
                     .values()
                     .map(|l| &l.stored.operation)
                     .filter(|o| may_see(caller, o))
+                    // one is asked for by its id with its log
+                    .map(|o| Operation { log: Vec::new(), ..o.clone() })
                     .collect();
                 mine.sort_by(|a, b| b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id)));
                 plain(200, "application/json", json!({"items": mine}).to_string())
@@ -336,10 +338,18 @@ fn problem(
     }
 }
 
-/// A caller sees its own operations; an operator of the whole cluster sees all.
+/// A caller sees its own operations, with a token for namespaces those of them; an operator of the
+/// whole cluster sees all.
 fn may_see(caller: &Caller, operation: &Operation) -> bool {
-    operation.subject == caller.subject
-        || (caller.role >= Role::Operator && caller.namespaces.is_none())
+    let Some(own) = &caller.namespaces else {
+        return operation.subject == caller.subject || caller.role >= Role::Operator;
+    };
+    // `Kind namespace/name`
+    let is_inside = |object: &str| {
+        let name = object.split_once(' ').and_then(|(_, name)| name.split_once('/'));
+        name.is_some_and(|(namespace, _)| own.iter().any(|n| n == namespace))
+    };
+    operation.subject == caller.subject && operation.objects.iter().all(|o| is_inside(&o.object))
 }
 
 fn not_found() -> Response<Body> {

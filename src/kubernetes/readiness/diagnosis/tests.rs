@@ -32,11 +32,20 @@ fn waiting(reason: &str, message: &str) -> Value {
     json!({"state": {"waiting": {"reason": reason, "message": message}}})
 }
 
+/// A ReplicaSet whose pods are refused, again a moment ago.
 fn refused(message: &str) -> Evidence {
     let condition = json!({
         "type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": message
     });
-    Evidence { replica_set: json!({"status": {"conditions": [condition]}}), ..Evidence::default() }
+    let event = json!({
+        "reason": "FailedCreate", "message": message, "lastTimestamp": "2026-01-01T00:00:09Z"
+    });
+    Evidence {
+        replica_set: json!({"status": {"conditions": [condition]}}),
+        events: vec![event],
+        since: "2026-01-01T00:00:05Z".into(),
+        ..Evidence::default()
+    }
 }
 
 fn unscheduled(message: &str) -> Evidence {
@@ -292,6 +301,64 @@ fn what_cannot_heal_explains_more_than_the_rest() {
 }
 
 #[test]
+fn a_refusal_from_before_is_told_and_waited_for() {
+    let message = format!("{NEEDS}violates PodSecurity \"restricted:latest\": x");
+    let mut evidence = refused(&message);
+    assert!(diagnose(&evidence).unwrap().is_final);
+    // the namespace may have been corrected since: the controller tries again in its time
+    evidence.since = "2026-01-01T00:01:00Z".into();
+    let cause = diagnose(&evidence).unwrap();
+    assert!(cause.reason == Reason::PodSecurity && !cause.is_final, "{cause:?}");
+    evidence.events.clear();
+    assert!(!diagnose(&evidence).unwrap().is_final);
+    // without such a condition the event says it, as long as there is no pod
+    let event = json!({"reason": "FailedCreate", "message": message});
+    let mut evidence = Evidence { events: vec![event], ..Evidence::default() };
+    assert_eq!(diagnose(&evidence).unwrap().reason, Reason::PodSecurity);
+    evidence.pods = pod(waiting("ContainerCreating", ""), &[]).pods;
+    assert_eq!(diagnose(&evidence), None);
+}
+
+#[test]
+fn what_has_healed_keeps_nothing() {
+    let mut killed = json!({
+        "restartCount": 1, "ready": true, "state": {"running": {}},
+        "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    });
+    let unready = [("Unhealthy", "Readiness probe failed: HTTP probe failed")];
+    // its container runs well again; what keeps the pod is another one's probe
+    assert_eq!(diagnose(&pod(killed.clone(), &unready)).unwrap().reason, Reason::ProbeFailed);
+    killed["ready"] = false.into();
+    let mut evidence = pod(killed, &[]);
+    assert_eq!(diagnose(&evidence).unwrap().reason, Reason::OutOfMemory);
+    evidence.pods[0]["status"]["conditions"] = json!([{"type": "Ready", "status": "True"}]);
+    assert_eq!(diagnose(&evidence), None, "a pod that is ready");
+    // a volume that was mounted in the end
+    let late = [("FailedMount", "failed to sync configmap cache"), ("Pulling", "Pulling image")];
+    assert_eq!(diagnose(&pod(waiting("ContainerCreating", ""), &late)), None);
+    // how a pod ended, while the next one waits
+    let mut evidence = unscheduled("0/1 nodes are available: 1 Insufficient cpu.");
+    evidence.pods.push(json!({
+        "metadata": {"name": "web-0"},
+        "status": {"phase": "Failed", "reason": "Evicted", "message": "low on memory"}
+    }));
+    assert_eq!(diagnose(&evidence).unwrap().reason, Reason::Unschedulable);
+    evidence.pods.remove(0);
+    assert_eq!(diagnose(&evidence).unwrap().reason, Reason::Evicted);
+}
+
+#[test]
+fn a_pod_of_the_former_template_ends_nothing() {
+    let root = "container's runAsUser breaks non-root policy (pod: \"web-1\", container: web)";
+    let mut evidence = pod(waiting("CreateContainerConfigError", root), &[]);
+    let cause = diagnose(&evidence).unwrap();
+    assert!(cause.reason == Reason::RunsAsRoot && cause.is_final, "{cause:?}");
+    evidence.is_former = true;
+    let cause = diagnose(&evidence).unwrap();
+    assert!(!cause.is_final && cause.message.contains("former template"), "{cause:?}");
+}
+
+#[test]
 fn the_log_that_says_more_is_named() {
     let crash = json!({
         "restartCount": 3, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
@@ -322,11 +389,17 @@ fn only_pods_of_the_newest_template_count() {
     let newest = newest_replica_set(&json!({"metadata": {"uid": "d"}}), &sets).unwrap();
     assert_eq!(newest["metadata"]["name"], "new");
     let pod = json!({"metadata": {"ownerReferences": owner("new"), "labels": {
-        "controller-revision-hash": "w-1"
+        "controller-revision-hash": "w-1", "pod-template-generation": "2"
     }}});
-    assert!(is_of(&pod, newest) && !is_of(&pod, &sets[0]));
+    assert!(is_owned(&pod, newest) && is_of(&pod, newest) && !is_owned(&pod, &sets[0]));
     let stateful = |revision: &str| json!({"metadata": {"uid": "new"}, "status": {"updateRevision": revision}});
     assert!(is_of(&pod, &stateful("w-1")) && !is_of(&pod, &stateful("w-2")));
+    let daemons = |number: &str| {
+        json!({"metadata": {
+            "uid": "new", "annotations": {"deprecated.daemonset.template.generation": number}
+        }})
+    };
+    assert!(is_of(&pod, &daemons("2")) && !is_of(&pod, &daemons("3")));
 }
 
 #[test]

@@ -6,6 +6,8 @@
 //! `pkg/kubelet/kuberuntime/security_context_others.go` for users, `plugin/pkg/admission` for pods
 //! that are refused.
 
+mod container;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -138,6 +140,8 @@ pub struct Cause {
     pub reason: Reason,
     /// One line: what is wrong and the evidence for it.
     pub message: String,
+    /// Waiting is of no use: it can't heal, and it is about the workload as it is now.
+    pub is_final: bool,
     pub crashed: Option<CrashedContainer>,
 }
 
@@ -146,10 +150,14 @@ pub struct Cause {
 pub struct Evidence {
     /// The ReplicaSet of the template that was asked for, where the workload is a Deployment.
     pub replica_set: Value,
-    /// Pods of that template.
+    /// Pods of that template; of the former one where `is_former`.
     pub pods: Vec<Value>,
+    pub is_former: bool,
     /// Events of the pods, and of the one that should make them.
     pub events: Vec<Value>,
+    /// When the wait began, RFC 3339 to the second: a refusal from before may be about the
+    /// namespace as it was.
+    pub since: String,
 }
 
 fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
@@ -169,7 +177,7 @@ fn brief(message: &str) -> String {
 }
 
 fn cause(reason: Reason, message: String) -> Cause {
-    Cause { reason, message, crashed: None }
+    Cause { reason, message, is_final: !reason.can_heal(), crashed: None }
 }
 
 /// The ReplicaSet of a Deployment's newest template: the one that it owns with the highest
@@ -188,41 +196,35 @@ pub fn newest_replica_set<'a>(deployment: &Value, replica_sets: &'a [Value]) -> 
         .max_by_key(|set| revision(set))
 }
 
-/// Whether a pod was made from the template of `owner`: a ReplicaSet, a Job, or a workload that
-/// makes its pods itself and names their revision.
-pub fn is_of(pod: &Value, owner: &Value) -> bool {
+/// Whether a pod was made by `owner`.
+pub fn is_owned(pod: &Value, owner: &Value) -> bool {
     let uid = text(owner, "/metadata/uid");
-    let owned = list(pod, "/metadata/ownerReferences").any(|o| o["uid"] == uid);
+    list(pod, "/metadata/ownerReferences").any(|o| o["uid"] == uid)
+}
+
+/// Whether a pod was made from the template of its owner as it is now. A ReplicaSet and a Job have
+/// one template; a StatefulSet names the revision of its newest, a DaemonSet the number
+/// (kubernetes/kubernetes `pkg/controller/daemon/util/daemonset_util.go`).
+pub fn is_of(pod: &Value, owner: &Value) -> bool {
+    let labels = &pod["metadata"]["labels"];
     let revision = text(owner, "/status/updateRevision");
-    let current = revision.is_empty()
-        || pod["metadata"]["labels"]["controller-revision-hash"].as_str() == Some(revision);
-    owned && current
+    let number = &owner["metadata"]["annotations"]["deprecated.daemonset.template.generation"];
+    (revision.is_empty() || labels["controller-revision-hash"] == revision)
+        && (number.is_null() || labels["pod-template-generation"] == *number)
 }
 
 /// The most telling cause, if there is one. A workload that only takes its time has none.
 pub fn diagnose(evidence: &Evidence) -> Option<Cause> {
-    let refused = list(&evidence.replica_set, "/status/conditions")
-        .find(|c| c["type"] == "ReplicaFailure" && c["status"] == "True")
-        .map(|c| text(c, "/message"))
-        .or_else(|| {
-            // workloads without such a condition say it in events alone
-            let none = evidence.pods.is_empty();
-            let failed = |e: &&Value| none && text(e, "/reason") == "FailedCreate";
-            evidence
-                .events
-                .iter()
-                .filter(failed)
-                .max_by_key(|e| seen_at(e))
-                .map(|e| text(e, "/message"))
-        })
-        .and_then(admission_cause);
-    if let Some(cause) = &refused
-        && !cause.reason.can_heal()
-    {
+    let refused = refusal(evidence);
+    if refused.as_ref().is_some_and(|cause| cause.is_final) {
         return refused;
     }
-    let alive = evidence.pods.iter().filter(|p| p["metadata"]["deletionTimestamp"].is_null());
-    let causes = alive.filter_map(|pod| {
+    let waits = |p: &&Value| p["metadata"]["deletionTimestamp"].is_null() && !is_ready(p);
+    let (ended, active): (Vec<&Value>, Vec<&Value>) =
+        evidence.pods.iter().filter(waits).partition(|pod| has_ended(pod));
+    // how pods ended explains only where none is left that may still get ready
+    let pods = if active.is_empty() { ended } else { active };
+    let causes = pods.into_iter().filter_map(|pod| {
         let uid = text(pod, "/metadata/uid");
         let events: Vec<&Value> = evidence
             .events
@@ -231,7 +233,30 @@ pub fn diagnose(evidence: &Evidence) -> Option<Cause> {
             .collect();
         pod_cause(pod, &events)
     });
-    causes.max_by_key(|cause| weight(cause.reason)).or(refused)
+    let mut found = causes.max_by_key(|cause| weight(cause.reason)).or(refused)?;
+    if evidence.is_former {
+        found.is_final = false;
+        found.message += " (a pod of the former template, which is waited for: delete it)";
+    }
+    Some(found)
+}
+
+/// Why pods are not made, where that is so.
+fn refusal(evidence: &Evidence) -> Option<Cause> {
+    let failed = |e: &&Value| text(e, "/reason") == "FailedCreate";
+    let newest = evidence.events.iter().filter(failed).max_by_key(|e| seen_at(e));
+    let condition = list(&evidence.replica_set, "/status/conditions")
+        .find(|c| c["type"] == "ReplicaFailure" && c["status"] == "True");
+    // workloads without such a condition say it in events alone
+    let by_event = newest.filter(|_| evidence.replica_set.is_null() && evidence.pods.is_empty());
+    let mut found = admission_cause(text(condition.or(by_event)?, "/message"))?;
+    // the condition keeps the time and the words of the first refusal, the event those of the last
+    found.is_final &= newest.is_some_and(|event| seen_at(event) >= evidence.since.as_str());
+    Some(found)
+}
+
+fn has_ended(pod: &Value) -> bool {
+    matches!(text(pod, "/status/phase"), "Failed" | "Succeeded")
 }
 
 /// How much a reason explains.
@@ -277,13 +302,13 @@ pub fn admission_cause(message: &str) -> Option<Cause> {
         Reason::PodSecurity
     } else if lower.contains("exceeded quota") || lower.contains("failed quota") {
         Reason::QuotaExceeded
-    } else if lower.contains(" usage per ") || lower.contains(" limit to request ratio per ") {
-        Reason::LimitExceeded
     } else if lower.contains("failed calling webhook") {
         Reason::WebhookFailed
     } else if lower.contains("denied the request") || lower.contains("denied request") {
         Reason::AdmissionDenied
-    } else if lower.contains("serviceaccount") && lower.contains("not found") {
+    } else if lower.contains(" usage per ") || lower.contains(" limit to request ratio per ") {
+        Reason::LimitExceeded
+    } else if lower.contains("error looking up service account") {
         Reason::ConfigMissing
     } else {
         return None;
@@ -320,13 +345,28 @@ fn pod_cause(pod: &Value, events: &[&Value]) -> Option<Cause> {
     }
     let containers = ["/status/initContainerStatuses", "/status/containerStatuses"];
     let states = containers.iter().flat_map(|at| list(pod, at));
-    let found = states.filter_map(|state| container_cause(pod, state, events));
+    let found = states.filter_map(|state| container::cause_of(pod, state, events));
     let found = found.max_by_key(|cause| weight(cause.reason));
     found.or_else(|| preparation_cause(name, events)).or_else(|| probe_cause(pod, events))
 }
 
 /// Why the containers of a pod were not begun: volumes and network.
 fn preparation_cause(pod: &str, events: &[&Value]) -> Option<Cause> {
+    // what came after it shows that it has healed
+    let steps = [
+        "FailedMount",
+        "FailedAttachVolume",
+        "FailedCreatePodSandBox",
+        "Pulling",
+        "Pulled",
+        "Created",
+        "Started",
+    ];
+    let known = events.iter().filter(|e| steps.contains(&text(e, "/reason")));
+    let last = known.max_by_key(|e| seen_at(e))?;
+    if !text(last, "/reason").starts_with("Failed") {
+        return None;
+    }
     if let Some(why) = newest(events, &["FailedMount", "FailedAttachVolume"]) {
         let missing = (why.contains("secret \"") || why.contains("configmap \""))
             && why.contains("not found")
@@ -354,139 +394,6 @@ fn probe_cause(pod: &Value, events: &[&Value]) -> Option<Cause> {
     }
     let why = newest(events, &["Unhealthy", "ProbeError"])?;
     Some(cause(Reason::ProbeFailed, format!("pod {name} is not ready: {}", brief(why))))
-}
-
-fn container_cause(pod: &Value, state: &Value, events: &[&Value]) -> Option<Cause> {
-    let (pod_name, name) = (text(pod, "/metadata/name"), text(state, "/name"));
-    let of = format!("container {name} of pod {pod_name}");
-    let waiting = text(state, "/state/waiting/reason");
-    let message = text(state, "/state/waiting/message");
-    match waiting {
-        "ErrImagePull"
-        | "ImagePullBackOff"
-        | "ErrImageNeverPull"
-        | "ImageInspectError"
-        | "InvalidImageName"
-        | "RegistryUnavailable"
-        | "SignatureValidationFailed" => {
-            return Some(image_cause(state, &of, waiting, message, events));
-        }
-        "CreateContainerConfigError" => return Some(config_cause(&of, message)),
-        _ => {}
-    }
-    // how it ended: this time, or the last
-    let ended = [&state["state"]["terminated"], &state["lastState"]["terminated"]]
-        .into_iter()
-        .find(|t| t.is_object() && t["exitCode"] != 0);
-    let restarts = state["restartCount"].as_u64().unwrap_or(0);
-    let times = if restarts == 1 { "once".to_owned() } else { format!("{restarts} times") };
-    let starts = |t: &&Value| {
-        matches!(text(t, "/reason"), "StartError" | "ContainerCannotRun" | "RunContainerError")
-    };
-    if let Some(why) = ended.filter(starts).map(|t| text(t, "/message")).or_else(|| {
-        matches!(waiting, "RunContainerError" | "CreateContainerError").then_some(message)
-    }) {
-        return Some(start_cause(&of, why));
-    }
-    let ended = ended?;
-    let code = ended["exitCode"].as_i64().unwrap_or(0);
-    let again = state["state"]["terminated"].is_null();
-    let crashed = Some(CrashedContainer {
-        pod: pod_name.into(),
-        container: name.into(),
-        previous: again && waiting.is_empty() || waiting == "CrashLoopBackOff",
-    });
-    if text(ended, "/reason") == "OOMKilled" {
-        let limit = list(pod, "/spec/containers")
-            .chain(list(pod, "/spec/initContainers"))
-            .find(|c| c["name"] == name)
-            .and_then(|c| c["resources"]["limits"]["memory"].as_str())
-            .map_or_else(String::new, |limit| format!(" of {limit}"));
-        let message = format!("{of} was killed: it used more memory than its limit{limit}");
-        return Some(Cause { reason: Reason::OutOfMemory, message, crashed });
-    }
-    // restarted by the kubelet, because of a probe
-    if let Some(why) = newest(events, &["Killing"])
-        && (why.contains("failed liveness probe") || why.contains("failed startup probe"))
-        && why.contains(&format!("Container {name} "))
-    {
-        let said = newest(events, &["Unhealthy", "ProbeError"]).unwrap_or(why);
-        let message = format!("{of} is restarted for a failed probe ({times}): {}", brief(said));
-        return Some(Cause { reason: Reason::ProbeFailed, message, crashed });
-    }
-    let said = brief(text(ended, "/message"));
-    let said = if said.is_empty() { said } else { format!(": {said}") };
-    if waiting == "CrashLoopBackOff" || restarts > 0 {
-        let message =
-            format!("{of} ends again and again: exit code {code}, restarted {times}{said}");
-        return Some(Cause { reason: Reason::CrashLoop, message, crashed });
-    }
-    let message = format!("{of} ended with exit code {code}{said}");
-    Some(Cause { reason: Reason::ExitedWithError, message, crashed })
-}
-
-/// Why an image is not there. While the kubelet backs off, older versions say only that; the event
-/// of the failure says why.
-fn image_cause(state: &Value, of: &str, waiting: &str, message: &str, events: &[&Value]) -> Cause {
-    let image = brief(text(state, "/image"));
-    if waiting == "InvalidImageName" {
-        let message = format!("`{image}` is no name of an image ({of})");
-        return cause(Reason::ImageNameInvalid, message);
-    }
-    let pull = events.iter().filter(|e| {
-        text(e, "/reason") == "Failed" && text(e, "/message").starts_with("Failed to pull image")
-    });
-    let pull = pull.max_by_key(|e| seen_at(e)).map(|e| text(e, "/message"));
-    let vague = waiting == "ImagePullBackOff" && !message.contains("ErrImagePull");
-    let why = if vague { pull.unwrap_or(message) } else { message };
-    let lower = why.to_lowercase();
-    let has = |parts: &[&str]| parts.iter().any(|part| lower.contains(part));
-    let unauthorized = [
-        "unauthorized",
-        "authorization failed",
-        "authentication required",
-        "may require authorization",
-        "no basic auth credentials",
-        "forbidden",
-        "denied",
-    ];
-    let absent = ["not found", "manifest unknown", "name unknown"];
-    let (reason, what) = if has(&unauthorized) {
-        let what = format!("the registry refuses `{image}`: it is private or does not exist");
-        (Reason::ImageUnauthorized, what)
-    } else if has(&absent) && !has(&["no such host", "lookup "]) {
-        (Reason::ImageNotFound, format!("the registry does not have the image `{image}`"))
-    } else if waiting == "ErrImageNeverPull" {
-        let what = format!("the image `{image}` is not on the node, and must not be pulled");
-        (Reason::ImageNotFound, what)
-    } else {
-        (Reason::ImagePullFailed, format!("the image `{image}` cannot be pulled"))
-    };
-    cause(reason, format!("{what} ({of}): {}", brief(why)))
-}
-
-/// Why a container's configuration cannot be made.
-fn config_cause(of: &str, message: &str) -> Cause {
-    if message.contains("runAsNonRoot") {
-        let message = format!("the image of {of} runs as root, and must not: {}", brief(message));
-        return cause(Reason::RunsAsRoot, message);
-    }
-    let message = format!("something that {of} needs is not there: {}", brief(message));
-    cause(Reason::ConfigMissing, message)
-}
-
-/// Why the runtime cannot start a container.
-fn start_cause(of: &str, why: &str) -> Cause {
-    let missing = ["executable file not found", "no such file or directory", "permission denied"];
-    let exec = why.contains("exec: ") || why.contains("exec format error");
-    let reason = if exec && (missing.iter().any(|m| why.contains(m)) || why.contains("format")) {
-        Reason::CommandNotFound
-    } else {
-        Reason::CrashLoop
-    };
-    // runc's own words come last
-    let why = why.rsplit_once("error during container init: ").map_or(why, |(_, last)| last);
-    cause(reason, format!("{of} cannot be started: {}", brief(why)))
 }
 
 #[cfg(test)]
