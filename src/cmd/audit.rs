@@ -22,7 +22,8 @@ pub fn audit(context: &Context, args: &AuditArgs) -> anyhow::Result<Exit> {
             let mut printer =
                 Printer::new(*output == OutputFormat::Json, false, context.no_color());
             let found = audit::verify(&dir).map_err(|broken| {
-                if broken.contains("reading ") {
+                // bytes that are no text were not written by the agent
+                if broken.starts_with("reading ") && !broken.contains("valid UTF-8") {
                     unreadable(broken)
                 } else {
                     Failure::new(Exit::Verification, "AUDIT_BROKEN", "the audit log was changed")

@@ -4,6 +4,7 @@
 use super::{Context, secrets, unreadable};
 use crate::base::config_file::line_of;
 use crate::base::error::Failure;
+use crate::base::secret::mask_registered;
 use crate::cli::InstallerArgs;
 use crate::host::Host;
 use crate::install::checks;
@@ -91,7 +92,11 @@ fn located(mut failure: Failure, flags: &Options, files: &[ConfigFile], role: No
         }
         let Some(file) = files.iter().rev().find(|file| has(&file.options, fault)) else { return };
         let told = fault.trim_start_matches("--");
-        let key = told.trim_start_matches("[k3s] ").split(':').next().unwrap_or_default();
+        let key = told
+            .trim_start_matches("[k3s] ")
+            .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
+            .next()
+            .unwrap_or_default();
         *fault = format!("{told} ({}, line {})", file.path, line_of(&file.text, key));
     };
     match failure.why.as_mut_slice() {
@@ -132,7 +137,8 @@ pub(super) fn typed(flags: &Options, run: &InstallerArgs) -> Vec<String> {
     let mut words: Vec<String> = flags
         .as_flags()
         .into_iter()
-        .map(|(key, value)| format!("--{key} {}", quoted(&value)))
+        // masked before it is quoted, which may take a secret apart
+        .map(|(key, value)| format!("--{key} {}", quoted(&mask_registered(&value))))
         .collect();
     if run.root != "/" {
         words.push(format!("--root {}", quoted(&run.root)));

@@ -46,6 +46,7 @@ pub async fn worker(context: &Context, args: JoinWorkerArgs) -> anyhow::Result<E
     );
     installer.typed.extend(insecure.then(|| "--insecure-token".to_owned()));
     let result = async {
+        joins(&installer, &url)?;
         let token = token(&installer, args.token.as_deref(), args.token_file.as_deref()).await?;
         join(&mut installer, &url, token, insecure).await
     }
@@ -156,10 +157,14 @@ async fn install(
         let question = format!("reserve the name {node} at {url} and plan the join?");
         installer.context.confirm(&mut installer.printer, &question).await?;
     }
-    let result = match reserve(installer, server, &node).await {
+    let mut result = match reserve(installer, server, &node).await {
         Ok(version) => finish(installer, url, version, &mut findings).await,
         // a worker that is up needs its token no more: it may have expired since
-        Err(error) if joined && Failure::from_error(&error).code != "VERSION_SKEW" => {
+        Err(error)
+            if joined
+                && !["VERSION_SKEW", "INTERRUPTED"]
+                    .contains(&Failure::from_error(&error).code.as_str()) =>
+        {
             installer
                 .printer
                 .say(&format!("note: the server's version was not asked for: {error}"));
@@ -172,8 +177,26 @@ async fn install(
         // the name is ours on the server: keep the password, or this machine could not come back
         // under it
         keep_password(installer, url).await;
+        result = result.map_err(|error| {
+            let mut failure = Failure::from_error(&error);
+            failure.why.retain(|why| why != "nothing was changed");
+            failure.into()
+        });
     }
     result
+}
+
+/// Whether a saved plan joins the server that is named now.
+fn joins(installer: &Installer<'_>, url: &str) -> Result<(), Failure> {
+    let planned = installer.saved.as_ref().and_then(|saved| saved.plan.options.get("server"));
+    match planned.filter(|planned| *planned != url) {
+        Some(planned) => {
+            let what = format!("this plan joins {planned}, not {url}");
+            let hint = "name that server, or make a new plan with --plan-out";
+            Err(Failure::usage("PLAN_OPTIONS", what).hint(hint))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Ties the name to this machine on the server, and settles the version.
@@ -214,14 +237,14 @@ async fn reserve(
     installer.printer.say(&format!(
         "the server has reserved the name {node} for this machine; it runs k3s {server_version}"
     ));
-    release::version(
+    let version = release::version(
         &installer.host,
         &installer.settings,
         &installer.facts,
         None,
         Some(&server_version),
-    )
-    .await
+    );
+    installer.context.unless_stopped(version).await
 }
 
 async fn finish(

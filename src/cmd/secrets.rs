@@ -65,7 +65,12 @@ fn names(keys: Vec<(String, serde_json::Value)>, of: &str) -> Vec<String> {
 
 /// The options that name a file of secrets, as a saved plan has them, where this run does not say.
 pub(super) fn adopt_paths(options: &mut Options, saved: Option<&CheckedPlan>) {
-    let Some(inputs) = saved.map(|s| &s.plan.inputs) else { return };
+    let Some(plan) = saved.map(|s| &s.plan) else { return };
+    let inputs = &plan.inputs;
+    // one name: the one that is reserved, checked, installed and shown
+    if let Some(name) = plan.options.get("node-name") {
+        options.node_name = Some(name.clone());
+    }
     options.registries = options.registries.take().or_else(|| inputs.get("registries").cloned());
     options.agent_token_file =
         options.agent_token_file.take().or_else(|| inputs.get("agent-token-file").cloned());

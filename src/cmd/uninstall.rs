@@ -8,7 +8,7 @@ use crate::base::error::{Exit, Failure};
 use crate::cli::{OutputFormat, UninstallArgs};
 use crate::host::paths::{JOIN_TOKEN, LOGS, STATE};
 use crate::host::{Host, HostWriter, Owner};
-use crate::install::engine::journal::{Journal, PATH};
+use crate::install::engine::journal::{Journal, PATH, PriorState};
 use crate::install::engine::{self, Outcome};
 use crate::install::plan::{ProgressEvent, Resource, step_id};
 use crate::k3s::paths::{KUBELET_KUBECONFIG, NODE_PASSWORD, VOLUMES};
@@ -113,9 +113,19 @@ fn announce(printer: &mut Printer, host: &Host, journal: &Journal, purge: bool) 
         }
     }
     if !host.list(VOLUMES).is_empty() {
-        let (sign, verb) = if purge { ('-', "remove") } else { ('=', "keep") };
+        let (sign, verb) = if purge && ours(journal) { ('-', "remove") } else { ('=', "keep") };
         printer.say(&format!("  {sign} {verb} {VOLUMES} (volumes)"));
     }
+}
+
+/// Whether the directory of the volumes was made by the install that the journal tells of.
+fn ours(journal: &Journal) -> bool {
+    journal.entries.iter().any(|entry| match (&entry.want, &entry.before) {
+        (Resource::Node { .. }, PriorState::Absent { made }) => {
+            made.iter().any(|dir| VOLUMES.starts_with(dir.as_str()))
+        }
+        _ => false,
+    })
 }
 
 /// Says what is left, and keeps the text of the run in a log that stays.

@@ -7,7 +7,7 @@ use crate::base::error::{Exit, Failure, nearest};
 use crate::cli::{Explain, OutputFormat};
 use crate::output::Printer;
 
-const TEXT: &str = include_str!("explain.md");
+const TEXT: &str = include_str!("../explain.md");
 
 /// What is known of one code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
