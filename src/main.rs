@@ -7,6 +7,8 @@ use std::ffi::CString;
 use std::io::{Seek as _, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{CommandFactory as _, Parser as _};
 use pipeops::agent::{self, config, credential};
@@ -79,13 +81,13 @@ fn main() -> ExitCode {
         }
     };
     let stop = CancellationToken::new();
-    let terminated = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let terminated = Arc::new(AtomicBool::new(false));
     let result = runtime.block_on(async {
         watch_signals(stop.clone(), terminated.clone());
-        run(parsed, secrets, stop).await
+        run(parsed, secrets, stop, terminated.clone()).await
     });
     runtime.shutdown_background();
-    let was = terminated.load(std::sync::atomic::Ordering::Relaxed);
+    let was = terminated.load(Ordering::Relaxed);
     match result {
         Ok(exit) => ExitCode::from(exit.number()),
         Err(error) => end(&Failure::from_error(&error), was),
@@ -106,10 +108,7 @@ fn refuse(error: &clap::Error) -> Cli {
 
 /// The first SIGINT or SIGTERM stops in order; the second ends the process at once: the journal
 /// already knows.
-fn watch_signals(
-    stop: CancellationToken,
-    terminated: std::sync::Arc<std::sync::atomic::AtomicBool>,
-) {
+fn watch_signals(stop: CancellationToken, terminated: Arc<AtomicBool>) {
     let (Ok(mut interrupt), Ok(mut terminate)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
@@ -120,7 +119,7 @@ fn watch_signals(
             let number =
                 tokio::select! { _ = interrupt.recv() => 130, _ = terminate.recv() => 143 };
             if round == 0 {
-                terminated.store(number == 143, std::sync::atomic::Ordering::Relaxed);
+                terminated.store(number == 143, Ordering::Relaxed);
                 stop.cancel();
             } else {
                 #[expect(clippy::exit, reason = "the user has asked twice")]
@@ -134,6 +133,7 @@ async fn run(
     parsed: Cli,
     secrets: BTreeMap<String, String>,
     stop: CancellationToken,
+    terminated: Arc<AtomicBool>,
 ) -> anyhow::Result<Exit> {
     let token = |name: &str| {
         secrets.get(name).filter(|t| !t.trim().is_empty()).map(|t| Secret::new(t.trim()))
@@ -148,6 +148,7 @@ async fn run(
         database_url: token("PIPEOPS_DATABASE_URL"),
         amqp_url: token("PIPEOPS_AMQP_URL"),
         stop,
+        terminated,
     };
     match parsed.command {
         Command::InstallServer(args) => cmd::install::server(&context, args).await,

@@ -1,6 +1,8 @@
 //! What both installers do alike: settings, lock and facts, then checks, confirmation, engine and
 //! report.
 
+use std::sync::atomic::Ordering;
+
 use serde_json::json;
 
 use super::given::{self, quoted};
@@ -431,7 +433,8 @@ impl<'a> Installer<'a> {
     pub(super) fn end(self, result: anyhow::Result<Exit>) -> anyhow::Result<Exit> {
         if let Err(error) = &result {
             let failure = Failure::from_error(error);
-            let (command, exit) = (self.command, failure.exit.number());
+            let terminated = self.context.terminated.load(Ordering::Relaxed);
+            let (command, exit) = (self.command, super::exit_of(&failure, terminated).number());
             self.printer.document(&json!({
                 "schema": "pipeops.result/v1",
                 "command": command,

@@ -12,6 +12,8 @@ mod secrets;
 pub mod uninstall;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use tokio_util::sync::CancellationToken;
 
@@ -34,6 +36,8 @@ pub struct Context {
     pub amqp_url: Option<Secret>,
     /// Cancelled by the first SIGINT or SIGTERM.
     pub stop: CancellationToken,
+    /// The signal was SIGTERM.
+    pub terminated: Arc<AtomicBool>,
 }
 
 impl Context {
