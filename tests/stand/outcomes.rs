@@ -170,7 +170,7 @@ fn deployments(image: &str) -> Vec<Case> {
             "not-alive",
             "probe_failed",
             End::Cancelled,
-            Box::new(probe("livenessProbe", json!({"exec": {"command": ["false"]}}))),
+            Box::new(probe("livenessProbe", json!({"exec": {"command": ["sh", "-c", "exit 1"]}}))),
         ),
         (
             "not-begun",
