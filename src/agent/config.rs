@@ -16,6 +16,7 @@ use crate::contract::token::Role;
 use crate::contract::types::DEFAULT_CONTROL_PLANE;
 use crate::host::Host;
 use crate::host::paths::AGENT_CONFIG;
+use crate::host::user_files::unreadable;
 
 /// The directory for the state of the agent, unless systemd names another one.
 pub const STATE_DIR: &str = "/var/lib/pipeops-agent";
@@ -78,13 +79,6 @@ fn wrong(code: &str, what: String, why: String) -> anyhow::Error {
     let hint = "correct it, or run `pipeops install-server` again, then `systemctl restart \
                 pipeops-agent`";
     Failure::usage(code, what).why(why).hint(hint).into()
-}
-
-fn unreadable(path: &str, error: &anyhow::Error) -> anyhow::Error {
-    Failure::usage("FILE_UNREADABLE", format!("cannot read {path}"))
-        .why(format!("{:#}", error.root_cause()))
-        .hint("check the path and who may read it")
-        .into()
 }
 
 impl AgentConfig {

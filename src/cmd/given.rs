@@ -1,12 +1,13 @@
 //! What the user asks for: flags over config files, beside a saved plan; and the line that asks for
 //! it once more.
 
-use super::{Context, secrets, unreadable};
+use super::{Context, secrets};
 use crate::base::config_file::line_of;
 use crate::base::error::Failure;
 use crate::base::secret::mask_registered;
 use crate::cli::InstallerArgs;
 use crate::host::Host;
+use crate::host::user_files::unreadable;
 use crate::install::checks;
 use crate::install::components;
 use crate::install::plan::CheckedPlan;
@@ -31,10 +32,7 @@ pub(super) fn settings(
         fits(flags, saved)?;
     }
     let files = config_files(host, run.config.as_deref())?;
-    let mut options = files
-        .iter()
-        .fold(Options::default(), |lower, file| file.options.clone().layered_over(lower));
-    options = flags.clone().layered_over(options);
+    let mut options = flags.clone().layered_over(layered(&files));
     secrets::adopt_paths(&mut options, saved);
     options.paths_mut().for_each(|path| *path = host.absolute_user_path(path));
     secrets::register(&options, &context.env);
@@ -79,6 +77,11 @@ fn config_files(host: &Host, config: Option<&str>) -> anyhow::Result<Vec<ConfigF
         files.push(ConfigFile::parse(path, text)?);
     }
     Ok(files)
+}
+
+/// What the files say together.
+fn layered(files: &[ConfigFile]) -> Options {
+    files.iter().fold(Options::default(), |lower, file| file.options.clone().layered_over(lower))
 }
 
 /// A fault is told in the words of the flag; one that comes from a config file gets its place.
@@ -167,10 +170,8 @@ mod tests {
             file("/tmp/mine.toml", "[k3s]\ndebug = true\ntoken = \"x\"\n"),
         ];
         let told = |flags: &Options| {
-            let lower = files
-                .iter()
-                .fold(Options::default(), |lower, file| file.options.clone().layered_over(lower));
-            let failure = resolve(flags.clone().layered_over(lower), NodeRole::Server).unwrap_err();
+            let options = flags.clone().layered_over(layered(&files));
+            let failure = resolve(options, NodeRole::Server).unwrap_err();
             located(failure, flags, &files, NodeRole::Server).render()
         };
         let all = told(&Options::default());

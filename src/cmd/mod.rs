@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
 use crate::host::Host;
+use crate::host::user_files::unreadable;
 use crate::output::Printer;
 
 /// What `main` hands to a command.
@@ -123,12 +124,6 @@ impl Context {
             token => Ok(Secret::new(token)),
         }
     }
-}
-
-pub(crate) fn unreadable(path: &str, error: &anyhow::Error) -> Failure {
-    Failure::usage("FILE_UNREADABLE", format!("cannot read {path}"))
-        .why(format!("{:#}", error.root_cause()))
-        .hint("check the path and who may read it")
 }
 
 /// The exit code of a failure; SIGTERM has another one than SIGINT.

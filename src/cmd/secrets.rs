@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use super::{Context, unreadable};
+use super::Context;
 use crate::base::error::Failure;
 use crate::base::secret::{MASK, Secret, is_secret_name, mask, register_secret, secrets_in_urls};
 use crate::base::text::unquoted_json_error;
 use crate::cli::InstallerArgs;
+use crate::host::user_files::unreadable;
 use crate::host::{Host, HostWriter};
 use crate::install::engine::Secrets;
 use crate::install::facts::{Facts, ReadableSecret};

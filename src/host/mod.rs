@@ -17,7 +17,7 @@ pub mod program;
 mod remove;
 pub mod state;
 pub mod systemd;
-mod user_files;
+pub mod user_files;
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};

@@ -10,6 +10,13 @@ use anyhow::Context as _;
 use super::Host;
 use crate::base::error::Failure;
 
+/// A file of the user's that cannot be read.
+pub fn unreadable(path: &str, error: &anyhow::Error) -> Failure {
+    Failure::usage("FILE_UNREADABLE", format!("cannot read {path}"))
+        .why(format!("{:#}", error.root_cause()))
+        .hint("check the path and who may read it")
+}
+
 /// A path of the user's that cannot be written to is a wrong value; anything else, as a full disk,
 /// is not.
 fn unwritable(path: &str, error: io::Error) -> anyhow::Error {

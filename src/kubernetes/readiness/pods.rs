@@ -23,6 +23,11 @@ pub fn is_running(pod: &Value) -> bool {
     text(pod, "/status/phase") == "Running"
 }
 
+/// Whether a pod is past its readiness probes.
+pub fn is_ready(pod: &Value) -> bool {
+    condition(pod, "Ready").is_some_and(|ready| ready.is_true())
+}
+
 /// Why pods do not run, by the most telling one; `None` while they are starting.
 pub fn problem(pods: &[Value]) -> Option<String> {
     let alive = pods.iter().filter(|p| p["metadata"]["deletionTimestamp"].is_null());

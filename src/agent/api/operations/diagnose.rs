@@ -6,10 +6,10 @@ use super::executor::Executor;
 use super::requests::{ExecutionError, GET, KubernetesRequest};
 use crate::base::text::printable;
 use crate::contract::operation::Reference;
-use crate::kubernetes::readiness::condition;
 use crate::kubernetes::readiness::diagnosis::{
     Cause, Evidence, diagnose, is_of, is_owned, newest_replica_set,
 };
+use crate::kubernetes::readiness::pods::is_ready;
 use crate::kubernetes::readiness::workload::{is_observed, selector};
 
 /// Lines of a log that are told, and the longest of them, characters.
@@ -46,16 +46,15 @@ impl Executor<'_> {
         let own = selector(owner).unwrap_or(labels);
         let path = format!("/api/v1/namespaces/{namespace}/pods");
         let pods = self.list(&path, &format!("labelSelector={own}&limit=100")).await?;
-        let ready = |pod: &Value| condition(pod, "Ready").is_some_and(|ready| ready.is_true());
         let (newest, former): (Vec<Value>, Vec<Value>) =
             pods.into_iter().filter(|pod| is_owned(pod, owner)).partition(|pod| is_of(pod, owner));
         // a StatefulSet waits for pods of its former template too
         evidence.is_former =
-            reference.kind == "StatefulSet" && !former.is_empty() && newest.iter().all(ready);
+            reference.kind == "StatefulSet" && !former.is_empty() && newest.iter().all(is_ready);
         let uid = |of: &Value| of["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
         let mut uids = vec![uid(owner)];
         evidence.pods = if evidence.is_former { former } else { newest };
-        let mut waits: Vec<&Value> = evidence.pods.iter().filter(|pod| !ready(pod)).collect();
+        let mut waits: Vec<&Value> = evidence.pods.iter().filter(|pod| !is_ready(pod)).collect();
         waits.sort_by_key(|pod| {
             pod["status"]["phase"] != "Pending" && pod["status"]["phase"] != "Running"
         });

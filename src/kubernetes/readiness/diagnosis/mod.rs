@@ -11,6 +11,8 @@ mod container;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::pods::is_ready;
+use super::{condition, text};
 use crate::base::text::printable;
 
 /// Longest part of a foreign message that is repeated, characters.
@@ -160,10 +162,6 @@ pub struct Evidence {
     pub since: String,
 }
 
-fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
-    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
-}
-
 fn list<'a>(value: &'a Value, pointer: &str) -> impl Iterator<Item = &'a Value> {
     value.pointer(pointer).and_then(Value::as_array).into_iter().flatten()
 }
@@ -183,23 +181,19 @@ fn cause(reason: Reason, message: String) -> Cause {
 /// The ReplicaSet of a Deployment's newest template: the one that it owns with the highest
 /// revision.
 pub fn newest_replica_set<'a>(deployment: &Value, replica_sets: &'a [Value]) -> Option<&'a Value> {
-    let uid = text(deployment, "/metadata/uid");
     let revision = |set: &Value| -> u64 {
         set["metadata"]["annotations"]["deployment.kubernetes.io/revision"]
             .as_str()
             .and_then(|r| r.parse().ok())
             .unwrap_or(0)
     };
-    replica_sets
-        .iter()
-        .filter(|set| list(set, "/metadata/ownerReferences").any(|owner| owner["uid"] == uid))
-        .max_by_key(|set| revision(set))
+    replica_sets.iter().filter(|set| is_owned(set, deployment)).max_by_key(|set| revision(set))
 }
 
-/// Whether a pod was made by `owner`.
-pub fn is_owned(pod: &Value, owner: &Value) -> bool {
+/// Whether an object was made by `owner`.
+pub fn is_owned(object: &Value, owner: &Value) -> bool {
     let uid = text(owner, "/metadata/uid");
-    list(pod, "/metadata/ownerReferences").any(|o| o["uid"] == uid)
+    list(object, "/metadata/ownerReferences").any(|o| o["uid"] == uid)
 }
 
 /// Whether a pod was made from the template of its owner as it is now. A ReplicaSet and a Job have
@@ -245,11 +239,11 @@ pub fn diagnose(evidence: &Evidence) -> Option<Cause> {
 fn refusal(evidence: &Evidence) -> Option<Cause> {
     let failed = |e: &&Value| text(e, "/reason") == "FailedCreate";
     let newest = evidence.events.iter().filter(failed).max_by_key(|e| seen_at(e));
-    let condition = list(&evidence.replica_set, "/status/conditions")
-        .find(|c| c["type"] == "ReplicaFailure" && c["status"] == "True");
+    let failure = condition(&evidence.replica_set, "ReplicaFailure").filter(|c| c.is_true());
     // workloads without such a condition say it in events alone
     let by_event = newest.filter(|_| evidence.replica_set.is_null() && evidence.pods.is_empty());
-    let mut found = admission_cause(text(condition.or(by_event)?, "/message"))?;
+    let message = failure.map(|c| c.message).or_else(|| by_event.map(|e| text(e, "/message")));
+    let mut found = admission_cause(message?)?;
     // the condition keeps the time and the words of the first refusal, the event those of the last
     found.is_final &= newest.is_some_and(|event| seen_at(event) >= evidence.since.as_str());
     Some(found)
@@ -324,15 +318,15 @@ pub fn admission_cause(message: &str) -> Option<Cause> {
     Some(cause(reason, format!("{what}: {}", brief(message))))
 }
 
+/// What keeps a pod that is not ready.
 fn pod_cause(pod: &Value, events: &[&Value]) -> Option<Cause> {
     let name = text(pod, "/metadata/name");
     if text(pod, "/status/phase") == "Failed" && text(pod, "/status/reason") == "Evicted" {
         let why = brief(text(pod, "/status/message"));
         return Some(cause(Reason::Evicted, format!("pod {name} was evicted: {why}")));
     }
-    let scheduled = list(pod, "/status/conditions").find(|c| c["type"] == "PodScheduled");
-    if let Some(condition) = scheduled.filter(|c| c["status"] == "False") {
-        let why = text(condition, "/message");
+    if let Some(unscheduled) = condition(pod, "PodScheduled").filter(|c| c.status == "False") {
+        let why = unscheduled.message;
         let lower = why.to_lowercase();
         let volume =
             lower.contains("persistentvolumeclaim") || lower.contains("volume node affinity");
@@ -347,7 +341,7 @@ fn pod_cause(pod: &Value, events: &[&Value]) -> Option<Cause> {
     let states = containers.iter().flat_map(|at| list(pod, at));
     let found = states.filter_map(|state| container::cause_of(pod, state, events));
     let found = found.max_by_key(|cause| weight(cause.reason));
-    found.or_else(|| preparation_cause(name, events)).or_else(|| probe_cause(pod, events))
+    found.or_else(|| preparation_cause(name, events)).or_else(|| probe_cause(name, events))
 }
 
 /// Why the containers of a pod were not begun: volumes and network.
@@ -382,16 +376,8 @@ fn preparation_cause(pod: &str, events: &[&Value]) -> Option<Cause> {
     Some(cause(Reason::SandboxFailed, message))
 }
 
-fn is_ready(pod: &Value) -> bool {
-    list(pod, "/status/conditions").any(|c| c["type"] == "Ready" && c["status"] == "True")
-}
-
 /// Containers run, and the pod is not ready.
-fn probe_cause(pod: &Value, events: &[&Value]) -> Option<Cause> {
-    let name = text(pod, "/metadata/name");
-    if is_ready(pod) {
-        return None;
-    }
+fn probe_cause(name: &str, events: &[&Value]) -> Option<Cause> {
     let why = newest(events, &["Unhealthy", "ProbeError"])?;
     Some(cause(Reason::ProbeFailed, format!("pod {name} is not ready: {}", brief(why))))
 }
