@@ -95,9 +95,6 @@ pub async fn uninstall(context: &Context, args: UninstallArgs) -> anyhow::Result
     left.extend(residue(&writer, &left));
     left.extend(farewell);
     report(&mut printer, &writer, &outcome, &left)?;
-    if done {
-        writer.forget_state();
-    }
     Ok(if done { Exit::Done } else { Exit::Partial })
 }
 

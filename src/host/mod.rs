@@ -295,7 +295,6 @@ impl Host {
 pub struct HostWriter {
     host: Host,
     _lock: Flock<File>,
-    made_state: bool,
 }
 
 impl std::ops::Deref for HostWriter {
