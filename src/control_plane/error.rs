@@ -25,11 +25,11 @@ pub(super) fn not_found(what: &str, id: &str) -> HttpError {
 }
 
 pub(super) fn database_unavailable(error: &anyhow::Error) -> HttpError {
-    tracing::error!(error = format!("{error:#}"), "the database does not take a change");
+    tracing::error!(error = format!("{error:#}"), "the database cannot be used");
     HttpError::new(
         503,
         "database_unavailable",
-        "the control plane cannot write its database",
+        "the control plane cannot use its database",
         Some("try again soon; its log says more"),
     )
 }

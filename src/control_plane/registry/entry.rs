@@ -151,13 +151,12 @@ impl Entry {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::contract::types::{AgentInfo, ClusterInfo};
 
-    #[test]
-    fn an_agent_that_is_online_says_why_its_cluster_cannot_be_reached() {
-        let mut entry = Entry::new(Agent {
+    pub(in crate::control_plane::registry) fn agent() -> Agent {
+        Agent {
             id: "a-1".into(),
             cluster_id: "c-1".into(),
             project: "p-1".into(),
@@ -170,7 +169,12 @@ mod tests {
             seen_at: 100,
             revoked: false,
             online: true,
-        });
+        }
+    }
+
+    #[test]
+    fn an_agent_that_is_online_says_why_its_cluster_cannot_be_reached() {
+        let mut entry = Entry::new(agent());
         let reason = |entry: &Entry, now| entry.view(now, 0, false).reason;
         assert_eq!(reason(&entry, 101), "");
         let report = |kubernetes: &str, reason: &str| {

@@ -102,7 +102,7 @@ impl Registry {
             inner.insert_admin(row);
         }
         for record in store.all::<OperationRecord>(RowKind::Operation).await? {
-            inner.operations.insert((record.agent.clone(), record.operation.id.clone()), record);
+            inner.insert_operation(record);
         }
         Ok(Registry { inner: Mutex::new(inner), store, event_base_url, started: now })
     }

@@ -16,7 +16,7 @@ const MAX_QUEUED_BYTES: usize = 64 << 20;
 const MAX_ENDED: usize = 256;
 const RETENTION: i64 = 7 * 86_400;
 
-/// By agent and id.
+/// By agent and id; without the logs, which only the database keeps.
 pub(super) type OperationRecords = BTreeMap<(String, String), OperationRecord>;
 /// Those that are being passed to their agents: they cannot be ended here, as the agent may have
 /// them.
@@ -44,12 +44,27 @@ impl OperationRecord {
 }
 
 impl Registry {
-    /// An operation of an agent.
+    /// An operation of an agent, without its log.
     pub fn operation(&self, agent: &str, id: &str) -> Option<OperationRecord> {
         self.inner().operations.get(&(agent.to_owned(), id.to_owned())).cloned()
     }
 
-    /// Operations of an agent, the newest first.
+    /// The operation with its log.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub async fn with_log(&self, mut record: OperationRecord) -> Result<OperationRecord, HttpError> {
+        let state = record.operation.state;
+        if state.ended() && state != OperationState::Succeeded {
+            let id = row_id(&record);
+            let stored = self.store.one::<OperationRecord>(RowKind::Operation, &id).await;
+            let stored = stored.map_err(|e| database_unavailable(&e))?;
+            record.operation.log = stored.map(|s| s.operation.log).unwrap_or_default();
+        }
+        Ok(record)
+    }
+
+    /// Operations of an agent, the newest first, without their logs.
     pub fn operations(&self, agent: &str) -> Vec<OperationRecord> {
         let inner = self.inner();
         let mut found: Vec<OperationRecord> = inner.operations_of(agent).cloned().collect();
@@ -157,7 +172,7 @@ impl Registry {
             if record.operation.state.ended() {
                 changes.extend(self.event(&agent.row, Topic::Finished(&record.operation), now));
             }
-            inner.operations.insert(key.clone(), record);
+            inner.insert_operation(record);
             Ok((changes, former))
         };
         let undo = |inner: &mut Inner, former: Option<OperationRecord>| {
@@ -287,6 +302,11 @@ impl OperationRecord {
 }
 
 impl Inner {
+    pub(super) fn insert_operation(&mut self, mut record: OperationRecord) {
+        record.operation.log = Vec::new();
+        self.operations.insert(key_of(&record), record);
+    }
+
     fn operations_of(&self, agent: &str) -> impl Iterator<Item = &OperationRecord> {
         let owner = agent.to_owned();
         self.operations
@@ -340,5 +360,40 @@ impl Inner {
             gone.iter().map(|record| Change::remove(RowKind::Operation, &row_id(record))).collect(),
             gone,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::entry::Entry;
+    use super::super::entry::tests::agent;
+    use super::*;
+    use crate::base::secret::Secret;
+    use crate::control_plane::store::Store;
+
+    #[tokio::test]
+    async fn a_log_is_kept_in_the_database_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let store = Store::open(&url, "i").await.unwrap();
+        let registry = Registry::load(store.clone(), None, 0).await.unwrap();
+        registry.inner().insert_agent(Entry::new(agent()));
+        let id = format!("o-{}", "0".repeat(32));
+        let report = Operation {
+            id: id.clone(),
+            state: OperationState::Failed,
+            log: vec!["no such table".into()],
+            ..Operation::default()
+        };
+        registry.finish_operation("a-1", &id, report, 1).await.unwrap();
+        for registry in [&registry, &Registry::load(store.clone(), None, 0).await.unwrap()] {
+            let record = registry.operation("a-1", &id).unwrap();
+            assert!(record.operation.log.is_empty());
+            let record = registry.with_log(record).await.unwrap();
+            assert_eq!(record.operation.log, ["no such table"]);
+        }
+        let record = registry.operation("a-1", &id).unwrap();
+        store.close().await;
+        assert_eq!(registry.with_log(record).await.unwrap_err().code, "database_unavailable");
     }
 }

@@ -13,7 +13,7 @@ use crate::control_plane::auth::RunnerCaller;
 use crate::control_plane::body::{PathSegments, RawBody, parsed};
 use crate::control_plane::clock::now;
 use crate::control_plane::clock::rfc3339;
-use crate::control_plane::error::HttpError;
+use crate::control_plane::error::{HttpError, not_found};
 use crate::control_plane::model::OperationRecord;
 use crate::control_plane::operations::{OperationRequest, Submission};
 use crate::control_plane::registry::{ClusterTarget, Principal};
@@ -36,8 +36,7 @@ async fn list(
     let operations = control_plane.registry().operations(&target.agent).into_iter();
     let items: Vec<Operation> = operations
         .filter(|record| may_see(&caller.principal, record))
-        // one is asked for by its id with its log
-        .map(|record| Operation { log: Vec::new(), ..record.operation })
+        .map(|record| record.operation)
         .collect();
     Ok(answer(200, &json!({"items": items})))
 }
@@ -53,7 +52,10 @@ async fn submit(
     let request: OperationRequest = parsed(&bytes)?;
     let key = headers.get(IDEMPOTENCY_KEY_HEADER).and_then(|v| v.to_str().ok());
     match control_plane.submit_operation(&caller.principal, &target, request, key, now()).await? {
-        Submission::Existing(record) => Ok(operation_answer(200, &record, &target.cluster)),
+        Submission::Existing(record) => {
+            let record = control_plane.registry().with_log(record).await?;
+            Ok(operation_answer(200, &record, &target.cluster))
+        }
         Submission::Created(record) => Ok(operation_answer(202, &record, &target.cluster)),
         Submission::Rejected(status, value) => Ok(answer(status.as_u16(), &value)),
     }
@@ -65,7 +67,7 @@ async fn show(
     PathSegments([id, op]): PathSegments<2>,
 ) -> Result<Response, HttpError> {
     let target = control_plane.registry().target(&id, caller.principal.project())?;
-    let mut record = find_operation(&control_plane, &caller.principal, &target, &op)?;
+    let mut record = find_operation(&control_plane, &caller.principal, &target, &op).await?;
     if record.operation.state == OperationState::Running
         && let Ok((StatusCode::OK, value)) =
             control_plane.call_operation(Method::GET, &caller.principal, &target, &op, now()).await
@@ -84,7 +86,7 @@ async fn cancel(
 ) -> Result<Response, HttpError> {
     let now = now();
     let target = control_plane.registry().target(&id, caller.principal.project())?;
-    let record = find_operation(&control_plane, &caller.principal, &target, &op)?;
+    let record = find_operation(&control_plane, &caller.principal, &target, &op).await?;
     match record.operation.state {
         OperationState::Queued => {
             control_plane
@@ -107,24 +109,23 @@ async fn cancel(
     }
     Ok(operation_answer(
         200,
-        &find_operation(&control_plane, &caller.principal, &target, &op)?,
+        &find_operation(&control_plane, &caller.principal, &target, &op).await?,
         &target.cluster,
     ))
 }
 
-fn find_operation(
+async fn find_operation(
     control_plane: &ControlPlane,
     principal: &Principal,
     target: &ClusterTarget,
     op: &str,
 ) -> Result<OperationRecord, HttpError> {
-    let record = control_plane
-        .registry()
+    let registry = control_plane.registry();
+    let record = registry
         .operation(&target.agent, op)
-        .filter(|record| may_see(principal, record));
-    record.ok_or_else(|| {
-        HttpError::new(404, "not_found", format!("there is no operation {op}"), None)
-    })
+        .filter(|record| may_see(principal, record))
+        .ok_or_else(|| not_found("operation", op))?;
+    registry.with_log(record).await
 }
 
 fn operation_answer(status: u16, record: &OperationRecord, cluster: &str) -> Response {

@@ -1,8 +1,8 @@
 //! The database: every row is a small JSON document under its kind and id, in SQLite or PostgreSQL
 //! alike.
 //!
-//! Memory answers all questions; the database is what outlives the process. An answer goes out only
-//! after the commit of what it speaks of.
+//! Memory answers all questions but that for an operation's log; the database is what outlives the
+//! process. An answer goes out only after the commit of what it speaks of.
 
 mod open;
 mod ownership;
@@ -137,11 +137,27 @@ impl Store {
         rows.iter()
             .map(|row| {
                 let (id, body): (String, String) = (row.try_get(0)?, row.try_get(1)?);
-                serde_json::from_str(&body).with_context(|| {
-                    format!("the database holds a damaged row: {} {id}", kind.name())
-                })
+                parsed(kind, &id, &body)
             })
             .collect()
+    }
+
+    /// One row, as it is after all changes that are queued now.
+    ///
+    /// # Errors
+    /// When the database does not answer, or the row cannot be read.
+    pub async fn one<T: DeserializeOwned>(
+        &self,
+        kind: RowKind,
+        id: &str,
+    ) -> anyhow::Result<Option<T>> {
+        self.write(Vec::new()).await?;
+        let row = sqlx::query("SELECT body FROM pipeops_row WHERE kind = $1 AND id = $2")
+            .bind(kind.name())
+            .bind(id.to_owned())
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(|row| parsed(kind, id, &row.try_get::<String, _>(0)?)).transpose()
     }
 
     /// All rows of all kinds, as they stand.
@@ -254,6 +270,11 @@ impl Store {
         let _ = self.write(Vec::new()).await;
         self.pool.close().await;
     }
+}
+
+fn parsed<T: DeserializeOwned>(kind: RowKind, id: &str, body: &str) -> anyhow::Result<T> {
+    serde_json::from_str(body)
+        .with_context(|| format!("the database holds a damaged row: {} {id}", kind.name()))
 }
 
 async fn read_metadata(pool: &AnyPool, id: &str) -> Result<Option<String>, sqlx::Error> {
