@@ -2,7 +2,8 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 use crate::base::config_file::{long_flags, parse_checked};
 use crate::base::error::Failure;
@@ -27,6 +28,15 @@ fn listen_address(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
+/// The same in a config file, where it may be no text at all.
+fn listen_address_in_file<'de, D: Deserializer<'de>>(
+    value: D,
+) -> Result<Option<SocketAddr>, D::Error> {
+    let value = toml::Value::deserialize(value)?;
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    listen_address(&text).map(Some).map_err(D::Error::custom)
+}
+
 /// All optional, so that flags override the file.
 #[derive(Clone, Debug, Default, clap::Args, Deserialize, PartialEq)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -34,9 +44,11 @@ fn listen_address(text: &str) -> Result<SocketAddr, String> {
 pub struct ControlPlaneOptions {
     /// Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]
     #[arg(long, value_name = "ADDRESS", value_parser = listen_address)]
+    #[serde(deserialize_with = "listen_address_in_file")]
     pub listen: Option<SocketAddr>,
     /// Address and port of the tunnel (FRP) server [default: [::]:7000]
     #[arg(long, value_name = "ADDRESS", value_parser = listen_address)]
+    #[serde(deserialize_with = "listen_address_in_file")]
     pub tunnel_listen: Option<SocketAddr>,
     /// Name or address by which agents and Runners reach this machine; the first one is given to
     /// them [default: the address of the default route]
@@ -142,6 +154,22 @@ mod tests {
         for text in ["cp.test:8443", "10.0.0.5", ""] {
             let said = listen_address(text).unwrap_err();
             assert!(said.contains("127.0.0.1:PORT"), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn an_address_in_a_file_is_answered_with_its_key_its_line_and_an_example() {
+        for (text, key, example) in [
+            ("listen = \"8443\"", "listen", "127.0.0.1:8443"),
+            ("listen = 8443", "listen", "127.0.0.1:8443"),
+            ("listen = [8443]", "listen", "127.0.0.1:PORT"),
+            ("tunnel-listen = \"cp.test:7000\"", "tunnel-listen", "127.0.0.1:PORT"),
+        ] {
+            let said = parse_file(&format!("# ours\n{text}\n"), "/f.toml").unwrap_err().render();
+            let address = format!("`{key}`: it is an IP address with a port: ");
+            for part in ["/f.toml", "line 2", &address, example] {
+                assert!(said.contains(part), "{text}: {part}: {said}");
+            }
         }
     }
 
