@@ -170,7 +170,7 @@ pub struct ClusterInfoArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = crate::agent::config::KEYS_HELP)]
+#[command(after_help = crate::agent::config::keys_help())]
 pub struct RunArgs {
     /// Settings of the agent
     #[arg(long, value_name = "FILE", default_value = crate::host::paths::AGENT_CONFIG)]

@@ -53,7 +53,10 @@ impl Registry {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub async fn with_log(&self, mut record: OperationRecord) -> Result<OperationRecord, HttpError> {
+    pub async fn with_log(
+        &self,
+        mut record: OperationRecord,
+    ) -> Result<OperationRecord, HttpError> {
         let state = record.operation.state;
         if state.ended() && state != OperationState::Succeeded {
             let id = row_id(&record);
