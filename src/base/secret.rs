@@ -134,9 +134,7 @@ fn urls(text: &str, found: &mut Vec<String>) -> String {
     while let Some(at) = rest.find("://") {
         let (before, tail) = rest.split_at(at + 3);
         out.push_str(before);
-        let end = tail
-            .find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | '`' | '<' | '>'))
-            .unwrap_or(tail.len());
+        let end = end_of(&rest[..at], tail);
         // a list of URLs: the next one begins after a comma
         let end = tail[..end].find("://").and_then(|next| tail[..next].rfind(',')).unwrap_or(end);
         let (word, after) = tail.split_at(end);
@@ -166,6 +164,26 @@ fn urls(text: &str, found: &mut Vec<String>) -> String {
     }
     out.push_str(rest);
     out
+}
+
+/// Where the URL ends that `before` begins and `tail` continues after its `://`.
+fn end_of(before: &str, tail: &str) -> usize {
+    let quote = |c: char| matches!(c, '"' | '\'' | '`' | '<' | '>');
+    let scheme = |c: char| c.is_ascii_alphanumeric() || "+.-".contains(c);
+    let closing = match before.trim_end_matches(scheme).chars().next_back() {
+        Some('<') => Some('>'),
+        before => before.filter(|c| quote(*c)),
+    };
+    let word = &tail[..tail.find(char::is_whitespace).unwrap_or(tail.len())];
+    let first = word.find(quote).unwrap_or(word.len());
+    // a quote that closes nothing, with an `@` after it, is part of a password
+    let whole = &word[..closing.and_then(|c| word.find(c)).unwrap_or(word.len())];
+    match whole.rfind('@') {
+        Some(at) if !word[..first].contains('@') => {
+            whole[at..].find(quote).map_or(whole.len(), |end| at + end)
+        }
+        _ => first,
+    }
 }
 
 /// `path?password=x&b=c`, the secret values replaced.
@@ -271,6 +289,11 @@ mod tests {
             ),
             ("https://h:6443/x and a@b", "https://h:6443/x and a@b", vec![]),
             ("https://u:••••@h", "https://u:••••@h", vec![]),
+            // a quote ends what it began
+            ("--url=https://u:p\"a'ss@h/x", "--url=https://u:••••@h/x", vec!["p\"a'ss"]),
+            ("no 'https://u:p\"ss@h' here", "no 'https://u:••••@h' here", vec!["p\"ss"]),
+            ("see <https://u:p'ss@h>, a@b", "see <https://u:••••@h>, a@b", vec!["p'ss"]),
+            (r#"{"a":"https://h","b":"a@b"}"#, r#"{"a":"https://h","b":"a@b"}"#, vec![]),
         ] {
             assert_eq!(mask(text, &[]), shown);
             assert_eq!(secrets_in_urls(text), secrets, "{text}");
