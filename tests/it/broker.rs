@@ -238,12 +238,8 @@ async fn runners_hear_of_every_agent_once_and_in_order_whatever_is_killed() {
     // on its way back to it
     let begun = Instant::now();
     let metrics = loop {
-        let metrics = control_plane
-            .ask("GET", "/metrics", &control_plane.admin, json!({}))
-            .await
-            .text()
-            .await
-            .unwrap();
+        let metrics =
+            control_plane.try_get("/metrics", &control_plane.admin).await.text().await.unwrap();
         if metrics.contains("pipeops_broker_up 1\n") {
             break metrics;
         }
@@ -422,12 +418,8 @@ async fn over_tls_the_broker_must_show_the_certificate_that_was_named() {
         assert!(begun.elapsed() < Duration::from_secs(20), "{}", control_plane.log.lock().unwrap());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let metrics = control_plane
-        .ask("GET", "/metrics", &control_plane.admin, json!({}))
-        .await
-        .text()
-        .await
-        .unwrap();
+    let metrics =
+        control_plane.try_get("/metrics", &control_plane.admin).await.text().await.unwrap();
     assert!(metrics.contains("pipeops_broker_up 0\n"), "{metrics}");
     control_plane.set_options(&["--amqp-url-file", &url, "--amqp-ca", &file("tls.crt")]);
     control_plane.kill_and_restart();
@@ -508,8 +500,7 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
         refused.err
     );
     control_plane.kill_and_restart();
-    let clusters =
-        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
+    let clusters = control_plane.clusters().await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 120);
     for (id, credential) in &done {
         let beat = control_plane
@@ -530,7 +521,7 @@ async fn on_postgresql_nobody_who_was_answered_is_lost() {
     let again = place.subcommand(&["control-plane", "restore", &backup]).ended(3);
     assert!(again.err.contains("NOT_EMPTY"), "{}", again.err);
     let restored = ControlPlane::on(place);
-    let clusters = restored.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
+    let clusters = restored.get("/api/v1/clusters", &control_plane.admin).await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 120);
     let mode = std::os::unix::fs::PermissionsExt::mode(
         &std::fs::metadata(Path::new(&backup)).unwrap().permissions(),

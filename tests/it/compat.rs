@@ -117,7 +117,7 @@ async fn a_control_plane_goes_on_with_the_data_of_a_version_before() {
         }
         // who was let in is, who was not is not
         let status = async |who: &str, path: &str| {
-            control_plane.ask("GET", path, token(who), json!({})).await.status().as_u16()
+            control_plane.try_get(path, token(who)).await.status().as_u16()
         };
         let (list, version) = ("/api/v1/clusters", format!("/clusters/{cluster}/k8s/version"));
         for (who, path, expected) in [
@@ -166,12 +166,8 @@ async fn a_control_plane_goes_on_with_the_data_of_a_version_before() {
 async fn events_waiting(control_plane: &ControlPlane, least: u64) -> u64 {
     let begun = Instant::now();
     loop {
-        let text = control_plane
-            .ask("GET", "/metrics", &control_plane.admin, json!({}))
-            .await
-            .text()
-            .await
-            .unwrap();
+        let text =
+            control_plane.try_get("/metrics", &control_plane.admin).await.text().await.unwrap();
         let waiting = text
             .lines()
             .find_map(|line| line.strip_prefix("pipeops_events_waiting "))
@@ -223,19 +219,14 @@ async fn an_agent_goes_on_with_the_state_of_a_version_before() {
         assert_eq!(control_plane.version(cluster).await, 200);
         for who in ["runner", "kubeconfig"] {
             let path = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods");
-            assert_eq!(
-                control_plane.ask("GET", &path, token(who), json!({})).await.status(),
-                200,
-                "{who}"
-            );
+            assert_eq!(control_plane.try_get(&path, token(who)).await.status(), 200, "{who}");
         }
         // the request of then is the operation of then
         let (status, same) =
             submit(&control_plane, cluster, token("runner"), "done", &apply(&[deployment("done")]))
                 .await;
         assert_eq!((status, &same["id"]), (200, &said["operations"]["done"]), "{same}");
-        let clusters =
-            control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
+        let clusters = control_plane.clusters().await;
         assert_eq!(clusters["items"].as_array().unwrap().len(), 1, "{clusters}");
         assert_eq!(agent.sandbox.read("/var/lib/pipeops-agent/identity.json"), identity);
         // one chain, over both
@@ -251,12 +242,7 @@ async fn an_agent_goes_on_with_the_state_of_a_version_before() {
         };
         until_metrics(&fixture.text("agent.metrics"), "agent", local).await;
         let remote = async || {
-            control_plane
-                .ask("GET", "/metrics", &control_plane.admin, json!({}))
-                .await
-                .text()
-                .await
-                .unwrap()
+            control_plane.try_get("/metrics", &control_plane.admin).await.text().await.unwrap()
         };
         until_metrics(&fixture.text("control-plane.metrics"), "control plane", remote).await;
     }
@@ -434,8 +420,7 @@ impl Given {
 
     /// What stays of the cluster, and whether it is there.
     async fn listed(&self, control_plane: &ControlPlane) -> (Value, bool) {
-        let all =
-            control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
+        let all = control_plane.clusters().await;
         let [cluster] = all["items"].as_array().unwrap().as_slice() else { panic!("{all}") };
         let stays = ["id", "name", "project", "agent_id", "registered_at", "max_role"]
             .map(|name| cluster[name].clone());
@@ -489,9 +474,7 @@ impl Given {
         loop {
             let mut found = Vec::new();
             for token in [&control_plane.admin, &self.runner, &self.kubeconfig] {
-                found.push(
-                    control_plane.ask("GET", &pods, token, json!({})).await.status().as_u16(),
-                );
+                found.push(control_plane.try_get(&pods, token).await.status().as_u16());
             }
             let straight = self.straight().await.map_or_else(
                 |e| e.to_string(),

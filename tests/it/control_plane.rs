@@ -190,6 +190,27 @@ impl ControlPlane {
         serde_json::from_str(&text).unwrap()
     }
 
+    /// What is there; asking for it must succeed.
+    pub(crate) async fn get(&self, path: &str, token: &str) -> Value {
+        self.json("GET", path, token, json!({})).await
+    }
+
+    pub(crate) async fn try_get(&self, path: &str, token: &str) -> Response {
+        self.ask("GET", path, token, json!({})).await
+    }
+
+    /// All clusters, as an administrator sees them.
+    pub(crate) async fn clusters(&self) -> Value {
+        self.get("/api/v1/clusters", &self.admin).await
+    }
+
+    /// The cluster of an agent.
+    pub(crate) async fn cluster_of(&self, agent: &SimulatedAgent) -> Value {
+        let clusters = self.clusters().await;
+        let mut all = clusters["items"].as_array().unwrap().iter();
+        all.find(|c| c["agent_id"] == agent.id.as_str()).unwrap().clone()
+    }
+
     /// What the verb prints that makes an enrolment token.
     pub(crate) fn enrol(&self) -> (String, String) {
         let line = self.sandbox.subcommand(&["control-plane", "token", "create"]).ended(0).out;
@@ -214,7 +235,7 @@ impl ControlPlane {
         let agent = Agent::start(sandbox, &[("AGENT_TOKEN", &token), ("LOG_LEVEL", "debug")]);
         let begun = Instant::now();
         loop {
-            let clusters = self.json("GET", "/api/v1/clusters", &self.admin, json!({})).await;
+            let clusters = self.clusters().await;
             let up = clusters["items"]
                 .as_array()
                 .unwrap()
@@ -255,14 +276,7 @@ impl ControlPlane {
     pub(crate) async fn runner_for_nothing(&self, name: &str) -> Value {
         let dir = tempfile::tempdir().unwrap();
         let agent = SimulatedAgent::new(self, dir.path(), &self.enrol().0).await;
-        let clusters = self.json("GET", "/api/v1/clusters", &self.admin, json!({})).await;
-        let cluster = clusters["items"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|c| c["agent_id"] == agent.id.as_str())
-            .unwrap()["id"]
-            .clone();
+        let cluster = self.cluster_of(&agent).await["id"].clone();
         let body = json!({"name": name, "clusters": [&cluster]});
         let runner = self.json("POST", "/api/v1/runners", &self.admin, body).await;
         let path = format!("/api/v1/clusters/{}", cluster.as_str().unwrap());
@@ -280,10 +294,7 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     let token = runner["token"].as_str().unwrap();
     // the API as the Runner, with nothing of its own credential
     let pods = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods?limit=5");
-    assert_eq!(
-        control_plane.json("GET", &pods, token, json!({})).await["path"],
-        "/api/v1/namespaces/beta/pods"
-    );
+    assert_eq!(control_plane.get(&pods, token).await["path"], "/api/v1/namespaces/beta/pods");
     let seen = kube.through().pop().unwrap();
     assert_eq!(
         (seen.all("impersonate-group"), seen.uri.as_str()),
@@ -367,9 +378,9 @@ async fn a_runner_reaches_a_cluster_through_the_gateway_and_loses_it_when_he_is_
     })
     .await;
     assert!(ended.is_ok(), "the watch goes on");
-    assert_eq!(control_plane.ask("GET", &pods, token, json!({})).await.status(), 401);
+    assert_eq!(control_plane.try_get(&pods, token).await.status(), 401);
     // and what it has made
-    assert_eq!(control_plane.ask("GET", &pods, own, json!({})).await.status(), 401);
+    assert_eq!(control_plane.try_get(&pods, own).await.status(), 401);
     // so does everything of an agent that is revoked
     let mut watch = control_plane
         .ask(
@@ -432,8 +443,7 @@ async fn a_runner_that_would_reach_nothing_is_refused_and_one_is_revoked_by_its_
     assert!(!free.out.contains(&id));
     let rows = runner(&["list", "-o", "json"]).ended(0).json();
     let row = rows["items"].as_array().unwrap().iter().find(|r| r["id"] == id.as_str()).unwrap();
-    let clusters =
-        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
+    let clusters = control_plane.clusters().await;
     assert_eq!(clusters["items"][0]["agent_id"], agent.id.as_str());
     assert_eq!(row["clusters"], json!([clusters["items"][0]["id"]]));
     let table = runner(&["list"]).ended(0).out;
@@ -689,8 +699,7 @@ async fn a_kubeconfig_ends_with_whoever_made_it() {
         let streams = [watch(token).await, watch(&kubeconfig).await];
         assert!(streams.iter().all(|s| s.status() == 200));
         // it does not outlive a token that has an end
-        let rows =
-            control_plane.json("GET", "/api/v1/runners", &control_plane.admin, json!({})).await;
+        let rows = control_plane.get("/api/v1/runners", &control_plane.admin).await;
         let row = rows["items"].as_array().unwrap().iter().find(|r| {
             r["kind"] == "kubeconfig"
                 && r["maker"].as_str().unwrap().contains(if path == "admins" { "eve" } else { id })
@@ -987,10 +996,7 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
     assert!(checked > 200, "{checked}");
     // another agent's path is not this agent's
     assert_eq!(
-        control_plane
-            .ask("GET", "/api/v1/agents/a-0/config", &agent.credential, json!({}))
-            .await
-            .status(),
+        control_plane.try_get("/api/v1/agents/a-0/config", &agent.credential).await.status(),
         403
     );
     // guessing is slowed; what was good before goes on
@@ -1006,10 +1012,7 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         }
     }
     assert_eq!(last, 429);
-    assert_eq!(
-        control_plane.ask("GET", "/api/v1/clusters", &runner, json!({})).await.status(),
-        200
-    );
+    assert_eq!(control_plane.try_get("/api/v1/clusters", &runner).await.status(), 200);
     // the first administrator's token is no longer in a file
     assert!(!control_plane.sandbox.root().join(DATA).join("admin-token").exists());
 }
@@ -1152,12 +1155,7 @@ async fn an_identity_belongs_to_its_key_and_its_machine() {
     let list = control_plane.sandbox.subcommand(&["control-plane", "cluster", "list"]).ended(0).out;
     assert!(list.contains("duplicate"), "{list}");
     // a removed one needs a token to come back
-    let cluster = control_plane
-        .json("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
-        .await["items"][0]["id"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let cluster = control_plane.clusters().await["items"][0]["id"].as_str().unwrap().to_owned();
     control_plane.sandbox.subcommand(&["control-plane", "cluster", "remove", &cluster]).ended(0);
     assert_eq!(register(&agent.credential, SimulatedAgent::body(&identity, "m")).await.0, 401);
     assert_eq!(register(&fresh, SimulatedAgent::body(&identity, "m")).await.0, 200);
@@ -1225,8 +1223,7 @@ async fn killed_under_registrations_it_knows_whom_it_answered_and_nobody_half() 
     while let Some(registered) = tasks.join_next().await {
         done.push(registered.unwrap());
     }
-    let clusters =
-        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
+    let clusters = control_plane.clusters().await;
     assert_eq!(clusters["items"].as_array().unwrap().len(), 200);
     for (id, credential) in &done {
         let beat = control_plane
@@ -1398,7 +1395,7 @@ async fn a_reader_at_the_gateway_who_pauses_is_waited_for() {
     let (_kube, kube) = serve_kube().await;
     let (_agent, cluster) = control_plane.agent(kube).await;
     let path = format!("/clusters/{cluster}/k8s/api/v1/namespaces/beta/pods/bulk/log?n=67108864");
-    let log = control_plane.ask("GET", &path, &control_plane.admin, json!({})).await;
+    let log = control_plane.try_get(&path, &control_plane.admin).await;
     tokio::time::sleep(Duration::from_secs(20)).await;
     assert_eq!(log.bytes().await.unwrap().len(), 67_108_864);
 }
@@ -1490,13 +1487,9 @@ async fn with_somebody_elses_frps_it_is_the_plugin_and_a_visitor() {
         .await;
     assert_eq!(bulk.bytes().await.unwrap().len(), 1_048_576);
     assert!(frps.has_proxy(&format!(
-                "agent-{}",
-                control_plane
-                    .json("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
-                    .await["items"][0]["agent_id"]
-                    .as_str()
-                    .unwrap()
-            )));
+        "agent-{}",
+        control_plane.clusters().await["items"][0]["agent_id"].as_str().unwrap()
+    )));
     // it dies and comes back: so do the agent's tunnel and the gateway's session
     halt.cancel();
     drop(frps);
@@ -1712,13 +1705,7 @@ async fn a_database_without_its_keys_is_left_alone() {
     assert!(serve().err.contains("KEYS_FOREIGN"));
     std::fs::rename(&aside, &keys).unwrap();
     control_plane.kill_and_restart();
-    assert_eq!(
-        control_plane
-            .ask("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
-            .await
-            .status(),
-        200
-    );
+    assert_eq!(control_plane.try_get("/api/v1/clusters", &control_plane.admin).await.status(), 200);
 }
 
 #[test]
@@ -1751,13 +1738,7 @@ async fn what_is_uninstalled_is_listed_no_more() {
             .ended(0);
         token
     };
-    let clusters = async || {
-        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin,
-            json!({})).await["items"]
-            .as_array()
-            .unwrap()
-            .len()
-    };
+    let clusters = async || control_plane.clusters().await["items"].as_array().unwrap().len();
     for away in [false, true] {
         let sandbox = Sandbox::new();
         let token = install(&sandbox);

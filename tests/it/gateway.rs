@@ -273,7 +273,7 @@ async fn a_client_of_kubernetes_can_read_why_it_is_refused() {
     }
     status_of(ask("POST", &exec, token, &upgrade("h2c")).await.unwrap(), 400, "bad_upgrade").await;
     // calls of our own say it in their own words
-    let own = control_plane.ask("GET", "/api/v1/clusters/c-0", token, json!({})).await;
+    let own = control_plane.try_get("/api/v1/clusters/c-0", token).await;
     let own: Value = own.json().await.unwrap();
     assert_eq!((&own["code"], own.get("kind")), (&json!("not_found"), None));
     let own: Value = control_plane
@@ -612,11 +612,7 @@ async fn what_anybody_may_call_is_told_of_nobody() {
     // and what only the socket answers is refused to an administrator
     for path in ["/api/v1/backup", "/api/v1/frps"] {
         for token in ["", control_plane.admin.as_str()] {
-            assert_eq!(
-                control_plane.ask("GET", path, token, json!({})).await.status(),
-                403,
-                "{path}"
-            );
+            assert_eq!(control_plane.try_get(path, token).await.status(), 403, "{path}");
         }
     }
 }
@@ -706,12 +702,7 @@ async fn a_name_that_hurts_a_terminal_is_refused_and_what_agents_report_is_shown
         .ask("POST", &format!("/api/v1/agents/{}/status", agent.id), &agent.credential, report)
         .await;
     assert_eq!(told.status(), 200);
-    let cluster = control_plane
-        .json("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
-        .await["items"][0]["id"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let cluster = control_plane.clusters().await["items"][0]["id"].as_str().unwrap().to_owned();
     let text = control_plane
         .sandbox
         .subcommand(&["control-plane", "cluster", "show", &cluster])

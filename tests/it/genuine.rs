@@ -604,11 +604,8 @@ async fn a_genuine_frpc_before_a_control_plane() {
             .await;
         let tunnel: TunnelConfig = serde_json::from_value(config["tunnel"].clone()).unwrap();
         let ca = dir.path().join("ca.pem");
-        std::fs::write(
-            &ca,
-            control_plane.ask("GET", "/api/v1/ca", "", json!({})).await.bytes().await.unwrap(),
-        )
-        .unwrap();
+        std::fs::write(&ca, control_plane.try_get("/api/v1/ca", "").await.bytes().await.unwrap())
+            .unwrap();
         let behind = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let metas: String = tunnel
             .auth
@@ -646,14 +643,13 @@ async fn a_genuine_frpc_before_a_control_plane() {
         };
         said(&format!("[{}] start proxy success", own.name)).await;
         said("[another] start error").await;
-        let clusters =
-            control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
+        let clusters = control_plane.clusters().await;
         let cluster = clusters["items"][0]["id"].as_str().unwrap();
         assert_eq!(clusters["items"][0]["tunnel"], "up", "{clusters}");
         // the gateway's hello to the agent arrives behind it
         let path = format!("/clusters/{cluster}/k8s/version");
         let (answer, first) =
-            tokio::join!(control_plane.ask("GET", &path, &control_plane.admin, json!({})), async {
+            tokio::join!(control_plane.try_get(&path, &control_plane.admin), async {
                 let (mut stream, _) = behind.accept().await.unwrap();
                 let mut first = [0];
                 stream.read_exact(&mut first).await.unwrap();

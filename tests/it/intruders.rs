@@ -9,7 +9,7 @@ use pipeops::base::trust::{Pin, Trust};
 use pipeops::frp::dial::Dialer;
 use pipeops::frp::wire::{self, Login, Message, NewProxy, NewVisitorConn, NewWorkConn};
 use pipeops::frp::{TunnelAuth, TunnelConfig, TunnelTls};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -194,12 +194,9 @@ async fn hostile_requests_get_a_clear_error() {
         assert!(answer.contains(code), "{name}: {answer}");
         assert!(!answer.contains(admin) && !answer.contains(&enrolment), "{name}");
     }
-    assert_eq!(control_plane.ask("GET", "/api/v1/health", "", json!({})).await.status(), 200);
+    assert_eq!(control_plane.try_get("/api/v1/health", "").await.status(), 200);
     assert_eq!(
-        control_plane.json("GET", "/api/v1/projects", admin, json!({})).await["items"]
-            .as_array()
-            .unwrap()
-            .len(),
+        control_plane.get("/api/v1/projects", admin).await["items"].as_array().unwrap().len(),
         1
     );
     // no TLS, and TLS that breaks off
@@ -214,7 +211,7 @@ async fn hostile_requests_get_a_clear_error() {
         let ended = tokio::time::timeout(BORNE, io.read_to_end(&mut Vec::new())).await;
         assert!(ended.is_ok(), "{bytes:?}");
     }
-    assert_eq!(control_plane.ask("GET", "/api/v1/health", "", json!({})).await.status(), 200);
+    assert_eq!(control_plane.try_get("/api/v1/health", "").await.status(), 200);
 }
 
 fn message(kind: u8, length: i64, body: &[u8]) -> Vec<u8> {
@@ -319,12 +316,7 @@ async fn hostile_frames_at_the_tunnel_end_their_own_connection() {
         assert!(rest.is_empty(), "{bytes:?} is answered with {rest:?}");
     }
     // what is well formed and not theirs
-    let id =
-        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin,
-            json!({})).await["items"][0]["agent_id"]
-            .as_str()
-            .unwrap()
-            .to_owned();
+    let id = control_plane.clusters().await["items"][0]["agent_id"].as_str().unwrap().to_owned();
     let mut proof = known.auth.metas.clone();
     proof.insert("token".into(), "guessed".into());
     let login = |metas, run_id: &str| Login {

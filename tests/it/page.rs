@@ -174,10 +174,7 @@ async fn a_session_serves_the_page_that_opened_it_and_nothing_else() {
     };
     control_plane.sandbox.subcommand(&["control-plane", "admin", "revoke", &id("Ada")]).ended(0);
     assert_eq!(list().await.status(), 401);
-    assert_eq!(
-        control_plane.ask("GET", "/api/v1/clusters", other.trim(), json!({})).await.status(),
-        401
-    );
+    assert_eq!(control_plane.try_get("/api/v1/clusters", other.trim()).await.status(), 401);
     let last = control_plane
         .sandbox
         .subcommand(&["control-plane", "admin", "revoke", &id("first")])
@@ -242,15 +239,7 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     let token = control_plane.enrol().0;
     let other = SimulatedAgent::new(&control_plane, dir.path(), &token).await;
     browser.until("document.querySelectorAll('#rows tr').length === 2");
-    let clusters =
-        control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
-    let theirs = clusters["items"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|c| c["agent_id"] == other.id.as_str())
-        .unwrap()["id"]
-        .clone();
+    let theirs = control_plane.cluster_of(&other).await["id"].clone();
     control_plane
         .json(
             "POST",
@@ -340,15 +329,7 @@ async fn a_verdict_of_offline_is_on_the_page_within_seconds() {
     browser.until("document.querySelectorAll('#rows .state.online').length === 1");
     let begun = Instant::now();
     loop {
-        let clusters =
-            control_plane.json("GET", "/api/v1/clusters", &control_plane.admin, json!({})).await;
-        let state = clusters["items"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|c| c["agent_id"] == silent.id.as_str())
-            .unwrap()["state"]
-            .clone();
+        let state = control_plane.cluster_of(&silent).await["state"].clone();
         if state == "offline" {
             break;
         }

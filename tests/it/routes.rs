@@ -344,12 +344,7 @@ impl RouteTester {
         let control_plane = ControlPlane::with(&[]);
         let dir = tempfile::tempdir().unwrap();
         let agent = SimulatedAgent::new(&control_plane, dir.path(), &control_plane.enrol().0).await;
-        let cluster = control_plane
-            .json("GET", "/api/v1/clusters", &control_plane.admin, json!({}))
-            .await["items"][0]["id"]
-            .as_str()
-            .unwrap()
-            .to_owned();
+        let cluster = control_plane.clusters().await["items"][0]["id"].as_str().unwrap().to_owned();
         let other = control_plane
             .json("POST", "/api/v1/projects", &control_plane.admin, json!({"name": "other"}))
             .await["id"]
