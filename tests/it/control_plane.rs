@@ -468,8 +468,8 @@ async fn a_runner_that_would_reach_nothing_is_refused_and_one_is_revoked_by_its_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cluster_whose_kubernetes_is_away_is_listed_with_the_reason_and_shown_as_its_agent_sees_it()
- {
+async fn a_cluster_whose_kubernetes_is_away_is_listed_with_the_reason_and_shown_as_the_agent_says()
+{
     let control_plane = ControlPlane::start();
     let dir = tempfile::tempdir().unwrap();
     let agent = SimulatedAgent::new(&control_plane, dir.path(), &control_plane.enrol().0).await;

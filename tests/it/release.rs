@@ -91,26 +91,26 @@ fn serve(
     } else {
         "200 OK".into()
     };
-    let ok =
-        format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len());
+    let mut answer = |first: &str, length: usize, body: &[u8]| {
+        let head =
+            format!("HTTP/1.1 {first}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body))
+    };
+    let half = match mood {
+        Behavior::CutOnce | Behavior::Stall => rest.len() / 2,
+        Behavior::StallAlways => (body.len() / 2).saturating_sub(from),
+        _ => rest.len(),
+    };
     let _ = match mood {
-        Behavior::Status(code) => stream.write_all(format!("HTTP/1.1 {code} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes()),
-        Behavior::To(target) => {
-            stream.write_all(format!("HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes())
-        }
-        Behavior::CutOnce if from == 0 => stream.write_all(ok.as_bytes()).and_then(|()| stream.write_all(&rest[..rest.len() / 2])),
-        Behavior::StallAlways => {
-            let half = (body.len() / 2).saturating_sub(from);
-            let _ = stream.write_all(ok.as_bytes()).and_then(|()| stream.write_all(&rest[..half])).and_then(|()| stream.flush());
+        Behavior::Status(code) => answer(&format!("{code} No"), 0, b""),
+        Behavior::To(target) => answer(&format!("302 Found\r\nLocation: {target}"), 0, b""),
+        Behavior::CutOnce if from == 0 => answer(&status, rest.len(), &rest[..half]),
+        Behavior::Stall | Behavior::StallAlways => {
+            let _ = answer(&status, rest.len(), &rest[..half]);
             std::thread::sleep(Duration::from_secs(120));
             Ok(())
         }
-        Behavior::Stall => {
-            let _ = stream.write_all(ok.as_bytes()).and_then(|()| stream.write_all(&rest[..rest.len() / 2])).and_then(|()| stream.flush());
-            std::thread::sleep(Duration::from_secs(120));
-            Ok(())
-        }
-        _ => stream.write_all(ok.as_bytes()).and_then(|()| stream.write_all(rest)),
+        _ => answer(&status, rest.len(), rest),
     };
 }
 

@@ -47,7 +47,8 @@ pub(crate) struct Kube {
     touched: Mutex<BTreeSet<String>>,
     /// Deployments have their pods.
     pub(crate) ready: AtomicBool,
-    /// What else is answered, by path and the part of the query that must be there: a text as it is, anything else as JSON.
+    /// What else is answered, by path and the part of the query that must be there: a text as it
+    /// is, anything else as JSON.
     pub(crate) planted: Mutex<Vec<(&'static str, &'static str, Value)>>,
 }
 

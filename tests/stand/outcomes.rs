@@ -1,8 +1,10 @@
-//! Planted outcomes: what a cluster makes of workloads that can't run, and what the operation that made them says of it.
+//! Planted outcomes: what a cluster makes of workloads that can't run, and what the operation that
+//! made them says of it.
 //!
-//! DIR holds what a Runner is given: `control-plane` (URL), `ca.pem`, `token` (of a deployer), `cluster` (its id). In the
-//! cluster stand, made by an administrator: in `beta` a quota of no pods for `quota=none` and a LimitRange of 64 MiB a
-//! container, and a webhook that nobody answers for pods with `webhook=down`. On the node `stand registry` listens.
+//! DIR holds what a Runner is given: `control-plane` (URL), `ca.pem`, `token` (of a deployer),
+//! `cluster` (its id). In the cluster stand, made by an administrator: in `beta` a quota of no pods
+//! for `quota=none` and a LimitRange of 64 MiB a container, and a webhook that nobody answers for
+//! pods with `webhook=down`. On the node `stand registry` listens.
 
 use std::path::Path;
 use std::sync::Arc;

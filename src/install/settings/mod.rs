@@ -114,8 +114,8 @@ pub fn owned_k3s_key(key: &str) -> Option<&'static str> {
     })
 }
 
-/// Seconds (`90`), or a duration as jiff reads it (`90s`, `10m`, `1h30m`); `None` for anything else,
-/// for less than nothing and beyond a day.
+/// Seconds (`90`), or a duration as jiff reads it (`90s`, `10m`, `1h30m`); `None` for anything
+/// else, for less than nothing and beyond a day.
 pub fn parse_duration(text: &str) -> Option<Duration> {
     let time = if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
         Duration::from_secs(text.parse().ok()?)

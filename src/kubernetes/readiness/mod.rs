@@ -11,8 +11,8 @@
 //! No rule answers both: by the first, an operation would succeed on the pods from before its
 //! change; by the second, a Deployment whose pods are replaced one by one would be reported as not
 //! ready while it serves. Both count by [`workload::PodCounts`], as the page does. Why its pods do
-//! not run is a third question: to the pods alone [`pods::problem`], and with events and for programs
-//! [`diagnosis::diagnose`].
+//! not run is a third question: to the pods alone [`pods::problem`], and with events and for
+//! programs [`diagnosis::diagnose`].
 //!
 //! The objects stay [`Value`]s: client and watches hold them as such, and a judge looks at a few
 //! fields, any of which may be absent. The types of `k8s-openapi` bring code to parse every field
