@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{brief, condition, number, text};
+use super::{Condition, brief, condition, number, text};
 
 /// What keeps a pod from running, in the order of how much it explains: the last one most. What is
 /// told apart more finely gets a variant of its own.
@@ -28,17 +28,42 @@ pub fn is_ready(pod: &Value) -> bool {
     condition(pod, "Ready").is_some_and(|ready| ready.is_true())
 }
 
+/// Whether a pod is being deleted: what keeps it from running is of no matter.
+pub(super) fn is_leaving(pod: &Value) -> bool {
+    !pod["metadata"]["deletionTimestamp"].is_null()
+}
+
+/// Why no node takes a pod, where that is so.
+pub(super) fn unscheduled(pod: &Value) -> Option<Condition<'_>> {
+    condition(pod, "PodScheduled").filter(|scheduled| scheduled.status == "False")
+}
+
+/// The states of a pod's containers, those that prepare it first.
+pub(super) fn containers(pod: &Value) -> impl Iterator<Item = &Value> {
+    let lists = ["/status/initContainerStatuses", "/status/containerStatuses"];
+    lists.into_iter().filter_map(move |l| pod.pointer(l).and_then(Value::as_array)).flatten()
+}
+
+/// How a container ended, this time or else the last, where that was no success.
+pub(super) fn bad_end(state: &Value) -> Option<&Value> {
+    [&state["state"]["terminated"], &state["lastState"]["terminated"]]
+        .into_iter()
+        .find(|t| number(t, "/exitCode") != 0)
+}
+
+pub(super) fn after_colon(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!(": {text}") }
+}
+
 /// Why pods do not run, by the most telling one; `None` while they are starting.
 pub fn problem(pods: &[Value]) -> Option<String> {
-    let alive = pods.iter().filter(|p| p["metadata"]["deletionTimestamp"].is_null());
+    let alive = pods.iter().filter(|p| !is_leaving(p));
     alive.filter_map(pod).max_by_key(|(cause, _)| *cause).map(|(_, why)| why)
 }
 
 fn pod(pod: &Value) -> Option<(Cause, String)> {
     let name = text(pod, "/metadata/name");
-    if let Some(scheduled) = condition(pod, "PodScheduled")
-        && scheduled.status == "False"
-    {
+    if let Some(scheduled) = unscheduled(pod) {
         let why = format!("no node takes {name}: {}", brief(scheduled.message));
         return Some((Cause::Unschedulable, why));
     }
@@ -52,15 +77,13 @@ fn pod(pod: &Value) -> Option<(Cause, String)> {
             return Some((Cause::Failed, format!("{name} failed: {}", brief(&why))));
         }
     }
-    let lists = ["/status/initContainerStatuses", "/status/containerStatuses"];
-    let all = lists.iter().filter_map(|l| pod.pointer(l).and_then(Value::as_array)).flatten();
-    all.filter_map(|c| container(name, c)).max_by_key(|(cause, _)| *cause)
+    containers(pod).filter_map(|c| container(name, c)).max_by_key(|(cause, _)| *cause)
 }
 
 fn container(pod: &str, state: &Value) -> Option<(Cause, String)> {
     let restarts = number(state, "/restartCount");
     let again = if restarts > 0 { format!(", restarted {restarts} times") } else { String::new() };
-    let end = bad_end(state);
+    let end = bad_end(state).map(end_in_words);
     match text(state, "/state/waiting/reason") {
         "" | "ContainerCreating" | "PodInitializing" => {
             end.map(|end| (Cause::Ended, format!("{pod} ended{again}: {end}")))
@@ -77,21 +100,13 @@ fn container(pod: &str, state: &Value) -> Option<(Cause, String)> {
     }
 }
 
-/// How a container ended, this time or else the last, where that was no success.
-fn bad_end(state: &Value) -> Option<String> {
-    let end = [&state["state"]["terminated"], &state["lastState"]["terminated"]]
-        .into_iter()
-        .find(|t| number(t, "/exitCode") != 0)?;
+fn end_in_words(end: &Value) -> String {
     let reason = match text(end, "/reason") {
         "" | "Error" => String::new(),
         reason => format!(" ({reason})"),
     };
     let said = after_colon(&brief(text(end, "/message")));
-    Some(format!("exit code {}{reason}{said}", number(end, "/exitCode")))
-}
-
-fn after_colon(text: &str) -> String {
-    if text.is_empty() { String::new() } else { format!(": {text}") }
+    format!("exit code {}{reason}{said}", number(end, "/exitCode"))
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use super::super::number;
+use super::super::pods::{after_colon, bad_end};
 use super::{Cause, CrashedContainer, Reason, brief, cause, list, newest, seen_at, text};
 
 /// What keeps a container from running, or from being ready.
@@ -27,10 +29,7 @@ pub(super) fn cause_of(pod: &Value, state: &Value, events: &[&Value]) -> Option<
         "CreateContainerConfigError" => return Some(config_cause(&of, message)),
         _ => {}
     }
-    // how it ended: this time, or the last
-    let ended = [&state["state"]["terminated"], &state["lastState"]["terminated"]]
-        .into_iter()
-        .find(|t| t.is_object() && t["exitCode"] != 0);
+    let ended = bad_end(state);
     let restarts = state["restartCount"].as_u64().unwrap_or(0);
     let times = if restarts == 1 { "once".to_owned() } else { format!("{restarts} times") };
     let starts = |t: &&Value| {
@@ -42,7 +41,7 @@ pub(super) fn cause_of(pod: &Value, state: &Value, events: &[&Value]) -> Option<
         return Some(start_cause(&of, why));
     }
     let ended = ended?;
-    let code = ended["exitCode"].as_i64().unwrap_or(0);
+    let code = number(ended, "/exitCode");
     let again = state["state"]["terminated"].is_null();
     let crashed = Some(CrashedContainer {
         pod: pod_name.into(),
@@ -67,8 +66,7 @@ pub(super) fn cause_of(pod: &Value, state: &Value, events: &[&Value]) -> Option<
         let message = format!("{of} is restarted for a failed probe ({times}): {}", brief(said));
         return Some(Cause { crashed, ..cause(Reason::ProbeFailed, message) });
     }
-    let said = brief(text(ended, "/message"));
-    let said = if said.is_empty() { said } else { format!(": {said}") };
+    let said = after_colon(&brief(text(ended, "/message")));
     if waiting == "CrashLoopBackOff" || restarts > 0 {
         let message =
             format!("{of} ends again and again: exit code {code}, restarted {times}{said}");

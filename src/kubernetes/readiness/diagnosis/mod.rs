@@ -11,7 +11,7 @@ mod container;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::pods::is_ready;
+use super::pods::{containers, is_leaving, is_ready, unscheduled};
 use super::{condition, text};
 use crate::base::text::printable;
 
@@ -213,7 +213,7 @@ pub fn diagnose(evidence: &Evidence) -> Option<Cause> {
     if refused.as_ref().is_some_and(|cause| cause.is_final) {
         return refused;
     }
-    let waits = |p: &&Value| p["metadata"]["deletionTimestamp"].is_null() && !is_ready(p);
+    let waits = |p: &&Value| !is_leaving(p) && !is_ready(p);
     let (ended, active): (Vec<&Value>, Vec<&Value>) =
         evidence.pods.iter().filter(waits).partition(|pod| has_ended(pod));
     // how pods ended explains only where none is left that may still get ready
@@ -325,7 +325,7 @@ fn pod_cause(pod: &Value, events: &[&Value]) -> Option<Cause> {
         let why = brief(text(pod, "/status/message"));
         return Some(cause(Reason::Evicted, format!("pod {name} was evicted: {why}")));
     }
-    if let Some(unscheduled) = condition(pod, "PodScheduled").filter(|c| c.status == "False") {
+    if let Some(unscheduled) = unscheduled(pod) {
         let why = unscheduled.message;
         let lower = why.to_lowercase();
         let volume =
@@ -337,9 +337,7 @@ fn pod_cause(pod: &Value, events: &[&Value]) -> Option<Cause> {
         };
         return Some(cause(reason, format!("pod {name} {what}: {}", brief(why))));
     }
-    let containers = ["/status/initContainerStatuses", "/status/containerStatuses"];
-    let states = containers.iter().flat_map(|at| list(pod, at));
-    let found = states.filter_map(|state| container::cause_of(pod, state, events));
+    let found = containers(pod).filter_map(|state| container::cause_of(pod, state, events));
     let found = found.max_by_key(|cause| weight(cause.reason));
     found.or_else(|| preparation_cause(name, events)).or_else(|| probe_cause(name, events))
 }
