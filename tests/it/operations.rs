@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::control_plane::{ControlPlane, DATA};
+use crate::control_plane::{ControlPlane, DATA, SimulatedAgent};
 use crate::world::{Kube, Scripted, TOKEN, World, serve_kube};
 
 pub(crate) fn deployment(name: &str) -> Value {
@@ -675,4 +675,27 @@ async fn by_way_of_the_control_plane_an_operation_waits_for_its_agent_and_outliv
             .count(),
         1
     );
+}
+
+/// The last lines of a container that failed: in no list, and there after a restart too.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_of_an_operation_is_told_to_whoever_asks_for_it_alone() {
+    let mut control_plane = ControlPlane::with(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let agent = SimulatedAgent::new(&control_plane, dir.path(), &control_plane.enrol().0).await;
+    let cluster = control_plane.cluster_of(&agent).await["id"].as_str().unwrap().to_owned();
+    let id = format!("o-{}", "0a".repeat(16));
+    let end = json!({"id": id, "kind": "apply", "state": "failed", "subject": "r-1",
+        "message": "it ends again and again", "reason": "crash_loop", "log": ["no such table"],
+        "created_at": "c", "finished_at": "f", "objects": []});
+    let result = format!("/api/v1/agents/{}/operations/{id}/result", agent.id);
+    control_plane.json("POST", &result, &agent.credential, end).await;
+    let path = format!("/api/v1/clusters/{cluster}/operations");
+    for _ in 0..2 {
+        let all = control_plane.get(&path, &control_plane.admin).await;
+        assert_eq!((&all["items"][0]["id"], all["items"][0].get("log")), (&json!(id), None));
+        let one = control_plane.get(&format!("{path}/{id}"), &control_plane.admin).await;
+        assert_eq!(one["log"], json!(["no such table"]), "{one}");
+        control_plane.kill_and_restart();
+    }
 }
