@@ -8,6 +8,7 @@ use crate::contract::token::{Caller, Role};
 
 const MAX_OBJECTS: usize = 200;
 const MAX_TIMEOUT_S: u64 = 3600;
+const DEFAULT_TIMEOUT_S: u64 = 300;
 
 /// A request, by kind.
 #[derive(Deserialize)]
@@ -30,7 +31,7 @@ fn default_wait() -> bool {
 }
 
 fn default_timeout_s() -> u64 {
-    300
+    DEFAULT_TIMEOUT_S
 }
 
 #[derive(Deserialize)]
@@ -209,17 +210,7 @@ impl OperationRequest {
                 }
             }
             OperationRequest::Cordon(node) | OperationRequest::Uncordon(node) => {
-                if !is_path_safe(&node.node) {
-                    return Err(bad("that is no name of a node".into()));
-                }
-                // done with the agent's own rights: nobody is impersonated for it
-                if caller.role < Role::Operator || caller.namespaces.is_some() {
-                    return Err((
-                        403,
-                        "role_exceeded",
-                        "nodes are for operators of the whole cluster".into(),
-                    ));
-                }
+                check_node(&node.node, caller)?;
             }
         }
         Ok(request)
@@ -236,10 +227,66 @@ impl OperationRequest {
             OperationRequest::Uncordon(_) => "uncordon",
         }
     }
+
+    /// How long it may take, seconds.
+    pub fn timeout_s(&self) -> u64 {
+        match self {
+            OperationRequest::Apply(apply) => apply.timeout_s,
+            OperationRequest::Delete(delete) => delete.timeout_s,
+            OperationRequest::Scale(scale) => scale.timeout_s,
+            OperationRequest::Restart(restart) => restart.timeout_s,
+            OperationRequest::Cordon(_) | OperationRequest::Uncordon(_) => DEFAULT_TIMEOUT_S,
+        }
+    }
+
+    /// Whether it may stand on the agent's disk while it runs, and goes on after a restart of the
+    /// agent: it holds no value of a Secret, and what it does is the same when it is done twice.
+    pub fn is_resumable(&self) -> bool {
+        match self {
+            OperationRequest::Apply(apply) => !apply.objects.iter().any(has_secret_values),
+            OperationRequest::Delete(_)
+            | OperationRequest::Scale(_)
+            | OperationRequest::Restart(_)
+            | OperationRequest::Cordon(_)
+            | OperationRequest::Uncordon(_) => true,
+        }
+    }
+}
+
+/// A node is cordoned with the agent's own rights: nobody is impersonated for it.
+fn check_node(name: &str, caller: &Caller) -> Result<(), (u16, &'static str, String)> {
+    if !is_path_safe(name) {
+        return Err((400, "bad_operation", "that is no name of a node".into()));
+    }
+    if caller.role < Role::Operator || caller.namespaces.is_some() {
+        let message = "nodes are for operators of the whole cluster";
+        return Err((403, "role_exceeded", message.into()));
+    }
+    Ok(())
+}
+
+/// Whether an object is a Secret, or may hold one as lists and templates do.
+fn has_secret_values(object: &Value) -> bool {
+    let kind = object["kind"].as_str().unwrap_or_default();
+    kind == "Secret" || kind.ends_with("List") || holds_secret(object)
+}
+
+fn holds_secret(value: &Value) -> bool {
+    match value {
+        Value::Object(fields) => {
+            let here = fields.get("kind").is_some_and(|kind| kind == "Secret")
+                && (fields.contains_key("data") || fields.contains_key("stringData"));
+            here || fields.values().any(holds_secret)
+        }
+        Value::Array(items) => items.iter().any(holds_secret),
+        _ => false,
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn caller(role: Role, namespaces: Option<&[&str]>) -> Caller {
@@ -310,13 +357,52 @@ mod tests {
         let long = format!(r#"{{"kind":"restart","spec":{{"object":{web},"timeout_s":0}}}}"#);
         assert!(verdict(&long).unwrap_err().contains("1 to 3600"));
         for (role, namespaces) in [(Role::Deployer, None), (Role::Operator, Some(&["beta"][..]))] {
-            let refused = OperationRequest::parse(
-                br#"{"kind":"cordon","spec":{"node":"n"}}"#,
-                &caller(role, namespaces),
-            )
-            .map(|_| ())
-            .unwrap_err();
-            assert_eq!((refused.0, refused.1), (403, "role_exceeded"));
+            for kind in ["cordon", "uncordon"] {
+                let request = format!(r#"{{"kind":"{kind}","spec":{{"node":"n"}}}}"#);
+                let refused =
+                    OperationRequest::parse(request.as_bytes(), &caller(role, namespaces))
+                        .map(|_| ())
+                        .unwrap_err();
+                assert_eq!((refused.0, refused.1), (403, "role_exceeded"), "{kind}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_holds_values_of_a_secret_is_not_resumed() {
+        let applied = |object: Value| {
+            let mut object = object;
+            object["apiVersion"] = "v1".into();
+            object["metadata"] = json!({"name": "x"});
+            let request = json!({"kind": "apply", "spec": {"objects": [object], "timeout_s": 7}});
+            let parsed = OperationRequest::parse(
+                request.to_string().as_bytes(),
+                &caller(Role::Deployer, None),
+            );
+            let parsed = parsed.map_err(|(_, _, why)| why).unwrap();
+            assert_eq!(parsed.timeout_s(), 7);
+            parsed.is_resumable()
+        };
+        let inner = json!({"kind": "Secret", "stringData": {"a": "b"}});
+        let reference = json!({"kind": "Secret", "name": "tls"});
+        for (object, resumable) in [
+            (json!({"kind": "ConfigMap", "data": {"a": "b"}}), true),
+            (json!({"kind": "Secret", "data": {"a": "b"}}), false),
+            (json!({"kind": "Secret"}), false),
+            (json!({"kind": "List", "items": []}), false),
+            (json!({"kind": "SecretList"}), false),
+            (json!({"kind": "Wrapped", "spec": {"manifests": [inner]}}), false),
+            // a reference names it and holds nothing of it
+            (json!({"kind": "Gateway", "spec": {"certificateRefs": [reference]}}), true),
+        ] {
+            assert_eq!(applied(object.clone()), resumable, "{object}");
+        }
+        for kind in ["cordon", "uncordon"] {
+            let request = format!(r#"{{"kind":"{kind}","spec":{{"node":"n"}}}}"#);
+            let parsed = OperationRequest::parse(request.as_bytes(), &caller(Role::Operator, None));
+            let parsed = parsed.map_err(|(_, _, why)| why).unwrap();
+            assert_eq!((parsed.kind(), parsed.is_resumable()), (kind, true));
+            assert_eq!(parsed.timeout_s(), 300);
         }
     }
 }

@@ -195,11 +195,13 @@ pub enum OperationState {
     Succeeded,
     Failed,
     Cancelled,
-    /// The agent stopped while it ran: part of it may be done. Asking again is safe.
+    /// The agent stopped while it ran and does not resume it: part of it may be done. Asking again
+    /// is safe.
     Interrupted,
     /// The agent was not there within its time.
     Expired,
-    /// One that this version does not know.
+    /// One that this version does not know. An agent will give it to what ran when it stopped and
+    /// may have had its effect, which nobody can look up: a command in a container.
     #[serde(other)]
     Unknown,
 }

@@ -32,6 +32,7 @@ mod machines;
 mod operations;
 mod page;
 mod release;
+mod resumed;
 mod routes;
 mod runner;
 mod scripts;

@@ -14,7 +14,7 @@ pub(crate) fn deployment(name: &str) -> Value {
         "metadata": {"name": name, "namespace": "beta"}, "spec": {"replicas": 2}})
 }
 
-fn secret() -> Value {
+pub(crate) fn secret() -> Value {
     json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s", "namespace": "beta"},
         "stringData": {"password": "planted-canary-9911-in-plain-text"}})
 }
@@ -24,7 +24,7 @@ pub(crate) fn apply(objects: &[Value]) -> Value {
 }
 
 /// Everything in files below a directory.
-fn texts(dir: &std::path::Path) -> String {
+pub(crate) fn texts(dir: &std::path::Path) -> String {
     let mut all = String::new();
     for entry in std::fs::read_dir(dir).unwrap().flatten() {
         let path = entry.path();
@@ -38,7 +38,7 @@ fn texts(dir: &std::path::Path) -> String {
 }
 
 impl World {
-    async fn operate(&self, token: &str, key: &str, body: &Value) -> (u16, Value) {
+    pub(crate) async fn operate(&self, token: &str, key: &str, body: &Value) -> (u16, Value) {
         self.call(
             "POST",
             "/api/v1/operations",
@@ -50,7 +50,7 @@ impl World {
     }
 
     /// What an operation came to.
-    async fn ended(&self, token: &str, id: &str) -> Value {
+    pub(crate) async fn ended(&self, token: &str, id: &str) -> Value {
         let begun = Instant::now();
         loop {
             let (status, operation) =
@@ -65,19 +65,19 @@ impl World {
     }
 
     /// The end as the control plane was told it.
-    async fn told(&self, id: &str) -> Value {
+    pub(crate) async fn told(&self, id: &str) -> Value {
         let (control_plane, part) =
             (self.control_plane.clone(), format!("/operations/{id}/result"));
         self.control_plane.until("the result", |_| !control_plane.calls(&part).is_empty()).await;
         self.control_plane.calls(&part).pop().unwrap().2
     }
 
-    fn state(&self) -> std::path::PathBuf {
+    pub(crate) fn state(&self) -> std::path::PathBuf {
         self.agent.sandbox.root().join("var/lib/pipeops-agent")
     }
 }
 
-fn written(kube: &Kube) -> Vec<String> {
+pub(crate) fn written(kube: &Kube) -> Vec<String> {
     kube.through()
         .iter()
         .filter(|s| s.method != "GET")
@@ -426,27 +426,28 @@ async fn an_operation_can_be_followed_and_cancelled_and_eight_run_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
+async fn one_with_a_secret_that_ran_when_the_agent_died_is_told_as_interrupted() {
     let mut world = World::new().await.up().await;
     let token = world.token("deployer");
-    let (_, taken) = world.operate(&token, "k", &apply(&[deployment("web")])).await;
+    let whole = apply(&[secret(), deployment("web")]);
+    let (_, taken) = world.operate(&token, "k", &whole).await;
     let id = taken["id"].as_str().unwrap().to_owned();
     let kube = world.kube.clone();
-    world.control_plane.until("the write", |_| !written(&kube).is_empty()).await;
+    world.control_plane.until("the writes", |_| written(&kube).len() == 2).await;
+    assert!(!texts(&world.state()).contains("canary-9911-in-plain-text"));
     world.agent.restart(&[("AGENT_TOKEN", TOKEN)]);
     let told = world.told(&id).await;
     assert!(
         told["state"] == "interrupted" && told["message"].as_str().unwrap().contains("may be done"),
         "{told}"
     );
-    assert_eq!(written(&world.kube).len(), 1, "nothing is done again by itself");
+    assert_eq!(written(&world.kube).len(), 2, "nothing is done again by itself");
     // an orderly end tells it too, before or after the next start
     let frps = world.frps.clone();
     world.control_plane.until("the tunnel", |_| frps.proxies() == ["agent"]).await;
     let begun = Instant::now();
     let second = loop {
-        let (status, taken) =
-            world.operate(&world.token("deployer"), "k-2", &apply(&[deployment("web")])).await;
+        let (status, taken) = world.operate(&world.token("deployer"), "k-2", &whole).await;
         if status == 202 {
             break taken["id"].as_str().unwrap().to_owned();
         }
@@ -454,8 +455,7 @@ async fn one_that_ran_when_the_agent_died_is_told_as_interrupted() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
     let again = json!(id);
-    let (_, same) =
-        world.operate(&world.token("deployer"), "k", &apply(&[deployment("web")])).await;
+    let (_, same) = world.operate(&world.token("deployer"), "k", &whole).await;
     assert_eq!((&same["id"], &same["state"]), (&again, &json!("interrupted")));
     nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(world.agent.child.id().try_into().unwrap()),

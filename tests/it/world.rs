@@ -52,6 +52,24 @@ pub(crate) struct Kube {
     pub(crate) planted: Mutex<Vec<(&'static str, &'static str, Value)>>,
 }
 
+/// What a merge patch (RFC 7396) makes of an object.
+fn merge(object: &mut Value, patch: &Value) {
+    let Some(fields) = patch.as_object() else {
+        *object = patch.clone();
+        return;
+    };
+    if !object.is_object() {
+        *object = json!({});
+    }
+    for (name, value) in fields {
+        if value.is_null() {
+            object.as_object_mut().unwrap().remove(name);
+        } else {
+            merge(&mut object[name], value);
+        }
+    }
+}
+
 /// Paths below which objects are kept.
 const KEPT: [&str; 4] = [
     "/apis/apps/v1/namespaces/beta/deployments/",
@@ -61,8 +79,14 @@ const KEPT: [&str; 4] = [
 ];
 
 impl Kube {
+    /// An object that is there before anybody touches it.
+    pub(crate) fn put(&self, path: &str, object: Value) {
+        self.objects.lock().unwrap().insert(path.into(), object);
+        self.touched.lock().unwrap().insert(path.into());
+    }
+
     /// As a real one answers about single objects; a field of `owned` belongs to somebody else.
-    fn object(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+    fn object(&self, method: &str, path: &str, body: &Value, how: &str) -> (u16, Value) {
         let mut objects = self.objects.lock().unwrap();
         let absent = || {
             (
@@ -86,8 +110,18 @@ impl Kube {
                 }
             }
             "PATCH" => {
-                let first = objects.insert(path.into(), body.clone()).is_none();
-                (if first && !path.contains("/nodes/") { 201 } else { 200 }, body.clone())
+                let mut object = body.clone();
+                if how.contains("merge-patch")
+                    && let Some(there) = objects.get(path)
+                {
+                    object = there.clone();
+                    merge(&mut object, body);
+                }
+                let first = !objects.contains_key(path);
+                if !how.contains("dryRun=All") {
+                    objects.insert(path.into(), object.clone());
+                }
+                (if first && !path.contains("/nodes/") { 201 } else { 200 }, object)
             }
             "DELETE" => objects.remove(path).map_or_else(absent, |object| (200, object)),
             _ => match objects.get(path).cloned() {
@@ -156,9 +190,10 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
     if kept && (operated || kube.touched.lock().unwrap().contains(&path)) {
         let method = request.method().to_string();
         kube.touched.lock().unwrap().insert(path.clone());
+        let kind = request.headers().get("content-type").map(text).unwrap_or_default();
         let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
-        let (status, answer) =
-            kube.object(&method, &path, &serde_json::from_slice(&body).unwrap_or_default());
+        let body = serde_json::from_slice(&body).unwrap_or_default();
+        let (status, answer) = kube.object(&method, &path, &body, &format!("{kind} {query}"));
         return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();
     }
     let answer = {

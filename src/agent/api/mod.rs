@@ -99,6 +99,7 @@ impl Api {
             }),
         };
         api.report_unreported();
+        api.resume_running();
         api
     }
 

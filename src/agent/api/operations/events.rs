@@ -31,16 +31,20 @@ impl Api {
             Ok(permit) => permit,
             Err(problem) => return problem.plain(),
         };
-        let Some(mut changes) =
-            self.operations().all.lock().get(&id).map(|l| l.changes.subscribe())
-        else {
+        let known = self.operations().all.lock().get(&id).map(|l| {
+            let events = l.events.len();
+            (l.changes.subscribe(), events)
+        });
+        let Some((mut changes, events)) = known else {
             return not_found();
         };
         changes.mark_changed();
         let last = headers
             .get("last-event-id")
             .and_then(|v| v.to_str().ok())
-            .and_then(|v| v.parse::<usize>().ok());
+            .and_then(|v| v.parse::<usize>().ok())
+            // a restart of the agent counts from the beginning
+            .filter(|last| *last <= events);
         let begin = EventListener {
             api: self.clone(),
             id,

@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::Progress;
 use super::requests::{
     ExecutionError, ExecutionFailure, GET, KubernetesRequest, MERGE, ResourceKind,
     describe_refusal, failed, refused,
 };
+use super::{Progress, Run};
 use crate::agent::api::Api;
 use crate::contract::operation::{Apply, Delete, OperationRequest, Reference};
 use crate::contract::token::Caller;
@@ -49,30 +49,33 @@ pub(super) struct Executor<'a> {
     pub(super) kinds: HashMap<String, Vec<ResourceKind>>,
     /// It has looked for what keeps a workload.
     pub(super) looked: bool,
+    pub(super) before: Before,
+}
+
+/// What an operation has behind it that is resumed; empty for one that begins.
+#[derive(Default)]
+pub(super) struct Before {
+    /// What is left of its time; zero: nothing is changed any more.
+    pub(super) left: Option<Duration>,
+    /// Titles of the objects that were dealt with.
+    pub(super) objects: Vec<String>,
 }
 
 /// Carries out what was asked for.
-pub(super) async fn run(
-    operation: &OperationRequest,
-    api: &Api,
-    upstream: Upstream,
-    caller: &Caller,
-    progress: &Progress,
-    cancel: CancellationToken,
-) -> Result<(), ExecutionError> {
-    let abort = api.inner.context.abort.clone();
+pub(super) async fn run(run: Run, api: &Api, progress: &Progress) -> Result<(), ExecutionError> {
     let mut executor = Executor {
         api,
-        upstream,
-        caller,
+        upstream: run.upstream,
+        caller: &run.caller,
         progress,
-        cancel,
-        abort,
+        cancel: run.cancel,
+        abort: api.inner.context.abort.clone(),
         calls: 0,
         kinds: HashMap::new(),
         looked: false,
+        before: run.before,
     };
-    match operation {
+    match &run.requested {
         OperationRequest::Apply(apply) => executor.apply(apply).await,
         OperationRequest::Delete(delete) => executor.delete(delete).await,
         OperationRequest::Scale(scale) => {
@@ -81,7 +84,8 @@ pub(super) async fn run(
             executor.wait_ready(&[(scale.object.clone(), path)], scale.wait, scale.timeout_s).await
         }
         OperationRequest::Restart(restart) => {
-            let at = jiff::Timestamp::now().to_string();
+            // the same value when it is resumed: the pods are recreated once
+            let at = progress.created_at();
             let patch = json!({
                 "spec": {
                     "template": {
@@ -106,6 +110,17 @@ pub(super) async fn run(
 }
 
 impl Executor<'_> {
+    /// Whether an object was dealt with before the agent was restarted. What others did to it since
+    /// stays.
+    fn was_touched(&self, reference: &Reference) -> bool {
+        self.before.objects.contains(&reference.title())
+    }
+
+    /// When it ends that something is waited for.
+    fn end(&self, timeout_s: u64) -> Instant {
+        Instant::now() + self.before.left.unwrap_or(Duration::from_secs(timeout_s))
+    }
+
     async fn apply(&mut self, apply: &Apply) -> Result<(), ExecutionError> {
         let references: Vec<Reference> =
             apply.objects.iter().filter_map(|o| Reference::from_object(o).ok()).collect();
@@ -125,11 +140,18 @@ impl Executor<'_> {
             if apply.dry_run { "&dryRun=All" } else { "" }
         );
         let mut done = Vec::new();
+        // two objects with one title cannot be told apart
+        let titles: Vec<String> = references.iter().map(Reference::title).collect();
+        let is_single = |title: &String| titles.iter().filter(|t| *t == title).count() == 1;
         for ((reference, object), path) in references.into_iter().zip(&apply.objects).zip(paths) {
             let path = match path {
                 Some(path) => path,
                 None => self.wait_for_kind(&reference).await?,
             };
+            if self.was_touched(&reference) && is_single(&reference.title()) {
+                done.push((reference, path));
+                continue;
+            }
             let body = Some(("application/apply-patch+yaml", object));
             let (status, answer) = self
                 .request(
@@ -169,6 +191,10 @@ impl Executor<'_> {
         let body = json!({"propagationPolicy": "Background"});
         let mut going = Vec::new();
         for (reference, path) in delete.objects.iter().zip(paths) {
+            if self.was_touched(reference) {
+                going.push((reference, path));
+                continue;
+            }
             let (status, answer) = self
                 .request(
                     &path,
@@ -193,7 +219,7 @@ impl Executor<'_> {
         if !delete.wait {
             return Ok(());
         }
-        let end = Instant::now() + Duration::from_secs(delete.timeout_s);
+        let end = self.end(delete.timeout_s);
         for (reference, path) in going {
             let mut first = true;
             while self
@@ -223,6 +249,9 @@ impl Executor<'_> {
         outcome: &str,
     ) -> Result<String, ExecutionError> {
         let path = self.known_path_of(reference).await?;
+        if self.was_touched(reference) {
+            return Ok(path);
+        }
         let query = format!("fieldManager={FIELD_MANAGER}");
         let (status, answer) = self
             .request(
@@ -292,7 +321,7 @@ impl Executor<'_> {
         wait: bool,
         timeout_s: u64,
     ) -> Result<(), ExecutionError> {
-        let end = Instant::now() + Duration::from_secs(timeout_s);
+        let end = self.end(timeout_s);
         let waited = objects.iter().filter(|(r, _)| wait && rollout::has_rollout(&r.kind));
         for (reference, path) in waited {
             self.wait_for_rollout(reference, path, end, timeout_s).await?;

@@ -2,13 +2,15 @@
 //! the Runner, the tunnel or the control plane is gone in the meantime.
 //!
 //! An operation is on disk before it is accepted, and its result is on disk before it is reported.
-//! The request itself is not: it may hold secrets, and after a restart nothing of it is done,
-//! because the caller's right to it may have ended by then.
+//! While it runs the request is there too, so that it is resumed after a restart; one that holds
+//! values of a Secret is not, and ends with the agent. Whose right to it has ended meanwhile has it
+//! cancelled by the control plane, as without the restart.
 
 mod diagnose;
 mod events;
 mod executor;
 mod requests;
+mod resume;
 mod store;
 
 use std::borrow::Cow;
@@ -35,7 +37,9 @@ use crate::contract::types::{
 };
 use crate::kubernetes::answer::{ApiError, plain};
 use crate::kubernetes::upstream::{Body, Upstream};
+use executor::Before;
 use requests::{ExecutionError, ExecutionFailure};
+use resume::ResumePoint;
 pub use store::Operations;
 use store::{Progress, StoredOperation, TrackedOperation, now};
 
@@ -46,6 +50,18 @@ const MAX_BODY: usize = 1 << 20;
 const BODY_TIMEOUT: Duration = Duration::from_secs(15);
 /// Between attempts to store or report a result.
 const RETRY: Duration = Duration::from_secs(5);
+const CANCELLED: &str = "cancelled; the objects listed were changed before that";
+
+/// An operation that is carried out.
+struct Run {
+    id: String,
+    requested: OperationRequest,
+    upstream: Upstream,
+    caller: Caller,
+    cancel: CancellationToken,
+    before: Before,
+}
+
 fn operation_response(status: u16, operation: &Operation) -> Response<Body> {
     plain(status, "application/json", serde_json::to_string(operation).unwrap_or_default())
 }
@@ -104,7 +120,11 @@ impl Api {
             },
             (&Method::DELETE, Some(id), None, _) => match self.find(caller, id) {
                 Some(_) => {
-                    self.operations().change(id, |live| live.cancel.cancel());
+                    // one that is cancelled does not come back with the agent
+                    self.operations().record(id, |live| {
+                        live.stored.resume = None;
+                        live.cancel.cancel();
+                    });
                     self.find(caller, id)
                         .map_or_else(not_found, |operation| operation_response(200, &operation))
                 }
@@ -180,7 +200,8 @@ impl Api {
             created_at: now(),
             ..Operation::default()
         };
-        let stored = StoredOperation { operation, request, reported: false };
+        let resume = ResumePoint::of(&requested, &bytes, caller);
+        let stored = StoredOperation { operation, request, reported: false, resume };
         let cancel = match self.admit(&stored) {
             Ok(cancel) => cancel,
             Err(refused) => {
@@ -189,14 +210,9 @@ impl Api {
                 return *refused;
             }
         };
-        tokio::spawn(self.clone().execute(
-            id.clone(),
-            requested,
-            upstream,
-            caller.clone(),
-            cancel,
-            call,
-        ));
+        let (caller, before) = (caller.clone(), Before::default());
+        let run = Run { id: id.clone(), requested, upstream, caller, cancel, before };
+        tokio::spawn(self.clone().execute(run, call));
         let mut answer = operation_response(202, &stored.operation);
         if let Ok(location) = HeaderValue::try_from(format!("/api/v1/operations/{id}")) {
             answer.headers_mut().insert(header::LOCATION, location);
@@ -238,25 +254,21 @@ impl Api {
         Ok(cancel)
     }
 
-    async fn execute(
-        self,
-        id: String,
-        requested: OperationRequest,
-        upstream: Upstream,
-        caller: Caller,
-        cancel: CancellationToken,
-        mut call: AuditedRequest,
-    ) {
+    async fn execute(self, run: Run, mut call: AuditedRequest) {
+        let id = run.id.clone();
         let progress = Progress { api: self.clone(), id: id.clone() };
-        let end = executor::run(&requested, &self, upstream, &caller, &progress, cancel).await;
+        let end = executor::run(run, &self, &progress).await;
         let because =
             |message: &str| ExecutionFailure { message: message.into(), ..Default::default() };
+        let is_resumable =
+            || self.operations().all.lock().get(&id).is_some_and(|l| l.stored.resume.is_some());
         let (state, failure, status) = match end {
             Ok(()) => (OperationState::Succeeded, ExecutionFailure::default(), 200),
             Err(ExecutionError::Failed(failure)) => (OperationState::Failed, failure, 422),
-            Err(ExecutionError::Cancelled) => {
-                let message = "cancelled; the objects listed were changed before that";
-                (OperationState::Cancelled, because(message), 499)
+            Err(ExecutionError::Cancelled) => (OperationState::Cancelled, because(CANCELLED), 499),
+            // it runs on disk, and goes on at the next start
+            Err(ExecutionError::Interrupted) if is_resumable() => {
+                return call.status(503, OperationState::Interrupted.name());
             }
             Err(ExecutionError::Interrupted) => {
                 let message =
@@ -265,7 +277,14 @@ impl Api {
             }
         };
         call.status(status, state.name());
+        drop(call);
+        self.end(id, state, failure).await;
+    }
+
+    /// Stores and reports the end of an operation.
+    async fn end(self, id: String, state: OperationState, failure: ExecutionFailure) {
         let ended = self.operations().change(&id, |live| {
+            live.stored.resume = None;
             let operation = &mut live.stored.operation;
             (operation.state, operation.finished_at) = (state, now());
             operation.message = failure.message;
@@ -283,11 +302,10 @@ impl Api {
             }
             tokio::select! {
                 () = sleep(RETRY) => {}
-                // on disk it still runs: the next start marks it as interrupted
+                // on disk it still runs: the next start deals with it
                 () = self.inner.context.abort.cancelled() => return,
             }
         }
-        drop(call);
         self.report(ended).await;
     }
 

@@ -86,8 +86,48 @@ impl Executor<'_> {
         path: &str,
         request: KubernetesRequest<'_>,
     ) -> Result<(u16, Value), ExecutionError> {
+        if request.method != Method::GET && self.before.left == Some(Duration::ZERO) {
+            return self.look(path, request).await;
+        }
         let (status, bytes) = self.request_bytes(path, request).await?;
         Ok((status, serde_json::from_slice(&bytes).unwrap_or_default()))
+    }
+
+    /// Instead of a change whose time was over when the agent was back: whether the object is as
+    /// the change would have made it. Nothing is written.
+    async fn look(
+        &mut self,
+        path: &str,
+        change: KubernetesRequest<'_>,
+    ) -> Result<(u16, Value), ExecutionError> {
+        let (method, as_agent) = (change.method.clone(), change.as_agent);
+        let query = format!("{}&dryRun=All", change.query);
+        let wanted = match method {
+            Method::PATCH => {
+                let request = KubernetesRequest { query: query.trim_start_matches('&'), ..change };
+                let (status, bytes) = self.request_bytes(path, request).await?;
+                let object: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+                Some(object).filter(|_| status == 200)
+            }
+            _ => None,
+        };
+        let request = KubernetesRequest { as_agent, ..GET };
+        let (status, bytes) = self.request_bytes(path, request).await?;
+        let there: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+        let is_done = match (&method, status) {
+            (&Method::DELETE, 404) => true,
+            (_, 200) => wanted.is_some_and(|wanted| is_same(wanted, there.clone())),
+            _ => false,
+        };
+        if is_done {
+            return Ok((status, there));
+        }
+        failed_for(
+            "timed_out",
+            format!(
+                "its time was over when the agent was back, and this was not done: {method} {path}"
+            ),
+        )
     }
 
     /// The same for an answer that is not JSON.
@@ -150,6 +190,10 @@ impl Executor<'_> {
                  minute",
             ),
             Ok(answer) => Ok(answer),
+            // a machine that stops takes both down: that is no answer
+            Err(_) if self.api.inner.context.drain.is_cancelled() => {
+                Err(ExecutionError::Interrupted)
+            }
             Err(why) => {
                 tracing::debug!(why, "an operation's request");
                 failed("the Kubernetes API does not answer")
@@ -284,6 +328,20 @@ impl Executor<'_> {
     }
 }
 
+/// Whether two states of an object are the same but for what others note on it: its status, and
+/// who manages which field.
+fn is_same(mut one: Value, mut other: Value) -> bool {
+    for object in [&mut one, &mut other] {
+        if let Some(fields) = object.as_object_mut() {
+            fields.remove("status");
+        }
+        if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+            metadata.remove("managedFields");
+        }
+    }
+    one == other
+}
+
 /// The failure of an operation on an object that Kubernetes refuses.
 pub(super) fn refused<T>(
     reference: &Reference,
@@ -316,4 +374,22 @@ pub(super) fn describe_refusal(kind: &str, status: u16, answer: &Value) -> Strin
         "Kubernetes answers {status}: {}",
         if text.is_empty() { "no reason given" } else { &text }
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_state_is_the_same_whoever_manages_its_fields() {
+        let object = |replicas: u8, manager: &str, ready: u8| {
+            json!({"metadata": {"name": "w", "managedFields": [manager]},
+                "spec": {"replicas": replicas}, "status": {"readyReplicas": ready}})
+        };
+        assert!(is_same(object(2, "a", 0), object(2, "b", 2)));
+        assert!(!is_same(object(2, "a", 0), object(3, "a", 0)));
+        assert!(is_same(json!({"spec": {}}), json!({"spec": {}, "status": {}})));
+    }
 }

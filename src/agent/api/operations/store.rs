@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::super::Api;
+use super::resume::{MAX_RESUMPTIONS, ResumePoint};
 use crate::agent::session::client::FinishedOperation;
 use crate::contract::types::{ObjectOutcome, Operation, OperationState};
 use crate::host::state::StateDir;
@@ -27,6 +28,10 @@ pub(super) struct StoredOperation {
     /// The result is in the queue for the control plane.
     #[serde(rename = "told")]
     pub(super) reported: bool,
+    /// What it takes to go on after a restart of the agent. None once it has ended, and for one
+    /// that does not go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) resume: Option<ResumePoint>,
 }
 
 pub(super) struct TrackedOperation {
@@ -64,8 +69,8 @@ pub(super) fn now() -> String {
 }
 
 impl Operations {
-    /// Reads the operations of former runs. One that ran when the agent stopped has been
-    /// interrupted.
+    /// Reads the operations of former runs. One that ran when the agent stopped still runs if it
+    /// can be resumed, else it has been interrupted.
     pub fn open(dir: StateDir, results: mpsc::Sender<FinishedOperation>) -> Operations {
         let mut all = BTreeMap::new();
         for name in dir.list() {
@@ -76,8 +81,11 @@ impl Operations {
                 dir.remove(&name);
                 continue;
             };
+            if !stored.operation.state.ended() {
+                stored.resume = stored.resume.filter(|point| point.attempts < MAX_RESUMPTIONS);
+            }
             let operation = &mut stored.operation;
-            if !operation.state.ended() {
+            if !operation.state.ended() && stored.resume.is_none() {
                 operation.state = OperationState::Interrupted;
                 operation.message = "the agent stopped while it ran: part of it may be done; ask \
                                      again with another key"
@@ -130,6 +138,24 @@ impl Operations {
         live.changes.send_replace(());
         Some(live.stored.clone())
     }
+
+    /// The same on disk too, for one that runs: what was done is known to the next start.
+    pub(super) fn record(&self, id: &str, change: impl FnOnce(&mut TrackedOperation)) {
+        let mut all = self.all.lock();
+        let Some(live) = all.get_mut(id) else { return };
+        change(live);
+        live.changes.send_replace(());
+        // under the lock: of two changes the later one stays
+        if !live.stored.operation.state.ended()
+            && let Err(error) = self.store(&live.stored)
+        {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                id,
+                "how far an operation is cannot be written"
+            );
+        }
+    }
 }
 
 /// Where the executor of an operation reports its progress.
@@ -152,9 +178,15 @@ impl Progress {
         });
     }
 
+    /// When it was accepted, RFC 3339: the same after a restart of the agent.
+    pub(super) fn created_at(&self) -> String {
+        let all = self.api.operations().all.lock();
+        all.get(&self.id).map_or_else(now, |live| live.stored.operation.created_at.clone())
+    }
+
     /// An object was changed, or has reached its state.
     pub(super) fn touched(&self, object: &str, outcome: &str) {
-        self.api.operations().change(&self.id, |live| {
+        self.api.operations().record(&self.id, |live| {
             let objects = &mut live.stored.operation.objects;
             match objects.iter_mut().find(|t| t.object == object) {
                 Some(touched) => touched.outcome = outcome.into(),
