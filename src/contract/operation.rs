@@ -24,9 +24,17 @@ pub enum OperationRequest {
     /// No new pods on a node.
     Cordon(NodeSpec),
     Uncordon(NodeSpec),
+    /// No new pods on a node, and the pods there go elsewhere, as `kubectl drain` does.
+    Drain(Drain),
+    /// Takes a node out of the cluster: one that is drained, or no longer there.
+    Remove(Remove),
 }
 
 fn default_wait() -> bool {
+    true
+}
+
+fn default_true() -> bool {
     true
 }
 
@@ -82,6 +90,38 @@ pub struct Restart {
 #[serde(deny_unknown_fields)]
 pub struct NodeSpec {
     pub node: String,
+}
+
+/// The options are those of `kubectl drain`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    pub node: String,
+    /// Time that a pod gets to end, seconds; without it, its own.
+    pub grace_period_s: Option<u64>,
+    /// Pods with an emptyDir go too, and what is in it is lost.
+    #[serde(default = "default_true")]
+    pub delete_emptydir_data: bool,
+    /// Pods of a DaemonSet stay; without it, they are a reason to evict none.
+    #[serde(default = "default_true")]
+    pub ignore_daemonsets: bool,
+    /// Pods that no controller recreates go too.
+    #[serde(default)]
+    pub force: bool,
+    /// Also until the pods have ended, not only until each eviction is accepted.
+    #[serde(default = "default_wait")]
+    pub wait: bool,
+    #[serde(default = "default_timeout_s")]
+    pub timeout_s: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Remove {
+    pub node: String,
+    /// Also one that is ready and was not drained.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Which object is meant.
@@ -212,6 +252,15 @@ impl OperationRequest {
             OperationRequest::Cordon(node) | OperationRequest::Uncordon(node) => {
                 check_node(&node.node, caller)?;
             }
+            OperationRequest::Drain(drain) => {
+                wait(drain.timeout_s)?;
+                // 0 would remove the pod without its kubelet having ended it
+                if drain.grace_period_s.is_some_and(|s| !(1..=MAX_TIMEOUT_S).contains(&s)) {
+                    return Err(bad(format!("grace_period_s is 1 to {MAX_TIMEOUT_S}")));
+                }
+                check_node(&drain.node, caller)?;
+            }
+            OperationRequest::Remove(remove) => check_node(&remove.node, caller)?,
         }
         Ok(request)
     }
@@ -225,6 +274,8 @@ impl OperationRequest {
             OperationRequest::Restart(_) => "restart",
             OperationRequest::Cordon(_) => "cordon",
             OperationRequest::Uncordon(_) => "uncordon",
+            OperationRequest::Drain(_) => "drain",
+            OperationRequest::Remove(_) => "remove",
         }
     }
 
@@ -235,7 +286,10 @@ impl OperationRequest {
             OperationRequest::Delete(delete) => delete.timeout_s,
             OperationRequest::Scale(scale) => scale.timeout_s,
             OperationRequest::Restart(restart) => restart.timeout_s,
-            OperationRequest::Cordon(_) | OperationRequest::Uncordon(_) => DEFAULT_TIMEOUT_S,
+            OperationRequest::Drain(drain) => drain.timeout_s,
+            OperationRequest::Cordon(_)
+            | OperationRequest::Uncordon(_)
+            | OperationRequest::Remove(_) => DEFAULT_TIMEOUT_S,
         }
     }
 
@@ -248,12 +302,14 @@ impl OperationRequest {
             | OperationRequest::Scale(_)
             | OperationRequest::Restart(_)
             | OperationRequest::Cordon(_)
-            | OperationRequest::Uncordon(_) => true,
+            | OperationRequest::Uncordon(_)
+            | OperationRequest::Drain(_)
+            | OperationRequest::Remove(_) => true,
         }
     }
 }
 
-/// A node is cordoned with the agent's own rights: nobody is impersonated for it.
+/// A node is cordoned and removed with the agent's own rights: nobody is impersonated for it.
 fn check_node(name: &str, caller: &Caller) -> Result<(), (u16, &'static str, String)> {
     if !is_path_safe(name) {
         return Err((400, "bad_operation", "that is no name of a node".into()));
@@ -350,6 +406,10 @@ mod tests {
                 "can be restarted",
             ),
             (r#"{"kind":"cordon","spec":{"node":"a/b"}}"#, "name of a node"),
+            (r#"{"kind":"drain","spec":{"node":"a/b"}}"#, "name of a node"),
+            (r#"{"kind":"drain","spec":{"node":"n","grace_period_s":0}}"#, "1 to 3600"),
+            (r#"{"kind":"drain","spec":{"node":"n","evict":true}}"#, "unknown field `evict`"),
+            (r#"{"kind":"remove","spec":{"node":".."}}"#, "name of a node"),
         ] {
             let said = verdict(text).unwrap_err();
             assert!(said.contains(expected), "{text}: {said}");
@@ -357,7 +417,7 @@ mod tests {
         let long = format!(r#"{{"kind":"restart","spec":{{"object":{web},"timeout_s":0}}}}"#);
         assert!(verdict(&long).unwrap_err().contains("1 to 3600"));
         for (role, namespaces) in [(Role::Deployer, None), (Role::Operator, Some(&["beta"][..]))] {
-            for kind in ["cordon", "uncordon"] {
+            for kind in ["cordon", "uncordon", "drain", "remove"] {
                 let request = format!(r#"{{"kind":"{kind}","spec":{{"node":"n"}}}}"#);
                 let refused =
                     OperationRequest::parse(request.as_bytes(), &caller(role, namespaces))
@@ -397,7 +457,7 @@ mod tests {
         ] {
             assert_eq!(applied(object.clone()), resumable, "{object}");
         }
-        for kind in ["cordon", "uncordon"] {
+        for kind in ["cordon", "uncordon", "drain", "remove"] {
             let request = format!(r#"{{"kind":"{kind}","spec":{{"node":"n"}}}}"#);
             let parsed = OperationRequest::parse(request.as_bytes(), &caller(Role::Operator, None));
             let parsed = parsed.map_err(|(_, _, why)| why).unwrap();

@@ -146,7 +146,7 @@ wire! {
         /// `o-` and 32 hex digits: it follows from who asks, and from the key that it was asked for
         /// under.
         id: String,
-        /// `apply`, `delete`, `scale`, `restart`, `cordon` or `uncordon`.
+        /// `apply`, `delete`, `scale`, `restart`, `cordon`, `uncordon`, `drain` or `remove`.
         kind: String,
         state: OperationState,
         /// Who asked: the `sub` of the token.
@@ -171,7 +171,7 @@ wire! {
         /// `Deployment production/web`.
         object: String,
         /// `applied`, `created`, `deleted`, `absent`, `scaled`, `restarted`, `cordoned`,
-        /// `uncordoned`; then `ready`.
+        /// `uncordoned`, `evicted`, `removed`; then `ready`, `drained` or `absent`.
         outcome: String,
     }
     /// Every error, with a stable code.

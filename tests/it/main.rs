@@ -29,6 +29,7 @@ mod intruders;
 mod join;
 mod kubernetes;
 mod machines;
+mod nodes;
 mod operations;
 mod page;
 mod release;

@@ -76,12 +76,20 @@ async fn a_killed_agent_goes_on_with_each_kind_and_each_has_one_effect() {
     for name in ["scaled", "restarted"] {
         world.kube.put(&format!("{DEPLOYMENTS}/{name}"), deployment(name));
     }
+    let owner = json!([{"apiVersion": "apps/v1", "kind": "ReplicaSet", "controller": true}]);
+    let pod = |name: &str| {
+        json!({"metadata": {"name": name, "namespace": "beta", "uid": name,
+            "ownerReferences": owner}, "status": {"phase": "Running"}})
+    };
+    *world.kube.pods.lock().unwrap() = vec![pod("free"), pod("kept")];
+    world.kube.budgets.lock().unwrap().insert("kept".into(), usize::MAX);
     let scale = json!({"object": reference("scaled"), "replicas": 3});
     let mut ids = Vec::new();
     for (role, kind, spec, outcome) in [
         ("deployer", "apply", json!({"objects": [deployment("web")]}), "ready"),
         ("deployer", "scale", scale, "ready"),
         ("deployer", "restart", json!({"object": reference("restarted")}), "ready"),
+        ("operator", "drain", json!({"node": "vm1"}), "drained"),
     ] {
         let body = json!({"kind": kind, "spec": spec});
         ids.push((world.begun(role, kind, &body).await, kind, outcome));
@@ -95,6 +103,11 @@ async fn a_killed_agent_goes_on_with_each_kind_and_each_has_one_effect() {
         assert!(point["body"].as_str().unwrap().contains(kind), "{point}");
         assert_eq!(point["caller"]["subject"], "runner-1", "{point}");
     }
+    let evicted = world.kube.clone();
+    world
+        .control_plane
+        .until("one eviction", |_| !evicted.evicted.lock().unwrap().is_empty())
+        .await;
     let changes = |world: &World| {
         let all = written(&world.kube);
         all.into_iter().filter(|w| w.starts_with("PATCH")).collect::<Vec<_>>()
@@ -107,6 +120,7 @@ async fn a_killed_agent_goes_on_with_each_kind_and_each_has_one_effect() {
         world.until_stored(id, "resumed", |stored| stored["resume"]["attempts"] == 1).await;
     }
     world.kube.ready.store(true, Relaxed);
+    world.kube.budgets.lock().unwrap().clear();
     for (id, kind, outcome) in &ids {
         let told = world.told(id).await;
         assert_eq!(told["state"], "succeeded", "{kind}: {told}");
@@ -115,10 +129,11 @@ async fn a_killed_agent_goes_on_with_each_kind_and_each_has_one_effect() {
         assert!(world.stored(id)["resume"].is_null(), "{kind}: the request stays on the disk");
     }
     assert_eq!(before, changes(&world), "nothing is written twice");
+    assert_eq!(*world.kube.evicted.lock().unwrap(), ["free", "kept"]);
     let objects = world.kube.objects.lock().unwrap().clone();
     assert_eq!(objects[&format!("{DEPLOYMENTS}/scaled")]["spec"]["replicas"], 3);
-    let stamp = &objects[&format!("{DEPLOYMENTS}/restarted")]["spec"]["template"]["metadata"]["annotations"]
-        ["kubectl.kubernetes.io/restartedAt"];
+    let template = &objects[&format!("{DEPLOYMENTS}/restarted")]["spec"]["template"];
+    let stamp = &template["metadata"]["annotations"]["kubectl.kubernetes.io/restartedAt"];
     let restart = world.stored(&ids[2].0);
     assert_eq!(*stamp, restart["operation"]["created_at"]);
     // both runs are on record, each with its beginning

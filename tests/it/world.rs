@@ -50,6 +50,14 @@ pub(crate) struct Kube {
     /// What else is answered, by path and the part of the query that must be there: a text as it
     /// is, anything else as JSON.
     pub(crate) planted: Mutex<Vec<(&'static str, &'static str, Value)>>,
+    /// The pods of the node `vm1`.
+    pub(crate) pods: Mutex<Vec<Value>>,
+    /// How many evictions of a pod its budget refuses before one passes, by name.
+    pub(crate) budgets: Mutex<BTreeMap<String, usize>>,
+    /// The pods that were evicted, in their order.
+    pub(crate) evicted: Mutex<Vec<String>>,
+    /// Nobody may evict in this namespace.
+    pub(crate) guarded: Mutex<&'static str>,
 }
 
 /// What a merge patch (RFC 7396) makes of an object.
@@ -85,7 +93,42 @@ impl Kube {
         self.touched.lock().unwrap().insert(path.into());
     }
 
-    /// As a real one answers about single objects; a field of `owned` belongs to somebody else.
+    /// The pods of the node, and their evictions.
+    fn node(&self, method: &str, path: &str, query: &str, body: &Value) -> Option<(u16, Value)> {
+        let mut pods = self.pods.lock().unwrap();
+        if path == "/api/v1/pods" && query.contains("fieldSelector=spec.nodeName=vm1") {
+            return Some((200, json!({"metadata": {}, "items": *pods})));
+        }
+        let pod = path.strip_suffix("/eviction").filter(|_| method == "POST")?;
+        let (namespace, name) =
+            pod.strip_prefix("/api/v1/namespaces/")?.split_once("/pods/").unwrap();
+        assert_eq!(body["metadata"], json!({"namespace": namespace, "name": name}));
+        let uid = &body["deleteOptions"]["preconditions"]["uid"];
+        let at = pods
+            .iter()
+            .position(|p| p["metadata"]["name"] == name && p["metadata"]["namespace"] == namespace);
+        let Some(at) = at else {
+            return Some((404, json!({"kind": "Status", "reason": "NotFound"})));
+        };
+        assert_eq!(&pods[at]["metadata"]["uid"], uid);
+        if let Some(left) = self.budgets.lock().unwrap().get_mut(name).filter(|left| **left > 0) {
+            *left -= 1;
+            let why = "The disruption budget keeper needs 2 healthy pods and has 2 currently";
+            let causes = json!([{"reason": "DisruptionBudget", "message": why}]);
+            return Some((
+                429,
+                json!({"kind": "Status", "reason": "TooManyRequests",
+                    "message": "Cannot evict pod as it would violate the pod's disruption budget.",
+                    "details": {"causes": causes}}),
+            ));
+        }
+        pods.remove(at);
+        self.evicted.lock().unwrap().push(name.into());
+        Some((201, json!({"kind": "Status", "status": "Success"})))
+    }
+
+    /// As a real one answers about single objects; a field of `owned` belongs to somebody else, and
+    /// nobody may remove `kept`.
     fn object(&self, method: &str, path: &str, body: &Value, how: &str) -> (u16, Value) {
         let mut objects = self.objects.lock().unwrap();
         let absent = || {
@@ -122,6 +165,9 @@ impl Kube {
                     objects.insert(path.into(), object.clone());
                 }
                 (if first && !path.contains("/nodes/") { 201 } else { 200 }, object)
+            }
+            "DELETE" if path.ends_with("/kept") => {
+                (403, json!({"kind": "Status", "reason": "Forbidden", "message": "not you"}))
             }
             "DELETE" => objects.remove(path).map_or_else(absent, |object| (200, object)),
             _ => match objects.get(path).cloned() {
@@ -196,6 +242,15 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         let (status, answer) = kube.object(&method, &path, &body, &format!("{kind} {query}"));
         return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();
     }
+    if path.ends_with("/eviction") || query.contains("fieldSelector=spec.nodeName=vm1") {
+        let method = request.method().to_string();
+        let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
+        let body = serde_json::from_slice(&body).unwrap_or_default();
+        if let Some((status, answer)) = kube.node(&method, &path, &query, &body) {
+            return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();
+        }
+        return StatusCode::NOT_FOUND.into_response();
+    }
     let answer = {
         let planted = kube.planted.lock().unwrap();
         let found = planted.iter().find(|(at, part, _)| *at == path && query.contains(part));
@@ -230,6 +285,8 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
             let asked: Value = serde_json::from_slice(&body).unwrap();
             let a = &asked["spec"]["resourceAttributes"];
             let allowed = (a["verb"] == "impersonate" && a["name"] != "")
+                || (a["subresource"] == "eviction"
+                    && a["namespace"] != *kube.guarded.lock().unwrap())
                 || (a["resource"] == "pods" && (a["verb"] == "list" || a["verb"] == "watch"));
             yes(json!({"status": {"allowed": allowed}}))
         }

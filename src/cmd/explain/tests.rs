@@ -10,13 +10,18 @@ use crate::kubernetes::readiness::diagnosis::Reason;
 /// Reasons of operations that are not of the diagnosis.
 const OTHER_REASONS: &[&str] = &[
     "conflict",
+    "disruption_budget",
     "forbidden",
     "invalid",
     "job_failed",
     "namespace_scope",
+    "not_drained",
+    "not_evictable",
     "not_found",
     "progress_deadline",
     "refused",
+    "rights_missing",
+    "server_node",
     "timed_out",
 ];
 
@@ -107,6 +112,7 @@ fn every_code_has_an_entry_and_no_entry_is_of_another() {
 fn the_other_reasons_are_those_of_operations() {
     let text = [
         include_str!("../../agent/api/operations/executor.rs"),
+        include_str!("../../agent/api/operations/nodes.rs"),
         include_str!("../../agent/api/operations/requests.rs"),
     ]
     .concat();

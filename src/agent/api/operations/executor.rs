@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::nodes::refused_node;
 use super::requests::{
-    ExecutionError, ExecutionFailure, GET, KubernetesRequest, MERGE, ResourceKind,
-    describe_refusal, failed, refused,
+    ExecutionError, ExecutionFailure, GET, KubernetesRequest, MERGE, ResourceKind, failed, refused,
 };
 use super::{Progress, Run};
 use crate::agent::api::Api;
@@ -106,6 +106,8 @@ pub(super) async fn run(run: Run, api: &Api, progress: &Progress) -> Result<(), 
                 .cordon(&node.node, &json!({"spec": {"unschedulable": null}}), "uncordoned")
                 .await
         }
+        OperationRequest::Drain(drain) => executor.drain(drain).await,
+        OperationRequest::Remove(remove) => executor.remove(remove).await,
     }
 }
 
@@ -117,7 +119,7 @@ impl Executor<'_> {
     }
 
     /// When it ends that something is waited for.
-    fn end(&self, timeout_s: u64) -> Instant {
+    pub(super) fn end(&self, timeout_s: u64) -> Instant {
         Instant::now() + self.before.left.unwrap_or(Duration::from_secs(timeout_s))
     }
 
@@ -271,7 +273,7 @@ impl Executor<'_> {
         Ok(path)
     }
 
-    async fn cordon(
+    pub(super) async fn cordon(
         &mut self,
         node: &str,
         patch: &Value,
@@ -287,14 +289,14 @@ impl Executor<'_> {
         };
         let (status, answer) = self.request(&format!("/api/v1/nodes/{node}"), request).await?;
         if status != 200 {
-            return failed(format!("Node {node}: {}", describe_refusal("Node", status, &answer)));
+            return refused_node(node, status, &answer);
         }
         self.progress.touched(&format!("Node {node}"), outcome);
         Ok(())
     }
 
     /// An object as it is now; none while the API server does not answer, which is waited for.
-    async fn poll(
+    pub(super) async fn poll(
         &mut self,
         path: &str,
         recorded: bool,
@@ -307,7 +309,7 @@ impl Executor<'_> {
         }
     }
 
-    async fn pause(&self) -> Result<(), ExecutionError> {
+    pub(super) async fn pause(&self) -> Result<(), ExecutionError> {
         tokio::select! {
             () = sleep(POLL_INTERVAL) => Ok(()),
             () = self.cancel.cancelled() => Err(ExecutionError::Cancelled),

@@ -8,7 +8,9 @@
 
 mod diagnose;
 mod events;
+mod eviction;
 mod executor;
+mod nodes;
 mod requests;
 mod resume;
 mod store;
