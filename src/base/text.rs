@@ -112,6 +112,24 @@ pub fn json_error(error: &serde_json::Error) -> String {
     without_type_names(&text)
 }
 
+/// The same for a request that may hold secrets: names stay, a value of a wrong type goes.
+pub fn valueless_json_error(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let kinds = ["invalid type: ", "invalid value: "];
+    let value = kinds.iter().find_map(|kind| text.strip_prefix(kind)).and_then(|value| {
+        let shown = value.split(['"', '`']).next().unwrap_or_default();
+        Some((shown.trim_end(), value.rfind(", expected ")?, value))
+    });
+    match value {
+        // `null` and the like are not quoted, and end there
+        Some((shown, end, value)) if shown.len() < end => {
+            let kind = &text[..text.len() - value.len()];
+            without_type_names(&format!("{kind}{shown}{}", &value[end..]))
+        }
+        _ => json_error(error),
+    }
+}
+
 /// The same for a file that may hold secrets: all that stands between the first and the last quote
 /// is left out, because a name in backticks may hold one itself.
 pub fn unquoted_json_error(error: &serde_json::Error) -> String {
@@ -230,6 +248,17 @@ mod tests {
         {
             let said = unquoted_json_error(&serde_json::from_str::<Named>(json).unwrap_err());
             assert!(!said.contains("secret") && said.contains(" at line 1 column "), "{said}");
+        }
+        // nor of a request, of which only a value goes
+        for (json, expected) in [
+            (r#"{"kind": {"kind": "x"}}"#, "unknown variant `x`, expected `Other`"),
+            (r#"{"name": 4711}"#, "invalid type: integer, expected a string at line 1"),
+            (r#"{"name": null}"#, "invalid type: null, expected a string at line 1"),
+            (r#"{"name": "secret`", "kind": "secret"}"#, "invalid type: string, expected an obj"),
+            (r#""secret`\", expected a \"secret""#, "invalid type: string, expected an object at"),
+        ] {
+            let said = valueless_json_error(&serde_json::from_str::<Named>(json).unwrap_err());
+            assert!(said.starts_with(expected) && !said.contains("secret"), "{json}: {said}");
         }
         // what a caller writes is quoted, but not all of it, and looked through once
         let long = format!(r#"{{"{}": 1}}"#, "expected struct .".repeat(60_000));

@@ -3,8 +3,10 @@
 
 pub mod answer;
 pub mod client;
+pub mod config_set;
 pub mod header_policy;
 pub mod path;
+pub mod pod_references;
 pub mod readiness;
 pub mod reverse_proxy;
 mod transport;

@@ -49,12 +49,12 @@ const INSIDE: &[(&str, Rows)] = &[
             &["fetch"],
         ],
     ),
-    ("contract", &[&["types"], &["token"], &["operation"]]),
+    ("contract", &[&["types", "config"], &["token"], &["operation"]]),
     (
         "kubernetes",
         &[
-            &["path", "readiness", "transport"],
-            &["client", "header_policy", "upstream"],
+            &["config_set", "path", "readiness", "transport"],
+            &["client", "header_policy", "pod_references", "upstream"],
             &["answer", "reverse_proxy", "watch"],
         ],
     ),
