@@ -3,7 +3,8 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::base::text::json_error;
+use crate::base::text::valueless_json_error;
+use crate::contract::config::{ConfigKind, ConfigSpec};
 use crate::contract::token::{Caller, Role};
 
 const MAX_OBJECTS: usize = 200;
@@ -28,6 +29,11 @@ pub enum OperationRequest {
     Drain(Drain),
     /// Takes a node out of the cluster: one that is drained, or no longer there.
     Remove(Remove),
+    /// Keys of a namespace whose values are secret.
+    Secret(ConfigSpec),
+    /// The same of values that anybody may read.
+    #[serde(rename = "configmap")]
+    ConfigMap(ConfigSpec),
 }
 
 fn default_wait() -> bool {
@@ -203,7 +209,7 @@ impl OperationRequest {
     ) -> Result<OperationRequest, (u16, &'static str, String)> {
         let bad = |why: String| (400, "bad_operation", why);
         let request: OperationRequest = serde_json::from_slice(bytes)
-            .map_err(|e| bad(format!("this is no operation: {}", json_error(&e))))?;
+            .map_err(|e| bad(format!("this is no operation: {}", valueless_json_error(&e))))?;
         let objects = |n: usize| {
             if (1..=MAX_OBJECTS).contains(&n) {
                 Ok(())
@@ -249,6 +255,14 @@ impl OperationRequest {
                     ));
                 }
             }
+            OperationRequest::Secret(config) => {
+                config.timeout_s().map_or(Ok(()), wait)?;
+                config.check(ConfigKind::Secret).map_err(bad)?;
+            }
+            OperationRequest::ConfigMap(config) => {
+                config.timeout_s().map_or(Ok(()), wait)?;
+                config.check(ConfigKind::ConfigMap).map_err(bad)?;
+            }
             OperationRequest::Cordon(node) | OperationRequest::Uncordon(node) => {
                 check_node(&node.node, caller)?;
             }
@@ -276,6 +290,8 @@ impl OperationRequest {
             OperationRequest::Uncordon(_) => "uncordon",
             OperationRequest::Drain(_) => "drain",
             OperationRequest::Remove(_) => "remove",
+            OperationRequest::Secret(_) => "secret",
+            OperationRequest::ConfigMap(_) => "configmap",
         }
     }
 
@@ -287,6 +303,9 @@ impl OperationRequest {
             OperationRequest::Scale(scale) => scale.timeout_s,
             OperationRequest::Restart(restart) => restart.timeout_s,
             OperationRequest::Drain(drain) => drain.timeout_s,
+            OperationRequest::Secret(spec) | OperationRequest::ConfigMap(spec) => {
+                spec.timeout_s().unwrap_or(DEFAULT_TIMEOUT_S)
+            }
             OperationRequest::Cordon(_)
             | OperationRequest::Uncordon(_)
             | OperationRequest::Remove(_) => DEFAULT_TIMEOUT_S,
@@ -298,7 +317,9 @@ impl OperationRequest {
     pub fn is_resumable(&self) -> bool {
         match self {
             OperationRequest::Apply(apply) => !apply.objects.iter().any(has_secret_values),
+            OperationRequest::Secret(spec) => !matches!(spec, ConfigSpec::Set(_)),
             OperationRequest::Delete(_)
+            | OperationRequest::ConfigMap(_)
             | OperationRequest::Scale(_)
             | OperationRequest::Restart(_)
             | OperationRequest::Cordon(_)
@@ -413,6 +434,24 @@ mod tests {
         ] {
             let said = verdict(text).unwrap_err();
             assert!(said.contains(expected), "{text}: {said}");
+        }
+        // whatever is wrong with a value, it is not quoted
+        for (spec, expected) in [
+            (r#""planted-canary-2231-in-plain-text""#, "invalid type: string"),
+            (r#"{"data":"planted-canary-2231-in-plain-text"}"#, "invalid type: string"),
+            (r#"{"data":{"a":22317713982231771}}"#, "invalid type: integer, expected a string"),
+            (r#"{"data":{"a":"x"},"wait":"planted-canary-2231-in-plain-text"}"#, "a boolean"),
+            (r#"{"data":{"a":"x"},"timeout_s":0}"#, "timeout_s is 1 to 3600"),
+            (r#"{"data":{"a b":"planted-canary-2231-in-plain-text"}}"#, "data: `a b` is no key"),
+            (r#"{"data":{"a":"x"},"dat":{}}"#, "unknown field `dat`"),
+        ] {
+            let head = r#"{"action":"set","namespace":"beta","name":"db","#;
+            let spec = spec.strip_prefix('{').map_or(spec.to_owned(), |s| format!("{head}{s}"));
+            for kind in ["secret", "configmap"] {
+                let said = verdict(&format!(r#"{{"kind":"{kind}","spec":{spec}}}"#)).unwrap_err();
+                assert!(said.contains(expected), "{spec}: {said}");
+                assert!(!said.contains("2231-in-plain-text"), "{spec}: {said}");
+            }
         }
         let long = format!(r#"{{"kind":"restart","spec":{{"object":{web},"timeout_s":0}}}}"#);
         assert!(verdict(&long).unwrap_err().contains("1 to 3600"));

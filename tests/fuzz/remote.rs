@@ -284,6 +284,7 @@ fn operations() {
         r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","name":"c","namespace":"b"}]}}"#,
         r#"{"kind":"scale","spec":{"object":{"apiVersion":"apps/v1","kind":"Deployment","name":"w","namespace":"b"},"replicas":3}}"#,
         r#"{"kind":"cordon","spec":{"node":"n1"}}"#,
+        r#"{"kind":"secret","spec":{"action":"set","namespace":"b","name":"db","data":{"a":"1"},"binary":{"c":"AA=="},"remove":["d"],"type":"opaque"}}"#,
     ];
     run("operations", &seeds, |text| match OperationRequest::parse(text.as_bytes(), &caller) {
         Ok(wanted) => assert!(!wanted.kind().is_empty()),

@@ -14,6 +14,7 @@ mod broker;
 mod browser;
 mod cli;
 mod compat;
+mod config_sets;
 mod control_plane;
 mod fake_control_plane;
 mod fields;

@@ -39,6 +39,16 @@ impl RecordedRequest {
     }
 }
 
+/// An answer that Kubernetes gives once instead of its own.
+pub(crate) struct Fault {
+    pub(crate) method: &'static str,
+    /// Part of the path that it is for.
+    pub(crate) part: &'static str,
+    pub(crate) status: u16,
+    /// It does what was asked for, and only its answer is another one.
+    pub(crate) done: bool,
+}
+
 #[derive(Default)]
 pub(crate) struct Kube {
     pub(crate) seen: Mutex<Vec<RecordedRequest>>,
@@ -58,6 +68,8 @@ pub(crate) struct Kube {
     pub(crate) evicted: Mutex<Vec<String>>,
     /// Nobody may evict in this namespace.
     pub(crate) guarded: Mutex<&'static str>,
+    /// What goes wrong with objects that are kept, each once.
+    pub(crate) faults: Mutex<Vec<Fault>>,
 }
 
 /// What a merge patch (RFC 7396) makes of an object.
@@ -152,6 +164,38 @@ impl Kube {
                     None => absent(),
                 }
             }
+            // steps as RFC 6902 has them
+            "PATCH" if body.is_array() => {
+                let Some(object) = objects.get_mut(path) else { return absent() };
+                for step in body.as_array().unwrap() {
+                    let at = object.pointer_mut(step["path"].as_str().unwrap());
+                    match (step["op"].as_str(), at) {
+                        (Some("test"), Some(at)) if *at == step["value"] => {}
+                        (Some("replace"), Some(at)) => *at = step["value"].clone(),
+                        _ => return (422, json!({"kind": "Status", "reason": "Invalid"})),
+                    }
+                }
+                (200, object.clone())
+            }
+            "PATCH"
+                if objects
+                    .get(path)
+                    .is_some_and(|o| o["immutable"] == true && o["data"] != body["data"]) =>
+            {
+                (422, json!({"kind": "Status", "reason": "Invalid", "details": {"causes": [{}]}}))
+            }
+            "POST" | "PUT" => {
+                let (there, given) = (objects.get(path), &body["metadata"]["resourceVersion"]);
+                let version = there.map(|object| object["metadata"]["resourceVersion"].clone());
+                if version.clone().unwrap_or_default() != *given {
+                    return (409, json!({"kind": "Status", "reason": "Conflict"}));
+                }
+                let next = version.and_then(|v| v.as_str()?.parse::<u64>().ok()).unwrap_or(0) + 1;
+                let mut object = body.clone();
+                object["metadata"]["resourceVersion"] = next.to_string().into();
+                objects.insert(path.into(), object.clone());
+                (if method == "POST" { 201 } else { 200 }, object)
+            }
             "PATCH" => {
                 let mut object = body.clone();
                 if how.contains("merge-patch")
@@ -230,16 +274,33 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         )
             .into_response();
     }
-    let kept = KEPT.iter().any(|kept| path.starts_with(kept));
+    let is_list = KEPT.iter().any(|kept| kept.strip_suffix('/') == Some(&*path));
+    let created = is_list && request.method() == "POST";
+    let kept = created || KEPT.iter().any(|kept| path.starts_with(kept));
     // what no operation ever touched is answered like everything else here
-    let operated = query.contains("fieldManager=pipeops-runner") || request.method() == "DELETE";
+    let operated = query.contains("fieldManager=pipeops-runner")
+        || request.method() == "DELETE"
+        || path.ends_with(".pipeops.io");
     if kept && (operated || kube.touched.lock().unwrap().contains(&path)) {
         let method = request.method().to_string();
-        kube.touched.lock().unwrap().insert(path.clone());
         let kind = request.headers().get("content-type").map(text).unwrap_or_default();
         let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
-        let body = serde_json::from_slice(&body).unwrap_or_default();
-        let (status, answer) = kube.object(&method, &path, &body, &format!("{kind} {query}"));
+        let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let path = match body["metadata"]["name"].as_str().filter(|_| created) {
+            Some(name) => format!("{path}/{name}"),
+            None => path,
+        };
+        kube.touched.lock().unwrap().insert(path.clone());
+        let fault = {
+            let mut faults = kube.faults.lock().unwrap();
+            let at = faults.iter().position(|f| f.method == method && path.contains(f.part));
+            at.map(|at| faults.remove(at))
+        };
+        let (status, answer) = match &fault {
+            Some(fault) if !fault.done => (fault.status, json!({"kind": "Status"})),
+            _ => kube.object(&method, &path, &body, &format!("{kind} {query}")),
+        };
+        let status = fault.map_or(status, |fault| fault.status);
         return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();
     }
     if path.ends_with("/eviction") || query.contains("fieldSelector=spec.nodeName=vm1") {

@@ -12,7 +12,9 @@ const OTHER_REASONS: &[&str] = &[
     "conflict",
     "disruption_budget",
     "forbidden",
+    "in_use",
     "invalid",
+    "inventory_damaged",
     "job_failed",
     "namespace_scope",
     "not_drained",
@@ -111,6 +113,7 @@ fn every_code_has_an_entry_and_no_entry_is_of_another() {
 #[test]
 fn the_other_reasons_are_those_of_operations() {
     let text = [
+        include_str!("../../agent/api/operations/config.rs"),
         include_str!("../../agent/api/operations/executor.rs"),
         include_str!("../../agent/api/operations/nodes.rs"),
         include_str!("../../agent/api/operations/requests.rs"),

@@ -15,6 +15,7 @@ use super::requests::{
 };
 use super::{Progress, Run};
 use crate::agent::api::Api;
+use crate::contract::config::ConfigKind;
 use crate::contract::operation::{Apply, Delete, OperationRequest, Reference};
 use crate::contract::token::Caller;
 use crate::kubernetes::readiness::diagnosis::Cause;
@@ -22,7 +23,7 @@ use crate::kubernetes::readiness::rollout::{self, RolloutStatus};
 use crate::kubernetes::upstream::Upstream;
 
 /// Field manager of what Runners apply; it takes no field from another one.
-const FIELD_MANAGER: &str = "pipeops-runner";
+pub(super) const FIELD_MANAGER: &str = "pipeops-runner";
 /// Between looks at an object that is waited for.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Between looks at the pods of a workload that is not ready, at first and later: each takes some
@@ -108,6 +109,8 @@ pub(super) async fn run(run: Run, api: &Api, progress: &Progress) -> Result<(), 
         }
         OperationRequest::Drain(drain) => executor.drain(drain).await,
         OperationRequest::Remove(remove) => executor.remove(remove).await,
+        OperationRequest::Secret(spec) => executor.config(ConfigKind::Secret, spec).await,
+        OperationRequest::ConfigMap(spec) => executor.config(ConfigKind::ConfigMap, spec).await,
     }
 }
 
@@ -317,7 +320,7 @@ impl Executor<'_> {
         }
     }
 
-    async fn wait_ready(
+    pub(super) async fn wait_ready(
         &mut self,
         objects: &[(Reference, String)],
         wait: bool,

@@ -6,6 +6,7 @@
 //! values of a Secret is not, and ends with the agent. Whose right to it has ended meanwhile has it
 //! cancelled by the control plane, as without the restart.
 
+mod config;
 mod diagnose;
 mod events;
 mod eviction;
@@ -14,6 +15,7 @@ mod nodes;
 mod requests;
 mod resume;
 mod store;
+mod users;
 
 use std::borrow::Cow;
 use std::time::Duration;

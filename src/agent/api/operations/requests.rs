@@ -62,6 +62,7 @@ pub(super) struct ResourceKind {
 }
 
 /// A request to Kubernetes, without its path.
+#[derive(Clone)]
 pub(super) struct KubernetesRequest<'a> {
     pub(super) method: Method,
     pub(super) query: &'a str,
