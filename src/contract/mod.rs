@@ -1,5 +1,6 @@
 //! What agent, control plane and Runner say to each other.
 
+pub mod application;
 pub mod config;
 pub mod operation;
 pub mod token;

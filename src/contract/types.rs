@@ -146,7 +146,8 @@ wire! {
         /// `o-` and 32 hex digits: it follows from who asks, and from the key that it was asked for
         /// under.
         id: String,
-        /// `apply`, `delete`, `scale`, `restart`, `cordon`, `uncordon`, `drain` or `remove`.
+        /// `deploy`, `rollback`, `delete_application`, `job`, `cronjob`, `secret`, `configmap`, `apply`,
+        /// `delete`, `scale`, `restart`, `cordon`, `uncordon`, `drain` or `remove`.
         kind: String,
         state: OperationState,
         /// Who asked: the `sub` of the token.
@@ -157,21 +158,30 @@ wire! {
         /// `timed_out`, … Absent where there is no more to say than the message.
         #[serde(skip_serializing_if = "String::is_empty")]
         reason: String,
-        /// The last lines of the container that failed, 20 at most.
+        /// The last lines of the container that failed, or of a job: 20 at most.
         #[serde(skip_serializing_if = "Vec::is_empty")]
         log: Vec<String>,
         created_at: String,
         /// Empty while it runs.
         finished_at: String,
         objects: Vec<ObjectOutcome>,
+        /// The revision of an application that it made.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        revision: Option<u32>,
+        /// The revision that runs again, as the new one failed.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        rolled_back_to: Option<u32>,
+        /// Of the command of a job.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        exit_code: Option<i64>,
     }
     /// An object that an operation has dealt with.
     #[cfg_attr(test, schemars(rename = "Touched"))]
     ObjectOutcome {
         /// `Deployment production/web`.
         object: String,
-        /// `applied`, `created`, `deleted`, `absent`, `scaled`, `restarted`, `cordoned`,
-        /// `uncordoned`, `evicted`, `removed`; then `ready`, `drained` or `absent`.
+        /// `applied`, `created`, `deleted`, `kept`, `absent`, `updated`, `scaled`, `restarted`,
+        /// `cordoned`, `uncordoned`, `evicted`, `removed`; then `ready`, `drained` or `absent`.
         outcome: String,
     }
     /// Every error, with a stable code.

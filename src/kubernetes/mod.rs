@@ -2,6 +2,7 @@
 //! passed through.
 
 pub mod answer;
+pub mod application;
 pub mod client;
 pub mod config_set;
 pub mod header_policy;

@@ -49,11 +49,11 @@ const INSIDE: &[(&str, Rows)] = &[
             &["fetch"],
         ],
     ),
-    ("contract", &[&["types", "config"], &["token"], &["operation"]]),
+    ("contract", &[&["types", "config"], &["token", "application"], &["operation"]]),
     (
         "kubernetes",
         &[
-            &["config_set", "path", "readiness", "transport"],
+            &["application", "config_set", "path", "readiness", "transport"],
             &["client", "header_policy", "pod_references", "upstream"],
             &["answer", "reverse_proxy", "watch"],
         ],

@@ -300,9 +300,14 @@ fn install(sandbox: &Sandbox, more: &[&str]) -> RunOutput {
     sandbox.run_with(&args, &[("AGENT_TOKEN", "enrolment-token-of-a-fixture-0001")])
 }
 
-/// What another program in the place of the former one makes necessary.
-const NEW_PROGRAM: [&str; 3] =
-    ["install pipeops", "mint the agent's credential", "start the agent"];
+/// What another program in the place of the former one makes necessary, with the rights that it has
+/// since.
+const NEW_PROGRAM: [&str; 4] = [
+    "install pipeops",
+    "create the access rights",
+    "mint the agent's credential",
+    "start the agent",
+];
 
 #[test]
 fn a_node_of_a_version_before_is_known_and_can_be_undone() {

@@ -13,6 +13,7 @@
 //!     stand fleet PIPEOPS N     N simulated agents at a real control plane
 //!     stand runner DIR IMAGE    the reference Runner: hears of a cluster, deploys IMAGE both ways
 //!     stand outcomes DIR IMAGE  workloads that can't run: what their operations say
+//!     stand applications DIR IMAGE  an application deployed, brought back, superseded, deleted
 //!     stand registry            a registry of images that has none
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and
 //!                               descriptors do
@@ -28,6 +29,7 @@
     reason = "a test program"
 )]
 
+mod applications;
 mod bench;
 #[path = "../it/fake_control_plane.rs"]
 mod fake_control_plane;
@@ -60,13 +62,16 @@ async fn main() {
         ["bench", pipeops, ref parts @ ..] => bench::bench(pipeops, parts).await,
         ["tunnel", pipeops] => tunnel::tunnel(pipeops).await,
         ["fleet", pipeops, n] => fleet::fleet(pipeops, n.parse().unwrap()).await,
+        ["applications", dir, image] => {
+            std::process::exit(applications::applications(dir, image).await)
+        }
         ["outcomes", dir, image] => std::process::exit(outcomes::outcomes(dir, image).await),
         ["registry"] => outcomes::registry().await,
         ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
             eprintln!(
-                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | registry | soak PIPEOPS N"
+                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | registry | soak PIPEOPS N"
             );
             std::process::exit(2);
         }

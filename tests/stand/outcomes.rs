@@ -287,14 +287,45 @@ fn cases(image: &str) -> Vec<Case> {
     cases
 }
 
-struct Runner {
+pub(crate) struct Runner {
     client: reqwest::Client,
     base: String,
     token: String,
 }
 
 impl Runner {
-    async fn call(&self, method: &str, path: &str, key: &str, body: &Value) -> (u16, Value) {
+    /// With what DIR holds.
+    pub(crate) fn open(dir: &str) -> Runner {
+        let file = |name: &str| {
+            std::fs::read_to_string(Path::new(dir).join(name)).unwrap().trim().to_owned()
+        };
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let ca = reqwest::Certificate::from_pem(file("ca.pem").as_bytes()).unwrap();
+        let client = reqwest::Client::builder().tls_certs_only([ca]).no_proxy().build().unwrap();
+        let base = format!("{}/clusters/{}", file("control-plane"), file("cluster"));
+        Runner { client, base, token: file("token") }
+    }
+
+    /// A merge patch.
+    pub(crate) async fn patch(&self, path: &str, body: &Value) -> (u16, Value) {
+        let request = self
+            .client
+            .patch(format!("{}{path}", self.base))
+            .bearer_auth(&self.token)
+            .header("content-type", "application/merge-patch+json")
+            .body(body.to_string());
+        let answer = request.send().await.unwrap();
+        let status = answer.status().as_u16();
+        (status, serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or_default())
+    }
+
+    pub(crate) async fn call(
+        &self,
+        method: &str,
+        path: &str,
+        key: &str,
+        body: &Value,
+    ) -> (u16, Value) {
         let request = self
             .client
             .request(method.parse().unwrap(), format!("{}{path}", self.base))
@@ -315,7 +346,12 @@ impl Runner {
     }
 
     /// Asks until the operation is as wanted, or its time is over.
-    async fn until(&self, id: &str, within: Duration, wanted: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) async fn until(
+        &self,
+        id: &str,
+        within: Duration,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Value {
         let begun = Instant::now();
         loop {
             let (_, seen) =
@@ -382,13 +418,7 @@ impl Runner {
 
 /// Checks each outcome, and prints a line for it. The result is the exit code.
 pub(crate) async fn outcomes(dir: &str, image: &str) -> i32 {
-    let file =
-        |name: &str| std::fs::read_to_string(Path::new(dir).join(name)).unwrap().trim().to_owned();
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let ca = reqwest::Certificate::from_pem(file("ca.pem").as_bytes()).unwrap();
-    let client = reqwest::Client::builder().tls_certs_only([ca]).no_proxy().build().unwrap();
-    let base = format!("{}/clusters/{}", file("control-plane"), file("cluster"));
-    let runner = Arc::new(Runner { client, base, token: file("token") });
+    let runner = Arc::new(Runner::open(dir));
     let (turns, mut tasks) = (Arc::new(Semaphore::new(AT_ONCE)), tokio::task::JoinSet::new());
     for case in cases(image) {
         let (runner, turns) = (runner.clone(), turns.clone());

@@ -89,6 +89,7 @@ const READABLE: &[(&str, &[&str])] = &[
     ("autoscaling", &["horizontalpodautoscalers"]),
     ("policy", &["poddisruptionbudgets"]),
     ("networking.k8s.io", &["ingresses", "ingressclasses", "networkpolicies"]),
+    ("gateway.networking.k8s.io", &["gatewayclasses", "gateways", "httproutes"]),
     ("discovery.k8s.io", &["endpointslices"]),
     ("events.k8s.io", &["events"]),
     (
@@ -128,6 +129,7 @@ const DEPLOYABLE: &[(&str, &[&str])] = &[
     ("autoscaling", &["horizontalpodautoscalers"]),
     ("policy", &["poddisruptionbudgets"]),
     ("networking.k8s.io", &["ingresses"]),
+    ("gateway.networking.k8s.io", &["httproutes"]),
     ("cert-manager.io", &["certificates"]),
 ];
 

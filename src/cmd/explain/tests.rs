@@ -17,6 +17,9 @@ const OTHER_REASONS: &[&str] = &[
     "inventory_damaged",
     "job_failed",
     "namespace_scope",
+    "no_ingress_class",
+    "no_issuer",
+    "no_revision",
     "not_drained",
     "not_evictable",
     "not_found",
@@ -24,6 +27,7 @@ const OTHER_REASONS: &[&str] = &[
     "refused",
     "rights_missing",
     "server_node",
+    "superseded",
     "timed_out",
 ];
 
@@ -114,9 +118,12 @@ fn every_code_has_an_entry_and_no_entry_is_of_another() {
 fn the_other_reasons_are_those_of_operations() {
     let text = [
         include_str!("../../agent/api/operations/config.rs"),
+        include_str!("../../agent/api/operations/deploy.rs"),
         include_str!("../../agent/api/operations/executor.rs"),
+        include_str!("../../agent/api/operations/hosts.rs"),
         include_str!("../../agent/api/operations/nodes.rs"),
         include_str!("../../agent/api/operations/requests.rs"),
+        include_str!("../../agent/api/operations/store.rs"),
     ]
     .concat();
     for reason in OTHER_REASONS {

@@ -5,7 +5,7 @@ mod retarget;
 
 use serde_json::Value;
 
-use super::config_set::{ConfigKind, ConfigSet};
+use super::config_set::{ConfigKind, ConfigSet, Inventory};
 use crate::contract::config::IMAGE_PULL_KEY;
 pub use retarget::retarget;
 
@@ -48,6 +48,19 @@ const CONTAINERS: [&str; 2] = ["containers", "initContainers"];
 
 fn items<'a>(value: &'a Value, field: &str) -> impl Iterator<Item = &'a Value> + use<'a> {
     value[field].as_array().into_iter().flatten()
+}
+
+/// The spec of a pod, referring to the current versions of a set.
+pub fn current(mut pod: Value, set: ConfigSet<'_>, inventory: &Inventory) -> Value {
+    for change in retarget(&pod, "", set, inventory) {
+        let path = change["path"].as_str().unwrap_or_default();
+        if change["op"] == "replace"
+            && let Some(list) = pod.pointer_mut(path)
+        {
+            *list = change["value"].clone();
+        }
+    }
+    pod
 }
 
 /// All references of a pod's spec to objects of a kind.

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::workload::{PodCounts, WorkloadKind, is_observed};
-use super::{condition, number};
+use super::{brief, condition, number};
 
 /// How far the rollout of an object is.
 #[derive(Debug, PartialEq, Eq)]
@@ -69,7 +69,11 @@ fn of_workload(kind: WorkloadKind, object: &Value) -> RolloutStatus {
 fn of_job(job: &Value) -> RolloutStatus {
     let is = |kind: &str| condition(job, kind).is_some_and(|c| c.is_true());
     if is("Failed") {
-        RolloutStatus::Failed("the job failed".into())
+        let why = condition(job, "Failed").map(|c| brief(c.message)).unwrap_or_default();
+        RolloutStatus::Failed(match why.as_str() {
+            "" => "the job failed".into(),
+            why => format!("the job failed: {why}"),
+        })
     } else if is("Complete") {
         RolloutStatus::Complete
     } else {

@@ -92,10 +92,21 @@ YAML
     while read -r verdict text; do
         case $verdict in ok) ok "an outcome is told: $text" ;; *) bad "an outcome: $text" ;; esac
     done <"$dir/said"
+    applications "$dir"
     k a1 -n production delete deployments,statefulsets,daemonsets,jobs -l outcome=planted >/dev/null
     k a1 -n beta delete resourcequota/none limitrange/small >/dev/null
     k a1 delete validatingwebhookconfiguration/nobody-answers >/dev/null
     rm -rf "$dir"
+}
+
+# One application from its first revision to its end, with the traps of the outcomes still set elsewhere.
+applications() {
+    local verdict text
+    "$(stand)" applications "$1" "$image" >"$1/said" 2>"$1/err" || true
+    [ "$(wc -l <"$1/said")" -ge 41 ] || bad "fewer than 41 claims about an application were tried: $(tail -3 "$1/err")"
+    while read -r verdict text; do
+        case $verdict in ok) ok "an application: $text" ;; *) bad "an application: $text" ;; esac
+    done <"$1/said"
 }
 
 # Its screen for eight seconds, of a size that shows a pod's whole name.

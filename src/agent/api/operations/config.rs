@@ -13,7 +13,9 @@ use super::store::now;
 use super::users::Workload;
 use crate::contract::config::{ConfigSpec, DeleteConfig, PruneConfig, SetConfig};
 use crate::contract::operation::Reference;
-use crate::kubernetes::config_set::{ConfigKind, ConfigSet, Inventory, SET_LABEL, Version};
+use crate::kubernetes::config_set::{
+    ConfigKind, ConfigSet, Inventory, MANAGED, MANAGED_LABEL, SET_LABEL, Version,
+};
 use crate::kubernetes::pod_references::retarget;
 
 /// How long an API server that does not answer is asked again.
@@ -126,7 +128,7 @@ impl Executor<'_> {
         if !change.rollout {
             return Ok(());
         }
-        let changed = self.roll_out(set).await?;
+        let changed = self.roll_out_config(set).await?;
         self.wait_ready(&changed, change.wait, change.timeout_s).await
     }
 
@@ -210,7 +212,7 @@ impl Executor<'_> {
     }
 
     /// Has all applications of ours refer to the current versions; gives those that change.
-    async fn roll_out(
+    async fn roll_out_config(
         &mut self,
         set: ConfigSet<'_>,
     ) -> Result<Vec<(Reference, String)>, ExecutionError> {
@@ -220,7 +222,56 @@ impl Executor<'_> {
                 changed.extend(self.update_workload(set, workload).await?);
             }
         }
+        if set.kind == ConfigKind::Secret {
+            self.update_certificates(set).await?;
+        }
         Ok(changed)
+    }
+
+    /// Has the Ingresses of ours show the current certificate.
+    async fn update_certificates(&mut self, set: ConfigSet<'_>) -> Result<(), ExecutionError> {
+        for ingress in self.ingresses(set.namespace).await? {
+            if ingress["metadata"]["labels"][MANAGED_LABEL] != MANAGED {
+                continue;
+            }
+            let Some((inventory, _)) = self.inventory(set.kind, set.namespace, set.name).await?
+            else {
+                return Ok(());
+            };
+            let Some(wanted) = inventory.object_of("tls.crt") else { return Ok(()) };
+            let mut patch = Vec::new();
+            for (n, tls) in ingress["spec"]["tls"].as_array().into_iter().flatten().enumerate() {
+                let named = tls["secretName"].as_str().unwrap_or_default();
+                if set.is_version(named) && named != wanted {
+                    let path = format!("/spec/tls/{n}/secretName");
+                    patch.push(json!({"op": "test", "path": path, "value": named}));
+                    patch.push(json!({"op": "replace", "path": path, "value": wanted}));
+                }
+            }
+            let name = ingress["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+            let mut reference = reference(set, "Ingress", name);
+            reference.api_version = "networking.k8s.io/v1".into();
+            let path = self.known_path_of(&reference).await?;
+            let patch = Value::Array(patch);
+            if patch.as_array().is_some_and(Vec::is_empty) {
+                continue;
+            }
+            let request = KubernetesRequest {
+                method: Method::PATCH,
+                query: &format!("fieldManager={FIELD_MANAGER}"),
+                body: Some(("application/json-patch+json", &patch)),
+                ..GET
+            };
+            match self.request_until_answered(&path, request).await? {
+                (200, mut live) => {
+                    self.own(&reference, &path, &mut live).await?;
+                    self.progress.touched(&reference.title(), "updated");
+                }
+                (404, _) => {}
+                (status, answer) => return refused(&reference, status, &answer),
+            }
+        }
+        Ok(())
     }
 
     /// Has one application refer to the current versions; gives it back if that changed it.
@@ -254,7 +305,8 @@ impl Executor<'_> {
                 ..GET
             };
             match self.request_until_answered(&workload.path, request).await? {
-                (200, _) => {
+                (200, mut live) => {
+                    self.own(&reference, &workload.path, &mut live).await?;
                     self.progress.touched(&reference.title(), "updated");
                     return Ok(Some((reference, workload.path)));
                 }
@@ -382,6 +434,8 @@ impl Executor<'_> {
         loop {
             let answer = self.request(path, request.clone()).await;
             let again = match &answer {
+                // a webhook that does not answer is a fault of its own
+                Ok((500, answer)) => !answer["message"].to_string().contains("webhook"),
                 Ok((status, _)) => *status >= 500 || *status == 429,
                 Err(ExecutionError::Failed(failure)) => failure.reason.is_empty(),
                 Err(_) => false,

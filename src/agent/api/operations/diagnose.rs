@@ -106,7 +106,7 @@ impl Executor<'_> {
     }
 }
 
-fn last_lines(text: &str) -> Vec<String> {
+pub(super) fn last_lines(text: &str) -> Vec<String> {
     let lines: Vec<&str> = text.lines().collect();
     let last = &lines[lines.len().saturating_sub(MAX_LOG_LINES)..];
     last.iter().map(|line| printable(line).chars().take(MAX_LOG_LINE).collect()).collect()

@@ -11,7 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::nodes::refused_node;
 use super::requests::{
-    ExecutionError, ExecutionFailure, GET, KubernetesRequest, MERGE, ResourceKind, failed, refused,
+    ExecutionError, ExecutionFailure, GET, KubernetesRequest, MERGE, ResourceKind, failed_for,
+    refused,
 };
 use super::{Progress, Run};
 use crate::agent::api::Api;
@@ -51,6 +52,8 @@ pub(super) struct Executor<'a> {
     /// It has looked for what keeps a workload.
     pub(super) looked: bool,
     pub(super) before: Before,
+    /// What is to be known of an operation that succeeded.
+    notes: Vec<String>,
 }
 
 /// What an operation has behind it that is resumed; empty for one that begins.
@@ -62,8 +65,12 @@ pub(super) struct Before {
     pub(super) objects: Vec<String>,
 }
 
-/// Carries out what was asked for.
-pub(super) async fn run(run: Run, api: &Api, progress: &Progress) -> Result<(), ExecutionError> {
+/// Carries out what was asked for. What is to be known of its success comes with it.
+pub(super) async fn run(
+    run: Run,
+    api: &Api,
+    progress: &Progress,
+) -> Result<String, ExecutionError> {
     let mut executor = Executor {
         api,
         upstream: run.upstream,
@@ -75,55 +82,74 @@ pub(super) async fn run(run: Run, api: &Api, progress: &Progress) -> Result<(), 
         kinds: HashMap::new(),
         looked: false,
         before: run.before,
+        notes: Vec::new(),
     };
-    match &run.requested {
-        OperationRequest::Apply(apply) => executor.apply(apply).await,
-        OperationRequest::Delete(delete) => executor.delete(delete).await,
-        OperationRequest::Scale(scale) => {
-            let patch = json!({"spec": {"replicas": scale.replicas}});
-            let path = executor.patch(&scale.object, "/scale", &patch, "scaled").await?;
-            executor.wait_ready(&[(scale.object.clone(), path)], scale.wait, scale.timeout_s).await
-        }
-        OperationRequest::Restart(restart) => {
-            // the same value when it is resumed: the pods are recreated once
-            let at = progress.created_at();
-            let patch = json!({
-                "spec": {
-                    "template": {
-                        "metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": at}}
-                    }
-                }
-            });
-            let path = executor.patch(&restart.object, "", &patch, "restarted").await?;
-            executor
-                .wait_ready(&[(restart.object.clone(), path)], restart.wait, restart.timeout_s)
-                .await
-        }
-        OperationRequest::Cordon(node) => {
-            executor.cordon(&node.node, &json!({"spec": {"unschedulable": true}}), "cordoned").await
-        }
-        OperationRequest::Uncordon(node) => {
-            executor
-                .cordon(&node.node, &json!({"spec": {"unschedulable": null}}), "uncordoned")
-                .await
-        }
-        OperationRequest::Drain(drain) => executor.drain(drain).await,
-        OperationRequest::Remove(remove) => executor.remove(remove).await,
-        OperationRequest::Secret(spec) => executor.config(ConfigKind::Secret, spec).await,
-        OperationRequest::ConfigMap(spec) => executor.config(ConfigKind::ConfigMap, spec).await,
-    }
+    executor.carry_out(&run.requested).await?;
+    Ok(executor.notes.join("; "))
 }
 
 impl Executor<'_> {
+    async fn carry_out(&mut self, operation: &OperationRequest) -> Result<(), ExecutionError> {
+        match operation {
+            OperationRequest::Apply(apply) => self.apply(apply).await,
+            OperationRequest::Delete(delete) => self.delete(delete).await,
+            OperationRequest::Scale(scale) => {
+                let patch = json!({"spec": {"replicas": scale.replicas}});
+                let path = self.patch(&scale.object, "/scale", &patch, "scaled").await?;
+                self.wait_ready(&[(scale.object.clone(), path)], scale.wait, scale.timeout_s).await
+            }
+            OperationRequest::Restart(restart) => {
+                // the same value when it is resumed: the pods are recreated once
+                let at = self.progress.created_at();
+                let patch = json!({
+                    "spec": {
+                        "template": {
+                            "metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": at}}
+                        }
+                    }
+                });
+                let path = self.patch(&restart.object, "", &patch, "restarted").await?;
+                self.wait_ready(&[(restart.object.clone(), path)], restart.wait, restart.timeout_s)
+                    .await
+            }
+            OperationRequest::Deploy(deploy) => self.deploy(deploy).await,
+            OperationRequest::Rollback(rollback) => self.rollback(rollback).await,
+            OperationRequest::DeleteApplication(delete) => self.delete_application(delete).await,
+            OperationRequest::Job(job) => self.job(job).await,
+            OperationRequest::CronJob(job) => self.cron_job(job).await,
+            OperationRequest::Cordon(node) => {
+                self.cordon(&node.node, &json!({"spec": {"unschedulable": true}}), "cordoned").await
+            }
+            OperationRequest::Uncordon(node) => {
+                self.cordon(&node.node, &json!({"spec": {"unschedulable": null}}), "uncordoned")
+                    .await
+            }
+            OperationRequest::Drain(drain) => self.drain(drain).await,
+            OperationRequest::Remove(remove) => self.remove(remove).await,
+            OperationRequest::Secret(spec) => self.config(ConfigKind::Secret, spec).await,
+            OperationRequest::ConfigMap(spec) => self.config(ConfigKind::ConfigMap, spec).await,
+        }
+    }
+
     /// Whether an object was dealt with before the agent was restarted. What others did to it since
     /// stays.
-    fn was_touched(&self, reference: &Reference) -> bool {
+    pub(super) fn was_touched(&self, reference: &Reference) -> bool {
         self.before.objects.contains(&reference.title())
     }
 
     /// When it ends that something is waited for.
     pub(super) fn end(&self, timeout_s: u64) -> Instant {
         Instant::now() + self.before.left.unwrap_or(Duration::from_secs(timeout_s))
+    }
+
+    /// Its time was over when the agent was back: nothing is changed any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.before.left == Some(Duration::ZERO)
+    }
+
+    /// For the end of an operation that succeeds.
+    pub(super) fn note(&mut self, text: &str) {
+        self.notes.push(text.to_owned());
     }
 
     async fn apply(&mut self, apply: &Apply) -> Result<(), ExecutionError> {
@@ -140,10 +166,6 @@ impl Executor<'_> {
             };
             paths.push(path);
         }
-        let query = format!(
-            "fieldManager={FIELD_MANAGER}&force=false{}",
-            if apply.dry_run { "&dryRun=All" } else { "" }
-        );
         let mut done = Vec::new();
         // two objects with one title cannot be told apart
         let titles: Vec<String> = references.iter().map(Reference::title).collect();
@@ -157,20 +179,9 @@ impl Executor<'_> {
                 done.push((reference, path));
                 continue;
             }
-            let body = Some(("application/apply-patch+yaml", object));
-            let (status, answer) = self
-                .request(
-                    &path,
-                    KubernetesRequest { method: Method::PATCH, query: &query, body, ..GET },
-                )
-                .await?;
-            match status {
-                200 => self.progress.touched(&reference.title(), "applied"),
-                201 => self.progress.touched(&reference.title(), "created"),
-                _ => {
-                    return refused(&reference, status, &answer);
-                }
-            }
+            let (outcome, _) =
+                self.apply_object(&reference, &path, object, false, apply.dry_run).await?;
+            self.progress.touched(&reference.title(), outcome);
             done.push((reference, path));
         }
         self.wait_ready(&done, apply.wait && !apply.dry_run, apply.timeout_s).await
@@ -197,7 +208,7 @@ impl Executor<'_> {
         let mut going = Vec::new();
         for (reference, path) in delete.objects.iter().zip(paths) {
             if self.was_touched(reference) {
-                going.push((reference, path));
+                going.push((reference.clone(), path));
                 continue;
             }
             let (status, answer) = self
@@ -213,7 +224,7 @@ impl Executor<'_> {
             match status {
                 200 | 202 => {
                     self.progress.touched(&reference.title(), "deleted");
-                    going.push((reference, path));
+                    going.push((reference.clone(), path));
                 }
                 404 => self.progress.touched(&reference.title(), "absent"),
                 _ => {
@@ -225,6 +236,16 @@ impl Executor<'_> {
             return Ok(());
         }
         let end = self.end(delete.timeout_s);
+        self.wait_gone(going, end, delete.timeout_s).await
+    }
+
+    /// Waits until objects that were deleted are gone.
+    pub(super) async fn wait_gone(
+        &mut self,
+        going: Vec<(Reference, String)>,
+        end: Instant,
+        timeout_s: u64,
+    ) -> Result<(), ExecutionError> {
         for (reference, path) in going {
             let mut first = true;
             while self
@@ -233,11 +254,10 @@ impl Executor<'_> {
                 .is_none_or(|(status, _)| status != 404)
             {
                 if Instant::now() > end {
-                    return failed(format!(
-                        "{} is still there after {} s",
-                        reference.title(),
-                        delete.timeout_s
-                    ));
+                    return failed_for(
+                        "timed_out",
+                        format!("{} is still there after {timeout_s} s", reference.title()),
+                    );
                 }
                 self.pause().await?;
             }
@@ -326,9 +346,21 @@ impl Executor<'_> {
         wait: bool,
         timeout_s: u64,
     ) -> Result<(), ExecutionError> {
+        if !wait {
+            return Ok(());
+        }
         let end = self.end(timeout_s);
-        let waited = objects.iter().filter(|(r, _)| wait && rollout::has_rollout(&r.kind));
-        for (reference, path) in waited {
+        self.wait_until(objects, end, timeout_s).await
+    }
+
+    /// Waits until what was changed is complete, for `timeout_s` seconds that are over at `end`.
+    pub(super) async fn wait_until(
+        &mut self,
+        objects: &[(Reference, String)],
+        end: Instant,
+        timeout_s: u64,
+    ) -> Result<(), ExecutionError> {
+        for (reference, path) in objects.iter().filter(|(r, _)| rollout::has_rollout(&r.kind)) {
             self.wait_for_rollout(reference, path, end, timeout_s).await?;
             self.progress.touched(&reference.title(), "ready");
         }

@@ -6,14 +6,20 @@
 //! values of a Secret is not, and ends with the agent. Whose right to it has ended meanwhile has it
 //! cancelled by the control plane, as without the restart.
 
+mod apply;
 mod config;
+mod deploy;
 mod diagnose;
 mod events;
 mod eviction;
 mod executor;
+mod hosts;
+mod job;
 mod nodes;
 mod requests;
 mod resume;
+mod revisions;
+mod sources;
 mod store;
 mod users;
 
@@ -54,7 +60,6 @@ const MAX_BODY: usize = 1 << 20;
 const BODY_TIMEOUT: Duration = Duration::from_secs(15);
 /// Between attempts to store or report a result.
 const RETRY: Duration = Duration::from_secs(5);
-const CANCELLED: &str = "cancelled; the objects listed were changed before that";
 
 /// An operation that is carried out.
 struct Run {
@@ -71,7 +76,7 @@ fn operation_response(status: u16, operation: &Operation) -> Response<Body> {
 }
 
 impl Api {
-    fn operations(&self) -> &Operations {
+    pub(super) fn operations(&self) -> &Operations {
         &self.inner.context.operations
     }
 
@@ -206,7 +211,7 @@ impl Api {
         };
         let resume = ResumePoint::of(&requested, &bytes, caller);
         let stored = StoredOperation { operation, request, reported: false, resume };
-        let cancel = match self.admit(&stored) {
+        let cancel = match self.admit(&stored, requested.application()) {
             Ok(cancel) => cancel,
             Err(refused) => {
                 let mut call = call;
@@ -225,7 +230,11 @@ impl Api {
     }
 
     /// Stores a new operation: it is durable from here on.
-    fn admit(&self, stored: &StoredOperation) -> Result<CancellationToken, Box<Response<Body>>> {
+    fn admit(
+        &self,
+        stored: &StoredOperation,
+        application: Option<String>,
+    ) -> Result<CancellationToken, Box<Response<Body>>> {
         let operations = self.operations();
         let mut all = operations.all.lock();
         operations.remove_expired(&mut all);
@@ -233,7 +242,11 @@ impl Api {
         if let Some(known) = all.get(id) {
             return Err(answer_repeated(&known.stored, &stored.request).into());
         }
-        if all.values().filter(|l| !l.stored.operation.state.ended()).count() >= MAX_RUNNING {
+        // what corrects a rollout that hangs is not refused because of it
+        let counts = |live: &&TrackedOperation| {
+            !live.stored.operation.state.ended() && !live.changes_application(&application)
+        };
+        if all.values().filter(counts).count() >= MAX_RUNNING {
             return Err(problem(
                 429,
                 "too_many_operations",
@@ -252,7 +265,7 @@ impl Api {
             )
             .into());
         }
-        let live = TrackedOperation::new(stored.clone());
+        let live = TrackedOperation::new(stored.clone()).of_application(application);
         let cancel = live.cancel.clone();
         all.insert(id.clone(), live);
         Ok(cancel)
@@ -267,9 +280,11 @@ impl Api {
         let is_resumable =
             || self.operations().all.lock().get(&id).is_some_and(|l| l.stored.resume.is_some());
         let (state, failure, status) = match end {
-            Ok(()) => (OperationState::Succeeded, ExecutionFailure::default(), 200),
+            Ok(note) => (OperationState::Succeeded, because(&note), 200),
             Err(ExecutionError::Failed(failure)) => (OperationState::Failed, failure, 422),
-            Err(ExecutionError::Cancelled) => (OperationState::Cancelled, because(CANCELLED), 499),
+            Err(ExecutionError::Cancelled) => {
+                (OperationState::Cancelled, self.operations().why_cancelled(&id), 499)
+            }
             // it runs on disk, and goes on at the next start
             Err(ExecutionError::Interrupted) if is_resumable() => {
                 return call.status(503, OperationState::Interrupted.name());
@@ -292,7 +307,11 @@ impl Api {
             let operation = &mut live.stored.operation;
             (operation.state, operation.finished_at) = (state, now());
             operation.message = failure.message;
-            (operation.reason, operation.log) = (failure.reason.into(), failure.log);
+            operation.reason = failure.reason.into();
+            // a job has told its own
+            if operation.log.is_empty() {
+                operation.log = failure.log;
+            }
         });
         let Some(ended) = ended else { return };
         loop {

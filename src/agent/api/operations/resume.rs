@@ -55,7 +55,8 @@ impl ResumePoint {
         body: &[u8],
         caller: &Caller,
     ) -> Option<ResumePoint> {
-        let timeout_s = i64::try_from(requested.timeout_s()).unwrap_or(i64::MAX);
+        let timeout_s = requested.timeout_s() + requested.rollback_s();
+        let timeout_s = i64::try_from(timeout_s).unwrap_or(i64::MAX);
         requested.is_resumable().then(|| ResumePoint {
             body: String::from_utf8_lossy(body).into_owned(),
             caller: caller.clone(),
@@ -122,11 +123,13 @@ impl Api {
                            objects listed were changed before that";
             return end(interrupted, message).await;
         };
+        self.operations().change(&id, |live| live.set_application(requested.application()));
         let upstream = tokio::select! {
             // on disk it still runs, for the next start
             () = self.inner.context.abort.cancelled() => return,
             () = cancel.cancelled() => {
-                return end(OperationState::Cancelled, super::CANCELLED).await;
+                let failure = self.operations().why_cancelled(&id);
+                return self.clone().end(id.clone(), OperationState::Cancelled, failure).await;
             }
             upstream = timeout(point.patience(now_s()), self.ready_upstream()) => upstream,
         };

@@ -1,6 +1,7 @@
 //! The operations that the agent remembers: each in memory, and in a file of its own.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::super::Api;
+use super::requests::ExecutionFailure;
 use super::resume::{MAX_RESUMPTIONS, ResumePoint};
 use crate::agent::session::client::FinishedOperation;
 use crate::contract::types::{ObjectOutcome, Operation, OperationState};
@@ -40,7 +42,18 @@ pub(super) struct TrackedOperation {
     pub(super) events: Vec<String>,
     pub(super) changes: watch::Sender<()>,
     pub(super) cancel: CancellationToken,
+    /// The application that it changes, `namespace/name`.
+    application: Option<String>,
+    /// It is known that its caller may change it.
+    claims: bool,
+    /// The order in which operations were taken.
+    turn: u64,
+    /// The later operation on the same application that ended this one.
+    superseded_by: Option<String>,
 }
+
+/// What the next operation has as its turn.
+static TURNS: AtomicU64 = AtomicU64::new(0);
 
 impl TrackedOperation {
     pub(super) fn new(stored: StoredOperation) -> TrackedOperation {
@@ -49,7 +62,26 @@ impl TrackedOperation {
             events: Vec::new(),
             changes: watch::Sender::new(()),
             cancel: CancellationToken::new(),
+            application: None,
+            claims: false,
+            turn: TURNS.fetch_add(1, Ordering::Relaxed),
+            superseded_by: None,
         }
+    }
+}
+
+impl TrackedOperation {
+    pub(super) fn of_application(mut self, application: Option<String>) -> TrackedOperation {
+        self.set_application(application);
+        self
+    }
+
+    pub(super) fn set_application(&mut self, application: Option<String>) {
+        self.application = application;
+    }
+
+    pub(super) fn changes_application(&self, application: &Option<String>) -> bool {
+        application.is_some() && self.application == *application
     }
 }
 
@@ -72,7 +104,7 @@ impl Operations {
     /// Reads the operations of former runs. One that ran when the agent stopped still runs if it
     /// can be resumed, else it has been interrupted.
     pub fn open(dir: StateDir, results: mpsc::Sender<FinishedOperation>) -> Operations {
-        let mut all = BTreeMap::new();
+        let mut found = Vec::new();
         for name in dir.list() {
             let stored: Option<StoredOperation> =
                 dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
@@ -92,8 +124,12 @@ impl Operations {
                     .into();
                 operation.finished_at = now();
             }
-            all.insert(operation.id.clone(), TrackedOperation::new(stored));
+            found.push(stored);
         }
+        // each has its turn again
+        found.sort_by(|a, b| a.operation.created_at.cmp(&b.operation.created_at));
+        let tracked = found.into_iter().map(TrackedOperation::new);
+        let all = tracked.map(|live| (live.stored.operation.id.clone(), live)).collect();
         Operations { dir, all: Mutex::new(all), results }
     }
 
@@ -121,6 +157,59 @@ impl Operations {
                 all.remove(&id);
             }
         }
+    }
+
+    /// Ends the earlier operations that change an application: what was asked for last counts, and
+    /// a rollout that hangs does not keep the one that corrects it. One that comes too late ends
+    /// itself.
+    pub(super) fn supersede(&self, id: &str, application: &str) {
+        let mut all = self.all.lock();
+        let Some(turn) = all.get(id).map(|live| live.turn) else { return };
+        let application = Some(application.to_owned());
+        let mut later = None;
+        for (other, live) in all.iter_mut() {
+            let same = live.changes_application(&application);
+            if !same || other == id || live.stored.operation.state.ended() {
+                continue;
+            }
+            if live.turn < turn {
+                live.superseded_by = Some(id.into());
+                live.cancel.cancel();
+            } else if live.claims {
+                later = Some(other.clone());
+            }
+        }
+        if let Some(live) = all.get_mut(id) {
+            live.claims = true;
+            if let Some(later) = later {
+                live.superseded_by = Some(later);
+                live.cancel.cancel();
+            }
+        }
+    }
+
+    /// Waits until those that an operation supersedes have ended: two never write at once.
+    pub(super) async fn superseded_ended(&self, id: &str) {
+        loop {
+            let former = self.all.lock().values().find_map(|live| {
+                let is_former = live.superseded_by.as_deref() == Some(id)
+                    && !live.stored.operation.state.ended();
+                is_former.then(|| live.changes.subscribe())
+            });
+            let Some(mut changes) = former else { return };
+            let _ = changes.changed().await;
+        }
+    }
+
+    /// What is said of an operation that was cancelled.
+    pub(super) fn why_cancelled(&self, id: &str) -> ExecutionFailure {
+        let by = self.all.lock().get(id).and_then(|live| live.superseded_by.clone());
+        let (reason, why) = match by {
+            Some(by) => ("superseded", format!("superseded by {by}")),
+            None => ("", "cancelled".to_owned()),
+        };
+        let message = format!("{why}; the objects listed were changed before that");
+        ExecutionFailure { message, reason, log: Vec::new() }
     }
 
     pub(super) fn store(&self, stored: &StoredOperation) -> anyhow::Result<()> {
@@ -182,6 +271,28 @@ impl Progress {
     pub(super) fn created_at(&self) -> String {
         let all = self.api.operations().all.lock();
         all.get(&self.id).map_or_else(now, |live| live.stored.operation.created_at.clone())
+    }
+
+    /// The revision of an application that the operation makes.
+    pub(super) fn revision(&self, number: u32) {
+        self.api
+            .operations()
+            .change(&self.id, |live| live.stored.operation.revision = Some(number));
+    }
+
+    /// The revision that runs again.
+    pub(super) fn rolled_back(&self, number: u32) {
+        self.api
+            .operations()
+            .change(&self.id, |live| live.stored.operation.rolled_back_to = Some(number));
+    }
+
+    /// The command of a job has ended.
+    pub(super) fn exited(&self, code: Option<i64>, log: Vec<String>) {
+        self.api.operations().change(&self.id, |live| {
+            let operation = &mut live.stored.operation;
+            (operation.exit_code, operation.log) = (code, log);
+        });
     }
 
     /// An object was changed, or has reached its state.

@@ -8,6 +8,7 @@ use super::executor::Executor;
 use super::requests::{
     ExecutionError, GET, KubernetesRequest, describe_refusal, failed_for, refusal_reason,
 };
+use crate::kubernetes::application::revision::NUMBER_LABEL;
 use crate::kubernetes::config_set::{ConfigKind, ConfigSet, MANAGED, MANAGED_LABEL};
 use crate::kubernetes::pod_references::references;
 use crate::kubernetes::readiness::condition;
@@ -108,6 +109,12 @@ pub(super) struct ConfigUsers {
     pub(super) objects: BTreeSet<String>,
 }
 
+/// The Secrets with the certificates of an Ingress.
+fn certificates(object: &Value) -> impl Iterator<Item = &str> {
+    let tls = object["spec"]["tls"].as_array().into_iter().flatten();
+    tls.filter_map(|tls| tls["secretName"].as_str())
+}
+
 /// Who of these uses a set.
 fn users(set: ConfigSet<'_>, workloads: &[Workload]) -> ConfigUsers {
     let mut users = ConfigUsers::default();
@@ -131,8 +138,40 @@ impl Executor<'_> {
         namespace: &str,
         name: &str,
     ) -> Result<ConfigUsers, ExecutionError> {
-        let workloads = self.workloads(namespace).await?;
-        Ok(users(ConfigSet { kind, namespace, name }, &workloads))
+        let set = ConfigSet { kind, namespace, name };
+        let mut users = users(set, &self.workloads(namespace).await?);
+        for ingress in self.ingresses(namespace).await? {
+            let named = certificates(&ingress).find(|name| set.is_version(name));
+            if let Some(named) = named.filter(|_| kind == ConfigKind::Secret) {
+                let name = ingress["metadata"]["name"].as_str().unwrap_or_default();
+                users.applications.push(format!("Ingress {namespace}/{name}"));
+                users.objects.insert(named.to_owned());
+            }
+        }
+        // Kubernetes forgets ReplicaSets on its own account
+        let path = format!("/api/v1/namespaces/{namespace}/configmaps");
+        let query = format!("&labelSelector={NUMBER_LABEL}");
+        for revision in self.list_all(&path, &query, PAGE).await? {
+            let text = revision.pointer("/data/objects.json").and_then(Value::as_str);
+            let objects: Vec<Value> =
+                text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+            let shown = objects.iter().flat_map(certificates);
+            users.objects.extend(shown.filter(|name| set.is_version(name)).map(str::to_owned));
+            for pod in objects.iter().filter_map(|o| o.pointer("/spec/template/spec")) {
+                let named = references(pod, kind);
+                let named = named.iter().filter(|reference| set.is_version(reference.object));
+                users.objects.extend(named.map(|reference| reference.object.to_owned()));
+            }
+        }
+        Ok(users)
+    }
+
+    pub(super) async fn ingresses(
+        &mut self,
+        namespace: &str,
+    ) -> Result<Vec<Value>, ExecutionError> {
+        let path = format!("/apis/networking.k8s.io/v1/namespaces/{namespace}/ingresses");
+        self.list_all(&path, "", PAGE).await
     }
 
     /// Everything in a namespace that has the template of a pod, former revisions too.

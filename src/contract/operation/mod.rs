@@ -4,12 +4,20 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::base::text::valueless_json_error;
+use crate::contract::application::requests::{DEFAULT_TIMEOUT_S, check_named, default_timeout_s};
+pub use crate::contract::application::requests::{
+    DeleteApplication, Deploy, Rollback, RunJob, SetCronJob,
+};
 use crate::contract::config::{ConfigKind, ConfigSpec};
 use crate::contract::token::{Caller, Role};
 
 const MAX_OBJECTS: usize = 200;
+/// Time for the former revision of an application to come back, seconds.
+pub const ROLLBACK_S: u64 = 120;
 const MAX_TIMEOUT_S: u64 = 3600;
-const DEFAULT_TIMEOUT_S: u64 = 300;
+
+/// Status, code and message.
+type Refusal = (u16, &'static str, String);
 
 /// A request, by kind.
 #[derive(Deserialize)]
@@ -29,6 +37,17 @@ pub enum OperationRequest {
     Drain(Drain),
     /// Takes a node out of the cluster: one that is drained, or no longer there.
     Remove(Remove),
+    /// A new revision of an application, watched to its end.
+    Deploy(Box<Deploy>),
+    /// A former revision of an application as a new one.
+    Rollback(Rollback),
+    /// Everything that `deploy` made of an application.
+    DeleteApplication(DeleteApplication),
+    /// A command that runs once in the surroundings of an application, until it ends.
+    Job(RunJob),
+    /// A command that runs by a schedule.
+    #[serde(rename = "cronjob")]
+    CronJob(Box<SetCronJob>),
     /// Keys of a namespace whose values are secret.
     Secret(ConfigSpec),
     /// The same of values that anybody may read.
@@ -42,10 +61,6 @@ fn default_wait() -> bool {
 
 fn default_true() -> bool {
     true
-}
-
-fn default_timeout_s() -> u64 {
-    DEFAULT_TIMEOUT_S
 }
 
 #[derive(Deserialize)]
@@ -203,13 +218,26 @@ impl OperationRequest {
     ///
     /// # Errors
     /// Status, code and message of the refusal.
-    pub fn parse(
-        bytes: &[u8],
-        caller: &Caller,
-    ) -> Result<OperationRequest, (u16, &'static str, String)> {
+    pub fn parse(bytes: &[u8], caller: &Caller) -> Result<OperationRequest, Refusal> {
         let bad = |why: String| (400, "bad_operation", why);
-        let request: OperationRequest = serde_json::from_slice(bytes)
+        let mut json = serde_json::Deserializer::from_slice(bytes);
+        let request: OperationRequest =
+            serde_path_to_error::deserialize(&mut json).map_err(|e| {
+                let why = valueless_json_error(e.inner());
+                bad(match e.path().to_string().as_str() {
+                    "." => format!("this is no operation: {why}"),
+                    path => format!("this is no operation: {path}: {why}"),
+                })
+            })?;
+        json.end()
             .map_err(|e| bad(format!("this is no operation: {}", valueless_json_error(&e))))?;
+        request.check(caller)?;
+        Ok(request)
+    }
+
+    /// Whether this caller may ask for it, and whether Kubernetes could take it.
+    fn check(&self, caller: &Caller) -> Result<(), Refusal> {
+        let bad = |why: String| (400, "bad_operation", why);
         let objects = |n: usize| {
             if (1..=MAX_OBJECTS).contains(&n) {
                 Ok(())
@@ -217,17 +245,12 @@ impl OperationRequest {
                 Err(bad(format!("objects are 1 to {MAX_OBJECTS}")))
             }
         };
-        let wait = |s: u64| {
-            if (1..=MAX_TIMEOUT_S).contains(&s) {
-                Ok(())
-            } else {
-                Err(bad(format!("timeout_s is 1 to {MAX_TIMEOUT_S}")))
-            }
-        };
-        match &request {
+        if !(1..=MAX_TIMEOUT_S).contains(&self.timeout_s()) {
+            return Err(bad(format!("timeout_s is 1 to {MAX_TIMEOUT_S}")));
+        }
+        match self {
             OperationRequest::Apply(apply) => {
                 objects(apply.objects.len())?;
-                wait(apply.timeout_s)?;
                 apply
                     .objects
                     .iter()
@@ -236,15 +259,12 @@ impl OperationRequest {
             }
             OperationRequest::Delete(delete) => {
                 objects(delete.objects.len())?;
-                wait(delete.timeout_s)?;
                 delete.objects.iter().try_for_each(Reference::check).map_err(bad)?;
             }
             OperationRequest::Scale(scale) => {
-                wait(scale.timeout_s)?;
                 scale.object.check().map_err(bad)?;
             }
             OperationRequest::Restart(restart) => {
-                wait(restart.timeout_s)?;
                 restart.object.check().map_err(bad)?;
                 if !matches!(
                     restart.object.kind.as_str(),
@@ -255,19 +275,37 @@ impl OperationRequest {
                     ));
                 }
             }
+            OperationRequest::Deploy(deploy) => {
+                let checked = deploy.application.check();
+                checked.map_err(|why| bad(format!("spec.application.{why}")))?;
+            }
+            OperationRequest::Rollback(Rollback { namespace, name, .. })
+            | OperationRequest::DeleteApplication(DeleteApplication { namespace, name, .. }) => {
+                check_named(namespace, "name", name).map_err(bad)?;
+            }
+            OperationRequest::CronJob(job) => {
+                let checked = job.application.check_for_job();
+                checked.map_err(|why| bad(format!("spec.application.{why}")))?;
+                if !(1..=MAX_TIMEOUT_S).contains(&job.timeout_s) {
+                    return Err(bad(format!("timeout_s is 1 to {MAX_TIMEOUT_S}")));
+                }
+                if job.schedule.trim().is_empty() {
+                    return Err(bad("spec.schedule: \"0 3 * * *\" is every night at three".into()));
+                }
+            }
+            OperationRequest::Job(job) => {
+                job.check().map_err(bad)?;
+            }
             OperationRequest::Secret(config) => {
-                config.timeout_s().map_or(Ok(()), wait)?;
                 config.check(ConfigKind::Secret).map_err(bad)?;
             }
             OperationRequest::ConfigMap(config) => {
-                config.timeout_s().map_or(Ok(()), wait)?;
                 config.check(ConfigKind::ConfigMap).map_err(bad)?;
             }
             OperationRequest::Cordon(node) | OperationRequest::Uncordon(node) => {
                 check_node(&node.node, caller)?;
             }
             OperationRequest::Drain(drain) => {
-                wait(drain.timeout_s)?;
                 // 0 would remove the pod without its kubelet having ended it
                 if drain.grace_period_s.is_some_and(|s| !(1..=MAX_TIMEOUT_S).contains(&s)) {
                     return Err(bad(format!("grace_period_s is 1 to {MAX_TIMEOUT_S}")));
@@ -276,7 +314,21 @@ impl OperationRequest {
             }
             OperationRequest::Remove(remove) => check_node(&remove.node, caller)?,
         }
-        Ok(request)
+        Ok(())
+    }
+
+    /// The application that it changes, `namespace/name`: one operation at a time does.
+    pub fn application(&self) -> Option<String> {
+        let (namespace, name) = match self {
+            OperationRequest::Deploy(deploy) if deploy.dry_run => return None,
+            OperationRequest::Deploy(deploy) => {
+                (&deploy.application.namespace, &deploy.application.name)
+            }
+            OperationRequest::Rollback(rollback) => (&rollback.namespace, &rollback.name),
+            OperationRequest::DeleteApplication(delete) => (&delete.namespace, &delete.name),
+            _ => return None,
+        };
+        Some(format!("{namespace}/{name}"))
     }
 
     /// Its name on the wire.
@@ -290,6 +342,11 @@ impl OperationRequest {
             OperationRequest::Uncordon(_) => "uncordon",
             OperationRequest::Drain(_) => "drain",
             OperationRequest::Remove(_) => "remove",
+            OperationRequest::Deploy(_) => "deploy",
+            OperationRequest::Rollback(_) => "rollback",
+            OperationRequest::DeleteApplication(_) => "delete_application",
+            OperationRequest::Job(_) => "job",
+            OperationRequest::CronJob(_) => "cronjob",
             OperationRequest::Secret(_) => "secret",
             OperationRequest::ConfigMap(_) => "configmap",
         }
@@ -303,12 +360,25 @@ impl OperationRequest {
             OperationRequest::Scale(scale) => scale.timeout_s,
             OperationRequest::Restart(restart) => restart.timeout_s,
             OperationRequest::Drain(drain) => drain.timeout_s,
+            OperationRequest::Deploy(deploy) => deploy.timeout_s,
+            OperationRequest::Rollback(rollback) => rollback.timeout_s,
+            OperationRequest::DeleteApplication(delete) => delete.timeout_s,
+            OperationRequest::Job(job) => job.timeout_s,
             OperationRequest::Secret(spec) | OperationRequest::ConfigMap(spec) => {
                 spec.timeout_s().unwrap_or(DEFAULT_TIMEOUT_S)
             }
             OperationRequest::Cordon(_)
             | OperationRequest::Uncordon(_)
-            | OperationRequest::Remove(_) => DEFAULT_TIMEOUT_S,
+            | OperationRequest::Remove(_)
+            | OperationRequest::CronJob(_) => DEFAULT_TIMEOUT_S,
+        }
+    }
+
+    /// Time that it may take after that, to bring back what ran before, seconds.
+    pub fn rollback_s(&self) -> u64 {
+        match self {
+            OperationRequest::Deploy(deploy) if deploy.auto_rollback => ROLLBACK_S,
+            _ => 0,
         }
     }
 
@@ -319,6 +389,11 @@ impl OperationRequest {
             OperationRequest::Apply(apply) => !apply.objects.iter().any(has_secret_values),
             OperationRequest::Secret(spec) => !matches!(spec, ConfigSpec::Set(_)),
             OperationRequest::Delete(_)
+            | OperationRequest::Deploy(_)
+            | OperationRequest::Rollback(_)
+            | OperationRequest::DeleteApplication(_)
+            | OperationRequest::Job(_)
+            | OperationRequest::CronJob(_)
             | OperationRequest::ConfigMap(_)
             | OperationRequest::Scale(_)
             | OperationRequest::Restart(_)
@@ -331,7 +406,7 @@ impl OperationRequest {
 }
 
 /// A node is cordoned and removed with the agent's own rights: nobody is impersonated for it.
-fn check_node(name: &str, caller: &Caller) -> Result<(), (u16, &'static str, String)> {
+fn check_node(name: &str, caller: &Caller) -> Result<(), Refusal> {
     if !is_path_safe(name) {
         return Err((400, "bad_operation", "that is no name of a node".into()));
     }
@@ -361,147 +436,4 @@ fn holds_secret(value: &Value) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn caller(role: Role, namespaces: Option<&[&str]>) -> Caller {
-        let namespaces = namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect());
-        Caller { subject: "r-1".into(), role, namespaces, token_id: "t".into() }
-    }
-
-    fn verdict(text: &str) -> Result<&'static str, String> {
-        OperationRequest::parse(text.as_bytes(), &caller(Role::Operator, None))
-            .map(|w| w.kind())
-            .map_err(|(_, code, why)| format!("{code}: {why}"))
-    }
-
-    #[test]
-    fn what_is_no_operation_is_refused_by_name() {
-        let web = r#"{"apiVersion":"apps/v1","kind":"Deployment","name":"web","namespace":"beta"}"#;
-        assert_eq!(
-            verdict(&format!(r#"{{"kind":"scale","spec":{{"object":{web},"replicas":3}}}}"#)),
-            Ok("scale")
-        );
-        assert_eq!(
-            verdict(concat!(
-                r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","#,
-                r#""metadata":{"name":"c","namespace":"b"}}]}}"#
-            )),
-            Ok("apply")
-        );
-        for (text, expected) in [
-            ("", "no operation"),
-            ("[]", "no operation"),
-            (r#"{"kind":"dance","spec":{}}"#, "unknown variant `dance`"),
-            (r#"{"kind":"apply","spec":{"objects":[]}}"#, "1 to 200"),
-            (r#"{"kind":"apply","spec":{"objects":[{}]}}"#, "without apiVersion"),
-            (r#"{"kind":"apply","spec":{"objects":[],"colour":"red"}}"#, "unknown field `colour`"),
-            (
-                concat!(
-                    r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"v1","kind":"Pod","#,
-                    r#""metadata":{"name":"../x"}}]}}"#
-                ),
-                "characters",
-            ),
-            (
-                concat!(
-                    r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"a/b/c","kind":"Pod","#,
-                    r#""metadata":{"name":"x"}}]}}"#
-                ),
-                "characters",
-            ),
-            (
-                concat!(
-                    r#"{"kind":"delete","spec":{"objects":["#,
-                    r#"{"apiVersion":"v1","kind":"Pod","name":".."}]}}"#
-                ),
-                "characters",
-            ),
-            (
-                concat!(
-                    r#"{"kind":"restart","spec":{"object":{"apiVersion":"v1","kind":"Pod","#,
-                    r#""name":"p","namespace":"b"}}}"#
-                ),
-                "can be restarted",
-            ),
-            (r#"{"kind":"cordon","spec":{"node":"a/b"}}"#, "name of a node"),
-            (r#"{"kind":"drain","spec":{"node":"a/b"}}"#, "name of a node"),
-            (r#"{"kind":"drain","spec":{"node":"n","grace_period_s":0}}"#, "1 to 3600"),
-            (r#"{"kind":"drain","spec":{"node":"n","evict":true}}"#, "unknown field `evict`"),
-            (r#"{"kind":"remove","spec":{"node":".."}}"#, "name of a node"),
-        ] {
-            let said = verdict(text).unwrap_err();
-            assert!(said.contains(expected), "{text}: {said}");
-        }
-        // whatever is wrong with a value, it is not quoted
-        for (spec, expected) in [
-            (r#""planted-canary-2231-in-plain-text""#, "invalid type: string"),
-            (r#"{"data":"planted-canary-2231-in-plain-text"}"#, "invalid type: string"),
-            (r#"{"data":{"a":22317713982231771}}"#, "invalid type: integer, expected a string"),
-            (r#"{"data":{"a":"x"},"wait":"planted-canary-2231-in-plain-text"}"#, "a boolean"),
-            (r#"{"data":{"a":"x"},"timeout_s":0}"#, "timeout_s is 1 to 3600"),
-            (r#"{"data":{"a b":"planted-canary-2231-in-plain-text"}}"#, "data: `a b` is no key"),
-            (r#"{"data":{"a":"x"},"dat":{}}"#, "unknown field `dat`"),
-        ] {
-            let head = r#"{"action":"set","namespace":"beta","name":"db","#;
-            let spec = spec.strip_prefix('{').map_or(spec.to_owned(), |s| format!("{head}{s}"));
-            for kind in ["secret", "configmap"] {
-                let said = verdict(&format!(r#"{{"kind":"{kind}","spec":{spec}}}"#)).unwrap_err();
-                assert!(said.contains(expected), "{spec}: {said}");
-                assert!(!said.contains("2231-in-plain-text"), "{spec}: {said}");
-            }
-        }
-        let long = format!(r#"{{"kind":"restart","spec":{{"object":{web},"timeout_s":0}}}}"#);
-        assert!(verdict(&long).unwrap_err().contains("1 to 3600"));
-        for (role, namespaces) in [(Role::Deployer, None), (Role::Operator, Some(&["beta"][..]))] {
-            for kind in ["cordon", "uncordon", "drain", "remove"] {
-                let request = format!(r#"{{"kind":"{kind}","spec":{{"node":"n"}}}}"#);
-                let refused =
-                    OperationRequest::parse(request.as_bytes(), &caller(role, namespaces))
-                        .map(|_| ())
-                        .unwrap_err();
-                assert_eq!((refused.0, refused.1), (403, "role_exceeded"), "{kind}");
-            }
-        }
-    }
-
-    #[test]
-    fn what_holds_values_of_a_secret_is_not_resumed() {
-        let applied = |object: Value| {
-            let mut object = object;
-            object["apiVersion"] = "v1".into();
-            object["metadata"] = json!({"name": "x"});
-            let request = json!({"kind": "apply", "spec": {"objects": [object], "timeout_s": 7}});
-            let parsed = OperationRequest::parse(
-                request.to_string().as_bytes(),
-                &caller(Role::Deployer, None),
-            );
-            let parsed = parsed.map_err(|(_, _, why)| why).unwrap();
-            assert_eq!(parsed.timeout_s(), 7);
-            parsed.is_resumable()
-        };
-        let inner = json!({"kind": "Secret", "stringData": {"a": "b"}});
-        let reference = json!({"kind": "Secret", "name": "tls"});
-        for (object, resumable) in [
-            (json!({"kind": "ConfigMap", "data": {"a": "b"}}), true),
-            (json!({"kind": "Secret", "data": {"a": "b"}}), false),
-            (json!({"kind": "Secret"}), false),
-            (json!({"kind": "List", "items": []}), false),
-            (json!({"kind": "SecretList"}), false),
-            (json!({"kind": "Wrapped", "spec": {"manifests": [inner]}}), false),
-            // a reference names it and holds nothing of it
-            (json!({"kind": "Gateway", "spec": {"certificateRefs": [reference]}}), true),
-        ] {
-            assert_eq!(applied(object.clone()), resumable, "{object}");
-        }
-        for kind in ["cordon", "uncordon", "drain", "remove"] {
-            let request = format!(r#"{{"kind":"{kind}","spec":{{"node":"n"}}}}"#);
-            let parsed = OperationRequest::parse(request.as_bytes(), &caller(Role::Operator, None));
-            let parsed = parsed.map_err(|(_, _, why)| why).unwrap();
-            assert_eq!((parsed.kind(), parsed.is_resumable()), (kind, true));
-            assert_eq!(parsed.timeout_s(), 300);
-        }
-    }
-}
+mod tests;
