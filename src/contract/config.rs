@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::base::secret::Secret;
 use crate::base::text::{is_dns_label, printable};
+use crate::contract::application::requests::default_timeout_s;
 
 /// Most that the values of a set may hold, bytes. Kubernetes takes 1 MiB in one object
 /// (kubernetes/kubernetes `pkg/apis/core/types.go`, `MaxSecretSize`), and the whole request is no
@@ -140,10 +141,6 @@ pub struct PruneConfig {
 
 fn yes() -> bool {
     true
-}
-
-fn default_timeout_s() -> u64 {
-    300
 }
 
 fn default_keep() -> usize {

@@ -49,7 +49,7 @@ const INSIDE: &[(&str, Rows)] = &[
             &["fetch"],
         ],
     ),
-    ("contract", &[&["types", "config"], &["token", "application"], &["operation"]]),
+    ("contract", &[&["types"], &["token", "application"], &["config"], &["operation"]]),
     (
         "kubernetes",
         &[

@@ -1,26 +1,24 @@
 //! The objects of an application: checked against what is there, applied, found again, deleted.
 
-use std::time::Duration;
-
 use http::Method;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::executor::{Executor, FIELD_MANAGER};
-use super::requests::{ExecutionError, GET, KubernetesRequest, MERGE, failed_for, refused};
+use super::requests::{
+    ExecutionError, GET, KubernetesRequest, MERGE, PATIENCE, failed_for, items, refused,
+};
 use crate::contract::operation::Reference;
 use crate::kubernetes::application::ownership::applied;
 use crate::kubernetes::application::revision::APPLICATION_LABEL;
 
-/// How long an apply waits for an API server that does not answer.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// On the Deployment, not on its pods: they would be replaced for it.
 pub(super) const REVISION_ANNOTATION: &str = "pipeops.io/revision";
 /// Managers that set the number of pods for an autoscaler; k3s is one program.
 const AUTOSCALERS: [&str; 2] = ["kube-controller-manager", "k3s"];
 
 /// Kinds that an application may consist of: `apiVersion`, kind, plural.
-pub(super) const KINDS: &[(&str, &str, &str)] = &[
+const KINDS: &[(&str, &str, &str)] = &[
     ("networking.k8s.io/v1", "Ingress", "ingresses"),
     ("gateway.networking.k8s.io/v1", "HTTPRoute", "httproutes"),
     ("v1", "Service", "services"),
@@ -69,6 +67,14 @@ pub(super) fn reference_of(object: &Value) -> Result<Reference, ExecutionError> 
         Ok(reference) => Ok(reference),
         Err(why) => failed_for("invalid", why),
     }
+}
+
+/// Whether one of `objects` is meant.
+pub(super) fn is_among(reference: &Reference, objects: &[Value]) -> bool {
+    objects.iter().any(|object| {
+        object["kind"] == reference.kind.as_str()
+            && object["metadata"]["name"] == reference.name.as_str()
+    })
 }
 
 /// The way in, which leads to the new pods only once they are there.
@@ -182,9 +188,8 @@ impl Executor<'_> {
         {
             // a default that nobody owns stays, and is forbidden beside Recreate
             if let Mode::Write(_) = mode {
-                let patch = json!({"spec": {"strategy": object["spec"]["strategy"]}});
-                let mut patch = patch;
-                patch["spec"]["strategy"]["rollingUpdate"] = Value::Null;
+                let patch =
+                    json!({"spec": {"strategy": {"type": "Recreate", "rollingUpdate": null}}});
                 let request = KubernetesRequest {
                     method: Method::PATCH,
                     query: &format!("fieldManager={FIELD_MANAGER}"),
@@ -299,7 +304,7 @@ impl Executor<'_> {
                 namespace: Some(namespace.into()),
             };
             let path = format!("{}/namespaces/{namespace}/{plural}", of_kind(name).base());
-            let (status, mut list) = self.read(&path, &query).await?;
+            let (status, list) = self.read(&path, &query).await?;
             match status {
                 200 => {}
                 404 => continue,
@@ -307,10 +312,8 @@ impl Executor<'_> {
                 403 if *kind == "HTTPRoute" => continue,
                 _ => return refused(&of_kind(name), status, &list),
             }
-            if let Value::Array(items) = list["items"].take() {
-                let name = |item: &Value| item["metadata"]["name"].as_str().map(of_kind);
-                all.extend(items.into_iter().filter_map(|item| Some((name(&item)?, item))));
-            }
+            let name = |item: &Value| item["metadata"]["name"].as_str().map(of_kind);
+            all.extend(items(list).into_iter().filter_map(|item| Some((name(&item)?, item))));
         }
         Ok(all)
     }

@@ -1,11 +1,8 @@
 //! Config sets: new values, their rollout to what uses them, and the end of versions. What is
 //! written here may be written again: each request has one effect, however often it is sent.
 
-use std::time::Duration;
-
 use http::Method;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
 use super::executor::{Executor, FIELD_MANAGER};
 use super::requests::{ExecutionError, GET, KubernetesRequest, failed_for, refused};
@@ -18,8 +15,6 @@ use crate::kubernetes::config_set::{
 };
 use crate::kubernetes::pod_references::retarget;
 
-/// How long an API server that does not answer is asked again.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// How often an object is read again that somebody else has changed meanwhile.
 const MAX_CONFLICTS: usize = 20;
 /// Versions that are read in one answer: each may hold 1 MiB.
@@ -230,15 +225,13 @@ impl Executor<'_> {
 
     /// Has the Ingresses of ours show the current certificate.
     async fn update_certificates(&mut self, set: ConfigSet<'_>) -> Result<(), ExecutionError> {
-        for ingress in self.ingresses(set.namespace).await? {
-            if ingress["metadata"]["labels"][MANAGED_LABEL] != MANAGED {
-                continue;
-            }
-            let Some((inventory, _)) = self.inventory(set.kind, set.namespace, set.name).await?
-            else {
-                return Ok(());
-            };
-            let Some(wanted) = inventory.object_of("tls.crt") else { return Ok(()) };
+        let ingresses = self.ingresses(set.namespace).await?;
+        // read after them: a change that they hold already is in the inventory too
+        let inventory = self.inventory(set.kind, set.namespace, set.name).await?;
+        let Some((inventory, _)) = inventory else { return Ok(()) };
+        let Some(wanted) = inventory.object_of("tls.crt") else { return Ok(()) };
+        let is_managed = |i: &&Value| i["metadata"]["labels"][MANAGED_LABEL] == MANAGED;
+        for ingress in ingresses.iter().filter(is_managed) {
             let mut patch = Vec::new();
             for (n, tls) in ingress["spec"]["tls"].as_array().into_iter().flatten().enumerate() {
                 let named = tls["secretName"].as_str().unwrap_or_default();
@@ -248,14 +241,14 @@ impl Executor<'_> {
                     patch.push(json!({"op": "replace", "path": path, "value": wanted}));
                 }
             }
+            if patch.is_empty() {
+                continue;
+            }
+            let patch = Value::Array(patch);
             let name = ingress["metadata"]["name"].as_str().unwrap_or_default().to_owned();
             let mut reference = reference(set, "Ingress", name);
             reference.api_version = "networking.k8s.io/v1".into();
             let path = self.known_path_of(&reference).await?;
-            let patch = Value::Array(patch);
-            if patch.as_array().is_some_and(Vec::is_empty) {
-                continue;
-            }
             let request = KubernetesRequest {
                 method: Method::PATCH,
                 query: &format!("fieldManager={FIELD_MANAGER}"),
@@ -422,29 +415,6 @@ impl Executor<'_> {
             (status, answer) => return refused(&reference, status, &answer),
         }
         Ok(())
-    }
-
-    /// A request that may be sent again, until it is answered by more than "try again".
-    pub(super) async fn request_until_answered(
-        &mut self,
-        path: &str,
-        request: KubernetesRequest<'_>,
-    ) -> Result<(u16, Value), ExecutionError> {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let answer = self.request(path, request.clone()).await;
-            let again = match &answer {
-                // a webhook that does not answer is a fault of its own
-                Ok((500, answer)) => !answer["message"].to_string().contains("webhook"),
-                Ok((status, _)) => *status >= 500 || *status == 429,
-                Err(ExecutionError::Failed(failure)) => failure.reason.is_empty(),
-                Err(_) => false,
-            };
-            if !again || Instant::now() > end {
-                return answer;
-            }
-            self.pause().await?;
-        }
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::apply::{Mode, Rollout, is_route};
+use super::apply::{Mode, Rollout, is_among, is_route};
 use super::executor::Executor;
 use super::job::{job_name, job_object, template};
 use super::requests::{ExecutionError, ExecutionFailure, failed_for};
@@ -283,10 +283,7 @@ impl Executor<'_> {
             }
         }
         let is_there = |object: &Value| {
-            there.iter().any(|(reference, _)| {
-                object["kind"] == reference.kind.as_str()
-                    && object["metadata"]["name"] == reference.name.as_str()
-            })
+            there.iter().any(|(reference, _)| is_among(reference, std::slice::from_ref(object)))
         };
         let (last, first): (Vec<Value>, Vec<Value>) =
             rollout.objects.iter().cloned().partition(|o| is_route(o) && is_there(o));
@@ -372,11 +369,7 @@ impl Executor<'_> {
         let pruned = async {
             for (reference, found) in self.owned(&rollout.namespace, &rollout.name).await? {
                 let kept = matches!(reference.kind.as_str(), "PersistentVolumeClaim" | "Job");
-                let is_ours = rollout.objects.iter().any(|object| {
-                    object["kind"] == reference.kind.as_str()
-                        && object["metadata"]["name"] == reference.name.as_str()
-                });
-                if !kept && !is_ours {
+                if !kept && !is_among(&reference, &rollout.objects) {
                     self.delete_owned(&reference, &found, false).await?;
                 }
             }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::executor::Executor;
-use super::requests::{ExecutionError, GET, KubernetesRequest};
+use super::requests::{ExecutionError, GET, KubernetesRequest, items};
 use crate::base::text::printable;
 use crate::contract::operation::Reference;
 use crate::kubernetes::readiness::diagnosis::{
@@ -73,10 +73,7 @@ impl Executor<'_> {
     async fn list(&mut self, path: &str, query: &str) -> Result<Vec<Value>, ExecutionError> {
         let request = KubernetesRequest { query, recorded: !self.looked, ..GET };
         match self.request(path, request).await {
-            Ok((200, mut answer)) => Ok(match answer["items"].take() {
-                Value::Array(items) => items,
-                _ => Vec::new(),
-            }),
+            Ok((200, answer)) => Ok(items(answer)),
             Ok(_) | Err(ExecutionError::Failed(_)) => Ok(Vec::new()),
             Err(end) => Err(end),
         }

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::executor::Executor;
 use super::requests::{
-    ExecutionError, GET, KubernetesRequest, describe_refusal, failed_for, refusal_reason,
+    ExecutionError, GET, KubernetesRequest, describe_refusal, failed_for, items, refusal_reason,
 };
 use crate::contract::application::Application;
 use crate::kubernetes::application::HostDefaults;
@@ -76,11 +76,11 @@ impl Executor<'_> {
     /// for them. Where nothing serves them there are none.
     async fn cluster_list(&mut self, path: &str) -> Result<Vec<Value>, ExecutionError> {
         let request = KubernetesRequest { as_agent: true, query: "limit=100", ..GET };
-        let (status, mut list) = self.request(path, request).await?;
-        match (status, list["items"].take()) {
-            (200, Value::Array(items)) => Ok(items),
-            (200 | 404, _) => Ok(Vec::new()),
-            (403, _) => failed_for(
+        let (status, list) = self.request(path, request).await?;
+        match status {
+            200 => Ok(items(list)),
+            404 => Ok(Vec::new()),
+            403 => failed_for(
                 "rights_missing",
                 format!(
                     "the agent may not read {path}: its rights are of an earlier version; run \

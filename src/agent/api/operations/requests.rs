@@ -22,6 +22,8 @@ pub(super) const REVIEWS: &str = "/apis/authorization.k8s.io/v1/";
 /// One request, and the largest answer to it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_RESPONSE: usize = 8 << 20;
+/// How long an API server that does not answer is asked again.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why an operation did not succeed.
 pub(super) enum ExecutionError {
@@ -135,7 +137,30 @@ impl Executor<'_> {
         )
     }
 
-    /// The same for an answer that is not JSON.
+    /// A request that may be sent again, until it is answered by more than "try again".
+    pub(super) async fn request_until_answered(
+        &mut self,
+        path: &str,
+        request: KubernetesRequest<'_>,
+    ) -> Result<(u16, Value), ExecutionError> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.request(path, request.clone()).await;
+            let again = match &answer {
+                // a webhook that does not answer is a fault of its own
+                Ok((500, answer)) => !answer["message"].to_string().contains("webhook"),
+                Ok((status, _)) => *status >= 500 || *status == 429,
+                Err(ExecutionError::Failed(failure)) => failure.reason.is_empty(),
+                Err(_) => false,
+            };
+            if !again || Instant::now() > end {
+                return answer;
+            }
+            self.pause().await?;
+        }
+    }
+
+    /// The same as `request` for an answer that is not JSON.
     pub(super) async fn request_bytes(
         &mut self,
         path: &str,
@@ -350,6 +375,14 @@ fn is_same(mut one: Value, mut other: Value) -> bool {
         }
     }
     one == other
+}
+
+/// The items of a list; none where the answer is none.
+pub(super) fn items(mut list: Value) -> Vec<Value> {
+    match list["items"].take() {
+        Value::Array(items) => items,
+        _ => Vec::new(),
+    }
 }
 
 /// The failure of an operation on an object that Kubernetes refuses.

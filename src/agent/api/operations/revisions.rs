@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::apply::{REVISION_ANNOTATION, Rollout, is_route, reference_of};
 use super::executor::{Executor, FIELD_MANAGER};
-use super::requests::{ExecutionError, GET, KubernetesRequest, MERGE, failed_for, refused};
+use super::requests::{ExecutionError, GET, KubernetesRequest, MERGE, failed_for, items, refused};
 use crate::contract::operation::Reference;
 use crate::kubernetes::application::revision::{
     APPLICATION_LABEL, Revision, RevisionState, RevisionStatus, digest, expired, object_name,
@@ -43,9 +43,9 @@ impl Executor<'_> {
         namespace: &str,
         name: &str,
     ) -> Result<Vec<Revision>, ExecutionError> {
-        let items = self.revision_objects(namespace, name).await?;
+        let kept = self.revision_objects(namespace, name).await?;
         let parse = |object| Revision::parse(object, namespace, name);
-        let mut all: Vec<Revision> = items.iter().filter_map(parse).collect();
+        let mut all: Vec<Revision> = kept.iter().filter_map(parse).collect();
         let newest = all.iter_mut().max_by_key(|revision| revision.number);
         if let Some(newest) = newest
             && newest.status.state != RevisionState::Deployed
@@ -68,8 +68,8 @@ impl Executor<'_> {
         namespace: &str,
         name: &str,
     ) -> Result<(), ExecutionError> {
-        let items = self.revision_objects(namespace, name).await?;
-        let parsed = items.iter().filter_map(|object| Revision::parse(object, namespace, name));
+        let kept = self.revision_objects(namespace, name).await?;
+        let parsed = kept.iter().filter_map(|object| Revision::parse(object, namespace, name));
         let mut ours = parsed.filter(|r| r.status.operation == self.progress.id);
         let Some(ours) = ours.next() else {
             return failed_for(
@@ -106,10 +106,7 @@ impl Executor<'_> {
     ) -> Result<Vec<Value>, ExecutionError> {
         let path = format!("/api/v1/namespaces/{namespace}/configmaps");
         match self.read(&path, &format!("labelSelector={APPLICATION_LABEL}={name}")).await? {
-            (200, mut list) => Ok(match list["items"].take() {
-                Value::Array(items) => items,
-                _ => Vec::new(),
-            }),
+            (200, list) => Ok(items(list)),
             (status, answer) => {
                 refused(&config_map(namespace, &object_name(name, 0)), status, &answer)
             }
@@ -282,22 +279,15 @@ impl Executor<'_> {
         let live = self.live_deployment(namespace, name).await?;
         let Some(labels) = selector(&live) else { return Ok(images) };
         let query = format!("labelSelector={labels}&limit=100");
-        let mut items = Vec::new();
-        for path in
-            ["/apis/apps/v1", "/api/v1"].map(|base| format!("{base}/namespaces/{namespace}"))
-        {
-            let plural = if path.starts_with("/apis") { "replicasets" } else { "pods" };
-            let (_, mut list) = self.read(&format!("{path}/{plural}"), &query).await?;
-            items.push(match list["items"].take() {
-                Value::Array(items) => items,
-                _ => Vec::new(),
-            });
-        }
-        let Some(newest) = newest_replica_set(&live, &items[0]) else { return Ok(images) };
+        let path = format!("/apis/apps/v1/namespaces/{namespace}/replicasets");
+        let sets = items(self.read(&path, &query).await?.1);
+        let path = format!("/api/v1/namespaces/{namespace}/pods");
+        let pods = items(self.read(&path, &query).await?.1);
+        let Some(newest) = newest_replica_set(&live, &sets) else { return Ok(images) };
         let runs = |pod: &&Value| {
             is_owned(pod, newest) && is_ready(pod) && pod["metadata"]["deletionTimestamp"].is_null()
         };
-        for pod in items[1].iter().filter(runs) {
+        for pod in pods.iter().filter(runs) {
             for status in pod["status"]["containerStatuses"].as_array().into_iter().flatten() {
                 let wanted = pod["spec"]["containers"].as_array().into_iter().flatten();
                 let image = wanted

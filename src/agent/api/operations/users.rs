@@ -115,13 +115,18 @@ fn certificates(object: &Value) -> impl Iterator<Item = &str> {
     tls.filter_map(|tls| tls["secretName"].as_str())
 }
 
+/// The versions of a set that a pod names.
+fn versions(set: ConfigSet<'_>, pod: &Value) -> BTreeSet<String> {
+    let named = references(pod, set.kind);
+    let named = named.iter().filter(|reference| set.is_version(reference.object));
+    named.map(|reference| reference.object.to_owned()).collect()
+}
+
 /// Who of these uses a set.
 fn users(set: ConfigSet<'_>, workloads: &[Workload]) -> ConfigUsers {
     let mut users = ConfigUsers::default();
     for workload in workloads {
-        let named = references(&workload.pod, set.kind);
-        let named = named.iter().filter(|reference| set.is_version(reference.object));
-        let named: BTreeSet<String> = named.map(|reference| reference.object.to_owned()).collect();
+        let named = versions(set, &workload.pod);
         if workload.is_current && !named.is_empty() {
             users.applications.push(workload.title(set.namespace));
         }
@@ -158,9 +163,7 @@ impl Executor<'_> {
             let shown = objects.iter().flat_map(certificates);
             users.objects.extend(shown.filter(|name| set.is_version(name)).map(str::to_owned));
             for pod in objects.iter().filter_map(|o| o.pointer("/spec/template/spec")) {
-                let named = references(pod, kind);
-                let named = named.iter().filter(|reference| set.is_version(reference.object));
-                users.objects.extend(named.map(|reference| reference.object.to_owned()));
+                users.objects.extend(versions(set, pod));
             }
         }
         Ok(users)
