@@ -8,6 +8,7 @@ pub mod encoding;
 pub mod error;
 pub mod http;
 pub mod metrics;
+pub mod packed_text;
 pub mod resolve;
 pub mod secret;
 pub mod text;

@@ -1,13 +1,17 @@
 //! `explain`: what a code means, for people. The text stands in `explain.md`, an entry a code.
 
+use std::sync::LazyLock;
+
 use serde_json::json;
 
 use super::Context;
 use crate::base::error::{Exit, Failure, nearest};
+use crate::base::packed_text::unpacked;
 use crate::cli::{Explain, OutputFormat};
 use crate::output::Printer;
 
-const TEXT: &str = include_str!("../explain.md");
+static TEXT: LazyLock<String> =
+    LazyLock::new(|| unpacked(include_bytes!(concat!(env!("OUT_DIR"), "/explain.md.snappy"))));
 
 /// What is known of one code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
