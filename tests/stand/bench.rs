@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fake_control_plane::{FRP_TOKEN, FakeControlPlane, TOKEN, identity, listen};
 
-struct Rig {
+pub(crate) struct Rig {
     control_plane: Arc<FakeControlPlane>,
     frps: Server,
     agent: Agent,
@@ -109,7 +109,7 @@ pub(crate) async fn kube(request: Request) -> Response {
 }
 
 impl Rig {
-    async fn new(pipeops: &str) -> Rig {
+    pub(crate) async fn new(pipeops: &str) -> Rig {
         let (tls, pin) = identity();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -145,6 +145,21 @@ impl Rig {
         }
     }
 
+    /// A token of the role deployer.
+    pub(crate) fn deployer(&self) -> String {
+        self.control_plane.token(&self.id, "deployer", None)
+    }
+
+    /// Memory of the agent.
+    pub(crate) fn rss_kib(&self) -> f64 {
+        self.proc(self.agent.child.id()).0 as f64
+    }
+
+    /// What the agent has used of a processor.
+    pub(crate) fn cpu_seconds(&self) -> f64 {
+        self.proc(self.agent.child.id()).1
+    }
+
     fn proc(&self, pid: u32) -> (u64, f64, usize) {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let rss = status
@@ -163,7 +178,7 @@ impl Rig {
     }
 
     /// One keep-alive HTTP/1.1 connection through the tunnel.
-    async fn client(
+    pub(crate) async fn client(
         &self,
     ) -> hyper::client::conn::http1::SendRequest<http_body_util::Empty<Bytes>> {
         let io = self
@@ -188,6 +203,10 @@ pub(crate) struct Load {
 impl Load {
     pub(crate) fn rate(&self) -> f64 {
         self.requests as f64 / self.seconds
+    }
+
+    pub(crate) fn seconds(&self) -> f64 {
+        self.seconds
     }
 
     pub(crate) fn p99_ms(&self) -> f64 {
@@ -254,7 +273,7 @@ where
 }
 
 /// Bytes a second of one download.
-async fn bulk(rig: &Rig, bytes: u64, token: &str) -> f64 {
+pub(crate) async fn bulk(rig: &Rig, bytes: u64, token: &str) -> f64 {
     download(|| rig.client(), "a", BULK, bytes, token).await
 }
 
@@ -297,7 +316,7 @@ where
 
 pub(crate) async fn bench(pipeops: &str, parts: &[&str]) {
     let rig = Rig::new(pipeops).await;
-    let token = rig.control_plane.token(&rig.id, "deployer", None);
+    let token = rig.deployer();
     let wanted = |part: &str| parts.is_empty() || parts.contains(&part);
     if wanted("idle") {
         idle(&rig).await;
@@ -477,8 +496,15 @@ async fn mixed(rig: &Rig, token: &str) {
 }
 
 async fn held(rig: &Rig, token: &str) {
-    let pid = rig.agent.child.id();
-    let empty = rig.proc(pid).0;
+    let empty = rig.rss_kib();
+    let [secured, watched] = hold(rig, token).await;
+    println!(
+        "1,000 held streams: RSS {empty} kB without, {secured} kB with TLS and no request, {watched} kB each with a watch on a connection of its own (budget 32768)"
+    );
+}
+
+/// The agent's memory in KiB with a thousand connections: with TLS and no request, with a watch each.
+pub(crate) async fn hold(rig: &Rig, token: &str) -> [f64; 2] {
     let mut held = Vec::new();
     for _ in 0..1000 {
         held.push(
@@ -488,16 +514,13 @@ async fn held(rig: &Rig, token: &str) {
                 .unwrap(),
         );
     }
-    let secured = rig.proc(pid).0;
+    let secured = rig.rss_kib();
     for io in &mut held {
         io.write_all(format!("GET /k8s/api/v1/pods?watch=1 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n").as_bytes()).await.unwrap();
         io.flush().await.unwrap();
         io.read_exact(&mut [0; 12]).await.unwrap();
     }
-    println!(
-        "1,000 held streams: RSS {empty} kB without, {secured} kB with TLS and no request, {} kB each with a watch on a connection of its own (budget 32768)",
-        rig.proc(pid).0
-    );
+    [secured, rig.rss_kib()]
 }
 
 fn child_of(pid: u32) -> Option<u32> {

@@ -6,6 +6,8 @@
 //!     stand bench PIPEOPS [idle held requests bulk]
 //!                               requests, bulk and memory through the real executable, with
 //!                               kubectl proxy beside it
+//!     stand compare BEFORE AFTER RUNS [cli k8s tunnel control-plane]
+//!                               two versions of the program, each figure in turn
 //!     stand tunnel PIPEOPS      our client beside frpc behind a genuine frps (PIPEOPS_BENCH_FRP);
 //!                               both halves ours beside rathole and two nginx
 //!                               (PIPEOPS_BENCH_NGINX, the program, and
@@ -31,6 +33,7 @@
 
 mod applications;
 mod bench;
+mod compare;
 #[path = "../it/fake_control_plane.rs"]
 mod fake_control_plane;
 mod faults;
@@ -60,8 +63,13 @@ async fn main() {
         ["serve", dir] => serve(dir).await,
         ["rights", kubeconfig] => std::process::exit(rights::check(kubeconfig).await),
         ["bench", pipeops, ref parts @ ..] => bench::bench(pipeops, parts).await,
+        ["compare", before, after, runs, ref parts @ ..] => {
+            compare::compare(before, after, runs.parse().unwrap(), parts).await
+        }
         ["tunnel", pipeops] => tunnel::tunnel(pipeops).await,
-        ["fleet", pipeops, n] => fleet::fleet(pipeops, n.parse().unwrap()).await,
+        ["fleet", pipeops, n] => {
+            fleet::fleet(pipeops, n.parse().unwrap()).await;
+        }
         ["applications", dir, image] => {
             std::process::exit(applications::applications(dir, image).await)
         }
@@ -71,7 +79,7 @@ async fn main() {
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
             eprintln!(
-                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | registry | soak PIPEOPS N"
+                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | registry | soak PIPEOPS N"
             );
             std::process::exit(2);
         }

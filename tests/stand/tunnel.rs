@@ -73,7 +73,7 @@ fn said(what: &str, runs: &[Load]) -> (f64, f64) {
 }
 
 /// Where everything of a bench stands.
-struct Site {
+pub(crate) struct Site {
     dir: tempfile::TempDir,
     made: rcgen::CertifiedKey<rcgen::KeyPair>,
     /// The API in miniature over TLS, the same in clear, and the pin of the former.
@@ -83,7 +83,7 @@ struct Site {
 }
 
 impl Site {
-    async fn new() -> Site {
+    pub(crate) async fn new() -> Site {
         let made = rcgen::generate_simple_self_signed(vec!["frps.test".into()]).unwrap();
         let (tls_target, plain_target, pin) = targets().await;
         let trust = Trust { pins: vec![Pin::parse(&pin).unwrap()], ..Trust::default() };
@@ -236,7 +236,7 @@ async fn answers(port: u16) {
 }
 
 /// The real agent with a tcp proxy, and one of type http for `ours.test`.
-struct Ours {
+pub(crate) struct Ours {
     control_plane: Arc<FakeControlPlane>,
     port: u16,
     token: String,
@@ -261,9 +261,46 @@ impl Ours {
         Ours { control_plane, port, token, _agent: agent }
     }
 
-    async fn caller(&self) -> Sender {
+    pub(crate) fn token(&self) -> &str {
+        &self.token
+    }
+
+    pub(crate) async fn caller(&self) -> Sender {
         let stream = TcpStream::connect(("127.0.0.1", self.port)).await.unwrap();
         sender(Box::new(self.control_plane.tls(Box::new(stream), b"http/1.1").await.unwrap())).await
+    }
+}
+
+/// Our client behind a genuine frps of its own.
+pub(crate) struct Behind {
+    agent: Ours,
+    /// Where frps serves its proxies of type http.
+    vhost: u16,
+    /// Where its peer, a genuine frpc, has its tcp proxy.
+    peer_tcp: u16,
+    _running: [Running; 2],
+}
+
+impl Behind {
+    pub(crate) async fn start(site: &Site, pipeops: &str, dir: &Path) -> Behind {
+        let (bind, vhost, peer_tcp) = (free_port(), free_port(), free_port());
+        let running = site.frp(dir, bind, vhost, peer_tcp).await;
+        let agent = Ours::start(site, pipeops, bind).await;
+        Behind { agent, vhost, peer_tcp, _running: running }
+    }
+
+    pub(crate) fn token(&self) -> &str {
+        self.agent.token()
+    }
+
+    /// Through our tcp proxy, with TLS to the agent.
+    pub(crate) async fn tcp(&self) -> Sender {
+        self.agent.caller().await
+    }
+
+    /// To the http proxies, in clear.
+    pub(crate) async fn http(&self) -> Sender {
+        sender(Box::new(TcpStream::connect(("127.0.0.1", self.vhost)).await.unwrap())).await
     }
 }
 
@@ -285,14 +322,10 @@ pub(crate) async fn tunnel(pipeops: &str) {
 async fn behind_frps(site: &Site, pipeops: &str, dir: &Path) {
     let said_by = Command::new(dir.join("frps")).arg("-v").output().unwrap();
     println!("frps and frpc {}", String::from_utf8_lossy(&said_by.stdout).trim());
-    let (bind, vhost, peer_tcp) = (free_port(), free_port(), free_port());
-    let running = site.frp(dir, bind, vhost, peer_tcp).await;
-    let agent = Ours::start(site, pipeops, bind).await;
-    let token = agent.token.as_str();
-    let (ours, peer) = (|| agent.caller(), || site.through(peer_tcp));
-    let plain = || async {
-        sender(Box::new(TcpStream::connect(("127.0.0.1", vhost)).await.unwrap())).await
-    };
+    let behind = Behind::start(site, pipeops, dir).await;
+    let token = behind.token();
+    let (ours, peer) = (|| behind.tcp(), || site.through(behind.peer_tcp));
+    let plain = || behind.http();
     let (mut a, mut b, mut c, mut d) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..6 {
         a.push(load(CALLERS, LENGTH, ours, "localhost", "/healthz", token).await);
@@ -332,10 +365,10 @@ async fn behind_frps(site: &Site, pipeops: &str, dir: &Path) {
         "p99 of {CALLERS} callers: alone {idle:.1} ms, beside a bulk stream {busy:.1} ms; ratio {:.2} (budget 2, or less)",
         busy / idle
     );
-    drop(running);
 }
 
-async fn both_halves(site: &Site, pipeops: &str) {
+/// Our client at our server half, which runs in this program.
+pub(crate) async fn own_halves(site: &Site, pipeops: &str) -> Ours {
     let bind = free_port();
     let key =
         rustls_pki_types::PrivateKeyDer::try_from(site.made.signing_key.serialize_der()).unwrap();
@@ -355,7 +388,11 @@ async fn both_halves(site: &Site, pipeops: &str) {
     tokio::spawn(
         async move { Server::new(config).serve(listener, CancellationToken::new()).await },
     );
-    let agent = Ours::start(site, pipeops, bind).await;
+    Ours::start(site, pipeops, bind).await
+}
+
+async fn both_halves(site: &Site, pipeops: &str) {
+    let agent = own_halves(site, pipeops).await;
     let nginx =
         match (std::env::var("PIPEOPS_BENCH_NGINX"), std::env::var("PIPEOPS_BENCH_NGINX_STREAM")) {
             (Ok(program), Ok(module)) => Some(site.nginx(&program, &module).await),
