@@ -1,5 +1,6 @@
 //! Packs the long texts that the program carries; `base/packed_text.rs` unpacks them.
 
+#![allow(clippy::disallowed_methods, reason = "a build script has no host/ to go through")]
 use std::{env, fs, path::Path};
 
 /// Path in the project, and name in `OUT_DIR`.

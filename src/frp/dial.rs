@@ -18,20 +18,12 @@ use crate::base::trust::{Pin, Trust, explain};
 use crate::frp::TunnelConfig;
 use crate::frp::codec::Io;
 use crate::frp::mux::{Limits, Mux, Side};
+use crate::frp::socket::TunnelSocket;
 
 /// Longest time of each stage.
 pub const STAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Head start of an address over the next one.
 const STAGGER: Duration = Duration::from_millis(250);
-/// The kernel gives up a multiplexer's connection when the peer has acknowledged or taken nothing
-/// for this long.
-const USER_TIMEOUT_MS: u32 = 12_000;
-/// Most bytes that the kernel holds unsent for a multiplexer's connection. They are sent before the
-/// next frame of any stream: with the megabytes of Linux's default, a key pressed in a shell waits
-/// behind a copy, for seconds on a slow line.
-const MAX_UNSENT: u32 = 128 * 1024;
-/// First keepalive after this much silence, and the next ones; seconds, as Go's and so frp's.
-const KEEPALIVE: u32 = 15;
 
 /// Why a connection failed: the stage and the reason, in one line.
 #[derive(Debug)]
@@ -132,7 +124,7 @@ impl Dialer {
         }
     }
 
-    async fn tcp(&self) -> Result<TcpStream, DialError> {
+    async fn tcp(&self) -> Result<TunnelSocket, DialError> {
         // asked at every attempt, with the resolver configuration of that moment
         let addresses = timeout(STAGE_TIMEOUT, resolve::lookup(&self.server))
             .await
@@ -144,15 +136,14 @@ impl Dialer {
             unanswered: true,
         })?;
         let tcp = tcp.map_err(|e| format!("tcp: {self}: {e}"))?;
-        set_socket_options(&tcp, self.tcp_mux);
-        Ok(tcp)
+        Ok(TunnelSocket::new(tcp, self.tcp_mux))
     }
 
     async fn handshake(
         &self,
         tls: &TlsConnector,
         name: &ServerName<'static>,
-        mut tcp: TcpStream,
+        mut tcp: TunnelSocket,
         byte: bool,
     ) -> Result<Io, HandshakeError> {
         let handshake = async {
@@ -281,19 +272,4 @@ async fn race(addresses: Vec<IpAddr>, port: u16) -> io::Result<TcpStream> {
         }
     }
     Err(last)
-}
-
-/// Small writes are sent at once, and a peer that is gone is noticed. A peer that takes nothing is
-/// given up only where it is a multiplexer, which always reads; a user with a connection of its own
-/// may pause for as long as it likes.
-pub fn set_socket_options(stream: &TcpStream, muxed: bool) {
-    use nix::sys::socket::{setsockopt, sockopt};
-    let _ = stream.set_nodelay(true);
-    let _ = setsockopt(stream, sockopt::KeepAlive, &true);
-    let _ = setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE);
-    let _ = setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE);
-    if muxed {
-        let _ = setsockopt(stream, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS);
-        let _ = socket2::SockRef::from(stream).set_tcp_notsent_lowat(MAX_UNSENT);
-    }
 }

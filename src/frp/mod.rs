@@ -8,6 +8,7 @@ mod config;
 pub mod dial;
 pub mod mux;
 pub mod server;
+pub mod socket;
 mod state_machine;
 pub mod wire;
 

@@ -61,7 +61,7 @@ const INSIDE: &[(&str, Rows)] = &[
     (
         "frp",
         &[
-            &["config", "wire", "mux", "admission"],
+            &["config", "wire", "mux", "admission", "socket"],
             &["state_machine"],
             &["mod"],
             &["codec"],

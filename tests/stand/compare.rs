@@ -158,6 +158,15 @@ async fn behind_frps(programs: [&str; 2], dir: &Path, runs: usize, figures: &mut
             let tcp = load(CALLERS, LENGTH, caller, "localhost", "/healthz", token).await;
             let http = load(CALLERS, LENGTH, http, "ours.test", "/healthz", token).await;
             let bulk = download(caller, "localhost", BULK, 256 << 20, token).await / 1e6;
+            let copies = async {
+                loop {
+                    download(caller, "localhost", BULK, 256 << 20, token).await;
+                }
+            };
+            let beside = tokio::select! {
+                () = copies => unreachable!("it never ends"),
+                beside = load(CALLERS, LENGTH, caller, "localhost", "/healthz", token) => beside,
+            };
             if round > 0 {
                 let mut add = |name: &str, better, value| figures.add(name, better, side, value);
                 add("tcp with TLS inside behind frps, requests/s", Better::More, tcp.rate());
@@ -165,6 +174,8 @@ async fn behind_frps(programs: [&str; 2], dir: &Path, runs: usize, figures: &mut
                 add("http behind frps, requests/s", Better::More, http.rate());
                 add("http behind frps, p99 ms", Better::Less, http.p99_ms());
                 add("one bulk stream behind frps, MB/s", Better::More, bulk);
+                add("callers beside bulk behind frps, requests/s", Better::More, beside.rate());
+                add("callers beside bulk behind frps, p99 ms", Better::Less, beside.p99_ms());
             }
         }
     }

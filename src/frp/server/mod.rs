@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 use crate::base::secret::{Secret, constant_time_eq};
 use crate::frp::admission::{AdmissionLimiter, AdmissionPermit};
 use crate::frp::codec::Io;
-use crate::frp::dial::set_socket_options;
 use crate::frp::mux::{Limits, Mux, Side};
+use crate::frp::socket::TunnelSocket;
 use crate::frp::wire::{self, Message, NewProxy};
 
 /// Time for TLS and the first message.
@@ -261,8 +261,8 @@ impl Server {
     }
 
     /// First bytes decide: 0x17 and TLS, TLS, or neither (fatedier/frp `pkg/util/net/tls.go`).
-    async fn accept_tls(&self, mut stream: TcpStream) -> io::Result<Io> {
-        set_socket_options(&stream, self.shared.config.tcp_mux);
+    async fn accept_tls(&self, stream: TcpStream) -> io::Result<Io> {
+        let mut stream = TunnelSocket::new(stream, self.shared.config.tcp_mux);
         let mut first = [0];
         stream.peek(&mut first).await?;
         match (&self.shared.config.tls, first[0]) {

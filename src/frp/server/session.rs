@@ -17,7 +17,7 @@ use super::{ClientSession, MAX_POOL, OpenProxy, POOL_RESERVE, REFUSAL_TIMEOUT, S
 use crate::base::secret::constant_time_eq;
 use crate::frp::admission::AdmissionPermit;
 use crate::frp::codec::{Duplex, Io, encrypted};
-use crate::frp::dial::set_socket_options;
+use crate::frp::socket::set_socket_options;
 use crate::frp::wire::{
     self, CloseProxy, Key, Login, LoginResp, Message, NewProxy, NewProxyResp, Ping, Pong,
     ReqWorkConn,
@@ -217,7 +217,7 @@ impl Server {
                     Some(_) = users.join_next() => {}
                     accepted = listener.accept() => {
                         let Ok((mut user, from)) = accepted else { continue };
-                        set_socket_options(&user, false);
+                        set_socket_options(&user);
                         let (server, open) = (server.clone(), open.clone());
                         users.spawn(async move {
                             if let Ok(mut work) = server.connect_user(&open, Some(from)).await {
