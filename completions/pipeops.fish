@@ -36,6 +36,23 @@ complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "cluster-info" -d 'S
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "run" -d 'Run the agent in the foreground'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "uninstall" -d 'Undo what install-server or join-worker did'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "control-plane" -d 'Run a control plane of your own, or manage one that runs on this machine'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "login" -d 'Log in to a control plane, with a token from standard input'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "logout" -d 'Forget a token'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "contexts" -d 'Show the control planes that you are logged in to, or change which one is in use'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "deploy" -d 'Deploy an application and watch its rollout'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "rollback" -d 'Bring a former revision of an application back'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "restart" -d 'Restart the pods of an application, one after another'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "scale" -d 'Change how many pods an application has'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "delete" -d 'Delete an application; the data of its volumes stays'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "apps" -d 'List applications'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "status" -d 'Show one application, what keeps it, and what is going on'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "history" -d 'List the revisions of an application'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "logs" -d 'Print the logs of all pods of an application'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "job" -d 'Commands that run once'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "secret" -d 'Values that pods read by their keys'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "clusters" -d 'List the clusters that your token reaches'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "kubeconfig" -d 'Print a kubeconfig with which kubectl reaches a cluster for a day'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "nodes" -d 'Machines of a cluster'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "audit" -d 'Check or show the record of what was done through the tunnel'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "explain" -d 'Explain a code of a finding, an error or an operation'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "completions" -d 'Print shell completions'
@@ -149,37 +166,38 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l dry-run -d
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s y -l yes -d 'Do not ask'
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -l purge-data -d 'Remove the data of volumes too'
 complete -c pipeops -n "__fish_pipeops_using_subcommand uninstall" -s h -l help -d 'Print help'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l listen -d 'Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l tunnel-listen -d 'Address and port of the tunnel (FRP) server [default: [::]:7000]' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l public-name -d 'Name or address by which agents and Runners reach this machine; the first one is given to them [default: the address of the default route]' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l database-url -d 'PostgreSQL database, postgres://USER:PASSWORD@HOST/DATABASE [default: a SQLite file in the data directory]' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l database-url-file -d 'File with that URL' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l amqp-url -d 'RabbitMQ server to publish events about agents to, amqp[s]://USER:PASSWORD@HOST/VHOST' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l amqp-url-file -d 'File with that URL' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l amqp-ca -d 'CA of RabbitMQ\'s certificate, PEM, where the system does not trust it' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l frps -d 'A genuine frps instead of the tunnel server of this program; `frps-config` prints the settings that it needs' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l frps-token-file -d 'File with the auth.token of that frps' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l frps-ca -d 'CA of its certificate, PEM' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l frps-pin -d 'Or the pin of a key in its certificate chain, `sha256:` and base64' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l tls-cert -d 'Certificate chain for the HTTPS API instead of one from the control plane\'s own CA, PEM; reloaded when it changes' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l tls-key -d 'Its key, PEM' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l tls-ca -d 'CA of that certificate, PEM, where clients do not trust it already' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l config -d 'Read this config file instead of /etc/pipeops/control-plane.toml' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l data-dir -d 'Directory with its keys and database' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l root -d 'Work in a directory that stands for the machine' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l listen -d 'Address and port of the HTTPS API, the page and the gateway [default: [::]:8443]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l tunnel-listen -d 'Address and port of the tunnel (FRP) server [default: [::]:7000]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l public-name -d 'Name or address by which agents and Runners reach this machine; the first one is given to them [default: the address of the default route]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l database-url -d 'PostgreSQL database, postgres://USER:PASSWORD@HOST/DATABASE [default: a SQLite file in the data directory]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l database-url-file -d 'File with that URL' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l amqp-url -d 'RabbitMQ server to publish events about agents to, amqp[s]://USER:PASSWORD@HOST/VHOST' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l amqp-url-file -d 'File with that URL' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l amqp-ca -d 'CA of RabbitMQ\'s certificate, PEM, where the system does not trust it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l frps -d 'A genuine frps instead of the tunnel server of this program; `frps-config` prints the settings that it needs' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l frps-token-file -d 'File with the auth.token of that frps' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l frps-ca -d 'CA of its certificate, PEM' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l frps-pin -d 'Or the pin of a key in its certificate chain, `sha256:` and base64' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l tls-cert -d 'Certificate chain for the HTTPS API instead of one from the control plane\'s own CA, PEM; reloaded when it changes' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l tls-key -d 'Its key, PEM' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l tls-ca -d 'CA of that certificate, PEM, where clients do not trust it already' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l config -d 'Read this config file instead of /etc/pipeops/control-plane.toml' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l data-dir -d 'Directory with its keys and database' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
 error\t''"
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -s h -l help -d 'Print help'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "token" -d 'Tokens that let new servers in'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "cluster" -d 'Clusters that have registered'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "runner" -d 'Whoever drives clusters through this control plane'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "project" -d 'Owners of tokens, clusters and Runners'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "admin" -d 'People who may do everything here, on the page as well'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "frps-config" -d 'Print what an external frps needs in its configuration; there is a secret in it'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "backup" -d 'Write all that it knows and its keys into a file; it may go on running'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner project admin frps-config backup restore" -f -a "restore" -d 'Make what a backup holds of an empty data directory and database'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "token" -d 'Tokens that let new servers in'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "cluster" -d 'Clusters that have registered'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "runner" -d 'Programs that drive clusters through this control plane'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "user" -d 'People who use the command line against this control plane'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "project" -d 'Owners of tokens, clusters and Runners'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "admin" -d 'People who may do everything here, on the page as well'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "frps-config" -d 'Print what an external frps needs in its configuration; there is a secret in it'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "backup" -d 'Write all that it knows and its keys into a file; it may go on running'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and not __fish_seen_subcommand_from token cluster runner user project admin frps-config backup restore" -f -a "restore" -d 'Make what a backup holds of an empty data directory and database'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -l data-dir -d 'Directory with its keys and database' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from token" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
@@ -210,8 +228,18 @@ warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -f -a "create" -d 'Make one and print its token'
-complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -f -a "list" -d 'Show all, kubeconfigs too'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -f -a "list" -d 'Show all, users and kubeconfigs too'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from runner" -f -a "revoke" -d 'Refuse it from now on and end its streams'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from user" -l data-dir -d 'Directory with its keys and database' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from user" -l root -d 'Work in a directory that stands for the machine' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from user" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from user" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from user" -f -a "create" -d 'Make one and print the line that logs in, and below it the token, shown this once'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from user" -f -a "list" -d 'Show all'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from user" -f -a "revoke" -d 'Refuse the token from now on, with the kubeconfigs that were made with it'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -l data-dir -d 'Directory with its keys and database' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
@@ -254,6 +282,279 @@ info\t''
 warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from restore" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand login" -l pin -d '`sha256:…` of a key in its certificate chain, as `user create` prints it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand login" -l ca -d 'Certificate that signs its own, where the system does not trust it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand login" -l name -d 'Name of the context; without: the control plane\'s host name' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand login" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand login" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand logout" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand logout" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand contexts; and not __fish_seen_subcommand_from use" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand contexts; and not __fish_seen_subcommand_from use" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand contexts; and not __fish_seen_subcommand_from use" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand contexts; and not __fish_seen_subcommand_from use" -f -a "use" -d 'Use a context from now on, with a cluster and a namespace where no option says another'
+complete -c pipeops -n "__fish_pipeops_using_subcommand contexts; and __fish_seen_subcommand_from use" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand contexts; and __fish_seen_subcommand_from use" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand contexts; and __fish_seen_subcommand_from use" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand contexts; and __fish_seen_subcommand_from use" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l image -d 'Image, in place of the file\'s' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l set-env -d 'Environment variable, over the file\'s; may be given several times, and is no place for a secret' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l dry-run -d 'Write nothing: Kubernetes answers what it would do'
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l take-over -d 'Take fields that another manager has set'
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l auto-rollback -d 'When the rollout fails, bring back the revision that ran before (exit 9)'
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l to -d 'Number of the revision; without: the last other one that ran' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l with-secrets -d 'Secrets as they were then; without it those of today stay'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l take-over -d 'Take fields that another manager has set'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l volumes -d 'The data of its volumes too'
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s y -l yes -d 'Do not ask'
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand apps" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand apps" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand apps" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand apps" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand apps" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand apps" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand status" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand status" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand status" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand status" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand status" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand status" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand history" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand history" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand history" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand history" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand history" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand history" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -l tail -d 'Last lines of each container' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -l since -d 'Only what is younger: 90s, 10m, 2h' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -s f -l follow -d 'Go on with what is written from now on, by new pods too'
+complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and not __fish_seen_subcommand_from run" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and not __fish_seen_subcommand_from run" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and not __fish_seen_subcommand_from run" -f -a "run" -d 'Run a command to its end, with image and environment of an application, and print its log'
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand job; and __fish_seen_subcommand_from run" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and not __fish_seen_subcommand_from set list" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and not __fish_seen_subcommand_from set list" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and not __fish_seen_subcommand_from set list" -f -a "set" -d 'Set values of some keys, from standard input or files, and roll out what uses them'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and not __fish_seen_subcommand_from set list" -f -a "list" -d 'List the names with their keys and who changed them; never a value'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l key -d 'Key whose value is read from FILE, or from standard input; may be given several times' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l env-file -d 'File of lines KEY=VALUE; - is standard input' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l remove -d 'Key that goes' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l type -d 'What it is for; all keys of image_pull and tls are set together' -r -f -a "opaque\t''
+image_pull\t''
+tls\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l config -d 'A ConfigMap in place of a Secret: values that anybody may read'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l no-rollout -d 'What uses it gets the values when its pods are replaced for another reason'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -l config -d 'ConfigMaps in place of Secrets'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand clusters" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand clusters" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand clusters" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand clusters" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand kubeconfig" -l write -d 'Write it to this file, mode 0600, and print nothing' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand kubeconfig" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand kubeconfig" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand kubeconfig" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand kubeconfig" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and not __fish_seen_subcommand_from list drain uncordon remove" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and not __fish_seen_subcommand_from list drain uncordon remove" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and not __fish_seen_subcommand_from list drain uncordon remove" -f -a "list" -d 'List them'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and not __fish_seen_subcommand_from list drain uncordon remove" -f -a "drain" -d 'Move the pods of a machine elsewhere, so that it can be worked on or removed'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and not __fish_seen_subcommand_from list drain uncordon remove" -f -a "uncordon" -d 'Let pods come to a machine again that was drained'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and not __fish_seen_subcommand_from list drain uncordon remove" -f -a "remove" -d 'Take a machine out of its cluster that is drained, or no longer there'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from list" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from list" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from list" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from list" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -l grace-period -d 'Time that a pod gets to end, seconds; without it, its own' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -l force -d 'Pods that nothing recreates go too'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from drain" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from uncordon" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from uncordon" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from uncordon" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from uncordon" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from uncordon" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from uncordon" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from uncordon" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l force -d 'Also one that is ready and was not drained'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''

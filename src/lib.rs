@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod base;
 pub mod cli;
+pub mod client;
 pub mod cmd;
 pub mod contract;
 pub mod control_plane;

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::io::{Seek as _, Write as _};
+use std::io::{IsTerminal as _, Seek as _, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -157,6 +157,10 @@ async fn run(
         Command::Uninstall(args) => cmd::uninstall::uninstall(&context, args).await,
         Command::Run(args) => {
             let host = host::Host::new(&args.root.root, context.env.get("PATH").map(Into::into));
+            let may_be_agent = !std::io::stdin().is_terminal()
+                || config::is_set_up(&host, &args.config, &context.env)
+                || context.agent_token.is_some();
+            cmd::client::check_run_is_meant(&args.words, may_be_agent)?;
             let config = config::AgentConfig::load(&host, &args.config, &context.env)?;
             let given = context
                 .env
@@ -177,6 +181,7 @@ async fn run(
             Ok(Exit::Done)
         }
         Command::ControlPlane(args) => cmd::control_plane::control_plane(&context, args).await,
+        Command::Client(command) => cmd::client::client(&context, command).await,
         Command::Audit(args) => cmd::audit::audit(&context, &args),
         Command::Explain(args) => cmd::explain::explain(&context, &args),
         Command::MintCredential(args) => {

@@ -3,6 +3,7 @@ use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use serde::Serialize;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -169,10 +170,7 @@ impl Printer {
             ProgressEvent::Started { title, number, of, .. } => {
                 self.title = format!("[{number}/{of}] {}", printable(title));
                 if self.terminal && !self.events {
-                    let bar = ProgressBar::new_spinner().with_message(mask_registered(&self.title));
-                    bar.set_style(style("{spinner} {msg} {elapsed}"));
-                    bar.enable_steady_tick(Duration::from_millis(120));
-                    self.bar = Some(bar);
+                    self.bar = Some(spinner(mask_registered(&self.title)));
                 }
             }
             ProgressEvent::Progress { done, total, note, .. } => {
@@ -223,6 +221,40 @@ impl Printer {
         }
     }
 
+    /// What is waited for now: beside a spinner on a terminal, a line of its own elsewhere.
+    pub fn waiting(&mut self, text: &str) {
+        if !self.terminal {
+            return self.say(&format!("… {text}"));
+        }
+        let text = mask_registered(&printable(text));
+        match &self.bar {
+            Some(bar) => bar.set_message(text),
+            None => self.bar = Some(spinner(text)),
+        }
+    }
+
+    /// The wait is over.
+    pub fn waited(&mut self) {
+        self.end();
+    }
+
+    /// A line of one of several sources, on standard output: before it the source, where there is
+    /// one to tell, in a colour of its own. False where nobody reads it any more.
+    #[must_use]
+    pub fn sourced(&self, source: &str, number: usize, line: &str) -> bool {
+        // of the 16 colours of a terminal those that can be read on black and on white
+        const COLOURS: [&str; 6] = ["36", "33", "32", "35", "34", "31"];
+        let source = match COLOURS.get(number % COLOURS.len()) {
+            _ if source.is_empty() => String::new(),
+            Some(colour) if self.colour && std::io::stdout().is_terminal() => {
+                format!("\x1b[{colour}m{}\x1b[0m ", printable(source))
+            }
+            _ => format!("{} ", printable(source)),
+        };
+        let line = mask_registered(line);
+        writeln!(std::io::stdout(), "{source}{}", printable_lines(&line)).is_ok()
+    }
+
     fn end(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
@@ -243,6 +275,51 @@ impl Printer {
         let answer = read.await.ok()?.ok()?;
         Some(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
     }
+}
+
+/// Asks for a secret on the terminal, and shows nothing of what is typed. `None` without a
+/// terminal. Whoever drops it waits no longer, and the terminal is as it was.
+pub async fn ask_secret(question: &str) -> Option<String> {
+    if !std::io::stdin().is_terminal() {
+        return None;
+    }
+    let _quiet = Quiet::begin()?;
+    to_stderr(question);
+    let read = tokio::task::spawn_blocking(|| {
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer).map(|_| answer)
+    });
+    read.await.ok()?.ok()
+}
+
+/// A terminal that does not show what is typed, as long as it lives; not even the end of the line,
+/// which comes with its own end.
+struct Quiet {
+    before: Termios,
+}
+
+impl Quiet {
+    fn begin() -> Option<Quiet> {
+        let before = tcgetattr(std::io::stdin()).ok()?;
+        let mut quiet = before.clone();
+        quiet.local_flags.remove(LocalFlags::ECHO);
+        tcsetattr(std::io::stdin(), SetArg::TCSAFLUSH, &quiet).ok()?;
+        Some(Quiet { before })
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.before);
+        to_stderr("\n");
+    }
+}
+
+fn spinner(message: String) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(message);
+    bar.set_style(style("{spinner} {msg} {elapsed}"));
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
 }
 
 fn style(template: &str) -> ProgressStyle {

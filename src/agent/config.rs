@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use crate::agent::session::http::{check_url, deregister};
+use crate::agent::session::http::deregister;
 use crate::agent::session::identity::{Identity, StoredCredential};
 use crate::base::config_file::parse_checked;
 use crate::base::error::Failure;
-use crate::base::http::credential_free_proxy;
+use crate::base::http::{check_url, credential_free_proxy};
 use crate::base::secret::Secret;
 use crate::base::trust::{Pin, Trust};
 use crate::contract::token::Role;
@@ -68,6 +68,15 @@ const KEYS: &[&str] = &[
     "watches-per-caller",
     "watches",
 ];
+
+/// Whether anything here says that this machine or container has an agent.
+pub fn is_set_up(host: &Host, path: &str, env: &BTreeMap<String, String>) -> bool {
+    let named =
+        ["PIPEOPS_CONTROL_PLANE_URL", "CLUSTER_NAME", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY"];
+    path != AGENT_CONFIG
+        || host.exists(AGENT_CONFIG)
+        || named.iter().any(|name| env.get(*name).is_some_and(|value| !value.is_empty()))
+}
 
 /// What `run --help` says of the file.
 pub fn keys_help() -> String {

@@ -1,5 +1,30 @@
-//! What everything that speaks HTTP needs: the clock of an answer, the cause of an error, a proxy
-//! that may be written down.
+//! What everything that speaks HTTP needs: an address that may be called, the clock of an answer,
+//! the cause of an error, a proxy that may be written down.
+
+/// Checks the address of a control plane: https, or http to this machine itself.
+///
+/// # Errors
+/// Why it cannot be used.
+pub fn check_url(text: &str) -> Result<(), String> {
+    let url = url::Url::parse(text).map_err(|e| format!("`{text}` is no URL: {e}"))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("a control plane's URL carries no user and no password".into());
+    }
+    let loopback = match url.host() {
+        Some(url::Host::Ipv4(a)) => a.is_loopback(),
+        Some(url::Host::Ipv6(a)) => a.is_loopback(),
+        Some(url::Host::Domain(name)) => name == "localhost",
+        None => return Err(format!("`{text}` names no host")),
+    };
+    match url.scheme() {
+        "https" => Ok(()),
+        "http" if loopback => Ok(()),
+        "http" => Err(format!(
+            "`{text}` would send the token in clear: use https (http is for loopback only)"
+        )),
+        other => Err(format!("`{other}` is no scheme for a control plane: use https")),
+    }
+}
 
 /// This clock minus the one in the answer's `Date`, seconds.
 pub fn clock_offset(answer: &reqwest::Response) -> Option<i64> {

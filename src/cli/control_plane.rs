@@ -46,9 +46,12 @@ pub enum ControlPlaneCommand {
     /// Clusters that have registered
     #[command(subcommand)]
     Cluster(ClusterCommand),
-    /// Whoever drives clusters through this control plane
+    /// Programs that drive clusters through this control plane
     #[command(subcommand)]
     Runner(RunnerCommand),
+    /// People who use the command line against this control plane
+    #[command(subcommand)]
+    User(UserCommand),
     /// Owners of tokens, clusters and Runners
     #[command(subcommand)]
     Project(ProjectCommand),
@@ -185,7 +188,7 @@ pub enum RunnerCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Show all, kubeconfigs too
+    /// Show all, users and kubeconfigs too
     List {
         #[command(flatten)]
         output: OutputArgs,
@@ -194,6 +197,42 @@ pub enum RunnerCommand {
     Revoke {
         /// Id or name
         runner: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum UserCommand {
+    /// Make one and print the line that logs in, and below it the token, shown this once
+    Create {
+        /// One user has it, whatever the project
+        name: String,
+        #[arg(long, default_value = "default")]
+        project: String,
+        /// Highest role that it acts in: viewer, deployer, operator or admin
+        #[arg(long, default_value = "deployer")]
+        role: String,
+        /// Only these clusters, by id or name
+        #[arg(long, value_name = "IDS", value_delimiter = ',')]
+        clusters: Option<Vec<String>>,
+        /// Only these namespaces
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        namespaces: Option<Vec<String>>,
+        /// How long it is good, seconds; without: until it is revoked
+        #[arg(long, value_name = "SECONDS", value_parser = ttl())]
+        ttl: Option<i64>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show all
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Refuse the token from now on, with the kubeconfigs that were made with it
+    Revoke {
+        name: String,
         #[command(flatten)]
         output: OutputArgs,
     },

@@ -1,14 +1,20 @@
 //! The command line as types, and the table of names that the program answers to.
 
+mod client;
 mod common;
 mod control_plane;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use client::{
+    ClientCommand, ClusterArgs, ContextsArgs, ContextsCommand, DeployArgs, FollowArgs, JobArgs,
+    JobCommand, LoginArgs, LogsArgs, NodesCommand, OperationArgs, ReachArgs, SecretArgs,
+    SecretCommand,
+};
 pub use common::{EventFormat, OutputArgs, OutputFormat, RootArgs};
 pub use control_plane::{
     AdminCommand, ClusterCommand, ControlPlaneArgs, ControlPlaneCommand, DataDirArgs, DatabaseArgs,
-    ProjectCommand, RunnerCommand, ServeArgs, TokenCommand,
+    ProjectCommand, RunnerCommand, ServeArgs, TokenCommand, UserCommand,
 };
 
 use crate::install::settings::Options;
@@ -58,6 +64,8 @@ pub enum Command {
     Uninstall(UninstallArgs),
     /// Run a control plane of your own, or manage one that runs on this machine
     ControlPlane(ControlPlaneArgs),
+    #[command(flatten)]
+    Client(ClientCommand),
     /// Check or show the record of what was done through the tunnel
     Audit(AuditArgs),
     /// Explain a code of a finding, an error or an operation
@@ -178,6 +186,9 @@ pub struct RunArgs {
     /// Kubernetes credential, over the one in the settings
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<String>,
+    /// Taken only to say what was meant
+    #[arg(hide = true)]
+    pub words: Vec<String>,
     #[command(flatten)]
     pub root: RootArgs,
 }
@@ -271,5 +282,9 @@ mod tests {
             assert!(Cli::command().find_subcommand(command).is_some());
         }
         assert_eq!(expand_program_name(vec!["pipeops".into(), "run".into()]), ["pipeops", "run"]);
+        // a plugin of kubectl (kubernetes.io/docs/tasks/extend-kubectl/kubectl-plugins) is the
+        // program itself
+        let plugin = ["/usr/bin/kubectl-pipeops", "apps"].map(str::to_owned).to_vec();
+        assert_eq!(expand_program_name(plugin.clone()), plugin);
     }
 }

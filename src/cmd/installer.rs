@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use serde_json::json;
 
 use super::given::{self, quoted};
-use super::{Context, secrets};
+use super::{Context, UNASKED, secrets};
 use crate::base::error::{Exit, Failure};
 use crate::cli::{InstallerArgs, OutputFormat};
 use crate::host::paths::LOGS;
@@ -390,7 +390,7 @@ impl<'a> Installer<'a> {
         if self.run.yes || self.run.apply_plan.is_some() {
             return Ok(());
         }
-        self.context.confirm(&mut self.printer, "go on?").await
+        self.context.confirm(&mut self.printer, "go on?", UNASKED).await
     }
 
     fn report(&self, checked: &CheckedPlan, result: &str, outcome: &Outcome) {

@@ -2,9 +2,9 @@
 
 use std::io::Read as _;
 
-use super::Context;
 use super::given::quoted;
 use super::installer::Installer;
+use super::{Context, UNASKED};
 use crate::base::cidr::Cidr;
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
@@ -155,7 +155,7 @@ async fn install(
     }
     if !installer.run.yes && installer.run.apply_plan.is_none() && installer.journal.is_none() {
         let question = format!("reserve the name {node} at {url} and plan the join?");
-        installer.context.confirm(&mut installer.printer, &question).await?;
+        installer.context.confirm(&mut installer.printer, &question, UNASKED).await?;
     }
     let mut result = match reserve(installer, server, &node).await {
         Ok(version) => finish(installer, url, version, &mut findings).await,

@@ -1,6 +1,7 @@
 //! One function a command, over a shared beginning: host, config files, secrets.
 
 pub mod audit;
+pub mod client;
 pub mod control_plane;
 pub mod explain;
 mod given;
@@ -22,6 +23,9 @@ use crate::base::secret::Secret;
 use crate::host::Host;
 use crate::host::user_files::unreadable;
 use crate::output::Printer;
+
+/// The next step of an installer that cannot ask.
+pub(crate) const UNASKED: &str = "run again with --yes, or look with --dry-run";
 
 /// What `main` hands to a command.
 pub struct Context {
@@ -72,18 +76,29 @@ impl Context {
         &self,
         work: impl Future<Output = Result<T, E>>,
     ) -> anyhow::Result<T> {
+        let stopped = || {
+            Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted").why("nothing was changed")
+        };
+        self.or_stopped(work, stopped).await
+    }
+
+    /// The same of work that may have changed something by then: `stopped` says what.
+    ///
+    /// # Errors
+    /// `stopped` when interrupted, else that of `work`.
+    pub(crate) async fn or_stopped<T, E: Into<anyhow::Error>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+        stopped: impl FnOnce() -> Failure,
+    ) -> anyhow::Result<T> {
         tokio::select! {
             biased;
-            () = self.stop.cancelled() => {
-                Err(Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted")
-                    .why("nothing was changed")
-                    .into())
-            }
+            () = self.stop.cancelled() => Err(stopped().into()),
             done = work => done.map_err(Into::into),
         }
     }
 
-    /// Asks whether to go on.
+    /// Asks whether to go on. `unasked` is the next step where there is nobody to ask.
     ///
     /// # Errors
     /// Exit 11 unless the answer is yes, 130 when interrupted.
@@ -91,6 +106,7 @@ impl Context {
         &self,
         printer: &mut Printer,
         question: &str,
+        unasked: &str,
     ) -> anyhow::Result<()> {
         let declined =
             |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
@@ -98,9 +114,7 @@ impl Context {
         match self.unless_stopped(answer).await {
             Ok(Some(true)) => Ok(()),
             Ok(Some(false)) => Err(declined("declined").into()),
-            Ok(None) => Err(declined("there is no terminal to ask on")
-                .hint("run again with --yes, or look with --dry-run")
-                .into()),
+            Ok(None) => Err(declined("there is no terminal to ask on").hint(unasked).into()),
             Err(interrupted) => {
                 // the question has left the cursor in its line
                 printer.say("");

@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
-use super::Context;
 use super::installer::plural;
+use super::{Context, UNASKED};
 use crate::base::error::{Exit, Failure};
 use crate::cli::{OutputFormat, UninstallArgs};
 use crate::host::paths::{JOIN_TOKEN, LOGS, STATE};
@@ -60,7 +60,7 @@ pub async fn uninstall(context: &Context, args: UninstallArgs) -> anyhow::Result
     let writer = host.lock()?;
     if !args.yes {
         let question = "this takes the node down and removes it; go on?";
-        context.confirm(&mut printer, question).await?;
+        context.confirm(&mut printer, question, UNASKED).await?;
     }
     let farewell = tokio::select! {
         farewell = leave_cluster(&writer, &journal) => farewell,

@@ -87,12 +87,29 @@ pub struct AccessToken {
     pub created_at: i64,
     pub expires_at: Option<i64>,
     pub revoked: bool,
-    /// Subject of the principal that made it: a kubeconfig is revoked with its maker.
+    /// Id of the principal that made it: a kubeconfig is revoked with its maker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maker: Option<String>,
+    /// A user: a Runner whose holder is a person, and who is known by name.
+    // no kind of its own: versions before this one read the row as a Runner
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub person: bool,
+}
+
+/// What the subject of a user begins with.
+pub const USER_PREFIX: &str = "user:";
+
+/// The subject of a user of this name.
+pub fn user_subject(name: &str) -> String {
+    format!("{USER_PREFIX}{}", name.replace(|c: char| !c.is_ascii_graphic(), "_"))
 }
 
 impl AccessToken {
+    /// The `sub` of its caller tokens: a person is named in records, a program by its id.
+    pub fn subject(&self) -> String {
+        if self.person { user_subject(&self.name) } else { self.id.clone() }
+    }
+
     /// Whether a cluster of its project is within its reach.
     pub fn includes(&self, cluster: &str) -> bool {
         self.clusters.as_ref().is_none_or(|list| list.iter().any(|id| id == cluster))
@@ -104,6 +121,10 @@ impl AccessToken {
 pub struct OperationRecord {
     pub agent: String,
     pub operation: Operation,
+    /// Id of the principal that asked: a user of a name that was free again has the same subject.
+    /// Empty for one that was asked for at the agent, or of a version before this field.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub caller_id: String,
     /// The caller's Idempotency-Key; empty for one that was asked for at the agent.
     pub key: String,
     /// Digest of the request: the same key for something else is a mistake.
@@ -115,6 +136,13 @@ pub struct OperationRecord {
     /// Until when it waits for the agent.
     pub expires_at: i64,
     pub changed_at: i64,
+}
+
+impl OperationRecord {
+    /// By what its caller is found: the id, else the subject.
+    pub fn caller(&self) -> &str {
+        if self.caller_id.is_empty() { &self.operation.subject } else { &self.caller_id }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -92,8 +92,10 @@ impl ControlPlane {
         let (subject, digest) = (principal.subject(), hex(&Sha256::digest(&body)));
         let id = operation_id(&subject, key);
         if let Some(known) = self.registry().operation(&target.agent, &id) {
-            // one that was requested at the agent is compared there
-            if known.request == digest || known.request.is_empty() {
+            // one that was requested at the agent is compared there; one of the user who had this
+            // name before is another's
+            let own = known.caller_id.is_empty() || known.caller_id == principal.id();
+            if own && (known.request == digest || known.request.is_empty()) {
                 return Ok(Submission::Existing(known));
             }
             let hint = Some("use a fresh key for each thing that is asked for");
@@ -114,6 +116,7 @@ impl ControlPlane {
                 created_at: rfc3339(now),
                 ..Operation::default()
             },
+            caller_id: principal.id(),
             key: key.into(),
             request: digest,
             sealed: None,
@@ -196,7 +199,7 @@ impl ControlPlane {
     async fn cancel_at_agent(&self, record: OperationRecord, now: i64) -> Result<(), HttpError> {
         let registry = self.registry();
         let (Some(cluster), Some(access)) =
-            (registry.cluster_of(&record.agent), registry.access_token(&record.operation.subject))
+            (registry.cluster_of(&record.agent), registry.access_token(record.caller()))
         else {
             return Ok(());
         };
@@ -225,7 +228,7 @@ impl ControlPlane {
 
     async fn deliver_one(&self, mut record: OperationRecord, now: i64) -> Result<(), HttpError> {
         let registry = self.registry();
-        let principal = registry.resolve_subject(&record.operation.subject, now);
+        let principal = registry.resolve_subject(record.caller(), now);
         let cluster = registry.cluster_of(&record.agent);
         let within = |principal: &Principal, cluster: &str| match principal {
             Principal::AccessToken(access) => {

@@ -117,6 +117,7 @@ mod tests {
                 expires_at: None,
                 revoked: false,
                 maker: None,
+                person: false,
             }))
         };
         let requested = |role: Option<&str>, namespaces: Option<&[&str]>| TokenRequest {

@@ -159,8 +159,7 @@ impl ControlPlane {
 
     /// The line to paste on a VM.
     pub(super) fn install_line(&self, token: &Secret) -> String {
-        // without one the system's roots trust the certificate
-        let pin = self.client_ca().and_then(|ca| keys::pin_of(&ca));
+        let pin = self.client_pin();
         let pin = pin.map(|pin| format!(" --control-plane-pin {pin}")).unwrap_or_default();
         // on standard input: a command line can be read by all users
         format!(
@@ -169,6 +168,18 @@ impl ControlPlane {
             token.expose(),
             self.url()
         )
+    }
+
+    /// The line with which a user logs in; the token goes to its standard input.
+    pub(super) fn login_line(&self) -> String {
+        let pin = self.client_pin().map(|pin| format!(" --pin {pin}")).unwrap_or_default();
+        format!("pipeops login {}{pin}", self.url())
+    }
+
+    /// The pin that clients of the HTTPS API must be told of. Without one the system's roots trust
+    /// its certificate.
+    fn client_pin(&self) -> Option<String> {
+        self.client_ca().and_then(|ca| keys::pin_of(&ca)).map(|pin| pin.to_string())
     }
 
     /// The CA that clients of the HTTPS API must be told of, PEM.

@@ -45,8 +45,16 @@ impl Host {
     /// # Errors
     /// Names the file.
     pub fn read_user_file(&self, path: &str) -> anyhow::Result<String> {
-        let bytes = fs::read(path).with_context(|| format!("reading {path}"))?;
+        let bytes = self.read_user_bytes(path)?;
         String::from_utf8(bytes).ok().with_context(|| format!("{path} is not text"))
+    }
+
+    /// The same of a file that need not be text.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn read_user_bytes(&self, path: &str) -> anyhow::Result<Vec<u8>> {
+        fs::read(path).with_context(|| format!("reading {path}"))
     }
 
     /// Writes a new file of the user's with secrets in it, mode 0600: durable, or not there.

@@ -33,6 +33,14 @@ const DIGITS: usize = 10;
 /// long, seconds.
 const ORPHAN_AGE_S: i64 = 3600;
 
+/// What the inventories of a kind list: the value of their label.
+pub fn listed(kind: ConfigKind) -> &'static str {
+    match kind {
+        ConfigKind::Secret => "secrets",
+        ConfigKind::ConfigMap => "configs",
+    }
+}
+
 /// Which set is meant.
 #[derive(Clone, Copy)]
 pub struct ConfigSet<'a> {
@@ -42,18 +50,10 @@ pub struct ConfigSet<'a> {
 }
 
 impl ConfigSet<'_> {
-    /// What its inventory lists.
-    fn listed(&self) -> &'static str {
-        match self.kind {
-            ConfigKind::Secret => "secrets",
-            ConfigKind::ConfigMap => "configs",
-        }
-    }
-
     /// The name of its inventory. The name of a set has no dot, so that no version of any set is
     /// called like that.
     pub fn inventory_name(&self) -> String {
-        format!("{}.{}.pipeops.io", self.name, self.listed())
+        format!("{}.{}.pipeops.io", self.name, listed(self.kind))
     }
 
     /// The name of the version that an operation makes: the same each time that it is tried.
@@ -177,7 +177,7 @@ impl Inventory {
     /// The ConfigMap that holds it. With `resource_version` it is written over that one alone.
     pub fn to_object(&self, set: ConfigSet<'_>, resource_version: Option<&str>) -> Value {
         let mut metadata = set.metadata(&set.inventory_name());
-        metadata["labels"][INVENTORY_LABEL] = set.listed().into();
+        metadata["labels"][INVENTORY_LABEL] = listed(set.kind).into();
         if let Some(version) = resource_version {
             metadata["resourceVersion"] = version.into();
         }

@@ -1,4 +1,4 @@
-//! The ranks of the rooms: what everybody needs below, the three programs on it, commands on top.
+//! The ranks of the rooms: what everybody needs below, the four programs on it, commands on top.
 
 mod reader;
 
@@ -8,14 +8,14 @@ use std::path::Path;
 
 use reader::{Module, module_of, used};
 
-/// Rooms from the bottom up, a row a rank. A room uses rooms of lower ranks only, so the three
+/// Rooms from the bottom up, a row a rank. A room uses rooms of lower ranks only, so the four
 /// programs know nothing of each other.
 const ROOMS: Rows = &[
     &["base"],
     &["k3s", "frp"],
     &["host", "contract"],
     &["kubernetes"],
-    &["install", "agent", "control_plane"],
+    &["install", "agent", "control_plane", "client"],
     &["output", "cli"],
     &["cmd"],
 ];
@@ -104,12 +104,20 @@ const INSIDE: &[(&str, Rows)] = &[
             &["mod"],
         ],
     ),
-    ("cli", &[&["common"], &["control_plane"], &["mod"]]),
+    (
+        "client",
+        &[
+            &["application_file", "clusters", "contexts", "events"],
+            &["api"],
+            &["applications", "logs", "operations"],
+        ],
+    ),
+    ("cli", &[&["common"], &["client", "control_plane"], &["mod"]]),
     (
         "cmd",
         &[
             &["mod"],
-            &["audit", "control_plane", "explain", "info", "secrets"],
+            &["audit", "client", "control_plane", "explain", "info", "secrets"],
             &["given"],
             &["installer"],
             &["join", "uninstall"],

@@ -13,6 +13,7 @@ mod architecture;
 mod broker;
 mod browser;
 mod cli;
+mod client;
 mod compat;
 mod config_sets;
 mod control_plane;

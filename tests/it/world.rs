@@ -91,7 +91,8 @@ fn merge(object: &mut Value, patch: &Value) {
 }
 
 /// Paths below which objects are kept.
-const KEPT: [&str; 4] = [
+const KEPT: [&str; 5] = [
+    "/apis/batch/v1/namespaces/beta/jobs/",
     "/apis/apps/v1/namespaces/beta/deployments/",
     "/api/v1/namespaces/beta/configmaps/",
     "/api/v1/namespaces/beta/secrets/",
@@ -280,7 +281,8 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
     // what no operation ever touched is answered like everything else here
     let operated = query.contains("fieldManager=pipeops-runner")
         || request.method() == "DELETE"
-        || path.ends_with(".pipeops.io");
+        || path.ends_with(".pipeops.io")
+        || path.contains("/jobs/");
     if kept && (operated || kube.touched.lock().unwrap().contains(&path)) {
         let method = request.method().to_string();
         let kind = request.headers().get("content-type").map(text).unwrap_or_default();
@@ -330,6 +332,8 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         "/apis/apps/v1" => yes(json!({"items": [], "path": path, "resources": [
             {"name": "deployments", "kind": "Deployment", "namespaced": true},
             {"name": "deployments/scale", "kind": "Scale", "namespaced": true}]})),
+        "/apis/batch/v1" => yes(json!({"items": [], "path": path, "resources": [
+            {"name": "jobs", "kind": "Job", "namespaced": true}]})),
         "/apis/none/v1" => StatusCode::NOT_FOUND.into_response(),
         "/version" => yes(json!({"gitVersion": "v1.36.2+k3s1"})),
         _ if query.contains("watch=") => {
@@ -358,6 +362,10 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         "/apis/helm.cattle.io/v1/helmcharts" => StatusCode::NOT_FOUND.into_response(),
         "/api/v1/namespaces/beta/pods/redirect" => {
             (StatusCode::FOUND, [("location", "https://evil.test/")]).into_response()
+        }
+        "/api/v1/namespaces/beta/pods/hidden/log" => {
+            let status = json!({"kind": "Status", "reason": "Forbidden", "message": "not for you"});
+            (StatusCode::FORBIDDEN, axum::Json(status)).into_response()
         }
         "/api/v1/namespaces/beta/pods/unauthorized" => StatusCode::UNAUTHORIZED.into_response(),
         // an answer as the query writes it

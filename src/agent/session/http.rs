@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use super::RequestOutcome;
 use super::identity::StoredCredential;
-use crate::base::http::clock_offset;
+use crate::base::http::{check_url, clock_offset};
 use crate::base::resolve::Resolver;
 use crate::base::secret::Secret;
 use crate::base::trust::{Trust, explain};
@@ -17,31 +17,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest answer, bytes.
 const MAX_RESPONSE: usize = 1 << 20;
-
-/// Checks an address: https, or http to this machine itself.
-///
-/// # Errors
-/// Why it cannot be used.
-pub fn check_url(text: &str) -> Result<(), String> {
-    let url = url::Url::parse(text).map_err(|e| format!("`{text}` is no URL: {e}"))?;
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err("a control plane's URL carries no user and no password".into());
-    }
-    let loopback = match url.host() {
-        Some(url::Host::Ipv4(a)) => a.is_loopback(),
-        Some(url::Host::Ipv6(a)) => a.is_loopback(),
-        Some(url::Host::Domain(name)) => name == "localhost",
-        None => return Err(format!("`{text}` names no host")),
-    };
-    match url.scheme() {
-        "https" => Ok(()),
-        "http" if loopback => Ok(()),
-        "http" => Err(format!(
-            "`{text}` would send the token in clear: use https (http is for loopback only)"
-        )),
-        other => Err(format!("`{other}` is no scheme for a control plane: use https")),
-    }
-}
 
 /// The result of a request, and the offset of this clock that its answer showed, seconds.
 pub(super) type Reply<T> = (Result<T, RequestOutcome>, Option<i64>);

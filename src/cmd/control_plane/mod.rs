@@ -190,6 +190,7 @@ async fn subcommand(
         ControlPlaneCommand::Runner(command) => {
             subcommands::runner(context, location, command).await
         }
+        ControlPlaneCommand::User(command) => subcommands::user(context, location, command).await,
         ControlPlaneCommand::Admin(command) => subcommands::admin(context, location, command).await,
         ControlPlaneCommand::Project(command) => {
             subcommands::project(context, location, command).await

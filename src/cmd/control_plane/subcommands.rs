@@ -7,7 +7,7 @@ use crate::base::error::{Exit, Failure};
 use crate::base::text::printable;
 use crate::cli::{
     AdminCommand, ClusterCommand, DataDirArgs, OutputArgs, OutputFormat, ProjectCommand,
-    RunnerCommand, TokenCommand,
+    RunnerCommand, TokenCommand, UserCommand,
 };
 use crate::cmd::Context;
 use crate::control_plane::client;
@@ -63,7 +63,16 @@ impl AdminClient<'_> {
         row: fn(&Value) -> Vec<String>,
     ) -> anyhow::Result<Exit> {
         let answer = self.call(Method::GET, path, None).await?;
-        self.show(&answer, |value| {
+        self.show_list(&answer, head, row)
+    }
+
+    fn show_list(
+        &self,
+        answer: &str,
+        head: &[&str],
+        row: fn(&Value) -> Vec<String>,
+    ) -> anyhow::Result<Exit> {
+        self.show(answer, |value| {
             let rows: Vec<Vec<String>> =
                 value["items"].as_array().into_iter().flatten().map(row).collect();
             if rows.is_empty() { "none yet".into() } else { table(head, &rows) }
@@ -295,34 +304,66 @@ pub(super) async fn runner(
             })
         }
         RunnerCommand::List { output } => {
-            AdminClient::new(context, location, output)
-                .list(
-                    "/api/v1/runners",
-                    &[
-                        "ID",
-                        "NAME",
-                        "PROJECT",
-                        "KIND",
-                        "ROLE",
-                        "CLUSTERS",
-                        "NAMESPACES",
-                        "EXPIRES",
-                        "REVOKED",
-                    ],
-                    |v| {
-                        let fields = ["id", "name", "project", "kind", "role"];
-                        fields
-                            .iter()
-                            .map(|f| text(&v[f]))
-                            .chain(["clusters", "namespaces"].iter().map(|f| limit_text(&v[f])))
-                            .chain([time_text(&v["expires_at"]), text(&v["revoked"])])
-                            .collect()
-                    },
-                )
-                .await
+            let client = AdminClient::new(context, location, output);
+            client.list("/api/v1/runners", ACCESS_HEAD, access_row).await
         }
         RunnerCommand::Revoke { runner, output } => {
             let path = format!("/api/v1/runners/{}", segment(&runner)?);
+            AdminClient::new(context, location, output)
+                .act(Method::DELETE, &path, "revoked; its streams have ended")
+                .await
+        }
+    }
+}
+
+/// Columns of all that has a token of the Runner side.
+const ACCESS_HEAD: &[&str] =
+    &["ID", "NAME", "PROJECT", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"];
+
+fn access_row(row: &Value) -> Vec<String> {
+    let kind = if row["person"] == true { "user".into() } else { text(&row["kind"]) };
+    ["id", "name", "project"]
+        .iter()
+        .map(|field| text(&row[field]))
+        .chain([kind, text(&row["role"])])
+        .chain(["clusters", "namespaces"].iter().map(|field| limit_text(&row[field])))
+        .chain([time_text(&row["expires_at"]), text(&row["revoked"])])
+        .collect()
+}
+
+pub(super) async fn user(
+    context: &Context,
+    location: &DataDirArgs,
+    command: UserCommand,
+) -> anyhow::Result<Exit> {
+    match command {
+        UserCommand::Create { name, project, role, clusters, namespaces, ttl, output } => {
+            let client = AdminClient::new(context, location, output);
+            let body = json!({
+                "name": name, "project": project, "role": role, "clusters": clusters,
+                "namespaces": namespaces, "ttl_s": ttl, "person": true,
+            });
+            let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
+            client.show(&answer, |v| {
+                let name = text(&v["name"]);
+                client.printer().say(&format!(
+                    "made user {name}; both lines are for that person: the first asks for the \
+                     second, which is the token"
+                ));
+                format!("{}\n{}", text(&v["login"]), text(&v["token"]))
+            })
+        }
+        UserCommand::List { output } => {
+            let client = AdminClient::new(context, location, output);
+            let answer = client.call(Method::GET, "/api/v1/runners", None).await?;
+            let mut answer: Value = serde_json::from_str(&answer)?;
+            if let Some(items) = answer["items"].as_array_mut() {
+                items.retain(|row| row["person"] == true);
+            }
+            client.show_list(&answer.to_string(), ACCESS_HEAD, access_row)
+        }
+        UserCommand::Revoke { name, output } => {
+            let path = format!("/api/v1/runners/{}", segment(&format!("user:{name}"))?);
             AdminClient::new(context, location, output)
                 .act(Method::DELETE, &path, "revoked; its streams have ended")
                 .await

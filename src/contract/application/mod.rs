@@ -138,13 +138,17 @@ impl<'de> Deserialize<'de> for Variable {
         let fields = value.as_object().map_or(0, serde_json::Map::len);
         match (&value, field("secret"), field("config"), field("key"), fields) {
             (Value::String(text), ..) => Ok(Variable::Text(text.clone())),
+            (Value::Number(number), ..) if number.is_f64() => Err(D::Error::custom(
+                "a number with a point or an exponent would become another text, as 1.20 becomes \
+                 1.2: write it in quotes",
+            )),
             // as people write them in TOML; Kubernetes knows text alone
             (Value::Number(_) | Value::Bool(_), ..) => Ok(Variable::Text(value.to_string())),
             (_, Some(secret), None, Some(key), 2) => Ok(Variable::Secret { secret, key }),
             (_, None, Some(config), Some(key), 2) => Ok(Variable::Config { config, key }),
             _ => Err(D::Error::custom(
-                "a variable is text, {\"secret\": NAME, \"key\": KEY} or {\"config\": NAME, \
-                 \"key\": KEY}",
+                // no quotes: what stands in them is left out where a file may hold secrets
+                "a variable is text, {secret = NAME, key = KEY} or {config = NAME, key = KEY}",
             )),
         }
     }

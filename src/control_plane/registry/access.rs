@@ -1,29 +1,33 @@
-//! Accesses: the tokens of Runners, and those in kubeconfigs.
+//! Accesses: the tokens of Runners and users, and those in kubeconfigs.
 
 use tokio_util::sync::CancellationToken;
 
 use super::{HttpError, Inner, Registry, check_name, mint_token, not_found};
 use crate::base::secret::Secret;
 use crate::control_plane::keys::Keys;
-use crate::control_plane::model::{AccessKind, AccessToken};
+use crate::control_plane::model::{AccessKind, AccessToken, USER_PREFIX, user_subject};
 use crate::control_plane::store::{Change, RowKind};
 
 /// Kubeconfigs are listed for this long after they expire, seconds.
 const RETENTION: i64 = 7 * 86_400;
 
 impl Registry {
-    /// A Runner's token, or one for a kubeconfig. A Runner's clusters may be given by name; its own
-    /// name is free again once it is revoked or has expired.
+    /// A token of a Runner or user, or one for a kubeconfig. Its clusters may be given by name; the
+    /// name of a Runner or user is free again once it is revoked or has expired.
     ///
     /// # Errors
-    /// A bad name, project or cluster, a Runner's name that is taken in its project, or a database
-    /// that cannot be written.
+    /// A bad name, project or cluster, a Runner's name that is taken in its project, a user's that
+    /// is taken in any, or a database that cannot be written.
     pub async fn add_access_token(
         &self,
         keys: &Keys,
         mut row: AccessToken,
     ) -> Result<(AccessToken, Secret), HttpError> {
         check_name(&row.name)?;
+        if row.person && row.name.contains('/') {
+            let hint = Some("it stands in paths of the API: take - or . in its place");
+            return Err(HttpError::new(400, "bad_name", "a user's name has no /", hint));
+        }
         row.project = self.project(&row.project)?.id;
         if let Some(clusters) = &mut row.clusters {
             let inner = self.inner();
@@ -31,7 +35,11 @@ impl Registry {
                 *cluster = inner.find(cluster, Some(&row.project))?.row.cluster_id.clone();
             }
         }
-        let prefix = if row.kind == AccessKind::Runner { "por" } else { "pok" };
+        let prefix = match (row.kind, row.person) {
+            (AccessKind::Kubeconfig, _) => "pok",
+            (AccessKind::Runner, true) => "pou",
+            (AccessKind::Runner, false) => "por",
+        };
         let (token, hash) = mint_token(keys, prefix)?;
         (row.id, row.hash) = (self.random_id("r")?, hash);
         let change = |inner: &mut Inner| {
@@ -43,18 +51,7 @@ impl Registry {
             {
                 return Err(HttpError::new(401, "token_unknown", "the token was revoked", None));
             }
-            let taken = row.kind == AccessKind::Runner
-                && inner
-                    .runners_called(&row.name, row.created_at)
-                    .any(|other| other.project == row.project);
-            if taken {
-                return Err(HttpError::new(
-                    409,
-                    "name_taken",
-                    format!("its project has a Runner {} already", row.name),
-                    Some("choose another name, or revoke that Runner first"),
-                ));
-            }
+            inner.check_free(&row)?;
             inner.insert_access_token(row.clone());
             Ok((vec![Change::put(RowKind::Access, &row.id, &row)?], ()))
         };
@@ -70,8 +67,8 @@ impl Registry {
         self.inner().access_tokens.values().map(|a| a.0.clone()).collect()
     }
 
-    /// Revokes a Runner by id or name, or a kubeconfig by id, and the kubeconfigs that a Runner
-    /// made; their streams end.
+    /// Revokes a Runner by id or name, a user by `user:NAME`, or a kubeconfig by id, and the
+    /// kubeconfigs that it made; their streams end.
     ///
     /// # Errors
     /// 404; 409 for a name that several Runners have; a database that cannot be written.
@@ -128,27 +125,65 @@ impl Registry {
         reaches.then(|| revocation.clone())
     }
 
-    /// An access, also one that was revoked.
-    pub fn access_token(&self, id: &str) -> Option<AccessToken> {
-        self.inner().access_tokens.get(id).map(|a| a.0.clone())
+    /// The access of that id or subject, also one that was revoked.
+    pub fn access_token(&self, text: &str) -> Option<AccessToken> {
+        self.inner().access_of(text).cloned()
     }
 }
 
 impl Inner {
+    /// The access of that id or subject, also one that was revoked: of the subject of a user the
+    /// one that counts now.
+    pub(super) fn access_of(&self, text: &str) -> Option<&AccessToken> {
+        if !text.starts_with(USER_PREFIX) {
+            return self.access_tokens.get(text).map(|(row, _)| row);
+        }
+        let rows = self.access_tokens.values().map(|(row, _)| row);
+        rows.filter(|row| row.person && row.subject() == text)
+            .max_by_key(|row| (!row.revoked, row.created_at))
+    }
+
+    /// # Errors
+    /// 409 for a name that another Runner of the project, or another user, has.
+    fn check_free(&self, row: &AccessToken) -> Result<(), HttpError> {
+        let (name, now) = (&row.name, row.created_at);
+        let taken = |message: String, hint| Err(HttpError::new(409, "name_taken", message, hint));
+        match (row.kind, row.person) {
+            // operations and kubeconfigs of users are told apart by their names
+            (AccessKind::Runner, true) if self.resolve_subject(&row.subject(), now).is_some() => {
+                let hint = Some("choose another name, or revoke that user first");
+                taken(format!("there is a user {name} already"), hint)
+            }
+            (AccessKind::Runner, false)
+                if self.runners_called(name, now).any(|other| other.project == row.project) =>
+            {
+                let hint = Some("choose another name, or revoke that Runner first");
+                taken(format!("its project has a Runner {name} already"), hint)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Runners of that name, in any project, that are neither revoked nor expired.
     fn runners_called(&self, name: &str, now: i64) -> impl Iterator<Item = &AccessToken> {
         self.access_tokens.values().map(|(row, _)| row).filter(move |row| {
             row.kind == AccessKind::Runner
+                && !row.person
                 && row.name == name
                 && !row.revoked
                 && row.expires_at.is_none_or(|at| at > now)
         })
     }
 
-    /// The id of an access: `text` itself, or that of the one Runner of this name.
+    /// The id of an access: `text` itself, that of the user whom it names, or of the one Runner of
+    /// this name.
     fn access_id(&self, text: &str, now: i64) -> Result<String, HttpError> {
         if self.access_tokens.contains_key(text) {
             return Ok(text.to_owned());
+        }
+        if let Some(name) = text.strip_prefix(USER_PREFIX) {
+            let user = self.access_of(&user_subject(name)).filter(|row| !row.revoked);
+            return user.map(|row| row.id.clone()).ok_or_else(|| not_found("user", name));
         }
         let named: Vec<&AccessToken> = self.runners_called(text, now).collect();
         match named[..] {
@@ -221,6 +256,7 @@ pub(super) mod tests {
             expires_at: None,
             revoked: false,
             maker,
+            person: false,
         }
     }
 
@@ -261,5 +297,47 @@ pub(super) mod tests {
         // and its clusters must be there
         let nowhere = AccessToken { clusters: Some(vec!["nope".into()]), ..named("more") };
         assert_eq!(code(add(nowhere).await.map(drop)), "not_found");
+    }
+
+    #[tokio::test]
+    async fn a_user_is_one_of_a_name_and_goes_with_the_kubeconfigs_that_it_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let registry =
+            Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
+        registry.add_project("default", 1).await.unwrap();
+        registry.add_project("other", 1).await.unwrap();
+        let add = async |row| registry.add_access_token(&keys, row).await;
+        let user = |name: &str| AccessToken { person: true, ..named(name) };
+        let (eve, token) = add(user("eve")).await.unwrap();
+        assert!(token.expose().starts_with("pou_"));
+        let principal = registry.authenticate(&keys.token_hash(token.expose()), 2).unwrap();
+        assert_eq!(principal.subject(), "user:eve");
+        assert!(registry.resolve_subject("user:eve", 2).is_some());
+        assert_eq!(add(user("a/b")).await.unwrap_err().code, "bad_name");
+        // in no project is there another one; a Runner of the name is something else
+        let again = add(AccessToken { project: "other".into(), ..user("eve") }).await;
+        assert_eq!(again.unwrap_err().code, "name_taken");
+        let (runner, _) = add(named("eve")).await.unwrap();
+        let kubeconfig =
+            AccessToken { kind: AccessKind::Kubeconfig, maker: Some(principal.id()), ..named("k") };
+        let (kubeconfig, _) = add(kubeconfig).await.unwrap();
+        registry.revoke_access_token("user:eve", 2).await.unwrap();
+        let revoked = |id: &str| registry.access_token(id).unwrap().revoked;
+        assert!(revoked(&eve.id) && revoked(&kubeconfig.id) && !revoked(&runner.id));
+        assert!(revoked("user:eve") && registry.resolve_subject("user:eve", 2).is_none());
+        let unknown = registry.revoke_access_token("user:eve", 2).await.unwrap_err();
+        assert_eq!((unknown.status, unknown.code), (404, "not_found"));
+        // who comes under the name later is the one who counts
+        let (later, _) = add(user("eve")).await.unwrap();
+        assert_eq!(registry.access_token("user:eve").unwrap().id, later.id);
+        // and the one before makes nothing any more under that name
+        let late = AccessToken { maker: Some(eve.id.clone()), ..named("l") };
+        assert_eq!(add(late).await.unwrap_err().code, "token_unknown");
+        // as a version before wrote it, and reads it
+        let text = serde_json::to_string(&runner).unwrap();
+        assert!(!text.contains("person"), "{text}");
+        assert!(!serde_json::from_str::<AccessToken>(&text).unwrap().person);
     }
 }

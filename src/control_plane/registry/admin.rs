@@ -209,6 +209,7 @@ impl Registry {
 type Revocable<T> = (T, CancellationToken);
 
 impl Inner {
+    /// The principal of that id or subject, if it may still do anything.
     pub(super) fn resolve_subject(&self, subject: &str, now: i64) -> Option<Principal> {
         if subject == Principal::Local.subject() {
             return Some(Principal::Local);
@@ -220,8 +221,7 @@ impl Inner {
                 .map(|a| Principal::Admin(a.0.name.clone()))
                 .find(|principal| principal.subject() == subject);
         }
-        let access = self.access_tokens.get(subject).map(|a| &a.0);
-        access
+        self.access_of(subject)
             .filter(|a| !a.revoked && a.expires_at.is_none_or(|at| at > now))
             .map(|a| Principal::AccessToken(Box::new(a.clone())))
     }

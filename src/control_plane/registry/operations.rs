@@ -57,8 +57,8 @@ impl Registry {
         &self,
         mut record: OperationRecord,
     ) -> Result<OperationRecord, HttpError> {
-        let state = record.operation.state;
-        if state.ended() && state != OperationState::Succeeded {
+        let Operation { state, kind, .. } = &record.operation;
+        if state.ended() && (*state != OperationState::Succeeded || kind == "job") {
             let id = row_id(&record);
             let stored = self.store.one::<OperationRecord>(RowKind::Operation, &id).await;
             let stored = stored.map_err(|e| database_unavailable(&e))?;
@@ -98,15 +98,11 @@ impl Registry {
     /// Running operations whose caller was revoked.
     pub fn running_for_revoked(&self) -> Vec<OperationRecord> {
         let inner = self.inner();
-        let revoked = |subject: &str| {
-            inner.access_tokens.get(subject).is_some_and(|(access, _)| access.revoked)
-        };
+        let revoked = |caller: &str| inner.access_of(caller).is_some_and(|access| access.revoked);
         inner
             .operations
             .values()
-            .filter(|j| {
-                j.operation.state == OperationState::Running && revoked(&j.operation.subject)
-            })
+            .filter(|j| j.operation.state == OperationState::Running && revoked(j.caller()))
             .cloned()
             .collect()
     }
@@ -211,6 +207,7 @@ impl Registry {
         let mut record = known.unwrap_or_else(|| OperationRecord {
             agent: agent.into(),
             operation: Operation::default(),
+            caller_id: String::new(),
             key: String::new(),
             request: String::new(),
             sealed: None,
@@ -368,11 +365,76 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
+    use super::super::access::tests::named;
     use super::super::entry::Entry;
     use super::super::entry::tests::agent;
     use super::*;
     use crate::base::secret::Secret;
+    use crate::contract::token::Role;
+    use crate::control_plane::keys::Keys;
+    use crate::control_plane::model::AccessToken;
     use crate::control_plane::store::Store;
+    use crate::host::Host;
+
+    #[tokio::test]
+    async fn an_operation_goes_with_its_user_also_when_the_name_is_given_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let registry =
+            Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
+        registry.add_project("default", 1).await.unwrap();
+        registry.inner().insert_agent(Entry::new(agent()));
+        let user = |role| AccessToken { person: true, role, ..named("eve") };
+        let add = async |role| registry.add_access_token(&keys, user(role)).await.unwrap().0;
+        let record = |id: &str, state, caller_id: &str| OperationRecord {
+            agent: "a-1".into(),
+            operation: Operation {
+                id: id.into(),
+                state,
+                subject: "user:eve".into(),
+                ..Operation::default()
+            },
+            caller_id: caller_id.into(),
+            key: "k".into(),
+            request: String::new(),
+            sealed: None,
+            asked_ms: 0,
+            expires_at: 10,
+            changed_at: 1,
+        };
+        let ids = |records: Vec<OperationRecord>| -> Vec<String> {
+            records.into_iter().map(|record| record.operation.id).collect()
+        };
+        let former = add(Role::Deployer).await;
+        let (running, queued) = (OperationState::Running, OperationState::Queued);
+        for record in [
+            record("o-runs", running, &former.id),
+            record("o-waits", queued, &former.id),
+            record("o-old", running, ""),
+        ] {
+            registry.put_operation(record, 1).await.unwrap();
+        }
+        assert!(registry.running_for_revoked().is_empty());
+        registry.revoke_access_token("user:eve", 2).await.unwrap();
+        assert_eq!(ids(registry.running_for_revoked()), ["o-old", "o-runs"]);
+        let later = add(Role::Operator).await;
+        // one of a version before this field is known by the name alone
+        assert_eq!(ids(registry.running_for_revoked()), ["o-runs"]);
+        let caller = |id: &str| {
+            let record = registry.operation("a-1", id).unwrap();
+            let access = registry.access_token(record.caller()).unwrap();
+            (access.id, registry.resolve_subject(record.caller(), 3).is_some())
+        };
+        // what waits does not go out with the rights of the later one
+        assert_eq!(caller("o-waits"), (former.id.clone(), false));
+        assert_eq!(caller("o-runs"), (former.id, false));
+        assert_eq!(caller("o-old"), (later.id, true));
+        // as a version before wrote it, and reads it
+        let text = serde_json::to_string(&record("o-old", running, "")).unwrap();
+        assert!(!text.contains("caller_id"), "{text}");
+        assert!(serde_json::from_str::<OperationRecord>(&text).unwrap().caller_id.is_empty());
+    }
 
     #[tokio::test]
     async fn a_log_is_kept_in_the_database_alone() {
@@ -395,6 +457,18 @@ mod tests {
             let record = registry.with_log(record).await.unwrap();
             assert_eq!(record.operation.log, ["no such table"]);
         }
+        // of a job also where it succeeded
+        let id = format!("o-{}", "1".repeat(32));
+        let job = Operation {
+            id: id.clone(),
+            kind: "job".into(),
+            state: OperationState::Succeeded,
+            log: vec!["migrated".into()],
+            ..Operation::default()
+        };
+        registry.finish_operation("a-1", &id, job, 1).await.unwrap();
+        let record = registry.operation("a-1", &id).unwrap();
+        assert_eq!(registry.with_log(record).await.unwrap().operation.log, ["migrated"]);
         let record = registry.operation("a-1", &id).unwrap();
         store.close().await;
         assert_eq!(registry.with_log(record).await.unwrap_err().code, "database_unavailable");

@@ -26,12 +26,21 @@ impl Principal {
     /// The `sub` of its caller tokens.
     pub fn subject(&self) -> String {
         match self {
-            Principal::AccessToken(access) => access.id.clone(),
+            Principal::AccessToken(access) => access.subject(),
             Principal::Admin(name) => {
                 format!("admin:{}", name.replace(|c: char| !c.is_ascii_graphic(), "_"))
             }
             Principal::Local => LOCAL.into(),
             Principal::Agent(id) | Principal::Enrolment(id) => id.clone(),
+        }
+    }
+
+    /// By what it is found again: the id of an access, which no other one ever has, else the
+    /// subject.
+    pub fn id(&self) -> String {
+        match self {
+            Principal::AccessToken(access) => access.id.clone(),
+            _ => self.subject(),
         }
     }
 

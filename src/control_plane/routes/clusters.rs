@@ -118,7 +118,8 @@ async fn kubeconfig(
         created_at: now,
         expires_at: Some(own_end.map_or(now + ttl, |end| end.min(now + ttl))),
         revoked: false,
-        maker: Some(principal.subject()),
+        maker: Some(principal.id()),
+        person: false,
     };
     let (_, token) = control_plane.registry().add_access_token(control_plane.keys(), row).await?;
     Ok(uncached(201, "application/yaml", control_plane.kubeconfig(&cluster, &token)))

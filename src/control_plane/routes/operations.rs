@@ -142,7 +142,9 @@ fn may_see(principal: &Principal, record: &OperationRecord) -> bool {
     match principal {
         Principal::Admin(_) | Principal::Local => true,
         Principal::AccessToken(access) => {
-            access.id == record.operation.subject
+            let caller = record.caller();
+            access.id == caller
+                || access.subject() == caller
                 || (access.role >= Role::Operator && access.namespaces.is_none())
         }
         Principal::Agent(_) | Principal::Enrolment(_) => false,

@@ -1,4 +1,4 @@
-//! Tokens of Runners and of kubeconfigs.
+//! Tokens of Runners, users and kubeconfigs.
 
 use axum::extract::State;
 use axum::response::Response;
@@ -27,6 +27,8 @@ pub(super) struct NewRunner {
     clusters: Option<Vec<String>>,
     namespaces: Option<Vec<String>>,
     ttl_s: Option<i64>,
+    /// A user: a person, known by name.
+    person: Option<bool>,
 }
 
 pub(super) fn routes(routes: Routes) -> Routes {
@@ -68,9 +70,14 @@ async fn add(
         expires_at,
         revoked: false,
         maker: None,
+        person: request.person.unwrap_or(false),
     };
     let (row, token) = control_plane.registry().add_access_token(control_plane.keys(), row).await?;
-    Ok(answer(201, &with_token(&row, &token)))
+    let mut shown = with_token(&row, &token);
+    if row.person {
+        shown["login"] = control_plane.login_line().into();
+    }
+    Ok(answer(201, &shown))
 }
 
 async fn revoke(

@@ -72,6 +72,7 @@ fn what_cannot_be_is_refused_with_its_field() {
         ("/ports/0/protocol", json!("tcp"), "unknown variant"),
         ("/environment/1X", json!("x"), "environment.1X: "),
         ("/environment/A", json!({"secret": "db"}), "a variable is text"),
+        ("/environment/A", json!(1.25), "write it in quotes"),
         ("/environment/A", json!({"secret": "../x", "key": "k"}), "environment.A: "),
         ("/environment/A", json!({"secret": "db", "key": "a/b"}), "environment.A: "),
         ("/environment", Value::Object(many), "1000 variables, 500 at most"),

@@ -216,6 +216,7 @@ fn of_agents(s: &mut Schemas) -> Vec<Call> {
 fn of_administrators(s: &mut Schemas) -> Vec<Call> {
     let token = ("token", "shown this once");
     let install = ("install", "the line that installs an agent with it");
+    let login = ("login", "of a user: the line to send to that person");
     vec![
         call("GET", "/api/v1/projects", "Projects").lists::<Project>(s),
         call("POST", "/api/v1/projects", "Make a project").takes(s.of::<NameRequest>()).gives(
@@ -228,17 +229,15 @@ fn of_administrators(s: &mut Schemas) -> Vec<Call> {
             .takes(s.of::<tokens::NewEnrolmentToken>())
             .gives("201", "made", s.with::<Enrolment>(&[token, install])),
         call("DELETE", "/api/v1/tokens/{id}", "Revoke an enrolment token").done(),
-        call("GET", "/api/v1/runners", "Tokens of Runners, and those in kubeconfigs")
+        call("GET", "/api/v1/runners", "Tokens of Runners and users, and those in kubeconfigs")
             .lists::<AccessToken>(s),
-        call("POST", "/api/v1/runners", "Make a Runner").takes(s.of::<runners::NewRunner>()).gives(
-            "201",
-            "made",
-            s.with::<AccessToken>(&[token]),
-        ),
+        call("POST", "/api/v1/runners", "Make a Runner or a user")
+            .takes(s.of::<runners::NewRunner>())
+            .gives("201", "made", s.with::<AccessToken>(&[token, login])),
         call(
             "DELETE",
             "/api/v1/runners/{id}",
-            "Revoke a Runner with the kubeconfigs that it made, or one kubeconfig",
+            "Revoke a Runner or a user (`user:NAME`) with the kubeconfigs that it made, or one kubeconfig",
         )
         .done(),
         call("GET", "/api/v1/admins", "Administrators").lists::<Admin>(s),
