@@ -8,10 +8,10 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::auth::Origin;
@@ -23,6 +23,8 @@ use crate::frp::admission::AdmissionLimiter;
 use crate::host::Host;
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Time for the headers of a request, and how long a connection may be idle.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// Concurrent requests on one HTTP/2 connection: a tool that watches every kind of resource has a
 /// few hundred open.
 const MAX_STREAMS: u32 = 1024;
@@ -126,7 +128,7 @@ impl ControlPlane {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
                         let (router, halt) = (router.clone(), halt.clone());
-                        open.spawn(self.clone().serve(router, stream, Origin::Local, halt));
+                        open.spawn(self.clone().serve_administrator(router, stream, halt));
                     }
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 },
@@ -134,11 +136,29 @@ impl ControlPlane {
         }
     }
 
+    /// Serves one connection of the administrator's socket until it is closed.
+    async fn serve_administrator(self, router: Router, io: UnixStream, halt: CancellationToken) {
+        let _open = ConnectionGuard::new(&self.inner);
+        let service = hyper::service::service_fn(move |request| {
+            respond(router.clone(), Origin::Local, request)
+        });
+        // HTTP/1.1 alone: its client is this program
+        let mut builder = hyper::server::conn::http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
+        let connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
+        let mut connection = std::pin::pin!(connection);
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = halt.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        let _ = connection.await;
+    }
+
     /// Serves one connection until it is closed; after `stop` it takes no new request.
-    async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+    async fn serve(
         self,
         router: Router,
-        io: S,
+        io: TlsStream<TcpStream>,
         origin: Origin,
         stop: CancellationToken,
     ) {
@@ -149,7 +169,7 @@ impl ControlPlane {
         builder
             .http1()
             .timer(TokioTimer::new())
-            .header_read_timeout(Duration::from_secs(60))
+            .header_read_timeout(HEAD_TIMEOUT)
             .max_buf_size(64 * 1024);
         builder
             .http2()

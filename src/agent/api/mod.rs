@@ -120,7 +120,7 @@ impl Api {
     /// Serves one stream of the tunnel to its end. The FRP server sees nothing but TLS.
     pub async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
         match timeout(HANDSHAKE_TIMEOUT, self.inner.tls.accept(io)).await {
-            Ok(Ok(stream)) => self.http(stream, Api::route).await,
+            Ok(Ok(stream)) => self.http(stream).await,
             Ok(Err(error)) => tracing::debug!(%error, "TLS on a tunnel stream"),
             Err(_) => tracing::debug!("a tunnel stream did not finish its TLS handshake"),
         }
@@ -129,18 +129,22 @@ impl Api {
     /// Serves one stream of an http proxy, which the FRP server can read: it answers whether the
     /// agent runs, and nothing else.
     pub async fn serve_plain<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
-        self.http(io, |_, request| std::future::ready(Api::route_plain(&request))).await;
+        let service = hyper::service::service_fn(|request| {
+            std::future::ready(Ok::<_, std::convert::Infallible>(Api::route_plain(&request)))
+        });
+        // HTTP/1.1 alone: that is what frps speaks to it
+        let mut builder = hyper::server::conn::http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
+        tokio::select! {
+            ended = builder.serve_connection(TokioIo::new(io), service) => log_end(ended),
+            () = self.inner.context.drain.cancelled() => {}
+        }
     }
 
-    async fn http<S, F, R>(&self, io: S, route: F)
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-        F: Fn(Api, Request<Incoming>) -> R + Send + Clone + 'static,
-        R: Future<Output = Response<Body>> + Send + 'static,
-    {
+    async fn http<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
         let api = self.clone();
         let service = hyper::service::service_fn(move |request| {
-            let answer = route(api.clone(), request);
+            let answer = api.clone().route(request);
             async move { Ok::<_, std::convert::Infallible>(answer.await) }
         });
         let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
@@ -159,12 +163,7 @@ impl Api {
         let mut connection = std::pin::pin!(connection);
         let parts = &self.inner.context;
         tokio::select! {
-            ended = connection.as_mut() => {
-                if let Err(error) = ended {
-                    tracing::debug!(error = format!("{error:?}"), "a connection closed early");
-                }
-                return;
-            }
+            ended = connection.as_mut() => return log_end(ended),
             () = parts.drain.cancelled() => connection.as_mut().graceful_shutdown(),
         }
         tokio::select! {
@@ -447,5 +446,11 @@ impl Drop for AuditedRequest {
         self.api.inner.counters.bytes_in.fetch_add(record.bytes_in, Ordering::Relaxed);
         self.api.inner.counters.bytes_out.fetch_add(record.bytes_out, Ordering::Relaxed);
         let _ = self.api.write(record);
+    }
+}
+
+fn log_end<E: std::fmt::Debug>(ended: Result<(), E>) {
+    if let Err(error) = ended {
+        tracing::debug!(error = format!("{error:?}"), "a connection closed early");
     }
 }
