@@ -3,5 +3,6 @@
 pub mod application;
 pub mod config;
 pub mod operation;
+pub mod tenant;
 pub mod token;
 pub mod types;

@@ -39,6 +39,8 @@ const CLUSTER_SCOPED: &[&str] = &[
     "APIService",
     "IngressClass",
     "CustomResourceDefinition",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
 ];
 
 /// URL path of an object. Every kind that we use has the plain English plural.
@@ -52,7 +54,11 @@ pub fn path_of(object: &Value) -> anyhow::Result<String> {
     let base =
         if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };
     let lower = kind.to_lowercase();
-    let plural = if lower.ends_with("ss") { format!("{lower}es") } else { format!("{lower}s") };
+    let plural = match (lower.strip_suffix("cy"), lower.ends_with("ss")) {
+        (Some(stem), _) => format!("{stem}cies"),
+        (None, true) => format!("{lower}es"),
+        (None, false) => format!("{lower}s"),
+    };
     if CLUSTER_SCOPED.contains(&kind.as_str()) {
         return Ok(format!("{base}/{plural}/{name}"));
     }

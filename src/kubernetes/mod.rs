@@ -10,6 +10,7 @@ pub mod path;
 pub mod pod_references;
 pub mod readiness;
 pub mod reverse_proxy;
+pub mod tenant;
 mod transport;
 pub mod upstream;
 pub mod watch;

@@ -49,11 +49,14 @@ const INSIDE: &[(&str, Rows)] = &[
             &["fetch"],
         ],
     ),
-    ("contract", &[&["types"], &["token", "application"], &["config"], &["operation"]]),
+    (
+        "contract",
+        &[&["types"], &["application"], &["tenant"], &["token", "config"], &["operation"]],
+    ),
     (
         "kubernetes",
         &[
-            &["application", "config_set", "path", "readiness", "transport"],
+            &["application", "config_set", "path", "readiness", "tenant", "transport"],
             &["client", "header_policy", "pod_references", "upstream"],
             &["answer", "reverse_proxy", "watch"],
         ],

@@ -302,9 +302,10 @@ fn install(sandbox: &Sandbox, more: &[&str]) -> RunOutput {
 
 /// What another program in the place of the former one makes necessary, with the rights that it has
 /// since.
-const NEW_PROGRAM: [&str; 4] = [
+const NEW_PROGRAM: [&str; 5] = [
     "install pipeops",
     "create the access rights",
+    "create the rights for tenants",
     "mint the agent's credential",
     "start the agent",
 ];

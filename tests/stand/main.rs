@@ -41,6 +41,7 @@ mod fleet;
 mod outcomes;
 mod rights;
 mod runner;
+mod tenants;
 mod tunnel;
 
 use std::sync::{Arc, Mutex};

@@ -12,7 +12,7 @@ use pipeops::host::Host;
 use pipeops::kubernetes::upstream::Upstream;
 use serde_json::{Value, json};
 
-const VERBS: &[&str] = &[
+pub(crate) const VERBS: &[&str] = &[
     "get",
     "list",
     "watch",
@@ -28,8 +28,8 @@ const VERBS: &[&str] = &[
     "use",
     "proxy",
 ];
-const READ: &[&str] = &["get", "list", "watch"];
-const WRITE: &[&str] =
+pub(crate) const READ: &[&str] = &["get", "list", "watch"];
+pub(crate) const WRITE: &[&str] =
     &["get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"];
 const ROLES: &[&str] = &["viewer", "deployer", "operator"];
 /// Empty: the whole cluster.
@@ -38,7 +38,7 @@ const NAMESPACES: &[&str] =
 
 /// What everybody who is authenticated may do in any cluster: ask about themselves
 /// (`system:basic-user`).
-fn own(group: &str, resource: &str, verb: &str) -> bool {
+pub(crate) fn own(group: &str, resource: &str, verb: &str) -> bool {
     verb == "create"
         && matches!(
             (group, resource),
@@ -133,7 +133,7 @@ const DEPLOYABLE: &[(&str, &[&str])] = &[
     ("cert-manager.io", &["certificates"]),
 ];
 
-fn listed(table: &[(&str, &[&str])], group: &str, resource: &str) -> bool {
+pub(crate) fn listed(table: &[(&str, &[&str])], group: &str, resource: &str) -> bool {
     table.iter().any(|(g, list)| *g == group && list.contains(&resource))
 }
 
@@ -145,12 +145,6 @@ fn expected(role: &str, verb: &str, group: &str, resource: &str, namespace: &str
     if matches!((verb, group, resource), ("get" | "list", "metrics.k8s.io", "nodes" | "pods")) {
         return true;
     }
-    if role == "operator"
-        && namespace.is_empty()
-        && (verb, group, resource) == ("create", "", "namespaces")
-    {
-        return true;
-    }
     // a node is drained of the pods of every namespace
     if role == "operator" && (verb, group, resource) == ("create", "", "pods/eviction") {
         return true;
@@ -160,8 +154,8 @@ fn expected(role: &str, verb: &str, group: &str, resource: &str, namespace: &str
         "operator" => matches!(namespace, "production" | "beta" | "monitoring"),
         _ => false,
     };
-    if role == "operator" && (verb, group, resource) == ("create", "", "namespaces") {
-        return true;
+    if role == "operator" && mine && (group, resource) == ("networking.k8s.io", "networkpolicies") {
+        return WRITE.contains(&verb);
     }
     mine && match (group, resource) {
         ("", "secrets") => matches!(verb, "create" | "update" | "patch" | "delete"),
@@ -244,6 +238,26 @@ fn escalations() -> Vec<(&'static str, &'static str, String, Value)> {
             "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations".into(),
             json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration", "metadata": {"name": "x"}}),
         ),
+        (
+            "a namespace",
+            "POST",
+            "/api/v1/namespaces".into(),
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "x"}}),
+        ),
+        (
+            "a namespace of a tenant",
+            "POST",
+            "/api/v1/namespaces".into(),
+            json!({"apiVersion": "v1", "kind": "Namespace",
+                "metadata": {"name": "x", "labels": {"pipeops.io/tenant": "x"}}}),
+        ),
+        (
+            "an admission policy that goes",
+            "DELETE",
+            "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies/pipeops-tenant-pods"
+                .into(),
+            Value::Null,
+        ),
         ("removing a node", "DELETE", "/api/v1/nodes/x".into(), Value::Null),
         (
             "a taint that empties a node",
@@ -265,19 +279,25 @@ fn client(kubeconfig: &str) -> Upstream {
     Upstream::open(&Host::new(Path::new("/"), None), kubeconfig).unwrap()
 }
 
-async fn ask(
+/// Who asks, as headers; nothing for the admin himself.
+pub(crate) type Identity = Vec<(&'static str, String)>;
+
+/// One request as somebody: its status, and the answer.
+pub(crate) async fn request(
     client: &Upstream,
-    role: &str,
+    who: &Identity,
     method: &str,
     path: &str,
     body: &Value,
-) -> Result<Value, u16> {
-    let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
+) -> (u16, Value) {
+    let kind = match method {
+        "PATCH" if path.contains("fieldManager=") => "application/apply-patch+yaml",
+        "PATCH" => "application/merge-patch+json",
+        _ => "application/json",
+    };
     let mut request = Request::builder().method(method).uri(path).header("Content-Type", kind);
-    if !role.is_empty() {
-        request = request
-            .header("Impersonate-User", "pipeops:runner")
-            .header("Impersonate-Group", format!("pipeops:{role}"));
+    for (name, value) in who {
+        request = request.header(*name, value);
     }
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
@@ -285,13 +305,44 @@ async fn ask(
         .send(request.body(body).unwrap(), false)
         .await
         .unwrap_or_else(|e| panic!("{method} {path}: {e}"));
-    let status = answer.status();
+    let status = answer.status().as_u16();
     let bytes = answer.into_body().collect().await.unwrap().to_bytes();
-    if status.is_success() {
-        Ok(serde_json::from_slice(&bytes).unwrap())
-    } else {
-        Err(status.as_u16())
+    (status, serde_json::from_slice(&bytes).unwrap_or_default())
+}
+
+async fn ask(
+    client: &Upstream,
+    role: &str,
+    method: &str,
+    path: &str,
+    body: &Value,
+) -> Result<Value, u16> {
+    let mut who = Identity::new();
+    if !role.is_empty() {
+        who.push(("Impersonate-User", "pipeops:runner".into()));
+        who.push(("Impersonate-Group", format!("pipeops:{role}")));
     }
+    let (status, answer) = request(client, &who, method, path, body).await;
+    if (200..300).contains(&status) { Ok(answer) } else { Err(status) }
+}
+
+/// Whether somebody may do this, as the API server says it.
+pub(crate) async fn may(
+    client: &Upstream,
+    who: &Identity,
+    verb: &str,
+    (group, resource): (&str, &str),
+    (namespace, name): (&str, &str),
+) -> bool {
+    let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
+    let attributes = json!({"verb": verb, "group": group, "resource": resource,
+        "subresource": sub, "namespace": namespace, "name": name});
+    let review = json!({"apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}});
+    let path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
+    let (status, answer) = request(client, who, "POST", path, &review).await;
+    assert!(matches!(status, 200 | 201), "{status} {answer}");
+    answer["status"]["allowed"] == true
 }
 
 async fn resources(client: &Upstream) -> BTreeSet<(String, String)> {
@@ -367,5 +418,6 @@ pub(crate) async fn check(kubeconfig: &str) -> i32 {
             }
         }
     }
+    failed += crate::tenants::check(&client, &resources).await;
     i32::from(failed > 0)
 }

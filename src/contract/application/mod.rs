@@ -10,6 +10,8 @@ use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub(crate) use check::is_quantity;
+
 /// What runs: one container image in any number of pods, what it needs, and how it is reached.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]

@@ -58,6 +58,7 @@ const RULES: &[(&str, Ignore, Rule)] = &[
     ("K3S_CONFIG_CLASH", Ignore::Allowed, config_files::clash),
     ("K3S_ENVIRONMENT", Ignore::Allowed, config_files::environment),
     ("K3S_TOO_OLD", Ignore::Allowed, software::too_old),
+    ("TENANTS_NEED_1_30", Ignore::Allowed, software::no_tenants),
     ("K3S_DOWNGRADE", Ignore::Never, software::downgrade),
     ("DATA_TOKEN_CONFLICT", Ignore::Never, software::token_conflict),
     ("OTHER_KUBERNETES", Ignore::Allowed, software::other_kubernetes),

@@ -7,6 +7,7 @@ use crate::install::facts::{Facts, iptables_is_faulty};
 use crate::install::finding::{Finding, Level};
 use crate::k3s::role::NodeRole;
 use crate::k3s::version::{OLDEST_MINOR, Version};
+use crate::kubernetes::tenant;
 
 pub(super) fn foreign(facts: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
     if let Some(role) = facts.k3s.installed_role.filter(|role| *role != target.settings.role) {
@@ -65,6 +66,22 @@ pub(super) fn too_old(_: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
             format!("the oldest supported line is v1.{OLDEST_MINOR}"),
         )
         .fix("choose a newer version with --k3s-version or --channel"),
+    ]
+}
+
+pub(super) fn no_tenants(_: &Facts, target: &InstallTarget<'_>) -> Vec<Finding> {
+    let old = |version: &&Version| !tenant::is_supported(&version.to_string());
+    let Some(version) = target.version.filter(|v| target.server() && old(v)) else {
+        return Vec::new();
+    };
+    vec![
+        Finding::new(
+            "TENANTS_NEED_1_30",
+            Level::Info,
+            format!("{version} has no tenants"),
+            format!("what keeps them apart is there from v1.{} on", tenant::MIN_MINOR),
+        )
+        .fix("for a place for each customer, choose a newer version with --k3s-version"),
     ]
 }
 

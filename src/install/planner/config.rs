@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use crate::base::http::credential_free_proxy;
+use crate::contract::tenant::{TENANT_DEPLOYER, TENANT_VIEWER};
 use crate::contract::token::Role;
 use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
 use crate::install::components::Component;
@@ -294,20 +295,43 @@ pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
     text
 }
 
-/// The right to impersonate exactly the groups up to `max_role`, and nobody else.
-pub fn impersonation_rbac(max_role: Role) -> String {
+/// The rights of the agent, and of each role up to `max_role`.
+pub fn rbac(max_role: Role, tenants: bool) -> String {
+    let mut text = include_str!("../../../deployments/rbac.yaml").to_owned();
+    text.push_str("\n---\n");
+    text.push_str(&impersonation_rbac(max_role, tenants));
+    if max_role == Role::Admin {
+        text.push_str("\n---\n");
+        text.push_str(include_str!("../../../deployments/rbac-admin.yaml"));
+    }
+    text
+}
+
+/// The right to impersonate exactly the groups up to `max_role`, where the cluster has tenants also
+/// their ServiceAccounts of these roles, and nobody else.
+fn impersonation_rbac(max_role: Role, tenants: bool) -> String {
     let groups: Vec<String> = Role::ALL
         .into_iter()
         .filter(|r| *r <= max_role)
         .map(|r| format!("pipeops:{}", r.name()))
         .collect();
-    include_str!("../../../deployments/rbac-impersonate.yaml")
-        .replace("[GROUPS]", &json!(groups).to_string())
+    let text = include_str!("../../../deployments/rbac-impersonate.yaml")
+        .replace("[GROUPS]", &json!(groups).to_string());
+    let mut accounts = vec![TENANT_VIEWER];
+    if max_role >= Role::Deployer {
+        accounts.push(TENANT_DEPLOYER);
+    }
+    match text.split_once("  # for callers of tenants\n") {
+        // a rule without names would be about all of them
+        Some((rest, _)) if !tenants => rest.to_owned(),
+        _ => text.replace("[ACCOUNTS]", &json!(accounts).to_string()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::install::plan::documents;
 
     #[test]
     fn the_users_lists_join_ours_and_his_scalars_win() {
@@ -326,8 +350,66 @@ mod tests {
 
     #[test]
     fn admin_may_be_impersonated_only_when_asked_for() {
-        assert!(!impersonation_rbac(Role::Operator).contains("pipeops:admin"));
-        assert!(impersonation_rbac(Role::Admin).contains("pipeops:admin"));
-        assert!(!impersonation_rbac(Role::Viewer).contains("pipeops:deployer"));
+        assert!(!impersonation_rbac(Role::Operator, true).contains("pipeops:admin"));
+        assert!(impersonation_rbac(Role::Admin, true).contains("pipeops:admin"));
+        assert!(!impersonation_rbac(Role::Viewer, true).contains("pipeops:deployer"));
+    }
+
+    #[test]
+    fn what_keeps_tenants_apart_comes_before_the_rights_to_make_them() {
+        use crate::kubernetes::tenant::POLICIES;
+        let yaml = include_str!("../../../deployments/tenants.yaml");
+        let all = documents(yaml).unwrap();
+        let of = |kind: &str| -> Vec<&Value> { all.iter().filter(|o| o["kind"] == kind).collect() };
+        let (policies, bindings) =
+            (of("ValidatingAdmissionPolicy"), of("ValidatingAdmissionPolicyBinding"));
+        assert_eq!((policies.len(), bindings.len()), (POLICIES.len(), POLICIES.len()));
+        let group = "/apis/admissionregistration.k8s.io/v1";
+        for (object, plural) in [
+            (policies[0], "validatingadmissionpolicies"),
+            (bindings[0], "validatingadmissionpolicybindings"),
+        ] {
+            let path = crate::kubernetes::client::path_of(object).unwrap();
+            assert_eq!(path, format!("{group}/{plural}/{}", POLICIES[0]));
+        }
+        for ((name, policy), binding) in POLICIES.iter().zip(policies).zip(bindings) {
+            assert_eq!(policy["metadata"]["name"], *name);
+            assert_eq!(binding["metadata"]["name"], *name);
+            assert_eq!(binding["spec"]["policyName"], *name);
+            assert_eq!(binding["spec"]["validationActions"], json!(["Deny"]));
+            assert_eq!(policy["spec"]["failurePolicy"], "Fail");
+        }
+        let right = all.iter().position(|o| o["kind"] == "ClusterRoleBinding").unwrap();
+        assert_eq!(right, all.len() - 1);
+        let last = all.iter().rposition(|o| o["apiVersion"] == "admissionregistration.k8s.io/v1");
+        assert_eq!(last, Some(2 * POLICIES.len() - 1));
+        let agent = all.iter().find(|o| o["metadata"]["name"] == "pipeops:tenants").unwrap();
+        let read = agent["rules"].as_array().unwrap().last().unwrap();
+        assert_eq!(read["resourceNames"], json!(POLICIES));
+        // nobody gets all of anything
+        assert!(!serde_json::to_string(&of("ClusterRole")).unwrap().contains("\"*\""));
+    }
+
+    #[test]
+    fn a_rule_of_impersonation_names_whom_it_is_about() {
+        for role in Role::ALL {
+            for tenants in [false, true] {
+                let yaml = impersonation_rbac(role, tenants);
+                let role_object = documents(&yaml).unwrap().remove(0);
+                let rules = role_object["rules"].as_array().unwrap();
+                let about = |resource: &str| {
+                    let named = rules.iter().find(|rule| rule["resources"][0] == resource);
+                    named.map_or(json!([]), |rule| rule["resourceNames"].clone())
+                };
+                assert_eq!(about("users"), json!(["pipeops:runner"]));
+                let accounts = match (tenants, role) {
+                    (false, _) => json!([]),
+                    (true, Role::Viewer) => json!([TENANT_VIEWER]),
+                    (true, _) => json!([TENANT_VIEWER, TENANT_DEPLOYER]),
+                };
+                assert_eq!(about("serviceaccounts"), accounts, "{role:?}");
+                assert_eq!(rules.len(), if tenants { 4 } else { 3 });
+            }
+        }
     }
 }

@@ -4,7 +4,6 @@
 pub mod config;
 
 use crate::base::cidr::host_in_url;
-use crate::contract::token::Role;
 use crate::host::fetch::Artifact;
 use crate::host::paths::{
     AGENT_CONFIG, AGENT_TOKEN, AGENT_USER, DROP_IN, FIREWALL, FIREWALL_TABLE, JOIN_TOKEN, PIPEOPS,
@@ -21,6 +20,7 @@ use crate::install::settings::Settings;
 use crate::k3s::paths::{ADMIN_KUBECONFIG, BINARY, KUBELET_KUBECONFIG, NODE_PASSWORD, REGISTRIES};
 use crate::k3s::role::NodeRole;
 use crate::k3s::version::Version;
+use crate::kubernetes::tenant;
 
 const UNITS: &str = "/etc/systemd/system";
 
@@ -274,7 +274,7 @@ pub fn server_plan(
         Resource::Ready { what: system, within_s },
     ));
     steps.push(old_data());
-    steps.extend(agent(facts, settings));
+    steps.extend(agent(facts, settings, release));
     if let Some(user) = &settings.options.kubeconfig_for {
         let host = network::node_address(facts, settings)
             .map_or_else(|| "127.0.0.1".to_owned(), |a| host_in_url(&a.to_string()));
@@ -327,14 +327,8 @@ pub fn server_plan(
 }
 
 /// Namespaces, rights, the agent's user, its files and units.
-fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
-    let mut rbac = include_str!("../../../deployments/rbac.yaml").to_owned();
-    rbac.push_str("\n---\n");
-    rbac.push_str(&config::impersonation_rbac(settings.max_role));
-    if settings.max_role == Role::Admin {
-        rbac.push_str("\n---\n");
-        rbac.push_str(include_str!("../../../deployments/rbac-admin.yaml"));
-    }
+fn agent(facts: &Facts, settings: &Settings, release: &Release) -> Vec<Step> {
+    let tenants = tenant::is_supported(&release.version.to_string());
     let objects = |yaml: &str| Resource::Objects { yaml: yaml.into() };
     let mut steps = vec![
         step(
@@ -347,8 +341,18 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
             "rights",
             "create the access rights",
             "what the agent may do, enforced by Kubernetes",
-            objects(&rbac),
+            objects(&config::rbac(settings.max_role, tenants)),
         ),
+    ];
+    if tenants {
+        steps.push(step(
+            "tenants",
+            "create the rights for tenants",
+            "a place for each customer, kept apart by admission policies",
+            objects(include_str!("../../../deployments/tenants.yaml")),
+        ));
+    }
+    steps.extend([
         step(
             "user",
             format!("create the user {AGENT_USER}"),
@@ -367,7 +371,7 @@ fn agent(facts: &Facts, settings: &Settings) -> Vec<Step> {
             "read by its unit only",
             secret(AGENT_TOKEN, SecretName::AgentToken),
         ),
-    ];
+    ]);
     steps.extend(agent_units());
     steps.extend(agent_starts());
     steps

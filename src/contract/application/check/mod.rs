@@ -41,7 +41,7 @@ fn is_label_key(text: &str) -> bool {
 }
 
 /// A quantity above zero, as Kubernetes reads one (apimachinery `pkg/api/resource/quantity.go`).
-fn is_quantity(text: &str) -> bool {
+pub(crate) fn is_quantity(text: &str) -> bool {
     let digits = text.bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
     let (number, suffix) = text.split_at(digits);
     let known = matches!(

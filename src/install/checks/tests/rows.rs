@@ -36,6 +36,7 @@ pub(super) const ROWS: &[(&str, Change, Change)] = &[
     ),
     ("K3S_ENVIRONMENT", |c| c.facts.k3s.environment = vec!["K3S_DATA_DIR".into()], |_| {}),
     ("K3S_TOO_OLD", |c| c.version = "v1.27.9+k3s1", |c| c.version = "v1.28.0+k3s1"),
+    ("TENANTS_NEED_1_30", |c| c.version = "v1.29.9+k3s1", |c| c.version = "v1.30.0+k3s1"),
     (
         "K3S_DOWNGRADE",
         |c| {
