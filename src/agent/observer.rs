@@ -17,6 +17,7 @@ use crate::host::Host;
 use crate::kubernetes::client::{Cluster, status};
 use crate::kubernetes::readiness::pods;
 use crate::kubernetes::readiness::workload::{self, WorkloadKind};
+use crate::kubernetes::tenant;
 use crate::kubernetes::upstream::Upstream;
 use crate::kubernetes::watch::{Change, follow};
 
@@ -31,6 +32,8 @@ pub(super) struct Observer {
     pub credential: String,
     pub max_role: String,
     pub agent_status: watch::Sender<AgentStatus>,
+    /// Whether tenants can be made here.
+    pub tenants: watch::Sender<bool>,
     pub upstream: watch::Sender<Option<Upstream>>,
     pub liveness: ObserverLiveness,
     pub stop: CancellationToken,
@@ -174,6 +177,7 @@ impl Observer {
         }
         let (cluster, agent_status, max_role) =
             (connection.cluster.clone(), self.agent_status.clone(), self.max_role.clone());
+        let tenants = self.tenants.clone();
         let stop = self.stop.clone();
         followers.spawn(async move {
             loop {
@@ -182,6 +186,9 @@ impl Observer {
                         std::mem::replace(&mut a.notices, found.clone()) != found
                     })),
                     Err(error) => tracing::debug!(error = format!("{error:#}"), "checking rights"),
+                }
+                if let Ok(can) = can_make_tenants(&cluster).await {
+                    tenants.send_if_modified(|known| std::mem::replace(known, can) != can);
                 }
                 tokio::select! {
                     () = stop.cancelled() => return,
@@ -394,6 +401,14 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
     Ok(found)
 }
 
+/// Whether this cluster keeps tenants apart, and the agent has the rights to make them.
+async fn can_make_tenants(cluster: &Cluster) -> anyhow::Result<bool> {
+    let roles = "rbac.authorization.k8s.io";
+    Ok(tenant::is_supported(&cluster.version().await?)
+        && has_right(cluster, "create", "", "namespaces", "", "").await?
+        && has_right(cluster, "bind", roles, "clusterroles", "", "pipeops:tenant-deployer").await?)
+}
+
 async fn has_right(
     cluster: &Cluster,
     verb: &str,
@@ -428,6 +443,7 @@ mod tests {
             credential: "/s/name".into(),
             max_role: "operator".into(),
             agent_status: watch::Sender::new(AgentStatus::default()),
+            tenants: watch::Sender::new(false),
             upstream: watch::Sender::new(None),
             liveness: ObserverLiveness::default(),
             stop: CancellationToken::new(),

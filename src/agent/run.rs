@@ -62,6 +62,7 @@ struct Agent {
     hostname: String,
     started: Instant,
     status: watch::Sender<AgentStatus>,
+    tenants: watch::Sender<bool>,
     shutdown: Shutdown,
     tasks: Tasks,
 }
@@ -235,6 +236,7 @@ impl Agent {
             hostname: hostname(),
             started: Instant::now(),
             status: watch::Sender::new(status),
+            tenants: watch::Sender::new(false),
             shutdown: Shutdown::default(),
             tasks: Tasks::new(),
         }
@@ -252,6 +254,7 @@ impl Agent {
             credential: credential.unwrap_or_else(|| CREDENTIAL.into()),
             max_role: self.config.role()?.name().into(),
             agent_status: self.status.clone(),
+            tenants: self.tenants.clone(),
             upstream,
             liveness,
             stop: self.shutdown.halt.clone(),
@@ -272,6 +275,7 @@ impl Agent {
             hostname: self.hostname.clone(),
             max_role: self.config.role()?.name().into(),
             cluster,
+            tenants: self.tenants.subscribe(),
             status,
             tunnel,
             audit,

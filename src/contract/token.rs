@@ -13,11 +13,15 @@ use ring::signature::{ED25519, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::contract::tenant::is_tenant_name;
 use crate::contract::types::{Jwks, LEEWAY, RunnerAuth};
 
 /// Longest lifetime of a token, seconds.
 pub const TOKEN_LIFETIME: i64 = 300;
 const MAX_LENGTH: usize = 8192;
+/// What a signer may demand to be understood (RFC 7515 §4.1.11): with it an agent of a version that
+/// knows no tenants refuses a token of one, rather than take it for one of everybody.
+const UNDERSTOOD: [&str; 1] = ["tenant"];
 
 /// What a caller may do at most; Kubernetes enforces what it means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -55,8 +59,18 @@ pub struct Caller {
     pub role: Role,
     /// Only these namespaces; without it all of them.
     pub namespaces: Option<Vec<String>>,
+    /// Only the namespaces of this tenant; without it those of everybody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     /// Id of the token, for the audit log.
     pub token_id: String,
+}
+
+impl Caller {
+    /// Whether it may act in some namespaces alone: what is of the whole cluster is not for it.
+    pub fn is_limited(&self) -> bool {
+        self.namespaces.is_some() || self.tenant.is_some()
+    }
 }
 
 #[derive(Deserialize)]
@@ -65,7 +79,7 @@ struct Header {
     #[serde(default)]
     kid: Option<String>,
     #[serde(default)]
-    crit: Option<serde_json::Value>,
+    crit: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -88,6 +102,8 @@ struct Claims {
     role: Role,
     #[serde(default)]
     namespaces: Option<Vec<String>>,
+    #[serde(default)]
+    tenant: Option<String>,
     jti: String,
 }
 
@@ -159,7 +175,7 @@ fn verify_signature(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static s
     let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| "the token is no JWT");
     let parsed: Header =
         serde_json::from_slice(&decode(head)?).map_err(|_| "the token is no JWT")?;
-    if parsed.alg != "EdDSA" || parsed.crit.is_some() {
+    if parsed.alg != "EdDSA" || parsed.crit.as_ref().is_some_and(|crit| *crit != UNDERSTOOD) {
         return Err("the token is not signed with EdDSA");
     }
     let signed = &token[..head.len() + 1 + claims.len()];
@@ -173,7 +189,12 @@ fn verify_signature(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static s
     }) {
         return Err("the token's signature is wrong");
     }
-    serde_json::from_slice(&decode(claims)?).map_err(|_| "a claim is missing or has the wrong type")
+    let claims: Claims = serde_json::from_slice(&decode(claims)?)
+        .map_err(|_| "a claim is missing or has the wrong type")?;
+    if parsed.crit.is_some() && claims.tenant.is_none() {
+        return Err("a claim is missing: the token is for a tenant and names none");
+    }
+    Ok(claims)
 }
 
 fn check_claims(
@@ -211,6 +232,9 @@ fn check_claims(
     if !plain(&claims.sub, 253) || !plain(&claims.jti, 128) {
         return Err("subject or id of the token cannot be used");
     }
+    if !claims.tenant.as_deref().is_none_or(is_tenant_name) {
+        return Err("the tenant of the token cannot be used");
+    }
     if claims.role > max_role {
         return Err("the token's role is more than this agent was given");
     }
@@ -218,6 +242,7 @@ fn check_claims(
         subject: claims.sub.clone(),
         role: claims.role,
         namespaces: claims.namespaces.clone(),
+        tenant: claims.tenant.clone(),
         token_id: claims.jti.clone(),
     })
 }
@@ -279,7 +304,14 @@ mod tests {
 
     #[test]
     fn a_good_token_names_its_caller() {
+        let of_tenant = issuer().check(|_, c| c["tenant"] = json!("acme")).unwrap();
+        let demanded =
+            issuer().check(|h, c| (h["crit"], c["tenant"]) = (json!(["tenant"]), json!("acme")));
+        assert_eq!(demanded.unwrap(), of_tenant);
+        assert!(of_tenant.is_limited() && of_tenant.tenant.as_deref() == Some("acme"));
         let caller = issuer().check(|_, c| c["namespaces"] = json!(["beta"])).unwrap();
+        assert!(caller.is_limited() && caller.tenant.is_none());
+        assert!(!issuer().check(|_, c| c["tenant"] = Value::Null).unwrap().is_limited());
         assert_eq!(
             (caller.subject.as_str(), caller.role, caller.namespaces),
             ("runner-1", Role::Deployer, Some(vec!["beta".into()]))
@@ -299,6 +331,9 @@ mod tests {
             ("not signed with EdDSA", &|h, _| h["alg"] = json!("none")),
             ("not signed with EdDSA", &|h, _| h["alg"] = json!("HS256")),
             ("not signed with EdDSA", &|h, _| h["crit"] = json!(["exp"])),
+            ("not signed with EdDSA", &|h, _| h["crit"] = json!(["tenant", "exp"])),
+            ("not signed with EdDSA", &|h, _| h["crit"] = json!([])),
+            ("a claim", &|h, _| h["crit"] = json!(["tenant"])),
             ("signature", &|h, _| h["kid"] = json!("other")),
             ("another agent", &|_, c| c["aud"] = json!("a-2")),
             ("another agent", &|_, c| c["aud"] = json!([])),
@@ -314,6 +349,11 @@ mod tests {
             ("a claim", &|_, c| c["namespaces"] = json!("beta")),
             ("cannot be used", &|_, c| c["sub"] = json!("a\r\nImpersonate-User: root")),
             ("cannot be used", &|_, c| c["sub"] = json!("")),
+            // one that is there and empty is not one that is not there
+            ("the tenant", &|_, c| c["tenant"] = json!("")),
+            ("the tenant", &|_, c| c["tenant"] = json!("Acme")),
+            ("the tenant", &|_, c| c["tenant"] = json!("a".repeat(41))),
+            ("a claim", &|_, c| c["tenant"] = json!(["acme"])),
         ];
         let issuer = issuer();
         for (why, change) in refused {

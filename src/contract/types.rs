@@ -245,6 +245,15 @@ pub fn operation_id(subject: &str, key: &str) -> String {
     format!("o-{}", &hex(&Sha256::digest(format!("{subject}\0{key}")))[..32])
 }
 
+/// The same for a caller of a tenant: a key of another tenant is another key.
+pub fn tenant_operation_id(subject: &str, tenant: Option<&str>, key: &str) -> String {
+    match tenant {
+        // neither a subject nor a key holds a NUL
+        Some(tenant) => operation_id(&format!("{subject}\0{tenant}"), key),
+        None => operation_id(subject, key),
+    }
+}
+
 /// A key that an operation may be asked for under: 1 to 128 printable characters.
 pub fn check_idempotency_key(key: Option<&str>) -> Result<&str, &'static str> {
     let wrong = "an operation needs a header Idempotency-Key of 1 to 128 printable characters: the \
@@ -301,6 +310,15 @@ mod tests {
                 .is_some_and(|t| t.tcp_mux && t.proxies.is_empty() && t.auth.token.is_empty())
         );
         assert!(serde_json::from_value::<Config>(json!({"heartbeat_interval_s": "soon"})).is_err());
+    }
+
+    #[test]
+    fn an_operation_is_known_by_who_asks_of_which_tenant_under_which_key() {
+        let id = |tenant| tenant_operation_id("r-1", tenant, "k");
+        assert_eq!(id(None), operation_id("r-1", "k"));
+        assert!(id(None) != id(Some("acme")) && id(Some("acme")) != id(Some("globex")));
+        assert_ne!(id(Some("k")), operation_id("r-1", "k\0k"));
+        assert_eq!(id(Some("acme")), id(Some("acme")));
     }
 
     #[test]

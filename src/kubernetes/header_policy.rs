@@ -4,7 +4,8 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, StatusCode, Version};
 
-use crate::contract::token::Caller;
+use crate::contract::tenant::{TENANT_DEPLOYER, TENANT_VIEWER};
+use crate::contract::token::{Caller, Role};
 use crate::kubernetes::path;
 
 /// Most bytes of all headers together.
@@ -139,14 +140,32 @@ fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
         .collect()
 }
 
-/// The headers that go to the API server: those of the caller that pass, then its identity.
-/// Identity in a caller's header is refused, not dropped: dropping would hide the attack.
+/// Whom Kubernetes takes a caller for: a user, and its group where it has one of ours. A caller of
+/// a tenant has rights inside of a namespace alone, as a ServiceAccount there; of the cluster it
+/// reads what every user does.
+fn identity(caller: &Caller, namespace: Option<&str>) -> (String, Option<String>) {
+    let runner = "pipeops:runner".to_owned();
+    match (&caller.tenant, namespace) {
+        (None, _) => (runner, Some(format!("pipeops:{}", caller.role.name()))),
+        (Some(_), None) => (runner, None),
+        (Some(_), Some(namespace)) => {
+            let viewer = caller.role < Role::Deployer;
+            let account = if viewer { TENANT_VIEWER } else { TENANT_DEPLOYER };
+            (format!("system:serviceaccount:{namespace}:{account}"), None)
+        }
+    }
+}
+
+/// The headers that go to the API server: those of the caller that pass, then its identity in this
+/// namespace. Identity in a caller's header is refused, not dropped: dropping would hide the
+/// attack.
 ///
 /// # Errors
 /// A header that claims an identity.
 pub fn request_headers(
     headers: &HeaderMap,
     caller: &Caller,
+    namespace: Option<&str>,
     request: &str,
     upgrade: Option<HeaderValue>,
 ) -> Result<HeaderMap, Rejection> {
@@ -190,8 +209,11 @@ pub fn request_headers(
             out.append(HeaderName::from_static(name), value);
         }
     };
-    set(&mut out, "impersonate-user", "pipeops:runner");
-    set(&mut out, "impersonate-group", &format!("pipeops:{}", caller.role.name()));
+    let (user, group) = identity(caller, namespace);
+    set(&mut out, "impersonate-user", &user);
+    if let Some(group) = group {
+        set(&mut out, "impersonate-group", &group);
+    }
     set(&mut out, "impersonate-extra-pipeops.io%2fsubject", &caller.subject);
     set(&mut out, "audit-id", request);
     // RFC 9110 §7.6.3
@@ -261,4 +283,38 @@ pub fn response_headers(
     out.insert("content-security-policy", HeaderValue::from_static("sandbox"));
     out.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
     Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_caller_acts_as_its_role_and_one_of_a_tenant_as_an_account_of_the_namespace() {
+        let acts_as = |role, tenant: Option<&str>, namespace| {
+            let caller = Caller {
+                subject: "r-1".into(),
+                role,
+                namespaces: None,
+                tenant: tenant.map(str::to_owned),
+                token_id: "t".into(),
+            };
+            let headers =
+                request_headers(&HeaderMap::new(), &caller, namespace, "id", None).unwrap();
+            let text = |name: &str| headers.get(name).map_or("", |v| v.to_str().unwrap());
+            assert_eq!(text("impersonate-extra-pipeops.io%2fsubject"), "r-1");
+            format!("{} {}", text("impersonate-user"), text("impersonate-group"))
+        };
+        for role in Role::ALL {
+            let expected = format!("pipeops:runner pipeops:{}", role.name());
+            assert_eq!(acts_as(role, None, None), expected);
+            assert_eq!(acts_as(role, None, Some("beta")), expected);
+            assert_eq!(acts_as(role, Some("acme"), None), "pipeops:runner ");
+            let account = if role == Role::Viewer { "viewer" } else { "deployer" };
+            assert_eq!(
+                acts_as(role, Some("acme"), Some("acme-web")),
+                format!("system:serviceaccount:acme-web:pipeops-tenant-{account} ")
+            );
+        }
+    }
 }

@@ -5,6 +5,8 @@
 
 use http::Method;
 
+use crate::base::text::is_dns_label;
+
 /// Longest path, bytes.
 const MAX_LENGTH: usize = 4096;
 
@@ -170,16 +172,11 @@ impl KubernetesPath {
         method: &Method,
         namespaces: &[String],
     ) -> Result<(), PathError> {
-        let reading = matches!(*method, Method::GET | Method::HEAD);
         let listed = self.namespace.as_ref().is_some_and(|n| namespaces.contains(n));
         let allowed = if self.resource.is_empty() {
-            // discovery and the like, by name: what is not listed here may be anything
-            let first = self.path.trim_matches('/').split('/').next().unwrap_or_default();
-            reading
-                && (matches!(first, "" | "api" | "apis" | "version")
-                    || self.path.starts_with("/openapi/"))
+            self.reads_discovery(method)
         } else if self.resource == "namespaces" {
-            listed && reading && self.subresource.is_none()
+            listed && is_reading(method) && self.subresource.is_none()
         } else if self.namespace.is_some() {
             listed
         } else {
@@ -192,6 +189,34 @@ impl KubernetesPath {
         };
         if allowed { Ok(()) } else { Err(PathError::Scope) }
     }
+
+    /// The namespace that a caller who is limited to a tenant acts in with this; none where it asks
+    /// what the cluster serves. Whether the namespace is the tenant's is not known here.
+    ///
+    /// # Errors
+    /// [`PathError::Scope`] where it is in no namespace.
+    pub fn tenant_namespace(&self, method: &Method) -> Result<Option<&str>, PathError> {
+        if self.resource.is_empty() && self.reads_discovery(method) {
+            return Ok(None);
+        }
+        let whole = self.resource == "namespaces";
+        let allowed = !whole || (is_reading(method) && self.subresource.is_none());
+        // it becomes part of a user's name and of a path
+        let namespace = self.namespace.as_deref().filter(|name| allowed && is_dns_label(name));
+        namespace.map(Some).ok_or(PathError::Scope)
+    }
+
+    /// Discovery and the like, by name: what is not listed here may be anything.
+    fn reads_discovery(&self, method: &Method) -> bool {
+        let first = self.path.trim_matches('/').split('/').next().unwrap_or_default();
+        is_reading(method)
+            && (matches!(first, "" | "api" | "apis" | "version")
+                || self.path.starts_with("/openapi/"))
+    }
+}
+
+fn is_reading(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD)
 }
 
 #[cfg(test)]
@@ -318,6 +343,45 @@ mod tests {
             (Method::GET, "/apis/apps/v1/deployments"),
         ] {
             assert!(!verdict(method.clone(), path), "{method} {path}");
+        }
+    }
+
+    #[test]
+    fn a_caller_of_a_tenant_acts_in_one_namespace_or_reads_what_is_served() {
+        let verdict = |method: Method, path: &str| {
+            let target = parse(path).unwrap();
+            target.tenant_namespace(&method).map(|namespace| namespace.map(str::to_owned))
+        };
+        for path in ["/", "/api", "/api/v1", "/apis/apps/v1", "/openapi/v3", "/version"] {
+            assert_eq!(verdict(Method::GET, path), Ok(None), "{path}");
+        }
+        for (method, path) in [
+            (Method::GET, "/api/v1/namespaces/beta"),
+            (Method::GET, "/api/v1/namespaces/beta/pods"),
+            (Method::POST, "/api/v1/namespaces/beta/pods/p/exec"),
+            (Method::DELETE, "/apis/apps/v1/namespaces/beta/deployments/x"),
+        ] {
+            assert_eq!(verdict(method.clone(), path), Ok(Some("beta".into())), "{method} {path}");
+        }
+        for (method, path) in [
+            (Method::GET, "/api/v1/pods"),
+            (Method::GET, "/api/v1/nodes"),
+            (Method::GET, "/api/v1/namespaces"),
+            (Method::GET, "/apis/apps/v1/deployments"),
+            (Method::GET, "/apis/rbac.authorization.k8s.io/v1/clusterroles/x"),
+            (Method::PATCH, "/api/v1/namespaces/beta"),
+            (Method::GET, "/api/v1/namespaces/beta/status"),
+            (Method::PUT, "/api/v1/namespaces/beta/finalize"),
+            (Method::DELETE, "/api/v1/namespaces/beta"),
+            (Method::POST, "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"),
+            (Method::GET, "/metrics"),
+            (Method::GET, "/logs/x"),
+            (Method::POST, "/api"),
+            (Method::GET, "/api/v1/namespaces/a:b/pods"),
+            (Method::GET, "/api/v1/namespaces/Beta/pods"),
+            (Method::GET, "/api/v1/namespaces/b%20c/pods"),
+        ] {
+            assert_eq!(verdict(method.clone(), path), Err(PathError::Scope), "{method} {path}");
         }
     }
 

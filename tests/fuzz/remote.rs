@@ -144,8 +144,13 @@ fn head() {
         b"GET http://a@b/ HTTP/1.1\r\nHost: b\r\nImpersonate-Extra-a: b\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
     ];
-    let caller =
-        Caller { subject: "r".into(), role: Role::Viewer, namespaces: None, token_id: "t".into() };
+    let caller = Caller {
+        subject: "r".into(),
+        role: Role::Viewer,
+        namespaces: None,
+        tenant: None,
+        token_id: "t".into(),
+    };
     let runtime = runtime();
     run_bytes("head", &seeds, |bytes| {
         runtime.block_on(async {
@@ -157,7 +162,13 @@ fn head() {
                     let upgrade = header_policy::requested_upgrade(&parts).unwrap_or_default();
                     if let (Ok(()), Ok(out)) = (
                         header_policy::check_framing(&parts),
-                        header_policy::request_headers(&parts.headers, &caller, "id", upgrade),
+                        header_policy::request_headers(
+                            &parts.headers,
+                            &caller,
+                            None,
+                            "id",
+                            upgrade,
+                        ),
                     ) {
                         let named: Vec<&str> = out
                             .keys()
@@ -277,6 +288,7 @@ fn operations() {
         subject: "r".into(),
         role: Role::Operator,
         namespaces: None,
+        tenant: None,
         token_id: "t".into(),
     };
     let seeds = [
@@ -284,6 +296,7 @@ fn operations() {
         r#"{"kind":"delete","spec":{"objects":[{"apiVersion":"v1","kind":"ConfigMap","name":"c","namespace":"b"}]}}"#,
         r#"{"kind":"scale","spec":{"object":{"apiVersion":"apps/v1","kind":"Deployment","name":"w","namespace":"b"},"replicas":3}}"#,
         r#"{"kind":"cordon","spec":{"node":"n1"}}"#,
+        r#"{"kind":"tenant","spec":{"action":"set","tenant":"a","namespaces":["a"],"hosts":["*.a.io"],"egress":["10.0.0.0/8"]}}"#,
         r#"{"kind":"secret","spec":{"action":"set","namespace":"b","name":"db","data":{"a":"1"},"binary":{"c":"AA=="},"remove":["d"],"type":"opaque"}}"#,
     ];
     run("operations", &seeds, |text| match OperationRequest::parse(text.as_bytes(), &caller) {

@@ -252,12 +252,17 @@ impl FakeControlPlane {
 
     /// A Runner's token.
     pub(crate) fn token(&self, agent: &str, role: &str, namespaces: Option<&[&str]>) -> String {
-        self.minted(agent, "runner-1", role, namespaces)
+        self.minted(agent, "runner-1", role, namespaces, None)
+    }
+
+    /// The same for the namespaces of a tenant.
+    pub(crate) fn token_of_tenant(&self, agent: &str, role: &str, tenant: &str) -> String {
+        self.minted(agent, "runner-1", role, None, Some(tenant))
     }
 
     /// The same, of somebody else.
     pub(crate) fn token_of(&self, agent: &str, subject: &str, role: &str) -> String {
-        self.minted(agent, subject, role, None)
+        self.minted(agent, subject, role, None, None)
     }
 
     fn minted(
@@ -266,12 +271,16 @@ impl FakeControlPlane {
         subject: &str,
         role: &str,
         namespaces: Option<&[&str]>,
+        tenant: Option<&str>,
     ) -> String {
         let now = jiff::Timestamp::now().as_second() + *self.clock.lock().unwrap();
         let mut claims = json!({"iss": "cp", "aud": agent, "exp": now + 200, "sub": subject,
             "role": role, "jti": "t1"});
         if let Some(namespaces) = namespaces {
             claims["namespaces"] = json!(namespaces);
+        }
+        if let Some(tenant) = tenant {
+            claims["tenant"] = json!(tenant);
         }
         let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
         let signed = format!("{}.{}", part(&json!({"alg": "EdDSA", "kid": "k1"})), part(&claims));

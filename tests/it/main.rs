@@ -43,6 +43,7 @@ mod secrets;
 mod starts;
 mod support;
 mod teardown;
+mod tenants;
 mod traefik;
 mod tunnel;
 mod typed;

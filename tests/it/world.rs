@@ -91,12 +91,16 @@ fn merge(object: &mut Value, patch: &Value) {
 }
 
 /// Paths below which objects are kept.
-const KEPT: [&str; 5] = [
+const KEPT: [&str; 8] = [
     "/apis/batch/v1/namespaces/beta/jobs/",
     "/apis/apps/v1/namespaces/beta/deployments/",
     "/api/v1/namespaces/beta/configmaps/",
     "/api/v1/namespaces/beta/secrets/",
     "/api/v1/nodes/",
+    // a tenant's
+    "/api/v1/namespaces/acme",
+    "/apis/networking.k8s.io/v1/namespaces/acme/",
+    "/apis/rbac.authorization.k8s.io/v1/namespaces/acme/",
 ];
 
 impl Kube {

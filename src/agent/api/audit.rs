@@ -39,6 +39,9 @@ pub struct AuditRecord {
     pub request: String,
     pub subject: String,
     pub role: String,
+    /// Whose namespaces the token is for; empty where it is for those of everybody.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tenant: String,
     pub token: String,
     pub method: String,
     pub path: String,
@@ -228,6 +231,7 @@ mod tests {
             request: n.to_string(),
             subject: "r".into(),
             role: "viewer".into(),
+            tenant: if n % 2 == 0 { String::new() } else { "acme".into() },
             token: "t".into(),
             method: "GET".into(),
             path: "/api".into(),

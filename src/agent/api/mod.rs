@@ -4,6 +4,7 @@ pub mod audit;
 pub mod operations;
 pub mod permits;
 mod proxy;
+mod tenant_scope;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -248,6 +249,10 @@ impl Api {
             {
                 ApiError::new(405, "method_not_allowed", "only GET is served here", None).plain()
             }
+            // both tell of the whole cluster
+            ("/metrics" | "/api/v1/status", _) if caller.tenant.is_some() => {
+                tenant_scope::outside(caller.tenant.as_deref().unwrap_or_default()).plain()
+            }
             ("/readyz", _) => match agent_status().ready() {
                 Ok(()) => plain(200, "text/plain", "ok\n".into()),
                 Err(why) => ApiError::new(503, "not_ready", why, None).retry_after_s(5).plain(),
@@ -270,7 +275,7 @@ impl Api {
                 serde_json::to_string(&agent_status()).unwrap_or_default(),
             ),
             // who did what is not for every caller
-            ("/api/v1/audit", _) if caller.role < Role::Operator || caller.namespaces.is_some() => {
+            ("/api/v1/audit", _) if caller.role < Role::Operator || caller.is_limited() => {
                 ApiError::new(
                     403,
                     "role_exceeded",
@@ -347,6 +352,7 @@ impl Api {
             request: request.into(),
             subject: caller.subject.clone(),
             role: caller.role.name().into(),
+            tenant: caller.tenant.clone().unwrap_or_default(),
             token: caller.token_id.clone(),
             method: method.to_string(),
             path: if path.len() <= 1024 { path.into() } else { path.chars().take(1024).collect() },

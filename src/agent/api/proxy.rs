@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tower::BoxError;
 
 use crate::agent::api::permits::StreamClass;
-use crate::agent::api::{Api, AuditedRequest, ByteCounters};
+use crate::agent::api::{Api, AuditedRequest, ByteCounters, tenant_scope};
 use crate::contract::token::Caller;
 use crate::kubernetes::answer::{ApiError, is_discovery};
 use crate::kubernetes::header_policy;
@@ -135,6 +135,13 @@ impl Api {
             call.status(problem.status, problem.code);
             return problem.status(is_discovery(raw));
         };
+        if let (Some(tenant), Some(namespace)) = (&caller.tenant, &target.namespace)
+            && let Err(problem) = tenant_scope::check(&upstream, tenant, namespace).await
+        {
+            self.counters().refused.fetch_add(1, Ordering::Relaxed);
+            call.status(problem.status, problem.code);
+            return problem.status(is_discovery(raw));
+        }
         let mut answer = self
             .forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call)
             .await;
@@ -181,6 +188,12 @@ impl Api {
                 .check_namespaces(&parts.method, namespaces)
                 .map_err(|_| namespace_refusal(&target, namespaces))?;
         }
+        let namespace = match &caller.tenant {
+            Some(tenant) => {
+                target.tenant_namespace(&parts.method).map_err(|_| tenant_scope::outside(tenant))?
+            }
+            None => target.namespace.as_deref(),
+        };
         let upgrade = header_policy::requested_upgrade(parts)?;
         if parts.version == Version::HTTP_2
             && target.subresource.as_deref().is_some_and(|s| UPGRADING.contains(&s))
@@ -188,7 +201,8 @@ impl Api {
             return Err(ApiError::new(400, "use_http1", "upgrades need HTTP/1.1", None));
         }
         let upgrading = upgrade.is_some();
-        let headers = header_policy::request_headers(&parts.headers, caller, id, upgrade)?;
+        let headers =
+            header_policy::request_headers(&parts.headers, caller, namespace, id, upgrade)?;
         Ok((target, headers, upgrading))
     }
 

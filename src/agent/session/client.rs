@@ -35,6 +35,8 @@ pub struct ReportedState {
     pub hostname: String,
     pub max_role: String,
     pub cluster: watch::Receiver<ClusterInfo>,
+    /// Whether the cluster keeps tenants apart and the agent may make them; false until it is known.
+    pub tenants: watch::Receiver<bool>,
     pub status: watch::Receiver<StatusReport>,
     pub tunnel: watch::Receiver<frp::TunnelStatus>,
     pub audit: watch::Receiver<AuditHead>,
@@ -105,6 +107,16 @@ async fn deliver(queue: &Queue, agent: &AgentEndpoint<'_>) -> Reply<RequestOutco
         queue.remove(&name);
     }
     (answer.map(|_| RequestOutcome::Delivered), offset)
+}
+
+/// What a control plane may ask of this agent.
+fn capabilities(tenants: bool) -> Vec<String> {
+    let mut names =
+        vec!["kubernetes-proxy", "upgrade-websocket", "upgrade-spdy", "audit", "operations"];
+    if tenants {
+        names.push("tenants");
+    }
+    names.into_iter().map(String::from).collect()
 }
 
 /// What stays from one request to the next.
@@ -191,6 +203,9 @@ impl ControlPlaneClient {
                         }
                         Ok(()) = self.reported.status.changed() => {
                             self.status_event(shown.as_ref())
+                        }
+                        Ok(()) = self.reported.tenants.changed() => {
+                            SessionEvent::CapabilitiesChanged
                         }
                         () = timer => SessionEvent::Tick,
                     }
@@ -425,15 +440,7 @@ impl ControlPlaneClient {
                 ..AgentInfo::default()
             },
             cluster: self.reported.cluster.borrow().clone(),
-            capabilities: [
-                "kubernetes-proxy",
-                "upgrade-websocket",
-                "upgrade-spdy",
-                "audit",
-                "operations",
-            ]
-            .map(String::from)
-            .to_vec(),
+            capabilities: capabilities(*self.reported.tenants.borrow()),
             max_role: self.reported.max_role.clone(),
             ..Register::default()
         }

@@ -123,6 +123,8 @@ pub enum SessionEvent {
     Queued,
     /// The cluster has changed since the last report.
     Changed,
+    /// What the agent can do differs from what it has registered with.
+    CapabilitiesChanged,
     Tick,
     Drain,
 }

@@ -12,11 +12,15 @@ const OTHER_REASONS: &[&str] = &[
     "conflict",
     "disruption_budget",
     "forbidden",
+    "host_not_allowed",
+    "host_taken",
     "in_use",
     "invalid",
     "inventory_damaged",
     "job_failed",
     "namespace_scope",
+    "namespace_taken",
+    "namespaces_left",
     "no_ingress_class",
     "no_issuer",
     "no_revision",
@@ -28,6 +32,7 @@ const OTHER_REASONS: &[&str] = &[
     "rights_missing",
     "server_node",
     "superseded",
+    "tenants_need_1_30",
     "timed_out",
 ];
 
@@ -124,6 +129,8 @@ fn the_other_reasons_are_those_of_operations() {
         include_str!("../../agent/api/operations/nodes.rs"),
         include_str!("../../agent/api/operations/requests.rs"),
         include_str!("../../agent/api/operations/store.rs"),
+        include_str!("../../agent/api/operations/tenants.rs"),
+        include_str!("../../kubernetes/tenant.rs"),
     ]
     .concat();
     for reason in OTHER_REASONS {

@@ -9,6 +9,7 @@ pub use crate::contract::application::requests::{
     DeleteApplication, Deploy, Rollback, RunJob, SetCronJob,
 };
 use crate::contract::config::{ConfigKind, ConfigSpec};
+use crate::contract::tenant::TenantSpec;
 use crate::contract::token::{Caller, Role};
 
 const MAX_OBJECTS: usize = 200;
@@ -53,6 +54,8 @@ pub enum OperationRequest {
     /// The same of values that anybody may read.
     #[serde(rename = "configmap")]
     ConfigMap(ConfigSpec),
+    /// A customer's own place in the cluster.
+    Tenant(TenantSpec),
 }
 
 fn default_wait() -> bool {
@@ -302,6 +305,9 @@ impl OperationRequest {
             OperationRequest::ConfigMap(config) => {
                 config.check(ConfigKind::ConfigMap).map_err(bad)?;
             }
+            OperationRequest::Tenant(tenant) => {
+                tenant.check().map_err(bad).and(check_whole_cluster("tenants", caller))?
+            }
             OperationRequest::Cordon(node) | OperationRequest::Uncordon(node) => {
                 check_node(&node.node, caller)?;
             }
@@ -349,6 +355,7 @@ impl OperationRequest {
             OperationRequest::CronJob(_) => "cronjob",
             OperationRequest::Secret(_) => "secret",
             OperationRequest::ConfigMap(_) => "configmap",
+            OperationRequest::Tenant(_) => "tenant",
         }
     }
 
@@ -367,6 +374,7 @@ impl OperationRequest {
             OperationRequest::Secret(spec) | OperationRequest::ConfigMap(spec) => {
                 spec.timeout_s().unwrap_or(DEFAULT_TIMEOUT_S)
             }
+            OperationRequest::Tenant(tenant) => tenant.timeout_s(),
             OperationRequest::Cordon(_)
             | OperationRequest::Uncordon(_)
             | OperationRequest::Remove(_)
@@ -400,7 +408,8 @@ impl OperationRequest {
             | OperationRequest::Cordon(_)
             | OperationRequest::Uncordon(_)
             | OperationRequest::Drain(_)
-            | OperationRequest::Remove(_) => true,
+            | OperationRequest::Remove(_)
+            | OperationRequest::Tenant(_) => true,
         }
     }
 }
@@ -410,9 +419,13 @@ fn check_node(name: &str, caller: &Caller) -> Result<(), Refusal> {
     if !is_path_safe(name) {
         return Err((400, "bad_operation", "that is no name of a node".into()));
     }
-    if caller.role < Role::Operator || caller.namespaces.is_some() {
-        let message = "nodes are for operators of the whole cluster";
-        return Err((403, "role_exceeded", message.into()));
+    check_whole_cluster("nodes", caller)
+}
+
+fn check_whole_cluster(what: &str, caller: &Caller) -> Result<(), Refusal> {
+    if caller.role < Role::Operator || caller.is_limited() {
+        let message = format!("{what} are for operators of the whole cluster");
+        return Err((403, "role_exceeded", message));
     }
     Ok(())
 }

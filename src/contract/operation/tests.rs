@@ -6,7 +6,7 @@ use super::*;
 
 fn caller(role: Role, namespaces: Option<&[&str]>) -> Caller {
     let namespaces = namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect());
-    Caller { subject: "r-1".into(), role, namespaces, token_id: "t".into() }
+    Caller { subject: "r-1".into(), role, namespaces, tenant: None, token_id: "t".into() }
 }
 
 fn verdict(text: &str) -> Result<&'static str, String> {
@@ -98,6 +98,29 @@ fn what_is_no_operation_is_refused_by_name() {
             assert_eq!((refused.0, refused.1), (403, "role_exceeded"), "{kind}");
         }
     }
+}
+
+#[test]
+fn a_tenant_is_for_operators_of_the_whole_cluster() {
+    let set = r#"{"kind":"tenant","spec":{"action":"set","tenant":"a","namespaces":["a"]}}"#;
+    let delete = r#"{"kind":"tenant","spec":{"action":"delete","tenant":"a","confirm":"a"}}"#;
+    for request in [set, delete] {
+        assert_eq!(verdict(request), Ok("tenant"));
+        let of_tenant = Caller { tenant: Some("a".into()), ..caller(Role::Operator, None) };
+        for refused in
+            [caller(Role::Deployer, None), caller(Role::Operator, Some(&["a"])), of_tenant.clone()]
+        {
+            let end = OperationRequest::parse(request.as_bytes(), &refused).err().unwrap();
+            assert_eq!((end.0, end.1), (403, "role_exceeded"), "{refused:?}");
+        }
+        let cordon = r#"{"kind":"cordon","spec":{"node":"n"}}"#;
+        assert!(OperationRequest::parse(cordon.as_bytes(), &of_tenant).is_err());
+    }
+    let said = verdict(&delete.replace(r#""confirm":"a""#, r#""confirm":"b""#)).unwrap_err();
+    assert!(said.contains("spec.confirm"), "{said}");
+    let parsed = OperationRequest::parse(set.as_bytes(), &caller(Role::Operator, None));
+    let parsed = parsed.map_err(|(_, _, why)| why).unwrap();
+    assert_eq!((parsed.is_resumable(), parsed.timeout_s()), (true, 300));
 }
 
 #[test]

@@ -36,6 +36,7 @@ impl Executor<'_> {
         if self.is_over() {
             return self.look_at_revision(&application.namespace, &application.name).await;
         }
+        self.check_host_of_tenant(application).await?;
         let sets = self.config_sets(application).await?;
         let defaults = self.host_defaults(application).await?;
         let mut rollout = Rollout {

@@ -126,6 +126,7 @@ impl Executor<'_> {
             }
             OperationRequest::Drain(drain) => self.drain(drain).await,
             OperationRequest::Remove(remove) => self.remove(remove).await,
+            OperationRequest::Tenant(spec) => self.tenant(spec).await,
             OperationRequest::Secret(spec) => self.config(ConfigKind::Secret, spec).await,
             OperationRequest::ConfigMap(spec) => self.config(ConfigKind::ConfigMap, spec).await,
         }

@@ -21,6 +21,7 @@ mod resume;
 mod revisions;
 mod sources;
 mod store;
+mod tenants;
 mod users;
 
 use std::borrow::Cow;
@@ -43,7 +44,7 @@ use crate::base::encoding::hex;
 use crate::contract::operation::OperationRequest;
 use crate::contract::token::{Caller, Role};
 use crate::contract::types::{
-    IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, operation_id,
+    IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, tenant_operation_id,
 };
 use crate::kubernetes::answer::{ApiError, plain};
 use crate::kubernetes::upstream::{Body, Upstream};
@@ -111,10 +112,10 @@ impl Api {
                 let all = self.operations().all.lock();
                 let mut mine: Vec<Operation> = all
                     .values()
-                    .map(|l| &l.stored.operation)
-                    .filter(|o| may_see(caller, o))
+                    .map(|l| &l.stored)
+                    .filter(|stored| may_see(caller, stored))
                     // one is asked for by its id with its log
-                    .map(|o| Operation { log: Vec::new(), ..o.clone() })
+                    .map(|s| Operation { log: Vec::new(), ..s.operation.clone() })
                     .collect();
                 mine.sort_by(|a, b| b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id)));
                 plain(200, "application/json", json!({"items": mine}).to_string())
@@ -151,8 +152,9 @@ impl Api {
             .all
             .lock()
             .get(id)
-            .map(|l| l.stored.operation.clone())
-            .filter(|o| may_see(caller, o))
+            .map(|l| &l.stored)
+            .filter(|stored| may_see(caller, stored))
+            .map(|stored| stored.operation.clone())
     }
 
     async fn begin(&self, parts: &Parts, body: Incoming, caller: &Caller) -> Response<Body> {
@@ -176,7 +178,7 @@ impl Api {
             Ok(bytes) => bytes,
             Err(refused) => return *refused,
         };
-        let id = operation_id(&caller.subject, key);
+        let id = tenant_operation_id(&caller.subject, caller.tenant.as_deref(), key);
         let request = hex(&Sha256::digest(&bytes));
         let known = self.operations().all.lock().get(&id).map(|l| l.stored.clone());
         if let Some(known) = known {
@@ -210,7 +212,13 @@ impl Api {
             ..Operation::default()
         };
         let resume = ResumePoint::of(&requested, &bytes, caller);
-        let stored = StoredOperation { operation, request, reported: false, resume };
+        let stored = StoredOperation {
+            operation,
+            request,
+            tenant: caller.tenant.clone(),
+            reported: false,
+            resume,
+        };
         let cancel = match self.admit(&stored, requested.application()) {
             Ok(cancel) => cancel,
             Err(refused) => {
@@ -380,8 +388,12 @@ fn problem(
 }
 
 /// A caller sees its own operations, with a token for namespaces those of them; an operator of the
-/// whole cluster sees all.
-fn may_see(caller: &Caller, operation: &Operation) -> bool {
+/// whole cluster sees all. With a token of a tenant nothing is seen that was asked for without it.
+fn may_see(caller: &Caller, stored: &StoredOperation) -> bool {
+    let operation = &stored.operation;
+    if caller.tenant.is_some() && stored.tenant != caller.tenant {
+        return false;
+    }
     let Some(own) = &caller.namespaces else {
         return operation.subject == caller.subject || caller.role >= Role::Operator;
     };

@@ -11,10 +11,11 @@ use tokio::time::{Instant, timeout};
 
 use super::executor::Executor;
 use crate::agent::api::audit::{AuditRecord, Phase};
+use crate::agent::api::tenant_scope;
 use crate::base::text::printable;
 use crate::contract::operation::{Reference, is_path_safe};
 use crate::kubernetes::header_policy;
-use crate::kubernetes::path::{self, PathError};
+use crate::kubernetes::path::{self, KubernetesPath, PathError};
 use crate::kubernetes::readiness::diagnosis::admission_cause;
 
 /// Where a caller asks about its rights.
@@ -173,10 +174,11 @@ impl Executor<'_> {
             return Err(ExecutionError::Cancelled);
         }
         // what the agent asks for itself is not the caller's: a typed request has decided on it
-        let path = if request.as_agent {
-            path.to_owned()
+        let (path, namespace) = if request.as_agent {
+            (path.to_owned(), None)
         } else {
-            self.check_namespaces(&request.method, path)?
+            let target = self.check_scope(&request.method, path).await?;
+            (target.path, target.namespace)
         };
         self.calls += 1;
         let id = format!("{}-{}", self.progress.id, self.calls);
@@ -199,7 +201,7 @@ impl Executor<'_> {
         let begun = Instant::now();
         let sent = request.body.map_or(0, |(_, body)| body.to_string().len() as u64);
         let recorded = request.recorded;
-        let answer = timeout(REQUEST_TIMEOUT, self.send(&path, &id, request))
+        let answer = timeout(REQUEST_TIMEOUT, self.send(&path, namespace.as_deref(), &id, request))
             .await
             .unwrap_or_else(|_| Err("no answer for 30 s".into()));
         if mutating || recorded {
@@ -239,6 +241,7 @@ impl Executor<'_> {
     async fn send(
         &self,
         path: &str,
+        namespace: Option<&str>,
         id: &str,
         request: KubernetesRequest<'_>,
     ) -> Result<(u16, Bytes), String> {
@@ -246,7 +249,7 @@ impl Executor<'_> {
         let mut headers = if request.as_agent {
             HeaderMap::new()
         } else {
-            header_policy::request_headers(&HeaderMap::new(), self.caller, id, None)
+            header_policy::request_headers(&HeaderMap::new(), self.caller, namespace, id, None)
                 .map_err(|(_, _, why)| why.to_owned())?
         };
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
@@ -276,22 +279,37 @@ impl Executor<'_> {
         Ok((status, body.to_bytes()))
     }
 
-    /// The path as it is sent, if it lies within the caller's namespaces.
-    fn check_namespaces(&self, method: &Method, path: &str) -> Result<String, ExecutionError> {
+    /// The path as it is sent, if it lies within the caller's namespaces and its tenant.
+    async fn check_scope(
+        &self,
+        method: &Method,
+        path: &str,
+    ) -> Result<KubernetesPath, ExecutionError> {
         let target = match path::parse(path) {
             Ok(target) => target,
             Err(e) => return failed(e.to_string()),
         };
-        match &self.caller.namespaces {
-            Some(namespaces)
-                if target.check_namespaces(method, namespaces) == Err(PathError::Scope) =>
-            {
-                failed_for(
-                    "namespace_scope",
-                    format!("namespace_scope: the token is for {}", namespaces.join(", ")),
-                )
+        if let Some(namespaces) = &self.caller.namespaces
+            && target.check_namespaces(method, namespaces) == Err(PathError::Scope)
+        {
+            return failed_for(
+                "namespace_scope",
+                format!("namespace_scope: the token is for {}", namespaces.join(", ")),
+            );
+        }
+        let Some(tenant) = &self.caller.tenant else { return Ok(target) };
+        let checked = match target.tenant_namespace(method) {
+            Ok(None) => Ok(()),
+            Ok(Some(namespace)) => tenant_scope::check(&self.upstream, tenant, namespace).await,
+            Err(_) => Err(tenant_scope::outside(tenant)),
+        };
+        match checked {
+            Ok(()) => Ok(target),
+            Err(problem) if problem.status == 403 => {
+                failed_for("namespace_scope", format!("namespace_scope: {}", problem.message))
             }
-            _ => Ok(target.path),
+            // it is asked again, as is an API server that does not answer
+            Err(problem) => failed(problem.message),
         }
     }
 
@@ -345,7 +363,7 @@ impl Executor<'_> {
                 ));
             }
         };
-        self.check_namespaces(&Method::PATCH, &path)?;
+        self.check_scope(&Method::PATCH, &path).await?;
         Ok(Some(path))
     }
 

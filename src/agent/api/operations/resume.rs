@@ -186,6 +186,7 @@ mod tests {
             subject: "r-1".into(),
             role: Role::Deployer,
             namespaces: Some(vec!["beta".into()]),
+            tenant: Some("acme".into()),
             token_id: "t".into(),
         };
         let point = |body: &str| {

@@ -27,6 +27,9 @@ pub(super) struct StoredOperation {
     pub(super) operation: Operation,
     /// Digest of the request: the same key with another request is a mistake.
     pub(super) request: String,
+    /// The tenant whose token it was asked for with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) tenant: Option<String>,
     /// The result is in the queue for the control plane.
     #[serde(rename = "told")]
     pub(super) reported: bool,
@@ -90,6 +93,8 @@ pub struct Operations {
     dir: StateDir,
     pub(super) all: Mutex<BTreeMap<String, TrackedOperation>>,
     pub(super) results: mpsc::Sender<FinishedOperation>,
+    /// One at a time takes host names for a tenant.
+    pub(super) tenants: tokio::sync::Mutex<()>,
 }
 
 fn file(id: &str) -> String {
@@ -130,7 +135,7 @@ impl Operations {
         found.sort_by(|a, b| a.operation.created_at.cmp(&b.operation.created_at));
         let tracked = found.into_iter().map(TrackedOperation::new);
         let all = tracked.map(|live| (live.stored.operation.id.clone(), live)).collect();
-        Operations { dir, all: Mutex::new(all), results }
+        Operations { dir, all: Mutex::new(all), results, tenants: tokio::sync::Mutex::default() }
     }
 
     /// How many run.

@@ -151,6 +151,13 @@ impl ControlPlaneSession {
                     self.due.deliver = Some(now);
                 }
             }
+            SessionEvent::CapabilitiesChanged => {
+                // one that has none yet tells it when it gets one
+                if self.credential {
+                    self.want_register = true;
+                    self.due.retry = self.due.retry.or(Some(now));
+                }
+            }
             SessionEvent::Changed => {
                 // a moment later the rest of the change is known as well; a node that flaps is not
                 // reported each time

@@ -62,6 +62,22 @@ impl Bench {
 }
 
 #[test]
+fn a_capability_that_is_known_later_is_registered_once() {
+    let mut b = Bench::online();
+    assert_eq!(
+        b.on(SessionEvent::CapabilitiesChanged),
+        [SessionAction::Register(RegistrationAuth::Credential)]
+    );
+    let registered =
+        RequestOutcome::Credential { lifetime_s: 3600, config: Some(Box::new(config(1))) };
+    let actions = b.done(RequestKind::Register, registered);
+    assert!(!actions.iter().any(|a| matches!(a, SessionAction::Register(_))), "{actions:?}");
+    // without a token there is nothing to register with
+    let (mut b, _) = Bench::start(false, None);
+    assert_eq!(b.on(SessionEvent::CapabilitiesChanged), []);
+}
+
+#[test]
 fn a_change_of_the_cluster_is_reported_soon_and_one_that_flaps_not_at_each_turn() {
     let mut b = Bench::online();
     let mut reported = Vec::new();

@@ -1,0 +1,221 @@
+//! Tenants at the agent's front door: as whom their callers act, what they see, and what the
+//! operation makes.
+
+use serde_json::{Value, json};
+
+use crate::operations::{apply, deployment, written};
+use crate::world::World;
+
+/// A namespace with the label of a tenant.
+fn namespace(name: &str, tenant: &str, hosts: &str) -> Value {
+    json!({"metadata": {"name": name, "uid": name, "labels": {"pipeops.io/tenant": tenant},
+        "annotations": {"pipeops.io/hosts": hosts}}})
+}
+
+impl World {
+    fn token_of_tenant(&self, role: &str, tenant: &str) -> String {
+        self.control_plane.token_of_tenant(&self.id, role, tenant)
+    }
+
+    fn plant(&self, path: &'static str, part: &'static str, answer: Value) {
+        self.kube.planted.lock().unwrap().push((path, part, answer));
+    }
+
+    /// The agent's own rights are those of this version.
+    fn with_rights(&self) {
+        let allowed = json!({"status": {"allowed": true}});
+        self.plant("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", "", allowed);
+    }
+
+    /// How an operation of an operator of the whole cluster ends.
+    async fn tenant(&self, key: &str, spec: &Value) -> Value {
+        let token = self.token("operator");
+        let body = json!({"kind": "tenant", "spec": spec});
+        let (status, taken) = self.operate(&token, key, &body).await;
+        assert_eq!(status, 202, "{taken}");
+        self.ended(&token, taken["id"].as_str().unwrap()).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_of_a_tenant_acts_as_an_account_of_a_namespace_with_its_label() {
+    let world = World::new().await.up().await;
+    world.plant("/api/v1/namespaces/beta", "", namespace("beta", "acme", ""));
+    world.plant("/api/v1/namespaces/other", "", namespace("other", "globex", ""));
+    let (viewer, operator) =
+        (world.token_of_tenant("viewer", "acme"), world.token_of_tenant("operator", "acme"));
+    for (token, account) in [(&viewer, "viewer"), (&operator, "deployer")] {
+        let path = "/k8s/api/v1/namespaces/beta/pods";
+        assert_eq!(world.call("GET", path, token, "", "").await.0, 200);
+        let seen = world.kube.through().pop().unwrap();
+        let expected = format!("system:serviceaccount:beta:pipeops-tenant-{account}");
+        assert_eq!(seen.all("impersonate-user"), [&*expected]);
+        assert!(seen.all("impersonate-group").is_empty());
+        assert_eq!(seen.all("impersonate-extra-pipeops.io%2fsubject"), ["runner-1"]);
+    }
+    assert_eq!(world.call("GET", "/k8s/version", &viewer, "", "").await.0, 200);
+    let seen = world.kube.through().pop().unwrap();
+    assert_eq!(seen.all("impersonate-user"), ["pipeops:runner"]);
+    assert!(seen.all("impersonate-group").is_empty());
+    // another tenant's namespace, one of nobody, one that is not there, and the cluster
+    let before = world.kube.through().len();
+    for path in [
+        "/k8s/api/v1/namespaces/other/pods",
+        "/k8s/api/v1/namespaces/production/pods",
+        "/k8s/api/v1/namespaces/absent",
+        "/k8s/api/v1/namespaces",
+        "/k8s/api/v1/nodes",
+        "/k8s/api/v1/pods",
+        "/k8s/apis/rbac.authorization.k8s.io/v1/clusterroles",
+        "/k8s/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+    ] {
+        let (status, said) = world.call("GET", path, &operator, "", "").await;
+        assert_eq!(
+            (status, &said["details"]["causes"][0]["reason"]),
+            (403, &json!("namespace_scope")),
+            "{path}"
+        );
+        assert!(!said.to_string().contains("globex"), "{said}");
+    }
+    for path in ["/api/v1/status", "/api/v1/audit", "/metrics"] {
+        let (status, _) = world.call("GET", path, &operator, "", "").await;
+        assert_eq!(status, 403, "{path}");
+    }
+    assert_eq!(world.kube.through().len(), before);
+    let log = world.state().join("audit/audit.jsonl");
+    let log = std::fs::read_to_string(log).unwrap();
+    let of_acme = log.lines().filter(|line| line.contains(r#""tenant":"acme""#)).count();
+    assert!(of_acme >= 10, "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_of_a_tenant_is_held_to_it_and_seen_by_it_alone() {
+    let world = World::new().await.up().await;
+    world.plant("/api/v1/namespaces/beta", "", namespace("beta", "acme", "shop.acme.test"));
+    world.kube.ready.store(true, std::sync::atomic::Ordering::Relaxed);
+    let acme = world.token_of_tenant("deployer", "acme");
+    let globex = world.token_of_tenant("operator", "globex");
+    let everybody = world.token("deployer");
+    let body = apply(&[deployment("web")]);
+    let (status, taken) = world.operate(&acme, "k", &body).await;
+    assert_eq!(status, 202, "{taken}");
+    let id = taken["id"].as_str().unwrap();
+    let end = world.ended(&acme, id).await;
+    assert_eq!(end["state"], "succeeded", "{end}");
+    let patch = world.kube.through().into_iter().rfind(|s| s.method == "PATCH").unwrap();
+    let account = "system:serviceaccount:beta:pipeops-tenant-deployer";
+    assert_eq!(patch.all("impersonate-user"), [account]);
+    // the same key of another tenant is another operation, which may not
+    let (status, other) = world.operate(&globex, "k", &body).await;
+    assert_eq!(status, 202, "{other}");
+    assert_ne!(other["id"], id);
+    let refused = world.ended(&globex, other["id"].as_str().unwrap()).await;
+    assert_eq!(
+        (&refused["state"], &refused["reason"]),
+        (&json!("failed"), &json!("namespace_scope")),
+        "{refused}"
+    );
+    // each sees its own; who asked without a tenant sees what he has asked for
+    let listed = async |token: &str| {
+        let (_, list) = world.call("GET", "/api/v1/operations", token, "", "").await;
+        list["items"].as_array().unwrap().len()
+    };
+    assert_eq!((listed(&acme).await, listed(&globex).await, listed(&everybody).await), (1, 1, 2));
+    for rest in ["", "/events"] {
+        let path = format!("/api/v1/operations/{id}{rest}");
+        assert_eq!(world.call("GET", &path, &globex, "", "").await.0, 404, "{path}");
+    }
+    assert_eq!(
+        world.call("DELETE", &format!("/api/v1/operations/{id}"), &globex, "", "").await.0,
+        404
+    );
+    // a host that is not the tenant's
+    let application = |host: &str| {
+        json!({"kind": "deploy", "spec": {"application": {"name": "shop", "namespace": "beta",
+            "image": "r.example/shop:1", "ports": [{"container_port": 80}],
+            "host": {"name": host, "tls": false}}}})
+    };
+    let (_, taken) = world.operate(&acme, "h", &application("www.globex.test")).await;
+    let end = world.ended(&acme, taken["id"].as_str().unwrap()).await;
+    assert_eq!(end["reason"], "host_not_allowed", "{end}");
+    assert!(end["message"].as_str().unwrap().contains("shop.acme.test"), "{end}");
+    for kind in [
+        json!({"kind": "cordon", "spec": {"node": "vm1"}}),
+        json!({"kind": "tenant", "spec": {"action": "delete", "tenant": "acme", "confirm": "acme"}}),
+    ] {
+        let own = world.token_of_tenant("operator", "acme");
+        assert_eq!(world.operate(&own, "x", &kind).await.0, 403, "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_is_made_with_the_agents_rights_and_its_bounds_come_first() {
+    let world = World::new().await.up().await;
+    let set = json!({"action": "set", "tenant": "acme", "namespaces": ["acme"],
+        "hosts": ["shop.acme.test"], "quota": {"pods": 5}});
+    // of a version before
+    let end = world.tenant("t-0", &set).await;
+    assert_eq!(
+        (&end["state"], &end["reason"]),
+        (&json!("failed"), &json!("rights_missing")),
+        "{end}"
+    );
+    assert!(end["message"].as_str().unwrap().contains("pipeops install-server"), "{end}");
+    world.with_rights();
+    let end = world.tenant("t-1", &set).await;
+    // the fake has an answer for every namespace: it is there and of nobody
+    assert_eq!(end["reason"], "namespace_taken", "{end}");
+    let list = json!({"items": [namespace("acme", "acme", "old.acme.test"),
+        namespace("globex", "globex", "www.globex.test,*.globex.net")]});
+    world.plant("/api/v1/namespaces", "labelSelector", list);
+    let end = world.tenant("t-2", &set).await;
+    assert_eq!(end["state"], "succeeded", "{end}");
+    let objects: Vec<&str> =
+        end["objects"].as_array().unwrap().iter().map(|o| o["object"].as_str().unwrap()).collect();
+    assert_eq!((objects[0], objects[1]), ("Namespace acme", "ResourceQuota acme/pipeops-tenant"));
+    assert_eq!(objects.last(), Some(&"RoleBinding acme/pipeops-tenant-deployer"));
+    assert_eq!(objects.len(), 12);
+    // with the agent's own rights alone
+    assert!(written(&world.kube).is_empty());
+    {
+        let kept = world.kube.objects.lock().unwrap();
+        let made = &kept["/api/v1/namespaces/acme"]["metadata"];
+        assert_eq!(made["labels"]["pod-security.kubernetes.io/enforce"], "baseline");
+        assert_eq!(made["annotations"]["pipeops.io/hosts"], "shop.acme.test");
+    }
+    for (key, field, value, reason) in [
+        ("t-3", "hosts", json!(["a.globex.net"]), "host_taken"),
+        ("t-4", "namespaces", json!(["globex"]), "namespace_taken"),
+        ("t-5", "namespaces", json!(["acme-2"]), "namespaces_left"),
+    ] {
+        let mut other = set.clone();
+        other[field] = value;
+        let end = world.tenant(key, &other).await;
+        assert_eq!(end["reason"], reason, "{end}");
+    }
+    let used = json!({"items": [{"metadata": {"name": "web"},
+        "spec": {"rules": [{"host": "old.acme.test"}]}}]});
+    world.plant("/apis/networking.k8s.io/v1/namespaces/acme/ingresses", "", used);
+    let end = world.tenant("t-6", &set).await;
+    assert_eq!(end["reason"], "in_use", "{end}");
+    assert!(end["message"].as_str().unwrap().contains("old.acme.test"), "{end}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_goes_with_its_own_namespaces_and_an_old_cluster_has_none() {
+    let world = World::new().await.up().await;
+    world.with_rights();
+    let list = json!({"items": [namespace("acme", "acme", "")]});
+    world.plant("/api/v1/namespaces", "tenant%3Dacme", list);
+    world.kube.put("/api/v1/namespaces/acme", namespace("acme", "acme", ""));
+    let delete = |tenant: &str| json!({"action": "delete", "tenant": tenant, "confirm": tenant});
+    let end = world.tenant("d-1", &delete("acme")).await;
+    let gone = json!([{"object": "Namespace acme", "outcome": "absent"}]);
+    assert_eq!((&end["state"], &end["objects"]), (&json!("succeeded"), &gone), "{end}");
+    let end = world.tenant("d-2", &delete("nobody")).await;
+    let absent = json!([{"object": "Tenant nobody", "outcome": "absent"}]);
+    assert_eq!((&end["state"], &end["objects"]), (&json!("succeeded"), &absent), "{end}");
+    world.plant("/version", "", json!({"gitVersion": "v1.29.9+k3s1"}));
+    let end = world.tenant("d-3", &delete("acme")).await;
+    assert_eq!(end["reason"], "tenants_need_1_30", "{end}");
+}
