@@ -182,6 +182,9 @@ pub enum RunnerCommand {
         /// Only these namespaces
         #[arg(long, value_name = "NAMES", value_delimiter = ',')]
         namespaces: Option<Vec<String>>,
+        /// Only the namespaces of this tenant
+        #[arg(long, value_name = "TENANT")]
+        tenant: Option<String>,
         /// How long it is good, seconds; without: until it is revoked
         #[arg(long, value_name = "SECONDS", value_parser = ttl())]
         ttl: Option<i64>,
@@ -219,6 +222,9 @@ pub enum UserCommand {
         /// Only these namespaces
         #[arg(long, value_name = "NAMES", value_delimiter = ',')]
         namespaces: Option<Vec<String>>,
+        /// Only the namespaces of this tenant
+        #[arg(long, value_name = "TENANT")]
+        tenant: Option<String>,
         /// How long it is good, seconds; without: until it is revoked
         #[arg(long, value_name = "SECONDS", value_parser = ttl())]
         ttl: Option<i64>,

@@ -39,11 +39,14 @@ pub enum RequiredAuth {
     /// The credential of the agent that the path names.
     Agent,
     Admin,
-    /// An administrator, or a Runner whose reach the cluster of the path is in.
+    /// An administrator, or a Runner whose reach the cluster of the path is in. What it answers a
+    /// token of a tenant is of that tenant.
     Runner,
-    /// The same, or a kubeconfig; never a cookie.
+    /// The same without tokens of tenants: it answers of all that is in a cluster.
+    Project,
+    /// As [`RequiredAuth::Runner`], or a kubeconfig; never a cookie.
     Gateway,
-    /// A session of the page.
+    /// A session of the page, which no tenant has.
     Session,
 }
 
@@ -82,6 +85,11 @@ pub(super) struct RunnerCaller {
     pub(super) principal: Principal,
     /// Hash of the token. A call over the local socket has none.
     pub(super) token: Option<String>,
+}
+
+/// A Runner of more than a tenant.
+pub(super) struct ProjectCaller {
+    pub(super) principal: Principal,
 }
 
 pub(super) struct GatewayCaller {
@@ -151,6 +159,10 @@ callers! {
         let (principal, token) = control_plane.authorize(RequiredAuth::Runner, parts)?;
         Ok(RunnerCaller { principal, token })
     };
+    ProjectCaller requires Project: |control_plane, parts| {
+        let (principal, _) = control_plane.authorize(RequiredAuth::Project, parts)?;
+        Ok(ProjectCaller { principal })
+    };
     GatewayCaller requires Gateway: |control_plane, parts| {
         let (principal, _) = control_plane.authorize(RequiredAuth::Gateway, parts)?;
         Ok(GatewayCaller { principal })
@@ -172,6 +184,28 @@ fn forbidden() -> HttpError {
     HttpError::new(403, "forbidden", "this token is for something else", None)
 }
 
+/// Whether a route answers this caller; `agent` is the agent that its path names.
+fn may_call(principal: &Principal, required_auth: RequiredAuth, agent: &str) -> bool {
+    match (principal, required_auth) {
+        (Principal::Enrolment(_) | Principal::Agent(_), RequiredAuth::Enrolment) => true,
+        (Principal::Agent(own), RequiredAuth::Agent) => own == agent,
+        (
+            Principal::Admin(_),
+            RequiredAuth::Admin
+            | RequiredAuth::Runner
+            | RequiredAuth::Project
+            | RequiredAuth::Gateway
+            | RequiredAuth::Session,
+        ) => true,
+        (Principal::AccessToken(access), RequiredAuth::Runner) => access.kind == AccessKind::Runner,
+        (Principal::AccessToken(access), RequiredAuth::Project | RequiredAuth::Session) => {
+            access.kind == AccessKind::Runner && access.tenant.is_none()
+        }
+        (Principal::AccessToken(_), RequiredAuth::Gateway) => true,
+        _ => false,
+    }
+}
+
 fn bearer(headers: &HeaderMap) -> Result<&str, HttpError> {
     let token = header_policy::bearer(headers).filter(|t| !t.is_empty() && t.len() <= 512);
     token.ok_or_else(|| HttpError::new(401, "token_needed", "a bearer token is needed", None))
@@ -187,9 +221,10 @@ impl ControlPlane {
     ) -> Result<(Principal, Option<String>), HttpError> {
         let Origin::Network(address) = origin(parts)? else {
             return match required_auth {
-                RequiredAuth::Admin | RequiredAuth::Runner | RequiredAuth::Gateway => {
-                    Ok((Principal::Local, None))
-                }
+                RequiredAuth::Admin
+                | RequiredAuth::Runner
+                | RequiredAuth::Project
+                | RequiredAuth::Gateway => Ok((Principal::Local, None)),
                 RequiredAuth::Enrolment | RequiredAuth::Agent => {
                     Err(HttpError::new(403, "not_here", "agents come over the network", None))
                 }
@@ -202,7 +237,10 @@ impl ControlPlane {
         // a cookie is accepted on the routes of the page only: a web page served by a cluster
         // cannot use it
         let cookie = match required_auth {
-            RequiredAuth::Session | RequiredAuth::Admin | RequiredAuth::Runner
+            RequiredAuth::Session
+            | RequiredAuth::Admin
+            | RequiredAuth::Runner
+            | RequiredAuth::Project
                 if !parts.headers.contains_key(header::AUTHORIZATION) =>
             {
                 self.inner.sessions.token(self.keys(), &parts.method, &parts.headers, now)?
@@ -227,23 +265,7 @@ impl ControlPlane {
             }
         };
         self.inner.failures.succeeded(hash.clone());
-        let allowed = match (&principal, required_auth) {
-            (Principal::Enrolment(_) | Principal::Agent(_), RequiredAuth::Enrolment) => true,
-            (Principal::Agent(own), RequiredAuth::Agent) => *own == id,
-            (
-                Principal::Admin(_),
-                RequiredAuth::Admin
-                | RequiredAuth::Runner
-                | RequiredAuth::Gateway
-                | RequiredAuth::Session,
-            ) => true,
-            (Principal::AccessToken(access), RequiredAuth::Runner | RequiredAuth::Session) => {
-                access.kind == AccessKind::Runner
-            }
-            (Principal::AccessToken(_), RequiredAuth::Gateway) => true,
-            _ => false,
-        };
-        if !allowed {
+        if !may_call(&principal, required_auth, &id) {
             return Err(forbidden());
         }
         if matches!(principal, Principal::Admin(_)) {

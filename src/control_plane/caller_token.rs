@@ -9,19 +9,17 @@ use super::agent_client::pin;
 use super::clock::rfc3339;
 use super::error::HttpError;
 use super::registry::{ClusterTarget, ClusterView, Principal};
-use super::scope::{TokenRequest, restrict};
+use super::scope::{Scope, TokenRequest, restrict};
 use super::state::ControlPlane;
 use crate::base::secret::Secret;
-use crate::contract::token::{Role, TOKEN_LIFETIME};
+use crate::contract::token::TOKEN_LIFETIME;
 
 /// For whom a token is signed, and what it allows at which agent.
 pub(super) struct CallerTokenRequest<'a> {
     pub(super) principal: &'a Principal,
     pub(super) target: &'a ClusterTarget,
-    /// The token gets no higher one than the target's highest.
-    pub(super) role: Role,
-    /// `None` for all of them.
-    pub(super) namespaces: Option<Vec<String>>,
+    /// The token gets no higher role than the target's highest.
+    pub(super) scope: Scope,
     /// Seconds from `now`.
     pub(super) ttl: i64,
     /// Seconds since 1970.
@@ -38,9 +36,29 @@ impl<'a> CallerTokenRequest<'a> {
         target: &'a ClusterTarget,
         now: i64,
     ) -> Result<CallerTokenRequest<'a>, HttpError> {
-        let (role, namespaces) = restrict(principal, &TokenRequest::default())?;
-        Ok(CallerTokenRequest { principal, target, role, namespaces, ttl: TOKEN_LIFETIME, now })
+        let scope = restrict(principal, &TokenRequest::default())?;
+        Ok(CallerTokenRequest { principal, target, scope, ttl: TOKEN_LIFETIME, now })
     }
+}
+
+/// An agent of a version before tenants does not read the claim, and would let the token into all
+/// namespaces.
+///
+/// # Errors
+/// 409 with the next step.
+pub(super) fn check_tenants(target: &ClusterTarget) -> Result<(), HttpError> {
+    if target.tenants {
+        return Ok(());
+    }
+    Err(HttpError::new(
+        409,
+        "tenants_unsupported",
+        "the agent of this cluster does not keep tenants apart",
+        Some(
+            "upgrade it: `pipeops install-server` of this version on its server; tenants need \
+             Kubernetes 1.30",
+        ),
+    ))
 }
 
 /// A token for an agent, and where to go with it.
@@ -81,26 +99,42 @@ enum Endpoint {
 
 impl ControlPlane {
     /// A token for one agent, and when it ends.
-    pub(super) fn caller_token(&self, request: &CallerTokenRequest<'_>) -> (Secret, i64) {
-        let target = request.target;
+    ///
+    /// # Errors
+    /// Of a tenant, for an agent that would not see to it.
+    pub(super) fn caller_token(
+        &self,
+        request: &CallerTokenRequest<'_>,
+    ) -> Result<(Secret, i64), HttpError> {
+        let (target, scope) = (request.target, &request.scope);
         let subject = request.principal.subject();
         let expires = request.now + request.ttl;
         let id = crate::frp::wire::fresh_run_id();
-        let role = request.role.min(target.max_role);
+        let role = scope.role.min(target.max_role);
         let mut claims = json!({
             "iss": self.issuer(), "aud": target.agent, "sub": subject, "role": role.name(),
             "iat": request.now, "exp": expires, "jti": id,
         });
-        if let Some(namespaces) = &request.namespaces {
+        if let Some(namespaces) = &scope.namespaces {
             claims["namespaces"] = json!(namespaces);
         }
-        (self.keys().sign(&claims), expires)
+        if let Some(tenant) = &scope.tenant {
+            check_tenants(target)?;
+            claims["tenant"] = json!(tenant);
+        }
+        Ok((self.keys().sign(&claims), expires))
     }
 
     /// A Runner's token, with the endpoints that accept it.
-    pub(super) fn runner_token(&self, request: &CallerTokenRequest<'_>) -> RunnerToken {
+    ///
+    /// # Errors
+    /// As [`ControlPlane::caller_token`].
+    pub(super) fn runner_token(
+        &self,
+        request: &CallerTokenRequest<'_>,
+    ) -> Result<RunnerToken, HttpError> {
         let target = request.target;
-        let (token, expires) = self.caller_token(request);
+        let (token, expires) = self.caller_token(request)?;
         let agent_pin = pin(&target.public_key).map(|p| p.to_string()).unwrap_or_default();
         let server = self.tunnel_endpoint();
         let runner = if let Principal::AccessToken(access) = request.principal {
@@ -123,7 +157,7 @@ impl ControlPlane {
             server_pin: server.tls.pin,
             server_ca: server.tls.ca_pem,
         };
-        RunnerToken { token, expires_at: rfc3339(expires), endpoints: [gateway, tunnel] }
+        Ok(RunnerToken { token, expires_at: rfc3339(expires), endpoints: [gateway, tunnel] })
     }
 
     /// A kubeconfig for kubectl.

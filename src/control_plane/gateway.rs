@@ -130,7 +130,7 @@ impl ControlPlane {
     ) -> Result<Response<Body>, HttpError> {
         let target = self.registry().target(id, principal.project())?;
         let (token, _) =
-            self.caller_token(&CallerTokenRequest::with_own_rights(principal, &target, now)?);
+            self.caller_token(&CallerTokenRequest::with_own_rights(principal, &target, now)?)?;
         let (prefix, uri) = agent_uri(request.uri(), &target.agent)?;
         let upgrade = request.headers().get(header::UPGRADE).cloned();
         let headers = outward_headers(request.headers(), &token, upgrade.as_ref())?;
@@ -170,9 +170,11 @@ impl ControlPlane {
         now: i64,
     ) -> Result<Value, HttpError> {
         let target = self.registry().target(id, principal.project())?;
-        let own = CallerTokenRequest::with_own_rights(principal, &target, now)?;
-        let role = if own_role { own.role } else { Role::Viewer };
-        let (token, _) = self.caller_token(&CallerTokenRequest { role, ..own });
+        let mut own = CallerTokenRequest::with_own_rights(principal, &target, now)?;
+        if !own_role {
+            own.scope.role = Role::Viewer;
+        }
+        let (token, _) = self.caller_token(&own)?;
         let (status, value) = self
             .agent_clients()
             .call(Request::builder(), path, &target, &token, Bytes::new())

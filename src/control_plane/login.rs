@@ -35,7 +35,17 @@ impl ControlPlane {
             .inspect_err(|_| failures.failed(address, now))?;
         match &principal {
             Principal::Admin(_) => self.remove_bootstrap_token(),
-            Principal::AccessToken(access) if access.kind == AccessKind::Runner => {}
+            Principal::AccessToken(access)
+                if access.kind == AccessKind::Runner && access.tenant.is_none() => {}
+            Principal::AccessToken(access) if access.tenant.is_some() => {
+                // the page shows whole clusters
+                return Err(HttpError::new(
+                    403,
+                    "forbidden",
+                    "this token is of a tenant, and the page is for those who see all of a cluster",
+                    Some("use the command line: pipeops login URL"),
+                ));
+            }
             _ => {
                 return Err(HttpError::new(
                     403,

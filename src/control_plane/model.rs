@@ -82,8 +82,12 @@ pub struct AccessToken {
     pub role: Role,
     /// Only these clusters; none: all of the project.
     pub clusters: Option<Vec<String>>,
-    /// Only these namespaces; none: all.
+    /// Only these namespaces; none: all. Of a tenant's token an empty list is all of that tenant.
+    // versions before tenants read such a row as one that reaches no namespace
     pub namespaces: Option<Vec<String>>,
+    /// Only the namespaces of this tenant; none: also those of no tenant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     pub created_at: i64,
     pub expires_at: Option<i64>,
     pub revoked: bool,
@@ -110,6 +114,11 @@ impl AccessToken {
         if self.person { user_subject(&self.name) } else { self.id.clone() }
     }
 
+    /// The namespaces that it is limited to, beside the limit of its tenant.
+    pub fn namespace_limit(&self) -> Option<&Vec<String>> {
+        self.namespaces.as_ref().filter(|list| self.tenant.is_none() || !list.is_empty())
+    }
+
     /// Whether a cluster of its project is within its reach.
     pub fn includes(&self, cluster: &str) -> bool {
         self.clusters.as_ref().is_none_or(|list| list.iter().any(|id| id == cluster))
@@ -125,6 +134,9 @@ pub struct OperationRecord {
     /// Empty for one that was asked for at the agent, or of a version before this field.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub caller_id: String,
+    /// The tenant that the caller was limited to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     /// The caller's Idempotency-Key; empty for one that was asked for at the agent.
     pub key: String,
     /// Digest of the request: the same key for something else is a mistake.

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::caller_token::CallerTokenRequest;
+use super::caller_token::{CallerTokenRequest, check_tenants};
 use super::clock::rfc3339;
 use super::error::{HttpError, database_unavailable};
 use super::model::OperationRecord;
@@ -20,7 +20,7 @@ use super::state::ControlPlane;
 use crate::base::encoding::hex;
 use crate::contract::token::Role;
 use crate::contract::types::{
-    IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, operation_id,
+    IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, tenant_operation_id,
 };
 
 /// Longest time in the queue, seconds.
@@ -60,7 +60,7 @@ impl ControlPlane {
         now: i64,
     ) -> Result<(StatusCode, Value), HttpError> {
         let (token, _) =
-            self.caller_token(&CallerTokenRequest::with_own_rights(principal, target, now)?);
+            self.caller_token(&CallerTokenRequest::with_own_rights(principal, target, now)?)?;
         self.agent_clients()
             .call(
                 Request::builder().method(method),
@@ -82,15 +82,19 @@ impl ControlPlane {
         now: i64,
     ) -> Result<Submission, HttpError> {
         let ttl = request.ttl_s.map(|ttl| checked_ttl(Some(ttl), MAX_TTL, MAX_TTL)).transpose()?;
-        let (role, _) = restrict(principal, &TokenRequest::default())?;
-        if role < Role::Deployer {
+        let scope = restrict(principal, &TokenRequest::default())?;
+        if scope.role < Role::Deployer {
             return Err(HttpError::new(403, "role_exceeded", "a viewer changes nothing", None));
+        }
+        // what waits for an agent is not refused only when it is there
+        if scope.tenant.is_some() {
+            check_tenants(target)?;
         }
         let key = check_idempotency_key(key)
             .map_err(|why| HttpError::new(400, "idempotency_key_needed", why, None))?;
         let body = json!({"kind": request.kind, "spec": request.spec}).to_string();
         let (subject, digest) = (principal.subject(), hex(&Sha256::digest(&body)));
-        let id = operation_id(&subject, key);
+        let id = tenant_operation_id(&subject, scope.tenant.as_deref(), key);
         if let Some(known) = self.registry().operation(&target.agent, &id) {
             // one that was requested at the agent is compared there; one of the user who had this
             // name before is another's
@@ -117,6 +121,7 @@ impl ControlPlane {
                 ..Operation::default()
             },
             caller_id: principal.id(),
+            tenant: scope.tenant,
             key: key.into(),
             request: digest,
             sealed: None,
@@ -153,7 +158,7 @@ impl ControlPlane {
         now: i64,
     ) -> Result<(StatusCode, Value), HttpError> {
         let (token, _) =
-            self.caller_token(&CallerTokenRequest::with_own_rights(principal, target, now)?);
+            self.caller_token(&CallerTokenRequest::with_own_rights(principal, target, now)?)?;
         let request = Request::builder()
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/json")

@@ -1,4 +1,5 @@
-//! Limits of a requested token: role, namespaces and lifetime, never more than the caller has.
+//! Limits of a requested token: role, namespaces, tenant and lifetime, never more than the caller
+//! has.
 
 use serde::Deserialize;
 
@@ -8,6 +9,8 @@ use crate::base::text::{is_dns_label, printable};
 use crate::contract::token::Role;
 
 pub(super) use super::keys::DAY;
+/// Longest name of a tenant, characters.
+const MAX_TENANT: usize = 40;
 /// Longest lifetime of an enrolment token and of a Runner's token, seconds.
 pub const YEAR: i64 = 366 * DAY;
 
@@ -19,7 +22,26 @@ pub(super) struct TokenRequest {
     #[cfg_attr(test, schemars(with = "Option<Role>"))]
     pub(super) role: Option<String>,
     pub(super) namespaces: Option<Vec<String>>,
+    pub(super) tenant: Option<String>,
     pub(super) ttl_s: Option<i64>,
+}
+
+/// What a token allows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Scope {
+    pub(super) role: Role,
+    /// `None` for all of them.
+    pub(super) namespaces: Option<Vec<String>>,
+    /// Only the namespaces of this tenant.
+    pub(super) tenant: Option<String>,
+}
+
+impl Scope {
+    /// As the row of a token has them: see [`AccessToken::namespaces`].
+    pub(super) fn stored_namespaces(&self) -> Option<Vec<String>> {
+        let of_tenant = || self.tenant.is_some().then(Vec::new);
+        self.namespaces.clone().or_else(of_tenant)
+    }
 }
 
 pub(super) fn parse_role(name: Option<&str>, default: Role) -> Result<Role, HttpError> {
@@ -61,13 +83,23 @@ pub(super) fn check_namespaces(names: Option<&[String]>) -> Result<(), HttpError
     }
 }
 
-/// Role and namespaces of a requested token, never more than the caller has.
-pub(super) fn restrict(
-    principal: &Principal,
-    request: &TokenRequest,
-) -> Result<(Role, Option<Vec<String>>), HttpError> {
+/// A tenant that no namespace can be of would reach nothing.
+///
+/// # Errors
+/// 400 for what is no name of a tenant.
+pub(super) fn check_tenant(name: Option<&str>) -> Result<(), HttpError> {
+    let Some(wrong) = name.filter(|name| !is_dns_label(name) || name.len() > MAX_TENANT) else {
+        return Ok(());
+    };
+    let wrong: String = printable(wrong).chars().take(80).collect();
+    let hint = Some("a tenant has 1 to 40 lower-case letters, digits and -, as in acme");
+    Err(HttpError::new(400, "bad_name", format!("`{wrong}` is no name of a tenant"), hint))
+}
+
+/// Role, namespaces and tenant of a requested token, never more than the caller has.
+pub(super) fn restrict(principal: &Principal, request: &TokenRequest) -> Result<Scope, HttpError> {
     let (max, limits) = match principal {
-        Principal::AccessToken(access) => (access.role, access.namespaces.clone()),
+        Principal::AccessToken(access) => (access.role, access.namespace_limit().cloned()),
         _ => (Role::Operator, None),
     };
     let role = parse_role(request.role.as_deref(), max)?;
@@ -80,7 +112,17 @@ pub(super) fn restrict(
         ));
     }
     check_namespaces(request.namespaces.as_deref())?;
-    let namespaces = match (request.namespaces.clone(), limits) {
+    check_tenant(request.tenant.as_deref())?;
+    let tenant = match (request.tenant.as_deref(), principal.tenant()) {
+        (Some(requested), Some(own)) if requested != own => {
+            let message = format!("this token is for the tenant {own}");
+            return Err(HttpError::new(403, "tenant_exceeded", message, None));
+        }
+        (requested, own) => requested.or(own).map(str::to_owned),
+    };
+    // of a tenant an empty list is no limit
+    let requested = request.namespaces.clone().filter(|list| tenant.is_none() || !list.is_empty());
+    let namespaces = match (requested, limits) {
         (Some(requested), Some(limits)) if requested.iter().any(|n| !limits.contains(n)) => {
             return Err(HttpError::new(
                 403,
@@ -92,7 +134,7 @@ pub(super) fn restrict(
         (Some(requested), _) => Some(requested),
         (None, limits) => limits,
     };
-    Ok((role, namespaces))
+    Ok(Scope { role, namespaces, tenant })
 }
 
 #[cfg(test)]
@@ -100,38 +142,43 @@ mod tests {
     use super::*;
     use crate::control_plane::model::{AccessKind, AccessToken};
 
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    fn access(role: Role, namespaces: Option<&[&str]>, tenant: Option<&str>) -> Principal {
+        Principal::AccessToken(Box::new(AccessToken {
+            id: "r-1".into(),
+            project: "p".into(),
+            name: "ci".into(),
+            kind: AccessKind::Runner,
+            hash: String::new(),
+            role,
+            clusters: None,
+            namespaces: namespaces.map(names),
+            tenant: tenant.map(str::to_owned),
+            created_at: 0,
+            expires_at: None,
+            revoked: false,
+            maker: None,
+            person: false,
+        }))
+    }
+
     #[test]
     fn nobody_asks_for_more_than_he_has() {
-        let access = |role, namespaces: Option<&[&str]>| {
-            let namespaces = namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect());
-            Principal::AccessToken(Box::new(AccessToken {
-                id: "r-1".into(),
-                project: "p".into(),
-                name: "ci".into(),
-                kind: AccessKind::Runner,
-                hash: String::new(),
-                role,
-                clusters: None,
-                namespaces,
-                created_at: 0,
-                expires_at: None,
-                revoked: false,
-                maker: None,
-                person: false,
-            }))
-        };
         let requested = |role: Option<&str>, namespaces: Option<&[&str]>| TokenRequest {
             role: role.map(str::to_owned),
-            namespaces: namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect()),
-            ttl_s: None,
+            namespaces: namespaces.map(names),
+            ..TokenRequest::default()
         };
-        let deployer = access(Role::Deployer, Some(&["beta"]));
+        let deployer = access(Role::Deployer, Some(&["beta"]), None);
         assert_eq!(
             restrict(&deployer, &requested(None, None)).unwrap(),
-            (Role::Deployer, Some(vec!["beta".into()]))
+            Scope { role: Role::Deployer, namespaces: Some(names(&["beta"])), tenant: None }
         );
         assert_eq!(
-            restrict(&deployer, &requested(Some("viewer"), Some(&["beta"]))).unwrap().0,
+            restrict(&deployer, &requested(Some("viewer"), Some(&["beta"]))).unwrap().role,
             Role::Viewer
         );
         assert_eq!(
@@ -146,6 +193,40 @@ mod tests {
             restrict(&deployer, &requested(Some("root"), None)).unwrap_err().code,
             "bad_role"
         );
+    }
+
+    #[test]
+    fn a_token_of_a_tenant_makes_none_that_reaches_further() {
+        let restricted = |limits: Option<&[&str]>, own, namespaces: Option<&[&str]>, tenant| {
+            let request = TokenRequest {
+                namespaces: namespaces.map(names),
+                tenant: Option::map(tenant, str::to_owned),
+                ..TokenRequest::default()
+            };
+            restrict(&access(Role::Deployer, limits, own), &request)
+                .map(|scope| (scope.stored_namespaces(), scope.tenant))
+                .map_err(|error| error.code)
+        };
+        let acme = Some("acme");
+        let of_acme = |namespaces: &[&str]| Ok((Some(names(namespaces)), Some("acme".to_owned())));
+        for (limits, own, namespaces, tenant, wanted) in [
+            (None, None, None, None, Ok((None, None))),
+            (None, None, Some(&[][..]), None, Ok((Some(Vec::new()), None))),
+            (None, None, None, acme, of_acme(&[])),
+            // as the row of a token has it
+            (Some(&[][..]), acme, None, None, of_acme(&[])),
+            (Some(&[][..]), acme, None, acme, of_acme(&[])),
+            (Some(&[][..]), acme, Some(&["a"][..]), None, of_acme(&["a"])),
+            (Some(&["a"][..]), acme, Some(&[][..]), None, of_acme(&["a"])),
+            (Some(&["a"][..]), acme, Some(&["b"][..]), None, Err("namespace_exceeded")),
+            (Some(&[][..]), acme, None, Some("other"), Err("tenant_exceeded")),
+            (None, None, None, Some("A"), Err("bad_name")),
+        ] {
+            let got = restricted(limits, own, namespaces, tenant);
+            assert_eq!(got, wanted, "{limits:?} {own:?} {namespaces:?} {tenant:?}");
+        }
+        assert_eq!(check_tenant(Some(&"x".repeat(40))), Ok(()));
+        assert_eq!(check_tenant(Some(&"x".repeat(41))).unwrap_err().code, "bad_name");
     }
 
     #[test]

@@ -948,7 +948,7 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         RequiredAuth::Runner if matches!(path, "/api/v1/clusters" | "/api/v1/changes") => {
             matches!(who, "runner" | "foreign" | "elsewhere" | "admin")
         }
-        RequiredAuth::Runner => matches!(who, "runner" | "admin"),
+        RequiredAuth::Runner | RequiredAuth::Project => matches!(who, "runner" | "admin"),
         RequiredAuth::Gateway => matches!(who, "runner" | "kubeconfig" | "admin"),
     };
     let mut checked = 0;

@@ -44,6 +44,7 @@ mod starts;
 mod support;
 mod teardown;
 mod tenants;
+mod tenant_tokens;
 mod traefik;
 mod tunnel;
 mod typed;

@@ -360,6 +360,7 @@ impl RouteTester {
         let runner = make(json!({"name": "mine"})).await;
         let viewer = make(json!({"name": "viewer", "role": "viewer"})).await;
         let foreign = make(json!({"name": "foreign", "project": other})).await;
+        let tenant = make(json!({"name": "tenant", "tenant": "acme"})).await;
         let kubeconfig = control_plane
             .ask("POST", &format!("/api/v1/clusters/{cluster}/kubeconfig"), &runner, json!({}))
             .await;
@@ -378,6 +379,7 @@ impl RouteTester {
             ("kubeconfig", kubeconfig),
             ("foreign", foreign),
             ("viewer", viewer),
+            ("tenant", tenant),
             ("runner", runner),
             ("admin", control_plane.admin.clone()),
         ];

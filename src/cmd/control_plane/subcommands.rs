@@ -286,11 +286,20 @@ pub(super) async fn runner(
     command: RunnerCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        RunnerCommand::Create { name, project, role, clusters, namespaces, ttl, output } => {
+        RunnerCommand::Create {
+            name,
+            project,
+            role,
+            clusters,
+            namespaces,
+            tenant,
+            ttl,
+            output,
+        } => {
             let client = AdminClient::new(context, location, output);
             let body = json!({
-                "name": name, "project": project, "role": role,
-                "clusters": clusters, "namespaces": namespaces, "ttl_s": ttl,
+                "name": name, "project": project, "role": role, "clusters": clusters,
+                "namespaces": namespaces, "tenant": tenant, "ttl_s": ttl,
             });
             let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
             // standard output has the token alone: scripts write it into a file
@@ -317,16 +326,28 @@ pub(super) async fn runner(
 }
 
 /// Columns of all that has a token of the Runner side.
-const ACCESS_HEAD: &[&str] =
-    &["ID", "NAME", "PROJECT", "KIND", "ROLE", "CLUSTERS", "NAMESPACES", "EXPIRES", "REVOKED"];
+const ACCESS_HEAD: &[&str] = &[
+    "ID",
+    "NAME",
+    "PROJECT",
+    "KIND",
+    "ROLE",
+    "CLUSTERS",
+    "TENANT",
+    "NAMESPACES",
+    "EXPIRES",
+    "REVOKED",
+];
 
 fn access_row(row: &Value) -> Vec<String> {
     let kind = if row["person"] == true { "user".into() } else { text(&row["kind"]) };
+    let is_whole_tenant = row["tenant"].is_string() && row["namespaces"] == json!([]);
     ["id", "name", "project"]
         .iter()
         .map(|field| text(&row[field]))
         .chain([kind, text(&row["role"])])
-        .chain(["clusters", "namespaces"].iter().map(|field| limit_text(&row[field])))
+        .chain(["clusters", "tenant"].map(|field| limit_text(&row[field])))
+        .chain([if is_whole_tenant { "all".into() } else { limit_text(&row["namespaces"]) }])
         .chain([time_text(&row["expires_at"]), text(&row["revoked"])])
         .collect()
 }
@@ -337,11 +358,11 @@ pub(super) async fn user(
     command: UserCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        UserCommand::Create { name, project, role, clusters, namespaces, ttl, output } => {
+        UserCommand::Create { name, project, role, clusters, namespaces, tenant, ttl, output } => {
             let client = AdminClient::new(context, location, output);
             let body = json!({
                 "name": name, "project": project, "role": role, "clusters": clusters,
-                "namespaces": namespaces, "ttl_s": ttl, "person": true,
+                "namespaces": namespaces, "tenant": tenant, "ttl_s": ttl, "person": true,
             });
             let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
             client.show(&answer, |v| {

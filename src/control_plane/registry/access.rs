@@ -252,6 +252,7 @@ pub(super) mod tests {
             role: Role::Viewer,
             clusters: None,
             namespaces: None,
+            tenant: None,
             created_at: 1,
             expires_at: None,
             revoked: false,
@@ -337,7 +338,8 @@ pub(super) mod tests {
         assert_eq!(add(late).await.unwrap_err().code, "token_unknown");
         // as a version before wrote it, and reads it
         let text = serde_json::to_string(&runner).unwrap();
-        assert!(!text.contains("person"), "{text}");
-        assert!(!serde_json::from_str::<AccessToken>(&text).unwrap().person);
+        assert!(!text.contains("person") && !text.contains("tenant"), "{text}");
+        let read = serde_json::from_str::<AccessToken>(&text).unwrap();
+        assert!(!read.person && read.tenant.is_none());
     }
 }

@@ -42,7 +42,9 @@ pub struct ClusterView {
     pub version: String,
     pub agent_version: String,
     pub provider: String,
-    pub nodes: u32,
+    /// Told to nobody of a tenant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nodes: Option<u32>,
     pub max_role: String,
     pub tunnel: String,
     pub seen_at: i64,
@@ -50,6 +52,18 @@ pub struct ClusterView {
     pub uptime_s: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub report: Option<StatusReport>,
+}
+
+impl ClusterView {
+    /// What somebody of a tenant may know: which cluster it is, whether it is reached, and the
+    /// versions; nothing of its machines or of what runs there.
+    #[must_use]
+    pub fn for_tenant(self) -> ClusterView {
+        // of one that is online it is about its Kubernetes
+        let is_online = self.state == Liveness::Online;
+        let reason = if is_online { String::new() } else { self.reason };
+        ClusterView { reason, provider: String::new(), nodes: None, report: None, ..self }
+    }
 }
 
 impl Entry {
@@ -137,9 +151,9 @@ impl Entry {
             version: reported.unwrap_or_else(|| row.cluster.version.clone()),
             agent_version: row.info.version.clone(),
             provider: row.cluster.provider.clone(),
-            nodes: self.report.as_ref().map_or(row.cluster.node_count, |r| {
+            nodes: Some(self.report.as_ref().map_or(row.cluster.node_count, |r| {
                 u32::try_from(r.nodes.len()).unwrap_or(u32::MAX)
-            }),
+            })),
             max_role: row.max_role.clone(),
             tunnel: if state == Liveness::Online { self.tunnel.clone() } else { String::new() },
             seen_at: self.seen_at,
@@ -190,5 +204,10 @@ pub(super) mod tests {
         assert_eq!(reason(&entry, 101), "kubernetes waiting: /k is not there yet");
         // of one that is silent nobody knows
         assert_eq!(reason(&entry, 100 + LATE + 1), "no heartbeat for 26 s");
+        // of a tenant nobody hears more than that
+        let told = |now| entry.view(now, 0, true).for_tenant();
+        let view = told(101);
+        assert!(view.reason.is_empty() && view.nodes.is_none() && view.report.is_none());
+        assert_eq!(told(100 + LATE + 1).reason, "no heartbeat for 26 s");
     }
 }

@@ -34,6 +34,8 @@ pub use principal::Principal;
 /// Intervals of heartbeats and of status reports, seconds.
 pub const HEARTBEAT_INTERVAL_S: u64 = 10;
 pub const STATUS_INTERVAL_S: u64 = 60;
+/// What an agent says at registration that sees to tenants.
+const TENANTS: &str = "tenants";
 
 #[derive(Default)]
 struct Inner {
@@ -64,6 +66,8 @@ pub struct ClusterTarget {
     pub cluster: String,
     pub public_key: String,
     pub max_role: Role,
+    /// Its agent keeps the token of a tenant within the tenant's namespaces.
+    pub tenants: bool,
     pub revocation: CancellationToken,
 }
 
@@ -156,6 +160,7 @@ impl Registry {
             cluster: entry.row.cluster_id.clone(),
             public_key: entry.row.info.public_key.clone(),
             max_role: Role::from_name(&entry.row.max_role).unwrap_or(Role::Viewer),
+            tenants: entry.row.capabilities.iter().any(|capability| capability == TENANTS),
             revocation: entry.revocation.clone(),
         })
     }

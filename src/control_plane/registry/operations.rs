@@ -9,8 +9,10 @@ use crate::control_plane::clock::rfc3339;
 use crate::control_plane::model::OperationRecord;
 use crate::control_plane::store::{Change, RowKind};
 
-/// The most queued operations of one agent, and the most bytes of all queued ones.
+/// The most queued operations of one agent, of one tenant there, and the most bytes of all queued
+/// ones.
 const MAX_QUEUED: usize = 16;
+const MAX_QUEUED_OF_TENANT: usize = 4;
 const MAX_QUEUED_BYTES: usize = 64 << 20;
 /// Ended operations kept for each agent, and for how long, seconds.
 const MAX_ENDED: usize = 256;
@@ -208,6 +210,7 @@ impl Registry {
             agent: agent.into(),
             operation: Operation::default(),
             caller_id: String::new(),
+            tenant: None,
             key: String::new(),
             request: String::new(),
             sealed: None,
@@ -317,9 +320,16 @@ impl Inner {
 
     fn check_queue(&self, record: &OperationRecord) -> Result<(), HttpError> {
         let size = |j: &OperationRecord| j.sealed.as_ref().map_or(0, String::len);
-        let mine = self.operations_of(&record.agent).filter(|j| j.sealed.is_some()).count();
+        let queued = || self.operations_of(&record.agent).filter(|j| j.sealed.is_some());
+        let mine = queued().count();
+        // a tenant does not take the place of the others
+        let tenant = record.tenant.is_some();
+        let of_tenant = queued().filter(|j| tenant && j.tenant == record.tenant).count();
         let all: usize = self.operations.values().map(size).sum();
-        if mine >= MAX_QUEUED || all + size(record) > MAX_QUEUED_BYTES {
+        if mine >= MAX_QUEUED
+            || of_tenant >= MAX_QUEUED_OF_TENANT
+            || all + size(record) > MAX_QUEUED_BYTES
+        {
             return Err(HttpError::new(
                 429,
                 "queue_full",
@@ -396,6 +406,7 @@ mod tests {
                 ..Operation::default()
             },
             caller_id: caller_id.into(),
+            tenant: None,
             key: "k".into(),
             request: String::new(),
             sealed: None,

@@ -59,6 +59,14 @@ impl Principal {
             | Principal::Local => None,
         }
     }
+
+    /// The tenant that it is limited to.
+    pub fn tenant(&self) -> Option<&str> {
+        match self {
+            Principal::AccessToken(access) => access.tenant.as_deref(),
+            _ => None,
+        }
+    }
 }
 
 impl Registry {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::Routes;
 use crate::contract::token::TOKEN_LIFETIME;
 use crate::control_plane::answer::{answer, uncached};
-use crate::control_plane::auth::{AdminCaller, RunnerCaller};
+use crate::control_plane::auth::{AdminCaller, ProjectCaller, RunnerCaller};
 use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
 use crate::control_plane::caller_token::CallerTokenRequest;
 use crate::control_plane::clock::now;
@@ -38,8 +38,13 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .get("/api/v1/clusters/{id}/inside/{what}", look_inside)
 }
 
+/// Whoever logs in learns by this which tenant the token is limited to.
 async fn list(caller: RunnerCaller, State(control_plane): State<ControlPlane>) -> Response {
-    answer(200, &json!({"items": control_plane.visible(&caller.principal, now())}))
+    let mut all = json!({"items": control_plane.visible(&caller.principal, now())});
+    if let Some(tenant) = caller.principal.tenant() {
+        all["tenant"] = tenant.into();
+    }
+    answer(200, &all)
 }
 
 async fn show(
@@ -48,7 +53,7 @@ async fn show(
     PathSegments([id]): PathSegments<1>,
 ) -> Result<Response, HttpError> {
     let cluster = control_plane.registry().cluster(&id, caller.principal.project(), now())?;
-    Ok(answer(200, &control_plane.seen(cluster)))
+    Ok(answer(200, &control_plane.seen(cluster, &caller.principal)))
 }
 
 async fn remove(
@@ -81,16 +86,15 @@ async fn token(
     JsonBody(request): JsonBody<TokenRequest>,
 ) -> Result<Response, HttpError> {
     let ttl = checked_ttl(request.ttl_s, TOKEN_LIFETIME, TOKEN_LIFETIME)?;
-    let (role, namespaces) = restrict(&caller.principal, &request)?;
+    let scope = restrict(&caller.principal, &request)?;
     let target = control_plane.registry().target(&id, caller.principal.project())?;
     let token = control_plane.runner_token(&CallerTokenRequest {
         principal: &caller.principal,
         target: &target,
-        role,
-        namespaces,
+        scope,
         ttl,
         now: now(),
-    });
+    })?;
     Ok(answer(200, &token))
 }
 
@@ -102,7 +106,7 @@ async fn kubeconfig(
 ) -> Result<Response, HttpError> {
     let now = now();
     let ttl = checked_ttl(request.ttl_s, DAY, DAY)?;
-    let (role, namespaces) = restrict(&principal, &request)?;
+    let scope = restrict(&principal, &request)?;
     let cluster = control_plane.registry().cluster(&id, principal.project(), now)?;
     // not longer than the token of its maker is valid
     let own_end = if let Principal::AccessToken(own) = &principal { own.expires_at } else { None };
@@ -112,9 +116,10 @@ async fn kubeconfig(
         name: format!("kubeconfig of {}", cluster.id),
         kind: AccessKind::Kubeconfig,
         hash: String::new(),
-        role,
+        role: scope.role,
         clusters: Some(vec![cluster.id.clone()]),
-        namespaces,
+        namespaces: scope.stored_namespaces(),
+        tenant: scope.tenant,
         created_at: now,
         expires_at: Some(own_end.map_or(now + ttl, |end| end.min(now + ttl))),
         revoked: false,
@@ -127,7 +132,7 @@ async fn kubeconfig(
 
 /// A view into a cluster, with the rights of the caller.
 async fn look_inside(
-    caller: RunnerCaller,
+    caller: ProjectCaller,
     State(control_plane): State<ControlPlane>,
     PathSegments([id, what]): PathSegments<2>,
 ) -> Result<Response, HttpError> {
@@ -157,12 +162,16 @@ impl ControlPlane {
             .clusters(principal.project(), now)
             .into_iter()
             .filter(reached)
-            .map(|c| self.seen(c))
+            .map(|c| self.seen(c, principal))
             .collect()
     }
 
-    /// With the state of the tunnel as seen here, not as in the agent's last heartbeat.
-    fn seen(&self, mut cluster: ClusterView) -> ClusterView {
+    /// With the state of the tunnel as seen here, not as in the agent's last heartbeat; for a
+    /// tenant without what goes on in it.
+    fn seen(&self, mut cluster: ClusterView, principal: &Principal) -> ClusterView {
+        if principal.tenant().is_some() {
+            cluster = cluster.for_tenant();
+        }
         match self.tunnel_open(&cluster.agent_id) {
             Some(true) => cluster.tunnel = "up".into(),
             Some(false) if cluster.tunnel == "up" => cluster.tunnel = "down".into(),

@@ -137,15 +137,17 @@ fn operation_answer(status: u16, record: &OperationRecord, cluster: &str) -> Res
     answer(status, &body)
 }
 
-/// Its own operations, or all of the cluster for an operator of all namespaces.
+/// Its own operations, or all of the cluster for an operator of all namespaces; with the token of a
+/// tenant only those that were asked for with one of the same tenant.
 fn may_see(principal: &Principal, record: &OperationRecord) -> bool {
     match principal {
         Principal::Admin(_) | Principal::Local => true,
         Principal::AccessToken(access) => {
             let caller = record.caller();
-            access.id == caller
+            let is_own = access.id == caller
                 || access.subject() == caller
-                || (access.role >= Role::Operator && access.namespaces.is_none())
+                || (access.role >= Role::Operator && access.namespace_limit().is_none());
+            is_own && (access.tenant.is_none() || access.tenant == record.tenant)
         }
         Principal::Agent(_) | Principal::Enrolment(_) => false,
     }

@@ -13,7 +13,9 @@ use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::model::{AccessKind, AccessToken};
-use crate::control_plane::scope::{DAY, YEAR, check_namespaces, checked_ttl, parse_role};
+use crate::control_plane::scope::{
+    DAY, Scope, YEAR, check_namespaces, check_tenant, checked_ttl, parse_role,
+};
 use crate::control_plane::state::ControlPlane;
 
 #[derive(Deserialize)]
@@ -26,6 +28,7 @@ pub(super) struct NewRunner {
     role: Option<String>,
     clusters: Option<Vec<String>>,
     namespaces: Option<Vec<String>>,
+    tenant: Option<String>,
     ttl_s: Option<i64>,
     /// A user: a person, known by name.
     person: Option<bool>,
@@ -57,6 +60,8 @@ async fn add(
         .map(|ttl| now + ttl);
     let role = parse_role(request.role.as_deref(), Role::Deployer)?;
     check_namespaces(request.namespaces.as_deref())?;
+    check_tenant(request.tenant.as_deref())?;
+    let scope = Scope { role, namespaces: request.namespaces, tenant: request.tenant };
     let row = AccessToken {
         id: String::new(),
         project: request.project.unwrap_or_else(|| "default".into()),
@@ -65,7 +70,8 @@ async fn add(
         hash: String::new(),
         role,
         clusters: request.clusters,
-        namespaces: request.namespaces,
+        namespaces: scope.stored_namespaces(),
+        tenant: scope.tenant,
         created_at: now,
         expires_at,
         revoked: false,

@@ -268,7 +268,7 @@ fn of_clusters(s: &mut Schemas) -> Vec<Call> {
     vec![
         call("GET", "/api/v1/clusters", "Clusters within reach").gives(
             "200",
-            "without their reports",
+            "without their reports; beside `items` the `tenant` that the token is limited to",
             s.list::<ClusterView>(),
         ),
         call("GET", "/api/v1/clusters/{id}", "One cluster, by id or name").gives(
@@ -356,6 +356,10 @@ fn security_of(required_auth: RequiredAuth, method: &str) -> (&'static str, Valu
         RequiredAuth::Runner => {
             ("For administrators, and for Runners within their reach.", json!([bearer, session]))
         }
+        RequiredAuth::Project => (
+            "For administrators, and for Runners within their reach that are of no tenant.",
+            json!([bearer, session]),
+        ),
         RequiredAuth::Gateway => (
             "For administrators, for Runners within their reach, and for kubeconfigs.",
             json!([bearer]),
