@@ -261,19 +261,18 @@ impl Printer {
         }
     }
 
-    /// Asks for confirmation. `None` without a terminal. Whoever drops it waits no longer; the
-    /// thread that reads the terminal then goes with the process.
-    pub async fn confirm(&mut self, question: &str) -> Option<bool> {
+    /// The line that somebody types as an answer. `None` without a terminal. Whoever drops it waits
+    /// no longer; the thread that reads the terminal then goes with the process.
+    pub async fn ask(&mut self, question: &str) -> Option<String> {
         if !std::io::stdin().is_terminal() || !self.terminal {
             return None;
         }
-        to_stderr(&format!("{question} [y/N] "));
+        to_stderr(&format!("{question} "));
         let read = tokio::task::spawn_blocking(|| {
             let mut answer = String::new();
             std::io::stdin().read_line(&mut answer).map(|_| answer)
         });
-        let answer = read.await.ok()?.ok()?;
-        Some(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+        read.await.ok()?.ok().map(|answer| answer.trim().to_owned())
     }
 }
 

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use client::{
     ClientCommand, ClusterArgs, ContextsArgs, ContextsCommand, DeployArgs, FollowArgs, JobArgs,
     JobCommand, LoginArgs, LogsArgs, NodesCommand, OperationArgs, ReachArgs, SecretArgs,
-    SecretCommand,
+    SecretCommand, TenantArgs, TenantCommand,
 };
 pub use common::{EventFormat, OutputArgs, OutputFormat, RootArgs};
 pub use control_plane::{

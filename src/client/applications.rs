@@ -173,14 +173,21 @@ impl ClusterReader<'_> {
         Ok(rows)
     }
 
-    /// The namespace of an application: the only one that has one of that name.
+    /// The namespace of an application: the only one of `places` that has one of that name; no
+    /// namespace stands for all of the cluster.
     ///
     /// # Errors
     /// As [`ClusterReader::applications`]; exit 2 where several have one, 7 where none has.
-    pub async fn namespace_of(&self, name: &str) -> Result<String, Failure> {
-        let rows = self.applications(None).await?.into_iter();
-        let found = rows.filter(|row| row.name == name);
-        let namespaces: Vec<String> = found.map(|row| row.namespace).collect();
+    pub async fn namespace_of(
+        &self,
+        name: &str,
+        places: &[Option<String>],
+    ) -> Result<String, Failure> {
+        let mut namespaces = Vec::new();
+        for place in places {
+            let rows = self.applications(place.as_deref()).await?.into_iter();
+            namespaces.extend(rows.filter(|row| row.name == name).map(|row| row.namespace));
+        }
         match &namespaces[..] {
             [one] => Ok(one.clone()),
             [] => Err(not_found(name, None)),

@@ -32,6 +32,9 @@ pub struct LoginContext {
     pub ca: Option<String>,
     #[serde(serialize_with = "Secret::serialize_exposed")]
     pub token: Secret,
+    /// The tenant that the token is limited to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     /// Where no option says another one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<String>,

@@ -9,3 +9,4 @@ pub mod contexts;
 mod events;
 pub mod logs;
 pub mod operations;
+pub mod tenants;

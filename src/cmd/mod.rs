@@ -108,12 +108,27 @@ impl Context {
         question: &str,
         unasked: &str,
     ) -> anyhow::Result<()> {
+        let is_yes = |answer: &str| matches!(answer.to_ascii_lowercase().as_str(), "y" | "yes");
+        self.confirm_by(printer, &format!("{question} [y/N]"), unasked, is_yes).await
+    }
+
+    /// The same with another answer than `y` as the yes.
+    ///
+    /// # Errors
+    /// As [`Context::confirm`].
+    pub(crate) async fn confirm_by(
+        &self,
+        printer: &mut Printer,
+        question: &str,
+        unasked: &str,
+        is_yes: impl Fn(&str) -> bool,
+    ) -> anyhow::Result<()> {
         let declined =
             |what: &str| Failure::new(Exit::Declined, "DECLINED", what).why("nothing was changed");
-        let answer = async { Ok::<_, Failure>(printer.confirm(question).await) };
+        let answer = async { Ok::<_, Failure>(printer.ask(question).await) };
         match self.unless_stopped(answer).await {
-            Ok(Some(true)) => Ok(()),
-            Ok(Some(false)) => Err(declined("declined").into()),
+            Ok(Some(answer)) if is_yes(&answer) => Ok(()),
+            Ok(Some(_)) => Err(declined("declined").into()),
             Ok(None) => Err(declined("there is no terminal to ask on").hint(unasked).into()),
             Err(interrupted) => {
                 // the question has left the cursor in its line

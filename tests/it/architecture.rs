@@ -113,6 +113,7 @@ const INSIDE: &[(&str, Rows)] = &[
             &["application_file", "clusters", "contexts", "events"],
             &["api"],
             &["applications", "logs", "operations"],
+            &["tenants"],
         ],
     ),
     ("cli", &[&["common"], &["client", "control_plane"], &["mod"]]),

@@ -15,6 +15,7 @@ use crate::control_plane::{ControlPlane, SimulatedAgent};
 use crate::fake_control_plane::free_port;
 use crate::operations::{apply, deployment, submit, wait_for_state};
 use crate::support::{RunOutput, program, run_output};
+use crate::tenant_tokens::RecordingAgent;
 use crate::world::serve_kube;
 
 /// Somebody with a home of their own.
@@ -421,4 +422,113 @@ async fn what_a_revoked_user_began_ends_though_the_name_is_given_again() {
     assert_eq!(seen.status(), 404);
     let (status, again) = submit(&control_plane, &cluster, &later, "k-1", &body).await;
     assert_eq!((status, &again["code"]), (409, &json!("idempotency_mismatch")), "{again}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_is_made_and_looked_at_by_an_operator_and_worked_in_by_its_own() {
+    let control_plane = ControlPlane::with(&[]);
+    let agent = RecordingAgent::new(&control_plane, &["tenants"]).await;
+    let plant = |part: &'static str, status: u16, answer: serde_json::Value| {
+        agent.record.planted.lock().unwrap().insert(0, (part, status, answer));
+    };
+    let ola = Person::logged_in(&control_plane, "ola", &["--role", "operator"]);
+    let made = ola.run(&[
+        "tenant",
+        "set",
+        "acme",
+        "-n",
+        "shop,shop-2",
+        "--quota",
+        "cpu=2,pods=50",
+        "--host",
+        "shop.acme.com",
+    ]);
+    assert_eq!(made.ended(0).out, "acme: shop, shop-2\n");
+    let asked = agent.record.last("POST /api/v1/operations");
+    assert_eq!(
+        (&asked.body["kind"], &asked.claims["role"]),
+        (&json!("tenant"), &json!("operator"))
+    );
+    assert_eq!(
+        asked.body["spec"],
+        json!({"action": "set", "tenant": "acme", "namespaces": ["shop", "shop-2"],
+            "quota": {"cpu": "2", "pods": 50}, "pod_security": "baseline",
+            "hosts": ["shop.acme.com"], "egress": [], "remove_namespaces": [], "timeout_s": 300})
+    );
+    for (args, said) in [
+        (&["set", "acme"][..], "--namespace"),
+        (&["set", "acme", "-n", "a", "--quota", "disk=1Gi"], "`disk` is not one of cpu"),
+        (&["set", "Acme", "-n", "a"], "BAD_NAME"),
+        (&["show", "../x"], "BAD_NAME"),
+    ] {
+        let refused = ola.run(&[&["tenant"][..], args].concat()).ended(2);
+        assert!(refused.err.contains(said), "{args:?}: {}", refused.err);
+    }
+
+    // what is there
+    assert_eq!(ola.run(&["tenant", "list"]).ended(0).out.trim(), "none");
+    let namespace = |name: &str| {
+        json!({"metadata": {"name": name, "annotations": {"pipeops.io/hosts": "shop.acme.com"},
+            "labels": {"pipeops.io/tenant": "acme",
+                "pod-security.kubernetes.io/enforce": "baseline"}}})
+    };
+    let both = json!({"items": [namespace("shop"), namespace("shop-2")]});
+    let quota = json!({"items": [{"metadata": {"name": "q", "namespace": "shop"}, "status": {
+        "hard": {"requests.cpu": "2", "pods": "50"},
+        "used": {"requests.cpu": "500m", "pods": "3"}}}]});
+    plant("/k8s/api/v1/namespaces?labelSelector=pipeops.io/tenant&", 200, both.clone());
+    plant("/k8s/api/v1/namespaces?labelSelector=pipeops.io/tenant=acme&", 200, both);
+    plant("/k8s/api/v1/resourcequotas", 200, quota.clone());
+    plant("/k8s/api/v1/namespaces/shop/resourcequotas", 200, quota);
+    let list = ola.run(&["tenant", "list"]).ended(0).out;
+    assert!(list.contains("500m/2") && list.contains("shop.acme.com"), "{list}");
+    let list = ola.run(&["tenant", "list", "-o", "json"]).ended(0).json();
+    assert_eq!(list["items"][0]["namespaces"][0]["quota"]["pods"]["used"], "3");
+    let shown = ola.run(&["tenant", "show", "acme"]).ended(0).out;
+    assert!(shown.contains("shop-2 (Pod Security baseline)"), "{shown}");
+    let shown = ola.run(&["tenant", "show", "acme", "-o", "json"]).ended(0).json();
+    assert_eq!(shown["hosts"], json!(["shop.acme.com"]));
+    let unknown = ola.run(&["tenant", "show", "globex"]).ended(7);
+    assert!(unknown.err.contains("TENANT_UNKNOWN"), "{}", unknown.err);
+
+    // nobody deletes one by a slip
+    let unsure = ola.run(&["tenant", "delete", "acme"]).ended(11);
+    assert!(unsure.err.contains("run again with --yes\n"), "{}", unsure.err);
+    assert_eq!(agent.record.last("POST").body["spec"]["action"], "set");
+    let deleted = ola.run(&["tenant", "delete", "acme", "--yes"]).ended(0);
+    assert_eq!(deleted.out, "acme: deleted\n");
+    let asked = agent.record.last("POST").body["spec"].clone();
+    assert_eq!((&asked["action"], &asked["confirm"]), (&json!("delete"), &json!("acme")));
+
+    // somebody of the tenant
+    let eve = Person::new();
+    let (line, token) = user(&control_plane, "eve", &["--tenant", "acme"]);
+    let login = eve.types(&words(&line), &token).ended(0);
+    assert!(login.err.contains("as context 127.0.0.1; tenant acme; clusters: n"), "{}", login.err);
+    let contexts = eve.run(&["contexts", "-o", "json"]).ended(0).json();
+    assert_eq!(contexts["items"][0]["tenant"], "acme");
+    let users = ["control-plane", "user", "list"];
+    assert!(control_plane.sandbox.subcommand(&users).ended(0).out.contains(" acme "));
+    let file = eve.home.path().join("app.toml");
+    std::fs::write(&file, "name = \"web\"\nimage = \"web:1\"\n").unwrap();
+    let deploy = ["deploy", file.to_str().unwrap(), "--detach"];
+    // several namespaces, none that is told, one
+    let unclear = eve.run(&deploy).ended(2);
+    assert!(unclear.err.contains("the tenant acme has shop, shop-2"), "{}", unclear.err);
+    let scope = json!({"kind": "Status", "status": "Failure", "code": 403, "message": "no",
+        "details": {"causes": [{"reason": "namespace_scope"}]}});
+    plant("/k8s/api/v1/namespaces?", 403, scope.clone());
+    plant("/k8s/apis/apps/v1/deployments?", 403, scope);
+    for args in [&deploy[..], &["apps"], &["status", "web"]] {
+        let unclear = eve.run(args).ended(2);
+        assert!(unclear.err.contains("NAMESPACE_NEEDED"), "{args:?}: {}", unclear.err);
+    }
+    plant("/k8s/api/v1/namespaces?", 200, json!({"items": [namespace("shop")]}));
+    eve.run(&deploy).ended(0);
+    let asked = agent.record.last("POST");
+    assert_eq!(asked.body["spec"]["application"]["namespace"], "shop");
+    assert_eq!(asked.claims["tenant"], "acme");
+    // what was looked for was in that namespace alone
+    assert_eq!(eve.run(&["apps"]).ended(0).out.trim(), "none");
+    agent.record.last("GET /k8s/apis/apps/v1/namespaces/shop/deployments");
 }

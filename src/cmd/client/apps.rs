@@ -28,10 +28,13 @@ pub(super) async fn apps(
     output: &OutputArgs,
 ) -> anyhow::Result<Exit> {
     let session = Session::open(context, reach.cluster.context.as_deref())?;
-    let namespace = session.namespace(reach.namespace.as_deref())?;
+    let namespace = session.namespace(reach.namespace.as_deref())?.map(str::to_owned);
     let cluster = session.cluster(reach.cluster.cluster.as_deref()).await?;
     let reader = ClusterReader { api: &session.api, cluster: &cluster.id };
-    let rows = context.unless_stopped(reader.applications(namespace)).await?;
+    let mut rows = Vec::new();
+    for place in session.places(&cluster, namespace).await? {
+        rows.extend(context.unless_stopped(reader.applications(place.as_deref())).await?);
+    }
     let row = |row: &ApplicationRow| {
         vec![
             row.namespace.clone(),

@@ -18,22 +18,21 @@ pub(super) async fn deploy(context: &Context, args: DeployArgs) -> anyhow::Resul
     let ApplicationFile { mut application, cluster } = read(&args)?;
     let reach = &args.operation.reach;
     let session = Session::open(context, reach.cluster.context.as_deref())?;
+    let mut place = reach.cluster.clone();
+    place.cluster = place.cluster.or(cluster);
     if let Some(namespace) = &reach.namespace {
         application.namespace.clone_from(namespace);
     } else if application.namespace.is_empty() {
         application.namespace = session.login.namespace.clone().unwrap_or_default();
     }
     if application.namespace.is_empty() {
-        return Err(Failure::usage("NAMESPACE_NEEDED", "in which namespace is it?")
-            .hint(format!("say -n NAMESPACE, or `namespace = \"…\"` in {}", args.file))
-            .into());
+        let hint = format!("say -n NAMESPACE, or `namespace = \"…\"` in {}", args.file);
+        application.namespace = session.only_namespace(place.cluster.as_deref(), &hint).await?;
     }
     application.check().map_err(|why| {
         Failure::usage("APPLICATION_INVALID", format!("{}: {why}", args.file))
             .hint("the README lists the fields under Applications")
     })?;
-    let mut place = reach.cluster.clone();
-    place.cluster = place.cluster.or(cluster);
     let request = Request {
         cluster: session.cluster(place.cluster.as_deref()).await?,
         title: format!("{}/{}", application.namespace, application.name),

@@ -37,10 +37,11 @@ pub(super) async fn login(context: &Context, args: LoginArgs) -> anyhow::Result<
     let token = token(context, &host).await?;
     register_secret(token.expose());
     let former = contexts.contexts.get(&name);
-    let login =
-        renewed(former, LoginContext { url, pin: args.pin, ca, token, ..LoginContext::default() });
-    let api = Api::new(&login)?;
+    let mut login = LoginContext { url, pin: args.pin, ca, token, ..LoginContext::default() };
+    let api = Api::new(&renewed(former, login.clone()))?;
     let clusters = context.unless_stopped(api.get("/api/v1/clusters")).await?;
+    let tenant = clusters["tenant"].as_str().map(str::to_owned);
+    login.tenant.clone_from(&tenant);
     let store_login = |contexts: &mut Contexts| {
         // meanwhile another login may have taken the name
         context_name(contexts, &login.url, args.name)?;
@@ -60,16 +61,19 @@ pub(super) async fn login(context: &Context, args: LoginArgs) -> anyhow::Result<
         0 => "it reaches no cluster yet".to_owned(),
         _ => format!("clusters: {}", names.join(", ")),
     };
-    printer.say(&format!("logged in as context {name}; {reached}"));
+    let limit = tenant.map(|tenant| format!("tenant {tenant}; ")).unwrap_or_default();
+    printer.say(&format!("logged in as context {name}; {limit}{reached}"));
     Ok(Exit::Done)
 }
 
 /// A login at the control plane of `former`: its cluster and namespace stay, and what proves it,
-/// where nothing else is given.
+/// where nothing else is given. Another tenant has other namespaces.
 fn renewed(former: Option<&LoginContext>, mut login: LoginContext) -> LoginContext {
     let Some(former) = former.filter(|former| former.url == login.url) else { return login };
     login.cluster = login.cluster.or_else(|| former.cluster.clone());
-    login.namespace = login.namespace.or_else(|| former.namespace.clone());
+    if login.tenant == former.tenant {
+        login.namespace = login.namespace.or_else(|| former.namespace.clone());
+    }
     if login.pin.is_none() && login.ca.is_none() {
         (login.pin, login.ca) = (former.pin.clone(), former.ca.clone());
     }
@@ -162,19 +166,21 @@ pub(super) async fn contexts(context: &Context, args: ContextsArgs) -> anyhow::R
         .iter()
         .map(|(name, login)| {
             json!({
-                "name": name, "url": login.url, "cluster": login.cluster,
-                "namespace": login.namespace, "current": *name == contexts.current,
+                "name": name, "url": login.url, "tenant": login.tenant,
+                "cluster": login.cluster, "namespace": login.namespace,
+                "current": *name == contexts.current,
             })
         })
         .collect();
     let printer = printer(context, &args.output);
     let row = |row: &Value| {
         let current = if row["current"] == true { "*" } else { "" };
-        let fields = ["name", "url", "cluster", "namespace"].map(|field| cell(&row[field]));
+        let fields = ["name", "url", "tenant", "cluster", "namespace"];
+        let fields = fields.map(|field| cell(&row[field]));
         [vec![current.to_owned()], fields.to_vec()].concat()
     };
     let lines: Vec<Vec<String>> = rows.iter().map(row).collect();
-    let text = table(&["IN USE", "NAME", "URL", "CLUSTER", "NAMESPACE"], &lines);
+    let text = table(&["IN USE", "NAME", "URL", "TENANT", "CLUSTER", "NAMESPACE"], &lines);
     printer.document(&json!({"items": rows}));
     printer.data(if rows.is_empty() { "none yet" } else { text.trim_end() });
     Ok(Exit::Done)
@@ -208,6 +214,7 @@ mod tests {
             pin: text("p"),
             ca: None,
             token: Secret::new("old"),
+            tenant: None,
             cluster: text("eu"),
             namespace: text("beta"),
         };
@@ -221,6 +228,10 @@ mod tests {
         // a CA in place of the pin
         let other = renewed(Some(&former), LoginContext { ca: text("c"), ..again.clone() });
         assert_eq!((other.pin, other.ca, other.cluster), (None, text("c"), text("eu")));
+        // of a tenant the namespace is another one
+        let limited = LoginContext { tenant: text("acme"), ..again.clone() };
+        let limited = renewed(Some(&former), limited);
+        assert_eq!((limited.cluster, limited.namespace), (text("eu"), None));
         // of another control plane nothing
         let elsewhere = LoginContext { url: "https://other".into(), ..again };
         assert_eq!(renewed(Some(&former), elsewhere.clone()), elsewhere);

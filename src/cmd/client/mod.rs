@@ -9,6 +9,7 @@ mod logs;
 mod nodes;
 mod operation;
 mod secret;
+mod tenant;
 
 pub use job::check_run_is_meant;
 use serde_json::Value;
@@ -21,6 +22,7 @@ use crate::client::api::Api;
 use crate::client::applications::ClusterReader;
 use crate::client::clusters::{Cluster, choose};
 use crate::client::contexts::{ContextStore, LoginContext};
+use crate::client::tenants;
 use crate::output::Printer;
 
 /// # Errors
@@ -60,6 +62,7 @@ pub async fn client(context: &Context, command: ClientCommand) -> anyhow::Result
         }
         ClientCommand::Secret(command) => secret::secret(context, command).await,
         ClientCommand::Nodes(command) => nodes::nodes(context, command).await,
+        ClientCommand::Tenant(command) => tenant::tenant(context, command).await,
     }
 }
 
@@ -110,11 +113,59 @@ impl<'a> Session<'a> {
         let given = self.namespace(reach.namespace.as_deref())?.map(str::to_owned);
         let cluster = self.cluster(reach.cluster.cluster.as_deref()).await?;
         let reader = ClusterReader { api: &self.api, cluster: &cluster.id };
-        let namespace = match given {
-            Some(namespace) => namespace,
-            None => self.context.unless_stopped(reader.namespace_of(name)).await?,
+        let places = self.places(&cluster, given).await?;
+        let namespace = match &places[..] {
+            [Some(only)] => only.clone(),
+            _ => self.context.unless_stopped(reader.namespace_of(name, &places)).await?,
         };
         Ok((cluster, namespace))
+    }
+
+    /// Where something may be: in the namespace that is given, in those of the token's tenant, or
+    /// anywhere in the cluster, which is none.
+    async fn places(
+        &self,
+        cluster: &Cluster,
+        given: Option<String>,
+    ) -> anyhow::Result<Vec<Option<String>>> {
+        let own = match given {
+            Some(given) => vec![given],
+            None => self.tenant_namespaces(cluster).await?,
+        };
+        Ok(if own.is_empty() { vec![None] } else { own.into_iter().map(Some).collect() })
+    }
+
+    /// The namespaces of the tenant that the token is limited to, where it may list them.
+    async fn tenant_namespaces(&self, cluster: &Cluster) -> anyhow::Result<Vec<String>> {
+        let Some(tenant) = &self.login.tenant else { return Ok(Vec::new()) };
+        let reader = ClusterReader { api: &self.api, cluster: &cluster.id };
+        let listed = async {
+            match tenants::namespaces(&reader, tenant).await {
+                Err(e) if matches!(&*e.code, "NAMESPACE_SCOPE" | "REMOTE_REFUSES") => {
+                    Ok(Vec::new())
+                }
+                listed => listed,
+            }
+        };
+        self.context.unless_stopped(listed).await
+    }
+
+    /// The namespace where none is said: the only one of the token's tenant.
+    ///
+    /// # Errors
+    /// Exit 2, with those there are where they are known.
+    async fn only_namespace(&self, cluster: Option<&str>, hint: &str) -> anyhow::Result<String> {
+        let needed = Failure::usage("NAMESPACE_NEEDED", "in which namespace is it?").hint(hint);
+        let Some(tenant) = &self.login.tenant else { return Err(needed.into()) };
+        let cluster = self.cluster(cluster).await?;
+        let mut names = self.tenant_namespaces(&cluster).await?;
+        match names.len() {
+            1 => Ok(names.remove(0)),
+            0 => Err(needed
+                .why(format!("your token is for namespaces of the tenant {tenant}"))
+                .into()),
+            _ => Err(needed.why(format!("the tenant {tenant} has {}", names.join(", "))).into()),
+        }
     }
 }
 

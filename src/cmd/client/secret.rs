@@ -34,10 +34,12 @@ fn kind_of(config: bool) -> ConfigKind {
 async fn set(context: &Context, args: SecretArgs) -> anyhow::Result<Exit> {
     let (reach, kind) = (&args.operation.reach, kind_of(args.config));
     let session = Session::open(context, reach.cluster.context.as_deref())?;
-    let Some(namespace) = session.namespace(reach.namespace.as_deref())?.map(str::to_owned) else {
-        return Err(Failure::usage("NAMESPACE_NEEDED", "in which namespace is it?")
-            .hint("say -n NAMESPACE, or once for all: `pipeops contexts use CONTEXT -n …`")
-            .into());
+    let namespace = match session.namespace(reach.namespace.as_deref())? {
+        Some(namespace) => namespace.to_owned(),
+        None => {
+            let hint = "say -n NAMESPACE, or once for all: `pipeops contexts use CONTEXT -n …`";
+            session.only_namespace(reach.cluster.cluster.as_deref(), hint).await?
+        }
     };
     let cluster = session.cluster(reach.cluster.cluster.as_deref()).await?;
     let mut spec = json!({
@@ -174,12 +176,16 @@ async fn list(
     output: &OutputArgs,
 ) -> anyhow::Result<Exit> {
     let session = Session::open(context, reach.cluster.context.as_deref())?;
-    let namespace = session.namespace(reach.namespace.as_deref())?;
+    let namespace = session.namespace(reach.namespace.as_deref())?.map(str::to_owned);
     let cluster = session.cluster(reach.cluster.cluster.as_deref()).await?;
     let reader = ClusterReader { api: &session.api, cluster: &cluster.id };
     let query = format!("labelSelector={INVENTORY_LABEL}={}&limit=500", listed(kind));
-    let sets = reader.list("/api/v1", namespace, ("configmaps", "ConfigMap"), &query);
-    let found = context.unless_stopped(sets).await?;
+    let mut found = Vec::new();
+    for place in session.places(&cluster, namespace).await? {
+        let kept = ("configmaps", "ConfigMap");
+        let sets = reader.list("/api/v1", place.as_deref(), kept, &query);
+        found.extend(context.unless_stopped(sets).await?);
+    }
     let items: Vec<Value> = found.iter().filter_map(|object| item(kind, object)).collect();
     let row = |item: &Value| {
         let keys: Vec<String> = item["keys"].as_array().into_iter().flatten().map(cell).collect();

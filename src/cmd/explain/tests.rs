@@ -103,8 +103,8 @@ fn all_codes() -> BTreeSet<String> {
     all.extend(
         [crate::kubernetes::client::FIELD_CONFLICT, crate::k3s::logs::START_LOOP].map(Into::into),
     );
-    // in the text of a plan
-    all.insert("CONFIG_DRIFT".into());
+    // in the text of a plan, and what a control plane answers
+    all.extend(["CONFIG_DRIFT", "TENANTS_UNSUPPORTED"].map(Into::into));
     let reasons = Reason::ALL.iter().map(|reason| reason.code());
     all.extend(reasons.chain(OTHER_REASONS.iter().copied()).map(str::to_owned));
     all
