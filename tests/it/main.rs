@@ -10,6 +10,7 @@
 
 mod agent;
 mod architecture;
+mod bad_deploys;
 mod broker;
 mod browser;
 mod cli;
