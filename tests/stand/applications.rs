@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::outcomes::{REGISTRY, Runner};
+use crate::caller::Runner;
+use crate::outcomes::REGISTRY;
 
 const TIME: Duration = Duration::from_secs(150);
 const DEPLOYMENT: &str = "/k8s/apis/apps/v1/namespaces/production/deployments/web";

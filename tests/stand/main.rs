@@ -16,6 +16,8 @@
 //!     stand runner DIR IMAGE    the reference Runner: hears of a cluster, deploys IMAGE both ways
 //!     stand outcomes DIR IMAGE  workloads that can't run: what their operations say
 //!     stand applications DIR IMAGE  an application deployed, brought back, superseded, deleted
+//!     stand deploys DIR IMAGE   operations of an application while what is around them fails: the agent
+//!                               killed at each write, the control plane away, the tunnel cut
 //!     stand registry            a registry of images that has none
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and
 //!                               descriptors do
@@ -33,15 +35,21 @@
 
 mod applications;
 mod bench;
+mod caller;
 mod compare;
+mod deploys;
 #[path = "../it/fake_control_plane.rs"]
 mod fake_control_plane;
 mod faults;
 mod fleet;
+mod gate;
+mod killed;
 mod outcomes;
+mod restricted;
 mod rights;
 mod runner;
 mod tenants;
+mod seen;
 mod tunnel;
 
 use std::sync::{Arc, Mutex};
@@ -75,12 +83,13 @@ async fn main() {
             std::process::exit(applications::applications(dir, image).await)
         }
         ["outcomes", dir, image] => std::process::exit(outcomes::outcomes(dir, image).await),
+        ["deploys", dir, image] => std::process::exit(deploys::deploys(dir, image).await),
         ["registry"] => outcomes::registry().await,
         ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
             eprintln!(
-                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | registry | soak PIPEOPS N"
+                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | deploys DIR IMAGE | registry | soak PIPEOPS N"
             );
             std::process::exit(2);
         }

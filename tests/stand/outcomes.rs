@@ -6,13 +6,14 @@
 //! for `quota=none` and a LimitRange of 64 MiB a container, and a webhook that nobody answers for
 //! pods with `webhook=down`. On the node `stand registry` listens.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::response::IntoResponse as _;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
+
+use crate::caller::{Runner, count, row};
 
 /// Time in which a cause must be told: what Kubernetes itself needs to know it is part of it.
 const TOLD_WITHIN: Duration = Duration::from_secs(60);
@@ -287,82 +288,7 @@ fn cases(image: &str) -> Vec<Case> {
     cases
 }
 
-pub(crate) struct Runner {
-    client: reqwest::Client,
-    base: String,
-    token: String,
-}
-
 impl Runner {
-    /// With what DIR holds.
-    pub(crate) fn open(dir: &str) -> Runner {
-        let file = |name: &str| {
-            std::fs::read_to_string(Path::new(dir).join(name)).unwrap().trim().to_owned()
-        };
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let ca = reqwest::Certificate::from_pem(file("ca.pem").as_bytes()).unwrap();
-        let client = reqwest::Client::builder().tls_certs_only([ca]).no_proxy().build().unwrap();
-        let base = format!("{}/clusters/{}", file("control-plane"), file("cluster"));
-        Runner { client, base, token: file("token") }
-    }
-
-    /// A merge patch.
-    pub(crate) async fn patch(&self, path: &str, body: &Value) -> (u16, Value) {
-        let request = self
-            .client
-            .patch(format!("{}{path}", self.base))
-            .bearer_auth(&self.token)
-            .header("content-type", "application/merge-patch+json")
-            .body(body.to_string());
-        let answer = request.send().await.unwrap();
-        let status = answer.status().as_u16();
-        (status, serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or_default())
-    }
-
-    pub(crate) async fn call(
-        &self,
-        method: &str,
-        path: &str,
-        key: &str,
-        body: &Value,
-    ) -> (u16, Value) {
-        let request = self
-            .client
-            .request(method.parse().unwrap(), format!("{}{path}", self.base))
-            .bearer_auth(&self.token)
-            .header("idempotency-key", key);
-        let request = if body.is_null() { request } else { request.json(body) };
-        let answer = request.send().await.unwrap();
-        let status = answer.status().as_u16();
-        (status, serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or_default())
-    }
-
-    async fn operate(&self, key: &str, body: &Value) -> Result<String, String> {
-        let (status, taken) = self.call("POST", "/api/v1/operations", key, body).await;
-        match taken["id"].as_str() {
-            Some(id) if status == 202 => Ok(id.to_owned()),
-            _ => Err(format!("{status} {taken}")),
-        }
-    }
-
-    /// Asks until the operation is as wanted, or its time is over.
-    pub(crate) async fn until(
-        &self,
-        id: &str,
-        within: Duration,
-        wanted: impl Fn(&Value) -> bool,
-    ) -> Value {
-        let begun = Instant::now();
-        loop {
-            let (_, seen) =
-                self.call("GET", &format!("/api/v1/operations/{id}"), "", &Value::Null).await;
-            if wanted(&seen) || begun.elapsed() > within {
-                return seen;
-            }
-            tokio::time::sleep(Duration::from_millis(250)).await;
-        }
-    }
-
     async fn check(&self, case: &Case) -> Result<String, String> {
         let timeout_s = if let End::TimedOut(s) = case.end { s } else { 300 };
         let body =
@@ -371,7 +297,7 @@ impl Runner {
         let id = self.operate(case.name, &body).await?;
         let over = |o: &Value| !matches!(o["state"].as_str(), Some("running" | "queued"));
         let told = self.until(&id, TOLD_WITHIN, |o| o["reason"] == case.reason || over(o)).await;
-        let after = begun.elapsed().as_secs_f32();
+        let after = begun.elapsed();
         if told["reason"] != case.reason {
             return Err(format!("wanted {}, was told {told}", case.reason));
         }
@@ -412,7 +338,7 @@ impl Runner {
             return Err(format!("its last lines are not told: {end}"));
         }
         let message = told["message"].as_str().unwrap_or_default();
-        Ok(format!("{} after {after:.1} s, {wanted}: {message}", case.reason))
+        Ok(row(case.name, &format!("{wanted}, {}", case.reason), after, message))
     }
 }
 
@@ -427,16 +353,17 @@ pub(crate) async fn outcomes(dir: &str, image: &str) -> i32 {
             (case.name, runner.check(&case).await)
         });
     }
-    let mut wrong = 0;
+    let (planted, mut wrong) = (tasks.len(), 0);
     while let Some(done) = tasks.join_next().await {
         match done.unwrap() {
-            (name, Ok(said)) => println!("ok {name}: {said}"),
+            (_, Ok(said)) => println!("ok {said}"),
             (name, Err(said)) => {
                 wrong += 1;
                 println!("WRONG {name}: {said}");
             }
         }
     }
+    count(planted, planted - wrong);
     i32::from(wrong > 0)
 }
 

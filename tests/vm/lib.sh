@@ -105,6 +105,27 @@ runner() {
     printf '          kubectl %s\n' "$("$kubectl" version --client -o json 2>/dev/null | sed -n 's/.*"gitVersion": "\(.*\)".*/\1/p')"
 }
 
+# a control plane in the VM cp, whose address is in ip, started by its unit, with more of its flags and a line for its unit
+control_plane() {
+    in_vm cp install -m 0755 /root/pipeops /usr/local/bin/pipeops
+    vm push cp systemd/pipeops-control-plane.service /etc/systemd/system/pipeops-control-plane.service
+    in_vm cp sh -c 'mkdir -p /etc/systemd/system/pipeops-control-plane.service.d; cat > /etc/systemd/system/pipeops-control-plane.service.d/name.conf; systemctl daemon-reload' <<CONF
+[Service]
+$2
+ExecStart=
+ExecStart=/usr/local/bin/pipeops control-plane --public-name $ip$1
+CONF
+    want "the control plane's unit starts" in_vm cp systemctl start pipeops-control-plane
+}
+
+# what a Runner of the control plane in cp is given, of the name $2, in the directory $1: its address and CA, a token, the cluster in id
+given() {
+    rm -rf "$1"; mkdir -p "$1"
+    (umask 077; in_vm cp pipeops control-plane runner create "$2" >"$1/token")
+    echo "https://$ip:8443" >"$1/control-plane"; echo "$id" >"$1/cluster"
+    in_vm cp sh -c "curl -sSk https://127.0.0.1:8443/api/v1/ca" >"$1/ca.pem"
+}
+
 # a1 enrolled at the control plane in cp by the line that it prints, and kubectl through its gateway; sets id, kubectl and pod
 by_the_line() {
     local line

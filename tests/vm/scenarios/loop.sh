@@ -53,10 +53,29 @@ many_watches() {
     rm -f "$out"/watch.*
 }
 
-# Workloads that can't run, all at once: each operation says why, with a code. An administrator sets the traps.
+# said PROGRAM TEXT ARGUMENT…: what `stand PROGRAM ARGUMENT…` says, line by line; counts the outcomes in planted and told
+said() {
+    local program=$1 text=$2 verdict line; shift 2
+    "$(stand)" "$program" "$@" >"$out/said" 2>"$out/said.err" || true
+    while read -r verdict line; do
+        case $verdict in
+            ok) ok "$text: $line" ;;
+            WRONG) bad "$text: $line" ;;
+            count) planted=$((planted + ${line% *})) told=$((told + ${line#* })) ;;
+            *) printf '          %s\n' "$line" ;;
+        esac
+    done <"$out/said"
+    # an end that is none: it has no line of its own
+    ! grep -q panicked "$out/said.err" || bad "$text: stand $program did not come to its end: $(tail -5 "$out/said.err")"
+}
+# at_least NUMBER WHAT: so many lines of it were said
+at_least() { [ "$(grep -cE '^(ok|WRONG) ' "$out/said")" -ge "$1" ] || bad "fewer than $1 $2 were tried: $(tail -3 "$out/said.err")"; }
+
+# Workloads that can't run, all at once: each operation says why, with a code. An administrator sets the traps. Then one application from its
+# first revision to its end, and its operations while what is around them fails.
 planted_outcomes() {
-    local dir=$out/outcomes verdict text
-    rm -rf "$dir"; mkdir -p "$dir"
+    local dir=$out/outcomes planted=0 told=0
+    given "$dir" outcomes
     k a1 apply -f - <<'YAML' >/dev/null
 apiVersion: v1
 kind: ResourceQuota
@@ -84,29 +103,52 @@ YAML
     strip -o "$out/stand" "$(stand)"
     vm push a1 "$out/stand" /root/stand
     in_vm a1 systemd-run -q --unit stand-registry /root/stand registry
-    (umask 077; in_vm cp pipeops control-plane runner create outcomes >"$dir/token")
-    echo "https://$ip:8443" >"$dir/control-plane"; echo "$id" >"$dir/cluster"
-    in_vm cp sh -c "curl -sSk https://127.0.0.1:8443/api/v1/ca" >"$dir/ca.pem"
-    "$(stand)" outcomes "$dir" "$image" >"$dir/said" 2>"$dir/err" || true
-    [ "$(wc -l <"$dir/said")" -ge 25 ] || bad "fewer than 25 outcomes were tried: $(tail -3 "$dir/err")"
-    while read -r verdict text; do
-        case $verdict in ok) ok "an outcome is told: $text" ;; *) bad "an outcome: $text" ;; esac
-    done <"$dir/said"
-    applications "$dir"
+    said outcomes "an outcome is told" "$dir" "$image"
+    at_least 25 outcomes
+    said applications "an application" "$dir" "$image"
+    at_least 41 "claims about an application"
     k a1 -n production delete deployments,statefulsets,daemonsets,jobs -l outcome=planted >/dev/null
     k a1 -n beta delete resourcequota/none limitrange/small >/dev/null
     k a1 delete validatingwebhookconfiguration/nobody-answers >/dev/null
+    said deploys "an outcome is told" "$dir" "$image"
+    at_least 45 "outcomes of operations of an application"
+    as_it_was
+    printf '          %d planted outcomes, %d told as they were\n' "$planted" "$told"
+    is "planted outcomes that are told as they were" "$told" "$planted"
+    scored "$dir/objects.json"
     rm -rf "$dir"
 }
 
-# One application from its first revision to its end, with the traps of the outcomes still set elsewhere.
-applications() {
-    local verdict text
-    "$(stand)" applications "$1" "$image" >"$1/said" 2>"$1/err" || true
-    [ "$(wc -l <"$1/said")" -ge 41 ] || bad "fewer than 41 claims about an application were tried: $(tail -3 "$1/err")"
-    while read -r verdict text; do
-        case $verdict in ok) ok "an application: $text" ;; *) bad "an application: $text" ;; esac
-    done <"$1/said"
+# Whatever the outcomes have left of their faults, also when they did not come to their end.
+as_it_was() {
+    in_vm a1 sh -c 'nft delete table inet cut 2>/dev/null; rm -f /run/pipeops-gate /run/systemd/system/pipeops-agent.service.d/gate.conf
+        kubectl label namespace production pod-security.kubernetes.io/enforce=baseline --overwrite >/dev/null; systemctl daemon-reload; systemctl restart pipeops-agent'
+    in_vm cp systemctl start pipeops-control-plane
+    want "the agent is reached as before" until_true 60 kl get nodes
+}
+
+# The objects that a deploy has made, looked at by kube-score: nothing critical. What is not asked of them, and why:
+scored() {
+    local score ignored=(
+        # a tag that names a version is pulled once, as Kubernetes does by itself: a registry that is away must not keep a pod from starting
+        container-image-pull-policy
+        # what a pod may write is the namespace's to limit: a LimitRange
+        container-ephemeral-storage-request-and-limit
+        # an image that nobody has said it of may write where it likes in its own root; security.read_only_root says it
+        container-security-context-readonlyrootfilesystem
+        # whose number is above 10000 is the image's own affair; security.user sets another one
+        container-security-context-user-group-id
+        # who may reach whom is the namespace's to say, and not an application's about itself
+        pod-networkpolicy
+    )
+    score=$(scripts/parts kube-score 2>"$out/score.err") || {
+        if [ $? = 3 ]; then echo "NOT RUN: kube-score: $(tail -1 "$out/score.err")"; else bad "kube-score cannot be built: $(tail -1 "$out/score.err")"; fi
+        return
+    }
+    printf '          %s\n' "$(paste -sd, "$score/versions")"
+    if [ ! -s "$1" ]; then bad "kube-score: there are no objects of a deploy"; return; fi
+    exits 0 "kube-score finds nothing critical in the objects of a deploy" "$score/kube-score" score --output-format ci "${ignored[@]/#/--ignore-test=}" "$1"
+    grep -E '^\[(CRITICAL|WARNING)\]' "$out/last" | sed 's/^/          /'
 }
 
 # Its screen for eight seconds, of a size that shows a pod's whole name.
@@ -126,8 +168,6 @@ scenario_loop() {
     local ip kubectl pod id
     fresh cp a1 || return
     ip=$(vm ip cp)
-    in_vm cp install -m 0755 /root/pipeops /usr/local/bin/pipeops
-    vm push cp systemd/pipeops-control-plane.service /etc/systemd/system/pipeops-control-plane.service
     # RabbitMQ stands outside the VMs
     local amqp broker=''
     [ ! -e "$out/rabbitmq" ] || scripts/services rabbitmq kill "$out/rabbitmq"
@@ -138,13 +178,7 @@ scenario_loop() {
     else
         echo "NOT RUN: the loop with RabbitMQ and the reference Runner: $(tail -1 "$out/rabbitmq.err")"
     fi
-    in_vm cp sh -c 'mkdir -p /etc/systemd/system/pipeops-control-plane.service.d; cat > /etc/systemd/system/pipeops-control-plane.service.d/name.conf; systemctl daemon-reload' <<CONF
-[Service]
-${broker:+LoadCredential=amqp-url:/etc/pipeops/amqp-url}
-ExecStart=
-ExecStart=/usr/local/bin/pipeops control-plane --public-name $ip$broker
-CONF
-    want "the control plane's unit starts" in_vm cp systemctl start pipeops-control-plane
+    control_plane "$broker" "${broker:+LoadCredential=amqp-url:/etc/pipeops/amqp-url}"
     in_vm cp systemctl is-active -q pipeops-control-plane || { in_vm cp journalctl -u pipeops-control-plane --no-pager -n 20; [ -z "$broker" ] || scripts/services rabbitmq kill "$out/rabbitmq"; return; }
     want "exposure of at most 1.5" in_vm cp sh -c 'systemd-analyze security pipeops-control-plane --no-pager | tail -1 | grep -E "level for pipeops-control-plane.service: (0\.[0-9]|1\.[0-5]) "'
     is "it is not root" "$(in_vm cp sh -c 'stat -c %u /proc/$(systemctl show -p MainPID --value pipeops-control-plane)' | sed 's/^0$/root/; s/^[0-9]*$/other/')" other
