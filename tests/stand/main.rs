@@ -18,6 +18,7 @@
 //!     stand applications DIR IMAGE  an application deployed, brought back, superseded, deleted
 //!     stand deploys DIR IMAGE   operations of an application while what is around them fails: the agent
 //!                               killed at each write, the control plane away, the tunnel cut
+//!     stand crowd DIR IMAGE     200 operations of four callers at once
 //!     stand registry            a registry of images that has none
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and
 //!                               descriptors do
@@ -37,6 +38,7 @@ mod applications;
 mod bench;
 mod caller;
 mod compare;
+mod crowd;
 mod deploys;
 #[path = "../it/fake_control_plane.rs"]
 mod fake_control_plane;
@@ -84,12 +86,13 @@ async fn main() {
         }
         ["outcomes", dir, image] => std::process::exit(outcomes::outcomes(dir, image).await),
         ["deploys", dir, image] => std::process::exit(deploys::deploys(dir, image).await),
+        ["crowd", dir, image] => std::process::exit(crowd::crowd(dir, image).await),
         ["registry"] => outcomes::registry().await,
         ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
             eprintln!(
-                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | deploys DIR IMAGE | registry | soak PIPEOPS N"
+                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | deploys DIR IMAGE | crowd DIR IMAGE | registry | soak PIPEOPS N"
             );
             std::process::exit(2);
         }

@@ -74,7 +74,7 @@ at_least() { [ "$(grep -cE '^(ok|WRONG) ' "$out/said")" -ge "$1" ] || bad "fewer
 # Workloads that can't run, all at once: each operation says why, with a code. An administrator sets the traps. Then one application from its
 # first revision to its end, and its operations while what is around them fails.
 planted_outcomes() {
-    local dir=$out/outcomes planted=0 told=0
+    local dir=$out/outcomes planted=0 told=0 n
     given "$dir" outcomes
     k a1 apply -f - <<'YAML' >/dev/null
 apiVersion: v1
@@ -116,6 +116,9 @@ YAML
     printf '          %d planted outcomes, %d told as they were\n' "$planted" "$told"
     is "planted outcomes that are told as they were" "$told" "$planted"
     scored "$dir/objects.json"
+    for n in 1 2 3 4; do (umask 077; in_vm cp pipeops control-plane runner create "crowd-$n" >"$dir/token-$n"); done
+    said crowd "four callers at once" "$dir" "$image"
+    at_least 5 "claims about four callers"
     rm -rf "$dir"
 }
 
