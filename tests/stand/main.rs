@@ -19,6 +19,7 @@
 //!     stand deploys DIR IMAGE   operations of an application while what is around them fails: the agent
 //!                               killed at each write, the control plane away, the tunnel cut
 //!     stand crowd DIR IMAGE     200 operations of four callers at once
+//!     stand overhead DIR IMAGE KUBECTL RUNS  `deploy` beside kubectl apply and rollout status
 //!     stand registry            a registry of images that has none
 //!     stand soak PIPEOPS N      N forced reconnects and N aborted downloads: what memory and
 //!                               descriptors do
@@ -47,6 +48,7 @@ mod fleet;
 mod gate;
 mod killed;
 mod outcomes;
+mod overhead;
 mod restricted;
 mod rights;
 mod runner;
@@ -87,12 +89,16 @@ async fn main() {
         ["outcomes", dir, image] => std::process::exit(outcomes::outcomes(dir, image).await),
         ["deploys", dir, image] => std::process::exit(deploys::deploys(dir, image).await),
         ["crowd", dir, image] => std::process::exit(crowd::crowd(dir, image).await),
+        ["overhead", dir, image, kubectl, runs] => {
+            let runs = runs.parse().unwrap();
+            std::process::exit(overhead::overhead(dir, image, kubectl, runs).await)
+        }
         ["registry"] => outcomes::registry().await,
         ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
             eprintln!(
-                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | deploys DIR IMAGE | crowd DIR IMAGE | registry | soak PIPEOPS N"
+                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | deploys DIR IMAGE | crowd DIR IMAGE | overhead DIR IMAGE KUBECTL RUNS | registry | soak PIPEOPS N"
             );
             std::process::exit(2);
         }
