@@ -379,9 +379,9 @@ mod tests {
             let address = text.parse().unwrap();
             let holds = |range: &&str| Cidr::parse(range).unwrap().contains(address);
             if text.contains(':') {
-                holds(&INTERNET_V6) && !NOT_INTERNET_V6.iter().any(|r| holds(&r))
+                holds(&INTERNET_V6) && !NOT_INTERNET_V6.iter().any(holds)
             } else {
-                !NOT_INTERNET.iter().any(|r| holds(&r))
+                !NOT_INTERNET.iter().any(holds)
             }
         };
         for outside in ["1.1.1.1", "93.184.216.34", "172.32.0.1", "2606:4700::1111"] {

@@ -292,7 +292,7 @@ async fn no_operation_of_one_tenant_is_told_to_another() {
         ids
     };
     assert_eq!(listed(&acme).await, mine);
-    assert_eq!(listed(&globex).await, [theirs.clone()]);
+    assert_eq!(listed(&globex).await, std::slice::from_ref(&theirs));
     assert_eq!(listed(&all).await.len(), 4);
     // what is another's is not there, in the same words as what nobody has
     let absent = format!("o-{}", "0".repeat(32));

@@ -40,7 +40,7 @@ struct End {
 
 /// A caller stays in a namespace of its own application: two share each namespace.
 fn namespace(caller: usize) -> &'static str {
-    if caller % 2 == 0 { "production" } else { "beta" }
+    if caller.is_multiple_of(2) { "production" } else { "beta" }
 }
 
 /// The `n`-th operation of a caller. Each can be told from what it leaves: a key of a ConfigMap,

@@ -52,8 +52,8 @@ mod overhead;
 mod restricted;
 mod rights;
 mod runner;
-mod tenants;
 mod seen;
+mod tenants;
 mod tunnel;
 
 use std::sync::{Arc, Mutex};

@@ -231,7 +231,7 @@ mod tests {
             request: n.to_string(),
             subject: "r".into(),
             role: "viewer".into(),
-            tenant: if n % 2 == 0 { String::new() } else { "acme".into() },
+            tenant: if n.is_multiple_of(2) { String::new() } else { "acme".into() },
             token: "t".into(),
             method: "GET".into(),
             path: "/api".into(),
