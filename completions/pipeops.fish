@@ -53,6 +53,7 @@ complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "secret" -d 'Values 
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "clusters" -d 'List the clusters that your token reaches'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "kubeconfig" -d 'Print a kubeconfig with which kubectl reaches a cluster for a day'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "nodes" -d 'Machines of a cluster'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "tenant" -d 'Customers with a place of their own in a cluster: namespaces, and what limits them'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "audit" -d 'Check or show the record of what was done through the tunnel'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "explain" -d 'Explain a code of a finding, an error or an operation'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "completions" -d 'Print shell completions'
@@ -555,6 +556,65 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l force -d 'Also one that is ready and was not drained'
 complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l detach -d 'Print the id of the operation and do not wait for its end'
 complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and not __fish_seen_subcommand_from set list show delete" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and not __fish_seen_subcommand_from set list show delete" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and not __fish_seen_subcommand_from set list show delete" -f -a "set" -d 'Make a tenant, or change one: what is given is all that it has afterwards'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and not __fish_seen_subcommand_from set list show delete" -f -a "list" -d 'List them with their namespaces, and what those use'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and not __fish_seen_subcommand_from set list show delete" -f -a "show" -d 'Show one, with all of its quota and hosts'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and not __fish_seen_subcommand_from set list show delete" -f -a "delete" -d 'Delete one: its namespaces with all that is in them, data too'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -s n -l namespace -d 'Namespaces that it has, each with the whole quota; they are made where they are not there' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l quota -d 'cpu, memory, storage, pods, load-balancers and node-ports of each namespace; of the last two 0 where nothing is said, the others without a limit' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l pod-security -d 'Level that Pod Security enforces' -r -f -a "baseline\t''
+restricted\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l host -d 'Host names that its applications may have, `*.NAME` too' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l egress -d 'Private ranges that its pods may reach' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l remove-namespace -d 'Namespaces of the tenant that are deleted, with all that is in them' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from list" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from list" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from list" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from list" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from show" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from show" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from show" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from show" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from show" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -l timeout -d 'Longest time of the operation, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -s y -l yes -d 'Do not ask for the name again'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from delete" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -l root -d 'Work in a directory that stands for the machine' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand audit; and not __fish_seen_subcommand_from verify tail" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
