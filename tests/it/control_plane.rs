@@ -451,7 +451,7 @@ async fn a_runner_that_would_reach_nothing_is_refused_and_one_is_revoked_by_its_
     assert!(
         table.contains("PROJECT")
             && line.contains(row["project"].as_str().unwrap())
-            && line.matches(" all ").count() == 2,
+            && line.matches(" all ").count() == 3,
         "{table}"
     );
     // the same name in another project: then it is asked for the id
