@@ -3,7 +3,7 @@
 //!
 //! DIR holds what a Runner is given: `amqp-url`, `control-plane` (URL), `ca.pem`, `token`.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -132,7 +132,7 @@ async fn hear(url: &str, mut wanted: impl FnMut(&Value) -> bool) -> Option<Value
         )
         .await
         .unwrap();
-    let mut seen = HashSet::new();
+    let (mut seen, mut heard) = (HashSet::new(), BTreeMap::<String, u32>::new());
     while let Ok(Some(Ok(delivery))) =
         tokio::time::timeout(Duration::from_secs(120), consumer.next()).await
     {
@@ -142,11 +142,14 @@ async fn hear(url: &str, mut wanted: impl FnMut(&Value) -> bool) -> Option<Value
         if !seen.insert(body["message_id"].as_str().unwrap_or_default().to_owned()) {
             continue;
         }
-        println!("heard {} of {}", body["type"], body["cluster_name"]);
+        let what = format!("{} of {}", body["type"], body["cluster_name"]);
+        *heard.entry(what).or_default() += 1;
         if wanted(&body) {
+            println!("heard {heard:?}");
             return Some(body);
         }
     }
+    println!("heard {heard:?}");
     None
 }
 
