@@ -3,8 +3,9 @@ use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
+use nix::sys::termios::{LocalFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use serde::Serialize;
+use terminal_size::{Height, Width};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -312,6 +313,34 @@ impl Drop for Quiet {
         let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.before);
         to_stderr("\n");
     }
+}
+
+/// A terminal that hands over each key as it is typed, Ctrl-C too, and shows what it gets as it is:
+/// another terminal is behind it. As before once this is dropped, also by a panic.
+pub struct RawTerminal {
+    before: Termios,
+}
+
+impl RawTerminal {
+    /// None where standard input is no terminal.
+    pub fn begin() -> Option<RawTerminal> {
+        let before = tcgetattr(std::io::stdin()).ok()?;
+        let mut raw = before.clone();
+        cfmakeraw(&mut raw);
+        tcsetattr(std::io::stdin(), SetArg::TCSADRAIN, &raw).ok()?;
+        Some(RawTerminal { before })
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.before);
+    }
+}
+
+/// Columns and lines of the terminal.
+pub fn terminal_size() -> Option<(u16, u16)> {
+    terminal_size::terminal_size_of(std::io::stdin()).map(|(Width(w), Height(h))| (w, h))
 }
 
 fn spinner(message: String) -> ProgressBar {

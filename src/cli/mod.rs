@@ -7,8 +7,8 @@ mod control_plane;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use client::{
-    ClientCommand, ClusterArgs, ContextsArgs, ContextsCommand, DeployArgs, FollowArgs, JobArgs,
-    JobCommand, LoginArgs, LogsArgs, NodesCommand, OperationArgs, ReachArgs, SecretArgs,
+    ClientCommand, ClusterArgs, ContextsArgs, ContextsCommand, DeployArgs, ExecArgs, FollowArgs,
+    JobArgs, JobCommand, LoginArgs, LogsArgs, NodesCommand, OperationArgs, ReachArgs, SecretArgs,
     SecretCommand, TenantArgs, TenantCommand,
 };
 pub use common::{EventFormat, OutputArgs, OutputFormat, RootArgs};

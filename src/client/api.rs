@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
-use reqwest::{Client, Method, RequestBuilder, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode, Upgraded};
+use ring::rand::SecureRandom as _;
 use serde_json::Value;
+use tokio::time::timeout;
 
 use super::contexts::LoginContext;
 use crate::base::error::{Exit, Failure};
@@ -22,6 +26,8 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const MAX_ANSWER: usize = 32 << 20;
 /// Longest foreign message that is repeated, characters.
 const MAX_MESSAGE: usize = 400;
+/// What a server appends to a key to prove that it speaks WebSocket (RFC 6455 §1.3).
+const WEB_SOCKET_GUID: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 /// Code of a refusal that is not one of ours: of Kubernetes, or of something in between.
 const FOREIGN: &str = "REMOTE_REFUSES";
 
@@ -139,6 +145,54 @@ impl Api {
         self.there(answer).await
     }
 
+    /// A connection that the server has switched to WebSocket (RFC 6455 §4), and which of
+    /// `protocols` it speaks there; of what need not be there.
+    ///
+    /// # Errors
+    /// As [`Api::get`]; exit 5 for a server that does not switch.
+    pub async fn web_socket(
+        &self,
+        path: &str,
+        protocols: &[&'static str],
+    ) -> Result<Option<(Upgraded, &'static str)>, Failure> {
+        let other = |why: &str| {
+            let what = format!("{} does not switch to WebSocket", self.base);
+            Failure::new(Exit::Network, "ANSWER_UNREADABLE", what)
+                .why(why)
+                .hint("a proxy between has to pass upgrades; `kubectl exec` needs them too")
+        };
+        let mut nonce = [0; 16];
+        let random = ring::rand::SystemRandom::new().fill(&mut nonce);
+        random.map_err(|_| other("the system gives no random numbers"))?;
+        let key = STANDARD.encode(nonce);
+        let request = self
+            .request(Method::GET, path)
+            .header("Connection", "Upgrade")
+            .header("Upgrade", "websocket")
+            .header("Sec-WebSocket-Version", "13")
+            .header("Sec-WebSocket-Key", &key)
+            .header("Sec-WebSocket-Protocol", protocols.join(", "));
+        let sent = timeout(CALL_TIMEOUT, request.send()).await;
+        let sent = sent.map_err(|_| self.silent(format!("no answer within {CALL_TIMEOUT:?}")))?;
+        let answer = sent.map_err(|e| self.unreachable(&e))?;
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return match self.there(answer).await? {
+                Some(answer) => Err(other(&format!("it answers with {}", answer.status()))),
+                None => Ok(None),
+            };
+        }
+        let header = |name: &str| answer.headers().get(name).and_then(|value| value.to_str().ok());
+        if header("sec-websocket-accept") != Some(&*web_socket_accept(&key)) {
+            return Err(other("its answer does not belong to the request"));
+        }
+        let spoken = header("sec-websocket-protocol").unwrap_or_default();
+        let Some(protocol) = protocols.iter().find(|known| **known == spoken) else {
+            return Err(other(&format!("it speaks `{}` there", printable(spoken))));
+        };
+        let upgraded = answer.upgrade().await.map_err(|e| self.unreachable(&e))?;
+        Ok(Some((upgraded, *protocol)))
+    }
+
     /// None where Kubernetes knows no such object, or serves none of its kind. That the cluster
     /// itself is not there is said by the control plane, with a code.
     async fn there(&self, answer: Response) -> Result<Option<Response>, Failure> {
@@ -200,15 +254,23 @@ impl Api {
             )
             .why(text)
             .hint(format!("{remedy}; pipeops login URL --pin PIN, or --ca FILE")),
-            None => Failure::new(
-                Exit::Network,
-                "CONTROL_PLANE_SILENT",
-                format!("{} does not answer", self.base),
-            )
-            .why(text)
-            .hint("check the address and the way there; clusters run on meanwhile"),
+            None => self.silent(text),
         }
     }
+
+    fn silent(&self, why: String) -> Failure {
+        let what = format!("{} does not answer", self.base);
+        Failure::new(Exit::Network, "CONTROL_PLANE_SILENT", what)
+            .why(why)
+            .hint("check the address and the way there; clusters run on meanwhile")
+    }
+}
+
+/// What a server answers to a key (RFC 6455 §4.2.2).
+fn web_socket_accept(key: &str) -> String {
+    let text = format!("{key}{WEB_SOCKET_GUID}");
+    let digest = ring::digest::digest(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY, text.as_bytes());
+    STANDARD.encode(digest)
 }
 
 /// What an answer other than success means: exit 7 where the token may not, 2 where the request is
@@ -254,6 +316,12 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_key_is_answered_as_the_standard_has_it() {
+        // RFC 6455 §1.3
+        assert_eq!(web_socket_accept("dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    }
 
     #[test]
     fn an_answer_ends_a_command_with_the_code_that_it_means() {

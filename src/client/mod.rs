@@ -7,6 +7,7 @@ pub mod applications;
 pub mod clusters;
 pub mod contexts;
 mod events;
+pub mod exec;
 pub mod logs;
 pub mod operations;
 pub mod tenants;

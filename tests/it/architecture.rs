@@ -112,7 +112,7 @@ const INSIDE: &[(&str, Rows)] = &[
         &[
             &["application_file", "clusters", "contexts", "events"],
             &["api"],
-            &["applications", "logs", "operations"],
+            &["applications", "exec", "logs", "operations"],
             &["tenants"],
         ],
     ),

@@ -19,8 +19,8 @@ use crate::tenant_tokens::RecordingAgent;
 use crate::world::serve_kube;
 
 /// Somebody with a home of their own.
-struct Person {
-    home: tempfile::TempDir,
+pub(crate) struct Person {
+    pub(crate) home: tempfile::TempDir,
 }
 
 impl Person {
@@ -28,23 +28,23 @@ impl Person {
         Person { home: tempfile::tempdir().unwrap() }
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(program());
         command.args(args).env_clear().env("HOME", self.home.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
-    fn run(&self, args: &[&str]) -> RunOutput {
+    pub(crate) fn run(&self, args: &[&str]) -> RunOutput {
         tokio::task::block_in_place(|| run_output(self.command(args).output().unwrap()))
     }
 
-    fn types(&self, args: &[&str], text: &str) -> RunOutput {
+    pub(crate) fn types(&self, args: &[&str], text: &str) -> RunOutput {
         typed(self.command(args), text)
     }
 
     /// Logs in as a new user of the control plane.
-    fn logged_in(control_plane: &ControlPlane, name: &str, more: &[&str]) -> Person {
+    pub(crate) fn logged_in(control_plane: &ControlPlane, name: &str, more: &[&str]) -> Person {
         let person = Person::new();
         let (line, token) = user(control_plane, name, more);
         person.types(&words(&line), &token).ended(0);

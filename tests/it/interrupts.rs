@@ -14,14 +14,14 @@ use nix::unistd::Pid;
 use crate::support::{Sandbox, assert_same_tree};
 
 /// A program that somebody sits in front of.
-struct Terminal {
-    child: Child,
-    keyboard: File,
-    screen: Arc<Mutex<String>>,
+pub(crate) struct Terminal {
+    pub(crate) child: Child,
+    pub(crate) keyboard: File,
+    pub(crate) screen: Arc<Mutex<String>>,
 }
 
 impl Terminal {
-    fn start(mut command: Command) -> Terminal {
+    pub(crate) fn start(mut command: Command) -> Terminal {
         let pty = nix::pty::openpty(None, None).unwrap();
         let end = || Stdio::from(pty.slave.try_clone().unwrap());
         let child = command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
@@ -37,7 +37,7 @@ impl Terminal {
     }
 
     #[track_caller]
-    fn until(&self, word: &str) {
+    pub(crate) fn until(&self, word: &str) {
         let begin = Instant::now();
         while !self.screen.lock().unwrap().contains(word) {
             let shown = self.screen.lock().unwrap().clone();
@@ -46,7 +46,7 @@ impl Terminal {
         }
     }
 
-    fn types(&mut self, text: &str) {
+    pub(crate) fn types(&mut self, text: &str) {
         self.keyboard.write_all(text.as_bytes()).unwrap();
     }
 }
@@ -57,7 +57,7 @@ fn send(child: &Child, signal: Signal) {
 
 /// It ends by itself, soon; gives the exit code.
 #[track_caller]
-fn ends(child: &mut Child, soon: Duration) -> Option<i32> {
+pub(crate) fn ends(child: &mut Child, soon: Duration) -> Option<i32> {
     let begin = Instant::now();
     loop {
         if let Some(status) = child.try_wait().unwrap() {

@@ -18,6 +18,7 @@ mod client;
 mod compat;
 mod config_sets;
 mod control_plane;
+mod exec;
 mod fake_control_plane;
 mod fields;
 mod frps;

@@ -259,6 +259,10 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
         if query.contains("deny") {
             return (StatusCode::FORBIDDEN, "no exec for you").into_response();
         }
+        let spoken = request.headers().get("sec-websocket-protocol").map(text);
+        if spoken.is_some_and(|spoken| spoken.starts_with("v5.channel.k8s.io, ")) {
+            return crate::exec::answer(request);
+        }
         let upgrade = hyper::upgrade::on(&mut request);
         tokio::spawn(async move {
             let mut io = TokioIo::new(upgrade.await.unwrap());

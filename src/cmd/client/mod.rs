@@ -3,6 +3,7 @@
 
 mod apps;
 mod deploy;
+mod exec;
 mod job;
 mod login;
 mod logs;
@@ -53,6 +54,7 @@ pub async fn client(context: &Context, command: ClientCommand) -> anyhow::Result
             apps::history(context, &name, &reach, &output).await
         }
         ClientCommand::Logs(args) => logs::logs(context, args).await,
+        ClientCommand::Exec(args) => exec::exec(context, args).await,
         ClientCommand::Job(JobCommand::Run(args)) => job::run(context, args).await,
         ClientCommand::Clusters { context: name, output } => {
             apps::clusters(context, name.as_deref(), &output).await

@@ -84,6 +84,8 @@ pub enum ClientCommand {
     },
     /// Print the logs of all pods of an application
     Logs(LogsArgs),
+    /// Run a command in a pod of an application that runs already
+    Exec(ExecArgs),
     /// Commands that run once
     #[command(subcommand)]
     Job(JobCommand),
@@ -236,6 +238,28 @@ pub struct LogsArgs {
     /// Only what is younger: 90s, 10m, 2h
     #[arg(long, value_name = "TIME", value_parser = since)]
     pub since: Option<u64>,
+    #[command(flatten)]
+    pub reach: ReachArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    pub name: String,
+    /// Pod; without: one that is ready
+    #[arg(long, value_name = "POD")]
+    pub pod: Option<String>,
+    /// Container; without: the first one of the pod
+    #[arg(long, short, value_name = "CONTAINER")]
+    pub container: Option<String>,
+    /// Pass standard input to the command
+    #[arg(long, short = 'i')]
+    pub stdin: bool,
+    /// A terminal for the command, where standard input is one; with -i
+    #[arg(long, short = 't', requires = "stdin")]
+    pub tty: bool,
+    /// The command with its arguments, after --
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
     #[command(flatten)]
     pub reach: ReachArgs,
 }
@@ -442,29 +466,4 @@ fn since(text: &str) -> Result<u64, &'static str> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn a_quota_is_read_by_its_names() {
-        for (text, name, value) in [
-            ("cpu=2", "cpu", json!("2")),
-            ("memory=4Gi", "memory", json!("4Gi")),
-            ("pods=50", "pods", json!(50)),
-            ("load-balancers=0", "load_balancers", json!(0)),
-            ("node-ports=1", "node_ports", json!(1)),
-        ] {
-            assert_eq!(quota(text), Ok((name, value)), "{text}");
-        }
-        for (text, said) in [
-            ("cpu", "NAME=QUANTITY"),
-            ("disk=1Gi", "`disk` is not one of cpu,"),
-            ("pods=many", "pods is a whole number"),
-            ("node-ports=-1", "whole number"),
-        ] {
-            assert!(quota(text).unwrap_err().contains(said), "{text}");
-        }
-    }
-}
+mod tests;
