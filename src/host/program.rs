@@ -17,6 +17,19 @@ const MAX_OUTPUT: u64 = 4 << 20;
 const PASSED_ON: [&str; 6] =
     ["HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SYSTEM_BUS_ADDRESS", "LD_LIBRARY_PATH"];
 
+/// And those with which a program finds the display and the browser of its user.
+const OF_A_DESKTOP: [&str; 6] = [
+    "BROWSER",
+    "DISPLAY",
+    "WAYLAND_DISPLAY",
+    "XAUTHORITY",
+    "XDG_CURRENT_DESKTOP",
+    "XDG_SESSION_TYPE",
+];
+
+/// What a program that goes on by itself has said of a failure by then.
+const START: Duration = Duration::from_secs(3);
+
 /// How long a program may be busy. While one thread writes a file, another may start a child, and
 /// that child holds the file open for writing until it has become its own program; Linux starts no
 /// file that somebody holds open so (ETXTBSY).
@@ -94,6 +107,36 @@ impl Host {
             stdout: String::from_utf8_lossy(&out).into_owned(),
             stderr: String::from_utf8_lossy(&err).into_owned(),
         })
+    }
+
+    /// Starts a program on the user's desktop that goes on by itself, whatever becomes of ours. One
+    /// that ends soon ends with success.
+    ///
+    /// # Errors
+    /// When it is not there, cannot be started, or ends soon with another status than 0.
+    pub async fn start_on_desktop(&self, program: &str, args: &[&str]) -> anyhow::Result<()> {
+        let Some(file) = self.which(program) else {
+            bail!("the program `{program}` is not on this machine")
+        };
+        let passed = |name: &std::ffi::OsString| {
+            PASSED_ON.iter().chain(&OF_A_DESKTOP).any(|passed| name == passed)
+        };
+        let mut command = tokio::process::Command::new(file);
+        command
+            .args(args)
+            .env_clear()
+            .envs(std::env::vars_os().filter(|(name, _)| passed(name)))
+            .env("PATH", &self.path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0);
+        let mut child =
+            spawn(&mut command).await.with_context(|| format!("starting `{program}`"))?;
+        match tokio::time::timeout(START, child.wait()).await {
+            Ok(Ok(status)) if !status.success() => bail!("`{program}` ends with {status}"),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -113,7 +113,7 @@ const INSIDE: &[(&str, Rows)] = &[
             &["application_file", "clusters", "contexts", "events"],
             &["api"],
             &["applications", "exec", "logs", "operations"],
-            &["tenants"],
+            &["address", "tenants"],
         ],
     ),
     ("cli", &[&["common"], &["client", "control_plane"], &["mod"]]),

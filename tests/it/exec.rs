@@ -1,6 +1,7 @@
-//! `exec` of the command line, with a kubelet's end of an exec in this process.
+//! `exec` and `open` of the command line, with a kubelet's end of an exec in this process.
 
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -139,8 +140,12 @@ fn plant(kube: &Kube) {
         pod("web-1", "True", one),
         pod("web-2", "True", json!([{"name": "web"}, {"name": "proxy"}])),
     ]});
-    let planted = ("/api/v1/namespaces/beta/pods", "labelSelector=app=web", pods);
-    kube.planted.lock().unwrap().push(planted);
+    let ingress = json!({"spec": {"rules": [{"host": "web.example", "http": {"paths": [
+        {"path": "/shop"}]}}], "tls": [{"hosts": ["web.example"]}]}});
+    kube.planted.lock().unwrap().extend([
+        ("/api/v1/namespaces/beta/pods", "labelSelector=app=web", pods),
+        ("/apis/networking.k8s.io/v1/namespaces/beta/ingresses/web", "", ingress),
+    ]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -253,5 +258,38 @@ async fn a_terminal_is_the_commands_own_and_as_before_when_it_ends() {
             let after = tcgetattr(&terminal.keyboard).unwrap();
             assert_eq!(after.local_flags, before.local_flags, "{signal}");
         }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_application_is_opened_at_its_host() {
+    let control_plane = ControlPlane::with(&[]);
+    let (kube, address) = serve_kube().await;
+    let (_agent, _) = control_plane.agent(address).await;
+    plant(&kube);
+    let eve = Person::logged_in(&control_plane, "eve", &[]);
+    let web = ["open", "web", "-n", "beta"];
+    assert_eq!(eve.run(&web).ended(0).out, "https://web.example/shop\n");
+    let none = eve.run(&["open", "api", "-n", "beta"]).ended(13);
+    assert!(none.err.contains("[NO_HOST]") && none.err.contains("pipeops.toml"), "{}", none.err);
+    // on a terminal with a display, unless only the URL is asked for
+    let opener = eve.home.path().join("xdg-open");
+    let script = "#!/bin/sh\necho \"$1 on $DISPLAY\" > \"$HOME/opened\"\n";
+    std::fs::write(&opener, script).unwrap();
+    std::fs::set_permissions(&opener, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let opened = eve.home.path().join("opened");
+    let run = |args: &[&str], display: &str| {
+        let mut command = eve.command(args);
+        command.env("PATH", eve.home.path()).env("DISPLAY", display);
+        let mut terminal = Terminal::start(command);
+        terminal.until("https://web.example/shop");
+        assert_eq!(ends(&mut terminal.child, SOON), Some(0));
+    };
+    tokio::task::block_in_place(|| {
+        run(&web, "");
+        run(&[&web[..], &["--print"]].concat(), ":7");
+        assert!(!opened.exists());
+        run(&web, ":7");
+        assert_eq!(std::fs::read_to_string(&opened).unwrap(), "https://web.example/shop on :7\n");
     });
 }

@@ -86,6 +86,15 @@ pub enum ClientCommand {
     Logs(LogsArgs),
     /// Run a command in a pod of an application that runs already
     Exec(ExecArgs),
+    /// Open an application in a browser, at its host
+    Open {
+        name: String,
+        /// Print the URL and open nothing
+        #[arg(long)]
+        print: bool,
+        #[command(flatten)]
+        reach: ReachArgs,
+    },
     /// Commands that run once
     #[command(subcommand)]
     Job(JobCommand),

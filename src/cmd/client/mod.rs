@@ -8,6 +8,7 @@ mod job;
 mod login;
 mod logs;
 mod nodes;
+mod open;
 mod operation;
 mod secret;
 mod tenant;
@@ -55,6 +56,9 @@ pub async fn client(context: &Context, command: ClientCommand) -> anyhow::Result
         }
         ClientCommand::Logs(args) => logs::logs(context, args).await,
         ClientCommand::Exec(args) => exec::exec(context, args).await,
+        ClientCommand::Open { name, print, reach } => {
+            open::open(context, &name, print, &reach).await
+        }
         ClientCommand::Job(JobCommand::Run(args)) => job::run(context, args).await,
         ClientCommand::Clusters { context: name, output } => {
             apps::clusters(context, name.as_deref(), &output).await
