@@ -48,6 +48,24 @@ pub(super) struct ResumePoint {
     pub(super) attempts: u32,
 }
 
+/// The caller as it is on disk. A version before tenants does not read the tenant, and would go on
+/// for all namespaces: for it, the caller has none.
+fn stored_caller(caller: &Caller) -> Caller {
+    let mut stored = caller.clone();
+    if stored.tenant.is_some() && stored.namespaces.is_none() {
+        stored.namespaces = Some(Vec::new());
+    }
+    stored
+}
+
+/// The caller that asked.
+fn caller_of(mut stored: Caller) -> Caller {
+    if stored.tenant.is_some() && stored.namespaces.as_ref().is_some_and(Vec::is_empty) {
+        stored.namespaces = None;
+    }
+    stored
+}
+
 impl ResumePoint {
     /// Of a request that came at this moment; none if it may not stand on a disk.
     pub(super) fn of(
@@ -57,9 +75,11 @@ impl ResumePoint {
     ) -> Option<ResumePoint> {
         let timeout_s = requested.timeout_s() + requested.rollback_s();
         let timeout_s = i64::try_from(timeout_s).unwrap_or(i64::MAX);
-        requested.is_resumable().then(|| ResumePoint {
+        // one that reaches no namespace would reach all of its tenant's afterwards
+        let is_readable = caller_of(caller.clone()) == *caller;
+        (requested.is_resumable() && is_readable).then(|| ResumePoint {
             body: String::from_utf8_lossy(body).into_owned(),
-            caller: caller.clone(),
+            caller: stored_caller(caller),
             deadline: now_s().saturating_add(timeout_s).saturating_add(GRACE_S),
             attempts: 0,
         })
@@ -107,7 +127,8 @@ impl Api {
 
     async fn resume(self, stored: StoredOperation) {
         let id = stored.operation.id;
-        let Some(point) = stored.resume else { return };
+        let Some(mut point) = stored.resume else { return };
+        point.caller = caller_of(point.caller);
         let cancel = self.operations().all.lock().get(&id).map(|live| live.cancel.clone());
         let Some(cancel) = cancel else { return };
         let end = |state, message: &str| {
@@ -212,5 +233,46 @@ mod tests {
             r#""metadata":{"name":"s","namespace":"beta"}}]}}"#
         );
         assert!(point(secret).is_none());
+    }
+
+    /// The caller as a version before tenants reads it.
+    #[derive(Deserialize)]
+    struct CallerBefore {
+        namespaces: Option<Vec<String>>,
+    }
+
+    #[test]
+    fn a_version_before_tenants_goes_on_in_no_namespace_and_this_one_as_before() {
+        let web = r#"{"apiVersion":"apps/v1","kind":"Deployment","name":"web","namespace":"beta"}"#;
+        let body = format!(r#"{{"kind":"restart","spec":{{"object":{web}}}}}"#);
+        let body = body.as_bytes();
+        let list = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        for (tenant, namespaces, before) in [
+            (None, None, Some(None)),
+            (None, Some(list(&["beta"])), Some(Some(list(&["beta"])))),
+            (None, Some(list(&[])), Some(Some(list(&[])))),
+            (Some("acme"), None, Some(Some(list(&[])))),
+            (Some("acme"), Some(list(&["beta"])), Some(Some(list(&["beta"])))),
+            // it reaches nothing, and does not go on as one that does
+            (Some("acme"), Some(list(&[])), None),
+        ] {
+            let caller = Caller {
+                subject: "r-1".into(),
+                role: Role::Deployer,
+                namespaces,
+                tenant: tenant.map(String::from),
+                token_id: "t".into(),
+            };
+            let requested = OperationRequest::parse(body, &caller);
+            let requested = requested.map_err(|(_, _, why)| why).unwrap();
+            let point = ResumePoint::of(&requested, body, &caller);
+            let kept = point.map(|point| serde_json::to_string(&point.caller).unwrap());
+            let read = kept.as_ref().map(|kept| serde_json::from_str(kept).unwrap());
+            let read = read.map(|read: CallerBefore| read.namespaces);
+            assert_eq!(read, before, "{caller:?}");
+            if let Some(kept) = kept {
+                assert_eq!(caller_of(serde_json::from_str(&kept).unwrap()), caller);
+            }
+        }
     }
 }
