@@ -80,6 +80,9 @@ struct Header {
     kid: Option<String>,
     #[serde(default)]
     crit: Option<Vec<String>>,
+    /// The same as the claim: what `crit` names stands in the header.
+    #[serde(default)]
+    tenant: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -175,8 +178,11 @@ fn verify_signature(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static s
     let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| "the token is no JWT");
     let parsed: Header =
         serde_json::from_slice(&decode(head)?).map_err(|_| "the token is no JWT")?;
-    if parsed.alg != "EdDSA" || parsed.crit.as_ref().is_some_and(|crit| *crit != UNDERSTOOD) {
+    if parsed.alg != "EdDSA" {
         return Err("the token is not signed with EdDSA");
+    }
+    if parsed.crit.as_ref().is_some_and(|crit| *crit != UNDERSTOOD) {
+        return Err("the token demands something that this agent does not understand (crit)");
     }
     let signed = &token[..head.len() + 1 + claims.len()];
     let signature = decode(signature)?;
@@ -191,8 +197,9 @@ fn verify_signature(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static s
     }
     let claims: Claims = serde_json::from_slice(&decode(claims)?)
         .map_err(|_| "a claim is missing or has the wrong type")?;
-    if parsed.crit.is_some() && claims.tenant.is_none() {
-        return Err("a claim is missing: the token is for a tenant and names none");
+    let demanded = parsed.crit.is_some() || parsed.tenant.is_some();
+    if demanded && (parsed.tenant.is_none() || parsed.tenant != claims.tenant) {
+        return Err("header and claims of the token do not name the same tenant");
     }
     Ok(claims)
 }
@@ -305,8 +312,10 @@ mod tests {
     #[test]
     fn a_good_token_names_its_caller() {
         let of_tenant = issuer().check(|_, c| c["tenant"] = json!("acme")).unwrap();
-        let demanded =
-            issuer().check(|h, c| (h["crit"], c["tenant"]) = (json!(["tenant"]), json!("acme")));
+        let demanded = issuer().check(|h, c| {
+            (h["crit"], h["tenant"], c["tenant"]) =
+                (json!(["tenant"]), json!("acme"), json!("acme"));
+        });
         assert_eq!(demanded.unwrap(), of_tenant);
         assert!(of_tenant.is_limited() && of_tenant.tenant.as_deref() == Some("acme"));
         let caller = issuer().check(|_, c| c["namespaces"] = json!(["beta"])).unwrap();
@@ -330,10 +339,22 @@ mod tests {
         let refused: &[(&str, &Change)] = &[
             ("not signed with EdDSA", &|h, _| h["alg"] = json!("none")),
             ("not signed with EdDSA", &|h, _| h["alg"] = json!("HS256")),
-            ("not signed with EdDSA", &|h, _| h["crit"] = json!(["exp"])),
-            ("not signed with EdDSA", &|h, _| h["crit"] = json!(["tenant", "exp"])),
-            ("not signed with EdDSA", &|h, _| h["crit"] = json!([])),
-            ("a claim", &|h, _| h["crit"] = json!(["tenant"])),
+            ("understand (crit)", &|h, _| h["crit"] = json!(["exp"])),
+            ("understand (crit)", &|h, _| h["crit"] = json!(["tenant", "exp"])),
+            ("understand (crit)", &|h, _| h["crit"] = json!([])),
+            // RFC 7515 §4.1.11: what is named there is in the header, and here the claim is the same
+            ("the same tenant", &|h, _| h["crit"] = json!(["tenant"])),
+            ("the same tenant", &|h, c| {
+                (h["crit"], c["tenant"]) = (json!(["tenant"]), json!("acme"));
+            }),
+            ("the same tenant", &|h, _| {
+                (h["crit"], h["tenant"]) = (json!(["tenant"]), json!("acme"));
+            }),
+            ("the same tenant", &|h, c| {
+                (h["crit"], h["tenant"], c["tenant"]) =
+                    (json!(["tenant"]), json!("acme"), json!("globex"));
+            }),
+            ("the same tenant", &|h, _| h["tenant"] = json!("acme")),
             ("signature", &|h, _| h["kid"] = json!("other")),
             ("another agent", &|_, c| c["aud"] = json!("a-2")),
             ("another agent", &|_, c| c["aud"] = json!([])),

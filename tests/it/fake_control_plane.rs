@@ -279,11 +279,13 @@ impl FakeControlPlane {
         if let Some(namespaces) = namespaces {
             claims["namespaces"] = json!(namespaces);
         }
+        let mut head = json!({"alg": "EdDSA", "kid": "k1"});
         if let Some(tenant) = tenant {
             claims["tenant"] = json!(tenant);
+            (head["crit"], head["tenant"]) = (json!(["tenant"]), json!(tenant));
         }
         let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
-        let signed = format!("{}.{}", part(&json!({"alg": "EdDSA", "kid": "k1"})), part(&claims));
+        let signed = format!("{}.{}", part(&head), part(&claims));
         let key = self.key.lock().unwrap().clone().unwrap();
         format!("{signed}.{}", URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes())))
     }
