@@ -152,6 +152,9 @@ wire! {
         state: OperationState,
         /// Who asked: the `sub` of the token.
         subject: String,
+        /// The tenant whose token it was asked for with.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        tenant: Option<String>,
         /// Why it failed, or what it is at.
         message: String,
         /// Why it failed, or what keeps it, as a stable code: `image_not_found`, `crash_loop`,

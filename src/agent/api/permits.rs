@@ -88,11 +88,79 @@ impl StreamClass {
 pub(super) struct OpenStreams {
     all: [usize; 3],
     callers: HashMap<String, [usize; 3]>,
+    /// Each token of a tenant is a caller of its own.
+    tenants: HashMap<String, [usize; 3]>,
+}
+
+fn add(open: &mut HashMap<String, [usize; 3]>, name: &str, at: usize) {
+    if let Some(count) = open.get_mut(name) {
+        count[at] += 1;
+        return;
+    }
+    let mut count = [0; 3];
+    count[at] = 1;
+    open.insert(name.to_owned(), count);
+}
+
+fn remove(open: &mut HashMap<String, [usize; 3]>, name: &str, at: usize) {
+    if let Some(count) = open.get_mut(name) {
+        count[at] -= 1;
+        if *count == [0; 3] {
+            open.remove(name);
+        }
+    }
 }
 
 impl OpenStreams {
     pub(super) fn total(&self) -> usize {
         self.all.iter().sum()
+    }
+
+    /// # Errors
+    /// What is full.
+    fn take(
+        &mut self,
+        limits: &StreamLimits,
+        subject: &str,
+        tenant: Option<&str>,
+        stream: StreamClass,
+    ) -> Result<(), ApiError> {
+        let (each, all, keys) = match stream {
+            StreamClass::Short | StreamClass::Upgrade => {
+                (limits.per_caller, limits.total, ["streams-per-caller", "streams"])
+            }
+            StreamClass::Watch => {
+                (limits.watches_per_caller, limits.watches_total, ["watches-per-caller", "watches"])
+            }
+        };
+        let at = stream.index();
+        if self.callers.get(subject).is_some_and(|mine| mine[at] >= each) || each == 0 {
+            return Err(limit_reached(stream, "this caller has", each, keys[0]));
+        }
+        let half = (all / 2).max(1);
+        let of_tenant = tenant.and_then(|tenant| self.tenants.get(tenant));
+        if of_tenant.is_some_and(|count| count[at] >= half) {
+            let key = format!("half of {}", keys[1]);
+            return Err(limit_reached(stream, "the callers of this tenant have", half, &key));
+        }
+        if self.all[at] >= all {
+            return Err(limit_reached(stream, "all callers together have", all, keys[1]));
+        }
+        self.all[at] += 1;
+        add(&mut self.callers, subject, at);
+        if let Some(tenant) = tenant {
+            add(&mut self.tenants, tenant, at);
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, subject: &str, tenant: Option<&str>, stream: StreamClass) {
+        let at = stream.index();
+        self.all[at] -= 1;
+        remove(&mut self.callers, subject, at);
+        if let Some(tenant) = tenant {
+            remove(&mut self.tenants, tenant, at);
+        }
     }
 }
 
@@ -100,20 +168,14 @@ impl OpenStreams {
 pub(crate) struct StreamPermit {
     api: Api,
     subject: String,
+    tenant: Option<String>,
     stream: StreamClass,
 }
 
 impl Drop for StreamPermit {
     fn drop(&mut self) {
         let mut open = self.api.inner.open.lock();
-        let at = self.stream.index();
-        open.all[at] -= 1;
-        if let Some(mine) = open.callers.get_mut(&self.subject) {
-            mine[at] -= 1;
-            if *mine == [0; 3] {
-                open.callers.remove(&self.subject);
-            }
-        }
+        open.release(&self.subject, self.tenant.as_deref(), self.stream);
     }
 }
 
@@ -144,36 +206,13 @@ impl Api {
     pub(crate) fn permit(
         &self,
         subject: &str,
+        tenant: Option<&str>,
         stream: StreamClass,
     ) -> Result<StreamPermit, ApiError> {
         let limits = &self.inner.context.limits;
-        let (each, all, keys) = match stream {
-            StreamClass::Short | StreamClass::Upgrade => {
-                (limits.per_caller, limits.total, ["streams-per-caller", "streams"])
-            }
-            StreamClass::Watch => {
-                (limits.watches_per_caller, limits.watches_total, ["watches-per-caller", "watches"])
-            }
-        };
-        let at = stream.index();
-        let mut open = self.inner.open.lock();
-        if open.callers.get(subject).is_some_and(|mine| mine[at] >= each) || each == 0 {
-            return Err(limit_reached(stream, "this caller has", each, keys[0]));
-        }
-        if open.all[at] >= all {
-            return Err(limit_reached(stream, "all callers together have", all, keys[1]));
-        }
-        open.all[at] += 1;
-        match open.callers.get_mut(subject) {
-            Some(mine) => mine[at] += 1,
-            None => {
-                let mut mine = [0; 3];
-                mine[at] = 1;
-                open.callers.insert(subject.to_owned(), mine);
-            }
-        }
-        drop(open);
-        Ok(StreamPermit { api: self.clone(), subject: subject.to_owned(), stream })
+        self.inner.open.lock().take(limits, subject, tenant, stream)?;
+        let (subject, tenant) = (subject.to_owned(), tenant.map(str::to_owned));
+        Ok(StreamPermit { api: self.clone(), subject, tenant, stream })
     }
 }
 
@@ -181,6 +220,45 @@ impl Api {
 mod tests {
     use super::*;
     use crate::kubernetes::path;
+
+    #[test]
+    fn the_callers_of_a_tenant_have_half_of_all_streams_together() {
+        let limits =
+            StreamLimits { per_caller: 3, total: 8, watches_per_caller: 1, watches_total: 2 };
+        let (acme, globex) = (Some("acme"), Some("globex"));
+        let mut open = OpenStreams::default();
+        let mut take = |subject: &str, tenant, stream| {
+            open.take(&limits, subject, tenant, stream).err().map(|e| e.message.into_owned())
+        };
+        for subject in ["a", "a", "a", "b"] {
+            assert_eq!(take(subject, acme, StreamClass::Short), None, "{subject}");
+        }
+        let full = take("c", acme, StreamClass::Short).unwrap();
+        assert!(full.contains("of this tenant have 4 requests"), "{full}");
+        assert!(full.contains("half of streams in"), "{full}");
+        // of another class, another tenant, and of none, whatever it is called
+        assert_eq!(take("c", acme, StreamClass::Watch), None);
+        assert!(take("d", acme, StreamClass::Watch).is_some());
+        assert_eq!(take("d", globex, StreamClass::Watch), None);
+        for subject in ["acme", "acme", "acme", "d"] {
+            assert_eq!(take(subject, None, StreamClass::Short), None, "{subject}");
+        }
+        let full = take("e", globex, StreamClass::Short).unwrap();
+        assert!(full.contains("all callers together have 8"), "{full}");
+        open.release("a", acme, StreamClass::Short);
+        assert!(open.take(&limits, "c", acme, StreamClass::Short).is_ok());
+        for (subject, tenant, stream) in [
+            ("a", acme, StreamClass::Short),
+            ("a", acme, StreamClass::Short),
+            ("b", acme, StreamClass::Short),
+            ("c", acme, StreamClass::Short),
+            ("c", acme, StreamClass::Watch),
+            ("d", globex, StreamClass::Watch),
+        ] {
+            open.release(subject, tenant, stream);
+        }
+        assert!(open.tenants.is_empty() && open.total() == 4);
+    }
 
     #[test]
     fn what_stays_open_is_known_by_its_request() {

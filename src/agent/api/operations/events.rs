@@ -27,10 +27,11 @@ impl Api {
         id: String,
         headers: &HeaderMap,
     ) -> Response<Body> {
-        let permit = match self.permit(&caller.subject, StreamClass::Watch) {
-            Ok(permit) => permit,
-            Err(problem) => return problem.plain(),
-        };
+        let permit =
+            match self.permit(&caller.subject, caller.tenant.as_deref(), StreamClass::Watch) {
+                Ok(permit) => permit,
+                Err(problem) => return problem.plain(),
+            };
         let known = self.operations().all.lock().get(&id).map(|l| {
             let events = l.events.len();
             (l.changes.subscribe(), events)

@@ -52,10 +52,8 @@ use executor::Before;
 use requests::{ExecutionError, ExecutionFailure};
 use resume::ResumePoint;
 pub use store::Operations;
-use store::{Progress, StoredOperation, TrackedOperation, now};
+use store::{Progress, RunningOperation, StoredOperation, TrackedOperation, check_room, now};
 
-/// Operations that run at the same time.
-const MAX_RUNNING: usize = 8;
 /// Largest request, and how long it may take to arrive.
 const MAX_BODY: usize = 1 << 20;
 const BODY_TIMEOUT: Duration = Duration::from_secs(15);
@@ -208,17 +206,12 @@ impl Api {
             id: id.clone(),
             kind: requested.kind().into(),
             subject: caller.subject.clone(),
+            tenant: caller.tenant.clone(),
             created_at: now(),
             ..Operation::default()
         };
         let resume = ResumePoint::of(&requested, &bytes, caller);
-        let stored = StoredOperation {
-            operation,
-            request,
-            tenant: caller.tenant.clone(),
-            reported: false,
-            resume,
-        };
+        let stored = StoredOperation { operation, request, reported: false, resume };
         let cancel = match self.admit(&stored, requested.application()) {
             Ok(cancel) => cancel,
             Err(refused) => {
@@ -250,18 +243,17 @@ impl Api {
         if let Some(known) = all.get(id) {
             return Err(answer_repeated(&known.stored, &stored.request).into());
         }
-        // what corrects a rollout that hangs is not refused because of it
-        let counts = |live: &&TrackedOperation| {
-            !live.stored.operation.state.ended() && !live.changes_application(&application)
-        };
-        if all.values().filter(counts).count() >= MAX_RUNNING {
-            return Err(problem(
-                429,
-                "too_many_operations",
-                format!("{MAX_RUNNING} operations run already"),
-                Some("wait for one of them to end"),
-            )
-            .into());
+        let running: Vec<RunningOperation<'_>> = all
+            .values()
+            .filter(|live| !live.stored.operation.state.ended())
+            .map(|live| RunningOperation {
+                tenant: live.stored.operation.tenant.as_deref(),
+                is_of_application: live.changes_application(&application),
+            })
+            .collect();
+        if let Err(full) = check_room(&running, stored.operation.tenant.as_deref()) {
+            let hint = Some("wait for one of them to end");
+            return Err(problem(429, "too_many_operations", full, hint).into());
         }
         if let Err(error) = operations.store(stored) {
             tracing::warn!(error = format!("{error:#}"), "an operation cannot be kept");
@@ -391,7 +383,7 @@ fn problem(
 /// whole cluster sees all. With a token of a tenant nothing is seen that was asked for without it.
 fn may_see(caller: &Caller, stored: &StoredOperation) -> bool {
     let operation = &stored.operation;
-    if caller.tenant.is_some() && stored.tenant != caller.tenant {
+    if caller.tenant.is_some() && operation.tenant != caller.tenant {
         return false;
     }
     let Some(own) = &caller.namespaces else {

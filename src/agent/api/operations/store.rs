@@ -16,9 +16,19 @@ use crate::agent::session::client::FinishedOperation;
 use crate::contract::types::{ObjectOutcome, Operation, OperationState};
 use crate::host::state::StateDir;
 
-/// Ended operations that are remembered, and for how long, seconds: a second request with their key
-/// finds them.
+/// Operations that run at the same time: all, those of one tenant, and those of all tenants
+/// together.
+const MAX_RUNNING: usize = 8;
+const MAX_RUNNING_OF_TENANT: usize = 3;
+const MAX_RUNNING_OF_TENANTS: usize = MAX_RUNNING - 2;
+/// What corrects a rollout that hangs is not refused because of it, unless so many change that
+/// application already.
+const MAX_SUPERSEDED: usize = 4;
+/// Ended operations that are remembered: those of one tenant, and those of everybody without one. A
+/// second request with their key finds them.
 const MAX_REMEMBERED: usize = 256;
+const MAX_REMEMBERED_OF_TENANT: usize = 64;
+/// And for how long, seconds.
 const REMEMBERED_S: i64 = 7 * 86_400;
 
 /// An operation as it is stored.
@@ -27,9 +37,6 @@ pub(super) struct StoredOperation {
     pub(super) operation: Operation,
     /// Digest of the request: the same key with another request is a mistake.
     pub(super) request: String,
-    /// The tenant whose token it was asked for with.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) tenant: Option<String>,
     /// The result is in the queue for the control plane.
     #[serde(rename = "told")]
     pub(super) reported: bool,
@@ -86,6 +93,65 @@ impl TrackedOperation {
     pub(super) fn changes_application(&self, application: &Option<String>) -> bool {
         application.is_some() && self.application == *application
     }
+}
+
+/// What counts of an operation that runs.
+pub(super) struct RunningOperation<'a> {
+    pub(super) tenant: Option<&'a str>,
+    /// It changes the application that the new one changes.
+    pub(super) is_of_application: bool,
+}
+
+/// Whether one more operation, of this tenant or of none, may run beside these.
+///
+/// # Errors
+/// What is full.
+pub(super) fn check_room(
+    running: &[RunningOperation<'_>],
+    tenant: Option<&str>,
+) -> Result<(), String> {
+    let superseded = running.iter().filter(|other| other.is_of_application).count();
+    let counted: Vec<Option<&str>> = running
+        .iter()
+        .filter(|other| !other.is_of_application || superseded >= MAX_SUPERSEDED)
+        .map(|other| other.tenant)
+        .collect();
+    let full = |count: usize, max: usize, whose: &str| {
+        if count < max { Ok(()) } else { Err(format!("{max} operations{whose} run already")) }
+    };
+    if tenant.is_some() {
+        let own = counted.iter().filter(|other| **other == tenant).count();
+        full(own, MAX_RUNNING_OF_TENANT, " of the tenant")?;
+        let of_tenants = counted.iter().filter(|other| other.is_some()).count();
+        full(of_tenants, MAX_RUNNING_OF_TENANTS, " of tenants")?;
+    }
+    full(counted.len(), MAX_RUNNING, "")
+}
+
+/// An ended operation whose result is reported.
+struct EndedOperation {
+    tenant: Option<String>,
+    /// RFC 3339.
+    at: String,
+    id: String,
+}
+
+/// The ids of those that are too old, or too many of their tenant's: the oldest first. No tenant
+/// takes the place of another one's.
+fn forgotten(mut ended: Vec<EndedOperation>, oldest: &str) -> Vec<String> {
+    ended.sort_by(|a, b| (&b.at, &b.id).cmp(&(&a.at, &a.id)));
+    let mut kept: BTreeMap<Option<String>, usize> = BTreeMap::new();
+    let mut ids = Vec::new();
+    for EndedOperation { tenant, at, id } in ended {
+        let max = if tenant.is_some() { MAX_REMEMBERED_OF_TENANT } else { MAX_REMEMBERED };
+        let kept = kept.entry(tenant).or_default();
+        if *kept >= max || *at < *oldest {
+            ids.push(id);
+        } else {
+            *kept += 1;
+        }
+    }
+    ids
 }
 
 /// All operations that are remembered, and where their results go.
@@ -145,22 +211,18 @@ impl Operations {
 
     /// Removes what is too old or too much, the oldest first; never one that is not reported yet.
     pub(super) fn remove_expired(&self, all: &mut BTreeMap<String, TrackedOperation>) {
-        let mut done: Vec<(String, String)> = all
-            .values()
-            .filter(|l| l.stored.reported)
-            .map(|l| (l.stored.operation.finished_at.clone(), l.stored.operation.id.clone()))
-            .collect();
-        done.sort();
+        let ended = all.values().filter(|l| l.stored.reported).map(|l| EndedOperation {
+            tenant: l.stored.operation.tenant.clone(),
+            at: l.stored.operation.finished_at.clone(),
+            id: l.stored.operation.id.clone(),
+        });
         let oldest =
             jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() - REMEMBERED_S)
                 .unwrap_or_default()
                 .to_string();
-        let excess = done.len().saturating_sub(MAX_REMEMBERED);
-        for (n, (at, id)) in done.into_iter().enumerate() {
-            if n < excess || at < oldest {
-                self.dir.remove(&file(&id));
-                all.remove(&id);
-            }
+        for id in forgotten(ended.collect(), &oldest) {
+            self.dir.remove(&file(&id));
+            all.remove(&id);
         }
     }
 
@@ -313,5 +375,72 @@ impl Progress {
             live.events
                 .push(json!({"at": now(), "object": object, "outcome": outcome}).to_string());
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenant_takes_a_part_of_what_runs_at_once_and_a_correction_is_not_refused() {
+        let none: Option<&str> = None;
+        let (acme, globex, initech) = (Some("acme"), Some("globex"), Some("initech"));
+        let others = [(none, false); 8];
+        let same = [(none, true); 4];
+        let of_acme = [(acme, false); 3];
+        let rollouts = [(acme, true); 4];
+        let two = [(acme, false), (acme, false)];
+        let tenants = [&[(acme, false); 3][..], &[(globex, false); 3]].concat();
+        for (running, tenant, expected) in [
+            (&others[..7], none, ""),
+            (&others[..], none, "8 operations run"),
+            (&others[..], acme, "8 operations run"),
+            // its own hang, and are corrected
+            (&[&others[..7], &same[..3]].concat()[..], none, ""),
+            (&[&others[..7], &same[..]].concat()[..], none, "8 operations run"),
+            (&of_acme[..2], acme, ""),
+            (&of_acme[..], acme, "3 operations of the tenant"),
+            (&of_acme[..], globex, ""),
+            (&[&two[..], &rollouts[..3]].concat()[..], acme, ""),
+            (&rollouts[..], acme, "3 operations of the tenant"),
+            (&tenants[..5], initech, ""),
+            (&tenants[..], initech, "6 operations of tenants"),
+            (&tenants[..], none, ""),
+        ] {
+            let seen: Vec<RunningOperation<'_>> = running
+                .iter()
+                .map(|(tenant, same)| RunningOperation {
+                    tenant: *tenant,
+                    is_of_application: *same,
+                })
+                .collect();
+            let said = check_room(&seen, tenant).err().unwrap_or_default();
+            let fits = if expected.is_empty() { said.is_empty() } else { said.contains(expected) };
+            assert!(fits, "{running:?} {tenant:?}: {said}");
+        }
+    }
+
+    #[test]
+    fn what_a_tenant_has_done_does_not_forget_what_others_did() {
+        let done = |tenant: Option<&str>, hour: u32, count: usize| -> Vec<EndedOperation> {
+            let at = format!("2026-11-02T{hour:02}:00:00Z");
+            let id = |n: usize| format!("{}-{hour}-{n:03}", tenant.unwrap_or("all"));
+            let make =
+                |n| EndedOperation { tenant: tenant.map(String::from), at: at.clone(), id: id(n) };
+            (0..count).map(make).collect()
+        };
+        let forgotten = |all: Vec<EndedOperation>| forgotten(all, "2026-11-01T00:00:00Z");
+        let mut all = done(None, 1, 256);
+        all.extend(done(Some("globex"), 2, 64));
+        all.extend(done(Some("acme"), 3, 1));
+        all.extend(done(Some("acme"), 4, 300));
+        let gone = forgotten(all);
+        assert!(gone.len() == 237 && gone.iter().all(|id| id.starts_with("acme")), "{gone:?}");
+        assert!(gone.contains(&"acme-3-000".to_owned()));
+        assert_eq!(forgotten(done(None, 1, 258)), ["all-1-001", "all-1-000"]);
+        let mut old = done(Some("acme"), 1, 1);
+        old[0].at = "2026-10-31T23:00:00Z".into();
+        assert_eq!(forgotten(old), ["acme-1-000"]);
     }
 }
