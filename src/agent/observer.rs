@@ -26,14 +26,18 @@ const POLL_INTERVAL: Duration = Duration::from_secs(10);
 const POLL_WAITING: Duration = Duration::from_secs(3);
 /// Time for one answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between looks at rights and components; sooner while the API server does not say whether tenants
+/// can be made.
+const LOOK_INTERVAL: Duration = Duration::from_secs(300);
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 pub(super) struct Observer {
     pub host: Host,
     pub credential: String,
     pub max_role: String,
     pub agent_status: watch::Sender<AgentStatus>,
-    /// Whether tenants can be made here.
-    pub tenants: watch::Sender<bool>,
+    /// Whether tenants can be made here; `None` until it is known.
+    pub tenants: watch::Sender<Option<bool>>,
     pub upstream: watch::Sender<Option<Upstream>>,
     pub liveness: ObserverLiveness,
     pub stop: CancellationToken,
@@ -187,12 +191,19 @@ impl Observer {
                     })),
                     Err(error) => tracing::debug!(error = format!("{error:#}"), "checking rights"),
                 }
-                if let Ok(can) = can_make_tenants(&cluster).await {
-                    tenants.send_if_modified(|known| std::mem::replace(known, can) != can);
-                }
+                let pause = match can_make_tenants(&cluster).await {
+                    Ok(can) => {
+                        tenants.send_if_modified(|known| known.replace(can) != Some(can));
+                        LOOK_INTERVAL
+                    }
+                    Err(error) => {
+                        tracing::debug!(error = format!("{error:#}"), "whether there are tenants");
+                        LOOK_AGAIN
+                    }
+                };
                 tokio::select! {
                     () = stop.cancelled() => return,
-                    () = tokio::time::sleep(Duration::from_secs(300)) => {}
+                    () = tokio::time::sleep(pause) => {}
                 }
             }
         });
@@ -402,11 +413,27 @@ async fn notices(cluster: &Cluster, max_role: &str) -> anyhow::Result<Vec<Notice
 }
 
 /// Whether this cluster keeps tenants apart, and the agent has the rights to make them.
+///
+/// # Errors
+/// When the API server does not say it.
 async fn can_make_tenants(cluster: &Cluster) -> anyhow::Result<bool> {
     let roles = "rbac.authorization.k8s.io";
-    Ok(tenant::is_supported(&cluster.version().await?)
+    let has_rights = tenant::is_supported(&cluster.version().await?)
         && has_right(cluster, "create", "", "namespaces", "", "").await?
-        && has_right(cluster, "bind", roles, "clusterroles", "", "pipeops:tenant-deployer").await?)
+        && has_right(cluster, "bind", roles, "clusterroles", "", "pipeops:tenant-deployer").await?;
+    if !has_rights {
+        return Ok(false);
+    }
+    // what keeps tenants apart: without it the rights alone reach further than tenants
+    for name in tenant::POLICIES {
+        match cluster.get(&format!("{}/{name}", tenant::BINDINGS)).await {
+            Ok(Some(_)) => {}
+            Ok(None) => return Ok(false),
+            Err(error) if status(&error) == Some(403) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(true)
 }
 
 async fn has_right(
@@ -443,7 +470,7 @@ mod tests {
             credential: "/s/name".into(),
             max_role: "operator".into(),
             agent_status: watch::Sender::new(AgentStatus::default()),
-            tenants: watch::Sender::new(false),
+            tenants: watch::Sender::new(None),
             upstream: watch::Sender::new(None),
             liveness: ObserverLiveness::default(),
             stop: CancellationToken::new(),

@@ -62,7 +62,7 @@ struct Agent {
     hostname: String,
     started: Instant,
     status: watch::Sender<AgentStatus>,
-    tenants: watch::Sender<bool>,
+    tenants: watch::Sender<Option<bool>>,
     shutdown: Shutdown,
     tasks: Tasks,
 }
@@ -236,7 +236,7 @@ impl Agent {
             hostname: hostname(),
             started: Instant::now(),
             status: watch::Sender::new(status),
-            tenants: watch::Sender::new(false),
+            tenants: watch::Sender::new(None),
             shutdown: Shutdown::default(),
             tasks: Tasks::new(),
         }

@@ -10,6 +10,8 @@ use super::application::requests::default_timeout_s;
 use crate::base::cidr::{Cidr, network_address};
 use crate::base::text::{is_dns_label, is_dns_name};
 
+/// What an agent says among its capabilities that can make tenants and keeps them apart.
+pub const CAPABILITY: &str = "tenants";
 /// Label of a namespace: the tenant that it belongs to.
 pub const TENANT_LABEL: &str = "pipeops.io/tenant";
 /// Annotation of a tenant's namespaces: its host names, separated by commas.

@@ -26,6 +26,10 @@ pub const POLICIES: &[&str] = &[
     "pipeops-tenant-routes",
 ];
 
+/// Where the bindings are.
+pub const BINDINGS: &str =
+    "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings";
+
 /// Where ingress controllers run, as namespace and, where others run there too, label of the pods:
 /// k3s' Traefik, and the component of `deployments/components/ingress.yaml`.
 const INGRESS_CONTROLLERS: &[(&str, Option<(&str, &str)>)] =

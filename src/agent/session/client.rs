@@ -14,11 +14,12 @@ use super::identity::{Identity, StoredCredential};
 use super::queue::{EntryKind, Queue};
 use super::{
     ControlPlaneSession, ControlPlaneState, ControlPlaneStatus, RegistrationAuth, RequestKind,
-    RequestOutcome, SessionAction, SessionEvent, first_event, is_permanent_refusal,
+    RequestOutcome, SessionAction, SessionEvent, first_event, is_permanent_refusal, tenants_event,
 };
 use crate::base::backoff::random;
 use crate::base::secret::Secret;
 use crate::base::trust::Trust;
+use crate::contract::tenant::CAPABILITY;
 use crate::contract::types::{
     AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, NodeReport,
     Register, Registered, SIGNATURE_HEADER, StatusReport, TunnelReport,
@@ -35,8 +36,8 @@ pub struct ReportedState {
     pub hostname: String,
     pub max_role: String,
     pub cluster: watch::Receiver<ClusterInfo>,
-    /// Whether the cluster keeps tenants apart and the agent may make them; false until it is known.
-    pub tenants: watch::Receiver<bool>,
+    /// Whether the cluster keeps tenants apart and the agent may make them; `None` until it is known.
+    pub tenants: watch::Receiver<Option<bool>>,
     pub status: watch::Receiver<StatusReport>,
     pub tunnel: watch::Receiver<frp::TunnelStatus>,
     pub audit: watch::Receiver<AuditHead>,
@@ -114,7 +115,7 @@ fn capabilities(tenants: bool) -> Vec<String> {
     let mut names =
         vec!["kubernetes-proxy", "upgrade-websocket", "upgrade-spdy", "audit", "operations"];
     if tenants {
-        names.push("tenants");
+        names.push(CAPABILITY);
     }
     names.into_iter().map(String::from).collect()
 }
@@ -205,7 +206,8 @@ impl ControlPlaneClient {
                             self.status_event(shown.as_ref())
                         }
                         Ok(()) = self.reported.tenants.changed() => {
-                            SessionEvent::CapabilitiesChanged
+                            let known = *self.reported.tenants.borrow_and_update();
+                            tenants_event(known, state.credential.as_ref())
                         }
                         () = timer => SessionEvent::Tick,
                     }
@@ -307,7 +309,10 @@ impl ControlPlaneClient {
             RegistrationAuth::Token => self.token.clone().unwrap_or_default(),
             RegistrationAuth::Credential => agent.credential.clone(),
         };
-        let body = serde_json::to_string(&self.registration(agent.identity)).unwrap_or_default();
+        // as long as it is not known, there are none
+        let tenants = *self.reported.tenants.borrow() == Some(true);
+        let registration = self.registration(agent.identity, tenants);
+        let body = serde_json::to_string(&registration).unwrap_or_default();
         let signature = match agent.identity.sign(body.as_bytes()) {
             Ok(signature) => signature,
             Err(e) => return (Err(RequestOutcome::Unreachable(format!("{e:#}"))), None),
@@ -324,7 +329,8 @@ impl ControlPlaneClient {
                 credential: r.credential,
                 credential_expires_at: r.credential_expires_at,
             };
-            self.store_credential(&mut state.credential, given, Some(r.cluster_id), config)
+            let said = Some((r.cluster_id, tenants));
+            self.store_credential(&mut state.credential, given, said, config)
         });
         (outcome.inspect(|o| self.publish_config(o)), offset)
     }
@@ -376,12 +382,13 @@ impl ControlPlaneClient {
         (outcome, offset)
     }
 
-    /// Stores a credential before it is used: after a crash it must be there.
+    /// Stores a credential before it is used: after a crash it must be there. With one of a
+    /// registration comes the id of the cluster, and whether it said that tenants can be made.
     fn store_credential(
         &self,
         stored: &mut Option<StoredCredential>,
         given: Credential,
-        cluster_id: Option<String>,
+        registered: Option<(String, bool)>,
         config: Option<Box<Config>>,
     ) -> Result<RequestOutcome, RequestOutcome> {
         if given.credential.is_empty() {
@@ -389,9 +396,10 @@ impl ControlPlaneClient {
                 "the answer holds no credential; is this a control plane?".into(),
             ));
         }
-        let cluster_id = cluster_id
-            .or_else(|| stored.as_ref().map(|k| k.cluster_id.clone()))
-            .unwrap_or_default();
+        let (cluster_id, tenants) = match registered {
+            Some((cluster_id, tenants)) => (cluster_id, Some(tenants)),
+            None => stored.as_ref().map(|k| (k.cluster_id.clone(), k.tenants)).unwrap_or_default(),
+        };
         let last =
             config.as_deref().cloned().or_else(|| stored.as_ref().and_then(|k| k.config.clone()));
         let new = StoredCredential {
@@ -400,6 +408,7 @@ impl ControlPlaneClient {
             expires_at: given.credential_expires_at,
             cluster_id,
             config: last,
+            tenants,
         };
         let lifetime_s = new.remaining_s(jiff::Timestamp::now());
         if let Err(error) = new.store(&self.state) {
@@ -426,7 +435,7 @@ impl ControlPlaneClient {
         }
     }
 
-    fn registration(&self, identity: &Identity) -> Register {
+    fn registration(&self, identity: &Identity, tenants: bool) -> Register {
         Register {
             agent: AgentInfo {
                 id: identity.id.clone(),
@@ -440,7 +449,7 @@ impl ControlPlaneClient {
                 ..AgentInfo::default()
             },
             cluster: self.reported.cluster.borrow().clone(),
-            capabilities: capabilities(*self.reported.tenants.borrow()),
+            capabilities: capabilities(tenants),
             max_role: self.reported.max_role.clone(),
             ..Register::default()
         }

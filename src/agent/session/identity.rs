@@ -174,6 +174,10 @@ pub struct StoredCredential {
     /// The last settings: with them the tunnel connects while the control plane does not answer.
     #[serde(default)]
     pub config: Option<Config>,
+    /// Whether the agent said that it can make tenants when it registered last; `None` where that
+    /// was a version that does not store it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenants: Option<bool>,
 }
 
 impl StoredCredential {

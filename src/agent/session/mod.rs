@@ -161,6 +161,16 @@ fn first_event(ours: bool, token: bool, stored: Option<&StoredCredential>) -> Se
     SessionEvent::Start { token, credential }
 }
 
+/// What follows from `known`: whether tenants can be made here, where that is known.
+fn tenants_event(known: Option<bool>, stored: Option<&StoredCredential>) -> SessionEvent {
+    // what was said stays believed until something else is, also over a restart
+    if known.is_some() && stored.is_none_or(|stored| stored.tenants != known) {
+        SessionEvent::CapabilitiesChanged
+    } else {
+        SessionEvent::Tick
+    }
+}
+
 /// What is known of the control plane at `url` before anything was asked.
 pub fn initial_status(ours: bool, token: bool, state: &StateDir, url: &str) -> ControlPlaneStatus {
     let now = Instant::now();
@@ -191,10 +201,34 @@ mod tests {
             expires_at: String::new(),
             cluster_id: String::new(),
             config: None,
+            tenants: None,
         };
         stored.store(&state).unwrap();
         assert_eq!(first(true, false), ControlPlaneState::Connecting);
         let other = initial_status(true, false, &state, "https://other.test").state;
         assert_eq!(other, ControlPlaneState::Unenrolled);
+    }
+
+    #[test]
+    fn what_is_known_of_tenants_is_said_where_it_is_not_what_was_said_last() {
+        // as a version wrote it that said nothing of tenants
+        let before = r#"{"url": "u", "credential": "poc_x", "expires_at": ""}"#;
+        let mut stored: StoredCredential = serde_json::from_str(before).unwrap();
+        for (known, said, expected) in [
+            (None, None, false),
+            (None, Some(true), false),
+            (Some(true), None, true),
+            (Some(true), Some(false), true),
+            (Some(true), Some(true), false),
+            // it was true at an earlier start, and is believed still
+            (Some(false), Some(true), true),
+            (Some(false), None, true),
+            (Some(false), Some(false), false),
+        ] {
+            stored.tenants = said;
+            let event = tenants_event(known, Some(&stored));
+            let registers = matches!(event, SessionEvent::CapabilitiesChanged);
+            assert_eq!(registers, expected, "{known:?} {said:?}");
+        }
     }
 }

@@ -16,7 +16,8 @@ use crate::contract::operation::Reference;
 use crate::contract::tenant::{DeleteTenant, SetTenant, TENANT_LABEL, TenantSpec, covers};
 use crate::kubernetes::client::path_of;
 use crate::kubernetes::tenant::{
-    POLICIES, check_set, host_left, hosts_of, is_supported, namespace_object, objects, tenant_of,
+    BINDINGS, POLICIES, check_set, host_left, hosts_of, is_supported, namespace_object, objects,
+    tenant_of,
 };
 
 /// The kinds that may have host names of a tenant, by their path before and after the namespace.
@@ -73,9 +74,7 @@ impl Executor<'_> {
         }
         // without them the rights would reach further than tenants
         for name in POLICIES {
-            let path = format!(
-                "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings/{name}"
-            );
+            let path = format!("{BINDINGS}/{name}");
             match self.request_until_answered(&path, AS_AGENT).await? {
                 (200, _) => {}
                 (403 | 404, _) => {
