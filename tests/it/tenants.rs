@@ -1,10 +1,13 @@
 //! Tenants at the agent's front door: as whom their callers act, what they see, and what the
 //! operation makes.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::operations::{apply, deployment, written};
-use crate::world::World;
+use crate::world::{TOKEN, World};
 
 /// A namespace with the label of a tenant.
 fn namespace(name: &str, tenant: &str, hosts: &str) -> Value {
@@ -25,6 +28,11 @@ impl World {
     fn with_rights(&self) {
         let allowed = json!({"status": {"allowed": true}});
         self.plant("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", "", allowed);
+    }
+
+    /// What is answered instead from now on.
+    fn replant(&self, path: &'static str, answer: Value) {
+        self.kube.planted.lock().unwrap().insert(0, (path, "", answer));
     }
 
     /// How an operation of an operator of the whole cluster ends.
@@ -63,7 +71,8 @@ async fn a_caller_of_a_tenant_acts_as_an_account_of_a_namespace_with_its_label()
         "/k8s/api/v1/namespaces/other/pods",
         "/k8s/api/v1/namespaces/production/pods",
         "/k8s/api/v1/namespaces/absent",
-        "/k8s/api/v1/namespaces",
+        "/k8s/api/v1/namespaces?watch=true",
+        "/k8s/api/v1/namespaces/",
         "/k8s/api/v1/nodes",
         "/k8s/api/v1/pods",
         "/k8s/apis/rbac.authorization.k8s.io/v1/clusterroles",
@@ -218,4 +227,142 @@ async fn a_tenant_goes_with_its_own_namespaces_and_an_old_cluster_has_none() {
     world.plant("/version", "", json!({"gitVersion": "v1.29.9+k3s1"}));
     let end = world.tenant("d-3", &delete("acme")).await;
     assert_eq!(end["reason"], "tenants_need_1_30", "{end}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_of_a_tenant_lists_the_namespaces_of_its_tenant_and_no_others() {
+    let world = World::new().await.up().await;
+    // more than was asked for: what is not the tenant's is not passed on
+    let list = json!({"kind": "NamespaceList", "apiVersion": "v1", "metadata": {},
+        "items": [namespace("acme", "acme", ""), namespace("acme-2", "acme", ""),
+            namespace("globex", "globex", "")]});
+    world.plant("/api/v1/namespaces", "labelSelector=pipeops.io%2Ftenant%3Dacme", list);
+    let viewer = world.token_of_tenant("viewer", "acme");
+    let names = |list: &Value| {
+        let items = list["items"].as_array().unwrap().clone();
+        items.iter().map(|n| n["metadata"]["name"].clone()).collect::<Vec<_>>()
+    };
+    let asked = "/k8s/api/v1/namespaces?labelSelector=team%3Dweb&limit=500&fieldSelector=x";
+    for path in ["/k8s/api/v1/namespaces", asked] {
+        let (status, list) = world.call("GET", path, &viewer, "", "").await;
+        assert_eq!((status, &list["kind"]), (200, &json!("NamespaceList")), "{list}");
+        assert_eq!(names(&list), ["acme", "acme-2"]);
+    }
+    let seen = world.kube.seen.lock().unwrap().clone();
+    let seen = seen.iter().rfind(|s| s.uri.contains("tenant%3Dacme%2C")).unwrap();
+    let uri = "/api/v1/namespaces?labelSelector=pipeops.io%2Ftenant%3Dacme%2Cteam%3Dweb";
+    assert_eq!(seen.uri, uri);
+    assert!(seen.all("impersonate-user").is_empty());
+    // who claims an identity is refused here too, and whoever wants something else as before
+    for (method, headers, expected) in [
+        ("GET", "Impersonate-User: root\r\n", 400),
+        ("GET", "Connection: Upgrade\r\nUpgrade: websocket\r\n", 403),
+        ("HEAD", "", 403),
+        ("POST", "", 403),
+        ("DELETE", "", 403),
+    ] {
+        let (status, _) = world.call(method, "/k8s/api/v1/namespaces", &viewer, headers, "").await;
+        assert_eq!(status, expected, "{method} {headers}");
+    }
+    let globex = world.token_of_tenant("viewer", "globex");
+    let (status, list) = world.call("GET", "/k8s/api/v1/namespaces", &globex, "", "").await;
+    assert_eq!((status, list["items"].as_array().map(Vec::len)), (200, Some(0)), "{list}");
+    let log = std::fs::read_to_string(world.state().join("audit/audit.jsonl")).unwrap();
+    let is_list = |line: &&str| {
+        line.contains(r#""path":"/api/v1/namespaces""#) && line.contains(r#""status":200"#)
+    };
+    assert_eq!(log.lines().filter(is_list).count(), 3, "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_ends_once_its_namespace_is_another_tenants() {
+    let world = World::new().await.up().await;
+    world.plant("/api/v1/namespaces/beta", "", namespace("beta", "acme", ""));
+    let token = world.token_of_tenant("viewer", "acme");
+    let mut watch = world.dial(b"http/1.1").await;
+    let head = format!(
+        "GET /k8s/api/v1/namespaces/beta/pods?watch=true HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n"
+    );
+    watch.write_all(head.as_bytes()).await.unwrap();
+    watch.flush().await.unwrap();
+    let mut first = [0; 12];
+    watch.read_exact(&mut first).await.unwrap();
+    assert_eq!(&first, b"HTTP/1.1 200");
+    world.replant("/api/v1/namespaces/beta", namespace("beta", "globex", ""));
+    let mut rest = Vec::new();
+    let end = tokio::time::timeout(Duration::from_secs(40), watch.read_to_end(&mut rest)).await;
+    // with or without the close_notify of TLS
+    assert!(end.is_ok(), "it is still open");
+    let log = std::fs::read_to_string(world.state().join("audit/audit.jsonl")).unwrap();
+    assert!(log.contains(r#""verdict":"namespace_scope","status":200"#), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_takes_a_part_of_the_agent_and_is_told_nothing_of_the_cluster() {
+    let world = World::new().await.up().await;
+    world.plant("/api/v1/namespaces/beta", "", namespace("beta", "acme", ""));
+    let (acme, everybody) = (world.token_of_tenant("deployer", "acme"), world.token("deployer"));
+    for n in 0..3 {
+        let body = apply(&[deployment(&format!("web-{n}"))]);
+        let (status, taken) = world.operate(&acme, &format!("k-{n}"), &body).await;
+        assert_eq!((status, &taken["tenant"]), (202, &json!("acme")), "{taken}");
+    }
+    let one_more = apply(&[deployment("web-9")]);
+    let (status, answer) = world.operate(&acme, "k-9", &one_more).await;
+    assert_eq!((status, &answer["code"]), (429, &json!("too_many_operations")), "{answer}");
+    let (status, taken) = world.operate(&everybody, "k-9", &one_more).await;
+    assert_eq!((status, &taken["tenant"]), (202, &Value::Null), "{taken}");
+    let credential = world.agent.sandbox.root().join("run/pipeops-credential/kubeconfig");
+    std::fs::remove_file(credential).unwrap();
+    let begun = Instant::now();
+    let path = "/k8s/api/v1/namespaces/beta/pods";
+    loop {
+        let (status, said) = world.call("GET", path, &everybody, "", "").await;
+        if status == 503 {
+            assert!(said.to_string().contains("is not there yet"), "{said}");
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{status} {said}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    for (path, code) in [(path, "kubernetes_waiting"), ("/readyz", "not_ready")] {
+        let (status, said) = world.call("GET", path, &acme, "", "").await;
+        let said = said.to_string();
+        assert!(status == 503 && said.contains(code), "{path}: {status} {said}");
+        assert!(!said.contains("kubeconfig") && !said.contains("is not there"), "{path}: {said}");
+        let (_, why) = world.call("GET", path, &everybody, "", "").await;
+        assert!(why.to_string().contains("is not there yet"), "{path}: {why}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_known_of_tenants_is_said_again_where_it_changed_while_the_agent_was_away() {
+    let mut world = World::new().await.up().await;
+    let said = |world: &World| {
+        let calls = world.control_plane.calls("/register");
+        let list = |body: &Value| body["capabilities"].to_string().contains("tenants");
+        calls.iter().map(|(_, _, body)| list(body)).collect::<Vec<_>>()
+    };
+    assert_eq!(said(&world), [false]);
+    world.with_rights();
+    let policy = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings/\
+                  pipeops-tenant-routes";
+    let mut expected = vec![false];
+    for (change, can) in [("rights", true), ("no policy", false), ("the policy again", true)] {
+        match change {
+            "no policy" => world.replant(policy, Value::Null),
+            "the policy again" => world.replant(policy, json!({})),
+            _ => {}
+        }
+        world.agent.restart(&[("AGENT_TOKEN", TOKEN)]);
+        expected.push(can);
+        // an agent that is killed before it has written down what it said says it again
+        let written = format!("\"tenants\":{can}");
+        let told = || {
+            let stored = std::fs::read_to_string(world.state().join("credential.json"));
+            said(&world).len() >= expected.len() && stored.unwrap().contains(&written)
+        };
+        world.control_plane.until(change, |_| told()).await;
+        assert_eq!(said(&world), expected, "{change}");
+    }
 }

@@ -58,7 +58,7 @@ pub(crate) struct Kube {
     /// Deployments have their pods.
     pub(crate) ready: AtomicBool,
     /// What else is answered, by path and the part of the query that must be there: a text as it
-    /// is, anything else as JSON.
+    /// is, `null` as 404, anything else as JSON.
     pub(crate) planted: Mutex<Vec<(&'static str, &'static str, Value)>>,
     /// The pods of the node `vm1`.
     pub(crate) pods: Mutex<Vec<Value>>,
@@ -329,6 +329,7 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
     };
     match answer {
         Some(Value::String(text)) => return text.into_response(),
+        Some(Value::Null) => return StatusCode::NOT_FOUND.into_response(),
         Some(answer) => return yes(answer),
         None => {}
     }

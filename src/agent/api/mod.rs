@@ -255,7 +255,12 @@ impl Api {
             }
             ("/readyz", _) => match agent_status().ready() {
                 Ok(()) => plain(200, "text/plain", "ok\n".into()),
-                Err(why) => ApiError::new(503, "not_ready", why, None).retry_after_s(5).plain(),
+                Err(why) => {
+                    // why is of the whole cluster
+                    let why =
+                        caller.tenant.as_ref().map_or(why, |_| "the agent is not ready".into());
+                    ApiError::new(503, "not_ready", why, None).retry_after_s(5).plain()
+                }
             },
             ("/version", _) => plain(
                 200,
@@ -375,7 +380,8 @@ impl Api {
         stream: StreamClass,
         changes: bool,
     ) -> Result<AuditedRequest, ApiError> {
-        let permit = self.permit(&record.subject, stream)?;
+        let tenant = Some(&*record.tenant).filter(|tenant| !tenant.is_empty());
+        let permit = self.permit(&record.subject, tenant, stream)?;
         let mut call = AuditedRequest {
             api: self.clone(),
             record,

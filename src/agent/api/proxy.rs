@@ -5,24 +5,41 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use http::request::Parts;
-use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::Incoming;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tower::BoxError;
 
 use crate::agent::api::permits::StreamClass;
-use crate::agent::api::{Api, AuditedRequest, ByteCounters, tenant_scope};
+use crate::agent::api::tenant_scope::{self, NAMESPACES, TenantNamespace};
+use crate::agent::api::{Api, AuditedRequest, ByteCounters};
 use crate::contract::token::Caller;
-use crate::kubernetes::answer::{ApiError, is_discovery};
+use crate::kubernetes::answer::{ApiError, is_discovery, plain};
 use crate::kubernetes::header_policy;
 use crate::kubernetes::path::{self, KubernetesPath, PathError};
 use crate::kubernetes::reverse_proxy::{
-    self, EarlyEnd, ForwardError, ForwardedBody, Outward, StreamHooks, UpgradedIo,
+    self, Cut, EarlyEnd, ForwardError, ForwardedBody, Outward, StreamHooks, UpgradedIo,
 };
 use crate::kubernetes::upstream::{Body, Upstream};
 
 /// Subresources that switch protocols: answered only over HTTP/1.1.
 const UPGRADING: &[&str] = &["exec", "attach", "portforward"];
+
+/// A request that may be served.
+struct CheckedRequest {
+    target: KubernetesPath,
+    /// Those that go to the API server.
+    headers: HeaderMap,
+    upgrade: bool,
+}
+
+/// Whether all namespaces are asked for, once.
+fn is_namespace_list(parts: &Parts, target: &KubernetesPath) -> bool {
+    parts.method == Method::GET
+        && target.path == NAMESPACES
+        && !parts.headers.contains_key(header::UPGRADE)
+        && StreamClass::classify(parts, target, false) == StreamClass::Short
+}
 
 /// The refusal of a request outside the namespaces of a token: it names them, and what was asked
 /// for.
@@ -109,7 +126,7 @@ impl Api {
         let raw = parts.uri.path().strip_prefix("/k8s").unwrap_or_default();
         let record = self.record(&caller, &id, &parts.method, raw);
         let checked = self.check_request(&parts, &caller, raw, &id);
-        let (target, headers, upgrade) = match checked {
+        let checked = match checked {
             Ok(checked) => checked,
             Err(problem) => {
                 self.counters().refused.fetch_add(1, Ordering::Relaxed);
@@ -120,31 +137,44 @@ impl Api {
             }
         };
         let mutating = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let stream = StreamClass::classify(&parts, &target, upgrade);
+        let stream = StreamClass::classify(&parts, &checked.target, checked.upgrade);
         let mut call = match self.begin_request(
-            super::AuditRecord { path: target.path.clone(), ..record },
+            super::AuditRecord { path: checked.target.path.clone(), ..record },
             stream,
-            mutating || upgrade,
+            mutating || checked.upgrade,
         ) {
             Ok(call) => call,
             Err(problem) => return problem.status(is_discovery(raw)),
         };
         let upstream = self.inner.context.upstream.borrow().clone();
         let Some(upstream) = upstream else {
-            let problem = waiting(&self.inner.context.agent_status.borrow().reason);
+            let reason = self.inner.context.agent_status.borrow().reason.clone();
+            // the reason is of the whole cluster
+            let problem = waiting(if caller.tenant.is_some() { "" } else { &reason });
             call.status(problem.status, problem.code);
             return problem.status(is_discovery(raw));
         };
-        if let (Some(tenant), Some(namespace)) = (&caller.tenant, &target.namespace)
-            && let Err(problem) = tenant_scope::check(&upstream, tenant, namespace).await
-        {
-            self.counters().refused.fetch_add(1, Ordering::Relaxed);
-            call.status(problem.status, problem.code);
-            return problem.status(is_discovery(raw));
-        }
-        let mut answer = self
-            .forward(&upstream, Request::from_parts(parts, body), target, headers, upgrade, call)
-            .await;
+        let namespace = match (&caller.tenant, &checked.target.namespace) {
+            (Some(tenant), Some(name)) => {
+                tenant_scope::check(&upstream, tenant, name).await.map(Some)
+            }
+            _ => Ok(None),
+        };
+        let namespace = match namespace {
+            Ok(namespace) => namespace,
+            Err(problem) => {
+                self.counters().refused.fetch_add(1, Ordering::Relaxed);
+                call.status(problem.status, problem.code);
+                return problem.status(is_discovery(raw));
+            }
+        };
+        // of a tenant's callers nothing else asks for this path
+        let mut answer = if caller.tenant.is_some() && checked.target.path == NAMESPACES {
+            own_namespaces(&upstream, &caller, parts.uri.query().unwrap_or_default(), call).await
+        } else {
+            let request = Request::from_parts(parts, body);
+            self.forward(&upstream, request, checked, namespace, call).await
+        };
         if let Ok(id) = id.parse() {
             answer.headers_mut().insert("x-request-id", id);
         }
@@ -158,7 +188,7 @@ impl Api {
         caller: &Caller,
         raw: &str,
         id: &str,
-    ) -> Result<(KubernetesPath, HeaderMap, bool), ApiError> {
+    ) -> Result<CheckedRequest, ApiError> {
         if self.draining() {
             return Err(draining());
         }
@@ -183,12 +213,16 @@ impl Api {
                 None,
             ));
         }
-        if let Some(namespaces) = &caller.namespaces {
+        let lists_own = caller.tenant.is_some() && is_namespace_list(parts, &target);
+        if let Some(namespaces) = &caller.namespaces
+            && !lists_own
+        {
             target
                 .check_namespaces(&parts.method, namespaces)
                 .map_err(|_| namespace_refusal(&target, namespaces))?;
         }
         let namespace = match &caller.tenant {
+            Some(_) if lists_own => None,
             Some(tenant) => {
                 target.tenant_namespace(&parts.method).map_err(|_| tenant_scope::outside(tenant))?
             }
@@ -203,18 +237,18 @@ impl Api {
         let upgrading = upgrade.is_some();
         let headers =
             header_policy::request_headers(&parts.headers, caller, namespace, id, upgrade)?;
-        Ok((target, headers, upgrading))
+        Ok(CheckedRequest { target, headers, upgrade: upgrading })
     }
 
     async fn forward(
         &self,
         upstream: &Upstream,
         request: Request<Incoming>,
-        target: KubernetesPath,
-        headers: HeaderMap,
-        upgrade: bool,
+        checked: CheckedRequest,
+        namespace: Option<TenantNamespace>,
         mut call: AuditedRequest,
     ) -> Response<Body> {
+        let CheckedRequest { target, headers, upgrade } = checked;
         let discovery = is_discovery(&target.path);
         let uri = match request.uri().query() {
             Some(query) => format!("{}?{query}", target.path),
@@ -249,12 +283,52 @@ impl Api {
         if answer.status == StatusCode::SWITCHING_PROTOCOLS {
             self.counters().upgrades.fetch_add(1, Ordering::Relaxed);
         }
-        let cut = self.inner.context.abort.clone();
-        let cut = Box::pin(async move {
-            cut.cancelled().await;
-            "the agent stops"
-        });
+        let cut = self.cut(namespace);
         answer.pass_back(call, cut).map(|body| body.map_or_else(Body::default, Body::new))
+    }
+
+    /// When a stream must end: with the agent, or once the namespace that a tenant's caller was let
+    /// into is not the tenant's any more.
+    fn cut(&self, namespace: Option<TenantNamespace>) -> Cut {
+        let context = &self.inner.context;
+        let (abort, upstreams) = (context.abort.clone(), context.upstream.clone());
+        Box::pin(async move {
+            let Some(namespace) = namespace else {
+                abort.cancelled().await;
+                return "the agent stops";
+            };
+            let look = || async {
+                // that of the moment: its credential is a fresh one
+                let upstream = upstreams.borrow().clone();
+                let Some(upstream) = upstream else { return Err("no connection".into()) };
+                tenant_scope::namespace(&upstream, &namespace.name).await
+            };
+            tokio::select! {
+                () = abort.cancelled() => "the agent stops",
+                () = namespace.lost(look) => "the namespace is not the tenant's any more",
+            }
+        })
+    }
+}
+
+/// The answer to the caller of a tenant that lists namespaces.
+async fn own_namespaces(
+    upstream: &Upstream,
+    caller: &Caller,
+    query: &str,
+    mut call: AuditedRequest,
+) -> Response<Body> {
+    let tenant = caller.tenant.as_deref().unwrap_or_default();
+    match tenant_scope::list(upstream, tenant, caller.namespaces.as_deref(), query).await {
+        Ok(list) => {
+            call.counted.bytes_out.fetch_add(list.len() as u64, Ordering::Relaxed);
+            call.status(200, "allowed");
+            plain(200, "application/json", list)
+        }
+        Err(problem) => {
+            call.status(problem.status, problem.code);
+            problem.status(false)
+        }
     }
 }
 
@@ -278,7 +352,8 @@ impl StreamHooks for AuditedRequest {
     fn ended_early(&mut self, why: EarlyEnd) {
         let verdict = match why {
             EarlyEnd::Broken => "broken",
-            EarlyEnd::Cut => "drained",
+            EarlyEnd::Cut if self.api.inner.context.abort.is_cancelled() => "drained",
+            EarlyEnd::Cut => "namespace_scope",
             EarlyEnd::NotUpgraded => "upgrade_failed",
         };
         self.record.verdict = verdict.into();

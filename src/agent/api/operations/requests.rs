@@ -300,7 +300,9 @@ impl Executor<'_> {
         let Some(tenant) = &self.caller.tenant else { return Ok(target) };
         let checked = match target.tenant_namespace(method) {
             Ok(None) => Ok(()),
-            Ok(Some(namespace)) => tenant_scope::check(&self.upstream, tenant, namespace).await,
+            Ok(Some(namespace)) => {
+                tenant_scope::check(&self.upstream, tenant, namespace).await.map(drop)
+            }
             Err(_) => Err(tenant_scope::outside(tenant)),
         };
         match checked {
