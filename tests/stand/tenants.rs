@@ -236,8 +236,28 @@ fn of_the_agent() -> Vec<Attempt> {
     let name = "pipeops-tenant-deployer";
     let relabel = |labels: Value| json!({"metadata": {"labels": labels}});
     [
-        ("a namespace of a tenant", true, "POST", all.clone(), namespace("stand-x", labelled)),
+        (
+            "a namespace of a tenant",
+            true,
+            "POST",
+            all.clone(),
+            namespace("stand-x", labelled.clone()),
+        ),
         ("a namespace without label", false, "POST", all.clone(), namespace("stand-x", json!({}))),
+        (
+            "a namespace that others trust",
+            false,
+            "POST",
+            all.clone(),
+            namespace("stand-system", labelled.clone()),
+        ),
+        (
+            "a namespace that looks like ours",
+            false,
+            "POST",
+            all.clone(),
+            namespace("pipeops-x", labelled),
+        ),
         (
             "a tenant's namespace without Pod Security",
             false,
@@ -377,9 +397,14 @@ fn of_the_agent() -> Vec<Attempt> {
     .collect()
 }
 
+/// A container that drops these capabilities.
+fn container(drop: Value) -> Value {
+    json!({"name": "x", "image": "x", "securityContext": {"capabilities": {"drop": drop}}})
+}
+
 /// A pod, with these fields in its spec.
 fn pod(fields: Value) -> Value {
-    let mut spec = json!({"containers": [{"name": "x", "image": "x"}]});
+    let mut spec = json!({"containers": [container(json!(["NET_RAW"]))]});
     for (name, value) in fields.as_object().unwrap() {
         spec[name] = value.clone();
     }
@@ -452,6 +477,34 @@ fn in_a_tenant(who: &Identity) -> Vec<Attempt> {
             "POST",
             at("pods"),
             pod(json!({"priorityClassName": "system-node-critical"})),
+        ),
+        (
+            "a pod that drops all",
+            true,
+            "POST",
+            at("pods"),
+            pod(json!({"containers": [container(json!(["ALL"]))]})),
+        ),
+        (
+            "a pod that says nothing of capabilities",
+            false,
+            "POST",
+            at("pods"),
+            pod(json!({"containers": [{"name": "x", "image": "x"}]})),
+        ),
+        (
+            "a pod that drops others",
+            false,
+            "POST",
+            at("pods"),
+            pod(json!({"containers": [container(json!(["CHOWN"]))]})),
+        ),
+        (
+            "a pod whose init container drops none",
+            false,
+            "POST",
+            at("pods"),
+            pod(json!({"initContainers": [{"name": "y", "image": "x"}]})),
         ),
         ("a privileged pod", false, "POST", at("pods"), pod(json!({"hostNetwork": true}))),
         ("a Service", true, "POST", at("services"), service(json!({"ports": ports}))),
@@ -533,8 +586,36 @@ fn in_a_tenant(who: &Identity) -> Vec<Attempt> {
         ("a certificate for every host", false, "POST", ways.clone(), ingress(tls(json!([])))),
         ("a name by annotation", false, "POST", ways.clone(), annotated),
         ("a host in a path", false, "POST", ways.clone(), injected),
-        ("a host in a matcher", false, "POST", ways, matcher),
+        ("a host in a matcher", false, "POST", ways.clone(), matcher),
     ];
+    let annotated = |name: &str, value: &str| {
+        let mut ingress = ingress(json!({"rules": rules(&[own])}));
+        ingress["metadata"]["annotations"] = json!({name: value});
+        ingress
+    };
+    let router = "traefik.ingress.kubernetes.io/router.";
+    for (title, passes, name, value) in [
+        ("TLS of Traefik", true, format!("{router}tls"), "true"),
+        ("entry points of Traefik", true, format!("{router}entrypoints"), "web,websecure"),
+        ("an entry point for others", false, format!("{router}entrypoints"), "web,traefik"),
+        ("a middleware", false, format!("{router}middlewares"), "kube-system-x@kubernetescrd"),
+        ("a resolver of certificates", false, format!("{router}tls.certresolver"), "x"),
+        ("a priority", false, format!("{router}priority"), "100000"),
+        (
+            "an alias",
+            false,
+            "nginx.ingress.kubernetes.io/server-alias".to_owned(),
+            "www.globex.test",
+        ),
+        (
+            "a snippet",
+            false,
+            "nginx.ingress.kubernetes.io/configuration-snippet".to_owned(),
+            "return 200;",
+        ),
+    ] {
+        attempts.push((title, passes, "POST", ways.clone(), annotated(&name, value)));
+    }
     attempts.extend(bounds());
     attempts
         .into_iter()
@@ -613,6 +694,13 @@ fn bounds() -> Vec<(&'static str, bool, &'static str, String, Value)> {
             "PATCH",
             home.clone(),
             relabel(json!({"pipeops.io/tenant": null})),
+        ),
+        (
+            "the tenant changed by the status",
+            false,
+            "PATCH",
+            format!("/api/v1/namespaces/{ACME}/status?dryRun=All"),
+            relabel(json!({"pipeops.io/tenant": GLOBEX})),
         ),
         (
             "a host more",

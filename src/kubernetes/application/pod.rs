@@ -100,9 +100,9 @@ fn pull_policy(image: &str) -> &'static str {
 fn container(application: &Application, sets: &ConfigSets) -> Value {
     let security = &application.security;
     let mut context = json!({"allowPrivilegeEscalation": false});
-    if !security.allow_root {
-        context["capabilities"] = json!({"drop": ["ALL"]});
-    }
+    // root needs some of them; NET_RAW is for packets under the address of another pod
+    let dropped = if security.allow_root { "NET_RAW" } else { "ALL" };
+    context["capabilities"] = json!({"drop": [dropped]});
     if security.read_only_root {
         context["readOnlyRootFilesystem"] = true.into();
     }

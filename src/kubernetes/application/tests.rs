@@ -88,7 +88,10 @@ fn what_an_image_needs_beyond_that_is_said_by_the_application() {
     let pod = &objects[0]["spec"]["template"]["spec"];
     assert_eq!(pod["securityContext"], json!({"seccompProfile": {"type": "RuntimeDefault"}}));
     let context = &pod["containers"][0]["securityContext"];
-    assert_eq!(*context, json!({"allowPrivilegeEscalation": false}));
+    assert_eq!(
+        *context,
+        json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["NET_RAW"]}})
+    );
     assert_eq!(
         (&pod["automountServiceAccountToken"], &pod["serviceAccountName"]),
         (&json!(true), &json!("web"))
