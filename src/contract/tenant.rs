@@ -26,17 +26,25 @@ const MAX_HOSTS: usize = 100;
 const MAX_EGRESS: usize = 50;
 
 /// Namespaces that no tenant gets, whether they are there yet or not: what runs in them is trusted
-/// by everybody. Those that begin with `kube-` are Kubernetes' own.
+/// by everybody. The policy `pipeops-agent-namespaces` has the same list.
 const RESERVED: &[&str] = &[
     "beta",
     "cert-manager",
     "default",
-    "istio-system",
+    "istio-ingress",
     "monitoring",
     "nginx-ingress",
-    "pipeops",
     "production",
+    "traefik",
 ];
+
+fn is_reserved(namespace: &str) -> bool {
+    // Kubernetes' own, ours, and what others call like that
+    RESERVED.contains(&namespace)
+        || namespace.starts_with("kube-")
+        || namespace.starts_with("pipeops")
+        || namespace.ends_with("-system")
+}
 
 /// Ranges that pods of a tenant reach only where it is asked for (RFC 1918, 6598, 4193).
 const PRIVATE: &[&str] =
@@ -124,6 +132,15 @@ pub struct DeleteTenant {
 }
 
 impl TenantSpec {
+    /// `Tenant name`.
+    pub fn title(&self) -> String {
+        let name = match self {
+            TenantSpec::Set(set) => &set.tenant,
+            TenantSpec::Delete(delete) => &delete.tenant,
+        };
+        format!("Tenant {name}")
+    }
+
     /// Seconds.
     pub fn timeout_s(&self) -> u64 {
         match self {
@@ -177,8 +194,8 @@ impl SetTenant {
         demand(!self.namespaces.is_empty(), "namespaces", "a tenant has one or more")?;
         for namespace in &self.namespaces {
             demand(is_dns_label(namespace), "namespaces", "1 to 63 of a-z, 0-9 and -")?;
-            let reserved = RESERVED.contains(&&**namespace) || namespace.starts_with("kube-");
-            demand(!reserved, "namespaces", &format!("{namespace} is none of a tenant"))?;
+            let message = format!("{namespace} is none of a tenant");
+            demand(!is_reserved(namespace), "namespaces", &message)?;
         }
         for namespace in &self.remove_namespaces {
             demand(is_dns_label(namespace), "remove_namespaces", "1 to 63 of a-z, 0-9 and -")?;
@@ -270,6 +287,10 @@ mod tests {
             ("namespaces", json!(["production"]), "production is none of a tenant"),
             ("namespaces", json!(["kube-system"]), "kube-system is none of a tenant"),
             ("namespaces", json!(["nginx-ingress"]), "nginx-ingress is none of a tenant"),
+            ("namespaces", json!(["pipeops-2"]), "pipeops-2 is none of a tenant"),
+            ("namespaces", json!(["longhorn-system"]), "longhorn-system is none of a tenant"),
+            ("namespaces", json!(["traefik"]), "traefik is none of a tenant"),
+            ("namespaces", json!(["istio-ingress"]), "istio-ingress is none of a tenant"),
             ("remove_namespaces", json!(["acme"]), "acme is in namespaces too"),
             ("pod_security", json!("privileged"), "unknown variant `privileged`"),
             ("quota", json!({"cpu": "much"}), "spec.quota.cpu: that is no quantity"),

@@ -342,7 +342,7 @@ mod tests {
             ("understand (crit)", &|h, _| h["crit"] = json!(["exp"])),
             ("understand (crit)", &|h, _| h["crit"] = json!(["tenant", "exp"])),
             ("understand (crit)", &|h, _| h["crit"] = json!([])),
-            // RFC 7515 §4.1.11: what is named there is in the header, and here the claim is the same
+            // RFC 7515 §4.1.11: what is named there is in the header, and the claim is the same
             ("the same tenant", &|h, _| h["crit"] = json!(["tenant"])),
             ("the same tenant", &|h, c| {
                 (h["crit"], c["tenant"]) = (json!(["tenant"]), json!("acme"));

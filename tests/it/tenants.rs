@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::operations::{apply, deployment, written};
-use crate::world::{TOKEN, World};
+use crate::world::{Fault, TOKEN, World};
 
 /// A namespace with the label of a tenant.
 fn namespace(name: &str, tenant: &str, hosts: &str) -> Value {
@@ -183,7 +183,7 @@ async fn a_tenant_is_made_with_the_agents_rights_and_its_bounds_come_first() {
         end["objects"].as_array().unwrap().iter().map(|o| o["object"].as_str().unwrap()).collect();
     assert_eq!((objects[0], objects[1]), ("Namespace acme", "ResourceQuota acme/pipeops-tenant"));
     assert_eq!(objects.last(), Some(&"RoleBinding acme/pipeops-tenant-deployer"));
-    assert_eq!(objects.len(), 12);
+    assert_eq!(objects.len(), 13);
     // with the agent's own rights alone
     assert!(written(&world.kube).is_empty());
     {
@@ -202,6 +202,23 @@ async fn a_tenant_is_made_with_the_agents_rights_and_its_bounds_come_first() {
         let end = world.tenant(key, &other).await;
         assert_eq!(end["reason"], reason, "{end}");
     }
+    // by somebody who needs no tenant for it; the tenant's own are its own
+    let mut wider = set.clone();
+    wider["hosts"] = json!(["shop.acme.test", "*.prod.test"]);
+    let route = |namespace: &str, host: &str| {
+        json!({"metadata": {"name": "web", "namespace": namespace},
+            "spec": {"rules": [{"host": host}]}})
+    };
+    let list = json!({"items": [route("acme", "a.prod.test"), route("production", "b.prod.test")]});
+    world.plant("/apis/networking.k8s.io/v1/ingresses", "", list);
+    let end = world.tenant("t-taken", &wider).await;
+    assert_eq!(end["reason"], "host_taken", "{end}");
+    assert!(end["message"].as_str().unwrap().contains("production/web"), "{end}");
+    // policies that are there and refuse nothing
+    world.replant("/api/v1/namespaces", json!({"kind": "Namespace"}));
+    let end = world.tenant("t-open", &set).await;
+    assert_eq!(end["reason"], "rights_missing", "{end}");
+    world.kube.planted.lock().unwrap().remove(0);
     let used = json!({"items": [{"metadata": {"name": "web"},
         "spec": {"rules": [{"host": "old.acme.test"}]}}]});
     world.plant("/apis/networking.k8s.io/v1/namespaces/acme/ingresses", "", used);
@@ -365,4 +382,68 @@ async fn what_is_known_of_tenants_is_said_again_where_it_changed_while_the_agent
         world.control_plane.until(change, |_| told()).await;
         assert_eq!(said(&world), expected, "{change}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_tenant_waits_for_is_superseded_and_keeps_no_other_tenant() {
+    let world = World::new().await.up().await;
+    world.with_rights();
+    let mut going = namespace("acme", "acme", "");
+    going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+    going["status"] = json!({"conditions": [{"status": "True", "message": "a finalizer remains"}]});
+    world.kube.put("/api/v1/namespaces/acme", going.clone());
+    world.plant("/api/v1/namespaces", "labelSelector", json!({"items": [going]}));
+    let token = world.token("operator");
+    let set = |name: &str, timeout_s: u64| {
+        let spec = json!({"action": "set", "tenant": name, "namespaces": [name],
+            "timeout_s": timeout_s});
+        json!({"kind": "tenant", "spec": spec})
+    };
+    let (_, waits) = world.operate(&token, "w-1", &set("acme", 300)).await;
+    let waits = waits["id"].as_str().unwrap();
+    // another one comes to its own end meanwhile: the fake has a namespace of that name
+    let (_, other) = world.operate(&token, "w-2", &set("globex", 300)).await;
+    let end = world.ended(&token, other["id"].as_str().unwrap()).await;
+    assert_eq!(end["reason"], "namespace_taken", "{end}");
+    let (_, later) = world.operate(&token, "w-3", &set("acme", 2)).await;
+    let end = world.ended(&token, waits).await;
+    assert_eq!(
+        (&end["state"], &end["reason"]),
+        (&json!("cancelled"), &json!("superseded")),
+        "{end}"
+    );
+    let end = world.ended(&token, later["id"].as_str().unwrap()).await;
+    assert_eq!(end["reason"], "timed_out", "{end}");
+    assert!(end["message"].as_str().unwrap().contains("a finalizer remains"), "{end}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_that_is_resumed_leaves_what_was_made_since() {
+    let mut world = World::new().await.up().await;
+    world.with_rights();
+    let made = |at: &str| {
+        let mut made = namespace("acme", "acme", "");
+        made["metadata"]["creationTimestamp"] = at.into();
+        made
+    };
+    let list = |at: &str| ("/api/v1/namespaces", "tenant%3Dacme", json!({"items": [made(at)]}));
+    world.kube.put("/api/v1/namespaces/acme", made("2026-01-01T00:00:00Z"));
+    world.kube.planted.lock().unwrap().push(list("2026-01-01T00:00:00Z"));
+    // it takes its time to go
+    let slow = Fault { method: "DELETE", part: "/namespaces/acme", status: 202, done: false };
+    world.kube.faults.lock().unwrap().push(slow);
+    let spec = json!({"action": "delete", "tenant": "acme", "confirm": "acme"});
+    let body = json!({"kind": "tenant", "spec": spec});
+    let (_, taken) = world.operate(&world.token("operator"), "d-1", &body).await;
+    let id = taken["id"].as_str().unwrap();
+    let deletions = |world: &World| {
+        let seen = world.kube.seen.lock().unwrap();
+        seen.iter().filter(|s| s.method == "DELETE").count()
+    };
+    world.control_plane.until("the deletion", |_| deletions(&world) == 1).await;
+    world.kube.planted.lock().unwrap().insert(0, list("2099-01-01T00:00:00Z"));
+    world.agent.restart(&[("AGENT_TOKEN", TOKEN)]);
+    let told = world.told(id).await;
+    assert_eq!(told["state"], "succeeded", "{told}");
+    assert_eq!(deletions(&world), 1);
 }

@@ -345,6 +345,12 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
             {"name": "jobs", "kind": "Job", "namespaced": true}]})),
         "/apis/none/v1" => StatusCode::NOT_FOUND.into_response(),
         "/version" => yes(json!({"gitVersion": "v1.36.2+k3s1"})),
+        // the policies act
+        "/api/v1/namespaces" if query == "dryRun=All" => {
+            let why = "ValidatingAdmissionPolicy 'pipeops-agent-namespaces' with binding 'pipeops-agent-namespaces' denied request: no label";
+            let status = json!({"kind": "Status", "reason": "Invalid", "message": why});
+            (StatusCode::UNPROCESSABLE_ENTITY, axum::Json(status)).into_response()
+        }
         _ if query.contains("watch=") => {
             let first = futures_util::stream::once(async {
                 Ok::<_, std::io::Error>(Bytes::from_static(b""))

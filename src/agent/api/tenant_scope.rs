@@ -1,6 +1,6 @@
-//! Callers of a tenant: whether a namespace is the tenant's, and which are. The label of a namespace
-//! says so, as it is when it is asked for; nothing is remembered. While a stream stays open it is
-//! asked again.
+//! Callers of a tenant: whether a namespace is the tenant's, and which are. The label of a
+//! namespace says so, as it is when it is asked for; nothing is remembered. While a stream stays
+//! open it is asked again.
 
 use std::time::Duration;
 
@@ -246,7 +246,10 @@ mod tests {
         ] {
             assert_eq!(selector("acme", query), expected, "{query}");
         }
-        let namespace = |name: &str, tenant: &str| json!({"metadata": {"name": name, "labels": {TENANT_LABEL: tenant}}});
+        let namespace = |name: &str, tenant: &str| {
+            let labels = json!({TENANT_LABEL: tenant});
+            json!({"metadata": {"name": name, "labels": labels}})
+        };
         let items = [
             namespace("acme", "acme"),
             namespace("acme-2", "acme"),

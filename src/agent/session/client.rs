@@ -36,7 +36,8 @@ pub struct ReportedState {
     pub hostname: String,
     pub max_role: String,
     pub cluster: watch::Receiver<ClusterInfo>,
-    /// Whether the cluster keeps tenants apart and the agent may make them; `None` until it is known.
+    /// Whether the cluster keeps tenants apart and the agent may make them; `None` until that is
+    /// known.
     pub tenants: watch::Receiver<Option<bool>>,
     pub status: watch::Receiver<StatusReport>,
     pub tunnel: watch::Receiver<frp::TunnelStatus>,
@@ -205,10 +206,7 @@ impl ControlPlaneClient {
                         Ok(()) = self.reported.status.changed() => {
                             self.status_event(shown.as_ref())
                         }
-                        Ok(()) = self.reported.tenants.changed() => {
-                            let known = *self.reported.tenants.borrow_and_update();
-                            tenants_event(known, state.credential.as_ref())
-                        }
+                        Ok(()) = self.reported.tenants.changed() => self.tenants_changed(&state),
                         () = timer => SessionEvent::Tick,
                     }
                 }
@@ -225,6 +223,11 @@ impl ControlPlaneClient {
             None => report.kubernetes == "connected",
         };
         if differs { SessionEvent::Changed } else { SessionEvent::Tick }
+    }
+
+    fn tenants_changed(&mut self, state: &RunState) -> SessionEvent {
+        let known = *self.reported.tenants.borrow_and_update();
+        tenants_event(known, state.credential.as_ref())
     }
 
     fn begin(&self) -> anyhow::Result<(RunState, SessionEvent)> {

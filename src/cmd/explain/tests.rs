@@ -130,7 +130,7 @@ fn the_other_reasons_are_those_of_operations() {
         include_str!("../../agent/api/operations/requests.rs"),
         include_str!("../../agent/api/operations/store.rs"),
         include_str!("../../agent/api/operations/tenants.rs"),
-        include_str!("../../kubernetes/tenant.rs"),
+        include_str!("../../kubernetes/tenant/mod.rs"),
     ]
     .concat();
     for reason in OTHER_REASONS {

@@ -323,7 +323,8 @@ impl OperationRequest {
         Ok(())
     }
 
-    /// The application that it changes, `namespace/name`: one operation at a time does.
+    /// The application that it changes, `namespace/name`, or the tenant, `Tenant name`: one
+    /// operation at a time does.
     pub fn application(&self) -> Option<String> {
         let (namespace, name) = match self {
             OperationRequest::Deploy(deploy) if deploy.dry_run => return None,
@@ -332,6 +333,8 @@ impl OperationRequest {
             }
             OperationRequest::Rollback(rollback) => (&rollback.namespace, &rollback.name),
             OperationRequest::DeleteApplication(delete) => (&delete.namespace, &delete.name),
+            // a namespace has no blank
+            OperationRequest::Tenant(spec) => return Some(spec.title()),
             _ => return None,
         };
         Some(format!("{namespace}/{name}"))

@@ -121,6 +121,8 @@ fn a_tenant_is_for_operators_of_the_whole_cluster() {
     let parsed = OperationRequest::parse(set.as_bytes(), &caller(Role::Operator, None));
     let parsed = parsed.map_err(|(_, _, why)| why).unwrap();
     assert_eq!((parsed.is_resumable(), parsed.timeout_s()), (true, 300));
+    // one at a time changes a tenant
+    assert_eq!(parsed.application().as_deref(), Some("Tenant a"));
 }
 
 #[test]

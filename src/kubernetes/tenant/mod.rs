@@ -3,6 +3,8 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::base::cidr::Cidr;
+use crate::base::text::printable;
 use crate::contract::tenant::{
     HOSTS_ANNOTATION, SetTenant, TENANT_DEPLOYER, TENANT_LABEL, TENANT_VIEWER, TenantQuota, covers,
     overlap,
@@ -42,6 +44,8 @@ const NOT_INTERNET: &[&str] = &[
     "10.0.0.0/8",
     "100.64.0.0/10",
     "127.0.0.0/8",
+    // the metadata service of Azure
+    "168.63.129.16/32",
     "169.254.0.0/16",
     "172.16.0.0/12",
     "192.0.0.0/24",
@@ -54,6 +58,24 @@ const NOT_INTERNET: &[&str] = &[
 /// lie outside. 6to4 (RFC 3056) holds any address of IPv4.
 const INTERNET_V6: &str = "2000::/3";
 const NOT_INTERNET_V6: &[&str] = &["2002::/16"];
+
+/// Objects that cost nothing but the memory of the API server and the disk of the datastore, where
+/// one tenant's would take everybody's. Each revision of an application and each version of a
+/// config set is one.
+const MAX_COUNTS: &[(&str, &str)] = &[
+    ("count/secrets", "500"),
+    ("count/configmaps", "500"),
+    ("count/services", "200"),
+    ("count/jobs.batch", "200"),
+    ("count/ingresses.networking.k8s.io", "200"),
+];
+
+/// Metadata services in ranges that a tenant may ask for: of AWS by IPv6, and of Alibaba Cloud.
+const METADATA: &[&str] = &["fd00:ec2::254", "100.100.100.200"];
+
+/// Pods of k3s' ServiceLB have this label; they take in what is for a LoadBalancer (k3s
+/// `pkg/cloudprovider/servicelb.go`).
+const SERVICE_LB: &str = "svccontroller.k3s.cattle.io/svcname";
 
 /// Whether a cluster of this version keeps tenants apart: `v1.36.2+k3s1`.
 pub fn is_supported(version: &str) -> bool {
@@ -131,6 +153,25 @@ pub fn host_left<'r>(route: &'r Value, hosts: &[String]) -> Option<&'r str> {
     hosts_used(route).into_iter().find(|used| !hosts.iter().any(|own| covers(own, used)))
 }
 
+/// The first of these host names that a route has or overlaps, and what the route has.
+pub fn host_taken<'h, 'r>(route: &'r Value, hosts: &[&'h str]) -> Option<(&'h str, &'r str)> {
+    let taken = |used| hosts.iter().find(|host| overlap(host, used)).map(|host| (*host, used));
+    hosts_used(route).into_iter().find_map(taken)
+}
+
+/// What keeps a namespace that is being deleted, in Kubernetes' words after a colon; empty where it
+/// says nothing.
+pub fn what_keeps(namespace: &Value) -> String {
+    let conditions = namespace["status"]["conditions"].as_array().into_iter().flatten();
+    let held = conditions.filter(|condition| condition["status"] == "True");
+    let held: Vec<&str> = held.filter_map(|condition| condition["message"].as_str()).collect();
+    if held.is_empty() {
+        return String::new();
+    }
+    let held: String = printable(&held.join("; ")).chars().take(500).collect();
+    format!(": {held}")
+}
+
 /// All objects of a tenant in one of its namespaces, in the order in which they are applied: rights
 /// come once everything that bounds them is there.
 ///
@@ -192,7 +233,8 @@ fn quota(quota: &TenantQuota, namespace: &str) -> Value {
         ("services.loadbalancers", Some(quota.load_balancers.to_string())),
         ("services.nodeports", Some(quota.node_ports.to_string())),
     ];
-    for (resource, quantity) in quantities {
+    let counts = MAX_COUNTS.iter().map(|(resource, max)| (*resource, Some((*max).to_owned())));
+    for (resource, quantity) in quantities.into_iter().chain(counts) {
         if let Some(quantity) = quantity {
             hard.insert(resource.into(), quantity.into());
         }
@@ -203,14 +245,15 @@ fn quota(quota: &TenantQuota, namespace: &str) -> Value {
     })
 }
 
-/// Those of production: `deployments/namespaces.yaml`. A quota refuses what says nothing.
+/// Those of production, `deployments/namespaces.yaml`, and a bound of the node's disk. A quota
+/// refuses what says nothing.
 fn limits(namespace: &str) -> Value {
     json!({
         "apiVersion": "v1", "kind": "LimitRange",
         "metadata": metadata(namespace, "pipeops-defaults"),
         "spec": {"limits": [{
-            "type": "Container", "default": {"memory": "512Mi"},
-            "defaultRequest": {"cpu": "50m", "memory": "64Mi"}
+            "type": "Container", "default": {"memory": "512Mi", "ephemeral-storage": "4Gi"},
+            "defaultRequest": {"cpu": "50m", "memory": "64Mi", "ephemeral-storage": "64Mi"}
         }]}
     })
 }
@@ -253,163 +296,52 @@ fn network_policies(tenant: &SetTenant, namespace: &str) -> Result<Vec<Value>, S
         json!({"ipBlock": {"cidr": "0.0.0.0/0", "except": NOT_INTERNET}}),
         json!({"ipBlock": {"cidr": INTERNET_V6, "except": NOT_INTERNET_V6}}),
     ];
+    let internet = outside.clone();
     let asked = tenant.egress_ranges()?;
-    outside.extend(asked.iter().map(|range| json!({"ipBlock": {"cidr": range}})));
+    outside.extend(asked.iter().map(|range| json!({"ipBlock": asked_range(range)})));
+    // without such a Service there is nothing to let in
+    let is_open = tenant.quota.load_balancers > 0 || tenant.quota.node_ports > 0;
+    let entries = if is_open { json!([{"from": entries(internet)}]) } else { json!([]) };
     Ok(vec![
         policy("pipeops-default-deny", both.clone(), Value::Null, Value::Null),
         policy("pipeops-dns", outward.clone(), Value::Null, dns),
         policy("pipeops-tenant", both, json!([{"from": own}]), json!([{"to": own}])),
-        policy("pipeops-ingress", inward, json!([{"from": controllers}]), Value::Null),
+        policy("pipeops-ingress", inward.clone(), json!([{"from": controllers}]), Value::Null),
+        policy("pipeops-outside", inward, entries, Value::Null),
         policy("pipeops-internet", outward, Value::Null, json!([{"to": outside}])),
     ])
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn acme(change: impl Fn(&mut Value)) -> SetTenant {
-        let mut spec = json!({"tenant": "acme", "namespaces": ["acme-web", "acme-db"],
-            "hosts": ["shop.acme.com", "*.apps.acme.com"]});
-        change(&mut spec);
-        serde_json::from_value(spec).unwrap()
-    }
-
-    fn namespace(name: &str, tenant: &str, hosts: &str) -> Value {
-        json!({"metadata": {"name": name, "labels": {TENANT_LABEL: tenant},
-            "annotations": {HOSTS_ANNOTATION: hosts}}})
-    }
-
-    #[test]
-    fn a_version_is_new_enough_from_1_30_on() {
-        for version in ["v1.30.0+k3s1", "v1.36.2", "v2.0.0", "v1.30.0-rc1+k3s1"] {
-            assert!(is_supported(version), "{version}");
-        }
-        for version in ["v1.29.9+k3s1", "v1.3.0", "", "v1", "soon"] {
-            assert!(!is_supported(version), "{version}");
-        }
-    }
-
-    #[test]
-    fn what_is_of_another_tenant_is_refused_and_no_namespace_is_forgotten() {
-        let there = [
-            namespace("acme-web", "acme", "shop.acme.com"),
-            namespace("globex", "globex", "www.globex.com,*.globex.net"),
-        ];
-        let verdict = |change: &dyn Fn(&mut Value)| {
-            check_set(&acme(change), &there)
-                .err()
-                .map_or(String::new(), |(c, why)| c.to_owned() + &why)
-        };
-        assert_eq!(verdict(&|_| {}), "");
-        for (field, value, code, why) in [
-            ("namespaces", json!(["acme-web", "globex"]), "namespace_taken", "globex"),
-            ("remove_namespaces", json!(["globex"]), "namespace_taken", "globex"),
-            ("hosts", json!(["www.globex.com"]), "host_taken", "tenant globex"),
-            ("hosts", json!(["a.b.globex.net"]), "host_taken", "*.globex.net"),
-            ("hosts", json!(["*.globex.com"]), "host_taken", "www.globex.com"),
-            ("namespaces", json!(["acme-db"]), "namespaces_left", "acme-web"),
-        ] {
-            let said = verdict(&|spec| spec[field] = value.clone());
-            assert!(said.starts_with(code) && said.contains(why), "{field} {value}: {said}");
-        }
-        let moved = |spec: &mut Value| {
-            spec["namespaces"] = json!(["acme-db"]);
-            spec["remove_namespaces"] = json!(["acme-web"]);
-        };
-        assert_eq!(verdict(&moved), "");
-        let ingress =
-            json!({"spec": {"rules": [{"host": "a.apps.acme.com"}, {"host": "b.acme.com"}]}});
-        let route = json!({"spec": {"hostnames": ["shop.acme.com"]}});
-        let hosts = acme(|_| {}).hosts;
-        assert_eq!(host_left(&ingress, &hosts), Some("b.acme.com"));
-        assert_eq!(
-            (host_left(&route, &hosts), host_left(&route, &[])),
-            (None, Some("shop.acme.com"))
-        );
-    }
-
-    #[test]
-    fn a_tenant_has_bounds_before_it_has_rights() {
-        let tenant = acme(|spec| {
-            spec["quota"] = json!({"cpu": "2", "memory": "4Gi", "storage": "10Gi", "pods": 20});
-            spec["egress"] = json!(["10.9.0.0/16"]);
-        });
-        let made = namespace_object(&tenant, "acme-web");
-        assert_eq!((tenant_of(&made), hosts_of(&made).len()), (Some("acme"), 2));
-        assert_eq!(made["metadata"]["labels"]["pod-security.kubernetes.io/enforce"], "baseline");
-        let bare = namespace_object(&acme(|spec| spec["hosts"] = json!([])), "acme-web");
-        assert!(bare["metadata"]["annotations"].is_null() && hosts_of(&bare).is_empty());
-        let all = objects(&tenant, "acme-web").unwrap();
-        let names: Vec<String> =
-            all.iter().map(|o| format!("{} {}", o["kind"].as_str().unwrap(), name_of(o))).collect();
-        let expected = [
-            "ResourceQuota pipeops-tenant",
-            "LimitRange pipeops-defaults",
-            "NetworkPolicy pipeops-default-deny",
-            "NetworkPolicy pipeops-dns",
-            "NetworkPolicy pipeops-tenant",
-            "NetworkPolicy pipeops-ingress",
-            "NetworkPolicy pipeops-internet",
-            "ServiceAccount pipeops-tenant-viewer",
-            "ServiceAccount pipeops-tenant-deployer",
-            "RoleBinding pipeops-tenant-viewer",
-            "RoleBinding pipeops-tenant-deployer",
-        ];
-        assert_eq!(names, expected);
-        assert!(all.iter().all(|object| object["metadata"]["namespace"] == "acme-web"));
-        let hard = json!({"requests.cpu": "2", "limits.memory": "4Gi", "requests.storage": "10Gi",
-            "pods": "20", "services.loadbalancers": "0", "services.nodeports": "0"});
-        assert_eq!(all[0]["spec"]["hard"], hard);
-        assert_eq!(
-            all[2]["spec"],
-            json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]})
-        );
-        let outside = all[6]["spec"]["egress"][0]["to"].as_array().unwrap();
-        assert_eq!(outside[2]["ipBlock"]["cidr"], "10.9.0.0/16");
-        for (n, what) in [(9, "viewer"), (10, "deployer")] {
-            assert_eq!(all[n]["roleRef"]["name"], format!("pipeops:tenant-{what}"));
-            let account = json!({"kind": "ServiceAccount", "namespace": "acme-web",
-                "name": format!("pipeops-tenant-{what}")});
-            assert_eq!(all[n]["subjects"], json!([account]));
-        }
-    }
-
-    /// A range of its own is part of what it is taken from, or Kubernetes refuses the policy.
-    #[test]
-    fn the_internet_is_without_what_is_private() {
-        use crate::base::cidr::Cidr;
-        let within = |text: &str| {
-            let address = text.parse().unwrap();
-            let holds = |range: &&str| Cidr::parse(range).unwrap().contains(address);
-            if text.contains(':') {
-                holds(&INTERNET_V6) && !NOT_INTERNET_V6.iter().any(holds)
-            } else {
-                !NOT_INTERNET.iter().any(holds)
-            }
-        };
-        for outside in ["1.1.1.1", "93.184.216.34", "172.32.0.1", "2606:4700::1111"] {
-            assert!(within(outside), "{outside}");
-        }
-        for inside in [
-            "10.42.0.7",
-            "10.43.0.1",
-            "172.16.3.4",
-            "192.168.1.1",
-            "169.254.169.254",
-            "100.100.100.200",
-            "127.0.0.1",
-            "224.0.0.1",
-            "255.255.255.255",
-            "fd00:ec2::254",
-            "fe80::1",
-            "ff02::1",
-            "::1",
-            "::ffff:10.0.0.1",
-            "64:ff9b::a00:1",
-            "2002:a00:1::",
-        ] {
-            assert!(!within(inside), "{inside}");
-        }
-    }
+/// Where requests to a LoadBalancer or NodePort come from: the internet, and k3s' ServiceLB.
+fn entries(mut internet: Vec<Value>) -> Vec<Value> {
+    internet.push(json!({
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+        "podSelector": {"matchExpressions": [{"key": SERVICE_LB, "operator": "Exists"}]}
+    }));
+    internet
 }
+
+/// A private range that was asked for, without the metadata services in it; one that is asked for
+/// by itself is meant.
+fn asked_range(range: &str) -> Value {
+    let outer = Cidr::parse(range);
+    let is_inside = |address: &&&str| {
+        let range = outer.zip(address.parse().ok());
+        range.is_some_and(|(outer, address)| !is_single(outer) && outer.contains(address))
+    };
+    let inside = METADATA.iter().filter(is_inside);
+    let except: Vec<String> = inside
+        .map(|address| format!("{address}/{}", if address.contains(':') { 128 } else { 32 }))
+        .collect();
+    if except.is_empty() {
+        return json!({"cidr": range});
+    }
+    json!({"cidr": range, "except": except})
+}
+
+fn is_single(range: Cidr) -> bool {
+    range.prefix == if range.address.is_ipv6() { 128 } else { 32 }
+}
+
+#[cfg(test)]
+mod tests;

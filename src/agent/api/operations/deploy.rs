@@ -209,8 +209,15 @@ impl Executor<'_> {
     /// Ends what else changes the application, once it is known that the caller may change it.
     async fn supersede(&self, rollout: &Rollout) -> Result<(), ExecutionError> {
         let Rollout { namespace, name, .. } = rollout;
+        self.supersede_changes_of(&format!("{namespace}/{name}")).await
+    }
+
+    /// The same of what [`OperationRequest::application`] names.
+    ///
+    /// [`OperationRequest::application`]: crate::contract::operation::OperationRequest::application
+    pub(super) async fn supersede_changes_of(&self, what: &str) -> Result<(), ExecutionError> {
         let operations = self.api.operations();
-        operations.supersede(&self.progress.id, &format!("{namespace}/{name}"));
+        operations.supersede(&self.progress.id, what);
         tokio::select! {
             () = operations.superseded_ended(&self.progress.id) => Ok(()),
             () = self.cancel.cancelled() => Err(ExecutionError::Cancelled),

@@ -21,6 +21,7 @@ use crate::contract::operation::{Apply, Delete, OperationRequest, Reference};
 use crate::contract::token::Caller;
 use crate::kubernetes::readiness::diagnosis::Cause;
 use crate::kubernetes::readiness::rollout::{self, RolloutStatus};
+use crate::kubernetes::tenant::what_keeps;
 use crate::kubernetes::upstream::Upstream;
 
 /// Field manager of what Runners apply; it takes no field from another one.
@@ -249,16 +250,18 @@ impl Executor<'_> {
     ) -> Result<(), ExecutionError> {
         for (reference, path) in going {
             let mut first = true;
-            while self
-                .poll(&path, std::mem::take(&mut first))
-                .await?
-                .is_none_or(|(status, _)| status != 404)
-            {
+            loop {
+                let object = match self.poll(&path, std::mem::take(&mut first)).await? {
+                    Some((404, _)) => break,
+                    Some((_, object)) => object,
+                    None => Value::Null,
+                };
                 if Instant::now() > end {
-                    return failed_for(
-                        "timed_out",
-                        format!("{} is still there after {timeout_s} s", reference.title()),
-                    );
+                    let title = reference.title();
+                    let why =
+                        if reference.kind == "Namespace" { what_keeps(&object) } else { "".into() };
+                    let message = format!("{title} is still there after {timeout_s} s{why}");
+                    return failed_for("timed_out", message);
                 }
                 self.pause().await?;
             }

@@ -415,8 +415,18 @@ pub(super) fn refused<T>(
     failed_for(refusal_reason(status, answer), format!("{}: {why}", reference.title()))
 }
 
+/// Whether it is refused because the namespace is being deleted: a 403 as one of a missing right is
+/// (kubernetes/apiserver `pkg/admission/plugin/namespace/lifecycle/admission.go`).
+fn is_terminating(answer: &Value) -> bool {
+    let causes = answer["details"]["causes"].as_array().into_iter().flatten();
+    causes.into_iter().any(|cause| cause["reason"] == "NamespaceTerminating")
+}
+
 /// The code of what Kubernetes refuses.
 pub(super) fn refusal_reason(status: u16, answer: &Value) -> &'static str {
+    if is_terminating(answer) {
+        return "conflict";
+    }
     let said = answer["message"].as_str().and_then(admission_cause);
     match (said, status) {
         (Some(cause), _) => cause.reason.code(),
@@ -444,6 +454,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_namespace_that_is_being_deleted_is_no_missing_right() {
+        let refused = |reason: &str| {
+            json!({"reason": "Forbidden", "message": "it is being terminated",
+                "details": {"causes": [{"reason": reason}]}})
+        };
+        assert_eq!(refusal_reason(403, &refused("NamespaceTerminating")), "conflict");
+        assert_eq!(refusal_reason(403, &refused("Other")), "forbidden");
+        assert_eq!(refusal_reason(403, &json!({})), "forbidden");
+    }
 
     #[test]
     fn a_state_is_the_same_whoever_manages_its_fields() {

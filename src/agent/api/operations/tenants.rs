@@ -3,27 +3,28 @@
 
 use http::Method;
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::sync::MutexGuard;
+use tokio::time::{Instant, sleep_until};
 
 use super::executor::{Executor, FIELD_MANAGER};
 use super::requests::{
     ExecutionError, KubernetesRequest, REVIEWS, describe_refusal, failed, failed_for, items,
     refusal_reason, refused,
 };
-use crate::agent::api::tenant_scope;
+use crate::agent::api::tenant_scope::{self, NAMESPACES};
 use crate::contract::application::Application;
 use crate::contract::operation::Reference;
 use crate::contract::tenant::{DeleteTenant, SetTenant, TENANT_LABEL, TenantSpec, covers};
 use crate::kubernetes::client::path_of;
 use crate::kubernetes::tenant::{
-    BINDINGS, POLICIES, check_set, host_left, hosts_of, is_supported, namespace_object, objects,
-    tenant_of,
+    BINDINGS, POLICIES, check_set, host_left, host_taken, hosts_of, is_supported, namespace_object,
+    objects, tenant_of,
 };
 
-/// The kinds that may have host names of a tenant, by their path before and after the namespace.
+/// The kinds that may have host names of a tenant, by group and name.
 const ROUTES: &[(&str, &str)] = &[
-    ("/apis/networking.k8s.io/v1/namespaces", "ingresses"),
-    ("/apis/gateway.networking.k8s.io/v1/namespaces", "httproutes"),
+    ("/apis/networking.k8s.io/v1", "ingresses"),
+    ("/apis/gateway.networking.k8s.io/v1", "httproutes"),
 ];
 
 const AS_AGENT: KubernetesRequest<'_> = KubernetesRequest {
@@ -34,9 +35,31 @@ const AS_AGENT: KubernetesRequest<'_> = KubernetesRequest {
     recorded: true,
 };
 
+impl<'a> Executor<'a> {
+    /// Waits until no other operation takes host names, or deletes a tenant.
+    async fn turn(
+        &self,
+        end: Instant,
+        timeout_s: u64,
+    ) -> Result<MutexGuard<'a, ()>, ExecutionError> {
+        let api = self.api;
+        tokio::select! {
+            biased;
+            turn = api.operations().tenants.lock() => Ok(turn),
+            () = self.cancel.cancelled() => Err(ExecutionError::Cancelled),
+            () = self.abort.cancelled() => Err(ExecutionError::Interrupted),
+            () = sleep_until(end) => failed_for(
+                "timed_out",
+                format!("other tenants were being changed for {timeout_s} s"),
+            ),
+        }
+    }
+}
+
 impl Executor<'_> {
     pub(super) async fn tenant(&mut self, spec: &TenantSpec) -> Result<(), ExecutionError> {
         self.check_cluster_for_tenants().await?;
+        self.supersede_changes_of(&spec.title()).await?;
         match spec {
             TenantSpec::Set(set) => self.set_tenant(set).await,
             TenantSpec::Delete(delete) => self.delete_tenant(delete).await,
@@ -45,7 +68,7 @@ impl Executor<'_> {
 
     /// Whether this cluster keeps tenants apart, before anything is changed.
     async fn check_cluster_for_tenants(&mut self) -> Result<(), ExecutionError> {
-        let (status, version) = self.request("/version", AS_AGENT).await?;
+        let (status, version) = self.request_until_answered("/version", AS_AGENT).await?;
         let version = version["gitVersion"].as_str().unwrap_or_default();
         if status != 200 || version.is_empty() {
             return failed("the Kubernetes API does not say which version it is");
@@ -86,39 +109,68 @@ impl Executor<'_> {
                 }
             }
         }
-        Ok(())
+        self.check_policies_act().await
+    }
+
+    /// The names of bindings do not say what they bind: the policies refuse what they must refuse,
+    /// or nothing is made that relies on them. Nothing is written by it.
+    async fn check_policies_act(&mut self) -> Result<(), ExecutionError> {
+        if self.is_over() {
+            return Ok(());
+        }
+        let unlabelled = json!({"apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": "stand-in-of-no-tenant"}});
+        let request = KubernetesRequest {
+            method: Method::POST,
+            query: "dryRun=All",
+            body: Some(("application/json", &unlabelled)),
+            ..AS_AGENT
+        };
+        let (status, answer) = self.request_until_answered(NAMESPACES, request).await?;
+        let said = answer["message"].as_str().unwrap_or_default();
+        if status >= 400 && said.contains(POLICIES[0]) {
+            return Ok(());
+        }
+        rights_missing(&format!("the admission policy {} refuses nothing", POLICIES[0]))
     }
 
     async fn set_tenant(&mut self, set: &SetTenant) -> Result<(), ExecutionError> {
         let end = self.end(set.timeout_s);
-        let api = self.api;
         // two tenants that ask for one host name at a time
-        let turn = tokio::select! {
-            turn = api.operations().tenants.lock() => turn,
-            () = self.cancel.cancelled() => return Err(ExecutionError::Cancelled),
-            () = self.abort.cancelled() => return Err(ExecutionError::Interrupted),
+        let (turn, labelled) = loop {
+            let turn = self.turn(end, set.timeout_s).await?;
+            let labelled = self.tenant_namespaces(TENANT_LABEL).await?;
+            if let Err((reason, why)) = check_set(set, &labelled) {
+                return failed_for(reason, why);
+            }
+            let going = labelled.iter().filter(|n| !n["metadata"]["deletionTimestamp"].is_null());
+            let going = going.filter_map(|n| n["metadata"]["name"].as_str());
+            let going = going.filter(|name| set.namespaces.iter().any(|wanted| wanted == name));
+            let going: Vec<(Reference, String)> = going.map(namespace_at).collect();
+            if going.is_empty() {
+                break (turn, labelled);
+            }
+            // the others do not wait for them
+            drop(turn);
+            self.wait_gone(going, end, set.timeout_s).await?;
         };
-        let labelled = self.tenant_namespaces(TENANT_LABEL).await?;
-        if let Err((reason, why)) = check_set(set, &labelled) {
-            return failed_for(reason, why);
-        }
         let own: Vec<&Value> =
             labelled.iter().filter(|n| tenant_of(n) == Some(&*set.tenant)).collect();
         let found = |name: &str| own.iter().find(|n| n["metadata"]["name"] == name);
+        self.check_hosts_free(set, &own).await?;
         for name in set.namespaces.iter().filter(|name| found(name).is_none()) {
             self.check_namespace_is_free(name).await?;
         }
         for namespace in set.namespaces.iter().filter(|name| found(name).is_some()) {
             self.check_hosts_left(namespace, &set.hosts).await?;
         }
-        let is_going = |n: &&&Value| !n["metadata"]["deletionTimestamp"].is_null();
-        let going = set.namespaces.iter().filter_map(|name| found(name)).filter(is_going);
-        let going: Vec<(Reference, String)> =
-            going.filter_map(|n| n["metadata"]["name"].as_str()).map(namespace_at).collect();
-        self.wait_gone(going, end, set.timeout_s).await?;
         // the host names are its own from here on
         for namespace in &set.namespaces {
             self.apply_as_agent(&namespace_object(set, namespace)).await?;
+        }
+        // what used one between the look and the change is there for good
+        for namespace in set.namespaces.iter().filter(|name| found(name).is_some()) {
+            self.check_hosts_left(namespace, &set.hosts).await?;
         }
         drop(turn);
         for namespace in &set.namespaces {
@@ -137,7 +189,8 @@ impl Executor<'_> {
             .filter(|n| set.remove_namespaces.iter().any(|name| n["metadata"]["name"] == **name))
             .cloned()
             .collect();
-        self.delete_namespaces(&removed, end, set.timeout_s).await?;
+        let going = self.delete_namespaces(&removed).await?;
+        self.wait_gone(going, end, set.timeout_s).await?;
         let hosts = if set.hosts.is_empty() { "none".into() } else { set.hosts.join(", ") };
         self.note(&format!(
             "tenant {}: namespaces {}; Pod Security {}; hosts {hosts}",
@@ -150,20 +203,29 @@ impl Executor<'_> {
 
     async fn delete_tenant(&mut self, delete: &DeleteTenant) -> Result<(), ExecutionError> {
         let selector = format!("{TENANT_LABEL}={}", delete.tenant);
-        let own = self.tenant_namespaces(&selector).await?;
+        let end = self.end(delete.timeout_s);
+        let turn = self.turn(end, delete.timeout_s).await?;
+        let mut own = self.tenant_namespaces(&selector).await?;
+        if self.before.left.is_some() {
+            // what was made while the agent was away is not what was to be deleted
+            let asked = self.progress.created_at();
+            let made = |n: &Value| n["metadata"]["creationTimestamp"].as_str().map(str::to_owned);
+            own.retain(|namespace| made(namespace).unwrap_or_default() <= asked);
+        }
         if own.is_empty() {
             self.progress.touched(&format!("Tenant {}", delete.tenant), "absent");
             return Ok(());
         }
-        let end = self.end(delete.timeout_s);
-        self.delete_namespaces(&own, end, delete.timeout_s).await
+        let going = self.delete_namespaces(&own).await?;
+        drop(turn);
+        self.wait_gone(going, end, delete.timeout_s).await
     }
 
     /// The namespaces that a selector of labels names: all of them, in one answer.
     async fn tenant_namespaces(&mut self, selector: &str) -> Result<Vec<Value>, ExecutionError> {
         let query = format!("labelSelector={}", selector.replace('=', "%3D"));
         let request = KubernetesRequest { query: &query, ..AS_AGENT };
-        match self.request_until_answered("/api/v1/namespaces", request).await? {
+        match self.request_until_answered(NAMESPACES, request).await? {
             (200, list) => Ok(items(list)),
             (status, answer) => {
                 let why = describe_refusal("", status, &answer);
@@ -192,19 +254,9 @@ impl Executor<'_> {
         namespace: &str,
         hosts: &[String],
     ) -> Result<(), ExecutionError> {
-        for (before, kind) in ROUTES {
-            let path = format!("{before}/{namespace}/{kind}");
-            let list = match self.request_until_answered(&path, AS_AGENT).await? {
-                (200, list) => items(list),
-                // nothing serves that kind
-                (404, _) => continue,
-                (403, _) => return rights_missing(&format!("the agent may not `list` `{kind}`")),
-                (status, answer) => {
-                    let why = describe_refusal("", status, &answer);
-                    return failed_for(refusal_reason(status, &answer), format!("{kind}: {why}"));
-                }
-            };
-            for route in &list {
+        for (group, kind) in ROUTES {
+            let path = format!("{group}/namespaces/{namespace}/{kind}");
+            for route in &self.routes(&path, kind).await? {
                 if let Some(host) = host_left(route, hosts) {
                     let name = route["metadata"]["name"].as_str().unwrap_or_default();
                     return failed_for(
@@ -213,6 +265,51 @@ impl Executor<'_> {
                             "host {host}: {namespace}/{name} of the {kind} uses it; delete that \
                              first, or leave the host to the tenant"
                         ),
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Those of a kind; none where nothing serves it.
+    async fn routes(&mut self, path: &str, kind: &str) -> Result<Vec<Value>, ExecutionError> {
+        match self.request_until_answered(path, AS_AGENT).await? {
+            (200, list) => Ok(items(list)),
+            (404, _) => Ok(Vec::new()),
+            (403, _) => rights_missing(&format!("the agent may not `list` `{kind}`")),
+            (status, answer) => {
+                let why = describe_refusal("", status, &answer);
+                failed_for(refusal_reason(status, &answer), format!("{kind}: {why}"))
+            }
+        }
+    }
+
+    /// A host name that a route outside of the tenant has is not given to the tenant: whichever
+    /// route is the older one would get the requests. What the tenant has had before stays its own.
+    async fn check_hosts_free(
+        &mut self,
+        set: &SetTenant,
+        own: &[&Value],
+    ) -> Result<(), ExecutionError> {
+        let had: Vec<&str> = own.iter().flat_map(|namespace| hosts_of(namespace)).collect();
+        let asked = set.hosts.iter().map(String::as_str);
+        let new: Vec<&str> = asked.filter(|host| !had.contains(host)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for (group, kind) in ROUTES {
+            for route in &self.routes(&format!("{group}/{kind}"), kind).await? {
+                let at = &route["metadata"];
+                if own.iter().any(|namespace| namespace["metadata"]["name"] == at["namespace"]) {
+                    continue;
+                }
+                if let Some((host, used)) = host_taken(route, &new) {
+                    let text = |field: &str| at[field].as_str().unwrap_or_default();
+                    let (namespace, name) = (text("namespace"), text("name"));
+                    return failed_for(
+                        "host_taken",
+                        format!("host {host}: {namespace}/{name} of the {kind} uses {used}"),
                     );
                 }
             }
@@ -271,13 +368,11 @@ impl Executor<'_> {
         }
     }
 
-    /// Deletes these namespaces, none that has such a name since, and waits until they are gone.
+    /// Deletes these namespaces, none that has such a name since; gives those that are going.
     async fn delete_namespaces(
         &mut self,
         namespaces: &[Value],
-        end: Instant,
-        timeout_s: u64,
-    ) -> Result<(), ExecutionError> {
+    ) -> Result<Vec<(Reference, String)>, ExecutionError> {
         let mut going = Vec::new();
         for namespace in namespaces {
             let name = namespace["metadata"]["name"].as_str().unwrap_or_default();
@@ -301,7 +396,7 @@ impl Executor<'_> {
                 _ => return refused(&reference, status, &answer),
             }
         }
-        self.wait_gone(going, end, timeout_s).await
+        Ok(going)
     }
 
     /// Whether the host of an application is one of its tenant's, where the caller is limited to a
