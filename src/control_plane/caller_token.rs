@@ -2,8 +2,9 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use http::StatusCode;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::agent_client::pin;
 use super::clock::rfc3339;
@@ -12,7 +13,11 @@ use super::registry::{ClusterTarget, ClusterView, Principal};
 use super::scope::{Scope, TokenRequest, restrict};
 use super::state::ControlPlane;
 use crate::base::secret::Secret;
+use crate::base::text::printable;
 use crate::contract::token::TOKEN_LIFETIME;
+
+/// Code for a cluster whose agent takes no token of a tenant.
+pub(super) const TENANTS_UNSUPPORTED: &str = "tenants_unsupported";
 
 /// For whom a token is signed, and what it allows at which agent.
 pub(super) struct CallerTokenRequest<'a> {
@@ -52,13 +57,52 @@ pub(super) fn check_tenants(target: &ClusterTarget) -> Result<(), HttpError> {
     }
     Err(HttpError::new(
         409,
-        "tenants_unsupported",
+        TENANTS_UNSUPPORTED,
         "the agent of this cluster does not keep tenants apart",
         Some(
             "upgrade it: `pipeops install-server` of this version on its server; tenants need \
              Kubernetes 1.30",
         ),
     ))
+}
+
+/// What a 401 of an agent means where the token was of a tenant: an agent of a version before
+/// tenants refuses each of them ([`super::keys::Keys::sign`]), also one that went back to it since
+/// it registered.
+pub(super) fn tenant_refused(said: &str) -> HttpError {
+    HttpError::new(
+        409,
+        TENANTS_UNSUPPORTED,
+        format!("the agent of this cluster refuses tokens of tenants: {said}"),
+        Some(
+            "upgrade it: `pipeops install-server` of this version on its server; where it is of \
+             this version, compare the clocks of the node and of the control plane",
+        ),
+    )
+}
+
+/// An answer of an agent's own API to a token of `principal`.
+///
+/// # Errors
+/// As [`tenant_refused`].
+pub(super) fn check_answer(
+    principal: &Principal,
+    (status, value): (StatusCode, Value),
+) -> Result<(StatusCode, Value), HttpError> {
+    if status == StatusCode::UNAUTHORIZED && principal.tenant().is_some() {
+        return Err(tenant_refused(&reason_of(&value)));
+    }
+    Ok((status, value))
+}
+
+/// Why an agent refuses, as it may stand in a message.
+pub(super) fn reason_of(refusal: &Value) -> String {
+    // below /k8s the plain message is among the causes
+    let said = [&refusal["details"]["causes"][0]["message"], &refusal["message"]]
+        .into_iter()
+        .find_map(Value::as_str)
+        .unwrap_or("no reason given");
+    printable(said).chars().take(200).collect()
 }
 
 /// A token for an agent, and where to go with it.

@@ -9,7 +9,7 @@ use hyper::body::{Bytes, Incoming};
 use serde_json::Value;
 
 use super::agent_client::ANSWER_TIMEOUT;
-use super::caller_token::CallerTokenRequest;
+use super::caller_token::{CallerTokenRequest, reason_of, tenant_refused};
 use super::error::HttpError;
 use super::registry::Principal;
 use super::state::ControlPlane;
@@ -19,19 +19,17 @@ use crate::kubernetes::header_policy;
 use crate::kubernetes::reverse_proxy::{self, ForwardError, Outward, StreamHooks};
 
 /// A 401 of an agent is about the token that was minted here: the caller cannot fix that.
-async fn token_rejected(body: Incoming) -> HttpError {
+async fn token_rejected(body: Incoming, principal: &Principal) -> HttpError {
     let body = tokio::time::timeout(ANSWER_TIMEOUT, Limited::new(body, 64 << 10).collect()).await;
     let body: Value = body
         .ok()
         .and_then(Result::ok)
         .and_then(|b| serde_json::from_slice(&b.to_bytes()).ok())
         .unwrap_or_default();
-    // below /k8s the plain message is among the causes
-    let said = [&body["details"]["causes"][0]["message"], &body["message"]]
-        .into_iter()
-        .find_map(Value::as_str)
-        .unwrap_or("no reason given");
-    let said: String = crate::base::text::printable(said).chars().take(200).collect();
+    let said = reason_of(&body);
+    if principal.tenant().is_some() {
+        return tenant_refused(&said);
+    }
     let hint = "compare the clocks of the node and of the control plane; \
                 the agent fetches fresh keys within seconds";
     HttpError::new(
@@ -43,10 +41,10 @@ async fn token_rejected(body: Incoming) -> HttpError {
 }
 
 /// What the caller is told when there is no answer for it.
-async fn refusal(error: ForwardError<Incoming, HttpError>) -> HttpError {
+async fn refusal(error: ForwardError<Incoming, HttpError>, principal: &Principal) -> HttpError {
     let (code, message) = match error {
         ForwardError::NoAnswer(error) => return error,
-        ForwardError::Unauthorized(body) => return token_rejected(body).await,
+        ForwardError::Unauthorized(body) => return token_rejected(body, principal).await,
         ForwardError::Redirect => {
             ("redirect_refused", "the agent answers with a redirect to somewhere else")
         }
@@ -147,7 +145,7 @@ impl ControlPlane {
         .await;
         let answer = match answer {
             Ok(answer) => answer,
-            Err(error) => return Err(refusal(error).await),
+            Err(error) => return Err(refusal(error, principal).await),
         };
         let revoked = Box::pin(async move {
             tokio::select! {

@@ -242,16 +242,18 @@ impl Keys {
         Jwks { keys: keys.collect() }
     }
 
-    /// A JWT over `claims`, with the current key.
+    /// A JWT over `claims`, with the current key. Whoever does not know what a tenant is has to
+    /// refuse a token of one (`crit`, RFC 7515 §4.1.11): an agent of a version before them would
+    /// read it as one of everybody.
     pub fn sign(&self, claims: &Value) -> Secret {
         let signing = self.signing();
         let Some((kid, key)) = signing.keys.first() else { return Secret::default() };
         let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
-        let signed = format!(
-            "{}.{}",
-            part(&json!({"alg": "EdDSA", "typ": "JWT", "kid": kid})),
-            part(claims)
-        );
+        let mut head = json!({"alg": "EdDSA", "typ": "JWT", "kid": kid});
+        if let Some(tenant) = claims["tenant"].as_str() {
+            (head["crit"], head["tenant"]) = (json!(["tenant"]), tenant.into());
+        }
+        let signed = format!("{}.{}", part(&head), part(claims));
         let signature = URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes()));
         Secret::new(format!("{signed}.{signature}"))
     }

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::caller_token::{CallerTokenRequest, check_tenants};
+use super::caller_token::{CallerTokenRequest, TENANTS_UNSUPPORTED, check_answer, check_tenants};
 use super::clock::rfc3339;
 use super::error::{HttpError, database_unavailable};
 use super::model::OperationRecord;
@@ -37,8 +37,27 @@ pub(super) struct OperationRequest {
     ttl_s: Option<i64>,
 }
 
-/// Agents to which an operation is being passed at the moment.
-pub(super) type InFlight = Arc<Mutex<HashSet<String>>>;
+/// Agents that are told of an operation at the moment, and those whose last turn was a cancel.
+#[derive(Clone, Default)]
+pub(super) struct InFlight(Arc<Mutex<Turns>>);
+
+#[derive(Default)]
+struct Turns {
+    busy: HashSet<String>,
+    cancelled: HashSet<String>,
+}
+
+/// What agents are told, the first of each agent at most: cancels before what waits, but not twice
+/// in a row. One that can't be cancelled does not keep the others waiting.
+fn in_turn(
+    cancels: Vec<OperationRecord>,
+    queued: Vec<OperationRecord>,
+    cancelled: &HashSet<String>,
+) -> Vec<OperationRecord> {
+    let (again, first): (Vec<_>, Vec<_>) =
+        cancels.into_iter().partition(|record| cancelled.contains(&record.agent));
+    first.into_iter().chain(queued).chain(again).collect()
+}
 
 /// The outcome of a request for an operation.
 pub(super) enum Submission {
@@ -61,15 +80,11 @@ impl ControlPlane {
     ) -> Result<(StatusCode, Value), HttpError> {
         let (token, _) =
             self.caller_token(&CallerTokenRequest::with_own_rights(principal, target, now)?)?;
-        self.agent_clients()
-            .call(
-                Request::builder().method(method),
-                &format!("api/v1/operations/{op}"),
-                target,
-                &token,
-                Bytes::new(),
-            )
-            .await
+        let request = Request::builder().method(method);
+        let path = format!("api/v1/operations/{op}");
+        let clients = self.agent_clients();
+        let answer = clients.call(request, &path, target, &token, Bytes::new()).await?;
+        check_answer(principal, answer)
     }
 
     /// Passes an operation to its agent, or queues it until the agent is online.
@@ -140,7 +155,9 @@ impl ControlPlane {
                     self.registry().put_operation(record.clone(), now).await?;
                     return Ok(Submission::Created(record));
                 }
-                Err(offline) if ttl.is_none() => return Err(offline),
+                Err(error) if ttl.is_none() || error.code == TENANTS_UNSUPPORTED => {
+                    return Err(error);
+                }
                 Err(_) => {}
             }
         }
@@ -163,27 +180,29 @@ impl ControlPlane {
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/json")
             .header(IDEMPOTENCY_KEY_HEADER, &record.key);
-        self.agent_clients()
-            .call(request, "api/v1/operations", target, &token, Bytes::from(body.to_owned()))
-            .await
+        let (clients, body) = (self.agent_clients(), Bytes::from(body.to_owned()));
+        let answer = clients.call(request, "api/v1/operations", target, &token, body).await?;
+        check_answer(principal, answer)
     }
 
     /// Passes queued operations to agents that are online, one at a time for each agent, and
     /// cancels those whose caller was revoked.
     pub(super) fn deliver(&self, in_flight: &InFlight, now: i64) {
-        for record in
-            self.registry().running_for_revoked().into_iter().chain(self.registry().oldest_queued())
-        {
+        let cancels = self.registry().running_for_revoked();
+        let queued = self.registry().oldest_queued();
+        let records = in_turn(cancels, queued, &in_flight.0.lock().cancelled);
+        for record in records {
             // with an external FRP server only an attempt shows whether the agent is connected
             if self.tunnel_open(&record.agent) == Some(false)
-                || !in_flight.lock().insert(record.agent.clone())
+                || !in_flight.0.lock().busy.insert(record.agent.clone())
             {
                 continue;
             }
             let (control_plane, in_flight) = (self.clone(), in_flight.clone());
             tokio::spawn(async move {
                 let agent = record.agent.clone();
-                let done = if record.operation.state == OperationState::Running {
+                let cancels = record.operation.state == OperationState::Running;
+                let done = if cancels {
                     control_plane.cancel_at_agent(record, now).await
                 } else if control_plane.registry().begin_delivery(&record) {
                     let done = control_plane.deliver_one(record.clone(), now).await;
@@ -195,7 +214,13 @@ impl ControlPlane {
                 if let Err(error) = done {
                     tracing::warn!(error = error.message, agent, "an operation is not delivered");
                 }
-                in_flight.lock().remove(&agent);
+                let mut turns = in_flight.0.lock();
+                turns.busy.remove(&agent);
+                if cancels {
+                    turns.cancelled.insert(agent);
+                } else {
+                    turns.cancelled.remove(&agent);
+                }
             });
         }
     }
@@ -209,26 +234,15 @@ impl ControlPlane {
             return Ok(());
         };
         let target = registry.target(&cluster, None)?;
-        let (status, _) = self
-            .call_operation(
-                Method::DELETE,
-                &Principal::AccessToken(access.into()),
-                &target,
-                &record.operation.id,
-                now,
-            )
-            .await?;
-        if status == StatusCode::NOT_FOUND {
-            return registry
-                .end_operation(
-                    record,
-                    OperationState::Interrupted,
-                    "the agent no longer knows it",
-                    now,
-                )
-                .await;
-        }
-        Ok(())
+        let caller = Principal::AccessToken(access.into());
+        let id = &record.operation.id;
+        let why = match self.call_operation(Method::DELETE, &caller, &target, id, now).await {
+            Ok((StatusCode::NOT_FOUND, _)) => "the agent no longer knows it".to_owned(),
+            Ok(_) => return Ok(()),
+            Err(error) if error.code == TENANTS_UNSUPPORTED => error.message,
+            Err(error) => return Err(error),
+        };
+        registry.end_operation(record, OperationState::Interrupted, &why, now).await
     }
 
     async fn deliver_one(&self, mut record: OperationRecord, now: i64) -> Result<(), HttpError> {
@@ -274,10 +288,15 @@ impl ControlPlane {
                 )
                 .await;
         };
-        let Ok((status, value)) =
-            self.submit_to_agent(&principal, &target, &record, body.expose(), now).await
-        else {
-            return Ok(());
+        let sent = self.submit_to_agent(&principal, &target, &record, body.expose(), now).await;
+        let (status, value) = match sent {
+            Ok(answer) => answer,
+            // it would keep those behind it waiting until its time is over
+            Err(error) if error.code == TENANTS_UNSUPPORTED => {
+                let failed = OperationState::Failed;
+                return registry.end_operation(record, failed, &error.message, now).await;
+            }
+            Err(_) => return Ok(()),
         };
         if status.is_success() {
             (record.operation, record.sealed, record.changed_at) =
@@ -298,4 +317,28 @@ impl ControlPlane {
 fn parse_operation(value: Value) -> Result<Operation, HttpError> {
     serde_json::from_value(value)
         .map_err(|_| HttpError::new(502, "bad_answer", "the agent's answer cannot be read", None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cancel_that_fails_does_not_keep_what_waits_from_its_agent() {
+        let record = |agent: &str, id: &str| -> OperationRecord {
+            serde_json::from_value(json!({"agent": agent, "operation": {"id": id}, "key": "k",
+                "request": "", "sealed": null, "asked_ms": 0, "expires_at": 9, "changed_at": 0}))
+            .unwrap()
+        };
+        let order = |cancelled: &[&str]| {
+            let cancels = vec![record("a", "cancel-a"), record("b", "cancel-b")];
+            let queued = vec![record("a", "waits-a"), record("c", "waits-c")];
+            let cancelled = cancelled.iter().map(|agent| (*agent).to_owned()).collect();
+            let ordered = in_turn(cancels, queued, &cancelled).into_iter();
+            ordered.map(|record| record.operation.id).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(order(&[]), "cancel-a cancel-b waits-a waits-c");
+        assert_eq!(order(&["a"]), "cancel-b waits-a waits-c cancel-a");
+        assert_eq!(order(&["b"]), "cancel-a waits-a waits-c cancel-b");
+    }
 }

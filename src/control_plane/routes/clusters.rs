@@ -9,7 +9,7 @@ use crate::contract::token::TOKEN_LIFETIME;
 use crate::control_plane::answer::{answer, uncached};
 use crate::control_plane::auth::{AdminCaller, ProjectCaller, RunnerCaller};
 use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
-use crate::control_plane::caller_token::CallerTokenRequest;
+use crate::control_plane::caller_token::{CallerTokenRequest, check_tenants};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::model::{AccessKind, AccessToken};
@@ -108,6 +108,9 @@ async fn kubeconfig(
     let ttl = checked_ttl(request.ttl_s, DAY, DAY)?;
     let scope = restrict(&principal, &request)?;
     let cluster = control_plane.registry().cluster(&id, principal.project(), now)?;
+    if scope.tenant.is_some() {
+        check_tenants(&control_plane.registry().target(&id, principal.project())?)?;
+    }
     // not longer than the token of its maker is valid
     let own_end = if let Principal::AccessToken(own) = &principal { own.expires_at } else { None };
     let row = AccessToken {
