@@ -6,11 +6,10 @@ use serde::Deserialize;
 use super::error::HttpError;
 use super::registry::Principal;
 use crate::base::text::{is_dns_label, printable};
+use crate::contract::tenant::is_tenant_name;
 use crate::contract::token::Role;
 
 pub(super) use super::keys::DAY;
-/// Longest name of a tenant, characters.
-const MAX_TENANT: usize = 40;
 /// Longest lifetime of an enrolment token and of a Runner's token, seconds.
 pub const YEAR: i64 = 366 * DAY;
 
@@ -88,9 +87,7 @@ pub(super) fn check_namespaces(names: Option<&[String]>) -> Result<(), HttpError
 /// # Errors
 /// 400 for what is no name of a tenant.
 pub(super) fn check_tenant(name: Option<&str>) -> Result<(), HttpError> {
-    let Some(wrong) = name.filter(|name| !is_dns_label(name) || name.len() > MAX_TENANT) else {
-        return Ok(());
-    };
+    let Some(wrong) = name.filter(|name| !is_tenant_name(name)) else { return Ok(()) };
     let wrong: String = printable(wrong).chars().take(80).collect();
     let hint = Some("a tenant has 1 to 40 lower-case letters, digits and -, as in acme");
     Err(HttpError::new(400, "bad_name", format!("`{wrong}` is no name of a tenant"), hint))

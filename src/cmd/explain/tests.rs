@@ -104,7 +104,7 @@ fn all_codes() -> BTreeSet<String> {
         [crate::kubernetes::client::FIELD_CONFLICT, crate::k3s::logs::START_LOOP].map(Into::into),
     );
     // in the text of a plan, and what a control plane answers
-    all.extend(["CONFIG_DRIFT", "TENANTS_UNSUPPORTED"].map(Into::into));
+    all.extend(["CONFIG_DRIFT", "TENANTS_UNSUPPORTED", "TOO_MANY_KUBECONFIGS"].map(Into::into));
     let reasons = Reason::ALL.iter().map(|reason| reason.code());
     all.extend(reasons.chain(OTHER_REASONS.iter().copied()).map(str::to_owned));
     all

@@ -10,6 +10,8 @@ use crate::control_plane::store::{Change, RowKind};
 
 /// Kubeconfigs are listed for this long after they expire, seconds.
 const RETENTION: i64 = 7 * 86_400;
+/// The most kubeconfigs of one maker that open something.
+const MAX_KUBECONFIGS: usize = 50;
 
 impl Registry {
     /// A token of a Runner or user, or one for a kubeconfig. Its clusters may be given by name; the
@@ -17,7 +19,8 @@ impl Registry {
     ///
     /// # Errors
     /// A bad name, project or cluster, a Runner's name that is taken in its project, a user's that
-    /// is taken in any, or a database that cannot be written.
+    /// is taken in any, more kubeconfigs than one maker may have, or a database that cannot be
+    /// written.
     pub async fn add_access_token(
         &self,
         keys: &Keys,
@@ -52,6 +55,7 @@ impl Registry {
                 return Err(HttpError::new(401, "token_unknown", "the token was revoked", None));
             }
             inner.check_free(&row)?;
+            inner.check_kubeconfigs(&row)?;
             inner.insert_access_token(row.clone());
             Ok((vec![Change::put(RowKind::Access, &row.id, &row)?], ()))
         };
@@ -162,6 +166,34 @@ impl Inner {
             }
             _ => Ok(()),
         }
+    }
+
+    /// # Errors
+    /// 429 for one more kubeconfig than its maker may have.
+    fn check_kubeconfigs(&self, row: &AccessToken) -> Result<(), HttpError> {
+        let now = row.created_at;
+        let lives = |other: &&AccessToken| {
+            other.kind == AccessKind::Kubeconfig
+                && other.maker == row.maker
+                && !other.revoked
+                && other.expires_at.is_none_or(|at| at > now)
+        };
+        let rows = self.access_tokens.values().map(|(row, _)| row);
+        if row.kind != AccessKind::Kubeconfig
+            || row.maker.is_none()
+            || rows.filter(lives).count() < MAX_KUBECONFIGS
+        {
+            return Ok(());
+        }
+        Err(HttpError::new(
+            429,
+            "too_many_kubeconfigs",
+            format!("this caller has {MAX_KUBECONFIGS} kubeconfigs that are valid"),
+            Some(
+                "use one of them, or ask for a shorter time (ttl_s): they end by themselves; an \
+                 administrator revokes one by its id, `pipeops control-plane runner list` shows it",
+            ),
+        ))
     }
 
     /// Runners of that name, in any project, that are neither revoked nor expired.
@@ -298,6 +330,37 @@ pub(super) mod tests {
         // and its clusters must be there
         let nowhere = AccessToken { clusters: Some(vec!["nope".into()]), ..named("more") };
         assert_eq!(code(add(nowhere).await.map(drop)), "not_found");
+    }
+
+    #[tokio::test]
+    async fn a_caller_has_so_many_kubeconfigs_and_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let registry =
+            Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
+        registry.add_project("default", 1).await.unwrap();
+        let add = async |row| registry.add_access_token(&keys, row).await.map(|(row, _)| row);
+        let (one, other) = (add(named("one")).await.unwrap(), add(named("other")).await.unwrap());
+        let kubeconfig = |maker: &AccessToken, created_at| AccessToken {
+            kind: AccessKind::Kubeconfig,
+            maker: Some(maker.id.clone()),
+            created_at,
+            expires_at: Some(5),
+            ..named("k")
+        };
+        let first = add(kubeconfig(&one, 1)).await.unwrap();
+        for _ in 1..MAX_KUBECONFIGS {
+            add(kubeconfig(&one, 1)).await.unwrap();
+        }
+        let refused = add(kubeconfig(&one, 1)).await.unwrap_err();
+        assert_eq!((refused.status, refused.code), (429, "too_many_kubeconfigs"));
+        add(kubeconfig(&other, 1)).await.unwrap();
+        // what is revoked or has expired makes room
+        registry.revoke_access_token(&first.id, 2).await.unwrap();
+        add(kubeconfig(&one, 2)).await.unwrap();
+        assert_eq!(add(kubeconfig(&one, 2)).await.unwrap_err().code, "too_many_kubeconfigs");
+        add(kubeconfig(&one, 5)).await.unwrap();
     }
 
     #[tokio::test]

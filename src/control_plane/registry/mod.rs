@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{database_unavailable, not_found};
 use crate::base::secret::Secret;
+use crate::contract::tenant::CAPABILITY;
 use crate::contract::token::Role;
 use crate::control_plane::keys::{Keys, random_token};
 use crate::control_plane::model::{AccessToken, Admin, Agent, Enrolment, OperationRecord, Project};
@@ -34,8 +35,6 @@ pub use principal::Principal;
 /// Intervals of heartbeats and of status reports, seconds.
 pub const HEARTBEAT_INTERVAL_S: u64 = 10;
 pub const STATUS_INTERVAL_S: u64 = 60;
-/// What an agent says at registration that sees to tenants.
-const TENANTS: &str = "tenants";
 
 #[derive(Default)]
 struct Inner {
@@ -160,7 +159,7 @@ impl Registry {
             cluster: entry.row.cluster_id.clone(),
             public_key: entry.row.info.public_key.clone(),
             max_role: Role::from_name(&entry.row.max_role).unwrap_or(Role::Viewer),
-            tenants: entry.row.capabilities.iter().any(|capability| capability == TENANTS),
+            tenants: entry.row.capabilities.iter().any(|have| have == CAPABILITY),
             revocation: entry.revocation.clone(),
         })
     }

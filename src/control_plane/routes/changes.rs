@@ -16,7 +16,7 @@ use super::Routes;
 use crate::control_plane::auth::RunnerCaller;
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
-use crate::control_plane::listeners::ChangesListener;
+use crate::control_plane::listeners::{ChangesListener, Listener};
 use crate::control_plane::registry::{ClusterView, Principal};
 use crate::control_plane::state::ControlPlane;
 
@@ -32,7 +32,12 @@ async fn changes(
     caller: RunnerCaller,
     State(control_plane): State<ControlPlane>,
 ) -> Result<Response, HttpError> {
-    let place = ChangesListener::enter(&control_plane.inner.listeners, caller.principal.subject())?;
+    let principal = &caller.principal;
+    let listener = match (principal.project(), principal.tenant()) {
+        (Some(project), Some(tenant)) => Listener::Tenant(project.into(), tenant.into()),
+        _ => Listener::Caller(principal.subject()),
+    };
+    let place = ChangesListener::enter(&control_plane.inner.listeners, listener)?;
     let stream =
         Changes { control_plane, caller, known: HashMap::new(), first: true, _place: place };
     let events = stream::unfold(stream, async |mut stream| {

@@ -9,13 +9,17 @@ use crate::control_plane::clock::rfc3339;
 use crate::control_plane::model::OperationRecord;
 use crate::control_plane::store::{Change, RowKind};
 
-/// The most queued operations of one agent, of one tenant there, and the most bytes of all queued
-/// ones.
+/// The most queued operations of one agent, of one tenant there, and of all tenants together: what
+/// is of no tenant has a place whatever they do.
 const MAX_QUEUED: usize = 16;
 const MAX_QUEUED_OF_TENANT: usize = 4;
+const MAX_QUEUED_OF_TENANTS: usize = 12;
+/// The most bytes of all queued ones. Tenants together have half of them.
 const MAX_QUEUED_BYTES: usize = 64 << 20;
-/// Ended operations kept for each agent, and for how long, seconds.
+/// Ended operations kept for each agent, in the same way, and for how long, seconds.
 const MAX_ENDED: usize = 256;
+const MAX_ENDED_OF_TENANT: usize = 64;
+const MAX_ENDED_OF_TENANTS: usize = 192;
 const RETENTION: i64 = 7 * 86_400;
 
 /// By agent and id; without the logs, which only the database keeps.
@@ -210,7 +214,8 @@ impl Registry {
             agent: agent.into(),
             operation: Operation::default(),
             caller_id: String::new(),
-            tenant: None,
+            // asked for at the agent itself, which knows with whose token
+            tenant: report.tenant.clone(),
             key: String::new(),
             request: String::new(),
             sealed: None,
@@ -321,41 +326,57 @@ impl Inner {
     fn check_queue(&self, record: &OperationRecord) -> Result<(), HttpError> {
         let size = |j: &OperationRecord| j.sealed.as_ref().map_or(0, String::len);
         let queued = || self.operations_of(&record.agent).filter(|j| j.sealed.is_some());
-        let mine = queued().count();
-        // a tenant does not take the place of the others
-        let tenant = record.tenant.is_some();
-        let of_tenant = queued().filter(|j| tenant && j.tenant == record.tenant).count();
-        let all: usize = self.operations.values().map(size).sum();
-        if mine >= MAX_QUEUED
-            || of_tenant >= MAX_QUEUED_OF_TENANT
-            || all + size(record) > MAX_QUEUED_BYTES
-        {
-            return Err(HttpError::new(
-                429,
-                "queue_full",
-                "too many operations wait already",
-                Some("wait until the agent is back, or cancel some"),
-            ));
+        let bytes = |of_tenants: bool| -> usize {
+            let counted = |j: &&OperationRecord| !of_tenants || j.tenant.is_some();
+            self.operations.values().filter(counted).map(size).sum::<usize>() + size(record)
+        };
+        let mut full = queued().count() >= MAX_QUEUED || bytes(false) > MAX_QUEUED_BYTES;
+        if record.tenant.is_some() {
+            let mine = queued().filter(|j| j.tenant == record.tenant).count();
+            let of_tenants = queued().filter(|j| j.tenant.is_some()).count();
+            full |= mine >= MAX_QUEUED_OF_TENANT
+                || of_tenants >= MAX_QUEUED_OF_TENANTS
+                || bytes(true) > MAX_QUEUED_BYTES / 2;
         }
-        Ok(())
+        if !full {
+            return Ok(());
+        }
+        Err(HttpError::new(
+            429,
+            "queue_full",
+            "too many operations wait already",
+            Some("wait until the agent is back, or cancel some"),
+        ))
     }
 
+    /// Ended operations that are no longer kept: their results and keys go. Those of a tenant make
+    /// room for its own before they take that of others.
     fn old_operations(&self, now: i64) -> Vec<(String, String)> {
         let mut ended: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for (key, record) in self.operations.iter().filter(|(_, j)| j.operation.state.ended()) {
-            ended.entry(&record.agent).or_default().push((record.changed_at, key));
+            ended.entry(&record.agent).or_default().push((record.changed_at, key, &record.tenant));
         }
         let mut old = Vec::new();
         for mut of_agent in ended.into_values() {
             of_agent.sort_unstable();
-            of_agent.reverse();
-            old.extend(
-                of_agent
-                    .iter()
-                    .enumerate()
-                    .filter(|(n, (changed, _))| *n >= MAX_ENDED || changed + RETENTION <= now)
-                    .map(|(_, (_, key))| (*key).clone()),
-            );
+            let (mut all, mut of_tenants, mut of_tenant) = (0, 0, BTreeMap::new());
+            for (changed, key, tenant) in of_agent.into_iter().rev() {
+                let mine = tenant.as_ref().map(|tenant| of_tenant.entry(tenant).or_insert(0));
+                let is_over = changed + RETENTION <= now
+                    || all >= MAX_ENDED
+                    || mine.as_ref().is_some_and(|mine| {
+                        **mine >= MAX_ENDED_OF_TENANT || of_tenants >= MAX_ENDED_OF_TENANTS
+                    });
+                if is_over {
+                    old.push(key.clone());
+                    continue;
+                }
+                all += 1;
+                if let Some(mine) = mine {
+                    *mine += 1;
+                    of_tenants += 1;
+                }
+            }
         }
         old
     }
@@ -374,114 +395,4 @@ impl Inner {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::access::tests::named;
-    use super::super::entry::Entry;
-    use super::super::entry::tests::agent;
-    use super::*;
-    use crate::base::secret::Secret;
-    use crate::contract::token::Role;
-    use crate::control_plane::keys::Keys;
-    use crate::control_plane::model::AccessToken;
-    use crate::control_plane::store::Store;
-    use crate::host::Host;
-
-    #[tokio::test]
-    async fn an_operation_goes_with_its_user_also_when_the_name_is_given_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
-        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
-        let registry =
-            Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
-        registry.add_project("default", 1).await.unwrap();
-        registry.inner().insert_agent(Entry::new(agent()));
-        let user = |role| AccessToken { person: true, role, ..named("eve") };
-        let add = async |role| registry.add_access_token(&keys, user(role)).await.unwrap().0;
-        let record = |id: &str, state, caller_id: &str| OperationRecord {
-            agent: "a-1".into(),
-            operation: Operation {
-                id: id.into(),
-                state,
-                subject: "user:eve".into(),
-                ..Operation::default()
-            },
-            caller_id: caller_id.into(),
-            tenant: None,
-            key: "k".into(),
-            request: String::new(),
-            sealed: None,
-            asked_ms: 0,
-            expires_at: 10,
-            changed_at: 1,
-        };
-        let ids = |records: Vec<OperationRecord>| -> Vec<String> {
-            records.into_iter().map(|record| record.operation.id).collect()
-        };
-        let former = add(Role::Deployer).await;
-        let (running, queued) = (OperationState::Running, OperationState::Queued);
-        for record in [
-            record("o-runs", running, &former.id),
-            record("o-waits", queued, &former.id),
-            record("o-old", running, ""),
-        ] {
-            registry.put_operation(record, 1).await.unwrap();
-        }
-        assert!(registry.running_for_revoked().is_empty());
-        registry.revoke_access_token("user:eve", 2).await.unwrap();
-        assert_eq!(ids(registry.running_for_revoked()), ["o-old", "o-runs"]);
-        let later = add(Role::Operator).await;
-        // one of a version before this field is known by the name alone
-        assert_eq!(ids(registry.running_for_revoked()), ["o-runs"]);
-        let caller = |id: &str| {
-            let record = registry.operation("a-1", id).unwrap();
-            let access = registry.access_token(record.caller()).unwrap();
-            (access.id, registry.resolve_subject(record.caller(), 3).is_some())
-        };
-        // what waits does not go out with the rights of the later one
-        assert_eq!(caller("o-waits"), (former.id.clone(), false));
-        assert_eq!(caller("o-runs"), (former.id, false));
-        assert_eq!(caller("o-old"), (later.id, true));
-        // as a version before wrote it, and reads it
-        let text = serde_json::to_string(&record("o-old", running, "")).unwrap();
-        assert!(!text.contains("caller_id"), "{text}");
-        assert!(serde_json::from_str::<OperationRecord>(&text).unwrap().caller_id.is_empty());
-    }
-
-    #[tokio::test]
-    async fn a_log_is_kept_in_the_database_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
-        let store = Store::open(&url, "i").await.unwrap();
-        let registry = Registry::load(store.clone(), None, 0).await.unwrap();
-        registry.inner().insert_agent(Entry::new(agent()));
-        let id = format!("o-{}", "0".repeat(32));
-        let report = Operation {
-            id: id.clone(),
-            state: OperationState::Failed,
-            log: vec!["no such table".into()],
-            ..Operation::default()
-        };
-        registry.finish_operation("a-1", &id, report, 1).await.unwrap();
-        for registry in [&registry, &Registry::load(store.clone(), None, 0).await.unwrap()] {
-            let record = registry.operation("a-1", &id).unwrap();
-            assert!(record.operation.log.is_empty());
-            let record = registry.with_log(record).await.unwrap();
-            assert_eq!(record.operation.log, ["no such table"]);
-        }
-        // of a job also where it succeeded
-        let id = format!("o-{}", "1".repeat(32));
-        let job = Operation {
-            id: id.clone(),
-            kind: "job".into(),
-            state: OperationState::Succeeded,
-            log: vec!["migrated".into()],
-            ..Operation::default()
-        };
-        registry.finish_operation("a-1", &id, job, 1).await.unwrap();
-        let record = registry.operation("a-1", &id).unwrap();
-        assert_eq!(registry.with_log(record).await.unwrap().operation.log, ["migrated"]);
-        let record = registry.operation("a-1", &id).unwrap();
-        store.close().await;
-        assert_eq!(registry.with_log(record).await.unwrap_err().code, "database_unavailable");
-    }
-}
+mod tests;
