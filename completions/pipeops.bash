@@ -2882,7 +2882,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__tenant__subcmd__set)
-            opts="-n -o -h --namespace --quota --pod-security --host --egress --remove-namespace --timeout --detach --idempotency-key --output --context --cluster --log-level --help"
+            opts="-n -y -o -h --namespace --quota --pod-security --host --egress --remove-namespace --yes --timeout --detach --idempotency-key --output --context --cluster --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -582,6 +582,7 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_
 info\t''
 warn\t''
 error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -s y -l yes -d 'Do not ask whether something is to be deleted, taken away or loosened'
 complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -l detach -d 'Print the id of the operation and do not wait for its end'
 complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from set" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and __fish_seen_subcommand_from list" -l context -d 'Context to use in place of the one in use' -r

@@ -212,6 +212,15 @@ pub fn is_dns_label(label: &str) -> bool {
         && label.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
 }
 
+/// A word as POSIX' shell reads it (XCU 2.2).
+pub fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -331,6 +340,19 @@ mod tests {
                 "{bad:?}: {:?}",
                 check_display_name(bad, 63)
             );
+        }
+    }
+
+    #[test]
+    fn a_word_is_quoted_where_a_shell_would_read_something_else() {
+        for (word, wanted) in [
+            ("/opt/release", "/opt/release"),
+            ("a=b,c=d", "a=b,c=d"),
+            ("", "''"),
+            ("prod eu", "'prod eu'"),
+            ("it's $HOME", "'it'\\''s $HOME'"),
+        ] {
+            assert_eq!(quoted(word), wanted);
         }
     }
 }

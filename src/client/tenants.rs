@@ -8,12 +8,11 @@ use serde_json::Value;
 
 use super::applications::ClusterReader;
 use crate::base::error::{Exit, Failure};
+use crate::contract::tenant::{HOSTS_ANNOTATION, TENANT_LABEL};
 
-/// Label of a namespace that belongs to a tenant.
-const LABEL: &str = "pipeops.io/tenant";
-/// Annotation of such a namespace: the host names of its tenant, separated by commas.
-const HOSTS: &str = "pipeops.io/hosts";
 const POD_SECURITY: &str = "pod-security.kubernetes.io/enforce";
+/// The NetworkPolicy that says what of outside the pods of a tenant reach.
+const OUTWARD: &str = "pipeops-internet";
 
 /// A tenant as a list shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -32,6 +31,10 @@ pub struct TenantNamespace {
     pub pod_security: String,
     /// By the names of Kubernetes: `requests.cpu`, `pods`.
     pub quota: BTreeMap<String, QuotaUse>,
+    /// Private ranges that its pods may reach.
+    pub egress: BTreeSet<String>,
+    /// It is being deleted.
+    pub terminating: bool,
 }
 
 /// A quantity of a quota: what is used of how much.
@@ -45,7 +48,7 @@ pub struct QuotaUse {
 /// lists of the whole cluster are not for him.
 ///
 /// # Errors
-/// As [`ClusterReader::list`]; exit 7 where there is no such tenant.
+/// As [`ClusterReader::list`].
 pub async fn tenants(
     reader: &ClusterReader<'_>,
     tenant: Option<&str>,
@@ -55,65 +58,88 @@ pub async fn tenants(
         Some(_) => namespaces.iter().map(|object| object["metadata"]["name"].as_str()).collect(),
         None => vec![None],
     };
-    let mut quotas = Vec::new();
+    let outward = format!("fieldSelector=metadata.name={OUTWARD}&limit=500");
+    let (mut quotas, mut policies) = (Vec::new(), Vec::new());
     for place in places {
         let quota = ("resourcequotas", "ResourceQuota");
         quotas.extend(reader.list("/api/v1", place, quota, "limit=500").await?);
+        let policy = ("networkpolicies", "NetworkPolicy");
+        policies.extend(reader.list("/apis/networking.k8s.io/v1", place, policy, &outward).await?);
     }
-    let found = grouped(&namespaces, &quotas);
-    match tenant {
-        Some(name) if found.is_empty() => Err(Failure::new(
-            Exit::Refused,
-            "TENANT_UNKNOWN",
-            format!("no namespace of this cluster is of a tenant {name}"),
-        )
-        .hint("`pipeops tenant list` lists those that this token sees")),
-        _ => Ok(found),
-    }
+    Ok(grouped(&namespaces, &quotas, &policies))
 }
 
-/// The names of the namespaces of a tenant.
+/// That a cluster has no namespace of a tenant.
+pub fn unknown(tenant: &str) -> Failure {
+    let what = format!("no namespace of this cluster is of a tenant {tenant}");
+    Failure::new(Exit::Refused, "TENANT_UNKNOWN", what).hint(
+        "`pipeops tenant list` lists those that this token sees; it may be on another cluster: \
+         --cluster",
+    )
+}
+
+/// The names of the namespaces of a tenant, without those that are being deleted: they take nothing
+/// any more.
 ///
 /// # Errors
 /// As [`ClusterReader::list`].
 pub async fn namespaces(reader: &ClusterReader<'_>, tenant: &str) -> Result<Vec<String>, Failure> {
     let found = labelled(reader, Some(tenant)).await?;
-    let names = found.iter().filter_map(|object| object["metadata"]["name"].as_str());
+    let stays = found.iter().filter(|object| !is_terminating(object));
+    let names = stays.filter_map(|object| object["metadata"]["name"].as_str());
     Ok(names.map(str::to_owned).collect())
 }
 
-async fn labelled(reader: &ClusterReader<'_>, tenant: Option<&str>) -> Result<Vec<Value>, Failure> {
-    let value = tenant.map(|name| format!("={name}")).unwrap_or_default();
-    let query = format!("labelSelector={LABEL}{value}&limit=500");
-    let found = reader.list("/api/v1", None, ("namespaces", "Namespace"), &query).await?;
-    // one that ends takes nothing any more
-    let stays = |object: &Value| object["metadata"]["deletionTimestamp"].is_null();
-    Ok(found.into_iter().filter(stays).collect())
+fn is_terminating(object: &Value) -> bool {
+    !object["metadata"]["deletionTimestamp"].is_null()
 }
 
-/// Namespaces by their tenant, each with the quota that it has.
-fn grouped(namespaces: &[Value], quotas: &[Value]) -> Vec<Tenant> {
+/// The namespaces of tenants, or of one. Whoever is of a tenant gets those of that one, whatever is
+/// asked for.
+async fn labelled(reader: &ClusterReader<'_>, tenant: Option<&str>) -> Result<Vec<Value>, Failure> {
+    let value = tenant.map(|name| format!("={name}")).unwrap_or_default();
+    let query = format!("labelSelector={TENANT_LABEL}{value}&limit=500");
+    let found = reader.list("/api/v1", None, ("namespaces", "Namespace"), &query).await?;
+    let is_meant = |object: &Value| {
+        tenant.is_none_or(|name| object["metadata"]["labels"][TENANT_LABEL] == name)
+    };
+    Ok(found.into_iter().filter(is_meant).collect())
+}
+
+/// The private ranges of a policy: the internet is a range with exceptions.
+fn egress_of(policy: &Value) -> BTreeSet<String> {
+    let rules = policy["spec"]["egress"].as_array().into_iter().flatten();
+    let blocks = rules.flat_map(|rule| rule["to"].as_array().into_iter().flatten());
+    let blocks = blocks.map(|peer| &peer["ipBlock"]).filter(|block| block["except"].is_null());
+    blocks.filter_map(|block| block["cidr"].as_str()).map(str::to_owned).collect()
+}
+
+/// Namespaces by their tenant, each with the quota and the policy that it has.
+fn grouped(namespaces: &[Value], quotas: &[Value], policies: &[Value]) -> Vec<Tenant> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let mut tenants: BTreeMap<String, Tenant> = BTreeMap::new();
-    for metadata in namespaces.iter().map(|namespace| &namespace["metadata"]) {
+    for namespace in namespaces {
+        let metadata = &namespace["metadata"];
         let mut quota = BTreeMap::new();
-        let inside = quotas.iter().filter(|q| q["metadata"]["namespace"] == metadata["name"]);
-        for status in inside.map(|object| &object["status"]) {
+        let inside = |object: &&Value| object["metadata"]["namespace"] == metadata["name"];
+        for status in quotas.iter().filter(inside).map(|object| &object["status"]) {
             for (name, hard) in status["hard"].as_object().into_iter().flatten() {
                 let used = text(&status["used"][name]);
                 quota.insert(name.clone(), QuotaUse { used, hard: text(hard) });
             }
         }
-        let name = text(&metadata["labels"][LABEL]);
+        let name = text(&metadata["labels"][TENANT_LABEL]);
         let tenant = tenants.entry(name.clone()).or_default();
         tenant.name = name;
-        let hosts = text(&metadata["annotations"][HOSTS]);
+        let hosts = text(&metadata["annotations"][HOSTS_ANNOTATION]);
         let hosts = hosts.split(',').map(str::trim).filter(|host| !host.is_empty());
         tenant.hosts.extend(hosts.map(str::to_owned));
         tenant.namespaces.push(TenantNamespace {
             name: text(&metadata["name"]),
             pod_security: text(&metadata["labels"][POD_SECURITY]),
             quota,
+            egress: policies.iter().filter(inside).flat_map(egress_of).collect(),
+            terminating: is_terminating(namespace),
         });
     }
     tenants.into_values().collect()
@@ -129,24 +155,29 @@ mod tests {
     fn a_tenant_is_its_namespaces_with_what_they_use_and_its_hosts() {
         let namespace = |name: &str, tenant: &str, hosts: &str| {
             json!({"metadata": {"name": name,
-                "labels": {LABEL: tenant, POD_SECURITY: "restricted"},
-                "annotations": {HOSTS: hosts}}})
+                "labels": {TENANT_LABEL: tenant, POD_SECURITY: "restricted"},
+                "annotations": {HOSTS_ANNOTATION: hosts}}})
         };
         let quota = json!({"metadata": {"namespace": "shop"}, "status": {
             "hard": {"requests.cpu": "2", "pods": "50"}, "used": {"pods": "3"}}});
-        let namespaces = [
-            namespace("web", "zeta", ""),
-            namespace("shop", "acme", "b.example,a.example"),
-            namespace("shop-2", "acme", "b.example"),
-        ];
-        let found = grouped(&namespaces, &[quota]);
+        let policy = json!({"metadata": {"namespace": "shop", "name": OUTWARD}, "spec": {
+            "egress": [{"to": [
+                {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}},
+                {"ipBlock": {"cidr": "10.1.0.0/16"}}]}]}});
+        let mut ends = namespace("shop-2", "acme", "b.example");
+        ends["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        let namespaces =
+            [namespace("web", "zeta", ""), namespace("shop", "acme", "b.example,a.example"), ends];
+        let found = grouped(&namespaces, &[quota], &[policy]);
         assert_eq!(
             json!(found[0]),
             json!({"name": "acme", "hosts": ["a.example", "b.example"], "namespaces": [
                 {"name": "shop", "pod_security": "restricted", "quota": {
                     "pods": {"used": "3", "hard": "50"},
-                    "requests.cpu": {"used": "", "hard": "2"}}},
-                {"name": "shop-2", "pod_security": "restricted", "quota": {}},
+                    "requests.cpu": {"used": "", "hard": "2"}},
+                    "egress": ["10.1.0.0/16"], "terminating": false},
+                {"name": "shop-2", "pod_security": "restricted", "quota": {}, "egress": [],
+                    "terminating": true},
             ]})
         );
         assert_eq!((found.len(), found[1].name.as_str()), (2, "zeta"));

@@ -5,6 +5,7 @@ use super::{Context, secrets};
 use crate::base::config_file::line_of;
 use crate::base::error::Failure;
 use crate::base::secret::mask_registered;
+use crate::base::text::quoted;
 use crate::cli::InstallerArgs;
 use crate::host::Host;
 use crate::host::user_files::unreadable;
@@ -149,15 +150,6 @@ pub(super) fn typed(flags: &Options, run: &InstallerArgs) -> Vec<String> {
     words
 }
 
-/// A word as POSIX' shell reads it (XCU 2.2).
-pub(super) fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=,@%+".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', "'\\''"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,18 +175,5 @@ mod tests {
         let flag = told(&Options { max_role: Some("emperor".into()), ..Options::default() });
         assert!(flag.contains("--max-role: `emperor` is none of"), "{flag}");
         assert!(!flag.contains("config.toml"), "{flag}");
-    }
-
-    #[test]
-    fn a_word_is_quoted_where_a_shell_would_read_something_else() {
-        for (word, wanted) in [
-            ("/opt/release", "/opt/release"),
-            ("a=b,c=d", "a=b,c=d"),
-            ("", "''"),
-            ("prod eu", "'prod eu'"),
-            ("it's $HOME", "'it'\\''s $HOME'"),
-        ] {
-            assert_eq!(quoted(word), wanted);
-        }
     }
 }

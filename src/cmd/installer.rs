@@ -5,9 +5,10 @@ use std::sync::atomic::Ordering;
 
 use serde_json::json;
 
-use super::given::{self, quoted};
+use super::given;
 use super::{Context, UNASKED, secrets};
 use crate::base::error::{Exit, Failure};
+use crate::base::text::quoted;
 use crate::cli::{InstallerArgs, OutputFormat};
 use crate::host::paths::LOGS;
 use crate::host::{Host, HostWriter, Owner};

@@ -2,7 +2,6 @@
 
 use std::io::Read as _;
 
-use super::given::quoted;
 use super::installer::Installer;
 use super::{Context, UNASKED};
 use crate::base::cidr::Cidr;
@@ -10,6 +9,7 @@ use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
 use crate::base::resolve::lookup;
 use crate::base::secret::{Secret, register_secret};
+use crate::base::text::quoted;
 use crate::cli::JoinWorkerArgs;
 use crate::host::paths::JOIN_TOKEN;
 use crate::install::checks::InstallTarget;

@@ -442,6 +442,9 @@ pub struct TenantArgs {
     /// Namespaces of the tenant that are deleted, with all that is in them
     #[arg(long, value_name = "NAMESPACES", value_delimiter = ',')]
     pub remove_namespace: Vec<String>,
+    /// Do not ask whether something is to be deleted, taken away or loosened
+    #[arg(long, short = 'y')]
+    pub yes: bool,
     /// Longest time of the operation, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=3600))]

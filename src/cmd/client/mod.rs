@@ -12,6 +12,7 @@ mod open;
 mod operation;
 mod secret;
 mod tenant;
+mod tenant_change;
 
 pub use job::check_run_is_meant;
 use serde_json::Value;
@@ -88,6 +89,10 @@ fn checked_name(name: &str) -> Result<&str, Failure> {
         .hint("a name has 1 to 63 lower-case letters, digits and -, as in web-1"))
 }
 
+fn namespace_needed(hint: &str) -> Failure {
+    Failure::usage("NAMESPACE_NEEDED", "in which namespace is it?").hint(hint)
+}
+
 impl<'a> Session<'a> {
     /// # Errors
     /// Exit 2 where nobody is logged in.
@@ -129,26 +134,42 @@ impl<'a> Session<'a> {
 
     /// Where something may be: in the namespace that is given, in those of the token's tenant, or
     /// anywhere in the cluster, which is none.
+    ///
+    /// # Errors
+    /// As [`Session::tenant_namespaces`].
     async fn places(
         &self,
         cluster: &Cluster,
         given: Option<String>,
     ) -> anyhow::Result<Vec<Option<String>>> {
-        let own = match given {
-            Some(given) => vec![given],
-            None => self.tenant_namespaces(cluster).await?,
-        };
-        Ok(if own.is_empty() { vec![None] } else { own.into_iter().map(Some).collect() })
+        match (given, &self.login.tenant) {
+            (Some(given), _) => Ok(vec![Some(given)]),
+            (None, None) => Ok(vec![None]),
+            (None, Some(tenant)) => {
+                let hint = "say -n NAMESPACE, or once for all: `pipeops contexts use CONTEXT -n …`";
+                let own = self.tenant_namespaces(cluster, tenant, hint).await?;
+                Ok(own.into_iter().map(Some).collect())
+            }
+        }
     }
 
-    /// The namespaces of the tenant that the token is limited to, where it may list them.
-    async fn tenant_namespaces(&self, cluster: &Cluster) -> anyhow::Result<Vec<String>> {
-        let Some(tenant) = &self.login.tenant else { return Ok(Vec::new()) };
+    /// The namespaces of the tenant that the token is limited to, one at least.
+    ///
+    /// # Errors
+    /// Exit 7 where the tenant has none in this cluster, 2 where the token may not list them.
+    async fn tenant_namespaces(
+        &self,
+        cluster: &Cluster,
+        tenant: &str,
+        hint: &str,
+    ) -> anyhow::Result<Vec<String>> {
         let reader = ClusterReader { api: &self.api, cluster: &cluster.id };
         let listed = async {
             match tenants::namespaces(&reader, tenant).await {
+                Ok(none) if none.is_empty() => Err(tenants::unknown(tenant)),
                 Err(e) if matches!(&*e.code, "NAMESPACE_SCOPE" | "REMOTE_REFUSES") => {
-                    Ok(Vec::new())
+                    let why = format!("your token is for namespaces of the tenant {tenant}");
+                    Err(namespace_needed(hint).why(why))
                 }
                 listed => listed,
             }
@@ -159,17 +180,14 @@ impl<'a> Session<'a> {
     /// The namespace where none is said: the only one of the token's tenant.
     ///
     /// # Errors
-    /// Exit 2, with those there are where they are known.
+    /// Exit 2, with those there are where they are known; as [`Session::tenant_namespaces`].
     async fn only_namespace(&self, cluster: Option<&str>, hint: &str) -> anyhow::Result<String> {
-        let needed = Failure::usage("NAMESPACE_NEEDED", "in which namespace is it?").hint(hint);
+        let needed = namespace_needed(hint);
         let Some(tenant) = &self.login.tenant else { return Err(needed.into()) };
         let cluster = self.cluster(cluster).await?;
-        let mut names = self.tenant_namespaces(&cluster).await?;
-        match names.len() {
-            1 => Ok(names.remove(0)),
-            0 => Err(needed
-                .why(format!("your token is for namespaces of the tenant {tenant}"))
-                .into()),
+        let names = self.tenant_namespaces(&cluster, tenant, hint).await?;
+        match &names[..] {
+            [only] => Ok(only.clone()),
             _ => Err(needed.why(format!("the tenant {tenant} has {}", names.join(", "))).into()),
         }
     }
