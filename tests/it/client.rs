@@ -494,9 +494,15 @@ async fn a_tenant_is_made_and_looked_at_by_an_operator_and_worked_in_by_its_own(
     // nobody deletes one by a slip
     let unsure = ola.run(&["tenant", "delete", "acme"]).ended(11);
     assert!(unsure.err.contains("run again with --yes\n"), "{}", unsure.err);
+    for said in ["shop, shop-2 with all data in there", "tokens stay valid"] {
+        assert!(unsure.err.contains(said), "{}", unsure.err);
+    }
+    let unknown = ola.run(&["tenant", "delete", "globex", "--yes"]).ended(7);
+    assert!(unknown.err.contains("TENANT_UNKNOWN"), "{}", unknown.err);
     assert_eq!(agent.record.last("POST").body["spec"]["action"], "set");
     let deleted = ola.run(&["tenant", "delete", "acme", "--yes"]).ended(0);
     assert_eq!(deleted.out, "acme: deleted\n");
+    assert!(deleted.err.contains("tokens of acme stay valid"), "{}", deleted.err);
     let asked = agent.record.last("POST").body["spec"].clone();
     assert_eq!((&asked["action"], &asked["confirm"]), (&json!("delete"), &json!("acme")));
 
@@ -531,4 +537,94 @@ async fn a_tenant_is_made_and_looked_at_by_an_operator_and_worked_in_by_its_own(
     // what was looked for was in that namespace alone
     assert_eq!(eve.run(&["apps"]).ended(0).out.trim(), "none");
     agent.record.last("GET /k8s/apis/apps/v1/namespaces/shop/deployments");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_tenant_loses_is_said_before_it_is_changed() {
+    let control_plane = ControlPlane::with(&[]);
+    let agent = RecordingAgent::new(&control_plane, &["tenants"]).await;
+    let plant = |part: &'static str, answer: serde_json::Value| {
+        agent.record.planted.lock().unwrap().insert(0, (part, 200, answer));
+    };
+    let asked = || {
+        let seen = agent.record.seen.lock().unwrap();
+        seen.iter().filter(|seen| seen.line.starts_with("POST")).count()
+    };
+    let namespace = |name: &str, ends: serde_json::Value| {
+        json!({"metadata": {"name": name, "annotations": {"pipeops.io/hosts": "*.acme.com"},
+            "labels": {"pipeops.io/tenant": "acme",
+                "pod-security.kubernetes.io/enforce": "restricted"},
+            "deletionTimestamp": ends}})
+    };
+    let nothing = serde_json::Value::Null;
+    let gone = namespace("gone", json!("2026-01-01T00:00:00Z"));
+    plant("/k8s/api/v1/namespaces?", json!({"items": [namespace("shop", nothing.clone()), gone]}));
+    let quota = json!({"items": [{"metadata": {"name": "q", "namespace": "shop"}, "status": {
+        "hard": {"requests.cpu": "2", "services.nodeports": "0"}, "used": {}}}]});
+    plant("/namespaces/shop/resourcequotas", quota);
+    let policy = json!({"items": [{"metadata": {"name": "pipeops-internet", "namespace": "shop"},
+        "spec": {"egress": [{"to": [
+            {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}},
+            {"ipBlock": {"cidr": "10.9.0.0/16"}}]}]}}]});
+    plant("/namespaces/shop/networkpolicies", policy);
+    let ola = Person::logged_in(&control_plane, "ola", &["--role", "operator"]);
+    let list = ola.run(&["tenant", "list"]).ended(0).out;
+    assert!(list.contains(" shop ") && list.contains(" gone (Terminating) "), "{list}");
+    let shown = ola.run(&["tenant", "show", "acme"]).ended(0).out;
+    assert!(shown.contains("\negress     10.9.0.0/16\n"), "{shown}");
+    let line = "pipeops tenant set acme -n shop --quota cpu=2 --pod-security restricted \
+                --host '*.acme.com' --egress 10.9.0.0/16";
+    assert_eq!(shown.lines().last(), Some(line));
+
+    // the line that is shown changes nothing
+    let same = line.replace('\'', "");
+    let same = words(&same);
+    let done = ola.run(&same).ended(0);
+    assert!(!done.err.contains("takes away"), "{}", done.err);
+    assert_eq!(agent.record.last("POST").body["spec"]["egress"], json!(["10.9.0.0/16"]));
+    let before = asked();
+    let less = ["tenant", "set", "acme", "-n", "shop"];
+    let unsure = ola.run(&less).ended(11);
+    let losses = [
+        "Pod Security: restricted becomes baseline",
+        "quota cpu: 2 becomes no limit",
+        "host *.acme.com: is taken away",
+        "egress 10.9.0.0/16: is closed",
+    ];
+    for loss in losses {
+        assert!(unsure.err.contains(loss), "{}", unsure.err);
+    }
+    assert!(unsure.err.contains("to change it so, run again with --yes\n"), "{}", unsure.err);
+    assert_eq!(asked(), before);
+    let meant = ola.run(&[&less[..], &["--yes"]].concat()).ended(0);
+    assert!(losses.iter().all(|loss| meant.err.contains(loss)), "{}", meant.err);
+
+    // what deletes data is asked for as a deletion
+    let both = json!({"items": [namespace("shop", nothing.clone()), namespace("old", nothing)]});
+    plant("/k8s/api/v1/namespaces?", both);
+    let before = asked();
+    let without = [&same[..], &["--remove-namespace", "old"]].concat();
+    let unsure = ola.run(&without).ended(11);
+    let hint = "to delete old of the tenant acme on n with all data in there, run again with \
+                --yes\n";
+    assert!(unsure.err.contains(hint), "{}", unsure.err);
+    assert_eq!(asked(), before);
+    ola.run(&[&without[..], &["--yes"]].concat()).ended(0);
+    assert_eq!(agent.record.last("POST").body["spec"]["remove_namespaces"], json!(["old"]));
+
+    // somebody of a tenant that has no place here, or is answered what is another's
+    let eve = Person::logged_in(&control_plane, "eve", &["--tenant", "globex"]);
+    let file = eve.home.path().join("app.toml");
+    std::fs::write(&file, "name = \"web\"\nimage = \"web:1\"\n").unwrap();
+    let deploy = ["deploy", file.to_str().unwrap(), "--detach"];
+    let own = ["tenant", "show", "acme"];
+    for args in
+        [&deploy[..], &["apps"], &["status", "web"], &["secret", "list"], &["tenant", "list"]]
+    {
+        let unknown = eve.run(args).ended(7);
+        assert!(unknown.err.contains("TENANT_UNKNOWN"), "{args:?}: {}", unknown.err);
+        assert!(unknown.err.contains("is of a tenant globex"), "{args:?}: {}", unknown.err);
+    }
+    plant("/k8s/api/v1/namespaces?", json!({"items": []}));
+    assert!(eve.run(&own).ended(7).err.contains("is of a tenant acme"));
 }

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tokio_rustls::TlsAcceptor;
 
 use crate::control_plane::{ControlPlane, SimulatedAgent};
-use crate::operations::submit;
+use crate::operations::{submit, wait_for_state};
 use crate::tunnel::Frpc;
 
 /// A request that reached an agent.
@@ -26,6 +26,8 @@ use crate::tunnel::Frpc;
 pub(crate) struct Seen {
     /// Method, path and query.
     pub(crate) line: String,
+    /// That of the caller's token.
+    pub(crate) head: Value,
     /// Those of the caller's token.
     pub(crate) claims: Value,
     pub(crate) body: Value,
@@ -109,10 +111,20 @@ impl RecordingAgent {
         let identity: Arc<Identity> = SimulatedAgent::identity(dir.path()).into();
         let token = control_plane.enrol().0;
         let registered = register(control_plane, &identity, &token, capabilities).await;
+        let record = Arc::new(Record::default());
+        RecordingAgent::connect(control_plane, (identity, registered), record, dir).await
+    }
+
+    /// One that has registered opens its tunnel.
+    async fn connect(
+        control_plane: &ControlPlane,
+        (identity, registered): (Arc<Identity>, Registered),
+        record: Arc<Record>,
+        dir: tempfile::TempDir,
+    ) -> RecordingAgent {
         let settings = registered.config.tunnel.clone().unwrap();
         let (mut tunnel, mut streams) = Frpc::insecure(settings, "", false);
         let acceptor = TlsAcceptor::from(Arc::new(identity.tls_config().unwrap()));
-        let record = Arc::new(Record::default());
         tokio::spawn({
             let record = record.clone();
             async move {
@@ -166,7 +178,8 @@ async fn answer(
     let line = format!("{} {}", request.method(), request.uri().path_and_query().unwrap());
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let body = serde_json::from_slice(&body).unwrap_or_default();
-    let seen = Seen { line, claims: claims(token.trim_start_matches("Bearer ")), body };
+    let token = token.trim_start_matches("Bearer ");
+    let seen = Seen { line, head: part(token, 0), claims: claims(token), body };
     let (status, answer) = record.answer(&seen, &key);
     record.seen.lock().unwrap().push(seen);
     let answer = hyper::Response::builder()
@@ -178,8 +191,13 @@ async fn answer(
 
 /// What a token says of its caller; nothing of a request that has none.
 fn claims(token: &str) -> Value {
-    let claims = token.split('.').nth(1).unwrap_or_default();
-    serde_json::from_slice(&URL_SAFE_NO_PAD.decode(claims).unwrap()).unwrap_or_default()
+    part(token, 1)
+}
+
+/// The head of a token, or its claims.
+fn part(token: &str, number: usize) -> Value {
+    let part = token.split('.').nth(number).unwrap_or_default();
+    serde_json::from_slice(&URL_SAFE_NO_PAD.decode(part).unwrap_or_default()).unwrap_or_default()
 }
 
 /// A new Runner or user, and its token.
@@ -218,7 +236,12 @@ async fn what_asks_with_a_token_of_a_tenant_reaches_the_agent_with_its_name() {
     let seen = seen_with(&acme).await;
     assert_eq!(tenant_and_namespaces(&seen), (&json!("acme"), &none));
     assert_eq!(seen["role"], "deployer");
+    // who does not know what a tenant is has to refuse it
+    let head = agent.record.last("/namespaces/shop/pods").head;
+    assert_eq!((&head["crit"], &head["tenant"]), (&json!(["tenant"]), &json!("acme")));
     assert_eq!(tenant_and_namespaces(&seen_with(&all).await), (&none, &none));
+    let head = agent.record.last("/namespaces/shop/pods").head;
+    assert_eq!((&head["crit"], &head["tenant"], &head["alg"]), (&none, &none, &json!("EdDSA")));
 
     // a kubeconfig and a token for the agent itself have the same limits, or more of them
     let kubeconfig = async |token: &str, body: Value| {
@@ -239,6 +262,8 @@ async fn what_asks_with_a_token_of_a_tenant_reaches_the_agent_with_its_name() {
         assert_eq!(tenant_and_namespaces(&seen), (&one, namespaces), "{body}");
         let path = format!("/api/v1/clusters/{cluster}/token");
         let direct = control_plane.json("POST", &path, token, body.clone()).await;
+        let head = part(direct["token"].as_str().unwrap(), 0);
+        assert_eq!((&head["crit"], &head["tenant"]), (&json!(["tenant"]), &one), "{body}");
         let direct = claims(direct["token"].as_str().unwrap());
         assert_eq!(tenant_and_namespaces(&direct), (&one, namespaces), "{body}");
     }
@@ -327,6 +352,15 @@ async fn no_operation_of_one_tenant_is_told_to_another() {
     assert!(listed(&later).await.is_empty());
     assert_eq!(told("GET", &later, &before).await.0, 404);
     assert_ne!(begin(&later).await, before);
+
+    // what was asked for at the agent itself is of the tenant that the agent names
+    let id = format!("o-{}", "a".repeat(32));
+    let end = json!({"id": id, "kind": "restart", "state": "failed", "tenant": "acme",
+        "subject": "r-x"});
+    let result = format!("/api/v1/agents/{}/operations/{id}/result", agent.id);
+    control_plane.json("POST", &result, &agent.credential, end).await;
+    assert_eq!(told("GET", &acme, &id).await.0, 200);
+    assert_eq!(told("GET", &globex, &id).await.0, 404);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -389,8 +423,11 @@ async fn an_agent_that_would_not_see_to_tenants_gets_no_token_of_one() {
         assert_eq!(code(control_plane.try_get(&path, &acme).await).await, refused, "{path}");
         assert_ne!(code(control_plane.try_get(&path, &all).await).await, refused, "{path}");
     }
-    let path = format!("/api/v1/clusters/{cluster}/token");
-    assert_eq!(code(control_plane.ask("POST", &path, &acme, json!({})).await).await, refused);
+    for what in ["token", "kubeconfig"] {
+        let path = format!("/api/v1/clusters/{cluster}/{what}");
+        let asked = control_plane.ask("POST", &path, &acme, json!({})).await;
+        assert_eq!(code(asked).await, refused, "{what}");
+    }
     // also what would wait
     let restart = json!({"kind": "restart", "spec": {}});
     let waits = json!({"kind": "restart", "spec": {}, "ttl_s": 60});
@@ -437,4 +474,126 @@ async fn a_tenant_does_not_take_all_places_where_operations_wait() {
         control_plane.get(&path, token).await["items"].as_array().unwrap().len()
     };
     assert_eq!((count(&acme).await, count(&globex).await), (4, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenants_together_leave_places_where_operations_wait() {
+    let control_plane = ControlPlane::with(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let identity = SimulatedAgent::identity(dir.path());
+    let token = control_plane.enrol().0;
+    let cluster = register(&control_plane, &identity, &token, &["tenants"]).await.cluster_id;
+    let body = json!({"kind": "restart", "spec": {}, "ttl_s": 600});
+    let full = (429, json!("queue_full"));
+    let waits = async |name: &str, tenant: Value, count: usize| {
+        let (_, token) = make(&control_plane, json!({"name": name, "tenant": tenant})).await;
+        for key in 0..count {
+            let key = format!("k-{key}");
+            let (status, answer) = submit(&control_plane, &cluster, &token, &key, &body).await;
+            assert_eq!(status, 202, "{name}: {answer}");
+        }
+        let (status, answer) = submit(&control_plane, &cluster, &token, "last", &body).await;
+        (status, answer["code"].clone())
+    };
+    for tenant in ["acme", "globex", "initech"] {
+        assert_eq!(waits(tenant, json!(tenant), 4).await, full, "{tenant}");
+    }
+    assert_eq!(waits("umbrella", json!("umbrella"), 0).await, full);
+    assert_eq!(waits("all", Value::Null, 4).await, full);
+}
+
+/// An agent that went back to the version before tenants says so at its next registration, and
+/// refuses their tokens until then.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_agent_does_not_take_keeps_nothing_behind_it_waiting() {
+    let control_plane = ControlPlane::with(&[]);
+    let (_, acme) = make(&control_plane, json!({"name": "acme", "tenant": "acme"})).await;
+    let (_, all) = make(&control_plane, json!({"name": "all"})).await;
+    let body = json!({"kind": "restart", "spec": {}, "ttl_s": 600});
+    let refusal = json!({"code": "unauthorized", "message": "the token is not signed with EdDSA"});
+    for (capabilities, refuses, said) in [
+        (&["operations"][..], false, "does not keep tenants apart"),
+        (&["operations", "tenants"], true, "refuses tokens of tenants: the token is not signed"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let identity: Arc<Identity> = SimulatedAgent::identity(dir.path()).into();
+        let token = control_plane.enrol().0;
+        let registered = register(&control_plane, &identity, &token, &["tenants"]).await;
+        let cluster = registered.cluster_id.clone();
+        let wait = async |token: &str| {
+            let (status, taken) = submit(&control_plane, &cluster, token, "k", &body).await;
+            assert_eq!(status, 202, "{taken}");
+            taken["id"].as_str().unwrap().to_owned()
+        };
+        let (first, second) = (wait(&acme).await, wait(&all).await);
+        let credential = registered.credential.expose().to_owned();
+        let again = register(&control_plane, &identity, &credential, capabilities).await;
+        let record = Arc::new(Record::default());
+        if refuses {
+            let planted = ("POST /api/v1/operations", 401, refusal.clone());
+            record.planted.lock().unwrap().push(planted);
+        }
+        let agent = RecordingAgent::connect(&control_plane, (identity, again), record, dir).await;
+        let ended = wait_for_state(&control_plane, &cluster, &acme, &first, "failed").await;
+        assert!(ended["message"].as_str().unwrap().contains(said), "{ended}");
+        agent.record.planted.lock().unwrap().clear();
+        wait_for_state(&control_plane, &cluster, &all, &second, "running").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_refuses_the_token_of_a_tenant_is_no_question_of_clocks_alone() {
+    let control_plane = ControlPlane::with(&[]);
+    let agent = RecordingAgent::new(&control_plane, &["tenants"]).await;
+    let cluster = &agent.cluster;
+    let eve = json!({"name": "eve", "tenant": "acme", "person": true});
+    let (_, eve) = make(&control_plane, eve).await;
+    let (_, acme) = make(&control_plane, json!({"name": "acme", "tenant": "acme"})).await;
+    let (_, all) = make(&control_plane, json!({"name": "all"})).await;
+    let restart = json!({"kind": "restart", "spec": {}});
+    let begin = async |token: &str| {
+        let (status, running) = submit(&control_plane, cluster, token, "k-1", &restart).await;
+        assert_eq!(status, 202, "{running}");
+        running["id"].as_str().unwrap().to_owned()
+    };
+    let (of_eve, of_acme) = (begin(&eve).await, begin(&acme).await);
+    let refusal = json!({"code": "unauthorized", "message": "the token is not signed with EdDSA"});
+    for part in ["/k8s/", "/api/v1/operations"] {
+        agent.record.planted.lock().unwrap().push((part, 401, refusal.clone()));
+    }
+    let refused = (409, "tenants_unsupported".to_owned());
+    let pods = format!("/clusters/{cluster}/k8s/api/v1/namespaces/shop/pods");
+    assert_eq!(code(control_plane.try_get(&pods, &acme).await).await, refused);
+    let mistrusts = (502, "agent_mistrusts".to_owned());
+    assert_eq!(code(control_plane.try_get(&pods, &all).await).await, mistrusts);
+    // nor does one wait that would be refused later
+    for body in [&restart, &json!({"kind": "restart", "spec": {}, "ttl_s": 600})] {
+        let (status, answer) = submit(&control_plane, cluster, &acme, "k-2", body).await;
+        assert_eq!((status, &answer["code"]), (409, &json!("tenants_unsupported")), "{answer}");
+    }
+    let path = format!("/api/v1/clusters/{cluster}/operations/{of_acme}");
+    assert_eq!(code(control_plane.ask("DELETE", &path, &acme, json!({})).await).await, refused);
+    // and what cannot be cancelled there ends here
+    control_plane.sandbox.subcommand(&["control-plane", "user", "revoke", "eve"]).ended(0);
+    let admin = control_plane.admin.clone();
+    let ended = wait_for_state(&control_plane, cluster, &admin, &of_eve, "interrupted").await;
+    assert!(ended["message"].as_str().unwrap().contains("refuses tokens of tenants"), "{ended}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_makes_no_kubeconfigs_without_end() {
+    let control_plane = ControlPlane::with(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let identity = SimulatedAgent::identity(dir.path());
+    let token = control_plane.enrol().0;
+    let cluster = register(&control_plane, &identity, &token, &["tenants"]).await.cluster_id;
+    let (_, acme) = make(&control_plane, json!({"name": "acme", "tenant": "acme"})).await;
+    let (_, beside) = make(&control_plane, json!({"name": "acme-2", "tenant": "acme"})).await;
+    let path = format!("/api/v1/clusters/{cluster}/kubeconfig");
+    for _ in 0..50 {
+        assert_eq!(control_plane.ask("POST", &path, &acme, json!({})).await.status(), 201);
+    }
+    let one_more = control_plane.ask("POST", &path, &acme, json!({})).await;
+    assert_eq!(code(one_more).await, (429, "too_many_kubeconfigs".into()));
+    assert_eq!(control_plane.ask("POST", &path, &beside, json!({})).await.status(), 201);
 }
