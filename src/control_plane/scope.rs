@@ -111,6 +111,12 @@ pub(super) fn restrict(principal: &Principal, request: &TokenRequest) -> Result<
     check_namespaces(request.namespaces.as_deref())?;
     check_tenant(request.tenant.as_deref())?;
     let tenant = match (request.tenant.as_deref(), principal.tenant()) {
+        // a tenant is no narrower than a project: it is a place that nobody else has rights in
+        (Some(requested), None) if !principal.is_admin() => {
+            let message = format!("this token is not for the tenant {requested}");
+            let hint = Some("an administrator makes tokens of a tenant: control-plane user create");
+            return Err(HttpError::new(403, "tenant_exceeded", message, hint));
+        }
         (Some(requested), Some(own)) if requested != own => {
             let message = format!("this token is for the tenant {own}");
             return Err(HttpError::new(403, "tenant_exceeded", message, None));
@@ -209,7 +215,8 @@ mod tests {
         for (limits, own, namespaces, tenant, wanted) in [
             (None, None, None, None, Ok((None, None))),
             (None, None, Some(&[][..]), None, Ok((Some(Vec::new()), None))),
-            (None, None, None, acme, of_acme(&[])),
+            (None, None, None, acme, Err("tenant_exceeded")),
+            (Some(&["a"][..]), None, None, acme, Err("tenant_exceeded")),
             // as the row of a token has it
             (Some(&[][..]), acme, None, None, of_acme(&[])),
             (Some(&[][..]), acme, None, acme, of_acme(&[])),
