@@ -177,9 +177,6 @@ wire! {
         /// Of the command of a job.
         #[serde(skip_serializing_if = "Option::is_none")]
         exit_code: Option<i64>,
-        /// The tenant that the caller was limited to.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        tenant: Option<String>,
     }
     /// An object that an operation has dealt with.
     #[cfg_attr(test, schemars(rename = "Touched"))]
