@@ -43,6 +43,9 @@ _pipeops() {
             pipeops,deploy)
                 cmd="pipeops__subcmd__deploy"
                 ;;
+            pipeops,exec)
+                cmd="pipeops__subcmd__exec"
+                ;;
             pipeops,explain)
                 cmd="pipeops__subcmd__explain"
                 ;;
@@ -78,6 +81,9 @@ _pipeops() {
                 ;;
             pipeops,nodes)
                 cmd="pipeops__subcmd__nodes"
+                ;;
+            pipeops,open)
+                cmd="pipeops__subcmd__open"
                 ;;
             pipeops,restart)
                 cmd="pipeops__subcmd__restart"
@@ -236,7 +242,7 @@ _pipeops() {
 
     case "${cmd}" in
         pipeops)
-            opts="-h -V --log-level --help --version install-server join-worker cluster-info run uninstall control-plane login logout contexts deploy rollback restart scale delete apps status history logs job secret clusters kubeconfig nodes tenant audit explain completions man mint-credential"
+            opts="-h -V --log-level --help --version install-server join-worker cluster-info run uninstall control-plane login logout contexts deploy rollback restart scale delete apps status history logs exec open job secret clusters kubeconfig nodes tenant audit explain completions man mint-credential"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1673,6 +1679,52 @@ _pipeops() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        pipeops__subcmd__exec)
+            opts="-c -i -t -n -h --pod --container --stdin --tty --context --cluster --namespace --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --pod)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --container)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -c)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --context)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cluster)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --namespace)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -n)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         pipeops__subcmd__explain)
             opts="-o -h --output --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -2421,6 +2473,40 @@ _pipeops() {
                     return 0
                     ;;
                 --cluster)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__open)
+            opts="-n -h --print --context --cluster --namespace --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --context)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cluster)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --namespace)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -n)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

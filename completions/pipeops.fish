@@ -48,6 +48,8 @@ complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "apps" -d 'List appl
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "status" -d 'Show one application, what keeps it, and what is going on'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "history" -d 'List the revisions of an application'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "logs" -d 'Print the logs of all pods of an application'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "exec" -d 'Run a command in a pod of an application that runs already'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "open" -d 'Open an application in a browser, at its host'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "job" -d 'Commands that run once'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "secret" -d 'Values that pods read by their keys'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "clusters" -d 'List the clusters that your token reaches'
@@ -427,6 +429,27 @@ warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -s f -l follow -d 'Go on with what is written from now on, by new pods too'
 complete -c pipeops -n "__fish_pipeops_using_subcommand logs" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -l pod -d 'Pod; without: one that is ready' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -s c -l container -d 'Container; without: the first one of the pod' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -s i -l stdin -d 'Pass standard input to the command'
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -s t -l tty -d 'A terminal for the command, where standard input is one; with -i'
+complete -c pipeops -n "__fish_pipeops_using_subcommand exec" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand open" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand open" -l cluster -d 'Cluster, by name or id' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand open" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand open" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand open" -l print -d 'Print the URL and open nothing'
+complete -c pipeops -n "__fish_pipeops_using_subcommand open" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand job; and not __fish_seen_subcommand_from run" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
