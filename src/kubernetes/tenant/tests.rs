@@ -1,3 +1,5 @@
+//! What stands in the objects of a tenant, what its hosts and ranges may be.
+
 use super::*;
 
 fn acme(change: impl Fn(&mut Value)) -> SetTenant {
