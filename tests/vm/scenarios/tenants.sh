@@ -156,9 +156,10 @@ what_a_tenant_may_use() {
     exits 13 "ops: it is not given to acme either" cli ops tenant set acme -n acme,acme-data "${limits[@]}" --host www.globex.example
     says "with the reason" "host_taken"
     exits 0 "eve: a name of the cluster in a pod" kp eve -n acme exec deploy/web -- nslookup kubernetes.default.svc.cluster.local
-    # a static wget of glibc looks no name up
-    named=$(kp eve -n acme exec deploy/web -- nslookup web.acme-data.svc.cluster.local 2>&1 | sed -n 's/^Address[ 0-9]*: *\([0-9.]*\)\( .*\)*$/\1/p' | tail -1)
-    becomes 30 "eve: acme reaches its other namespace by the Service's name" page-of-acme-data kp eve -n acme exec deploy/web -- wget -T 5 -qO- "http://$named:8080/"
+    # its wget, a static program of glibc, cannot look names up
+    named=$(kp eve -n acme exec deploy/web -- nslookup web.acme-data.svc.cluster.local 2>&1 | grep -oE '([0-9]+\.){3}[0-9]+' | tail -1)
+    becomes 30 "eve: acme reaches its other namespace by the Service's name" page-of-acme-data \
+        kp eve -n acme exec deploy/web -- sh -c "printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 5 $named 8080 | tail -1"
     HOME=$dir/eve KUBECONFIG=$dir/eve/kubeconfig "$kubectl" --cache-dir "$dir/eve/cache" -n acme port-forward deploy/web 18082:8080 >"$dir/forward" 2>&1 &
     forward=$!
     becomes 20 "eve: port-forward to a pod of her own" page-of-acme curl -sS -m 5 http://127.0.0.1:18082/
