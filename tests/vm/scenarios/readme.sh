@@ -118,6 +118,9 @@ served() {
     k s1 -n cert-manager get secret pipeops-ca -o 'jsonpath={.data.tls\.crt}' | base64 -d >"$out/file"
     vm push laptop "$out/file" /usr/local/share/ca-certificates/pipeops-ca.crt
     want "the person's machine trusts the cluster's CA" in_vm laptop update-ca-certificates
+    # not of the README: the same controller serves the Gateway API, in the definitions of that API's own module
+    cp -r "$gateway_api" "$(vm root s1)/root/gateway-api"
+    want "the Gateway API's definitions" k s1 apply --server-side -f /root/gateway-api
     vm push s1 "$out/traefik.yaml" /root/traefik.yaml
     want "an ingress controller" k s1 apply -f /root/traefik.yaml
     want "it runs" k s1 -n kube-system rollout status deployment/ingress --timeout=120s
@@ -133,7 +136,8 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: ingress}
 rules:
-- {apiGroups: [""], resources: [services, secrets, nodes, namespaces], verbs: [get, list, watch]}
+- {apiGroups: [""], resources: [services, secrets, configmaps, nodes, namespaces], verbs: [get, list, watch]}
+- {apiGroups: [gateway.networking.k8s.io], resources: ["*"], verbs: [get, list, watch, update]}
 - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
 - {apiGroups: [networking.k8s.io], resources: [ingresses, ingressclasses], verbs: [get, list, watch]}
 - {apiGroups: [networking.k8s.io], resources: [ingresses/status], verbs: [update]}
@@ -148,6 +152,19 @@ apiVersion: networking.k8s.io/v1
 kind: IngressClass
 metadata: {name: traefik}
 spec: {controller: traefik.io/ingress-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: traefik}
+spec: {controllerName: traefik.io/gateway-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: door, namespace: kube-system}
+spec:
+  gatewayClassName: traefik
+  listeners:
+  - {name: web, protocol: HTTP, port: 80, allowedRoutes: {namespaces: {from: All}}}
 ---
 apiVersion: apps/v1
 kind: Deployment
@@ -164,7 +181,7 @@ spec:
       - name: traefik
         image: docker.io/rancher/mirrored-library-traefik:tests
         imagePullPolicy: Never
-        args: [--providers.kubernetesingress, --providers.kubernetesingress.ingressendpoint.ip=$1, "--entrypoints.web.address=:80", "--entrypoints.websecure.address=:443",
+        args: [--providers.kubernetesgateway, --providers.kubernetesingress, --providers.kubernetesingress.ingressendpoint.ip=$1, "--entrypoints.web.address=:80", "--entrypoints.websecure.address=:443",
           --entrypoints.websecure.http.tls, --global.checknewversion=false, --global.sendanonymoususage=false]
         readinessProbe: {tcpSocket: {port: 443}, periodSeconds: 2}
 YAML
@@ -178,8 +195,24 @@ picture() {
     want "its picture, $PIPEOPS_PICTURES/$1.svg" sh -c "tests/picture '$out/typescript' '$out/timing' '$2' >'$PIPEOPS_PICTURES/$1.svg'"
 }
 
+# an application whose host is a Gateway's: HTTPRoute instead of Ingress
+through_a_gateway() {
+    cat >"$out/file" <<'TOML'
+name = "door"
+image = "registry.example.com/shop:43"
+ports = [{container_port = 8080}]
+host = {name = "door.example.com", gateway = "kube-system/door"}
+TOML
+    vm push laptop "$out/file" /home/eve/door.toml
+    want "eve@laptop: an application behind a Gateway" in_vm laptop su - eve -c 'pipeops deploy door.toml'
+    is "it is an HTTPRoute, and no Ingress" "$(k s1 -n production get httproutes,ingresses -o name | grep -c door) $(k s1 -n production get httproute door -o 'jsonpath={.spec.hostnames[0]}')" "1 door.example.com"
+    want "and is served" until_true 30 in_vm laptop curl -sfo /dev/null -H 'Host: door.example.com' "http://$server/"
+    want "eve@laptop: and deleted" in_vm laptop su - eve -c 'pipeops delete door'
+    is "with its route" "$(k s1 -n production get httproutes -o name)" ""
+}
+
 scenario_readme() {
-    local parts images ip server name t0 helm
+    local parts images ip server name t0 helm gateway_api
     if [ -n "${PIPEOPS_TEST_K3S_DIR:-}" ]; then
         echo "NOT RUN: the README's commands on a genuine k3s: its helm controller takes charts from the internet"
         return
@@ -189,6 +222,7 @@ scenario_readme() {
         return
     }
     parts=$(scripts/parts ingress)
+    gateway_api=$(cd tests/parts/ingress && go mod download sigs.k8s.io/gateway-api && go list -m -f '{{.Dir}}' sigs.k8s.io/gateway-api)/config/crd/standard
     printf '          %s, Debian'\''s nginx as the application\n' "$(paste -sd, "$parts/versions" | sed 's/,/, /g')"
     fresh cp s1 laptop || return
     ip=$(vm ip cp); server=$(vm ip s1)
@@ -211,9 +245,10 @@ scenario_readme() {
     helm=$!
     walk "A control plane of your own"
     walk "Command line"
-    is "HTTP 200 from outside, over TLS that the cluster's own issuer has signed" "$(in_vm laptop curl -so /dev/null -w '%{http_code}' https://shop.example.com/)" 200
+    want "HTTP 200 from outside, over TLS that the cluster's own issuer has signed" until_true 90 in_vm laptop curl -sfo /dev/null https://shop.example.com/
     is "the certificate is cert-manager's" "$(k s1 -n production get certificate shop-tls -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status} {.spec.issuerRef.name}')" "True pipeops-ca"
     is "from the first command to that answer 10 minutes at most ($((SECONDS - t0)) s)" "$((SECONDS - t0 <= 600))" 1
+    through_a_gateway
     # an image that runs as root is refused before anything serves it
     typed eve laptop "pipeops deploy --image $image"
     is "eve@laptop: a rollout that cannot be is exit 13" $? 13
