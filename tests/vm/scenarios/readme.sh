@@ -249,6 +249,11 @@ scenario_readme() {
     is "the certificate is cert-manager's" "$(k s1 -n production get certificate shop-tls -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status} {.spec.issuerRef.name}')" "True pipeops-ca"
     is "from the first command to that answer 10 minutes at most ($((SECONDS - t0)) s)" "$((SECONDS - t0 <= 600))" 1
     through_a_gateway
+    want "eve@laptop: a command in a pod" in_vm laptop su - eve -c 'pipeops exec shop -- nginx -v'
+    in_vm laptop su - eve -c 'pipeops exec shop -- nginx -t -c /none' >/dev/null 2>&1
+    is "eve@laptop: one that fails is 13" $? 13
+    want "eve@laptop: and one with a terminal" typed eve laptop 'pipeops exec shop -it -- nginx -v'
+    want "which shows what it says" grep -q 'nginx version' "$out/shown"
     # an image that runs as root is refused before anything serves it
     typed eve laptop "pipeops deploy --image $image"
     is "eve@laptop: a rollout that cannot be is exit 13" $? 13
