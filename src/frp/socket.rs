@@ -19,8 +19,8 @@ const KEEPALIVE: u32 = 15;
 /// Linux's default a key pressed in a shell waits behind a copy, for seconds on a slow line. So it
 /// is as much as the line takes in this time,
 const AHEAD: Duration = Duration::from_millis(10);
-/// within these bounds, bytes: the upper one is what Linux allows a socket at most by default, and
-/// a fast line needs it to be kept busy (a fifth of a bulk stream's speed at 500 MB/s).
+/// within these bounds, bytes: the upper one is what Linux allows a socket at most by default, for
+/// lines that are kept busy by no less.
 const UNSENT: std::ops::RangeInclusive<u32> = 128 * 1024..=4 * 1024 * 1024;
 /// Over which the speed of a line is measured, at least.
 const MEASURED: Duration = Duration::from_millis(50);
