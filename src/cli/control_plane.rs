@@ -166,28 +166,35 @@ pub enum ClusterCommand {
     },
 }
 
+/// What a new token of the Runner side may do, for how long.
+#[derive(Debug, Args)]
+pub struct AccessArgs {
+    #[arg(long, default_value = "default")]
+    pub project: String,
+    /// Highest role that it acts in: viewer, deployer, operator or admin
+    #[arg(long, default_value = "deployer")]
+    pub role: String,
+    /// Only these clusters, by id or name
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub clusters: Option<Vec<String>>,
+    /// Only these namespaces
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub namespaces: Option<Vec<String>>,
+    /// Only the namespaces of this tenant
+    #[arg(long, value_name = "TENANT")]
+    pub tenant: Option<String>,
+    /// How long it is good, seconds; without: until it is revoked
+    #[arg(long, value_name = "SECONDS", value_parser = ttl())]
+    pub ttl: Option<i64>,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum RunnerCommand {
     /// Make one and print its token
     Create {
         name: String,
-        #[arg(long, default_value = "default")]
-        project: String,
-        /// Highest role that it acts in: viewer, deployer, operator or admin
-        #[arg(long, default_value = "deployer")]
-        role: String,
-        /// Only these clusters, by id or name
-        #[arg(long, value_name = "IDS", value_delimiter = ',')]
-        clusters: Option<Vec<String>>,
-        /// Only these namespaces
-        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-        namespaces: Option<Vec<String>>,
-        /// Only the namespaces of this tenant
-        #[arg(long, value_name = "TENANT")]
-        tenant: Option<String>,
-        /// How long it is good, seconds; without: until it is revoked
-        #[arg(long, value_name = "SECONDS", value_parser = ttl())]
-        ttl: Option<i64>,
+        #[command(flatten)]
+        access: AccessArgs,
         #[command(flatten)]
         output: OutputArgs,
     },
@@ -211,23 +218,8 @@ pub enum UserCommand {
     Create {
         /// One user has it, whatever the project
         name: String,
-        #[arg(long, default_value = "default")]
-        project: String,
-        /// Highest role that it acts in: viewer, deployer, operator or admin
-        #[arg(long, default_value = "deployer")]
-        role: String,
-        /// Only these clusters, by id or name
-        #[arg(long, value_name = "IDS", value_delimiter = ',')]
-        clusters: Option<Vec<String>>,
-        /// Only these namespaces
-        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-        namespaces: Option<Vec<String>>,
-        /// Only the namespaces of this tenant
-        #[arg(long, value_name = "TENANT")]
-        tenant: Option<String>,
-        /// How long it is good, seconds; without: until it is revoked
-        #[arg(long, value_name = "SECONDS", value_parser = ttl())]
-        ttl: Option<i64>,
+        #[command(flatten)]
+        access: AccessArgs,
         #[command(flatten)]
         output: OutputArgs,
     },

@@ -13,8 +13,8 @@ pub use client::{
 };
 pub use common::{EventFormat, OutputArgs, OutputFormat, RootArgs};
 pub use control_plane::{
-    AdminCommand, ClusterCommand, ControlPlaneArgs, ControlPlaneCommand, DataDirArgs, DatabaseArgs,
-    ProjectCommand, RunnerCommand, ServeArgs, TokenCommand, UserCommand,
+    AccessArgs, AdminCommand, ClusterCommand, ControlPlaneArgs, ControlPlaneCommand, DataDirArgs,
+    DatabaseArgs, ProjectCommand, RunnerCommand, ServeArgs, TokenCommand, UserCommand,
 };
 
 use crate::install::settings::Options;

@@ -9,10 +9,7 @@ use serde_json::Value;
 use super::applications::ClusterReader;
 use crate::base::error::{Exit, Failure};
 use crate::contract::tenant::{HOSTS_ANNOTATION, TENANT_LABEL};
-
-const POD_SECURITY: &str = "pod-security.kubernetes.io/enforce";
-/// The NetworkPolicy that says what of outside the pods of a tenant reach.
-const OUTWARD: &str = "pipeops-internet";
+use crate::kubernetes::tenant::{INTERNET_POLICY, POD_SECURITY_LABEL};
 
 /// A tenant as a list shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -58,7 +55,7 @@ pub async fn tenants(
         Some(_) => namespaces.iter().map(|object| object["metadata"]["name"].as_str()).collect(),
         None => vec![None],
     };
-    let outward = format!("fieldSelector=metadata.name={OUTWARD}&limit=500");
+    let outward = format!("fieldSelector=metadata.name={INTERNET_POLICY}&limit=500");
     let (mut quotas, mut policies) = (Vec::new(), Vec::new());
     for place in places {
         let quota = ("resourcequotas", "ResourceQuota");
@@ -136,7 +133,7 @@ fn grouped(namespaces: &[Value], quotas: &[Value], policies: &[Value]) -> Vec<Te
         tenant.hosts.extend(hosts.map(str::to_owned));
         tenant.namespaces.push(TenantNamespace {
             name: text(&metadata["name"]),
-            pod_security: text(&metadata["labels"][POD_SECURITY]),
+            pod_security: text(&metadata["labels"][POD_SECURITY_LABEL]),
             quota,
             egress: policies.iter().filter(inside).flat_map(egress_of).collect(),
             terminating: is_terminating(namespace),
@@ -155,12 +152,12 @@ mod tests {
     fn a_tenant_is_its_namespaces_with_what_they_use_and_its_hosts() {
         let namespace = |name: &str, tenant: &str, hosts: &str| {
             json!({"metadata": {"name": name,
-                "labels": {TENANT_LABEL: tenant, POD_SECURITY: "restricted"},
+                "labels": {TENANT_LABEL: tenant, POD_SECURITY_LABEL: "restricted"},
                 "annotations": {HOSTS_ANNOTATION: hosts}}})
         };
         let quota = json!({"metadata": {"namespace": "shop"}, "status": {
             "hard": {"requests.cpu": "2", "pods": "50"}, "used": {"pods": "3"}}});
-        let policy = json!({"metadata": {"namespace": "shop", "name": OUTWARD}, "spec": {
+        let policy = json!({"metadata": {"namespace": "shop", "name": INTERNET_POLICY}, "spec": {
             "egress": [{"to": [
                 {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}},
                 {"ipBlock": {"cidr": "10.1.0.0/16"}}]}]}});

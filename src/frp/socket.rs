@@ -60,6 +60,12 @@ impl TunnelSocket {
     pub async fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
         self.tcp.peek(buffer).await
     }
+
+    fn wrote(&mut self, n: usize) {
+        if let Some(unsent) = &mut self.unsent {
+            unsent.wrote(&self.tcp, n);
+        }
+    }
 }
 
 /// How much the kernel may hold unsent, by how fast it took what was written before.
@@ -140,14 +146,6 @@ impl AsyncWrite for TunnelSocket {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.tcp).poll_shutdown(cx)
-    }
-}
-
-impl TunnelSocket {
-    fn wrote(&mut self, n: usize) {
-        if let Some(unsent) = &mut self.unsent {
-            unsent.wrote(&self.tcp, n);
-        }
     }
 }
 

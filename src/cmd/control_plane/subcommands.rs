@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use crate::base::error::{Exit, Failure};
 use crate::base::text::printable;
 use crate::cli::{
-    AdminCommand, ClusterCommand, DataDirArgs, OutputArgs, OutputFormat, ProjectCommand,
-    RunnerCommand, TokenCommand, UserCommand,
+    AccessArgs, AdminCommand, ClusterCommand, DataDirArgs, OutputArgs, OutputFormat,
+    ProjectCommand, RunnerCommand, TokenCommand, UserCommand,
 };
 use crate::cmd::Context;
 use crate::control_plane::client;
@@ -286,21 +286,9 @@ pub(super) async fn runner(
     command: RunnerCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        RunnerCommand::Create {
-            name,
-            project,
-            role,
-            clusters,
-            namespaces,
-            tenant,
-            ttl,
-            output,
-        } => {
+        RunnerCommand::Create { name, access, output } => {
             let client = AdminClient::new(context, location, output);
-            let body = json!({
-                "name": name, "project": project, "role": role, "clusters": clusters,
-                "namespaces": namespaces, "tenant": tenant, "ttl_s": ttl,
-            });
+            let body = access_request(&name, &access);
             let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
             // standard output has the token alone: scripts write it into a file
             client.show(&answer, |v| {
@@ -323,6 +311,14 @@ pub(super) async fn runner(
                 .await
         }
     }
+}
+
+fn access_request(name: &str, access: &AccessArgs) -> Value {
+    let AccessArgs { project, role, clusters, namespaces, tenant, ttl } = access;
+    json!({
+        "name": name, "project": project, "role": role, "clusters": clusters,
+        "namespaces": namespaces, "tenant": tenant, "ttl_s": ttl,
+    })
 }
 
 /// Columns of all that has a token of the Runner side.
@@ -358,12 +354,10 @@ pub(super) async fn user(
     command: UserCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        UserCommand::Create { name, project, role, clusters, namespaces, tenant, ttl, output } => {
+        UserCommand::Create { name, access, output } => {
             let client = AdminClient::new(context, location, output);
-            let body = json!({
-                "name": name, "project": project, "role": role, "clusters": clusters,
-                "namespaces": namespaces, "tenant": tenant, "ttl_s": ttl, "person": true,
-            });
+            let mut body = access_request(&name, &access);
+            body["person"] = true.into();
             let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
             client.show(&answer, |v| {
                 let name = text(&v["name"]);

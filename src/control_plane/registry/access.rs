@@ -297,13 +297,20 @@ pub(super) mod tests {
         AccessToken { name: name.into(), ..row(None) }
     }
 
+    /// With nothing in it, and keys of its own.
+    pub(in crate::control_plane::registry) async fn registry(
+        dir: &tempfile::TempDir,
+    ) -> (Registry, Keys) {
+        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
+        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
+        let store = Store::open(&url, "i").await.unwrap();
+        (Registry::load(store, None, 0).await.unwrap(), keys)
+    }
+
     #[tokio::test]
     async fn a_runner_is_called_as_no_other_of_its_project_and_revoked_by_its_name() {
         let dir = tempfile::tempdir().unwrap();
-        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
-        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
-        let registry =
-            Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
+        let (registry, keys) = registry(&dir).await;
         registry.add_project("default", 1).await.unwrap();
         registry.add_project("other", 1).await.unwrap();
         let add = async |row| registry.add_access_token(&keys, row).await.map(|(row, _)| row);
@@ -335,10 +342,7 @@ pub(super) mod tests {
     #[tokio::test]
     async fn a_caller_has_so_many_kubeconfigs_and_no_more() {
         let dir = tempfile::tempdir().unwrap();
-        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
-        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
-        let registry =
-            Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
+        let (registry, keys) = registry(&dir).await;
         registry.add_project("default", 1).await.unwrap();
         let add = async |row| registry.add_access_token(&keys, row).await.map(|(row, _)| row);
         let (one, other) = (add(named("one")).await.unwrap(), add(named("other")).await.unwrap());
@@ -366,10 +370,7 @@ pub(super) mod tests {
     #[tokio::test]
     async fn a_user_is_one_of_a_name_and_goes_with_the_kubeconfigs_that_it_made() {
         let dir = tempfile::tempdir().unwrap();
-        let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
-        let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
-        let registry =
-            Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
+        let (registry, keys) = registry(&dir).await;
         registry.add_project("default", 1).await.unwrap();
         registry.add_project("other", 1).await.unwrap();
         let add = async |row| registry.add_access_token(&keys, row).await;

@@ -28,6 +28,11 @@ pub const POLICIES: &[&str] = &[
     "pipeops-tenant-routes",
 ];
 
+/// Label of a namespace: the level of Pod Security that it enforces.
+pub const POD_SECURITY_LABEL: &str = "pod-security.kubernetes.io/enforce";
+/// The NetworkPolicy that says what of outside the pods of a tenant reach.
+pub const INTERNET_POLICY: &str = "pipeops-internet";
+
 /// Where the bindings are.
 pub const BINDINGS: &str =
     "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings";
@@ -207,7 +212,7 @@ pub fn namespace_object(tenant: &SetTenant, name: &str) -> Value {
         "metadata": {"name": name, "labels": {
             "app.kubernetes.io/managed-by": "pipeops",
             TENANT_LABEL: tenant.tenant,
-            "pod-security.kubernetes.io/enforce": tenant.pod_security.name(),
+            POD_SECURITY_LABEL: tenant.pod_security.name(),
             "pod-security.kubernetes.io/warn": "restricted"
         }}
     });
@@ -308,7 +313,7 @@ fn network_policies(tenant: &SetTenant, namespace: &str) -> Result<Vec<Value>, S
         policy("pipeops-tenant", both, json!([{"from": own}]), json!([{"to": own}])),
         policy("pipeops-ingress", inward.clone(), json!([{"from": controllers}]), Value::Null),
         policy("pipeops-outside", inward, entries, Value::Null),
-        policy("pipeops-internet", outward, Value::Null, json!([{"to": outside}])),
+        policy(INTERNET_POLICY, outward, Value::Null, json!([{"to": outside}])),
     ])
 }
 

@@ -1,22 +1,18 @@
 //! What is kept of operations, of whom, and for how long.
 
-use super::super::access::tests::named;
+use super::super::access::tests::{named, registry};
 use super::super::entry::Entry;
 use super::super::entry::tests::agent;
 use super::*;
 use crate::base::secret::Secret;
 use crate::contract::token::Role;
-use crate::control_plane::keys::Keys;
 use crate::control_plane::model::AccessToken;
 use crate::control_plane::store::Store;
-use crate::host::Host;
 
 #[tokio::test]
 async fn an_operation_goes_with_its_user_also_when_the_name_is_given_again() {
     let dir = tempfile::tempdir().unwrap();
-    let keys = Keys::load(&Host::new(dir.path(), None).state_dir("/s").unwrap(), 0).unwrap();
-    let url = Secret::new(format!("sqlite:{}?mode=rwc", dir.path().join("t.db").display()));
-    let registry = Registry::load(Store::open(&url, "i").await.unwrap(), None, 0).await.unwrap();
+    let (registry, keys) = registry(&dir).await;
     registry.add_project("default", 1).await.unwrap();
     registry.inner().insert_agent(Entry::new(agent()));
     let user = |role| AccessToken { person: true, role, ..named("eve") };
