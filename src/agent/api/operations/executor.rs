@@ -26,8 +26,11 @@ use crate::kubernetes::upstream::Upstream;
 
 /// Field manager of what Runners apply; it takes no field from another one.
 pub(super) const FIELD_MANAGER: &str = "pipeops-runner";
-/// Between looks at an object that is waited for.
+/// Between looks at an object that is waited for, after a while.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// The first pause of an operation; each is twice as long as the one before, up to that interval.
+/// Most of what an operation waits for is there within a fraction of a second.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Between looks at the pods of a workload that is not ready, at first and later: each takes some
 /// requests, and reads the events of the namespace.
 const DIAGNOSIS_INTERVAL: Duration = Duration::from_secs(3);
@@ -50,6 +53,8 @@ pub(super) struct Executor<'a> {
     pub(super) calls: u32,
     /// By `apiVersion`.
     pub(super) kinds: HashMap<String, Vec<ResourceKind>>,
+    /// Until the next look at what is waited for.
+    next_pause: Duration,
     /// It has looked for what keeps a workload.
     pub(super) looked: bool,
     pub(super) before: Before,
@@ -81,6 +86,7 @@ pub(super) async fn run(
         abort: api.inner.context.abort.clone(),
         calls: 0,
         kinds: HashMap::new(),
+        next_pause: FIRST_PAUSE,
         looked: false,
         before: run.before,
         notes: Vec::new(),
@@ -336,9 +342,11 @@ impl Executor<'_> {
         }
     }
 
-    pub(super) async fn pause(&self) -> Result<(), ExecutionError> {
+    pub(super) async fn pause(&mut self) -> Result<(), ExecutionError> {
+        let pause = self.next_pause;
+        self.next_pause = (pause * 2).min(POLL_INTERVAL);
         tokio::select! {
-            () = sleep(POLL_INTERVAL) => Ok(()),
+            () = sleep(pause) => Ok(()),
             () = self.cancel.cancelled() => Err(ExecutionError::Cancelled),
             () = self.abort.cancelled() => Err(ExecutionError::Interrupted),
         }
