@@ -212,6 +212,20 @@ pub fn is_dns_label(label: &str) -> bool {
         && label.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
 }
 
+/// A value of a Kubernetes label, which may be empty (apimachinery, `validation.IsValidLabelValue`).
+pub fn is_label_value(text: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    let edge = |b: Option<&u8>| b.is_none_or(u8::is_ascii_alphanumeric);
+    let bytes = text.as_bytes();
+    text.len() <= 63 && text.bytes().all(inner) && edge(bytes.first()) && edge(bytes.last())
+}
+
+/// A key of one, with or without the DNS name of whose it is before a `/` (`IsQualifiedName`).
+pub fn is_label_key(text: &str) -> bool {
+    let (prefix, name) = text.rsplit_once('/').map_or((None, text), |(p, n)| (Some(p), n));
+    prefix.is_none_or(is_dns_name) && !name.is_empty() && is_label_value(name)
+}
+
 /// A word as POSIX' shell reads it (XCU 2.2).
 pub fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=,@%+".contains(c);

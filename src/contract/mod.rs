@@ -3,6 +3,7 @@
 pub mod application;
 pub mod config;
 pub mod operation;
+pub mod selector;
 pub mod tenant;
 pub mod token;
 pub mod types;

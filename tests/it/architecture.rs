@@ -51,7 +51,13 @@ const INSIDE: &[(&str, Rows)] = &[
     ),
     (
         "contract",
-        &[&["types"], &["application"], &["tenant"], &["token", "config"], &["operation"]],
+        &[
+            &["types", "selector"],
+            &["application"],
+            &["tenant"],
+            &["token", "config"],
+            &["operation"],
+        ],
     ),
     (
         "kubernetes",

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Application, Host, Port, Probe, Resources, Strategy, Variable, Volume};
-use crate::base::text::{is_dns_label, is_dns_name};
+use crate::base::text::{is_dns_label, is_dns_name, is_label_key, is_label_value};
 
 /// Ours are named after an application with a suffix, and its name is a label: 63 characters.
 const MAX_NAME: usize = 52;
@@ -24,20 +24,9 @@ fn demand(holds: bool, field: &str, why: &str) -> Checked {
     if holds { Ok(()) } else { Err(format!("{field}: {why}")) }
 }
 
-/// Key of a label, value of a label, name of a variable: what they have in common.
+/// Name of a variable, key of a Secret: what they have in common.
 fn is_plain(text: &str) -> bool {
     text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
-}
-
-fn is_label_text(text: &str) -> bool {
-    let edge = |b: Option<&u8>| b.is_none_or(u8::is_ascii_alphanumeric);
-    let bytes = text.as_bytes();
-    text.len() <= 63 && is_plain(text) && edge(bytes.first()) && edge(bytes.last())
-}
-
-fn is_label_key(text: &str) -> bool {
-    let (prefix, name) = text.rsplit_once('/').map_or((None, text), |(p, n)| (Some(p), n));
-    prefix.is_none_or(is_dns_name) && !name.is_empty() && is_label_text(name)
 }
 
 /// A quantity above zero, as Kubernetes reads one (apimachinery `pkg/api/resource/quantity.go`).
@@ -215,7 +204,7 @@ impl Application {
             let field = format!("labels.{key}");
             demand(is_label_key(key), &field, "that is no key of a label")?;
             demand(
-                is_label_text(value),
+                is_label_value(value),
                 &field,
                 "a value is of letters, digits, _, - and ., 63 at most",
             )?;
