@@ -125,6 +125,21 @@ impl AccessToken {
     }
 }
 
+/// What a caller may do at most: kept with what is done for it later, as it may be less than its
+/// token has. See [`super::registry::Principal::within`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    pub project: String,
+    pub role: Role,
+    /// As those of an [`AccessToken`], like the rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clusters: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespaces: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+}
+
 /// An operation on a cluster, asked for here or at the agent itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OperationRecord {
@@ -134,6 +149,9 @@ pub struct OperationRecord {
     /// Empty for one that was asked for at the agent, or of a version before this field.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub caller_id: String,
+    /// What the caller was limited to, as long as it waits here: it goes out with no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// The tenant that the caller was limited to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
@@ -154,6 +172,11 @@ impl OperationRecord {
     /// By what its caller is found: the id, else the subject.
     pub fn caller(&self) -> &str {
         if self.caller_id.is_empty() { &self.operation.subject } else { &self.caller_id }
+    }
+
+    /// It does not wait here any more: what was asked for is kept no longer.
+    pub fn forget_request(&mut self) {
+        (self.sealed, self.limits) = (None, None);
     }
 }
 

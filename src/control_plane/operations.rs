@@ -24,17 +24,17 @@ use crate::contract::types::{
 };
 
 /// Longest time in the queue, seconds.
-const MAX_TTL: i64 = 7 * 86_400;
+pub(super) const MAX_TTL: i64 = 7 * 86_400;
 
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "OperationRequest"))]
 #[serde(deny_unknown_fields)]
 pub(super) struct OperationRequest {
     /// The agent knows which there are: it may be of a later version than this.
-    kind: String,
-    spec: Value,
+    pub(super) kind: String,
+    pub(super) spec: Value,
     /// How long it may wait for an agent that is not there. Without it, it does not wait.
-    ttl_s: Option<i64>,
+    pub(super) ttl_s: Option<i64>,
 }
 
 /// Agents that are told of an operation at the moment, and those whose last turn was a cancel.
@@ -136,6 +136,7 @@ impl ControlPlane {
                 ..Operation::default()
             },
             caller_id: principal.id(),
+            limits: None,
             tenant: scope.tenant,
             key: key.into(),
             request: digest,
@@ -162,6 +163,7 @@ impl ControlPlane {
             }
         }
         record.sealed = Some(self.keys().seal(&body).map_err(|e| database_unavailable(&e))?);
+        record.limits = principal.limits();
         self.registry().put_operation(record.clone(), now).await?;
         Ok(Submission::Created(record))
     }
@@ -247,7 +249,7 @@ impl ControlPlane {
 
     async fn deliver_one(&self, mut record: OperationRecord, now: i64) -> Result<(), HttpError> {
         let registry = self.registry();
-        let principal = registry.resolve_subject(record.caller(), now);
+        let principal = registry.resolve(record.caller(), record.limits.as_ref(), now);
         let cluster = registry.cluster_of(&record.agent);
         let within = |principal: &Principal, cluster: &str| match principal {
             Principal::AccessToken(access) => {
@@ -299,8 +301,8 @@ impl ControlPlane {
             Err(_) => return Ok(()),
         };
         if status.is_success() {
-            (record.operation, record.sealed, record.changed_at) =
-                (parse_operation(value)?, None, now);
+            (record.operation, record.changed_at) = (parse_operation(value)?, now);
+            record.forget_request();
             return registry.put_operation(record, now).await;
         }
         if matches!(status.as_u16(), 400 | 403 | 405 | 409 | 413 | 422) {

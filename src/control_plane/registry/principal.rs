@@ -4,7 +4,7 @@ use super::Registry;
 use super::entry::Entry;
 use crate::base::secret::constant_time_eq;
 use crate::control_plane::error::HttpError;
-use crate::control_plane::model::AccessToken;
+use crate::control_plane::model::{AccessKind, AccessToken, Limits};
 use crate::control_plane::store::RowKind;
 
 /// The subject of calls over the local socket.
@@ -67,9 +67,73 @@ impl Principal {
             _ => None,
         }
     }
+
+    /// What it may do at most; an administrator is not limited.
+    pub fn limits(&self) -> Option<Limits> {
+        let Principal::AccessToken(access) = self else { return None };
+        Some(Limits {
+            project: access.project.clone(),
+            role: access.role,
+            clusters: access.clusters.clone(),
+            namespaces: access.namespaces.clone(),
+            tenant: access.tenant.clone(),
+        })
+    }
+
+    /// The same caller, who may do no more than `limits`. None where these exceed what it may do:
+    /// nobody gains by being limited.
+    pub fn within(self, limits: &Limits) -> Option<Principal> {
+        let limited = AccessToken {
+            id: self.id(),
+            project: limits.project.clone(),
+            name: self.id(),
+            kind: AccessKind::Runner,
+            hash: String::new(),
+            role: limits.role,
+            clusters: limits.clusters.clone(),
+            namespaces: limits.namespaces.clone(),
+            tenant: limits.tenant.clone(),
+            created_at: 0,
+            expires_at: None,
+            revoked: false,
+            maker: None,
+            person: false,
+        };
+        let access = match self {
+            Principal::AccessToken(own) => {
+                let no_more = own.project == limited.project
+                    && own.role >= limited.role
+                    && own.tenant == limited.tenant
+                    && is_within(limited.clusters.as_ref(), own.clusters.as_ref())
+                    && is_within(limited.namespace_limit(), own.namespace_limit());
+                if !no_more {
+                    return None;
+                }
+                let AccessToken { role, clusters, namespaces, .. } = limited;
+                AccessToken { role, clusters, namespaces, ..*own }
+            }
+            Principal::Admin(_) | Principal::Local => limited,
+            Principal::Agent(_) | Principal::Enrolment(_) => return None,
+        };
+        Some(Principal::AccessToken(Box::new(access)))
+    }
+}
+
+/// Whether a list allows nothing that another one does not; none allows everything.
+fn is_within(list: Option<&Vec<String>>, other: Option<&Vec<String>>) -> bool {
+    other.is_none_or(|other| list.is_some_and(|list| list.iter().all(|name| other.contains(name))))
 }
 
 impl Registry {
+    /// The principal of that id or subject within limits, if it may still do anything.
+    pub fn resolve(&self, caller: &str, limits: Option<&Limits>, now: i64) -> Option<Principal> {
+        let principal = self.resolve_subject(caller, now)?;
+        match limits {
+            Some(limits) => principal.within(limits),
+            None => Some(principal),
+        }
+    }
+
     /// The principal of a token that is neither revoked nor expired.
     ///
     /// # Errors
@@ -166,4 +230,58 @@ fn check_credential(
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::access::tests::row;
+    use super::*;
+    use crate::contract::token::Role;
+
+    #[test]
+    fn a_caller_is_limited_to_less_and_never_to_more() {
+        let names = |list: &[&str]| Some(list.iter().map(|name| (*name).to_owned()).collect());
+        let own = AccessToken {
+            id: "r-1".into(),
+            project: "p-1".into(),
+            role: Role::Deployer,
+            clusters: names(&["c-1", "c-2"]),
+            namespaces: names(&["beta", "production"]),
+            ..row(None)
+        };
+        let principal = Principal::AccessToken(Box::new(own.clone()));
+        let all = principal.limits().unwrap();
+        let limits = |limits: Limits| principal.clone().within(&limits).and_then(|p| p.limits());
+        assert_eq!(limits(all.clone()), Some(all.clone()));
+        let less = Limits {
+            role: Role::Viewer,
+            clusters: names(&["c-2"]),
+            namespaces: names(&[]),
+            ..all.clone()
+        };
+        assert_eq!(limits(less.clone()), Some(less.clone()));
+        for more in [
+            Limits { project: "p-2".into(), ..all.clone() },
+            Limits { role: Role::Operator, ..all.clone() },
+            Limits { clusters: None, ..all.clone() },
+            Limits { clusters: names(&["c-2", "c-3"]), ..all.clone() },
+            Limits { namespaces: None, ..all.clone() },
+            Limits { namespaces: names(&["beta", "monitoring"]), ..all.clone() },
+            Limits { tenant: Some("acme".into()), ..all.clone() },
+        ] {
+            assert_eq!(limits(more.clone()), None, "{more:?}");
+        }
+        // of a tenant an empty list is no limit, so none within it is more than a list
+        let tenant = AccessToken { tenant: Some("acme".into()), ..own.clone() };
+        let principal = Principal::AccessToken(Box::new(tenant));
+        let loose = Limits { namespaces: names(&[]), ..principal.limits().unwrap() };
+        assert!(principal.clone().within(&loose).is_none());
+        let other = Limits { tenant: Some("globex".into()), ..principal.limits().unwrap() };
+        assert!(principal.within(&other).is_none());
+        // an administrator is who it was, and may do what is said
+        let eve = Principal::Admin("eve".into()).within(&less).unwrap();
+        assert_eq!((eve.id(), eve.subject()), ("admin:eve".into(), "admin:eve".into()));
+        assert_eq!(eve.limits(), Some(less.clone()));
+        assert!(!eve.is_admin() && Principal::Agent("a-1".into()).within(&less).is_none());
+    }
 }

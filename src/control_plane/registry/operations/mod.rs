@@ -45,7 +45,8 @@ impl OperationRecord {
     fn end(&mut self, state: OperationState, message: &str, now: i64) {
         (self.operation.state, self.operation.message, self.operation.finished_at) =
             (state, message.into(), rfc3339(now));
-        (self.sealed, self.changed_at) = (None, now);
+        self.changed_at = now;
+        self.forget_request();
     }
 }
 
@@ -214,6 +215,7 @@ impl Registry {
             agent: agent.into(),
             operation: Operation::default(),
             caller_id: String::new(),
+            limits: None,
             // asked for at the agent itself, which knows with whose token
             tenant: report.tenant.clone(),
             key: String::new(),
@@ -223,7 +225,8 @@ impl Registry {
             expires_at: 0,
             changed_at: now,
         });
-        (record.operation, record.sealed, record.changed_at) = (report, None, now);
+        (record.operation, record.changed_at) = (report, now);
+        record.forget_request();
         self.put_operation(record, now).await
     }
 

@@ -26,6 +26,7 @@ async fn an_operation_goes_with_its_user_also_when_the_name_is_given_again() {
             ..Operation::default()
         },
         caller_id: caller_id.into(),
+        limits: None,
         tenant: None,
         key: "k".into(),
         request: String::new(),
@@ -111,6 +112,7 @@ fn record(id: String, tenant: Option<&str>, state: OperationState) -> OperationR
         agent: "a-1".into(),
         operation: Operation { id, state, ..Operation::default() },
         caller_id: "r-1".into(),
+        limits: None,
         tenant: tenant.map(str::to_owned),
         key: "k".into(),
         request: String::new(),
