@@ -19,6 +19,9 @@ use crate::kubernetes::header_policy;
 /// Answer to a login on the socket of the machine itself.
 const NOT_LOCAL: &str = "log in over HTTPS; this socket is for the machine itself";
 
+/// Paths whose first parameter names no cluster: who may see what it names is up to their handlers.
+const OF_NO_CLUSTER: [&str; 1] = ["/api/v1/rollouts/"];
+
 /// Where a request comes from.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
@@ -234,6 +237,8 @@ impl ControlPlane {
             };
         };
         let (now, id) = (super::clock::now(), segments(parts).next().unwrap_or_default());
+        let is_cluster = !id.is_empty()
+            && !OF_NO_CLUSTER.iter().any(|start| parts.uri.path().starts_with(start));
         // a cookie is accepted on the routes of the page only: a web page served by a cluster
         // cannot use it
         let cookie = match required_auth {
@@ -272,7 +277,7 @@ impl ControlPlane {
             self.remove_bootstrap_token();
         }
         // for a Runner, a cluster outside its reach does not exist
-        if let (Principal::AccessToken(access), false) = (&principal, id.is_empty()) {
+        if let (Principal::AccessToken(access), true) = (&principal, is_cluster) {
             self.registry().check_access(access, &id)?;
         }
         Ok((principal, Some(hash)))

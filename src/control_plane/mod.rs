@@ -26,6 +26,8 @@ mod operations;
 pub mod outbox;
 mod rate_limit;
 pub mod registry;
+pub mod rollout;
+mod rollouts;
 pub mod routes;
 mod scope;
 mod sessions;
@@ -293,6 +295,7 @@ async fn maintain(
                 let announced = control_plane.registry().announce_liveness(now()).await;
                 warn(announced, "agents that came or went are not announced");
                 control_plane.deliver(&in_flight, now());
+                control_plane.drive_rollouts(now()).await;
             }
             _ = flush.tick() => {
                 tidy(control_plane, certificate, host).await;
@@ -307,6 +310,8 @@ async fn tidy(control_plane: &ControlPlane, certificate: &mut Certificate, host:
     warn(registry.flush().await, "heartbeats are not written");
     let operations = registry.tidy_operations(now()).await;
     warn(operations, "overdue operations are not ended");
+    let rollouts = registry.tidy_rollouts(now()).await;
+    warn(rollouts, "old rollouts are not removed");
     let access_tokens = registry.tidy_access_tokens(now()).await;
     warn(access_tokens, "expired kubeconfigs are not removed");
     warn(inner.keys.rotate(&inner.state, now()), "the signing keys are not rotated");

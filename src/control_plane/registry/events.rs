@@ -2,7 +2,8 @@
 //!
 //! The body of every event is one JSON object: `message_id`, `type`, `at`, `project`, `agent_id`,
 //! `cluster_id`, `cluster_name`, and by type what [`Topic`] adds. `agent_seq`, which grows with
-//! each event of an agent, is added when the event is sent.
+//! each event of an agent, is added when the event is sent. `rollout.finished` is of no agent and
+//! no cluster: `agent_id` is empty, and `rollout` is added as the API shows it, without `clusters`.
 
 use serde_json::{Value, json};
 
@@ -10,6 +11,7 @@ use super::{Entry, Inner, Registry};
 use crate::contract::types::{Operation, StatusReport};
 use crate::control_plane::clock::rfc3339;
 use crate::control_plane::model::{Agent, Liveness};
+use crate::control_plane::rollout::RolloutRecord;
 use crate::control_plane::store::{Change, OutboxEvent, RowKind};
 use crate::frp::wire::fresh_run_id;
 
@@ -86,6 +88,27 @@ impl Registry {
             topic: topic.name(),
             at: now,
             latest,
+            body: body.to_string(),
+        }))
+    }
+
+    /// The event for a rollout that has ended, where there is a broker.
+    pub(super) fn rollout_event(&self, record: &RolloutRecord, now: i64) -> Option<Change> {
+        self.event_base_url.as_ref()?;
+        let topic = "rollout.finished";
+        let body = json!({
+            "message_id": fresh_run_id(),
+            "type": topic,
+            "at": rfc3339(now),
+            "project": record.project,
+            "agent_id": "",
+            "rollout": record.view(false),
+        });
+        Some(Change::AddEvent(OutboxEvent {
+            agent: String::new(),
+            topic,
+            at: now,
+            latest: false,
             body: body.to_string(),
         }))
     }

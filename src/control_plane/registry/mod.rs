@@ -10,6 +10,7 @@ mod events;
 mod names;
 mod operations;
 mod principal;
+pub mod rollouts;
 mod transact;
 
 use std::collections::{BTreeMap, HashMap};
@@ -23,6 +24,7 @@ use crate::contract::tenant::CAPABILITY;
 use crate::contract::token::Role;
 use crate::control_plane::keys::{Keys, random_token};
 use crate::control_plane::model::{AccessToken, Admin, Agent, Enrolment, OperationRecord, Project};
+use crate::control_plane::rollout::RolloutRecord;
 use crate::control_plane::store::{RowKind, Store};
 use agents::duplicate;
 use entry::Entry;
@@ -45,6 +47,8 @@ struct Inner {
     admins: BTreeMap<String, (Admin, CancellationToken)>,
     operations: operations::OperationRecords,
     delivering: operations::Delivering,
+    rollouts: BTreeMap<String, RolloutRecord>,
+    sending: rollouts::Sending,
     /// Hash of a token → kind and id of its row.
     tokens: HashMap<String, (RowKind, String)>,
 }
@@ -106,6 +110,9 @@ impl Registry {
         }
         for record in store.all::<OperationRecord>(RowKind::Operation).await? {
             inner.insert_operation(record);
+        }
+        for record in store.all::<RolloutRecord>(RowKind::Rollout).await? {
+            inner.rollouts.insert(record.id.clone(), record);
         }
         Ok(Registry { inner: Mutex::new(inner), store, event_base_url, started: now })
     }

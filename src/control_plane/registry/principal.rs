@@ -198,7 +198,7 @@ impl Registry {
                     .name
                     .clone(),
             )),
-            RowKind::Project | RowKind::Operation => Err(unknown()),
+            RowKind::Project | RowKind::Operation | RowKind::Rollout => Err(unknown()),
         }
     }
 }

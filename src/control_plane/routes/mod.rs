@@ -11,6 +11,7 @@ mod openapi;
 mod operations;
 mod page;
 mod projects;
+mod rollouts;
 mod runners;
 mod system;
 mod tokens;
@@ -151,6 +152,7 @@ impl Routes {
             admins::routes,
             clusters::routes,
             operations::routes,
+            rollouts::routes,
             changes::routes,
             gateway::routes,
         ];

@@ -29,6 +29,7 @@ pub enum RowKind {
     Access,
     Admin,
     Operation,
+    Rollout,
 }
 
 impl RowKind {
@@ -40,6 +41,7 @@ impl RowKind {
             RowKind::Access => "access",
             RowKind::Admin => "admin",
             RowKind::Operation => "operation",
+            RowKind::Rollout => "rollout",
         }
     }
 }

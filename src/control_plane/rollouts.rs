@@ -1,0 +1,328 @@
+//! Rollouts: begun, and driven to their ends. Each operation goes the way of one that is asked for
+//! by itself, as the principal that asked for the rollout.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use http::StatusCode;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use super::error::{HttpError, database_unavailable};
+use super::operations::{MAX_TTL, OperationRequest, Submission};
+use super::registry::Principal;
+use super::registry::rollouts::{Sent, check_same};
+use super::rollout::{RolloutCluster, RolloutRecord, RolloutState, waves};
+use super::scope::{TokenRequest, checked_ttl, restrict};
+use super::state::ControlPlane;
+use crate::base::encoding::hex;
+use crate::base::text::printable;
+use crate::contract::selector::Selector;
+use crate::contract::token::Role;
+use crate::contract::types::{OperationState, check_idempotency_key};
+
+/// The most clusters of one rollout.
+const MAX_CLUSTERS: usize = 2000;
+
+/// What is asked for, and of which clusters: one of `clusters`, `selector` and `all`.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub(super) struct RolloutRequest {
+    /// As of an operation.
+    pub(super) kind: String,
+    pub(super) spec: Value,
+    /// Names or ids.
+    pub(super) clusters: Option<Vec<String>>,
+    /// As `kubectl get --selector` takes it.
+    pub(super) selector: Option<String>,
+    /// All clusters within reach.
+    #[serde(default)]
+    pub(super) all: bool,
+    /// How many clusters at a time, `1,10%,all`: each a number, a part of all, or the rest.
+    pub(super) waves: Option<String>,
+    /// How long an operation may wait for an agent that is not there. Without it, it fails.
+    pub(super) ttl_s: Option<i64>,
+}
+
+fn bad_rollout(message: impl Into<String>) -> HttpError {
+    let hint = "say which clusters: `clusters`, a list of names or ids, or `selector`; for all \
+                that the token reaches: `all`, --all-clusters";
+    HttpError::new(400, "bad_rollout", message, Some(hint))
+}
+
+impl ControlPlane {
+    /// Begins a rollout as `principal`, whose limits it keeps. Under the same key it is the same
+    /// one: true where it is new.
+    ///
+    /// # Errors
+    /// 400 for a request that says nothing sensible, 403 for a viewer, 404 for a cluster that is not
+    /// within reach, 409 for a key that was used for something else, 429 for one too many.
+    pub(super) async fn begin_rollout(
+        &self,
+        principal: &Principal,
+        request: RolloutRequest,
+        key: &str,
+        now: i64,
+    ) -> Result<(RolloutRecord, bool), HttpError> {
+        let key = check_idempotency_key(Some(key))
+            .map_err(|why| HttpError::new(400, "idempotency_key_needed", why, None))?;
+        if restrict(principal, &TokenRequest::default())?.role < Role::Deployer {
+            return Err(HttpError::new(403, "role_exceeded", "a viewer changes nothing", None));
+        }
+        let ttl_s = request.ttl_s;
+        ttl_s.map(|ttl| checked_ttl(Some(ttl), MAX_TTL, MAX_TTL)).transpose()?;
+        let waves = request.waves.as_deref().unwrap_or("all");
+        check_waves(waves, MAX_CLUSTERS)?;
+        let asked = json!([
+            request.kind,
+            request.spec,
+            request.clusters,
+            request.selector,
+            request.all,
+            waves,
+            ttl_s
+        ]);
+        let (limits, digest) = (principal.limits(), hex(&Sha256::digest(asked.to_string())));
+        let id = RolloutRecord::id_of(&principal.id(), limits.as_ref(), key);
+        if let Some(known) = self.registry().rollout(&id) {
+            check_same(&known, &digest)?;
+            return Ok((known, false));
+        }
+        let (mut clusters, project) = self.rollout_clusters(principal, &request, now)?;
+        let sizes = check_waves(waves, clusters.len())?;
+        let numbers = sizes.iter().enumerate().flat_map(|(n, size)| vec![n + 1; *size]);
+        for (cluster, wave) in clusters.iter_mut().zip(numbers) {
+            cluster.wave = wave;
+        }
+        let body = json!({"kind": request.kind, "spec": request.spec}).to_string();
+        let sealed = self.keys().seal(&body).map_err(|e| database_unavailable(&e))?;
+        let record = RolloutRecord {
+            id,
+            project,
+            caller_id: principal.id(),
+            subject: principal.subject(),
+            limits,
+            kind: request.kind,
+            request: digest,
+            sealed: Some(sealed),
+            ttl_s,
+            state: RolloutState::Running,
+            message: String::new(),
+            created_at: now,
+            finished_at: None,
+            clusters,
+        };
+        let (record, is_new) = self.registry().add_rollout(record).await?;
+        self.drive_rollout(&record.id, now).await;
+        Ok((self.registry().rollout(&record.id).unwrap_or(record), is_new))
+    }
+
+    /// The clusters that are asked for, and the project that they are of.
+    fn rollout_clusters(
+        &self,
+        principal: &Principal,
+        request: &RolloutRequest,
+        now: i64,
+    ) -> Result<(Vec<RolloutCluster>, String), HttpError> {
+        let registry = self.registry();
+        let targets = [request.clusters.is_some(), request.selector.is_some(), request.all];
+        if targets.into_iter().filter(|given| *given).count() != 1 {
+            return Err(bad_rollout("a rollout takes one of `clusters`, `selector` and `all`"));
+        }
+        let selector = match request.selector.as_deref().map(Selector::parse).transpose() {
+            Ok(selector) => selector,
+            Err(why) => {
+                let message = format!("the selector cannot be read: {why}");
+                return Err(HttpError::new(400, "bad_selector", message, None));
+            }
+        };
+        let (mut seen, mut clusters) = (BTreeSet::new(), Vec::new());
+        let mut projects = BTreeSet::new();
+        let wanted = request.clusters.clone();
+        let is_listed = wanted.is_some();
+        for id in wanted.unwrap_or_else(|| registry.select(principal, selector.as_ref(), now)) {
+            let found = match self.rollout_cluster(principal, &id, now) {
+                // one that was revoked is not among those that are meant
+                Err(error) if error.status == 404 && !is_listed => continue,
+                found => found?,
+            };
+            let (cluster, project) = found;
+            if seen.insert(cluster.id.clone()) {
+                projects.insert(project);
+                clusters.push(cluster);
+            }
+        }
+        match clusters.len() {
+            0 if is_listed => Err(bad_rollout("`clusters` names no cluster")),
+            0 => {
+                let message = match &request.selector {
+                    Some(text) => format!("no cluster matches `{}`", printable(text)),
+                    None => "this token reaches no cluster".into(),
+                };
+                let hint = "`pipeops clusters` lists those within reach, with their labels";
+                Err(HttpError::new(400, "no_cluster_matches", message, Some(hint)))
+            }
+            many if many > MAX_CLUSTERS => {
+                let message = format!("{many} clusters: a rollout has {MAX_CLUSTERS} at most");
+                Err(bad_rollout(message))
+            }
+            _ => {
+                let project = if projects.len() == 1 { projects.pop_first() } else { None };
+                Ok((clusters, project.unwrap_or_default()))
+            }
+        }
+    }
+
+    /// A cluster within reach, and its project.
+    fn rollout_cluster(
+        &self,
+        principal: &Principal,
+        id: &str,
+        now: i64,
+    ) -> Result<(RolloutCluster, String), HttpError> {
+        let registry = self.registry();
+        if let Principal::AccessToken(access) = principal {
+            registry.check_access(access, id)?;
+        }
+        let target = registry.target(id, principal.project())?;
+        let view = registry.cluster(&target.cluster, principal.project(), now)?;
+        let cluster = RolloutCluster {
+            id: target.cluster,
+            name: view.name,
+            agent: target.agent,
+            wave: 1,
+            operation: String::new(),
+            sent_at: 0,
+            state: None,
+            reason: String::new(),
+            message: String::new(),
+        };
+        Ok((cluster, view.project))
+    }
+
+    /// Brings all rollouts as far as they go now.
+    pub(super) async fn drive_rollouts(&self, now: i64) {
+        for id in self.registry().active_rollouts(now) {
+            self.drive_rollout(&id, now).await;
+        }
+    }
+
+    /// Brings a rollout as far as it goes now. What fails is tried again by the next call.
+    pub(super) async fn drive_rollout(&self, id: &str, now: i64) {
+        let registry = self.registry();
+        let away = registry.rollout(id).map(|record| self.away(&record, now)).unwrap_or_default();
+        let (record, steps) = match registry.advance_rollout(id, &away, now).await {
+            Ok(advanced) => advanced,
+            Err(error) => {
+                tracing::warn!(error = error.message, rollout = id, "a rollout does not go on");
+                return;
+            }
+        };
+        let record = Arc::new(record);
+        for cluster in record.clusters.iter().filter(|cluster| steps.send.contains(&cluster.id)) {
+            let (control_plane, record, cluster) = (self.clone(), record.clone(), cluster.clone());
+            tokio::spawn(async move {
+                let sent = control_plane.send(&record, &cluster, now).await;
+                control_plane.registry().end_sending(&record.id, &cluster.id, sent);
+            });
+        }
+        for cluster in record.clusters.iter().filter(|cluster| steps.cancel.contains(&cluster.id)) {
+            if let Some(operation) = registry.operation(&cluster.agent, &cluster.operation) {
+                let why = "its rollout was cancelled before the agent had it";
+                let state = OperationState::Cancelled;
+                // one that is being handed over is cancelled next time, or runs
+                let _ = registry.cancel_queued(operation, state, why, now).await;
+            }
+        }
+    }
+
+    /// Agents of queued operations that are not there to take them.
+    fn away(&self, record: &RolloutRecord, now: i64) -> BTreeSet<String> {
+        let is_away = |agent: &String| match self.tunnel_open(agent) {
+            Some(open) => !open,
+            // with an external FRP server the heartbeats are all that is known
+            None => !self.registry().is_online(agent, now),
+        };
+        let queued = record.clusters.iter().filter(|c| c.state == Some(OperationState::Queued));
+        queued.map(|cluster| cluster.agent.clone()).filter(is_away).collect()
+    }
+
+    /// Asks for the operation of a cluster, as the principal that asked for the rollout.
+    async fn send(&self, record: &RolloutRecord, cluster: &RolloutCluster, now: i64) -> Sent {
+        let registry = self.registry();
+        let refused = |reason: &str, message: &str| Sent::Refused(reason.into(), message.into());
+        let body = record.sealed.as_deref().and_then(|sealed| self.keys().unseal(sealed).ok());
+        let request = body.and_then(|body| serde_json::from_str(body.expose()).ok());
+        let Some(OperationRequest { kind, spec, .. }) = request else {
+            return refused(
+                "sealed_foreign",
+                "it was kept under other keys than this control plane's",
+            );
+        };
+        // revoked, or removed: the next look at the rollout says so
+        let Some(principal) = registry.resolve(&record.caller_id, record.limits.as_ref(), now)
+        else {
+            return Sent::Maybe;
+        };
+        if let Principal::AccessToken(access) = &principal
+            && registry.check_access(access, &cluster.id).is_err()
+        {
+            return refused(
+                "out_of_reach",
+                "the cluster is not within the caller's reach any more",
+            );
+        }
+        let Ok(target) = registry.target(&cluster.id, principal.project()) else {
+            return Sent::Maybe;
+        };
+        let request = OperationRequest { kind, spec, ttl_s: record.ttl_s };
+        let key = record.key_of(&cluster.id);
+        match self.submit_operation(&principal, &target, request, Some(&key), now).await {
+            Ok(Submission::Existing(_) | Submission::Created(_)) => Sent::Maybe,
+            Ok(Submission::Rejected(status, value)) => {
+                // the agent's message may quote the request, and is shown to others than the caller
+                let code = value["code"].as_str().filter(|code| is_code(code)).unwrap_or("refused");
+                let message = format!("the agent refuses it: {code}");
+                self.judge(status, code, &message, cluster, now)
+            }
+            Err(HttpError { status, code, message, .. }) => {
+                let status = StatusCode::from_u16(status).unwrap_or_default();
+                self.judge(status, code, &message, cluster, now)
+            }
+        }
+    }
+
+    /// Whether an answer stands, or the same is asked again in a moment.
+    fn judge(
+        &self,
+        status: StatusCode,
+        code: &str,
+        message: &str,
+        cluster: &RolloutCluster,
+        now: i64,
+    ) -> Sent {
+        let registry = self.registry();
+        let again = match code {
+            "database_unavailable" => true,
+            "agent_offline" => registry.may_come_back(&cluster.agent, cluster.sent_at, now),
+            // 401: the clocks differ at the moment, or its keys are not there yet
+            _ => {
+                let passes = status.is_server_error() || matches!(status.as_u16(), 401 | 408 | 429);
+                passes && registry.has_patience(cluster.sent_at, now)
+            }
+        };
+        if again { Sent::Maybe } else { Sent::Refused(code.into(), message.into()) }
+    }
+}
+
+fn check_waves(text: &str, clusters: usize) -> Result<Vec<usize>, HttpError> {
+    let hint = "as in 1,10%,all: a number of clusters, a part of all, the rest";
+    waves::sizes(text, clusters).map_err(|why| HttpError::new(400, "bad_waves", why, Some(hint)))
+}
+
+fn is_code(text: &str) -> bool {
+    (1..=40).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b.is_ascii_digit())
+}
