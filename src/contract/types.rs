@@ -51,6 +51,8 @@ wire! {
         node_count: u32,
         #[serde(skip_serializing_if = "Option::is_none")]
         region: Option<String>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        zone: Option<String>,
         labels: BTreeMap<String, String>,
     }
     /// `POST /api/v1/agents/register`, signed in the header `Pipeops-Signature`.

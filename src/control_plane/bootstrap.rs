@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::clock::now;
 use super::error::HttpError;
+use super::registry::NewEnrolment;
 use super::scope::DAY;
 use super::state::ControlPlane;
 
@@ -25,10 +26,14 @@ impl ControlPlane {
         // the administrator comes last: if this fails before, the next start does it again
         let line = match show {
             Some(_) => {
-                let added = self
-                    .registry()
-                    .add_enrolment(self.keys(), "default", "first", DAY, Some(1), now())
-                    .await;
+                let first = NewEnrolment {
+                    project: "default",
+                    name: "first",
+                    ttl: DAY,
+                    uses: Some(1),
+                    ..NewEnrolment::default()
+                };
+                let added = self.registry().add_enrolment(self.keys(), first, now()).await;
                 self.install_line(&added.map_err(failed)?.1)
             }
             None => String::new(),

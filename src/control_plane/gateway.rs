@@ -132,7 +132,8 @@ impl ControlPlane {
         let (prefix, uri) = agent_uri(request.uri(), &target.agent)?;
         let upgrade = request.headers().get(header::UPGRADE).cloned();
         let headers = outward_headers(request.headers(), &token, upgrade.as_ref())?;
-        let revocation = (target.revocation.clone(), self.registry().revocation_of(principal));
+        let revocation =
+            (target.revocation.clone(), self.registry().revocation_of(principal, &target.agent));
         let upgrade = upgrade.is_some();
         let clients = self.agent_clients();
         let client = if upgrade { &clients.single } else { &clients.pooled };

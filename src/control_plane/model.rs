@@ -1,7 +1,10 @@
 //! Rows of the registry, as they are stored.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
+use crate::contract::selector::Selector;
 use crate::contract::token::Role;
 use crate::contract::types::{AgentInfo, ClusterInfo, Operation};
 
@@ -38,6 +41,9 @@ pub struct Enrolment {
     /// How many more agents it lets in; none: as many as come.
     pub uses_left: Option<u32>,
     pub revoked: bool,
+    /// The labels that a new cluster gets at the control plane.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// A credential that an agent holds.
@@ -67,6 +73,17 @@ pub struct Agent {
     /// What Runners were told last: whether it is there.
     #[serde(default)]
     pub online: bool,
+    /// The labels of its cluster that were set at the control plane: [`ClusterLabels`].
+    #[serde(skip)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// The labels of an agent's cluster that were set at the control plane.
+// a row of their own: versions before labels write the one of the agent without them
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ClusterLabels {
+    pub agent: String,
+    pub labels: BTreeMap<String, String>,
 }
 
 /// What a bearer of the Runner side may reach.
@@ -80,7 +97,8 @@ pub struct AccessToken {
     #[cfg_attr(test, schemars(skip))]
     pub hash: String,
     pub role: Role,
-    /// Only these clusters; none: all of the project.
+    /// Only these clusters; none: all of the project. Beside a selector an empty list is no limit.
+    // versions before selectors read such a row as one that reaches no cluster
     pub clusters: Option<Vec<String>>,
     /// Only these namespaces; none: all. Of a tenant's token an empty list is all of that tenant.
     // versions before tenants read such a row as one that reaches no namespace
@@ -98,6 +116,9 @@ pub struct AccessToken {
     // no kind of its own: versions before this one read the row as a Runner
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub person: bool,
+    /// Only clusters with such labels: those that were set at the control plane, and `id`, count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<String>,
 }
 
 /// What the subject of a user begins with.
@@ -119,9 +140,28 @@ impl AccessToken {
         self.namespaces.as_ref().filter(|list| self.tenant.is_none() || !list.is_empty())
     }
 
-    /// Whether a cluster of its project is within its reach.
-    pub fn includes(&self, cluster: &str) -> bool {
-        self.clusters.as_ref().is_none_or(|list| list.iter().any(|id| id == cluster))
+    /// Tells whether the cluster of an agent is within its reach. A machine that is taken over
+    /// decides nothing of that: what agents report does not count.
+    pub fn reach(&self) -> impl Fn(&Agent) -> bool {
+        let selector = self.selector.as_deref().map(Selector::parse);
+        let limit = self.clusters.as_ref();
+        let limit = limit.filter(|list| selector.is_none() || !list.is_empty());
+        move |agent| {
+            let cluster = &agent.cluster_id;
+            let label = |key: &str| match key {
+                "id" => Some(cluster.clone()),
+                _ => agent.labels.get(key).cloned(),
+            };
+            let is_selected = match &selector {
+                None => true,
+                Some(Ok(selector)) => selector.matches(&label),
+                // of a later version
+                Some(Err(_)) => false,
+            };
+            agent.project == self.project
+                && limit.is_none_or(|list| list.contains(cluster))
+                && is_selected
+        }
     }
 }
 

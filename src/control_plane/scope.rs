@@ -165,6 +165,7 @@ mod tests {
             revoked: false,
             maker: None,
             person: false,
+            selector: None,
         }))
     }
 

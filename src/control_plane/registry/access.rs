@@ -2,6 +2,7 @@
 
 use tokio_util::sync::CancellationToken;
 
+use super::labels::checked_selector;
 use super::{HttpError, Inner, Registry, check_name, mint_token, not_found};
 use crate::base::secret::Secret;
 use crate::control_plane::keys::Keys;
@@ -18,7 +19,7 @@ impl Registry {
     /// name of a Runner or user is free again once it is revoked or has expired.
     ///
     /// # Errors
-    /// A bad name, project or cluster, a Runner's name that is taken in its project, a user's that
+    /// A bad name, project, cluster or selector, a Runner's name that is taken in its project, a user's that
     /// is taken in any, more kubeconfigs than one maker may have, or a database that cannot be
     /// written.
     pub async fn add_access_token(
@@ -32,6 +33,9 @@ impl Registry {
             return Err(HttpError::new(400, "bad_name", "a user's name has no /", hint));
         }
         row.project = self.project(&row.project)?.id;
+        if let Some(selector) = &row.selector {
+            row.selector = Some(checked_selector(selector)?);
+        }
         if let Some(clusters) = &mut row.clusters {
             let inner = self.inner();
             for cluster in clusters {
@@ -111,22 +115,20 @@ impl Registry {
         self.transact(change, |_, _| (), done).await
     }
 
-    /// The revocation of a Runner, if it may reach an agent's cluster now.
+    /// What ends the streams of a Runner to an agent, if it may reach its cluster now.
     pub fn runner_revocation(
         &self,
         agent: &str,
         runner: &str,
         now: i64,
     ) -> Option<CancellationToken> {
-        let inner = self.inner();
-        let row = inner.agents.get(agent).map(|e| &e.row).filter(|row| !row.revoked)?;
-        let (access, revocation) = inner.access_tokens.get(runner)?;
-        let reaches = access.kind == AccessKind::Runner
+        let mut inner = self.inner();
+        let (access, _) = inner.access_tokens.get(runner)?;
+        let lives = access.kind == AccessKind::Runner
             && !access.revoked
-            && access.project == row.project
             && access.expires_at.is_none_or(|at| at > now)
-            && access.includes(&row.cluster_id);
-        reaches.then(|| revocation.clone())
+            && inner.agents.get(agent).is_some_and(|e| !e.row.revoked);
+        if lives { inner.reaching(runner, agent) } else { None }
     }
 
     /// The access of that id or subject, also one that was revoked.
@@ -268,6 +270,7 @@ impl Inner {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::admin::NewEnrolment;
     use super::*;
     use crate::contract::token::Role;
     use crate::control_plane::store::Store;
@@ -290,7 +293,12 @@ pub(super) mod tests {
             revoked: false,
             maker,
             person: false,
+            selector: None,
         }
+    }
+
+    pub(in crate::control_plane::registry) fn new_enrolment(name: &str) -> NewEnrolment<'_> {
+        NewEnrolment { project: "default", name, ttl: 60, ..NewEnrolment::default() }
     }
 
     pub(in crate::control_plane::registry) fn named(name: &str) -> AccessToken {

@@ -1,5 +1,8 @@
 //! What administrators create and revoke: projects, enrolment tokens, other administrators.
 
+use std::collections::BTreeMap;
+
+use super::labels::check_labels;
 use super::{
     HttpError, Inner, Principal, Registry, check_name, database_unavailable, mint_token, not_found,
 };
@@ -8,6 +11,20 @@ use crate::control_plane::keys::{Keys, random_token};
 use crate::control_plane::model::{Admin, Enrolment, Project};
 use crate::control_plane::store::{Change, RowKind};
 use tokio_util::sync::CancellationToken;
+
+/// What an enrolment token is made of.
+#[derive(Default)]
+pub struct NewEnrolment<'a> {
+    /// Name or id.
+    pub project: &'a str,
+    pub name: &'a str,
+    /// Seconds.
+    pub ttl: i64,
+    /// How many agents it lets in; none: as many as come.
+    pub uses: Option<u32>,
+    /// Of the clusters that come with it.
+    pub labels: BTreeMap<String, String>,
+}
 
 impl Registry {
     /// # Errors
@@ -62,18 +79,17 @@ impl Registry {
     /// An enrolment token. Its text is returned once and stored nowhere.
     ///
     /// # Errors
-    /// A bad name or project, or a database that cannot be written.
+    /// A bad name, project or label, or a database that cannot be written.
     pub async fn add_enrolment(
         &self,
         keys: &Keys,
-        project: &str,
-        name: &str,
-        ttl: i64,
-        uses: Option<u32>,
+        new: NewEnrolment<'_>,
         now: i64,
     ) -> Result<(Enrolment, Secret), HttpError> {
+        let NewEnrolment { project, name, ttl, uses, labels } = new;
         let project = self.project(project)?;
         check_name(name)?;
+        check_labels(&labels)?;
         let (token, hash) = mint_token(keys, "poe")?;
         let row = Enrolment {
             id: self.random_id("t")?,
@@ -84,6 +100,7 @@ impl Registry {
             expires_at: now.saturating_add(ttl),
             uses_left: uses,
             revoked: false,
+            labels,
         };
         let change = |inner: &mut Inner| {
             inner.insert_enrolment(row.clone());
@@ -118,11 +135,21 @@ impl Registry {
         self.inner().resolve_subject(subject, now)
     }
 
-    /// The revocation of a principal.
-    pub fn revocation_of(&self, principal: &Principal) -> CancellationToken {
-        let inner = self.inner();
+    /// What ends the streams of a principal to an agent. It has come already where the agent's
+    /// cluster is no longer within its reach.
+    pub fn revocation_of(&self, principal: &Principal, agent: &str) -> CancellationToken {
+        let mut inner = self.inner();
         let revocation = match principal {
-            Principal::AccessToken(access) => inner.access_tokens.get(&access.id).map(|a| &a.1),
+            Principal::AccessToken(access) => match inner.access_tokens.get(&access.id) {
+                Some((row, _)) if row.selector.is_some() => {
+                    return inner.reaching(&access.id, agent).unwrap_or_else(|| {
+                        let ended = CancellationToken::new();
+                        ended.cancel();
+                        ended
+                    });
+                }
+                found => found.map(|a| &a.1),
+            },
             Principal::Admin(name) => {
                 inner.admins.values().find(|a| a.0.name == *name).map(|a| &a.1)
             }
@@ -229,7 +256,7 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
-    use super::super::access::tests::{named, row};
+    use super::super::access::tests::{named, new_enrolment, row};
     use super::*;
     use crate::control_plane::store::Store;
     use crate::host::Host;
@@ -247,11 +274,10 @@ mod tests {
         let principal = registry.authenticate(&keys.token_hash(token.expose()), 1).unwrap();
         let (access, _) =
             registry.add_access_token(&keys, row(Some(principal.subject()))).await.unwrap();
-        let (enrolment, _) =
-            registry.add_enrolment(&keys, "default", "t", 60, None, 1).await.unwrap();
+        let (enrolment, _) = registry.add_enrolment(&keys, new_enrolment("t"), 1).await.unwrap();
         let streams = [
-            registry.revocation_of(&principal),
-            registry.revocation_of(&Principal::AccessToken(Box::new(access.clone()))),
+            registry.revocation_of(&principal, "a-1"),
+            registry.revocation_of(&Principal::AccessToken(Box::new(access.clone())), "a-1"),
         ];
         let known = || {
             let revoked = registry.access_tokens().iter().filter(|a| a.revoked).count()
@@ -272,7 +298,7 @@ mod tests {
             code(registry.add_project("more", 2).await.map(drop)),
             code(registry.add_admin(&keys, "more", 2).await.map(drop)),
             code(registry.add_access_token(&keys, named("more")).await.map(drop)),
-            code(registry.add_enrolment(&keys, "default", "more", 60, None, 2).await.map(drop)),
+            code(registry.add_enrolment(&keys, new_enrolment("more"), 2).await.map(drop)),
             code(registry.revoke_enrolment(&enrolment.id).await),
             code(registry.revoke_access_token(&access.id, 2).await),
             code(registry.remove_admin(&admin.id).await),
@@ -286,8 +312,8 @@ mod tests {
         let store = Store::open(&url, "i").await.unwrap();
         let registry = Registry::load(store, None, 0).await.unwrap();
         let streams = [
-            registry.revocation_of(&principal),
-            registry.revocation_of(&Principal::AccessToken(Box::new(access))),
+            registry.revocation_of(&principal, "a-1"),
+            registry.revocation_of(&Principal::AccessToken(Box::new(access)), "a-1"),
         ];
         registry.remove_admin(&admin.id).await.unwrap();
         assert!(

@@ -117,6 +117,7 @@ impl Registry {
             let entry = inner.agents.remove(id).ok_or_else(|| not_found("agent", id))?;
             let (mut changes, operations) = inner.remove_operations(id);
             changes.push(Change::remove(RowKind::Agent, id));
+            changes.push(Change::remove(RowKind::Labels, id));
             changes.extend(self.event(&entry.row, Topic::Deregistered, now));
             Ok::<_, HttpError>((changes, (entry, operations)))
         };

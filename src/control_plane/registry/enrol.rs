@@ -6,6 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 
 use super::events::Topic;
+use super::labels::labels_change;
 use super::{
     Entry, HttpError, Inner, Principal, Registry, check_facts, check_name, duplicate, mint_token,
     not_found,
@@ -247,11 +248,15 @@ impl Inner {
             seen_at: now,
             revoked: false,
             online: false,
+            labels: enrolment.labels.clone(),
         };
-        let changes = vec![
+        let mut changes = vec![
             Change::put(RowKind::Agent, &id, &row)?,
             Change::put(RowKind::Enrolment, token, enrolment)?,
         ];
+        if !row.labels.is_empty() {
+            changes.push(labels_change(&row)?);
+        }
         self.insert_agent(Entry::new(row));
         Ok((changes, cluster_id, Undo::New { id, enrolment: token.clone() }))
     }

@@ -1,8 +1,11 @@
 //! An agent as the registry holds it in memory, how alive it is, and its cluster as it is shown.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
+use crate::contract::selector::Selector;
 use crate::contract::types::StatusReport;
 use crate::control_plane::model::{Agent, Liveness};
 
@@ -27,6 +30,8 @@ pub(super) struct Entry {
     pub(super) report_unannounced: bool,
     /// Cancelled when it is revoked or removed: its open streams end.
     pub(super) revocation: CancellationToken,
+    /// By the id of an access with a selector, what ends its streams to here.
+    pub(super) selected: BTreeMap<String, CancellationToken>,
 }
 
 /// A cluster as the API and the page show it.
@@ -42,6 +47,16 @@ pub struct ClusterView {
     pub version: String,
     pub agent_version: String,
     pub provider: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub region: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub zone: String,
+    /// Those that its agent reports, and those that were set at the control plane, which win.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// The keys of those that were set at the control plane: they alone count in rights.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub labels_set: Vec<String>,
     /// Told to nobody of a tenant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nodes: Option<u32>,
@@ -62,7 +77,28 @@ impl ClusterView {
         // of one that is online it is about its Kubernetes
         let is_online = self.state == Liveness::Online;
         let reason = if is_online { String::new() } else { self.reason };
-        ClusterView { reason, provider: String::new(), nodes: None, report: None, ..self }
+        let (provider, region, zone) = Default::default();
+        let (labels, labels_set) = Default::default();
+        let (nodes, report) = (None, None);
+        ClusterView { reason, provider, region, zone, labels, labels_set, nodes, report, ..self }
+    }
+
+    /// A label or fact, as a selector sees it; none where it is not known.
+    fn label(&self, key: &str) -> Option<String> {
+        let fact = match key {
+            "id" => &self.id,
+            "name" => &self.name,
+            "provider" => &self.provider,
+            "region" => &self.region,
+            "zone" => &self.zone,
+            _ => return self.labels.get(key).cloned(),
+        };
+        (!fact.is_empty()).then(|| fact.clone())
+    }
+
+    /// Whether a selector names it, by what is shown of it here.
+    pub(in crate::control_plane) fn is_meant(&self, selector: &Selector) -> bool {
+        selector.matches(&|key| self.label(key))
     }
 }
 
@@ -80,6 +116,7 @@ impl Entry {
             report: None,
             report_unannounced: false,
             revocation: CancellationToken::new(),
+            selected: BTreeMap::new(),
         }
     }
 
@@ -151,6 +188,10 @@ impl Entry {
             version: reported.unwrap_or_else(|| row.cluster.version.clone()),
             agent_version: row.info.version.clone(),
             provider: row.cluster.provider.clone(),
+            region: row.cluster.region.clone().unwrap_or_default(),
+            zone: row.cluster.zone.clone().unwrap_or_default(),
+            labels: row.cluster.labels.iter().chain(&row.labels).map(owned).collect(),
+            labels_set: row.labels.keys().cloned().collect(),
             nodes: Some(self.report.as_ref().map_or(row.cluster.node_count, |r| {
                 u32::try_from(r.nodes.len()).unwrap_or(u32::MAX)
             })),
@@ -162,6 +203,10 @@ impl Entry {
             report: self.report.clone().filter(|_| deep),
         }
     }
+}
+
+fn owned((key, value): (&String, &String)) -> (String, String) {
+    (key.clone(), value.clone())
 }
 
 #[cfg(test)]
@@ -183,6 +228,7 @@ pub(super) mod tests {
             seen_at: 100,
             revoked: false,
             online: true,
+            labels: BTreeMap::new(),
         }
     }
 

@@ -7,6 +7,7 @@ mod agents;
 pub mod enrol;
 mod entry;
 mod events;
+mod labels;
 mod names;
 mod operations;
 mod principal;
@@ -31,7 +32,9 @@ use entry::Entry;
 use names::{check_facts, check_name};
 
 pub use super::error::HttpError;
+pub use admin::NewEnrolment;
 pub use entry::ClusterView;
+pub(super) use labels::parse_selector;
 pub use principal::Principal;
 
 /// Intervals of heartbeats and of status reports, seconds.
@@ -102,6 +105,7 @@ impl Registry {
         for row in store.all::<Agent>(RowKind::Agent).await? {
             inner.insert_agent(Entry::new(row));
         }
+        inner.load_labels(&store).await?;
         for row in store.all(RowKind::Access).await? {
             inner.insert_access_token(row);
         }
@@ -121,13 +125,6 @@ impl Registry {
         self.inner.lock()
     }
 
-    /// Clusters of a project, or all.
-    pub fn clusters(&self, project: Option<&str>, now: i64) -> Vec<ClusterView> {
-        let inner = self.inner();
-        let mine = inner.agents.values().filter(|e| project.is_none_or(|p| e.row.project == p));
-        mine.map(|e| e.view(now, self.started, false)).collect()
-    }
-
     /// One cluster by id or, where it is the only one of that name, by name.
     ///
     /// # Errors
@@ -144,11 +141,11 @@ impl Registry {
     /// Whether an access reaches a cluster.
     ///
     /// # Errors
-    /// 404 for one outside its project or list: for this caller it does not exist.
+    /// 404 for one outside its project, list or selector: for this caller it does not exist.
     pub fn check_access(&self, access: &AccessToken, id: &str) -> Result<(), HttpError> {
         let inner = self.inner();
-        let cluster = &inner.find(id, Some(&access.project))?.row.cluster_id;
-        if access.includes(cluster) { Ok(()) } else { Err(not_found("cluster", id)) }
+        let row = &inner.find(id, Some(&access.project))?.row;
+        if access.reach()(row) { Ok(()) } else { Err(not_found("cluster", id)) }
     }
 
     /// How a caller of `project` reaches a cluster.

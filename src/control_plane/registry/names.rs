@@ -1,6 +1,7 @@
 //! Rules for names, which are shown on terminals and on the page and must be distinguishable.
 
 use super::HttpError;
+use super::labels::check_labels;
 use crate::base::text;
 use crate::contract::types::Register;
 
@@ -30,6 +31,7 @@ pub(super) fn check_facts(request: &Register) -> Result<(), HttpError> {
         ("cluster's provider", &cluster.provider),
         ("cluster's version", &cluster.version),
         ("cluster's region", cluster.region.as_deref().unwrap_or_default()),
+        ("cluster's zone", cluster.zone.as_deref().unwrap_or_default()),
     ];
     let labels = [&agent.labels, &cluster.labels]
         .into_iter()
@@ -44,5 +46,5 @@ pub(super) fn check_facts(request: &Register) -> Result<(), HttpError> {
             HttpError::new(400, "bad_name", format!("the agent's {what} {why}"), hint)
         })?;
     }
-    Ok(())
+    check_labels(&cluster.labels)
 }

@@ -198,7 +198,9 @@ impl Registry {
                     .name
                     .clone(),
             )),
-            RowKind::Project | RowKind::Operation | RowKind::Rollout => Err(unknown()),
+            RowKind::Project | RowKind::Operation | RowKind::Rollout | RowKind::Labels => {
+                Err(unknown())
+            }
         }
     }
 }

@@ -1,7 +1,11 @@
 //! Clusters: their state, what runs in one, and tokens to reach it.
 
+use std::collections::BTreeMap;
+
 use axum::extract::State;
 use axum::response::Response;
+use http::Uri;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Routes;
@@ -13,7 +17,7 @@ use crate::control_plane::caller_token::{CallerTokenRequest, check_tenants};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
 use crate::control_plane::model::{AccessKind, AccessToken};
-use crate::control_plane::registry::{ClusterView, Principal};
+use crate::control_plane::registry::{ClusterView, Principal, parse_selector};
 use crate::control_plane::scope::{DAY, TokenRequest, checked_ttl, restrict};
 use crate::control_plane::state::ControlPlane;
 use crate::kubernetes::readiness::workload::{PodCounts, WorkloadKind};
@@ -31,6 +35,7 @@ pub(super) fn routes(routes: Routes) -> Routes {
     routes
         .get("/api/v1/clusters", list)
         .get("/api/v1/clusters/{id}", show)
+        .patch("/api/v1/clusters/{id}/labels", label)
         .delete("/api/v1/clusters/{id}", remove)
         .post("/api/v1/clusters/{id}/revoke", revoke)
         .post("/api/v1/clusters/{id}/token", token)
@@ -38,13 +43,43 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .get("/api/v1/clusters/{id}/inside/{what}", look_inside)
 }
 
+/// Labels to set; those that are null are taken away.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub(super) struct LabelChanges {
+    labels: BTreeMap<String, Option<String>>,
+}
+
 /// Whoever logs in learns by this which tenant the token is limited to.
-async fn list(caller: RunnerCaller, State(control_plane): State<ControlPlane>) -> Response {
-    let mut all = json!({"items": control_plane.visible(&caller.principal, now())});
+async fn list(
+    caller: RunnerCaller,
+    State(control_plane): State<ControlPlane>,
+    uri: Uri,
+) -> Result<Response, HttpError> {
+    let query = url::form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes());
+    let selector = query.into_owned().find(|(name, _)| name == "selector");
+    let mut items = control_plane.visible(&caller.principal, now());
+    if let Some((_, text)) = selector {
+        let selector = parse_selector(&text)?;
+        items.retain(|cluster| cluster.is_meant(&selector));
+    }
+    let mut all = json!({"items": items});
     if let Some(tenant) = caller.principal.tenant() {
         all["tenant"] = tenant.into();
     }
-    answer(200, &all)
+    Ok(answer(200, &all))
+}
+
+async fn label(
+    _: AdminCaller,
+    State(control_plane): State<ControlPlane>,
+    PathSegments([id]): PathSegments<1>,
+    JsonBody(request): JsonBody<LabelChanges>,
+) -> Result<Response, HttpError> {
+    control_plane.registry().set_labels(&id, request.labels).await?;
+    let cluster = control_plane.registry().cluster(&id, None, now())?;
+    Ok(answer(200, &control_plane.seen(cluster, &Principal::Local)))
 }
 
 async fn show(
@@ -113,6 +148,9 @@ async fn kubeconfig(
     }
     // not longer than the token of its maker is valid
     let own_end = if let Principal::AccessToken(own) = &principal { own.expires_at } else { None };
+    let own =
+        if let Principal::AccessToken(own) = &principal { own.selector.as_ref() } else { None };
+    let selector = own.map(|own| format!("{own},id={}", cluster.id));
     let row = AccessToken {
         id: String::new(),
         project: cluster.project.clone(),
@@ -120,7 +158,8 @@ async fn kubeconfig(
         kind: AccessKind::Kubeconfig,
         hash: String::new(),
         role: scope.role,
-        clusters: Some(vec![cluster.id.clone()]),
+        // a selector says it too, and a version that does not read it shall not reach the cluster
+        clusters: Some(if selector.is_some() { Vec::new() } else { vec![cluster.id.clone()] }),
         namespaces: scope.stored_namespaces(),
         tenant: scope.tenant,
         created_at: now,
@@ -128,6 +167,7 @@ async fn kubeconfig(
         revoked: false,
         maker: Some(principal.id()),
         person: false,
+        selector,
     };
     let (_, token) = control_plane.registry().add_access_token(control_plane.keys(), row).await?;
     Ok(uncached(201, "application/yaml", control_plane.kubeconfig(&cluster, &token)))
@@ -157,16 +197,8 @@ impl ControlPlane {
         principal: &Principal,
         now: i64,
     ) -> Vec<ClusterView> {
-        let reached = |cluster: &ClusterView| match principal {
-            Principal::AccessToken(access) => access.includes(&cluster.id),
-            _ => true,
-        };
-        self.registry()
-            .clusters(principal.project(), now)
-            .into_iter()
-            .filter(reached)
-            .map(|c| self.seen(c, principal))
-            .collect()
+        let reached = self.registry().reached(principal, now).into_iter();
+        reached.map(|c| self.seen(c, principal)).collect()
     }
 
     /// With the state of the tunnel as seen here, not as in the agent's last heartbeat; for a

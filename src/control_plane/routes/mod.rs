@@ -95,6 +95,14 @@ impl Routes {
         self.on("POST", MethodFilter::POST, path, handler)
     }
 
+    fn patch<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
+        self,
+        path: &'static str,
+        handler: H,
+    ) -> Routes {
+        self.on("PATCH", MethodFilter::PATCH, path, handler)
+    }
+
     fn delete<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
         self,
         path: &'static str,

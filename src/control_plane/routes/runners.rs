@@ -18,6 +18,9 @@ use crate::control_plane::scope::{
 };
 use crate::control_plane::state::ControlPlane;
 
+/// Longest selector of a right, bytes.
+const MAX_SELECTOR: usize = 2000;
+
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NewRunner"))]
 #[serde(deny_unknown_fields)]
@@ -29,6 +32,8 @@ pub(super) struct NewRunner {
     clusters: Option<Vec<String>>,
     namespaces: Option<Vec<String>>,
     tenant: Option<String>,
+    /// Only clusters with such labels, set at the control plane, or such an `id`.
+    selector: Option<String>,
     ttl_s: Option<i64>,
     /// A user: a person, known by name.
     person: Option<bool>,
@@ -61,6 +66,17 @@ async fn add(
     let role = parse_role(request.role.as_deref(), Role::Deployer)?;
     check_namespaces(request.namespaces.as_deref())?;
     check_tenant(request.tenant.as_deref())?;
+    let bad_selector = |message, hint| Err(HttpError::new(400, "bad_selector", message, hint));
+    if let Some(selector) = &request.selector {
+        if request.clusters.is_some() {
+            let hint = Some("an id can stand in a selector: id in (c-1,c-2)");
+            return bad_selector("clusters and a selector exclude each other", hint);
+        }
+        // a kubeconfig has it with the id of its cluster beside it
+        if selector.len() > MAX_SELECTOR {
+            return bad_selector("the selector of a right has 2,000 bytes at most", None);
+        }
+    }
     let scope = Scope { role, namespaces: request.namespaces, tenant: request.tenant };
     let row = AccessToken {
         id: String::new(),
@@ -69,7 +85,7 @@ async fn add(
         kind: AccessKind::Runner,
         hash: String::new(),
         role,
-        clusters: request.clusters,
+        clusters: request.clusters.or_else(|| request.selector.as_ref().map(|_| Vec::new())),
         namespaces: scope.stored_namespaces(),
         tenant: scope.tenant,
         created_at: now,
@@ -77,6 +93,7 @@ async fn add(
         revoked: false,
         maker: None,
         person: request.person.unwrap_or(false),
+        selector: request.selector,
     };
     let (row, token) = control_plane.registry().add_access_token(control_plane.keys(), row).await?;
     let mut shown = with_token(&row, &token);

@@ -1,5 +1,7 @@
 //! Enrolment tokens, which admit new agents.
 
+use std::collections::BTreeMap;
+
 use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
@@ -11,6 +13,7 @@ use crate::control_plane::auth::AdminCaller;
 use crate::control_plane::body::{JsonBody, PathSegments, RawBody};
 use crate::control_plane::clock::now;
 use crate::control_plane::error::HttpError;
+use crate::control_plane::registry::NewEnrolment;
 use crate::control_plane::scope::{DAY, YEAR, checked_ttl};
 use crate::control_plane::state::ControlPlane;
 
@@ -23,6 +26,9 @@ pub(super) struct NewEnrolmentToken {
     ttl_s: Option<i64>,
     /// 0: as many agents as come.
     uses: Option<u32>,
+    /// Of the clusters that come with it, set at the control plane.
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
 }
 
 pub(super) fn routes(routes: Routes) -> Routes {
@@ -49,10 +55,9 @@ async fn add(
         request.project.unwrap_or_else(|| "default".into()),
     );
     let uses = request.uses.or(Some(1)).filter(|n| *n > 0);
-    let (row, token) = control_plane
-        .registry()
-        .add_enrolment(control_plane.keys(), &project, &name, ttl, uses, now())
-        .await?;
+    let new = NewEnrolment { project: &project, name: &name, ttl, uses, labels: request.labels };
+    let (row, token) =
+        control_plane.registry().add_enrolment(control_plane.keys(), new, now()).await?;
     let mut shown = with_token(&row, &token);
     shown["install"] = control_plane.install_line(&token).into();
     Ok(answer(201, &shown))

@@ -30,6 +30,7 @@ pub enum RowKind {
     Admin,
     Operation,
     Rollout,
+    Labels,
 }
 
 impl RowKind {
@@ -42,6 +43,7 @@ impl RowKind {
             RowKind::Admin => "admin",
             RowKind::Operation => "operation",
             RowKind::Rollout => "rollout",
+            RowKind::Labels => "labels",
         }
     }
 }

@@ -102,16 +102,20 @@ impl Registry {
         first.into_values().cloned().collect()
     }
 
-    /// Running operations whose caller was revoked.
+    /// Running operations whose caller was revoked, or has a selector that no longer names the
+    /// cluster.
     pub fn running_for_revoked(&self) -> Vec<OperationRecord> {
         let inner = self.inner();
-        let revoked = |caller: &str| inner.access_of(caller).is_some_and(|access| access.revoked);
-        inner
-            .operations
-            .values()
-            .filter(|j| j.operation.state == OperationState::Running && revoked(j.caller()))
-            .cloned()
-            .collect()
+        let revoked = |record: &&OperationRecord| {
+            let agent = inner.agents.get(&record.agent);
+            inner.access_of(record.caller()).is_some_and(|access| {
+                let is_out = access.selector.is_some()
+                    && !agent.is_some_and(|agent| access.reach()(&agent.row));
+                access.revoked || is_out
+            })
+        };
+        let running = |j: &&OperationRecord| j.operation.state == OperationState::Running;
+        inner.operations.values().filter(running).filter(revoked).cloned().collect()
     }
 
     /// Whether an operation is queued for an agent.
