@@ -171,9 +171,10 @@ impl AccessToken {
 pub struct Limits {
     pub project: String,
     pub role: Role,
-    /// As those of an [`AccessToken`], like the rest.
+    /// None: all of the project, or all that the selector of its token names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clusters: Option<Vec<String>>,
+    /// As those of an [`AccessToken`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespaces: Option<Vec<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

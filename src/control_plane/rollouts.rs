@@ -11,14 +11,13 @@ use sha2::{Digest as _, Sha256};
 
 use super::error::{HttpError, database_unavailable};
 use super::operations::{MAX_TTL, OperationRequest, Submission};
-use super::registry::Principal;
 use super::registry::rollouts::{Sent, check_same};
+use super::registry::{Principal, parse_selector};
 use super::rollout::{RolloutCluster, RolloutRecord, RolloutState, waves};
 use super::scope::{TokenRequest, checked_ttl, restrict};
 use super::state::ControlPlane;
 use crate::base::encoding::hex;
 use crate::base::text::printable;
-use crate::contract::selector::Selector;
 use crate::contract::token::Role;
 use crate::contract::types::{OperationState, check_idempotency_key};
 
@@ -131,13 +130,7 @@ impl ControlPlane {
         if targets.into_iter().filter(|given| *given).count() != 1 {
             return Err(bad_rollout("a rollout takes one of `clusters`, `selector` and `all`"));
         }
-        let selector = match request.selector.as_deref().map(Selector::parse).transpose() {
-            Ok(selector) => selector,
-            Err(why) => {
-                let message = format!("the selector cannot be read: {why}");
-                return Err(HttpError::new(400, "bad_selector", message, None));
-            }
-        };
+        let selector = request.selector.as_deref().map(parse_selector).transpose()?;
         let (mut seen, mut clusters) = (BTreeSet::new(), Vec::new());
         let mut projects = BTreeSet::new();
         let wanted = request.clusters.clone();

@@ -74,7 +74,7 @@ impl Principal {
         Some(Limits {
             project: access.project.clone(),
             role: access.role,
-            clusters: access.clusters.clone(),
+            clusters: cluster_limit(access).cloned(),
             namespaces: access.namespaces.clone(),
             tenant: access.tenant.clone(),
         })
@@ -98,18 +98,22 @@ impl Principal {
             revoked: false,
             maker: None,
             person: false,
+            selector: None,
         };
         let access = match self {
             Principal::AccessToken(own) => {
                 let no_more = own.project == limited.project
                     && own.role >= limited.role
                     && own.tenant == limited.tenant
-                    && is_within(limited.clusters.as_ref(), own.clusters.as_ref())
+                    && is_within(limited.clusters.as_ref(), cluster_limit(&own))
                     && is_within(limited.namespace_limit(), own.namespace_limit());
-                if !no_more {
+                // beside a selector an empty list would be no limit
+                let is_nothing = limited.clusters.as_ref().is_some_and(Vec::is_empty);
+                if !no_more || (is_nothing && own.selector.is_some()) {
                     return None;
                 }
-                let AccessToken { role, clusters, namespaces, .. } = limited;
+                let AccessToken { role, namespaces, .. } = limited;
+                let clusters = limited.clusters.or_else(|| own.clusters.clone());
                 AccessToken { role, clusters, namespaces, ..*own }
             }
             Principal::Admin(_) | Principal::Local => limited,
@@ -117,6 +121,11 @@ impl Principal {
         };
         Some(Principal::AccessToken(Box::new(access)))
     }
+}
+
+/// The clusters that an access is limited to, beside the limit of its selector.
+fn cluster_limit(access: &AccessToken) -> Option<&Vec<String>> {
+    access.clusters.as_ref().filter(|list| access.selector.is_none() || !list.is_empty())
 }
 
 /// Whether a list allows nothing that another one does not; none allows everything.
@@ -280,6 +289,21 @@ mod tests {
         assert!(principal.clone().within(&loose).is_none());
         let other = Limits { tenant: Some("globex".into()), ..principal.limits().unwrap() };
         assert!(principal.within(&other).is_none());
+        // a selector stays, whatever else is limited
+        let selected =
+            AccessToken { clusters: names(&[]), selector: Some("env=prod".into()), ..own.clone() };
+        let principal = Principal::AccessToken(Box::new(selected));
+        let all = principal.limits().unwrap();
+        assert_eq!(all.clusters, None);
+        let within = |clusters| {
+            let limited = principal.clone().within(&Limits { clusters, ..all.clone() })?;
+            let Principal::AccessToken(access) = limited else { return None };
+            Some((access.clusters, access.selector))
+        };
+        let selector = Some("env=prod".to_owned());
+        assert_eq!(within(None), Some((names(&[]), selector.clone())));
+        assert_eq!(within(names(&["c-1"])), Some((names(&["c-1"]), selector)));
+        assert_eq!(within(names(&[])), None);
         // an administrator is who it was, and may do what is said
         let eve = Principal::Admin("eve".into()).within(&less).unwrap();
         assert_eq!((eve.id(), eve.subject()), ("admin:eve".into(), "admin:eve".into()));

@@ -115,6 +115,7 @@ fn find(
 fn may_see(principal: &Principal, record: &RolloutRecord) -> bool {
     let Principal::AccessToken(access) = principal else { return principal.is_admin() };
     let asked_with = record.limits.as_ref().map_or(Role::Admin, |limits| limits.role);
+    // beside a selector the list is there too, and empty
     let is_everywhere = access.clusters.is_none() && access.namespace_limit().is_none();
     let is_own = access.id == record.caller_id
         || (access.project == record.project
@@ -146,6 +147,7 @@ mod tests {
             revoked: false,
             maker: None,
             person: false,
+            selector: None,
         };
         let principal = |access: &AccessToken| Principal::AccessToken(Box::new(access.clone()));
         let record = |caller: &Principal| RolloutRecord {

@@ -290,13 +290,15 @@ impl Inner {
         let mut ended: Vec<(i64, &RolloutRecord)> =
             self.rollouts.values().filter_map(|r| Some((r.finished_at?, r))).collect();
         ended.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
-        let mut clusters: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut is_old = |(at, record): &(i64, &RolloutRecord)| {
+        let (mut clusters, mut old) = (BTreeMap::<&str, usize>::new(), Vec::new());
+        for (at, record) in ended {
             let kept = clusters.entry(&record.project).or_default();
             *kept += record.clusters.len();
-            *kept > MAX_ENDED_CLUSTERS || at + RETENTION <= now
-        };
-        ended.iter().filter(|one| is_old(one)).map(|(_, record)| record.id.clone()).collect()
+            if *kept > MAX_ENDED_CLUSTERS || at + RETENTION <= now {
+                old.push(record.id.clone());
+            }
+        }
+        old
     }
 }
 
