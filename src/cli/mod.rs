@@ -8,8 +8,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use client::{
     ClientCommand, ClusterArgs, ContextsArgs, ContextsCommand, DeployArgs, ExecArgs, FollowArgs,
-    JobArgs, JobCommand, LoginArgs, LogsArgs, NodesCommand, OperationArgs, ReachArgs, SecretArgs,
-    SecretCommand, TenantArgs, TenantCommand,
+    JobArgs, JobCommand, LoginArgs, LogsArgs, NodesCommand, OperationArgs, ReachArgs, RolloutArgs,
+    RolloutCommand, RolloutReachArgs, SecretArgs, SecretCommand, TenantArgs, TenantCommand,
 };
 pub use common::{EventFormat, OutputArgs, OutputFormat, RootArgs};
 pub use control_plane::{

@@ -82,8 +82,7 @@ impl Api {
     /// # Errors
     /// As [`refusal`]; exit 5 when nobody answers.
     pub async fn get(&self, path: &str) -> Result<Value, Failure> {
-        let answer = self.send(self.request(Method::GET, path).timeout(CALL_TIMEOUT)).await?;
-        self.json(answer).await
+        self.call(Method::GET, path).await
     }
 
     /// A JSON document of a cluster that need not be there.
@@ -125,6 +124,15 @@ impl Api {
         }
         let answer = self.send(request).await?;
         Ok(String::from_utf8_lossy(&self.body(answer).await?).into_owned())
+    }
+
+    /// The document that a call without a body is answered with, such as DELETE.
+    ///
+    /// # Errors
+    /// As [`Api::get`].
+    pub async fn call(&self, method: Method, path: &str) -> Result<Value, Failure> {
+        let answer = self.send(self.request(method, path).timeout(CALL_TIMEOUT)).await?;
+        self.json(answer).await
     }
 
     /// An answer that goes on until somebody ends it, of what need not be there. It may begin late:

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::base::error::{Failure, nearest};
 
 /// A cluster, as its control plane lists it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cluster {
     pub id: String,
     pub name: String,

@@ -11,4 +11,5 @@ mod events;
 pub mod exec;
 pub mod logs;
 pub mod operations;
+pub mod rollouts;
 pub mod tenants;

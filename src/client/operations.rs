@@ -34,11 +34,18 @@ pub async fn submit(
     body: &Value,
     key: &str,
 ) -> Result<Operation, Failure> {
-    let path = format!("/api/v1/clusters/{cluster}/operations");
+    parse(&ask(api, &format!("/api/v1/clusters/{cluster}/operations"), body, key).await?)
+}
+
+/// Asks for something under a key, again where nobody answers.
+///
+/// # Errors
+/// As [`Api::post`].
+pub(super) async fn ask(api: &Api, path: &str, body: &Value, key: &str) -> Result<String, Failure> {
     let mut tries = 1;
     loop {
-        match api.post(&path, Some(key), body).await {
-            Ok(answer) => return parse(&answer),
+        match api.post(path, Some(key), body).await {
+            Ok(answer) => return Ok(answer),
             Err(failure) if SILENT.contains(&failure.code.as_str()) && tries < TRIES => {
                 tries += 1;
                 sleep(RETRY).await;

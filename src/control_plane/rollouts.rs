@@ -315,7 +315,7 @@ fn check_waves(text: &str, clusters: usize) -> Result<Vec<usize>, HttpError> {
     waves::sizes(text, clusters).map_err(|why| HttpError::new(400, "bad_waves", why, Some(hint)))
 }
 
-fn is_code(text: &str) -> bool {
+pub(super) fn is_code(text: &str) -> bool {
     (1..=40).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b.is_ascii_digit())
 }

@@ -120,7 +120,7 @@ const INSIDE: &[(&str, Rows)] = &[
             &["application_file", "clusters", "contexts", "events"],
             &["api"],
             &["applications", "exec", "logs", "operations"],
-            &["address", "tenants"],
+            &["address", "rollouts", "tenants"],
         ],
     ),
     ("cli", &[&["common"], &["client", "control_plane"], &["mod"]]),

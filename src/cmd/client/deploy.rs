@@ -3,10 +3,11 @@
 use serde_json::{Value, json};
 
 use super::operation::{Request, look_at, tell};
-use super::{Context, Session, checked_name, printer};
+use super::{Context, Session, checked_name, namespace_needed, printer, rollout};
 use crate::base::error::{Exit, Failure};
-use crate::cli::{DeployArgs, OperationArgs};
+use crate::cli::{ClusterArgs, DeployArgs, OperationArgs, RolloutArgs};
 use crate::client::application_file::{self, ApplicationFile};
+use crate::client::clusters::Cluster;
 use crate::contract::application::Variable;
 use crate::contract::types::Operation;
 use crate::host::Host;
@@ -27,16 +28,23 @@ pub(super) async fn deploy(context: &Context, args: DeployArgs) -> anyhow::Resul
     }
     if application.namespace.is_empty() {
         let hint = format!("say -n NAMESPACE, or `namespace = \"…\"` in {}", args.file);
+        if args.rollout.is_given() {
+            return Err(namespace_needed(&hint).into());
+        }
         application.namespace = session.only_namespace(place.cluster.as_deref(), &hint).await?;
     }
     application.check().map_err(|why| {
         Failure::usage("APPLICATION_INVALID", format!("{}: {why}", args.file))
             .hint("the README lists the fields under Applications")
     })?;
+    let cluster = match args.rollout.is_given() {
+        true => Cluster::default(),
+        false => session.cluster(place.cluster.as_deref()).await?,
+    };
     let request = Request {
-        cluster: session.cluster(place.cluster.as_deref()).await?,
+        cluster,
         title: format!("{}/{}", application.namespace, application.name),
-        look: look_at(&application.namespace, &application.name, &place),
+        look: look(&application.namespace, &application.name, &place, &args.rollout),
         kind: "deploy",
         timeout_s: args.operation.timeout,
         spec: json!({
@@ -44,7 +52,15 @@ pub(super) async fn deploy(context: &Context, args: DeployArgs) -> anyhow::Resul
             "auto_rollback": args.auto_rollback, "timeout_s": args.operation.timeout,
         }),
     };
-    carry_out(&session, &request, &args.operation).await
+    carry_out(&session, &request, (&args.operation, &args.rollout)).await
+}
+
+/// The command that shows how far it is.
+fn look(namespace: &str, name: &str, place: &ClusterArgs, rollout: &RolloutArgs) -> String {
+    match rollout.is_given() {
+        true => rollout::look(place.context.as_deref()),
+        false => look_at(namespace, name, place),
+    }
 }
 
 /// The file, and what the command line says in its place.
@@ -72,7 +88,7 @@ pub(super) async fn rollback(
     context: &Context,
     name: &str,
     (to, with_secrets, take_over): (Option<u32>, bool, bool),
-    args: &OperationArgs,
+    args: (&OperationArgs, &RolloutArgs),
 ) -> anyhow::Result<Exit> {
     let (session, mut request) = found(context, name, "rollback", args).await?;
     request.spec["with_secrets"] = with_secrets.into();
@@ -88,7 +104,7 @@ pub(super) async fn rollback(
 pub(super) async fn restart(
     context: &Context,
     name: &str,
-    args: &OperationArgs,
+    args: (&OperationArgs, &RolloutArgs),
 ) -> anyhow::Result<Exit> {
     let (session, mut request) = found(context, name, "restart", args).await?;
     request.spec = of_deployment(&request.spec);
@@ -101,7 +117,7 @@ pub(super) async fn scale(
     context: &Context,
     name: &str,
     pods: u32,
-    args: &OperationArgs,
+    args: (&OperationArgs, &RolloutArgs),
 ) -> anyhow::Result<Exit> {
     let (session, mut request) = found(context, name, "scale", args).await?;
     request.spec = of_deployment(&request.spec);
@@ -121,42 +137,72 @@ fn of_deployment(spec: &Value) -> Value {
 }
 
 /// # Errors
-/// Exit 11 where data would go and nobody says yes; else as the operation ends.
+/// Exit 11 where data would go, or many clusters are meant, and nobody says yes; else as the
+/// operation ends.
 pub(super) async fn delete(
     context: &Context,
     name: &str,
     (volumes, yes): (bool, bool),
-    args: &OperationArgs,
+    args: (&OperationArgs, &RolloutArgs),
 ) -> anyhow::Result<Exit> {
     let (session, mut request) = found(context, name, "delete_application", args).await?;
-    if volumes && !yes {
-        let what = format!("delete {} on {}", request.title, request.cluster.name);
-        let question = format!("{what} with all data of its volumes?");
-        let unasked = format!("to {what} with all data of its volumes, run again with --yes");
-        let mut printer = printer(context, &args.follow.output);
+    request.spec["volumes"] = volumes.into();
+    let (operation, many) = args;
+    let data = if volumes { " with all data of its volumes" } else { "" };
+    let (clusters, place) = match many.is_given() && !yes {
+        true => {
+            let clusters = rollout::meant(&session, many).await?;
+            let place = match clusters.len() {
+                1 => "1 cluster".to_owned(),
+                count => format!("{count} clusters"),
+            };
+            (Some(clusters), place)
+        }
+        false => (None, request.cluster.name.clone()),
+    };
+    if !yes && (volumes || many.is_given()) {
+        let what = format!("delete {} on {place}", request.title);
+        let question = format!("{what}{data}?");
+        let unasked = format!("to {what}{data}, run again with --yes");
+        let mut printer = printer(context, &operation.follow.output);
         context.confirm(&mut printer, &question, &unasked).await?;
     }
-    request.spec["volumes"] = volumes.into();
+    if many.is_given() {
+        let how = (many, &operation.follow);
+        return rollout::carry_out(&session, &request, clusters, how).await;
+    }
     carry_out(&session, &request, args).await
 }
 
 /// A change of an application that is there: its spec names the application and the time for it.
+/// On many clusters it is not looked for.
+///
+/// # Errors
+/// Exit 2 for many clusters without a namespace.
 pub(super) async fn found<'a>(
     context: &'a Context,
     name: &str,
     kind: &'static str,
-    args: &OperationArgs,
+    (args, many): (&OperationArgs, &RolloutArgs),
 ) -> anyhow::Result<(Session<'a>, Request)> {
     checked_name(name)?;
     let session = Session::open(context, args.reach.cluster.context.as_deref())?;
-    let (cluster, namespace) = session.find(name, &args.reach).await?;
+    let (cluster, namespace) = match many.is_given() {
+        true => {
+            let namespace = session.namespace(args.reach.namespace.as_deref())?;
+            let hint = "on many clusters it is not looked for: say -n NAMESPACE";
+            let namespace = namespace.ok_or_else(|| namespace_needed(hint))?;
+            (Cluster::default(), namespace.to_owned())
+        }
+        false => session.find(name, &args.reach).await?,
+    };
     let request = Request {
         cluster,
         title: format!("{namespace}/{name}"),
         kind,
         spec: json!({"namespace": namespace, "name": name, "timeout_s": args.timeout}),
         timeout_s: args.timeout,
-        look: look_at(&namespace, name, &args.reach.cluster),
+        look: look(&namespace, name, &args.reach.cluster, many),
     };
     Ok((session, request))
 }
@@ -165,8 +211,11 @@ pub(super) async fn found<'a>(
 async fn carry_out(
     session: &Session<'_>,
     request: &Request,
-    args: &OperationArgs,
+    (args, many): (&OperationArgs, &RolloutArgs),
 ) -> anyhow::Result<Exit> {
+    if many.is_given() {
+        return rollout::carry_out(session, request, None, (many, &args.follow)).await;
+    }
     let mut printer = printer(session.context, &args.follow.output);
     match request.carry_out(session, &mut printer, &args.follow, tell).await? {
         None => Ok(Exit::Done),

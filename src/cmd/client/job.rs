@@ -9,7 +9,7 @@ use tokio::time::{sleep, timeout};
 use super::deploy::found;
 use super::{Context, printer};
 use crate::base::error::{Exit, Failure};
-use crate::cli::JobArgs;
+use crate::cli::{JobArgs, RolloutArgs};
 use crate::client::api::Api;
 use crate::client::applications::ClusterReader;
 use crate::client::logs::{LogLine, LogOptions, read, sources};
@@ -30,7 +30,8 @@ const WAITING: usize = 256;
 /// As the operation ends.
 pub(super) async fn run(context: &Context, args: JobArgs) -> anyhow::Result<Exit> {
     let follow = &args.operation.follow;
-    let (session, mut request) = found(context, &args.name, "job", &args.operation).await?;
+    let one = RolloutArgs::default();
+    let (session, mut request) = found(context, &args.name, "job", (&args.operation, &one)).await?;
     request.spec["command"] = json!(args.command);
     let mut printer = printer(context, &follow.output);
     // a document has standard output for itself, and the last lines in it

@@ -10,6 +10,7 @@ mod logs;
 mod nodes;
 mod open;
 mod operation;
+mod rollout;
 mod secret;
 mod tenant;
 mod tenant_change;
@@ -36,17 +37,18 @@ pub async fn client(context: &Context, command: ClientCommand) -> anyhow::Result
         ClientCommand::Logout { context: name } => login::logout(context, name.as_deref()).await,
         ClientCommand::Contexts(args) => login::contexts(context, args).await,
         ClientCommand::Deploy(args) => deploy::deploy(context, args).await,
-        ClientCommand::Rollback { name, to, with_secrets, take_over, operation } => {
-            deploy::rollback(context, &name, (to, with_secrets, take_over), &operation).await
+        ClientCommand::Rollback { name, to, with_secrets, take_over, operation, rollout } => {
+            let options = (to, with_secrets, take_over);
+            deploy::rollback(context, &name, options, (&operation, &rollout)).await
         }
-        ClientCommand::Restart { name, operation } => {
-            deploy::restart(context, &name, &operation).await
+        ClientCommand::Restart { name, operation, rollout } => {
+            deploy::restart(context, &name, (&operation, &rollout)).await
         }
-        ClientCommand::Scale { name, pods, operation } => {
-            deploy::scale(context, &name, pods, &operation).await
+        ClientCommand::Scale { name, pods, operation, rollout } => {
+            deploy::scale(context, &name, pods, (&operation, &rollout)).await
         }
-        ClientCommand::Delete { name, volumes, yes, operation } => {
-            deploy::delete(context, &name, (volumes, yes), &operation).await
+        ClientCommand::Delete { name, volumes, yes, operation, rollout } => {
+            deploy::delete(context, &name, (volumes, yes), (&operation, &rollout)).await
         }
         ClientCommand::Apps { reach, output } => apps::apps(context, &reach, &output).await,
         ClientCommand::Status { name, reach, output } => {
@@ -69,6 +71,7 @@ pub async fn client(context: &Context, command: ClientCommand) -> anyhow::Result
         }
         ClientCommand::Secret(command) => secret::secret(context, command).await,
         ClientCommand::Nodes(command) => nodes::nodes(context, command).await,
+        ClientCommand::Rollout(command) => rollout::rollout(context, command).await,
         ClientCommand::Tenant(command) => tenant::tenant(context, command).await,
     }
 }

@@ -17,6 +17,7 @@ const GRACE: Duration = Duration::from_secs(180);
 
 /// What is asked for, and of what.
 pub(super) struct Request {
+    /// Of a rollout over many it is empty.
     pub(super) cluster: Cluster,
     /// What is changed: `production/web`.
     pub(super) title: String,
@@ -90,7 +91,7 @@ impl Request {
     }
 
     /// A request that failed on its way may have begun something all the same.
-    fn undecided(&self, failure: Failure, key: &str) -> Failure {
+    pub(super) fn undecided(&self, failure: Failure, key: &str) -> Failure {
         if !operations::may_have_begun(&failure) {
             return failure;
         }

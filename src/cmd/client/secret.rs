@@ -7,10 +7,11 @@ use serde_json::{Map, Value, json};
 
 use super::apps::show;
 use super::operation::{Request, options_of, tell};
-use super::{Context, Session, cell, printer};
+use super::{Context, Session, cell, namespace_needed, printer, rollout};
 use crate::base::error::{Exit, Failure};
 use crate::cli::{OutputArgs, ReachArgs, SecretArgs, SecretCommand};
 use crate::client::applications::ClusterReader;
+use crate::client::clusters::Cluster;
 use crate::contract::config::{ConfigKind, ConfigSpec};
 use crate::host::Host;
 use crate::kubernetes::config_set::{ConfigSet, INVENTORY_LABEL, Inventory, SET_LABEL, listed};
@@ -38,10 +39,16 @@ async fn set(context: &Context, args: SecretArgs) -> anyhow::Result<Exit> {
         Some(namespace) => namespace.to_owned(),
         None => {
             let hint = "say -n NAMESPACE, or once for all: `pipeops contexts use CONTEXT -n …`";
+            if args.rollout.is_given() {
+                return Err(namespace_needed(hint).into());
+            }
             session.only_namespace(reach.cluster.cluster.as_deref(), hint).await?
         }
     };
-    let cluster = session.cluster(reach.cluster.cluster.as_deref()).await?;
+    let cluster = match args.rollout.is_given() {
+        true => Cluster::default(),
+        false => session.cluster(reach.cluster.cluster.as_deref()).await?,
+    };
     let mut spec = json!({
         "action": "set", "namespace": namespace, "name": args.name, "remove": args.remove,
         "type": args.kind, "rollout": !args.no_rollout, "timeout_s": args.operation.timeout,
@@ -60,9 +67,15 @@ async fn set(context: &Context, args: SecretArgs) -> anyhow::Result<Exit> {
         kind: if args.config { "configmap" } else { "secret" },
         spec,
         timeout_s: args.operation.timeout,
-        look: format!("pipeops {list} -n {namespace}{}", options_of(&reach.cluster)),
+        look: match args.rollout.is_given() {
+            true => rollout::look(reach.cluster.context.as_deref()),
+            false => format!("pipeops {list} -n {namespace}{}", options_of(&reach.cluster)),
+        },
     };
     let follow = &args.operation.follow;
+    if args.rollout.is_given() {
+        return rollout::carry_out(&session, &request, None, (&args.rollout, follow)).await;
+    }
     let mut printer = printer(context, &follow.output);
     match request.carry_out(&session, &mut printer, follow, tell).await? {
         None => Ok(Exit::Done),

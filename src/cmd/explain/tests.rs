@@ -9,7 +9,11 @@ use crate::kubernetes::readiness::diagnosis::Reason;
 
 /// Reasons of operations that are not of the diagnosis.
 const OTHER_REASONS: &[&str] = &[
+    "agent_offline",
+    "caller_revoked",
+    "cluster_gone",
     "conflict",
+    "delivery_unknown",
     "disruption_budget",
     "forbidden",
     "host_not_allowed",
@@ -27,9 +31,11 @@ const OTHER_REASONS: &[&str] = &[
     "not_drained",
     "not_evictable",
     "not_found",
+    "out_of_reach",
     "progress_deadline",
     "refused",
     "rights_missing",
+    "sealed_foreign",
     "server_node",
     "superseded",
     "tenants_need_1_30",
@@ -105,6 +111,8 @@ fn all_codes() -> BTreeSet<String> {
     );
     // in the text of a plan, and what a control plane answers
     all.extend(["CONFIG_DRIFT", "TENANTS_UNSUPPORTED", "TOO_MANY_KUBECONFIGS"].map(Into::into));
+    let of_rollouts = ["BAD_ROLLOUT", "BAD_WAVES", "ROLLOUT_ENDED", "TOO_MANY_ROLLOUTS"];
+    all.extend(of_rollouts.map(Into::into));
     let reasons = Reason::ALL.iter().map(|reason| reason.code());
     all.extend(reasons.chain(OTHER_REASONS.iter().copied()).map(str::to_owned));
     all
@@ -130,6 +138,8 @@ fn the_other_reasons_are_those_of_operations() {
         include_str!("../../agent/api/operations/requests.rs"),
         include_str!("../../agent/api/operations/store.rs"),
         include_str!("../../agent/api/operations/tenants.rs"),
+        include_str!("../../control_plane/rollout/state_machine.rs"),
+        include_str!("../../control_plane/rollouts.rs"),
         include_str!("../../kubernetes/tenant/mod.rs"),
     ]
     .concat();

@@ -9,6 +9,9 @@ use crate::contract::types::OperationState;
 /// Most operations that are being sent at once.
 pub(super) const MAX_SENDING: usize = 32;
 
+/// Why a rollout is cancelled whose caller may do nothing any more.
+const CALLER_REVOKED: &str = "caller_revoked";
+
 /// What is seen of a cluster and its operation.
 pub enum Seen {
     /// Its agent was removed or revoked.
@@ -48,8 +51,8 @@ pub fn advance(
         return steps;
     }
     if !caller_may {
-        let why = "caller_revoked: the token that asked for it was revoked, or its time is over";
-        steps.changed = record.cancel(why);
+        let why = "the token that asked for it was revoked, or its time is over";
+        steps.changed = record.cancel(&format!("{CALLER_REVOKED}: {why}"));
     }
     let (mut sending, mut busy, mut waiting) = (0, BTreeSet::new(), Vec::new());
     let mut failed = None;

@@ -1,15 +1,15 @@
 //! The document is what the routes and the types of requests and answers say.
 
+mod agents;
+mod rollouts;
+
 use std::collections::BTreeSet;
 
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use crate::contract::types::{
-    Config, Credential, Heartbeat, HeartbeatAnswer, IDEMPOTENCY_KEY_HEADER, Operation, Problem,
-    Register, Registered, SIGNATURE_HEADER, StatusReport,
-};
+use crate::contract::types::{IDEMPOTENCY_KEY_HEADER, Operation, Problem};
 use crate::control_plane::auth::RequiredAuth;
 use crate::control_plane::caller_token::RunnerToken;
 use crate::control_plane::model::{AccessToken, Admin, Enrolment, Project};
@@ -180,36 +180,6 @@ fn of_the_control_plane(s: &mut Schemas) -> Vec<Call> {
             s.of::<page::SessionInfo>(),
         ),
         call("DELETE", "/session", "Log out").done(),
-    ]
-}
-
-fn of_agents(s: &mut Schemas) -> Vec<Call> {
-    let signature = "base64 of the ECDSA P-256 SHA-256 signature (ASN.1) over the exact body";
-    vec![
-        call("POST", "/api/v1/agents/register", "Register, or register again with the same key")
-            .header(SIGNATURE_HEADER, signature)
-            .takes(s.of::<Register>())
-            .gives("200", "registered", s.of::<Registered>()),
-        call("GET", "/api/v1/agents/{id}/config", "Settings of an agent").gives(
-            "200",
-            "settings",
-            s.of::<Config>(),
-        ),
-        call("POST", "/api/v1/agents/{id}/heartbeat", "Sign of life")
-            .takes(s.of::<Heartbeat>())
-            .gives("200", "heard", s.of::<HeartbeatAnswer>()),
-        call("POST", "/api/v1/agents/{id}/status", "Status of the cluster")
-            .takes(s.of::<StatusReport>())
-            .done(),
-        call("POST", "/api/v1/agents/{id}/operations/{op}/result", "Result of an operation")
-            .takes(s.of::<Operation>())
-            .done(),
-        call("POST", "/api/v1/agents/{id}/credential", "Next credential").gives(
-            "200",
-            "the next one",
-            s.of::<Credential>(),
-        ),
-        call("DELETE", "/api/v1/agents/{id}", "Deregister").done(),
     ]
 }
 
@@ -386,7 +356,14 @@ fn whole() -> Value {
         itself refuses with a `Status` of Kubernetes below `/k8s`, and with a `Problem` \
         elsewhere."});
     let mut paths = json!({});
-    for part in [of_the_control_plane(s), of_agents(s), of_administrators(s), of_clusters(s)] {
+    let all = [
+        of_the_control_plane(s),
+        agents::of_agents(s),
+        of_administrators(s),
+        of_clusters(s),
+        rollouts::of_rollouts(s),
+    ];
+    for part in all {
         for Call { method, path, shown } in part {
             let route =
                 table().into_iter().find(|route| (route.method, route.path) == (method, path));
