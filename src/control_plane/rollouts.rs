@@ -56,8 +56,8 @@ impl ControlPlane {
     /// one: true where it is new.
     ///
     /// # Errors
-    /// 400 for a request that says nothing sensible, 403 for a viewer, 404 for a cluster that is not
-    /// within reach, 409 for a key that was used for something else, 429 for one too many.
+    /// 400 for a request that says nothing sensible, 403 for a viewer, 404 for a cluster that is
+    /// not within reach, 409 for a key that was used for something else, 429 for one too many.
     pub(super) async fn begin_rollout(
         &self,
         principal: &Principal,

@@ -945,7 +945,10 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         RequiredAuth::Agent => who == "agent",
         RequiredAuth::Admin => who == "admin",
         RequiredAuth::Local | RequiredAuth::Session => false,
-        RequiredAuth::Runner if matches!(path, "/api/v1/clusters" | "/api/v1/changes") => {
+        // what it answers is of the caller's reach
+        RequiredAuth::Runner
+            if matches!(path, "/api/v1/clusters" | "/api/v1/changes" | "/api/v1/rollouts") =>
+        {
             matches!(who, "runner" | "foreign" | "elsewhere" | "admin")
         }
         RequiredAuth::Runner | RequiredAuth::Project => matches!(who, "runner" | "admin"),

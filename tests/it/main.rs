@@ -38,6 +38,7 @@ mod operations;
 mod page;
 mod release;
 mod resumed;
+mod rollouts;
 mod routes;
 mod runner;
 mod scripts;

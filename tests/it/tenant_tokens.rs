@@ -190,7 +190,7 @@ async fn answer(
 }
 
 /// What a token says of its caller; nothing of a request that has none.
-fn claims(token: &str) -> Value {
+pub(crate) fn claims(token: &str) -> Value {
     part(token, 1)
 }
 

@@ -70,8 +70,8 @@ pub struct RolloutCluster {
     pub agent: String,
     /// From 1.
     pub wave: usize,
-    /// Id of the operation. It is stored before the operation is sent, so that whoever goes on after
-    /// this process knows that it may have been.
+    /// Id of the operation. It is stored before the operation is sent, so that whoever goes on
+    /// after this process knows that it may have been.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub operation: String,
     /// When it was sent first.
