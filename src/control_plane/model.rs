@@ -190,7 +190,8 @@ pub struct OperationRecord {
     /// Empty for one that was asked for at the agent, or of a version before this field.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub caller_id: String,
-    /// What the caller was limited to, as long as it waits here: it goes out with no more.
+    /// What the caller was limited to beside its token, as long as it waits here: it goes out with
+    /// no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
     /// The tenant that the caller was limited to.

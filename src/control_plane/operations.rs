@@ -26,6 +26,10 @@ use crate::contract::types::{
 /// Longest time in the queue, seconds.
 pub(super) const MAX_TTL: i64 = 7 * 86_400;
 
+/// Before what is sealed of a caller with limits: a version that would not keep to them does not
+/// find it to be of its keys, and ends it.
+const LIMITED: &str = "limited.";
+
 #[derive(Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "OperationRequest"))]
 #[serde(deny_unknown_fields)]
@@ -162,10 +166,24 @@ impl ControlPlane {
                 Err(_) => {}
             }
         }
-        record.sealed = Some(self.keys().seal(&body).map_err(|e| database_unavailable(&e))?);
-        record.limits = principal.limits();
+        self.keep_request(&mut record, principal, &body, now)?;
         self.registry().put_operation(record.clone(), now).await?;
         Ok(Submission::Created(record))
+    }
+
+    /// Seals a request into its record, with what its caller is limited to.
+    fn keep_request(
+        &self,
+        record: &mut OperationRecord,
+        principal: &Principal,
+        body: &str,
+        now: i64,
+    ) -> Result<(), HttpError> {
+        let sealed = self.keys().seal(body).map_err(|e| database_unavailable(&e))?;
+        record.limits = self.registry().narrower_limits(principal, now);
+        let mark = if record.limits.is_some() { LIMITED } else { "" };
+        record.sealed = Some(format!("{mark}{sealed}"));
+        Ok(())
     }
 
     async fn submit_to_agent(
@@ -278,9 +296,11 @@ impl ControlPlane {
                 .await;
         }
         let target = registry.target(&cluster, None)?;
-        let Some(body) =
-            record.sealed.as_deref().and_then(|sealed| self.keys().unseal(sealed).ok())
-        else {
+        let sealed = record.sealed.as_deref().and_then(|sealed| match record.limits {
+            Some(_) => sealed.strip_prefix(LIMITED),
+            None => Some(sealed),
+        });
+        let Some(body) = sealed.and_then(|sealed| self.keys().unseal(sealed).ok()) else {
             return registry
                 .end_operation(
                     record,

@@ -143,6 +143,12 @@ impl Registry {
         }
     }
 
+    /// The limits of a principal that may do less than its token, or its administrator, may.
+    pub fn narrower_limits(&self, principal: &Principal, now: i64) -> Option<Limits> {
+        let own = self.resolve_subject(&principal.id(), now).and_then(|own| own.limits());
+        principal.limits().filter(|limits| own.as_ref() != Some(limits))
+    }
+
     /// The principal of a token that is neither revoked nor expired.
     ///
     /// # Errors
@@ -245,9 +251,36 @@ fn check_credential(
 
 #[cfg(test)]
 mod tests {
-    use super::super::access::tests::row;
+    use super::super::access::tests::{named, registry, row};
     use super::*;
     use crate::contract::token::Role;
+
+    #[tokio::test]
+    async fn a_caller_comes_back_with_what_it_was_limited_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let (registry, keys) = registry(&dir).await;
+        registry.add_project("default", 1).await.unwrap();
+        registry.add_admin(&keys, "eve", 1).await.unwrap();
+        let row = AccessToken { role: Role::Deployer, ..named("ci") };
+        let (own, _) = registry.add_access_token(&keys, row).await.unwrap();
+        let own = Principal::AccessToken(Box::new(own));
+        let less = Limits { role: Role::Viewer, ..own.limits().unwrap() };
+        for (principal, expected) in [
+            (own.clone(), None),
+            (own.clone().within(&less).unwrap(), Some(less.clone())),
+            (Principal::Admin("eve".into()), None),
+            (Principal::Admin("eve".into()).within(&less).unwrap(), Some(less.clone())),
+            (Principal::Local, None),
+        ] {
+            let kept = registry.narrower_limits(&principal, 2);
+            assert_eq!(kept, expected, "{principal:?}");
+            let back = registry.resolve(&principal.id(), kept.as_ref(), 2).unwrap();
+            assert_eq!((back.limits(), back.id()), (principal.limits(), principal.id()));
+        }
+        registry.revoke_access_token(&own.id(), 2).await.unwrap();
+        assert!(registry.resolve(&own.id(), Some(&less), 2).is_none());
+        assert!(registry.resolve("admin:bob", Some(&less), 2).is_none());
+    }
 
     #[test]
     fn a_caller_is_limited_to_less_and_never_to_more() {

@@ -75,7 +75,7 @@ pub struct RolloutCluster {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub operation: String,
     /// When it was sent first.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default)]
     pub sent_at: i64,
     /// Of the operation, as it was seen last; none: it waits here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -84,11 +84,6 @@ pub struct RolloutCluster {
     pub reason: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
-fn is_zero(number: &i64) -> bool {
-    *number == 0
 }
 
 impl RolloutCluster {
