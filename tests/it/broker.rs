@@ -14,6 +14,8 @@ use serde_json::{Value, json};
 
 use crate::control_plane::{ControlPlane, DATA, SimulatedAgent, certificate, register_many};
 use crate::fake_control_plane::free_port;
+use crate::operations::secret;
+use crate::rollouts::begin;
 use crate::support::Sandbox;
 
 /// One of Debian's services on ports of its own, ended with the test.
@@ -396,6 +398,35 @@ async fn each_event_says_what_its_schema_says_and_nothing_secret() {
         .map(|h| h.topic.as_str())
         .collect();
     assert_eq!(order, ["agent.registered", "agent.online", "agent.offline", "agent.deregistered"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_result_of_a_rollout_is_told_once_and_without_what_was_asked_for() {
+    let Some(rabbit) = Service::start("rabbitmq") else { return };
+    let control_plane = ControlPlane::with(&["--amqp-url", &rabbit.url]);
+    let dir = tempfile::tempdir().unwrap();
+    let agent = SimulatedAgent::new(&control_plane, dir.path(), &control_plane.enrol().0).await;
+    // it has said that it stops: nothing is tried again
+    let path = format!("/api/v1/agents/{}/heartbeat", agent.id);
+    let beat = json!({"seq": 1, "state": "draining"});
+    control_plane.json("POST", &path, &agent.credential, beat).await;
+    let body = json!({"kind": "apply", "spec": {"objects": [secret()]}, "all": true});
+    let (status, taken) = begin(&control_plane, &control_plane.admin, "k", &body).await;
+    assert_eq!(status, 202, "{taken}");
+    let mut heard = Vec::new();
+    receive(&rabbit.url, &mut heard, |h| !events_of(h, "rollout.finished", "").is_empty()).await;
+    let all = without_copies(&heard);
+    let told = events_of(&all, "rollout.finished", "");
+    assert_eq!(told.len(), 1, "{told:?}");
+    let body = &told[0].body;
+    let fields = ["agent_id", "agent_seq", "at", "message_id", "project", "rollout", "type"];
+    assert_eq!(keys(body), fields, "{body}");
+    let rollout = &body["rollout"];
+    assert_eq!((&rollout["id"], &rollout["state"]), (&taken["id"], &json!("failed")));
+    assert_eq!(rollout["counts"]["failed"], 1);
+    assert_eq!(rollout["message"], "0 of 1 clusters succeeded; not n (agent_offline)");
+    assert!(rollout.get("clusters").is_none() && rollout.get("spec").is_none(), "{rollout}");
+    assert!(!body.to_string().contains("canary-9911-in-plain-text"), "{body}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

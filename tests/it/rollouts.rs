@@ -58,7 +58,7 @@ impl Fleet {
         let token = line.split_whitespace().nth(1).unwrap().to_owned();
         let (dir, played) = (tempfile::tempdir().unwrap(), Arc::new(Played::default()));
         let players = clusters.iter().map(|(name, env)| {
-            Player::register(control_plane, dir.path(), &token, &played, (name, env))
+            Player::register(control_plane, dir.path(), &token, &played, (name.as_str(), *env))
         });
         let players = join_all(players).await;
         Fleet { players, played, tunnels: Vec::new(), _dir: dir }
@@ -197,7 +197,13 @@ async fn answer(
     Ok(answer.unwrap())
 }
 
-async fn begin(control_plane: &ControlPlane, token: &str, key: &str, body: &Value) -> (u16, Value) {
+/// Asks for a rollout.
+pub(crate) async fn begin(
+    control_plane: &ControlPlane,
+    token: &str,
+    key: &str,
+    body: &Value,
+) -> (u16, Value) {
     let request = control_plane
         .client
         .post(format!("{}/api/v1/rollouts", control_plane.url))
