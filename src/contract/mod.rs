@@ -2,6 +2,7 @@
 
 pub mod application;
 pub mod config;
+pub mod job;
 pub mod operation;
 pub mod selector;
 pub mod tenant;

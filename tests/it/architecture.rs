@@ -52,7 +52,7 @@ const INSIDE: &[(&str, Rows)] = &[
     (
         "contract",
         &[
-            &["types", "selector"],
+            &["job", "types", "selector"],
             &["application"],
             &["tenant"],
             &["token", "config"],
