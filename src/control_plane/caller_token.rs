@@ -14,7 +14,7 @@ use super::scope::{Scope, TokenRequest, restrict};
 use super::state::ControlPlane;
 use crate::base::secret::Secret;
 use crate::base::text::printable;
-use crate::contract::token::TOKEN_LIFETIME;
+use crate::contract::token::{CALLER_TOKEN_TYPE, TOKEN_LIFETIME};
 
 /// Code for a cluster whose agent takes no token of a tenant.
 pub(super) const TENANTS_UNSUPPORTED: &str = "tenants_unsupported";
@@ -29,6 +29,8 @@ pub(super) struct CallerTokenRequest<'a> {
     pub(super) ttl: i64,
     /// Seconds since 1970.
     pub(super) now: i64,
+    /// For this operation alone: see `contract::token::only_operation`.
+    pub(super) operation: Option<String>,
 }
 
 impl<'a> CallerTokenRequest<'a> {
@@ -42,7 +44,8 @@ impl<'a> CallerTokenRequest<'a> {
         now: i64,
     ) -> Result<CallerTokenRequest<'a>, HttpError> {
         let scope = restrict(principal, &TokenRequest::default())?;
-        Ok(CallerTokenRequest { principal, target, scope, ttl: TOKEN_LIFETIME, now })
+        let (ttl, operation) = (TOKEN_LIFETIME, None);
+        Ok(CallerTokenRequest { principal, target, scope, ttl, now, operation })
     }
 }
 
@@ -166,22 +169,27 @@ impl ControlPlane {
             check_tenants(target)?;
             claims["tenant"] = json!(tenant);
         }
-        Ok((self.keys().sign(&claims), expires))
+        if let Some(operation) = &request.operation {
+            claims["operation"] = operation.as_str().into();
+        }
+        Ok((self.keys().sign(CALLER_TOKEN_TYPE, &claims), expires))
     }
 
-    /// A Runner's token, with the endpoints that accept it.
+    /// A Runner's token, with the endpoints that accept it. `visitor` comes through the tunnel with
+    /// it: not always who the token is of.
     ///
     /// # Errors
     /// As [`ControlPlane::caller_token`].
     pub(super) fn runner_token(
         &self,
         request: &CallerTokenRequest<'_>,
+        visitor: &Principal,
     ) -> Result<RunnerToken, HttpError> {
         let target = request.target;
         let (token, expires) = self.caller_token(request)?;
         let agent_pin = pin(&target.public_key).map(|p| p.to_string()).unwrap_or_default();
         let server = self.tunnel_endpoint();
-        let runner = if let Principal::AccessToken(access) = request.principal {
+        let runner = if let Principal::AccessToken(access) = visitor {
             Some(access.id.as_str())
         } else {
             None

@@ -18,10 +18,13 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::base::encoding::hex;
 use crate::base::error::Failure;
 use crate::base::secret::Secret;
 use crate::base::text::unquoted_json_error;
 use crate::base::trust::Pin;
+use crate::contract::token::UNDERSTOOD;
+use crate::contract::token::job::LONGEST;
 use crate::contract::types::{Jwk, Jwks};
 use crate::host::state::StateDir;
 
@@ -30,10 +33,10 @@ use crate::host::state::StateDir;
 const CA_DAYS: i64 = 3650;
 pub(super) const LEAF_DAYS: i64 = 90;
 pub(super) const DAY: i64 = 86_400;
-/// A key signs caller tokens for this long. The one before it stays valid for a while, since tokens
-/// live 300 s.
+/// A key signs tokens for this long. The one before it stays valid for a while, since the token of a
+/// job lives a day.
 const SIGNING_PERIOD: i64 = 30 * DAY;
-const PREVIOUS_VALID: i64 = 900;
+const PREVIOUS_VALID: i64 = LONGEST + 900;
 
 /// `keys.json` in the data directory, 0600.
 #[derive(Serialize, Deserialize)]
@@ -60,6 +63,18 @@ fn reveal_all<S: serde::Serializer>(secrets: &[Secret], serializer: S) -> Result
 }
 
 const FILE: &str = "keys.json";
+
+/// 16 random bytes in hexadecimal.
+///
+/// # Errors
+/// When the system gives no random numbers.
+pub fn random_hex() -> anyhow::Result<String> {
+    let mut bytes = [0; 16];
+    ring::rand::SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+    Ok(hex(&bytes))
+}
 
 /// 32 random bytes in URL-safe base64.
 ///
@@ -242,16 +257,19 @@ impl Keys {
         Jwks { keys: keys.collect() }
     }
 
-    /// A JWT over `claims`, with the current key. Whoever does not know what a tenant is has to
-    /// refuse a token of one (`crit`, RFC 7515 §4.1.11): an agent of a version before them would
-    /// read it as one of everybody.
-    pub fn sign(&self, claims: &Value) -> Secret {
+    /// A JWT of this type over `claims`, with the current key. Whoever does not know what a tenant
+    /// is, or a token for one operation, has to refuse it (`crit`, RFC 7515 §4.1.11): an agent of a
+    /// version before them would read it as one of everybody, or for everything.
+    pub fn sign(&self, typ: &str, claims: &Value) -> Secret {
         let signing = self.signing();
         let Some((kid, key)) = signing.keys.first() else { return Secret::default() };
         let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
-        let mut head = json!({"alg": "EdDSA", "typ": "JWT", "kid": kid});
-        if let Some(tenant) = claims["tenant"].as_str() {
-            (head["crit"], head["tenant"]) = (json!(["tenant"]), tenant.into());
+        let mut head = json!({"alg": "EdDSA", "typ": typ, "kid": kid});
+        let demanded: Vec<&str> =
+            UNDERSTOOD.into_iter().filter(|name| claims[*name].is_string()).collect();
+        if !demanded.is_empty() {
+            demanded.iter().for_each(|name| head[*name] = claims[*name].clone());
+            head["crit"] = json!(demanded);
         }
         let signed = format!("{}.{}", part(&head), part(claims));
         let signature = URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes()));
@@ -367,4 +385,35 @@ fn generate(now: i64) -> anyhow::Result<StoredKeys> {
 /// The pin of the first certificate in a PEM text.
 pub(super) fn pin_of(pem: &str) -> Option<Pin> {
     Pin::from_certificate(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::token::job::{AUDIENCE, TOKEN_TYPE, verify};
+    use crate::host::Host;
+
+    #[test]
+    fn the_token_of_a_job_outlives_a_change_of_keys_by_a_day() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = Host::new(dir.path(), None).state_dir("/s").unwrap();
+        let keys = Keys::load(&state, 1000).unwrap();
+        let claims = json!({"iss": "cp", "aud": AUDIENCE, "exp": 1, "jti": "j-1", "maker": "r-1",
+            "project": "p-1", "role": "deployer", "hash": "ab", "tenant": "acme"});
+        let token = keys.sign(TOKEN_TYPE, &claims);
+        let changed = 1000 + SIGNING_PERIOD;
+        for (now, known) in [
+            (2000, true),
+            (changed, true),
+            (changed + LONGEST, true),
+            (changed + PREVIOUS_VALID, false),
+        ] {
+            keys.rotate(&state, now).unwrap();
+            // as one that was started anew has them
+            for keys in [&keys, &Keys::load(&state, now).unwrap()] {
+                let verdict = verify(token.expose(), &keys.jwks(), "cp");
+                assert_eq!(verdict.is_ok(), known, "{now}: {verdict:?}");
+            }
+        }
+    }
 }

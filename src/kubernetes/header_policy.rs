@@ -298,6 +298,7 @@ mod tests {
                 namespaces: None,
                 tenant: tenant.map(str::to_owned),
                 token_id: "t".into(),
+                operation: None,
             };
             let headers =
                 request_headers(&HeaderMap::new(), &caller, namespace, "id", None).unwrap();

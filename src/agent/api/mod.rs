@@ -221,13 +221,17 @@ impl Api {
             }
         };
         let path = parts.uri.path();
+        let operations = path
+            .strip_prefix("/api/v1/operations")
+            .filter(|rest| rest.is_empty() || rest.starts_with('/'));
+        if caller.operation.is_some() && operations.is_none() {
+            self.record_request(&caller, &parts.method, path, 403);
+            return refusal(&operations::beyond_token());
+        }
         if below_k8s {
             return self.kubernetes(parts, body, caller).await;
         }
-        if let Some(rest) = path
-            .strip_prefix("/api/v1/operations")
-            .filter(|rest| rest.is_empty() || rest.starts_with('/'))
-        {
+        if let Some(rest) = operations {
             let answer = self.operation(&parts, body, &caller, rest).await;
             // one that was accepted has its own records, at its beginning and its end
             if answer.status() != 202 {

@@ -20,6 +20,7 @@ use crate::base::backoff::random;
 use crate::base::secret::Secret;
 use crate::base::trust::Trust;
 use crate::contract::tenant::CAPABILITY;
+use crate::contract::token::OPERATION_TOKENS;
 use crate::contract::types::{
     AgentInfo, AuditHead, ClusterInfo, Config, Credential, Heartbeat, HeartbeatAnswer, NodeReport,
     Register, Registered, SIGNATURE_HEADER, StatusReport, TunnelReport,
@@ -115,6 +116,7 @@ async fn deliver(queue: &Queue, agent: &AgentEndpoint<'_>) -> Reply<RequestOutco
 fn capabilities(tenants: bool) -> Vec<String> {
     let mut names =
         vec!["kubernetes-proxy", "upgrade-websocket", "upgrade-spdy", "audit", "operations"];
+    names.push(OPERATION_TOKENS);
     if tenants {
         names.push(CAPABILITY);
     }

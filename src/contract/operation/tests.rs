@@ -6,7 +6,14 @@ use super::*;
 
 fn caller(role: Role, namespaces: Option<&[&str]>) -> Caller {
     let namespaces = namespaces.map(|n| n.iter().map(|s| (*s).to_owned()).collect());
-    Caller { subject: "r-1".into(), role, namespaces, tenant: None, token_id: "t".into() }
+    Caller {
+        subject: "r-1".into(),
+        role,
+        namespaces,
+        tenant: None,
+        token_id: "t".into(),
+        operation: None,
+    }
 }
 
 fn verdict(text: &str) -> Result<&'static str, String> {

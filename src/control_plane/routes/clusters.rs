@@ -123,14 +123,15 @@ async fn token(
     let ttl = checked_ttl(request.ttl_s, TOKEN_LIFETIME, TOKEN_LIFETIME)?;
     let scope = restrict(&caller.principal, &request)?;
     let target = control_plane.registry().target(&id, caller.principal.project())?;
-    let token = control_plane.runner_token(&CallerTokenRequest {
+    let request = CallerTokenRequest {
         principal: &caller.principal,
         target: &target,
         scope,
         ttl,
         now: now(),
-    })?;
-    Ok(answer(200, &token))
+        operation: None,
+    };
+    Ok(answer(200, &control_plane.runner_token(&request, &caller.principal)?))
 }
 
 async fn kubeconfig(

@@ -42,7 +42,7 @@ use super::{Api, AuditedRequest};
 use crate::agent::session::client::FinishedOperation;
 use crate::base::encoding::hex;
 use crate::contract::operation::OperationRequest;
-use crate::contract::token::{Caller, Role};
+use crate::contract::token::{Caller, Role, only_operation};
 use crate::contract::types::{
     IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, tenant_operation_id,
 };
@@ -178,6 +178,9 @@ impl Api {
         };
         let id = tenant_operation_id(&caller.subject, caller.tenant.as_deref(), key);
         let request = hex(&Sha256::digest(&bytes));
+        if caller.operation.as_ref().is_some_and(|only| *only != only_operation(&id, &request)) {
+            return beyond_token().plain();
+        }
         let known = self.operations().all.lock().get(&id).map(|l| l.stored.clone());
         if let Some(known) = known {
             return answer_repeated(&known, &request);
@@ -379,11 +382,19 @@ fn problem(
     }
 }
 
+/// The token of a job that a Runner brings itself is for the one operation of that job.
+pub(super) fn beyond_token() -> ApiError {
+    let message = "this token is for one operation, and this is not it";
+    ApiError::new(403, "operation_exceeded", message, None)
+}
+
 /// A caller sees its own operations, with a token for namespaces those of them; an operator of the
 /// whole cluster sees all. With a token of a tenant nothing is seen that was asked for without it.
 fn may_see(caller: &Caller, stored: &StoredOperation) -> bool {
     let operation = &stored.operation;
-    if caller.tenant.is_some() && operation.tenant != caller.tenant {
+    if caller.tenant.is_some() && operation.tenant != caller.tenant
+        || !caller.may_touch(&operation.id)
+    {
         return false;
     }
     let Some(own) = &caller.namespaces else {

@@ -209,6 +209,7 @@ mod tests {
             namespaces: Some(vec!["beta".into()]),
             tenant: Some("acme".into()),
             token_id: "t".into(),
+            operation: None,
         };
         let point = |body: &str| {
             let requested = OperationRequest::parse(body.as_bytes(), &caller);
@@ -262,6 +263,7 @@ mod tests {
                 namespaces,
                 tenant: tenant.map(String::from),
                 token_id: "t".into(),
+                operation: None,
             };
             let requested = OperationRequest::parse(body, &caller);
             let requested = requested.map_err(|(_, _, why)| why).unwrap();
