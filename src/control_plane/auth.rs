@@ -11,7 +11,7 @@ use http::{HeaderMap, header};
 use super::answer::error_answer;
 use super::body::{check_segments, path_not_found, segments};
 use super::error::HttpError;
-use super::model::AccessKind;
+use super::model::{AccessKind, AccessToken};
 use super::registry::Principal;
 use super::state::ControlPlane;
 use crate::kubernetes::header_policy;
@@ -20,7 +20,7 @@ use crate::kubernetes::header_policy;
 const NOT_LOCAL: &str = "log in over HTTPS; this socket is for the machine itself";
 
 /// Paths whose first parameter names no cluster: who may see what it names is up to their handlers.
-const OF_NO_CLUSTER: [&str; 1] = ["/api/v1/rollouts/"];
+const OF_NO_CLUSTER: [&str; 2] = ["/api/v1/jobs/", "/api/v1/rollouts/"];
 
 /// Where a request comes from.
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +47,9 @@ pub enum RequiredAuth {
     Runner,
     /// The same without tokens of tenants: it answers of all that is in a cluster.
     Project,
+    /// A Runner that is no user and of no tenant, whatever its role: it brings jobs, of which
+    /// others answer for. Never a cookie.
+    Jobs,
     /// As [`RequiredAuth::Runner`], or a kubeconfig; never a cookie.
     Gateway,
     /// A session of the page, which no tenant has.
@@ -93,6 +96,13 @@ pub(super) struct RunnerCaller {
 /// A Runner of more than a tenant.
 pub(super) struct ProjectCaller {
     pub(super) principal: Principal,
+}
+
+/// A Runner that brings jobs.
+pub(super) struct JobsCaller {
+    pub(super) access: Box<AccessToken>,
+    /// Hash of its token.
+    pub(super) token: String,
 }
 
 pub(super) struct GatewayCaller {
@@ -166,6 +176,12 @@ callers! {
         let (principal, _) = control_plane.authorize(RequiredAuth::Project, parts)?;
         Ok(ProjectCaller { principal })
     };
+    JobsCaller requires Jobs: |control_plane, parts| {
+        match control_plane.authorize(RequiredAuth::Jobs, parts)? {
+            (Principal::AccessToken(access), Some(token)) => Ok(JobsCaller { access, token }),
+            _ => Err(forbidden()),
+        }
+    };
     GatewayCaller requires Gateway: |control_plane, parts| {
         let (principal, _) = control_plane.authorize(RequiredAuth::Gateway, parts)?;
         Ok(GatewayCaller { principal })
@@ -204,6 +220,9 @@ fn may_call(principal: &Principal, required_auth: RequiredAuth, agent: &str) -> 
         (Principal::AccessToken(access), RequiredAuth::Project | RequiredAuth::Session) => {
             access.kind == AccessKind::Runner && access.tenant.is_none()
         }
+        (Principal::AccessToken(access), RequiredAuth::Jobs) => {
+            access.kind == AccessKind::Runner && access.tenant.is_none() && !access.person
+        }
         (Principal::AccessToken(_), RequiredAuth::Gateway) => true,
         _ => false,
     }
@@ -228,8 +247,9 @@ impl ControlPlane {
                 | RequiredAuth::Runner
                 | RequiredAuth::Project
                 | RequiredAuth::Gateway => Ok((Principal::Local, None)),
-                RequiredAuth::Enrolment | RequiredAuth::Agent => {
-                    Err(HttpError::new(403, "not_here", "agents come over the network", None))
+                RequiredAuth::Enrolment | RequiredAuth::Agent | RequiredAuth::Jobs => {
+                    let message = "agents and Runners come over the network";
+                    Err(HttpError::new(403, "not_here", message, None))
                 }
                 RequiredAuth::Session | RequiredAuth::None | RequiredAuth::Local => {
                     Err(HttpError::new(403, "not_here", NOT_LOCAL, None))

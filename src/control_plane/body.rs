@@ -12,13 +12,18 @@ use serde::de::DeserializeOwned;
 use super::error::HttpError;
 use crate::base::text::json_error;
 
-/// Largest body of a call that the control plane answers itself.
+/// Largest body of a call that the control plane answers itself, and of a job with what was opened
+/// of it: a job of 1 MiB may be twice as long as a text in JSON.
 const MAX_BODY: usize = 1 << 20;
+const MAX_JOB: usize = 4 << 20;
 /// Time limit for reading a body.
 const READ_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A body as it came. A call without a body reads it too, under the same limits.
 pub(super) struct RawBody(pub(super) Bytes);
+
+/// The same for a job that a Runner brings.
+pub(super) struct JobBody(pub(super) Bytes);
 
 /// A body of JSON; an empty one is `{}`.
 pub(super) struct JsonBody<T>(pub(super) T);
@@ -30,24 +35,33 @@ impl<S: Sync> FromRequest<S> for RawBody {
     type Rejection = HttpError;
 
     async fn from_request(request: Request, _: &S) -> Result<RawBody, HttpError> {
-        match tokio::time::timeout(
-            READ_TIMEOUT,
-            Limited::new(request.into_body(), MAX_BODY).collect(),
-        )
-        .await
-        {
-            Ok(Ok(body)) => Ok(RawBody(body.to_bytes())),
-            Ok(Err(e)) if e.is::<LengthLimitError>() => {
-                Err(HttpError::new(413, "too_large", "the body is larger than 1 MiB", None))
-            }
-            Ok(Err(_)) => Err(HttpError::new(
-                400,
-                "bad_body",
-                "the connection closed while the body was read",
-                None,
-            )),
-            Err(_) => Err(HttpError::new(408, "too_slow", "the body took longer than 15 s", None)),
+        read(request, MAX_BODY).await.map(RawBody)
+    }
+}
+
+impl<S: Sync> FromRequest<S> for JobBody {
+    type Rejection = HttpError;
+
+    async fn from_request(request: Request, _: &S) -> Result<JobBody, HttpError> {
+        read(request, MAX_JOB).await.map(JobBody)
+    }
+}
+
+async fn read(request: Request, max: usize) -> Result<Bytes, HttpError> {
+    let body = Limited::new(request.into_body(), max).collect();
+    match tokio::time::timeout(READ_TIMEOUT, body).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => {
+            let message = format!("the body is larger than {} MiB", max >> 20);
+            Err(HttpError::new(413, "too_large", message, None))
         }
+        Ok(Err(_)) => Err(HttpError::new(
+            400,
+            "bad_body",
+            "the connection closed while the body was read",
+            None,
+        )),
+        Err(_) => Err(HttpError::new(408, "too_slow", "the body took longer than 15 s", None)),
     }
 }
 

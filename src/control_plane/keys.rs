@@ -33,8 +33,8 @@ use crate::host::state::StateDir;
 const CA_DAYS: i64 = 3650;
 pub(super) const LEAF_DAYS: i64 = 90;
 pub(super) const DAY: i64 = 86_400;
-/// A key signs tokens for this long. The one before it stays valid for a while, since the token of a
-/// job lives a day.
+/// A key signs tokens for this long. The one before it stays valid for a while, since the token of
+/// a job lives a day.
 const SIGNING_PERIOD: i64 = 30 * DAY;
 const PREVIOUS_VALID: i64 = LONGEST + 900;
 

@@ -15,6 +15,8 @@ mod error;
 pub mod frps;
 mod frps_plugin;
 mod gateway;
+mod job_tokens;
+mod jobs;
 pub mod keys;
 mod listen;
 mod listeners;
@@ -310,6 +312,7 @@ async fn tidy(control_plane: &ControlPlane, certificate: &mut Certificate, host:
     warn(registry.flush().await, "heartbeats are not written");
     let operations = registry.tidy_operations(now()).await;
     warn(operations, "overdue operations are not ended");
+    warn(registry.tidy_jobs(now()).await, "old jobs are not removed");
     let rollouts = registry.tidy_rollouts(now()).await;
     warn(rollouts, "old rollouts are not removed");
     let access_tokens = registry.tidy_access_tokens(now()).await;

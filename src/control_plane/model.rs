@@ -24,6 +24,9 @@ pub struct Project {
     pub name: String,
     /// Seconds since 1970, like every time here.
     pub created_at: i64,
+    /// What values in its jobs are sealed to: base64 of the public key (X25519) of its Runners.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealing_key: Option<String>,
 }
 
 /// A token that lets new agents in.
@@ -220,6 +223,28 @@ impl OperationRecord {
     pub fn forget_request(&mut self) {
         (self.sealed, self.limits) = (None, None);
     }
+}
+
+/// A job that a Runner has brought: who stands behind it, and what has become of it. What it asks
+/// for is not kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// `j-` and 32 hex digits.
+    pub id: String,
+    pub project: String,
+    /// Id of the access that its token was issued to.
+    pub maker: String,
+    /// Id of the agent, and of the operation there; empty for a rollout, and for what was refused
+    /// before they were known.
+    pub agent: String,
+    pub operation: String,
+    /// Id of the rollout that it is.
+    pub rollout: Option<String>,
+    pub created_at: i64,
+    /// Of its token.
+    pub expires_at: i64,
+    /// When its answer was at the broker.
+    pub answered_at: Option<i64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

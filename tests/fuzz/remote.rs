@@ -150,6 +150,7 @@ fn head() {
         namespaces: None,
         tenant: None,
         token_id: "t".into(),
+        operation: None,
     };
     let runtime = runtime();
     run_bytes("head", &seeds, |bytes| {
@@ -290,6 +291,7 @@ fn operations() {
         namespaces: None,
         tenant: None,
         token_id: "t".into(),
+        operation: None,
     };
     let seeds = [
         r#"{"kind":"apply","spec":{"objects":[{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":"w","namespace":"beta"}}],"wait":false,"timeout_s":9}}"#,

@@ -109,6 +109,8 @@ const INSIDE: &[(&str, Rows)] = &[
             &["bootstrap", "caller_token", "frps_plugin", "login", "metrics"],
             &["auth", "gateway", "operations"],
             &["rollouts"],
+            &["jobs"],
+            &["job_tokens"],
             &["routes"],
             &["listen"],
             &["mod"],

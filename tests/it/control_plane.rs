@@ -947,10 +947,16 @@ async fn every_route_refuses_every_token_that_is_not_for_it() {
         RequiredAuth::Local | RequiredAuth::Session => false,
         // what it answers is of the caller's reach
         RequiredAuth::Runner
-            if matches!(path, "/api/v1/clusters" | "/api/v1/changes" | "/api/v1/rollouts") =>
+            if matches!(
+                path,
+                "/api/v1/clusters" | "/api/v1/changes" | "/api/v1/job-tokens" | "/api/v1/rollouts"
+            ) =>
         {
             matches!(who, "runner" | "foreign" | "elsewhere" | "admin")
         }
+        // a job of another project is not there
+        RequiredAuth::Jobs if path.contains("{id}") => who == "runner",
+        RequiredAuth::Jobs => matches!(who, "runner" | "foreign" | "elsewhere"),
         RequiredAuth::Runner | RequiredAuth::Project => matches!(who, "runner" | "admin"),
         RequiredAuth::Gateway => matches!(who, "runner" | "kubeconfig" | "admin"),
     };

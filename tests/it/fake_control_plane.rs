@@ -284,8 +284,22 @@ impl FakeControlPlane {
             claims["tenant"] = json!(tenant);
             (head["crit"], head["tenant"]) = (json!(["tenant"]), json!(tenant));
         }
+        self.sign(&head, &claims)
+    }
+
+    /// A deployer's token for one operation alone.
+    pub(crate) fn token_for_operation(&self, agent: &str, operation: &str) -> String {
+        let now = jiff::Timestamp::now().as_second() + *self.clock.lock().unwrap();
+        let claims = json!({"iss": "cp", "aud": agent, "exp": now + 200, "sub": "runner-1",
+            "role": "deployer", "jti": "t1", "operation": operation});
+        let head = json!({"alg": "EdDSA", "kid": "k1", "crit": ["operation"],
+            "operation": operation});
+        self.sign(&head, &claims)
+    }
+
+    fn sign(&self, head: &Value, claims: &Value) -> String {
         let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
-        let signed = format!("{}.{}", part(&head), part(&claims));
+        let signed = format!("{}.{}", part(head), part(claims));
         let key = self.key.lock().unwrap().clone().unwrap();
         format!("{signed}.{}", URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes())))
     }

@@ -91,7 +91,7 @@ fn registration(identity: &Identity, capabilities: &[&str]) -> String {
     body.to_string()
 }
 
-async fn register(
+pub(crate) async fn register(
     control_plane: &ControlPlane,
     identity: &Identity,
     token: &str,
@@ -116,7 +116,7 @@ impl RecordingAgent {
     }
 
     /// One that has registered opens its tunnel.
-    async fn connect(
+    pub(crate) async fn connect(
         control_plane: &ControlPlane,
         (identity, registered): (Arc<Identity>, Registered),
         record: Arc<Record>,
@@ -195,13 +195,13 @@ pub(crate) fn claims(token: &str) -> Value {
 }
 
 /// The head of a token, or its claims.
-fn part(token: &str, number: usize) -> Value {
+pub(crate) fn part(token: &str, number: usize) -> Value {
     let part = token.split('.').nth(number).unwrap_or_default();
     serde_json::from_slice(&URL_SAFE_NO_PAD.decode(part).unwrap_or_default()).unwrap_or_default()
 }
 
 /// A new Runner or user, and its token.
-async fn make(control_plane: &ControlPlane, body: Value) -> (Value, String) {
+pub(crate) async fn make(control_plane: &ControlPlane, body: Value) -> (Value, String) {
     let made = control_plane.json("POST", "/api/v1/runners", &control_plane.admin, body).await;
     let token = made["token"].as_str().unwrap().to_owned();
     (made, token)

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::*;
+use crate::contract::job;
 use crate::install::checks;
 use crate::kubernetes::readiness::diagnosis::Reason;
 
@@ -40,6 +41,20 @@ const OTHER_REASONS: &[&str] = &[
     "superseded",
     "tenants_need_1_30",
     "timed_out",
+];
+
+/// Why a job is refused.
+const JOB_CODES: [&str; 10] = [
+    job::BAD_JOB,
+    job::BODY_CHANGED,
+    job::CLUSTER_EXCEEDED,
+    job::MAKER_REVOKED,
+    job::PROJECT_FOREIGN,
+    job::REPLAYED,
+    job::SECRET_IN_CLEAR,
+    job::TOKEN_EXPIRED,
+    job::TOKEN_FORGED,
+    "sealing_key_differs",
 ];
 
 /// Before the literal of a code, where it is not `Exit::KIND,`.
@@ -109,6 +124,7 @@ fn all_codes() -> BTreeSet<String> {
     all.extend(
         [crate::kubernetes::client::FIELD_CONFLICT, crate::k3s::logs::START_LOOP].map(Into::into),
     );
+    all.extend(JOB_CODES.map(str::to_owned));
     // in the text of a plan, and what a control plane answers
     all.extend(["CONFIG_DRIFT", "TENANTS_UNSUPPORTED", "TOO_MANY_KUBECONFIGS"].map(Into::into));
     let of_rollouts = ["BAD_ROLLOUT", "BAD_WAVES", "ROLLOUT_ENDED", "TOO_MANY_ROLLOUTS"];

@@ -20,13 +20,18 @@
 //! ```
 //!
 //! In place of `cluster` stands one of `clusters` (names or ids), `selector` or `all`, with `waves`
-//! beside it, for a rollout. Kind, spec and `ttl_s` are those of an operation that is asked for over
-//! HTTPS.
+//! beside it, for a rollout. Kind, spec and `ttl_s` are those of an operation that is asked for
+//! over HTTPS.
 //!
 //! A broker keeps messages on disk, and more programs than the Runner may read them: the values of
 //! a Secret are refused in clear ([`Job::check_secrets`]). In place of any text below `spec`,
-//! `{"sealed": "…"}` may stand: base64 of what RFC 9180 (HPKE) makes of the text with the public key
-//! of the project's Runners.
+//! `{"sealed": "…"}` may stand: base64 of what RFC 9180 (HPKE) makes of the text with the public
+//! key of the project's Runners.
+//!
+//! A refusal of the control plane is final, but for 401 (the Runner itself is nobody any more),
+//! 408, 429 and 5xx: then the Runner tries again. One that is final is answered like an end, and
+//! said to be answered: what was refused is not done when somebody publishes the same message
+//! later.
 //!
 //! A job has one effect and one answer, whatever is killed: its operation is asked for under the
 //! key [`idempotency_key`], and a job that was answered is not done again.
@@ -149,6 +154,10 @@ impl Job {
         let bad = |why: &str| Refusal::new(BAD_JOB, format!("this is no job: {why}"));
         if body.len() > MAX_BODY {
             return Err(bad("it is larger than 1 MiB"));
+        }
+        // serde would take a list of the values, in the order of the fields
+        if body.trim_ascii_start().first() != Some(&b'{') {
+            return Err(bad("it is no object of JSON"));
         }
         let job: Job =
             serde_json::from_slice(body).map_err(|e| bad(&printable(&valueless_json_error(&e))))?;

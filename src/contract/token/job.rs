@@ -1,7 +1,7 @@
 //! The token of a job: what the control plane has signed for the body of one, for whoever made it.
 //!
-//! A JWT of the keys that sign caller tokens, with a type and an audience of its own: an agent takes
-//! it for nothing, and nobody takes a caller token for one of these.
+//! A JWT of the keys that sign caller tokens, with a type and an audience of its own: an agent
+//! takes it for nothing, and nobody takes a caller token for one of these.
 
 use serde::Deserialize;
 

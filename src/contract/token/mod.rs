@@ -24,8 +24,9 @@ use crate::contract::types::{Jwks, LEEWAY, RunnerAuth};
 pub const TOKEN_LIFETIME: i64 = 300;
 const MAX_LENGTH: usize = 8192;
 /// What a signer may demand to be understood (RFC 7515 §4.1.11), in this order: with it an agent of
-/// a version that knows no tenants refuses a token of one, rather than take it for one of everybody,
-/// and one that knows no tokens for one operation does not take it for one for everything.
+/// a version that knows no tenants refuses a token of one, rather than take it for one of
+/// everybody, and one that knows no tokens for one operation does not take it for one for
+/// everything.
 pub const UNDERSTOOD: [&str; 2] = ["tenant", "operation"];
 /// What an agent says among its capabilities that knows tokens for one operation.
 pub const OPERATION_TOKENS: &str = "operation_tokens";
@@ -233,7 +234,7 @@ fn signed(token: &str, keys: &Jwks) -> Result<(Header, Vec<u8>), &'static str> {
     // what is demanded stands in the header
     let there = [parsed.tenant.is_some(), parsed.operation.is_some()];
     let named = |name: &&str| demanded.is_some_and(|names| names.iter().any(|n| n == name));
-    if UNDERSTOOD.iter().zip(there).any(|(name, there)| named(&name) && !there) {
+    if UNDERSTOOD.iter().zip(there).any(|(name, there)| named(name) && !there) {
         return Err("header and claims of the token do not name the same tenant or operation");
     }
     let claims = decode(claims)?;
@@ -248,7 +249,8 @@ fn verify_signature(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static s
     }
     let claims: Claims =
         serde_json::from_slice(&claims).map_err(|_| "a claim is missing or has the wrong type")?;
-    let differs = |header: &Option<String>, claim| header.is_some() && header != claim;
+    let differs =
+        |header: &Option<String>, claim: &Option<String>| header.is_some() && header != claim;
     if differs(&header.tenant, &claims.tenant) || differs(&header.operation, &claims.operation) {
         return Err("header and claims of the token do not name the same tenant or operation");
     }

@@ -31,7 +31,12 @@ impl Registry {
     /// A name that is taken or invalid.
     pub async fn add_project(&self, name: &str, now: i64) -> Result<Project, HttpError> {
         check_name(name)?;
-        let project = Project { id: self.random_id("p")?, name: name.into(), created_at: now };
+        let project = Project {
+            id: self.random_id("p")?,
+            name: name.into(),
+            created_at: now,
+            sealing_key: None,
+        };
         let change = |inner: &mut Inner| {
             if inner.projects.values().any(|p| p.name == name) {
                 return Err(HttpError::new(

@@ -7,6 +7,7 @@ mod agents;
 pub mod enrol;
 mod entry;
 mod events;
+pub(super) mod jobs;
 mod labels;
 mod names;
 mod operations;
@@ -17,14 +18,17 @@ mod transact;
 use std::collections::{BTreeMap, HashMap};
 
 use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{database_unavailable, not_found};
 use crate::base::secret::Secret;
 use crate::contract::tenant::CAPABILITY;
-use crate::contract::token::Role;
+use crate::contract::token::{OPERATION_TOKENS, Role};
 use crate::control_plane::keys::{Keys, random_token};
-use crate::control_plane::model::{AccessToken, Admin, Agent, Enrolment, OperationRecord, Project};
+use crate::control_plane::model::{
+    AccessToken, Admin, Agent, Enrolment, JobRecord, OperationRecord, Project,
+};
 use crate::control_plane::rollout::RolloutRecord;
 use crate::control_plane::store::{RowKind, Store};
 use agents::duplicate;
@@ -50,6 +54,8 @@ struct Inner {
     admins: BTreeMap<String, (Admin, CancellationToken)>,
     operations: operations::OperationRecords,
     delivering: operations::Delivering,
+    /// By id.
+    jobs: BTreeMap<String, JobRecord>,
     rollouts: BTreeMap<String, RolloutRecord>,
     sending: rollouts::Sending,
     /// Hash of a token → kind and id of its row.
@@ -62,6 +68,8 @@ pub struct Registry {
     store: Store,
     /// Base of the gateway's URLs in events, where there is a broker.
     event_base_url: Option<String>,
+    /// Notified whenever an operation has ended.
+    operation_ended: Notify,
     /// Time before this start does not count as silence of an agent.
     started: i64,
 }
@@ -74,6 +82,8 @@ pub struct ClusterTarget {
     pub max_role: Role,
     /// Its agent keeps the token of a tenant within the tenant's namespaces.
     pub tenants: bool,
+    /// It knows tokens for one operation.
+    pub operation_tokens: bool,
     pub revocation: CancellationToken,
 }
 
@@ -115,10 +125,15 @@ impl Registry {
         for record in store.all::<OperationRecord>(RowKind::Operation).await? {
             inner.insert_operation(record);
         }
+        for record in store.all::<JobRecord>(RowKind::Job).await? {
+            inner.jobs.insert(record.id.clone(), record);
+        }
         for record in store.all::<RolloutRecord>(RowKind::Rollout).await? {
             inner.rollouts.insert(record.id.clone(), record);
         }
-        Ok(Registry { inner: Mutex::new(inner), store, event_base_url, started: now })
+        let operation_ended = Notify::new();
+        let inner = Mutex::new(inner);
+        Ok(Registry { inner, store, event_base_url, operation_ended, started: now })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -158,12 +173,14 @@ impl Registry {
         if entry.row.revoked {
             return Err(not_found("cluster", id));
         }
+        let can = |what: &str| entry.row.capabilities.iter().any(|have| have == what);
         Ok(ClusterTarget {
             agent: entry.row.id.clone(),
             cluster: entry.row.cluster_id.clone(),
             public_key: entry.row.info.public_key.clone(),
             max_role: Role::from_name(&entry.row.max_role).unwrap_or(Role::Viewer),
-            tenants: entry.row.capabilities.iter().any(|have| have == CAPABILITY),
+            tenants: can(CAPABILITY),
+            operation_tokens: can(OPERATION_TOKENS),
             revocation: entry.revocation.clone(),
         })
     }

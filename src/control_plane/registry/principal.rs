@@ -213,9 +213,11 @@ impl Registry {
                     .name
                     .clone(),
             )),
-            RowKind::Project | RowKind::Operation | RowKind::Rollout | RowKind::Labels => {
-                Err(unknown())
-            }
+            RowKind::Project
+            | RowKind::Operation
+            | RowKind::Job
+            | RowKind::Rollout
+            | RowKind::Labels => Err(unknown()),
         }
     }
 }

@@ -7,6 +7,7 @@ mod changes;
 mod clusters;
 mod frps;
 mod gateway;
+mod jobs;
 mod openapi;
 mod operations;
 mod page;
@@ -103,6 +104,14 @@ impl Routes {
         self.on("PATCH", MethodFilter::PATCH, path, handler)
     }
 
+    fn put<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
+        self,
+        path: &'static str,
+        handler: H,
+    ) -> Routes {
+        self.on("PUT", MethodFilter::PUT, path, handler)
+    }
+
     fn delete<H: Handler<T, ControlPlane>, T: HandlerAuth + 'static>(
         self,
         path: &'static str,
@@ -160,6 +169,7 @@ impl Routes {
             admins::routes,
             clusters::routes,
             operations::routes,
+            jobs::routes,
             rollouts::routes,
             changes::routes,
             gateway::routes,

@@ -29,6 +29,7 @@ pub enum RowKind {
     Access,
     Admin,
     Operation,
+    Job,
     Rollout,
     Labels,
 }
@@ -42,6 +43,7 @@ impl RowKind {
             RowKind::Access => "access",
             RowKind::Admin => "admin",
             RowKind::Operation => "operation",
+            RowKind::Job => "job",
             RowKind::Rollout => "rollout",
             RowKind::Labels => "labels",
         }

@@ -153,7 +153,7 @@ impl Registry {
         unless_delivering: bool,
         now: i64,
     ) -> Result<(), HttpError> {
-        let key = key_of(&record);
+        let (key, has_ended) = (key_of(&record), record.operation.state.ended());
         let change = |inner: &mut Inner| {
             if unless_delivering && inner.delivering.contains(&key) {
                 return Err(HttpError::new(
@@ -191,7 +191,16 @@ impl Registry {
                 None => inner.operations.remove(&key),
             };
         };
-        self.transact(change, undo, |_, _| ()).await
+        self.transact(change, undo, |_, _| ()).await?;
+        if has_ended {
+            self.operation_ended.notify_waiters();
+        }
+        Ok(())
+    }
+
+    /// Done when an operation has ended that had not when this was called.
+    pub fn operation_ended(&self) -> impl Future<Output = ()> {
+        self.operation_ended.notified()
     }
 
     /// An agent's report of the end of an operation; reported twice, nothing changes.
@@ -359,6 +368,7 @@ impl Inner {
     /// Ended operations that are no longer kept: their results and keys go. Those of a tenant make
     /// room for its own before they take that of others.
     fn old_operations(&self, now: i64) -> Vec<(String, String)> {
+        let unanswered = self.unanswered();
         let mut ended: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for (key, record) in self.operations.iter().filter(|(_, j)| j.operation.state.ended()) {
             ended.entry(&record.agent).or_default().push((record.changed_at, key, &record.tenant));
@@ -374,7 +384,9 @@ impl Inner {
                     || mine.as_ref().is_some_and(|mine| {
                         **mine >= MAX_ENDED_OF_TENANT || of_tenants >= MAX_ENDED_OF_TENANTS
                     });
-                if is_over {
+                let is_needed = changed + RETENTION > now
+                    && unanswered.contains(&(key.0.as_str(), key.1.as_str()));
+                if is_over && !is_needed {
                     old.push(key.clone());
                     continue;
                 }

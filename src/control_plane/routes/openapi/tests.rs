@@ -1,6 +1,7 @@
 //! The document is what the routes and the types of requests and answers say.
 
 mod agents;
+mod jobs;
 mod rollouts;
 
 use std::collections::BTreeSet;
@@ -330,6 +331,10 @@ fn security_of(required_auth: RequiredAuth, method: &str) -> (&'static str, Valu
             "For administrators, and for Runners within their reach that are of no tenant.",
             json!([bearer, session]),
         ),
+        RequiredAuth::Jobs => (
+            "For Runners, of whatever role, that are neither users nor of a tenant.",
+            json!([bearer]),
+        ),
         RequiredAuth::Gateway => (
             "For administrators, for Runners within their reach, and for kubeconfigs.",
             json!([bearer]),
@@ -362,6 +367,7 @@ fn whole() -> Value {
         of_administrators(s),
         of_clusters(s),
         rollouts::of_rollouts(s),
+        jobs::calls(s),
     ];
     for part in all {
         for Call { method, path, shown } in part {
