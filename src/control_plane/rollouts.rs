@@ -64,7 +64,7 @@ impl ControlPlane {
         request: RolloutRequest,
         key: &str,
         now: i64,
-    ) -> Result<(RolloutRecord, bool), HttpError> {
+    ) -> Result<(Arc<RolloutRecord>, bool), HttpError> {
         let key = check_idempotency_key(Some(key))
             .map_err(|why| HttpError::new(400, "idempotency_key_needed", why, None))?;
         if restrict(principal, &TokenRequest::default())?.role < Role::Deployer {
@@ -131,13 +131,18 @@ impl ControlPlane {
             return Err(bad_rollout("a rollout takes one of `clusters`, `selector` and `all`"));
         }
         let selector = request.selector.as_deref().map(parse_selector).transpose()?;
+        let listed = request.clusters.clone();
+        let is_listed = listed.is_some();
+        let wanted = listed.unwrap_or_else(|| registry.select(principal, selector.as_ref(), now));
+        if wanted.len() > MAX_CLUSTERS {
+            let many = wanted.len();
+            return Err(bad_rollout(format!("{many} clusters: {MAX_CLUSTERS} are the most")));
+        }
         let (mut seen, mut clusters) = (BTreeSet::new(), Vec::new());
         let mut projects = BTreeSet::new();
-        let wanted = request.clusters.clone();
-        let is_listed = wanted.is_some();
-        for id in wanted.unwrap_or_else(|| registry.select(principal, selector.as_ref(), now)) {
+        for id in wanted {
             let found = match self.rollout_cluster(principal, &id, now) {
-                // one that was revoked is not among those that are meant
+                // one that has gone since it was selected
                 Err(error) if error.status == 404 && !is_listed => continue,
                 found => found?,
             };
@@ -147,25 +152,19 @@ impl ControlPlane {
                 clusters.push(cluster);
             }
         }
-        match clusters.len() {
-            0 if is_listed => Err(bad_rollout("`clusters` names no cluster")),
-            0 => {
-                let message = match &request.selector {
-                    Some(text) => format!("no cluster matches `{}`", printable(text)),
-                    None => "this token reaches no cluster".into(),
-                };
-                let hint = "`pipeops clusters` lists those within reach, with their labels";
-                Err(HttpError::new(400, "no_cluster_matches", message, Some(hint)))
-            }
-            many if many > MAX_CLUSTERS => {
-                let message = format!("{many} clusters: a rollout has {MAX_CLUSTERS} at most");
-                Err(bad_rollout(message))
-            }
-            _ => {
-                let project = if projects.len() == 1 { projects.pop_first() } else { None };
-                Ok((clusters, project.unwrap_or_default()))
-            }
+        if clusters.is_empty() && is_listed {
+            return Err(bad_rollout("`clusters` names no cluster"));
         }
+        if clusters.is_empty() {
+            let message = match &request.selector {
+                Some(text) => format!("no cluster matches `{}`", printable(text)),
+                None => "this token reaches no cluster".into(),
+            };
+            let hint = "`pipeops clusters` lists those within reach, with their labels";
+            return Err(HttpError::new(400, "no_cluster_matches", message, Some(hint)));
+        }
+        let project = if projects.len() == 1 { projects.pop_first() } else { None };
+        Ok((clusters, project.unwrap_or_default()))
     }
 
     /// A cluster within reach, and its project.
@@ -213,7 +212,6 @@ impl ControlPlane {
                 return;
             }
         };
-        let record = Arc::new(record);
         for cluster in record.clusters.iter().filter(|cluster| steps.send.contains(&cluster.id)) {
             let (control_plane, record, cluster) = (self.clone(), record.clone(), cluster.clone());
             tokio::spawn(async move {

@@ -16,6 +16,7 @@ pub mod rollouts;
 mod transact;
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
@@ -56,7 +57,7 @@ struct Inner {
     delivering: operations::Delivering,
     /// By id.
     jobs: BTreeMap<String, JobRecord>,
-    rollouts: BTreeMap<String, RolloutRecord>,
+    rollouts: BTreeMap<String, Arc<RolloutRecord>>,
     sending: rollouts::Sending,
     /// Hash of a token → kind and id of its row.
     tokens: HashMap<String, (RowKind, String)>,
@@ -129,7 +130,7 @@ impl Registry {
             inner.jobs.insert(record.id.clone(), record);
         }
         for record in store.all::<RolloutRecord>(RowKind::Rollout).await? {
-            inner.rollouts.insert(record.id.clone(), record);
+            inner.rollouts.insert(record.id.clone(), Arc::new(record));
         }
         let operation_ended = Notify::new();
         let inner = Mutex::new(inner);

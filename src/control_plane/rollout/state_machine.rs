@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use super::{RolloutCluster, RolloutRecord, RolloutState};
 use crate::contract::types::OperationState;
 
-/// Most operations that are being sent at once.
-pub(super) const MAX_SENDING: usize = 32;
+/// Most operations that are being sent at once, and that are cancelled by one look.
+pub(super) const MAX_AT_ONCE: usize = 32;
 
 /// Why a rollout is cancelled whose caller may do nothing any more.
 const CALLER_REVOKED: &str = "caller_revoked";
@@ -81,7 +81,8 @@ pub fn advance(
         if !is_away {
             busy.insert(cluster.wave);
         }
-        if is_cancelled && cluster.state == Some(OperationState::Queued) {
+        let is_queued = cluster.state == Some(OperationState::Queued);
+        if is_cancelled && is_queued && steps.cancel.len() < MAX_AT_ONCE {
             steps.cancel.push(cluster.id.clone());
         }
     }
@@ -98,7 +99,7 @@ pub fn advance(
         let next = waiting.iter().map(|place| record.clusters[*place].wave).min();
         let next = next.filter(|wave| !busy.contains(&(wave - 1)));
         let due = waiting.into_iter().filter(|place| Some(record.clusters[*place].wave) == next);
-        for place in due.take(MAX_SENDING.saturating_sub(sending)).collect::<Vec<_>>() {
+        for place in due.take(MAX_AT_ONCE.saturating_sub(sending)).collect::<Vec<_>>() {
             let operation = record.operation_of(&record.clusters[place].id);
             let cluster = &mut record.clusters[place];
             if cluster.operation.is_empty() {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::state_machine::MAX_SENDING;
+use super::state_machine::MAX_AT_ONCE;
 use super::*;
 use crate::contract::token::Role;
 use OperationState::{Cancelled, Expired, Failed, Interrupted, Queued, Running, Succeeded};
@@ -215,8 +215,8 @@ fn those_that_are_offline_catch_up_while_later_waves_run() {
 
 #[test]
 fn so_many_are_sent_at_once_and_no_more() {
-    let mut world = world(&[MAX_SENDING + 3]);
-    assert_eq!(world.step().send.len(), MAX_SENDING);
+    let mut world = world(&[MAX_AT_ONCE + 3]);
+    assert_eq!(world.step().send.len(), MAX_AT_ONCE);
     assert_eq!(world.sends(), "");
     world.set(&["c1", "c2"], At::Is(Running));
     assert_eq!(world.step().send.len(), 2);

@@ -1,5 +1,7 @@
 //! Rollouts: begin, list, show, resume, cancel.
 
+use std::sync::Arc;
+
 use axum::extract::State;
 use axum::response::Response;
 use http::{HeaderMap, Uri};
@@ -104,7 +106,7 @@ fn find(
     control_plane: &ControlPlane,
     principal: &Principal,
     id: &str,
-) -> Result<RolloutRecord, HttpError> {
+) -> Result<Arc<RolloutRecord>, HttpError> {
     let found = control_plane.registry().rollout(id).filter(|record| may_see(principal, record));
     found.ok_or_else(|| not_found("rollout", id))
 }

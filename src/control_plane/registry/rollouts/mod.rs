@@ -1,6 +1,7 @@
 //! Rollouts in the registry.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::{HttpError, Inner, Registry, not_found};
 use crate::contract::types::OperationState;
@@ -40,7 +41,7 @@ fn bad_state(record: &RolloutRecord) -> HttpError {
 }
 
 impl Registry {
-    pub fn rollout(&self, id: &str) -> Option<RolloutRecord> {
+    pub fn rollout(&self, id: &str) -> Option<Arc<RolloutRecord>> {
         self.inner().rollouts.get(id).cloned()
     }
 
@@ -49,9 +50,9 @@ impl Registry {
         &self,
         limit: usize,
         may_see: &dyn Fn(&RolloutRecord) -> bool,
-    ) -> Vec<RolloutRecord> {
+    ) -> Vec<Arc<RolloutRecord>> {
         let inner = self.inner();
-        let mut seen: Vec<&RolloutRecord> =
+        let mut seen: Vec<&Arc<RolloutRecord>> =
             inner.rollouts.values().filter(|record| may_see(record)).collect();
         seen.sort_by_key(|record| std::cmp::Reverse(record.created_at));
         seen.into_iter().take(limit).cloned().collect()
@@ -60,7 +61,7 @@ impl Registry {
     /// Ids of those that have something to do.
     pub fn active_rollouts(&self, now: i64) -> Vec<String> {
         let inner = self.inner();
-        let active = |record: &&RolloutRecord| {
+        let active = |record: &&Arc<RolloutRecord>| {
             record.finished_at.is_none() && !(record.rests() && inner.caller_may(record, now))
         };
         inner.rollouts.values().filter(active).map(|record| record.id.clone()).collect()
@@ -75,8 +76,8 @@ impl Registry {
     pub async fn add_rollout(
         &self,
         record: RolloutRecord,
-    ) -> Result<(RolloutRecord, bool), HttpError> {
-        let id = record.id.clone();
+    ) -> Result<(Arc<RolloutRecord>, bool), HttpError> {
+        let (id, record) = (record.id.clone(), Arc::new(record));
         let change = |inner: &mut Inner| {
             if let Some(known) = inner.rollouts.get(&record.id) {
                 check_same(known, &record.request)?;
@@ -105,7 +106,8 @@ impl Registry {
                 return Err(bad_state(record));
             }
             let former = record.clone();
-            let changes = if how(record) { vec![put_change(record)?] } else { Vec::new() };
+            let changed = how(Arc::make_mut(record));
+            let changes = if changed { vec![put_change(record)?] } else { Vec::new() };
             Ok((changes, former))
         };
         self.transact(change, restore, |_, _| ()).await
@@ -121,10 +123,10 @@ impl Registry {
         id: &str,
         away: &BTreeSet<String>,
         now: i64,
-    ) -> Result<(RolloutRecord, Steps), HttpError> {
+    ) -> Result<(Arc<RolloutRecord>, Steps), HttpError> {
         let change = |inner: &mut Inner| {
             let former = inner.rollouts.get(id).ok_or_else(|| not_found("rollout", id))?.clone();
-            let mut record = former.clone();
+            let mut record = RolloutRecord::clone(&former);
             let caller_may = inner.caller_may(&record, now);
             let seen = |cluster: &RolloutCluster| inner.seen(id, cluster, away);
             let steps = advance(&mut record, caller_may, &seen, now);
@@ -141,10 +143,11 @@ impl Registry {
             for cluster in &steps.send {
                 inner.sending.insert((record.id.clone(), cluster.clone()), None);
             }
+            let record = Arc::new(record);
             inner.rollouts.insert(record.id.clone(), record.clone());
             Ok::<_, HttpError>((changes, (former, record, steps)))
         };
-        let undo = |inner: &mut Inner, (former, _, steps): (RolloutRecord, _, Steps)| {
+        let undo = |inner: &mut Inner, (former, _, steps): (Arc<RolloutRecord>, _, Steps)| {
             for cluster in steps.send {
                 inner.sending.remove(&(former.id.clone(), cluster));
             }
@@ -193,26 +196,26 @@ impl Registry {
     /// When the database cannot be written; the next call tries again.
     pub async fn tidy_rollouts(&self, now: i64) -> anyhow::Result<()> {
         let change = |inner: &mut Inner| {
-            let gone: Vec<RolloutRecord> =
+            let gone: Vec<Arc<RolloutRecord>> =
                 inner.old_rollouts(now).iter().filter_map(|id| inner.rollouts.remove(id)).collect();
             let mut changes: Vec<Change> =
                 gone.iter().map(|record| Change::remove(RowKind::Rollout, &record.id)).collect();
             for record in inner.rollouts.values_mut() {
                 if record.rests() && record.created_at + RETENTION <= now {
-                    record.cancel("nobody has resumed it for 30 days");
+                    Arc::make_mut(record).cancel("nobody has resumed it for 30 days");
                     changes.push(put_change(record)?);
                 }
             }
             Ok::<_, anyhow::Error>((changes, gone))
         };
-        let undo = |inner: &mut Inner, gone: Vec<RolloutRecord>| {
+        let undo = |inner: &mut Inner, gone: Vec<Arc<RolloutRecord>>| {
             inner.rollouts.extend(gone.into_iter().map(|record| (record.id.clone(), record)));
         };
         self.transact(change, undo, |_, _| ()).await
     }
 }
 
-fn restore(inner: &mut Inner, former: RolloutRecord) {
+fn restore(inner: &mut Inner, former: Arc<RolloutRecord>) {
     inner.rollouts.insert(former.id.clone(), former);
 }
 
@@ -288,7 +291,7 @@ impl Inner {
     /// Ids of ended rollouts that are no longer kept.
     fn old_rollouts(&self, now: i64) -> Vec<String> {
         let mut ended: Vec<(i64, &RolloutRecord)> =
-            self.rollouts.values().filter_map(|r| Some((r.finished_at?, r))).collect();
+            self.rollouts.values().filter_map(|r| Some((r.finished_at?, &**r))).collect();
         ended.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
         let (mut clusters, mut old) = (BTreeMap::<&str, usize>::new(), Vec::new());
         for (at, record) in ended {

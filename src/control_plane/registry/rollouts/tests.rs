@@ -193,6 +193,7 @@ async fn so_many_go_on_at_once_and_old_ones_are_removed() {
     {
         let mut inner = registry.inner();
         for (n, record) in inner.rollouts.values_mut().enumerate() {
+            let record = Arc::make_mut(record);
             match n {
                 0 => record.state = RolloutState::Paused,
                 1 => (record.state, record.finished_at) = (RolloutState::Failed, Some(1)),
@@ -207,4 +208,21 @@ async fn so_many_go_on_at_once_and_old_ones_are_removed() {
     assert_eq!(inner.rollouts.len(), MAX_UNFINISHED);
     let cancelled = inner.rollouts.values().find(|r| r.state == RolloutState::Cancelled).unwrap();
     assert_eq!(cancelled.message, "nobody has resumed it for 30 days");
+}
+
+#[tokio::test]
+async fn an_agent_that_may_be_back_in_a_moment_is_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (registry, ..) = world(&dir).await;
+    // heard at 100, and this process began at 0
+    let again = |sent_at, now| registry.may_come_back("a-1", sent_at, now);
+    assert!(again(101, 101) && again(101, 100 + PATIENCE) && registry.is_online("a-1", 101));
+    assert!(!again(101, 101 + PATIENCE) && !registry.may_come_back("a-9", 101, 101));
+    // one that is silent, or said that it stops, is away
+    assert!(!again(1000, 1000) && !registry.is_online("a-1", 1000));
+    registry.inner().agents.get_mut("a-1").unwrap().draining = true;
+    assert!(!again(101, 101) && !registry.is_online("a-1", 101));
+    // sent by the process before: the agents come back to this one first
+    let later = Registry { started: 200, ..registry };
+    assert!(later.has_patience(1, 200 + PATIENCE - 1) && !later.has_patience(1, 200 + PATIENCE));
 }
