@@ -112,8 +112,8 @@ fn find(
 }
 
 /// Its own rollouts; of others those of no higher role than its own, for an operator who reaches
-/// the whole project; with the token of a tenant only those that were asked for with one of the same
-/// tenant. Who may see one may resume and cancel it.
+/// the whole project; with the token of a tenant only those that were asked for with one of the
+/// same tenant. Who may see one may resume and cancel it.
 fn may_see(principal: &Principal, record: &RolloutRecord) -> bool {
     let Principal::AccessToken(access) = principal else { return principal.is_admin() };
     let asked_with = record.limits.as_ref().map_or(Role::Admin, |limits| limits.role);
