@@ -49,6 +49,7 @@ main() {
             [ -z "${PIPEOPS_CONTROL_PLANE_URL:-}" ] || set -- "$@" --control-plane-url "$PIPEOPS_CONTROL_PLANE_URL"
             [ -z "${PIPEOPS_CONTROL_PLANE_PIN:-}" ] || set -- "$@" --control-plane-pin "$PIPEOPS_CONTROL_PLANE_PIN"
             [ -z "${CLUSTER_NAME:-}" ] || set -- "$@" --cluster-name "$CLUSTER_NAME"
+            [ -z "${CLUSTER_LABELS:-}" ] || set -- "$@" --cluster-label "$CLUSTER_LABELS"
             [ -z "$agent_token" ] || { token=$agent_token; set -- "$@" --agent-token-file -; }
             set -- "$@" --yes
             ;;

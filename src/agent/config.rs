@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use crate::agent::place::METADATA_URL;
 use crate::agent::session::http::deregister;
 use crate::agent::session::identity::{Identity, StoredCredential};
 use crate::base::config_file::parse_checked;
@@ -12,6 +13,7 @@ use crate::base::error::Failure;
 use crate::base::http::{check_url, credential_free_proxy};
 use crate::base::secret::Secret;
 use crate::base::trust::{Pin, Trust};
+use crate::contract::selector::parse_labels;
 use crate::contract::token::Role;
 use crate::contract::types::DEFAULT_CONTROL_PLANE;
 use crate::host::Host;
@@ -30,6 +32,14 @@ pub struct AgentConfig {
     /// File with the certificates, in PEM, that may sign the control plane's.
     pub control_plane_ca: Option<String>,
     pub cluster_name: Option<String>,
+    /// What the cluster is selected by at the control plane: `KEY=VALUE`, each key once.
+    pub cluster_labels: Vec<String>,
+    #[serde(skip)]
+    pub(super) labels: BTreeMap<String, String>,
+    /// Whether the provider's metadata service is asked for region and zone; it is without it.
+    pub metadata: Option<bool>,
+    /// Where that service is, `http://HOST`.
+    pub metadata_url: Option<String>,
     pub max_role: Option<String>,
     pub kubeconfig: Option<String>,
     pub socket: Option<String>,
@@ -57,6 +67,9 @@ const KEYS: &[&str] = &[
     "control-plane-pin",
     "control-plane-ca",
     "cluster-name",
+    "cluster-labels",
+    "metadata",
+    "metadata-url",
     "max-role",
     "kubeconfig",
     "socket",
@@ -112,6 +125,9 @@ impl AgentConfig {
         let var = |name: &str| env.get(name).filter(|v| !v.is_empty()).cloned();
         config.control_plane_url = var("PIPEOPS_CONTROL_PLANE_URL").or(config.control_plane_url);
         config.cluster_name = var("CLUSTER_NAME").or(config.cluster_name);
+        if let Some(labels) = var("CLUSTER_LABELS") {
+            config.cluster_labels = labels.split(',').map(|l| l.trim().to_owned()).collect();
+        }
         if let Some(pins) = var("PIPEOPS_CONTROL_PLANE_PIN") {
             config.control_plane_pin = pins.split(',').map(|p| p.trim().to_owned()).collect();
         }
@@ -129,6 +145,13 @@ impl AgentConfig {
             ));
         }
         check_url(config.url()).map_err(invalid)?;
+        config.labels = parse_labels(&config.cluster_labels).map_err(invalid)?;
+        let metadata = url::Url::parse(config.metadata_url());
+        if !metadata.is_ok_and(|url| url.scheme() == "http" && url.path() == "/") {
+            return Err(invalid(
+                "metadata-url is http://HOST, as in http://169.254.169.254".into(),
+            ));
+        }
         config.role()?;
         config.trust(host)?.client_config().map_err(|why| {
             wrong("TRUST_INVALID", "the control plane's CA or pin cannot be used".into(), why)
@@ -145,6 +168,10 @@ impl AgentConfig {
     /// The proxy of the settings, when the environment names none.
     pub(super) fn proxy(&self) -> Option<String> {
         self.https_proxy.clone().filter(|_| !self.proxy_in_environment)
+    }
+
+    pub(super) fn metadata_url(&self) -> &str {
+        self.metadata_url.as_deref().unwrap_or(METADATA_URL)
     }
 
     pub(super) fn url(&self) -> &str {

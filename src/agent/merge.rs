@@ -3,10 +3,12 @@
 
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::config::AgentConfig;
+use crate::agent::place::Place;
 use crate::agent::session::ControlPlaneStatus;
 use crate::agent::status::{AgentStatus, KubernetesState, NodeStatus};
 use crate::contract::types::{ClusterInfo, Config, NodeReport, StatusReport, Usage, Workloads};
@@ -20,7 +22,8 @@ pub(super) struct StatusMerger {
     pub(super) tunnel_settings: watch::Sender<Option<TunnelConfig>>,
     pub(super) cluster: watch::Sender<ClusterInfo>,
     pub(super) report: watch::Sender<StatusReport>,
-    pub(super) config: AgentConfig,
+    /// What of the cluster does not change while the agent runs.
+    pub(super) fixed: ClusterInfo,
     pub(super) stop: CancellationToken,
 }
 
@@ -75,7 +78,7 @@ impl StatusMerger {
             });
         }
         let status = statuses.borrow_and_update().clone();
-        self.cluster.send_replace(cluster_info(&status, &self.config));
+        self.cluster.send_replace(cluster_info(&status, &self.fixed));
         // a new time alone is no change of the cluster
         self.report.send_if_modified(|former| {
             let report = status_report(&status);
@@ -91,14 +94,39 @@ pub(super) fn hostname() -> String {
     nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default()
 }
 
-pub(super) fn cluster_info(a: &AgentStatus, config: &AgentConfig) -> ClusterInfo {
+/// What of the cluster does not change while the agent runs: its name and labels, and where it is.
+/// An empty provider is not known.
+pub(super) fn fixed_info(config: &AgentConfig, place: Place) -> ClusterInfo {
+    let known = |text: String| Some(text).filter(|text| !text.is_empty());
     ClusterInfo {
         name: config.cluster_name.clone().unwrap_or_else(hostname),
-        provider: if a.api_version.contains("+k3s") { "k3s" } else { "kubernetes" }.into(),
-        version: a.api_version.clone(),
-        node_count: u32::try_from(a.nodes.len()).unwrap_or(u32::MAX),
+        provider: place.provider,
+        region: known(place.region),
+        zone: known(place.zone),
+        labels: config.labels.clone(),
         ..ClusterInfo::default()
     }
+}
+
+/// The labels of a cluster and where it is, as a text by which a change is seen; empty where there
+/// is nothing of it.
+pub(super) fn facts(fixed: &ClusterInfo) -> String {
+    if fixed.provider.is_empty() && fixed.labels.is_empty() {
+        return String::new();
+    }
+    json!([fixed.provider, fixed.region, fixed.zone, fixed.labels]).to_string()
+}
+
+pub(super) fn cluster_info(a: &AgentStatus, fixed: &ClusterInfo) -> ClusterInfo {
+    let mut info = ClusterInfo {
+        version: a.api_version.clone(),
+        node_count: u32::try_from(a.nodes.len()).unwrap_or(u32::MAX),
+        ..fixed.clone()
+    };
+    if info.provider.is_empty() {
+        info.provider = if a.api_version.contains("+k3s") { "k3s" } else { "kubernetes" }.into();
+    }
+    info
 }
 
 fn status_report(a: &AgentStatus) -> StatusReport {

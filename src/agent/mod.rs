@@ -7,6 +7,7 @@ pub mod credential;
 pub(crate) mod local;
 mod merge;
 mod observer;
+mod place;
 pub mod run;
 pub mod session;
 pub mod status;

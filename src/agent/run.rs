@@ -17,8 +17,9 @@ use crate::agent::api::permits::{self, StreamLimits};
 use crate::agent::api::{self, Api};
 use crate::agent::config::AgentConfig;
 use crate::agent::local::{self, ObserverLiveness};
-use crate::agent::merge::{StatusMerger, cluster_info, hostname};
+use crate::agent::merge::{StatusMerger, cluster_info, facts, fixed_info, hostname};
 use crate::agent::observer::Observer;
+use crate::agent::place::{self, Place};
 use crate::agent::session::client::{ControlPlaneClient, ReportedState};
 use crate::agent::session::identity::{self, Identity, LoadedIdentity};
 use crate::agent::session::{self, ControlPlaneStatus};
@@ -92,7 +93,8 @@ pub async fn run(
     let id = identity.as_ref().map(|i| i.id.clone()).unwrap_or_default();
     let known = session::initial_status(identity.is_some(), token.is_some(), &state, config.url());
     let first = initial_status(&id, &known);
-    let (cluster, clusters) = watch::channel(cluster_info(&first, &config));
+    let fixed = fixed_info(&config, place(&host, &config, &state).await);
+    let (cluster, clusters) = watch::channel(cluster_info(&first, &fixed));
     let mut agent = Agent::new(host, config, state, first);
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
@@ -106,7 +108,7 @@ pub async fn run(
     let (report, reports) = watch::channel(StatusReport::default());
     let liveness = ObserverLiveness::default();
     agent.start_observer(kubeconfig, upstream, liveness.clone())?;
-    let reported = agent.reported_state(clusters, reports, tunnel.clone(), audit_heads)?;
+    let reported = agent.reported_state(clusters, &fixed, reports, tunnel.clone(), audit_heads)?;
     agent.start_control_plane(ControlPlaneClient {
         url: agent.config.url().to_owned(),
         trust: agent.config.trust(&agent.host)?,
@@ -150,7 +152,7 @@ pub async fn run(
         tunnel_settings,
         cluster,
         report,
-        config: agent.config.clone(),
+        fixed,
         stop: agent.shutdown.halt.clone(),
     };
     agent.tasks.spawn(async move { ("account", merger.run().await) });
@@ -159,6 +161,13 @@ pub async fn run(
     agent.shut_down(api.as_ref(), result.is_ok()).await;
     remove_unused(&socket);
     result
+}
+
+async fn place(host: &Host, config: &AgentConfig, state: &StateDir) -> Place {
+    match config.metadata {
+        Some(false) => Place::default(),
+        _ => place::look(host, config.metadata_url(), state).await,
+    }
 }
 
 /// Tells a user without the rights from a fault of the program.
@@ -266,6 +275,7 @@ impl Agent {
     fn reported_state(
         &self,
         cluster: watch::Receiver<ClusterInfo>,
+        fixed: &ClusterInfo,
         status: watch::Receiver<StatusReport>,
         tunnel: watch::Receiver<frp::TunnelStatus>,
         audit: watch::Receiver<AuditHead>,
@@ -275,6 +285,7 @@ impl Agent {
             hostname: self.hostname.clone(),
             max_role: self.config.role()?.name().into(),
             cluster,
+            facts: facts(fixed),
             tenants: self.tenants.subscribe(),
             status,
             tunnel,

@@ -2,6 +2,8 @@
 
 use clap::{Args, ValueEnum};
 
+use crate::contract::selector::Selector;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OutputFormat {
     Text,
@@ -11,6 +13,11 @@ pub enum OutputFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EventFormat {
     Json,
+}
+
+/// A selector of clusters, as it is written from then on.
+pub(super) fn selector(text: &str) -> Result<String, String> {
+    Selector::parse(text).map(|selector| selector.to_string())
 }
 
 #[derive(Debug, Args)]

@@ -2,7 +2,9 @@
 
 use clap::{Args, Subcommand};
 
-use super::common::OutputArgs;
+use super::common::{OutputArgs, selector};
+use crate::base::text::is_label_key;
+use crate::contract::selector::parse_label;
 use crate::control_plane::LONGEST_TTL;
 use crate::control_plane::settings::ControlPlaneOptions;
 
@@ -88,6 +90,17 @@ fn ttl() -> clap::builder::RangedI64ValueParser<i64> {
     clap::value_parser!(i64).range(1..=LONGEST_TTL)
 }
 
+fn label(text: &str) -> Result<String, String> {
+    parse_label(text).map(|_| text.to_owned())
+}
+
+fn label_change(text: &str) -> Result<String, String> {
+    match text.strip_suffix('-') {
+        Some(key) if is_label_key(key) => Ok(text.to_owned()),
+        _ => label(text),
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
     /// Make one and print the line to paste on a VM
@@ -104,6 +117,9 @@ pub enum TokenCommand {
         /// How many servers it lets in; 0: any number
         #[arg(long, value_name = "NUMBER", default_value_t = 1)]
         uses: u32,
+        /// Label that a new cluster gets here, KEY=VALUE
+        #[arg(long, value_name = "LABEL", value_delimiter = ',', value_parser = label)]
+        cluster_label: Vec<String>,
         #[command(flatten)]
         output: OutputArgs,
     },
@@ -124,6 +140,10 @@ pub enum TokenCommand {
 pub enum ClusterCommand {
     /// Show all with their state
     List {
+        /// Only those with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider,
+        /// region, zone
+        #[arg(long, short = 'l', value_name = "SELECTOR", value_parser = selector)]
+        selector: Option<String>,
         #[command(flatten)]
         output: OutputArgs,
     },
@@ -131,6 +151,16 @@ pub enum ClusterCommand {
     Show {
         /// Id or name
         cluster: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Set labels of one here, or take them away: rights and selectors follow from them
+    Label {
+        /// Id or name
+        cluster: String,
+        /// KEY=VALUE sets one, KEY- takes it away
+        #[arg(required = true, value_name = "LABEL", value_parser = label_change)]
+        labels: Vec<String>,
         #[command(flatten)]
         output: OutputArgs,
     },
@@ -177,6 +207,15 @@ pub struct AccessArgs {
     /// Only these clusters, by id or name
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     pub clusters: Option<Vec<String>>,
+    /// Only clusters with such labels, set with `cluster label`: env=prod,!legacy; or id in (A,B)
+    #[arg(
+        long,
+        short = 'l',
+        value_name = "SELECTOR",
+        value_parser = selector,
+        conflicts_with = "clusters"
+    )]
+    pub selector: Option<String>,
     /// Only these namespaces
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub namespaces: Option<Vec<String>>,

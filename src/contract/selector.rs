@@ -1,6 +1,7 @@
 //! Labels of clusters, and what selects clusters by them: the grammar of Kubernetes' label selectors
 //! (apimachinery, `pkg/labels/selector.go`) without its comparisons of numbers.
 
+use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter};
 
 use crate::base::text::{is_label_key, is_label_value, printable};
@@ -182,6 +183,24 @@ pub fn parse_label(text: &str) -> Result<(&str, &str), String> {
     check_label(key, value).map(|()| (key, value))
 }
 
+/// Labels as they are typed.
+///
+/// # Errors
+/// As [`parse_label`], and for a key that is there twice or too many of them.
+pub fn parse_labels(list: &[String]) -> Result<BTreeMap<String, String>, String> {
+    let mut labels = BTreeMap::new();
+    for text in list {
+        let (key, value) = parse_label(text)?;
+        if labels.insert(key.to_owned(), value.to_owned()).is_some() {
+            return Err(format!("label `{}`: its key is there twice", printable(text)));
+        }
+    }
+    if labels.len() > MAX_LABELS {
+        return Err(format!("a cluster has {MAX_LABELS} labels at most"));
+    }
+    Ok(labels)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,5 +330,13 @@ mod tests {
             let said = parse_label(bad).unwrap_err();
             assert!(said.starts_with("label `") && said.contains(why), "{bad}: {said}");
         }
+        let list = |labels: &[&str]| {
+            parse_labels(&labels.iter().map(|label| (*label).to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(list(&["a=b", "c="]).unwrap().len(), 2);
+        assert!(list(&["a=b", "a=b"]).unwrap_err().contains("twice"));
+        assert!(list(&["a=b", "name=c"]).unwrap_err().contains("another key"));
+        let many: Vec<String> = (0..=MAX_LABELS).map(|n| format!("k{n}=v")).collect();
+        assert!(parse_labels(&many).unwrap_err().contains("50 labels at most"));
     }
 }

@@ -251,6 +251,8 @@ fn plane() {
         body("POST", "/api/v1/runners", r#"{"name":"ci","role":"deployer","clusters":["c-1"],"namespaces":["beta"],"ttl_s":60}"#),
         body("POST", "/api/v1/projects", r#"{"name":"p"}"#),
         body("POST", "/api/v1/clusters/c-1/token", r#"{"role":"viewer","ttl_s":60}"#),
+        body("PATCH", "/api/v1/clusters/c-1/labels", r#"{"labels":{"env":"prod","old":null}}"#),
+        body("GET", "/api/v1/clusters?selector=env%3Dprod,tier%20in%20(a,b)", ""),
         body("GET", "/api/v1/clusters/c-1/inside/events", ""),
         body("GET", "/clusters/c-1/k8s/api/v1/pods?watch=1", ""),
         body("POST", "/session", r#"{"token":"pom_x"}"#).replace("content-type", "cookie: __Host-pipeops=x; a=b\r\nx-csrf-token: y\r\ncontent-type"),

@@ -92,7 +92,8 @@ const INSIDE: &[(&str, Rows)] = &[
         "agent",
         &[
             &["session"],
-            &["status", "config", "credential"],
+            &["status", "credential", "place"],
+            &["config"],
             &["local", "api", "merge"],
             &["observer"],
             &["run"],

@@ -33,6 +33,7 @@ mod intruders;
 mod jobs;
 mod join;
 mod kubernetes;
+mod labels;
 mod machines;
 mod nodes;
 mod operations;

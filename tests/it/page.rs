@@ -274,6 +274,19 @@ async fn people_see_the_fleet_live_and_add_a_server_by_keyboard_alone() {
     browser.press("Escape");
     browser.until("!document.querySelector('#adding').open");
     browser.until("document.querySelector('#install').textContent === ''");
+    // in groups, and as before
+    let group = |browser: &mut Browser, key: &str| {
+        browser.value(&format!(
+            "(() => {{ const group = document.querySelector('#group'); group.value = '{key}'; \
+             group.dispatchEvent(new Event('change')); }})()"
+        ));
+    };
+    group(&mut browser, "provider");
+    browser.until("document.querySelectorAll('#rows tr.group').length === 2");
+    let first = browser.text("#rows tr.group");
+    assert_eq!(first, "provider not known: 1");
+    group(&mut browser, "");
+    browser.until("document.querySelectorAll('#rows tr').length === 2");
     // one cluster in depth
     browser.value("document.querySelector('#rows a').focus()");
     browser.press("/");

@@ -49,6 +49,7 @@ const PATHS: &[(&str, &[&str])] = &[
     ("/api/v1/clusters/{cluster}", &["GET"]),
     ("/api/v1/clusters/none", &["GET", "DELETE"]),
     ("/api/v1/clusters/none/revoke", &["POST"]),
+    ("/api/v1/clusters/none/labels", &["PATCH"]),
     ("/api/v1/clusters/{cluster}/token", &["POST"]),
     ("/api/v1/clusters/{cluster}/kubeconfig", &["POST"]),
     ("/api/v1/clusters/{cluster}/operations", &["GET", "POST"]),

@@ -37,6 +37,8 @@ pub struct ReportedState {
     pub hostname: String,
     pub max_role: String,
     pub cluster: watch::Receiver<ClusterInfo>,
+    /// What of it a registration must say again where it has changed since the last one.
+    pub facts: String,
     /// Whether the cluster keeps tenants apart and the agent may make them; `None` until that is
     /// known.
     pub tenants: watch::Receiver<Option<bool>>,
@@ -138,12 +140,15 @@ impl ControlPlaneClient {
     /// When the state directory cannot be used.
     pub async fn run(mut self) -> anyhow::Result<()> {
         let mut session = ControlPlaneSession::new(Instant::now());
-        let (mut state, mut event) = self.begin()?;
+        let (mut state, mut events) = self.begin()?;
         // of the last report: a change of these is reported before the next one is due
         let mut shown = None;
         loop {
             let mut next = None;
-            let mut actions = VecDeque::from(session.on(event, Instant::now(), random()));
+            let mut actions = VecDeque::new();
+            for event in events {
+                actions.extend(session.on(event, Instant::now(), random()));
+            }
             while let Some(action) = actions.pop_front() {
                 if action == SessionAction::Report {
                     let body = {
@@ -176,7 +181,7 @@ impl ControlPlaneClient {
             if session.drain_reported() {
                 self.drain_reported.cancel();
             }
-            event = match next {
+            events = vec![match next {
                 Some(action) => tokio::select! {
                     () = self.stop.cancelled() => return Ok(()),
                     event = self.request(&mut state, action, session.status()) => event,
@@ -212,7 +217,7 @@ impl ControlPlaneClient {
                         () = timer => SessionEvent::Tick,
                     }
                 }
-            };
+            }];
         }
     }
 
@@ -232,7 +237,7 @@ impl ControlPlaneClient {
         tenants_event(known, state.credential.as_ref())
     }
 
-    fn begin(&self) -> anyhow::Result<(RunState, SessionEvent)> {
+    fn begin(&self) -> anyhow::Result<(RunState, Vec<SessionEvent>)> {
         let token = self.token.is_some();
         let queue = Queue::open(self.state.subdir("queue")?);
         // what was meant for one control plane is not sent to another one
@@ -252,14 +257,17 @@ impl ControlPlaneClient {
             seq: 0,
         };
         let ours = self.identity.is_some();
-        let event = first_event(ours, token, state.credential.as_ref());
+        let mut events = vec![first_event(ours, token, state.credential.as_ref())];
         if !ours {
             state.credential = None;
+        }
+        if state.credential.as_ref().is_some_and(|stored| stored.facts != self.reported.facts) {
+            events.push(SessionEvent::CapabilitiesChanged);
         }
         if let Some(config) = state.credential.as_ref().and_then(|c| c.config.clone()) {
             self.config.send_replace(Some(config));
         }
-        Ok((state, event))
+        Ok((state, events))
     }
 
     /// Sends the request of an action.
@@ -401,9 +409,12 @@ impl ControlPlaneClient {
                 "the answer holds no credential; is this a control plane?".into(),
             ));
         }
-        let (cluster_id, tenants) = match registered {
-            Some((cluster_id, tenants)) => (cluster_id, Some(tenants)),
-            None => stored.as_ref().map(|k| (k.cluster_id.clone(), k.tenants)).unwrap_or_default(),
+        let (cluster_id, tenants, facts) = match registered {
+            Some((cluster_id, tenants)) => (cluster_id, Some(tenants), self.reported.facts.clone()),
+            None => stored
+                .as_ref()
+                .map(|k| (k.cluster_id.clone(), k.tenants, k.facts.clone()))
+                .unwrap_or_default(),
         };
         let last =
             config.as_deref().cloned().or_else(|| stored.as_ref().and_then(|k| k.config.clone()));
@@ -414,6 +425,7 @@ impl ControlPlaneClient {
             cluster_id,
             config: last,
             tenants,
+            facts,
         };
         let lifetime_s = new.remaining_s(jiff::Timestamp::now());
         if let Err(error) = new.store(&self.state) {

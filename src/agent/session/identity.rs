@@ -178,6 +178,9 @@ pub struct StoredCredential {
     /// was a version that does not store it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenants: Option<bool>,
+    /// The labels and the place of the cluster that it registered with last.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub facts: String,
 }
 
 impl StoredCredential {

@@ -123,7 +123,8 @@ pub enum SessionEvent {
     Queued,
     /// The cluster has changed since the last report.
     Changed,
-    /// What the agent can do differs from what it has registered with.
+    /// What the agent can do, or what it says of its cluster, differs from what it has registered
+    /// with.
     CapabilitiesChanged,
     Tick,
     Drain,
@@ -202,6 +203,7 @@ mod tests {
             cluster_id: String::new(),
             config: None,
             tenants: None,
+            facts: String::new(),
         };
         stored.store(&state).unwrap();
         assert_eq!(first(true, false), ControlPlaneState::Connecting);

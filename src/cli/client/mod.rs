@@ -5,7 +5,8 @@ mod tenant;
 
 use clap::{Args, Subcommand};
 
-use super::common::OutputArgs;
+use super::common::{OutputArgs, selector};
+use crate::base::text::is_label_key;
 use crate::install::settings::parse_duration;
 
 pub use rollout::{RolloutArgs, RolloutCommand, RolloutReachArgs};
@@ -117,6 +118,13 @@ pub enum ClientCommand {
     Secret(SecretCommand),
     /// List the clusters that your token reaches
     Clusters {
+        /// Only those with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider,
+        /// region, zone
+        #[arg(long, short = 'l', value_name = "SELECTOR", value_parser = selector)]
+        selector: Option<String>,
+        /// In groups by provider, region, zone or a label
+        #[arg(long, value_name = "KEY", value_parser = group_key)]
+        group_by: Option<String>,
         /// Context to use in place of the one in use
         #[arg(long, value_name = "NAME")]
         context: Option<String>,
@@ -140,6 +148,10 @@ pub enum ClientCommand {
     /// Customers with a place of their own in a cluster: namespaces, and what limits them
     #[command(subcommand)]
     Tenant(TenantCommand),
+}
+
+fn group_key(text: &str) -> Result<String, &'static str> {
+    if is_label_key(text) { Ok(text.to_owned()) } else { Err("that is no key of a label") }
 }
 
 /// Which control plane, and which of its clusters.

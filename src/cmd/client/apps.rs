@@ -1,8 +1,8 @@
-//! `apps`, `status`, `history`, `clusters` and `kubeconfig`: what is there.
+//! `apps`, `status`, `history` and `kubeconfig`: what is there.
 
 use serde_json::{Value, json};
 
-use super::{Context, Session, cell, printer, time_cell};
+use super::{Context, Session, cell, printer};
 use crate::base::error::{Exit, Failure};
 use crate::cli::{ClusterArgs, OutputArgs, ReachArgs};
 use crate::client::applications::{ApplicationRow, ClusterReader, state};
@@ -201,27 +201,6 @@ pub(super) async fn history(
     };
     let lines: Vec<Vec<String>> = items.iter().map(row).collect();
     let head = ["REVISION", "STATE", "CREATED", "BY", "IMAGE", "NOTE"];
-    show(&printer(context, output), &items, &head, &lines);
-    Ok(Exit::Done)
-}
-
-/// # Errors
-/// What the control plane refuses.
-pub(super) async fn clusters(
-    context: &Context,
-    name: Option<&str>,
-    output: &OutputArgs,
-) -> anyhow::Result<Exit> {
-    let session = Session::open(context, name)?;
-    let list = context.unless_stopped(session.api.get("/api/v1/clusters")).await?;
-    let items = list["items"].as_array().cloned().unwrap_or_default();
-    let row = |row: &Value| {
-        let fields = ["id", "name", "state", "version", "nodes", "tunnel"];
-        let seen = time_cell(row["seen_at"].as_i64());
-        [fields.map(|field| cell(&row[field])).to_vec(), vec![seen, cell(&row["reason"])]].concat()
-    };
-    let lines: Vec<Vec<String>> = items.iter().map(row).collect();
-    let head = ["ID", "NAME", "STATE", "VERSION", "NODES", "TUNNEL", "SEEN", "REASON"];
     show(&printer(context, output), &items, &head, &lines);
     Ok(Exit::Done)
 }

@@ -2,6 +2,7 @@
 //! they show.
 
 mod apps;
+mod clusters;
 mod deploy;
 mod exec;
 mod job;
@@ -63,8 +64,10 @@ pub async fn client(context: &Context, command: ClientCommand) -> anyhow::Result
             open::open(context, &name, print, &reach).await
         }
         ClientCommand::Job(JobCommand::Run(args)) => job::run(context, args).await,
-        ClientCommand::Clusters { context: name, output } => {
-            apps::clusters(context, name.as_deref(), &output).await
+        ClientCommand::Clusters { selector, group_by, context: name, output } => {
+            let name = name.as_deref();
+            clusters::clusters(context, name, selector.as_deref(), group_by.as_deref(), &output)
+                .await
         }
         ClientCommand::Kubeconfig { write, cluster } => {
             apps::kubeconfig(context, write.as_deref(), &cluster).await

@@ -118,9 +118,11 @@ fn segment(text: &str) -> anyhow::Result<String> {
     if text.is_empty() || text.contains('/') {
         return Err(Failure::usage("BAD_NAME", format!("`{text}` is no name or id")).into());
     }
-    Ok(url::form_urlencoded::byte_serialize(text.as_bytes())
-        .collect::<String>()
-        .replace('+', "%20"))
+    Ok(encoded(text))
+}
+
+fn encoded(text: &str) -> String {
+    url::form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>().replace('+', "%20")
 }
 
 pub(super) async fn token(
@@ -129,9 +131,13 @@ pub(super) async fn token(
     command: TokenCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        TokenCommand::Create { project, name, ttl, uses, output } => {
+        TokenCommand::Create { project, name, ttl, uses, cluster_label, output } => {
             let client = AdminClient::new(context, location, output);
-            let body = json!({"project": project, "name": name, "ttl_s": ttl, "uses": uses});
+            let mut body = json!({"project": project, "name": name, "ttl_s": ttl, "uses": uses});
+            // a control plane of a version before labels takes a request without them
+            if !cluster_label.is_empty() {
+                body["labels"] = label_changes(&cluster_label)?;
+            }
             let answer = client.call(Method::POST, "/api/v1/tokens", Some(&body)).await?;
             client.show(&answer, |v| text(&v["install"]))
         }
@@ -167,21 +173,20 @@ pub(super) async fn cluster(
     let path =
         |cluster: &str| Ok::<_, anyhow::Error>(format!("/api/v1/clusters/{}", segment(cluster)?));
     match command {
-        ClusterCommand::List { output } => {
-            AdminClient::new(context, location, output)
-                .list(
-                    "/api/v1/clusters",
-                    &["ID", "NAME", "STATE", "VERSION", "NODES", "TUNNEL", "SEEN", "REASON"],
-                    |v| {
-                        let fields = ["id", "name", "state", "version", "nodes", "tunnel"];
-                        fields
-                            .iter()
-                            .map(|f| text(&v[f]))
-                            .chain([time_text(&v["seen_at"]), text(&v["reason"])])
-                            .collect()
-                    },
-                )
-                .await
+        ClusterCommand::List { selector, output } => {
+            let selector = selector.map(|text| encoded(&text));
+            let path = match selector {
+                Some(text) => format!("/api/v1/clusters?selector={text}"),
+                None => "/api/v1/clusters".to_owned(),
+            };
+            AdminClient::new(context, location, output).list(&path, CLUSTER_HEAD, cluster_row).await
+        }
+        ClusterCommand::Label { cluster, labels, output } => {
+            let client = AdminClient::new(context, location, output);
+            let body = json!({"labels": label_changes(&labels)?});
+            let path = format!("{}/labels", path(&cluster)?);
+            let answer = client.call(Method::PATCH, &path, Some(&body)).await?;
+            client.show(&answer, |v| labels_text(&v["labels"]))
         }
         ClusterCommand::Show { cluster, output } => {
             let client = AdminClient::new(context, location, output);
@@ -218,6 +223,44 @@ pub(super) async fn cluster(
     }
 }
 
+/// Columns of clusters.
+const CLUSTER_HEAD: &[&str] = &[
+    "ID", "NAME", "STATE", "PROVIDER", "REGION", "VERSION", "NODES", "TUNNEL", "SEEN", "LABELS",
+    "REASON",
+];
+
+fn cluster_row(row: &Value) -> Vec<String> {
+    ["id", "name", "state", "provider", "region", "version", "nodes", "tunnel"]
+        .iter()
+        .map(|field| text(&row[field]))
+        .chain([time_text(&row["seen_at"]), labels_text(&row["labels"]), text(&row["reason"])])
+        .collect()
+}
+
+fn labels_text(labels: &Value) -> String {
+    let labels = labels.as_object().into_iter().flatten();
+    let labels: Vec<String> =
+        labels.map(|(key, value)| format!("{}={}", printable(key), text(value))).collect();
+    if labels.is_empty() { "-".into() } else { labels.join(",") }
+}
+
+/// `KEY=VALUE` sets a label, `KEY-` takes it away.
+fn label_changes(list: &[String]) -> anyhow::Result<Value> {
+    let mut changes = json!({});
+    for text in list {
+        let (key, value) = match text.split_once('=') {
+            Some((key, value)) => (key, Value::from(value)),
+            None => (text.trim_end_matches('-'), Value::Null),
+        };
+        if changes.get(key).is_some() {
+            let what = format!("label `{key}` is there twice");
+            return Err(Failure::usage("BAD_LABEL", what).hint("say it once").into());
+        }
+        changes[key] = value;
+    }
+    Ok(changes)
+}
+
 fn cluster_details(cluster: &Value) -> String {
     let fields = [
         "id",
@@ -228,12 +271,16 @@ fn cluster_details(cluster: &Value) -> String {
         "tunnel",
         "version",
         "provider",
+        "region",
+        "zone",
         "agent_id",
         "agent_version",
         "max_role",
     ];
     let mut lines: Vec<String> =
         fields.map(|field| format!("{field:<14}{}", text(&cluster[field]))).into();
+    lines.push(format!("{:<14}{}", "labels", labels_text(&cluster["labels"])));
+    lines.push(format!("{:<14}{}", "set here", text(&cluster["labels_set"])));
     lines.push(format!("{:<14}{}", "seen", time_text(&cluster["seen_at"])));
     lines.extend(report_lines(&cluster["report"]));
     for node in cluster["report"]["nodes"].as_array().into_iter().flatten() {
@@ -314,11 +361,15 @@ pub(super) async fn runner(
 }
 
 fn access_request(name: &str, access: &AccessArgs) -> Value {
-    let AccessArgs { project, role, clusters, namespaces, tenant, ttl } = access;
-    json!({
+    let AccessArgs { project, role, clusters, selector, namespaces, tenant, ttl } = access;
+    let mut request = json!({
         "name": name, "project": project, "role": role, "clusters": clusters,
         "namespaces": namespaces, "tenant": tenant, "ttl_s": ttl,
-    })
+    });
+    if let Some(selector) = selector {
+        request["selector"] = selector.as_str().into();
+    }
+    request
 }
 
 /// Columns of all that has a token of the Runner side.
@@ -342,7 +393,11 @@ fn access_row(row: &Value) -> Vec<String> {
         .iter()
         .map(|field| text(&row[field]))
         .chain([kind, text(&row["role"])])
-        .chain(["clusters", "tenant"].map(|field| limit_text(&row[field])))
+        .chain([match row["selector"].as_str() {
+            Some(selector) => printable(selector).into_owned(),
+            None => limit_text(&row["clusters"]),
+        }])
+        .chain([limit_text(&row["tenant"])])
         .chain([if is_whole_tenant { "all".into() } else { limit_text(&row["namespaces"]) }])
         .chain([time_text(&row["expires_at"]), text(&row["revoked"])])
         .collect()

@@ -129,6 +129,7 @@ fn all_codes() -> BTreeSet<String> {
     all.extend(["CONFIG_DRIFT", "TENANTS_UNSUPPORTED", "TOO_MANY_KUBECONFIGS"].map(Into::into));
     let of_rollouts = ["BAD_ROLLOUT", "BAD_WAVES", "ROLLOUT_ENDED", "TOO_MANY_ROLLOUTS"];
     all.extend(of_rollouts.map(Into::into));
+    all.extend(["BAD_SELECTOR"].map(Into::into));
     let reasons = Reason::ALL.iter().map(|reason| reason.code());
     all.extend(reasons.chain(OTHER_REASONS.iter().copied()).map(str::to_owned));
     all

@@ -3,6 +3,7 @@
 'use strict';
 const $ = (id) => document.getElementById(id);
 const clusters = new Map(); // id -> { data, tr, cells }
+const headings = new Map(); // value of a group -> its row
 const order = { duplicate: 0, offline: 1, expired: 2, late: 3, draining: 4, online: 5, revoked: 6 };
 let session = null, source = null, shown = null, skew = 0, timer = null;
 
@@ -77,12 +78,13 @@ function reason(c) {
 const tunnelOf = (c) => c.tunnel || '-';
 
 function fill(entry) {
-  const c = entry.data, [name, state, version, nodes, tunnel, last] = entry.cells;
+  const c = entry.data, [name, state, provider, version, nodes, tunnel, last] = entry.cells;
   name.firstChild.textContent = c.name;
   name.firstChild.href = '#/c/' + encodeURIComponent(c.id);
   state.firstChild.textContent = c.state;
   state.firstChild.className = 'state ' + c.state;
   state.lastChild.textContent = reason(c) ? ' ' + reason(c) : '';
+  provider.textContent = [c.provider, c.region].filter(Boolean).join(' ') || '-';
   version.textContent = c.version || '-';
   nodes.textContent = c.nodes;
   tunnel.textContent = tunnelOf(c);
@@ -90,7 +92,7 @@ function fill(entry) {
 }
 
 function entryOf(c) {
-  const columns = ['Name', 'State', 'Version', 'Nodes', 'Tunnel', 'Last seen']
+  const columns = ['Name', 'State', 'Provider', 'Version', 'Nodes', 'Tunnel', 'Last seen']
     .map((label) => el('td', { 'data-label': label }));
   columns[0].append(el('a'));
   // state and reason in one box: a narrow screen lays cells out in two columns
@@ -99,23 +101,70 @@ function entryOf(c) {
   return { data: c, tr: el('tr', {}, ...columns), cells };
 }
 
+const labelsOf = (c) => Object.entries(c.labels || {}).map(([k, v]) => `${k}=${v}`);
+
 function matches(c, words) {
-  const text = `${c.name} ${c.id} ${c.state} ${c.version} ${c.reason} ${c.project}`.toLowerCase();
+  const text = [c.name, c.id, c.state, c.version, c.reason, c.project, c.provider, c.region, c.zone,
+    ...labelsOf(c)].join(' ').toLowerCase();
   return words.every((w) => text.includes(w));
+}
+
+/** What a cluster is grouped by: a fact or a label. */
+function valueOf(c, key) {
+  const from = ['provider', 'region', 'zone'].includes(key) ? c : c.labels || {};
+  return Object.hasOwn(from, key) ? from[key] : '';
+}
+
+function offerGroups(all) {
+  const labels = new Set(all.flatMap((e) => Object.keys(e.data.labels || {})));
+  const keys = ['', 'provider', 'region', 'zone', ...[...labels].sort()];
+  const select = $('group'), chosen = select.value;
+  if (keys.join() === [...select.options].map((o) => o.value).join()) return;
+  select.replaceChildren(...keys.map((key) =>
+    el('option', { value: key, text: key ? `By ${key}` : 'No groups' })));
+  select.value = keys.includes(chosen) ? chosen : '';
+}
+
+/** The rows of a list, which is ordered by group, with a heading before each group. */
+function grouped(list, key) {
+  if (!key) return list.map((e) => e.tr);
+  const counts = new Map();
+  for (const e of list) {
+    const value = valueOf(e.data, key);
+    counts.set(value, (counts.get(value) || 0) + 1);
+  }
+  const rows = [];
+  let last = null;
+  for (const e of list) {
+    const value = valueOf(e.data, key);
+    if (value !== last) {
+      if (!headings.has(value)) headings.set(value,
+        el('tr', { class: 'group' }, el('th', { scope: 'rowgroup', colspan: '7' })));
+      const heading = headings.get(value);
+      heading.firstChild.textContent = `${key} ${value || 'not known'}: ${counts.get(value)}`;
+      rows.push(heading);
+      last = value;
+    }
+    rows.push(e.tr);
+  }
+  return rows;
 }
 
 function arrange() {
   const words = $('find').value.toLowerCase().split(/\s+/).filter(Boolean);
   const all = [...clusters.values()];
+  offerGroups(all);
+  const key = $('group').value;
   const list = all.filter((e) => matches(e.data, words));
-  list.sort((a, b) => order[a.data.state] - order[b.data.state]
+  list.sort((a, b) => valueOf(a.data, key).localeCompare(valueOf(b.data, key))
+    || order[a.data.state] - order[b.data.state]
     || a.data.name.localeCompare(b.data.name)
     || a.data.id.localeCompare(b.data.id));
-  const rows = $('rows');
+  const rows = $('rows'), wanted = grouped(list, key);
   // rows that stand where they stood are not touched: focus and scroll stay
-  if (rows.children.length !== list.length || list.some((e, i) => rows.children[i] !== e.tr)) {
+  if (rows.children.length !== wanted.length || wanted.some((tr, i) => rows.children[i] !== tr)) {
     const focused = document.activeElement;
-    rows.replaceChildren(...list.map((e) => e.tr));
+    rows.replaceChildren(...wanted);
     if (focused && focused !== document.activeElement && rows.contains(focused))
       focused.focus({ preventScroll: true });
   }
@@ -222,6 +271,8 @@ async function detail(id, focus) {
   const gib = (n) => (n / 2 ** 30).toFixed(1);
   const facts = [
     ['Id', c.id], ['Version', c.version || '-'], ['Provider', c.provider || '-'],
+    ['Region', c.region || '-'], ['Zone', c.zone || '-'],
+    ['Labels', labelsOf(c).join(', ') || '-'],
     ['Agent', c.agent_version], ['Tunnel', tunnelOf(c)], ['Last seen', seen(c)],
     ['Up for', c.uptime_s ? ago(now() - c.uptime_s) : '-'],
     ['Registered', `${ago(c.registered_at)} ago`], ['Highest role', c.max_role],
@@ -358,6 +409,7 @@ $('logout').addEventListener('click', async () => {
   leave('');
 });
 $('find').addEventListener('input', arrange);
+$('group').addEventListener('change', arrange);
 $('add').addEventListener('click', async () => {
   $('ask').hidden = false; $('line').hidden = true;
   $('make').hidden = false; $('copy').hidden = true;

@@ -282,6 +282,9 @@ pub fn agent_toml(facts: &Facts, settings: &Settings) -> String {
     if let Some(name) = &options.cluster_name {
         let _ = writeln!(text, "cluster-name = {}", json!(name));
     }
+    if !options.cluster_label.is_empty() {
+        let _ = writeln!(text, "cluster-labels = {}", json!(options.cluster_label));
+    }
     if let Some(proxy) = settings
         .control_plane_host()
         .and_then(|host| network::https_proxy(facts, &host))

@@ -123,6 +123,17 @@ pub struct Options {
     )]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_name: Option<String>,
+    /// Label of the cluster, KEY=VALUE: it is selected by it at the control plane
+    #[arg(
+        long,
+        env = "CLUSTER_LABELS",
+        hide_env_values = true,
+        value_name = "LABEL",
+        value_delimiter = ',',
+        help_heading = "Agent"
+    )]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cluster_label: Vec<String>,
     /// File with the enrolment token, - for standard input [env: AGENT_TOKEN holds the token
     /// itself]
     #[arg(long, value_name = "FILE", help_heading = "Agent")]
@@ -164,6 +175,7 @@ impl Options {
             control_plane_url: self.control_plane_url.or(lower.control_plane_url),
             control_plane_pin: list(self.control_plane_pin, lower.control_plane_pin),
             cluster_name: self.cluster_name.or(lower.cluster_name),
+            cluster_label: list(self.cluster_label, lower.cluster_label),
             agent_token_file: self.agent_token_file.or(lower.agent_token_file),
             k3s: self.k3s.layered_over(lower.k3s),
         }

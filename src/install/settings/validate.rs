@@ -7,6 +7,7 @@ use super::{Options, owned_k3s_key, parse_duration};
 use crate::base::cidr::Cidr;
 use crate::base::error::nearest;
 use crate::base::text::is_dns_name;
+use crate::contract::selector::parse_labels;
 use crate::contract::token::Role;
 use crate::k3s::values;
 use crate::k3s::version::Version;
@@ -104,6 +105,9 @@ pub(super) fn server(options: &Options, faults: &mut Vec<String>) {
     {
         faults.push(format!("--acme-email: `{mail}` is not a mail address"));
     }
+    faults.extend(
+        parse_labels(&options.cluster_label).err().map(|e| format!("--cluster-label: {e}")),
+    );
 }
 
 /// The chosen components; `None` where none are named.

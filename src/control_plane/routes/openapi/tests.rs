@@ -237,11 +237,21 @@ fn of_clusters(s: &mut Schemas) -> Vec<Call> {
         }))
     };
     vec![
-        call("GET", "/api/v1/clusters", "Clusters within reach").gives(
-            "200",
-            "without their reports; beside `items` the `tenant` that the token is limited to",
-            s.list::<ClusterView>(),
-        ),
+        call("GET", "/api/v1/clusters", "Clusters within reach")
+            .parameter(json!({
+                "name": "selector", "in": "query", "schema": {"type": "string"},
+                "description": "only those that it names, as a label selector of Kubernetes: \
+                    `env=prod,tier in (web,api),!legacy`; `id`, `name`, `provider`, `region` and \
+                    `zone` count as labels",
+            }))
+            .gives(
+                "200",
+                "without their reports; beside `items` the `tenant` that the token is limited to",
+                s.list::<ClusterView>(),
+            ),
+        call("PATCH", "/api/v1/clusters/{id}/labels", "Set labels of a cluster, or take them away")
+            .takes(s.of::<clusters::LabelChanges>())
+            .gives("200", "the cluster", s.of::<ClusterView>()),
         call("GET", "/api/v1/clusters/{id}", "One cluster, by id or name").gives(
             "200",
             "with its report",
