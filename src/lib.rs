@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod base;
+pub mod broker;
 pub mod cli;
 pub mod client;
 pub mod cmd;
@@ -15,3 +16,4 @@ pub mod install;
 pub mod k3s;
 pub mod kubernetes;
 pub mod output;
+pub mod runner;

@@ -66,7 +66,9 @@ fn main() -> ExitCode {
     output::logging(&level, std::env::var_os("JOURNAL_STREAM").is_some());
     // one beside the main thread at least: it sees signals while a command is held up by a file
     let workers = match &parsed.command {
-        Command::Run(_) | Command::ControlPlane(cli::ControlPlaneArgs { command: None, .. }) => 2,
+        Command::Run(_)
+        | Command::Runner(cli::RunnerArgs { command: None, .. })
+        | Command::ControlPlane(cli::ControlPlaneArgs { command: None, .. }) => 2,
         _ => 1,
     };
     let runtime =
@@ -181,6 +183,7 @@ async fn run(
             Ok(Exit::Done)
         }
         Command::ControlPlane(args) => cmd::control_plane::control_plane(&context, args).await,
+        Command::Runner(args) => cmd::runner::runner(&context, args).await,
         Command::Client(command) => cmd::client::client(&context, command).await,
         Command::Audit(args) => cmd::audit::audit(&context, &args),
         Command::Explain(args) => cmd::explain::explain(&context, &args),

@@ -406,14 +406,25 @@ impl std::io::Write for Masked {
 /// What libraries may log: warnings at most.
 fn targets(level: LevelFilter) -> Targets {
     // sqlx logs at each start that its tables exist already
-    let quiet =
-        ["hyper", "reqwest", "rustls", "kube", "hickory_resolver", "hickory_net", "tower", "sqlx"];
+    let quiet = [
+        "hyper",
+        "reqwest",
+        "rustls",
+        "kube",
+        "hickory_resolver",
+        "hickory_net",
+        "tower",
+        "sqlx",
+        "lapin",
+    ];
     Targets::new()
         .with_default(level)
         .with_targets(quiet.map(|target| (target, level.min(LevelFilter::WARN))))
         // an error line for each handshake, without the server and the next step: whoever called
         // says both
         .with_target("rustls_platform_verifier", LevelFilter::OFF)
+        // the whole of a message that no queue takes: of a job, its token
+        .with_target("lapin::returned_messages", LevelFilter::OFF)
 }
 
 /// Logs of the library go to stderr, without time stamps under systemd, which has its own.

@@ -1,9 +1,10 @@
 //! What knows nothing of Kubernetes, k3s or PipeOps: failures, secrets, trust in certificates,
-//! names, addresses, text, metrics.
+//! names, addresses, URLs of databases and brokers, text, metrics.
 
 pub mod backoff;
 pub mod cidr;
 pub mod config_file;
+pub mod dsn;
 pub mod encoding;
 pub mod error;
 pub mod http;

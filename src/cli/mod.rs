@@ -3,6 +3,7 @@
 mod client;
 mod common;
 mod control_plane;
+mod runner;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -16,6 +17,7 @@ pub use control_plane::{
     AccessArgs, AdminCommand, ClusterCommand, ControlPlaneArgs, ControlPlaneCommand, DataDirArgs,
     DatabaseArgs, ProjectCommand, RunnerCommand, ServeArgs, TokenCommand, UserCommand,
 };
+pub use runner::{JobRunnerCommand, RunnerArgs, SendArgs};
 
 use crate::install::settings::Options;
 
@@ -64,6 +66,8 @@ pub enum Command {
     Uninstall(UninstallArgs),
     /// Run a control plane of your own, or manage one that runs on this machine
     ControlPlane(ControlPlaneArgs),
+    /// Run a Runner, which does jobs from RabbitMQ, or send it one
+    Runner(RunnerArgs),
     #[command(flatten)]
     Client(ClientCommand),
     /// Check or show the record of what was done through the tunnel

@@ -9,6 +9,7 @@ pub mod info;
 pub mod install;
 mod installer;
 pub mod join;
+pub mod runner;
 mod secrets;
 pub mod uninstall;
 

@@ -4,6 +4,7 @@ pub mod application;
 pub mod config;
 pub mod job;
 pub mod operation;
+pub mod sealing;
 pub mod selector;
 pub mod tenant;
 pub mod token;

@@ -10,7 +10,6 @@ mod caller_token;
 pub mod certificate;
 pub mod client;
 mod clock;
-mod dsn;
 mod error;
 pub mod frps;
 mod frps_plugin;
@@ -51,6 +50,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
+use crate::broker::{self, Broker};
 use crate::frp::server::{Server, ServerConfig};
 use crate::host::state::StateDir;
 use crate::host::{self, Host};
@@ -62,7 +62,6 @@ use keys::Keys;
 use listen::{bind, local_socket};
 use listeners::ChangesListeners;
 use open::{check_data_dir, check_keys_match, database};
-use outbox::Broker;
 use rate_limit::FailureLimiter;
 use registry::Registry;
 use sessions::Sessions;
@@ -174,7 +173,7 @@ async fn open(
     let made = check_data_dir(Keys::stored(&state))?.is_none();
     let keys = Arc::new(check_data_dir(Keys::load(&state, now()))?);
     let broker = match config.broker {
-        Some(broker) => Some(Broker { url: outbox::check(&broker.url)?, ..broker }),
+        Some(broker) => Some(Broker { url: broker::check(&broker.url)?, ..broker }),
         None => None,
     };
     let external = config.frps.map(External::new).transpose()?.map(Arc::new);

@@ -13,10 +13,12 @@ mod open;
 mod operation;
 mod rollout;
 mod secret;
+mod send;
 mod tenant;
 mod tenant_change;
 
 pub use job::check_run_is_meant;
+pub(super) use send::{seal, send};
 use serde_json::Value;
 
 use super::Context;

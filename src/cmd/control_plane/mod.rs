@@ -9,11 +9,11 @@ use http::Method;
 
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
+use crate::broker::Broker;
 use crate::cli::{ControlPlaneArgs, ControlPlaneCommand, DataDirArgs, DatabaseArgs, ServeArgs};
 use crate::cmd::Context;
 use crate::control_plane::certificate::CertificateFiles;
 use crate::control_plane::frps::ExternalFrps;
-use crate::control_plane::outbox::Broker;
 use crate::control_plane::settings::{CONFIG, ControlPlaneOptions, parse_file};
 use crate::control_plane::{self, ControlPlaneConfig, client};
 use crate::host::Host;

@@ -56,6 +56,8 @@ const JOB_CODES: [&str; 10] = [
     job::TOKEN_FORGED,
     "sealing_key_differs",
 ];
+/// Why a Runner does not do a job.
+const RUNNER_REASONS: &[&str] = &["reply_queue_foreign", "sealed_unreadable", "token_missing"];
 
 /// Before the literal of a code, where it is not `Exit::KIND,`.
 const CONSTRUCTORS: &[&str] =
@@ -131,7 +133,8 @@ fn all_codes() -> BTreeSet<String> {
     all.extend(of_rollouts.map(Into::into));
     all.extend(["BAD_SELECTOR"].map(Into::into));
     let reasons = Reason::ALL.iter().map(|reason| reason.code());
-    all.extend(reasons.chain(OTHER_REASONS.iter().copied()).map(str::to_owned));
+    let others = OTHER_REASONS.iter().chain(RUNNER_REASONS).copied();
+    all.extend(reasons.chain(others).map(str::to_owned));
     all
 }
 
@@ -161,6 +164,10 @@ fn the_other_reasons_are_those_of_operations() {
     ]
     .concat();
     for reason in OTHER_REASONS {
+        assert!(text.contains(&format!("\"{reason}\"")), "{reason}");
+    }
+    let text = include_str!("../../runner/judge.rs");
+    for reason in RUNNER_REASONS {
         assert!(text.contains(&format!("\"{reason}\"")), "{reason}");
     }
 }

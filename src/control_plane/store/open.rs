@@ -12,9 +12,9 @@ use tokio_util::sync::CancellationToken;
 use super::ownership::{heartbeat, take_ownership};
 use super::writer::Writer;
 use super::{Store, read_metadata};
+use crate::base::dsn;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
-use crate::control_plane::dsn;
 
 /// Version of the schema. A database of a later one is refused: its rows may mean more than this
 /// program knows.

@@ -122,7 +122,7 @@ fn host(host: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// Why it cannot be used.
-pub(super) fn database(url: &Secret) -> Result<Secret, String> {
+pub fn database(url: &Secret) -> Result<Secret, String> {
     let text = url.expose().trim();
     if text.is_empty() {
         return Err("it is empty".into());
@@ -204,7 +204,7 @@ pub(super) fn database(url: &Secret) -> Result<Secret, String> {
 ///
 /// # Errors
 /// Why it cannot be used.
-pub(super) fn broker(url: &Secret) -> Result<Secret, String> {
+pub fn broker(url: &Secret) -> Result<Secret, String> {
     let text = url.expose().trim();
     let (scheme, rest) = scheme(text)?;
     if !matches!(scheme.as_str(), "amqp" | "amqps") {

@@ -6,8 +6,6 @@
 //! confirmed. `message_id` is the same on every attempt, and the header `agent_seq` grows with each
 //! event of an agent: a consumer drops an id that it has seen, and has the rest in order.
 
-mod transport;
-
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -15,40 +13,28 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use lapin::options::{
-    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions,
-    QueueDeclareOptions,
+    BasicPublishOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, ExchangeKind};
 use parking_lot::Mutex;
 use serde_json::Value;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::backoff::{Backoff, random};
-use crate::base::error::Failure;
-use crate::base::secret::Secret;
+use crate::broker::{Broker, confirming_channel, with_timeout};
 use crate::control_plane::store::{Change, PendingEvent, Store};
 
 pub const EXCHANGE: &str = "pipeops.agents";
 pub const QUEUE: &str = "pipeops.runners";
 pub const UNROUTED: &str = "pipeops.unrouted";
-/// Time limit of each step of connecting, and of each confirmation.
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// Unconfirmed messages at once.
 const WINDOW: i64 = 256;
 /// Unpublished events are kept this long and up to this size.
 const RETENTION_DAYS: i64 = 7;
 const MAX_BYTES: i64 = 1 << 30;
 const TRIM_INTERVAL: Duration = Duration::from_secs(60);
-
-/// A message broker.
-pub struct Broker {
-    /// `amqp://` or `amqps://`, with its password.
-    pub url: Secret,
-    /// The CA that signed its certificate, PEM; without it, the system's roots.
-    pub ca: Option<String>,
-}
 
 /// The state of the connection to the broker, for metrics and logs.
 #[derive(Default)]
@@ -78,18 +64,6 @@ impl BrokerStatus {
         }
         *down = why;
     }
-}
-
-/// Refuses an invalid URL of a broker, without showing it.
-///
-/// # Errors
-/// Exit 2.
-pub fn check(url: &Secret) -> anyhow::Result<Secret> {
-    Ok(super::dsn::broker(url).map_err(|why| {
-        Failure::usage("AMQP_URL_WRONG", "the message broker's URL cannot be used")
-            .why(why)
-            .hint("amqp[s]://USER:PASSWORD@HOST:PORT/VHOST")
-    })?)
 }
 
 /// Publishes events until `halt`.
@@ -147,16 +121,6 @@ pub async fn run(
     }
 }
 
-async fn with_timeout<T>(
-    what: &'static str,
-    future: impl Future<Output = lapin::Result<T>>,
-) -> anyhow::Result<T> {
-    timeout(TIMEOUT, future)
-        .await
-        .map_err(|_| anyhow::anyhow!("{what}: no answer for {} s", TIMEOUT.as_secs()))?
-        .context(what)
-}
-
 async fn declare(channel: &Channel) -> anyhow::Result<()> {
     let mut routed = FieldTable::default();
     routed.insert("alternate-exchange".into(), AMQPValue::LongString(UNROUTED.into()));
@@ -195,15 +159,8 @@ async fn send(
     broker: &Broker,
     broker_status: &BrokerStatus,
 ) -> anyhow::Result<std::convert::Infallible> {
-    let connection =
-        with_timeout("connecting", transport::connect(broker.url.expose(), broker.ca.clone()))
-            .await?;
-    let channel = with_timeout("opening a channel", connection.create_channel()).await?;
-    with_timeout(
-        "asking for confirmations",
-        channel.confirm_select(ConfirmSelectOptions::default()),
-    )
-    .await?;
+    let connection = broker.connect("pipeops control plane").await?;
+    let channel = confirming_channel(&connection).await?;
     declare(&channel).await?;
     broker_status.set(None);
     loop {
@@ -281,6 +238,7 @@ async fn batch(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::secret::Secret;
 
     #[test]
     fn an_agents_events_go_out_one_after_the_other() {
@@ -294,21 +252,6 @@ mod tests {
         assert_eq!(first_of_each(&all).iter().map(|w| w.seq).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(first_of_each(&all[1..]).len(), 3);
         assert!(first_of_each(&[]).is_empty());
-    }
-
-    #[test]
-    fn a_wrong_url_is_refused_without_being_shown() {
-        for wrong in [
-            "",
-            "amqp://",
-            "http://u:planted-canary-4711-in-plain-text@h/",
-            "postgres://h",
-            "amqp:planted-canary-4711-in-plain-text",
-        ] {
-            let failure = check(&Secret::new(wrong)).unwrap_err();
-            assert!(!format!("{failure:?}").contains("canary-4711-in-plain-text"), "{failure:?}");
-        }
-        check(&Secret::new("amqp://u:p@h:5672/%2f")).unwrap();
     }
 
     #[tokio::test]

@@ -98,17 +98,20 @@ async fn open_stream(uri: &AMQPUri, ca: Option<&str>) -> io::Result<Io> {
     Ok(Box::new(tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await?))
 }
 
-/// A connection to the broker at `url`; over TLS it must show a certificate of `ca` (PEM), or of
-/// the system's roots.
+/// A connection to the broker at `url`, which shows it under `name`; over TLS it must show a
+/// certificate of `ca` (PEM), or of the system's roots.
 ///
 /// # Errors
 /// What the network, TLS or the broker says; never the URL.
-pub(super) async fn connect(url: &str, ca: Option<String>) -> lapin::Result<Connection> {
+pub(super) async fn connect(
+    url: &str,
+    ca: Option<String>,
+    name: &str,
+) -> lapin::Result<Connection> {
     let uri: AMQPUri = url
         .parse()
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the URL cannot be read"))?;
-    let properties =
-        ConnectionProperties::default().with_connection_name("pipeops control plane".into());
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
     let dial = async move |uri: AMQPUri, _: Runtime<TokioWithTls>| {
         Ok(AsyncTcpStream::Plain(open_stream(&uri, ca.as_deref()).await?.compat()))
     };

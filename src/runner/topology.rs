@@ -1,0 +1,118 @@
+//! Exchanges and queues of a project: made, or looked for where the Runner may not make them.
+
+use lapin::options::{
+    BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions, QueueBindOptions,
+    QueueDeclareOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Consumer, ExchangeKind};
+
+use crate::broker::with_timeout;
+use crate::contract::job::{
+    PARTITIONS, answers_exchange, dead_exchange, jobs_exchange, partition_queue,
+    partitions_exchange,
+};
+
+/// The queue of events that all Runners share, made by control planes too.
+pub(super) const EVENTS: &str = "pipeops.runners";
+/// A job is never lost for having been given back often: with every restart of the broker or of a
+/// Runner. RabbitMQ drops a message after 20 of them from 4.0 on, and keeps this limit.
+const DELIVERY_LIMIT: i64 = 1_000_000;
+
+/// A queue that is replicated, and a message of it on disk before it is confirmed.
+fn quorum() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    arguments
+}
+
+/// The same of which one consumer at a time takes, in its order; the others stand by.
+fn ordered() -> FieldTable {
+    let mut arguments = quorum();
+    arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(DELIVERY_LIMIT));
+    arguments
+}
+
+/// # Errors
+/// What the broker refuses; it names the exchange or the queue.
+pub(super) async fn declare(
+    channel: &Channel,
+    project: &str,
+    declares: bool,
+    events: bool,
+) -> anyhow::Result<()> {
+    let (jobs, partitions) = (jobs_exchange(project), partitions_exchange(project));
+    let (answers, dead) = (answers_exchange(project), dead_exchange(project));
+    let exchanges = [
+        (&jobs, ExchangeKind::Fanout),
+        (&partitions, ExchangeKind::Direct),
+        (&answers, ExchangeKind::Direct),
+        (&dead, ExchangeKind::Fanout),
+    ];
+    for (exchange, kind) in exchanges {
+        let options = ExchangeDeclareOptions {
+            durable: true,
+            passive: !declares,
+            ..ExchangeDeclareOptions::default()
+        };
+        let declared = channel.exchange_declare(
+            exchange.as_str().into(),
+            kind,
+            options,
+            FieldTable::default(),
+        );
+        with_timeout("declaring an exchange", declared).await?;
+    }
+    let mut queues = vec![
+        (jobs.clone(), ordered(), &jobs, String::new()),
+        (answers.clone(), quorum(), &answers, answers.clone()),
+        (dead.clone(), quorum(), &dead, String::new()),
+    ];
+    for number in 0..PARTITIONS {
+        let queue = partition_queue(project, number);
+        queues.push((queue, ordered(), &partitions, number.to_string()));
+    }
+    for (queue, arguments, exchange, key) in queues {
+        queue_declare(channel, &queue, arguments, declares).await?;
+        if declares {
+            let (exchange, key) = (exchange.as_str().into(), key.into());
+            let options = QueueBindOptions::default();
+            let bound =
+                channel.queue_bind(queue.into(), exchange, key, options, FieldTable::default());
+            with_timeout("binding a queue", bound).await?;
+        }
+    }
+    if events {
+        queue_declare(channel, EVENTS, FieldTable::default(), declares).await?;
+    }
+    Ok(())
+}
+
+async fn queue_declare(
+    channel: &Channel,
+    queue: &str,
+    arguments: FieldTable,
+    declares: bool,
+) -> anyhow::Result<()> {
+    let options =
+        QueueDeclareOptions { durable: true, passive: !declares, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare(queue.into(), options, arguments);
+    with_timeout("declaring a queue", declared).await.map(drop)
+}
+
+/// What comes from a queue, `prefetch` messages at once.
+///
+/// # Errors
+/// What the broker refuses.
+pub(super) async fn consume(
+    channel: &Channel,
+    queue: &str,
+    prefetch: u16,
+) -> anyhow::Result<Consumer> {
+    let limited = channel.basic_qos(prefetch, BasicQosOptions::default());
+    with_timeout("limiting what comes at once", limited).await?;
+    let options = BasicConsumeOptions::default();
+    let consumer = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default());
+    with_timeout("consuming a queue", consumer).await
+}
