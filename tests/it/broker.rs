@@ -19,15 +19,15 @@ use crate::rollouts::begin;
 use crate::support::Sandbox;
 
 /// One of Debian's services on ports of its own, ended with the test.
-struct Service {
+pub(crate) struct Service {
     name: &'static str,
-    dir: tempfile::TempDir,
-    url: String,
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) url: String,
 }
 
 impl Service {
     /// None where its package is not installed; the output says so.
-    fn start(name: &'static str) -> Option<Service> {
+    pub(crate) fn start(name: &'static str) -> Option<Service> {
         Service::with(name, &[])
     }
 
@@ -55,7 +55,7 @@ impl Service {
         Some(service)
     }
 
-    fn script(&self, verb: &str) -> (i32, String) {
+    pub(crate) fn script(&self, verb: &str) -> (i32, String) {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/services");
         let done = Command::new("bash")
             .args([script, self.name, verb])
@@ -65,9 +65,20 @@ impl Service {
         (done.status.code().unwrap_or(-1), String::from_utf8_lossy(&done.stderr).into_owned())
     }
 
-    fn restart(&self) {
+    pub(crate) fn restart(&self) {
         let (code, said) = self.script("start");
         assert_eq!(code, 0, "{said}");
+    }
+
+    /// `rabbitmqctl` with these arguments; it must succeed.
+    pub(crate) fn ctl(&self, args: &[&str]) -> String {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/services");
+        let mut command = Command::new("bash");
+        command.args([script, self.name, "ctl"]).arg(self.dir.path()).args(args);
+        let done = command.output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "rabbitmqctl {args:?}: {said}");
+        String::from_utf8_lossy(&done.stdout).into_owned()
     }
 }
 
@@ -135,6 +146,18 @@ async fn receive(
             let id = delivery.properties.message_id().as_ref().unwrap().to_string();
             assert_eq!(body["message_id"], id.as_str());
             assert_eq!(body["type"], delivery.routing_key.as_str());
+            // the same in the words of CloudEvents
+            for (name, value) in [
+                ("specversion", "1.0".to_owned()),
+                ("id", id.clone()),
+                ("type", format!("io.pipeops.{}", delivery.routing_key)),
+                ("source", format!("/projects/{}", body["project"].as_str().unwrap())),
+                ("subject", body["cluster_id"].as_str().unwrap().to_owned()),
+                ("time", body["at"].as_str().unwrap().to_owned()),
+            ] {
+                let value = lapin::types::AMQPValue::LongString(value.as_str().into());
+                assert_eq!(header(&format!("cloudEvents:{name}")), Some(value));
+            }
             heard.push(ReceivedEvent { id, seq, topic: delivery.routing_key.to_string(), body });
             delivery.ack(BasicAckOptions::default()).await.unwrap();
         }

@@ -30,6 +30,7 @@ mod hosts;
 mod install;
 mod interrupts;
 mod intruders;
+mod job_runner;
 mod jobs;
 mod join;
 mod kubernetes;
