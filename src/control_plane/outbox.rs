@@ -4,7 +4,8 @@
 //! Declares the topic exchange `pipeops.agents`, the durable queue `pipeops.runners` bound to all
 //! topics, and `pipeops.unrouted` for messages that no queue takes. Each message is persistent and
 //! confirmed. `message_id` is the same on every attempt, and the header `agent_seq` grows with each
-//! event of an agent: a consumer drops an id that it has seen, and has the rest in order.
+//! event of an agent: a consumer drops an id that it has seen, and has the rest in order. Beside it
+//! stand the attributes of CloudEvents, of the type `io.pipeops.` and the topic.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::backoff::{Backoff, random};
+use crate::broker::cloud_events::CloudEvent;
 use crate::broker::{Broker, confirming_channel, with_timeout};
 use crate::control_plane::store::{Change, PendingEvent, Store};
 
@@ -198,13 +200,21 @@ async fn batch(
         let mut body: Value =
             serde_json::from_str(&event.body).context("an event in the database")?;
         body["agent_seq"] = event.seq.into();
-        let mut headers = FieldTable::default();
+        let text = |name: &str| body[name].as_str().unwrap_or_default();
+        let about = CloudEvent {
+            id: text("message_id"),
+            kind: &event.topic,
+            project: text("project"),
+            subject: text("cluster_id"),
+            time: text("at"),
+        };
+        let mut headers = about.headers();
         headers.insert("agent_seq".into(), AMQPValue::LongLongInt(event.seq));
         headers.insert("agent_id".into(), AMQPValue::LongString(event.agent.as_str().into()));
         let properties = BasicProperties::default()
             .with_delivery_mode(2)
             .with_content_type("application/json".into())
-            .with_message_id(body["message_id"].as_str().unwrap_or_default().into())
+            .with_message_id(about.id.into())
             .with_type(event.topic.as_str().into())
             .with_headers(headers);
         let payload = body.to_string();
