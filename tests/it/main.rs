@@ -32,6 +32,7 @@ mod interrupts;
 mod intruders;
 mod job_runner;
 mod jobs;
+mod jobs_over_rabbitmq;
 mod join;
 mod kubernetes;
 mod labels;

@@ -54,6 +54,8 @@ pub(crate) struct Kube {
     pub(crate) seen: Mutex<Vec<RecordedRequest>>,
     /// What was applied, by path.
     pub(crate) objects: Mutex<BTreeMap<String, Value>>,
+    /// Each change that was made by a patch: path and body, in their order.
+    pub(crate) patched: Mutex<Vec<(String, Value)>>,
     touched: Mutex<BTreeSet<String>>,
     /// Deployments have their pods.
     pub(crate) ready: AtomicBool,
@@ -311,6 +313,9 @@ async fn kube(State(kube): State<Arc<Kube>>, mut request: Request) -> Response {
             _ => kube.object(&method, &path, &body, &format!("{kind} {query}")),
         };
         let status = fault.map_or(status, |fault| fault.status);
+        if method == "PATCH" && status < 300 && !query.contains("dryRun=All") {
+            kube.patched.lock().unwrap().push((path, body));
+        }
         return (StatusCode::from_u16(status).unwrap(), axum::Json(answer)).into_response();
     }
     if path.ends_with("/eviction") || query.contains("fieldSelector=spec.nodeName=vm1") {

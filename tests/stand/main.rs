@@ -13,7 +13,10 @@
 //!                               (PIPEOPS_BENCH_NGINX, the program, and
 //!                               PIPEOPS_BENCH_NGINX_STREAM, the module)
 //!     stand fleet PIPEOPS N     N simulated agents at a real control plane
-//!     stand runner DIR IMAGE    the reference Runner: hears of a cluster, deploys IMAGE both ways
+//!     stand jobs PIPEOPS AMQP N N jobs over RabbitMQ through one, two and three Runners, and single
+//!                               ones beside the same operation over HTTPS
+//!     stand runner DIR IMAGE    beside `pipeops runner`: hears of a cluster, has IMAGE deployed there
+//!                               by a job, by the gateway and straight through the tunnel
 //!     stand outcomes DIR IMAGE  workloads that can't run: what their operations say
 //!     stand applications DIR IMAGE  an application deployed, brought back, superseded, deleted
 //!     stand deploys DIR IMAGE   operations of an application while what is around them fails: the agent
@@ -46,6 +49,7 @@ mod fake_control_plane;
 mod faults;
 mod fleet;
 mod gate;
+mod jobs;
 mod killed;
 mod outcomes;
 mod overhead;
@@ -93,12 +97,13 @@ async fn main() {
             let runs = runs.parse().unwrap();
             std::process::exit(overhead::overhead(dir, image, kubectl, runs).await)
         }
+        ["jobs", pipeops, amqp, n] => jobs::jobs(pipeops, amqp, n.parse().unwrap()).await,
         ["registry"] => outcomes::registry().await,
         ["runner", dir, image] => std::process::exit(runner::runner(dir, image).await),
         ["soak", pipeops, n] => std::process::exit(bench::soak(pipeops, n.parse().unwrap()).await),
         _ => {
             eprintln!(
-                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | deploys DIR IMAGE | crowd DIR IMAGE | overhead DIR IMAGE KUBECTL RUNS | registry | soak PIPEOPS N"
+                "usage: stand serve DIR | rights KUBECONFIG | bench PIPEOPS [PART…] | compare BEFORE AFTER RUNS [PART…] | tunnel PIPEOPS | fleet PIPEOPS N | jobs PIPEOPS AMQP N | runner DIR IMAGE | outcomes DIR IMAGE | applications DIR IMAGE | deploys DIR IMAGE | crowd DIR IMAGE | overhead DIR IMAGE KUBECTL RUNS | registry | soak PIPEOPS N"
             );
             std::process::exit(2);
         }

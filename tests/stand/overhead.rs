@@ -86,7 +86,7 @@ async fn deploy(runner: &Runner, key: &str, name: &str, image: &str) -> Result<D
     Err(format!("{name}: {end}"))
 }
 
-fn figures(what: &str, took: &mut [Duration]) -> [f64; 2] {
+pub(crate) fn figures(what: &str, took: &mut [Duration]) -> [f64; 2] {
     let raw: Vec<String> = took.iter().map(|t| t.as_millis().to_string()).collect();
     took.sort_unstable();
     let at = |part: f64| {

@@ -1,7 +1,8 @@
-//! The reference Runner: hears of a cluster over RabbitMQ, deploys to it through the gateway, once
-//! more straight through the tunnel, and once as an operation whose end it hears.
+//! What a program has done on a cluster that it hears of over RabbitMQ: it deploys through the
+//! gateway, once more straight through the tunnel, once as an operation whose end it hears, and once
+//! as a job, which a `pipeops runner` takes from the queue and answers.
 //!
-//! DIR holds what a Runner is given: `amqp-url`, `control-plane` (URL), `ca.pem`, `token`.
+//! DIR holds what such a program is given: `amqp-url`, `control-plane` (URL), `ca.pem`, `token`.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -12,13 +13,18 @@ use futures_util::StreamExt as _;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, QueueDeclareOptions};
-use lapin::types::FieldTable;
-use lapin::{Connection, ConnectionProperties};
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions,
+    QueueBindOptions, QueueDeclareOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Connection, ConnectionProperties};
+use pipeops::base::encoding::hex;
 use pipeops::base::secret::Secret;
 use pipeops::base::trust::{Pin, Trust};
 use pipeops::frp::{TunnelConfig, TunnelTls};
 use serde_json::{Value, json};
+use sha2::Digest as _;
 
 /// How a Runner speaks to a cluster: through the gateway, or through the tunnel's FRP server.
 enum Way {
@@ -210,6 +216,78 @@ async fn operate(
     Ok(format!("both ends heard after {:.1} s", begun.elapsed().as_secs_f32()))
 }
 
+/// The same deployment as jobs: whoever publishes them needs a token for each, and no way to the
+/// cluster.
+async fn order(
+    client: &reqwest::Client,
+    url: &str,
+    token: &str,
+    amqp: &str,
+    cluster: &str,
+    image: &str,
+) -> Result<String, String> {
+    let connection = Connection::connect(amqp, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+    let begun = Instant::now();
+    let named = json!({"apiVersion": "apps/v1", "kind": "Deployment", "name": "ordered", "namespace": "production"});
+    for (kind, objects) in
+        [("apply", json!([deployment("ordered", image)])), ("delete", json!([named]))]
+    {
+        let body = json!({"cluster": cluster, "kind": kind, "spec": {"objects": objects}});
+        let body = body.to_string();
+        let asked = json!({"sha256": hex(&sha2::Sha256::digest(&body))});
+        let request =
+            client.post(format!("{url}/api/v1/job-tokens")).bearer_auth(token).json(&asked);
+        let told: Value = request.send().await.unwrap().json().await.unwrap();
+        let text = |name: &str| told[name].as_str().unwrap_or_default().to_owned();
+        if text("token").is_empty() {
+            return Err(format!("no token for a job: {told}"));
+        }
+        let queue = format!("{}.of-{}", text("reply_queue"), text("id"));
+        let name = || queue.as_str().into();
+        let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(name(), options, FieldTable::default()).await.unwrap();
+        let (exchange, options) = (text("reply_queue"), QueueBindOptions::default());
+        let bound = channel.queue_bind(
+            name(),
+            exchange.as_str().into(),
+            name(),
+            options,
+            FieldTable::default(),
+        );
+        bound.await.map_err(|e| format!("no Runner has made {exchange}: {e}"))?;
+        let options = BasicConsumeOptions::default();
+        let consumed = channel.basic_consume(name(), "".into(), options, FieldTable::default());
+        let mut answers = consumed.await.unwrap();
+        let mut headers = FieldTable::default();
+        let value = AMQPValue::LongString(text("token").as_str().into());
+        headers.insert("cloudEvents:pipeopstoken".into(), value);
+        let properties = BasicProperties::default()
+            .with_delivery_mode(2)
+            .with_content_type("application/json".into())
+            .with_message_id(text("id").as_str().into())
+            .with_reply_to(name())
+            .with_headers(headers);
+        let (exchange, options) = (text("exchange"), BasicPublishOptions::default());
+        let sent = channel.basic_publish(
+            exchange.as_str().into(),
+            "".into(),
+            options,
+            body.as_bytes(),
+            properties,
+        );
+        assert!(sent.await.unwrap().await.unwrap().is_ack());
+        let answer = tokio::time::timeout(Duration::from_secs(180), answers.next()).await;
+        let Ok(Some(Ok(answer))) = answer else { return Err(format!("{kind}: no answer")) };
+        let answer: Value = serde_json::from_slice(&answer.data).unwrap();
+        if answer["state"] != "succeeded" || answer["job"] != told["id"] {
+            return Err(format!("{kind}: {answer}"));
+        }
+    }
+    Ok(format!("both answered after {:.1} s", begun.elapsed().as_secs_f32()))
+}
+
 fn deployment(name: &str, image: &str) -> Value {
     let labels = json!({"app": name});
     json!({
@@ -290,6 +368,13 @@ pub(crate) async fn runner(dir: &str, image: &str) -> i32 {
         Ok(text) => println!("ok a deployment as an operation: {text}"),
         Err(text) => {
             println!("WRONG a deployment as an operation: {text}");
+            code = 1;
+        }
+    }
+    match order(&client, &url, &token, &read("amqp-url"), cluster, image).await {
+        Ok(text) => println!("ok a deployment as a job: {text}"),
+        Err(text) => {
+            println!("WRONG a deployment as a job: {text}");
             code = 1;
         }
     }

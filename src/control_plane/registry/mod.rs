@@ -4,6 +4,8 @@
 mod access;
 mod admin;
 mod agents;
+#[cfg(test)]
+mod asyncapi;
 pub mod enrol;
 mod entry;
 mod events;

@@ -166,6 +166,51 @@ k9s_through_the_gateway() {
     rm -rf "$out/k9s"
 }
 
+# A Runner by its unit, on the machine of the control plane: jobs of a person's command line go over RabbitMQ, through it and the tunnel to the
+# cluster, also while it is killed; the value of a Secret is in clear nowhere on that way.
+jobs_over_rabbitmq() {
+    local line value=planted-canary-3311-in-plain-text sealed
+    (umask 077; in_vm cp pipeops control-plane user create jobs-user >"$out/jobs-user")
+    line=$(head -1 "$out/jobs-user")
+    exits 0 "a user of the command line" in_vm cp sh -c "$line" <<<"$(sed -n 2p "$out/jobs-user")"
+    in_vm cp sh -c 'umask 077; pipeops control-plane runner create jobs --role viewer >/etc/pipeops/runner-token; cp /etc/pipeops/amqp-url /etc/pipeops/runner-amqp-url'
+    printf 'control-plane-url = "https://%s:8443"\ncontrol-plane-pin = ["%s"]\n' "$ip" "${line##* }" | in_vm cp sh -c 'cat >/etc/pipeops/runner.toml'
+    vm push cp systemd/pipeops-runner.service /etc/systemd/system/pipeops-runner.service
+    in_vm cp systemctl daemon-reload
+    want "the Runner's unit starts" in_vm cp systemctl start pipeops-runner
+    want "it takes jobs" until_true 30 in_vm cp sh -c 'systemctl show -p StatusText --value pipeops-runner | grep -x running'
+    want "its exposure is at most 1.5" in_vm cp sh -c 'systemd-analyze security pipeops-runner --no-pager | tail -1 | grep -E "level for pipeops-runner.service: (0\.[0-9]|1\.[0-5]) "'
+    is "it is not root, and has no capability" "$(in_vm cp sh -c 'p=$(systemctl show -p MainPID --value pipeops-runner); echo "$(stat -c %u /proc/$p | sed "s/^0$/root/; s/^[0-9]*$/other/") $(grep CapEff /proc/$p/status | cut -f2)"')" "other 0000000000000000"
+    # send TEXT FILE CODE: a job from its publication to its answer
+    send() { exits "${3:-0}" "$1" in_vm cp timeout 180 pipeops runner send "/root/$2" --amqp-url-file /etc/pipeops/amqp-url; }
+    application() { printf '{"cluster": "%s", "kind": "deploy", "spec": {"application": {"name": "ordered", "namespace": "production", "image": "%s", "command": ["sleep", "3600"], "replicas": %s, "strategy": {"min_ready_s": 5}, "security": {"user": 1000}}}}' "$id" "$image" "$1"; }
+    application 1 | in_vm cp sh -c 'cat >/root/deploy.json'
+    send "a job deploys an application" deploy.json
+    is "it runs" "$(kl -n production get deployment ordered -o 'jsonpath={.status.readyReplicas}')" 1
+    want "as its maker" in_vm a1 sh -c 'pipeops audit tail -n 400 | grep -qF "\"subject\":\"user:jobs-user\""'
+    # killed while the rollout is waited for: systemd starts it again, and the job comes again
+    application 2 | in_vm cp sh -c 'cat >/root/scaled.json'
+    { until_true 20 bash -c "$(declare -f kl); out=$out kubectl=$kubectl; kl -n production get deployment ordered -o 'jsonpath={.spec.replicas}' | grep -x 2"; in_vm cp systemctl kill -s KILL pipeops-runner; } &
+    send "a job is answered though its Runner is killed meanwhile" scaled.json
+    wait $!
+    is "it was done once" "$(kl -n production get configmaps -o name | grep -c 'ordered\.revision-')" 2
+    sealed=$(printf %s "$value" | in_vm cp pipeops runner seal)
+    printf '{"cluster": "%s", "kind": "secret", "spec": {"action": "set", "namespace": "production", "name": "sealed", "data": {"password": {"sealed": "%s"}}}}' "$id" "$sealed" | in_vm cp sh -c 'cat >/root/secret.json'
+    send "a job with a sealed value" secret.json
+    is "the cluster has the value" "$(k a1 -n production get secrets -o 'jsonpath={.items[*].data.password}' | tr ' ' '\n' | base64 -d 2>/dev/null | grep -o "$value")" "$value"
+    if grep -rqaF "$sealed" "$out/rabbitmq/data"; then ok "the broker had it on disk, sealed"; else bad "the files of the broker hold no job"; fi
+    if grep -rqaF "$value" "$out/rabbitmq/data" "$out/rabbitmq/log"; then bad "the broker has the value in clear"; else ok "and not in clear"; fi
+    printf '{"cluster": "%s", "kind": "secret", "spec": {"action": "set", "namespace": "production", "name": "sealed", "data": {"password": "%s"}}}' "$id" "$value" | in_vm cp sh -c 'cat >/root/clear.json'
+    send "the same in clear is refused before it is published" clear.json 2
+    says "with its code" secret_in_clear
+    printf '{"cluster": "%s", "kind": "delete_application", "spec": {"namespace": "production", "name": "ordered"}}' "$id" | in_vm cp sh -c 'cat >/root/delete.json'
+    send "a job deletes the application" delete.json
+    rm -f "$out/jobs-user"
+    vm push a1 deployments/runner.yaml /root/runner.yaml
+    k a1 create namespace pipeops-runner >/dev/null
+    want "the manifest of a Runner is one that Kubernetes takes" k a1 apply --dry-run=server -f /root/runner.yaml
+}
+
 # the whole loop with nobody's help: a control plane, a server that comes by the line that it prints, kubectl through the gateway
 scenario_loop() {
     local ip kubectl pod id
@@ -179,7 +224,7 @@ scenario_loop() {
         broker=" --amqp-url-file %d/amqp-url"
         in_vm cp sh -c 'mkdir -p /etc/pipeops; umask 077; cat > /etc/pipeops/amqp-url' <<<"$amqp"
     else
-        echo "NOT RUN: the loop with RabbitMQ and the reference Runner: $(tail -1 "$out/rabbitmq.err")"
+        echo "NOT RUN: the loop with RabbitMQ, Runner and jobs: $(tail -1 "$out/rabbitmq.err")"
     fi
     control_plane "$broker" "${broker:+LoadCredential=amqp-url:/etc/pipeops/amqp-url}"
     in_vm cp systemctl is-active -q pipeops-control-plane || { in_vm cp journalctl -u pipeops-control-plane --no-pager -n 20; [ -z "$broker" ] || scripts/services rabbitmq kill "$out/rabbitmq"; return; }
@@ -192,14 +237,15 @@ scenario_loop() {
     many_watches
     planted_outcomes
     if [ -n "$broker" ]; then
-        # what a Runner is given, and nothing else
+        jobs_over_rabbitmq
+        # what a program that hears of clusters is given, and nothing else
         mkdir -p "$out/runner"
         (umask 077; in_vm cp pipeops control-plane runner create reference >"$out/runner/token")
         printf '%s\n' "$amqp" >"$out/runner/amqp-url"; echo "https://$ip:8443" >"$out/runner/control-plane"
         in_vm cp sh -c "curl -sSk https://127.0.0.1:8443/api/v1/ca" >"$out/runner/ca.pem"
-        "$(stand)" runner "$out/runner" "$image" >"$out/runner/said" 2>&1 || bad "the reference Runner did not come to its end"
+        "$(stand)" runner "$out/runner" "$image" >"$out/runner/said" 2>&1 || bad "a program that hears of the cluster did not come to its end"
         while read -r verdict text; do
-            case $verdict in ok) ok "the reference Runner: $text" ;; WRONG) bad "the reference Runner: $text" ;; *) printf '          %s %s\n' "$verdict" "$text" ;; esac
+            case $verdict in ok) ok "a program that hears of the cluster: $text" ;; WRONG) bad "a program that hears of the cluster: $text" ;; *) printf '          %s %s\n' "$verdict" "$text" ;; esac
         done <"$out/runner/said"
     fi
     in_vm cp systemctl kill -s KILL pipeops-control-plane
