@@ -165,3 +165,31 @@ fn status_report(a: &AgentStatus) -> StatusReport {
         usage: Usage { memory_used_bytes: a.memory_used, memory_total_bytes: a.memory_total },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_is_where_its_machine_is_and_a_change_of_that_is_seen() {
+        let config = AgentConfig { cluster_name: Some("c".into()), ..AgentConfig::default() };
+        let home = fixed_info(&config, Place::default());
+        let status = |api_version: &str| AgentStatus {
+            api_version: api_version.into(),
+            ..AgentStatus::default()
+        };
+        let provider =
+            |fixed: &ClusterInfo, version| cluster_info(&status(version), fixed).provider;
+        assert_eq!(provider(&home, ""), "kubernetes");
+        assert_eq!(provider(&home, "v1.36.2+k3s1"), "k3s");
+        let place = Place { provider: "aws".into(), region: "eu-1".into(), zone: String::new() };
+        let away = fixed_info(&config, place);
+        assert_eq!(provider(&away, "v1.36.2+k3s1"), "aws");
+        assert_eq!((away.region.as_deref(), away.zone.as_deref()), (Some("eu-1"), None));
+        // a version before wrote nothing of it
+        assert_eq!(facts(&home), "");
+        let labels = [("env".to_owned(), "prod".to_owned())].into();
+        let labelled = fixed_info(&AgentConfig { labels, ..config }, Place::default());
+        assert!(!facts(&labelled).is_empty() && facts(&labelled) != facts(&away));
+    }
+}

@@ -57,6 +57,7 @@ fn every_option_and_exit_code_stands_in_the_readme() {
         "PIPEOPS_CONTROL_PLANE_PIN",
         "AGENT_TOKEN",
         "CLUSTER_NAME",
+        "CLUSTER_LABELS",
         "NODE_TYPE",
         "K3S_URL",
         "K3S_TOKEN",

@@ -95,12 +95,13 @@ fn a_good_release_is_verified_and_handed_over_to() {
         let env = [
             ("AGENT_TOKEN", "planted-canary-4711-in-plain-text"),
             ("CLUSTER_NAME", "prod"),
+            ("CLUSTER_LABELS", "env=prod,tier=web"),
             ("PIPEOPS_CONTROL_PLANE_URL", "https://cp"),
             ("PIPEOPS_CONTROL_PLANE_PIN", "sha256:x"),
             ("LOG_LEVEL", "debug"),
         ];
         let server = run(&shell, "install.sh", &[], &site.url, &env, 0).ended(0);
-        let expected = "args: install-server --control-plane-url https://cp --control-plane-pin sha256:x --cluster-name prod --agent-token-file - --yes --log-level debug\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
+        let expected = "args: install-server --control-plane-url https://cp --control-plane-pin sha256:x --cluster-name prod --cluster-label env=prod,tier=web --agent-token-file - --yes --log-level debug\ninput: planted-canary-4711-in-plain-text\nin env: 0\n";
         assert_eq!(server.out, expected, "{shell:?}");
         let env = [
             ("NODE_TYPE", "agent"),

@@ -91,7 +91,8 @@ impl Registry {
     pub fn reached(&self, principal: &Principal, now: i64) -> Vec<ClusterView> {
         let reach = match principal {
             Principal::AccessToken(access) => Some(access.reach()),
-            _ => None,
+            Principal::Admin(_) | Principal::Local => None,
+            Principal::Enrolment(_) | Principal::Agent(_) => return Vec::new(),
         };
         let inner = self.inner();
         let entries = inner.agents.values();
@@ -168,7 +169,8 @@ mod tests {
     use super::super::entry::Entry;
     use super::super::entry::tests::agent;
     use super::*;
-    use crate::control_plane::model::AccessToken;
+    use crate::control_plane::model::{AccessToken, OperationRecord};
+    use serde_json::json;
 
     fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
@@ -223,12 +225,20 @@ mod tests {
         let streams =
             [registry.revocation_of(&principal, "a-1"), registry.revocation_of(&principal, "a-2")];
         let visitor = registry.runner_revocation("a-1", &row.id, 2).unwrap();
+        let operation: OperationRecord = serde_json::from_value(json!({"agent": "a-1",
+            "operation": {"id": "o-1", "state": "running", "subject": row.id}, "key": "k",
+            "request": "", "sealed": null, "asked_ms": 0, "expires_at": 9, "changed_at": 0}))
+        .unwrap();
+        registry.put_operation(operation, 2).await.unwrap();
+        assert!(registry.running_for_revoked().is_empty());
         // a label that decides nothing ends no stream
         registry.set_labels("c-1", changes(&[("tier", Some("web"))])).await.unwrap();
         assert!(!streams[0].is_cancelled() && !visitor.is_cancelled());
         registry.set_labels("c-1", changes(&[("env", None)])).await.unwrap();
         assert!(streams[0].is_cancelled() && visitor.is_cancelled() && !streams[1].is_cancelled());
         assert!(registry.check_access(&row, "c-1").is_err());
+        // what runs for it there is cancelled
+        assert_eq!(registry.running_for_revoked().len(), 1);
         assert_eq!(select(None), ["c-2", "c-3"]);
         // back in reach there are new ones, and they go with the access as well
         registry.set_labels("c-1", changes(&[("env", Some("prod"))])).await.unwrap();
