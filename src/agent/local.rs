@@ -7,18 +7,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use http_body_util::{BodyExt as _, Empty, Full, Limited};
-use hyper::body::{Bytes, Incoming};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
 use hyper::{Request, Response, StatusCode, header};
-use hyper_util::rt::TokioIo;
 use sd_notify::NotifyState;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::status::AgentStatus;
+use crate::base::connection::{self, Body, Handler, Io, Versions};
 use crate::base::metrics::{self, MetricsText};
 
 /// Time for open answers after a stop.
@@ -176,13 +175,13 @@ pub(super) async fn serve(
             () = stop.cancelled() => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    open.spawn(connection(stream, state.clone(), extra.clone(), false));
+                    open.spawn(connection(Box::new(stream), state.clone(), extra.clone(), false));
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
             accepted = tcp => match accepted {
                 Ok(stream) => {
-                    open.spawn(connection(stream, state.clone(), extra.clone(), true));
+                    open.spawn(connection(Box::new(stream), state.clone(), extra.clone(), true));
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
@@ -196,17 +195,17 @@ pub(super) async fn serve(
 }
 
 /// A client that sends nothing is disconnected.
-async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: S,
+async fn connection(
+    io: Io,
     state: watch::Receiver<AgentStatus>,
     extra: ExtraMetrics,
     metrics_only: bool,
 ) {
-    let service = hyper::service::service_fn(move |request| {
-        std::future::ready(answer(&request, &state, &extra, metrics_only))
+    let handler: Handler = Box::new(move |request| {
+        Box::pin(std::future::ready(Ok(answer(&request, &state, &extra, metrics_only))))
     });
-    let serving =
-        hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    let never = CancellationToken::new();
+    let serving = connection::serve(io, Versions::Http1, handler, &never);
     let _ = tokio::time::timeout(Duration::from_secs(10), serving).await;
 }
 
@@ -215,7 +214,7 @@ fn answer(
     state: &watch::Receiver<AgentStatus>,
     extra: &ExtraMetrics,
     metrics_only: bool,
-) -> Result<Response<Full<Bytes>>, std::convert::Infallible> {
+) -> Response<Body> {
     let agent = state.borrow().clone();
     let (status, kind, body) = match request.uri().path() {
         "/metrics" => {
@@ -234,10 +233,10 @@ fn answer(
         }
         _ => (StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
     };
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+    let mut response = Response::new(Body::from(body));
     *response.status_mut() = status;
     response.headers_mut().insert("Content-Type", header::HeaderValue::from_static(kind));
-    Ok(response)
+    response
 }
 
 /// The status of the agent that serves this socket.
@@ -246,17 +245,12 @@ fn answer(
 /// When it cannot be reached, or answers something else than a status.
 pub(crate) async fn ask_status(socket: &Path) -> anyhow::Result<AgentStatus> {
     let stream = UnixStream::connect(socket).await?;
-    let (mut agent, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let connection = tokio::spawn(connection);
-    let request =
-        Request::get("/status").header(header::HOST, "agent").body(Empty::<Bytes>::new())?;
-    let answer = agent.send_request(request).await.map_err(|error| {
+    let request = Request::get("/status").header(header::HOST, "agent").body(Body::empty())?;
+    let answer = connection::send(Box::new(stream), request).await.map_err(|error| {
         let io = error.source().is_some_and(|cause| cause.is::<std::io::Error>());
         if io { error.into() } else { anyhow::anyhow!("it spoke no HTTP") }
     })?;
     let body = Limited::new(answer.into_body(), MAX_STATUS_BYTES).collect().await;
-    connection.abort();
     Ok(serde_json::from_slice(&body.map_err(anyhow::Error::from_boxed)?.to_bytes())?)
 }
 

@@ -4,6 +4,7 @@
 pub mod backoff;
 pub mod cidr;
 pub mod config_file;
+pub mod connection;
 pub mod dsn;
 pub mod encoding;
 pub mod error;

@@ -1,32 +1,25 @@
 //! HTTP to agents: through their tunnels, over TLS with the agent's key pinned.
 
 use std::collections::HashSet;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::body::Body;
-use futures_util::future::BoxFuture;
 use http::{Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper_util::client::legacy::connect::{Connected, Connection};
-use hyper_util::client::legacy::{Client, ResponseFuture};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::client::legacy::ResponseFuture;
 use parking_lot::Mutex;
 use serde_json::Value;
-use tokio_rustls::client::TlsStream;
-use tower::Service;
+use tower::BoxError;
 
 use super::error::HttpError;
 use super::frps::Frps;
 use super::keys::Keys;
 use super::registry::enrol::spki;
 use super::registry::{ClusterTarget, Registry};
+use crate::base::connection::{self, Body, Client, Connector, Io};
 use crate::base::secret::Secret;
 use crate::base::trust::{self, Trust};
-use crate::frp::codec::Io;
 
 /// A call of an agent's own API takes at most this long, and its answer is at most this large.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -64,101 +57,39 @@ pub(super) fn pin(public_key: &str) -> Option<trust::Pin> {
     Some(trust::Pin::from_spki(&spki(public_key)?))
 }
 
-/// Connects to agents through the FRP server; the host of the URI is the agent's id.
-#[derive(Clone)]
-pub(super) struct AgentConnector {
+/// Connects to an agent through the FRP server: the host of the URI is the agent's id.
+async fn connect(
     frps: Frps,
     registry: Arc<Registry>,
     keys: Arc<Keys>,
-}
-
-/// A connection to an agent, as the pool of hyper needs it.
-pub(super) struct AgentConnection(TokioIo<TlsStream<Io>>);
-
-impl Connection for AgentConnection {
-    fn connected(&self) -> Connected {
-        Connected::new()
-    }
-}
-
-impl hyper::rt::Read for AgentConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: hyper::rt::ReadBufCursor<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
-    }
-}
-
-impl hyper::rt::Write for AgentConnection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
-}
-
-impl Service<Uri> for AgentConnector {
-    type Response = AgentConnection;
-    type Error = std::io::Error;
-    type Future = BoxFuture<'static, Result<AgentConnection, std::io::Error>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), std::io::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let AgentConnector { frps, registry, keys } = self.clone();
-        Box::pin(async move {
-            let other = |e: String| std::io::Error::other(e);
-            let agent = uri.host().unwrap_or_default().to_owned();
-            let key =
-                registry.public_key(&agent).ok_or_else(|| other("the agent is gone".into()))?;
-            let pin = pin(&key).ok_or_else(|| other("the agent's key cannot be read".into()))?;
-            let io = frps.dial(&agent, &keys.stcp_key(&agent, None)).await?;
-            let mut tls =
-                Trust { pins: vec![pin], ..Trust::default() }.client_config().map_err(other)?;
-            tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-            let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal")
-                .map_err(|e| other(e.to_string()))?;
-            let connecting = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, io);
-            let stream = tokio::time::timeout(Duration::from_secs(10), connecting).await??;
-            Ok(AgentConnection(TokioIo::new(stream)))
-        })
-    }
+    uri: Uri,
+) -> Result<Io, BoxError> {
+    let agent = uri.host().unwrap_or_default().to_owned();
+    let key = registry.public_key(&agent).ok_or("the agent is gone")?;
+    let pin = pin(&key).ok_or("the agent's key cannot be read")?;
+    let io = frps.dial(&agent, &keys.stcp_key(&agent, None)).await?;
+    let mut tls = Trust { pins: vec![pin], ..Trust::default() }.client_config()?;
+    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+    let name = rustls_pki_types::ServerName::try_from("agent.pipeops.internal")?;
+    let connecting = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, io);
+    let stream = tokio::time::timeout(Duration::from_secs(10), connecting).await??;
+    Ok(Box::new(stream))
 }
 
 /// Two HTTP clients: one keeps connections, the other gives each upgrade its own.
 #[derive(Clone)]
 pub(super) struct AgentClients {
-    pub(super) pooled: Client<AgentConnector, Body>,
-    pub(super) single: Client<AgentConnector, Body>,
+    pub(super) pooled: Client,
+    pub(super) single: Client,
     /// Agents that did not respond last time: kubectl tries five times, and waits each time.
     silent: Arc<Mutex<HashSet<String>>>,
 }
 
 impl AgentClients {
     pub(super) fn new(frps: Frps, registry: Arc<Registry>, keys: Arc<Keys>) -> AgentClients {
-        let connector = AgentConnector { frps, registry, keys };
-        let client = |idle: usize| {
-            Client::builder(TokioExecutor::new())
-                .pool_timer(TokioTimer::new())
-                .pool_idle_timeout(Duration::from_secs(30))
-                .pool_max_idle_per_host(idle)
-                .retry_canceled_requests(false)
-                .build(connector.clone())
-        };
+        let connector =
+            Connector::new(move |uri| connect(frps.clone(), registry.clone(), keys.clone(), uri));
+        let client = |idle| connection::client(connector.clone(), idle, Duration::from_secs(30));
         AgentClients { pooled: client(8), single: client(0), silent: Arc::default() }
     }
 

@@ -1,12 +1,11 @@
 //! Calls of the administrator on this machine, over the socket in the data directory.
 
 use http::{Method, Request, StatusCode, header};
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::Bytes;
-use hyper_util::rt::TokioIo;
+use http_body_util::BodyExt as _;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
+use crate::base::connection::{self, Body};
 use crate::base::error::{Exit, Failure};
 use crate::contract::types::Problem;
 use crate::host::Host;
@@ -40,23 +39,17 @@ pub async fn call(
         )
     };
     let stream = UnixStream::connect(&socket).await.map_err(|e| away(e.to_string()))?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|e| away(e.to_string()))?;
-    let connection = tokio::spawn(connection);
     let text = body.map(Value::to_string).unwrap_or_default();
     let request = Request::builder()
         .method(method)
         .uri(path)
         .header(header::HOST, "localhost")
         .header(header::CONTENT_TYPE, "application/json");
-    let answer = sender
-        .send_request(request.body(Full::new(Bytes::from(text)))?)
+    let answer = connection::send(Box::new(stream), request.body(Body::from(text))?)
         .await
         .map_err(|e| away(e.to_string()))?;
     let status = answer.status();
     let bytes = answer.into_body().collect().await?.to_bytes();
-    connection.abort();
     let text = String::from_utf8_lossy(&bytes).into_owned();
     if status.is_success() {
         return Ok(text);

@@ -7,27 +7,23 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::Router;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::auth::Origin;
 use super::client::SOCKET;
 use super::routes::respond;
 use super::state::{ControlPlane, Inner};
+use crate::base::connection::{self, Handler, Io, Versions};
 use crate::base::error::{Exit, Failure};
 use crate::frp::admission::AdmissionLimiter;
 use crate::host::Host;
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Time for the headers of a request, and how long a connection may be idle.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
-/// Concurrent requests on one HTTP/2 connection: a tool that watches every kind of resource has a
-/// few hundred open.
-const MAX_STREAMS: u32 = 1024;
+/// Largest headers of a request over HTTP/2, bytes.
+const MAX_HEADERS: u32 = 32 * 1024;
 
 pub(super) async fn bind(
     address: SocketAddr,
@@ -103,7 +99,9 @@ impl ControlPlane {
                             if let Ok(Ok(stream)) = timeout(HANDSHAKE, accepting).await {
                                 drop(permit);
                                 let origin = Origin::Network(peer.ip().to_canonical());
-                                control_plane.serve(router, stream, origin, stop).await;
+                                let (io, both) =
+                                    (Box::new(stream), Versions::Http1And2(MAX_HEADERS));
+                                control_plane.serve(router, io, both, origin, stop).await;
                             }
                         });
                     }
@@ -128,7 +126,10 @@ impl ControlPlane {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
                         let (router, halt) = (router.clone(), halt.clone());
-                        open.spawn(self.clone().serve_administrator(router, stream, halt));
+                        // HTTP/1.1 alone: its client is this program
+                        let versions = Versions::Http1;
+                        let (io, origin) = (Box::new(stream), Origin::Local);
+                        open.spawn(self.clone().serve(router, io, versions, origin, halt));
                     }
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 },
@@ -136,53 +137,19 @@ impl ControlPlane {
         }
     }
 
-    /// Serves one connection of the administrator's socket until it is closed.
-    async fn serve_administrator(self, router: Router, io: UnixStream, halt: CancellationToken) {
-        let _open = ConnectionGuard::new(&self.inner);
-        let service = hyper::service::service_fn(move |request| {
-            respond(router.clone(), Origin::Local, request)
-        });
-        // HTTP/1.1 alone: its client is this program
-        let mut builder = hyper::server::conn::http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
-        let connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
-        let mut connection = std::pin::pin!(connection);
-        tokio::select! {
-            _ = connection.as_mut() => return,
-            () = halt.cancelled() => connection.as_mut().graceful_shutdown(),
-        }
-        let _ = connection.await;
-    }
-
     /// Serves one connection until it is closed; after `stop` it takes no new request.
     async fn serve(
         self,
         router: Router,
-        io: TlsStream<TcpStream>,
+        io: Io,
+        versions: Versions,
         origin: Origin,
         stop: CancellationToken,
     ) {
         let _open = ConnectionGuard::new(&self.inner);
-        let service =
-            hyper::service::service_fn(move |request| respond(router.clone(), origin, request));
-        let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
-            .max_buf_size(64 * 1024);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(MAX_STREAMS)
-            .max_header_list_size(32 * 1024);
-        let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
-        let mut connection = std::pin::pin!(connection);
-        tokio::select! {
-            _ = connection.as_mut() => return,
-            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
-        }
-        let _ = connection.await;
+        let handler: Handler =
+            Box::new(move |request| Box::pin(respond(router.clone(), origin, request)));
+        let _ = connection::serve(io, versions, handler, &stop).await;
     }
 }
 

@@ -9,12 +9,8 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+pub use crate::base::connection::{Duplex, Io};
 use crate::frp::wire::{Decryptor, Encryptor, Key};
-
-/// A byte stream in both directions.
-pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
-pub type Io = Box<dyn Duplex>;
 
 /// Most bytes that one write takes: it bounds what a layer holds.
 const MAX_WRITE: usize = 16 * 1024;

@@ -5,13 +5,11 @@
 use std::borrow::Cow;
 
 use http::{HeaderValue, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::Bytes;
 use serde_json::json;
 
+use crate::base::connection::Body;
 use crate::base::text::printable;
 use crate::kubernetes::header_policy::Rejection;
-use crate::kubernetes::upstream::Body;
 
 /// Why a request is not served.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,8 +138,7 @@ fn reason(status: u16) -> Option<&'static str> {
 
 /// An answer in one piece that no cache keeps.
 pub(crate) fn plain(status: u16, kind: &'static str, body: String) -> Response<Body> {
-    let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
-    let mut answer = Response::new(body);
+    let mut answer = Response::new(Body::from(body));
     *answer.status_mut() =
         StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
@@ -151,6 +148,8 @@ pub(crate) fn plain(status: u16, kind: &'static str, body: String) -> Response<B
 
 #[cfg(test)]
 mod tests {
+    use http_body_util::BodyExt as _;
+
     use super::*;
 
     #[tokio::test]

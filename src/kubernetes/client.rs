@@ -7,10 +7,10 @@ use crate::kubernetes::readiness::workload::{self, WorkloadKind};
 use crate::kubernetes::transport::Transport;
 use anyhow::Context as _;
 use http::{Method, Request};
-use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
+use crate::base::connection::Body;
 use crate::base::error::{Exit, Failure};
 use crate::host::Host;
 
@@ -83,7 +83,7 @@ impl Cluster {
         let transport = Transport::open(host, kubeconfig, 4)?;
         let service = tower::service_fn(move |request: Request<kube::client::Body>| {
             let transport = transport.clone();
-            transport.send(request.map(|body| body.map_err(Into::into).boxed_unsync()))
+            transport.send(request.map(Body::new))
         });
         Ok(Cluster { client: kube::Client::new(service, "default") })
     }

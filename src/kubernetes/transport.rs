@@ -1,5 +1,6 @@
 //! HTTP to the API server that a kubeconfig describes: its address, its CA, our identity.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -7,26 +8,23 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, Uri, header};
-use http_body_util::combinators::UnsyncBoxBody;
-use hyper::body::{Bytes, Incoming};
-use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
+use hyper::body::Incoming;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use tower::BoxError;
+use tokio_rustls::TlsConnector;
+use tower::{BoxError, Service as _};
 
+use crate::base::connection::{self, Body, Client, Connector, Io};
 use crate::base::secret::Secret;
 use crate::base::trust::{ClientIdentity, Trust};
 use crate::host::Host;
 
-/// A body of unknown length, in either direction.
-pub type Body = UnsyncBoxBody<Bytes, BoxError>;
-
 const CONNECT: Duration = Duration::from_secs(4);
+/// How long a connection is kept for later requests.
+const IDLE_TIME: Duration = Duration::from_secs(60);
 
 /// The fields of a kubeconfig (kubernetes/client-go `tools/clientcmd/api/v1/types.go`) that an
 /// agent without a user at the keyboard can use.
@@ -148,15 +146,34 @@ impl User {
     }
 }
 
+/// Connects to an API server, with TLS where it has a name for that.
+fn connector(tls: Option<(TlsConnector, ServerName<'static>)>) -> Connector {
+    let mut http = HttpConnector::new();
+    http.enforce_http(false);
+    http.set_connect_timeout(Some(CONNECT));
+    http.set_nodelay(true);
+    Connector::new(move |uri| {
+        let (mut http, tls) = (http.clone(), tls.clone());
+        async move {
+            let tcp = http.call(uri).await?.into_inner();
+            let io: Io = match tls {
+                Some((tls, name)) => Box::new(tls.connect(name, tcp).await?),
+                None => Box::new(tcp),
+            };
+            Ok(io)
+        }
+    })
+}
+
 /// Requests to one API server as one identity. It follows no redirect, repeats nothing, and has no
 /// time-out but for the connection.
 #[derive(Clone)]
 pub(super) struct Transport {
-    client: Client<HttpsConnector<HttpConnector>, Body>,
+    client: Client,
     base: Uri,
     /// Where a token in a file is read from for each request.
     host: Option<Host>,
-    user: std::sync::Arc<User>,
+    user: Arc<User>,
     bearer: Option<HeaderValue>,
 }
 
@@ -189,7 +206,9 @@ impl Transport {
             .server
             .parse()
             .ok()
-            .filter(|u: &Uri| u.authority().is_some())
+            .filter(|u: &Uri| {
+                u.host().is_some() && matches!(u.scheme_str(), Some("http" | "https"))
+            })
             .with_context(|| format!("`{}` is no URL of a server", cluster.server))?;
         let ca = text(
             host,
@@ -200,22 +219,17 @@ impl Transport {
         let tls = Trust { ca_pem: ca, ..Trust::default() }
             .client_config_with(user.identity(host)?)
             .map_err(anyhow::Error::msg)?;
-        let mut http = HttpConnector::new();
-        http.enforce_http(false);
-        http.set_connect_timeout(Some(CONNECT));
-        http.set_nodelay(true);
-        let mut connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
-        if let Some(name) = cluster.tls_server_name {
-            connector = connector.with_server_name_resolver(FixedServerNameResolver::new(
-                name.try_into().context("tls-server-name")?,
-            ));
-        }
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(60))
-            .pool_max_idle_per_host(idle)
-            .retry_canceled_requests(false)
-            .build(connector.enable_http1().wrap_connector(http));
+        let name = cluster
+            .tls_server_name
+            .unwrap_or_else(|| base.host().unwrap_or_default().trim_matches(['[', ']']).to_owned());
+        let tls = match base.scheme_str() {
+            Some("https") => {
+                let name = name.try_into().context("tls-server-name, or the server's own name")?;
+                Some((TlsConnector::from(Arc::new(tls)), name))
+            }
+            _ => None,
+        };
+        let client = connection::client(connector(tls), idle, IDLE_TIME);
         let bearer = user.bearer(host)?;
         let host = (user.token.is_none() && user.token_file.is_some()).then(|| host.clone());
         Ok(Transport { client, base, host, user: user.into(), bearer })

@@ -5,8 +5,8 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use tower::BoxError;
 
-pub use super::transport::Body;
 use super::transport::Transport;
+use crate::base::connection::Body;
 use crate::host::Host;
 
 /// Connections kept for later requests.

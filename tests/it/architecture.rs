@@ -26,7 +26,15 @@ const INSIDE: &[(&str, Rows)] = &[
         "base",
         &[
             &[
-                "backoff", "cidr", "encoding", "error", "http", "metrics", "resolve", "secret",
+                "backoff",
+                "cidr",
+                "connection",
+                "encoding",
+                "error",
+                "http",
+                "metrics",
+                "resolve",
+                "secret",
                 "text",
             ],
             &["config_file", "dsn", "trust"],

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use futures_util::StreamExt as _;
 use http::Request;
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::Bytes;
+use http_body_util::BodyExt as _;
+use pipeops::base::connection::Body;
 use pipeops::host::Host;
 use pipeops::kubernetes::upstream::Upstream;
 use serde_json::{Value, json};
@@ -300,9 +300,8 @@ pub(crate) async fn request(
         request = request.header(*name, value);
     }
     let body = if body.is_null() { String::new() } else { body.to_string() };
-    let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync();
     let answer = client
-        .send(request.body(body).unwrap(), false)
+        .send(request.body(Body::from(body)).unwrap(), false)
         .await
         .unwrap_or_else(|e| panic!("{method} {path}: {e}"));
     let status = answer.status().as_u16();

@@ -12,23 +12,23 @@ use std::time::Duration;
 
 use http::{HeaderMap, Method, Request, Response, header};
 use hyper::body::Incoming;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use serde_json::json;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+use tower::BoxError;
 
 use crate::agent::session;
 use crate::agent::status::AgentStatus;
+use crate::base::connection::{self, Body, Handler, Io, Versions};
 use crate::base::metrics::{self, MetricsText};
 use crate::contract::token::{self, Caller, Role};
 use crate::contract::types::{AuditHead, Config};
 use crate::kubernetes::answer::{ApiError, is_discovery, plain};
 use crate::kubernetes::header_policy;
-use crate::kubernetes::upstream::{Body, Upstream};
+use crate::kubernetes::upstream::Upstream;
 use audit::{AuditLog, AuditRecord, Phase};
 use operations::Operations;
 use permits::{OpenStreams, StreamClass, StreamLimits, StreamPermit};
@@ -36,10 +36,8 @@ use permits::{OpenStreams, StreamClass, StreamLimits, StreamPermit};
 /// Records that one call of `/api/v1/audit` returns.
 const RECENT_RECORDS: usize = 50;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Requests on one HTTP/2 connection: no fewer than a caller may have open.
-const MAX_HTTP2_STREAMS: u32 = 1024;
-/// Time for the headers of a request, and how long a connection may be idle.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// Largest headers of a request over HTTP/2, bytes.
+const MAX_HTTP2_HEADERS: u32 = 16 * 1024;
 
 /// What the API needs.
 pub struct ApiContext {
@@ -119,9 +117,9 @@ impl Api {
     }
 
     /// Serves one stream of the tunnel to its end. The FRP server sees nothing but TLS.
-    pub async fn serve<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
+    pub async fn serve(&self, io: Io) {
         match timeout(HANDSHAKE_TIMEOUT, self.inner.tls.accept(io)).await {
-            Ok(Ok(stream)) => self.http(stream).await,
+            Ok(Ok(stream)) => self.http(Box::new(stream)).await,
             Ok(Err(error)) => tracing::debug!(%error, "TLS on a tunnel stream"),
             Err(_) => tracing::debug!("a tunnel stream did not finish its TLS handshake"),
         }
@@ -129,47 +127,28 @@ impl Api {
 
     /// Serves one stream of an http proxy, which the FRP server can read: it answers whether the
     /// agent runs, and nothing else.
-    pub async fn serve_plain<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
-        let service = hyper::service::service_fn(|request| {
-            std::future::ready(Ok::<_, std::convert::Infallible>(Api::route_plain(&request)))
-        });
+    pub async fn serve_plain(&self, io: Io) {
+        let handler: Handler =
+            Box::new(|request| Box::pin(std::future::ready(Ok(Api::route_plain(&request)))));
+        let drain = &self.inner.context.drain;
         // HTTP/1.1 alone: that is what frps speaks to it
-        let mut builder = hyper::server::conn::http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(64 * 1024);
         tokio::select! {
-            ended = builder.serve_connection(TokioIo::new(io), service) => log_end(ended),
-            () = self.inner.context.drain.cancelled() => {}
+            ended = connection::serve(io, Versions::Http1, handler, drain) => log_end(ended),
+            () = drain.cancelled() => {}
         }
     }
 
-    async fn http<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, io: S) {
+    async fn http(&self, io: Io) {
         let api = self.clone();
-        let service = hyper::service::service_fn(move |request| {
-            let answer = api.clone().route(request);
-            async move { Ok::<_, std::convert::Infallible>(answer.await) }
+        let handler: Handler = Box::new(move |request| {
+            let api = api.clone();
+            Box::pin(async move { Ok(api.route(request).await) })
         });
-        let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
-            .max_buf_size(64 * 1024);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(MAX_HTTP2_STREAMS)
-            .max_header_list_size(16 * 1024)
-            .initial_stream_window_size(1 << 20);
-        let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
-        let mut connection = std::pin::pin!(connection);
-        let parts = &self.inner.context;
+        let ApiContext { drain, abort, .. } = &self.inner.context;
+        let versions = Versions::Http1And2(MAX_HTTP2_HEADERS);
         tokio::select! {
-            ended = connection.as_mut() => return log_end(ended),
-            () = parts.drain.cancelled() => connection.as_mut().graceful_shutdown(),
-        }
-        tokio::select! {
-            _ = connection => {}
-            () = parts.abort.cancelled() => {}
+            ended = connection::serve(io, versions, handler, drain) => log_end(ended),
+            () = abort.cancelled() => {}
         }
     }
 
@@ -465,7 +444,7 @@ impl Drop for AuditedRequest {
     }
 }
 
-fn log_end<E: std::fmt::Debug>(ended: Result<(), E>) {
+fn log_end(ended: Result<(), BoxError>) {
     if let Err(error) = ended {
         tracing::debug!(error = format!("{error:?}"), "a connection closed early");
     }

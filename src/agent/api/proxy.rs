@@ -13,6 +13,7 @@ use tower::BoxError;
 use crate::agent::api::permits::StreamClass;
 use crate::agent::api::tenant_scope::{self, NAMESPACES, TenantNamespace};
 use crate::agent::api::{Api, AuditedRequest, ByteCounters};
+use crate::base::connection::Body;
 use crate::contract::token::Caller;
 use crate::kubernetes::answer::{ApiError, is_discovery, plain};
 use crate::kubernetes::header_policy;
@@ -20,7 +21,7 @@ use crate::kubernetes::path::{self, KubernetesPath, PathError};
 use crate::kubernetes::reverse_proxy::{
     self, Cut, EarlyEnd, ForwardError, ForwardedBody, Outward, StreamHooks, UpgradedIo,
 };
-use crate::kubernetes::upstream::{Body, Upstream};
+use crate::kubernetes::upstream::Upstream;
 
 /// Subresources that switch protocols: answered only over HTTP/1.1.
 const UPGRADING: &[&str] = &["exec", "attach", "portforward"];

@@ -5,11 +5,12 @@
 use std::time::Duration;
 
 use http::Request;
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Bytes;
 use serde_json::{Map, Value};
 use tokio::time::{sleep, timeout};
 
+use crate::base::connection::Body;
 use crate::base::text::is_dns_label;
 use crate::contract::tenant::TENANT_LABEL;
 use crate::kubernetes::answer::ApiError;
@@ -31,8 +32,7 @@ pub(super) const NAMESPACES: &str = "/api/v1/namespaces";
 /// Reads with the agent's own rights; gives status and body.
 async fn read(upstream: &Upstream, uri: &str, max: usize) -> Result<(u16, Bytes), String> {
     let asked = async {
-        let body = Full::new(Bytes::new()).map_err(|never| match never {}).boxed_unsync();
-        let mut request = Request::new(body);
+        let mut request = Request::new(Body::empty());
         *request.uri_mut() = uri.parse().map_err(text)?;
         request
             .headers_mut()

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, Response, header};
-use http_body_util::{BodyExt as _, StreamBody};
+use http_body_util::StreamBody;
 use hyper::body::{Bytes, Frame};
 use tokio::sync::watch;
 use tokio::time::sleep;
@@ -12,8 +12,8 @@ use tokio::time::sleep;
 use super::super::Api;
 use super::super::permits::{StreamClass, StreamPermit};
 use super::not_found;
+use crate::base::connection::Body;
 use crate::contract::token::Caller;
-use crate::kubernetes::upstream::Body;
 
 /// A listener that is gone is noticed when something is sent to it.
 const KEEPALIVE: Duration = Duration::from_secs(15);
@@ -58,7 +58,7 @@ impl Api {
             let text = listener.next().await?;
             Some((Ok::<_, tower::BoxError>(Frame::data(Bytes::from(text))), listener))
         });
-        let mut response = Response::new(StreamBody::new(events).boxed_unsync());
+        let mut response = Response::new(Body::new(StreamBody::new(events)));
         for (name, value) in
             [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")]
         {

@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 use super::permits::StreamClass;
 use super::{Api, AuditedRequest};
 use crate::agent::session::client::FinishedOperation;
+use crate::base::connection::Body;
 use crate::base::encoding::hex;
 use crate::contract::operation::OperationRequest;
 use crate::contract::token::{Caller, Role, only_operation};
@@ -47,7 +48,7 @@ use crate::contract::types::{
     IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, tenant_operation_id,
 };
 use crate::kubernetes::answer::{ApiError, plain};
-use crate::kubernetes::upstream::{Body, Upstream};
+use crate::kubernetes::upstream::Upstream;
 use executor::Before;
 use requests::{ExecutionError, ExecutionFailure};
 use resume::ResumePoint;

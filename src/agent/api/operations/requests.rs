@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header};
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Bytes;
 use serde_json::Value;
 use tokio::time::{Instant, timeout};
@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout};
 use super::executor::Executor;
 use crate::agent::api::audit::{AuditRecord, Phase};
 use crate::agent::api::tenant_scope;
+use crate::base::connection::Body;
 use crate::base::text::printable;
 use crate::contract::operation::{Reference, is_path_safe};
 use crate::kubernetes::header_policy;
@@ -261,9 +262,7 @@ impl Executor<'_> {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
         }
         let body = request.body.map(|(_, body)| body.to_string()).unwrap_or_default();
-        let mut outgoing = Request::new(
-            Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed_unsync(),
-        );
+        let mut outgoing = Request::new(Body::from(body));
         *outgoing.method_mut() = request.method;
         *outgoing.uri_mut() = if request.query.is_empty() {
             path.parse()

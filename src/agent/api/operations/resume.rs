@@ -9,8 +9,6 @@
 use std::time::Duration;
 
 use http::{Method, Request, Uri};
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::time::{sleep, timeout};
@@ -20,6 +18,7 @@ use super::store::{Progress, StoredOperation};
 use super::{ExecutionFailure, Run};
 use crate::agent::api::Api;
 use crate::agent::api::permits::StreamClass;
+use crate::base::connection::Body;
 use crate::contract::operation::OperationRequest;
 use crate::contract::token::Caller;
 use crate::contract::types::OperationState;
@@ -102,8 +101,7 @@ fn now_s() -> i64 {
 
 /// Whether the API server has started whole: before that it may refuse what it allows later.
 async fn is_ready(upstream: &Upstream) -> bool {
-    let body = Full::new(Bytes::new()).map_err(|never| match never {}).boxed_unsync();
-    let mut request = Request::new(body);
+    let mut request = Request::new(Body::empty());
     *request.uri_mut() = Uri::from_static("/readyz");
     let answer = timeout(LOOK_TIMEOUT, upstream.send(request, false)).await;
     matches!(answer, Ok(Ok(answer)) if answer.status() == 200)
