@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use crate::base::yaml::{self, EqualKeys};
 use crate::host::paths::{AGENT_TOKEN, AGENT_USER, CREDENTIAL};
 use crate::host::{Host, Owner};
 use crate::k3s::paths::ADMIN_KUBECONFIG;
@@ -73,8 +74,8 @@ async fn mint_once(host: &Host) -> anyhow::Result<String> {
         .context("asking for a token of the agent's ServiceAccount")?;
     let token = answer["status"]["token"].as_str().context("the API server gave no token")?;
     let admin = host.read(ADMIN_KUBECONFIG)?.context("the admin kubeconfig is gone")?;
-    let admin: Value = serde_saphyr::from_str(&admin)
-        .map_err(|e| anyhow::anyhow!("reading {ADMIN_KUBECONFIG}: {e}"))?;
+    let admin = yaml::parse(&admin, EqualKeys::Refused)
+        .with_context(|| format!("reading {ADMIN_KUBECONFIG}"))?;
     let cluster = &admin["clusters"][0]["cluster"];
     let kubeconfig = json!({
         "apiVersion": "v1",

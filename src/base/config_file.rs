@@ -4,6 +4,7 @@
 use serde::de::DeserializeOwned;
 
 use crate::base::error::{Failure, nearest};
+use crate::base::yaml::{self, EqualKeys};
 
 /// What is wrong with a file, where, and never with what stands there: it may be a secret.
 pub struct Fault {
@@ -21,7 +22,7 @@ impl Fault {
     }
 }
 
-fn yaml(origin: &str) -> bool {
+fn is_yaml(origin: &str) -> bool {
     let end = origin.rsplit('.').next().unwrap_or_default();
     origin.contains('.') && (end.eq_ignore_ascii_case("yaml") || end.eq_ignore_ascii_case("yml"))
 }
@@ -38,7 +39,7 @@ pub fn line_of(text: &str, key: &str) -> usize {
 /// # Errors
 /// What is no TOML, or no YAML that TOML could say too.
 pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
-    if !yaml(origin) {
+    if !is_yaml(origin) {
         return text.parse().map_err(|e: toml::de::Error| Fault {
             what: format!("{origin} is not valid TOML"),
             // the parser's own text shows the line, and with it a password
@@ -50,9 +51,8 @@ pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
     }
     let fault =
         |line: usize, why: String| Fault { what: format!("{origin} is not valid YAML"), line, why };
-    let parsed: serde_json::Value = serde_saphyr::from_str(text).map_err(|e| {
-        let line = e.location().and_then(|l| usize::try_from(l.line()).ok()).unwrap_or(1).max(1);
-        // its own text shows the lines around the fault
+    let parsed = yaml::parse(text, EqualKeys::Refused).map_err(|e| {
+        let line = e.line.and_then(|line| usize::try_from(line).ok()).unwrap_or(1).max(1);
         fault(
             line,
             "a quote, an indent or a colon is not where YAML needs it, or a key is there twice"

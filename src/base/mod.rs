@@ -15,3 +15,4 @@ pub mod resolve;
 pub mod secret;
 pub mod text;
 pub mod trust;
+pub mod yaml;

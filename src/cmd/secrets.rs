@@ -7,6 +7,7 @@ use super::Context;
 use crate::base::error::Failure;
 use crate::base::secret::{MASK, Secret, is_secret_name, mask, register_secret, secrets_in_urls};
 use crate::base::text::unquoted_json_error;
+use crate::base::yaml::{self, EqualKeys};
 use crate::cli::InstallerArgs;
 use crate::host::user_files::unreadable;
 use crate::host::{Host, HostWriter};
@@ -230,13 +231,15 @@ fn machine_files(host: &Host) -> Vec<(String, Vec<String>)> {
     k3s_files.extend(
         [".yaml", ".yml"].iter().flat_map(|end| below(&format!("{SETTINGS}/config.yaml.d"), end)),
     );
-    let yaml = |path: &str| {
-        let map: BTreeMap<String, serde_json::Value> =
-            serde_saphyr::from_str(&host.text(path)).unwrap_or_default();
+    let in_settings = |path: &str| {
+        let Ok(serde_json::Value::Object(map)) = yaml::parse(&host.text(path), EqualKeys::Refused)
+        else {
+            return Vec::new();
+        };
         names(map.into_iter().collect::<K3sTable>().known_secret_keys(), "")
     };
     let own_files = own_files.into_iter().map(|p| (in_config(&host.text(&p)), p));
-    let k3s_files = k3s_files.into_iter().map(|p| (yaml(&p), p));
+    let k3s_files = k3s_files.into_iter().map(|p| (in_settings(&p), p));
     let registries =
         std::iter::once((in_registries(&host.text(REGISTRIES)), REGISTRIES.to_owned()));
     own_files.chain(k3s_files).chain(registries).map(|(holds, path)| (path, holds)).collect()
@@ -260,7 +263,7 @@ fn in_config(text: &str) -> Vec<String> {
 }
 
 fn in_registries(text: &str) -> Vec<String> {
-    let parsed: serde_json::Value = serde_saphyr::from_str(text).unwrap_or_default();
+    let parsed = yaml::parse(text, EqualKeys::Refused).unwrap_or_default();
     logins("", &parsed).into_iter().map(|(name, _)| format!("{name} = {MASK}")).collect()
 }
 

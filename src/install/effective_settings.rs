@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use crate::base::yaml::{self, EqualKeys};
 use crate::install::facts::{Facts, SettingsFile};
 use crate::install::settings::Settings;
 
@@ -48,10 +49,8 @@ const READ: &[&str] = &[
 /// Says in a few words why k3s would stop over it.
 pub fn read_file(text: &str) -> Result<Vec<(String, Value)>, String> {
     // yaml.v2, which k3s uses here, lets the last of equal keys win
-    let last_wins = serde_saphyr::options::DuplicateKeyPolicy::LastWins;
-    let options = serde_saphyr::options! { duplicate_keys: last_wins };
-    let document: Value = serde_saphyr::from_str_with_options(text, options)
-        .map_err(|_| "it is not valid YAML".to_owned())?;
+    let document =
+        yaml::parse(text, EqualKeys::LastWins).map_err(|_| "it is not valid YAML".to_owned())?;
     match document {
         Value::Null => Ok(Vec::new()),
         Value::Object(map) => Ok(map

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
+use crate::base::yaml::{self, EqualKeys};
 use crate::host::fetch::Artifact;
 use crate::install::finding::Finding;
 use crate::k3s::role::NodeRole;
@@ -338,8 +340,7 @@ pub fn documents(yaml: &str) -> anyhow::Result<Vec<serde_json::Value>> {
         if part.lines().all(|l| l.trim().is_empty() || l.trim_start().starts_with('#')) {
             continue;
         }
-        let value: serde_json::Value =
-            serde_saphyr::from_str(part).map_err(|e| anyhow::anyhow!("reading a manifest: {e}"))?;
+        let value = yaml::parse(part, EqualKeys::Refused).context("reading a manifest")?;
         if !value.is_null() {
             found.push(value);
         }

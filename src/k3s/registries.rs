@@ -7,6 +7,7 @@
 use serde_json::{Map, Value};
 
 use crate::base::error::nearest;
+use crate::base::yaml::{self, EqualKeys};
 
 /// Reads it, or says all that is wrong with it, one line each. Secrets in it are never quoted.
 /// `exists` is asked for files of the node.
@@ -18,10 +19,7 @@ pub fn validate(text: &str, exists: &dyn Fn(&str) -> bool) -> Result<Value, Vec<
     if text.lines().all(|l| l.trim().is_empty() || l.trim().starts_with('#') || l.trim() == "---") {
         return Err(vec!["it is empty; it has `mirrors:` or `configs:`".into()]);
     }
-    let parsed: Value = serde_saphyr::from_str(text).map_err(|e| {
-        let line = e.location().map(|l| format!(", line {}", l.line())).unwrap_or_default();
-        vec![format!("it is not valid YAML{line}")]
-    })?;
+    let parsed = yaml::parse(text, EqualKeys::Refused).map_err(|error| vec![error.to_string()])?;
     let mut judge = Validator { text, exists, faults: Vec::new() };
     judge.whole(&parsed);
     if judge.faults.is_empty() { Ok(parsed) } else { Err(judge.faults) }

@@ -14,12 +14,14 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 use tokio_rustls::TlsConnector;
 use tower::{BoxError, Service as _};
 
 use crate::base::connection::{self, Body, Client, Connector, Io};
 use crate::base::secret::Secret;
 use crate::base::trust::{ClientIdentity, Trust};
+use crate::base::yaml::{self, EqualKeys};
 use crate::host::Host;
 
 const CONNECT: Duration = Duration::from_secs(4);
@@ -75,6 +77,20 @@ struct User {
     exec: Option<IgnoredAny>,
     auth_provider: Option<IgnoredAny>,
     username: Option<IgnoredAny>,
+}
+
+/// What YAML leaves open, as the fields of a kubeconfig are read: a field without a value is not
+/// there, and a number is a text (kubernetes-sigs/yaml `yaml.go`, `convertToJSONableObject`).
+fn as_fields(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|_, field| !field.is_null());
+            map.values_mut().for_each(as_fields);
+        }
+        Value::Array(list) => list.iter_mut().for_each(as_fields),
+        Value::Number(number) => *value = number.to_string().into(),
+        _ => {}
+    }
 }
 
 /// The content of a file, or of a field in base64.
@@ -190,9 +206,11 @@ impl Transport {
     }
 
     fn from_yaml(host: &Host, yaml: &str, idle: usize) -> anyhow::Result<Transport> {
-        // the library's own text shows the lines around the fault, and with them secrets
-        let parsed: Kubeconfig = serde_saphyr::from_str(yaml)
-            .map_err(|_| anyhow::anyhow!("it is no kubeconfig in YAML"))?;
+        // what is wrong there is not said: it may be a secret
+        let no_kubeconfig = || anyhow::anyhow!("it is no kubeconfig in YAML");
+        let mut parsed = yaml::parse(yaml, EqualKeys::Refused).map_err(|_| no_kubeconfig())?;
+        as_fields(&mut parsed);
+        let parsed: Kubeconfig = serde_json::from_value(parsed).map_err(|_| no_kubeconfig())?;
         let (cluster, user) = parsed.current()?;
         anyhow::ensure!(
             !cluster.insecure_skip_tls_verify,
@@ -262,7 +280,7 @@ impl Transport {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -314,6 +332,18 @@ mod tests {
             let said = refusal(&yaml);
             assert!(said.contains(text) && !said.contains("canary-4711-in-plain-text"), "{said}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_yaml_leaves_open_is_read_as_kubectl_does() {
+        let host = Host::new("/nowhere", None);
+        let yaml = "current-context: c\nusers:\npreferences: ~\n\
+                    contexts: [{name: c, context: {cluster: 5, user:}}]\n\
+                    clusters:\n- name: 5\n  cluster:\n    server: https://[::1]:6443\n\
+                    \x20   insecure-skip-tls-verify: false\n    tls-server-name:\n";
+        let transport = Transport::from_yaml(&host, yaml, 1).unwrap();
+        assert_eq!(transport.base, "https://[::1]:6443/");
+        assert!(transport.bearer.is_none());
     }
 
     #[tokio::test]

@@ -36,6 +36,7 @@ const INSIDE: &[(&str, Rows)] = &[
                 "resolve",
                 "secret",
                 "text",
+                "yaml",
             ],
             &["config_file", "dsn", "trust"],
         ],
