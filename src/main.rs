@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::{CommandFactory as _, Parser as _};
 use pipeops::agent::{self, config, credential};
 use pipeops::base::error::{Exit, Failure};
+use pipeops::base::json;
 use pipeops::base::secret::{Secret, mask_registered, register_secret};
 use pipeops::cli::{self, Cli, Command};
 use pipeops::cmd::{self, Context};
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
         }
     };
     // what was typed, where some of it had to go out of sight
-    let typed = handed.as_ref().and_then(|h| serde_json::from_str(h.get(ARGUMENTS)?).ok());
+    let typed = handed.as_ref().and_then(|h| json::read(h.get(ARGUMENTS)?).ok());
     let args: Vec<String> = typed.unwrap_or(shown);
     let parsed = Cli::try_parse_from(&args).unwrap_or_else(|e| refuse(&e));
     let events = match &parsed.command {
@@ -281,5 +282,5 @@ fn received() -> anyhow::Result<Option<BTreeMap<String, String>>> {
     anyhow::ensure!(ours, "{SECRETS_FD} names a descriptor that is not ours");
     let text = std::fs::read_to_string(&path)?;
     nix::unistd::close(fd)?;
-    Ok(Some(serde_json::from_str(&text)?))
+    Ok(Some(json::read(&text)?))
 }

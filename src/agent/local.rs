@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::status::AgentStatus;
 use crate::base::connection::{self, Body, Handler, Io, Versions};
+use crate::base::json;
 use crate::base::metrics::{self, MetricsText};
 
 /// Time for open answers after a stop.
@@ -251,7 +252,7 @@ pub(crate) async fn ask_status(socket: &Path) -> anyhow::Result<AgentStatus> {
         if io { error.into() } else { anyhow::anyhow!("it spoke no HTTP") }
     })?;
     let body = Limited::new(answer.into_body(), MAX_STATUS_BYTES).collect().await;
-    Ok(serde_json::from_slice(&body.map_err(anyhow::Error::from_boxed)?.to_bytes())?)
+    Ok(json::read(&body.map_err(anyhow::Error::from_boxed)?.to_bytes())?)
 }
 
 #[cfg(test)]

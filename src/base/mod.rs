@@ -9,6 +9,7 @@ pub mod dsn;
 pub mod encoding;
 pub mod error;
 pub mod http;
+pub mod json;
 pub mod metrics;
 pub mod packed_text;
 pub mod resolve;

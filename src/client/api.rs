@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use super::contexts::LoginContext;
 use crate::base::error::{Exit, Failure};
 use crate::base::http::{self, check_url};
+use crate::base::json;
 use crate::base::resolve::Resolver;
 use crate::base::secret::{Secret, register_secret};
 use crate::base::text::{json_error, printable};
@@ -227,7 +228,7 @@ impl Api {
 
     async fn json(&self, answer: Response) -> Result<Value, Failure> {
         let body = self.body(answer).await?;
-        serde_json::from_slice(&body).map_err(|e| {
+        json::read(&body).map_err(|e| {
             Failure::new(
                 Exit::Network,
                 "ANSWER_UNREADABLE",

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::api::Api;
 use crate::base::error::{Exit, Failure};
+use crate::base::json;
 use crate::kubernetes::application::revision::{APPLICATION_LABEL, RevisionStatus, object_name};
 use crate::kubernetes::readiness::diagnosis::{
     Cause, Evidence, diagnose, is_of, is_owned, newest_replica_set,
@@ -333,7 +334,7 @@ impl RevisionRow {
         let status = text(object, "/metadata/annotations/pipeops.io~1status");
         Some(RevisionRow {
             revision,
-            status: serde_json::from_str(status).ok()?,
+            status: json::read(status).ok()?,
             image: text(&content, "/image").to_owned(),
         })
     }

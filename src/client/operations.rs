@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::api::Api;
 use super::events::EventReader;
 use crate::base::error::{Exit, Failure};
+use crate::base::json;
 use crate::contract::types::{Operation, OperationState};
 
 /// Attempts to ask, where the connection breaks: under the same key it is the same operation.
@@ -72,7 +73,7 @@ pub async fn show(api: &Api, cluster: &str, id: &str) -> Result<Operation, Failu
 }
 
 fn parse(answer: &str) -> Result<Operation, Failure> {
-    serde_json::from_str(answer).map_err(|_| {
+    json::read(answer).map_err(|_| {
         Failure::new(Exit::Network, "ANSWER_UNREADABLE", "this is no operation that was answered")
             .hint("is this the address of a control plane?")
     })
@@ -137,10 +138,10 @@ async fn listen(
     while let Ok(Ok(Some(piece))) = timeout(SILENCE, stream.chunk()).await {
         for event in reader.read(&piece).ok()? {
             if event.name == "end" {
-                return serde_json::from_str(&event.data).ok();
+                return json::read(&event.data).ok();
             }
             *last = event.id.or(last.take());
-            if let Ok(step) = serde_json::from_str(&event.data) {
+            if let Ok(step) = json::read(&event.data) {
                 told(&step);
             }
         }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::Context;
 use crate::base::error::Failure;
+use crate::base::json;
 use crate::base::secret::{MASK, Secret, is_secret_name, mask, register_secret, secrets_in_urls};
 use crate::base::text::unquoted_json_error;
 use crate::base::yaml::{self, EqualKeys};
@@ -37,8 +38,7 @@ pub(super) fn saved_plan(host: &Host, path: &str) -> anyhow::Result<CheckedPlan>
             .hint("make a new one with --plan-out")
     };
     // the parser quotes what it does not expect, and that may be anything
-    let then: CheckedPlan =
-        serde_json::from_str(&text).map_err(|e| bad(unquoted_json_error(&e)))?;
+    let then: CheckedPlan = json::read(&text).map_err(|e| bad(unquoted_json_error(&e)))?;
     if then.plan.schema != SCHEMA {
         return Err(
             bad(format!("its format is {}, this one knows {SCHEMA}", then.plan.schema)).into()
@@ -54,10 +54,8 @@ pub(super) fn holds_plain_secrets(then: &CheckedPlan) -> bool {
 
 /// Secret settings that a plan or journal of the first pipeops has among its options.
 fn held(options: &BTreeMap<String, String>) -> Vec<String> {
-    let table = options
-        .get("k3s")
-        .and_then(|text| serde_json::from_str::<K3sTable>(text).ok())
-        .unwrap_or_default();
+    let table =
+        options.get("k3s").and_then(|text| json::read::<K3sTable>(text).ok()).unwrap_or_default();
     names(table.secret_keys(), "[k3s] ")
 }
 
@@ -163,7 +161,7 @@ pub(super) fn find_readable(
     let named: Vec<&str> =
         [&run.apply_plan, &run.plan_out].into_iter().flatten().map(String::as_str).collect();
     for plan in host.plans_readable_by_others(&named) {
-        let holds = serde_json::from_str::<CheckedPlan>(&plan.text)
+        let holds = json::read::<CheckedPlan>(&plan.text)
             .map(|c| held(&c.plan.options))
             .unwrap_or_default();
         if let Some(writer) = writer {

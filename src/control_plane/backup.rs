@@ -10,6 +10,7 @@ use super::model::Row;
 use super::open::{self, database};
 use super::store::{Change, Store};
 use crate::base::error::{Exit, Failure};
+use crate::base::json;
 use crate::base::secret::Secret;
 use crate::host::Host;
 use crate::host::state::StateDir;
@@ -78,7 +79,7 @@ pub async fn write(
         ),
     };
     host.create_user_file(file, text.expose())?;
-    let backup: Backup = serde_json::from_str(text.expose())?;
+    let backup: Backup = json::read(text.expose())?;
     Ok(format!(
         "{} rows and the keys are in {file} (mode 0600); who has it can be this control plane",
         backup.rows.len()
@@ -104,8 +105,8 @@ pub async fn restore(
             .hint("`pipeops control-plane backup FILE` makes one")
     };
     // the error may quote the text: only its position is passed on
-    let backup: Backup = serde_json::from_str(text)
-        .map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
+    let backup: Backup =
+        json::read(text).map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
     if backup.format != FORMAT {
         return Err(wrong("it is of another version of pipeops".into()).into());
     }

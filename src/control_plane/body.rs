@@ -10,6 +10,7 @@ use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 
 use super::error::HttpError;
+use crate::base::json;
 use crate::base::text::json_error;
 
 /// Largest body of a call that the control plane answers itself, and of a job with what was opened
@@ -84,7 +85,7 @@ impl<S: Sync, const N: usize> FromRequestParts<S> for PathSegments<N> {
 
 pub(super) fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, HttpError> {
     let bytes = if bytes.is_empty() { b"{}" } else { bytes };
-    serde_json::from_slice(bytes).map_err(|e| {
+    json::read(bytes).map_err(|e| {
         let why = json_error(&e);
         HttpError::new(
             400,

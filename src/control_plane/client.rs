@@ -7,6 +7,7 @@ use tokio::net::UnixStream;
 
 use crate::base::connection::{self, Body};
 use crate::base::error::{Exit, Failure};
+use crate::base::json;
 use crate::contract::types::Problem;
 use crate::host::Host;
 
@@ -54,7 +55,7 @@ pub async fn call(
     if status.is_success() {
         return Ok(text);
     }
-    let problem: Problem = serde_json::from_str(&text).unwrap_or_default();
+    let problem: Problem = json::read(&text).unwrap_or_default();
     // what the caller wrote is wrong, or could mean several things
     let usage = status == StatusCode::BAD_REQUEST || problem.code == "name_ambiguous";
     let exit = if usage { Exit::Usage } else { Exit::Refused };

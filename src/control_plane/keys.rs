@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::base::encoding::hex;
 use crate::base::error::Failure;
+use crate::base::json;
 use crate::base::secret::Secret;
 use crate::base::text::unquoted_json_error;
 use crate::base::trust::Pin;
@@ -126,7 +127,7 @@ impl Keys {
     /// When the file is damaged or cannot be written.
     pub fn load(state: &StateDir, now: i64) -> anyhow::Result<Keys> {
         let stored: StoredKeys = match state.read(FILE)? {
-            Some(text) => serde_json::from_str(&text).map_err(|e| {
+            Some(text) => json::read(&text).map_err(|e| {
                 Failure::usage("KEYS_DAMAGED", "the control plane's keys cannot be read")
                     .why(format!("{FILE}: {}", unquoted_json_error(&e)))
                     .hint(
@@ -157,7 +158,7 @@ impl Keys {
     /// # Errors
     /// When it is damaged.
     pub fn restore(state: &StateDir, text: &Secret, now: i64) -> anyhow::Result<Keys> {
-        let _: StoredKeys = serde_json::from_str(text.expose())
+        let _: StoredKeys = json::read(text.expose())
             .map_err(|e| anyhow::anyhow!("the keys in the backup: {}", unquoted_json_error(&e)))?;
         state.write(FILE, text.expose())?;
         Keys::load(state, now)
@@ -293,9 +294,8 @@ impl Keys {
         if !(unknown || due || forget) {
             return Ok(());
         }
-        let mut stored: StoredKeys =
-            serde_json::from_str(&state.read(FILE)?.unwrap_or_default())
-                .map_err(|e| anyhow::anyhow!("{FILE}: {}", unquoted_json_error(&e)))?;
+        let mut stored: StoredKeys = json::read(&state.read(FILE)?.unwrap_or_default())
+            .map_err(|e| anyhow::anyhow!("{FILE}: {}", unquoted_json_error(&e)))?;
         stored.signing.truncate(2);
         if due {
             let former = stored.signing.remove(0);

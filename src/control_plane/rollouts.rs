@@ -18,6 +18,7 @@ use super::scope::{TokenRequest, checked_ttl, restrict};
 use super::state::ControlPlane;
 use crate::base::encoding::hex;
 use crate::base::text::printable;
+use crate::base::json;
 use crate::contract::token::Role;
 use crate::contract::types::{OperationState, check_idempotency_key};
 
@@ -245,7 +246,7 @@ impl ControlPlane {
         let registry = self.registry();
         let refused = |reason: &str, message: &str| Sent::Refused(reason.into(), message.into());
         let body = record.sealed.as_deref().and_then(|sealed| self.keys().unseal(sealed).ok());
-        let request = body.and_then(|body| serde_json::from_str(body.expose()).ok());
+        let request = body.and_then(|body| json::read(body.expose()).ok());
         let Some(OperationRequest { kind, spec, .. }) = request else {
             return refused(
                 "sealed_foreign",

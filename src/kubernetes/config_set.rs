@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::base::encoding::hex;
+use crate::base::json;
 pub use crate::contract::config::ConfigKind;
 use crate::contract::config::{SecretType, SetConfig};
 
@@ -165,7 +166,7 @@ impl Inventory {
         }
         let text = object["data"]["inventory"].as_str().ok_or("it has no key `inventory`")?;
         let inventory: Inventory =
-            serde_json::from_str(text).map_err(|e| format!("`inventory` is not its JSON: {e}"))?;
+            json::read(text).map_err(|e| format!("`inventory` is not its JSON: {e}"))?;
         // what it lists may be deleted: never an object of somebody else
         let objects = inventory.versions.iter().map(|version| &version.object);
         match objects.chain(inventory.keys.values()).find(|object| !set.is_version(object)) {

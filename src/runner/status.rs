@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::base::json;
 use crate::host::state::StateDir;
 
 const FILE: &str = "status.json";
@@ -39,7 +40,7 @@ impl RunnerStatus {
 
     /// That of the Runner with this state directory; none where none has written it lately.
     pub fn read(state: &StateDir) -> Option<RunnerStatus> {
-        let status: RunnerStatus = serde_json::from_str(&state.read(FILE).ok()??).ok()?;
+        let status: RunnerStatus = json::read(state.read(FILE).ok()??).ok()?;
         let age = jiff::Timestamp::now().as_second() - status.at;
         (age.abs() <= FRESH).then_some(status)
     }

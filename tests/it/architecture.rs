@@ -32,6 +32,7 @@ const INSIDE: &[(&str, Rows)] = &[
                 "encoding",
                 "error",
                 "http",
+                "json",
                 "metrics",
                 "resolve",
                 "secret",

@@ -7,6 +7,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use crate::base::encoding::hex;
+use crate::base::json;
 use crate::base::text::json_error;
 use crate::contract::types::AuditHead;
 use crate::host::state::{Appender, StateDir};
@@ -181,8 +182,8 @@ pub fn verify(dir: &StateDir) -> Result<VerifiedLog, String> {
         VerifiedLog { records: 0, first: 0, head: AuditHead { seq: 0, hash: GENESIS.into() } };
     for (n, name, line) in lines(dir)? {
         let broken = |why: &str| format!("{name}, line {n}: {why}");
-        let parsed: AuditLine = serde_json::from_str(&line)
-            .map_err(|e| broken(&format!("no record: {}", json_error(&e))))?;
+        let parsed: AuditLine =
+            json::read(&line).map_err(|e| broken(&format!("no record: {}", json_error(&e))))?;
         if found.records == 0 {
             found.first = parsed.seq;
             if parsed.seq == 1 && parsed.prev != GENESIS {

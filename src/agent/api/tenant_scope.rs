@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use tokio::time::{sleep, timeout};
 
 use crate::base::connection::Body;
+use crate::base::json;
 use crate::base::text::is_dns_label;
 use crate::contract::tenant::TENANT_LABEL;
 use crate::kubernetes::answer::ApiError;
@@ -188,7 +189,7 @@ pub(super) async fn list(
         }
         _ => return Err(unanswered(format!("it answers {status}"))),
     }
-    let mut list = serde_json::from_slice(&body).map_err(|error| unanswered(text(error)))?;
+    let mut list = json::read(&body).map_err(|error| unanswered(text(error)))?;
     own(&mut list, tenant, only);
     Ok(Value::Object(list).to_string())
 }

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use super::RequestOutcome;
 use super::identity::StoredCredential;
 use crate::base::http::{check_url, clock_offset};
+use crate::base::json;
 use crate::base::resolve::Resolver;
 use crate::base::secret::Secret;
 use crate::base::trust::{Trust, explain};
@@ -90,7 +91,7 @@ impl HttpClient {
             }
         }
         if !status.is_success() {
-            let problem: Problem = serde_json::from_slice(&body).unwrap_or_default();
+            let problem: Problem = json::read(&body).unwrap_or_default();
             let message = if problem.message.is_empty() {
                 status.canonical_reason().unwrap_or("refused").to_owned()
             } else {
@@ -109,7 +110,7 @@ impl HttpClient {
         }
         let text: &[u8] =
             if body.is_empty() || status == StatusCode::NO_CONTENT { b"null" } else { &body };
-        let parsed = serde_json::from_slice(text).map_err(|e| {
+        let parsed = json::read(text).map_err(|e| {
             RequestOutcome::Unreachable(format!(
                 "the answer cannot be read: {}; is this a control plane?",
                 crate::base::text::json_error(&e)

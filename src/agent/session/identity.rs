@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::base::encoding::hex;
 use crate::base::error::{Exit, Failure};
+use crate::base::json;
 use crate::base::secret::Secret;
 use crate::base::text::unquoted_json_error;
 use crate::contract::types::{Config, agent_id_of};
@@ -76,7 +77,7 @@ impl Identity {
                 )
         };
         let stored: IdentityFile =
-            serde_json::from_str(&text).map_err(|e| damaged(unquoted_json_error(&e)))?;
+            json::read(&text).map_err(|e| damaged(unquoted_json_error(&e)))?;
         if stored.machine != machine {
             return Ok(LoadedIdentity::Cloned);
         }
@@ -87,8 +88,7 @@ impl Identity {
 
     /// The id of the stored identity; none is generated.
     pub fn stored_id(state: &StateDir) -> Option<String> {
-        let stored: IdentityFile =
-            serde_json::from_str(&state.read(IDENTITY_FILE).ok().flatten()?).ok()?;
+        let stored: IdentityFile = json::read(&state.read(IDENTITY_FILE).ok().flatten()?).ok()?;
         Identity::from_pem(stored.key.expose(), stored.machine).ok().map(|identity| identity.id)
     }
 
@@ -187,7 +187,7 @@ impl StoredCredential {
     /// The stored credential, if it is for `url`: another control plane never sees it.
     pub fn load(state: &StateDir, url: &str) -> Option<StoredCredential> {
         let kept: StoredCredential =
-            serde_json::from_str(&state.read(CREDENTIAL_FILE).ok().flatten()?).ok()?;
+            json::read(&state.read(CREDENTIAL_FILE).ok().flatten()?).ok()?;
         (kept.url == url && !kept.credential.is_empty()).then_some(kept)
     }
 

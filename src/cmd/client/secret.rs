@@ -9,6 +9,7 @@ use super::apps::show;
 use super::operation::{Request, options_of, tell};
 use super::{Context, Session, cell, namespace_needed, printer, rollout};
 use crate::base::error::{Exit, Failure};
+use crate::base::json;
 use crate::cli::{OutputArgs, ReachArgs, SecretArgs, SecretCommand};
 use crate::client::applications::ClusterReader;
 use crate::client::clusters::Cluster;
@@ -56,7 +57,7 @@ async fn set(context: &Context, args: SecretArgs) -> anyhow::Result<Exit> {
     let values = values(context, &args).await?;
     let keys: Vec<String> = values.keys();
     (spec["data"], spec["binary"]) = (Value::Object(values.data), Value::Object(values.binary));
-    let checked = serde_json::from_value::<ConfigSpec>(spec.clone());
+    let checked = json::fields::<ConfigSpec>(spec.clone());
     // the parser's own text may hold a value
     let checked = checked.map_err(|_| "these are no values of a set".to_owned());
     checked.and_then(|spec| spec.check(kind)).map_err(unsendable)?;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
+use crate::base::json;
 use crate::base::text::quoted;
 use crate::cli::TenantArgs;
 use crate::client::tenants::{QuotaUse, Tenant, TenantNamespace};
@@ -71,7 +72,7 @@ fn wanted(args: &TenantArgs, name: &str) -> Option<String> {
 
 /// The ranges that are asked for, as Kubernetes writes them.
 fn egress_of(args: &TenantArgs) -> BTreeSet<String> {
-    let ranges = match serde_json::from_value(spec_of(args)) {
+    let ranges = match json::fields(spec_of(args)) {
         Ok(TenantSpec::Set(set)) => set.egress_ranges().ok(),
         _ => None,
     };

@@ -1,9 +1,10 @@
 //! The operations that a Runner may ask for: requests are read and checked before anything is done.
 
+mod form;
+
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::base::text::valueless_json_error;
 use crate::contract::application::requests::{DEFAULT_TIMEOUT_S, check_named, default_timeout_s};
 pub use crate::contract::application::requests::{
     DeleteApplication, Deploy, Rollback, RunJob, SetCronJob,
@@ -21,8 +22,6 @@ const MAX_TIMEOUT_S: u64 = 3600;
 type Refusal = (u16, &'static str, String);
 
 /// A request, by kind.
-#[derive(Deserialize)]
-#[serde(tag = "kind", content = "spec", rename_all = "snake_case", deny_unknown_fields)]
 pub enum OperationRequest {
     /// Server-side apply of objects, in their order.
     Apply(Apply),
@@ -47,12 +46,10 @@ pub enum OperationRequest {
     /// A command that runs once in the surroundings of an application, until it ends.
     Job(RunJob),
     /// A command that runs by a schedule.
-    #[serde(rename = "cronjob")]
     CronJob(Box<SetCronJob>),
     /// Keys of a namespace whose values are secret.
     Secret(ConfigSpec),
     /// The same of values that anybody may read.
-    #[serde(rename = "configmap")]
     ConfigMap(ConfigSpec),
     /// A customer's own place in the cluster.
     Tenant(TenantSpec),
@@ -223,17 +220,8 @@ impl OperationRequest {
     /// Status, code and message of the refusal.
     pub fn parse(bytes: &[u8], caller: &Caller) -> Result<OperationRequest, Refusal> {
         let bad = |why: String| (400, "bad_operation", why);
-        let mut json = serde_json::Deserializer::from_slice(bytes);
-        let request: OperationRequest =
-            serde_path_to_error::deserialize(&mut json).map_err(|e| {
-                let why = valueless_json_error(e.inner());
-                bad(match e.path().to_string().as_str() {
-                    "." => format!("this is no operation: {why}"),
-                    path => format!("this is no operation: {path}: {why}"),
-                })
-            })?;
-        json.end()
-            .map_err(|e| bad(format!("this is no operation: {}", valueless_json_error(&e))))?;
+        let request =
+            form::read(bytes).map_err(|why| bad(format!("this is no operation: {why}")))?;
         request.check(caller)?;
         Ok(request)
     }

@@ -6,6 +6,7 @@
 use serde::Deserialize;
 
 use super::{Role, signed};
+use crate::base::json;
 use crate::contract::types::Jwks;
 
 /// `typ` of its header (RFC 8725 §3.11).
@@ -56,7 +57,7 @@ pub fn verify(token: &str, keys: &Jwks, issuer: &str) -> Result<JobClaims, &'sta
         return Err("the token is none of a job");
     }
     let claims: JobClaims =
-        serde_json::from_slice(&claims).map_err(|_| "a claim is missing or has the wrong type")?;
+        json::read(claims).map_err(|_| "a claim is missing or has the wrong type")?;
     if claims.aud != AUDIENCE || claims.iss != issuer || header.tenant != claims.tenant {
         return Err("the token is for something else");
     }

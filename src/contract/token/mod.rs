@@ -17,6 +17,7 @@ use ring::signature::{ED25519, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::base::json;
 use crate::contract::tenant::is_tenant_name;
 use crate::contract::types::{Jwks, LEEWAY, RunnerAuth};
 
@@ -209,7 +210,7 @@ fn signed(token: &str, keys: &Jwks) -> Result<(Header, Vec<u8>), &'static str> {
     };
     let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| "the token is no JWT");
     let parsed: Header =
-        serde_json::from_slice(&decode(head)?).map_err(|_| "the token is no JWT")?;
+        json::read(decode(head)?).map_err(|_| "the token is no JWT")?;
     if parsed.alg != "EdDSA" {
         return Err("the token is not signed with EdDSA");
     }
@@ -248,7 +249,7 @@ fn verify_signature(token: &str, auth: &RunnerAuth) -> Result<Claims, &'static s
         return Err("the token is one of a job");
     }
     let claims: Claims =
-        serde_json::from_slice(&claims).map_err(|_| "a claim is missing or has the wrong type")?;
+        json::read(claims).map_err(|_| "a claim is missing or has the wrong type")?;
     let differs =
         |header: &Option<String>, claim: &Option<String>| header.is_some() && header != claim;
     if differs(&header.tenant, &claims.tenant) || differs(&header.operation, &claims.operation) {

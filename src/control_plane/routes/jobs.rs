@@ -13,6 +13,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::Routes;
+use crate::base::json;
 use crate::base::text::valueless_json_error;
 use crate::contract::job::BAD_JOB;
 use crate::control_plane::answer::answer;
@@ -61,7 +62,7 @@ async fn take(
     State(control_plane): State<ControlPlane>,
     JobBody(bytes): JobBody,
 ) -> Result<Response, HttpError> {
-    let brought: BroughtJob = serde_json::from_slice(&bytes).map_err(|e| {
+    let brought: BroughtJob = json::read(&bytes).map_err(|e| {
         let why = valueless_json_error(&e);
         HttpError::new(400, BAD_JOB, format!("this call brings no job: {why}"), None)
     })?;

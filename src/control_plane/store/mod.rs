@@ -18,6 +18,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::model::Row;
+use crate::base::json;
 use writer::WriteRequest;
 
 /// The kind of a row.
@@ -279,7 +280,7 @@ impl Store {
 }
 
 fn parsed<T: DeserializeOwned>(kind: RowKind, id: &str, body: &str) -> anyhow::Result<T> {
-    serde_json::from_str(body)
+    json::read(body)
         .with_context(|| format!("the database holds a damaged row: {} {id}", kind.name()))
 }
 

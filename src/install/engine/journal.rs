@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::base::error::{Exit, Failure};
+use crate::base::json;
 use crate::base::text::unquoted_json_error;
 use crate::host::paths::STATE;
 use crate::host::{Host, HostWriter, Owner};
@@ -123,9 +124,7 @@ impl Journal {
             serde_json::from_value(value).map_err(|e| damaged(unquoted_json_error(&e)))?;
         // the first pipeops kept the [k3s] table as one text, with the secrets in it
         if let Some(table) = journal.options.remove("k3s") {
-            journal
-                .options
-                .extend(recorded_k3s_table(&serde_json::from_str(&table).unwrap_or_default()));
+            journal.options.extend(recorded_k3s_table(&json::read(&table).unwrap_or_default()));
             journal.scrubbed = true;
         }
         Ok(Some(journal))

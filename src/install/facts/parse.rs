@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Address, Cgroup, Interface, Iptables, Listener, Os, ResolvConf, Route};
+use crate::base::json;
 
 /// `/etc/os-release` (freedesktop.org, os-release(5)).
 pub fn os_release(text: &str) -> Os {
@@ -134,7 +135,7 @@ fn rows(json: &str) -> Option<Vec<serde_json::Value>> {
     if json.trim().is_empty() {
         return Some(Vec::new());
     }
-    match serde_json::from_str(json) {
+    match json::read(json) {
         Ok(serde_json::Value::Array(rows)) => Some(rows),
         _ => None,
     }

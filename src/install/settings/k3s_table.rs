@@ -8,6 +8,7 @@ use std::ops::Deref;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 
+use crate::base::json;
 use crate::base::secret::{MASK, Secret, is_secret_name, mask, secrets_in_urls};
 use crate::k3s::keys;
 
@@ -56,7 +57,7 @@ fn placeholder(name: &str) -> String {
 /// `text` with its holes filled; `secret_values` is what [`K3sTable::fill`] gave. `None` when one
 /// of them has nothing.
 pub fn fill_placeholders(text: &str, fill: &Secret) -> Option<String> {
-    let values: BTreeMap<String, Value> = serde_json::from_str(fill.expose()).ok()?;
+    let values: BTreeMap<String, Value> = json::read(fill.expose()).ok()?;
     let mut out = text.to_owned();
     for (name, value) in &values {
         out = out.replace(&json!(placeholder(name)).to_string(), &value.to_string());

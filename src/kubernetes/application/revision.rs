@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::base::json;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -102,19 +103,14 @@ impl Revision {
         let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
         let number: u32 = text("/metadata/labels/pipeops.io~1revision")?.parse().ok()?;
         let content: Value = serde_json::from_str(text("/data/application.json")?).ok()?;
-        let objects: Vec<Value> = serde_json::from_str(text("/data/objects.json")?).ok()?;
+        let objects: Vec<Value> = json::read(text("/data/objects.json")?).ok()?;
         let is_named = number <= MAX_NUMBER
             && text("/metadata/name")? == object_name(application, number)
             && content["name"] == application
             && content["namespace"] == namespace;
         (is_named && objects.iter().all(|o| is_part(o, namespace, application))).then_some(())?;
         let status = text("/metadata/annotations/pipeops.io~1status")?;
-        Some(Revision {
-            number,
-            status: serde_json::from_str(status).ok()?,
-            application: content,
-            objects,
-        })
+        Some(Revision { number, status: json::read(status).ok()?, application: content, objects })
     }
 }
 

@@ -10,6 +10,7 @@ use super::apply::reference_of;
 use super::diagnose::last_lines;
 use super::executor::Executor;
 use super::requests::{ExecutionError, GET, KubernetesRequest, failed_for};
+use crate::base::json;
 use crate::contract::application::Application;
 use crate::contract::operation::{Reference, RunJob, SetCronJob};
 use crate::kubernetes::application::revision::{APPLICATION_LABEL, last_that_ran, pinned};
@@ -178,9 +179,7 @@ impl Executor<'_> {
                 format!("no revision of application {namespace}/{name} has run"),
             );
         };
-        let Ok(mut application) =
-            serde_json::from_value::<Application>(revision.application.clone())
-        else {
+        let Ok(mut application) = json::fields::<Application>(revision.application.clone()) else {
             return failed_for(
                 "invalid",
                 format!(

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::executor::Executor;
 use super::requests::{ExecutionError, failed_for};
+use crate::base::json;
 use crate::contract::application::{Application, ConfigSource};
 use crate::kubernetes::application::{ConfigSets, sources};
 use crate::kubernetes::config_set::{ConfigKind, ConfigSet};
@@ -59,7 +60,7 @@ impl Executor<'_> {
         mut objects: Vec<Value>,
         secrets_alone: bool,
     ) -> Result<Vec<Value>, ExecutionError> {
-        let Ok(application) = serde_json::from_value::<Application>(application.clone()) else {
+        let Ok(application) = json::fields::<Application>(application.clone()) else {
             return Ok(objects);
         };
         for source in sources(&application).into_keys() {

@@ -13,6 +13,7 @@ use super::super::Api;
 use super::requests::ExecutionFailure;
 use super::resume::{MAX_RESUMPTIONS, ResumePoint};
 use crate::agent::session::client::FinishedOperation;
+use crate::base::json;
 use crate::contract::types::{ObjectOutcome, Operation, OperationState};
 use crate::host::state::StateDir;
 
@@ -178,7 +179,7 @@ impl Operations {
         let mut found = Vec::new();
         for name in dir.list() {
             let stored: Option<StoredOperation> =
-                dir.read(&name).ok().flatten().and_then(|text| serde_json::from_str(&text).ok());
+                dir.read(&name).ok().flatten().and_then(|text| json::read(&text).ok());
             let Some(mut stored) = stored.filter(|s| file(&s.operation.id) == name) else {
                 // no crash leaves part of a file, as files are replaced whole: it is not ours
                 dir.remove(&name);

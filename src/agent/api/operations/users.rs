@@ -8,6 +8,7 @@ use super::executor::Executor;
 use super::requests::{
     ExecutionError, GET, KubernetesRequest, describe_refusal, failed_for, refusal_reason,
 };
+use crate::base::json;
 use crate::kubernetes::application::revision::NUMBER_LABEL;
 use crate::kubernetes::config_set::{ConfigKind, ConfigSet, MANAGED, MANAGED_LABEL};
 use crate::kubernetes::pod_references::references;
@@ -159,7 +160,7 @@ impl Executor<'_> {
         for revision in self.list_all(&path, &query, PAGE).await? {
             let text = revision.pointer("/data/objects.json").and_then(Value::as_str);
             let objects: Vec<Value> =
-                text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+                text.and_then(|text| json::read(text).ok()).unwrap_or_default();
             let shown = objects.iter().flat_map(certificates);
             users.objects.extend(shown.filter(|name| set.is_version(name)).map(str::to_owned));
             for pod in objects.iter().filter_map(|o| o.pointer("/spec/template/spec")) {
