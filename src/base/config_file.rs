@@ -2,6 +2,9 @@
 //! fault is named with its line.
 
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Number, Value};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
 
 use crate::base::error::{Failure, nearest};
 use crate::base::yaml::{self, EqualKeys};
@@ -38,9 +41,9 @@ pub fn line_of(text: &str, key: &str) -> usize {
 ///
 /// # Errors
 /// What is no TOML, or no YAML that TOML could say too.
-pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
+pub fn table(text: &str, origin: &str) -> Result<Map<String, Value>, Fault> {
     if !is_yaml(origin) {
-        return text.parse().map_err(|e: toml::de::Error| Fault {
+        return DeTable::parse(text).map(|table| plain(table.get_ref())).map_err(|e| Fault {
             what: format!("{origin} is not valid TOML"),
             // the parser's own text shows the line, and with it a password
             line: e
@@ -60,8 +63,8 @@ pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
         )
     })?;
     let map = match parsed {
-        serde_json::Value::Object(map) => map,
-        serde_json::Value::Null => return Ok(toml::Table::new()),
+        Value::Object(map) => map,
+        Value::Null => return Ok(Map::new()),
         _ => {
             return Err(fault(
                 1,
@@ -69,14 +72,46 @@ pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
             ));
         }
     };
-    let mut table = toml::Table::new();
+    let mut table = map;
     // a key without a value says nothing
-    for (key, value) in map.into_iter().filter(|(_, value)| !value.is_null()) {
-        let value = toml::Value::try_from(value)
-            .map_err(|_| fault(line_of(text, &key), format!("`{key}` holds a null")))?;
-        table.insert(key, value);
+    table.retain(|_, value| !value.is_null());
+    match table.iter().find(|(_, value)| holds_null(value)) {
+        Some((key, _)) => Err(fault(line_of(text, key), format!("`{key}` holds a null"))),
+        None => Ok(table),
     }
-    Ok(table)
+}
+
+fn holds_null(value: &Value) -> bool {
+    match value {
+        Value::Object(map) => map.values().any(holds_null),
+        Value::Array(list) => list.iter().any(holds_null),
+        other => other.is_null(),
+    }
+}
+
+/// What TOML says. Types are read from that: its own reader is compiled for each type.
+pub fn plain(table: &DeTable<'_>) -> Map<String, Value> {
+    let value = |value: &Spanned<DeValue<'_>>| plain_value(value.get_ref());
+    table.iter().map(|(key, field)| (key.get_ref().to_string(), value(field))).collect()
+}
+
+fn plain_value(value: &DeValue<'_>) -> Value {
+    match value {
+        DeValue::String(text) => text.to_string().into(),
+        DeValue::Integer(number) => match i64::from_str_radix(number.as_str(), number.radix()) {
+            Ok(number) => number.into(),
+            // no setting has a number that long: it is of the wrong type
+            Err(_) => number.to_string().into(),
+        },
+        DeValue::Float(number) => {
+            let finite = number.as_str().parse().ok().and_then(Number::from_f64);
+            finite.map_or_else(|| number.to_string().into(), Value::Number)
+        }
+        DeValue::Boolean(is) => (*is).into(),
+        DeValue::Datetime(time) => time.to_string().into(),
+        DeValue::Array(list) => list.iter().map(|item| plain_value(item.get_ref())).collect(),
+        DeValue::Table(table) => plain(table).into(),
+    }
 }
 
 /// The values of a file's keys.
@@ -84,18 +119,19 @@ pub fn table(text: &str, origin: &str) -> Result<toml::Table, Fault> {
 /// # Errors
 /// The first key whose value has the wrong type, or that is not known.
 pub fn values<T: DeserializeOwned>(
-    table: &toml::Table,
+    table: &Map<String, Value>,
     text: &str,
     origin: &str,
 ) -> Result<T, Fault> {
-    table.clone().try_into().map_err(|error: toml::de::Error| {
+    let read = |table| serde_json::from_value::<T>(Value::Object(table));
+    read(table.clone()).map_err(|error| {
         // the one that fails alone is the one
         let alone = table.iter().find_map(|(key, value)| {
-            let one = toml::Table::from_iter([(key.clone(), value.clone())]);
-            one.try_into::<T>().err().map(|e: toml::de::Error| (key, e))
+            let one = Map::from_iter([(key.clone(), value.clone())]);
+            read(one).err().map(|e| (key, e))
         });
         let (key, error) = alone.map_or(("", error), |(key, e)| (key.as_str(), e));
-        let why = unquoted(error.message());
+        let why = unquoted(&error.to_string());
         let why = if key.is_empty() || why.contains(key) { why } else { format!("`{key}`: {why}") };
         Fault {
             what: format!("a value in {origin} has the wrong type"),
@@ -184,6 +220,18 @@ mod tests {
         ] {
             assert_eq!(super::unquoted(said), expected);
         }
+    }
+
+    #[test]
+    fn every_kind_of_value_is_read() {
+        let text = "a = 0x1F\nb = -1_000\nc = 1.5\nd = true\ne = 2024-01-01\nf = nan\n\
+                    g = [\"x\", {h = 'y'}]\n[i.j]\nk = 99999999999999999999\n";
+        let Ok(table) = super::table(text, "f.toml") else { panic!("refused") };
+        let expected = serde_json::json!({
+            "a": 31, "b": -1000, "c": 1.5, "d": true, "e": "2024-01-01", "f": "nan",
+            "g": ["x", {"h": "y"}], "i": {"j": {"k": "99999999999999999999"}}
+        });
+        assert_eq!(serde_json::Value::from(table), expected);
     }
 
     #[test]

@@ -1,11 +1,16 @@
 //! `pipeops.toml`: an application as people keep it beside its source.
 
-use serde::Deserialize as _;
-use toml::de::{DeTable, DeValue, Deserializer};
+use serde_path_to_error::{Path, Segment};
+use toml::de::{DeArray, DeTable, DeValue};
 
-use crate::base::config_file::unquoted;
+use crate::base::config_file::{plain, unquoted};
 use crate::base::error::{Failure, nearest};
+use crate::base::json;
 use crate::contract::application::Application;
+
+/// How a message begins whose names in backticks are a key, and those that are known there
+/// (serde_core `de/mod.rs`: unknown field `a`, expected one of `b`, `c`).
+const UNKNOWN: &str = "unknown field";
 
 /// What the file holds: the fields of an application, and where it belongs.
 #[derive(Debug, PartialEq)]
@@ -18,8 +23,8 @@ pub struct ApplicationFile {
 /// # Errors
 /// Exit 2 with line, column and, for an unknown key, the nearest one. Values are not quoted.
 pub fn parse(text: &str, origin: &str) -> Result<ApplicationFile, Failure> {
-    let wrong = |error: &toml::de::Error| wrong(text, origin, error);
-    let mut root = DeTable::parse(text).map_err(|e| wrong(&e))?;
+    let mut root = DeTable::parse(text)
+        .map_err(|e| wrong(text, origin, e.span().map(|span| span.start), e.message()))?;
     let cluster = match root.get_mut().remove("cluster") {
         None => None,
         Some(value) => match value.get_ref() {
@@ -32,8 +37,38 @@ pub fn parse(text: &str, origin: &str) -> Result<ApplicationFile, Failure> {
             }
         },
     };
-    let application = Application::deserialize(Deserializer::from(root)).map_err(|e| wrong(&e))?;
+    let application = json::fields(plain(root.get_ref()).into()).map_err(|e| {
+        let message = e.inner().to_string();
+        let start = start(root.get_ref(), e.path(), message.starts_with(UNKNOWN));
+        wrong(text, origin, start, &message)
+    })?;
     Ok(ApplicationFile { application, cluster })
+}
+
+/// Where the value of a field begins, or its key.
+fn start(root: &DeTable<'_>, path: &Path, of_key: bool) -> Option<usize> {
+    let (mut found, mut table, mut list): (_, _, Option<&DeArray<'_>>) = (None, Some(root), None);
+    for segment in path {
+        let value = match segment {
+            Segment::Map { key } => {
+                let (name, value) = table?.iter().find(|(name, _)| name.get_ref() == key)?;
+                found = Some(if of_key { name.span().start } else { value.span().start });
+                value
+            }
+            Segment::Seq { index } => {
+                let value = list?.get(*index)?;
+                found = Some(value.span().start);
+                value
+            }
+            Segment::Enum { .. } | Segment::Unknown => break,
+        };
+        (table, list) = match value.get_ref() {
+            DeValue::Table(inner) => (Some(inner), None),
+            DeValue::Array(inner) => (None, Some(inner)),
+            _ => (None, None),
+        };
+    }
+    found
 }
 
 /// Line and column of a byte, from 1.
@@ -44,14 +79,11 @@ fn place(text: &str, at: usize) -> String {
     format!("line {line}, column {column}")
 }
 
-fn wrong(text: &str, origin: &str, error: &toml::de::Error) -> Failure {
-    let place = error.span().map(|span| format!(", {}", place(text, span.start)));
-    let place = place.unwrap_or_default();
-    let message = unquoted(error.message());
-    // serde_core `de/mod.rs`: unknown field `a`, expected one of `b`, `c`
+fn wrong(text: &str, origin: &str, start: Option<usize>, message: &str) -> Failure {
+    let place = start.map(|start| format!(", {}", place(text, start))).unwrap_or_default();
+    let message = unquoted(message);
     let names: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    let (Some((key, fields)), true) = (names.split_first(), message.starts_with("unknown field"))
-    else {
+    let (Some((key, fields)), true) = (names.split_first(), message.starts_with(UNKNOWN)) else {
         let what = format!("{origin}{place}: this is no application");
         return Failure::usage("APPLICATION_INVALID", what)
             .why(message)

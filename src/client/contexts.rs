@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
+use toml::de::DeTable;
 
-use crate::base::config_file::unquoted;
+use crate::base::config_file::{plain, unquoted};
 use crate::base::error::{Exit, Failure, nearest};
 use crate::base::secret::Secret;
 use crate::base::trust::{Pin, Trust};
@@ -131,11 +132,13 @@ impl ContextStore {
             return Ok(Contexts::default());
         };
         // the parser's own text shows lines, and with them a token
-        toml::from_str(&text).map_err(|e| {
+        let invalid = |why: &str| {
             Failure::usage("CONTEXTS_INVALID", format!("{} is not what a login wrote", self.path()))
-                .why(unquoted(e.message()))
+                .why(unquoted(why))
                 .hint("correct it, or remove it and log in again")
-        })
+        };
+        let table = DeTable::parse(&text).map_err(|e| invalid(e.message()))?;
+        serde_json::from_value(plain(table.get_ref()).into()).map_err(|e| invalid(&e.to_string()))
     }
 
     /// Changes what is stored: 0600, in a directory of mode 0700. What another process stored

@@ -32,7 +32,7 @@ fn listen_address(text: &str) -> Result<SocketAddr, String> {
 fn listen_address_in_file<'de, D: Deserializer<'de>>(
     value: D,
 ) -> Result<Option<SocketAddr>, D::Error> {
-    let value = toml::Value::deserialize(value)?;
+    let value = serde_json::Value::deserialize(value)?;
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     listen_address(&text).map(Some).map_err(D::Error::custom)
 }
