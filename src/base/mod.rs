@@ -11,6 +11,7 @@ pub mod error;
 pub mod http;
 pub mod json;
 pub mod metrics;
+pub mod order;
 pub mod packed_text;
 pub mod resolve;
 pub mod secret;

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::api::Api;
 use crate::base::error::{Exit, Failure};
 use crate::base::json;
+use crate::base::order;
 use crate::kubernetes::application::revision::{APPLICATION_LABEL, RevisionStatus, object_name};
 use crate::kubernetes::readiness::diagnosis::{
     Cause, Evidence, diagnose, is_of, is_owned, newest_replica_set,
@@ -170,7 +171,7 @@ impl ClusterReader<'_> {
         let kept = self.list("/api/v1", Some(namespace), kept, &query).await?;
         let mut rows: Vec<RevisionRow> =
             kept.iter().filter_map(|object| RevisionRow::of(object, name)).collect();
-        rows.sort_by_key(|row| std::cmp::Reverse(row.revision));
+        order::sort(&mut rows, |a, b| b.revision.cmp(&a.revision));
         Ok(rows)
     }
 
@@ -278,7 +279,7 @@ fn rows(deployments: &[Value], revisions: &[Value], ways_in: &[Value]) -> Vec<Ap
         let names = [text(object, "/spec/rules/0/host"), text(object, "/spec/hostnames/0")];
         names.into_iter().find(|name| !name.is_empty()).unwrap_or_default().to_owned()
     };
-    let hosts: BTreeMap<_, _> = ways_in.iter().map(|object| (key(object), host(object))).collect();
+    let hosts = order::map(ways_in.iter().map(|object| (key(object), host(object))));
     let mut rows: Vec<ApplicationRow> = deployments
         .iter()
         .map(|deployment| {
@@ -298,7 +299,7 @@ fn rows(deployments: &[Value], revisions: &[Value], ways_in: &[Value]) -> Vec<Ap
             }
         })
         .collect();
-    rows.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    order::sort(&mut rows, |a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
     rows
 }
 

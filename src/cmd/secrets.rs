@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use super::Context;
 use crate::base::error::Failure;
 use crate::base::json;
+use crate::base::order;
 use crate::base::secret::{MASK, Secret, is_secret_name, mask, register_secret, secrets_in_urls};
 use crate::base::text::unquoted_json_error;
 use crate::base::yaml::{self, EqualKeys};
@@ -82,15 +83,15 @@ pub(super) fn input_files(
     run: &InstallerArgs,
     options: &Options,
 ) -> BTreeMap<String, String> {
-    [
+    let files = [
         ("config", &run.config),
         ("registries", &options.registries),
         ("agent-token-file", &options.agent_token_file),
-    ]
-    .into_iter()
-    .filter_map(|(key, path)| Some((key.to_owned(), path.as_ref().filter(|p| *p != "-")?)))
-    .map(|(key, path)| (key, host.absolute_user_path(path)))
-    .collect()
+    ];
+    order::map(files.into_iter().filter_map(|(key, path)| {
+        let path = path.as_ref().filter(|p| *p != "-")?;
+        Some((key.to_owned(), host.absolute_user_path(path)))
+    }))
 }
 
 /// Registers every secret in the options before anything is printed about them.

@@ -1,6 +1,8 @@
 //! `/proc/self/mountinfo`: which mount holds a path, and what is mounted below one (man
 //! proc_pid_mountinfo).
 
+use crate::base::order;
+
 /// The mount that holds a path: `(where, type, options)` of the deepest one, the topmost of those
 /// on the same place.
 pub fn mount_of(mountinfo: &str, path: &str) -> Option<(String, String, Vec<String>)> {
@@ -44,7 +46,7 @@ pub fn mounts_under(mountinfo: &str, dir: &str) -> Vec<(String, String)> {
         .collect();
     // the last line on a path is the topmost mount there; undo in reverse order of mounting
     found.reverse();
-    found.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
+    order::sort(&mut found, |(a, _), (b, _)| b.len().cmp(&a.len()));
     found
 }
 

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 use super::{Host, HostWriter};
 
+use crate::base::order;
+
 /// Stands at the beginning of every plan, see `install::plan::SCHEMA`.
 const MARK: &str = "\"schema\": \"pipeops.plan/";
 /// A plan has some 100 KiB.
@@ -73,7 +75,7 @@ impl Host {
             .into_iter()
             .filter_map(|p| Some(SavedPlan { path: fs::canonicalize(&p.path).ok()?, ..p }))
             .collect();
-        plans.sort_by(|a, b| a.path.cmp(&b.path));
+        order::sort(&mut plans, |a, b| a.path.cmp(&b.path));
         plans.dedup_by(|a, b| a.path == b.path);
         plans
     }

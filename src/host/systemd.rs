@@ -1,9 +1,10 @@
 //! Units by `systemctl`: what they are, and making them so.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::{Host, HostWriter};
-use std::collections::BTreeMap;
+use crate::base::order;
 
 /// What systemd says of a unit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -186,10 +187,8 @@ impl HostWriter {
 
 /// `key=value` lines, as `systemctl show` prints them.
 pub fn parse_properties(text: &str) -> BTreeMap<String, String> {
-    text.lines()
-        .filter_map(|l| l.split_once('='))
-        .map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned()))
-        .collect()
+    let lines = text.lines().filter_map(|l| l.split_once('='));
+    order::map(lines.map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned())))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::keys;
 use crate::base::cidr::{Cidr, network_address};
 use crate::base::error::nearest;
+use crate::base::order;
 use crate::base::text::is_dns_name;
 
 /// All faults in the `[k3s]` table, one line each.
@@ -19,8 +20,7 @@ pub fn faults(table: &BTreeMap<String, Value>) -> Vec<String> {
             keys::value_fault(key, value).map(|why| format!("[k3s] {key}: {why}"))
         })
         .collect();
-    let known: BTreeMap<String, &Value> =
-        table.iter().map(|(key, value)| (keys::canonical_key(key), value)).collect();
+    let known = order::map(table.iter().map(|(key, value)| (keys::canonical_key(key), value)));
     let list = |key: &str| known.get(key).map(|value| words(value));
     // how ranges fit together and to the node is CIDR_MISFIT
     for key in ["cluster-cidr", "service-cidr"] {

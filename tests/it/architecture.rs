@@ -34,6 +34,7 @@ const INSIDE: &[(&str, Rows)] = &[
                 "http",
                 "json",
                 "metrics",
+                "order",
                 "resolve",
                 "secret",
                 "text",

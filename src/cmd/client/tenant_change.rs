@@ -1,11 +1,12 @@
 //! What a request makes of a tenant, beside what is there: what it takes away, and which one would
 //! take nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
 use crate::base::json;
+use crate::base::order;
 use crate::base::text::quoted;
 use crate::cli::TenantArgs;
 use crate::client::tenants::{QuotaUse, Tenant, TenantNamespace};
@@ -23,7 +24,7 @@ const QUANTITIES: [(&str, &str); 6] = [
 
 /// What an operation is asked for.
 pub(super) fn spec_of(args: &TenantArgs) -> Value {
-    let quota: BTreeMap<&str, &Value> = args.quota.iter().map(|(k, v)| (*k, v)).collect();
+    let quota = order::map(args.quota.iter().map(|(k, v)| (*k, v)));
     json!({
         "action": "set", "tenant": args.name, "namespaces": args.namespace, "quota": quota,
         "pod_security": args.pod_security, "hosts": args.host, "egress": args.egress,
@@ -77,7 +78,7 @@ fn egress_of(args: &TenantArgs) -> BTreeSet<String> {
         _ => None,
     };
     // what cannot be read is refused by the agent
-    ranges.unwrap_or_else(|| args.egress.clone()).into_iter().collect()
+    order::set(ranges.unwrap_or_else(|| args.egress.clone()))
 }
 
 /// Whether two quantities of Kubernetes count the same: `1Gi` and `1024Mi`.

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::config::TunnelConfig;
 use crate::base::backoff::Backoff;
+use crate::base::order;
 
 /// Interval of application pings. They are sent with tcpMux as well: without them a dead link is
 /// noticed after minutes.
@@ -300,7 +301,7 @@ impl TunnelStateMachine {
         }
         self.phase = Phase::Session { since: now, pinged: now, heard: now };
         let requested = |name: &String| (name.clone(), ProxyPhase::Requested { at: now });
-        self.proxies = self.proxy_names.iter().map(requested).collect();
+        self.proxies = order::map(self.proxy_names.iter().map(requested));
         self.update_proxies_state(now);
         self.proxy_names.iter().map(|name| TunnelAction::OpenProxy { name: name.clone() }).collect()
     }

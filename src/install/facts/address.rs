@@ -1,11 +1,13 @@
 //! Addresses and routes of a machine, and the one choice between them.
 
+use std::cmp::Reverse;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use super::Facts;
 use crate::base::cidr::{Cidr, link_local};
+use crate::base::order;
 
 /// A way into a network. One with several next hops is one route for each, in the kernel's order.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
@@ -140,7 +142,8 @@ impl Facts {
     pub fn default_routes(&self, v6: bool) -> Vec<&Route> {
         let mut found: Vec<&Route> = self.routes.iter().filter(|r| r.default_of(v6)).collect();
         let prefix = |r: &Route| Cidr::parse(&r.to).map_or(0, |c| c.prefix);
-        found.sort_by_key(|r| (r.link_down, std::cmp::Reverse(prefix(r)), r.metric, r.preference));
+        let place = |r: &Route| (r.link_down, Reverse(prefix(r)), r.metric, r.preference);
+        order::sort(&mut found, |a, b| place(a).cmp(&place(b)));
         found
     }
 

@@ -9,6 +9,7 @@ mod sockets;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crate::base::order;
 use crate::host::paths::AGENT_USER;
 use crate::host::{Host, program::Output};
 use crate::install::effective_settings::EffectiveSettings;
@@ -223,16 +224,12 @@ fn container(host: &Host) -> Option<String> {
 
 /// Proxy variables under their upper-case names; the lower-case spelling wins, as with curl.
 fn proxy(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"]
-        .iter()
-        .filter_map(|name| {
-            let value = env
-                .get(&name.to_lowercase())
-                .or_else(|| env.get(*name))
-                .filter(|v| !v.is_empty())?;
-            Some(((*name).to_owned(), value.clone()))
-        })
-        .collect()
+    let names = ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"].into_iter();
+    order::map(names.filter_map(|name| {
+        let value =
+            env.get(&name.to_lowercase()).or_else(|| env.get(name)).filter(|v| !v.is_empty())?;
+        Some((name.to_owned(), value.clone()))
+    }))
 }
 
 /// Whether containerd will load a profile for each container (containerd, pkg/apparmor,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::base::order;
 use crate::host::Host;
 use crate::install::facts::{Listener, parse};
 
@@ -10,7 +11,7 @@ pub(super) fn listeners(host: &Host) -> Vec<Listener> {
     for (file, protocol) in [("tcp", "tcp"), ("tcp6", "tcp"), ("udp", "udp"), ("udp6", "udp")] {
         found.extend(parse::sockets(&host.text(&format!("/proc/net/{file}")), protocol));
     }
-    let inodes: BTreeSet<u64> = found.iter().map(|(_, inode)| *inode).collect();
+    let inodes = order::set(found.iter().map(|(_, inode)| *inode));
     let owners = if inodes.is_empty() { BTreeMap::new() } else { owners(host, &inodes) };
     found
         .into_iter()

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use crate::base::http::credential_free_proxy;
+use crate::base::order;
 use crate::contract::tenant::{TENANT_DEPLOYER, TENANT_VIEWER};
 use crate::contract::token::Role;
 use crate::host::paths::{AGENT_SOCKET, CREDENTIAL};
@@ -93,7 +94,7 @@ fn join_lists(map: &mut BTreeMap<String, Value>, facts: &Facts) {
         .filter(|f| !f.after_ours)
         .flat_map(|f| &f.entries)
         .map(|(key, _)| key.trim_end_matches('+'));
-    let known: std::collections::BTreeSet<&str> = before.collect();
+    let known = order::set(before);
     let lists: Vec<String> = map
         .iter()
         .filter(|(key, value)| value.is_array() && known.contains(key.as_str()))

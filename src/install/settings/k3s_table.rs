@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 
 use crate::base::json;
+use crate::base::order;
 use crate::base::secret::{MASK, Secret, is_secret_name, mask, secrets_in_urls};
 use crate::k3s::keys;
 
@@ -33,7 +34,7 @@ impl<const N: usize> From<[(String, Value); N]> for K3sTable {
 
 impl FromIterator<(String, Value)> for K3sTable {
     fn from_iter<I: IntoIterator<Item = (String, Value)>>(pairs: I) -> K3sTable {
-        K3sTable(pairs.into_iter().collect())
+        K3sTable(order::map(pairs))
     }
 }
 
@@ -161,7 +162,7 @@ impl K3sTable {
                 plain => plain.clone(),
             }
         };
-        self.0.iter().map(|(key, value)| (key.clone(), one(key, value, &mut change))).collect()
+        order::map(self.0.iter().map(|(key, value)| (key.clone(), one(key, value, &mut change))))
     }
 }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::k3s_table::K3sTable;
 use crate::base::config_file::{long_flags, parse_checked};
 use crate::base::error::Failure;
+use crate::base::order;
 use crate::base::secret::mask;
 
 /// Every setting that may come from a flag, the environment or a config file; all optional, so that
@@ -217,7 +218,7 @@ impl Options {
             .iter()
             .filter(|(key, _)| !transient.contains(&key.as_str()))
             .map(|(key, value)| (key.clone(), mask(&text_of(value), &[])));
-        plain.chain(recorded_k3s_table(&self.k3s)).collect()
+        order::map(plain.chain(recorded_k3s_table(&self.k3s)))
     }
 }
 
@@ -227,7 +228,8 @@ fn is_empty_table(table: &K3sTable) -> bool {
 
 /// The `[k3s]` table as it is compared between runs.
 pub fn recorded_k3s_table(table: &K3sTable) -> BTreeMap<String, String> {
-    table.redacted().iter().map(|(key, value)| (format!("[k3s] {key}"), text_of(value))).collect()
+    let shown = table.redacted();
+    order::map(shown.iter().map(|(key, value)| (format!("[k3s] {key}"), text_of(value))))
 }
 
 fn text_of(value: &serde_json::Value) -> String {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::base::json;
+use crate::base::order;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -144,7 +145,7 @@ pub fn former(revisions: &[Revision]) -> Vec<&Revision> {
         .filter(|r| r.number < newest.number && r.status.state == RevisionState::Deployed)
         .filter(|r| restored(r) != restored(newest))
         .collect();
-    ran.sort_by_key(|revision| std::cmp::Reverse(revision.number));
+    order::sort(&mut ran, |a, b| b.number.cmp(&a.number));
     ran
 }
 
@@ -157,7 +158,7 @@ pub fn last_that_ran(revisions: &[Revision]) -> Option<&Revision> {
 /// Those that are no longer kept: the oldest, but never the last one that ran.
 pub fn expired(revisions: &[Revision]) -> Vec<&Revision> {
     let mut sorted: Vec<&Revision> = revisions.iter().collect();
-    sorted.sort_by_key(|revision| std::cmp::Reverse(revision.number));
+    order::sort(&mut sorted, |a, b| b.number.cmp(&a.number));
     let last = last_that_ran(revisions).map(|revision| revision.number);
     sorted.into_iter().skip(KEPT).filter(|revision| Some(revision.number) != last).collect()
 }

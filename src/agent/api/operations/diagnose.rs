@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::executor::Executor;
 use super::requests::{ExecutionError, GET, KubernetesRequest, items};
+use crate::base::order;
 use crate::base::text::printable;
 use crate::contract::operation::Reference;
 use crate::kubernetes::readiness::diagnosis::{
@@ -55,9 +56,10 @@ impl Executor<'_> {
         let mut uids = vec![uid(owner)];
         evidence.pods = if evidence.is_former { former } else { newest };
         let mut waits: Vec<&Value> = evidence.pods.iter().filter(|pod| !is_ready(pod)).collect();
-        waits.sort_by_key(|pod| {
+        let ended = |pod: &Value| {
             pod["status"]["phase"] != "Pending" && pod["status"]["phase"] != "Running"
-        });
+        };
+        order::sort(&mut waits, |a, b| ended(a).cmp(&ended(b)));
         uids.extend(waits.into_iter().take(MAX_PODS).map(uid));
         let path = format!("/api/v1/namespaces/{namespace}/events");
         for uid in uids.iter().filter(|uid| !uid.is_empty()) {

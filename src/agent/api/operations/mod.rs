@@ -42,6 +42,7 @@ use super::{Api, AuditedRequest};
 use crate::agent::session::client::FinishedOperation;
 use crate::base::connection::Body;
 use crate::base::encoding::hex;
+use crate::base::order;
 use crate::contract::operation::OperationRequest;
 use crate::contract::token::{Caller, Role, only_operation};
 use crate::contract::types::{
@@ -116,7 +117,9 @@ impl Api {
                     // one is asked for by its id with its log
                     .map(|s| Operation { log: Vec::new(), ..s.operation.clone() })
                     .collect();
-                mine.sort_by(|a, b| b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id)));
+                order::sort(&mut mine, |a, b| {
+                    b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id))
+                });
                 plain(200, "application/json", json!({"items": mine}).to_string())
             }
             (&Method::GET, Some(id), None, _) => match self.find(caller, id) {

@@ -17,6 +17,7 @@ use super::requests::{
     ExecutionError, GET, KubernetesRequest, REVIEWS, describe_refusal, failed, failed_for,
     refusal_reason,
 };
+use crate::base::order;
 use crate::contract::operation::{Drain, Remove};
 use crate::kubernetes::readiness::node;
 
@@ -56,8 +57,8 @@ impl Executor<'_> {
                 next = Instant::now() + RETRY;
             }
             if let Some(pods) = self.pods_on(&drain.node).await? {
-                let there: BTreeSet<&str> =
-                    pods.iter().filter_map(|pod| pod["metadata"]["uid"].as_str()).collect();
+                let there =
+                    order::set(pods.iter().filter_map(|pod| pod["metadata"]["uid"].as_str()));
                 for gone in left.iter().filter(|one| !there.contains(one.pod.uid.as_str())) {
                     self.progress.touched(&gone.pod.title(), "absent");
                 }

@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::executor::Executor;
 use super::requests::{ExecutionError, failed_for};
 use crate::base::json;
+use crate::base::order;
 use crate::contract::application::{Application, ConfigSource};
 use crate::kubernetes::application::{ConfigSets, sources};
 use crate::kubernetes::config_set::{ConfigKind, ConfigSet};
@@ -46,8 +47,7 @@ impl Executor<'_> {
             let objects = inventory
                 .keys()
                 .filter_map(|key| Some((key.to_owned(), inventory.object_of(key)?.to_owned())));
-            let objects = objects.collect();
-            sets.insert(source, objects);
+            sets.insert(source, order::map(objects));
         }
         Ok(sets)
     }

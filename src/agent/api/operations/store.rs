@@ -14,6 +14,7 @@ use super::requests::ExecutionFailure;
 use super::resume::{MAX_RESUMPTIONS, ResumePoint};
 use crate::agent::session::client::FinishedOperation;
 use crate::base::json;
+use crate::base::order;
 use crate::contract::types::{ObjectOutcome, Operation, OperationState};
 use crate::host::state::StateDir;
 
@@ -140,7 +141,7 @@ struct EndedOperation {
 /// The ids of those that are too old, or too many of their tenant's: the oldest first. No tenant
 /// takes the place of another one's.
 fn forgotten(mut ended: Vec<EndedOperation>, oldest: &str) -> Vec<String> {
-    ended.sort_by(|a, b| (&b.at, &b.id).cmp(&(&a.at, &a.id)));
+    order::sort(&mut ended, |a, b| (&b.at, &b.id).cmp(&(&a.at, &a.id)));
     let mut kept: BTreeMap<Option<String>, usize> = BTreeMap::new();
     let mut ids = Vec::new();
     for EndedOperation { tenant, at, id } in ended {
@@ -199,7 +200,7 @@ impl Operations {
             found.push(stored);
         }
         // each has its turn again
-        found.sort_by(|a, b| a.operation.created_at.cmp(&b.operation.created_at));
+        order::sort(&mut found, |a, b| a.operation.created_at.cmp(&b.operation.created_at));
         let tracked = found.into_iter().map(TrackedOperation::new);
         let all = tracked.map(|live| (live.stored.operation.id.clone(), live)).collect();
         Operations { dir, all: Mutex::new(all), results, tenants: tokio::sync::Mutex::default() }

@@ -9,6 +9,7 @@ use super::requests::{
     ExecutionError, GET, KubernetesRequest, describe_refusal, failed_for, refusal_reason,
 };
 use crate::base::json;
+use crate::base::order;
 use crate::kubernetes::application::revision::NUMBER_LABEL;
 use crate::kubernetes::config_set::{ConfigKind, ConfigSet, MANAGED, MANAGED_LABEL};
 use crate::kubernetes::pod_references::references;
@@ -120,7 +121,7 @@ fn certificates(object: &Value) -> impl Iterator<Item = &str> {
 fn versions(set: ConfigSet<'_>, pod: &Value) -> BTreeSet<String> {
     let named = references(pod, set.kind);
     let named = named.iter().filter(|reference| set.is_version(reference.object));
-    named.map(|reference| reference.object.to_owned()).collect()
+    order::set(named.map(|reference| reference.object.to_owned()))
 }
 
 /// Who of these uses a set.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::events::Topic;
 use super::{HttpError, Inner, Registry, database_unavailable, not_found};
+use crate::base::order;
 use crate::contract::types::{Operation, OperationState};
 use crate::control_plane::clock::rfc3339;
 use crate::control_plane::model::OperationRecord;
@@ -78,7 +79,7 @@ impl Registry {
     pub fn operations(&self, agent: &str) -> Vec<OperationRecord> {
         let inner = self.inner();
         let mut found: Vec<OperationRecord> = inner.operations_of(agent).cloned().collect();
-        found.sort_by(|a, b| {
+        order::sort(&mut found, |a, b| {
             b.operation
                 .created_at
                 .cmp(&a.operation.created_at)

@@ -5,8 +5,7 @@
 //! process still runs from: pods outlive a restart with the shim that started them. There is
 //! nothing to undo.
 
-use std::collections::BTreeSet;
-
+use crate::base::order;
 use crate::host::{Host, HostWriter};
 use crate::install::plan::StepStatus;
 
@@ -19,7 +18,7 @@ fn removable(host: &Host) -> Vec<String> {
             .and_then(|t| Some(t.rsplit_once('/')?.1.to_owned()))
     };
     let Some(current) = linked("current") else { return Vec::new() };
-    let mut kept: BTreeSet<String> = linked("previous").into_iter().chain([current]).collect();
+    let mut kept = order::set(linked("previous").into_iter().chain([current]));
     for pid in host.list("/proc").into_iter().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) {
         let program = host.link_target(&format!("/proc/{pid}/exe")).unwrap_or_default();
         let words = format!("{program}\0{}", host.text(&format!("/proc/{pid}/cmdline")));
