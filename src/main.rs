@@ -14,7 +14,9 @@ use clap::{CommandFactory as _, Parser as _};
 use pipeops::agent::{self, config, credential};
 use pipeops::base::error::{Exit, Failure};
 use pipeops::base::json;
+use pipeops::base::order;
 use pipeops::base::secret::{Secret, mask_registered, register_secret};
+use pipeops::base::task::boxed;
 use pipeops::cli::{self, Cli, Command};
 use pipeops::cmd::{self, Context};
 use pipeops::{host, output};
@@ -117,7 +119,7 @@ fn watch_signals(stop: CancellationToken, terminated: Arc<AtomicBool>) {
     else {
         return;
     };
-    tokio::spawn(async move {
+    tokio::spawn(boxed(async move {
         for round in 0..2 {
             let number =
                 tokio::select! { _ = interrupt.recv() => 130, _ = terminate.recv() => 143 };
@@ -129,7 +131,7 @@ fn watch_signals(stop: CancellationToken, terminated: Arc<AtomicBool>) {
                 std::process::exit(number);
             }
         }
-    });
+    }));
 }
 
 async fn run(
@@ -212,10 +214,10 @@ async fn run(
 /// `/proc/PID/` for everybody or for root's tools to read: it moves to a sealed memory file, and
 /// the program executes itself again without it.
 fn hide(args: &[String], parsed: &Cli) -> anyhow::Result<BTreeMap<String, String>> {
-    let mut secrets: BTreeMap<String, String> = SECRET_VARIABLES
-        .iter()
-        .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)))
-        .collect();
+    let variables = SECRET_VARIABLES.iter();
+    let mut secrets = order::map(
+        variables.filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))),
+    );
     let mut shown = args.to_vec();
     // the command stands in the arguments by now, whatever the program's name was
     if let Some(name) = shown.first_mut() {

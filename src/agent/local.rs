@@ -20,6 +20,7 @@ use crate::agent::status::AgentStatus;
 use crate::base::connection::{self, Body, Handler, Io, Versions};
 use crate::base::json;
 use crate::base::metrics::{self, MetricsText};
+use crate::base::task::boxed;
 
 /// Time for open answers after a stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -165,6 +166,8 @@ pub(super) async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut open = JoinSet::new();
+    let serving =
+        |io: Io, metrics_only| boxed(connection(io, state.clone(), extra.clone(), metrics_only));
     loop {
         let tcp = async {
             match &port {
@@ -176,13 +179,13 @@ pub(super) async fn serve(
             () = stop.cancelled() => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    open.spawn(connection(Box::new(stream), state.clone(), extra.clone(), false));
+                    open.spawn(serving(Box::new(stream), false));
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
             accepted = tcp => match accepted {
                 Ok(stream) => {
-                    open.spawn(connection(Box::new(stream), state.clone(), extra.clone(), true));
+                    open.spawn(serving(Box::new(stream), true));
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::local::ObserverLiveness;
 use crate::agent::status::{AgentStatus, KubernetesState, NodeStatus, Notice};
+use crate::base::task::boxed;
 use crate::host::Host;
 use crate::kubernetes::client::{Cluster, status};
 use crate::kubernetes::readiness::pods;
@@ -166,13 +167,13 @@ impl Observer {
     ) {
         let mut follow = |path, on_change| {
             let (cluster, trouble) = (connection.cluster.clone(), trouble.clone());
-            followers.spawn(follow_until_trouble(
+            followers.spawn(boxed(follow_until_trouble(
                 cluster,
                 path,
                 on_change,
                 trouble,
                 self.stop.clone(),
-            ));
+            )));
         };
         follow("/api/v1/nodes", self.on_nodes());
         follow("/api/v1/namespaces", self.on_namespaces());
@@ -183,7 +184,7 @@ impl Observer {
             (connection.cluster.clone(), self.agent_status.clone(), self.max_role.clone());
         let tenants = self.tenants.clone();
         let stop = self.stop.clone();
-        followers.spawn(async move {
+        followers.spawn(boxed(async move {
             loop {
                 match notices(&cluster, &max_role).await {
                     Ok(found) => drop(agent_status.send_if_modified(|a| {
@@ -206,7 +207,7 @@ impl Observer {
                     () = tokio::time::sleep(pause) => {}
                 }
             }
-        });
+        }));
     }
 
     fn on_nodes(&self) -> OnChange {

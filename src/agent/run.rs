@@ -26,6 +26,7 @@ use crate::agent::session::{self, ControlPlaneStatus};
 use crate::agent::status::AgentStatus;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
+use crate::base::task::boxed;
 use crate::contract::types::{AuditHead, ClusterInfo, Config, StatusReport};
 use crate::frp::client::{Client, WorkConnection};
 use crate::frp::{self, ProxyKind, TunnelConfig};
@@ -155,7 +156,7 @@ pub async fn run(
         fixed,
         stop: agent.shutdown.halt.clone(),
     };
-    agent.tasks.spawn(async move { ("account", merger.run().await) });
+    agent.tasks.spawn(boxed(async move { ("account", merger.run().await) }));
     agent.start_local(listener, port, api.clone(), liveness);
     let result = agent.wait(&stop, api.as_ref()).await;
     agent.shut_down(api.as_ref(), result.is_ok()).await;
@@ -268,7 +269,7 @@ impl Agent {
             liveness,
             stop: self.shutdown.halt.clone(),
         };
-        self.tasks.spawn(async move { ("observer", observer.run().await) });
+        self.tasks.spawn(boxed(async move { ("observer", observer.run().await) }));
         Ok(())
     }
 
@@ -295,7 +296,7 @@ impl Agent {
     }
 
     fn start_control_plane(&mut self, client: ControlPlaneClient) {
-        self.tasks.spawn(async move { ("control plane", client.run().await) });
+        self.tasks.spawn(boxed(async move { ("control plane", client.run().await) }));
     }
 
     fn start_tunnel(
@@ -318,13 +319,13 @@ impl Agent {
             stop: self.shutdown.halt.clone(),
         };
         let run_id = self.state.read("run-id")?.unwrap_or_default().trim().to_owned();
-        self.tasks.spawn(async move {
+        self.tasks.spawn(boxed(async move {
             client.run(run_id).await;
             ("tunnel", Ok(()))
-        });
+        }));
         let halt = &self.shutdown.halt;
-        self.tasks.spawn(keep_run_ids(self.state.clone(), fresh_run_ids, halt.clone()));
-        self.tasks.spawn(accept(accepted, api, halt.clone()));
+        self.tasks.spawn(boxed(keep_run_ids(self.state.clone(), fresh_run_ids, halt.clone())));
+        self.tasks.spawn(boxed(accept(accepted, api, halt.clone())));
         Ok(())
     }
 
@@ -341,15 +342,15 @@ impl Agent {
             None => Arc::new(|_| {}),
         };
         let (status, stop) = (self.status.subscribe(), self.shutdown.halt.clone());
-        self.tasks.spawn(async move {
+        self.tasks.spawn(boxed(async move {
             ("socket", local::serve(listener, port, status, extra, stop).await)
-        });
+        }));
         let (status, shutdown) = (self.status.subscribe(), self.shutdown.clone());
-        self.tasks.spawn(async move {
+        self.tasks.spawn(boxed(async move {
             let systemd = local::SystemdNotifier::new();
             let Shutdown { drain, halt, .. } = &shutdown;
             ("notifier", local::notify(systemd, status, &liveness, drain, halt).await)
-        });
+        }));
     }
 
     /// Waits for `stop`, or for the end of a task: none should end before.
@@ -431,12 +432,12 @@ async fn accept(
             Some(_) = open.join_next() => {}
             Some(connection) = connections.recv() => {
                 let Some(api) = api.clone() else { continue };
-                open.spawn(async move {
+                open.spawn(boxed(async move {
                     match connection.kind {
                         ProxyKind::Stcp | ProxyKind::Tcp => api.serve(connection.io).await,
                         ProxyKind::Http => api.serve_plain(connection.io).await,
                     }
-                });
+                }));
             }
         }
     }

@@ -11,11 +11,13 @@ use http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::{Connected, Connection};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 use tower::{BoxError, Service};
+
+use crate::base::task::{Executor, boxed};
 
 /// A body of unknown length, in either direction.
 pub use axum::body::Body;
@@ -56,7 +58,7 @@ pub async fn serve(
     handler: Handler,
     stop: &CancellationToken,
 ) -> Result<(), BoxError> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(Executor);
     builder
         .http1()
         .timer(TokioTimer::new())
@@ -125,7 +127,7 @@ pub type Client = legacy::Client<Connector, Body>;
 
 /// A client that keeps at most `idle` connections a host for later requests, each for `time`.
 pub fn client(connector: Connector, idle: usize, time: Duration) -> Client {
-    legacy::Client::builder(TokioExecutor::new())
+    legacy::Client::builder(Executor)
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(time)
         .pool_max_idle_per_host(idle)
@@ -139,6 +141,8 @@ pub fn client(connector: Connector, idle: usize, time: Duration) -> Client {
 /// When no answer comes.
 pub async fn send(io: Io, request: Request<Body>) -> hyper::Result<Response<Incoming>> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await?;
-    tokio::spawn(connection.with_upgrades());
+    tokio::spawn(boxed(async move {
+        let _ = connection.with_upgrades().await;
+    }));
     sender.send_request(request).await
 }

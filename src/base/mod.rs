@@ -15,6 +15,7 @@ pub mod order;
 pub mod packed_text;
 pub mod resolve;
 pub mod secret;
+pub mod task;
 pub mod text;
 pub mod trust;
 pub mod yaml;

@@ -18,6 +18,7 @@ use super::routes::respond;
 use super::state::{ControlPlane, Inner};
 use crate::base::connection::{self, Handler, Io, Versions};
 use crate::base::error::{Exit, Failure};
+use crate::base::task::boxed;
 use crate::frp::admission::AdmissionLimiter;
 use crate::host::Host;
 
@@ -93,7 +94,7 @@ impl ControlPlane {
                         let (control_plane, router) = (self.clone(), router.clone());
                         let (acceptor, stop) = (acceptor.clone(), stop.clone());
                         let admission = admission.clone();
-                        open.spawn(async move {
+                        open.spawn(boxed(async move {
                             let Some(permit) = admission.acquire(peer.ip()).await else { return };
                             let accepting = acceptor.accept(without_delay(stream));
                             if let Ok(Ok(stream)) = timeout(HANDSHAKE, accepting).await {
@@ -103,7 +104,7 @@ impl ControlPlane {
                                     (Box::new(stream), Versions::Http1And2(MAX_HEADERS));
                                 control_plane.serve(router, io, both, origin, stop).await;
                             }
-                        });
+                        }));
                     }
                     // out of descriptors: some are free again a moment later
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
@@ -129,7 +130,7 @@ impl ControlPlane {
                         // HTTP/1.1 alone: its client is this program
                         let versions = Versions::Http1;
                         let (io, origin) = (Box::new(stream), Origin::Local);
-                        open.spawn(self.clone().serve(router, io, versions, origin, halt));
+                        open.spawn(boxed(self.clone().serve(router, io, versions, origin, halt)));
                     }
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 },

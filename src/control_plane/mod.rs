@@ -50,6 +50,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
+use crate::base::task::boxed;
 use crate::broker::{self, Broker};
 use crate::frp::server::{Server, ServerConfig};
 use crate::host::state::StateDir;
@@ -255,21 +256,21 @@ fn serve(
     let mut tasks = JoinSet::new();
     let inner = &control_plane.inner;
     if let (Some(broker), Some(status)) = (broker, &inner.broker_status) {
-        tasks.spawn(outbox::run(inner.store.clone(), broker, status.clone(), halt.clone()));
+        tasks.spawn(boxed(outbox::run(inner.store.clone(), broker, status.clone(), halt.clone())));
     }
     if let Some(tunnel) = tunnel {
         let halt = halt.clone();
-        tasks.spawn(async move { tunnel_server.serve(tunnel, halt).await });
+        tasks.spawn(boxed(async move { tunnel_server.serve(tunnel, halt).await }));
     }
     let router = routes::router(control_plane.clone());
-    tasks.spawn(control_plane.clone().serve_local(router.clone(), socket, halt.clone()));
-    tasks.spawn(control_plane.serve_https(
+    tasks.spawn(boxed(control_plane.clone().serve_local(router.clone(), socket, halt.clone())));
+    tasks.spawn(boxed(control_plane.serve_https(
         router,
         https,
         certificate.config.clone(),
         stop.clone(),
         halt.clone(),
-    ));
+    )));
     (tasks, certificate)
 }
 

@@ -18,6 +18,7 @@ use super::registry::{ClusterTarget, Principal};
 use super::scope::{TokenRequest, checked_ttl, restrict};
 use super::state::ControlPlane;
 use crate::base::encoding::hex;
+use crate::base::task::boxed;
 use crate::contract::token::Role;
 use crate::contract::types::{
     IDEMPOTENCY_KEY_HEADER, Operation, OperationState, check_idempotency_key, tenant_operation_id,
@@ -219,7 +220,7 @@ impl ControlPlane {
                 continue;
             }
             let (control_plane, in_flight) = (self.clone(), in_flight.clone());
-            tokio::spawn(async move {
+            tokio::spawn(boxed(async move {
                 let agent = record.agent.clone();
                 let cancels = record.operation.state == OperationState::Running;
                 let done = if cancels {
@@ -241,7 +242,7 @@ impl ControlPlane {
                 } else {
                     turns.cancelled.remove(&agent);
                 }
-            });
+            }));
         }
     }
 

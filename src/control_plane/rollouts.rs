@@ -17,8 +17,8 @@ use super::rollout::{RolloutCluster, RolloutRecord, RolloutState, waves};
 use super::scope::{TokenRequest, checked_ttl, restrict};
 use super::state::ControlPlane;
 use crate::base::encoding::hex;
-use crate::base::text::printable;
 use crate::base::json;
+use crate::base::text::printable;
 use crate::contract::token::Role;
 use crate::contract::types::{OperationState, check_idempotency_key};
 

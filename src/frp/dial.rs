@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use crate::base::resolve;
+use crate::base::task::boxed;
 use crate::base::trust::{Pin, Trust, explain};
 use crate::frp::TunnelConfig;
 use crate::frp::codec::Io;
@@ -201,9 +202,9 @@ impl Dialer {
             });
         }
         let (mux, driver) = Mux::new(io, Side::Client, Limits::default());
-        tasks.spawn(async move {
+        tasks.spawn(boxed(async move {
             driver.run().await;
-        });
+        }));
         Ok(Connector::Mux(mux))
     }
 }
@@ -258,10 +259,10 @@ impl Connector {
 async fn race(addresses: Vec<IpAddr>, port: u16) -> io::Result<TcpStream> {
     let mut tries = JoinSet::new();
     for (n, address) in (0_u32..).zip(addresses) {
-        tries.spawn(async move {
+        tries.spawn(boxed(async move {
             tokio::time::sleep(STAGGER * n).await;
             TcpStream::connect(SocketAddr::new(address, port)).await
-        });
+        }));
     }
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     while let Some(done) = tries.join_next().await {

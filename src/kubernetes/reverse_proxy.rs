@@ -14,6 +14,7 @@ use hyper_util::rt::TokioIo;
 use tower::BoxError;
 
 use super::header_policy;
+use crate::base::task::boxed;
 
 /// A connection after its upgrade.
 pub type UpgradedIo = TokioIo<Upgraded>;
@@ -107,7 +108,7 @@ where
     ) -> Response<Option<ForwardedBody<A, H>>> {
         let mut response = Response::new(match self.upgrades {
             Some(upgrades) => {
-                tokio::spawn(relay(upgrades, hooks, cut));
+                tokio::spawn(boxed(relay(upgrades, hooks, cut)));
                 None
             }
             None => Some(ForwardedBody::new(self.body, hooks, cut)),

@@ -9,6 +9,7 @@ use tokio::sync::mpsc::{Receiver, channel};
 use super::operation::look_at;
 use super::{Context, Session};
 use crate::base::error::{Exit, Failure};
+use crate::base::task::boxed;
 use crate::cli::ExecArgs;
 use crate::client::applications::ClusterReader;
 use crate::client::exec::{ExecEnd, ExecRequest, LocalStreams, choose, pod_gone, start};
@@ -127,7 +128,7 @@ fn ended(end: ExecEnd, pod: &str, terminal: bool, printer: &mut Printer) -> Resu
 fn sizes(terminal: bool) -> Receiver<(u16, u16)> {
     let (sender, sizes) = channel(1);
     if terminal {
-        tokio::spawn(async move {
+        tokio::spawn(boxed(async move {
             let Ok(mut changes) = signal(SignalKind::window_change()) else { return };
             loop {
                 if let Some(size) = terminal_size()
@@ -137,7 +138,7 @@ fn sizes(terminal: bool) -> Receiver<(u16, u16)> {
                 }
                 changes.recv().await;
             }
-        });
+        }));
     }
     sizes
 }

@@ -9,6 +9,7 @@ use tokio::time::{sleep, timeout};
 use super::deploy::found;
 use super::{Context, printer};
 use crate::base::error::{Exit, Failure};
+use crate::base::task::boxed;
 use crate::cli::{JobArgs, RolloutArgs};
 use crate::client::api::Api;
 use crate::client::applications::ClusterReader;
@@ -54,7 +55,7 @@ pub(super) async fn run(context: &Context, args: JobArgs) -> anyhow::Result<Exit
                             namespace: namespace.to_owned(),
                             job: job.to_owned(),
                         };
-                        tokio::spawn(log.print(Printer::new(false, false, no_color)))
+                        tokio::spawn(boxed(log.print(Printer::new(false, false, no_color))))
                     });
                 }
             }
@@ -112,7 +113,7 @@ impl JobLog {
         };
         let (lines, mut said) = channel(WAITING);
         let options = LogOptions { follow: true, once: true, ..LogOptions::default() };
-        tokio::spawn(read(self.api.clone(), base, source, options, (0, lines)));
+        tokio::spawn(boxed(read(self.api.clone(), base, source, options, (0, lines))));
         while let Some((_, line)) = said.recv().await {
             match line {
                 LogLine::Said(line) if printer.sourced("", 0, &line) => {}

@@ -9,6 +9,7 @@ use tokio::time::sleep;
 
 use super::{Context, Session};
 use crate::base::error::{Exit, Failure};
+use crate::base::task::boxed;
 use crate::cli::LogsArgs;
 use crate::client::applications::ClusterReader;
 use crate::client::logs::{LogLine, LogOptions, LogSource, read, sources};
@@ -57,7 +58,7 @@ pub(super) async fn logs(context: &Context, args: LogsArgs) -> anyhow::Result<Ex
     let base = reader.path(&format!("/api/v1/namespaces/{namespace}"));
     let spawn = |(number, source): (usize, LogSource), options: LogOptions, lines: &Lines| {
         let (api, base) = (session.api.clone(), base.clone());
-        tokio::spawn(read(api, base, source, options, (number, lines.clone())));
+        tokio::spawn(boxed(read(api, base, source, options, (number, lines.clone()))));
     };
     let mut readers = Readers::default();
     let (lines, mut said) = channel(WAITING);

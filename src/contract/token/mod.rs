@@ -209,8 +209,7 @@ fn signed(token: &str, keys: &Jwks) -> Result<(Header, Vec<u8>), &'static str> {
         return Err("the token is no JWT");
     };
     let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| "the token is no JWT");
-    let parsed: Header =
-        json::read(decode(head)?).map_err(|_| "the token is no JWT")?;
+    let parsed: Header = json::read(decode(head)?).map_err(|_| "the token is no JWT")?;
     if parsed.alg != "EdDSA" {
         return Err("the token is not signed with EdDSA");
     }

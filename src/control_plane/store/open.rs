@@ -15,6 +15,7 @@ use super::{Store, read_metadata};
 use crate::base::dsn;
 use crate::base::error::{Exit, Failure};
 use crate::base::secret::Secret;
+use crate::base::task::boxed;
 
 /// Version of the schema. A database of a later one is refused: its rows may mean more than this
 /// program knows.
@@ -92,9 +93,13 @@ impl Store {
             event_written: store.event_written.clone(),
             lost: store.lost.clone(),
         };
-        tokio::spawn(writer.run(queue));
+        tokio::spawn(boxed(writer.run(queue)));
         if !sqlite {
-            tokio::spawn(heartbeat(store.pool.clone(), instance.to_owned(), store.lost.clone()));
+            tokio::spawn(boxed(heartbeat(
+                store.pool.clone(),
+                instance.to_owned(),
+                store.lost.clone(),
+            )));
         }
         Ok(store)
     }

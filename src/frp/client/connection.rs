@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 
 use super::WorkConnection;
 use super::control::ControlChannel;
+use crate::base::task::boxed;
 use crate::frp::dial::{Connector, Dialer};
 use crate::frp::wire::{Login, Message};
 use crate::frp::{TunnelConfig, TunnelEvent};
@@ -96,7 +97,7 @@ impl Connection {
 
     pub(super) fn connect(&mut self, dialer: Dialer, proxied: bool) {
         let events = self.events();
-        self.tasks.spawn(async move {
+        self.tasks.spawn(boxed(async move {
             let mut tasks = JoinSet::new();
             let event = match dialer.connect(&mut tasks).await {
                 Ok(connector) => ConnectionEvent::Connected(connector),
@@ -112,7 +113,7 @@ impl Connection {
             events.send(event).await;
             // the connection is open as long as this task runs
             while tasks.join_next().await.is_some() {}
-        });
+        }));
     }
 
     pub(super) fn login(
@@ -124,10 +125,10 @@ impl Connection {
         let Some(connector) = self.connector.clone() else { return };
         let events = self.events();
         let channel = ControlChannel::new(connector, config, work_connections, events.clone());
-        self.tasks.spawn(async move {
+        self.tasks.spawn(boxed(async move {
             let end = channel.run(login).await;
             events.send(ConnectionEvent::Tunnel(end)).await;
-        });
+        }));
     }
 }
 

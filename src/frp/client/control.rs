@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use super::connection::{ConnectionEvent, Events};
 use super::{QUEUE, WorkConnection, now};
+use crate::base::task::boxed;
 use crate::frp::codec::{Io, encrypted, layered};
 use crate::frp::dial::{Connector, STAGE_TIMEOUT};
 use crate::frp::wire::{self, Key, Login, Message, NewProxy, NewWorkConn, StartWorkConn};
@@ -89,7 +90,7 @@ impl ControlChannel {
         let (mut reader, writer) = tokio::io::split(encrypted(stream, &key));
         let (control, queue) = mpsc::channel(QUEUE);
         let mut tasks = JoinSet::new();
-        tasks.spawn(write_all(writer, queue));
+        tasks.spawn(boxed(write_all(writer, queue)));
         self.events.send(ConnectionEvent::Control(control)).await;
         let logged_in = TunnelEvent::LoggedIn { run_id: run_id.clone() };
         self.events.send(ConnectionEvent::Tunnel(logged_in)).await;
@@ -106,7 +107,7 @@ impl ControlChannel {
             let event = match message {
                 Message::ReqWorkConn(_) => {
                     while tasks.try_join_next().is_some() {}
-                    tasks.spawn(open_work_connection(self.opener.clone(), run_id.clone()));
+                    tasks.spawn(boxed(open_work_connection(self.opener.clone(), run_id.clone())));
                     TunnelEvent::Received
                 }
                 Message::NewProxyResp(r) => TunnelEvent::ProxyAnswer {

@@ -19,6 +19,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::secret::{Secret, constant_time_eq};
+use crate::base::task::boxed;
 use crate::frp::admission::{AdmissionLimiter, AdmissionPermit};
 use crate::frp::codec::Io;
 use crate::frp::mux::{Limits, Mux, Side};
@@ -176,7 +177,7 @@ impl Server {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, peer)) => {
                         let (server, stop) = (self.clone(), stop.clone());
-                        open.spawn(async move {
+                        open.spawn(boxed(async move {
                             tokio::select! {
                                 () = stop.cancelled() => {}
                                 result = server.connection(stream, peer) => {
@@ -185,7 +186,7 @@ impl Server {
                                     }
                                 }
                             }
-                        });
+                        }));
                     }
                     // out of file descriptors: try again a moment later
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
@@ -224,7 +225,7 @@ impl Server {
         }
         let (mux, driver) = Mux::new(io, Side::Server, Limits::default());
         let mut driving = JoinSet::new();
-        driving.spawn(driver.run());
+        driving.spawn(boxed(driver.run()));
         let opening = Arc::new(Semaphore::new(MAX_PENDING_STREAMS));
         let next = async || {
             let slot = opening.clone().acquire_owned().await.ok()?;
@@ -248,13 +249,13 @@ impl Server {
                     let Some((slot, stream)) = accepted else { return Ok(()) };
                     let pending = PendingStream { opening: Some(slot), permit: permit.take() };
                     let server = self.clone();
-                    streams.spawn(async move {
+                    streams.spawn(boxed(async move {
                         let served = server.first_message(Box::new(stream), pending).await;
                         served.unwrap_or_else(|error| {
                             tracing::debug!(%error, "stream");
                             false
                         })
-                    });
+                    }));
                 }
             }
         }

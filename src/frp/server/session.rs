@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{ClientSession, MAX_POOL, OpenProxy, POOL_RESERVE, REFUSAL_TIMEOUT, Server, users};
 use crate::base::secret::constant_time_eq;
+use crate::base::task::boxed;
 use crate::frp::admission::AdmissionPermit;
 use crate::frp::codec::{Duplex, Io, encrypted};
 use crate::frp::socket::set_socket_options;
@@ -97,13 +98,13 @@ impl Server {
             wire::write(&mut writer, ReqWorkConn {}).await?;
         }
         let mut tasks = JoinSet::new();
-        tasks.spawn(async move {
+        tasks.spawn(boxed(async move {
             while let Some(message) = queue.recv().await {
                 if wire::write(&mut writer, message).await.is_err() {
                     return;
                 }
             }
-        });
+        }));
         let mut listeners = JoinSet::new();
         let mut pings = !self.shared.config.tcp_mux;
         loop {
@@ -209,7 +210,7 @@ impl Server {
         let Some(listener) = listener else { return Ok(asked.custom_domains.join(",")) };
         let port = listener.local_addr().map_err(|e| e.to_string())?.port();
         let server = self.clone();
-        listeners.spawn(async move {
+        listeners.spawn(boxed(async move {
             let mut users = JoinSet::new();
             loop {
                 tokio::select! {
@@ -219,18 +220,18 @@ impl Server {
                         let Ok((mut user, from)) = accepted else { continue };
                         set_socket_options(&user);
                         let (server, open) = (server.clone(), open.clone());
-                        users.spawn(async move {
+                        users.spawn(boxed(async move {
                             if let Ok(mut work) = server.connect_user(&open, Some(from)).await {
                                 users::splice(&mut user, &mut work).await;
                             }
-                        });
+                        }));
                     }
                 }
             }
             // existing users go on until the session ends
             drop(listener);
             while users.join_next().await.is_some() {}
-        });
+        }));
         Ok(format!(":{port}"))
     }
 }

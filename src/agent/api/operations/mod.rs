@@ -43,6 +43,7 @@ use crate::agent::session::client::FinishedOperation;
 use crate::base::connection::Body;
 use crate::base::encoding::hex;
 use crate::base::order;
+use crate::base::task::boxed;
 use crate::contract::operation::OperationRequest;
 use crate::contract::token::{Caller, Role, only_operation};
 use crate::contract::types::{
@@ -92,7 +93,7 @@ impl Api {
             .map(|l| l.stored.clone())
             .collect();
         for stored in unreported {
-            tokio::spawn(self.clone().report(stored));
+            tokio::spawn(boxed(self.clone().report(stored)));
         }
     }
 
@@ -229,7 +230,7 @@ impl Api {
         };
         let (caller, before) = (caller.clone(), Before::default());
         let run = Run { id: id.clone(), requested, upstream, caller, cancel, before };
-        tokio::spawn(self.clone().execute(run, call));
+        tokio::spawn(boxed(self.clone().execute(run, call)));
         let mut answer = operation_response(202, &stored.operation);
         if let Ok(location) = HeaderValue::try_from(format!("/api/v1/operations/{id}")) {
             answer.headers_mut().insert(header::LOCATION, location);

@@ -19,6 +19,7 @@ use super::{ExecutionFailure, Run};
 use crate::agent::api::Api;
 use crate::agent::api::permits::StreamClass;
 use crate::base::connection::Body;
+use crate::base::task::boxed;
 use crate::contract::operation::OperationRequest;
 use crate::contract::token::Caller;
 use crate::contract::types::OperationState;
@@ -119,7 +120,7 @@ impl Api {
             .map(|live| live.stored.clone())
             .collect();
         for stored in running {
-            tokio::spawn(self.clone().resume(stored));
+            tokio::spawn(boxed(self.clone().resume(stored)));
         }
     }
 
