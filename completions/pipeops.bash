@@ -91,8 +91,14 @@ _pipeops() {
             pipeops,rollback)
                 cmd="pipeops__subcmd__rollback"
                 ;;
+            pipeops,rollout)
+                cmd="pipeops__subcmd__rollout"
+                ;;
             pipeops,run)
                 cmd="pipeops__subcmd__run"
+                ;;
+            pipeops,runner)
+                cmd="pipeops__subcmd__runner"
                 ;;
             pipeops,scale)
                 cmd="pipeops__subcmd__scale"
@@ -157,6 +163,9 @@ _pipeops() {
             pipeops__subcmd__control__subcmd__plane__subcmd__cluster,kubeconfig)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__cluster__subcmd__kubeconfig"
                 ;;
+            pipeops__subcmd__control__subcmd__plane__subcmd__cluster,label)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__cluster__subcmd__label"
+                ;;
             pipeops__subcmd__control__subcmd__plane__subcmd__cluster,list)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__cluster__subcmd__list"
                 ;;
@@ -217,6 +226,27 @@ _pipeops() {
             pipeops__subcmd__nodes,uncordon)
                 cmd="pipeops__subcmd__nodes__subcmd__uncordon"
                 ;;
+            pipeops__subcmd__rollout,cancel)
+                cmd="pipeops__subcmd__rollout__subcmd__cancel"
+                ;;
+            pipeops__subcmd__rollout,list)
+                cmd="pipeops__subcmd__rollout__subcmd__list"
+                ;;
+            pipeops__subcmd__rollout,resume)
+                cmd="pipeops__subcmd__rollout__subcmd__resume"
+                ;;
+            pipeops__subcmd__rollout,status)
+                cmd="pipeops__subcmd__rollout__subcmd__status"
+                ;;
+            pipeops__subcmd__runner,seal)
+                cmd="pipeops__subcmd__runner__subcmd__seal"
+                ;;
+            pipeops__subcmd__runner,send)
+                cmd="pipeops__subcmd__runner__subcmd__send"
+                ;;
+            pipeops__subcmd__runner,status)
+                cmd="pipeops__subcmd__runner__subcmd__status"
+                ;;
             pipeops__subcmd__secret,list)
                 cmd="pipeops__subcmd__secret__subcmd__list"
                 ;;
@@ -242,7 +272,7 @@ _pipeops() {
 
     case "${cmd}" in
         pipeops)
-            opts="-h -V --log-level --help --version install-server join-worker cluster-info run uninstall control-plane login logout contexts deploy rollback restart scale delete apps status history logs exec open job secret clusters kubeconfig nodes tenant audit explain completions man mint-credential"
+            opts="-h -V --log-level --help --version install-server join-worker cluster-info run uninstall control-plane runner login logout contexts deploy rollback restart scale delete apps status history logs exec open job secret clusters kubeconfig nodes rollout tenant audit explain completions man mint-credential"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -414,12 +444,24 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__clusters)
-            opts="-o -h --context --output --log-level --help"
+            opts="-l -o -h --selector --group-by --context --output --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --group-by)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --context)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -766,7 +808,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane__subcmd__cluster)
-            opts="-h --data-dir --root --log-level --help list show kubeconfig revoke remove"
+            opts="-h --data-dir --root --log-level --help list show label kubeconfig revoke remove"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -837,13 +879,55 @@ _pipeops() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        pipeops__subcmd__control__subcmd__plane__subcmd__cluster__subcmd__list)
+        pipeops__subcmd__control__subcmd__plane__subcmd__cluster__subcmd__label)
             opts="-o -h --output --data-dir --root --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --data-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__cluster__subcmd__list)
+            opts="-l -o -h --selector --output --data-dir --root --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --output)
                     COMPREPLY=($(compgen -W "text json" -- "${cur}"))
                     return 0
@@ -1150,7 +1234,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane__subcmd__runner__subcmd__create)
-            opts="-o -h --project --role --clusters --namespaces --tenant --ttl --output --data-dir --root --log-level --help"
+            opts="-l -o -h --project --role --clusters --selector --namespaces --tenant --ttl --output --data-dir --root --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1165,6 +1249,14 @@ _pipeops() {
                     return 0
                     ;;
                 --clusters)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1302,7 +1394,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane__subcmd__token__subcmd__create)
-            opts="-o -h --project --name --ttl --uses --output --data-dir --root --log-level --help"
+            opts="-o -h --project --name --ttl --uses --cluster-label --output --data-dir --root --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1321,6 +1413,10 @@ _pipeops() {
                     return 0
                     ;;
                 --uses)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cluster-label)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1446,7 +1542,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane__subcmd__user__subcmd__create)
-            opts="-o -h --project --role --clusters --namespaces --tenant --ttl --output --data-dir --root --log-level --help"
+            opts="-l -o -h --project --role --clusters --selector --namespaces --tenant --ttl --output --data-dir --root --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1461,6 +1557,14 @@ _pipeops() {
                     return 0
                     ;;
                 --clusters)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1572,7 +1676,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__delete)
-            opts="-y -o -n -h --volumes --yes --timeout --detach --idempotency-key --output --context --cluster --namespace --log-level --help"
+            opts="-y -o -n -l -h --volumes --yes --timeout --detach --idempotency-key --output --context --cluster --namespace --selector --all-clusters --waves --ttl --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1610,6 +1714,22 @@ _pipeops() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --waves)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ttl)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --log-level)
                     COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
                     return 0
@@ -1622,7 +1742,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__deploy)
-            opts="-o -n -h --image --set-env --dry-run --take-over --auto-rollback --timeout --detach --idempotency-key --output --context --cluster --namespace --log-level --help"
+            opts="-o -n -l -h --image --set-env --dry-run --take-over --auto-rollback --timeout --detach --idempotency-key --output --context --cluster --namespace --selector --all-clusters --waves --ttl --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1665,6 +1785,22 @@ _pipeops() {
                     return 0
                     ;;
                 -n)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --waves)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ttl)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1794,7 +1930,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__install__subcmd__server)
-            opts="-y -o -h --ignore --k3s-version --k3s-sha256 --channel --offline-dir --artifact-url --registries --node-name --node-ip --flannel-iface --node-label --node-taint --tls-san --components --acme-email --api-allow --max-role --kubeconfig-for --timeout --control-plane-url --control-plane-pin --cluster-name --agent-token-file --dry-run --plan-out --apply-plan --yes --output --events --config --root --node-type --k3s-url --token-file --log-level --help"
+            opts="-y -o -h --ignore --k3s-version --k3s-sha256 --channel --offline-dir --artifact-url --registries --node-name --node-ip --flannel-iface --node-label --node-taint --tls-san --components --acme-email --api-allow --max-role --kubeconfig-for --timeout --control-plane-url --control-plane-pin --cluster-name --cluster-label --agent-token-file --dry-run --plan-out --apply-plan --yes --output --events --config --root --node-type --k3s-url --token-file --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1885,6 +2021,10 @@ _pipeops() {
                     return 0
                     ;;
                 --cluster-name)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cluster-label)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -2012,7 +2152,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__join__subcmd__worker)
-            opts="-y -o -h --token-file --insecure-token --ignore --k3s-version --k3s-sha256 --channel --offline-dir --artifact-url --registries --node-name --node-ip --flannel-iface --node-label --node-taint --tls-san --components --acme-email --api-allow --max-role --kubeconfig-for --timeout --control-plane-url --control-plane-pin --cluster-name --agent-token-file --dry-run --plan-out --apply-plan --yes --output --events --config --root --log-level --help"
+            opts="-y -o -h --token-file --insecure-token --ignore --k3s-version --k3s-sha256 --channel --offline-dir --artifact-url --registries --node-name --node-ip --flannel-iface --node-label --node-taint --tls-san --components --acme-email --api-allow --max-role --kubeconfig-for --timeout --control-plane-url --control-plane-pin --cluster-name --cluster-label --agent-token-file --dry-run --plan-out --apply-plan --yes --output --events --config --root --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2107,6 +2247,10 @@ _pipeops() {
                     return 0
                     ;;
                 --cluster-name)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cluster-label)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -2522,7 +2666,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__restart)
-            opts="-o -n -h --timeout --detach --idempotency-key --output --context --cluster --namespace --log-level --help"
+            opts="-o -n -l -h --timeout --detach --idempotency-key --output --context --cluster --namespace --selector --all-clusters --waves --ttl --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2560,6 +2704,22 @@ _pipeops() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --waves)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ttl)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --log-level)
                     COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
                     return 0
@@ -2572,7 +2732,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__rollback)
-            opts="-o -n -h --to --with-secrets --take-over --timeout --detach --idempotency-key --output --context --cluster --namespace --log-level --help"
+            opts="-o -n -l -h --to --with-secrets --take-over --timeout --detach --idempotency-key --output --context --cluster --namespace --selector --all-clusters --waves --ttl --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2612,6 +2772,164 @@ _pipeops() {
                     ;;
                 -n)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --waves)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ttl)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__rollout)
+            opts="-h --log-level --help list status resume cancel"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__rollout__subcmd__cancel)
+            opts="-o -h --context --output --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --context)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__rollout__subcmd__list)
+            opts="-o -h --limit --context --output --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --limit)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --context)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__rollout__subcmd__resume)
+            opts="-o -h --detach --context --output --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --context)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__rollout__subcmd__status)
+            opts="-o -h --context --output --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --context)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
                     return 0
                     ;;
                 --log-level)
@@ -2655,8 +2973,128 @@ _pipeops() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        pipeops__subcmd__runner)
+            opts="-h --config --replace --log-level --help status seal send"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__runner__subcmd__seal)
+            opts="-h --key --project --context --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --key)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --project)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --context)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__runner__subcmd__send)
+            opts="-o -h --amqp-url-file --amqp-ca --ttl --detach --context --output --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --amqp-url-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --amqp-ca)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ttl)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --context)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        pipeops__subcmd__runner__subcmd__status)
+            opts="-o -h --output --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         pipeops__subcmd__scale)
-            opts="-o -n -h --timeout --detach --idempotency-key --output --context --cluster --namespace --log-level --help"
+            opts="-o -n -l -h --timeout --detach --idempotency-key --output --context --cluster --namespace --selector --all-clusters --waves --ttl --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2691,6 +3129,22 @@ _pipeops() {
                     return 0
                     ;;
                 -n)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --waves)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ttl)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -2766,7 +3220,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__secret__subcmd__set)
-            opts="-o -n -h --key --env-file --remove --config --type --no-rollout --timeout --detach --idempotency-key --output --context --cluster --namespace --log-level --help"
+            opts="-o -n -l -h --key --env-file --remove --config --type --no-rollout --timeout --detach --idempotency-key --output --context --cluster --namespace --selector --all-clusters --waves --ttl --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2817,6 +3271,22 @@ _pipeops() {
                     return 0
                     ;;
                 -n)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --selector)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -l)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --waves)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ttl)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -36,6 +36,7 @@ complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "cluster-info" -d 'S
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "run" -d 'Run the agent in the foreground'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "uninstall" -d 'Undo what install-server or join-worker did'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "control-plane" -d 'Run a control plane of your own, or manage one that runs on this machine'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "runner" -d 'Run a Runner, which does jobs from RabbitMQ, or send it one'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "login" -d 'Log in to a control plane, with a token from standard input'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "logout" -d 'Forget a token'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "contexts" -d 'Show the control planes that you are logged in to, or change which one is in use'
@@ -55,6 +56,7 @@ complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "secret" -d 'Values 
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "clusters" -d 'List the clusters that your token reaches'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "kubeconfig" -d 'Print a kubeconfig with which kubectl reaches a cluster for a day'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "nodes" -d 'Machines of a cluster'
+complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "rollout" -d 'Operations on many clusters at once, in waves'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "tenant" -d 'Customers with a place of their own in a cluster: namespaces, and what limits them'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "audit" -d 'Check or show the record of what was done through the tunnel'
 complete -c pipeops -n "__fish_pipeops_needs_command" -f -a "explain" -d 'Explain a code of a finding, an error or an operation'
@@ -83,6 +85,7 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l timeo
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l control-plane-url -d 'Control plane that the agent registers with' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l control-plane-pin -d 'sha256:BASE64 of a public key in the control plane\'s certificate chain; two allowed' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l cluster-name -d 'Name of the cluster for people' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l cluster-label -d 'Label of the cluster, KEY=VALUE: it is selected by it at the control plane' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l agent-token-file -d 'File with the enrolment token, - for standard input [env: AGENT_TOKEN holds the token itself]' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l plan-out -d 'Save the checked plan; write nothing else' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand install-server" -l apply-plan -d 'Carry out exactly a saved plan; refused when the host has changed since' -r
@@ -124,6 +127,7 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l timeout 
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l control-plane-url -d 'Control plane that the agent registers with' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l control-plane-pin -d 'sha256:BASE64 of a public key in the control plane\'s certificate chain; two allowed' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l cluster-name -d 'Name of the cluster for people' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l cluster-label -d 'Label of the cluster, KEY=VALUE: it is selected by it at the control plane' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l agent-token-file -d 'File with the enrolment token, - for standard input [env: AGENT_TOKEN holds the token itself]' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l plan-out -d 'Save the checked plan; write nothing else' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand join-worker" -l apply-plan -d 'Carry out exactly a saved plan; refused when the host has changed since' -r
@@ -220,6 +224,7 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "list" -d 'Show all with their state'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "show" -d 'Show one, with what its agent sees'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "label" -d 'Set labels of one here, or take them away: rights and selectors follow from them'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "kubeconfig" -d 'Print a kubeconfig with which kubectl reaches it for a day'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "revoke" -d 'Refuse its agent from now on and end its streams'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from cluster" -f -a "remove" -d 'Forget it; its agent needs a token to come back'
@@ -285,6 +290,43 @@ info\t''
 warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from restore" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -l config -d 'Settings of the Runner' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -l replace -d 'Make this Runner\'s sealing key that of the project, in place of another one'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -f -a "status" -d 'Say how the Runner on this machine is; fails where there is none'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -f -a "seal" -d 'Seal a value from standard input, so that the Runners of a project alone can read it'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -f -a "send" -d 'Publish a job and wait for its answer'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from status" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from status" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from status" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l key -d 'Public key of the Runners; without: the one that the control plane has' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l project -d 'Id of the project, with --key' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l context -d 'Name of the control plane that you are logged in to' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from send" -l amqp-url-file -d 'File with the URL of the broker [env: PIPEOPS_AMQP_URL holds the URL itself]' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from send" -l amqp-ca -d 'File with the CA of the broker, PEM' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from send" -l ttl -d 'How long the job may be begun, seconds' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from send" -l context -d 'Name of the control plane that you are logged in to' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from send" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from send" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from send" -l detach -d 'Do not wait: the answer goes to the queue of the project'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from send" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand login" -l pin -d '`sha256:…` of a key in its certificate chain, as `user create` prints it' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand login" -l ca -d 'Certificate that signs its own, where the system does not trust it' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand login" -l name -d 'Name of the context; without: the control plane\'s host name' -r
@@ -322,6 +364,9 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -330,6 +375,7 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l dry-run -d 'W
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l take-over -d 'Take fields that another manager has set'
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l auto-rollback -d 'When the rollout fails, bring back the revision that ran before (exit 9)'
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l all-clusters -d 'On all clusters that your token reaches'
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l to -d 'Number of the revision; without: the last other one that ran' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l timeout -d 'Longest time of the operation, seconds' -r
@@ -339,6 +385,9 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -346,6 +395,7 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l with-secrets -d 'Secrets as they were then; without it those of today stay'
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l take-over -d 'Take fields that another manager has set'
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l all-clusters -d 'On all clusters that your token reaches'
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l timeout -d 'Longest time of the operation, seconds' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
@@ -354,11 +404,15 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l all-clusters -d 'On all clusters that your token reaches'
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l timeout -d 'Longest time of the operation, seconds' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
@@ -367,11 +421,15 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l all-clusters -d 'On all clusters that your token reaches'
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l timeout -d 'Longest time of the operation, seconds' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l idempotency-key -d 'Under the same key the same request is done once, however often it is sent, and whatever has come of it' -r
@@ -380,6 +438,9 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -387,6 +448,7 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l volumes -d 'The data of its volumes too'
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s y -l yes -d 'Do not ask'
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l all-clusters -d 'On all clusters that your token reaches'
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand apps" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand apps" -l cluster -d 'Cluster, by name or id' -r
@@ -489,6 +551,9 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s n -l namespace -d 'Namespace' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''
@@ -496,6 +561,7 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l config -d 'A ConfigMap in place of a Secret: values that anybody may read'
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l no-rollout -d 'What uses it gets the values when its pods are replaced for another reason'
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l detach -d 'Print the id of the operation and do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l all-clusters -d 'On all clusters that your token reaches'
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -l cluster -d 'Cluster, by name or id' -r
@@ -508,6 +574,8 @@ warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -l config -d 'ConfigMaps in place of Secrets'
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand clusters" -s l -l selector -d 'Only those with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand clusters" -l group-by -d 'In groups by provider, region, zone or a label' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand clusters" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand clusters" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
 json\t''"
@@ -579,6 +647,49 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l force -d 'Also one that is ready and was not drained'
 complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -l detach -d 'Print the id of the operation and do not wait for its end'
 complete -c pipeops -n "__fish_pipeops_using_subcommand nodes; and __fish_seen_subcommand_from remove" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and not __fish_seen_subcommand_from list status resume cancel" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and not __fish_seen_subcommand_from list status resume cancel" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and not __fish_seen_subcommand_from list status resume cancel" -f -a "list" -d 'List them, the newest first'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and not __fish_seen_subcommand_from list status resume cancel" -f -a "status" -d 'Show one with each of its clusters'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and not __fish_seen_subcommand_from list status resume cancel" -f -a "resume" -d 'Go on with the clusters that wait since an operation has failed'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and not __fish_seen_subcommand_from list status resume cancel" -f -a "cancel" -d 'Begin on no more clusters; what runs ends by itself'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from list" -l limit -d 'How many at most' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from list" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from list" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from list" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from status" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from status" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from status" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from status" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from resume" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from resume" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from resume" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from resume" -l detach -d 'Do not wait for its end'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from resume" -s h -l help -d 'Print help'
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from cancel" -l context -d 'Context to use in place of the one in use' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from cancel" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
+json\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from cancel" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
+info\t''
+warn\t''
+error\t''"
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollout; and __fish_seen_subcommand_from cancel" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand tenant; and not __fish_seen_subcommand_from set list show delete" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
 warn\t''

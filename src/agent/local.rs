@@ -255,7 +255,7 @@ pub(crate) async fn ask_status(socket: &Path) -> anyhow::Result<AgentStatus> {
         if io { error.into() } else { anyhow::anyhow!("it spoke no HTTP") }
     })?;
     let body = Limited::new(answer.into_body(), MAX_STATUS_BYTES).collect().await;
-    Ok(json::read(&body.map_err(anyhow::Error::from_boxed)?.to_bytes())?)
+    Ok(json::read(body.map_err(anyhow::Error::from_boxed)?.to_bytes())?)
 }
 
 #[cfg(test)]

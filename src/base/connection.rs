@@ -91,11 +91,11 @@ impl Connection for Io {
     }
 }
 
+type Connecting = BoxFuture<'static, Result<TokioIo<Io>, BoxError>>;
+
 /// How a [`Client`] gets a connection to the host of a URI.
 #[derive(Clone)]
-pub struct Connector(
-    Arc<dyn Fn(Uri) -> BoxFuture<'static, Result<TokioIo<Io>, BoxError>> + Send + Sync>,
-);
+pub struct Connector(Arc<dyn Fn(Uri) -> Connecting + Send + Sync>);
 
 impl Connector {
     pub fn new<F: Future<Output = Result<Io, BoxError>> + Send + 'static>(

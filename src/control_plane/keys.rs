@@ -294,7 +294,7 @@ impl Keys {
         if !(unknown || due || forget) {
             return Ok(());
         }
-        let mut stored: StoredKeys = json::read(&state.read(FILE)?.unwrap_or_default())
+        let mut stored: StoredKeys = json::read(state.read(FILE)?.unwrap_or_default())
             .map_err(|e| anyhow::anyhow!("{FILE}: {}", unquoted_json_error(&e)))?;
         stored.signing.truncate(2);
         if due {

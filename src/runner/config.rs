@@ -274,7 +274,6 @@ mod tests {
             ("project = \"a b\"", "project"),
             ("concurrency = 9", "1 to 8"),
             ("concurrency = 0", "1 to 8"),
-            ("control-plane-pin = [\"x\"]", ""),
             ("token-file = \"/nowhere\"", "No such file"),
         ] {
             let failure = Failure::from_error(&load(text).err().unwrap());
@@ -283,6 +282,11 @@ mod tests {
                 "{failure:?}"
             );
         }
+        let mut without_pin = env.clone();
+        without_pin.remove("PIPEOPS_CONTROL_PLANE_PIN");
+        put("runner.toml", "control-plane-pin = [\"x\"]");
+        let loaded = RunnerConfig::load(&host, &at("runner.toml"), &without_pin, None);
+        assert!(Failure::from_error(&loaded.err().unwrap()).exit == Exit::Usage);
         put("token", "two words");
         let failure = Failure::from_error(&load("").err().unwrap());
         assert!(failure.why.concat().contains("no token"), "{failure:?}");

@@ -767,7 +767,7 @@ async fn after_a_month_the_next_key_signs_and_nobody_notices() {
         (&before["signing"][1], &before["signing"][0], 3)
     );
     // the one before is forgotten when no token of it lives
-    since(&control_plane, Some(jiff::Timestamp::now().as_second() - 1000));
+    since(&control_plane, Some(jiff::Timestamp::now().as_second() - 86_400 - 1000));
     control_plane.kill_and_restart();
     let later = turned(&control_plane, &|s| s["signing"].as_array().unwrap().len() == 2).await;
     assert_eq!((&later[0], &later[1]), (&month[0], &month[1]));

@@ -1,3 +1,5 @@
+//! What a job is, and what is none.
+
 use serde_json::json;
 
 use super::*;
@@ -17,10 +19,10 @@ fn what_is_no_job_is_refused_and_its_values_are_not_repeated() {
     assert!(read.is_operation() && read.kind == "restart" && read.ttl_s == Some(5));
     for (name, value) in [
         ("more", json!(1)),
-        ("kind", json!(["canary-4711"])),
+        ("kind", json!(["planted-canary-4711-in-plain-text"])),
         ("kind", sealed(1)),
         ("kind", Value::Null),
-        ("ttl_s", json!("canary-4711")),
+        ("ttl_s", json!("planted-canary-4711-in-plain-text")),
         ("cluster", Value::Null),
         ("clusters", json!(["a"])),
         ("selector", json!("a=b")),

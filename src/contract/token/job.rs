@@ -130,6 +130,7 @@ mod tests {
         // all that a caller token has, and the audience of the agent
         let mut both = claims();
         (both["aud"], both["exp"]) = (json!("a-1"), json!(now + 200));
+        both["iat"] = json!(now);
         let as_caller = |head: Value, claims: &Value| {
             let token = issuer.sign(&head, claims);
             let verified = parking_lot::Mutex::default();
