@@ -234,6 +234,9 @@ pub enum RunnerCommand {
         name: String,
         #[command(flatten)]
         access: AccessArgs,
+        /// It brings jobs from RabbitMQ (`pipeops runner`); of the roles viewer is enough then
+        #[arg(long, conflicts_with = "tenant")]
+        jobs: bool,
         #[command(flatten)]
         output: OutputArgs,
     },

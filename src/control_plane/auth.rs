@@ -14,6 +14,7 @@ use super::error::HttpError;
 use super::model::{AccessKind, AccessToken};
 use super::registry::Principal;
 use super::state::ControlPlane;
+use crate::contract::job::NOT_FOR_JOBS;
 use crate::kubernetes::header_policy;
 
 /// Answer to a login on the socket of the machine itself.
@@ -47,8 +48,8 @@ pub enum RequiredAuth {
     Runner,
     /// The same without tokens of tenants: it answers of all that is in a cluster.
     Project,
-    /// A Runner that is no user and of no tenant, whatever its role: it brings jobs, of which
-    /// others answer for. Never a cookie.
+    /// A Runner that was made to bring jobs, whatever its role: others answer for what these do.
+    /// Never a cookie.
     Jobs,
     /// As [`RequiredAuth::Runner`], or a kubeconfig; never a cookie.
     Gateway,
@@ -203,6 +204,11 @@ fn forbidden() -> HttpError {
     HttpError::new(403, "forbidden", "this token is for something else", None)
 }
 
+fn not_for_jobs() -> HttpError {
+    let hint = "make one for it: pipeops control-plane runner create NAME --jobs --role viewer";
+    HttpError::new(403, NOT_FOR_JOBS, "this token is not one of a Runner for jobs", Some(hint))
+}
+
 /// Whether a route answers this caller; `agent` is the agent that its path names.
 fn may_call(principal: &Principal, required_auth: RequiredAuth, agent: &str) -> bool {
     match (principal, required_auth) {
@@ -221,7 +227,10 @@ fn may_call(principal: &Principal, required_auth: RequiredAuth, agent: &str) -> 
             access.kind == AccessKind::Runner && access.tenant.is_none()
         }
         (Principal::AccessToken(access), RequiredAuth::Jobs) => {
-            access.kind == AccessKind::Runner && access.tenant.is_none() && !access.person
+            access.jobs
+                && access.kind == AccessKind::Runner
+                && access.tenant.is_none()
+                && !access.person
         }
         (Principal::AccessToken(_), RequiredAuth::Gateway) => true,
         _ => false,
@@ -291,7 +300,8 @@ impl ControlPlane {
         };
         self.inner.failures.succeeded(hash.clone());
         if !may_call(&principal, required_auth, &id) {
-            return Err(forbidden());
+            let is_jobs = required_auth == RequiredAuth::Jobs;
+            return Err(if is_jobs { not_for_jobs() } else { forbidden() });
         }
         if matches!(principal, Principal::Admin(_)) {
             self.remove_bootstrap_token();

@@ -122,6 +122,9 @@ pub struct AccessToken {
     /// Only clusters with such labels: those that were set at the control plane, and `id`, count.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<String>,
+    /// It brings jobs of its project from RabbitMQ: others answer for what they do.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub jobs: bool,
 }
 
 /// What the subject of a user begins with.

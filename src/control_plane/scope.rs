@@ -166,6 +166,7 @@ mod tests {
             maker: None,
             person: false,
             selector: None,
+            jobs: false,
         }))
     }
 

@@ -366,7 +366,7 @@ impl RouteTester {
                 .unwrap()
                 .to_owned()
         };
-        let runner = make(json!({"name": "mine"})).await;
+        let runner = make(json!({"name": "mine", "jobs": true})).await;
         let viewer = make(json!({"name": "viewer", "role": "viewer"})).await;
         let foreign = make(json!({"name": "foreign", "project": other})).await;
         let tenant = make(json!({"name": "tenant", "tenant": "acme"})).await;

@@ -174,11 +174,8 @@ pub(super) async fn cluster(
         |cluster: &str| Ok::<_, anyhow::Error>(format!("/api/v1/clusters/{}", segment(cluster)?));
     match command {
         ClusterCommand::List { selector, output } => {
-            let selector = selector.map(|text| encoded(&text));
-            let path = match selector {
-                Some(text) => format!("/api/v1/clusters?selector={text}"),
-                None => "/api/v1/clusters".to_owned(),
-            };
+            let query = selector.map(|text| format!("?selector={}", encoded(&text)));
+            let path = format!("/api/v1/clusters{}", query.unwrap_or_default());
             AdminClient::new(context, location, output).list(&path, CLUSTER_HEAD, cluster_row).await
         }
         ClusterCommand::Label { cluster, labels, output } => {
@@ -333,17 +330,18 @@ pub(super) async fn runner(
     command: RunnerCommand,
 ) -> anyhow::Result<Exit> {
     match command {
-        RunnerCommand::Create { name, access, output } => {
+        RunnerCommand::Create { name, access, jobs, output } => {
             let client = AdminClient::new(context, location, output);
-            let body = access_request(&name, &access);
+            let mut body = access_request(&name, &access);
+            // a control plane of a version before jobs takes a request without it
+            if jobs {
+                body["jobs"] = true.into();
+            }
             let answer = client.call(Method::POST, "/api/v1/runners", Some(&body)).await?;
             // standard output has the token alone: scripts write it into a file
             client.show(&answer, |v| {
-                client.printer().say(&format!(
-                    "made Runner {} {}",
-                    text(&v["id"]),
-                    text(&v["name"])
-                ));
+                let (id, name) = (text(&v["id"]), text(&v["name"]));
+                client.printer().say(&format!("made Runner {id} {name}"));
                 text(&v["token"])
             })
         }
@@ -387,7 +385,11 @@ const ACCESS_HEAD: &[&str] = &[
 ];
 
 fn access_row(row: &Value) -> Vec<String> {
-    let kind = if row["person"] == true { "user".into() } else { text(&row["kind"]) };
+    let kind = match () {
+        () if row["person"] == true => "user".into(),
+        () if row["jobs"] == true => "runner for jobs".into(),
+        () => text(&row["kind"]),
+    };
     let is_whole_tenant = row["tenant"].is_string() && row["namespaces"] == json!([]);
     ["id", "name", "project"]
         .iter()

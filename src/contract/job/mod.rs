@@ -73,6 +73,11 @@ pub const PROJECT_FOREIGN: &str = "project_foreign";
 pub const MAKER_REVOKED: &str = "maker_revoked";
 pub const CLUSTER_EXCEEDED: &str = "cluster_exceeded";
 pub const REPLAYED: &str = "replayed";
+pub const CLUSTER_UNKNOWN: &str = "cluster_unknown";
+/// Whether its operation was taken, or has ended, can't be found out any more.
+pub const DELIVERY_UNKNOWN: &str = "delivery_unknown";
+/// What a Runner is told whose token is not for jobs.
+pub const NOT_FOR_JOBS: &str = "not_for_jobs";
 
 /// The exchange that jobs of a project are published to, and the queue behind it.
 pub fn jobs_exchange(project: &str) -> String {

@@ -294,6 +294,7 @@ pub(super) mod tests {
             maker,
             person: false,
             selector: None,
+            jobs: false,
         }
     }
 

@@ -99,6 +99,7 @@ impl Principal {
             maker: None,
             person: false,
             selector: None,
+            jobs: false,
         };
         let access = match self {
             Principal::AccessToken(own) => {

@@ -169,6 +169,7 @@ async fn kubeconfig(
         maker: Some(principal.id()),
         person: false,
         selector,
+        jobs: false,
     };
     let (_, token) = control_plane.registry().add_access_token(control_plane.keys(), row).await?;
     Ok(uncached(201, "application/yaml", control_plane.kubeconfig(&cluster, &token)))

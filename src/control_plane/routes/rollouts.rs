@@ -150,6 +150,7 @@ mod tests {
             maker: None,
             person: false,
             selector: None,
+            jobs: false,
         };
         let principal = |access: &AccessToken| Principal::AccessToken(Box::new(access.clone()));
         let record = |caller: &Principal| RolloutRecord {

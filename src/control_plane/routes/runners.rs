@@ -37,6 +37,8 @@ pub(super) struct NewRunner {
     ttl_s: Option<i64>,
     /// A user: a person, known by name.
     person: Option<bool>,
+    /// It brings jobs from RabbitMQ.
+    jobs: Option<bool>,
 }
 
 pub(super) fn routes(routes: Routes) -> Routes {
@@ -77,6 +79,11 @@ async fn add(
             return bad_selector("the selector of a right has 2,000 bytes at most", None);
         }
     }
+    let (person, jobs) = (request.person.unwrap_or(false), request.jobs.unwrap_or(false));
+    if jobs && (person || request.tenant.is_some()) {
+        let message = "who brings jobs is neither a user nor of a tenant";
+        return Err(HttpError::new(400, "bad_jobs", message, None));
+    }
     let scope = Scope { role, namespaces: request.namespaces, tenant: request.tenant };
     let row = AccessToken {
         id: String::new(),
@@ -92,8 +99,9 @@ async fn add(
         expires_at,
         revoked: false,
         maker: None,
-        person: request.person.unwrap_or(false),
+        person,
         selector: request.selector,
+        jobs,
     };
     let (row, token) = control_plane.registry().add_access_token(control_plane.keys(), row).await?;
     let mut shown = with_token(&row, &token);

@@ -341,10 +341,9 @@ fn security_of(required_auth: RequiredAuth, method: &str) -> (&'static str, Valu
             "For administrators, and for Runners within their reach that are of no tenant.",
             json!([bearer, session]),
         ),
-        RequiredAuth::Jobs => (
-            "For Runners, of whatever role, that are neither users nor of a tenant.",
-            json!([bearer]),
-        ),
+        RequiredAuth::Jobs => {
+            ("For Runners that were made to bring jobs, of whatever role.", json!([bearer]))
+        }
         RequiredAuth::Gateway => (
             "For administrators, for Runners within their reach, and for kubeconfigs.",
             json!([bearer]),
