@@ -307,6 +307,13 @@ pub enum ProjectCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Forget what values in its jobs are sealed to: the next Runner that starts tells its key
+    ResetSealingKey {
+        /// Id or name
+        project: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
     /// Show all
     List {
         #[command(flatten)]

@@ -14,9 +14,9 @@ use crate::base::json;
 use crate::base::text::json_error;
 
 /// Largest body of a call that the control plane answers itself, and of a job with what was opened
-/// of it: a job of 1 MiB may be twice as long as a text in JSON.
+/// of it: a byte of either may be six as text in JSON (`\u0001`).
 const MAX_BODY: usize = 1 << 20;
-const MAX_JOB: usize = 4 << 20;
+const MAX_JOB: usize = 8 << 20;
 /// Time limit for reading a body.
 const READ_TIMEOUT: Duration = Duration::from_secs(15);
 

@@ -85,7 +85,7 @@ impl ControlPlane {
         let project = self.registry().project(&maker.project)?;
         let mut shown = json!({
             "token": self.keys().sign(TOKEN_TYPE, &claims).expose(), "id": id,
-            "expires_at": rfc3339(expires), "project": project.id,
+            "expires_at": rfc3339(expires), "project": project.id, "maker": maker.id,
             "exchange": jobs_exchange(&project.id), "reply_queue": answers_exchange(&project.id),
         });
         if let Some(key) = project.sealing_key {

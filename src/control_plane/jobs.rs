@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use super::answer::answer;
 use super::caller_token::CallerTokenRequest;
 use super::error::HttpError;
-use super::model::{AccessToken, JobRecord, Limits};
+use super::job_refusal::passes;
+use super::model::{AccessToken, JobRecord, JobRefusal, Limits};
 use super::operations::{OperationRequest, Submission};
 use super::registry::jobs::replayed;
 use super::registry::{ClusterTarget, Principal};
@@ -21,7 +22,7 @@ use super::scope::{TokenRequest, restrict};
 use super::state::ControlPlane;
 use crate::base::secret::Secret;
 use crate::contract::job::{
-    BAD_JOB, BODY_CHANGED, CLUSTER_EXCEEDED, Job, MAKER_REVOKED, PROJECT_FOREIGN, Refusal,
+    BAD_JOB, BODY_CHANGED, CLUSTER_EXCEEDED, DELIVERY_UNKNOWN, Job, MAKER_REVOKED, PROJECT_FOREIGN,
     TOKEN_EXPIRED, TOKEN_FORGED, body_digest, idempotency_key,
 };
 use crate::contract::token::job::{JobClaims, verify};
@@ -57,12 +58,6 @@ struct Planned {
     target: Option<ClusterTarget>,
 }
 
-impl From<Refusal> for HttpError {
-    fn from(refusal: Refusal) -> HttpError {
-        HttpError::new(400, refusal.code, refusal.message, None)
-    }
-}
-
 fn forbidden(code: &'static str, message: &str) -> HttpError {
     HttpError::new(403, code, message, None)
 }
@@ -79,8 +74,8 @@ impl ControlPlane {
     /// Does what a Runner brings, or says what has become of it.
     ///
     /// # Errors
-    /// Why it is refused. A job whose token is good is on record from then on, also one that is
-    /// refused: it can be answered, and is not done later.
+    /// Why it is no job of this project, or that the database cannot be written. A refusal for good
+    /// of a job whose token is genuine is on record before it is told: it is not done later.
     pub(super) async fn take_job(
         &self,
         runner: &AccessToken,
@@ -88,43 +83,80 @@ impl ControlPlane {
         now: i64,
     ) -> Result<Response, HttpError> {
         let claims = self.job_claims(runner, &brought)?;
-        let registry = self.registry();
-        let known = registry.job(&claims.jti);
-        if let Some(record) = &known {
-            if record.answered_at.is_some() && !brought.redelivered {
-                return Err(replayed());
+        let known = self.registry().job(&claims.jti);
+        // a token that comes too late says so by itself
+        let is_kept = known.is_some() || claims.exp > now;
+        let refusal = match self.do_job(runner, &claims, &brought, known, now).await {
+            Ok(shown) => return Ok(answer(202, &shown)),
+            Err(refusal) if !refusal.is_final() || !is_kept => {
+                return Ok(refusal.answer(&claims.jti));
             }
-            let (shown, _) = self.job_view(record);
-            let has_begun = !(shown["operation"].is_null() && shown["rollout"].is_null());
-            if record.answered_at.is_some() || has_begun {
-                return Ok(answer(202, &shown));
-            }
+            Err(refusal) => JobRefusal { at: now, ..refusal },
+        };
+        let record = JobRecord { refused: Some(refusal), ..record_of(&claims, None, now) };
+        let record = self.registry().refuse_job(record).await?;
+        Ok(match &record.refused {
+            Some(refusal) => refusal.answer(&record.id),
+            None => answer(202, &self.job_view(&record, now).0),
+        })
+    }
+
+    async fn do_job(
+        &self,
+        runner: &AccessToken,
+        claims: &JobClaims,
+        brought: &BroughtJob,
+        known: Option<JobRecord>,
+        now: i64,
+    ) -> Result<Value, JobRefusal> {
+        if let Some(settled) = known.as_ref().and_then(|job| self.settled(job, brought, now)) {
+            return settled;
         }
         if claims.exp <= now {
             return match known {
                 Some(record) => self.find_at_agent(record, now).await,
-                None => Err(expired()),
+                None => Err(expired().into()),
             };
         }
-        let (direct, is_new) = (brought.direct, known.is_none());
-        let planned = self.plan(&claims, &brought, now);
-        let record = match (&planned, known) {
-            // what was known of it stays known
-            (Err(_), Some(known)) => known,
-            (planned, known) => {
-                let first = known.map_or(now, |known| known.created_at);
-                record_of(&claims, planned.as_ref().ok(), first)
-            }
-        };
-        registry.put_job(record.clone()).await?;
-        let Planned { principal, job, target } = planned?;
+        let Planned { principal, mut job, target } =
+            self.plan(claims, brought, known.as_ref(), now)?;
+        if brought.opened.is_empty() && !job.sealed().is_empty() {
+            return Ok(json!({"id": claims.jti, "state": "sealed", "sealed": true,
+                "maker": claims.maker, "answered": false}));
+        }
+        job.open(&brought.opened)?;
+        let (is_new, first) = (known.is_none(), known.map_or(now, |known| known.created_at));
+        let record = record_of(claims, Some((&principal, target.as_ref())), first);
+        let record = self.registry().put_job(record).await?;
+        // another Runner may have brought it meanwhile
+        if let Some(settled) = self.settled(&record, brought, now) {
+            return settled;
+        }
         match target {
-            Some(target) if direct && self.may_go_direct(runner, &target, now) => {
+            Some(target) if brought.direct && self.may_go_direct(runner, &target, now) => {
                 self.direct_job(runner, &record, &principal, &target, job, now)
             }
             Some(target) => self.submit_job(&record, &principal, &target, job, is_new, now).await,
             None => self.roll_out_job(&record, &principal, job, now).await,
         }
+    }
+
+    /// What there is to say of a job for which nothing is to be done any more.
+    fn settled(
+        &self,
+        record: &JobRecord,
+        brought: &BroughtJob,
+        now: i64,
+    ) -> Option<Result<Value, JobRefusal>> {
+        if let Some(refusal) = &record.refused {
+            return Some(Err(refusal.clone()));
+        }
+        if record.answered_at.is_some() && !brought.redelivered {
+            return Some(Err(replayed().into()));
+        }
+        let (shown, is_over) = self.job_view(record, now);
+        let has_begun = !(shown["operation"].is_null() && shown["rollout"].is_null());
+        (is_over || has_begun).then_some(Ok(shown))
     }
 
     /// What the token of a job says, if it is one, of this project, and for this body.
@@ -148,8 +180,9 @@ impl ControlPlane {
         &self,
         claims: &JobClaims,
         brought: &BroughtJob,
+        known: Option<&JobRecord>,
         now: i64,
-    ) -> Result<Planned, HttpError> {
+    ) -> Result<Planned, JobRefusal> {
         let maker = self.registry().resolve_subject(&claims.maker, now);
         let maker = maker.filter(|maker| maker.project().is_some()).ok_or_else(|| {
             forbidden(MAKER_REVOKED, "who made the job may not do anything any more")
@@ -164,11 +197,12 @@ impl ControlPlane {
         let principal = maker.within(&limits).ok_or_else(|| {
             forbidden(MAKER_REVOKED, "who made the job may do less than when it was made")
         })?;
-        let mut job = Job::parse(brought.message.expose().as_bytes())?;
+        let job = Job::parse(brought.message.expose().as_bytes())?;
         job.check_secrets()?;
-        job.open(&brought.opened)?;
+        // the agent may have it already: a name that means another cluster by now changes nothing
+        let former = known.and_then(|known| self.registry().cluster_of(&known.agent));
         let target = match &job.cluster {
-            Some(name) => Some(self.job_target(&principal, name)?),
+            Some(name) => Some(self.job_target(&principal, former.as_ref().unwrap_or(name))?),
             None => {
                 for name in job.clusters.iter().flatten() {
                     self.job_target(&principal, name)?;
@@ -202,33 +236,39 @@ impl ControlPlane {
         job: Job,
         is_new: bool,
         now: i64,
-    ) -> Result<Response, HttpError> {
+    ) -> Result<Value, JobRefusal> {
         let Job { kind, spec, ttl_s, .. } = job;
         let request = OperationRequest { kind, spec, ttl_s };
         let key = idempotency_key(&record.id);
-        match self.submit_operation(principal, target, request, Some(&key), now).await {
-            Ok(Submission::Existing(_) | Submission::Created(_)) => {
-                Ok(answer(202, &self.job_view(record).0))
-            }
-            Ok(Submission::Rejected(status, value)) => rejected(status, &value),
-            Err(error) if error.code == "agent_offline" && ttl_s.is_none() => {
-                let registry = self.registry();
-                // then nothing was sent
-                let is_away = is_new && self.tunnel_open(&target.agent) == Some(false);
-                if !is_away && registry.may_come_back(&target.agent, record.created_at, now) {
-                    return Err(error);
+        let (mut refusal, is_known): (JobRefusal, _) =
+            match self.submit_operation(principal, target, request, Some(&key), now).await {
+                Ok(Submission::Existing(_) | Submission::Created(_)) => {
+                    return Ok(self.job_view(record, now).0);
                 }
-                // it would hold up what is behind it
-                let hint = Some("give the job a ttl_s: for so long it waits for the agent");
-                let message = if is_away {
-                    error.message
-                } else {
-                    "the agent does not answer any more: whether it has the job is not known".into()
-                };
-                Err(HttpError { status: 409, message, hint, ..error })
-            }
-            Err(error) => Err(error),
+                Ok(Submission::Rejected(status, value)) => (rejected(status, &value), true),
+                Err(error) if error.code == "database_unavailable" => return Err(error.into()),
+                Err(error) => (error.into(), false),
+            };
+        let is_offline = refusal.code == "agent_offline";
+        // then nothing was sent
+        let is_away = is_offline && is_new && self.tunnel_open(&target.agent) == Some(false);
+        let registry = self.registry();
+        let may_pass = if is_offline {
+            !is_away && registry.may_come_back(&target.agent, record.created_at, now)
+        } else {
+            registry.has_patience(record.created_at, now)
+        };
+        if !passes(refusal.status) || may_pass {
+            return Err(refusal);
         }
+        // it would hold up what is behind it
+        if is_offline {
+            refusal.hint = Some("give the job a ttl_s: for so long it waits for the agent".into());
+        }
+        if !is_known && !is_away {
+            refusal.message += ": whether it has the job is not known";
+        }
+        Err(JobRefusal { status: 409, ..refusal })
     }
 
     async fn roll_out_job(
@@ -237,12 +277,12 @@ impl ControlPlane {
         principal: &Principal,
         job: Job,
         now: i64,
-    ) -> Result<Response, HttpError> {
+    ) -> Result<Value, JobRefusal> {
         let Job { kind, spec, clusters, selector, all, waves, ttl_s, .. } = job;
         let request = RolloutRequest { kind, spec, clusters, selector, all, waves, ttl_s };
         let key = idempotency_key(&record.id);
         self.begin_rollout(principal, request, &key, now).await?;
-        Ok(answer(202, &self.job_view(record).0))
+        Ok(self.job_view(record, now).0)
     }
 
     /// Whether a Runner reaches an agent itself, and the agent takes a token for one operation.
@@ -264,7 +304,7 @@ impl ControlPlane {
         target: &ClusterTarget,
         job: Job,
         now: i64,
-    ) -> Result<Response, HttpError> {
+    ) -> Result<Value, JobRefusal> {
         let body = json!({"kind": job.kind, "spec": job.spec}).to_string();
         let only = only_operation(&record.operation, &body_digest(body.as_bytes()));
         let request = CallerTokenRequest {
@@ -281,43 +321,61 @@ impl ControlPlane {
         direct["cluster_id"] = target.cluster.as_str().into();
         direct["operation_id"] = record.operation.as_str().into();
         direct["body"] = body.into();
-        let (mut shown, _) = self.job_view(record);
+        let (mut shown, _) = self.job_view(record, now);
         shown["direct"] = direct;
-        Ok(answer(202, &shown))
+        Ok(shown)
     }
 
     /// A job whose token has expired since it was brought first: what the agent knows of it, where
     /// the Runner that carried it there has not lived to say so.
-    async fn find_at_agent(&self, record: JobRecord, now: i64) -> Result<Response, HttpError> {
+    async fn find_at_agent(&self, record: JobRecord, now: i64) -> Result<Value, JobRefusal> {
+        // nothing was sent
+        if record.agent.is_empty() {
+            return Err(expired().into());
+        }
         let registry = self.registry();
+        let unknown = || {
+            let message = "the time of the job's token is over, and the agent does not say whether \
+                           it has the job";
+            JobRefusal::from(HttpError::new(409, DELIVERY_UNKNOWN, message, None))
+        };
         let (Some(cluster), Some(maker)) =
             (registry.cluster_of(&record.agent), registry.resolve_subject(&record.maker, now))
         else {
-            return Err(expired());
+            return Err(unknown());
         };
         let target = registry.target(&cluster, None)?;
         let id = &record.operation;
         let told = self.call_operation(Method::GET, &maker, &target, id, now).await;
-        let (status, value) = match told {
-            Err(error) if registry.has_patience(record.expires_at, now) => return Err(error),
-            told => told.map_err(|_| expired())?,
+        let refusal = match told {
+            Ok((StatusCode::OK, value)) => match serde_json::from_value::<Operation>(value) {
+                Ok(operation) => {
+                    let (mut shown, _) = self.job_view(&record, now);
+                    shown["state"] = operation.state.name().into();
+                    shown["operation"] = operation_view(operation, &target.cluster);
+                    return Ok(shown);
+                }
+                Err(_) => unknown(),
+            },
+            Ok((StatusCode::NOT_FOUND, _)) => return Err(expired().into()),
+            Ok((status, value)) => rejected(status, &value),
+            Err(error) => error.into(),
         };
-        match (status, serde_json::from_value::<Operation>(value)) {
-            (StatusCode::OK, Ok(operation)) => {
-                let (mut shown, _) = self.job_view(&record);
-                shown["state"] = operation.state.name().into();
-                shown["operation"] = operation_view(operation, &target.cluster);
-                Ok(answer(202, &shown))
-            }
-            _ => Err(expired()),
-        }
+        let may_pass = passes(refusal.status) && registry.has_patience(record.expires_at, now);
+        Err(if may_pass { refusal } else { unknown() })
     }
 
     /// A job as its Runner may see it, and whether nothing more comes of it by itself.
-    pub(super) fn job_view(&self, record: &JobRecord) -> (Value, bool) {
+    pub(super) fn job_view(&self, record: &JobRecord, now: i64) -> (Value, bool) {
         let registry = self.registry();
         let answered = record.answered_at.is_some();
         let mut shown = json!({"id": record.id, "state": "running", "answered": answered});
+        if let Some(refusal) = &record.refused {
+            shown["state"] = "refused".into();
+            shown["reason"] = refusal.code.as_str().into();
+            shown["message"] = refusal.message.as_str().into();
+            return (shown, true);
+        }
         if let Some(rollout) = record.rollout.as_ref().and_then(|id| registry.rollout(id)) {
             // one that is paused waits for somebody, and what is behind it shall not
             let has_ended = rollout.state != RolloutState::Running;
@@ -325,21 +383,39 @@ impl ControlPlane {
             shown["rollout"] = rollout.view(true);
             return (shown, has_ended);
         }
-        if let Some(known) = registry.operation(&record.agent, &record.operation) {
-            let has_ended = known.operation.state.ended();
-            shown["state"] = known.operation.state.name().into();
-            let cluster = registry.cluster_of(&record.agent).unwrap_or_default();
-            shown["operation"] = operation_view(known.operation, &cluster);
-            return (shown, has_ended);
-        }
-        if answered {
+        let known = registry.operation(&record.agent, &record.operation);
+        let mut known = known.map(|known| known.operation);
+        if known.is_none() && answered {
             shown["state"] = OperationState::Unknown.name().into();
+            return (shown, true);
         }
-        (shown, answered)
+        let state = known.as_ref().map_or(OperationState::Running, |operation| operation.state);
+        if !record.agent.is_empty()
+            && let Some((state, reason, message)) = registry.lost(&record.agent, state, now)
+        {
+            known = Some(Operation {
+                id: record.operation.clone(),
+                state,
+                reason: reason.into(),
+                message: message.into(),
+                ..known.unwrap_or_default()
+            });
+        }
+        let Some(operation) = known else { return (shown, false) };
+        let is_over = operation.state.ended();
+        shown["state"] = operation.state.name().into();
+        let cluster = registry.cluster_of(&record.agent).unwrap_or_default();
+        shown["operation"] = operation_view(operation, &cluster);
+        (shown, is_over)
     }
 }
 
-fn record_of(claims: &JobClaims, planned: Option<&Planned>, now: i64) -> JobRecord {
+/// What is kept of a job; without who does it and where, of one that is refused.
+fn record_of(
+    claims: &JobClaims,
+    planned: Option<(&Principal, Option<&ClusterTarget>)>,
+    now: i64,
+) -> JobRecord {
     let mut record = JobRecord {
         id: claims.jti.clone(),
         project: claims.project.clone(),
@@ -350,14 +426,15 @@ fn record_of(claims: &JobClaims, planned: Option<&Planned>, now: i64) -> JobReco
         created_at: now,
         expires_at: claims.exp,
         answered_at: None,
+        refused: None,
     };
     let key = idempotency_key(&record.id);
     match planned {
-        Some(Planned { principal, target: Some(target), .. }) => {
+        Some((principal, Some(target))) => {
             record.agent.clone_from(&target.agent);
             record.operation = tenant_operation_id(&principal.subject(), principal.tenant(), &key);
         }
-        Some(Planned { principal, target: None, .. }) => {
+        Some((principal, None)) => {
             let limits = principal.limits();
             record.rollout = Some(RolloutRecord::id_of(&principal.id(), limits.as_ref(), &key));
         }
@@ -375,14 +452,16 @@ fn operation_view(operation: Operation, cluster: &str) -> Value {
 }
 
 /// What an agent says to a job. Its message may quote the spec, and what was sealed in it.
-fn rejected(status: StatusCode, value: &Value) -> Result<Response, HttpError> {
+fn rejected(status: StatusCode, value: &Value) -> JobRefusal {
     // a 401 would say that the Runner is nobody any more
     if status == StatusCode::UNAUTHORIZED {
         let hint = Some("compare the clocks of the node and of the control plane");
         let message = "the agent refuses the caller of the job";
-        return Err(HttpError::new(503, "agent_unready", message, hint));
+        return HttpError::new(503, "agent_unready", message, hint).into();
     }
-    let code = value["code"].as_str().filter(|code| is_code(code)).unwrap_or("refused");
+    let code = value["code"].as_str().filter(|code| is_code(code)).unwrap_or("refused").to_owned();
     let message = format!("the agent refuses it: {code}");
-    Ok(answer(status.as_u16(), &json!({"code": code, "message": message})))
+    // a path that the agent does not know is none that the control plane lacks
+    let status = if status == StatusCode::NOT_FOUND { 409 } else { status.as_u16() };
+    JobRefusal { status, code, message, hint: None, at: 0 }
 }

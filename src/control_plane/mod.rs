@@ -14,6 +14,7 @@ mod error;
 pub mod frps;
 mod frps_plugin;
 mod gateway;
+mod job_refusal;
 mod job_tokens;
 mod jobs;
 pub mod keys;

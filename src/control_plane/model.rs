@@ -248,6 +248,22 @@ pub struct JobRecord {
     pub expires_at: i64,
     /// When its answer was at the broker.
     pub answered_at: Option<i64>,
+    /// Why it is not done, not later either.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<JobRefusal>,
+}
+
+/// Why a job is not done, now or for good.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JobRefusal {
+    /// Of HTTP.
+    pub status: u16,
+    pub code: String,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// When it was decided; 0 as long as it is not for good.
+    pub at: i64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

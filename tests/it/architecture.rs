@@ -106,7 +106,7 @@ const INSIDE: &[(&str, Rows)] = &[
             &["certificate", "listeners", "rate_limit", "rollout", "sessions", "store"],
             &["frps", "open", "outbox", "registry"],
             &["agent_client", "backup", "answer", "body", "scope", "tunnel"],
-            &["state"],
+            &["job_refusal", "state"],
             &["bootstrap", "caller_token", "frps_plugin", "login", "metrics"],
             &["auth", "gateway", "operations"],
             &["rollouts"],

@@ -65,6 +65,7 @@ const PATHS: &[(&str, &[&str])] = &[
     ("/api/v1/jobs/none", &["GET"]),
     ("/api/v1/jobs/none/answered", &["POST"]),
     ("/api/v1/sealing-key", &["GET", "PUT"]),
+    ("/api/v1/projects/none/sealing-key", &["DELETE"]),
     ("/api/v1/changes", &["GET"]),
     ("/clusters/{cluster}/k8s/api/v1/pods", &["GET", "POST", "DELETE", "PATCH", "OPTIONS", "FOO"]),
     ("/clusters/{cluster}/api/v1/status", &["GET", "POST"]),

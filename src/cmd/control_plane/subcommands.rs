@@ -479,6 +479,12 @@ pub(super) async fn project(
                 .create("/api/v1/projects", &name, "id")
                 .await
         }
+        ProjectCommand::ResetSealingKey { project, output } => {
+            let path = format!("/api/v1/projects/{}/sealing-key", segment(&project)?);
+            AdminClient::new(context, location, output)
+                .act(Method::DELETE, &path, "forgotten; the next Runner that starts tells its key")
+                .await
+        }
         ProjectCommand::List { output } => {
             AdminClient::new(context, location, output)
                 .list("/api/v1/projects", &["ID", "NAME", "CREATED"], created_row)

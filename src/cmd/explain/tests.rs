@@ -44,16 +44,19 @@ const OTHER_REASONS: &[&str] = &[
 ];
 
 /// Why a job is refused.
-const JOB_CODES: [&str; 10] = [
+const JOB_CODES: [&str; 13] = [
     job::BAD_JOB,
     job::BODY_CHANGED,
     job::CLUSTER_EXCEEDED,
+    job::CLUSTER_UNKNOWN,
     job::MAKER_REVOKED,
+    job::NOT_FOR_JOBS,
     job::PROJECT_FOREIGN,
     job::REPLAYED,
     job::SECRET_IN_CLEAR,
     job::TOKEN_EXPIRED,
     job::TOKEN_FORGED,
+    "job_unknown",
     "sealing_key_differs",
 ];
 /// Why a Runner does not do a job.

@@ -28,10 +28,15 @@
 //! `{"sealed": "…"}` may stand: base64 of what RFC 9180 (HPKE) makes of the text with the public
 //! key of the project's Runners.
 //!
+//! Where something is sealed and nothing was opened yet, nothing happens, and the control plane
+//! says whose job it is (state `sealed`, `maker`): values are sealed for one project and one maker,
+//! so that nobody else has them opened by a job of his own. The Runner opens them for that maker,
+//! and brings the job again with what they say.
+//!
 //! A refusal of the control plane is final, but for 401 (the Runner itself is nobody any more),
-//! 408, 429 and 5xx: then the Runner tries again. One that is final is answered like an end, and
-//! said to be answered: what was refused is not done when somebody publishes the same message
-//! later.
+//! 408, 429 and 5xx, and for 404 `not_found` (a control plane of a version without jobs): then the
+//! Runner tries again. One that is final is on record, where the token was genuine and for this
+//! body, and `job` in it says for which: the same job is refused so from then on.
 //!
 //! A job has one effect and one answer, whatever is killed: its operation is asked for under the
 //! key [`idempotency_key`], and a job that was answered is not done again.
@@ -55,6 +60,8 @@ pub const MAX_BODY: usize = 1 << 20;
 /// Queues over which the jobs of a project are spread: those of one application are in one, and are
 /// done one after another.
 pub const PARTITIONS: u8 = 8;
+/// Longest time that a job waits for an agent, seconds: what is behind it waits as long.
+pub const MAX_TTL: i64 = 900;
 /// Shortest that anything sealed can be, bytes: the encapsulated key of X25519 and the tag of
 /// ChaCha20-Poly1305 (RFC 9180 §7.1 and §7.3).
 const MIN_SEALED: usize = 32 + 16;
@@ -146,7 +153,7 @@ pub struct Job {
     /// As of an operation.
     pub kind: String,
     pub spec: Value,
-    /// How long it may wait for an agent that is not there, seconds.
+    /// How long it may wait for an agent that is not there, seconds: [`MAX_TTL`] at most.
     pub ttl_s: Option<i64>,
 }
 
@@ -173,6 +180,9 @@ impl Job {
         }
         if job.waves.is_some() && job.cluster.is_some() {
             return Err(bad("waves are for more than one cluster"));
+        }
+        if job.ttl_s.is_some_and(|ttl| ttl > MAX_TTL) {
+            return Err(bad("ttl_s is 900 at most: what is behind it waits as long"));
         }
         Ok(job)
     }

@@ -23,6 +23,7 @@ fn what_is_no_job_is_refused_and_its_values_are_not_repeated() {
         ("kind", sealed(1)),
         ("kind", Value::Null),
         ("ttl_s", json!("planted-canary-4711-in-plain-text")),
+        ("ttl_s", json!(MAX_TTL + 1)),
         ("cluster", Value::Null),
         ("clusters", json!(["a"])),
         ("selector", json!("a=b")),

@@ -15,14 +15,15 @@ use tokio::time::{Instant, sleep};
 use super::Routes;
 use crate::base::json;
 use crate::base::text::valueless_json_error;
-use crate::contract::job::BAD_JOB;
+use crate::contract::job::{BAD_JOB, PROJECT_FOREIGN};
 use crate::control_plane::answer::answer;
-use crate::control_plane::auth::{JobsCaller, RunnerCaller};
+use crate::control_plane::auth::{AdminCaller, JobsCaller, RunnerCaller};
 use crate::control_plane::body::{JobBody, JsonBody, PathSegments, RawBody};
 use crate::control_plane::clock::now;
-use crate::control_plane::error::{HttpError, not_found};
+use crate::control_plane::error::HttpError;
 use crate::control_plane::job_tokens::{JobTokenRequest, project_needed};
 use crate::control_plane::jobs::BroughtJob;
+use crate::control_plane::registry::jobs::job_unknown;
 use crate::control_plane::state::ControlPlane;
 
 /// Longest time that a call waits for the end of a job, seconds.
@@ -37,6 +38,8 @@ const TICK: Duration = Duration::from_secs(1);
 pub(super) struct SealingKey {
     /// Base64 of the 32 bytes of an X25519 key.
     public_key: String,
+    /// Id of the project that it is meant for.
+    project: Option<String>,
 }
 
 pub(super) fn routes(routes: Routes) -> Routes {
@@ -47,6 +50,7 @@ pub(super) fn routes(routes: Routes) -> Routes {
         .post("/api/v1/jobs/{id}/answered", answered)
         .get("/api/v1/sealing-key", sealing_key)
         .put("/api/v1/sealing-key", set_sealing_key)
+        .delete("/api/v1/projects/{id}/sealing-key", reset_sealing_key)
 }
 
 async fn issue(
@@ -92,7 +96,7 @@ async fn show(
         registry.authenticate(&caller.token, now())?;
         let record = registry.job(&id).filter(|job| job.project == caller.access.project);
         let (shown, is_over) =
-            control_plane.job_view(&record.ok_or_else(|| not_found("job", &id))?);
+            control_plane.job_view(&record.ok_or_else(|| job_unknown(&id))?, now());
         let left = end.saturating_duration_since(Instant::now());
         if is_over || left.is_zero() {
             return Ok(answer(200, &shown));
@@ -125,27 +129,42 @@ async fn sealing_key(
         let message = "no Runner of this project has told its sealing key yet";
         HttpError::new(404, "not_found", message, Some("start one: pipeops runner"))
     })?;
-    Ok(answer(200, &json!({"public_key": key, "project": project.id})))
+    let maker = caller.principal.id();
+    Ok(answer(200, &json!({"public_key": key, "project": project.id, "maker": maker})))
 }
 
 async fn set_sealing_key(
     caller: JobsCaller,
     State(control_plane): State<ControlPlane>,
-    uri: Uri,
     JsonBody(request): JsonBody<SealingKey>,
 ) -> Result<Response, HttpError> {
     let bytes = STANDARD.decode(&request.public_key).ok().filter(|bytes| bytes.len() == 32);
     let bytes = bytes.ok_or_else(|| {
         HttpError::new(400, "bad_key", "public_key is the base64 of 32 bytes", None)
     })?;
-    let replace = parameter(&uri, "replace").is_some_and(|text| text == "true");
     let project = &caller.access.project;
-    let key = STANDARD.encode(bytes);
-    if control_plane.registry().set_sealing_key(project, &key, replace).await? {
-        let runner = &caller.access.id;
-        tracing::warn!(project, runner, "values in jobs are sealed to another key from now on");
+    if request.project.is_some_and(|meant| meant != *project) {
+        let message = format!("the token is of project {project}");
+        let hint = Some("give the Runner the token of a Runner of its project");
+        return Err(HttpError::new(409, PROJECT_FOREIGN, message, hint));
     }
+    let key = STANDARD.encode(bytes);
+    control_plane.registry().set_sealing_key(project, Some(&key)).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// Administrators only: with a key of his own in its place somebody reads what is sealed next.
+async fn reset_sealing_key(
+    _: AdminCaller,
+    State(control_plane): State<ControlPlane>,
+    PathSegments([project]): PathSegments<1>,
+    _: RawBody,
+) -> Result<Response, HttpError> {
+    let registry = control_plane.registry();
+    let project = registry.project(&project)?.id;
+    registry.set_sealing_key(&project, None).await?;
+    tracing::warn!(project, "the sealing key is forgotten: the next Runner tells it");
+    Ok(answer(200, &json!({})))
 }
 
 fn parameter(uri: &Uri, name: &str) -> Option<String> {

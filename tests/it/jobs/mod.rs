@@ -3,6 +3,8 @@
 
 mod hostile;
 mod refused;
+mod sealed;
+mod stuck;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -42,6 +44,11 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("no text: {value}")).to_owned()
 }
 
+/// A Runner that may bring jobs, and nothing else.
+fn for_jobs(name: &str) -> Value {
+    json!({"name": name, "role": "viewer", "namespaces": [], "jobs": true})
+}
+
 /// A restart that reveals itself where it is quoted.
 fn restart(cluster: &str) -> Value {
     json!({"cluster": cluster, "kind": "restart",
@@ -53,8 +60,7 @@ impl Jobs {
     async fn with(capabilities: &[&str], maker: Value) -> Jobs {
         let control_plane = ControlPlane::with(&[]);
         let agent = RecordingAgent::new(&control_plane, capabilities).await;
-        let viewer = json!({"name": "runner", "role": "viewer", "namespaces": []});
-        let (runner_row, runner) = make(&control_plane, viewer).await;
+        let (runner_row, runner) = make(&control_plane, for_jobs("runner")).await;
         let (row, maker) = make(&control_plane, maker).await;
         let (runner_id, maker_id) = (text(&runner_row["id"]), text(&row["id"]));
         Jobs { control_plane, agent, runner, runner_id, maker, maker_id }
@@ -216,9 +222,11 @@ async fn only_a_runner_of_the_project_brings_jobs_and_sees_them() {
     let file: Value = serde_json::from_str(&file.text().await.unwrap()).unwrap();
     let kubeconfig = text(&file["users"][0]["user"]["token"]);
     let request = json!({"token": token, "message": body});
-    for other in [&eve, &acme, &kubeconfig, &control_plane.admin, &jobs.agent.credential] {
+    let credential = &jobs.agent.credential;
+    // a Runner of whatever role that was not made for it is none of them
+    for other in [&eve, &acme, &kubeconfig, &control_plane.admin, credential, &jobs.maker] {
         let (status, refused) = jobs.bring_as(other, request.clone()).await;
-        assert_eq!((status, &refused["code"]), (403, &json!("forbidden")), "{refused}");
+        assert_eq!((status, &refused["code"]), (403, &json!("not_for_jobs")), "{refused}");
         for (method, path) in [
             ("GET", format!("/api/v1/jobs/{id}")),
             ("POST", format!("/api/v1/jobs/{id}/answered")),
@@ -228,6 +236,16 @@ async fn only_a_runner_of_the_project_brings_jobs_and_sees_them() {
             assert_eq!(answer.status(), 403, "{method} {path}");
         }
     }
+    for (name, value) in [("person", json!(true)), ("tenant", json!("acme"))] {
+        let mut odd = for_jobs("odd");
+        odd[name] = value;
+        let made = control_plane.ask("POST", "/api/v1/runners", &control_plane.admin, odd).await;
+        let (status, refused) = answer_of(made).await;
+        assert_eq!((status, &refused["code"]), (400, &json!("bad_jobs")), "{name}: {refused}");
+    }
+    let made = ["control-plane", "runner", "create", "by-hand", "--role", "viewer", "--jobs"];
+    let by_hand = control_plane.sandbox.subcommand(&made).ended(0).out;
+    assert_eq!(jobs.bring_as(by_hand.trim(), json!({})).await.0, 400);
     // the token of a job opens nothing by itself
     let (status, _) = jobs.bring_as(&token, request.clone()).await;
     assert_eq!(status, 401);
@@ -236,12 +254,19 @@ async fn only_a_runner_of_the_project_brings_jobs_and_sees_them() {
     // one of another project does not learn that there is such a job
     let other = json!({"name": "other"});
     let other = control_plane.json("POST", "/api/v1/projects", &control_plane.admin, other).await;
-    let (_, foreign) = make(control_plane, json!({"name": "far", "project": other["id"]})).await;
+    let (_, foreign) = make(control_plane, {
+        let mut far = for_jobs("far");
+        far["project"] = other["id"].clone();
+        far
+    })
+    .await;
     assert_eq!(jobs.bring(&token, &body).await.0, 202);
     for (method, path) in
         [("GET", format!("/api/v1/jobs/{id}")), ("POST", format!("/api/v1/jobs/{id}/answered"))]
     {
-        assert_eq!(control_plane.ask(method, &path, &foreign, json!({})).await.status(), 404);
+        let answer = control_plane.ask(method, &path, &foreign, json!({})).await;
+        let (status, refused) = answer_of(answer).await;
+        assert_eq!((status, &refused["code"]), (404, &json!("job_unknown")), "{refused}");
     }
     assert_eq!(jobs.shown(&id).await["answered"], false);
     let wrong = format!("/api/v1/jobs/{id}?wait_s=61");
@@ -319,7 +344,7 @@ async fn what_waits_for_its_agent_goes_out_with_what_the_token_gave() {
     let enrolment = control_plane.enrol().0;
     let registered = register(&control_plane, &identity, &enrolment, &["tenants"]).await;
     let cluster = registered.cluster_id.clone();
-    let (_, runner) = make(&control_plane, json!({"name": "runner", "role": "viewer"})).await;
+    let (_, runner) = make(&control_plane, for_jobs("runner")).await;
     let (row, maker) = make(&control_plane, json!({"name": "maker", "role": "operator"})).await;
     let (gone_row, gone) = make(&control_plane, json!({"name": "gone", "role": "operator"})).await;
     let mut body = restart(&cluster);
@@ -397,7 +422,7 @@ async fn a_runner_that_is_revoked_waits_no_longer_and_another_goes_on() {
     assert_eq!((status, &refused["code"]), (401, &json!("token_unknown")), "{refused}");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert_eq!(jobs.bring(&token, &body).await.0, 401);
-    let (_, second) = make(&jobs.control_plane, json!({"name": "second", "role": "viewer"})).await;
+    let (_, second) = make(&jobs.control_plane, for_jobs("second")).await;
     let request = json!({"token": token, "message": body, "redelivered": true});
     let (status, same) = jobs.bring_as(&second, request).await;
     assert_eq!((status, &same["operation"]["id"]), (202, &taken["operation"]["id"]), "{same}");
@@ -449,10 +474,15 @@ async fn a_runner_that_goes_to_the_agent_itself_may_do_that_one_thing_there() {
     assert_eq!((&again["state"], again.get("direct")), (&json!("failed"), None), "{again}");
 
     // a Runner that does not reach the cluster itself, and an agent of a version before
-    let nothing = jobs.control_plane.runner_for_nothing("nothing").await;
+    let dir = tempfile::tempdir().unwrap();
+    let enrolment = jobs.control_plane.enrol().0;
+    let other = SimulatedAgent::new(&jobs.control_plane, dir.path(), &enrolment).await;
+    let mut elsewhere = for_jobs("elsewhere");
+    elsewhere["clusters"] = json!([jobs.control_plane.cluster_of(&other).await["id"]]);
+    let (_, elsewhere) = make(&jobs.control_plane, elsewhere).await;
     let second = jobs.token(&body).await;
     let mut request = json!({"token": second, "message": body, "direct": true});
-    let (status, taken) = jobs.bring_as(&text(&nothing["token"]), request.clone()).await;
+    let (status, taken) = jobs.bring_as(&elsewhere, request.clone()).await;
     assert_eq!((status, taken.get("direct"), jobs.asked().len()), (202, None, 1), "{taken}");
     let old = Jobs::new().await;
     let body = restart(&old.agent.cluster).to_string();
@@ -508,7 +538,7 @@ async fn a_job_changes_the_cluster_and_a_rollout_is_one_too() {
     let (kube, address) = serve_kube().await;
     kube.ready.store(true, Relaxed);
     let (_agent, cluster) = control_plane.agent(address).await;
-    let (_, runner) = make(&control_plane, json!({"name": "runner", "role": "viewer"})).await;
+    let (_, runner) = make(&control_plane, for_jobs("runner")).await;
     let (_, maker) = make(&control_plane, json!({"name": "maker"})).await;
     let done = async |job: Value, opened: Value| {
         let body = job.to_string();
@@ -547,32 +577,6 @@ async fn a_job_changes_the_cluster_and_a_rollout_is_one_too() {
         assert_eq!(ended["rollout"]["counts"]["succeeded"], 1, "{ended}");
         assert_eq!(ended["rollout"]["clusters"][0]["id"], cluster, "{ended}");
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_project_has_one_sealing_key_and_all_who_make_jobs_know_it() {
-    let mut jobs = Jobs::new().await;
-    let path = "/api/v1/sealing-key";
-    let control_plane = &jobs.control_plane;
-    assert_eq!(control_plane.try_get(path, &jobs.maker).await.status(), 404);
-    let (one, two) = (STANDARD.encode([1; 32]), STANDARD.encode([2; 32]));
-    let put = async |path: &str, key: &str| {
-        let body = json!({"public_key": key});
-        answer_of(control_plane.ask("PUT", path, &jobs.runner, body).await).await
-    };
-    for wrong in ["", "x", &STANDARD.encode([1; 31]), &STANDARD.encode([1; 33])] {
-        assert_eq!(put(path, wrong).await.0, 400, "{wrong}");
-    }
-    assert_eq!(put(path, &one).await.0, 204);
-    assert_eq!(put(path, &one).await.0, 204);
-    let (status, differs) = put(path, &two).await;
-    assert_eq!((status, &differs["code"]), (409, &json!("sealing_key_differs")), "{differs}");
-    assert_eq!(put(&format!("{path}?replace=1"), &two).await.0, 409);
-    assert_eq!(put(&format!("{path}?replace=true"), &two).await.0, 204);
-    jobs.killed().await;
-    assert_eq!(jobs.control_plane.get(path, &jobs.maker).await["public_key"], two);
-    assert_eq!(jobs.issued("{}", json!({})).await["sealing_key"], two);
-    assert!(jobs.log().contains("sealed to another key from now on"), "{}", jobs.log());
 }
 
 /// A key of the test's own, or the one that the control plane signs with, and its id.

@@ -24,17 +24,22 @@ pub(super) fn calls(s: &mut Schemas) -> Vec<Call> {
         ("body", "what to post to the agent's /api/v1/operations, to the byte"),
     ]));
     let state = json!({"type": "string", "description":
-        "of the operation or rollout; `unknown` where its end is no longer kept"});
+        "of the operation or rollout; `unknown` where its end is no longer kept, `refused` where \
+         it is not done"});
     let job = json!({
         "id": text, "state": state, "operation": operation,
         "answered": {"type": "boolean", "description": "its answer is at the broker already"},
         "rollout": {"type": "object", "description": "of a job for more than one cluster"},
+        "reason": {"type": "string", "description": "why it is refused"}, "message": text,
     });
     let mut brought = job.clone();
+    brought["sealed"] = json!({"type": "boolean", "description":
+        "with the state `sealed`: nothing was done, bring it again with what is sealed opened"});
+    brought["maker"] = json!({"type": "string", "description": "for whom that is sealed"});
     brought["direct"] = direct;
     let token = object(json!({
         "token": text, "id": text, "expires_at": text, "project": text, "exchange": text,
-        "reply_queue": text, "sealing_key": text,
+        "reply_queue": text, "sealing_key": text, "maker": text,
     }));
     let nothing = || json!({});
     vec![
@@ -59,15 +64,11 @@ pub(super) fn calls(s: &mut Schemas) -> Vec<Call> {
         call("GET", "/api/v1/sealing-key", "The key that values in jobs are sealed to").gives(
             "200",
             "of the project",
-            object(json!({"public_key": text, "project": text})),
+            object(json!({"public_key": text, "project": text, "maker": text})),
         ),
         call("PUT", "/api/v1/sealing-key", "Tell the key that values in jobs are sealed to")
-            .parameter(query(
-                "replace",
-                "`true`: also where the project has another one",
-                json!({"type": "boolean"}),
-            ))
             .takes(s.of::<SealingKey>())
             .gives("204", "noted", nothing()),
+        call("DELETE", "/api/v1/projects/{id}/sealing-key", "Forget the key of a project").done(),
     ]
 }
