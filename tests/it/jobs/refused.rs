@@ -98,9 +98,10 @@ async fn a_token_that_is_not_one_for_this_job_here_and_now() {
     let brought = jobs.bring_as(&foreign, json!({"token": token, "message": body})).await;
     jobs.refused("a foreign Runner", brought, (403, "project_foreign")).await;
     // the maker is gone
+    let second = jobs.token(&body).await;
     let revoke = ["control-plane", "runner", "revoke", &jobs.maker_id];
     control_plane.sandbox.subcommand(&revoke).ended(0);
-    let brought = jobs.bring(&token, &body).await;
+    let brought = jobs.bring(&second, &body).await;
     jobs.refused("a maker that was revoked", brought, (403, "maker_revoked")).await;
     let log = jobs.log();
     let signature = token.rsplit_once('.').unwrap().1;
