@@ -100,9 +100,8 @@ pub async fn run(
     let (upstream, upstreams) = watch::channel::<Option<Upstream>>(None);
     let (settings, configs) = watch::channel::<Option<Config>>(None);
     let (control_status, control) = watch::channel(known);
-    let (tunnel_status, tunnel) = watch::channel(
-        frp::TunnelStateMachine::new(String::new(), Instant::now()).status().clone(),
-    );
+    let unused = frp::TunnelStateMachine::new(String::new(), Instant::now());
+    let (tunnel_status, tunnel) = watch::channel(unused.status().clone());
     let (tunnel_settings, tunnel_config) = watch::channel::<Option<TunnelConfig>>(None);
     let (audit_head, audit_heads) = watch::channel(AuditHead::default());
     let (finished, results) = mpsc::channel(16);

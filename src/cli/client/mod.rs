@@ -324,7 +324,7 @@ pub struct JobArgs {
 #[derive(Debug, Subcommand)]
 pub enum SecretCommand {
     /// Set values of some keys, from standard input or files, and roll out what uses them
-    Set(SecretArgs),
+    Set(Box<SecretArgs>),
     /// List the names with their keys and who changed them; never a value
     List {
         /// ConfigMaps in place of Secrets

@@ -22,7 +22,7 @@ use crate::kubernetes::config_set::{ConfigSet, INVENTORY_LABEL, Inventory, SET_L
 /// operation ends.
 pub(super) async fn secret(context: &Context, command: SecretCommand) -> anyhow::Result<Exit> {
     match command {
-        SecretCommand::Set(args) => set(context, args).await,
+        SecretCommand::Set(args) => set(context, *args).await,
         SecretCommand::List { config, reach, output } => {
             list(context, kind_of(config), &reach, &output).await
         }

@@ -314,7 +314,7 @@ mod tests {
             Limits { clusters: names(&["c-2", "c-3"]), ..all.clone() },
             Limits { namespaces: None, ..all.clone() },
             Limits { namespaces: names(&["beta", "monitoring"]), ..all.clone() },
-            Limits { tenant: Some("acme".into()), ..all.clone() },
+            Limits { tenant: Some("acme".into()), ..all },
         ] {
             assert_eq!(limits(more.clone()), None, "{more:?}");
         }
@@ -327,7 +327,7 @@ mod tests {
         assert!(principal.within(&other).is_none());
         // a selector stays, whatever else is limited
         let selected =
-            AccessToken { clusters: names(&[]), selector: Some("env=prod".into()), ..own.clone() };
+            AccessToken { clusters: names(&[]), selector: Some("env=prod".into()), ..own };
         let principal = Principal::AccessToken(Box::new(selected));
         let all = principal.limits().unwrap();
         assert_eq!(all.clusters, None);

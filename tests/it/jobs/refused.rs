@@ -16,7 +16,7 @@ type Change<'a> = &'a dyn Fn(&mut Value, &mut Value);
 
 impl Jobs {
     /// It is refused so, nothing was done, and nothing of it is repeated.
-    async fn refused(&self, what: &str, brought: (u16, Value), expected: (u16, &str)) {
+    fn refused(&self, what: &str, brought: (u16, Value), expected: (u16, &str)) {
         let (status, answer) = brought;
         assert_eq!((status, &answer["code"]), (expected.0, &json!(expected.1)), "{what}: {answer}");
         assert!(!answer.to_string().contains(CANARY), "{what}: {answer}");
@@ -77,32 +77,32 @@ async fn a_token_that_is_not_one_for_this_job_here_and_now() {
         ("empty", String::new(), forged),
         ("long", "x".repeat(100_000), forged),
     ] {
-        jobs.refused(what, jobs.bring(&token, &body).await, expected).await;
+        jobs.refused(what, jobs.bring(&token, &body).await, expected);
     }
     // a caller token in its place, and the token of a Runner
     let path = format!("/api/v1/clusters/{cluster}/token");
     let caller = control_plane.json("POST", &path, &jobs.maker, json!({})).await;
     for other in [text(&caller["token"]), jobs.maker.clone()] {
-        jobs.refused("no token of a job", jobs.bring(&other, &body).await, forged).await;
+        jobs.refused("no token of a job", jobs.bring(&other, &body).await, forged);
     }
     // any other body than the one that was signed for, also one that means the same
     for other in [format!("{body} "), body.replacen("beta", "shop", 1), String::new()] {
         let brought = jobs.bring(&token, &other).await;
         assert!(brought.1.get("job").is_none(), "nobody speaks for a job by its token alone");
-        jobs.refused("another body", brought, (403, "body_changed")).await;
+        jobs.refused("another body", brought, (403, "body_changed"));
     }
     // of another project's Runner
     let mut far = for_jobs("far");
     far["project"] = project.as_str().into();
     let (_, foreign) = make(control_plane, far).await;
     let brought = jobs.bring_as(&foreign, json!({"token": token, "message": body})).await;
-    jobs.refused("a foreign Runner", brought, (403, "project_foreign")).await;
+    jobs.refused("a foreign Runner", brought, (403, "project_foreign"));
     // the maker is gone
     let second = jobs.token(&body).await;
     let revoke = ["control-plane", "runner", "revoke", &jobs.maker_id];
     control_plane.sandbox.subcommand(&revoke).ended(0);
     let brought = jobs.bring(&second, &body).await;
-    jobs.refused("a maker that was revoked", brought, (403, "maker_revoked")).await;
+    jobs.refused("a maker that was revoked", brought, (403, "maker_revoked"));
     let log = jobs.log();
     let signature = token.rsplit_once('.').unwrap().1;
     assert!(!log.contains(CANARY) && !log.contains(signature), "{log}");
@@ -150,19 +150,18 @@ async fn a_job_that_goes_beyond_its_token_or_says_nothing_sensible() {
         let token = text(&issued["token"]);
         let brought = jobs.bring(&token, &body).await;
         assert_eq!(brought.1["job"], issued["id"], "{what}");
-        jobs.refused(what, brought, expected).await;
+        jobs.refused(what, brought, expected);
     }
     // no JSON at all, with a token that is good for it
     for body in ["", "{", "[]", "null", "\"text\"", &"[".repeat(5000)] {
         let token = jobs.token(body).await;
-        jobs.refused(body, jobs.bring(&token, body).await, (400, "bad_job")).await;
+        jobs.refused(body, jobs.bring(&token, body).await, (400, "bad_job"));
     }
     // waves that say nothing
     let mut job = many("all", json!(true));
     job["waves"] = "all,1".into();
     let body = job.to_string();
-    jobs.refused("waves", jobs.bring(&jobs.token(&body).await, &body).await, (400, "bad_waves"))
-        .await;
+    jobs.refused("waves", jobs.bring(&jobs.token(&body).await, &body).await, (400, "bad_waves"));
     // the call itself
     let body = restart(cluster).to_string();
     let token = jobs.token(&body).await;
@@ -175,7 +174,7 @@ async fn a_job_that_goes_beyond_its_token_or_says_nothing_sensible() {
     ] {
         let brought = jobs.bring_as(&jobs.runner, request).await;
         assert!(brought.1.get("job").is_none());
-        jobs.refused("the call", brought, (400, "bad_job")).await;
+        jobs.refused("the call", brought, (400, "bad_job"));
     }
     // what the agent refuses, in a code alone
     for (status, code, expected) in [
@@ -233,7 +232,7 @@ async fn the_value_of_a_secret_in_clear_is_refused_in_each_place() {
         job["cluster"] = cluster.into();
         let body = job.to_string();
         let brought = jobs.bring(&jobs.token(&body).await, &body).await;
-        jobs.refused(&body, brought, (400, "secret_in_clear")).await;
+        jobs.refused(&body, brought, (400, "secret_in_clear"));
     }
     assert!(!jobs.log().contains(CANARY));
 }
@@ -251,7 +250,7 @@ async fn what_was_refused_for_good_is_not_done_when_it_comes_once_more() {
     let (token, id) = (text(&issued["token"]), text(&issued["id"]));
     let brought = jobs.bring(&token, &body).await;
     assert!(brought.1["hint"].as_str().unwrap().contains("ttl_s"), "{brought:?}");
-    jobs.refused("an agent that is away", brought, (409, "agent_offline")).await;
+    jobs.refused("an agent that is away", brought, (409, "agent_offline"));
     let shown = jobs.shown(&id).await;
     assert_eq!((&shown["state"], &shown["reason"]), (&json!("refused"), &json!("agent_offline")));
     let record = Arc::new(Record::default());
@@ -260,7 +259,7 @@ async fn what_was_refused_for_good_is_not_done_when_it_comes_once_more() {
     for _ in 0..2 {
         for again in [jobs.bring(&token, &body).await, jobs.again(&token, &body).await] {
             assert_eq!(again.1["job"], id, "{again:?}");
-            jobs.refused("the same again", again, (409, "agent_offline")).await;
+            jobs.refused("the same again", again, (409, "agent_offline"));
         }
         jobs.killed().await;
     }

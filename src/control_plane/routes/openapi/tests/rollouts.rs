@@ -74,7 +74,7 @@ pub(super) fn of_rollouts(s: &mut Schemas) -> Vec<Call> {
     vec![
         call("GET", "/api/v1/rollouts", "Rollouts that the caller may see, the newest first")
             .parameter(limit)
-            .gives("200", "without their clusters", items(rollout.clone())),
+            .gives("200", "without their clusters", items(rollout)),
         call("POST", "/api/v1/rollouts", "Ask for an operation on many clusters, in waves")
             .header(IDEMPOTENCY_KEY_HEADER, key)
             .takes(s.of::<RolloutRequest>())
