@@ -5,12 +5,12 @@
 //! is no answer. Sources: cloud-init 25.1, `tools/ds-identify`, for the firmware; the providers'
 //! own documentation of their services for the rest.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::{Client, RequestBuilder};
 use serde_json::{Value, json};
 
-use super::session::identity::machine_digest;
+use super::session::identity::{is_machine_known, machine_digest};
 use crate::base::resolve::Resolver;
 use crate::base::text::{is_dns_label, is_label_value};
 use crate::base::trust::Trust;
@@ -196,6 +196,7 @@ pub(super) async fn look(host: &Host, url: &str, state: &StateDir) -> Place {
         text.unwrap_or_default().trim().to_owned()
     };
     let Some(provider) = Provider::of_machine(&firmware) else { return Place::default() };
+    let begun = Instant::now();
     // nothing of it is secret, and no https is asked for: the trust of nobody spares the reading of
     // the system's certificates
     let nobody = Trust { accept_any: true, ..Trust::default() };
@@ -220,13 +221,17 @@ pub(super) async fn look(host: &Host, url: &str, state: &StateDir) -> Place {
     let kept: Value = kept.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     let text = |name: &str| kept[name].as_str().unwrap_or_default().to_owned();
     let Some((region, zone)) = found else {
-        // of this machine: a copied disk may be somewhere else
-        let is_own = text("machine") == machine && text("provider") == provider.name();
+        // of this machine: a copied disk may be somewhere else, and so may a pod of which nothing
+        // says where it runs
+        let is_own = is_machine_known(host)
+            && text("machine") == machine
+            && text("provider") == provider.name();
         let (region, zone) =
             if is_own { (text("region"), text("zone")) } else { Location::default() };
         tracing::info!(
             provider = provider.name(),
             region,
+            took_ms = begun.elapsed().as_millis(),
             "no metadata service says where this is"
         );
         return Place { provider: provider.name().into(), region, zone };
@@ -246,6 +251,26 @@ pub(super) async fn look(host: &Host, url: &str, state: &StateDir) -> Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_was_learned_is_of_a_machine_that_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = Host::new(dir.path(), None);
+        let state = host.state_dir("/state").unwrap();
+        // its files are beside one that is made in the same way
+        host.state_dir("/sys/class/dmi/id").unwrap().write("sys_vendor", "Amazon EC2\n").unwrap();
+        let looked = async || {
+            let kept = json!({"machine": machine_digest(&host), "provider": "aws",
+                "region": "eu-west-1", "zone": "eu-west-1a"});
+            state.write(PLACE_FILE, &kept.to_string()).unwrap();
+            // nobody listens there
+            look(&host, "http://127.0.0.1:1", &state).await
+        };
+        let nowhere = Place { provider: "aws".into(), ..Place::default() };
+        assert_eq!(looked().await, nowhere);
+        host.state_dir("/etc").unwrap().write("machine-id", "0123456789abcdef\n").unwrap();
+        assert_eq!(looked().await.region, "eu-west-1");
+    }
 
     #[test]
     fn the_firmware_says_whose_machine_it_is() {

@@ -515,7 +515,7 @@ async fn a_cluster_whose_kubernetes_is_away_is_listed_with_the_reason_and_shown_
 }
 
 /// Waits for a line in an agent's log.
-async fn logged(agent: &Agent, wanted: &str) -> String {
+pub(crate) async fn logged(agent: &Agent, wanted: &str) -> String {
     let begun = Instant::now();
     loop {
         if let Some(line) = agent.log().lines().find(|l| l.contains(wanted)) {

@@ -14,7 +14,7 @@ use tokio::io::AsyncReadExt as _;
 
 use crate::agent::Agent;
 use crate::client::Person;
-use crate::control_plane::{ControlPlane, SimulatedAgent};
+use crate::control_plane::{ControlPlane, SimulatedAgent, logged};
 use crate::fake_control_plane::{free_port, identity};
 use crate::support::{RunOutput, Sandbox};
 use crate::world::{FakeControlPlane, TOKEN, serve_kube};
@@ -599,6 +599,10 @@ async fn a_metadata_service_that_is_away_or_wrong_delays_nobody_and_is_not_belie
         // of a second and a start; the answer that never comes would take for ever
         assert!(begun.elapsed() < Duration::from_secs(15), "{what}: {:?}", begun.elapsed());
         agent.until("READY=1");
+        let line = logged(&agent, "no metadata service").await;
+        let took = line.split_once("took_ms=").unwrap().1;
+        let digits: String = took.chars().take_while(char::is_ascii_digit).collect();
+        assert!(digits.parse::<u64>().unwrap() < 1500, "{what}: {line}");
         if let Some(metadata) = metadata {
             let calls = metadata.calls.lock().unwrap();
             assert!(

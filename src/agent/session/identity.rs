@@ -45,17 +45,27 @@ pub enum LoadedIdentity {
     Cloned,
 }
 
+/// What says which machine this is.
+const MACHINE_FILES: [&str; 2] = ["/etc/machine-id", "/run/pipeops/machine"];
+
 /// A digest that differs between a machine and its copies, of what an unprivileged process may
 /// read.
 pub fn machine_digest(host: &Host) -> String {
     let mut digest = Sha256::new();
     // the first command of the unit writes a digest of the firmware's serial number: a copied disk
     // does not contain it
-    for path in ["/etc/machine-id", "/run/pipeops/machine"] {
+    for path in MACHINE_FILES {
         digest.update(host.read(path).ok().flatten().unwrap_or_default().trim());
         digest.update([0]);
     }
     hex(&digest.finalize())
+}
+
+/// Whether anything says which machine this is: in a pod nothing may.
+pub fn is_machine_known(host: &Host) -> bool {
+    let has_text =
+        |path: &&str| host.read(path).ok().flatten().is_some_and(|t| !t.trim().is_empty());
+    MACHINE_FILES.iter().any(has_text)
 }
 
 impl Identity {
