@@ -149,7 +149,7 @@ impl AgentClients {
     /// A call of an agent's own API, with the whole answer. The path has no leading slash.
     ///
     /// # Errors
-    /// `agent_offline` when no whole answer comes.
+    /// `agent_offline` when no whole answer comes: lost, unless the agent was not reached at all.
     pub(super) async fn call(
         &self,
         request: http::request::Builder,
@@ -166,12 +166,16 @@ impl AgentClients {
         let request = request
             .map_err(|_| HttpError::new(500, "internal", "the request cannot be made", None))?;
         let whole = async {
-            let answer = self.pooled.request(request).await.ok()?;
+            let lost = || HttpError { lost: true, ..agent_offline() };
+            let answer = self.pooled.request(request).await;
+            let answer =
+                answer.map_err(|e| if e.is_connect() { agent_offline() } else { lost() })?;
             let status = answer.status();
-            let body =
-                Limited::new(answer.into_body(), MAX_ANSWER).collect().await.ok()?.to_bytes();
-            Some((status, serde_json::from_slice::<Value>(&body).ok()?))
+            let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+            let body = body.map_err(|_| lost())?.to_bytes();
+            Ok((status, serde_json::from_slice::<Value>(&body).map_err(|_| lost())?))
         };
-        tokio::time::timeout(TIMEOUT, whole).await.ok().flatten().ok_or_else(agent_offline)
+        let lost = || HttpError { lost: true, ..agent_offline() };
+        tokio::time::timeout(TIMEOUT, whole).await.unwrap_or_else(|_| Err(lost()))
     }
 }

@@ -7,6 +7,8 @@ pub struct HttpError {
     pub code: &'static str,
     pub message: String,
     pub hint: Option<&'static str>,
+    /// An agent may have done what was asked for all the same: no answer has come. Told to nobody.
+    pub lost: bool,
 }
 
 impl HttpError {
@@ -16,7 +18,7 @@ impl HttpError {
         message: impl Into<String>,
         hint: Option<&'static str>,
     ) -> HttpError {
-        HttpError { status, code, message: message.into(), hint }
+        HttpError { status, code, message: message.into(), hint, lost: false }
     }
 }
 

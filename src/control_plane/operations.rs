@@ -338,8 +338,10 @@ impl ControlPlane {
 
 /// The answer of an agent that accepts an operation.
 fn parse_operation(value: Value) -> Result<Operation, HttpError> {
-    serde_json::from_value(value)
-        .map_err(|_| HttpError::new(502, "bad_answer", "the agent's answer cannot be read", None))
+    serde_json::from_value(value).map_err(|_| {
+        let message = "the agent's answer cannot be read";
+        HttpError { lost: true, ..HttpError::new(502, "bad_answer", message, None) }
+    })
 }
 
 #[cfg(test)]
