@@ -16,8 +16,8 @@ use super::model::{AccessToken, JobRecord, JobRefusal, Limits};
 use super::operations::{OperationRequest, Submission};
 use super::registry::jobs::replayed;
 use super::registry::{ClusterTarget, Principal};
-use super::rollout::{RolloutRecord, RolloutState};
-use super::rollouts::{RolloutRequest, is_code};
+use super::rollout::{RolloutRecord, RolloutState, is_code};
+use super::rollouts::RolloutRequest;
 use super::scope::{TokenRequest, restrict};
 use super::state::ControlPlane;
 use crate::base::secret::Secret;
@@ -256,7 +256,7 @@ impl ControlPlane {
         let may_pass = if is_offline {
             !is_away && registry.may_come_back(&target.agent, record.created_at, now)
         } else {
-            registry.has_patience(record.created_at, now)
+            registry.has_patience(record.created_at, now, 0)
         };
         if !passes(refusal.status) || may_pass {
             return Err(refusal);
@@ -361,7 +361,7 @@ impl ControlPlane {
             Ok((status, value)) => rejected(status, &value),
             Err(error) => error.into(),
         };
-        let may_pass = passes(refusal.status) && registry.has_patience(record.expires_at, now);
+        let may_pass = passes(refusal.status) && registry.has_patience(record.expires_at, now, 0);
         Err(if may_pass { refusal } else { unknown() })
     }
 

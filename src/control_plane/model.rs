@@ -87,6 +87,9 @@ pub struct Agent {
 pub struct ClusterLabels {
     pub agent: String,
     pub labels: BTreeMap<String, String>,
+    /// When that agent registered first: one that was removed and registers again has none of them.
+    #[serde(default)]
+    pub registered_at: i64,
 }
 
 /// What a bearer of the Runner side may reach.

@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -12,8 +11,10 @@ use sha2::{Digest as _, Sha256};
 use super::error::{HttpError, database_unavailable};
 use super::operations::{MAX_TTL, OperationRequest, Submission};
 use super::registry::rollouts::{Sent, check_same};
-use super::registry::{Principal, parse_selector};
-use super::rollout::{RolloutCluster, RolloutRecord, RolloutState, waves};
+use super::registry::{ClusterView, Principal, parse_selector};
+use super::rollout::{
+    DELIVERY_UNKNOWN, RolloutCluster, RolloutRecord, RolloutState, is_code, waves,
+};
 use super::scope::{TokenRequest, checked_ttl, restrict};
 use super::state::ControlPlane;
 use crate::base::encoding::hex;
@@ -22,6 +23,8 @@ use crate::base::text::printable;
 use crate::contract::token::Role;
 use crate::contract::types::{OperationState, check_idempotency_key};
 
+/// An agent that is busy is asked again for so long at least, seconds.
+const BUSY: i64 = 600;
 /// The most clusters of one rollout.
 const MAX_CLUSTERS: usize = 2000;
 
@@ -71,6 +74,10 @@ impl ControlPlane {
         if restrict(principal, &TokenRequest::default())?.role < Role::Deployer {
             return Err(HttpError::new(403, "role_exceeded", "a viewer changes nothing", None));
         }
+        if !is_code(&request.kind) {
+            let message = "`kind` is that of an operation: restart, deploy and others";
+            return Err(HttpError::new(400, "bad_rollout", message, None));
+        }
         let ttl_s = request.ttl_s;
         ttl_s.map(|ttl| checked_ttl(Some(ttl), MAX_TTL, MAX_TTL)).transpose()?;
         let waves = request.waves.as_deref().unwrap_or("all");
@@ -112,6 +119,7 @@ impl ControlPlane {
             message: String::new(),
             created_at: now,
             finished_at: None,
+            paused_at: None,
             clusters,
         };
         let (record, is_new) = self.registry().add_rollout(record).await?;
@@ -132,29 +140,36 @@ impl ControlPlane {
             return Err(bad_rollout("a rollout takes one of `clusters`, `selector` and `all`"));
         }
         let selector = request.selector.as_deref().map(parse_selector).transpose()?;
-        let listed = request.clusters.clone();
-        let is_listed = listed.is_some();
-        let wanted = listed.unwrap_or_else(|| registry.select(principal, selector.as_ref(), now));
-        if wanted.len() > MAX_CLUSTERS {
-            let many = wanted.len();
-            return Err(bad_rollout(format!("{many} clusters: {MAX_CLUSTERS} are the most")));
+        let many =
+            |many: usize| bad_rollout(format!("{many} clusters: {MAX_CLUSTERS} are the most"));
+        let meant = match &request.clusters {
+            Some(list) if list.len() > MAX_CLUSTERS => return Err(many(list.len())),
+            Some(list) if list.is_empty() => {
+                return Err(bad_rollout("`clusters` names no cluster"));
+            }
+            Some(list) => registry.named(principal, list, now)?,
+            None => registry.meant(principal, selector.as_ref(), now),
+        };
+        if meant.len() > MAX_CLUSTERS {
+            return Err(many(meant.len()));
         }
         let (mut seen, mut clusters) = (BTreeSet::new(), Vec::new());
         let mut projects = BTreeSet::new();
-        for id in wanted {
-            let found = match self.rollout_cluster(principal, &id, now) {
-                // one that has gone since it was selected
-                Err(error) if error.status == 404 && !is_listed => continue,
-                found => found?,
-            };
-            let (cluster, project) = found;
-            if seen.insert(cluster.id.clone()) {
+        for ClusterView { id, name, project, agent_id, .. } in meant {
+            if seen.insert(id.clone()) {
                 projects.insert(project);
-                clusters.push(cluster);
+                clusters.push(RolloutCluster {
+                    id,
+                    name,
+                    agent: agent_id,
+                    wave: 1,
+                    operation: String::new(),
+                    sent_at: 0,
+                    state: None,
+                    reason: String::new(),
+                    message: String::new(),
+                });
             }
-        }
-        if clusters.is_empty() && is_listed {
-            return Err(bad_rollout("`clusters` names no cluster"));
         }
         if clusters.is_empty() {
             let message = match &request.selector {
@@ -166,33 +181,6 @@ impl ControlPlane {
         }
         let project = if projects.len() == 1 { projects.pop_first() } else { None };
         Ok((clusters, project.unwrap_or_default()))
-    }
-
-    /// A cluster within reach, and its project.
-    fn rollout_cluster(
-        &self,
-        principal: &Principal,
-        id: &str,
-        now: i64,
-    ) -> Result<(RolloutCluster, String), HttpError> {
-        let registry = self.registry();
-        if let Principal::AccessToken(access) = principal {
-            registry.check_access(access, id)?;
-        }
-        let target = registry.target(id, principal.project())?;
-        let view = registry.cluster(&target.cluster, principal.project(), now)?;
-        let cluster = RolloutCluster {
-            id: target.cluster,
-            name: view.name,
-            agent: target.agent,
-            wave: 1,
-            operation: String::new(),
-            sent_at: 0,
-            state: None,
-            reason: String::new(),
-            message: String::new(),
-        };
-        Ok((cluster, view.project))
     }
 
     /// Brings all rollouts as far as they go now.
@@ -220,12 +208,14 @@ impl ControlPlane {
                 control_plane.registry().end_sending(&record.id, &cluster.id, sent);
             });
         }
-        for cluster in record.clusters.iter().filter(|cluster| steps.cancel.contains(&cluster.id)) {
-            if let Some(operation) = registry.operation(&cluster.agent, &cluster.operation) {
-                let why = "its rollout was cancelled before the agent had it";
-                let state = OperationState::Cancelled;
-                // one that is being handed over is cancelled next time, or runs
-                let _ = registry.cancel_queued(operation, state, why, now).await;
+        if !steps.cancel.is_empty() {
+            let cancel: BTreeSet<String> = steps.cancel.into_iter().collect();
+            let cancel = record.clusters.iter().filter(|cluster| cancel.contains(&cluster.id));
+            let keys = cancel.map(|c| (c.agent.clone(), c.operation.clone())).collect();
+            // one that is being handed over is cancelled next time, or runs
+            let why = "its rollout was cancelled before the agent had it";
+            if let Err(error) = registry.cancel_all_queued(keys, why, now).await {
+                tracing::warn!(error = error.message, rollout = id, "what waits is not cancelled");
             }
         }
     }
@@ -269,6 +259,8 @@ impl ControlPlane {
         let Ok(target) = registry.target(&cluster.id, principal.project()) else {
             return Sent::Maybe;
         };
+        let own_time = spec["timeout_s"].as_i64().unwrap_or(0).clamp(0, MAX_TTL);
+        let busy = BUSY.max(own_time).max(record.ttl_s.unwrap_or(0));
         let request = OperationRequest { kind, spec, ttl_s: record.ttl_s };
         let key = record.key_of(&cluster.id);
         match self.submit_operation(&principal, &target, request, Some(&key), now).await {
@@ -277,44 +269,51 @@ impl ControlPlane {
                 // the agent's message may quote the request, and is shown to others than the caller
                 let code = value["code"].as_str().filter(|code| is_code(code)).unwrap_or("refused");
                 let message = format!("the agent refuses it: {code}");
-                self.judge(status, code, &message, cluster, now)
+                if self.is_asked_again(status.as_u16(), code, cluster, (busy, now)) {
+                    return Sent::Maybe;
+                }
+                refused(code, &message)
             }
-            Err(HttpError { status, code, message, .. }) => {
-                let status = StatusCode::from_u16(status).unwrap_or_default();
-                self.judge(status, code, &message, cluster, now)
+            Err(error) => {
+                let HttpError { status, code, message, lost, .. } = error;
+                if self.is_asked_again(status, code, cluster, (busy, now)) {
+                    // what could not be stored the agent may have, too
+                    let is_lost = lost || code == "database_unavailable";
+                    return if is_lost { Sent::Lost } else { Sent::Maybe };
+                }
+                let is_silence = status >= 500;
+                if lost || (is_silence && registry.may_have_arrived(&record.id, cluster)) {
+                    let message = "no answer of the agent came: whether it has received this is \
+                                   not known";
+                    return refused(DELIVERY_UNKNOWN, message);
+                }
+                refused(code, &message)
             }
         }
     }
 
-    /// Whether an answer stands, or the same is asked again in a moment.
-    fn judge(
+    /// Whether an answer does not stand, and the same is asked again in a moment; of an agent that
+    /// is busy, for `busy` seconds.
+    fn is_asked_again(
         &self,
-        status: StatusCode,
+        status: u16,
         code: &str,
-        message: &str,
         cluster: &RolloutCluster,
-        now: i64,
-    ) -> Sent {
+        (busy, now): (i64, i64),
+    ) -> bool {
         let registry = self.registry();
-        let again = match code {
-            "database_unavailable" => true,
-            "agent_offline" => registry.may_come_back(&cluster.agent, cluster.sent_at, now),
+        match (status, code) {
+            (_, "database_unavailable") => true,
+            (_, "agent_offline") => registry.may_come_back(&cluster.agent, cluster.sent_at, now),
+            (429, _) => registry.has_patience(cluster.sent_at, now, busy),
             // 401: the clocks differ at the moment, or its keys are not there yet
-            _ => {
-                let passes = status.is_server_error() || matches!(status.as_u16(), 401 | 408 | 429);
-                passes && registry.has_patience(cluster.sent_at, now)
-            }
-        };
-        if again { Sent::Maybe } else { Sent::Refused(code.into(), message.into()) }
+            (401 | 408 | 500.., _) => registry.has_patience(cluster.sent_at, now, 0),
+            _ => false,
+        }
     }
 }
 
 fn check_waves(text: &str, clusters: usize) -> Result<Vec<usize>, HttpError> {
     let hint = "as in 1,10%,all: a number of clusters, a part of all, the rest";
     waves::sizes(text, clusters).map_err(|why| HttpError::new(400, "bad_waves", why, Some(hint)))
-}
-
-pub(super) fn is_code(text: &str) -> bool {
-    (1..=40).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b.is_ascii_digit())
 }

@@ -32,6 +32,8 @@ struct Played {
     operations: Mutex<BTreeMap<String, Value>>,
     /// Names of clusters whose operations fail.
     failing: Mutex<BTreeSet<String>>,
+    /// Names of clusters whose agents take what they are sent, and never answer.
+    mute: Mutex<BTreeSet<String>>,
 }
 
 struct Player {
@@ -185,6 +187,10 @@ async fn answer(
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
     let claims = claims(token.trim_start_matches("Bearer "));
+    let is_mute = player.played.mute.lock().unwrap().contains(&player.name);
+    if is_mute && asked == "POST /api/v1/operations" {
+        std::future::pending::<()>().await;
+    }
     let (status, answer) = match asked.as_str() {
         "POST /api/v1/operations" => player.begin(&key, &claims, &body["kind"]),
         "GET /healthz" => (200, json!({})),
@@ -332,6 +338,9 @@ async fn what_is_asked_wrongly_begins_nothing_and_what_goes_wrong_is_told() {
         (json!({"all": false}), 400, "bad_rollout"),
         (json!({"all": true, "selector": "env=prod"}), 400, "bad_rollout"),
         (json!({"all": true, "clusters": ["a"]}), 400, "bad_rollout"),
+        (json!({"all": true, "kind": ""}), 400, "bad_rollout"),
+        (json!({"all": true, "kind": "Restart it"}), 400, "bad_rollout"),
+        (json!({"all": true, "kind": "x".repeat(41)}), 400, "bad_rollout"),
         (json!({"selector": ""}), 400, "bad_selector"),
         (json!({"selector": "env=prod tier=web"}), 400, "bad_selector"),
         (json!({"selector": "env=nowhere"}), 400, "no_cluster_matches"),
@@ -402,6 +411,29 @@ async fn what_is_asked_wrongly_begins_nothing_and_what_goes_wrong_is_told() {
     let all = control_plane.get("/api/v1/rollouts", &control_plane.admin).await.to_string();
     assert!(!all.contains("\"object\"") && !all.contains("\"spec\""), "{all}");
     assert!(fleet.done(&id).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_an_answer_is_lost_nobody_says_that_nothing_was_changed() {
+    let control_plane = ControlPlane::with(&[]);
+    let mut fleet = Fleet::new(&control_plane, &[("a".into(), "prod")]).await;
+    fleet.connect(|_| true).await;
+    fleet.played.mute.lock().unwrap().insert("a".into());
+    // it is not waited for: it stops
+    let agent = &fleet.players[0].registered;
+    let path = format!("/api/v1/agents/{}/heartbeat", agent.agent_id);
+    let beat = json!({"seq": 1, "state": "draining"});
+    control_plane.json("POST", &path, agent.credential.expose(), beat).await;
+    let body = json!({"kind": "restart", "spec": {}, "all": true});
+    let (status, taken) = begin(&control_plane, &control_plane.admin, "k", &body).await;
+    assert_eq!(status, 202, "{taken}");
+    let ended = until(&control_plane, taken["id"].as_str().unwrap(), is("failed")).await;
+    let cluster = &ended["clusters"][0];
+    assert_eq!(
+        (&cluster["state"], &cluster["reason"]),
+        (&json!("interrupted"), &json!("delivery_unknown")),
+        "{ended}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

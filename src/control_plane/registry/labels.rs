@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use tokio_util::sync::CancellationToken;
 
-use super::{ClusterView, HttpError, Inner, Principal, Registry, not_found};
+use super::{ClusterView, HttpError, Inner, Principal, Registry, name_ambiguous, not_found};
 use crate::contract::selector::{FACTS, MAX_LABELS, Selector, check_label};
 use crate::control_plane::model::{Agent, ClusterLabels, Liveness};
 use crate::control_plane::store::{Change, RowKind, Store};
@@ -45,7 +45,11 @@ pub(super) fn labels_change(row: &Agent) -> anyhow::Result<Change> {
     if row.labels.is_empty() {
         return Ok(Change::remove(RowKind::Labels, &row.id));
     }
-    let labels = ClusterLabels { agent: row.id.clone(), labels: row.labels.clone() };
+    let labels = ClusterLabels {
+        agent: row.id.clone(),
+        labels: row.labels.clone(),
+        registered_at: row.registered_at,
+    };
     Change::put(RowKind::Labels, &row.id, &labels)
 }
 
@@ -71,19 +75,20 @@ impl Registry {
                 }
             }
             check_labels(&changed)?;
-            let former = std::mem::replace(&mut entry.row.labels, changed);
-            let changes =
-                if former == entry.row.labels { None } else { Some(labels_change(&entry.row)?) };
-            Ok::<_, HttpError>((changes.into_iter().collect(), (id, former)))
+            let former = std::mem::replace(&mut entry.row.labels, changed.clone());
+            let changes = if former == changed { None } else { Some(labels_change(&entry.row)?) };
+            Ok::<_, HttpError>((changes.into_iter().collect(), (id, former, changed)))
         };
-        let undo = |inner: &mut Inner, (id, former): (String, BTreeMap<String, String>)| {
-            if let Some(entry) = inner.agents.get_mut(&id) {
+        type Changed = (String, BTreeMap<String, String>, BTreeMap<String, String>);
+        let undo = |inner: &mut Inner, (id, former, changed): Changed| {
+            // what was changed since may have been written
+            let entry = inner.agents.get_mut(&id).filter(|entry| entry.row.labels == changed);
+            if let Some(entry) = entry {
                 entry.row.labels = former;
+                inner.end_unreached(&id);
             }
         };
-        let done = |inner: &mut Inner, (id, _): (String, BTreeMap<String, String>)| {
-            inner.end_unreached(&id);
-        };
+        let done = |inner: &mut Inner, (id, ..): Changed| inner.end_unreached(&id);
         self.transact(change, undo, done).await
     }
 
@@ -112,20 +117,58 @@ impl Registry {
         selector: Option<&Selector>,
         now: i64,
     ) -> Vec<String> {
+        self.meant(principal, selector, now).into_iter().map(|c| c.id).collect()
+    }
+
+    /// The same as they are shown.
+    pub(in crate::control_plane) fn meant(
+        &self,
+        principal: &Principal,
+        selector: Option<&Selector>,
+        now: i64,
+    ) -> Vec<ClusterView> {
         let mut found = self.reached(principal, now);
         found.retain(|c| c.state != Liveness::Revoked && selector.is_none_or(|s| c.is_meant(s)));
         found.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
-        found.into_iter().map(|c| c.id).collect()
+        found
+    }
+
+    /// Clusters that a principal reaches, by their ids or names, in the order of the list.
+    ///
+    /// # Errors
+    /// 404; 409 for a name that several have.
+    pub(in crate::control_plane) fn named(
+        &self,
+        principal: &Principal,
+        list: &[String],
+        now: i64,
+    ) -> Result<Vec<ClusterView>, HttpError> {
+        let reached = self.meant(principal, None, now);
+        let (mut ids, mut names) = (BTreeMap::new(), BTreeMap::<&str, Vec<&ClusterView>>::new());
+        for cluster in &reached {
+            ids.insert(cluster.id.as_str(), cluster);
+            names.entry(&cluster.name).or_default().push(cluster);
+        }
+        let find = |wanted: &String| match (ids.get(wanted.as_str()), names.get(wanted.as_str())) {
+            (Some(cluster), _) => Ok((*cluster).clone()),
+            (None, Some(named)) => match named[..] {
+                [cluster] => Ok(cluster.clone()),
+                _ => Err(name_ambiguous(wanted, named.len())),
+            },
+            (None, None) => Err(not_found("cluster", wanted)),
+        };
+        list.iter().map(find).collect()
     }
 }
 
 impl Inner {
     /// Labels that were set before this start. Those of an agent that a version before labels has
-    /// removed are nobody's.
+    /// removed are nobody's, also where it has registered anew.
     pub(super) async fn load_labels(&mut self, store: &Store) -> anyhow::Result<()> {
         let mut left = Vec::new();
         for row in store.all::<ClusterLabels>(RowKind::Labels).await? {
-            match self.agents.get_mut(&row.agent) {
+            let entry = self.agents.get_mut(&row.agent);
+            match entry.filter(|entry| entry.row.registered_at == row.registered_at) {
                 Some(entry) => entry.row.labels = row.labels,
                 None => left.push(Change::remove(RowKind::Labels, &row.agent)),
             }
@@ -304,12 +347,18 @@ mod tests {
         // a version before labels writes the agent's row without them
         let row = registry.inner().agents["a-1"].row.clone();
         let before = Change::put(RowKind::Agent, "a-1", &row).unwrap();
-        let nobodys = ClusterLabels { agent: "a-9".into(), labels: labels(&[("env", "prod")]) };
-        let nobodys = Change::put(RowKind::Labels, "a-9", &nobodys).unwrap();
-        registry.store.write(vec![before, nobodys]).await.unwrap();
+        let nobodys = |agent: &str| {
+            let labels = labels(&[("env", "prod")]);
+            let row = ClusterLabels { agent: agent.into(), labels, registered_at: 1 };
+            Change::put(RowKind::Labels, agent, &row).unwrap()
+        };
+        // nor are those of before it was removed and registered again under such a version
+        let changes_of_before = vec![before, nobodys("a-9"), nobodys("a-2")];
+        registry.store.write(changes_of_before).await.unwrap();
         let store = registry.store.clone();
         let registry = Registry::load(store.clone(), None, 0).await.unwrap();
         assert_eq!(shown(&registry).0, all);
+        assert!(registry.cluster("c-2", None, 101).unwrap().labels_set.is_empty());
         let kept = async || store.all::<ClusterLabels>(RowKind::Labels).await.unwrap().len();
         assert_eq!(kept().await, 1);
         registry.set_labels("c-1", changes(&[("env", None), ("team", None)])).await.unwrap();

@@ -17,7 +17,7 @@ mod principal;
 pub mod rollouts;
 mod transact;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -61,6 +61,8 @@ struct Inner {
     jobs: BTreeMap<String, JobRecord>,
     rollouts: BTreeMap<String, Arc<RolloutRecord>>,
     sending: rollouts::Sending,
+    /// Rollout and cluster of what this process has sent first, and certainly nobody has received.
+    unreceived: BTreeSet<(String, String)>,
     /// Hash of a token → kind and id of its row.
     tokens: HashMap<String, (RowKind, String)>,
 }
@@ -96,6 +98,11 @@ fn mint_token(keys: &Keys, prefix: &str) -> Result<(Secret, String), HttpError> 
         Secret::new(format!("{prefix}_{}", random_token().map_err(|e| database_unavailable(&e))?));
     let hash = keys.token_hash(token.expose());
     Ok((token, hash))
+}
+
+fn name_ambiguous(name: &str, many: usize) -> HttpError {
+    let message = format!("{many} clusters are called {name}");
+    HttpError::new(409, "name_ambiguous", message, Some("use the id"))
 }
 
 impl Registry {
@@ -223,12 +230,7 @@ impl Inner {
         match named[..] {
             [entry] => Ok(entry),
             [] => Err(not_found("cluster", id)),
-            _ => Err(HttpError::new(
-                409,
-                "name_ambiguous",
-                format!("{} clusters are called {id}", named.len()),
-                Some("use the id"),
-            )),
+            _ => Err(name_ambiguous(id, named.len())),
         }
     }
 

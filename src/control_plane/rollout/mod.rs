@@ -11,7 +11,7 @@ use super::clock::rfc3339;
 use super::model::Limits;
 use crate::contract::types::{OperationState, tenant_operation_id};
 
-pub use state_machine::{Seen, Steps, advance};
+pub use state_machine::{DELIVERY_UNKNOWN, Seen, Steps, advance, is_unchanged};
 
 /// Longest message that is kept of a cluster's operation, characters.
 const MAX_MESSAGE: usize = 200;
@@ -29,6 +29,9 @@ pub enum RolloutState {
     Failed,
     /// Nothing more is sent; what runs ends by itself.
     Cancelled,
+    /// One that this version does not know: it is shown, and left to a later version.
+    #[serde(other)]
+    Unknown,
 }
 
 /// A rollout as it is stored.
@@ -58,6 +61,9 @@ pub struct RolloutRecord {
     pub created_at: i64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<i64>,
+    /// When it was paused last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_at: Option<i64>,
     /// All that it was asked for, fixed then.
     pub clusters: Vec<RolloutCluster>,
 }
@@ -95,8 +101,12 @@ impl RolloutCluster {
         // one that this version does not know: it may have had its effect or not
         let is_known = state != OperationState::Unknown;
         self.state = Some(if is_known { state } else { OperationState::Interrupted });
+        // it is the agent's word: what is no code is not kept
+        let reason = if is_code(reason) { reason } else { "" };
         reason.clone_into(&mut self.reason);
-        self.message = message.chars().take(MAX_MESSAGE).collect();
+        // one line: it stands among others
+        let shown = message.chars().map(|c| if c.is_control() { ' ' } else { c });
+        self.message = shown.take(MAX_MESSAGE).collect();
     }
 
     fn state_name(&self) -> &'static str {
@@ -134,10 +144,15 @@ impl RolloutRecord {
         matches!(self.state, RolloutState::Running | RolloutState::Paused)
     }
 
-    /// Paused, and nothing of it is under way.
+    /// Paused, and nothing of it is known to be under way.
     pub fn rests(&self) -> bool {
         self.state == RolloutState::Paused
-            && self.clusters.iter().all(|c| c.ended() || c.operation.is_empty())
+            && self.clusters.iter().all(|c| c.ended() || c.state.is_none())
+    }
+
+    /// Paused, and nothing that was sent may show up.
+    pub fn is_idle(&self) -> bool {
+        self.rests() && self.clusters.iter().all(|c| c.ended() || c.operation.is_empty())
     }
 
     /// Sends no more. False where that is so already.
@@ -146,6 +161,7 @@ impl RolloutRecord {
         if goes_on {
             self.state = RolloutState::Cancelled;
             why.clone_into(&mut self.message);
+            self.sealed = None;
         }
         goes_on
     }
@@ -247,6 +263,12 @@ impl RolloutCluster {
         }
         view
     }
+}
+
+/// Whether a text is in the form of a code or kind: up to 40 lower-case letters, digits and `_`.
+pub fn is_code(text: &str) -> bool {
+    (1..=40).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b.is_ascii_digit())
 }
 
 #[cfg(test)]

@@ -6,9 +6,15 @@ use std::collections::BTreeSet;
 use super::{RolloutCluster, RolloutRecord, RolloutState};
 use crate::contract::types::OperationState;
 
-/// Most operations that are being sent at once, and that are cancelled by one look.
+/// Most operations that are being sent at once.
 pub(super) const MAX_AT_ONCE: usize = 32;
 
+/// An operation that was sent so long ago and that nobody knows any more has ended and was
+/// forgotten, seconds: records of operations are kept for a week.
+pub(super) const FORGOTTEN: i64 = 6 * 86_400;
+
+/// Why an operation has no end that is known.
+pub const DELIVERY_UNKNOWN: &str = "delivery_unknown";
 /// Why a rollout is cancelled whose caller may do nothing any more.
 const CALLER_REVOKED: &str = "caller_revoked";
 
@@ -47,7 +53,7 @@ pub fn advance(
     now: i64,
 ) -> Steps {
     let mut steps = Steps::default();
-    if record.finished_at.is_some() {
+    if record.finished_at.is_some() || record.state == RolloutState::Unknown {
         return steps;
     }
     if !caller_may {
@@ -65,7 +71,7 @@ pub fn advance(
             Seen::Sending => sending += 1,
             Seen::Operation(state, ..) if !state.ended() => cluster.state = Some(state),
             Seen::Away => cluster.state = Some(OperationState::Queued),
-            Seen::Nothing if !is_cancelled => {
+            Seen::Nothing if !is_cancelled && !is_forgotten(cluster, now) => {
                 cluster.state = None;
                 waiting.push(place);
             }
@@ -82,13 +88,13 @@ pub fn advance(
             busy.insert(cluster.wave);
         }
         let is_queued = cluster.state == Some(OperationState::Queued);
-        if is_cancelled && is_queued && steps.cancel.len() < MAX_AT_ONCE {
+        if is_cancelled && is_queued {
             steps.cancel.push(cluster.id.clone());
         }
     }
     if let (Some(place), RolloutState::Running, false) = (failed, record.state, waiting.is_empty())
     {
-        record.state = RolloutState::Paused;
+        (record.state, record.paused_at) = (RolloutState::Paused, Some(now));
         record.message = pause_message(&record.clusters[place], waiting.len());
     }
     // what waited is gone: there is nothing to resume
@@ -98,8 +104,10 @@ pub fn advance(
     if record.state == RolloutState::Running {
         let next = waiting.iter().map(|place| record.clusters[*place].wave).min();
         let next = next.filter(|wave| !busy.contains(&(wave - 1)));
-        let due = waiting.into_iter().filter(|place| Some(record.clusters[*place].wave) == next);
-        for place in due.take(MAX_AT_ONCE.saturating_sub(sending)).collect::<Vec<_>>() {
+        waiting.retain(|place| Some(record.clusters[*place].wave) == next);
+        // those whose agents are busy, and are tried again, keep nobody waiting
+        waiting.sort_by_key(|place| !record.clusters[*place].operation.is_empty());
+        for place in waiting.into_iter().take(MAX_AT_ONCE.saturating_sub(sending)) {
             let operation = record.operation_of(&record.clusters[place].id);
             let cluster = &mut record.clusters[place];
             if cluster.operation.is_empty() {
@@ -116,6 +124,31 @@ pub fn advance(
     steps
 }
 
+fn is_forgotten(cluster: &RolloutCluster, now: i64) -> bool {
+    !cluster.operation.is_empty() && cluster.sent_at + FORGOTTEN <= now
+}
+
+/// Whether a look finds all as the one before has left it, with nothing to do.
+pub fn is_unchanged(
+    record: &RolloutRecord,
+    caller_may: bool,
+    seen: &dyn Fn(&RolloutCluster) -> Seen,
+    now: i64,
+) -> bool {
+    let is_paused = record.state == RolloutState::Paused;
+    let is_known = is_paused || (record.state == RolloutState::Running);
+    let mut open = record.clusters.iter().filter(|cluster| !cluster.ended()).peekable();
+    is_known
+        && caller_may
+        && open.peek().is_some()
+        && open.all(|cluster| match seen(cluster) {
+            Seen::Operation(state, ..) => cluster.state == Some(state) && !state.ended(),
+            Seen::Away => cluster.state == Some(OperationState::Queued),
+            Seen::Nothing => is_paused && cluster.state.is_none() && !is_forgotten(cluster, now),
+            _ => false,
+        })
+}
+
 /// Ends a cluster's part in it.
 fn end(cluster: &mut RolloutCluster, seen: Seen, is_cancelled: bool) {
     use OperationState::{Cancelled, Failed, Interrupted, Queued};
@@ -124,7 +157,10 @@ fn end(cluster: &mut RolloutCluster, seen: Seen, is_cancelled: bool) {
     let is_unsent = cluster.operation.is_empty();
     match seen {
         Seen::Operation(state, reason, message) => cluster.end(state, &reason, &message),
-        Seen::Refused(reason, message) => cluster.end(Failed, &reason, &message),
+        Seen::Refused(reason, message) => {
+            let state = if reason == DELIVERY_UNKNOWN { Interrupted } else { Failed };
+            cluster.end(state, &reason, &message);
+        }
         _ if is_cancelled && is_unsent => cluster.end(Cancelled, "", "not sent any more"),
         Seen::Gone if had_none => {
             cluster.end(Failed, "cluster_gone", "the cluster was removed or revoked before");
@@ -136,7 +172,7 @@ fn end(cluster: &mut RolloutCluster, seen: Seen, is_cancelled: bool) {
         }
         _ => {
             let message = "whether the agent has received it is not known: look at the cluster";
-            cluster.end(Interrupted, "delivery_unknown", message);
+            cluster.end(Interrupted, DELIVERY_UNKNOWN, message);
         }
     }
 }

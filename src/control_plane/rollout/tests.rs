@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::state_machine::MAX_AT_ONCE;
+use super::state_machine::{FORGOTTEN, MAX_AT_ONCE};
 use super::*;
 use crate::contract::token::Role;
 use OperationState::{Cancelled, Expired, Failed, Interrupted, Queued, Running, Succeeded};
@@ -12,6 +12,8 @@ use OperationState::{Cancelled, Expired, Failed, Interrupted, Queued, Running, S
 enum At {
     Sending,
     Refused,
+    /// It was handed over, and no answer came.
+    Lost,
     Gone,
     /// Queued, and the agent is offline.
     Away,
@@ -21,6 +23,10 @@ enum At {
 /// A rollout over clusters `c1`, `c2`, … and what is known of their operations.
 struct World {
     record: RolloutRecord,
+    /// As it was written last.
+    stored: RolloutRecord,
+    /// The last look found nothing new.
+    was_unchanged: bool,
     at: BTreeMap<String, At>,
     caller_may: bool,
     now: i64,
@@ -53,9 +59,11 @@ fn world(waves: &[usize]) -> World {
         message: String::new(),
         created_at: 1,
         finished_at: None,
+        paused_at: None,
         clusters: clusters.enumerate().map(cluster).collect(),
     };
-    World { record, at: BTreeMap::new(), caller_may: true, now: 1 }
+    let (stored, at) = (record.clone(), BTreeMap::new());
+    World { record, stored, was_unchanged: false, at, caller_may: true, now: 1 }
 }
 
 impl World {
@@ -67,6 +75,7 @@ impl World {
             None => Seen::Nothing,
             Some(At::Sending) => Seen::Sending,
             Some(At::Refused) => Seen::Refused("conflict".into(), "no".into()),
+            Some(At::Lost) => Seen::Refused(DELIVERY_UNKNOWN.into(), "no answer".into()),
             Some(At::Gone) => Seen::Gone,
             Some(At::Away) => Seen::Away,
             Some(At::Is(state)) if *state == Failed => {
@@ -74,7 +83,16 @@ impl World {
             }
             Some(At::Is(state)) => Seen::Operation(*state, String::new(), String::new()),
         };
+        let text = |record: &RolloutRecord| serde_json::to_string(record).unwrap();
+        let former = text(&self.record);
+        self.was_unchanged = is_unchanged(&self.record, self.caller_may, &seen, self.now);
         let steps = advance(&mut self.record, self.caller_may, &seen, self.now);
+        if self.was_unchanged {
+            assert_eq!((&steps, text(&self.record)), (&Steps::default(), former));
+        }
+        if steps.changed {
+            self.stored = self.record.clone();
+        }
         for id in &steps.send {
             self.at.insert(id.clone(), At::Sending);
         }
@@ -96,7 +114,7 @@ impl World {
 
     /// The process is killed, and another one reads what was stored last.
     fn killed(&mut self) {
-        let text = serde_json::to_string(&self.record).unwrap();
+        let text = serde_json::to_string(&self.stored).unwrap();
         self.record = serde_json::from_str(&text).unwrap();
         self.at.retain(|_, at| *at != At::Sending && *at != At::Refused);
     }
@@ -139,6 +157,7 @@ fn the_first_failure_pauses_while_clusters_wait() {
         (At::Is(Expired), "eu-1: expired; 2 clusters wait"),
         (At::Is(Cancelled), "eu-1: cancelled; 2 clusters wait"),
         (At::Refused, "eu-1: conflict: no; 2 clusters wait"),
+        (At::Lost, "eu-1: delivery_unknown: no answer; 2 clusters wait"),
         (At::Gone, "eu-1: cluster_gone: the cluster was removed or revoked"),
     ] {
         let mut world = world(&[2, 2]);
@@ -148,6 +167,7 @@ fn the_first_failure_pauses_while_clusters_wait() {
         let steps = world.step();
         assert!(steps.changed && steps.send.is_empty(), "{at:?}");
         assert_eq!(world.record.state, RolloutState::Paused, "{at:?}");
+        assert_eq!(world.record.paused_at, Some(world.now));
         assert!(world.record.message.starts_with(said), "{}", world.record.message);
         // what runs ends; nothing more is sent
         world.set(&["c2"], At::Is(Succeeded));
@@ -197,6 +217,8 @@ fn those_that_are_offline_catch_up_while_later_waves_run() {
     world.set(&["c5"], At::Is(Succeeded));
     world.step();
     assert_eq!(world.record.state, RolloutState::Running);
+    world.step();
+    assert!(world.was_unchanged);
     world.set(&["c1"], At::Is(Succeeded));
     world.step();
     assert_eq!(world.record.state, RolloutState::Succeeded);
@@ -222,6 +244,56 @@ fn so_many_are_sent_at_once_and_no_more() {
     assert_eq!(world.step().send.len(), 2);
     world.set(&["c3"], At::Is(Succeeded));
     assert_eq!(world.step().send.len(), 1);
+    // agents that are busy are asked again after those that were not asked yet
+    let mut world = self::world(&[MAX_AT_ONCE + 3]);
+    world.step();
+    world.at.clear();
+    let again = world.step().send;
+    assert_eq!((again.len(), again[..4].join(" ")), (MAX_AT_ONCE, "c33 c34 c35 c1".into()));
+    // and what is queued is cancelled at once, however much it is
+    let ids: Vec<&str> = world.record.clusters.iter().map(|c| &*c.id).collect();
+    world.at = ids.iter().map(|id| ((*id).to_owned(), At::Away)).collect();
+    world.step();
+    world.record.cancel("cancelled by user:eve");
+    assert_eq!(world.step().cancel.len(), MAX_AT_ONCE + 3);
+}
+
+#[test]
+fn what_nobody_knows_any_more_is_not_sent_a_second_time() {
+    for state in [None, Some(Running), Some(Queued)] {
+        let mut world = world(&[1, 1]);
+        world.step();
+        world.record.clusters[0].state = state;
+        world.at.clear();
+        world.now += FORGOTTEN - 2;
+        assert_eq!(world.sends(), "c1", "{state:?}");
+        world.at.clear();
+        assert_eq!(world.sends(), "");
+        let first = &world.record.clusters[0];
+        assert_eq!((first.state, &*first.reason), (Some(Interrupted), DELIVERY_UNKNOWN));
+        assert_eq!(world.record.state, RolloutState::Paused);
+    }
+}
+
+#[test]
+fn an_agents_words_are_a_code_and_one_short_line() {
+    let mut cluster = world(&[1]).record.clusters.remove(0);
+    for reason in ["x".repeat(1 << 20), "no\ncode".into(), "No Code".into()] {
+        cluster.end(Failed, &reason, &format!("exits\nwith 1{}", " ".repeat(1 << 20)));
+        assert_eq!((&*cluster.reason, cluster.cause()), ("", "failed"));
+        assert!(cluster.message.starts_with("exits with 1") && cluster.message.len() == 200);
+    }
+}
+
+#[test]
+fn a_state_of_a_later_version_is_left_alone() {
+    let mut world = world(&[1]);
+    let mut row = json!(world.record);
+    row["state"] = "asleep".into();
+    world.record = serde_json::from_value(row).unwrap();
+    assert_eq!(world.record.state, RolloutState::Unknown);
+    assert_eq!(world.step(), Steps::default());
+    assert!(!world.record.rests() && !world.record.cancel("x") && !world.record.resume());
 }
 
 #[test]
@@ -233,6 +305,7 @@ fn one_that_is_cancelled_sends_no_more_and_what_runs_ends_by_itself() {
     world.set(&["c3"], At::Is(Queued));
     world.step();
     assert!(world.record.cancel("cancelled by user:eve") && !world.record.cancel("again"));
+    assert_eq!(world.record.sealed, None);
     let steps = world.step();
     assert_eq!((steps.send.len(), steps.cancel.join(" ")), (0, "c2 c3".into()));
     assert_eq!(world.states(), "running queued queued cancelled");
@@ -322,6 +395,7 @@ fn a_kill_between_any_two_writes_changes_nothing() {
     world.killed();
     world.set(&["c1"], At::Is(Failed));
     assert_eq!((world.sends(), world.record.state), (String::new(), RolloutState::Paused));
+    assert!(world.record.rests() && !world.record.is_idle());
     world.record.cancel("cancelled by r-1");
     world.step();
     assert_eq!(world.states(), "failed interrupted cancelled");

@@ -97,6 +97,8 @@ async fn cancel(
     if find(&control_plane, &caller.principal, &id)?.goes_on() {
         let why = format!("cancelled by {}", caller.principal.subject());
         control_plane.registry().change_rollout(&id, |record| record.cancel(&why)).await?;
+        // the first look cancels what is queued, the second one tells it
+        control_plane.drive_rollout(&id, now()).await;
         control_plane.drive_rollout(&id, now()).await;
     }
     show(caller, State(control_plane), PathSegments([id])).await
@@ -167,6 +169,7 @@ mod tests {
             message: String::new(),
             created_at: 0,
             finished_at: None,
+            paused_at: None,
             clusters: Vec::new(),
         };
         let own = record(&principal(&access));
@@ -179,7 +182,7 @@ mod tests {
         let only = || Some(vec!["c-1".to_owned()]);
         for (other, seen) in [
             (access.clone(), true),
-            (AccessToken { id: "r-3".into(), ..access.clone() }, false),
+            (AccessToken { id: "r-3".into(), ..access }, false),
             (operator.clone(), true),
             (AccessToken { project: "p-2".into(), ..operator.clone() }, false),
             (AccessToken { clusters: only(), ..operator.clone() }, false),

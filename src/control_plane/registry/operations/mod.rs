@@ -88,13 +88,13 @@ impl Registry {
         found
     }
 
-    /// The longest waiting operation of each agent.
+    /// The longest waiting operation of each agent, but for those of rollouts that are paused.
     pub fn oldest_queued(&self) -> Vec<OperationRecord> {
         let inner = self.inner();
         let mut first: BTreeMap<&str, &OperationRecord> = BTreeMap::new();
-        for record in
-            inner.operations.values().filter(|j| j.operation.state == OperationState::Queued)
-        {
+        let queued =
+            inner.operations.values().filter(|j| j.operation.state == OperationState::Queued);
+        for record in queued.filter(|record| !inner.is_held(record)) {
             let kept = first.entry(&record.agent).or_insert(record);
             if record.asked_ms < kept.asked_ms {
                 *kept = record;
@@ -125,12 +125,14 @@ impl Registry {
     }
 
     /// Marks a queued operation as being passed to its agent, until [`Registry::end_delivery`].
-    /// False when it is no longer queued.
+    /// False when it is no longer queued, or is held.
     pub fn begin_delivery(&self, record: &OperationRecord) -> bool {
         let mut inner = self.inner();
         let key = key_of(record);
-        let waits =
-            inner.operations.get(&key).is_some_and(|j| j.operation.state == OperationState::Queued);
+        let waits = inner
+            .operations
+            .get(&key)
+            .is_some_and(|j| j.operation.state == OperationState::Queued && !inner.is_held(j));
         waits && inner.delivering.insert(key)
     }
 
@@ -257,6 +259,46 @@ impl Registry {
     ) -> Result<(), HttpError> {
         record.end(state, message, now);
         self.write_operation(record, true, now).await
+    }
+
+    /// Ends queued operations, by agent and id, in one commit: but for those that are being passed
+    /// to their agents.
+    ///
+    /// # Errors
+    /// A database that cannot be written: then nothing changes.
+    pub async fn cancel_all_queued(
+        &self,
+        keys: Vec<(String, String)>,
+        message: &str,
+        now: i64,
+    ) -> Result<(), HttpError> {
+        let change = |inner: &mut Inner| {
+            let (mut changes, mut ended) = (Vec::new(), Vec::new());
+            for key in keys.iter().filter(|key| !inner.delivering.contains(*key)) {
+                let queued = inner.operations.get(key);
+                let queued = queued.filter(|j| j.operation.state == OperationState::Queued);
+                let (Some(former), Some(agent)) = (queued, inner.agents.get(&key.0)) else {
+                    continue;
+                };
+                let mut record = former.clone();
+                record.end(OperationState::Cancelled, message, now);
+                changes.push(put_change(&record)?);
+                changes.extend(self.event(&agent.row, Topic::Finished(&record.operation), now));
+                ended.push((former.clone(), record));
+            }
+            let mut formers = Vec::new();
+            for (former, record) in ended {
+                inner.insert_operation(record);
+                formers.push(former);
+            }
+            Ok::<_, HttpError>((changes, formers))
+        };
+        let undo = |inner: &mut Inner, formers: Vec<OperationRecord>| {
+            formers.into_iter().for_each(|former| inner.insert_operation(former));
+        };
+        self.transact(change, undo, |_, _| ()).await?;
+        self.operation_ended.notify_waiters();
+        Ok(())
     }
 
     /// Ends an operation at once.

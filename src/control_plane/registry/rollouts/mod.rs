@@ -5,20 +5,32 @@ use std::sync::Arc;
 
 use super::{HttpError, Inner, Registry, not_found};
 use crate::contract::types::OperationState;
-use crate::control_plane::model::Liveness;
-use crate::control_plane::rollout::{RolloutCluster, RolloutRecord, Seen, Steps, advance};
+use crate::control_plane::model::{Liveness, OperationRecord};
+use crate::control_plane::rollout::{
+    RolloutCluster, RolloutRecord, RolloutState, Seen, Steps, advance, is_unchanged,
+};
 use crate::control_plane::store::{Change, RowKind};
 
-/// The most of a project that have not ended, and of one tenant: each keeps what was asked for.
-const MAX_UNFINISHED: usize = 32;
-const MAX_UNFINISHED_OF_TENANT: usize = 8;
+/// The most of a project that have not ended: each keeps what was asked for.
+const MAX_UNFINISHED: Shares = Shares { all: 32, tenants: 24, tenant: 8, caller: 16 };
 /// How long ended ones are kept, and paused ones wait for somebody, seconds.
 const RETENTION: i64 = 30 * 86_400;
-/// The most clusters of all ended rollouts of a project together: the oldest ones go before.
-const MAX_ENDED_CLUSTERS: usize = 50_000;
+/// The most clusters of all ended rollouts of a project together, each of which counts as so many
+/// more: the oldest ones go before.
+const MAX_ENDED: Shares = Shares { all: 50_000, tenants: 37_500, tenant: 12_500, caller: 25_000 };
+const WEIGHT: usize = 25;
 /// An agent that was heard a moment ago, or may not be back yet since this process began, is tried
 /// again for this long, seconds.
 const PATIENCE: i64 = 45;
+
+/// The most of a project, of its tenants together, of one tenant, and of one caller: nobody takes
+/// the places of all others.
+struct Shares {
+    all: usize,
+    tenants: usize,
+    tenant: usize,
+    caller: usize,
+}
 
 /// What is being sent, by rollout and cluster; with why it was refused, until that is stored.
 pub(super) type Sending = BTreeMap<(String, String), Option<(String, String)>>;
@@ -27,6 +39,8 @@ pub(super) type Sending = BTreeMap<(String, String), Option<(String, String)>>;
 pub enum Sent {
     /// Its record is there; or it may be, and is sent again under the same key.
     Maybe,
+    /// It was handed over, and no answer came.
+    Lost,
     /// Reason and message.
     Refused(String, String),
 }
@@ -62,7 +76,9 @@ impl Registry {
     pub fn active_rollouts(&self, now: i64) -> Vec<String> {
         let inner = self.inner();
         let active = |record: &&Arc<RolloutRecord>| {
-            record.finished_at.is_none() && !(record.rests() && inner.caller_may(record, now))
+            record.finished_at.is_none()
+                && record.state != RolloutState::Unknown
+                && !(record.is_idle() && inner.caller_may(record, now))
         };
         inner.rollouts.values().filter(active).map(|record| record.id.clone()).collect()
     }
@@ -108,9 +124,9 @@ impl Registry {
             let former = record.clone();
             let changed = how(Arc::make_mut(record));
             let changes = if changed { vec![put_change(record)?] } else { Vec::new() };
-            Ok((changes, former))
+            Ok((changes, (former, record.clone())))
         };
-        self.transact(change, restore, |_, _| ()).await
+        self.transact(change, take_back, |_, _| ()).await
     }
 
     /// Brings a rollout as far as it goes now: what is seen of its operations is stored, and so is
@@ -126,19 +142,29 @@ impl Registry {
     ) -> Result<(Arc<RolloutRecord>, Steps), HttpError> {
         let change = |inner: &mut Inner| {
             let former = inner.rollouts.get(id).ok_or_else(|| not_found("rollout", id))?.clone();
-            let mut record = RolloutRecord::clone(&former);
-            let caller_may = inner.caller_may(&record, now);
+            let caller_may = inner.caller_may(&former, now);
             let seen = |cluster: &RolloutCluster| inner.seen(id, cluster, away);
+            if is_unchanged(&former, caller_may, &seen, now) {
+                return Ok((Vec::new(), (former.clone(), former, Steps::default())));
+            }
+            let mut record = RolloutRecord::clone(&former);
             let steps = advance(&mut record, caller_may, &seen, now);
             let mut changes = Vec::new();
             if steps.changed {
                 changes.push(put_change(&record)?);
                 for cluster in record.clusters.iter().filter(|cluster| cluster.ended()) {
-                    inner.sending.remove(&(record.id.clone(), cluster.id.clone()));
+                    let key = (record.id.clone(), cluster.id.clone());
+                    inner.sending.remove(&key);
+                    inner.unreceived.remove(&key);
                 }
             }
             if record.finished_at.is_some() && former.finished_at.is_none() {
                 changes.extend(self.rollout_event(&record, now));
+            }
+            for (before, after) in former.clusters.iter().zip(&record.clusters) {
+                if before.operation.is_empty() && !after.operation.is_empty() {
+                    inner.unreceived.insert((record.id.clone(), after.id.clone()));
+                }
             }
             for cluster in &steps.send {
                 inner.sending.insert((record.id.clone(), cluster.clone()), None);
@@ -147,11 +173,12 @@ impl Registry {
             inner.rollouts.insert(record.id.clone(), record.clone());
             Ok::<_, HttpError>((changes, (former, record, steps)))
         };
-        let undo = |inner: &mut Inner, (former, _, steps): (Arc<RolloutRecord>, _, Steps)| {
+        type Outcome = (Arc<RolloutRecord>, Arc<RolloutRecord>, Steps);
+        let undo = |inner: &mut Inner, (former, record, steps): Outcome| {
             for cluster in steps.send {
                 inner.sending.remove(&(former.id.clone(), cluster));
             }
-            restore(inner, former);
+            take_back(inner, (former, record));
         };
         self.transact(change, undo, |_, (_, record, steps)| (record, steps)).await
     }
@@ -161,12 +188,23 @@ impl Registry {
     pub fn end_sending(&self, rollout: &str, cluster: &str, sent: Sent) {
         let mut inner = self.inner();
         let key = (rollout.to_owned(), cluster.to_owned());
-        match sent {
-            Sent::Maybe => drop(inner.sending.remove(&key)),
-            Sent::Refused(reason, message) => {
-                inner.sending.insert(key, Some((reason, message)));
-            }
+        // none where the cluster has ended in the meantime
+        let Some(sending) = inner.sending.get_mut(&key) else { return };
+        if let Sent::Refused(reason, message) = sent {
+            *sending = Some((reason, message));
+            return;
         }
+        inner.sending.remove(&key);
+        if matches!(sent, Sent::Lost) {
+            inner.unreceived.remove(&key);
+        }
+    }
+
+    /// Whether an agent may have an operation although no answer has come: one was lost, or the
+    /// process that sent it first is gone.
+    pub fn may_have_arrived(&self, rollout: &str, cluster: &RolloutCluster) -> bool {
+        let key = (rollout.to_owned(), cluster.id.clone());
+        !self.inner().unreceived.contains(&key)
     }
 
     /// Whether an agent that is not reached may be in a moment.
@@ -175,12 +213,12 @@ impl Registry {
         let is_heard = inner.agents.get(agent).is_some_and(|entry| {
             matches!(entry.liveness(now, self.started).0, Liveness::Online | Liveness::Late)
         });
-        is_heard && self.has_patience(sent_at, now)
+        is_heard && self.has_patience(sent_at, now, 0)
     }
 
-    /// Whether what was sent first then is tried again.
-    pub fn has_patience(&self, sent_at: i64, now: i64) -> bool {
-        now - sent_at.max(self.started) < PATIENCE
+    /// Whether what was sent first then is tried again: for so long, and for 45 s at least.
+    pub fn has_patience(&self, sent_at: i64, now: i64, seconds: i64) -> bool {
+        now - sent_at.max(self.started) < seconds.max(PATIENCE)
     }
 
     /// Whether heartbeats of an agent arrive.
@@ -200,23 +238,34 @@ impl Registry {
                 inner.old_rollouts(now).iter().filter_map(|id| inner.rollouts.remove(id)).collect();
             let mut changes: Vec<Change> =
                 gone.iter().map(|record| Change::remove(RowKind::Rollout, &record.id)).collect();
+            let mut cancelled = Vec::new();
             for record in inner.rollouts.values_mut() {
-                if record.rests() && record.created_at + RETENTION <= now {
+                let since = record.paused_at.unwrap_or(record.created_at);
+                if record.rests() && since + RETENTION <= now {
+                    let former = record.clone();
                     Arc::make_mut(record).cancel("nobody has resumed it for 30 days");
                     changes.push(put_change(record)?);
+                    cancelled.push((former, record.clone()));
                 }
             }
-            Ok::<_, anyhow::Error>((changes, gone))
+            Ok::<_, anyhow::Error>((changes, (gone, cancelled)))
         };
-        let undo = |inner: &mut Inner, gone: Vec<Arc<RolloutRecord>>| {
+        type Changed = (Arc<RolloutRecord>, Arc<RolloutRecord>);
+        let undo = |inner: &mut Inner,
+                    (gone, cancelled): (Vec<Arc<RolloutRecord>>, Vec<Changed>)| {
             inner.rollouts.extend(gone.into_iter().map(|record| (record.id.clone(), record)));
+            cancelled.into_iter().for_each(|changed| take_back(inner, changed));
         };
         self.transact(change, undo, |_, _| ()).await
     }
 }
 
-fn restore(inner: &mut Inner, former: Arc<RolloutRecord>) {
-    inner.rollouts.insert(former.id.clone(), former);
+/// Takes a change back that was not written, unless there was another one since: that one may have
+/// been written.
+fn take_back(inner: &mut Inner, (former, changed): (Arc<RolloutRecord>, Arc<RolloutRecord>)) {
+    if inner.rollouts.get(&former.id).is_some_and(|now| Arc::ptr_eq(now, &changed)) {
+        inner.rollouts.insert(former.id.clone(), former);
+    }
 }
 
 /// # Errors
@@ -270,14 +319,11 @@ impl Inner {
     /// # Errors
     /// 429 for one more than may go on at once.
     fn check_unfinished(&self, record: &RolloutRecord) -> Result<(), HttpError> {
-        let unfinished = || {
-            let all = self.rollouts.values();
-            all.filter(|other| other.finished_at.is_none() && other.project == record.project)
-        };
-        let of_tenant = || unfinished().filter(|other| other.tenant() == record.tenant()).count();
-        if unfinished().count() < MAX_UNFINISHED
-            && (record.tenant().is_none() || of_tenant() < MAX_UNFINISHED_OF_TENANT)
-        {
+        let mut counts = Counts::default();
+        for other in self.rollouts.values().filter(|other| other.finished_at.is_none()) {
+            counts.take(other, 1, &MAX_UNFINISHED);
+        }
+        if counts.take(record, 1, &MAX_UNFINISHED) {
             return Ok(());
         }
         Err(HttpError::new(
@@ -293,15 +339,45 @@ impl Inner {
         let mut ended: Vec<(i64, &RolloutRecord)> =
             self.rollouts.values().filter_map(|r| Some((r.finished_at?, &**r))).collect();
         ended.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
-        let (mut clusters, mut old) = (BTreeMap::<&str, usize>::new(), Vec::new());
+        let (mut counts, mut old) = (Counts::default(), Vec::new());
         for (at, record) in ended {
-            let kept = clusters.entry(&record.project).or_default();
-            *kept += record.clusters.len();
-            if *kept > MAX_ENDED_CLUSTERS || at + RETENTION <= now {
+            let weight = WEIGHT + record.clusters.len();
+            if at + RETENTION <= now || !counts.take(record, weight, &MAX_ENDED) {
                 old.push(record.id.clone());
             }
         }
         old
+    }
+
+    /// Whether a queued operation is of a rollout that is paused: its agent gets it when that is
+    /// resumed, within its time.
+    pub(super) fn is_held(&self, record: &OperationRecord) -> bool {
+        let rollout = record.key.split_once('/').and_then(|(id, _)| self.rollouts.get(id));
+        rollout.is_some_and(|rollout| {
+            rollout.state == RolloutState::Paused && rollout.caller_id == record.caller_id
+        })
+    }
+}
+
+/// Rollouts of each project, of its tenants, and of each caller.
+#[derive(Default)]
+struct Counts<'a>(BTreeMap<(&'a str, &'a str, &'a str), usize>);
+
+impl<'a> Counts<'a> {
+    /// Counts one where there is place for it.
+    fn take(&mut self, record: &'a RolloutRecord, weight: usize, most: &Shares) -> bool {
+        let mut kinds = vec![("", "", most.all), ("caller", &*record.caller_id, most.caller)];
+        if let Some(tenant) = record.tenant() {
+            kinds.extend([("tenants", "", most.tenants), ("tenant", tenant, most.tenant)]);
+        }
+        let key = |kind: &'a str, name: &'a str| (&*record.project, kind, name);
+        let fits = kinds.iter().all(|(kind, name, most)| {
+            self.0.get(&key(kind, name)).copied().unwrap_or(0) + weight <= *most
+        });
+        for (kind, name, _) in kinds.into_iter().filter(|_| fits) {
+            *self.0.entry(key(kind, name)).or_default() += weight;
+        }
+        fits
     }
 }
 
