@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep};
 use super::api::Api;
 use super::operations::{self, ask};
 use crate::base::error::{Exit, Failure};
+use crate::base::text::printable;
 use crate::contract::types::Operation;
 
 /// Between two looks; for each so many clusters as long again.
@@ -131,7 +132,8 @@ pub fn failure(rollout: &Value) -> Option<Failure> {
     let mut failure = operations::failure(&operation)
         .unwrap_or_else(|| Failure::new(Exit::Problems, "OPERATION_FAILED", ""));
     let message = rollout["message"].as_str().unwrap_or_default();
-    failure.what = format!("the rollout is {state}: {message}");
+    // an agent's words are in it: they are one line
+    failure.what = format!("the rollout is {state}: {}", printable(message));
     let next = match state {
         "paused" => format!(
             "`pipeops rollout resume {id}` goes on with those that wait, `pipeops rollout cancel \

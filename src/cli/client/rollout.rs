@@ -2,14 +2,15 @@
 
 use clap::{Args, Subcommand};
 
-use super::{OutputArgs, since};
+use super::{OutputArgs, selector, since};
 
 /// Many clusters in place of one.
 #[derive(Debug, Default, Args)]
 pub struct RolloutArgs {
     /// On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider,
-    /// region, zone
+    /// region, zone. Labels that agents report count unless the control plane has set that key
     #[arg(long, short = 'l', value_name = "SELECTOR", group = "many", conflicts_with = "cluster")]
+    #[arg(value_parser = selector)]
     pub selector: Option<String>,
     /// On all clusters that your token reaches
     #[arg(long, group = "many", conflicts_with = "cluster")]

@@ -7,6 +7,7 @@ use super::apps::show;
 use super::operation::Request;
 use super::{Context, Session, cell, printer};
 use crate::base::error::{Exit, Failure};
+use crate::base::text::printable;
 use crate::cli::{FollowArgs, RolloutArgs, RolloutCommand};
 use crate::client::operations::fresh_key;
 use crate::client::rollouts;
@@ -58,6 +59,7 @@ pub(super) async fn carry_out(
 ) -> anyhow::Result<Exit> {
     let key = follow.idempotency_key.clone().unwrap_or_else(fresh_key);
     let mut body = json!({"kind": request.kind, "spec": request.spec});
+    let is_list = clusters.is_some();
     match (clusters, &rollout.selector) {
         (Some(clusters), _) => body["clusters"] = json!(clusters),
         (None, Some(selector)) => body["selector"] = selector.as_str().into(),
@@ -71,7 +73,14 @@ pub(super) async fn carry_out(
     }
     let asked = async {
         let asked = rollouts::begin(&session.api, &body, &key).await;
-        asked.map_err(|failure| request.undecided(failure, &key))
+        asked.map_err(|failure| match is_list && failure.code == "IDEMPOTENCY_MISMATCH" {
+            // it asks for the clusters that were counted, and not for what names them
+            true => failure.hint(
+                "another answer than --yes, or a cluster that has come or gone, makes it something \
+                 else: `pipeops rollout list` shows whether the first one was begun",
+            ),
+            false => request.undecided(failure, &key),
+        })
     };
     let stopped = Failure::new(Exit::Interrupted, "INTERRUPTED", "interrupted");
     let stopped = || request.undecided(stopped, &key);
@@ -124,7 +133,9 @@ fn cluster_line(cluster: &Value) -> String {
     let (reason, message) = (more("reason", " (", ")"), more("message", ": ", ""));
     // what went well says nothing of itself
     let message = if cluster["state"] == "succeeded" { String::new() } else { message };
-    format!("  {}: {}{reason}{message}", cell(&cluster["name"]), cell(&cluster["state"]))
+    let line = format!("{}: {}{reason}{message}", cell(&cluster["name"]), cell(&cluster["state"]));
+    // an agent's words are one line
+    format!("  {}", printable(&line))
 }
 
 /// # Errors
@@ -198,7 +209,7 @@ fn status_lines(rollout: &Value) -> Vec<String> {
         rollouts::summary(rollout)
     )];
     if let Some(message) = rollout["message"].as_str().filter(|message| !message.is_empty()) {
-        lines.push(message.to_owned());
+        lines.push(printable(message).into_owned());
     }
     for (n, wave) in rollout["waves"].as_array().into_iter().flatten().enumerate() {
         let (clusters, state) = (&wave["clusters"], cell(&wave["state"]));
@@ -228,13 +239,16 @@ mod tests {
         let failed = line("failed", "crash_loop", "exits with 1");
         assert_eq!(failed, "  eu-1: failed (crash_loop): exits with 1");
         assert_eq!(line("expired", "", "was not there"), "  eu-1: expired: was not there");
+        // nobody adds a line by what he says
+        let forged = line("failed", "crash_loop", "no\n  eu-2: succeeded");
+        assert_eq!(forged.lines().count(), 1, "{forged}");
     }
 
     #[test]
     fn a_status_has_the_waves_and_each_cluster() {
         let rollout = json!({
             "kind": "restart", "created_at": "t", "subject": "user:eve", "state": "paused",
-            "message": "eu-1: crash_loop; 1 cluster waits",
+            "message": "eu-1: crash_loop; 1 cluster waits\neu-1      c-1   1      succeeded",
             "counts": {"total": 2, "succeeded": 0, "failed": 1, "waiting": 1},
             "waves": [{"clusters": 1, "state": "done"}, {"clusters": 1, "state": "waiting"}],
             "clusters": [{"id": "c-1", "name": "eu-1", "wave": 1, "state": "failed",
@@ -244,7 +258,7 @@ mod tests {
         let text = status_lines(&rollout).join("\n");
         for line in [
             "restart of t, by user:eve: paused: 0 of 2 clusters succeeded, 1 failed, 1 waiting\n",
-            "\neu-1: crash_loop; 1 cluster waits\n",
+            "\neu-1: crash_loop; 1 cluster waits\\u{a}eu-1 ",
             "\nwave 2     1 clusters, waiting\n",
             "\neu-1      c-1   1      failed",
         ] {
