@@ -1,5 +1,6 @@
 //! Labels of clusters, and what selects clusters by them: the grammar of Kubernetes' label selectors
-//! (apimachinery, `pkg/labels/selector.go`) without its comparisons of numbers.
+//! (apimachinery, `pkg/labels/selector.go`) without its comparisons of numbers, and without lists
+//! that have an empty place, as in `k in (a,)`.
 
 use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter};

@@ -11,18 +11,22 @@ use crate::kubernetes::readiness::diagnosis::Reason;
 /// Reasons of operations that are not of the diagnosis.
 const OTHER_REASONS: &[&str] = &[
     "agent_offline",
+    "bad_operation",
     "caller_revoked",
     "cluster_gone",
     "conflict",
     "delivery_unknown",
     "disruption_budget",
+    "draining",
     "forbidden",
     "host_not_allowed",
     "host_taken",
+    "idempotency_mismatch",
     "in_use",
     "invalid",
     "inventory_damaged",
     "job_failed",
+    "kubernetes_waiting",
     "namespace_scope",
     "namespace_taken",
     "namespaces_left",
@@ -34,13 +38,16 @@ const OTHER_REASONS: &[&str] = &[
     "not_found",
     "out_of_reach",
     "progress_deadline",
+    "queue_full",
     "refused",
     "rights_missing",
+    "role_exceeded",
     "sealed_foreign",
     "server_node",
     "superseded",
     "tenants_need_1_30",
     "timed_out",
+    "too_many_operations",
 ];
 
 /// Why a job is refused.
@@ -134,7 +141,7 @@ fn all_codes() -> BTreeSet<String> {
     all.extend(["CONFIG_DRIFT", "TENANTS_UNSUPPORTED", "TOO_MANY_KUBECONFIGS"].map(Into::into));
     let of_rollouts = ["BAD_ROLLOUT", "BAD_WAVES", "ROLLOUT_ENDED", "TOO_MANY_ROLLOUTS"];
     all.extend(of_rollouts.map(Into::into));
-    all.extend(["BAD_SELECTOR"].map(Into::into));
+    all.extend(["BAD_LIMIT", "BAD_SELECTOR"].map(Into::into));
     let reasons = Reason::ALL.iter().map(|reason| reason.code());
     let others = OTHER_REASONS.iter().chain(RUNNER_REASONS).copied();
     all.extend(reasons.chain(others).map(str::to_owned));
@@ -157,10 +164,13 @@ fn the_other_reasons_are_those_of_operations() {
         include_str!("../../agent/api/operations/deploy.rs"),
         include_str!("../../agent/api/operations/executor.rs"),
         include_str!("../../agent/api/operations/hosts.rs"),
+        include_str!("../../agent/api/operations/mod.rs"),
         include_str!("../../agent/api/operations/nodes.rs"),
         include_str!("../../agent/api/operations/requests.rs"),
         include_str!("../../agent/api/operations/store.rs"),
         include_str!("../../agent/api/operations/tenants.rs"),
+        include_str!("../../contract/operation/mod.rs"),
+        include_str!("../../control_plane/registry/operations/mod.rs"),
         include_str!("../../control_plane/rollout/state_machine.rs"),
         include_str!("../../control_plane/rollouts.rs"),
         include_str!("../../kubernetes/tenant/mod.rs"),
