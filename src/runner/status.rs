@@ -94,6 +94,8 @@ impl StatusSender {
             let mut status = seen.borrow_and_update().clone();
             status.at = jiff::Timestamp::now().as_second();
             let line = status.line();
+            // at each turn: one that changes again and again does not hang
+            notify(&[NotifyState::Watchdog]);
             if line != told {
                 notify(&[NotifyState::Status(&line)]);
                 told = line;
@@ -105,7 +107,7 @@ impl StatusSender {
             tokio::select! {
                 () = stop.cancelled() => break,
                 _ = seen.changed() => {}
-                () = tokio::time::sleep(every) => notify(&[NotifyState::Watchdog]),
+                () = tokio::time::sleep(every) => {}
             }
         }
         notify(&[NotifyState::Stopping]);
