@@ -173,8 +173,8 @@ jobs_over_rabbitmq() {
     (umask 077; in_vm cp pipeops control-plane user create jobs-user >"$out/jobs-user")
     line=$(head -1 "$out/jobs-user")
     exits 0 "a user of the command line" in_vm cp sh -c "$line" <<<"$(sed -n 2p "$out/jobs-user")"
-    in_vm cp sh -c 'umask 077; pipeops control-plane runner create jobs --role viewer >/etc/pipeops/runner-token; cp /etc/pipeops/amqp-url /etc/pipeops/runner-amqp-url'
-    printf 'control-plane-url = "https://%s:8443"\ncontrol-plane-pin = ["%s"]\n' "$ip" "${line##* }" | in_vm cp sh -c 'cat >/etc/pipeops/runner.toml'
+    in_vm cp sh -c 'umask 077; pipeops control-plane runner create jobs --jobs --role viewer >/etc/pipeops/runner-token; cp /etc/pipeops/amqp-url /etc/pipeops/runner-amqp-url'
+    printf 'control-plane-url = "https://%s:8443"\ncontrol-plane-pin = ["%s"]\n' "$ip" "${line##* }" | in_vm cp sh -c 'umask 077; cat >/etc/pipeops/runner.toml'
     vm push cp systemd/pipeops-runner.service /etc/systemd/system/pipeops-runner.service
     in_vm cp systemctl daemon-reload
     want "the Runner's unit starts" in_vm cp systemctl start pipeops-runner
