@@ -80,15 +80,27 @@ pub async fn publish(
     with_timeout("publishing", published).await
 }
 
-/// Waits until the broker has a message on disk; false where no queue took it.
+/// What has become of a message.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Confirmed {
+    /// The broker has it on disk.
+    Taken,
+    /// No queue is bound under its key.
+    Unroutable,
+    /// A queue does not take it: it is full, or has lost most of its members.
+    Rejected,
+}
+
+/// Waits for what the broker says of a message.
 ///
 /// # Errors
-/// As [`publish`]; or the broker has not kept the message.
-pub async fn confirmed(sent: PublisherConfirm) -> anyhow::Result<bool> {
-    match with_timeout("waiting for a confirmation", sent).await? {
-        Confirmation::Ack(returned) => Ok(returned.is_none()),
-        _ => anyhow::bail!("the broker took a message back"),
-    }
+/// As [`publish`].
+pub async fn confirmed(sent: PublisherConfirm) -> anyhow::Result<Confirmed> {
+    Ok(match with_timeout("waiting for a confirmation", sent).await? {
+        Confirmation::Ack(None) => Confirmed::Taken,
+        Confirmation::Ack(Some(_)) => Confirmed::Unroutable,
+        _ => Confirmed::Rejected,
+    })
 }
 
 /// Whether the broker itself refuses something: that does not pass, but for what somebody changes
@@ -97,6 +109,13 @@ pub fn is_refusal(error: &anyhow::Error) -> bool {
     let said = error.chain().find_map(|cause| cause.downcast_ref::<lapin::Error>());
     matches!(said.map(lapin::Error::kind),
         Some(lapin::ErrorKind::ProtocolError(said)) if REFUSALS.contains(&said.get_id()))
+}
+
+/// Whether the broker has sent something that cannot be read, as a short string that is no UTF-8:
+/// whoever publishes may set one, and it ends the connection of whoever gets it.
+pub fn is_unreadable(error: &anyhow::Error) -> bool {
+    let said = error.chain().find_map(|cause| cause.downcast_ref::<lapin::Error>());
+    matches!(said.map(lapin::Error::kind), Some(lapin::ErrorKind::ParsingError(_)))
 }
 
 /// The answer of the broker, within its time.

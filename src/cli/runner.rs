@@ -13,9 +13,6 @@ pub struct RunnerArgs {
     /// Settings of the Runner
     #[arg(long, value_name = "FILE", default_value = CONFIG)]
     pub config: String,
-    /// Make this Runner's sealing key that of the project, in place of another one
-    #[arg(long)]
-    pub replace: bool,
 }
 
 /// Without one of these: take jobs.
@@ -26,14 +23,17 @@ pub enum JobRunnerCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Seal a value from standard input, so that the Runners of a project alone can read it
+    /// Seal a value from standard input for a job of yours: the project's Runners alone can read it
     Seal {
         /// Public key of the Runners; without: the one that the control plane has
-        #[arg(long, value_name = "BASE64", requires = "project")]
+        #[arg(long, value_name = "BASE64", requires_all = ["project", "maker"])]
         key: Option<String>,
         /// Id of the project, with --key
         #[arg(long, value_name = "ID", requires = "key")]
         project: Option<String>,
+        /// Id of who makes the job, with --key
+        #[arg(long, value_name = "ID", requires = "key")]
+        maker: Option<String>,
         /// Name of the control plane that you are logged in to
         #[arg(long, value_name = "NAME")]
         context: Option<String>,

@@ -15,7 +15,7 @@ pub async fn runner(context: &Context, args: RunnerArgs) -> anyhow::Result<Exit>
         None => {
             let amqp_url = context.amqp_url.clone();
             let config = RunnerConfig::load(&host, &args.config, &context.env, amqp_url)?;
-            crate::runner::run(host, config, args.replace, context.stop.clone()).await?;
+            crate::runner::run(host, config, context.stop.clone()).await?;
             Ok(Exit::Done)
         }
         Some(JobRunnerCommand::Status { output }) => {
@@ -32,8 +32,10 @@ pub async fn runner(context: &Context, args: RunnerArgs) -> anyhow::Result<Exit>
             printer.data(&status.line());
             Ok(Exit::Done)
         }
-        Some(JobRunnerCommand::Seal { key, project, context: name }) => {
-            client::seal(context, key.zip(project), name.as_deref()).await
+        Some(JobRunnerCommand::Seal { key, project, maker, context: name }) => {
+            let given = key.zip(project).zip(maker);
+            let given = given.map(|((key, project), maker)| [key, project, maker]);
+            client::seal(context, given, name.as_deref()).await
         }
         Some(JobRunnerCommand::Send(args)) => client::send(context, args).await,
     }

@@ -204,8 +204,8 @@ impl RunnerConfig {
             Failure::new(Exit::Usage, "SEALING_KEY_WRONG", "the sealing key cannot be used")
                 .why("it is no base64 of 32 bytes")
                 .hint(
-                    "copy it from another Runner of the project; or remove the file, and run once \
-                       with --replace",
+                    "copy it from another Runner of the project; or remove the file, and have an \
+                       administrator remove the project's: `pipeops explain SEALING_KEY_WRONG`",
                 )
                 .into()
         })
@@ -222,13 +222,23 @@ impl RunnerConfig {
             return text(host, path).map(|text| Some(Secret::new(text.trim())));
         }
         let Some(dir) = &self.credentials else { return Ok(None) };
-        let found = host.read_user_file(&format!("{dir}/{credential}")).ok();
-        Ok(found.map(|text| Secret::new(text.trim())))
+        let path = format!("{dir}/{credential}");
+        match host.read_user_file(&path) {
+            Ok(text) => Ok(Some(Secret::new(text.trim()))),
+            // one that is there and cannot be read is not an absent one: a new key would be made
+            Err(e) if is_absent(&e) => Ok(None),
+            Err(e) => Err(unreadable(&path, &e).into()),
+        }
     }
 }
 
 fn text(host: &Host, path: &str) -> anyhow::Result<String> {
     host.read_user_file(path).map_err(|e| unreadable(path, &e).into())
+}
+
+fn is_absent(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<std::io::Error>();
+    cause.is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// Ids of projects stand in the names of queues.
@@ -299,5 +309,9 @@ mod tests {
         put(KEY, "no key");
         let failure = Failure::from_error(&config.sealing_key(&host, &state).err().unwrap());
         assert_eq!(failure.code, "SEALING_KEY_WRONG");
+        // what cannot be read is not absent
+        let odd = RunnerConfig { credentials: Some(at("token")), ..RunnerConfig::default() };
+        let failure = Failure::from_error(&odd.sealing_key(&host, &state).err().unwrap());
+        assert!(failure.exit == Exit::Usage && failure.code != "SEALING_KEY_WRONG", "{failure:?}");
     }
 }

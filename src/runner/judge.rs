@@ -3,11 +3,14 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::base::order::sort;
 use crate::base::text::printable;
 use crate::contract::job::{self, Job, answers_exchange};
 
 /// Longest foreign text that is repeated, characters.
 const MAX_TEXT: usize = 400;
+/// Shortest sealed value that is looked for in messages, bytes.
+const MASKED: usize = 8;
 /// Codes of this program.
 const REPLY_QUEUE_FOREIGN: &str = "reply_queue_foreign";
 const SEALED_UNREADABLE: &str = "sealed_unreadable";
@@ -24,6 +27,9 @@ pub(super) struct Message {
     pub(super) message_id: String,
     /// It, or a copy of it, may have been taken before.
     pub(super) redelivered: bool,
+    /// It is an answer, a dead letter or an event of this program, and no job: some exchange is
+    /// bound where it must not be.
+    pub(super) is_told: bool,
 }
 
 /// Why a job is not done, now or later: a stable code, and words without spec and token.
@@ -31,19 +37,21 @@ pub(super) struct Message {
 pub(super) struct Refusal {
     pub(super) code: String,
     pub(super) message: String,
-    /// The control plane has found the token genuine, and the message the one that it is for.
-    is_known: bool,
+    /// The job, where the control plane has found the token genuine, and the message the one that
+    /// it is for: what else a token says may name a job of somebody else, whose answer would then
+    /// be taken for a copy.
+    pub(super) job: Option<String>,
 }
 
 impl Refusal {
     fn new(code: &str, message: &str) -> Refusal {
-        Refusal { code: code.into(), message: message.into(), is_known: false }
+        Refusal { code: code.into(), message: message.into(), job: None }
     }
 
     pub(super) fn sealed() -> Refusal {
         Refusal::new(
             SEALED_UNREADABLE,
-            "something in the job is sealed for another key or another project",
+            "something in the job is sealed for another key, another project or another maker",
         )
     }
 }
@@ -113,16 +121,11 @@ pub(super) fn verdict(answer: Result<(u16, Value), String>) -> Verdict {
         // what stands between, as a proxy, has no code, and decides nothing
         _ if code.is_empty() => Verdict::Away(format!("it answers with status {status}")),
         401 => Verdict::Unauthorized(message),
-        400..=499 if !matches!(status, 408 | 425 | 429) => Verdict::refused(code, message),
+        400..=499 if !matches!(status, 408 | 425 | 429) => {
+            let job = Some(said("job")).filter(|job| !job.is_empty());
+            Verdict::Refused(Refusal { code, message, job })
+        }
         _ => Verdict::Later(format!("{code}: {message}")),
-    }
-}
-
-impl Verdict {
-    fn refused(code: String, message: String) -> Verdict {
-        let foreign = [job::TOKEN_FORGED, job::BODY_CHANGED, job::PROJECT_FOREIGN];
-        let is_known = !foreign.contains(&code.as_str());
-        Verdict::Refused(Refusal { code, message, is_known })
     }
 }
 
@@ -133,6 +136,8 @@ pub(super) enum Next {
     Forget,
     /// It has ended: the answer goes out.
     Answer,
+    /// The control plane waits for what is sealed in it.
+    Open,
     /// The Runner itself brings it to the agent.
     Bring,
     Wait,
@@ -144,10 +149,42 @@ pub(super) fn next(seen: &Value) -> Next {
         return Next::Forget;
     }
     match state {
+        "sealed" => Next::Open,
         "waiting" | "queued" | "running" if seen["direct"].is_object() => Next::Bring,
         "waiting" | "queued" | "running" => Next::Wait,
         _ => Next::Answer,
     }
+}
+
+/// Whether the control plane knows of an operation or a rollout of the job, or has decided.
+pub(super) fn has_begun(seen: &Value) -> bool {
+    next(seen) != Next::Wait || seen["operation"].is_object() || seen["rollout"].is_object()
+}
+
+/// Takes values that were sealed out of all messages below: whoever refuses a value may quote it,
+/// and more programs read answers than may know it. Short ones stay, as what they are part of.
+pub(super) fn mask(seen: &mut Value, opened: &Value) {
+    match seen {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                match field {
+                    Value::String(text) if name == "message" => *text = masked(text, opened),
+                    field => mask(field, opened),
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| mask(item, opened)),
+        _ => {}
+    }
+}
+
+/// A message without the values that were sealed.
+pub(super) fn masked(text: &str, opened: &Value) -> String {
+    let values = opened.as_object().into_iter().flat_map(Map::values).filter_map(Value::as_str);
+    let mut values: Vec<&str> = values.filter(|value| value.len() >= MASKED).collect();
+    // one may be part of another
+    sort(&mut values, |a, b| b.len().cmp(&a.len()));
+    values.into_iter().fold(text.to_owned(), |text, value| text.replace(value, "[sealed]"))
 }
 
 /// The answer to a job that has ended.
@@ -173,8 +210,8 @@ pub(super) fn answer(job: &Job, seen: &Value) -> Value {
 pub(super) fn refused_answer(message: &Message, refusal: &Refusal) -> Value {
     let mut answer =
         json!({"state": "refused", "reason": refusal.code, "message": refusal.message});
-    if let Some(job) = known_job(message, refusal) {
-        answer["job"] = job.into();
+    if let Some(job) = &refusal.job {
+        answer["job"] = job.as_str().into();
     }
     if let Some(cluster) = Job::parse(&message.body).ok().and_then(|job| job.cluster) {
         answer["cluster"] = short(&cluster).into();
@@ -193,7 +230,7 @@ pub(super) fn dead_letter(message: &Message, refusal: &Refusal, at: &str) -> Val
     };
     put("reason", Some(refusal.code.clone()));
     put("message", Some(refusal.message.clone()));
-    put("job", known_job(message, refusal));
+    put("job", refusal.job.clone());
     put("message_id", Some(short(&message.message_id)));
     put("kind", job.as_ref().map(|job| short(&job.kind)));
     put("cluster", job.and_then(|job| job.cluster).map(|cluster| short(&cluster)));
@@ -203,19 +240,6 @@ pub(super) fn dead_letter(message: &Message, refusal: &Refusal, at: &str) -> Val
     letter.into()
 }
 
-/// The job that a message is, once the control plane has found its token genuine and for this
-/// message: another one may name a job of somebody else, whose answer would then be taken for a
-/// copy.
-pub(super) fn known_job(message: &Message, refusal: &Refusal) -> Option<String> {
-    use base64::Engine as _;
-    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-    let claims = message.token.split('.').nth(1).filter(|_| refusal.is_known)?;
-    let claims: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(claims).ok()?).ok()?;
-    let id = claims["jti"].as_str()?;
-    let plain = id.len() <= 64 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
-    plain.then(|| id.to_owned())
-}
-
 /// Text of others as it may stand in a log or a message.
 pub(super) fn short(text: &str) -> String {
     printable(text).chars().take(MAX_TEXT).collect()
@@ -223,9 +247,6 @@ pub(super) fn short(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use base64::Engine as _;
-    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-
     use super::*;
 
     const BODY: &str =
@@ -234,7 +255,7 @@ mod tests {
     fn message(change: impl FnOnce(&mut Message)) -> Message {
         let mut message = Message {
             body: BODY.into(),
-            token: format!("head.{}.mark", URL_SAFE_NO_PAD.encode(r#"{"jti": "j-1"}"#)),
+            token: "head.claims.mark".into(),
             message_id: "m-1".into(),
             ..Message::default()
         };
@@ -318,6 +339,7 @@ mod tests {
     fn what_has_come_of_a_job_says_what_is_next() {
         for (seen, expected) in [
             (json!({"state": "running"}), Next::Wait),
+            (json!({"state": "sealed", "sealed": true, "maker": "r-1"}), Next::Open),
             (json!({"state": "queued"}), Next::Wait),
             (json!({"state": "running", "direct": {}}), Next::Bring),
             (json!({"state": "succeeded", "direct": {}}), Next::Answer),
@@ -329,6 +351,26 @@ mod tests {
             (json!({"state": "running", "answered": true, "direct": {}}), Next::Forget),
         ] {
             assert_eq!(next(&seen), expected, "{seen}");
+        }
+    }
+
+    #[test]
+    fn what_was_sealed_is_in_no_message_and_everything_else_stays() {
+        let opened = json!({"a": "planted-1", "b": "planted-12", "c": "short", "d": "succeeded"});
+        let mut seen = json!({"state": "succeeded", "operation": {"message": "no planted-12, short",
+            "objects": [{"name": "planted-1", "message": "\"planted-1\""}]}});
+        mask(&mut seen, &opened);
+        let expected = json!({"state": "succeeded", "operation": {"message": "no [sealed], short",
+            "objects": [{"name": "planted-1", "message": "\"[sealed]\""}]}});
+        assert_eq!(seen, expected);
+        assert_eq!(masked("planted-1", &Value::Null), "planted-1");
+        for (seen, begun) in [
+            (json!({"state": "running"}), false),
+            (json!({"state": "running", "operation": {}}), true),
+            (json!({"state": "running", "rollout": {}}), true),
+            (json!({"state": "interrupted"}), true),
+        ] {
+            assert_eq!(has_begun(&seen), begun, "{seen}");
         }
     }
 
@@ -350,27 +392,25 @@ mod tests {
 
     #[test]
     fn a_dead_letter_has_neither_spec_nor_token_and_a_forged_one_names_no_job() {
-        let refused = |status, code: &str| match verdict(Ok((
-            status,
-            json!({"code": code, "message": "no\u{1b}"}),
-        ))) {
+        let refused = |status, body: Value| match verdict(Ok((status, body))) {
             Verdict::Refused(refusal) => refusal,
             other => panic!("{other:?}"),
         };
+        let expired = json!({"code": "token_expired", "message": "no\u{1b}", "job": "j-1"});
+        let expired = refused(403, expired);
         let message = message(|_| ());
-        let letter = dead_letter(&message, &refused(403, "token_expired"), "now");
+        let letter = dead_letter(&message, &expired, "now");
         let expected = json!({"reason": "token_expired", "message": "no\\u{1b}", "job": "j-1",
             "message_id": "m-1", "kind": "restart", "cluster": "eu",
             "sha256": job::body_digest(BODY.as_bytes()), "at": "now", "size": BODY.len()});
         assert_eq!(letter, expected);
         assert!(!letter.to_string().contains("planted-in-the-spec"));
         assert!(!letter.to_string().contains(&message.token));
-        let answer = refused_answer(&message, &refused(403, "token_expired"));
+        let answer = refused_answer(&message, &expired);
         assert_eq!((&answer["job"], &answer["state"]), (&json!("j-1"), &json!("refused")));
         for refusal in [
-            refused(403, "token_forged"),
-            refused(403, "body_changed"),
-            refused(403, "project_foreign"),
+            refused(403, json!({"code": "token_forged", "message": "no"})),
+            refused(413, json!({"code": "too_large", "message": "no", "job": ""})),
             Refusal::sealed(),
         ] {
             assert_eq!(dead_letter(&message, &refusal, "now")["job"], Value::Null);
@@ -379,7 +419,5 @@ mod tests {
         let unread = Message { body: vec![0xff], ..Message::default() };
         let letter = dead_letter(&unread, &read(&unread, "p").err().unwrap(), "now");
         assert_eq!((&letter["size"], &letter["kind"]), (&json!(1), &Value::Null));
-        let odd = Message { token: "a.b.c".into(), ..message };
-        assert_eq!(known_job(&odd, &refused(403, "token_expired")), None);
     }
 }

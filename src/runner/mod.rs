@@ -5,6 +5,8 @@ mod calls;
 pub mod config;
 mod direct;
 mod judge;
+mod message;
+mod share;
 pub mod status;
 mod topology;
 mod work;
@@ -20,16 +22,18 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::base::backoff::{Backoff, random};
-use crate::broker::{confirming_channel, is_refusal};
+use crate::base::task::boxed;
+use crate::broker::{confirming_channel, is_refusal, is_unreadable};
 use crate::contract::job::PARTITIONS;
 use crate::contract::sealing::SealingKey;
 use crate::host::{self, Host};
 use calls::Calls;
 use config::RunnerConfig;
 use judge::Verdict;
+use share::Shares;
 use status::{CONTROL_PLANE_AWAY, RUNNING, StatusSender};
 use topology::declare;
-use work::{Ended, SEALING_KEY, Worker};
+use work::{Ended, NOT_FOUND, SEALING_KEY, Worker};
 
 /// A Runner that the control plane refuses asks again this often.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
@@ -49,17 +53,11 @@ struct Runner {
     stop: CancellationToken,
 }
 
-/// Runs until `stop`. Nothing that broker or control plane do or do not do ends it. With `replace`
-/// its sealing key becomes that of the project.
+/// Runs until `stop`. Nothing that broker or control plane do or do not do ends it.
 ///
 /// # Errors
 /// A state directory that cannot be used, or that another Runner uses; a sealing key that is none.
-pub async fn run(
-    host: Host,
-    config: RunnerConfig,
-    replace: bool,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
+pub async fn run(host: Host, config: RunnerConfig, stop: CancellationToken) -> anyhow::Result<()> {
     host::raise_descriptor_limit();
     let state = config.state(&host)?;
     let _only = state.lock()?;
@@ -68,9 +66,9 @@ pub async fn run(
     let halt = CancellationToken::new();
     let published = tokio::spawn(status.clone().publish(state, halt.clone()));
     let runner = Runner { host, config, key, status: status.clone(), stop: stop.clone() };
-    let (mut backoff, mut replace) = (Backoff::default(), replace);
+    let mut backoff = Backoff::default();
     while !stop.is_cancelled() {
-        let ended = runner.session(&mut replace, &mut backoff).await;
+        let ended = runner.session(&mut backoff).await;
         let pause = match ended {
             Ended::Stopped => break,
             Ended::Refused(state, why) => {
@@ -82,7 +80,12 @@ pub async fn run(
                 backoff.next(random())
             }
             Ended::Lost(error) => {
-                let state = if is_refusal(&error) { "broker_refused" } else { "broker_away" };
+                let state = match () {
+                    () if is_refusal(&error) => "broker_refused",
+                    // it goes once it has been given out often enough
+                    () if is_unreadable(&error) => "message_unreadable",
+                    () => "broker_away",
+                };
                 status.set(state, &format!("{error:#}"));
                 backoff.next(random())
             }
@@ -100,11 +103,11 @@ pub async fn run(
 
 impl Runner {
     /// One connection to the broker, until it fails, the Runner stops or is refused.
-    async fn session(&self, replace: &mut bool, backoff: &mut Backoff) -> Ended {
+    async fn session(&self, backoff: &mut Backoff) -> Ended {
         let connected = async {
-            let (calls, project) = self.admitted(replace).await?;
+            let (calls, project) = self.admitted().await?;
             let broker = self.config.broker(&self.host)?;
-            Ok::<_, Ended>((calls, project, broker.connect(NAME).await?))
+            Ok::<_, Ended>((calls, project, Arc::new(broker.connect(NAME).await?)))
         };
         let (calls, project, connection) = tokio::select! {
             () = self.stop.cancelled() => return Ended::Stopped,
@@ -119,6 +122,7 @@ impl Runner {
             key: self.key.clone(),
             direct: self.config.direct,
             permits: Semaphore::new(self.config.concurrency()),
+            shares: Shares::default(),
             status: self.status.clone(),
             stop: self.stop.clone(),
         });
@@ -141,46 +145,39 @@ impl Runner {
         ended
     }
 
-    /// Whether the control plane takes this Runner, with its key; and its project.
-    async fn admitted(&self, replace: &mut bool) -> Result<(Calls, String), Ended> {
+    /// Whether the control plane takes this Runner, with its key and for its project; and that.
+    async fn admitted(&self) -> Result<(Calls, String), Ended> {
         let calls = Calls::new(&self.config, &self.host);
         let calls = calls.map_err(|e| Ended::Refused("settings_wrong", format!("{e:#}")))?;
-        let query = if *replace { "?replace=true" } else { "" };
-        let key = json!({"public_key": self.key.public()});
-        let path = format!("{SEALING_KEY}{query}");
-        decided(calls.call(Method::PUT, &path, Some(&key)).await)?;
-        *replace = false;
-        let seen = decided(calls.call(Method::GET, SEALING_KEY, None).await)?;
-        let theirs = seen["project"].as_str().map(judge::short);
-        match (theirs, self.config.project.clone()) {
-            (Some(theirs), Some(ours)) if theirs != ours => {
-                let why = format!("the token is of project {theirs}, the settings name {ours}");
-                Err(Ended::Refused("project_foreign", why))
-            }
-            (theirs, ours) => {
-                let why = || Ended::Refused("settings_wrong", "project is not set".into());
-                Ok((calls, ours.or(theirs).ok_or_else(why)?))
-            }
+        let mut key = json!({"public_key": self.key.public()});
+        if let Some(project) = &self.config.project {
+            // with the token of another one, nothing is written there
+            key["project"] = project.as_str().into();
         }
+        decided(calls.call(Method::PUT, SEALING_KEY, Some(&key)).await)?;
+        let seen = decided(calls.call(Method::GET, SEALING_KEY, None).await)?;
+        let project = seen["project"].as_str().map(judge::short);
+        let why = || Ended::Away("the control plane does not say which project this is".into());
+        Ok((calls, project.ok_or_else(why)?))
     }
 
     /// Starts all that takes messages.
     async fn start(
         &self,
         worker: &Arc<Worker>,
-        connection: &lapin::Connection,
+        connection: &Arc<lapin::Connection>,
         tasks: &mut JoinSet<Result<(), Ended>>,
     ) -> Result<(), Ended> {
         let channel = confirming_channel(connection).await?;
         let events = self.config.events;
         declare(&channel, &worker.project, self.config.declares(), events).await?;
-        tasks.spawn(worker.clone().forward(channel));
+        tasks.spawn(boxed(worker.clone().forward(channel)));
+        tasks.spawn(boxed(worker.clone().attend(confirming_channel(connection).await?)));
         for number in 0..PARTITIONS {
-            let channel = confirming_channel(connection).await?;
-            tasks.spawn(worker.clone().work(channel, number));
+            tasks.spawn(boxed(worker.clone().work(connection.clone(), number)));
         }
         if events {
-            tasks.spawn(worker.clone().hear(confirming_channel(connection).await?));
+            tasks.spawn(boxed(worker.clone().hear(confirming_channel(connection).await?)));
         }
         Ok(())
     }
@@ -204,10 +201,12 @@ fn decided(answer: Result<(u16, Value), String>) -> Result<Value, Ended> {
     match judge::verdict(answer) {
         Verdict::Taken(seen) => Ok(seen),
         Verdict::Unauthorized(why) => Err(Ended::Refused("token_revoked", why)),
-        Verdict::Refused(refusal) if refusal.code == "sealing_key_differs" => {
-            Err(Ended::Refused("sealing_key_differs", refusal.message))
-        }
-        Verdict::Refused(refusal) => Err(Ended::Refused("runner_refused", refusal.message)),
+        Verdict::Refused(refusal) => match refusal.code.as_str() {
+            NOT_FOUND => Err(Ended::Away(refusal.message)),
+            "project_foreign" => Err(Ended::Refused("project_foreign", refusal.message)),
+            "sealing_key_differs" => Err(Ended::Refused("sealing_key_differs", refusal.message)),
+            _ => Err(Ended::Refused("runner_refused", refusal.message)),
+        },
         Verdict::Later(why) | Verdict::Away(why) => Err(Ended::Away(why)),
     }
 }

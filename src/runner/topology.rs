@@ -18,6 +18,16 @@ pub(super) const EVENTS: &str = "pipeops.runners";
 /// A job is never lost for having been given back often: with every restart of the broker or of a
 /// Runner. RabbitMQ drops a message after 20 of them from 4.0 on, and keeps this limit.
 const DELIVERY_LIMIT: i64 = 1_000_000;
+/// Of the queue that others publish to: what no Runner can read (see
+/// [`crate::broker::is_unreadable`]) ends its connection each time, and must go at last. A job is
+/// there in hand for as long as it takes to publish it again, and alone.
+const JOBS_DELIVERY_LIMIT: i64 = 100;
+
+/// The queue that each Runner of a project consumes, and nobody publishes to: of one with a single
+/// active consumer, the broker does not count those that stand by.
+pub(super) fn runners_queue(project: &str) -> String {
+    format!("{}.runners", jobs_exchange(project))
+}
 
 /// A queue that is replicated, and a message of it on disk before it is confirmed.
 fn quorum() -> FieldTable {
@@ -27,10 +37,10 @@ fn quorum() -> FieldTable {
 }
 
 /// The same of which one consumer at a time takes, in its order; the others stand by.
-fn ordered() -> FieldTable {
+fn ordered(limit: i64) -> FieldTable {
     let mut arguments = quorum();
     arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
-    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(DELIVERY_LIMIT));
+    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(limit));
     arguments
 }
 
@@ -65,13 +75,13 @@ pub(super) async fn declare(
         with_timeout("declaring an exchange", declared).await?;
     }
     let mut queues = vec![
-        (jobs.clone(), ordered(), &jobs, String::new()),
+        (jobs.clone(), ordered(JOBS_DELIVERY_LIMIT), &jobs, String::new()),
         (answers.clone(), quorum(), &answers, answers.clone()),
         (dead.clone(), quorum(), &dead, String::new()),
     ];
     for number in 0..PARTITIONS {
         let queue = partition_queue(project, number);
-        queues.push((queue, ordered(), &partitions, number.to_string()));
+        queues.push((queue, ordered(DELIVERY_LIMIT), &partitions, number.to_string()));
     }
     for (queue, arguments, exchange, key) in queues {
         queue_declare(channel, &queue, arguments, declares).await?;
@@ -83,6 +93,7 @@ pub(super) async fn declare(
             with_timeout("binding a queue", bound).await?;
         }
     }
+    queue_declare(channel, &runners_queue(project), quorum(), declares).await?;
     if events {
         queue_declare(channel, EVENTS, FieldTable::default(), declares).await?;
     }
@@ -101,16 +112,24 @@ async fn queue_declare(
     with_timeout("declaring a queue", declared).await.map(drop)
 }
 
-/// What comes from a queue, `prefetch` messages at once.
+/// How many Runners of a project there are, this one too.
 ///
 /// # Errors
 /// What the broker refuses.
-pub(super) async fn consume(
-    channel: &Channel,
-    queue: &str,
-    prefetch: u16,
-) -> anyhow::Result<Consumer> {
-    let limited = channel.basic_qos(prefetch, BasicQosOptions::default());
+pub(super) async fn runners(channel: &Channel, project: &str) -> anyhow::Result<u32> {
+    let options =
+        QueueDeclareOptions { durable: true, passive: true, ..QueueDeclareOptions::default() };
+    let queue = runners_queue(project);
+    let declared = channel.queue_declare(queue.into(), options, FieldTable::default());
+    Ok(with_timeout("counting Runners", declared).await?.consumer_count())
+}
+
+/// What comes from a queue, one message at once: each may be as large as the broker lets it be.
+///
+/// # Errors
+/// What the broker refuses.
+pub(super) async fn consume(channel: &Channel, queue: &str) -> anyhow::Result<Consumer> {
+    let limited = channel.basic_qos(1, BasicQosOptions::default());
     with_timeout("limiting what comes at once", limited).await?;
     let options = BasicConsumeOptions::default();
     let consumer = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default());

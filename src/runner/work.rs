@@ -7,40 +7,42 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use lapin::message::Delivery;
 use lapin::options::BasicAckOptions;
-use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel};
+use lapin::{BasicProperties, Channel, Connection};
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep};
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::calls::{Calls, WAIT_S};
 use super::direct::bring;
 use super::judge::{self, Message, Next, Refusal, Verdict};
+use super::message::{forwarded, message_of};
+use super::share::Shares;
 use super::status::StatusSender;
-use super::topology::{EVENTS, consume};
+use super::topology::{EVENTS, consume, runners, runners_queue};
 use crate::base::backoff::{Backoff, random};
 use crate::base::encoding::hex;
-use crate::broker::cloud_events::{CloudEvent, attribute};
-use crate::broker::{confirmed, publish, with_timeout};
+use crate::broker::cloud_events::CloudEvent;
+use crate::broker::{Confirmed, confirmed, confirming_channel, publish, with_timeout};
 use crate::contract::job::{
     Job, answers_exchange, dead_exchange, jobs_exchange, partition_queue, partitions_exchange,
 };
 use crate::contract::sealing::SealingKey;
 
-/// Jobs on their way to partitions at once. A message may be as large as the broker lets it be, and
-/// each of them is in memory.
-const FORWARDED: u16 = 16;
+/// A channel that has been at work for so long is opened again when the broker closes it.
+const SETTLED: Duration = Duration::from_secs(60);
+/// A job waits for so long for others here, where another Runner could take it.
+const HANDS_FULL: Duration = Duration::from_secs(5);
+/// How often a Runner asks whether it is still one.
+const WATCH: Duration = Duration::from_secs(3);
 /// Between looks at a job whose call is answered before its time.
 const LOOK: Duration = Duration::from_secs(1);
-/// Headers of a message on its way through a partition; the token is read there from others too.
-const TOKEN: &str = "pipeops-token";
-const REDELIVERED: &str = "pipeops-redelivered";
-/// The attribute of CloudEvents that has the token of a job.
-const TOKEN_ATTRIBUTE: &str = "pipeopstoken";
-
+/// Where jobs are brought.
+const JOBS: &str = "/api/v1/jobs";
+/// What a path that is not there is answered with, and a key that nobody has told.
+pub(super) const NOT_FOUND: &str = "not_found";
 /// Where the public half of the sealing key is told.
 pub(super) const SEALING_KEY: &str = "/api/v1/sealing-key";
 
@@ -50,7 +52,7 @@ pub(super) enum Ended {
     Stopped,
     /// The control plane refuses this Runner: the state, and why.
     Refused(&'static str, String),
-    /// The control plane does not answer, before anything is taken.
+    /// The control plane does not answer, or is one that knows no jobs.
     Away(String),
     /// The broker is away or refuses something.
     Lost(anyhow::Error),
@@ -76,6 +78,7 @@ pub(super) struct Worker {
     pub(super) direct: bool,
     /// Of the jobs at once.
     pub(super) permits: Semaphore,
+    pub(super) shares: Shares,
     pub(super) status: StatusSender,
     pub(super) stop: CancellationToken,
 }
@@ -92,57 +95,116 @@ impl Worker {
     /// Brings jobs to the partitions of their applications: one Runner at a time does, in the order
     /// that they came in.
     pub(super) async fn forward(self: Arc<Worker>, channel: Channel) -> Result<(), Ended> {
-        let consumer = consume(&channel, &jobs_exchange(&self.project), FORWARDED).await?;
-        let mut batches = consumer.ready_chunks(usize::from(FORWARDED));
-        let partitions = partitions_exchange(&self.project);
-        while let Some(batch) = self.unless_stopped(batches.next()).await? {
-            let mut sent = Vec::new();
-            for delivery in batch {
-                let mut delivery = delivery?;
-                let message = message_of(&mut delivery);
-                let job = match judge::read(&message, &self.project) {
-                    Ok(job) => job,
-                    Err(refusal) => {
-                        self.refuse(&channel, &message, &refusal).await?;
-                        ack(&delivery).await?;
-                        continue;
-                    }
-                };
-                let key = job.partition().to_string();
-                let properties = forwarded(&message);
-                let confirmation =
-                    publish(&channel, &partitions, &key, properties, &message.body).await?;
-                sent.push((delivery, confirmation));
-            }
-            for (delivery, confirmation) in sent {
-                if !confirmed(confirmation).await? {
-                    return Err(anyhow::anyhow!("no queue is bound to {partitions}").into());
-                }
-                ack(&delivery).await?;
-            }
-        }
-        Err(cancelled())
-    }
-
-    /// Does the jobs of a partition, one after another.
-    pub(super) async fn work(self: Arc<Worker>, channel: Channel, number: u8) -> Result<(), Ended> {
-        let queue = partition_queue(&self.project, number);
-        let mut consumer = consume(&channel, &queue, 1).await?;
+        let mut consumer = consume(&channel, &jobs_exchange(&self.project)).await?;
         while let Some(delivery) = self.unless_stopped(consumer.next()).await? {
             let mut delivery = delivery?;
-            let message = message_of(&mut delivery);
-            let Ok(_permit) = self.unless_stopped(self.permits.acquire()).await? else {
-                return Err(Ended::Stopped);
-            };
-            self.carry_out(&channel, &message).await?;
+            let message = message_of(&mut delivery, false);
+            match judge::read(&message, &self.project) {
+                Ok(job) => self.spread(&channel, &message, job.partition()).await?,
+                Err(refusal) => self.refuse(&channel, &message, &refusal).await?,
+            }
             ack(&delivery).await?;
         }
         Err(cancelled())
     }
 
+    /// Publishes a job to its partition, until that takes it: given back, it would be lost in the end.
+    async fn spread(&self, channel: &Channel, message: &Message, to: u8) -> Result<(), Ended> {
+        let (exchange, key) = (partitions_exchange(&self.project), to.to_string());
+        let mut backoff = Backoff::default();
+        loop {
+            let sent = publish(channel, &exchange, &key, forwarded(message), &message.body).await?;
+            match confirmed(sent).await? {
+                Confirmed::Taken => return Ok(()),
+                why => tracing::warn!("{exchange} does not take a job for {key}: {why:?}"),
+            }
+            self.unless_stopped(sleep(backoff.next(random()))).await?;
+        }
+    }
+
+    /// Does the jobs of a partition, on one channel after another: the broker closes one on which a
+    /// job has been in hand for long (`consumer_timeout`), and the Runner closes one to let the
+    /// partition go.
+    pub(super) async fn work(
+        self: Arc<Worker>,
+        connection: Arc<Connection>,
+        number: u8,
+    ) -> Result<(), Ended> {
+        loop {
+            let channel = confirming_channel(&connection).await?;
+            let begun = Instant::now();
+            match self.work_on(&channel, number).await {
+                Ok(()) => {
+                    // what the broker has sent meanwhile goes to the next one
+                    let closed = channel.close(200, "let go".into());
+                    with_timeout("closing a channel", closed).await?;
+                }
+                Err(Ended::Lost(error))
+                    if begun.elapsed() > SETTLED
+                        && !channel.status().connected()
+                        && connection.status().connected() =>
+                {
+                    let error = format!("{error:#}");
+                    tracing::warn!(partition = number, error, "its channel is opened again");
+                }
+                Err(ended) => return Err(ended),
+            }
+        }
+    }
+
+    /// Does the jobs of a partition, one after another, until it is to be let go.
+    async fn work_on(&self, channel: &Channel, number: u8) -> Result<(), Ended> {
+        let mut consumer = consume(channel, &partition_queue(&self.project, number)).await?;
+        while let Some(delivery) = self.unless_stopped(consumer.next()).await? {
+            let mut delivery = delivery?;
+            let Some(permit) = self.permit(channel).await? else { return Ok(()) };
+            self.shares.took(number, Instant::now());
+            self.carry_out(channel, &message_of(&mut delivery, true)).await?;
+            ack(&delivery).await?;
+            drop(permit);
+            let now = Instant::now();
+            if self.shares.has_many(now) {
+                let runners = runners(channel, &self.project).await?;
+                if self.shares.lets_go(number, runners, now) {
+                    return Ok(());
+                }
+            }
+        }
+        Err(cancelled())
+    }
+
+    /// Leave to do one more job; none where this Runner has its hands full, and there are others.
+    async fn permit(&self, channel: &Channel) -> Result<Option<SemaphorePermit<'_>>, Ended> {
+        loop {
+            let permit = timeout(HANDS_FULL, self.permits.acquire());
+            match self.unless_stopped(permit).await? {
+                Ok(permit) => return permit.map(Some).map_err(|_| Ended::Stopped),
+                Err(_) if runners(channel, &self.project).await? > 1 => return Ok(None),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Is one of the project's Runners, for as long as the control plane and its key allow that: one
+    /// that has no job in hand would hear of neither.
+    pub(super) async fn attend(self: Arc<Worker>, channel: Channel) -> Result<(), Ended> {
+        let mut consumer = consume(&channel, &runners_queue(&self.project)).await?;
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return Err(Ended::Stopped),
+                // nobody publishes there
+                delivery = consumer.next() => match delivery {
+                    Some(delivery) => ack(&delivery?).await?,
+                    None => return Err(cancelled()),
+                },
+                () = sleep(WATCH) => self.check_key().await?,
+            }
+        }
+    }
+
     /// Logs what happens to agents and operations.
     pub(super) async fn hear(self: Arc<Worker>, channel: Channel) -> Result<(), Ended> {
-        let mut consumer = consume(&channel, EVENTS, FORWARDED).await?;
+        let mut consumer = consume(&channel, EVENTS).await?;
         while let Some(delivery) = self.unless_stopped(consumer.next()).await? {
             let delivery = delivery?;
             let event: Value = serde_json::from_slice(&delivery.data).unwrap_or_default();
@@ -176,12 +238,8 @@ impl Worker {
                 self.answered(&id).await?;
                 tracing::info!(job = id, state, "answered");
             }
-            (Outcome::Refuse(refusal), _) => {
-                self.refuse(channel, message, &refusal).await?;
-                if let Some(id) = judge::known_job(message, &refusal) {
-                    self.answered(&id).await?;
-                }
-            }
+            // the control plane has it on record
+            (Outcome::Refuse(refusal), _) => self.refuse(channel, message, &refusal).await?,
             (Outcome::Forget | Outcome::Answer(_), _) => {}
         }
         Ok(())
@@ -189,56 +247,82 @@ impl Worker {
 
     /// Hands a job to the control plane and waits for its end.
     async fn follow(&self, job: &Job, message: &Message) -> Result<Outcome, Ended> {
-        let mut opened = Map::new();
-        for sealed in job.sealed() {
-            let Some(clear) = self.key.open(&self.project, sealed) else {
-                self.check_key().await?;
-                return Ok(Outcome::Refuse(Refusal::sealed()));
-            };
-            opened.insert(sealed.to_owned(), clear.expose().into());
-        }
         let mut request = json!({
             "token": message.token, "message": String::from_utf8_lossy(&message.body),
-            "opened": opened, "redelivered": message.redelivered,
-            "direct": self.direct && job.is_operation(),
+            "redelivered": message.redelivered, "direct": self.direct && job.is_operation(),
         });
-        let mut seen = self.ask(Method::POST, "/api/v1/jobs", Some(&request)).await?;
+        let mut outcome = self.ended(job, &mut request).await?;
+        match &mut outcome {
+            Outcome::Answer(seen) => judge::mask(seen, &request["opened"]),
+            Outcome::Refuse(refusal) => {
+                refusal.message = judge::masked(&refusal.message, &request["opened"]);
+            }
+            Outcome::Forget => {}
+        }
+        Ok(outcome)
+    }
+
+    async fn ended(&self, job: &Job, request: &mut Value) -> Result<Outcome, Ended> {
+        let mut seen = self.ask(Method::POST, JOBS, Some(request)).await?;
         loop {
             let known = match seen {
                 Ok(known) => known,
                 Err(refusal) => return Ok(Outcome::Refuse(refusal)),
             };
             let id = judge::short(known["id"].as_str().unwrap_or_default());
-            let brought = match judge::next(&known) {
+            let is_there = match judge::next(&known) {
                 Next::Forget => return Ok(Outcome::Forget),
                 Next::Answer => return Ok(Outcome::Answer(known)),
-                Next::Wait => Ok(()),
-                Next::Bring => self.unless_stopped(bring(&known["direct"])).await?,
-            };
-            match brought {
-                Ok(()) => {
-                    seen = self.look(&id).await?;
-                    if seen.is_ok() {
-                        continue;
-                    }
-                    // the control plane has forgotten it, and says why
+                Next::Wait => true,
+                Next::Open => {
+                    // the maker is who the control plane says it is
+                    let maker = known["maker"].as_str().unwrap_or_default();
+                    let opened = self.opened(job, maker).filter(|_| request["opened"].is_null());
+                    let Some(opened) = opened else {
+                        self.check_key().await?;
+                        return Ok(Outcome::Refuse(Refusal::sealed()));
+                    };
+                    request["opened"] = opened.into();
+                    false
                 }
-                Err(why) => {
-                    tracing::info!(job = id, why, "not through the tunnel");
-                    request["direct"] = false.into();
+                Next::Bring => match self.unless_stopped(bring(&known["direct"])).await? {
+                    Ok(()) => true,
+                    Err(why) => {
+                        tracing::info!(job = id, why, "not through the tunnel");
+                        request["direct"] = false.into();
+                        false
+                    }
+                },
+            };
+            if is_there {
+                seen = self.look(&id).await?;
+                // else the agent may have lost it, or the control plane has forgotten it
+                if seen.as_ref().is_ok_and(judge::has_begun) {
+                    continue;
                 }
             }
-            seen = self.ask(Method::POST, "/api/v1/jobs", Some(&request)).await?;
+            seen = self.ask(Method::POST, JOBS, Some(request)).await?;
         }
     }
 
-    /// Whether values are still sealed to this Runner's key: another one may have replaced it, and
-    /// reads what this one does not.
+    /// By sealed text of a job, what it says; none where one is not for this Runner and this maker.
+    fn opened(&self, job: &Job, maker: &str) -> Option<Map<String, Value>> {
+        let open = |sealed: &str| {
+            let clear = self.key.open(&self.project, maker, sealed)?;
+            Some((sealed.to_owned(), clear.expose().into()))
+        };
+        job.sealed().into_iter().map(open).collect()
+    }
+
+    /// Whether the control plane still knows this Runner, and values are still sealed to its key.
     async fn check_key(&self) -> Result<(), Ended> {
         match self.ask(Method::GET, SEALING_KEY, None).await? {
             Ok(known) if known["public_key"] == self.key.public() => Ok(()),
-            _ => {
-                let why = "another Runner has replaced the sealing key of the project";
+            // it is told anew
+            Err(refusal) if refusal.code == NOT_FOUND => Err(Ended::Away(refusal.message)),
+            Err(refusal) => Err(Ended::Refused("runner_refused", refusal.message)),
+            Ok(_) => {
+                let why = "values are sealed to another key of the project by now";
                 Err(Ended::Refused("sealing_key_differs", why.into()))
             }
         }
@@ -247,7 +331,7 @@ impl Worker {
     /// What has come of a job after a time, or when it has ended.
     async fn look(&self, id: &str) -> Result<Result<Value, Refusal>, Ended> {
         let begun = Instant::now();
-        let path = format!("/api/v1/jobs/{id}?wait_s={WAIT_S}");
+        let path = format!("{JOBS}/{id}?wait_s={WAIT_S}");
         let mut seen = self.ask(Method::GET, &path, None).await?;
         if let Ok(Value::Object(seen)) = &mut seen {
             // it has been brought
@@ -277,6 +361,10 @@ impl Worker {
                     self.status.control_plane(None);
                     return Ok(Ok(seen));
                 }
+                // one of the version before, or something between, which knows no jobs
+                Verdict::Refused(refusal) if refusal.code == NOT_FOUND && path == JOBS => {
+                    Some(refusal.message)
+                }
                 Verdict::Refused(refusal) => return Ok(Err(refusal)),
                 Verdict::Unauthorized(why) => return Err(Ended::Refused("token_revoked", why)),
                 Verdict::Later(why) => {
@@ -295,7 +383,7 @@ impl Worker {
 
     /// Tells the control plane that the answer is at the broker: then the job is not done again.
     async fn answered(&self, id: &str) -> Result<(), Ended> {
-        let path = format!("/api/v1/jobs/{id}/answered");
+        let path = format!("{JOBS}/{id}/answered");
         // that it is known there already, or not at all, changes nothing
         self.ask(Method::POST, &path, None).await.map(drop)
     }
@@ -323,16 +411,22 @@ impl Worker {
             "" => &message.message_id,
             id => id,
         };
-        for key in [&queue, &exchange] {
+        // what a queue of somebody's own does with it is nobody else's trouble
+        let mut keys = vec![&queue, &exchange];
+        keys.dedup();
+        let mut why = anyhow::anyhow!("no queue takes an answer from {exchange}");
+        for key in keys {
             let properties = self.properties("job.answer", id, job);
             let properties = properties.with_correlation_id(correlated.into());
             let body = answer.to_string();
             let sent = publish(channel, &exchange, key, properties, body.as_bytes()).await?;
-            if confirmed(sent).await? {
-                return Ok(());
+            match confirmed(sent).await {
+                Ok(Confirmed::Taken) => return Ok(()),
+                Ok(Confirmed::Unroutable | Confirmed::Rejected) => {}
+                Err(error) => why = error,
             }
         }
-        Err(anyhow::anyhow!("no queue is bound to {exchange}").into())
+        Err(why.into())
     }
 
     /// Makes a message a dead letter, and says so to who asked.
@@ -342,16 +436,28 @@ impl Worker {
         message: &Message,
         refusal: &Refusal,
     ) -> Result<(), Ended> {
+        if message.is_told {
+            // an answer to an answer, or a dead letter for a dead letter, would go round for ever
+            tracing::warn!("an answer, a dead letter or an event came as a job and is dropped");
+            return Ok(());
+        }
         // the same for the same message, so that a copy is known as one
-        let digest = Sha256::digest([&message.body[..], message.token.as_bytes()].concat());
-        let digest = &hex(&digest)[..32];
-        let job = judge::known_job(message, refusal).unwrap_or_default();
+        let mut digest = Sha256::new();
+        digest.update(&message.body);
+        digest.update(&message.token);
+        let digest = &hex(&digest.finalize())[..32];
+        let job = refusal.job.clone().unwrap_or_default();
         let letter = judge::dead_letter(message, refusal, &now()).to_string();
         let exchange = dead_exchange(&self.project);
         let properties = self.properties("job.dead", &format!("dead-{digest}"), &job);
         let sent = publish(channel, &exchange, "", properties, letter.as_bytes()).await?;
-        if !confirmed(sent).await? {
-            return Err(anyhow::anyhow!("no queue is bound to {exchange}").into());
+        match confirmed(sent).await? {
+            Confirmed::Taken => {}
+            // the log has it: whoever lets it be full does not keep jobs from being done
+            Confirmed::Rejected => tracing::error!("{exchange} is full: a dead letter is lost"),
+            Confirmed::Unroutable => {
+                return Err(anyhow::anyhow!("no queue is bound to {exchange}").into());
+            }
         }
         let answer = judge::refused_answer(message, refusal);
         let id = match job.as_str() {
@@ -385,107 +491,4 @@ fn cancelled() -> Ended {
 
 async fn ack(delivery: &Delivery) -> anyhow::Result<()> {
     with_timeout("acknowledging", delivery.ack(BasicAckOptions::default())).await.map(drop)
-}
-
-/// What counts of a delivery; its body is moved.
-fn message_of(delivery: &mut Delivery) -> Message {
-    let empty = FieldTable::default();
-    let properties = &delivery.properties;
-    let headers = properties.headers().as_ref().unwrap_or(&empty);
-    let text = |value: &Option<lapin::types::ShortString>| {
-        value.as_ref().map(|value| value.as_str().to_owned()).unwrap_or_default()
-    };
-    let token =
-        attribute(headers, TOKEN_ATTRIBUTE).or_else(|| match headers.inner().get(TOKEN)? {
-            AMQPValue::LongString(token) => std::str::from_utf8(token.as_bytes()).ok(),
-            _ => None,
-        });
-    // a quorum queue counts deliveries in a header, also where the broker has restarted
-    let counted = headers.inner().get("x-delivery-count");
-    let counted = counted.is_some_and(|count| !is_zero(count));
-    let marked = headers.inner().get(REDELIVERED) == Some(&AMQPValue::Boolean(true));
-    Message {
-        token: token.unwrap_or_default().to_owned(),
-        reply_to: text(properties.reply_to()),
-        correlation_id: text(properties.correlation_id()),
-        message_id: text(properties.message_id()),
-        redelivered: delivery.redelivered || counted || marked,
-        body: std::mem::take(&mut delivery.data),
-    }
-}
-
-fn is_zero(value: &AMQPValue) -> bool {
-    use AMQPValue::{
-        LongInt, LongLongInt, LongUInt, ShortInt, ShortShortInt, ShortShortUInt, ShortUInt,
-    };
-    matches!(
-        value,
-        LongLongInt(0)
-            | LongInt(0)
-            | LongUInt(0)
-            | ShortInt(0)
-            | ShortUInt(0)
-            | ShortShortInt(0)
-            | ShortShortUInt(0)
-    )
-}
-
-/// A message on its way to a partition. Nothing else of its headers and properties goes on: `CC`
-/// would send it to other partitions too, `user-id` have the broker close the channel, an
-/// expiration lose it without a word.
-fn forwarded(message: &Message) -> BasicProperties {
-    let mut headers = FieldTable::default();
-    headers.insert(TOKEN.into(), AMQPValue::LongString(message.token.as_str().into()));
-    headers.insert(REDELIVERED.into(), AMQPValue::Boolean(message.redelivered));
-    BasicProperties::default()
-        .with_delivery_mode(2)
-        .with_content_type("application/json".into())
-        .with_reply_to(message.reply_to.as_str().into())
-        .with_correlation_id(message.correlation_id.as_str().into())
-        .with_message_id(message.message_id.as_str().into())
-        .with_headers(headers)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_message_goes_on_with_what_counts_of_it_and_nothing_else() {
-        let mut headers = FieldTable::default();
-        headers.insert("cloudEvents:pipeopstoken".into(), AMQPValue::LongString("a.b.c".into()));
-        headers.insert("CC".into(), AMQPValue::LongString("3".into()));
-        let delivery = |headers: FieldTable, redelivered| {
-            let mut delivery =
-                Delivery::mock(1, "".into(), "".into(), redelivered, b"body".to_vec());
-            delivery.properties = BasicProperties::default()
-                .with_reply_to("r".into())
-                .with_correlation_id("c".into())
-                .with_message_id("m".into())
-                .with_user_id("guest".into())
-                .with_expiration("1".into())
-                .with_headers(headers);
-            delivery
-        };
-        let message = message_of(&mut delivery(headers, false));
-        assert_eq!((message.token.as_str(), message.redelivered), ("a.b.c", false));
-        assert_eq!((message.reply_to.as_str(), &message.body[..]), ("r", &b"body"[..]));
-        let on = forwarded(&message);
-        assert_eq!((on.user_id(), on.expiration()), (&None, &None));
-        assert_eq!(on.headers().as_ref().unwrap().inner().len(), 2);
-        let again = message_of(&mut delivery(on.headers().clone().unwrap(), false));
-        assert_eq!((again.token.as_str(), again.redelivered), ("a.b.c", false));
-        for (name, value, redelivered) in [
-            ("x-delivery-count", AMQPValue::LongLongInt(0), false),
-            ("x-delivery-count", AMQPValue::LongLongInt(1), true),
-            (REDELIVERED, AMQPValue::Boolean(true), true),
-            (REDELIVERED, AMQPValue::LongString("true".into()), false),
-        ] {
-            let mut headers = FieldTable::default();
-            headers.insert(name.into(), value);
-            let message = message_of(&mut delivery(headers, false));
-            assert_eq!(message.redelivered, redelivered, "{name}");
-        }
-        assert!(message_of(&mut delivery(FieldTable::default(), true)).redelivered);
-    }
 }

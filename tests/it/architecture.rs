@@ -128,7 +128,12 @@ const INSIDE: &[(&str, Rows)] = &[
     ),
     (
         "runner",
-        &[&["config", "judge", "status", "topology"], &["calls", "direct"], &["work"], &["mod"]],
+        &[
+            &["config", "judge", "share", "status", "topology"],
+            &["calls", "direct", "message"],
+            &["work"],
+            &["mod"],
+        ],
     ),
     ("broker", &[&["cloud_events", "transport"], &["mod"]]),
     ("cli", &[&["common"], &["client", "control_plane", "runner"], &["mod"]]),

@@ -58,11 +58,21 @@ struct ControlPlane {
     ends: Mutex<bool>,
     /// So many calls find nobody.
     away: Mutex<usize>,
+    /// It is of the version before: no path of jobs is there.
+    is_old: Mutex<bool>,
     calls: Mutex<Vec<String>>,
 }
 
 fn refuse(status: u16, code: &str) -> Response {
     let body = json!({"code": code, "message": "not this one"});
+    (StatusCode::from_u16(status).unwrap(), axum::Json(body)).into_response()
+}
+
+/// Who makes all jobs.
+const MAKER: &str = "r-maker";
+
+fn refuse_job(status: u16, code: &str, job: &str) -> Response {
+    let body = json!({"code": code, "message": "not this one", "job": job});
     (StatusCode::from_u16(status).unwrap(), axum::Json(body)).into_response()
 }
 
@@ -95,15 +105,22 @@ impl ControlPlane {
         match claims["verdict"].as_str().unwrap() {
             "" => {}
             forged @ "token_forged" => return refuse(403, forged),
-            other => return refuse(409, other),
+            other => return refuse_job(409, other, id),
         }
         {
             let mut jobs = self.jobs.lock().unwrap();
             match jobs.get(id) {
                 Some(job) if job.answered && body["redelivered"] == false => {
-                    return refuse(409, "replayed");
+                    return refuse_job(409, "replayed", id);
                 }
                 Some(_) => {}
+                None if body["message"].as_str().unwrap().contains("\"sealed\"")
+                    && body["opened"].is_null() =>
+                {
+                    let sealed = json!({"id": id, "state": "sealed", "sealed": true,
+                        "maker": MAKER});
+                    return (StatusCode::ACCEPTED, axum::Json(sealed)).into_response();
+                }
                 None => {
                     let ended = *self.ends.lock().unwrap();
                     jobs.insert(id.to_owned(), KnownJob { ended, answered: false });
@@ -153,8 +170,16 @@ async fn answer(State(control_plane): State<Arc<ControlPlane>>, request: Request
     if !control_plane.known(&token) {
         return refuse(401, "token_unknown");
     }
+    if *control_plane.is_old.lock().unwrap() {
+        return refuse(404, "not_found");
+    }
     match call.split_once(' ').unwrap() {
         ("PUT", "/api/v1/sealing-key") => {
+            if let Some(project) = body["project"].as_str().filter(|project| *project != PROJECT) {
+                let message = format!("the token is of project {PROJECT}, not of {project}");
+                let body = json!({"code": "project_foreign", "message": message});
+                return (StatusCode::CONFLICT, axum::Json(body)).into_response();
+            }
             let mut key = control_plane.key.lock().unwrap();
             let theirs = body["public_key"].as_str().unwrap();
             if !key.is_empty() && *key != theirs {
@@ -434,7 +459,8 @@ async fn a_job_goes_to_its_answer_and_what_is_sealed_is_opened() {
 
     // sealed by the command, as people do it
     let mut command = Command::new(program());
-    command.args(["runner", "seal", "--key", &key, "--project", PROJECT]).env_clear();
+    command.args(["runner", "seal", "--key", &key, "--project", PROJECT, "--maker", MAKER]);
+    command.env_clear();
     let mut sealing = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let value = "sealed-planted-canary-4711-in-plain-text";
     sealing.stdin.take().unwrap().write_all(format!("{value}\n").as_bytes()).unwrap();
@@ -497,14 +523,16 @@ async fn a_job_goes_to_its_answer_and_what_is_sealed_is_opened() {
     let heard = publisher.answers(|heard| !heard.is_empty()).await;
     assert_eq!(heard[0].body["job"], "j-2");
 
-    // sealed for another project
-    let other = seal(&key, "p-2", value).unwrap();
-    let spec = json!({"action": "set", "namespace": "beta", "name": "db",
-        "data": {"PASSWORD": {"sealed": other}}});
-    let body = json!({"cluster": "eu", "kind": "secret", "spec": spec}).to_string();
-    publisher.publish(body.as_bytes(), properties("j-3", "")).await;
-    let heard = publisher.answers(|heard| !heard.is_empty()).await;
-    assert_eq!(heard[0].body["reason"], "sealed_unreadable", "{}", heard[0].body);
+    // sealed for another project, and for another maker
+    for (project, maker, id) in [("p-2", MAKER, "j-3"), (PROJECT, "r-other", "j-4")] {
+        let other = seal(&key, project, maker, value).unwrap();
+        let spec = json!({"action": "set", "namespace": "beta", "name": "db",
+            "data": {"PASSWORD": {"sealed": other}}});
+        let body = json!({"cluster": "eu", "kind": "secret", "spec": spec}).to_string();
+        publisher.publish(body.as_bytes(), properties(id, "")).await;
+        let heard = publisher.answers(|heard| !heard.is_empty()).await;
+        assert_eq!(heard[0].body["reason"], "sealed_unreadable", "{}", heard[0].body);
+    }
     assert_eq!(control_plane.done(), ["j-1", "j-2"]);
 
     let log = runner.log();
@@ -719,6 +747,95 @@ async fn a_runner_that_is_killed_stopped_or_revoked_in_the_middle_leaves_its_job
     // a new token in its file is enough
     std::fs::write(first.dir.path().join("token"), OTHER_TOKEN).unwrap();
     first.until("running").await;
+    // and one that is revoked with nothing to do knows it as soon
+    control_plane.tokens.lock().unwrap().clear();
+    let begun = Instant::now();
+    first.until("token_revoked").await;
+    second.until("token_revoked").await;
+    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_maker_makes_at_the_broker_stops_nobody() {
+    let Some(rabbit) = Service::start("rabbitmq") else { return };
+    let (control_plane, url) = control_plane().await;
+    control_plane.end();
+    let runner = RunnerProgram::start(&url, &rabbit.url, TOKEN, "");
+    runner.until("running").await;
+    let publisher = Publisher::new(&rabbit.url).await;
+    let channel = &publisher.channel;
+    let (jobs, answers) = (format!("pipeops.jobs.{PROJECT}"), format!("pipeops.answers.{PROJECT}"));
+    let bind = async |queue: &str, key: &str| {
+        let (options, table) = (QueueBindOptions::default(), FieldTable::default());
+        let bound =
+            channel.queue_bind(queue.into(), answers.as_str().into(), key.into(), options, table);
+        bound.await.unwrap();
+    };
+    // a queue for an answer that takes none
+    let full = format!("{answers}.full");
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(0));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let own = QueueDeclareOptions { auto_delete: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(full.as_str().into(), own, arguments).await.unwrap();
+    bind(&full, &full).await;
+    let properties = properties("j-1", "").with_reply_to(full.as_str().into());
+    publisher.publish(&body("web"), properties).await;
+    let heard = publisher.answers(|heard| !heard.is_empty()).await;
+    assert_eq!(heard[0].body["job"], "j-1");
+    // answers that come back as jobs: each ends there
+    bind(&jobs, &answers).await;
+    publisher.job("j-2", "web").await;
+    publisher.publish(b"{}", BasicProperties::default()).await;
+    let both = publisher.answers(|heard| heard.len() >= 2).await;
+    assert!(both.iter().any(|answer| answer.body["job"] == "j-2"), "{both:?}");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    publisher.job("j-3", "web").await;
+    let heard = publisher.answers(|heard| !heard.is_empty()).await;
+    assert_eq!(heard[0].body["job"], "j-3", "{heard:?}");
+    let dead = format!("pipeops.dead.{PROJECT}");
+    let letters = publisher.hear(&dead, |heard| !heard.is_empty()).await;
+    assert_eq!(letters[0].body["reason"], "token_missing");
+    let more = channel.basic_get(dead.as_str().into(), BasicGetOptions::default()).await;
+    assert!(more.unwrap().is_none(), "{}", runner.log());
+    // a control plane that knows no jobs decides nothing
+    *control_plane.is_old.lock().unwrap() = true;
+    publisher.job("j-4", "web").await;
+    runner.until("control_plane_away").await;
+    *control_plane.is_old.lock().unwrap() = false;
+    let heard = publisher.answers(|heard| !heard.is_empty()).await;
+    assert_eq!(heard[0].body["job"], "j-4", "{heard:?}");
+    assert_eq!(control_plane.done(), ["j-1", "j-2", "j-3", "j-4"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_runners_share_the_partitions() {
+    let Some(rabbit) = Service::start("rabbitmq") else { return };
+    let (control_plane, url) = control_plane().await;
+    control_plane.end();
+    let first = RunnerProgram::start(&url, &rabbit.url, TOKEN, "");
+    first.until("running").await;
+    let second = RunnerProgram::start(&url, &rabbit.url, OTHER_TOKEN, "");
+    second.until("running").await;
+    let publisher = Publisher::new(&rabbit.url).await;
+    for round in 0..20 {
+        for application in 0..24 {
+            let name = format!("app-{application}");
+            publisher.job(&format!("j-{name}-{round:02}"), &name).await;
+        }
+    }
+    let heard = publisher.answers(|heard| distinct(heard).len() >= 480).await;
+    println!("480 jobs, {} answers on the wire", heard.len());
+    let done = control_plane.done();
+    assert_eq!(done.len(), 480, "an effect too many");
+    for application in 0..24 {
+        let of = done.iter().filter(|id| id.starts_with(&format!("j-app-{application}-")));
+        assert!(of.is_sorted(), "{done:?}");
+    }
+    let answered = |runner: &RunnerProgram| runner.log().matches("answered").count();
+    let (of_first, of_second) = (answered(&first), answered(&second));
+    println!("{of_first} of the first Runner, {of_second} of the second");
+    assert!(of_first > 40 && of_second > 40, "{of_first} and {of_second}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -108,7 +108,8 @@ impl Site {
             reqwest::Client::builder().tls_certs_only([certificate]).no_proxy().build().unwrap();
         let maker = verb(&["runner", "create", "maker"]);
         for n in 1..=3 {
-            let made = verb(&["runner", "create", &format!("runner-{n}"), "--role", "viewer"]);
+            let made =
+                verb(&["runner", "create", &format!("runner-{n}"), "--role", "viewer", "--jobs"]);
             std::fs::write(dir.path().join(format!("token-{n}")), made).unwrap();
         }
         let cluster = online(&client, &url, &maker).await;
@@ -137,7 +138,7 @@ impl Site {
         request.send().await.unwrap().error_for_status().unwrap().json().await.unwrap()
     }
 
-    /// So many Runners, started together: each gets some of the partitions.
+    /// So many Runners, started together: they share the partitions.
     async fn runners(&self, count: usize) -> Vec<Program> {
         let key = self.dir.path().join("sealing-key");
         std::fs::write(&key, "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=").unwrap();
@@ -164,8 +165,8 @@ impl Site {
         };
         let runners = (1..=count).map(start).collect();
         let begun = Instant::now();
-        let last = format!("pipeops.jobs.{}.7", self.project);
-        while consumers(&self.amqp, &last).await != u32::try_from(count).ok() {
+        let counted = format!("pipeops.jobs.{}.runners", self.project);
+        while consumers(&self.amqp, &counted).await != u32::try_from(count).ok() {
             assert!(begun.elapsed() < Duration::from_secs(60), "the Runners do not come up");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }

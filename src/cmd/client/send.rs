@@ -10,7 +10,9 @@ use super::{Context, Session, printer};
 use crate::base::error::{Exit, Failure};
 use crate::base::text::printable;
 use crate::broker::cloud_events::CloudEvent;
-use crate::broker::{self, Broker, confirmed, confirming_channel, is_refusal, with_timeout};
+use crate::broker::{
+    self, Broker, Confirmed, confirmed, confirming_channel, is_refusal, with_timeout,
+};
 use crate::cli::SendArgs;
 use crate::client::operations::failure;
 use crate::contract::job::{Job, body_digest};
@@ -24,22 +26,22 @@ use crate::output::Printer;
 /// Exit 2 for a key that is none, 7 where the project has none.
 pub(in crate::cmd) async fn seal(
     context: &Context,
-    given: Option<(String, String)>,
+    given: Option<[String; 3]>,
     name: Option<&str>,
 ) -> anyhow::Result<Exit> {
-    let (key, project) = match given {
+    let [key, project, maker] = match given {
         Some(given) => given,
         None => {
             let session = Session::open(context, name)?;
             let known = context.unless_stopped(session.api.get("/api/v1/sealing-key")).await?;
             let text = |name: &str| known[name].as_str().unwrap_or_default().to_owned();
-            (text("public_key"), text("project"))
+            ["public_key", "project", "maker"].map(text)
         }
     };
     let value = read(context, "-").await?;
     // the end of the line that `echo` writes is no part of a value
     let value = value.strip_suffix('\n').unwrap_or(&value);
-    let text = sealed(&key, &project, value).ok_or_else(|| {
+    let text = sealed(&key, &project, &maker, value).ok_or_else(|| {
         Failure::usage("SEALING_KEY_WRONG", "nothing can be sealed with that key")
             .why("it is no base64 of the 32 bytes of a key of X25519")
             .hint(
@@ -184,7 +186,7 @@ impl Sent {
     /// A queue for the answer, which goes with this command.
     async fn listen(&self, channel: &Channel) -> anyhow::Result<Consumer> {
         let queue = || self.queue.as_str().into();
-        let options = QueueDeclareOptions { auto_delete: true, ..QueueDeclareOptions::default() };
+        let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let declared = channel.queue_declare(queue(), options, FieldTable::default());
         with_timeout("declaring a queue", declared).await?;
         let exchange = self.answers.as_str().into();
@@ -218,8 +220,11 @@ impl Sent {
             properties = properties.with_reply_to(self.queue.as_str().into());
         }
         let sent = broker::publish(channel, &self.exchange, "", properties, body).await?;
-        anyhow::ensure!(confirmed(sent).await?, "no queue is bound to {}", self.exchange);
-        Ok(())
+        match confirmed(sent).await? {
+            Confirmed::Taken => Ok(()),
+            Confirmed::Unroutable => anyhow::bail!("no queue is bound to {}", self.exchange),
+            Confirmed::Rejected => anyhow::bail!("{} takes no more messages", self.exchange),
+        }
     }
 
     /// The answer to the job, of all that comes.

@@ -29,7 +29,7 @@ for line in sys.stdin:
 ///
 /// # Errors
 /// Why they can't be had.
-fn packages() -> Result<PathBuf, String> {
+pub(super) fn packages() -> Result<PathBuf, String> {
     let home = std::env::var("HOME").unwrap_or_default();
     let root = nix::unistd::geteuid().is_root();
     let cache = if root { "/var/cache".into() } else { format!("{home}/.cache") };

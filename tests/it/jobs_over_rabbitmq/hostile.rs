@@ -191,7 +191,7 @@ async fn replays(site: &Site, order: &Order) {
         headers.insert(name.into(), value);
         let properties = properties(&site.project, order).with_headers(headers);
         let body = order.body.clone().into_bytes();
-        site.plant(vec![Planted { properties, body }]).await;
+        site.refused(Planted { properties, body }, "replayed").await;
     }
     let last = site.done(&site.count(2, 2)).await;
     assert_eq!(last["state"], "succeeded", "{last}");
@@ -227,7 +227,7 @@ async fn of_others(site: &Site, order: &Order) {
     let mut nowhere = body.clone();
     nowhere["cluster"] = "c-0000000000000000".into();
     let nowhere = site.order(&nowhere).await;
-    site.refused(site.planted(&nowhere), "not_found").await;
+    site.refused(site.planted(&nowhere), "cluster_unknown").await;
     // a viewer changes nothing, and gets no token for it
     let viewer = site.control_plane.runner("viewer").await;
     let asked = json!({"sha256": sha256(order.body.as_bytes())});
@@ -371,6 +371,43 @@ async fn three_hundred_hostile_messages_have_no_effect_and_keep_nobody_waiting()
     sealed_values(&site, &runner).await;
 }
 
+/// What no client of AMQP in Rust sends: a text of a property that is none.
+const UNREADABLE: &str = r#"
+import pika, sys
+channel = pika.BlockingConnection(pika.URLParameters(sys.argv[1])).channel()
+channel.basic_publish(sys.argv[2], "", b"{}", pika.BasicProperties(message_id=b"\xff"))
+channel.connection.close()
+"#;
+
+/// A message that ends the connection of whoever gets it goes at last, and so do all behind it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_cannot_be_read_is_named_and_gives_way() {
+    let Some(site) = Site::new().await else { return };
+    let package = match super::cloud_events::packages() {
+        Ok(package) => package,
+        Err(why) => {
+            println!("NOT RUN: pika, a client of RabbitMQ for Python: {why}");
+            return;
+        }
+    };
+    let mut runner = site.runner("").await;
+    site.ready(&site.project, 1).await;
+    let mut python = std::process::Command::new("python3");
+    python.args(["-c", UNREADABLE, &site.rabbit.url, &site.project.exchange]);
+    run_output(python.env("PYTHONPATH", package).output().unwrap()).ended(0);
+    let order = site.order(&site.count(0, 0)).await;
+    site.publish(std::slice::from_ref(&order)).await;
+    runner.says("message_unreadable", Duration::from_secs(30)).await;
+    let begun = Instant::now();
+    while site.counted().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(400), "{}", runner.log());
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    println!("a message that cannot be read is gone after {:?}", begun.elapsed());
+    assert_eq!(site.answer_to(&order).await["state"], "succeeded");
+    assert!(runner.lives());
+}
+
 /// xorshift64: the same messages in each run.
 struct Random(u64);
 
@@ -451,16 +488,16 @@ fn hostile(project: &Project, order: &Order, other: &Order, random: &mut Random)
 async fn sealed_values(site: &Site, runner: &Runner) {
     // the first Runner has made the key of its project, and told its public half
     let begun = Instant::now();
-    let key = loop {
+    let (key, maker) = loop {
         let told = site.asked(&site.maker, "{}", json!({})).await;
         match told["sealing_key"].as_str() {
-            Some(key) => break key.to_owned(),
+            Some(key) => break (key.to_owned(), told["maker"].as_str().unwrap().to_owned()),
             None => assert!(begun.elapsed() < super::PATIENCE, "{}", runner.log()),
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
-    let sealed = seal(&key, &site.project.id, SEALED);
-    assert_ne!(sealed, seal(&key, &site.project.id, SEALED), "twice the same");
+    let sealed = seal(&key, &site.project.id, &maker, SEALED);
+    assert_ne!(sealed, seal(&key, &site.project.id, &maker, SEALED), "twice the same");
     let body = json!({"cluster": site.cluster, "kind": "secret", "spec": {"action": "set",
         "namespace": "beta", "name": "db", "data": {"password": {"sealed": sealed}}}});
     let answer = site.done(&body).await;
@@ -473,11 +510,16 @@ async fn sealed_values(site: &Site, runner: &Runner) {
     let made = site.kube.objects.lock().unwrap().iter().any(|(path, object)| there(path, object));
     assert!(made, "{:?}", site.kube.objects.lock().unwrap());
     // one that is sealed for another project
-    let other = seal(&key, "p-0000000000000000", SEALED);
+    let other = seal(&key, "p-0000000000000000", &maker, SEALED);
     let mut foreign = body.clone();
     foreign["spec"]["data"]["password"]["sealed"] = other.into();
     let foreign = site.order(&foreign).await;
     let planted = site.planted(&foreign);
+    site.refused(planted, "sealed_unreadable").await;
+    // and what one maker has sealed, in a job of another one
+    let thief = site.control_plane.runner("deployer").await;
+    let stolen = site.order_of(thief["token"].as_str().unwrap(), &body, json!({})).await;
+    let planted = site.planted(&stolen);
     site.refused(planted, "sealed_unreadable").await;
     // the broker has it on disk as it came, and in clear nobody has
     let kept = texts(site.rabbit.dir.path());
@@ -499,10 +541,10 @@ async fn sealed_values(site: &Site, runner: &Runner) {
 }
 
 /// A value as `pipeops runner seal` seals it.
-fn seal(key: &str, project: &str, value: &str) -> String {
+fn seal(key: &str, project: &str, maker: &str, value: &str) -> String {
     use std::io::Write as _;
     let mut child = std::process::Command::new(crate::support::program())
-        .args(["runner", "seal", "--key", key, "--project", project])
+        .args(["runner", "seal", "--key", key, "--project", project, "--maker", maker])
         .env_clear()
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())

@@ -149,8 +149,8 @@ async fn revoked(site: &Site) {
         assert!(begun.elapsed() < Duration::from_secs(5), "it goes on: {}", first.log());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    for partition in 0..8 {
-        let queue = site.project.partition(partition);
+    let partitions = (0..8).map(|partition| site.project.partition(partition));
+    for queue in partitions.chain([site.project.runners()]) {
         while consumers(&site.rabbit.url, &queue).await != Some(1) {
             assert!(begun.elapsed() < Duration::from_secs(5), "{queue}: {}", first.log());
             tokio::time::sleep(Duration::from_millis(100)).await;

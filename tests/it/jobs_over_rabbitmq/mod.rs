@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,11 @@ struct Project {
 impl Project {
     fn partition(&self, number: u8) -> String {
         format!("{}.{number}", self.exchange)
+    }
+
+    /// The queue that counts Runners.
+    fn runners(&self) -> String {
+        format!("{}.runners", self.exchange)
     }
 }
 
@@ -153,8 +159,16 @@ impl Site {
 
     /// A Runner with a token of its own, of the least role.
     async fn runner(&self, more: &str) -> Runner {
-        let made = self.control_plane.runner("viewer").await;
+        let made = self.for_jobs().await;
         self.runner_of(&self.project, &made, &self.rabbit.url, more)
+    }
+
+    /// A token of the least role that may bring jobs.
+    async fn for_jobs(&self) -> Value {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("jobs-{}", MADE.fetch_add(1, Ordering::Relaxed));
+        let body = json!({"name": name, "role": "viewer", "jobs": true});
+        self.control_plane.json("POST", "/api/v1/runners", &self.control_plane.admin, body).await
     }
 
     /// A Runner of a project with this token, and more lines for its configuration.
@@ -192,13 +206,15 @@ impl Site {
     async fn ready(&self, project: &Project, runners: u32) {
         let begun = Instant::now();
         loop {
-            let of_last = consumers(&self.rabbit.url, &project.partition(7)).await;
-            if of_last == Some(runners)
-                && consumers(&self.rabbit.url, &project.exchange).await == Some(runners)
+            // those that stand by for one of the others are not counted there
+            let there = consumers(&self.rabbit.url, &project.runners()).await;
+            if there == Some(runners)
+                && consumers(&self.rabbit.url, &project.partition(7)).await >= Some(1)
+                && consumers(&self.rabbit.url, &project.exchange).await >= Some(1)
             {
                 return;
             }
-            assert!(begun.elapsed() < PATIENCE, "no Runner takes jobs: {of_last:?}");
+            assert!(begun.elapsed() < PATIENCE, "no Runner takes jobs: {there:?}");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }

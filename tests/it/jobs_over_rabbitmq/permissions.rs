@@ -23,7 +23,7 @@ const PERMISSIONS: [(&str, [&str; 3]); 5] = [
         [
             "^$",
             r"^pipeops\.(jobs\.P\.partitions|answers\.P|dead\.P)$",
-            r"^pipeops\.jobs\.P(\.[0-7])?$",
+            r"^pipeops\.jobs\.P(\.([0-7]|runners))?$",
         ],
     ),
     (
@@ -117,18 +117,18 @@ async fn who_may_use_the_broker_for_one_project_reaches_no_other() {
     let post =
         async |path: &str, body: Value| site.control_plane.json("POST", path, admin, body).await;
     post("/api/v1/projects", json!({"name": "other"})).await;
-    let theirs = json!({"name": "theirs", "role": "deployer", "project": "other"});
+    let theirs = json!({"name": "theirs", "role": "deployer", "project": "other", "jobs": true});
     let theirs = post("/api/v1/runners", theirs).await;
     let (a, b) = (site.project.clone(), site.project_of(theirs["token"].as_str().unwrap()).await);
     let (of_a, of_b) = (site.users("a", &a), site.users("b", &b));
     // each declares its own, and one that may not finds what is there
-    let made = site.control_plane.runner("viewer").await;
+    let made = site.for_jobs().await;
     let first = site.runner_of(&a, &made, &of_a("runner"), "");
     let _second = site.runner_of(&b, &theirs, &of_b("runner"), "");
     site.ready(&a, 1).await;
     site.ready(&b, 1).await;
     drop(first);
-    let made = site.control_plane.runner("viewer").await;
+    let made = site.for_jobs().await;
     let closed = site.runner_of(&a, &made, &of_a("closed"), "declare = false");
     site.ready(&a, 1).await;
     for project in [&a, &b] {
@@ -236,7 +236,7 @@ fn sent_by_the_command_line(site: &Site, url: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_refuses_is_named_and_tried_again() {
     let Some(site) = Site::new().await else { return };
-    let made = site.control_plane.runner("viewer").await;
+    let made = site.for_jobs().await;
     let start = |url: &str| site.runner_of(&site.project, &made, url, "");
     let soon = Duration::from_secs(20);
     // a vhost that is not there
@@ -281,7 +281,7 @@ async fn a_broker_that_refuses_is_named_and_tried_again() {
 async fn what_somebody_else_has_declared_is_used_as_it_is() {
     let Some(site) = Site::new().await else { return };
     let of_a = site.users("a", &site.project);
-    let made = site.control_plane.runner("viewer").await;
+    let made = site.for_jobs().await;
     let closed = site.runner_of(&site.project, &made, &of_a("closed"), "declare = false");
     let soon = Duration::from_secs(20);
     closed.says(&site.project.exchange, soon).await;
@@ -312,6 +312,8 @@ async fn what_somebody_else_has_declared_is_used_as_it_is() {
             channel.queue_bind(queue.into(), name.into(), key.as_str().into(), options, table);
         bound.await.unwrap();
     }
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(site.project.runners().into(), durable, quorum.clone()).await.unwrap();
     site.ready(&site.project, 1).await;
     let order = site.order(&site.count(0, 1)).await;
     let channel = open(&of_a("sender")).await;
