@@ -16,8 +16,8 @@ const TOKEN_ATTRIBUTE: &str = "pipeopstoken";
 const OWN_TYPES: &str = "io.pipeops.";
 const JOB_TYPE: &str = "io.pipeops.job";
 
-/// What counts of a delivery; its body is moved. Where others publish, what its headers say of former
-/// deliveries is theirs, and not `is_ours`: an answered job would be hidden with it that comes again.
+/// What counts of a delivery; its body is moved. Where others publish, what headers say of former
+/// deliveries is theirs, and not `is_ours`: it would hide that an answered job comes again.
 pub(super) fn message_of(delivery: &mut Delivery, is_ours: bool) -> Message {
     let empty = FieldTable::default();
     let properties = &delivery.properties;

@@ -139,9 +139,10 @@ impl Runner {
             }
             Err(ended) => ended,
         };
-        // whatever is not done is given to others, and to this one later
-        tasks.shutdown().await;
+        // whatever is not done is given to others, and to this one later; all at once, see
+        // [`topology::close`]
         let _ = timeout(CLOSE, connection.close(200, "bye".into())).await;
+        tasks.shutdown().await;
         ended
     }
 

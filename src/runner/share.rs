@@ -1,6 +1,6 @@
-//! How Runners share the partitions of a project. The broker gives a partition to whoever has waited
-//! longest for it: one that has more than its part of those that are in use lets one of them go, and
-//! waits for it behind the others.
+//! How Runners share the partitions of a project. The broker gives a partition to whoever has
+//! waited longest for it: one that has more than its part of those that are in use lets one of them
+//! go, and waits for it behind the others.
 
 use std::time::Duration;
 

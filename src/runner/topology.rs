@@ -124,6 +124,17 @@ pub(super) async fn runners(channel: &Channel, project: &str) -> anyhow::Result<
     Ok(with_timeout("counting Runners", declared).await?.consumer_count())
 }
 
+/// Ends a channel: what was in hand goes to the next consumer before all that is behind it. No
+/// consumer may be dropped before that: it would be cancelled alone, and the next one begin with
+/// what is behind.
+pub(super) async fn close(channel: &Channel) {
+    if channel.status().connected() {
+        let closed = channel.close(200, "let go".into());
+        // with the connection it is closed too
+        drop(with_timeout("closing a channel", closed).await);
+    }
+}
+
 /// What comes from a queue, one message at once: each may be as large as the broker lets it be.
 ///
 /// # Errors

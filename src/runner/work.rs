@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use lapin::message::Delivery;
 use lapin::options::BasicAckOptions;
-use lapin::{BasicProperties, Channel, Connection};
+use lapin::{BasicProperties, Channel, Connection, Consumer};
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
@@ -21,7 +21,7 @@ use super::judge::{self, Message, Next, Refusal, Verdict};
 use super::message::{forwarded, message_of};
 use super::share::Shares;
 use super::status::StatusSender;
-use super::topology::{EVENTS, consume, runners, runners_queue};
+use super::topology::{EVENTS, close, consume, runners, runners_queue};
 use crate::base::backoff::{Backoff, random};
 use crate::base::encoding::hex;
 use crate::broker::cloud_events::CloudEvent;
@@ -96,19 +96,25 @@ impl Worker {
     /// that they came in.
     pub(super) async fn forward(self: Arc<Worker>, channel: Channel) -> Result<(), Ended> {
         let mut consumer = consume(&channel, &jobs_exchange(&self.project)).await?;
-        while let Some(delivery) = self.unless_stopped(consumer.next()).await? {
+        let ended = self.spread_all(&channel, &mut consumer).await;
+        close(&channel).await;
+        ended
+    }
+
+    async fn spread_all(&self, channel: &Channel, jobs: &mut Consumer) -> Result<(), Ended> {
+        while let Some(delivery) = self.unless_stopped(jobs.next()).await? {
             let mut delivery = delivery?;
             let message = message_of(&mut delivery, false);
             match judge::read(&message, &self.project) {
-                Ok(job) => self.spread(&channel, &message, job.partition()).await?,
-                Err(refusal) => self.refuse(&channel, &message, &refusal).await?,
+                Ok(job) => self.spread(channel, &message, job.partition()).await?,
+                Err(refusal) => self.refuse(channel, &message, &refusal).await?,
             }
             ack(&delivery).await?;
         }
         Err(cancelled())
     }
 
-    /// Publishes a job to its partition, until that takes it: given back, it would be lost in the end.
+    /// Publishes a job to its partition, until that takes it: given back, it would go at last.
     async fn spread(&self, channel: &Channel, message: &Message, to: u8) -> Result<(), Ended> {
         let (exchange, key) = (partitions_exchange(&self.project), to.to_string());
         let mut backoff = Backoff::default();
@@ -122,28 +128,24 @@ impl Worker {
         }
     }
 
-    /// Does the jobs of a partition, on one channel after another: the broker closes one on which a
-    /// job has been in hand for long (`consumer_timeout`), and the Runner closes one to let the
-    /// partition go.
+    /// Does the jobs of a partition, on one channel after another: the broker closes one with a job
+    /// in hand for long (`consumer_timeout`), and the Runner one to let the partition go.
     pub(super) async fn work(
         self: Arc<Worker>,
         connection: Arc<Connection>,
         number: u8,
     ) -> Result<(), Ended> {
+        let queue = partition_queue(&self.project, number);
         loop {
             let channel = confirming_channel(&connection).await?;
+            let mut consumer = consume(&channel, &queue).await?;
             let begun = Instant::now();
-            match self.work_on(&channel, number).await {
-                Ok(()) => {
-                    // what the broker has sent meanwhile goes to the next one
-                    let closed = channel.close(200, "let go".into());
-                    with_timeout("closing a channel", closed).await?;
-                }
-                Err(Ended::Lost(error))
-                    if begun.elapsed() > SETTLED
-                        && !channel.status().connected()
-                        && connection.status().connected() =>
-                {
+            let ended = self.work_on(&channel, &mut consumer, number).await;
+            let was_closed = !channel.status().connected() && connection.status().connected();
+            close(&channel).await;
+            match ended {
+                Ok(()) => {}
+                Err(Ended::Lost(error)) if was_closed && begun.elapsed() > SETTLED => {
                     let error = format!("{error:#}");
                     tracing::warn!(partition = number, error, "its channel is opened again");
                 }
@@ -153,9 +155,13 @@ impl Worker {
     }
 
     /// Does the jobs of a partition, one after another, until it is to be let go.
-    async fn work_on(&self, channel: &Channel, number: u8) -> Result<(), Ended> {
-        let mut consumer = consume(channel, &partition_queue(&self.project, number)).await?;
-        while let Some(delivery) = self.unless_stopped(consumer.next()).await? {
+    async fn work_on(
+        &self,
+        channel: &Channel,
+        jobs: &mut Consumer,
+        number: u8,
+    ) -> Result<(), Ended> {
+        while let Some(delivery) = self.unless_stopped(jobs.next()).await? {
             let mut delivery = delivery?;
             let Some(permit) = self.permit(channel).await? else { return Ok(()) };
             self.shares.took(number, Instant::now());
@@ -185,8 +191,8 @@ impl Worker {
         }
     }
 
-    /// Is one of the project's Runners, for as long as the control plane and its key allow that: one
-    /// that has no job in hand would hear of neither.
+    /// Is one of the project's Runners, for as long as control plane and key allow that: one that has
+    /// no job in hand would hear of neither.
     pub(super) async fn attend(self: Arc<Worker>, channel: Channel) -> Result<(), Ended> {
         let mut consumer = consume(&channel, &runners_queue(&self.project)).await?;
         loop {

@@ -813,12 +813,18 @@ async fn two_runners_share_the_partitions() {
     let Some(rabbit) = Service::start("rabbitmq") else { return };
     let (control_plane, url) = control_plane().await;
     control_plane.end();
-    let first = RunnerProgram::start(&url, &rabbit.url, TOKEN, "");
+    let mut first = RunnerProgram::start(&url, &rabbit.url, TOKEN, "");
     first.until("running").await;
     let second = RunnerProgram::start(&url, &rabbit.url, OTHER_TOKEN, "");
     second.until("running").await;
     let publisher = Publisher::new(&rabbit.url).await;
     for round in 0..20 {
+        if round == 12 {
+            // one that stops in order gives back what it has in hand before what is behind it
+            kill(Pid::from_raw(first.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+            tokio::task::block_in_place(|| first.child.wait().unwrap());
+            first.start_again();
+        }
         for application in 0..24 {
             let name = format!("app-{application}");
             publisher.job(&format!("j-{name}-{round:02}"), &name).await;
