@@ -184,6 +184,9 @@ _pipeops() {
             pipeops__subcmd__control__subcmd__plane__subcmd__project,list)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__project__subcmd__list"
                 ;;
+            pipeops__subcmd__control__subcmd__plane__subcmd__project,reset-sealing-key)
+                cmd="pipeops__subcmd__control__subcmd__plane__subcmd__project__subcmd__reset__subcmd__sealing__subcmd__key"
+                ;;
             pipeops__subcmd__control__subcmd__plane__subcmd__runner,create)
                 cmd="pipeops__subcmd__control__subcmd__plane__subcmd__runner__subcmd__create"
                 ;;
@@ -1084,7 +1087,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane__subcmd__project)
-            opts="-h --data-dir --root --log-level --help create list"
+            opts="-h --data-dir --root --log-level --help create reset-sealing-key list"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1177,6 +1180,40 @@ _pipeops() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        pipeops__subcmd__control__subcmd__plane__subcmd__project__subcmd__reset__subcmd__sealing__subcmd__key)
+            opts="-o -h --output --data-dir --root --log-level --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                --data-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --root)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "debug info warn error" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         pipeops__subcmd__control__subcmd__plane__subcmd__restore)
             opts="-h --database-url-file --data-dir --root --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -1234,7 +1271,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__control__subcmd__plane__subcmd__runner__subcmd__create)
-            opts="-l -o -h --project --role --clusters --selector --namespaces --tenant --ttl --output --data-dir --root --log-level --help"
+            opts="-l -o -h --project --role --clusters --selector --namespaces --tenant --ttl --jobs --output --data-dir --root --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2974,7 +3011,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__runner)
-            opts="-h --config --replace --log-level --help status seal send"
+            opts="-h --config --log-level --help status seal send"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2996,7 +3033,7 @@ _pipeops() {
             return 0
             ;;
         pipeops__subcmd__runner__subcmd__seal)
-            opts="-h --key --project --context --log-level --help"
+            opts="-h --key --project --maker --context --log-level --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -3007,6 +3044,10 @@ _pipeops() {
                     return 0
                     ;;
                 --project)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --maker)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

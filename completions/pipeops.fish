@@ -256,6 +256,7 @@ warn\t''
 error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -f -a "create" -d 'Make one'
+complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -f -a "reset-sealing-key" -d 'Forget what values in its jobs are sealed to: the next Runner that starts tells its key'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from project" -f -a "list" -d 'Show all'
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -l data-dir -d 'Directory with its keys and database' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand control-plane; and __fish_seen_subcommand_from admin" -l root -d 'Work in a directory that stands for the machine' -r
@@ -295,10 +296,9 @@ complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_s
 info\t''
 warn\t''
 error\t''"
-complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -l replace -d 'Make this Runner\'s sealing key that of the project, in place of another one'
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -f -a "status" -d 'Say how the Runner on this machine is; fails where there is none'
-complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -f -a "seal" -d 'Seal a value from standard input, so that the Runners of a project alone can read it'
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -f -a "seal" -d 'Seal a value from standard input for a job of yours: the project\'s Runners alone can read it'
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and not __fish_seen_subcommand_from status seal send" -f -a "send" -d 'Publish a job and wait for its answer'
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from status" -s o -l output -d 'Format on standard output' -r -f -a "text\t''
 json\t''"
@@ -309,6 +309,7 @@ error\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from status" -s h -l help -d 'Print help'
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l key -d 'Public key of the Runners; without: the one that the control plane has' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l project -d 'Id of the project, with --key' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l maker -d 'Id of who makes the job, with --key' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l context -d 'Name of the control plane that you are logged in to' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand runner; and __fish_seen_subcommand_from seal" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
 info\t''
@@ -364,7 +365,7 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s n -l namespace -d 'Namespace' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone. Labels that agents report count unless the control plane has set that key' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand deploy" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
@@ -385,7 +386,7 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s n -l namespace -d 'Namespace' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone. Labels that agents report count unless the control plane has set that key' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand rollback" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
@@ -404,7 +405,7 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s n -l namespace -d 'Namespace' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone. Labels that agents report count unless the control plane has set that key' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand restart" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
@@ -421,7 +422,7 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s n -l namespace -d 'Namespace' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone. Labels that agents report count unless the control plane has set that key' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand scale" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
@@ -438,7 +439,7 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s n -l namespace -d 'Namespace' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone. Labels that agents report count unless the control plane has set that key' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand delete" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''
@@ -551,7 +552,7 @@ json\t''"
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l context -d 'Context to use in place of the one in use' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l cluster -d 'Cluster, by name or id' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s n -l namespace -d 'Namespace' -r
-complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone' -r
+complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -s l -l selector -d 'On all clusters with such labels: env=prod,tier in (web,api),!legacy; or id, name, provider, region, zone. Labels that agents report count unless the control plane has set that key' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l waves -d 'How many clusters at a time, as in 1,10%,all; without: all at once. The first failure stops what has not begun' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l ttl -d 'How long a cluster that is offline may take to come back: 90s, 10m, 2h; without: it fails' -r
 complete -c pipeops -n "__fish_pipeops_using_subcommand secret; and __fish_seen_subcommand_from set" -l log-level -d 'Verbosity of logs' -r -f -a "debug\t''

@@ -26,6 +26,8 @@ use crate::contract::types::{
 
 /// Longest time in the queue, seconds.
 pub(super) const MAX_TTL: i64 = 7 * 86_400;
+/// Queued operations that an agent gets before it is looked whether one is to be cancelled.
+const MAX_IN_TURN: usize = 32;
 
 /// Before what is sealed of a caller with limits: a version that would not keep to them does not
 /// find it to be of its keys, and ends it.
@@ -225,12 +227,8 @@ impl ControlPlane {
                 let cancels = record.operation.state == OperationState::Running;
                 let done = if cancels {
                     control_plane.cancel_at_agent(record, now).await
-                } else if control_plane.registry().begin_delivery(&record) {
-                    let done = control_plane.deliver_one(record.clone(), now).await;
-                    control_plane.registry().end_delivery(&record);
-                    done
                 } else {
-                    Ok(())
+                    control_plane.deliver_in_turn(record, now).await
                 };
                 if let Err(error) = done {
                     tracing::warn!(error = error.message, agent, "an operation is not delivered");
@@ -244,6 +242,30 @@ impl ControlPlane {
                 }
             }));
         }
+    }
+
+    /// Passes an operation to its agent, then those that wait behind it: an agent that comes back has
+    /// more than one a second.
+    async fn deliver_in_turn(
+        &self,
+        mut record: OperationRecord,
+        now: i64,
+    ) -> Result<(), HttpError> {
+        for _ in 0..MAX_IN_TURN {
+            if !self.registry().begin_delivery(&record) {
+                break;
+            }
+            let done = self.deliver_one(record.clone(), now).await;
+            self.registry().end_delivery(&record);
+            done?;
+            match self.registry().next_queued(&record.agent) {
+                // the agent was not reached
+                Some(next) if next.operation.id == record.operation.id => break,
+                Some(next) => record = next,
+                None => break,
+            }
+        }
+        Ok(())
     }
 
     /// Cancels an operation with the rights of its caller. The agent reports its end as always.

@@ -1,3 +1,5 @@
+//! Tokens of callers: what is taken, and each thing that is not.
+
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use serde_json::{Value, json};
 

@@ -103,6 +103,15 @@ impl Registry {
         first.into_values().cloned().collect()
     }
 
+    /// The longest waiting one of an agent.
+    pub fn next_queued(&self, agent: &str) -> Option<OperationRecord> {
+        let inner = self.inner();
+        let queued = inner
+            .operations_of(agent)
+            .filter(|j| j.operation.state == OperationState::Queued && !inner.is_held(j));
+        queued.min_by_key(|record| record.asked_ms).cloned()
+    }
+
     /// Running operations whose caller was revoked, or has a selector that no longer names the
     /// cluster.
     pub fn running_for_revoked(&self) -> Vec<OperationRecord> {

@@ -315,7 +315,7 @@ async fn a_change_that_fails_takes_no_later_one_back() {
     let (failed, later) = (Arc::new(RolloutRecord::clone(&former)), Arc::new((*former).clone()));
     let mut inner = registry.inner();
     inner.rollouts.insert(former.id.clone(), later.clone());
-    take_back(&mut inner, (former.clone(), failed.clone()));
+    take_back(&mut inner, (former.clone(), failed));
     assert!(Arc::ptr_eq(&inner.rollouts[&former.id], &later));
     take_back(&mut inner, (former.clone(), later));
     assert!(Arc::ptr_eq(&inner.rollouts[&former.id], &former));
