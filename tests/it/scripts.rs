@@ -819,3 +819,26 @@ fn an_interrupted_download_leaves_nothing() {
         assert_eq!(std::fs::read_dir(tmp.path()).unwrap().count(), 0, "{shell:?}");
     }
 }
+
+/// All scenarios are read into one shell: a function that two of them define is the later one's for
+/// both.
+#[test]
+fn no_two_scenarios_define_the_same_function() {
+    let vm = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vm");
+    let scenarios = std::fs::read_dir(vm.join("scenarios")).unwrap();
+    let mut files: Vec<_> = scenarios.map(|entry| entry.unwrap().path()).collect();
+    files.push(vm.join("lib.sh"));
+    let mut known = std::collections::BTreeMap::new();
+    for file in files {
+        let text = std::fs::read_to_string(&file).unwrap();
+        for line in text.lines() {
+            let Some((name, _)) = line.trim_start().split_once("()") else { continue };
+            if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+                continue;
+            }
+            let former = known.insert(name.to_owned(), file.clone());
+            assert!(former.is_none(), "{name} of {former:?} is another one in {}", file.display());
+        }
+    }
+    assert!(known.len() > 50, "{} functions", known.len());
+}

@@ -183,13 +183,13 @@ jobs_over_rabbitmq() {
     is "it is not root, and has no capability" "$(in_vm cp sh -c 'p=$(systemctl show -p MainPID --value pipeops-runner); echo "$(stat -c %u /proc/$p | sed "s/^0$/root/; s/^[0-9]*$/other/") $(grep CapEff /proc/$p/status | cut -f2)"')" "other 0000000000000000"
     # send TEXT FILE CODE: a job from its publication to its answer
     send() { exits "${3:-0}" "$1" in_vm cp timeout 180 pipeops runner send "/root/$2" --amqp-url-file /etc/pipeops/amqp-url; }
-    application() { printf '{"cluster": "%s", "kind": "deploy", "spec": {"application": {"name": "ordered", "namespace": "production", "image": "%s", "command": ["sleep", "3600"], "replicas": %s, "strategy": {"min_ready_s": 5}, "security": {"user": 1000}}}}' "$id" "$image" "$1"; }
-    application 1 | in_vm cp sh -c 'cat >/root/deploy.json'
+    ordered() { printf '{"cluster": "%s", "kind": "deploy", "spec": {"application": {"name": "ordered", "namespace": "production", "image": "%s", "command": ["sleep", "3600"], "replicas": %s, "strategy": {"min_ready_s": 5}, "security": {"user": 1000}}}}' "$id" "$image" "$1"; }
+    ordered 1 | in_vm cp sh -c 'cat >/root/deploy.json'
     send "a job deploys an application" deploy.json
     is "it runs" "$(kl -n production get deployment ordered -o 'jsonpath={.status.readyReplicas}')" 1
     want "as its maker" in_vm a1 sh -c 'pipeops audit tail -n 400 | grep -qF "\"subject\":\"user:jobs-user\""'
     # killed while the rollout is waited for: systemd starts it again, and the job comes again
-    application 2 | in_vm cp sh -c 'cat >/root/scaled.json'
+    ordered 2 | in_vm cp sh -c 'cat >/root/scaled.json'
     { until_true 20 bash -c "$(declare -f kl); out=$out kubectl=$kubectl; kl -n production get deployment ordered -o 'jsonpath={.spec.replicas}' | grep -x 2"; in_vm cp systemctl kill -s KILL pipeops-runner; } &
     send "a job is answered though its Runner is killed meanwhile" scaled.json
     wait $!
