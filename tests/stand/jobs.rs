@@ -72,7 +72,7 @@ impl Site {
     async fn new(pipeops: &str, amqp: &str) -> Site {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("control-plane").display().to_string();
+        let root = dir.path().join("control-plane-root").display().to_string();
         let port = free_port();
         let (https, tunnel) = (format!("127.0.0.1:{port}"), format!("127.0.0.1:{}", free_port()));
         let mut control_plane = Command::new(pipeops);
