@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::agent::Agent;
-use crate::control_plane::{ControlPlane, DATA, SimulatedAgent};
+use crate::control_plane::{ControlPlane, DATA, SimulatedAgent, tunnel_of};
 use crate::operations::{apply, deployment, submit, wait_for_state};
 use crate::support::{RunOutput, Sandbox, assert_same_tree, program, run_output};
 use crate::world::{Kube, credential, serve_kube};
@@ -447,20 +447,8 @@ impl Given {
             .find(|e| e["type"] == "stcp")
             .unwrap();
         let text = |name: &str| endpoint[name].as_str().unwrap().to_owned();
-        let config = pipeops::frp::TunnelConfig {
-            server: "127.0.0.1".into(),
-            port: text("address").rsplit(':').next().unwrap().parse().unwrap(),
-            tcp_mux: true,
-            tls: pipeops::frp::TunnelTls { pin: Some(text("server_pin")), ..Default::default() },
-            ..Default::default()
-        };
         let mut tasks = tokio::task::JoinSet::new();
-        let other = |e: &dyn std::fmt::Debug| std::io::Error::other(format!("{e:?}"));
-        let connector = pipeops::frp::dial::Dialer::new(&config, false)
-            .unwrap()
-            .connect(&mut tasks)
-            .await
-            .map_err(|e| other(&e))?;
+        let connector = tunnel_of(endpoint, &mut tasks).await?;
         let key = pipeops::base::secret::Secret::new(text("secret_key"));
         let io = pipeops::frp::client::visit(&connector, "", &text("proxy"), &key).await?;
         let mut io =

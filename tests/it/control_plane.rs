@@ -817,6 +817,23 @@ async fn upgrades_pass_through_the_gateway() {
     assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
 }
 
+/// The way of a Runner into the tunnel, by the endpoint that it was told.
+pub(crate) async fn tunnel_of(
+    endpoint: &Value,
+    tasks: &mut tokio::task::JoinSet<()>,
+) -> std::io::Result<pipeops::frp::dial::Connector> {
+    let text = |name: &str| endpoint[name].as_str().unwrap().to_owned();
+    let config = pipeops::frp::TunnelConfig {
+        server: "127.0.0.1".into(),
+        port: text("address").rsplit(':').next().unwrap().parse().unwrap(),
+        tcp_mux: true,
+        tls: pipeops::frp::TunnelTls { pin: Some(text("server_pin")), ..Default::default() },
+        ..Default::default()
+    };
+    let dialer = pipeops::frp::dial::Dialer::new(&config, false).unwrap();
+    dialer.connect(tasks).await.map_err(|e| std::io::Error::other(format!("{e:?}")))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() {
     use tokio::io::AsyncReadExt as _;
@@ -850,19 +867,8 @@ async fn a_runner_straight_through_the_tunnel_loses_it_too_when_he_is_revoked() 
             .unwrap()
             .clone();
         let text = |name: &str| endpoint[name].as_str().unwrap().to_owned();
-        let config = pipeops::frp::TunnelConfig {
-            server: "127.0.0.1".into(),
-            port: text("address").rsplit(':').next().unwrap().parse().unwrap(),
-            tcp_mux: true,
-            tls: pipeops::frp::TunnelTls { pin: Some(text("server_pin")), ..Default::default() },
-            ..Default::default()
-        };
         let mut tasks = tokio::task::JoinSet::new();
-        let connector = pipeops::frp::dial::Dialer::new(&config, false)
-            .unwrap()
-            .connect(&mut tasks)
-            .await
-            .unwrap();
+        let connector = tunnel_of(&endpoint, &mut tasks).await.unwrap();
         let visit = async |key: String| {
             pipeops::frp::client::visit(
                 &connector,

@@ -14,7 +14,7 @@ use tokio::io::AsyncReadExt as _;
 
 use crate::agent::Agent;
 use crate::client::Person;
-use crate::control_plane::{ControlPlane, SimulatedAgent, logged};
+use crate::control_plane::{ControlPlane, SimulatedAgent, logged, tunnel_of};
 use crate::fake_control_plane::{free_port, identity};
 use crate::support::{RunOutput, Sandbox};
 use crate::world::{FakeControlPlane, TOKEN, serve_kube};
@@ -54,16 +54,8 @@ async fn visit_again(
     endpoint: &Value,
 ) -> (std::io::Result<pipeops::frp::codec::Io>, tokio::task::JoinSet<()>) {
     let text = |name: &str| endpoint[name].as_str().unwrap().to_owned();
-    let config = pipeops::frp::TunnelConfig {
-        server: "127.0.0.1".into(),
-        port: text("address").rsplit(':').next().unwrap().parse().unwrap(),
-        tcp_mux: true,
-        tls: pipeops::frp::TunnelTls { pin: Some(text("server_pin")), ..Default::default() },
-        ..Default::default()
-    };
     let mut tasks = tokio::task::JoinSet::new();
-    let dialer = pipeops::frp::dial::Dialer::new(&config, false).unwrap();
-    let connector = dialer.connect(&mut tasks).await.unwrap();
+    let connector = tunnel_of(endpoint, &mut tasks).await.unwrap();
     let key = pipeops::base::secret::Secret::new(text("secret_key"));
     let visited = pipeops::frp::client::visit(&connector, "", &text("proxy"), &key).await;
     (visited.map(|io| Box::new(io) as pipeops::frp::codec::Io), tasks)

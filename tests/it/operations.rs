@@ -475,9 +475,21 @@ pub(crate) async fn submit(
     key: &str,
     body: &Value,
 ) -> (u16, Value) {
+    let path = format!("/api/v1/clusters/{cluster}/operations");
+    ask_under(control_plane, &path, token, key, body).await
+}
+
+/// What is asked for under a key.
+pub(crate) async fn ask_under(
+    control_plane: &ControlPlane,
+    path: &str,
+    token: &str,
+    key: &str,
+    body: &Value,
+) -> (u16, Value) {
     let request = control_plane
         .client
-        .post(format!("{}/api/v1/clusters/{cluster}/operations", control_plane.url))
+        .post(format!("{}{path}", control_plane.url))
         .bearer_auth(token)
         .header("idempotency-key", key);
     let answer = request.json(body).send().await.unwrap();

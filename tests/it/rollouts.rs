@@ -210,13 +210,7 @@ pub(crate) async fn begin(
     key: &str,
     body: &Value,
 ) -> (u16, Value) {
-    let request = control_plane
-        .client
-        .post(format!("{}/api/v1/rollouts", control_plane.url))
-        .bearer_auth(token)
-        .header("idempotency-key", key);
-    let answer = request.json(body).send().await.unwrap();
-    (answer.status().as_u16(), answer.json().await.unwrap_or_default())
+    crate::operations::ask_under(control_plane, "/api/v1/rollouts", token, key, body).await
 }
 
 /// A rollout once it is as expected.
