@@ -1,6 +1,6 @@
 //! Values that the Runners of a project alone can read, on their way through a broker: RFC 9180
 //! (HPKE) in base mode with DHKEM(X25519, HKDF-SHA256), HKDF-SHA256 and ChaCha20-Poly1305. The info
-//! is [`INFO`], the associated data `PROJECT/MAKER`, so that nobody else has it opened in his own job;
+//! is [`INFO`], the associated data `PROJECT/MAKER`, so that nobody else has it opened in a job;
 //! what is sealed is the base64 of the encapsulated key and the ciphertext after it.
 
 use base64::Engine as _;

@@ -239,7 +239,7 @@ mod tests {
         let failed = line("failed", "crash_loop", "exits with 1");
         assert_eq!(failed, "  eu-1: failed (crash_loop): exits with 1");
         assert_eq!(line("expired", "", "was not there"), "  eu-1: expired: was not there");
-        // nobody adds a line by what he says
+        // no answer adds a line by what it says
         let forged = line("failed", "crash_loop", "no\n  eu-2: succeeded");
         assert_eq!(forged.lines().count(), 1, "{forged}");
     }

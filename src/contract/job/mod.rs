@@ -30,7 +30,7 @@
 //!
 //! Where something is sealed and nothing was opened yet, nothing happens, and the control plane
 //! says whose job it is (state `sealed`, `maker`): values are sealed for one project and one maker,
-//! so that nobody else has them opened by a job of his own. The Runner opens them for that maker,
+//! so that nobody else has them opened by another job. The Runner opens them for that maker,
 //! and brings the job again with what they say.
 //!
 //! A refusal of the control plane is final, but for 401 (the Runner itself is nobody any more),

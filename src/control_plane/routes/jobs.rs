@@ -153,7 +153,7 @@ async fn set_sealing_key(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-/// Administrators only: with a key of his own in its place somebody reads what is sealed next.
+/// Administrators only: who puts another key in its place reads what is sealed next.
 async fn reset_sealing_key(
     _: AdminCaller,
     State(control_plane): State<ControlPlane>,
