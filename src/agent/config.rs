@@ -18,7 +18,6 @@ use crate::contract::token::Role;
 use crate::contract::types::DEFAULT_CONTROL_PLANE;
 use crate::host::Host;
 use crate::host::paths::AGENT_CONFIG;
-use crate::host::user_files::unreadable;
 
 /// The directory for the state of the agent, unless systemd names another one.
 pub const STATE_DIR: &str = "/var/lib/pipeops-agent";
@@ -112,13 +111,7 @@ impl AgentConfig {
         path: &str,
         env: &BTreeMap<String, String>,
     ) -> anyhow::Result<AgentConfig> {
-        // a file that was named must be there; the usual one may be absent
-        let text = if path == AGENT_CONFIG {
-            host.read(path).map_err(|e| unreadable(path, &e))?
-        } else {
-            Some(host.read_user_file(path).map_err(|e| unreadable(path, &e))?)
-        };
-        let mut config: AgentConfig = match text {
+        let mut config: AgentConfig = match host.read_settings(path, AGENT_CONFIG)? {
             Some(text) => parse_checked(&text, path, &[], KEYS, "pipeops run")?,
             None => AgentConfig::default(),
         };

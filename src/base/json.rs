@@ -26,3 +26,20 @@ pub fn fields<T: DeserializeOwned>(
 pub fn value(text: &[u8]) -> serde_json::Result<Value> {
     serde_json::from_slice(text)
 }
+
+/// A document that is made of types stands in `deployments/` as it is made today; `PIPEOPS_UPDATE`
+/// writes it.
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test keeps a committed file fresh")]
+pub(crate) fn assert_committed(name: &str, document: &Value, test: &str) {
+    let path = format!("{}/deployments/{name}", env!("CARGO_MANIFEST_DIR"));
+    let fresh = serde_json::to_string_pretty(document).unwrap() + "\n";
+    if std::env::var("PIPEOPS_UPDATE").is_ok() {
+        std::fs::write(&path, &fresh).unwrap();
+    }
+    let committed = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        committed == fresh,
+        "deployments/{name} is stale: PIPEOPS_UPDATE=1 cargo test --lib {test}"
+    );
+}

@@ -65,16 +65,20 @@ fn reveal_all<S: serde::Serializer>(secrets: &[Secret], serializer: S) -> Result
 
 const FILE: &str = "keys.json";
 
+fn random<const LENGTH: usize>() -> anyhow::Result<[u8; LENGTH]> {
+    let mut bytes = [0; LENGTH];
+    ring::rand::SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+    Ok(bytes)
+}
+
 /// 16 random bytes in hexadecimal.
 ///
 /// # Errors
 /// When the system gives no random numbers.
 pub fn random_hex() -> anyhow::Result<String> {
-    let mut bytes = [0; 16];
-    ring::rand::SystemRandom::new()
-        .fill(&mut bytes)
-        .map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
-    Ok(hex(&bytes))
+    Ok(hex(&random::<16>()?))
 }
 
 /// 32 random bytes in URL-safe base64.
@@ -82,11 +86,7 @@ pub fn random_hex() -> anyhow::Result<String> {
 /// # Errors
 /// When the system gives no random numbers.
 pub fn random_token() -> anyhow::Result<String> {
-    let mut bytes = [0; 32];
-    ring::rand::SystemRandom::new()
-        .fill(&mut bytes)
-        .map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
-    Ok(URL_SAFE_NO_PAD.encode(bytes))
+    Ok(URL_SAFE_NO_PAD.encode(random::<32>()?))
 }
 
 /// The keys, loaded.
@@ -203,10 +203,7 @@ impl Keys {
     /// # Errors
     /// When the system gives no random numbers.
     pub fn seal(&self, text: &str) -> anyhow::Result<String> {
-        let mut nonce = [0; aead::NONCE_LEN];
-        ring::rand::SystemRandom::new()
-            .fill(&mut nonce)
-            .map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+        let nonce = random()?;
         let mut bytes = text.as_bytes().to_vec();
         let sealed = self.encryption_key()?.seal_in_place_append_tag(
             aead::Nonce::assume_unique_for_key(nonce),

@@ -40,6 +40,16 @@ fn unwritable(path: &str, error: io::Error) -> anyhow::Error {
 }
 
 impl Host {
+    /// Text of a file of settings: one that was named must be there, the usual one may be absent.
+    ///
+    /// # Errors
+    /// As [`unreadable`].
+    pub fn read_settings(&self, path: &str, usual: &str) -> Result<Option<String>, Failure> {
+        let text =
+            if path == usual { self.read(path) } else { self.read_user_file(path).map(Some) };
+        text.map_err(|e| unreadable(path, &e))
+    }
+
     /// Text of a file of the user's (offline directory, token file), outside any sandbox root.
     ///
     /// # Errors

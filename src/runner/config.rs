@@ -105,13 +105,7 @@ impl RunnerConfig {
         env: &BTreeMap<String, String>,
         amqp_url: Option<Secret>,
     ) -> anyhow::Result<RunnerConfig> {
-        // a file that was named must be there; the usual one may be absent
-        let text = if path == CONFIG {
-            host.read(path).map_err(|e| unreadable(path, &e))?
-        } else {
-            Some(host.read_user_file(path).map_err(|e| unreadable(path, &e))?)
-        };
-        let mut config: RunnerConfig = match text {
+        let mut config: RunnerConfig = match host.read_settings(path, CONFIG)? {
             Some(text) => parse_checked(&text, path, &[], KEYS, "pipeops runner")?,
             None => RunnerConfig::default(),
         };

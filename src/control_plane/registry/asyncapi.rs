@@ -320,18 +320,8 @@ fn whole() -> Value {
 }
 
 #[test]
-#[expect(clippy::disallowed_methods, reason = "a test keeps a committed file fresh")]
 fn the_asyncapi_document_is_fresh() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/deployments/asyncapi.json");
-    let fresh = serde_json::to_string_pretty(&whole()).unwrap() + "\n";
-    if std::env::var("PIPEOPS_UPDATE").is_ok() {
-        std::fs::write(path, &fresh).unwrap();
-    }
-    let committed = std::fs::read_to_string(path).unwrap_or_default();
-    assert!(
-        committed == fresh,
-        "deployments/asyncapi.json is stale: PIPEOPS_UPDATE=1 cargo test --lib asyncapi"
-    );
+    crate::base::json::assert_committed("asyncapi.json", &whole(), "asyncapi");
 }
 
 #[test]

@@ -92,9 +92,7 @@ impl Registry {
     pub fn oldest_queued(&self) -> Vec<OperationRecord> {
         let inner = self.inner();
         let mut first: BTreeMap<&str, &OperationRecord> = BTreeMap::new();
-        let queued =
-            inner.operations.values().filter(|j| j.operation.state == OperationState::Queued);
-        for record in queued.filter(|record| !inner.is_held(record)) {
+        for record in inner.operations.values().filter(|record| inner.is_due(record)) {
             let kept = first.entry(&record.agent).or_insert(record);
             if record.asked_ms < kept.asked_ms {
                 *kept = record;
@@ -106,10 +104,8 @@ impl Registry {
     /// The longest waiting one of an agent.
     pub fn next_queued(&self, agent: &str) -> Option<OperationRecord> {
         let inner = self.inner();
-        let queued = inner
-            .operations_of(agent)
-            .filter(|j| j.operation.state == OperationState::Queued && !inner.is_held(j));
-        queued.min_by_key(|record| record.asked_ms).cloned()
+        let due = inner.operations_of(agent).filter(|record| inner.is_due(record));
+        due.min_by_key(|record| record.asked_ms).cloned()
     }
 
     /// Running operations whose caller was revoked, or has a selector that no longer names the
@@ -138,11 +134,8 @@ impl Registry {
     pub fn begin_delivery(&self, record: &OperationRecord) -> bool {
         let mut inner = self.inner();
         let key = key_of(record);
-        let waits = inner
-            .operations
-            .get(&key)
-            .is_some_and(|j| j.operation.state == OperationState::Queued && !inner.is_held(j));
-        waits && inner.delivering.insert(key)
+        let is_due = inner.operations.get(&key).is_some_and(|record| inner.is_due(record));
+        is_due && inner.delivering.insert(key)
     }
 
     /// The agent has the operation, or could not be reached.

@@ -349,9 +349,14 @@ impl Inner {
         old
     }
 
+    /// Whether an operation waits for its agent, and nothing but the agent.
+    pub(super) fn is_due(&self, record: &OperationRecord) -> bool {
+        record.operation.state == OperationState::Queued && !self.is_held(record)
+    }
+
     /// Whether a queued operation is of a rollout that is paused: its agent gets it when that is
     /// resumed, within its time.
-    pub(super) fn is_held(&self, record: &OperationRecord) -> bool {
+    fn is_held(&self, record: &OperationRecord) -> bool {
         let rollout = record.key.split_once('/').and_then(|(id, _)| self.rollouts.get(id));
         rollout.is_some_and(|rollout| {
             rollout.state == RolloutState::Paused && rollout.caller_id == record.caller_id

@@ -439,18 +439,8 @@ fn whole() -> Value {
 }
 
 #[test]
-#[expect(clippy::disallowed_methods, reason = "a test keeps a committed file fresh")]
 fn the_openapi_document_is_fresh() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/deployments/openapi.json");
-    let fresh = serde_json::to_string_pretty(&whole()).unwrap() + "\n";
-    if std::env::var("PIPEOPS_UPDATE").is_ok() {
-        std::fs::write(path, &fresh).unwrap();
-    }
-    let committed = std::fs::read_to_string(path).unwrap_or_default();
-    assert!(
-        committed == fresh,
-        "deployments/openapi.json is stale: PIPEOPS_UPDATE=1 cargo test --lib openapi"
-    );
+    crate::base::json::assert_committed("openapi.json", &whole(), "openapi");
 }
 
 #[test]
